@@ -55,15 +55,15 @@ from measuring import (
 )
 from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError
-from qwlora.export.npu.float_onnx import MOVES
-from qwlora.export.npu.qnn import QnnModel, open_graph, placement
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.system.atomic import write_text
+from qwlora.targets.npu.float_onnx import MOVES
+from qwlora.targets.npu.qnn import QnnModel, open_graph, placement
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
 
 BASES = {"w4-channel": None, "w4-lpbq64": 64}  # block size
 TEXTS = {"training": (15, 256), "calibration": (4, 256), "evaluation": (4, 256)}  # sequences

@@ -32,16 +32,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from measuring import RESULTS, SMOLLM2, distance, machine_line, markdown, train_, write_table
-from qwlora import LayerRule, Scheme, Schemes, export_files, quantize_
-from qwlora.export.npu.qnn import QnnModel
-from qwlora.export.proof.compare import perplexity
-from qwlora.export.proof.reference import token_losses
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph
+from qwlora import LayerRule, Scheme, Schemes, export, quantize_
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.npu.qnn import QnnModel
+from qwlora.targets.proof.compare import perplexity
+from qwlora.targets.proof.reference import token_losses
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
 
 SCHEMES = Schemes(
     quantize_residual_adds=True,
@@ -205,7 +205,7 @@ def on_htp(
 ) -> dict[str, Any]:
     """The result of target qnn."""
     began = time.perf_counter()
-    export_files(simulations, "qnn", folder, graphs=graphs, context=context)
+    export(simulations, "qnn", folder, graphs=graphs, context=context)
     export_seconds = time.perf_counter() - began
     print(f"exported in {export_seconds:.0f} s", flush=True)
     rows = {}

@@ -29,15 +29,15 @@ import torch
 
 from measuring import SMOLLM2, machine_line, markdown, write_result, write_table
 from qwlora.data.sequences import Sequences
-from qwlora.export.onnx.genai import GenaiRuntime
-from qwlora.export.proof.folder import REFERENCE, proofs
-from qwlora.export.proof.reference import token_losses
-from qwlora.export.target import PROOF
-from qwlora.export.weights.gguf import LlamaRuntime
-from qwlora.export.weights.mlx import MlxRuntime
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe
+from qwlora.targets.onnx.genai import GenaiRuntime
+from qwlora.targets.proof.folder import REFERENCE, proofs
+from qwlora.targets.proof.reference import token_losses
+from qwlora.targets.target import PROOF
+from qwlora.targets.weights.gguf import LlamaRuntime
+from qwlora.targets.weights.mlx import MlxRuntime
 
 TARGETS = ("onnx", "genai", "hf", "gguf", "mlx", "openvino")
 

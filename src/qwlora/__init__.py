@@ -6,8 +6,8 @@
     save_adapter     after step 2, which is PEFT with your own training loop or Trainer: save the
                      adapter with the fingerprint of its base
     simulate         step 3: capture a graph and calibrate activation and adapter encodings
-    export_files     step 4: write the files for a runtime
-    verify_files     step 5: run these files and compare them with the simulation
+    export           step 4: write the files for a runtime
+    verify           step 5: run these files and compare them with the simulation
 
 Names are imported on first use: importing this package imports neither torch nor transformers.
 `import qwlora.hf` makes transformers' `from_pretrained` load the folders that `save_base` writes.
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_ as initialize_
     from qwlora.adapter.training_step import memory_saving as memory_saving
     from qwlora.errors import QwloraError as QwloraError
-    from qwlora.export.one_call import export_files as export_files
-    from qwlora.export.one_call import verify_files as verify_files
-    from qwlora.export.proof.checks import Check as Check
-    from qwlora.export.proof.checks import Limits as Limits
     from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
     from qwlora.formats.aimet_encodings import read_encodings as read_encodings
     from qwlora.formats.aimet_encodings import write_encodings as write_encodings
@@ -75,6 +71,10 @@ if TYPE_CHECKING:
     from qwlora.simulation.simulation import simulate as simulate
     from qwlora.simulation.training_graph import TrainingGraph as TrainingGraph
     from qwlora.system.progress import Track as Track
+    from qwlora.targets.one_call import export as export
+    from qwlora.targets.one_call import verify as verify
+    from qwlora.targets.proof.checks import Check as Check
+    from qwlora.targets.proof.checks import Limits as Limits
 
 __version__ = "0.1.0"
 
@@ -83,8 +83,8 @@ _NAMES = {
     "adapter.initialize": ("InitReports", "initialize_"),
     "adapter.training_step": ("memory_saving",),
     "errors": ("QwloraError",),
-    "export.one_call": ("export_files", "verify_files"),
-    "export.proof.checks": ("Check", "Limits"),
+    "targets.one_call": ("export", "verify"),
+    "targets.proof.checks": ("Check", "Limits"),
     "formats.aimet_encodings": ("EncodingsFile", "read_encodings", "write_encodings"),
     "formats.base_folder": ("load_base", "register_with_transformers", "save_base"),
     "formats.checkpoint": ("Checkpoint",),

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from export.weights.test_hot_swap import written
 from qwlora.data.sequences import Sequences
-from qwlora.export.proof.folder import record_digest, write_proof, write_record
-from qwlora.export.proof.reference import logits_of, make_reference
-from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.system.atomic import files_in
+from qwlora.targets.proof.folder import record_digest, write_proof, write_record
+from qwlora.targets.proof.reference import logits_of, make_reference
+from qwlora.targets.registry import TARGETS
+from targets.weights.test_hot_swap import written
 
 from .hostile_models import Evil
 from .jobs import fresh, write_recipe

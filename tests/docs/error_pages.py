@@ -20,13 +20,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from export.proofs import check_parity
 from qwlora import errors
 from qwlora.adapter.adapter_files import check_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.errors import QwloraError
-from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.proof.checks import Parity, at_most
 from qwlora.formats.aimet_encodings import convert, read_encodings
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
@@ -37,6 +34,9 @@ from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system import strict_json
 from qwlora.system.optional_packages import require
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.checks import Parity, at_most
+from targets.proofs import check_parity
 
 HEAD = "Generated from the code: `make docs/errors/index.md`.\n"
 

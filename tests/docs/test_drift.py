@@ -154,7 +154,7 @@ def test_every_python_block_is_run_by_a_test() -> None:
 
 def needs_a_client(block: Block) -> bool:
     """Whether a block of Python runs only with a vendor's package, and is only checked here."""
-    return any(f"qwlora.export.{module} " in block.text for module in CLIENTS)
+    return any(f"qwlora.targets.{module} " in block.text for module in CLIENTS)
 
 
 def test_blocks_that_need_a_client_import_what_exists() -> None:

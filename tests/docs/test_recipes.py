@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
-from qwlora.export.registry import TARGETS
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.targets.registry import TARGETS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import byte_tokenizer, tiny_model
-from export.proofs import check_parity, verify_onnx
-from qwlora.export.onnx.onnx import export_onnx
 from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.targets.onnx.onnx import export_onnx
+from targets.proofs import check_parity, verify_onnx
 
 HALF = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 IDS = torch.randint(0, 256, (3, 2, 16), generator=torch.Generator().manual_seed(0))

@@ -9,15 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from export.proofs import verify_onnx_outputs
 from qwlora import PlacementRule, Schemes, quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision
 from qwlora.nn.custom_ops import linear
+from qwlora.targets.onnx.onnx import export_onnx
 from simulation.tiny_architectures import inputs, make
+from targets.proofs import verify_onnx_outputs
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 

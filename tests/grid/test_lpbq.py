@@ -14,11 +14,11 @@ from torch import Tensor
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
-from qwlora.export.registry import GGUF
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
+from qwlora.targets.registry import GGUF
 
 from .strategies import brief, matrices
 

@@ -14,7 +14,6 @@ import yaml
 import qwlora.pipeline.job.directory as directory_module
 from cli.command_line import qwlora
 from qwlora.errors import DirectoryError
-from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.formats import manifest
 from qwlora.formats.model_card import marked
 from qwlora.pipeline.job.directory import Directory
@@ -22,6 +21,7 @@ from qwlora.pipeline.job.output_path import check_output, lock_folder
 from qwlora.pipeline.job.stage_records import Record, is_unclaimed, read_owner
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.targets.proof.folder import RECORD, write_record
 
 
 @pytest.fixture

@@ -26,8 +26,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from conftest import EACH_ARCHITECTURE, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
-from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.folder import verify_bundle
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.base_folder import load_base
@@ -40,6 +38,8 @@ from qwlora.pipeline.commands.simulate_job import dump_layers
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.proof.folder import verify_bundle
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

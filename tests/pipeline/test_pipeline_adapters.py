@@ -12,13 +12,13 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
-from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_encodings
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 TWO = [

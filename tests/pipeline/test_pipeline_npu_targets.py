@@ -16,15 +16,15 @@ import pytest
 from rich.console import Console
 
 from cli.command_line import qwlora
-from export.npu.test_qnn_bundle import EMULATED
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
-from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
 from qwlora.grid.encoding import sqnr_db
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.targets.proof.folder import RECORD, record_digest, verify_bundle
+from targets.npu.test_qnn_bundle import EMULATED
 
 ADAPTERS = [
     {"name": name, "rank": rank, "steps": 4, "warmup_steps": 1, "rslora": rank == 3}

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from cli.command_line import qwlora
 from conftest import byte_tokenizer, reseal, write_recipe
-from export.client_programs import with_clients
 from qwlora import load_adapter, load_base
 from qwlora.errors import (
     DirectoryError,
@@ -28,15 +27,6 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.export.proof.checks import is_so
-from qwlora.export.proof.folder import (
-    current_proofs,
-    proofs,
-    record_digest,
-    verify_bundle,
-)
-from qwlora.export.proof.readme import write_readme
-from qwlora.export.registry import TARGETS
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job.directory import Directory
@@ -45,7 +35,17 @@ from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
+from qwlora.targets.proof.checks import is_so
+from qwlora.targets.proof.folder import (
+    current_proofs,
+    proofs,
+    record_digest,
+    verify_bundle,
+)
+from qwlora.targets.proof.readme import write_readme
+from qwlora.targets.registry import TARGETS
 from simulation.tiny_architectures import make
+from targets.client_programs import with_clients
 
 ADAPTERS = [
     {"name": name, "rank": rank, "steps": 4, "warmup_steps": 1, "rslora": rank == 3}

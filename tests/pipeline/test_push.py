@@ -25,8 +25,6 @@ from conftest import write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
-from qwlora.export.proof.folder import proofs
-from qwlora.export.proof.readme import write_readme
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
@@ -36,6 +34,8 @@ from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.targets.proof.folder import proofs
+from qwlora.targets.proof.readme import write_readme
 
 CARD = "README.md"
 STAGES = ("quantize", "train", "evaluate", "export", "verify")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qwlora.errors import size
-from qwlora.export.proof.checks import at_least, at_most
 from qwlora.pipeline.results.results_table import result_rows
+from qwlora.targets.proof.checks import at_least, at_most
 
 PARITY = {
     "perplexity": 5.0,

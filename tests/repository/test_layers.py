@@ -24,7 +24,7 @@ LEVELS = (
     {"data"},
     {"adapter", "quantize"},
     {"simulation"},
-    {"analysis", "export"},
+    {"analysis", "targets"},
     {"recipe", "report"},
     {"pipeline"},
     {"cli"},
@@ -100,7 +100,7 @@ def test_every_module_has_a_level() -> None:
 
 def planted(folder: Path, files: dict[str, str]) -> dict[str, set[str]]:
     known = {"__init__.py": "", "grid/scheme.py": "", "nn/__init__.py": "", "adapter/train.py": ""}
-    known |= {"export/verify.py": "", "pipeline/__init__.py": "", "errors.py": ""}
+    known |= {"targets/verify.py": "", "pipeline/__init__.py": "", "errors.py": ""}
     for name, text in {**known, **files}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -111,9 +111,9 @@ def planted(folder: Path, files: dict[str, str]) -> dict[str, set[str]]:
     ("file", "text"),
     [
         ("grid/bad.py", "from qwlora.nn import PackedLinear"),
-        ("simulation/bad.py", "import qwlora.export.verify"),
+        ("simulation/bad.py", "import qwlora.targets.verify"),
         ("quantize/bad.py", "from qwlora.adapter import train"),
-        ("export/bad.py", "from qwlora import pipeline"),
+        ("targets/bad.py", "from qwlora import pipeline"),
         ("errors.py", "from qwlora.grid import scheme"),
         ("nn/bad.py", "def f():\n    import qwlora.adapter.train"),
         ("nn/bad.py", "if TYPE_CHECKING:\n    from qwlora.adapter.train import train"),

@@ -16,8 +16,6 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
-from qwlora.export.npu.aimet_encodings import write_encodings
-from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind
@@ -33,6 +31,8 @@ from qwlora.simulation.adapter_simulations import (
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
+from qwlora.targets.npu.aimet_encodings import write_encodings
+from qwlora.targets.onnx.onnx import export_onnx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 EIGHT_BITS = Schemes(Scheme(8, symmetric=False))

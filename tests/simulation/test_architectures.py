@@ -15,17 +15,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from export.proofs import sqnr, verify_onnx_outputs
 from qwlora import Scheme, Schemes, quantize_
-from qwlora.export.onnx.onnx import export_onnx
-from qwlora.export.proof.checks import Limits, Parity
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.simulation.saved_simulation import SimulationSource
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.onnx.onnx import export_onnx
+from qwlora.targets.proof.checks import Limits, Parity
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make
+from targets.proofs import sqnr, verify_onnx_outputs
 
 SEEDS = range(3)
 # at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output

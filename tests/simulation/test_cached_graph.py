@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.onnx.onnx import export_onnx
-from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.graph.capture import Captured
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.kv_cache_graph import CacheSizes, cached_graph, capture_cached
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.onnx.onnx import export_onnx
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from simulation.tiny_architectures import inputs, make
 
 TOKENS, FIRST = 14, 9

@@ -21,9 +21,9 @@ from transformers import (
 import qwlora
 from conftest import tiny_model
 from qwlora.errors import CaptureError, GridError, SourceError
-from qwlora.export.proof.compare import is_language_model
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
+from qwlora.targets.proof.compare import is_language_model
 
 IDS = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)

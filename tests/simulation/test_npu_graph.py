@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.device_graph import run_host, scaling_of
 from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.npu.htp_rewrites import npu_onnx
 from simulation.tiny_architectures import inputs, make
 
 CONTEXT, FIRST, TOKENS = 24, 9, 14
@@ -75,7 +75,7 @@ class OnCpu:
         return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
 
-@pytest.mark.slow  # export/npu/test_qairt.py does the same with adapters in the fast lane
+@pytest.mark.slow  # targets/npu/test_qairt.py does the same with adapters in the fast lane
 @pytest.mark.parametrize("name", ["Llama", *SLOW])
 def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> None:
     simulation = simulated(name)

@@ -12,17 +12,17 @@ from peft import PeftModel
 from torch import nn
 
 from conftest import EACH_ARCHITECTURE
-from export.proofs import verify_onnx_outputs
 from qwlora import PerChannel, Scheme, Schemes, simulate
 from qwlora.analysis.quantization_costs import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.onnx.onnx import export_onnx
 from simulation.captured import adapted_layer as adapted
 from simulation.captured import batch as inputs
+from targets.proofs import verify_onnx_outputs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -161,7 +161,7 @@ def _job_command(name: str) -> Callable[..., None]:
         ] = False,
     ) -> None:
         if name == "verify" and recipe is not None and recipe.is_dir():
-            from qwlora.export.proof.folder import is_bundle
+            from qwlora.targets.proof.folder import is_bundle
 
             if is_bundle(recipe):
                 _verify_bundle(recipe, as_json, quiet)
@@ -266,9 +266,9 @@ def evaluate(
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
-    from qwlora.export.proof.folder import verify_bundle
-    from qwlora.export.proof.readme import proof_table
     from qwlora.pipeline.running import quiet_libraries
+    from qwlora.targets.proof.folder import verify_bundle
+    from qwlora.targets.proof.readme import proof_table
 
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:

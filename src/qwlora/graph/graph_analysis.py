@@ -85,7 +85,8 @@ class GraphAnalysis:
             Trait.FLOAT64: {
                 n.name
                 for n in calls(program)
-                if getattr(n.meta.get("val"), "dtype", None) == torch.float64
+                if isinstance(value := n.meta.get("val"), torch.Tensor)
+                and value.dtype == torch.float64
             },
             Trait.INTEGER_ORIGIN: integer_origins - _moved_versions(program, multiplied),
             Trait.MASKED: _masked(program, integer_origins) - integer_origins,

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qwlora.export.npu.htp_limits import input_problem
-from qwlora.export.target import Target
-from qwlora.export.target_compatibility import Grid
 from qwlora.formats.model_source import locate
 from qwlora.grid.scheme import (
     Blocks,
@@ -27,6 +24,9 @@ from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.recipe.yaml_core import flow
 from qwlora.simulation.placement_rules import PlacementRule
+from qwlora.targets.npu.htp_limits import input_problem
+from qwlora.targets.target import Target
+from qwlora.targets.target_compatibility import Grid
 
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule

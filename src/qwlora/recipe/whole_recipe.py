@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import NONE, members
-from qwlora.export.target_compatibility import refusal
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import Base, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import NONE, members
+from qwlora.targets.target_compatibility import refusal
 
 if TYPE_CHECKING:
     TargetName = str

@@ -12,8 +12,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from qwlora.export.proof.checks import Check
 from qwlora.report.number_format import Format, finite, tagged
+from qwlora.targets.proof.checks import Check
 
 RUNTIMES = {
     "onnx": "ONNX Runtime",

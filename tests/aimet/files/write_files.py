@@ -23,11 +23,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora import LayerRule, Scheme, Schemes, Simulation, quantize_, simulate
-from qwlora.export.npu.float_onnx import to_float_onnx
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import Backend, ExportedGraph
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.packed_layer import PackedLinear
+from qwlora.targets.npu.float_onnx import to_float_onnx
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import Backend, ExportedGraph
 
 GRIDS = (
     *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8)),

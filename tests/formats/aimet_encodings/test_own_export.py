@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
-from qwlora.export.onnx.onnx import export_onnx
 from qwlora.formats.aimet_encodings import convert, read_encodings, read_graph, validate
+from qwlora.targets.onnx.onnx import export_onnx
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError, SourceError
-from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
-from qwlora.export.registry import TARGETS
 from qwlora.formats.model_source import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
@@ -30,6 +28,8 @@ from qwlora.pipeline.plan.plan import CASES, JobTexts, Stage, make_plan, resolve
 from qwlora.pipeline.plan.stale_stages import adapter_named
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.system.atomic import flush
+from qwlora.targets.proof.folder import PROOF_RECORD, renamed_proof
+from qwlora.targets.registry import TARGETS
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
 

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError, RecipeError, listed, suggestion
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import members
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.plan import has_float_model
@@ -30,6 +28,8 @@ from qwlora.pipeline.plan.stale_stages import JobState, command_line, find_stale
 from qwlora.pipeline.results.results import last_status, write_results
 from qwlora.pipeline.running import new_context, quiet_libraries
 from qwlora.system.progress import Track, untracked
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import members
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,6 @@ from typing import Any
 
 from qwlora.adapter.adapter_files import CONFIG, FILE
 from qwlora.errors import DirectoryError, QwloraError, UploadError, described
-from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
@@ -45,6 +44,7 @@ from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.targets.registry import TARGETS
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
 

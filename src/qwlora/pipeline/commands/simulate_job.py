@@ -29,20 +29,20 @@ import numpy as np
 import numpy.typing as npt
 
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
-from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
 from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.system import strict_json
 from qwlora.system.progress import Track, untracked
+from qwlora.targets.registry import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.data.sequences import Sequences
-    from qwlora.export.target import Runtime
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.simulation.placement import Placement
     from qwlora.simulation.simulation import Simulation
+    from qwlora.targets.target import Runtime
 
 LISTED = 10
 SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
@@ -295,8 +295,8 @@ def _write(
     batch: Mapping[str, Tensor],
     folder: Path,
 ) -> dict[str, Any]:
-    from qwlora.export.npu.kv_cache_graphs import write_array
-    from qwlora.export.onnx.onnx_model import OF_INPUT
+    from qwlora.targets.npu.kv_cache_graphs import write_array
+    from qwlora.targets.onnx.onnx_model import OF_INPUT
 
     simulated = simulation.values(batch)
     if not simulated:

@@ -26,13 +26,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwlora.errors import DirectoryError
-from qwlora.export.proof.folder import current_proofs
-from qwlora.export.proof.readme import write_readme
-from qwlora.export.registry import TARGETS
 from qwlora.pipeline.job.output_path import as_directory_errors, lock_folder
 from qwlora.pipeline.job.stage_records import read_records
 from qwlora.system import strict_json
 from qwlora.system.atomic import flush_folder, write_text
+from qwlora.targets.proof.folder import current_proofs
+from qwlora.targets.proof.readme import write_readme
+from qwlora.targets.registry import TARGETS
 
 JOURNAL, TRASH = "journal.json", "trash"
 

@@ -39,7 +39,6 @@ from qwlora.adapter.attach import attach
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.adapter.training_step import lean_steps
 from qwlora.errors import CaptureError, QwloraError, size
-from qwlora.export.registry import TARGETS
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, user_path
@@ -64,6 +63,7 @@ from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.machine import memory_limit_bytes, return_freed_memory, rss_bytes
 from qwlora.system.parameter_names import FOLDER
 from qwlora.system.progress import Track, untracked
+from qwlora.targets.registry import TARGETS
 
 FLOAT = 4  # bytes
 _SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py

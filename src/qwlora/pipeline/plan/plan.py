@@ -39,8 +39,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwlora.data import Documents, load_documents
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, PROOF
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
@@ -48,6 +46,8 @@ from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.machine import auto_compute, training_device
 from qwlora.system.progress import Track, one_step, untracked
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import BASE, PROOF
 
 ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
 

@@ -15,10 +15,6 @@ from qwlora.adapter.attach import check_existing, check_shape
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import LayerKind
-from qwlora.export.target_compatibility import refusals
-from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.meta_model import LazyModel
@@ -36,6 +32,10 @@ from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.machine import slow_compute, training_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import LayerKind
+from qwlora.targets.target_compatibility import refusals
+from qwlora.targets.weights.weights_folder import layer_kind
 
 Packed = Callable[[str], bool]  # whether the base packs the tensor of a name
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import GridError, SourceError
-from qwlora.export.registry import TARGETS
-from qwlora.export.target_compatibility import (
+from qwlora.formats.model_source import fetch
+from qwlora.recipe import Recipe
+from qwlora.recipe.grid_sections import Model
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target_compatibility import (
     Grid,
     is_copied,
     refusals,
     table_rows,
 )
-from qwlora.formats.model_source import fetch
-from qwlora.recipe import Recipe
-from qwlora.recipe.grid_sections import Model
 
 if TYPE_CHECKING:
     from qwlora.formats.checkpoint import Checkpoint

@@ -21,14 +21,14 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from qwlora.export.proof.folder import WITHOUT_CACHE
-from qwlora.export.proof.readme import usage
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE
 from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_of
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
+from qwlora.targets.proof.folder import WITHOUT_CACHE
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import BASE
 
 # What was measured, its value, and the hub's name of the metric; None: it is of another model.
 Number = tuple[str, Any, str | None]

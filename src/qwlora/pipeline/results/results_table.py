@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qwlora.errors import DirectoryError, size, suggestion
-from qwlora.export.proof.checks import Check, shown
 from qwlora.pipeline.plan.stale_stages import run_line
 from qwlora.pipeline.results.results import REPORT, read_job
 from qwlora.report.verdict import verdict
+from qwlora.targets.proof.checks import Check, shown
 
 Row = tuple[str, str]
 

@@ -34,9 +34,6 @@ from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
 from qwlora.errors import SourceError
-from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.npu.use_case_adapters import peft_names, use_case_model
-from qwlora.export.target import members
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
@@ -54,6 +51,9 @@ from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.parameter_names import canonical_name, is_factor_name
 from qwlora.system.progress import Track, one_step
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.npu.use_case_adapters import peft_names, use_case_model
+from qwlora.targets.target import members
 
 
 def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrainedModel:

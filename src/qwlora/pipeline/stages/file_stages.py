@@ -12,12 +12,19 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
-from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.npu.kv_cache_graphs import has_graphs, most_tokens
-from qwlora.export.onnx.onnx import ZeroAdapter
-from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
-from qwlora.export.proof.compare import compare_layers
-from qwlora.export.proof.folder import (
+from qwlora.formats import manifest
+from qwlora.formats.model_source import fetch
+from qwlora.pipeline.plan.plan import ADAPTER, Stage
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import total_bytes
+from qwlora.system.progress import one_step
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.npu.kv_cache_graphs import has_graphs, most_tokens
+from qwlora.targets.onnx.onnx import ZeroAdapter
+from qwlora.targets.proof.checks import Limits, Parity, only_finite, verdict
+from qwlora.targets.proof.compare import compare_layers
+from qwlora.targets.proof.folder import (
     RECORD,
     WITHOUT_CACHE,
     current_proofs,
@@ -26,9 +33,9 @@ from qwlora.export.proof.folder import (
     write_proof,
     write_record,
 )
-from qwlora.export.proof.measure import compare_cache, measure, proven, switching
-from qwlora.export.proof.readme import facts, write_readme
-from qwlora.export.proof.reference import (
+from qwlora.targets.proof.measure import compare_cache, measure, proven, switching
+from qwlora.targets.proof.readme import facts, write_readme
+from qwlora.targets.proof.reference import (
     BASE_SEQUENCES,
     Reference,
     first_sequences,
@@ -36,15 +43,8 @@ from qwlora.export.proof.reference import (
     make_reference,
     simulated_logits,
 )
-from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, ExportedBase, ExportedGraph, Target, members
-from qwlora.formats import manifest
-from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.plan import ADAPTER, Stage
-from qwlora.pipeline.running.loaded_models import JobContext
-from qwlora.simulation.simulation import Simulation
-from qwlora.system.atomic import total_bytes
-from qwlora.system.progress import one_step
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import BASE, ExportedBase, ExportedGraph, Target, members
 
 
 def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

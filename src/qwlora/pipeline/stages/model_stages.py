@@ -29,8 +29,6 @@ from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import Logits, logits_of, perplexity, score_tokens
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
-from qwlora.export.target import NONE, members
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch
@@ -70,6 +68,8 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
+from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected
+from qwlora.targets.target import NONE, members
 
 
 def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

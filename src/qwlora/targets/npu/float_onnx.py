@@ -1,0 +1,267 @@
+"""A captured graph as float ONNX: no QuantizeLinear nodes, every grid described beside the file.
+
+    weight `n`        initializer `n`, float32, already on its grid: (q + offset) * scale
+    activation `n`    tensor `n`, not rounded
+    constant `n`      an activation that no input changes (cos and sin of fixed positions):
+                      an initializer, on its grid
+
+AIMET, AI Hub and the QAIRT converter take this form: rounding a stored weight on the stated grid
+gives the frozen base's codes again, bit for bit. The weight of a Linear layer is stored [in, out],
+as the right operand of its MatMul. A weight that is also read as it is (a tied embedding) is stored
+twice; the turned copy is `n.transposed`. An embedding with a grid per row, which neither AIMET nor
+an NPU can gather from, is stored on the grid of what is gathered: the result is the same, bit for
+bit. What is gathered from an embedding with one grid of 8 or 16 bits has that grid.
+
+Shapes are fixed, since an NPU has no others: everything that only depends on them is folded.
+
+What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor's grid, and its name
+with the operator appended, so tensors of one name have one grid in graphs of any size.
+
+AIMET and QAIRT take causal language models as graphs with a key-value cache, one for prefill and
+one for decode, with RMSNormalization as one operator (opset 23). All have the same weights and
+names; tensors of one name have one encoding. Every float tensor has one. Two kinds get it here:
+
+    sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits
+    a constant c          scale |c|: c is one step
+
+Values inside an activation function that the model makes of several operators stay without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError, listed
+from qwlora.graph.quantized_graph import QuantizedGraph
+from qwlora.grid.encoding import Encoding, encoding_from_range
+from qwlora.grid.scheme import Scheme
+from qwlora.simulation.kv_cache_graph import (
+    CacheSizes,
+    NpuGraph,
+    cached_graph,
+    capture_with_cache,
+    mask_floor,
+    npu_form,
+)
+from qwlora.system.optional_packages import require
+from qwlora.targets.npu.htp_rewrites import OPSET as NPU_OPSET
+from qwlora.targets.onnx.onnx_edits import constant, new_node, remove_unused, tensor_of
+from qwlora.targets.onnx.onnx_model import (
+    DEQUANTIZE,
+    OPSET,
+    codes_of,
+    is_matrix_transpose,
+    replace_marker,
+    rewrite_markers,
+    to_onnx,
+)
+from qwlora.targets.target import ExportedGraph
+
+_NO_LIMIT = 2**40
+_RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Erf": (-1.0, 1.0)}
+MOVES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
+) | {"Tile", "Transpose", "Unsqueeze"}
+
+
+@dataclass(frozen=True)
+class FloatOnnx:
+    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name; those of its
+    initializers are of parameters.
+
+    Args:
+        transposed: names of the tensors that are stored [in, out]; their grids are of [out, in].
+    """
+
+    graph: QuantizedGraph
+    model: Any
+    encodings: dict[str, Encoding] = field(default_factory=dict)
+    transposed: set[str] = field(default_factory=set)
+
+    def take_activation(self, node: Any, name: str, encoding: Encoding) -> None:
+        """Remove the marker of an activation; its value gets the name of its encoding."""
+        source = node.inputs[0]
+        if source.const_value is not None:
+            source = self._stored(name, encoding.fake_quantize(tensor_of(source)))
+        elif (source.is_graph_input() or source.name in self.encodings) and source.name != name:
+            # one value with two names; on opening, a DequantizeLinear is called `name`
+            identity = new_node("Identity", [source], f"{name}.identity")
+            self.model.graph.insert_before(node, identity)
+            identity.outputs[0].type, identity.outputs[0].shape = source.type, source.shape
+            source = identity.outputs[0]
+        source.name = name
+        self.encodings[name] = encoding
+        replace_marker(self.model, node, source)
+
+    def take_weight(self, node: Any, name: str, encoding: Encoding) -> None:
+        """Replace the marker of a weight by its values; see the module."""
+        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+        values = encoding.dequantize(codes_of(source, encoding)).float()
+        turned = [user for user in readers if is_matrix_transpose(user)]
+        if turned:
+            copy = name if len(turned) == len(readers) else f"{name}.transposed"
+            initializer = self._stored(copy, values.T)
+            self.encodings[copy] = encoding
+            self.transposed.add(copy)
+            for user in turned:
+                user.outputs[0].replace_all_uses_with(initializer)
+                self.model.graph.remove(user, safe=True)
+        if len(turned) < len(readers):
+            node.outputs[0].replace_all_uses_with(self._stored(name, values))
+            self.encodings[name] = encoding
+        self.model.graph.remove(node, safe=True)
+
+    def _stored(self, name: str, values: Tensor) -> Any:
+        return constant(self.model, name, values.detach().contiguous().numpy())
+
+
+def float_graphs(
+    cases: Mapping[str, ExportedGraph], name: str
+) -> Iterator[tuple[str, FloatOnnx, NpuGraph]]:
+    """One of the graphs of `ExportedGraph.graphs` for each use case, one at a time.
+
+    All have one mask.
+
+    Args:
+        cases: by name; their simulations differ in tensors and encodings only.
+        name: of the graph.
+    """
+    first = next(iter(cases.values()))
+    sizes = CacheSizes(first.graphs[name], first.context)
+    captured = capture_with_cache(first.simulation, sizes)
+    cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
+    floor = min(mask_floor(graph) for graph in cached.values())
+    for case, graph in cached.items():
+        npu = npu_form(graph, sizes, floor, None)
+        float_onnx = to_float_onnx(npu.device, npu.device.interface.shapes, for_npu=True)
+        float_onnx.model.metadata_props.update(cases[case].metadata)
+        yield case, float_onnx, npu
+
+
+def to_float_onnx(
+    graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]], for_npu: bool = False
+) -> FloatOnnx:
+    """The float model of `graph`.
+
+    Args:
+        shapes: of the inputs, by name.
+        for_npu: with norms as one operator, and an encoding for every float tensor; see the module.
+
+    Raises:
+        ExportError: an operator has no translation, or a weight has float offsets.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    if wrong := [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]:
+        raise ExportError(
+            f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
+            "encodings file and no NPU has. Quantize with base.solver: gptq, or export to onnx"
+        )
+    model = to_onnx(graph, NPU_OPSET if for_npu else OPSET)
+    _fix_shapes_(model, graph, shapes)
+    result = FloatOnnx(graph, model)
+    rewrite_markers(model, graph, result.take_activation, result.take_weight)
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    ShapeInferencePass()(model)
+    _store_gathered_(model, result.encodings)
+    _carry_(model, result.encodings)
+    model.producer_name = "qwlora"
+    if for_npu:
+        _encode_rest_(model, result.encodings)
+    return result
+
+
+def _fix_shapes_(
+    model: Any, graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]]
+) -> None:
+    """Give the graph's inputs fixed shapes, and fold what then is constant.
+
+    Markers stay, so a value with an encoding is never folded into another one.
+    """
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+    from onnxscript.optimizer import fold_constants
+
+    ir = require("onnx_ir", "onnx")
+    sizes = {
+        str(axis): size
+        for name in graph.interface.inputs
+        for axis, size in zip(graph.interface.shapes[name], shapes[name], strict=True)
+    }
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        shape = graph.interface.shapes[value.name]
+        value.shape = ir.Shape([sizes.get(str(axis), axis) for axis in shape])
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output() and node.op_type != DEQUANTIZE:
+                output.shape = None  # torch's private symbols
+    limits = {"input_size_limit": _NO_LIMIT, "output_size_limit": _NO_LIMIT}
+    fold_constants(model, onnx_shape_inference=True, **limits)
+    remove_unused(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _store_gathered_(model: Any, encodings: dict[str, Encoding]) -> None:
+    """Give each table and the rows that are read from it one grid: that of the rows, if the table
+    has several, else that of the table."""
+    ir = require("onnx_ir", "onnx")
+    for node in model.graph:
+        if node.op_type != "Gather" or node.inputs[0].name not in encodings:
+            continue
+        table, rows = node.inputs[0], encodings.get(node.outputs[0].name)
+        if rows is None:
+            continue
+        grid = encodings[table.name]
+        if not grid.scale.ndim and grid.scheme.bitwidth in (8, 16):
+            encodings[node.outputs[0].name] = grid
+        if not grid.scale.ndim or len(table.uses()) > 1:
+            continue
+        rounded = rows.fake_quantize(tensor_of(table)).numpy()
+        table.const_value = ir.tensor(rounded, name=table.name)
+        encodings[table.name] = rows
+
+
+def _carry_(model: Any, encodings: dict[str, Encoding]) -> None:
+    """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid, and a
+    name after the tensor whose values it moves."""
+    taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
+    for node in model.graph:
+        if node.domain or node.op_type not in MOVES:
+            continue
+        sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        grids = [encodings[s.name] for s in sources if s.name in encodings]
+        if len(grids) < len(sources) or any(
+            grid.scale.ndim or not grid.equals(grids[0]) for grid in grids
+        ):
+            continue
+        stem = f"{sources[0].name}.{node.op_type.lower()}"
+        for output in (value for value in node.outputs if value.name not in encodings):
+            if not output.is_graph_output():
+                names = (f"{stem}_{number}" if number else stem for number in count())
+                output.name = next(name for name in names if name not in taken)
+                taken.add(output.name)
+            encodings[output.name] = grids[0]
+
+
+def _encode_rest_(model: Any, encodings: dict[str, Encoding]) -> None:
+    """Encodings of bounded functions and of constants."""
+    for node in model.graph:
+        name, source = node.outputs[0].name, node.inputs[0].name if node.inputs else ""
+        if node.op_type in _RANGES and name not in encodings and source in encodings:
+            low, high = (torch.tensor(end) for end in _RANGES[node.op_type])
+            bits = encodings[source].scheme.bitwidth
+            encodings[name] = encoding_from_range(low, high, Scheme(bits, symmetric=False))
+    floats = require("onnx_ir", "onnx").DataType.FLOAT
+    for name, value in model.graph.initializers.items():
+        if value.dtype != floats or name in encodings:
+            continue
+        number = tensor_of(value)
+        if number.numel() == 1 and float(number):
+            offset = torch.tensor(0 if float(number) > 0 else -1)
+            scale = number.abs().reshape(())
+            encodings[name] = Encoding(Scheme(16, symmetric=False), scale, offset)

@@ -1,0 +1,283 @@
+"""Targets `aimet` and `qairt`: float ONNX models and AIMET encodings.
+
+`aimet` writes `.aimet` folders for AI Hub and aimet-onnx, and files for them:
+
+    prefill.aimet/, decode.aimet/    of a causal language model: graphs with a key-value cache
+    model.aimet/                     of any other model
+      model.onnx                     float model with fixed shapes, weights on their grids
+      model.data                     its weights, the same bytes in all folders
+      model.encodings                AIMET encodings, 1.0.0 or 2.0.0
+    golden/                          inputs, and the outputs that were computed of them
+    submit_aihub.py                  compiles and runs it on AI Hub, and compares; needs an account
+    README.md                        the commands
+    graphs.json, GRAPH_host.onnx     of graphs with a cache, see `kv_cache_graphs.py`
+
+AI Hub refuses a `.aimet` folder that holds anything else, so the others are next to it.
+
+`qairt` writes one base, and weights and encodings of every LoRA use case, for the converter and
+importer of Qualcomm's QAIRT:
+
+    GRAPH_model.onnx, model.data    float model with LoRA branches, weights on their grids; LoRA
+                                    weights are zeros, so by itself it computes the base
+    GRAPH_base.encodings            its encodings
+    lora_weight_list.txt            names of the updatable initializers, one a line
+    CASE.safetensors                LoRA weights of a use case, by name of the initializer
+    GRAPH_CASE.encodings            encodings of the whole graph for it
+    GRAPH_lora_config.yaml          LoRA v2: use cases on one graph, switched one at a time
+    GRAPH_lora_adaptor_list.yaml    the same files by use case
+    golden/CASE/                    inputs, and the outputs that were computed of them
+
+The graphs `prefill` and `decode` have a key-value cache and share model.data, CASE.safetensors and
+lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
+
+`none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
+(`use_case_adapters.py`), so QAIRT's lora_alpha stays 1.
+
+A use case differs from the base only in what QAIRT's importer updates: the LoRA weights, and the
+encodings that quant_updatable_mode says (with adapter_only, those of the LoRA branches). Anything
+else is refused when the files are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.numpy import save_file
+
+from qwlora.errors import ExportError, VerificationError, listed
+from qwlora.formats.model_card import marked
+from qwlora.graph.quantized_graph import Kind
+from qwlora.grid.encoding import Encoding
+from qwlora.simulation.adapter_simulations import BaseActivations
+from qwlora.simulation.kv_cache_graph import NpuGraph
+from qwlora.targets.npu.aimet_encodings import write_encodings
+from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
+from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.targets.npu.kv_cache_graphs import (
+    GOLDEN,
+    CachedGraphs,
+    has_graphs,
+    read_graphs,
+    share_weights,
+    write_golden,
+    write_graphs,
+)
+from qwlora.targets.onnx.onnx_edits import numbers, save_graph
+from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
+from qwlora.targets.target import BASE, Backend, ExportedGraph
+
+MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
+_SCRIPT, _LIST_FILE = "submit_aihub.py", "lora_weight_list.txt"
+_UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of the models
+_HERE = resources.files("qwlora.targets.npu")
+
+
+class Aimet(Backend):
+    """Float models with encodings; ONNX Runtime runs them with these as Q/DQ nodes."""
+
+    contents = Contents(
+        adapter=(
+            "*.aimet/model.onnx",
+            "*.aimet/model.data",
+            "*.aimet/model.encodings",
+            "*_host.onnx",
+            "graphs.json",
+            "submit_aihub.py",
+            *GOLDEN_FILES,
+            *SIMULATED_ADAPTER,
+        ),
+        scripts={"submit_aihub.py": "npu/aimet_templates/submit_aihub.py.template"},
+    )
+
+    def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
+        """Write a `.aimet` folder for each graph, or one for a model without a cache, and the files
+        next to them."""
+        npus = {}
+        for name in exported.graphs:
+            ((_, float_onnx, npus[name]),) = float_graphs({"": exported}, name)
+            _write_model(float_onnx, exported, folder / f"{name}.aimet")
+        if npus:
+            write_graphs(folder, npus, {name: {"model": f"{name}.aimet"} for name in npus})
+            CachedGraphs(folder, _aimet_models(folder)).write_golden(exported.sample["input_ids"])
+        else:
+            simulation, sample = exported.simulation, exported.sample
+            inputs = simulation.bind(sample)
+            shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+            float_onnx = to_float_onnx(simulation.graph(), shapes)
+            float_onnx.model.metadata_props.update(exported.metadata)
+            _write_model(float_onnx, exported, folder / "model.aimet")
+            write_golden(folder / GOLDEN, inputs, simulation.outputs(sample))
+        graph = float_onnx.graph
+        widths = (
+            graph.encodings[mark.name].scheme.bitwidth
+            for mark in graph.marks
+            if mark.kind is Kind.ACTIVATION
+        )
+        templates = _HERE / "aimet_templates"
+        script = (templates / f"{_SCRIPT}.template").read_text()
+        full_type = "w8a16" if max(widths, default=16) > 8 else "int8"
+        (folder / _SCRIPT).write_text(script.replace("@FULL_TYPE@", full_type))
+        readme = templates / f"{'README.graphs' if npus else 'README'}.md.template"
+        (folder / "README.md").write_text(marked(readme.read_text()))
+
+    def open(self, folder: Path, case: str) -> FloatOnnxModel | CachedGraphs:
+        models = checked(folder, _aimet_models(folder))
+        return CachedGraphs(folder, models) if has_graphs(folder) else models["model"]
+
+
+def _aimet_models(folder: Path) -> dict[str, FloatOnnxModel]:
+    """The models in the `.aimet` folders, unchecked."""
+    graphs = read_graphs(folder)["graphs"] if has_graphs(folder) else {}
+    places = {name: folder / graph["model"] for name, graph in graphs.items()}
+    places = places or {"model": folder / "model.aimet"}
+    return {n: FloatOnnxModel(p / MODEL_FILE, p / ENCODINGS_FILE) for n, p in places.items()}
+
+
+def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    # every weight external: a stored model of more than 2 GB is no protobuf file
+    save_graph(float_onnx.model, folder / MODEL_FILE, DATA_FILE, smallest=64)
+    write_encodings(float_onnx, folder / ENCODINGS_FILE, file_version=exported.encodings_version)
+
+
+class Qairt(Backend):
+    """Float models with encodings and LoRA files for each use case; ONNX Runtime runs them with
+    these as Q/DQ nodes."""
+
+    contents = Contents(
+        adapter=(
+            "*model.onnx",
+            "*_host.onnx",
+            "model.data",
+            "*.encodings",
+            "*.safetensors",
+            "*.yaml",
+            "*lora_weight_list.txt",
+            "graphs.json",
+            *GOLDEN_FILES,
+        )
+    )
+
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        npus = {graph: _write_graph(base, cases, graph, folder) for graph in base.graphs}
+        # each use case has grids of its own
+        files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
+        write_graphs(folder, npus, files, {"use_cases": list(cases)})
+        for case, exported in cases.items():
+            models = _use_case_models(folder, case)
+            CachedGraphs(folder, models).write_golden(exported.sample["input_ids"], case)
+        for name, content in _lists(models, cases).items():
+            (folder / name).write_bytes(content)
+        template = _HERE / "qairt_templates" / "README.md.template"
+        text = template.read_text().replace("@UPDATABLE@", base.updatable)
+        (folder / "README.md").write_text(marked(text))
+
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        encodings = [f"{graph}_{case}.encodings" for graph in read_graphs(folder)["graphs"]]
+        return [folder / name for name in (f"{case}.safetensors", *encodings)]
+
+    def open(self, folder: Path, case: str) -> CachedGraphs:
+        models = checked(folder, _use_case_models(folder, case))
+        cases = read_graphs(folder).get("use_cases")
+        lists = _lists(models, cases if isinstance(cases, list) else ())
+        present = {name: folder / name for name in lists if (folder / name).is_file()}
+        if changed := [n for n in lists if n not in present or present[n].read_bytes() != lists[n]]:
+            problems = [f"{name} does not list what is in the folder" for name in changed]
+            raise VerificationError(f"{folder}: the files contradict each other", problems)
+        return CachedGraphs(folder, models)
+
+
+def _use_case_models(folder: Path, case: str) -> dict[str, FloatOnnxModel]:
+    """The graphs with the weights and encodings of a use case, unchecked."""
+    return {
+        graph: FloatOnnxModel(
+            folder / f"{graph}_model.onnx",
+            folder / f"{graph}_{case}.encodings",
+            folder / f"{case}.safetensors",
+        )
+        for graph in read_graphs(folder)["graphs"]
+    }
+
+
+def _write_graph(
+    base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path
+) -> NpuGraph:
+    """Write the files of one graph; returns it with the zero adapter."""
+    file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(base.graphs))))
+    names, fixed = list[str](), dict[str, Encoding]()
+    for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
+        encodings = folder / f"{graph}_{case}.encodings"
+        write_encodings(float_onnx, encodings, file_version=base.encodings_version)
+        model, stored = float_onnx.model, first if case == BASE else file
+        differing = set(share_weights(model, stored) if stored.exists() else ()) - {*names}
+        differing |= {n for n, e in fixed.items() if not e.equals(float_onnx.encodings.get(n))}
+        if differing:
+            raise ExportError(
+                f"{listed(sorted(differing), 3)} of {graph}_{case} differ from {stored.name}, and "
+                f"use cases may differ in the adapter alone (base_activations: {base.updatable})"
+            )
+        if case == BASE:
+            of_base, marks = npu, float_onnx.graph.marks
+            names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
+            fixed = _fixed(float_onnx, names, base.updatable)
+            model.metadata_props[_UPDATABLE] = base.updatable
+            save_graph(model, file, DATA_FILE if file == first else None, smallest=64)
+        else:
+            weights = {name: numbers(model.graph.initializers[name]) for name in names}
+            save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
+    return of_base
+
+
+def _fixed(float_onnx: FloatOnnx, names: list[str], mode: BaseActivations) -> dict[str, Encoding]:
+    """The encodings of the base that no use case changes.
+
+    Args:
+        names: of the LoRA weights.
+    """
+    initializers, encodings = float_onnx.model.graph.initializers, float_onnx.encodings
+    changing = set[str]()
+    if mode == "all":
+        changing = encodings.keys() - initializers.keys() | {*names}
+    elif mode == "adapter_only":  # what LoRA weights compute, without the sums with the base
+        branch = {initializers[name] for name in names}
+        for node in float_onnx.model.graph:
+            inside = [value for value in node.inputs if value in branch]
+            if inside and not (node.op_type == "Add" and len(inside) == 1):
+                branch.update(node.outputs)
+        changing = {value.name for value in branch}
+    return {name: encoding for name, encoding in encodings.items() if name not in changing}
+
+
+def _lists(models: Mapping[str, FloatOnnxModel], cases: Iterable[str]) -> dict[str, bytes]:
+    """The files of lists by name: use cases of each graph, and weights that they update."""
+    lists, weights = dict[str, Any](), next(iter(models.values())).replaced
+    for graph in models:
+        use_cases, adaptors = [], []
+        for case in cases:
+            tensors, encodings = f"{case}.safetensors", f"{graph}_{case}.encodings"
+            use_case = {"name": case, "model_name": f"{graph}_model.onnx", "lora_weights": tensors}
+            use_cases.append({**use_case, "quant_overrides": encodings, "output_path": "./output"})
+            adaptors.append({"name": case, "encodings_path": encodings, "safetensor_path": tensors})
+        lists[f"{graph}_lora_config.yaml"] = {"use_case": use_cases}
+        lists[f"{graph}_lora_adaptor_list.yaml"] = adaptors
+    texts = {name: yaml.safe_dump(content, sort_keys=False) for name, content in lists.items()}
+    texts[_LIST_FILE] = "".join(f"{name}\n" for name in sorted(weights))
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def checked(folder: Path, models: Mapping[str, FloatOnnxModel]) -> Mapping[str, FloatOnnxModel]:
+    """The models in a folder, if they keep their promises.
+
+    Raises:
+        VerificationError: they do not. All problems are listed, each with the name of its file.
+    """
+    if problems := [problem for model in models.values() for problem in model.problems()]:
+        raise VerificationError(f"{folder}: the files contradict each other", problems)
+    return models

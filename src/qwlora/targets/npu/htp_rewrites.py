@@ -1,0 +1,320 @@
+"""The ONNX form of an `NpuGraph` that Qualcomm's HTP takes whole.
+
+It is the form of `onnx_model.py`, and
+
+    zero points     every DequantizeLinear has one: without it, the HTP computed int4 weights
+                    wrongly (onnxruntime-qnn 2.7: -9 dB)
+    embeddings      what a Gather reads from a quantized table gets the table's grid once more,
+                    or the table would be dequantized whole on the CPU
+    8-bit values    are quantized to 16 bits first: an operator's inputs and output have one width;
+                    the finer grid holds the coarser one: scale / 257, zero point * 257
+    norms           RMSNormalization (opset 23); a product with a norm, or with what is made of one
+                    by slices, has it as its second factor: as the first, the HTP took the other
+                    factor for the norm's weight (-6 dB). The HTP rounds RMSNormalization down,
+                    half a step too low on average, but LayerNormalization to the nearest step. A
+                    norm that is added to the residual stream, as in Gemma 3, would shift it in
+                    every layer, so it is LayerNormalization of x and -x side by side, whose mean is
+                    0, and the first half is kept. x gets a symmetric grid for that: elsewhere, this
+                    costs as much as it gains
+    4-bit weights   as the right factor of a MatMul, with the scale of a channel once for every
+                    block of 64 inputs: with one scale per channel, the HTP drops the lowest 8 bits
+                    of each sum, floor(sum / 256), which is 127.5 steps of scale(x) * scale(w) too
+                    low on average (38 to 62 dB in SmolLM2, with blocks 58 to 68 dB). Weights of 8
+                    bits are worse in blocks (69 dB against 77 dB)
+    biases          int32 on the grid scale(x) * scale(w) in a Gemm; after a MatMul, whose output
+                    gets a grid of its own, added on their own grid
+    adapters        codes of lora_A and lora_B are inputs, not initializers; `lora_alpha` is a
+                    quantized input
+
+So one file serves every adapter: a runtime sets the adapter's codes as inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qwlora.errors import ExportError
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.system.optional_packages import require
+from qwlora.system.parameter_names import is_factor_name
+from qwlora.targets.onnx.onnx_edits import (
+    constant,
+    constants,
+    insert_rounding,
+    new_node,
+    numbers,
+    remove_unused,
+)
+from qwlora.targets.onnx.onnx_model import build_model
+
+OPSET = 23  # the first with RMSNormalization
+CODES = ".codes"
+_FINER = 257  # 65535 / 255
+_BLOCKS = (64, 32, 16)
+# what an 8-bit value may come from without an operator of another width between
+_KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
+_QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
+
+
+def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """The `onnx_ir.Model` of a device graph, and the adapter's codes by input name."""
+    model, _ = build_model(graph, metadata, OPSET)
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+            _add_zero_point_(model, node)
+        elif node.op_type == "Gemm":
+            _split_gemm_(model, node)
+        elif node.op_type == "RMSNormalization":
+            _round_norm_(model, node)
+    for node in list(model.graph):  # before 8-bit values are looked for
+        if node.op_type == "Gather":
+            _quantize_gathered_(model, node)
+        elif node.op_type == "MatMul":
+            _repeat_scales_(model, node)
+    for node in list(model.graph):
+        if node.op_type == "QuantizeLinear":
+            _widen_(model, node)
+        elif node.op_type == "Mul":
+            _put_norm_second_(node)
+        elif node.op_type == "Gemm":
+            _quantize_bias_(model, node)
+        elif node.op_type == "Add":
+            _quantize_before_bias_(model, node)
+    remove_unused(model)
+    return model, _adapter_inputs_(model, graph)
+
+
+def _add_zero_point_(model: Any, node: Any) -> None:
+    """Give a DequantizeLinear of a symmetric grid its zero point of zeros."""
+    codes, scale = (value.const_value for value in node.inputs)
+    zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
+    node.resize_inputs(3)
+    node.replace_input_with(2, *constants(model, node.outputs[0].name, {"zero_point": zeros}))
+
+
+def _split_gemm_(model: Any, node: Any) -> None:
+    """Make a MatMul and an Add of a Gemm whose weight has 4 bits or less."""
+    weight = node.inputs[1].producer()
+    if len(node.inputs) < 3 or not _has_four_bits(weight) or node.attributes.get_int("transA", 0):
+        return
+    if node.attributes.get_int("transB", 0):
+        if len(weight.outputs[0].uses()) > 1:
+            return
+        _turn_(model, weight)
+    name = node.outputs[0].name
+    product = new_node("MatMul", node.inputs[:2], f"{name}.product")
+    total = new_node("Add", [product.outputs[0], node.inputs[2]], f"{name}.sum")
+    node.outputs[0].replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+    model.graph.insert_before(node, [product, total])
+    model.graph.remove(node, safe=True)
+    total.outputs[0].name = name
+
+
+def _round_norm_(model: Any, node: Any) -> None:
+    """Make a LayerNormalization of a norm that is only added to something, of 16 bits."""
+    x, weight, name = node.inputs[0], node.inputs[1].producer(), node.outputs[0].name
+    stored, readers = x.producer(), _readers(node.outputs[0])
+    is_added = {reader.op_type for reader in readers} == {"Add"}
+    if not is_added or stored is None or stored.op_type != "DequantizeLinear":
+        return
+    scale, zero_point = (numbers(value) for value in stored.inputs[1:])
+    if zero_point.dtype != np.uint16:
+        return
+    farthest = max(int(zero_point), 65535 - int(zero_point))
+    symmetric = {
+        "scale": np.float32(scale * np.float32(farthest / 32767)),
+        "zero_point": np.uint16(32768),
+    }
+    grid = constants(model, f"{name}.input", symmetric)
+    insert_rounding(model, x, f"{name}.input", grid, [node])
+    x, codes = node.inputs[0], numbers(weight.inputs[0])
+    negative = new_node("Neg", [x], f"{name}.negative")
+    both = new_node("Concat", [x, negative.outputs[0]], f"{name}.both", {"axis": -1})
+    twice = constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
+    values = new_node("DequantizeLinear", [*twice, *weight.inputs[1:]], f"{name}.weight")
+    attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].value}
+    factors = [both.outputs[0], values.outputs[0]]
+    norm = new_node("LayerNormalization", factors, f"{name}.norm", attributes)
+    part = {"start": [0], "end": codes.shape, "axis": [-1]}
+    bounds = constants(model, name, {key: np.array(end, np.int64) for key, end in part.items()})
+    half = new_node("Slice", [norm.outputs[0], *bounds], f"{name}.half")
+    quantize = next(iter(node.outputs[0].uses()))[0]
+    node.outputs[0].replace_all_uses_with(half.outputs[0])
+    model.graph.insert_before(node, [negative, both, values, norm, half])
+    model.graph.remove(node, safe=True)
+    insert_rounding(model, negative.outputs[0], f"{name}.negated", grid, [both])
+    insert_rounding(model, both.outputs[0], f"{name}.pair", grid, [norm])
+    outputs = list(quantize.inputs[1:])
+    insert_rounding(model, norm.outputs[0], f"{name}.normed", outputs, [half])
+
+
+def _turn_(model: Any, stored: Any) -> None:
+    """Store a constant [out, in] as [in, out], under the same names."""
+    ir = require("onnx_ir", "onnx")
+    for index, value in enumerate(stored.inputs):
+        if value.shape.rank() < 2:
+            continue
+        turned = np.ascontiguousarray(numbers(value).T)
+        stored.replace_input_with(index, constant(model, value.name, turned))
+    stored.outputs[0].shape = ir.Shape(stored.inputs[0].shape)
+    if "axis" in stored.attributes:
+        _set_(stored, "axis", 1 - stored.attributes["axis"].value)
+
+
+def _repeat_scales_(model: Any, node: Any) -> None:
+    """Give a 4-bit weight [in, out] with one scale, or one per channel, scales by block."""
+    stored = node.inputs[1].producer()
+    if not _has_four_bits(stored):
+        return
+    inputs, outputs = stored.inputs[0].shape
+    scale = numbers(stored.inputs[1])
+    size = next((size for size in _BLOCKS if inputs % size == 0), None)
+    if scale.ndim > 1 or size is None:
+        return
+    scales = np.tile(np.broadcast_to(scale, outputs), (inputs // size, 1))
+    zeros = np.zeros(scales.shape, numbers(stored.inputs[2]).dtype)
+    grid = constants(model, f"{stored.outputs[0].name}.blocks", {"scale": scales, "zero": zeros})
+    for index, value in enumerate(grid, 1):
+        stored.replace_input_with(index, value)
+    _set_(stored, "axis", 0)
+    _set_(stored, "block_size", size)
+
+
+def _set_(node: Any, name: str, value: int) -> None:
+    node.attributes[name] = require("onnx_ir", "onnx").AttrInt64(name, value)
+
+
+def _has_four_bits(node: Any) -> bool:
+    """Whether a node dequantizes a constant of int4."""
+    if node is None or node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
+        return False
+    int4 = require("onnx_ir", "onnx").DataType.INT4
+    return bool(node.inputs[0].const_value.dtype == int4)
+
+
+def _quantize_gathered_(model: Any, node: Any) -> None:
+    """Quantize what a Gather reads from a table on one grid, on that grid."""
+    table = node.inputs[0].producer()
+    if table is None or table.op_type != "DequantizeLinear" or table.inputs[1].shape.rank():
+        return
+    gathered, name = node.outputs[0], f"{table.outputs[0].name}.gathered"
+    users = [user for user, _ in gathered.uses()]
+    insert_rounding(model, gathered, name, list(table.inputs[1:]), users)
+
+
+def _put_norm_second_(node: Any) -> None:
+    """Swap the factors of a product if the first is a norm, or the second an input."""
+    first, second = node.inputs
+    made = _made_by(first)
+    is_norm = made is not None and made.op_type == "RMSNormalization"
+    if is_norm or (_made_by(second) is None and made is not None):
+        node.replace_input_with(0, second)
+        node.replace_input_with(1, first)
+
+
+def _made_by(value: Any) -> Any:
+    """The node before the quantization of a value; None if that is an input or a constant."""
+    source = value.producer()
+    while source is not None and source.op_type in _QUANTIZERS:
+        source = source.inputs[0].producer()
+    return source
+
+
+def _readers(value: Any) -> list[Any]:
+    """The nodes that read a value after its quantization."""
+    found = []
+    for user, _ in value.uses():
+        found += _readers(user.outputs[0]) if user.op_type in _QUANTIZERS else [user]
+    return found
+
+
+def _quantize_bias_(model: Any, node: Any) -> None:
+    """Give the bias of a Gemm with a quantized input and weight their product's grid."""
+    if len(node.inputs) < 3:
+        return
+    x, weight, bias = (value.producer() for value in node.inputs)
+    if any(each is None or each.op_type != "DequantizeLinear" for each in (x, weight, bias)):
+        return
+    value, name = _dequantized(bias), bias.outputs[0].name
+    scale = (numbers(x.inputs[1]) * numbers(weight.inputs[1])).astype(np.float32)
+    codes = np.round(value.astype(np.float64) / scale)
+    if np.abs(codes).max(initial=0) > 2**31 - 1:
+        raise ExportError(
+            f"{name}: {value.flat[np.abs(codes).argmax()]:g} is more than 2^31 steps of its "
+            f"layer's input and weight ({scale.min():g}), which Qualcomm's HTP cannot hold. Give "
+            "the layer's weight more bits, or a scale per channel"
+        )
+    grid = {
+        "codes": codes.astype(np.int32),
+        "scale": scale,
+        "zero_point": np.zeros(scale.shape, np.int32),
+    }
+    parts, axis = constants(model, f"{name}.int32", grid), {"axis": 0} if scale.ndim else {}
+    values = new_node("DequantizeLinear", parts, f"{name}.int32", axis)
+    node.replace_input_with(2, values.outputs[0])
+    model.graph.insert_before(node, values)
+
+
+def _quantize_before_bias_(model: Any, node: Any) -> None:
+    """Give the product before an added bias the grid of the sum, widened by the bias."""
+    product, bias = node.inputs
+    if product.producer() is None or product.producer().op_type != "MatMul":
+        product, bias = bias, product
+    source, stored = product.producer(), bias.producer()
+    quantize = next((user for user, _ in node.outputs[0].uses()), None)
+    if (
+        source is None
+        or source.op_type != "MatMul"
+        or stored is None
+        or stored.op_type != "DequantizeLinear"
+        or not stored.inputs[0].is_initializer()
+        or quantize is None
+        or quantize.op_type != "QuantizeLinear"
+    ):
+        return
+    scale, zero_point = (numbers(value) for value in quantize.inputs[1:])
+    values, steps = _dequantized(stored), np.iinfo(zero_point.dtype).max
+    low = -float(zero_point) * float(scale) - max(float(values.max()), 0.0)
+    high = (steps - float(zero_point)) * float(scale) - min(float(values.min()), 0.0)
+    wider = np.float32((high - low) / 65535)
+    name = f"{quantize.outputs[0].name.removesuffix(CODES)}.product"
+    grid = {"scale": wider, "zero_point": np.uint16(round(-low / float(wider)))}
+    insert_rounding(model, product, name, constants(model, name, grid), [node])
+
+
+def _dequantized(node: Any) -> Any:
+    """The value of a DequantizeLinear of a constant on one grid."""
+    codes, scale, zero_point = (numbers(value) for value in node.inputs)
+    return (codes.astype(np.float64) - zero_point) * scale
+
+
+def _widen_(model: Any, node: Any) -> None:
+    """Quantize to 16 bits before 8 bits what an operator of 16-bit inputs computed."""
+    value, scale, zero_point = node.inputs
+    producer = value.producer()
+    is_eight = numbers(zero_point).dtype == np.uint8
+    if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
+        return
+    name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
+    grid = {
+        "scale": numbers(scale) / np.float32(_FINER),
+        "zero_point": numbers(zero_point).astype(np.uint16) * np.uint16(_FINER),
+    }
+    insert_rounding(model, value, name, constants(model, name, grid), [node])
+
+
+def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
+    """Make inputs of the codes of adapter weights; returns their values."""
+    ir = require("onnx_ir", "onnx")
+    found = {}
+    for mark in graph.marks:
+        if mark.kind is Kind.ADAPTER and is_factor_name(mark.name):
+            value = model.graph.initializers.pop(f"{mark.name}{CODES}")
+            stored, value.const_value = value.const_value, None
+            found[value.name] = stored.numpy()
+            value.type, value.shape = ir.TensorType(stored.dtype), stored.shape
+            model.graph.inputs.append(value)
+    return found

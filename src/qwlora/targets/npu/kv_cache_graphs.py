@@ -1,0 +1,248 @@
+"""A folder of graphs with a key-value cache: written with golden outputs, and run in ONNX Runtime,
+prefill in pieces, then token by token.
+
+    graphs.json           sizes, files and grids of the graphs
+    GRAPH_host.onnx       positions and mask -> cos, sin, float mask; run before each call
+    golden/GRAPH/         inputs of one call, and what ONNX Runtime computes of them; for a model
+                          without a cache golden/, a batch and what the simulation computes of it
+      input_ids.npy ...   every input and output of the graph, with its type
+      golden.json         name, role, type, shape and SHA-256 of each
+
+The cache is on the host. Valid tokens are on its right, next to the new ones.
+
+A device's output cannot equal golden outputs bit for bit (noise floor): compare SQNR and the
+likeliest token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qwlora.errors import ExportError, reading
+from qwlora.graph.capture import IDS, MASK, POSITIONS
+from qwlora.graph.device_graph import HOST_INPUTS
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
+from qwlora.system.optional_packages import require
+from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
+from qwlora.targets.onnx.onnx_model import build_model
+from qwlora.targets.onnx.onnx_runtime import OnnxModel, open_session, run_session
+from qwlora.targets.target import Runtime
+
+GRAPHS, FORMAT, GOLDEN = "graphs.json", 1, "golden"
+
+
+def write_graphs(
+    folder: Path,
+    graphs: Mapping[str, NpuGraph],
+    files: Mapping[str, Mapping[str, Any]],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the host graphs and graphs.json.
+
+    Args:
+        files: fields of each graph in graphs.json: names of its files.
+        more: fields of the record.
+    """
+    record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **(more or {})}
+    for name, graph in graphs.items():
+        host, file = build_model(graph.host, {})[0], f"{name}_host.onnx"
+        save_graph(host, folder / file, data=None)
+        interface, encodings = graph.device.interface, graph.device.encodings
+        record["context"] = graph.sizes.context
+        record["graphs"][name] = {
+            "tokens": graph.sizes.tokens,
+            "mask_floor": graph.floor,
+            "inputs": {name: list(interface.shapes[name]) for name in interface.inputs},
+            "outputs": {name: list(interface.shapes[name]) for name in interface.outputs},
+            "encodings": {
+                name: {
+                    "bitwidth": encodings[name].scheme.bitwidth,
+                    "scale": float(encodings[name].scale),
+                    "offset": int(encodings[name].offset),
+                }
+                for name in (*interface.inputs, *interface.outputs)
+                if name in encodings
+            },
+            "host": file,
+            **files[name],
+        }
+    write_text(folder / GRAPHS, strict_json.dumps(record, indent=1) + "\n")
+
+
+def share_weights(model: Any, first: Path) -> list[str]:
+    """Let a model read its weights from the data file of another one.
+
+    Returns:
+        names of the weights in that file that this model does not have, or has otherwise.
+    """
+    differing, external = [], require("onnx_ir", "onnx").ExternalTensor
+    for name, value in load_graph(first).graph.initializers.items():
+        stored, own = value.const_value, model.graph.initializers.get(name)
+        if not isinstance(stored, external):
+            continue
+        values = None if own is None else own.const_value
+        if values is None or (values.dtype, values.tobytes()) != (stored.dtype, stored.tobytes()):
+            differing.append(name)
+        else:
+            own.const_value = stored
+    return differing
+
+
+def write_golden(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    """Write one batch and its outputs into a new folder."""
+    folder.mkdir(parents=True)
+    record = {
+        role: [write_array(folder, name, tensor) for name, tensor in tensors.items()]
+        for role, tensors in (("inputs", inputs), ("outputs", outputs))
+    }
+    (folder / "golden.json").write_text(strict_json.dumps(record, indent=1) + "\n")
+
+
+def write_array(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:
+    """Write a tensor as `NAME.npy`; returns its entry in the record."""
+    path = folder / f"{name}.npy"
+    array = tensor.detach().cpu().numpy()
+    np.save(path, array, allow_pickle=False)
+    return {
+        "name": name,
+        "file": path.name,
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def has_graphs(folder: Path) -> bool:
+    """Whether the files in a folder are graphs with a key-value cache."""
+    return (folder / GRAPHS).is_file()
+
+
+def most_tokens(folder: Path) -> int:
+    """Tokens of a sequence that its graphs run without dropping any from the cache."""
+    record = read_graphs(folder)
+    context: int = record["context"]
+    return context - context % max(int(graph["tokens"]) for graph in record["graphs"].values())
+
+
+def read_graphs(folder: Path) -> dict[str, Any]:
+    """What `graphs.json` holds: sizes, files and grids of the graphs."""
+    with reading(folder / GRAPHS):
+        record: dict[str, Any] = json.loads((folder / GRAPHS).read_text())
+    return record
+
+
+class CachedGraphs(Runtime):
+    """The graphs in a folder.
+
+    Args:
+        folder: where graphs.json is.
+        models: the graphs by name.
+
+    Attributes:
+        names: of the graphs, largest first.
+        tokens: new tokens of one call, by graph.
+        fixed: inputs that are the same in every call.
+    """
+
+    def __init__(self, folder: Path, models: Mapping[str, OnnxModel]):
+        record = read_graphs(folder)
+        self.folder, self.models = folder, models
+        self.graphs: dict[str, Any] = record["graphs"]
+        self.context: int = record["context"]
+        self.tokens: dict[str, int] = {n: graph["tokens"] for n, graph in self.graphs.items()}
+        self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
+        self._hosts = {n: open_session(folder / self.graphs[n]["host"], {}) for n in self.names}
+        self.fixed: dict[str, Tensor] = {}
+
+    @property
+    def call_tokens(self) -> int:
+        return self.tokens[self.names[0]]
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        """See `Runtime`. A graph that has no room for all the tokens that it takes would drop the
+        first ones, also if some are padding; then the smallest one is called."""
+        largest, smallest, first = self.names[0], self.names[-1], 0
+        cache, parts, tokens = self.empty_cache(), list[Tensor](), ids.shape[1]
+        while first < tokens:
+            left = tokens - steps - first
+            fits = first + self.tokens[largest] <= self.context
+            name = largest if left > 0 and fits else smallest
+            if first + self.tokens[name] > self.context:
+                raise ExportError(
+                    f"{tokens} tokens do not fit into the context of {self.context}; give at most "
+                    f"{first}, or export with a larger export.graphs.context"
+                )
+            count = min(self.tokens[name], left if left > 0 else tokens - first)
+            _, outputs = self.call(name, ids[:, first : first + count], first, cache)
+            parts.append(outputs["logits"][:, :count])
+            first += count
+        return torch.cat(parts, 1)
+
+    def empty_cache(self) -> dict[str, Tensor]:
+        """Keys and values of no token, by input name, as `call` takes them."""
+        return {
+            name: torch.zeros(*shape[:2], self.context, shape[3])
+            for name, shape in self.graphs[self.names[-1]]["inputs"].items()
+            if name.startswith("past_")
+        }
+
+    def call(
+        self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor], session: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One call of a graph: its inputs and its outputs, by name.
+
+        Args:
+            ids: as many as the graph takes, or fewer; the rest is padded on the right.
+            past: tokens before.
+            cache: keys and values, valid ones on the right, at least as many as the graph takes.
+                Those of the new tokens are put into it.
+            session: another one of the graph.
+        """
+        sizes, count = CacheSizes(self.tokens[name], self.context), ids.shape[1]
+        mask, positions = host_arguments(sizes, past, count)
+        arguments = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        inputs = {
+            **run_session(self._hosts[name], arguments),
+            IDS: pad(ids.int(), (0, sizes.tokens - count)),
+            **{key: value[:, :, value.shape[2] - sizes.past :] for key, value in cache.items()},
+            **self.fixed,
+        }
+        session = session or self.models[name].session
+        outputs = run_session(session, inputs)
+        for key in cache:
+            if (new := outputs.get(key.replace("_in", "_out"))) is not None:
+                cache[key] = torch.cat([cache[key], new[:, :, :count]], 2)[:, :, -self.context :]
+        return {each.name: inputs[each.name] for each in session.get_inputs()}, outputs
+
+    def write_golden(self, ids: Tensor, case: str = "") -> None:
+        """Write one call of each graph: the largest on the first tokens, the others on those after
+        it.
+
+        Args:
+            ids: [1, tokens], at least one for each graph.
+        """
+        cache, past = self.empty_cache(), 0
+        for following, name in zip(reversed(range(len(self.names))), self.names, strict=True):
+            count = min(self.tokens[name], ids.shape[1] - past - following)
+            call = self.call(name, ids[:, past : past + count], past, cache)
+            write_golden(self.folder / GOLDEN / case / name, *call)
+            past += count
+
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """One call of the largest graph, with an empty cache; see `Runtime`."""
+        name, count = self.names[0], int(tensors[MASK].sum())
+        ids, session = tensors[IDS][:, :count], self.models[name].open_layers()
+        return self.call(name, ids, 0, self.empty_cache(), session)

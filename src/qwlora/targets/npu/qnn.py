@@ -1,0 +1,430 @@
+"""The `qnn` target: compiled graphs with a key-value cache for Qualcomm's HTP, and adapters as
+files of codes, which are inputs of the graphs.
+
+    base/
+      prefill.onnx, decode.onnx, weights.data       QDQ graphs that share one weight file
+      prefill_host.onnx, decode_host.onnx           positions and mask -> cos, sin, float mask
+      device/                                       compiled for the HTP, weights once; for a device
+        prefill_ctx.onnx, decode_ctx.onnx, *.bin
+      graphs.json                                   sizes, files, grids of inputs and outputs
+    first/, second/, zero/
+      adapter.safetensors                           codes of lora_A and lora_B, lora_alpha
+
+An adapter's tensors are inputs of every graph, under these names, so a runtime switches adapters by
+feeding others; `zero` computes the base alone. All adapters share one grid. An adapter of a lower
+rank than the highest is padded with zeros.
+
+Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
+onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
+the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
+binary that several graphs share: version 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED or crashes
+(exit 139). So the compiled graphs are in a folder for devices, and the emulator compiles the QDQ
+graphs again: what is proven is what the compiler makes of these graphs, not the binary's bytes.
+
+    run = QnnModel(folder / "base", folder / "first", htp=True)
+    run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
+    run.use(folder / "zero")      another adapter in the same loaded graphs
+
+It is proven by its graphs on the CPU and on the emulator:
+
+    CPU         in ONNX Runtime without optimizations
+    HTP         if onnxruntime-qnn is installed; also partitions, and nodes left to the CPU
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError, MissingExtraError, listed
+from qwlora.graph.device_graph import ALPHA, scaling_of
+from qwlora.graph.nodes import calls, operation
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, npu_graph
+from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import read_tensors, write_tensors
+from qwlora.system.optional_packages import require
+from qwlora.targets.npu.htp_limits import (
+    SMALLEST_RESCALE,
+    input_problem,
+    table_problem,
+    weight_problem,
+)
+from qwlora.targets.npu.htp_rewrites import CODES, npu_onnx
+from qwlora.targets.npu.kv_cache_graphs import (
+    CachedGraphs,
+    read_graphs,
+    share_weights,
+    write_graphs,
+)
+from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
+from qwlora.targets.onnx.onnx_runtime import OnnxModel, exposed, open_model, open_session
+from qwlora.targets.proof.checks import LIMITS, Limits, Parity, at_most
+from qwlora.targets.proof.compare import compare_logits
+from qwlora.targets.proof.reference import first_sequences
+from qwlora.targets.target import BASE, NONE, Backend, ExportedGraph
+
+WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
+# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
+CHIP = {"soc_model": "57", "htp_arch": "75"}
+PROVIDER = "QNNExecutionProvider"
+DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
+_README = """\
+Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
+htp_arch {htp_arch}). Load them there,
+with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
+cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
+"""
+
+
+class Qnn(Backend):
+    """QDQ graphs; the HTP's emulator runs them, and ONNX Runtime on the CPU."""
+
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
+        """Write a bundle. All use cases need one set of encodings (`base_activations="none"`).
+
+        Raises:
+            ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have
+                different encodings.
+            FileExistsError: `folder` holds a bundle already.
+            CaptureError, CalibrationError: see `npu_graph`.
+        """
+        simulations = {n: graph.simulation for n, graph in cases.items() if n != NONE}
+        _refuse_different_encodings(simulations)
+        ranks = {
+            name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
+            for name, simulation in simulations.items()
+        }
+        largest = max(simulations, key=ranks.__getitem__)
+        scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
+        highest = max(scalings.values())
+        npus = {
+            name: npu_graph(simulations[largest], CacheSizes(tokens, base.context), highest)
+            for name, tokens in base.graphs.items()
+        }
+        for graph in npus.values():
+            refuse_graph(graph.device)
+        graphs = folder / BASE
+        graphs.mkdir(parents=True)
+        codes = _write_graphs(npus, graphs, base.metadata)
+        try:
+            compiler = compile_graphs(graphs, list(npus))
+        except MissingExtraError:
+            compiler = None
+        files = {
+            name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
+            for name in npus
+        }
+        shapes = {name: list(array.shape) for name, array in codes.items()}
+        write_graphs(graphs, npus, files, {"adapter_inputs": shapes, "compiler": compiler})
+        for adapter in (*simulations, ZERO):
+            tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
+            for name, array in codes.items():
+                padded = np.zeros_like(array)
+                if adapter != ZERO:
+                    weight = name.removesuffix(CODES)
+                    encoding = simulations[adapter].encodings[weight]
+                    stored = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
+                    signed = (stored + encoding.scheme.symmetric_offset).T.numpy()
+                    padded[: signed.shape[0], : signed.shape[1]] = signed
+                tensors[name] = torch.from_numpy(padded)
+            (folder / adapter).mkdir()
+            write_tensors(folder / adapter / ADAPTER, tensors)
+
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        return list((folder / _folder(case)).iterdir())
+
+    def open(self, folder: Path, case: str) -> QnnModel:
+        return QnnModel(folder / BASE, folder / _folder(case), htp=True)
+
+
+def _folder(case: str) -> str:
+    """Of a use case; the one without an adapter has the zero adapter."""
+    return ZERO if case == NONE else case
+
+
+def refuse_graph(graph: QuantizedGraph) -> None:
+    """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`."""
+    nodes = {node.name: node for node in graph.program.graph.nodes}
+    problems: dict[str, list[str]] = {}
+    for mark in graph.marks:
+        scheme = graph.encodings[mark.name].scheme
+        problem = None
+        if mark.kind is Kind.ADAPTER:
+            problem = input_problem(scheme)
+        elif mark.kind is Kind.BASE:
+            is_table = any(operation(user) == "embedding" for user in nodes[mark.node].users)
+            problem = table_problem(scheme) if is_table else weight_problem(scheme)
+        if problem:
+            problems.setdefault(problem, []).append(mark.name)
+    problems |= _rescale_problems(graph)
+    if problems:
+        lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
+        raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))
+
+
+def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
+    """Products whose result cannot be rescaled to its grid."""
+    marks = {mark.node: mark for mark in graph.marks}
+    found: dict[str, list[str]] = {}
+    for node in calls(graph.program):
+        if operation(node) not in ("linear", "matmul"):
+            continue
+        names = [marks[n.name].name for n in (*node.all_input_nodes[:2], node) if n.name in marks]
+        if len(names) == 3:
+            x, w, y = (graph.encodings[name].scale for name in names)
+            rescale = float(x) * float(w.min()) / float(y)
+            if rescale <= SMALLEST_RESCALE:
+                why = (
+                    f"scale(x) scale(w) / scale(y) is {rescale:.3g}, and the HTP needs more than "
+                    "2^-24. Give the layer's weight a coarser grid"
+                )
+                found.setdefault(why, []).append(names[2])
+    return found
+
+
+def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
+    first, *others = simulations
+    known = simulations[first].encodings
+    for name in others:
+        own = simulations[name].encodings
+        differing = [
+            n for n in {**known, **own} if n not in known or not known[n].equals(own.get(n))
+        ]
+        if differing:
+            raise ExportError(
+                f"adapters {first} and {name} have {len(differing)} different encodings, "
+                f"{differing[0]} first, and one graph serves all adapters. "
+                "Set simulation.base_activations: none and calibrate again"
+            )
+
+
+def _write_graphs(
+    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write the QDQ graphs, which share a weight file.
+
+    Returns:
+        the adapter's codes by input name.
+    """
+    codes, first = dict[str, Any](), next(iter(graphs))
+    for name, graph in graphs.items():
+        model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
+        if name != first:
+            share_weights(model, base / f"{first}.onnx")
+        save_graph(model, base / f"{name}.onnx", WEIGHTS if name == first else None)
+    return codes
+
+
+def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
+    """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
+
+    Returns:
+        name and version of the compiler, and the chip.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+        ExportError: the compiler refuses a graph, or writes nothing.
+    """
+    _devices()
+    (base / DEVICE).mkdir()
+    sessions = []  # that share weights
+    for name in names:
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_embed_mode": "0",
+            "ep.context_file_path": str(base / compiled_file(name)),
+            "ep.share_ep_contexts": "1",
+            "ep.stop_share_ep_contexts": "1" if name == names[-1] else "0",
+        }
+        provider = {"enable_htp_weight_sharing": "1"}
+        sessions.append(open_graph(base / f"{name}.onnx", True, None, entries, provider))
+    for name in names:
+        if not (base / compiled_file(name)).is_file():
+            raise ExportError(
+                f"onnxruntime-qnn read {str(base / f'{name}.onnx')!r} without an error, but wrote "
+                f"no {compiled_file(name)}. Install another version of onnxruntime-qnn, "
+                "or remove it to export without compiling"
+            )
+    version = str(require("onnxruntime_qnn", "qnn").__version__)
+    (base / DEVICE / "README.md").write_text(_README.format(version=version, **CHIP))
+    return {"onnxruntime-qnn": version, **CHIP}
+
+
+def compiled_file(name: str) -> str:
+    """The file in `base` of a compiled graph."""
+    return f"{DEVICE}/{name}_ctx.onnx"
+
+
+class QnnGraph(OnnxModel):
+    """A QDQ graph on the HTP emulator, or on the CPU without optimizations."""
+
+    def __init__(self, file: Path, htp: bool, profile: Path | None):
+        super().__init__(file.parent)
+        self.file, self.htp, self.profile = file, htp, profile
+
+    @cached_property
+    def session(self) -> Any:
+        return open_graph(self.file, self.htp, self.profile)
+
+    def open_layers(self) -> Any:
+        return open_model(exposed(load_graph(self.file)), {}, is_optimized=False)
+
+
+class QnnModel(CachedGraphs):
+    """The graphs of a bundle with one adapter at a time.
+
+    Args:
+        base: folder of the graphs.
+        adapter: folder of an adapter.
+        htp: on the HTP emulator; else on the CPU, without optimizations.
+        profiles: a folder for `placement` to record in what each provider runs.
+    """
+
+    def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
+        files = {n: base / str(graph["qdq"]) for n, graph in read_graphs(base)["graphs"].items()}
+        places = {name: profiles / name if profiles else None for name in files}
+        super().__init__(base, {n: QnnGraph(file, htp, places[n]) for n, file in files.items()})
+        self.use(adapter)
+
+    def use(self, adapter: Path | None) -> None:
+        self.adapter = adapter or self.folder.parent / ZERO
+        self.fixed, _ = read_tensors(self.adapter / ADAPTER)
+
+    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity:
+        return verify_qnn(self.folder.parent, self.adapter.name, reference, limits)
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
+
+        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
+        which needs `profiles`.
+        """
+        edges = {n: len(g["inputs"]) + len(g["outputs"]) for n, g in self.graphs.items()}
+        ran = {n: model.session for n, model in self.models.items() if "session" in vars(model)}
+        return {name: placement(session, edges[name]) for name, session in ran.items()}
+
+
+def verify_qnn(
+    folder: Path, name: str, reference: Mapping[str, Tensor], limits: Limits = LIMITS
+) -> Parity:
+    """Run the first sequence of a reference with one adapter.
+
+    Args:
+        name: of the adapter's folder.
+
+    Returns:
+        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
+        last. Otherwise `not_run` says how to install it.
+
+    Raises:
+        ExportError: a runtime refuses the files.
+    """
+    base, adapter = folder / BASE, folder / name
+    one = first_sequences(reference, 1)
+    steps = min(DECODED, one["ids"].shape[1] - 1)
+    on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
+    run = compare_logits(on_cpu, one, limits, where=" on the CPU")
+    parity = Parity({"cpu": run.figures, "exact": {"adapter": run.figures}}, run.checks)
+    try:
+        _devices()
+    except MissingExtraError as error:
+        return parity.extended({"not_run": str(error)})
+    with tempfile.TemporaryDirectory() as profiles:
+        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
+        logits = partial(model.logits, steps=steps)
+        run = compare_logits(logits, one, limits, where=" on the HTP")
+        placement = model.placement()
+    figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
+    rows = [
+        row
+        for name, place in placement.items()
+        for row in (
+            at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
+            at_most(f"nodes of graph {name} on the CPU", place["cpu_nodes"], 0),
+        )
+    ]
+    return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
+
+
+def open_graph(
+    path: Path,
+    htp: bool,
+    profile: Path | None = None,
+    entries: Mapping[str, str] | None = None,
+    provider: Mapping[str, str] | None = None,
+) -> Any:
+    """A session of a QDQ graph.
+
+    Args:
+        htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
+        profile: prefix of a file for `placement`.
+        entries, provider: further options of the session, and of the HTP.
+    """
+    if not htp:
+        return open_session(path, entries or {}, is_optimized=False, profile=profile)
+    library = require("onnxruntime_qnn", "qnn").get_qnn_htp_path()
+    device = _devices(), {"backend_path": library, **CHIP, **(provider or {})}
+    return open_session(path, entries or {}, profile=profile, device=device)
+
+
+def placement(session: Any, edges: int) -> dict[str, int]:
+    """Partitions on the HTP, and what ran on the CPU besides the graph's edges. Ends profiling.
+
+    Args:
+        session: opened with a profile, and run.
+        edges: how many inputs may be quantized and outputs dequantized on the CPU.
+    """
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = {
+        event["name"]: event["args"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time")
+    }
+    ran = Counter((kernel.get("provider"), kernel.get("op_name")) for kernel in kernels.values())
+    on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
+    at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
+    return {
+        "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
+        "cpu_nodes": sum(on_cpu.values()) - at_edges + max(0, at_edges - edges),
+        "edge_nodes": at_edges,
+    }
+
+
+@cache
+def _devices() -> list[Any]:
+    """The HTP as a device of ONNX Runtime; raises MissingExtraError without onnxruntime-qnn."""
+    provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
+    _keep_libffi()
+    runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
+    return [device for device in runtime.get_ep_devices() if device.ep_name == PROVIDER][:1]
+
+
+def _keep_libffi() -> None:
+    """Let cffi, with which llama.cpp is called, keep its libffi.
+
+    libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
+    whole process: calls through cffi would then crash. Names are looked up in the order in which
+    libraries were made visible to all, so the one that is already in memory is made so first.
+    """
+    maps = Path("/proc/self/maps")  # of Linux; elsewhere, libraries have names of their own
+    if importlib.util.find_spec("_cffi_backend") is None or not maps.exists():
+        return
+    importlib.import_module("_cffi_backend")
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    for file in sorted(file for file in files if "/libffi" in file):
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)

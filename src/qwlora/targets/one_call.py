@@ -1,0 +1,193 @@
+"""Export to a target in one call, and the proof of the result in one call.
+
+    qwlora.export(simulation, "onnx_each", folder)     one adapter: all files are in `folder`
+    qwlora.export(simulations, "onnx", folder)         of `simulate_adapters`
+    qwlora.export(base, "hf", folder, adapters={"first": "adapters/first"})
+    rows = qwlora.verify(folder, simulation, batches)
+
+The last two exports are bundles: base/ and a folder for each adapter, which a runtime switches.
+Targets qairt and qnn hold base and adapters together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int64
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError, SourceError, suggestion
+from qwlora.formats import manifest
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.simulation.adapter_simulations import AdapterSimulations
+from qwlora.simulation.simulation import Simulation
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
+from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
+from qwlora.targets.proof.folder import RECORD, write_record
+from qwlora.targets.proof.measure import measure_runtime
+from qwlora.targets.proof.reference import logits_of, make_reference
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime
+
+T = TypeVar("T")
+_GRAPHS = {"prefill": 128, "decode": 1}
+
+
+def export(
+    made: Simulation | AdapterSimulations | PreTrainedModel,
+    target: str,
+    folder: str | Path,
+    adapters: Mapping[str, str | Path] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | Path | None = None,
+    sample: Mapping[str, Tensor] | None = None,
+    graphs: Mapping[str, int] | None = None,
+    context: int = 1024,
+) -> None:
+    """Write the files of a target.
+
+    Args:
+        made: where activations are on grids, calibrated simulations: a `Simulation` for targets
+            onnx_each and aimet, what `simulate_adapters` returns for onnx, qairt and qnn. For the
+            other targets, the frozen base without an adapter.
+        target: a name that `export.targets` of a recipe can have.
+        adapters: folders of trained adapters by name, for targets that take a base.
+        tokenizer: saved next to the base.
+        gguf_file: the file that the base came from, for target gguf.
+        sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
+            shapes that files with fixed shapes take.
+        graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
+            of each graph. Default: prefill 128, decode 1.
+        context: new and past tokens together, in each of these graphs.
+
+    Raises:
+        ExportError: there is no such target, it takes something else than `made`, or its files
+            cannot hold it.
+        MissingExtraError: a package that writes the files is missing.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
+    known, folder = TARGETS[target], Path(folder)
+    backend = known.backend
+
+    def exported(simulation: Simulation) -> ExportedGraph:
+        metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
+        has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
+        sizes = (graphs or _GRAPHS) if has_cache else {}
+        return ExportedGraph(simulation, metadata, sample or {}, "1.0.0", sizes, context)
+
+    def finish(part: Path, with_tokenizer: bool) -> None:
+        if tokenizer is not None and with_tokenizer and known.is_simulated:
+            tokenizer.save_pretrained(part)
+        write_record(part, {"target": target})
+
+    if known.is_simulated:
+        known.require_packages()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (known.has_base or known.has_cases):
+        simulation = _checked(made, Simulation, target, "one simulation")
+        backend.write_adapter(exported(simulation), folder / BASE, folder)
+        finish(folder, True)
+        return
+    base: Any
+    if known.is_simulated:
+        together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
+        changes: dict[str, Any] = {name: exported(together[name]) for name in together}
+        base = replace(changes.pop(BASE), updatable=together.base_activations)
+        if known.has_cases:
+            backend.write_cases(base, {**changes, NONE: base}, folder)
+            finish(folder, True)
+            return
+    else:
+        model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
+        base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
+        changes = {name: read_canonical(Path(path)) for name, path in (adapters or {}).items()}
+    (folder / BASE).mkdir()
+    backend.write_base(base, folder / BASE)
+    finish(folder / BASE, True)
+    for name, change in changes.items():
+        (folder / name).mkdir()
+        backend.write_adapter(change, folder / BASE, folder / name)
+        finish(folder / name, False)
+
+
+def _checked(made: Any, kind: type[T], target: str, wanted: str) -> T:
+    if not isinstance(made, kind):
+        raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
+    return made
+
+
+def verify(
+    folder: str | Path,
+    made: Simulation | AdapterSimulations | PeftModel,
+    batches: Collection[Mapping[str, Any]] | Int64[Tensor, "count tokens"],
+    limits: Limits = LIMITS,
+    layer_tokens: int = 128,
+) -> list[Check]:
+    """Run the files of `export` in their runtime, and compare them with what they were made
+    of: logits and perplexity of language models, all outputs of others, and every layer where the
+    runtime gives its value. Adapters that the folder does not have are left out.
+
+    Args:
+        made: the simulations; or a model with the adapters, if the target took a base.
+        batches: token ids, or arguments of the model by name; all tokens count.
+        layer_tokens: tokens for the comparison layer by layer.
+
+    Returns:
+        what was measured, with limits. The files compute what they should if every row passed.
+
+    Raises:
+        SourceError: the folder holds no files of `export`.
+        MissingExtraError: the runtime is not installed.
+        VerificationError, ExportError: the files contradict each other, or the runtime refuses
+            them.
+    """
+    folder = Path(folder)
+    record = manifest.read(folder / RECORD) or manifest.read(folder / BASE / RECORD)
+    if not record:
+        raise SourceError(f"{str(folder)!r} has no {RECORD}; write it with qwlora.export")
+    if (name := str(record.get("target"))) not in TARGETS:
+        raise SourceError(f"{str(folder)!r} is for target {name!r}, which is unknown; export again")
+    target, parities = TARGETS[name], dict[str, Parity]()
+    target.require_packages()
+
+    def of_simulation(runtime: Runtime, simulation: Simulation) -> Parity:
+        if is_language_model(simulation.graph().interface):
+            ids = _ids(batches)
+            return verify_language_model(runtime, simulation, ids, layer_tokens, limits)
+        return verify_outputs(runtime, simulation, list(batches), limits)
+
+    if isinstance(made, Simulation):
+        return list(of_simulation(target.backend.open(folder, ""), made).checks)
+    if isinstance(made, AdapterSimulations):
+        for adapter, simulation in made.items():
+            if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):
+                parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
+    else:
+        runtime, text = target.open(folder), as_sequences(_ids(batches))
+        for adapter in made.peft_config:
+            if (folder / adapter).is_dir():
+                made.set_adapter(adapter)
+                rounding = target.backend.rounding(made)
+                rounded = None if rounding is None else logits_of(made, rounding)
+                reference = make_reference(logits_of(made), text, rounded=rounded)
+                parities[adapter] = measure_runtime(runtime, folder / adapter, reference, limits)
+    return [
+        replace(row, what=f"{adapter}: {row.what}")
+        for adapter, parity in parities.items()
+        for row in parity.checks
+    ]
+
+
+def _ids(batches: Any) -> Tensor:
+    if isinstance(batches, Tensor):
+        return batches
+    return torch.cat([batch["input_ids"] for batch in batches])

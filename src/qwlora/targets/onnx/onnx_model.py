@@ -1,0 +1,409 @@
+"""Write an ONNX model: markers become QuantizeLinear and DequantizeLinear, weights become integers.
+
+    activation `n`    QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
+    input `n`         the same, but the result is `n.dequantized`: the input itself is called `n`
+    weight `n`        initializer `n.codes` -> DequantizeLinear -> `n`
+    float offsets     initializer `n.codes` -> DequantizeLinear without zero point -> `n.scaled`
+                      -> Add `n.minimum`, per block -> `n`
+
+Codes are int4, int8 or int16, unsigned if the grid is asymmetric. The name of an encoding is the
+name of its tensor. The weight of a Linear layer is stored [in, out], as the right operand of its
+MatMul: ONNX Runtime fuses that form into MatMulNBits.
+
+A `QuantizedGraph` lists marks: the values that have an encoding (`simulation/placement.py` chooses
+them). Each mark becomes a marker, a `qwlora::quantized` node, in a copy of the captured program.
+`torch.onnx.export` passes these markers and the `qwlora::dequantize` nodes of packed weights
+through as custom operators, keeps torch's names, and optimizes nothing. Then both are rewritten.
+
+`torch.onnx.export` is by far the slowest step of an export, and depends on no tensor's values. So
+the last translations are kept without tensors: adapters of one structure are translated once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.errors import ExportError
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph, insert_after, with_graph
+from qwlora.grid.encoding import Encoding, aligned
+from qwlora.grid.packing import unpack
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
+from qwlora.nn.custom_ops import NAMESPACE
+from qwlora.nn.packed_layer import PackedLinear, packed_weights
+from qwlora.simulation.kv_cache_graph import capture_cached
+from qwlora.simulation.placement import place
+from qwlora.simulation.placement_rules import Schemes
+from qwlora.system.optional_packages import require
+from qwlora.targets.onnx.onnx_edits import (
+    constant,
+    constants,
+    insert_rounding,
+    new_node,
+    remove_unused,
+    replace_value,
+    tensor_of,
+)
+
+MARKER, DEQUANTIZE = "Quantized", "Dequantize"
+TRANSLATIONS_KEPT = 8
+_translations_by_structure: dict[str, Any] = {}  # without tensors; the last one was used last
+OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
+OF_INPUT = ".dequantized"  # of a quantized input's name: its value on its grid
+
+
+def build_model(
+    graph: QuantizedGraph, metadata: Mapping[str, str], opset: int = OPSET
+) -> tuple[Any, set[str]]:
+    """The `onnx_ir.Model` of a graph, and names of the weights that are stored [in, out].
+
+    Raises:
+        ExportError: an operator has no translation, or activations have a bitwidth other than 8 or
+            16.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    model = to_onnx(graph, opset)
+    rewriter = _Rewriter(model, {mark.name for mark in graph.marks if mark.kind is Kind.PARAMETER})
+    rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        value.shape = require("onnx_ir", "onnx").Shape(graph.interface.shapes[value.name])
+    for output in (output for node in model.graph for output in node.outputs):
+        if not output.is_graph_output():
+            output.shape = None  # torch's private symbols; runtimes infer their own
+    model.producer_name = "qwlora"
+    model.metadata_props.update(metadata)
+    return model, rewriter.transposed
+
+
+def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
+    """The `onnx_ir.Model` of `graph`, markers included."""
+    ir = require("onnx_ir", "onnx")
+    program = _marked_program(graph)
+    key = _structure(program, graph, opset)
+    translation = _translations_by_structure.pop(key, None)
+    if translation is None:
+        translation = _translate(program, graph, opset)
+        for name, _ in _tensors(program):
+            if name in translation.graph.initializers:
+                translation.graph.initializers[name].const_value = None
+    _translations_by_structure[key] = translation
+    while len(_translations_by_structure) > TRANSLATIONS_KEPT:
+        del _translations_by_structure[next(iter(_translations_by_structure))]
+    model = translation.clone()
+    for name, tensor in _tensors(program):
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(tensor, name=name)
+    return model
+
+
+def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
+    """A copy of the program in which every mark is a node; tensors are shared."""
+    copied = copy.deepcopy(graph.program.graph)
+    nodes = {node.name: node for node in copied.nodes}
+    last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
+    for mark in reversed(graph.marks):
+        node = nodes[mark.node]
+        place = last_input if node.op == "placeholder" else node
+        insert_after(node, partial(_marker, mark.name), place)
+    return with_graph(graph.program, copied)
+
+
+def _marker(name: str, node: Node) -> Node:
+    return node.graph.call_function(torch.ops.qwlora.quantized.default, (node, name))
+
+
+def _structure(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> str:
+    """A digest of everything that a translation depends on, which excludes values of tensors."""
+    digest = hashlib.sha256(repr((opset, graph.interface)).encode())
+    digest.update(f"{program.graph_signature} {program.range_constraints}".encode())
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        form = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        origin = node.meta.get("nn_module_stack"), node.meta.get("stack_trace")
+        digest.update(f"{node.format_node()} {form} {origin}\n".encode())
+    return digest.hexdigest()
+
+
+def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the program by the names of their initializers; ONNX has complex ones as pairs."""
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if isinstance(tensor, Tensor):
+            yield name, torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+
+
+def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> Any:
+    require("onnx", "onnx")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own deprecations here
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=_translations(),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=list(graph.interface.inputs),
+                output_names=list(graph.interface.outputs),
+            )
+    except Exception as error:  # torch.onnx raises several private classes
+        raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error
+    assert exported is not None
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with paths of this machine
+    return exported.model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our two torch operators as nodes of our own domain, which are rewritten later."""
+    ir, op = require("onnx_ir", "onnx"), require("onnxscript", "onnx").opset21
+
+    def our_node(x: Any, operator: str) -> Any:
+        value = op.Identity(x)
+        value.producer().domain, value.producer().op_type = NAMESPACE, operator
+        return value
+
+    def translate_quantized(x: Any, name: str) -> Any:
+        value = our_node(x, MARKER)
+        value.producer().attributes["name"] = ir.AttrString("name", name)
+        return value
+
+    def translate_dequantize(
+        packed: Any,
+        scale: Any,
+        block_scale: Any,
+        zero_point: Any,
+        minimum: Any,
+        count: int,
+        layout: str,
+    ) -> Any:
+        return our_node(packed, DEQUANTIZE)  # its grid is written from the weight's encoding
+
+    return {
+        torch.ops.qwlora.quantized.default: translate_quantized,
+        torch.ops.qwlora.dequantize.default: translate_dequantize,
+    }
+
+
+Rewrite = Callable[[Any, str, Encoding], None]
+
+
+def rewrite_markers(
+    model: Any, graph: QuantizedGraph, activation: Rewrite, weight: Rewrite
+) -> None:
+    """Call `activation` or `weight` with each marker, its name and encoding; they replace it."""
+    kinds = {mark.name: mark.kind for mark in graph.marks}
+    for node in [n for n in model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
+        name = node.attributes["name"].value
+        rewrite = activation if kinds[name] is Kind.ACTIVATION else weight
+        rewrite(node, name, graph.encodings[name])
+    remove_unused(model)
+    model.graph.opset_imports.pop(NAMESPACE, None)
+
+
+class _Rewriter:
+    """Replaces markers by QuantizeLinear and DequantizeLinear.
+
+    Args:
+        parameters: names of the weights that are no operands of a matrix product.
+    """
+
+    def __init__(self, model: Any, parameters: set[str]):
+        self.model, self.parameters = model, parameters
+        self.transposed: set[str] = set()
+        self.inputs = {value.name for value in model.graph.inputs}
+        # By tensor of the model and whether it is transposed: tied weights share initializers.
+        self.initializers: dict[tuple[int, bool], list[Any]] = {}
+
+    def activation(self, node: Any, name: str, encoding: Encoding) -> None:
+        grid = constants(self.model, name, activation_arrays(name, encoding))
+        tensor, source = activation_tensor(name, self.inputs), node.inputs[0]
+        value = insert_rounding(self.model, source, tensor, grid, [node], f"{name}.codes")
+        replace_marker(self.model, node, value)
+
+    def weight(self, node: Any, name: str, encoding: Encoding) -> None:
+        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+        is_operand = bool(readers) and name not in self.parameters
+        transposed = is_operand and all(map(is_matrix_transpose, readers))
+        key = (id(source), transposed)
+        if key not in self.initializers:
+            arrays = weight_arrays(codes_of(source, encoding), encoding, transposed)
+            self.initializers[key] = constants(self.model, name, arrays)
+        shape = tuple(source.shape)
+        axis = _axis_attributes(encoding, transposed, len(shape))
+        nodes = [new_node("DequantizeLinear", self.initializers[key], name, axis)]
+        if encoding.scheme.float_offset:
+            nodes[0].outputs[0].name = f"{name}.scaled"
+            nodes += self._add_minimum(nodes[0].outputs[0], name, encoding, transposed, shape)
+        value, old = nodes[-1].outputs[0], node.outputs[0]
+        value.name, value.type, value.shape = name, old.type, old.shape
+        self.model.graph.insert_before(node, nodes)
+        replace_marker(self.model, node, value)
+        if transposed:
+            self.transposed.add(name)
+            for user in readers:
+                user.outputs[0].replace_all_uses_with(value)
+                self.model.graph.remove(user, safe=True)
+
+    def _add_minimum(
+        self, scaled: Any, name: str, encoding: Encoding, transposed: bool, shape: tuple[int, ...]
+    ) -> list[Any]:
+        """Nodes that add each group's minimum to a weight of `shape`; blocks become an axis."""
+        granularity = encoding.scheme.granularity
+        minimum = aligned(encoding.minimum, granularity, len(shape))
+        if not isinstance(granularity, Blocks):
+            minimum = minimum.mT if transposed and minimum.ndim else minimum
+            steps = [("Add", "minimum", minimum.contiguous().numpy())]
+        else:
+            (rows, columns), size = shape, granularity.size
+            split, whole = [rows, columns // size, size], [rows, columns]
+            if transposed:
+                minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], whole[::-1]
+            steps = [
+                ("Reshape", "blocks", np.array(split)),
+                ("Add", "minimum", minimum.contiguous().numpy()),
+                ("Reshape", "whole", np.array(whole)),
+            ]
+        nodes = list[Any]()
+        for operator, part, array in steps:
+            operand = constant(self.model, f"{name}.{part}", array)
+            nodes.append(new_node(operator, [scaled, operand], f"{name}.{part}.{operator.lower()}"))
+            scaled = nodes[-1].outputs[0]
+        return nodes
+
+
+def replace_marker(model: Any, node: Any, value: Any) -> None:
+    """Replace a marker by `value`. A graph output keeps its own name, after an Identity."""
+    old = node.outputs[0]
+    for user, index in old.uses():
+        user.replace_input_with(index, value)
+    if old.is_graph_output():
+        identity = new_node("Identity", [value], f"{value.name}.output")
+        model.graph.insert_before(node, identity)
+        replace_value(old, identity.outputs[0])
+    model.graph.remove(node, safe=True)
+
+
+def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:
+    """The grid of an activation as its QuantizeLinear takes it, by suffix of the initializer's
+    name.
+    """
+    bits = encoding.scheme.bitwidth
+    if bits not in (8, 16):
+        raise ExportError(
+            f"{name}: ONNX has no {bits}-bit QuantizeLinear for activations; use 8 or 16 bits"
+        )
+    return {
+        "scale": encoding.scale.cpu().numpy(),
+        "zero_point": (-encoding.offset).cpu().numpy().astype(f"uint{bits}"),
+    }
+
+
+def weight_arrays(
+    codes: torch.Tensor, encoding: Encoding, transposed: bool
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Codes, scale and, if asymmetric, zero point of a weight as its DequantizeLinear takes them,
+    by suffix of the initializer's name.
+
+    Args:
+        codes: [out, in].
+        transposed: the arrays are [in, out].
+    """
+    import ml_dtypes
+
+    turn = (lambda t: t.T) if transposed else (lambda t: t)
+    scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
+    bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
+    shift, wide = encoding.scheme.symmetric_offset if signed else 0, 8 if bits <= 8 else 16
+    kind = np.dtype(f"{'int' if signed else 'uint'}{wide}")
+    if bits <= 4:
+        kind = np.dtype(ml_dtypes.int4 if signed else ml_dtypes.uint4)
+    whole = (turn(codes).to(torch.int32) + shift).contiguous()
+    found = {
+        "codes": whole.cpu().numpy().astype(kind),
+        "scale": scale.contiguous().cpu().numpy(),
+    }
+    if not (signed or encoding.scheme.float_offset):
+        offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
+        found["zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
+    return found
+
+
+def activation_tensor(name: str, inputs: Collection[str]) -> str:
+    """The tensor that has the quantized value of the encoding `name`."""
+    return f"{name}{OF_INPUT}" if name in inputs else name
+
+
+def codes_of(value: Any, encoding: Encoding) -> torch.Tensor:
+    """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
+    producer = value.producer()
+    if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
+        return unpack(tensor_of(producer.inputs[0]), encoding.scheme.bitwidth, value.shape[-1])
+    return encoding.quantize(tensor_of(value))
+
+
+def is_matrix_transpose(node: Any) -> bool:
+    """Whether a node swaps the axes of a matrix."""
+    return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
+
+
+def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[str, Any]:
+    match encoding.scheme.granularity:
+        case PerChannel(axis):
+            return {"axis": 1 - axis if transposed else axis}
+        case Blocks(size):  # ONNX holds the product of both factors
+            return {"axis": 0 if transposed else ndim - 1, "block_size": size}
+        case PerTensor():
+            return {}
+
+
+def base_graph(model: PreTrainedModel) -> Any:
+    """The `onnx_ir.Model` of a base, with DequantizeLinear nodes for its integers.
+
+    Raises:
+        ExportError: an operator has no translation.
+        CaptureError: the model has no graph with a cache.
+    """
+    captured, packed = capture_cached(model), packed_weights(model)
+    placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names).marks
+    marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
+    encodings = {mark.name: packed[mark.name].encoding for mark in marks}
+    graph = QuantizedGraph(captured.program, captured.interface, marks, encodings)
+    return build_model(graph, {})[0]
+
+
+def matrix_products(graph: Any, modules: Any) -> Iterator[tuple[Any, str]]:
+    """Nodes that multiply with the weight of a module, and the path of the module."""
+    for node in graph.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            value, producer = node.inputs[1], node.inputs[1].producer()
+            if producer is not None and producer.op_type == "Transpose":
+                value = producer.inputs[0]
+            path, is_weight, _ = str(value.name).rpartition(".weight")
+            short = path.removeprefix("model.model.")
+            for name in (path, f"model.{short}", short):
+                if is_weight and name in modules:
+                    yield node, name
+                    break
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by path, packed or not."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
+    }

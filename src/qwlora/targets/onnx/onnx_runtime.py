@@ -1,0 +1,280 @@
+"""Run an exported ONNX model, as a whole or layer by layer.
+
+A model with a key-value cache has inputs that a simulation does not have. Those that are not given
+are those of a whole sequence:
+
+    past_key_values.N.key, .value    without tokens
+    position_ids                     0, 1, 2, ... from the first token that attention_mask shows
+
+Without these options of ONNX Runtime, a quantized model computes something else. They are exported
+with it, and a file with other options is refused:
+
+    SESSION_OPTIONS      do not quantize the activations of 4-bit weights to 8 bits
+    EIGHT_BIT_OPTIONS    for 8-bit activations: do not replace Q/DQ pairs by integer kernels
+                         (QLinearSoftmax, QLinearAdd ...), which round elsewhere. Weights are
+                         unpacked to float32 in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError, SourceError, foreign_as, listed
+from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
+from qwlora.system.optional_packages import require
+from qwlora.targets.onnx.onnx_edits import MODEL_FILE, load_graph, remove_unused, save_graph
+from qwlora.targets.onnx.onnx_model import activation_tensor
+from qwlora.targets.proof.contents import ADAPTER_FILE, misfits
+from qwlora.targets.target import Runtime
+
+SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
+OPTIONS_FILE = "session_options.json"
+OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
+
+
+class OnnxModel(Runtime):
+    """An exported QDQ model in ONNX Runtime, on the CPU.
+
+    Args:
+        folder: where the files are.
+        switches: whether the model has inputs for adapters.
+
+    Raises:
+        ExportError: by each method if ONNX Runtime refuses a file or lacks an input.
+    """
+
+    has_layers = True
+
+    def __init__(self, folder: Path, switches: bool = False):
+        self.folder, self.switches = folder, switches
+        # by folder: the adapter, which its options do not keep alive, and the options of its runs
+        self._adapters: dict[Path | None, tuple[Any, Any]] = {None: (None, None)}
+        self._options: Any = None  # of the active adapter
+
+    @cached_property
+    def session(self) -> Any:
+        """The session; loaded when it is first used."""
+        return open_session(self.folder / MODEL_FILE, self.session_options)
+
+    @property
+    def session_options(self) -> Mapping[str, str]:
+        return read_session_options(self.folder)
+
+    def load(self) -> Any:
+        """The `onnx_ir.Model`, with QuantizeLinear and DequantizeLinear."""
+        return load_graph(self.folder / MODEL_FILE)
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None and adapter not in self._adapters:
+            file, runtime = adapter / ADAPTER_FILE, require("onnxruntime", "onnx")
+            with foreign_as(ExportError, f"ONNX Runtime cannot load {str(file)!r}"):
+                loaded, options = runtime.LoraAdapter(), runtime.RunOptions()
+                loaded.Load(str(file))
+                options.add_active_adapter(loaded)
+            self._adapters[adapter] = loaded, options
+        self._options = self._adapters[adapter][1]
+
+    @property
+    def has_cache(self) -> bool:
+        return any(value.name.startswith(f"{PAST}.") for value in self.session.get_inputs())
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return run_session(self.session, tensors, self._options)
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        tensors = {IDS: ids, MASK: torch.ones_like(ids)}
+        return run_session(self.session, tensors, self._options, ["logits"])["logits"]
+
+    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        before = next(iter(past.values())).shape[2] if past else 0
+        count = before + ids.shape[1]
+        new = {
+            IDS: ids,
+            MASK: ids.new_ones(len(ids), count),
+            POSITIONS: torch.arange(before, count).expand(ids.shape),
+        }
+        outputs = self.run({**new, **past})
+        cache = {
+            name.replace(PRESENT, PAST, 1): tensor
+            for name, tensor in outputs.items()
+            if name.startswith(f"{PRESENT}.")
+        }
+        return outputs["logits"], cache
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        tokens, new, cache = ids, ids, dict[str, Tensor]()
+        for _ in range(count):
+            if self.has_cache:
+                logits, cache = self.extend(new, cache)
+            else:
+                logits = self.logits(tokens)
+            new = logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], dim=1)
+        return tokens[0, -count:].tolist()
+
+    def run_layers(
+        self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """See `Runtime`. The graph is cut at each activation: what reads it reads an input, and its
+        own value becomes an output."""
+        simulated = {activation_tensor(name, tensors): value for name, value in values.items()}
+        model = self.load()
+        _cut_at_(model, simulated)
+        session = open_model(model, self.session_options)
+        computed = run_session(session, {**tensors, **simulated}, self._options)
+        return dict(zip(values, computed.values(), strict=True))
+
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        return tensors, run_session(self.open_layers(), tensors, self._options)
+
+    def open_layers(self) -> Any:
+        """A session whose outputs are the quantized activations."""
+        return open_model(exposed(self.load()), self.session_options)
+
+
+def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
+    """Write the options for `add_session_config_entry` that a session of `graph` needs."""
+    eight_bits = any(
+        mark.kind is Kind.ACTIVATION and graph.encodings[mark.name].scheme.bitwidth <= 8
+        for mark in graph.marks
+    )
+    options = SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if eight_bits else {})
+    write_text(folder / OPTIONS_FILE, strict_json.dumps(options, indent=1) + "\n")
+
+
+def read_session_options(folder: Path) -> dict[str, str]:
+    """The options in `folder`, or `SESSION_OPTIONS` if there is no such file.
+
+    Raises:
+        SourceError: the file cannot be read, or has other options than `write_session_options`
+            writes.
+    """
+    path = folder / OPTIONS_FILE
+    if not path.is_file():
+        return SESSION_OPTIONS
+    again = "export the model again, or copy the file again"
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", again):
+        options: dict[str, str] = json.loads(path.read_text())
+    if problems := list(misfits(options, OPTIONS_FORM)):
+        raise SourceError(f"{str(path)!r}: {listed(problems)}; {again}")
+    return options
+
+
+def exposed(model: Any) -> Any:
+    """A QDQ model, changed in place: its outputs are now its quantized activations."""
+    ir = require("onnx_ir", "onnx")
+    model.graph.outputs.clear()
+    for node in model.graph:
+        codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.op_type == "QuantizeLinear":
+            value = node.outputs[0]
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+    return model
+
+
+def open_session(
+    path: Path,
+    entries: Mapping[str, str],
+    is_optimized: bool = True,
+    profile: Path | None = None,
+    device: tuple[list[Any], Mapping[str, str]] | None = None,
+) -> Any:
+    """An ONNX Runtime session.
+
+    Args:
+        entries: of its configuration.
+        is_optimized: whether ONNX Runtime may change the graph.
+        profile: prefix of a file that tells what ran where.
+        device: devices and options of their provider. Default: the CPU.
+    """
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised
+    options.intra_op_num_threads = torch.get_num_threads()
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if not is_optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if device is not None:
+        options.add_provider_for_devices(*device)
+    providers = ["CPUExecutionProvider"] if device is None else None
+    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
+        return runtime.InferenceSession(str(path), options, providers=providers)
+
+
+def open_model(model: Any, entries: Mapping[str, str], is_optimized: bool = True) -> Any:
+    """A session of an `onnx_ir.Model` on the CPU; see `open_session`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, MODEL_FILE)
+        save_graph(model, path)
+        return open_session(path, entries, is_optimized)
+
+
+def run_session(
+    session: Any,
+    tensors: Mapping[str, Tensor],
+    options: Any = None,
+    outputs: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs by name.
+
+    Args:
+        tensors: by name, perhaps more than the session's inputs; see the module for those that may
+            be missing.
+        options: of ONNX Runtime, for this run; see `use`.
+        outputs: names. Default: all.
+
+    Raises:
+        ExportError: an input is missing, or the session refuses its adapter.
+    """
+    tensors, shapes = dict(tensors), {i.name: i.shape for i in session.get_inputs()}
+    for name in (shapes.keys() - tensors.keys()) if IDS in tensors else ():
+        ids = tensors[IDS]
+        if name == POSITIONS:
+            mask = tensors.get(MASK, torch.ones_like(ids))
+            tensors[name] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        elif name.startswith(f"{PAST}."):
+            tensors[name] = torch.zeros(len(ids), shapes[name][1], 0, shapes[name][3])
+    if missing := [name for name in shapes if name not in tensors]:
+        raise ExportError(
+            f"the exported model has inputs {', '.join(shapes)}; {missing[0]} was not given"
+        )
+    feed = {name: tensors[name].numpy() for name in shapes}
+    names = outputs or [output.name for output in session.get_outputs()]
+    with foreign_as(ExportError, "ONNX Runtime cannot run the model"):
+        arrays = session.run(names, feed, options)
+    return {name: torch.from_numpy(value) for name, value in zip(names, arrays, strict=True)}
+
+
+def _cut_at_(model: Any, activations: Collection[str]) -> None:
+    """Cut the graph at tensors: each becomes an input, and what computed it the output
+    `TENSOR.out`."""
+    ir = require("onnx_ir", "onnx")
+    computed = {output.name: output for node in model.graph for output in node.outputs}
+    model.graph.outputs.clear()
+    for tensor in activations:
+        value = computed[tensor]
+        value.name = f"{tensor}.out"
+        read = ir.Value(name=tensor, type=value.type, shape=value.shape)
+        value.replace_all_uses_with(read)
+        if read.uses():
+            model.graph.inputs.append(read)
+        model.graph.outputs.append(value)
+    remove_unused(model)

@@ -1,0 +1,273 @@
+"""What may be in a folder of exported files, checked before any runtime sees it.
+
+A bundle comes from anybody, and runtimes trust their files: a configuration can name a library, a
+Python file, a hub repository or a file elsewhere. Digests do not help, since whoever changes a file
+can also change its digest. So files, and the keys and values of configurations, are compared with
+what the target's own writer writes:
+
+    files     glob patterns, relative to the folder of a base or an adapter
+    forms     by file name: what its JSON may hold, see `misfits`
+    ONNX      no tensor data outside the file next to it, no compiled context of an accelerator
+
+`config.json` has other keys for each architecture. Keys that the architecture's configuration class
+does not define may hold numbers only, in what is written (`known_settings`) and in what is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISLNK, S_ISREG
+from typing import Any
+
+from qwlora.errors import SourceError, foreign_as, listed
+from qwlora.system.optional_packages import require
+
+Form = Any  # see `misfits`
+NUMBER = (int, float)
+PLAIN = re.compile(r"[\w.-]+")  # a form: text that is neither a regular expression nor a path
+OTHER_KEYS = "*"  # a key of a form: for all keys that it does not list
+ADAPTER_FILE = "adapter.onnx_adapter"
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "*.model",  # of SentencePiece
+    "tekken.json",
+)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+# An adapter as it was calibrated, next to the graph of its simulation.
+SIMULATED_ADAPTER = (
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/qwlora.json",
+    "adapter/README.md",
+)
+GOLDEN_FILES = tuple(
+    f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
+)
+# Keys by which some library loads code, wherever they are.
+CODE_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "attn_implementation",
+        "auto_map",
+        "custom_ops_library",
+        "experts_implementation",
+        "model_file",
+    }
+)
+_AGAIN = "Copy the bundle again from whoever exported it; nothing in it was run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a target writes.
+
+    Args:
+        base, adapter: glob patterns of files; `*` does not match `/`. Files that hold base and
+            adapter together are those of `adapter`.
+        forms: of JSON files, by name.
+        settings: forms of keys that this target adds to config.json.
+        scripts: files that a user runs; the template of each in `qwlora/targets`, whose words in
+            `@...@` stand for one word of letters, digits and hyphens.
+    """
+
+    base: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    settings: Mapping[str, Form] = field(default_factory=dict)
+    scripts: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_plain(bundle: Path) -> None:
+    """Refuse links, pipes, sockets and devices in a bundle. Hidden entries next to its folders are
+    ignored, since nothing reads them.
+
+    Raises:
+        SourceError: there is one.
+    """
+    for folder, folders, files in os.walk(bundle):
+        if folder == str(bundle):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files = [name for name in files if not name.startswith(".")]
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            mode = os.lstat(path).st_mode
+            if not S_ISDIR(mode) and not S_ISREG(mode):
+                kind = "a link" if S_ISLNK(mode) else "not a regular file"
+                raise SourceError(
+                    f"{path!r} is {kind}; a bundle holds regular files only. Copy it with the "
+                    "files that links point to, for example with `cp -rL`"
+                )
+
+
+def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_base: bool) -> None:
+    """Compare the files of a base or an adapter with what the target writes.
+
+    Args:
+        folder: where they are.
+        files: their paths in `folder`.
+        is_base: whether it is the folder of a base.
+
+    Raises:
+        SourceError: a file, or a key or value in one, is none that the target writes.
+        MissingExtraError: there is an ONNX file, and `onnx` is not installed.
+    """
+    patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
+    files = sorted(files)
+    paths = {file: PurePosixPath("/", file) for file in files}
+    if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
+        raise SourceError(
+            f"{str(folder)!r} holds {listed(unknown)}, which no export writes there. {_AGAIN}"
+        )
+    for file in files:
+        path = folder / file
+        problems = list[str]()
+        if path.suffix == ".json" and path.name != "tokenizer.json":
+            problems = list(_json_problems(contents, path))
+        elif (template := contents.scripts.get(file)) is not None:
+            text = resources.files("qwlora.targets").joinpath(template).read_text(encoding="utf-8")
+            pattern = re.sub("@[A-Z_]+@", "[a-z0-9-]+", re.escape(text))
+            if not re.fullmatch(pattern, path.read_text(encoding="utf-8", errors="replace")):
+                problems = ["it is not the script that an export writes"]
+        elif path.suffix == ".onnx":
+            problems = list(onnx_problems(path))
+        if problems:
+            raise SourceError(f"{str(path)!r}: {listed(problems)}. {_AGAIN}")
+
+
+def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read"):
+        content = json.loads(path.read_text())
+    values = list(_values(content))
+    for key, value in values:
+        if key in CODE_KEYS and value is not None:
+            yield f"{key} {_short(value)} names code to load"
+    if (form := contents.forms.get(path.name)) is not None:
+        yield from misfits(content, form)
+    elif path.name == "graphs.json":
+        for _, value in values:
+            if isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
+                yield f"{_short(value)} leads out of the folder"
+    elif path.name in ("config.json", "generation_config.json"):
+        yield from _unknown_text(content, contents.settings)
+
+
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """A JSON value and all values inside it, each with its key in a dict."""
+    yield key, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _values(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner)
+
+
+def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
+    """A phrase for each part of a JSON value that is not of its form.
+
+    A form is a dict of forms by key, of which none has to be there; a list with the form of all
+    elements, or an empty one; a type, or several; a frozenset of values; a regular expression; or
+    the value itself.
+    """
+    if isinstance(form, dict) and isinstance(value, dict):
+        for name, inner in value.items():
+            if name in form or OTHER_KEYS in form:
+                yield from misfits(inner, form.get(name, form.get(OTHER_KEYS)), name)
+            else:
+                yield f"key {name!r} is unknown"
+    elif isinstance(form, list) and isinstance(value, list) and (form or not value):
+        for inner in value:
+            yield from misfits(inner, form[0], key)
+    elif not _is_of(value, form):
+        yield f"{key} is {_short(value)}"
+
+
+def _is_of(value: Any, form: Form) -> bool:
+    """Whether a value that is no container is of a form."""
+    if isinstance(form, frozenset):
+        return any(_is_of(value, choice) for choice in form)
+    if isinstance(form, type | tuple):
+        if form is object:
+            return True
+        return isinstance(value, form) and not (isinstance(value, bool) and form is not bool)
+    if isinstance(form, re.Pattern):  # compressed-tensors takes `re:...` for a regular expression
+        return isinstance(value, str) and form.fullmatch(value) is not None
+    return type(value) is type(form) and bool(value == form)
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def known_settings(settings: Mapping[str, Any], added: Iterable[str] = ()) -> dict[str, Any]:
+    """A config.json or generation_config.json without text under keys that its class lacks.
+
+    Args:
+        added: keys that stay.
+    """
+    from transformers import CONFIG_MAPPING, GenerationConfig
+
+    known, model_type = {*added, "model_type"}, str(settings.get("model_type", ""))
+    if not model_type:
+        known |= GenerationConfig().to_dict().keys()
+    elif model_type in CONFIG_MAPPING:
+        known |= CONFIG_MAPPING[model_type]().to_dict().keys()
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in known or not any(isinstance(inner, str) for _, inner in _values(value))
+    }
+
+
+def _unknown_text(content: Any, added: Mapping[str, Form]) -> Iterator[str]:
+    """A phrase for each key with text that a configuration's class does not define."""
+    if not isinstance(content, dict):
+        yield "the content is not a JSON object"
+        return
+    known = known_settings(content, added)
+    yield from (f"{key} {_short(content[key])} is unknown" for key in content if key not in known)
+    for key, value in content.items():
+        if key in added:
+            yield from misfits(value, added[key], key)
+        elif isinstance(value, dict) and "model_type" in value:  # of a part of the model
+            yield from _unknown_text(value, {})
+
+
+def onnx_problems(path: Path) -> Iterator[str]:
+    """A phrase for each part of an ONNX file that is not in it or in a file next to it.
+
+    Raises:
+        SourceError: it is not an ONNX file.
+    """
+    with foreign_as(SourceError, f"{str(path)!r} is not an ONNX model"):
+        model = require("onnx", "onnx").load(path, load_external_data=False)
+    waiting: list[Any] = [model]
+    while waiting:
+        message = waiting.pop()
+        for descriptor, value in message.ListFields():
+            if descriptor.message_type is not None:
+                waiting += value if isinstance(value, Sequence) else [value]
+        kind = type(message).__name__
+        if kind == "TensorProto":
+            for entry in message.external_data:
+                if entry.key == "location" and entry.value not in os.listdir(path.parent):
+                    yield f"tensor {message.name!r} is stored in {entry.value!r}"
+        elif kind == "NodeProto" and message.op_type == "EPContext":
+            yield f"node {message.name!r} is compiled code of an accelerator"

@@ -1,0 +1,272 @@
+"""A bundle: the folder of one target, with everything needed to run and to prove it elsewhere.
+
+    base/                     the base's integers; qwlora.json lists the digests of its files
+    NAME/                     an adapter; the same
+    proof/NAME/               reference.safetensors (`reference.py`), and proof.json with figures,
+                              checks and the digests of both qwlora.json
+    README.md                 what it is, how to run it, what was proven
+
+Targets that hold base and adapter together have no base/, and targets of use cases no NAME/ either:
+their files are the bundle itself.
+
+A changed, missing or additional file is refused, and so is a base or an adapter of another bundle.
+README.md, here or in a folder of files, may be edited; without its last line, `CARD_MARK`, no later
+run replaces it. Hidden files next to that of the bundle (.gitattributes, .cache) are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import FingerprintError, QwloraWarning, SourceError, listed
+from qwlora.formats import manifest
+from qwlora.system.atomic import files_in, read_tensors, write_tensors
+from qwlora.system.progress import Track, untracked
+from qwlora.targets.proof.checks import Limits
+from qwlora.targets.proof.contents import ADAPTER_FILE, check_contents, check_plain
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import BASE, PROOF
+
+README = "README.md"
+RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
+WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
+PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
+FORMAT = 1
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of exported files, with digests of all of them but README.md, which a user
+    may edit."""
+    manifest.write(folder, RECORD, record, set(files_in(folder)) - {README})
+
+
+def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Write the reference and the record of one adapter into `folder`."""
+    write_tensors(folder / REFERENCE, dict(reference))
+    manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, [REFERENCE])
+
+
+def renamed_proof(path: Path, name: str) -> str:
+    """The content of a proof.json for another name of its adapter.
+
+    Raises:
+        SourceError: see `proofs`.
+    """
+    return manifest.text({**_read_proof(path), "adapter": name}, PROOF_RECORD)
+
+
+def record_digest(folder: Path) -> str:
+    """SHA-256 of a base's or an adapter's record, which lists the digests of its files."""
+    return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def is_of_base(bundle: Path, adapter: str) -> bool:
+    """Whether the adapter was exported for the base that is there, and what its runtime loads is
+    whole."""
+    folder, base = bundle / adapter, manifest.read(bundle / BASE / RECORD)
+    record = manifest.read(folder / RECORD)
+    if not base or not record:
+        return False
+    digest = record_digest(bundle / BASE)  # adapters of a switchable target have it
+    is_of = record.get("base", digest) == digest
+    if not is_of or record.get("base_fingerprint") != base.get("base_fingerprint"):
+        return False
+    loaded = (ADAPTER_FILE,) if "base" in record else None  # None: every file
+    return not manifest.changed_files(folder, RECORD, only=loaded)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has the layout of a bundle."""
+    return (folder / PROOF).is_dir() and ((folder / BASE).is_dir() or bool(_proof_paths(folder)))
+
+
+def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """The records of all adapters of a bundle, by name.
+
+    Raises:
+        SourceError: one cannot be read; see `_read_proof`.
+    """
+    return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
+
+
+def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[str, Any]]:
+    """The records of the adapters whose proof is of the files that are there.
+
+    Args:
+        without: an adapter to leave out.
+
+    Warns:
+        QwloraWarning: one cannot be read, or changed; it is left out.
+    """
+    found = {}
+    for path in _proof_paths(bundle):
+        name = path.parent.name
+        if name == without or not (bundle / name).is_dir():
+            continue
+        try:
+            record = _read_proof(path)
+        except SourceError as error:
+            message = f"{README} leaves out adapter {name}: {error}"
+            warnings.warn(message, QwloraWarning, stacklevel=2)
+            continue
+        try:
+            parts = TARGETS[str(record.get("target"))].parts(bundle, name)
+            if {part: record_digest(folder) for part, folder in parts.items()} == record["of"]:
+                found[name] = record
+        except (KeyError, OSError):  # an unknown target, or no files
+            continue
+    return found
+
+
+def _proof_paths(bundle: Path) -> list[Path]:
+    return sorted(bundle.glob(f"{PROOF}/*/{PROOF_RECORD}"))
+
+
+def _read_proof(path: Path) -> dict[str, Any]:
+    """A proof.json.
+
+    Raises:
+        SourceError: it cannot be read, changed after saving, has another format, or lacks the
+            limits.
+    """
+    record, folder = manifest.read(path), path.parent
+    listed_files = manifest.listed_files(folder, PROOF_RECORD)
+    changed = manifest.changed_files(folder, PROOF_RECORD, only=())
+    limits, of, form = record.get("limits"), record.get("of"), record.get("format")
+    limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
+    is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
+    needed = {
+        "no readable record": bool(record),
+        f"format {form!r}, not {FORMAT}": form == FORMAT,
+        f"limits.perplexity_difference {limit!r}, not a relative difference above 0 and up to 1": (
+            is_limit
+        ),
+        "no of": isinstance(of, dict),
+        f"no digests of itself and of {REFERENCE}": listed_files == [PROOF_RECORD, REFERENCE],
+        "changed after saving": not changed,
+    }
+    if problem := next((problem for problem, holds in needed.items() if not holds), None):
+        raise SourceError(f"{str(path)!r} has {problem}; copy it again, or verify the job again")
+    return record
+
+
+def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that nothing is in the bundle but what the proofs are of.
+
+    Files of use cases are not in folders of their own: `check_files` compares the whole bundle with
+    its record, which also names them.
+
+    Args:
+        records: the proofs, by name of the adapter.
+
+    Raises:
+        FingerprintError: a file, a folder or a use case has no proof.
+    """
+    known = {BASE, PROOF, README, *records}
+    parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
+    if any(TARGETS[r["target"]].has_cases for r in records.values()):
+        cases = manifest.read(bundle / RECORD).get("use_cases")
+        names = map(str, cases if isinstance(cases, list) else ())
+        if unproven := sorted(set(names) - records.keys()):
+            raise FingerprintError(
+                f"{str(bundle)!r} has no {PROOF}/NAME of use cases {listed(unproven)}; copy the "
+                "whole bundle again, or verify the job that exported it"
+            )
+    else:
+        parts += [(path, path.name in known) for path in bundle.iterdir()]
+    added = sorted(
+        str(path.relative_to(bundle))
+        for path, is_known in parts
+        if not is_known and not path.name.startswith(".")
+    )
+    if added:
+        raise FingerprintError(
+            f"{str(bundle)!r} holds files without a proof: {listed(added)}; remove them, or verify "
+            "the job that exported them"
+        )
+
+
+def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Compare base, adapter and proof of a bundle with their digests, with each other, and with
+    what the target writes.
+
+    Raises:
+        FingerprintError: a file was changed, added or removed, or base and adapter are not those
+            of the proof; or the proof is that of another adapter.
+        SourceError: see `check_contents`.
+    """
+    proof = bundle / PROOF / name
+    _check_sealed(proof, PROOF_RECORD, files_in(proof), "verify the job again")
+    if record.get("adapter") != name:
+        raise FingerprintError(
+            f"{PROOF}/{name} is the proof of adapter {record.get('adapter')!r}; copy the whole "
+            "bundle again, or verify the job again"
+        )
+    target = TARGETS[record["target"]]
+    for part, folder in target.parts(bundle, name).items():
+        files = [file for file in files_in(folder) if file != README]
+        if folder == bundle:  # without those of proofs, and what is hidden
+            files = [file for file in files if not file.startswith((f"{PROOF}/", "."))]
+        _check_sealed(folder, RECORD, files, "export it again")
+        if record_digest(folder) != record["of"].get(part):
+            raise FingerprintError(
+                f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
+                "whole bundle again, or verify the job again"
+            )
+        check_contents(target.backend.contents, folder, files, part == BASE)
+
+
+def _check_sealed(folder: Path, name: str, files: Sequence[str], remedy: str) -> None:
+    """Compare a folder with the digests in its record, and its files with those that it lists."""
+    known = {*manifest.listed_files(folder, name)} - {README}
+    if name not in known:
+        raise FingerprintError(f"{str(folder)!r} has no readable {name} with digests; {remedy}")
+    manifest.check(folder, name, repr(str(folder)), remedy, only=known)
+    if added := sorted(set(files) - known):
+        raise FingerprintError(
+            f"{str(folder)!r} holds files that were not exported: {listed(added)}; remove them"
+        )
+
+
+def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
+    """Prove a bundle again: check its files, run them, and compare with the reference.
+
+    Returns:
+        what is proven by adapter, as in proof.json.
+
+    Raises:
+        FingerprintError: see `check_files` and `check_complete`.
+        MissingExtraError: the target's program is not installed.
+        ExportError: it refuses the files.
+        SourceError: the folder is no bundle of a known target, holds what no export writes, or a
+            proof cannot be read or proves nothing.
+    """
+    from qwlora.targets.proof.measure import measure, proven
+
+    check_plain(bundle)
+    records = proofs(bundle)
+    if not records:
+        raise SourceError(
+            f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
+        )
+    targets = {str(record.get("target")) for record in records.values()}
+    if unknown := sorted(targets - TARGETS.keys()):
+        raise SourceError(
+            f"{str(bundle)!r} is for target {listed(map(repr, unknown))}, which is unknown; copy "
+            "it again, or export it again"
+        )
+    check_complete(bundle, records)
+    for name, record in records.items():
+        check_files(bundle, name, record)
+    results = {}
+    for name, record in track(records.items(), "verifying", len(records)):
+        target = TARGETS[record["target"]]
+        reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
+        limits = Limits(perplexity_difference=record["limits"]["perplexity_difference"])
+        parity, _ = measure(target, bundle, name, reference, limits)
+        results[name] = proven(target, parity, reference, limits)
+    return results

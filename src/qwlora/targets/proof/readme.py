@@ -1,0 +1,129 @@
+"""README.md of a bundle: what it is, how to run it, what was proven. It prints the checks of its
+proofs, and judges nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qwlora.errors import size
+from qwlora.formats.model_card import escaped, is_users_card, marked
+from qwlora.system.atomic import total_bytes, write_text
+from qwlora.targets.proof.checks import shown
+from qwlora.targets.proof.folder import README, WITHOUT_CACHE
+from qwlora.targets.target import BASE
+
+
+def usage(target: str, base: str, adapter: str | None, has_cache: bool = True) -> str:
+    """How a program loads the files, in Markdown; empty if the target has no template
+    in `export/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
+    this imports no backend, which would import torch.
+
+    Args:
+        target: its name in `TARGETS`.
+        base: the folder of the base, or of all use cases.
+        adapter: the folder of an adapter; None: the base alone.
+        has_cache: whether the files have a key-value cache.
+    """
+    environment = Environment(
+        loader=PackageLoader("qwlora.targets", "usage_templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    if (name := f"{target}.md") not in environment.list_templates():
+        return ""
+    lines = environment.get_template(name).render(base=base, adapter=adapter, has_cache=has_cache)
+    return lines.strip()
+
+
+def facts(model: Any, source: str) -> dict[str, Any]:
+    """What a README says about a packed base that was made from the model `source`."""
+    from qwlora.formats.model_card import origin_of
+    from qwlora.grid.scheme import short_name
+    from qwlora.nn.packed_layer import packed_weights
+
+    origin = origin_of(source)
+    grids = Counter(short_name(layer.scheme) for layer in packed_weights(model).values())
+    return {"model": origin.name, "license": origin.license, "grids": dict(grids)}
+
+
+def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write README.md from the records of all adapters, unless the user edited it.
+
+    Without a record there is nothing to say: it is deleted.
+    """
+    if is_users_card(bundle / README):
+        return
+    if not records:
+        (bundle / README).unlink(missing_ok=True)
+        return
+    names, some = sorted(records), next(iter(records.values()))
+    grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
+    adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
+    parts = [
+        f"# {escaped(some['model'])} for {some['target']}",
+        f"A quantized base model and {adapters} trained on exactly these integers. "
+        f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
+        "## Run\n\nIn this folder:",
+        usage(some["target"], BASE, names[0], has_cache=WITHOUT_CACHE not in some),
+    ]
+    if WITHOUT_CACHE in some:
+        why = "The files have no key-value cache, so every token runs the whole sequence"
+        parts.append(f"{why}: {some[WITHOUT_CACHE]}")
+    sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
+    rows = [f"| `{p}/` | {'base' if p == BASE else 'adapter'} | {n} |" for p, n in sizes.items()]
+    stated = some["license"]
+    of_base = ", whose files do not state one" if stated is None else f": {escaped(stated)}"
+    parts += [
+        "\n".join(["| folder | what | size |", "|---|---|---|", *rows]),
+        "## Proof\n\n" + "\n".join(proof_table(records)),
+        "`qwlora verify .` repeats this, on any machine that has the program.",
+        f"## License\n\nThat of the base model{of_base}.",
+    ]
+    write_text(bundle / README, marked("\n\n".join(parts)))
+
+
+def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The figures of all adapters as lines of Markdown."""
+    lines = [
+        "Each file was run in the program and compared with the model that it is made of: the "
+        "trained one, or its simulation where activations are on grids.",
+        "",
+        "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "
+        "log-probability off by, at most | tokens per second, prompt and new | switch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, record in records.items():
+        if "not_run" in record:
+            notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
+            continue
+        for settings, state in product(("exact", "shipped"), ("base", "adapter")):
+            if (of := (run := record["figures"].get(settings, {})).get(state)) is None:
+                continue
+            is_adapter, speeds = state == "adapter", " | "
+            if is_adapter and "switch_seconds" in run:
+                speeds = (
+                    f"{run['prefill_tokens_per_second']:.0f}, "
+                    f"{run['decode_tokens_per_second']:.1f} | {1000 * run['switch_seconds']:.2g} ms"
+                )
+            lines.append(
+                f"| {name if is_adapter else 'none'} | {settings} | "
+                f"{shown(of, 'reference_perplexity', '.3f')}, {shown(of, 'perplexity', '.3f')} | "
+                f"{shown(of, 'kl_divergence', '.2g')} | {of['top1_agreement']:.2%} | "
+                f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
+            )
+        clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
+        memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
+        cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
+        failed = "; ".join(["FAILED", *map(escaped, record["problems"])])
+        verdict = failed if record["problems"] else "passed"
+        said = "".join(f" But {escaped(note)}." for note in record.get("notes", ()))
+        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
+    return [*lines, "", *(f"- {note}" for note in notes)]

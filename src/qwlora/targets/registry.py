@@ -1,0 +1,186 @@
+"""All export targets by the name that recipes use, and what their formats can hold. Imports no
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from qwlora.errors import listed
+from qwlora.formats.bitwidths import MLX_BITWIDTHS
+from qwlora.grid.scheme import Blocks, Scheme
+from qwlora.targets.npu.htp_limits import table_problem, weight_problem
+from qwlora.targets.target import LayerKind, Layout, Target
+
+MLX_GROUPS = (128, 64, 32)
+NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
+_ANY = range(2, 17)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatLimits:
+    """What a format holds.
+
+    Args:
+        name: the format's, in messages.
+        symmetric, zero_point, float_offset: bitwidths of grids that are symmetric, or have an
+            integer or a float offset.
+        block: blocks are multiples of it.
+        refused: kinds of layers, and why they are.
+    """
+
+    name: str
+    symmetric: Collection[int] = _ANY
+    zero_point: Collection[int] = _ANY
+    float_offset: Collection[int] = _ANY
+    block: int = 1
+    refused: Mapping[LayerKind, str] = field(default_factory=dict)
+
+    def problem(self, scheme: Scheme) -> str | None:
+        """Why it cannot hold integers of a scheme; None if it can."""
+        bits, kind = self.symmetric, "symmetric grids"
+        if scheme.float_offset:
+            bits, kind = self.float_offset, "float offsets"
+        elif not scheme.symmetric:
+            bits, kind = self.zero_point, "integer zero points"
+        if not bits:
+            return f"{scheme}: {self.name} has no {kind}"
+        if scheme.bitwidth not in bits:
+            return f"{scheme}: {self.name} has {listed(bits, 9)} bits with {kind}"
+        match scheme.granularity:
+            case Blocks(size) if size % self.block:
+                return f"{scheme}: {self.name} has blocks of {self.block} and multiples of it"
+        return None
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        """Why it cannot hold a kind of layer; None if it can."""
+        return f"{self.name} {self.refused[kind]}" if kind in self.refused else None
+
+
+_LINEAR_ONLY = {
+    LayerKind.OTHER: "has integers of Linear layers and embeddings only",
+    LayerKind.CONV1D: "has no integers for transformers' Conv1D",
+}
+AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=())
+COMPRESSED_TENSORS = FormatLimits(name="compressed-tensors", float_offset=(), refused=_LINEAR_ONLY)
+GGUF = FormatLimits(
+    name="GGUF",
+    symmetric=(4, 5, 8),
+    zero_point=(),
+    float_offset=(4, 5),
+    block=32,
+    refused={
+        LayerKind.CONV1D: "holds transformers' Conv1D in a form that no adapter can be added to"
+    },
+)
+MLX = FormatLimits(
+    name="MLX",
+    symmetric=MLX_BITWIDTHS,
+    zero_point=MLX_BITWIDTHS,
+    float_offset=MLX_BITWIDTHS,
+    block=MLX_GROUPS[-1],
+    refused=_LINEAR_ONLY,
+)
+NBITS = FormatLimits(
+    name="MatMulNBits",
+    symmetric=range(2, 9),
+    zero_point=range(2, 9),
+    float_offset=range(2, 5),
+    block=NBITS_BLOCKS[-1],
+)
+OPENVINO = FormatLimits(
+    name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
+)
+
+
+def transformers_conflict(schemes: Collection[Scheme]) -> str | None:
+    """Why transformers cannot read layers of these schemes from one folder; None if it can."""
+    if len(schemes) < 2 or all(scheme.symmetric for scheme in schemes):
+        return None
+    return (
+        f"{listed(sorted(map(str, schemes)))} together: transformers reads an asymmetric scheme "
+        "only if all layers have it"
+    )
+
+
+_ONNX = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_simulated = partial(
+    Target,
+    extra="onnx",
+    packages=_ONNX,
+    is_simulated=True,
+    activation_bitwidths=(8, 16),  # QuantizeLinear of opset 21
+)
+
+TARGETS: dict[str, Target] = {
+    "onnx": _simulated(backend_class="qwlora.targets.onnx.onnx:Onnx"),
+    "onnx_each": _simulated(
+        backend_class="qwlora.targets.onnx.onnx:OnnxEach",
+        layout=Layout.EACH,
+        has_proof=False,
+        model_files="model.onnx*",
+    ),
+    "aimet": _simulated(
+        backend_class="qwlora.targets.npu.float_targets:Aimet",
+        layout=Layout.EACH,
+        cached_graphs=True,
+        model_files="*.aimet/*",
+        scheme_problem=AIMET_ENCODINGS.problem,
+    ),
+    "qairt": _simulated(
+        backend_class="qwlora.targets.npu.float_targets:Qairt",
+        layout=Layout.CASES,
+        cached_graphs=True,
+        reserved=frozenset({"none", "base", "model", "host"}),
+        scheme_problem=AIMET_ENCODINGS.problem,
+    ),
+    "qnn": _simulated(
+        backend_class="qwlora.targets.npu.qnn:Qnn",
+        compilers=("onnxruntime_qnn", "qnn"),
+        layout=Layout.CASES,
+        activation_bitwidths=(16,),
+        cached_graphs=True,
+        has_proof=False,
+        reserved=frozenset({"none", "base", "zero"}),
+        scheme_problem=weight_problem,
+        embedding_problem=table_problem,
+    ),
+    "genai": Target(
+        backend_class="qwlora.targets.onnx.genai:Genai",
+        extra="genai",
+        packages=(*_ONNX, "onnxruntime_genai"),
+        scheme_problem=NBITS.problem,
+    ),
+    "hf": Target(
+        backend_class="qwlora.targets.weights.hf:Hf",
+        extra="hf",
+        packages=("compressed_tensors",),
+        writes_float_embeddings=True,
+        scheme_problem=COMPRESSED_TENSORS.problem,
+        conflict=transformers_conflict,
+        kind_problem=COMPRESSED_TENSORS.kind_problem,
+    ),
+    "gguf": Target(
+        backend_class="qwlora.targets.weights.gguf:Gguf",
+        extra="llamacpp",
+        packages=("gguf", "llama_cpp_py_sync"),
+        source_suffix=".gguf",
+        has_float16_scales=True,
+        scheme_problem=GGUF.problem,
+        kind_problem=GGUF.kind_problem,
+    ),
+    "mlx": Target(
+        backend_class="qwlora.targets.weights.mlx:Mlx",
+        extra="mlx",
+        packages=("mlx.core", "mlx_lm"),
+        scheme_problem=MLX.problem,
+        kind_problem=MLX.kind_problem,
+    ),
+    "openvino": Target(
+        backend_class="qwlora.targets.onnx.openvino:Openvino",
+        extra="openvino",
+        packages=("openvino", "openvino_genai", "openvino_tokenizers"),
+        scheme_problem=OPENVINO.problem,
+    ),
+}

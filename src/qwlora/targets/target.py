@@ -1,0 +1,384 @@
+"""What an export target is: files for one runtime.
+
+    Target     what is known of it before anything runs: a line of `registry.py`
+    Backend    writes and opens its files; the class that the line names, imported on first use
+    Runtime    opened files, in the program that they were written for
+
+A new target costs a module with a Backend and a line in `registry.py`. Recipes are validated
+against the registry before anything heavy is loaded, so nothing here imports torch.
+
+    layout  BUNDLE    base/ and NAME/ of each adapter: a runtime switches them
+            EACH      NAME/ of each adapter, which holds the base, too
+            CASES     one folder for the base and all use cases: each adapter, several at once, none
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import MissingExtraError
+from qwlora.system.optional_packages import require
+from qwlora.targets.proof.contents import Contents
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.grid.scheme import Scheme
+    from qwlora.simulation.adapter_simulations import BaseActivations
+    from qwlora.simulation.simulation import Simulation
+    from qwlora.targets.proof.checks import Limits, Parity
+
+
+BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
+NONE, AND = "none", "+"  # use cases: no adapter; the names of several
+
+
+def members(case: str) -> list[str]:
+    """Names of the adapters of a use case."""
+    return [] if case == NONE else case.split(AND)
+
+
+class LayerKind(Enum):
+    """What a weight is part of."""
+
+    LINEAR = "a Linear layer"
+    CONV1D = "transformers' Conv1D"  # of GPT-2; its weight is [in, out]
+    EMBEDDING = "an embedding"  # never refused: written as floats where it cannot be integers
+    OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
+
+
+class Layout(Enum):
+    """Where the files of base and adapters are; see the module."""
+
+    BUNDLE = auto()
+    EACH = auto()
+    CASES = auto()
+
+
+def _no_problem(_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is known of a target before anything runs.
+
+    Args:
+        backend_class: `module:class` of its `Backend`.
+        extra: the extra of this package that installs `packages`.
+        packages: modules that are imported to open the files, and of a simulation also to write
+            them.
+        compilers: further ones, and their extra: the files are compiled where they are installed.
+        is_simulated: whether the files hold activations on grids; else weights and float adapters.
+        activation_bitwidths: bitwidths of activations that they can express.
+        cached_graphs: whether they are graphs with a key-value cache, of the sizes that
+            `export.graphs` of the recipe has.
+        has_proof: whether `verify` writes a proof next to the files (`proof/folder.py`).
+        model_files: glob of the files whose total size is reported.
+        reserved: names of other files, which no adapter can have.
+        source_suffix: of the only files that a model can come from.
+        has_float16_scales: whether the files hold scales as float16.
+        writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
+        scheme_problem, embedding_problem, kind_problem: why the files cannot hold integers of a
+            scheme, of an embedding with it, or of a kind of layer; None if they can.
+        conflict: why they cannot hold layers of all these schemes together.
+    """
+
+    backend_class: str
+    extra: str
+    packages: tuple[str, ...]
+    compilers: tuple[str, str] | None = None
+    layout: Layout = Layout.BUNDLE
+    is_simulated: bool = False
+    activation_bitwidths: tuple[int, ...] = ()
+    cached_graphs: bool = False
+    has_proof: bool = True
+    model_files: str = "**/*"
+    reserved: frozenset[str] = frozenset()
+    source_suffix: str = ""
+    has_float16_scales: bool = False
+    writes_float_embeddings: bool = False
+    scheme_problem: Callable[[Scheme], str | None] = _no_problem
+    embedding_problem: Callable[[Scheme], str | None] | None = None
+    conflict: Callable[[Collection[Scheme]], str | None] = _no_problem
+    kind_problem: Callable[[LayerKind], str | None] = _no_problem
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What writes and opens the files."""
+        module, _, name = self.backend_class.partition(":")
+        backend: Backend = getattr(import_module(module), name)()
+        return backend
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base has a folder of its own, so that a runtime switches adapters."""
+        return self.layout is Layout.BUNDLE
+
+    @property
+    def has_cases(self) -> bool:
+        """Whether all use cases are in one folder."""
+        return self.layout is Layout.CASES
+
+    @property
+    def needs_zero_adapter(self) -> bool:
+        """Whether the base is the simulation of a zero adapter."""
+        return self.has_base and self.is_simulated
+
+    @property
+    def holds_factors_only(self) -> bool:
+        """Whether adapters have to be LoRA factors of linear layers."""
+        return self.layout is not Layout.EACH
+
+    @property
+    def taken_names(self) -> frozenset[str]:
+        """Names that no adapter can have."""
+        return self.reserved.union([BASE] * self.has_base, [PROOF] * self.has_proof)
+
+    def missing(self) -> str | None:
+        """Which package is missing, and how to install it; None if all are there."""
+        try:
+            self.require_packages()
+            if self.compilers is not None:
+                require(*self.compilers)
+        except MissingExtraError as error:
+            return str(error)
+        return None
+
+    def require_packages(self) -> None:
+        """Import `packages`; a MissingExtraError names the extra that installs a missing one."""
+        for package in self.packages:
+            require(package, self.extra)
+
+    def parts(self, bundle: Path, name: str) -> dict[str, Path]:
+        """The folders in a `bundle` with the files of an adapter or use case, by what they are."""
+        if self.has_base:
+            adapter = {} if name == BASE else {"adapter": bundle / name}
+            return {BASE: bundle / BASE, **adapter}
+        return {"files": bundle if self.has_cases else bundle / name}
+
+    def stages(self, target: str, name: str) -> list[str]:
+        """The stages of a job that write the files of an adapter or use case; the last one writes
+        what belongs to it alone, if anything does."""
+        base, adapter = [f"export/{target}"], [f"export/{target}/{name}"]
+        return base if self.has_cases else base + adapter if self.has_base else adapter
+
+    def open(self, bundle: Path, name: str | None = None) -> Runtime:
+        """The files in the target's runtime, with an adapter or as a use case.
+
+        Args:
+            bundle: folder of the target.
+            name: None: the base alone, if it has a folder of its own.
+
+        Raises:
+            MissingExtraError: a package of the runtime is missing.
+            VerificationError: the files contradict each other; every problem names its file.
+            ExportError: the runtime refuses them.
+        """
+        self.require_packages()
+        if not self.has_base:
+            files = self.parts(bundle, str(name))["files"]
+            return self.backend.open(files, str(name))
+        runtime = self.backend.open(bundle / BASE, BASE)
+        if name not in (None, BASE):
+            runtime.use(bundle / str(name))
+        return runtime
+
+
+@dataclass(frozen=True)
+class ExportedBase:
+    """A base of integers.
+
+    Args:
+        gguf_file: the file that the model came from, if it was a GGUF file.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    gguf_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A simulation of an adapter.
+
+    Args:
+        simulation: where the graph comes from; computes golden outputs.
+        metadata: for the files that have room for it.
+        sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
+            shapes, its values are golden inputs.
+        encodings_version: of AIMET encodings files.
+        graphs: number of new tokens of each graph with a key-value cache, by name. Empty for a
+            model that is no causal language model: one graph of the sample's shapes.
+        context: new and past tokens together, in each of them.
+        updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
+    """
+
+    simulation: Simulation
+    metadata: Mapping[str, str]
+    sample: Mapping[str, Tensor]
+    encodings_version: str = "1.0.0"
+    graphs: Mapping[str, int] = field(default_factory=dict)
+    context: int = 0
+    updatable: BaseActivations = "all"
+
+
+class Runtime(ABC):
+    """A model in its runtime, with exact settings.
+
+    Attributes:
+        shipped: the same with the program's own settings, if those compute something else.
+        switches: whether `use` and `decode` work; else the files are of one adapter or use case.
+        has_layers: whether `run_layers` works.
+    """
+
+    shipped: Runtime | None = None
+    switches = False
+    has_layers = False
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether `extend` works: keys and values of earlier tokens are inputs."""
+        return False
+
+    @property
+    def call_tokens(self) -> int | None:
+        """Tokens of one call, if the files have a fixed number."""
+        return None
+
+    @abstractmethod
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens], none of them masked.
+
+        Args:
+            steps: the last tokens to run one by one, where the files are graphs of fixed sizes.
+        """
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to the adapter in a folder, or to none. Adapters stay loaded.
+
+        Raises:
+            ExportError: the runtime refuses it.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+        raise NotImplementedError
+
+    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
+        raise NotImplementedError
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output of a simulation's files by name, given every input by name."""
+        raise NotImplementedError
+
+    def run_layers(
+        self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Every quantized activation in `values`, computed from the others in `values`.
+
+        Args:
+            values: the simulated value of each quantized activation.
+            tensors: every input of the model by name.
+        """
+        raise NotImplementedError
+
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """One call on the CPU: its inputs by name, and every quantized activation by name of its
+        tensor in the files.
+
+        Args:
+            tensors: inputs of the simulation, padded on the right to `call_tokens` tokens.
+        """
+        raise NotImplementedError
+
+    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity | None:
+        """The comparison with a reference, if running `logits` is not all of it."""
+        return None
+
+
+class Backend(ABC):
+    """Writes and opens the files of a target. The layout says which of the writers it has.
+
+    Attributes:
+        contents: what the files are, and what configurations in them hold.
+    """
+
+    contents = Contents()
+
+    def write_base(self, exported: Any, folder: Path) -> str | None:
+        """Write the base of a bundle into `folder`.
+
+        Args:
+            exported: an `ExportedBase`, or the `ExportedGraph` of a zero adapter.
+
+        Returns:
+            why files of a simulation have no key-value cache; None: they have one.
+
+        Raises:
+            ExportError: the files cannot hold it.
+        """
+        raise NotImplementedError
+
+    def write_adapter(self, exported: Any, base: Path, folder: Path) -> None:
+        """Write an adapter into `folder`: what it changes in a bundle, or all files.
+
+        Args:
+            exported: a `CanonicalAdapter`, or an `ExportedGraph`.
+            base: the folder that `write_base` wrote, of a bundle.
+
+        Raises:
+            ExportError: the files cannot hold it, or the base has no place for it.
+        """
+        raise NotImplementedError
+
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
+        """Write all use cases into `folder`.
+
+        Args:
+            base: the zero adapter.
+            cases: by name. Their graphs differ in the adapter's weights and in encodings only.
+
+        Raises:
+            ExportError: the files cannot express the graphs, or their bases differ.
+        """
+        raise NotImplementedError
+
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        """The files that only one use case needs."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def open(self, folder: Path, case: str) -> Runtime:
+        """See `Target.open`.
+
+        Args:
+            folder: with all files, or of a bundle with the base's.
+            case: the use case, where these are together.
+        """
+
+    def architecture_problem(self, model_type: str) -> str | None:
+        """Why the runtime cannot run a `model_type` of transformers; None if it can, or if that is
+        unknown because it is not installed."""
+        return None
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        """Context manager that makes `model` round activations like the runtime. None if the
+        runtime computes in float32. Reentrant."""
+        return None

@@ -1,0 +1,349 @@
+"""The `gguf` target: a GGUF base and GGUF LoRA adapters for llama.cpp.
+
+    llama-cli -m base/base.gguf --lora NAME/adapter.gguf
+
+The base must come from a GGUF file: its metadata and tokenizer are copied, and its names and orders
+of rows are used, whatever the architecture. Tensors that are what the file holds are copied as they
+are; if all are, base.gguf is the file itself, byte for byte.
+
+    Q4_0, Q5_0, Q8_0   symmetric, 4, 5 and 8 bits     (code - 2^(b-1)) d
+    Q4_1, Q5_1         float offset, 4 and 5 bits      code d + m
+
+Blocks have 32 weights; d and m are float16, so scales must have float16's precision (those of
+`base.weights` in blocks do). Coarser grids become blocks whose d are equal.
+
+    blk.N.attn_q.weight.lora_a [r, in], .lora_b [out, r]     rows in the file's order
+
+The scale is in lora_b, and no alpha is written: llama.cpp then takes 1.
+
+llama.cpp multiplies quantized weights with activations of 8 bits, which no training knows of. So it
+is verified twice: with the same weights as float32, where only rounding may differ, and as shipped,
+where the difference is llama.cpp's own and only reported. On the CPU it reads every GELU from a
+table of float16, exact settings or not; what that does to the trained model is allowed.
+
+Source: `ggml-common.h`, and `llama-adapter.cpp` of llama.cpp (b11739).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from transformers import activations
+
+from qwlora.errors import ExportError
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.grid.encoding import QuantizedTensor, spread
+from qwlora.nn.packed_layer import PackedLayer
+from qwlora.system.optional_packages import require
+from qwlora.targets.canonical_adapter import CanonicalAdapter
+from qwlora.targets.proof.contents import Contents
+from qwlora.targets.registry import GGUF
+from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.weights_folder import (
+    as_float16,
+    layers_to_write,
+    refuse,
+    width_problem,
+)
+
+BASE, ADAPTER = "base.gguf", "adapter.gguf"
+BLOCK = 32
+_GELUS = (
+    nn.GELU,
+    activations.GELUActivation,
+    activations.GELUTanh,
+    activations.NewGELUActivation,
+    activations.FastGELUActivation,
+    activations.AccurateGELUActivation,
+)
+
+
+class Gguf(Backend):
+    """GGUF; llama.cpp runs it."""
+
+    contents = Contents(base=(BASE,), adapter=(ADAPTER,))
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        if (source := exported.gguf_file) is None:
+            raise ExportError(
+                "gguf cannot be written for this model: metadata and tokenizer are taken from the "
+                "GGUF file that a model came from, and this one came from no GGUF file. Give a "
+                ".gguf file as model.source, or remove gguf from export.targets"
+            )
+        checkpoint, blocks = GgufCheckpoint(source), dict[str, tuple[str, Any]]()
+        problems = []
+        for name, layer in layers_to_write(exported.model).items():
+            stored = checkpoint.read(name)
+            if isinstance(stored, QuantizedTensor) and stored.equals(layer.quantized):
+                continue
+            if problem := GGUF.problem(layer.scheme) or width_problem(layer, (BLOCK,)):
+                problems.append(f"{name}: {problem}")
+                continue
+            try:
+                target, rows = checkpoint.stored_rows(name)
+                blocks[target] = _blocks(layer, rows)
+            except ExportError as error:
+                problems.append(f"{name}: {error}")
+        refuse("gguf", problems)
+        if not blocks:
+            shutil.copyfile(source, folder / BASE)
+            return
+        kinds = require("gguf", "gguf").GGMLQuantizationType
+        reader, writer = _copying(source, folder / BASE)
+        for tensor in reader.tensors:
+            data, kind = tensor.data, tensor.tensor_type
+            if tensor.name in blocks:
+                kind, data = kinds[blocks[tensor.name][0]], blocks[tensor.name][1]
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        _finish(writer)
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        gguf = require("gguf", "gguf")
+        checkpoint = GgufCheckpoint(base / BASE)
+        writer = gguf.GGUFWriter(folder / ADAPTER, checkpoint.file.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        if exported.base_fingerprint is not None:
+            writer.add_string("qwlora.base_fingerprint", exported.base_fingerprint)
+        for module, (a, b) in sorted(exported.factors.items()):
+            name, rows = checkpoint.stored_rows(f"{module}.weight")
+            writer.add_tensor(f"{name}.lora_a", a.numpy())
+            writer.add_tensor(f"{name}.lora_b", _in_order(b, rows).numpy())
+        _finish(writer)
+
+    def open(self, folder: Path, case: str) -> LlamaRuntime:
+        shipped = LlamaRuntime(folder / BASE)
+        dequantize = require("gguf", "gguf").quants.dequantize
+        with tempfile.TemporaryDirectory() as scratch:
+            floats = Path(scratch, BASE)
+            reader, writer = _copying(folder / BASE, floats)
+            for tensor in reader.tensors:  # all weights as float32
+                writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
+            _finish(writer)
+            return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, _GELUS)]
+        return GeluFromTable(modules) if modules else None
+
+
+def _copying(source: Path, target: Path) -> tuple[Any, Any]:
+    """A reader of a GGUF file, and a writer that has all metadata of it and no tensors yet."""
+    gguf = require("gguf", "gguf")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, of)
+    return reader, writer
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _in_order(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a parameter in the order in which the file stores them."""
+    stored = torch.empty_like(values)
+    stored[rows] = values
+    return stored.contiguous()
+
+
+def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]]:
+    """Type and bytes [out, bytes] of a layer in the file's order of rows.
+
+    Raises:
+        ExportError: a scale or an offset is not a float16.
+    """
+    scheme, codes = layer.scheme, _in_order(layer.codes, rows)
+    encoding = layer.encoding
+    numbers = [encoding.scale]
+    if encoding.scheme.float_offset:
+        numbers.append(encoding.minimum)
+    granularity, shape = scheme.granularity, layer.tensor.shape
+    per_block = [spread(number, granularity, shape, BLOCK) for number in numbers]
+    halves = [as_float16(_in_order(number, rows)) for number in per_block]
+    parts = [half.unsqueeze(-1).view(torch.uint8) for half in halves]
+    grouped = codes.unflatten(-1, (-1, BLOCK))
+    if scheme.bitwidth == 8:
+        parts.append((grouped.to(torch.int16) - 128).to(torch.int8).view(torch.uint8))
+    else:
+        if scheme.bitwidth == 5:  # bit 4 of 32 codes as four bytes, code i in bit i
+            high, weights = grouped >> 4, 2 ** torch.arange(8, dtype=torch.uint8)
+            parts.append((high.unflatten(-1, (4, 8)) * weights).sum(-1, dtype=torch.uint8))
+        low = grouped & 15
+        parts.append(low[..., :16] | (low[..., 16:] << 4))
+    kind = f"Q{scheme.bitwidth}_{1 if scheme.float_offset else 0}"
+    return kind, torch.cat(parts, -1).flatten(1).numpy()
+
+
+class GeluFromTable:
+    """While it is open, `modules` compute GELU as llama.cpp does on the CPU (`GGML_GELU_FP16`):
+
+    y = half(gelu(half(x))), with the approximation by tanh, if |x| < 10; else max(x, 0)
+    """
+
+    def __init__(self, modules: list[nn.Module]):
+        self._modules = modules
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._hooks = [module.register_forward_hook(self._read) for module in self._modules]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _read(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        (x,) = inputs
+        y = gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
+        return torch.where(x.abs() < 10, y, x.clamp_min(0))
+
+
+@cache
+def _log_of_llama() -> tuple[list[str], Any]:
+    """The error messages of llama.cpp, which then prints nothing; the list grows as it fails. And
+    the function that listens, of which llama.cpp has the address only."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, errors = get_ffi(), list[str]()
+
+    def listen(level: int, text: Any, _: Any) -> None:
+        if level == get_lib().GGML_LOG_LEVEL_ERROR:
+            errors.append(ffi.string(text).decode(errors="replace").strip())
+
+    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
+    get_lib().llama_log_set(callback, ffi.NULL)
+    return errors, callback
+
+
+class LlamaRuntime(Runtime):
+    """A GGUF file in llama.cpp, on the CPU, with a float32 cache.
+
+    Args:
+        path: the file.
+        shipped: the file that `path` is a float32 copy of, opened; None if it is no copy.
+
+    Raises:
+        ExportError: llama.cpp refuses the file.
+    """
+
+    switches = True
+
+    def __init__(self, path: Path, shipped: LlamaRuntime | None = None):
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        self.shipped = shipped
+        self._llama, self._ffi = get_lib(), get_ffi()
+        self._errors, _ = _log_of_llama()
+        self._llama.llama_backend_init()
+        self._adapters: dict[Path, Any] = {}
+        self._active: Path | None = None
+        parameters = self._llama.llama_model_default_params()
+        model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
+        if model == self._ffi.NULL:
+            raise ExportError(f"llama.cpp cannot load {str(path)!r}: {self._reason()}")
+        self._model = self._ffi.gc(model, self._llama.llama_model_free)  # with its adapters
+        self._context, self._tokens = self._ffi.NULL, 0
+        vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self._vocabulary = self._llama.llama_vocab_n_tokens(vocabulary)
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None and adapter not in self._adapters:
+            file = str(adapter / ADAPTER)
+            found = self._llama.llama_adapter_lora_init(self._model, file.encode())
+            if found == self._ffi.NULL:
+                raise ExportError(f"llama.cpp cannot load {file!r}: {self._reason()}")
+            self._adapters[adapter] = found
+        self._active = adapter
+        if self._context != self._ffi.NULL:
+            self._switch()
+        if self.shipped is not None:
+            self.shipped.use(adapter)
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        tokens = ids[0].tolist()
+        self._make_room(len(tokens))
+        found = torch.from_numpy(self._decode(tokens, 0))
+        return found.view(1, len(tokens), self._vocabulary)
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        tokens, position, found = ids[0].tolist(), 0, list[int]()
+        self._make_room(len(tokens) + count)
+        while len(found) < count:
+            logits = self._decode(tokens, position)[-self._vocabulary :]
+            position += len(tokens)
+            tokens = [int(logits.argmax())]
+            found += tokens
+        return found
+
+    def _decode(self, tokens: list[int], position: int) -> Any:
+        """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
+        llama = self._llama
+        batch = llama.llama_batch_init(len(tokens), 0, 1)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
+            batch.logits[i] = 1
+            batch.seq_id[i][0] = 0
+        batch.n_tokens = len(tokens)
+        status = llama.llama_decode(self._context, batch)
+        llama.llama_batch_free(batch)
+        if status:
+            raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
+        size = 4 * len(tokens) * self._vocabulary
+        buffer = self._ffi.buffer(llama.llama_get_logits(self._context), size)
+        return np.frombuffer(buffer, dtype=np.float32).copy()
+
+    def _reason(self) -> str:
+        return "; ".join(self._errors[-3:]) or "it gives no reason"
+
+    def _make_room(self, tokens: int) -> None:
+        """An empty context for sequences of this length."""
+        if tokens <= self._tokens:
+            memory = self._llama.llama_get_memory(self._context)
+            self._llama.llama_memory_clear(memory, True)
+            return
+        llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = room
+        parameters.n_threads = parameters.n_threads_batch = 1
+        parameters.type_k = parameters.type_v = 0  # float32
+        parameters.flash_attn_type = 0
+        self._context, self._tokens = self._ffi.NULL, 0  # releases the former one
+        context = llama.llama_init_from_model(model, parameters)
+        if context == self._ffi.NULL:
+            raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
+
+        def release(context: Any, _: Any = model) -> None:  # before the model, which it keeps
+            llama.llama_free(context)
+
+        self._context, self._tokens = self._ffi.gc(context, release), room
+        self._switch()
+
+    def _switch(self) -> None:
+        active = [] if self._active is None else [self._adapters[self._active]]
+        pointers = self._ffi.new("struct llama_adapter_lora *[]", active) if active else None
+        status = self._llama.llama_set_adapters_lora(
+            self._context,
+            pointers if pointers is not None else self._ffi.NULL,
+            len(active),
+            self._ffi.new("float[]", [1.0]) if active else self._ffi.NULL,
+        )
+        if status:
+            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")

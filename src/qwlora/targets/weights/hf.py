@@ -1,0 +1,177 @@
+"""The `hf` target: a compressed-tensors folder and PEFT directories, for transformers, vLLM and
+SGLang.
+
+    transformers   AutoModelForCausalLM.from_pretrained("base")
+                   PeftModel.from_pretrained(model, "NAME")
+    vLLM           vllm serve base --enable-lora --lora-modules NAME=NAME
+
+Linear layers keep their integers, in format pack-quantized; a packed embedding is written as the
+floats that its codes stand for, since the format has integers for Linear only. Grids with a float
+offset do not fit. See `formats/huggingface/compressed_tensors.py` for the tensors.
+
+transformers (5.24) keeps the integers until the first forward, and until then a layer has no weight
+for PEFT to find; asymmetric grids do not load like that at all. `dequantize: true` makes it unpack
+at once, but then it takes the scheme of the first group for all layers. So a base with one scheme
+says `dequantize: true`, one with several must be symmetric, and run once before an adapter is
+attached. vLLM ignores this key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qwlora.adapter.adapter_files import check_pattern_times, read_config
+from qwlora.errors import ExportError, foreign_as
+from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
+from qwlora.grid.scheme import Scheme
+from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
+from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
+from qwlora.targets.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
+from qwlora.targets.registry import COMPRESSED_TENSORS, transformers_conflict
+from qwlora.targets.target import Backend, ExportedBase, LayerKind, Runtime
+from qwlora.targets.weights.weights_folder import (
+    float_tensors,
+    layer_kind,
+    layers_to_write,
+    refuse,
+    write_folder,
+)
+
+_METHOD = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+}
+_GROUP = {
+    "targets": [PLAIN],
+    "weights": {
+        "num_bits": int,
+        "type": "int",
+        "symmetric": bool,
+        "dynamic": False,
+        "strategy": frozenset({"group", "channel", "tensor"}),
+        "group_size": int,
+    },
+}
+_FORM = {**_METHOD, "ignore": [PLAIN], "config_groups": {OTHER_KEYS: _GROUP}, "dequantize": True}
+
+
+class Hf(Backend):
+    """compressed-tensors and PEFT; transformers and PEFT run it."""
+
+    contents = Contents(
+        base=(*MODEL_FILES, *TOKENIZER),
+        adapter=PEFT_FILES,
+        forms={"adapter_config.json": PEFT_FORM},
+        settings={"quantization_config": _FORM},
+    )
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        model, layers = exported.model, layers_to_write(exported.model)
+        refuse("hf", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
+        tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
+        for name, layer in layers.items():
+            if isinstance(layer, PackedEmbedding):
+                tensors[name] = layer.tensor.dequantize()
+                continue
+            path = name.removesuffix(".weight")
+            parts = layer_tensors(layer.quantized)
+            tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+            groups.setdefault(layer.scheme, []).append(path)
+        if conflict := transformers_conflict(groups):
+            raise ExportError(f"hf cannot hold this base: {conflict}")
+        packed = {path for paths in groups.values() for path in paths}
+        settings = {
+            **_METHOD,
+            "ignore": [
+                path
+                for path, module in model.named_modules()
+                if isinstance(module, nn.Linear | PackedLinear) and path not in packed
+            ],
+            "config_groups": {
+                f"group_{i}": {
+                    "targets": ["Linear"] if len(groups) == 1 else paths,
+                    "weights": weights_settings(scheme),
+                }
+                for i, (scheme, paths) in enumerate(groups.items())
+            },
+            **({"dequantize": True} if len(groups) == 1 else {}),
+        }
+        changes = {"quantization_config": settings}
+        write_folder(model, exported.tokenizer, folder, tensors, changes)
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        write_peft(exported, folder)
+
+    def open(self, folder: Path, case: str) -> TransformersRuntime:
+        with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            )
+        runtime = TransformersRuntime(model.eval())
+        runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
+        return runtime
+
+
+def _problem(layer: PackedLayer) -> str | None:
+    kind = layer_kind(layer)
+    problem = COMPRESSED_TENSORS.kind_problem(kind)
+    has_integers = kind is LayerKind.LINEAR
+    return problem or (COMPRESSED_TENSORS.problem(layer.scheme) if has_integers else None)
+
+
+class TransformersRuntime(Runtime):
+    """A model in transformers; adapters by PEFT.
+
+    Args:
+        model: the base.
+    """
+
+    switches = True
+
+    def __init__(self, model: Any):
+        self._model = model  # a PeftModel from the first adapter on
+        self._known: dict[Path, str] = {}
+
+    def use(self, adapter: Path | None) -> None:
+        """See `Runtime.use`.
+
+        Raises:
+            SourceError: its configuration cannot be read, or a pattern in it takes too long.
+            ExportError: PEFT refuses it.
+        """
+        if adapter is not None and adapter not in self._known:
+            check_pattern_times(self._model, read_config(adapter), f"adapter {str(adapter)!r}")
+            name = str(len(self._known))
+            with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
+                if isinstance(self._model, PeftModel):
+                    self._model.load_adapter(adapter, name)
+                else:
+                    self._model = PeftModel.from_pretrained(self._model, adapter, name)
+            self._model.eval()
+            self._known[adapter] = name
+        if adapter is not None:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(self._known[adapter])
+        elif isinstance(self._model, PeftModel):
+            self._model.base_model.disable_adapter_layers()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        logits: Tensor = self._model(input_ids=ids).logits
+        return logits.float()
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        tokens, cache = list[int](), None
+        while len(tokens) < count:
+            result = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+        return tokens

@@ -1,0 +1,193 @@
+"""The `mlx` target: an affine-quantized folder and adapters that mlx-lm loads.
+
+    mlx_lm.generate --model base --adapter-path NAME --prompt "..."
+
+    weight   uint32 [out, in * bits / 32]   codes of a row as one little-endian bit stream
+    scales   float32 [out, in / g]
+    biases   float32 [out, in / g]          value of code 0: offset * scale, or the float offset
+
+    W[o, i] = scales[o, g] * code[o, i] + biases[o, g]
+
+MLX has groups of 32, 64 and 128 and 2, 3, 4, 5, 6 and 8 bits. Coarser grids become groups whose
+scales are equal. The integers are the base's own. Values may differ from the base's by the rounding
+of a float32 sum, except on grids with a float offset. Linear layers and embeddings can be
+quantized.
+
+    adapters.safetensors   MODULE.lora_a [in, r], MODULE.lora_b [r, out]
+    adapter_config.json    one rank and one scale for all modules: ranks are padded with zeros, and
+                           the scale is 1
+
+mlx-lm 0.32 reads rope_theta at the top level of config.json only, and else silently takes 10000;
+transformers 5 writes it into rope_parameters. It is written to both places.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from qwlora.errors import ExportError, foreign_as
+from qwlora.grid.encoding import spread
+from qwlora.grid.packing import pack_words
+from qwlora.nn.packed_layer import PackedLayer
+from qwlora.system import strict_json
+from qwlora.targets.canonical_adapter import CanonicalAdapter
+from qwlora.targets.proof.contents import (
+    MODEL_FILES,
+    NUMBER,
+    OTHER_KEYS,
+    PLAIN,
+    TOKENIZER,
+    Contents,
+)
+from qwlora.targets.registry import MLX, MLX_GROUPS
+from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.weights_folder import (
+    float_tensors,
+    largest_group,
+    layer_kind,
+    layers_to_write,
+    refuse,
+    width_problem,
+    write_folder,
+)
+
+_GRID = {"group_size": int, "bits": int, "mode": "affine"}
+_QUANTIZATION = {**_GRID, OTHER_KEYS: _GRID}  # by module path
+_LORA = {"rank": int, "scale": NUMBER, "dropout": NUMBER, "keys": [PLAIN]}
+_ADAPTER = {"fine_tune_type": "lora", "num_layers": 0, "lora_parameters": _LORA}
+
+
+class Mlx(Backend):
+    """MLX's format; mlx-lm runs it."""
+
+    contents = Contents(
+        base=(*MODEL_FILES, *TOKENIZER),
+        adapter=("adapter_config.json", "adapters.safetensors"),
+        forms={"adapter_config.json": _ADAPTER},
+        settings={
+            "quantization": _QUANTIZATION,
+            "quantization_config": _QUANTIZATION,
+            "rope_theta": NUMBER,
+            "rope_scaling": {"rope_type": PLAIN, OTHER_KEYS: object},
+        },
+    )
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        model, layers = exported.model, layers_to_write(exported.model)
+        refuse("mlx", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
+        tensors = {name: tensor.float() for name, tensor in float_tensors(model).items()}
+        layouts: dict[str, tuple[int, int]] = {}
+        for name, layer in layers.items():
+            path, group = name.removesuffix(".weight"), largest_group(layer, MLX_GROUPS)
+            assert group is not None
+            encoding, shape = layer.encoding, layer.tensor.shape
+            scales, biases = (
+                spread(number, layer.scheme.granularity, shape, group).float().contiguous()
+                for number in (encoding.scale, encoding.minimum)
+            )
+            words = pack_words(layer.codes, layer.scheme.bitwidth).view(torch.uint32)
+            tensors |= {name: words, f"{path}.scales": scales, f"{path}.biases": biases}
+            layouts[path] = (group, layer.scheme.bitwidth)
+        common = Counter(layouts.values()).most_common(1)[0][0]
+        quantization = {**_settings(common), "mode": "affine"} | {
+            path: _settings(layout) for path, layout in layouts.items() if layout != common
+        }
+        changes = {"quantization": quantization, "quantization_config": quantization}
+        write_folder(model, exported.tokenizer, folder, tensors, {**_rope(model), **changes})
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        """Modules are listed by their whole names, so `num_layers`, the number of last layers whose
+        modules may have names relative to their layer, does not matter."""
+        tensors = {}
+        for module, (a, b) in exported.factors.items():
+            missing = exported.rank - len(a)
+            tensors[f"{module}.lora_a"] = pad(a, (0, 0, 0, missing)).t().contiguous()
+            tensors[f"{module}.lora_b"] = pad(b, (0, missing)).t().contiguous()
+        save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
+        keys = sorted(exported.factors)
+        lora = {"rank": exported.rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
+        config = {"fine_tune_type": "lora", "num_layers": 0, "lora_parameters": lora}
+        text = strict_json.dumps(config, indent=2)
+        (folder / "adapter_config.json").write_text(text + "\n")
+
+    def open(self, folder: Path, case: str) -> MlxRuntime:
+        return MlxRuntime(folder)
+
+    def architecture_problem(self, model_type: str) -> str | None:
+        if find_spec("mlx") is None or find_spec("mlx_lm") is None:
+            return None
+        from mlx_lm.utils import MODEL_REMAPPING
+
+        module = f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
+        return None if find_spec(module) else f"mlx-lm has no model type {model_type}"
+
+
+def _settings(layout: tuple[int, int]) -> dict[str, int]:
+    return {"group_size": layout[0], "bits": layout[1]}
+
+
+def _problem(layer: PackedLayer) -> str | None:
+    problem = MLX.kind_problem(layer_kind(layer)) or MLX.problem(layer.scheme)
+    return problem or width_problem(layer, MLX_GROUPS)
+
+
+def _rope(model: PreTrainedModel) -> dict[str, Any]:
+    parameters = getattr(model.config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        return {}
+    rope: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
+    if parameters.get("rope_type", "default") != "default":
+        rope["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return rope
+
+
+class MlxRuntime(Runtime):
+    """The folder in mlx-lm.
+
+    Raises:
+        ExportError: mlx-lm refuses the folder.
+    """
+
+    switches = True
+
+    def __init__(self, folder: Path):
+        from mlx_lm.utils import load_model
+
+        with foreign_as(ExportError, f"mlx-lm cannot load {str(folder)!r}"):
+            self._model: Any = load_model(folder)[0]
+
+    def use(self, adapter: Path | None) -> None:
+        from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
+
+        self._model = remove_lora_layers(self._model)
+        if adapter is not None:
+            with foreign_as(ExportError, f"mlx-lm cannot load {str(adapter)!r}"):
+                self._model = load_adapters(self._model, str(adapter))
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        import mlx.core as mx
+
+        self._model.eval()
+        computed = self._model(mx.array(ids.numpy().astype(np.int32)))
+        return torch.from_numpy(np.array(computed.astype(mx.float32)))
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache, new = make_prompt_cache(self._model), mx.array(ids.numpy().astype(np.int32))
+        tokens: list[int] = []
+        while len(tokens) < count:
+            new = mx.argmax(self._model(new, cache=cache)[:, -1:], axis=-1)
+            tokens.append(int(new.item()))
+        return tokens

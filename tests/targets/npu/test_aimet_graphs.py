@@ -1,0 +1,195 @@
+"""`.aimet` folders of graphs with a key-value cache: what they compute, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qwlora.errors import ExportError, VerificationError
+from qwlora.formats.model_card import CARD_MARK
+from qwlora.grid.encoding import sqnr_db
+from qwlora.simulation.simulation import Simulation
+from qwlora.targets.proof.checks import Limits, Parity
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
+from simulation.test_npu_graph import simulated
+from targets.damage import flip_bit
+from targets.proofs import sqnr, verify_graphs
+
+pytestmark = pytest.mark.slow
+
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+AIMET = TARGETS["aimet"].backend
+
+
+def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    AIMET.write_adapter(ExportedGraph(made, {}, sample, version, GRAPHS, CONTEXT), folder, folder)
+    return folder
+
+
+def verified(folder: Path, made: Simulation) -> Parity:
+    logits = partial(AIMET.open(folder, "").logits, steps=4)
+    return verify_graphs(logits, made, IDS, Limits(perplexity_difference=0.02))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Simulation:
+    return simulated("Llama")
+
+
+@pytest.fixture(scope="module")
+def folder(llama: Simulation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(llama, tmp_path_factory.mktemp("aimet") / "a")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
+    parity = verified(folder, llama)
+    assert not parity.problems
+    model, logits = llama.origin.model, AIMET.open(folder, "").logits(IDS)
+    assert sqnr(logits, llama.logits(IDS)) > 45
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=IDS).logits
+    of_adapter, of_base = ((logits - x).abs().mean() for x in (llama.logits(IDS), base))
+    assert of_base > 10 * of_adapter
+
+
+def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_path: Path) -> None:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    exported = ExportedGraph(llama, {}, sample, "1.0.0", GRAPHS, 22)
+    AIMET.write_adapter(exported, tmp_path, tmp_path)
+    logits = AIMET.open(tmp_path, "").logits
+    ids = torch.randint(3, 256, (1, 22), generator=torch.Generator().manual_seed(7))
+    expected = llama.logits(ids).double()  # the third prefill has room for 6 tokens only
+    noise = float((logits(ids) - expected).square().sum())
+    assert sqnr_db(float(expected.square().sum()), noise) > 45
+    with pytest.raises(ExportError, match=r"23 tokens do not fit .* at most 22"):
+        logits(torch.cat([ids, ids[:, :1]], 1))
+
+
+def entries_of(folder: Path) -> dict[str, Any]:
+    document = json.loads((folder / "model.encodings").read_text())
+    sections = ("param_encodings", "activation_encodings", "encodings")
+    return {e["name"]: e for s in sections for e in document.get(s, [])}
+
+
+def without_encoding(folder: Path) -> set[str]:
+    """Names of the float tensors that have none; every entry is of a float tensor."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"))
+    typed = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    floats = {v.name for v in typed if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    entries = entries_of(folder).keys()
+    assert entries <= floats
+    return floats - entries
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_every_float_tensor_has_an_encoding_and_names_are_tied(
+    version: str, folder: Path, llama: Simulation, tmp_path: Path
+) -> None:
+    files = folder if version == "1.0.0" else written(llama, tmp_path, version)
+    batch = {"input_ids": IDS[:, :8], "attention_mask": IDS[:, :8] > 0}
+    graphs = AIMET.open(files, "").layers(batch)[1]
+    assert len(graphs) > 150
+    known: dict[str, Any] = {}
+    for name in GRAPHS:
+        entries = entries_of(files / f"{name}.aimet")
+        assert without_encoding(files / f"{name}.aimet") == set()
+        inputs = {i.name for i in onnx.load(files / f"{name}.aimet/model.onnx").graph.input}
+        assert inputs >= {"attention_mask", "past_key_0_in"}
+        assert "lora_alpha" not in inputs
+        assert (entries["past_key_1_in"] | {"name": ""}) == entries["past_key_1_out"] | {"name": ""}
+        for each in known.keys() & entries.keys():
+            assert known[each] == entries[each]
+        known |= entries
+    data = [(files / f"{name}.aimet/model.data").read_bytes() for name in GRAPHS]
+    assert data[0] == data[1]
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
+
+
+@pytest.mark.client
+def test_ai_hubs_client_takes_the_folders(folder: Path) -> None:
+    from qai_hub import client
+
+    for name in GRAPHS:
+        model = folder / f"{name}.aimet"
+        assert client._determine_model_type(model).name == "AIMET_ONNX"
+
+
+def test_the_script_links_both_graphs_and_compares_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a client that computes in place of a device what golden/ holds, once a little off."""
+    linked: list[Any] = []
+
+    def compile_job(model: str, device: Any, name: str, options: str) -> Any:
+        assert "--target_runtime qnn_dlc " in options
+        assert "--output_names logits,past_key_0_out," in options
+        assert options.endswith(f"context_enable_graphs={Path(model).stem}")
+        return SimpleNamespace(get_target_model=lambda: Path(model).name)
+
+    def link_job(models: list[str], device: Any, name: str) -> Any:
+        linked.extend(models)
+        return SimpleNamespace(get_target_model=lambda: "binary")
+
+    def inference_job(model: str, device: Any, inputs: dict[str, Any], options: str) -> Any:
+        graph = options.rpartition("=")[2]
+        assert model == "binary"
+        shapes = json.loads((folder / "graphs.json").read_text())["graphs"][graph]["inputs"]
+        assert {name: list(array.shape) for name, (array,) in inputs.items()} == shapes
+        outputs = folder / "golden" / graph
+        names = [
+            item["name"] for item in json.loads((outputs / "golden.json").read_text())["outputs"]
+        ]
+        found = {name: [np.load(outputs / f"{name}.npy")] for name in reversed(names)}
+        if graph == "decode":
+            found["logits"][0] = found["logits"][0] * 1.001
+        return SimpleNamespace(download_output_data=lambda: found)
+
+    client = ModuleType("qai_hub")
+    client.Device = str  # type: ignore[attr-defined]
+    client.submit_compile_job = compile_job  # type: ignore[attr-defined]
+    client.submit_link_job = link_job  # type: ignore[attr-defined]
+    client.submit_inference_job = inference_job  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qai_hub", client)
+    monkeypatch.setattr(sys, "argv", ["submit_aihub.py"])
+    runpy.run_path(str(folder / "submit_aihub.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert linked == ["decode.aimet", "prefill.aimet"]
+    assert "decode logits: SQNR 60.0 dB, same largest entry 100.0%" in said
+    assert "prefill past_value_1_out: SQNR" in said
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_changed_weights_are_refused_by_name(graph: str, copied: Path) -> None:
+    flip_bit(f"{graph}.aimet/model.data")(copied)
+    with pytest.raises(VerificationError, match=r"(?s)model\.onnx: .* not on the grid"):
+        AIMET.open(copied, "")
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    made = simulated(name)
+    parity = verified(written(made, tmp_path), made)
+    assert not parity.problems
+    inner = without_encoding(tmp_path / "decode.aimet")
+    assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
+    assert not any("norm" in each or "ln_" in each for each in inner)

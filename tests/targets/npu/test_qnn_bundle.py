@@ -1,0 +1,217 @@
+"""Bundles for Qualcomm's HTP: what they compute on CPU and emulator, and damaged files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qwlora import LayerRule, Scheme, Schemes, export, quantize_
+from qwlora.errors import ExportError
+from qwlora.grid.scheme import PerChannel, parse_scheme
+from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.simulation import Simulation
+from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.targets.npu.qnn import QnnModel, verify_qnn
+from qwlora.targets.proof.checks import Limits
+from qwlora.targets.weights.gguf import LlamaRuntime
+from simulation.tiny_architectures import inputs, make
+from targets.proofs import reference_of, sqnr
+
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+CONTEXT, GENERATED = 96, 64
+# what is computed without the HTP's emulator, too
+EMULATED = pytest.mark.parametrize(
+    "is_emulated", [False, pytest.param(True, marks=pytest.mark.client)]
+)
+SCHEMES = Schemes(
+    quantize_residual_adds=True,
+    symmetric_matmul_second_input=True,
+    key_value_bitwidth=8,
+    adapter_weights=Scheme(8),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["w4-channel", "w8-tensor", "w4-block16", "w2-block16", "w16-channel"]
+)
+def test_weights_that_the_htp_computes(name: str) -> None:
+    assert weight_problem(parse_scheme(name)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("w2-channel", "w4-channel"),
+        ("w4-channel-asymmetric", "without asymmetric"),
+        ("w16-block16", "w16-channel"),
+        ("w3-channel", "nearest has 4"),
+    ],
+)
+def test_weights_that_it_refuses_or_computes_wrongly(name: str, nearest: str) -> None:
+    assert nearest in str(weight_problem(parse_scheme(name)))
+
+
+def test_tables_and_inputs_have_one_scale() -> None:
+    assert table_problem(Scheme(8)) is None
+    assert "w8-tensor" in str(table_problem(parse_scheme("w4-channel")))
+    assert input_problem(Scheme(8)) is None
+    assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
+
+
+def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
+    """Adapters of two ranks and scalings, on one set of encodings."""
+    model = make("Llama")
+    quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", embeddings)])
+    layers = ["q_proj", "down_proj"]
+    first = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    second = LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    adapted = get_peft_model(model, first, adapter_name="first")
+    adapted.add_adapter("second", second)
+    simulations = simulate_adapters(adapted.eval(), inputs("Llama"), schemes, "none")
+    simulations.calibrate([{"input_ids": IDS}])
+    return simulations
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
+    simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
+    graphs = {"prefill": 8, "decode": 1}
+    export(simulations, "qnn", folder, graphs=graphs, context=CONTEXT)
+    return simulations, folder
+
+
+@pytest.mark.slow
+@EMULATED
+@pytest.mark.parametrize("name", ["first", "second", "zero"])
+def test_every_adapter_computes_its_simulation(
+    name: str, is_emulated: bool, bundle: tuple[Mapping[str, Simulation], Path]
+) -> None:
+    simulations, folder = bundle
+    simulation = simulations["base" if name == "zero" else name]
+    limits = Limits(perplexity_difference=0.02)
+    parity = verify_qnn(folder, name, reference_of(simulation, IDS, 0.002), limits)
+    assert parity.problems == []
+    assert parity.figures["cpu"]["top1_agreement"] > 0.9
+    others = [simulations[other] for other in simulations if simulations[other] is not simulation]
+    logits = QnnModel(folder / "base", folder / name, htp=False).logits(IDS)
+    assert sqnr(logits, simulation.logits(IDS)) > 45
+    for other in others:  # of these it is not the simulation
+        assert float((logits - other.logits(IDS)).abs().mean()) > 10 * float(
+            (logits - simulation.logits(IDS)).abs().mean()
+        )
+    if is_emulated:
+        on_htp = QnnModel(folder / "base", folder / name, htp=True).logits(IDS)
+        assert sqnr(on_htp, logits) > 35
+        assert parity.figures["htp"].keys() == parity.figures["cpu"].keys()
+        assert parity.figures["placement"].keys() == {"prefill", "decode"}
+    else:
+        assert "qwlora[qnn]" in parity.figures["not_run"]
+
+
+def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """(ids, logits) of a prompt and `count` greedy tokens after it: prefill, then decode."""
+    cache, ids, found = model.empty_cache(), prompt, []
+
+    def run(graph: str, tokens: torch.Tensor, past: int) -> None:
+        logits = model.call(graph, tokens, past, cache)[1]["logits"]
+        found.append(logits[:, : tokens.shape[1]])
+
+    for first in range(0, prompt.shape[1], 8):
+        run("prefill", prompt[:, first : first + 8], first)
+    for _ in range(count):
+        token = found[-1][:, -1:].argmax(-1)
+        run("decode", token, ids.shape[1])
+        ids = torch.cat([ids, token], 1)
+    return ids, torch.cat(found, 1)
+
+
+@pytest.mark.slow
+def test_generated_tokens_are_those_of_the_whole_sequence(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    """The prompt is longer than a piece of prefill, and its last piece is not full."""
+    simulations, folder = bundle
+    simulation = simulations["first"]
+    model = QnnModel(folder / "base", folder / "first", htp=False)
+    ids, logits = generated(model, IDS, GENERATED)
+    expected, perturbed = (
+        simulation.logits(ids),
+        simulation.perturbed_outputs({"input_ids": ids})["logits"],
+    )
+    # the graphs also round cosines, sines and masked scores, which the simulation does not
+    limits = Limits()
+    assert sqnr(logits, expected) >= min(limits.sqnr, sqnr(perturbed, expected) - 6)
+    floor = (perturbed - expected).abs().max()
+    assert float((logits - expected).abs().max()) < 4 * floor
+    likeliest = expected.topk(2).values
+    clear = likeliest[..., 0] - likeliest[..., 1] > 2 * floor
+    assert float(clear.float().mean()) > 0.9
+    assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
+    # so each generated token is the simulation's
+    assert torch.equal(ids[:, IDS.shape[1] :], logits.argmax(-1)[:, IDS.shape[1] - 1 : -1])
+
+
+@pytest.mark.slow
+def test_prefill_and_decode_share_one_weight_file(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    base = bundle[1] / "base"
+    places: list[set[tuple[str, int, int]]] = []
+    for graph in ("prefill", "decode"):
+        model = onnx.load(base / f"{graph}.onnx", load_external_data=False)
+        of = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer]
+        places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of if e})
+    assert places[0] == places[1]
+    assert [path.name for path in base.glob("*.data")] == ["weights.data"]
+    bytes_stored = sum(length for _, _, length in places[0])
+    assert 60_000 < bytes_stored <= (base / "weights.data").stat().st_size < 1.2 * bytes_stored
+
+
+@pytest.mark.slow
+@pytest.mark.client
+def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    _, folder = bundle
+    switched = QnnModel(folder / "base", folder / "first", htp=True)
+    found = {}
+    for name in ("zero", "second", "first"):
+        switched.use(folder / name)
+        found[name] = switched.logits(IDS, steps=4)
+        alone = QnnModel(folder / "base", folder / name, htp=True)
+        assert torch.equal(found[name], alone.logits(IDS, steps=4))
+    assert not torch.equal(found["zero"], found["first"])
+    record = json.loads((folder / "base" / "graphs.json").read_text())
+    assert record["compiler"]["soc_model"] == "57"
+    compiled = {graph["compiled"] for graph in record["graphs"].values()}
+    assert compiled == {"device/prefill_ctx.onnx", "device/decode_ctx.onnx"}
+    assert not list((folder / "base").glob("*_ctx.onnx"))  # where the emulator would crash on it
+    binaries = list((folder / "base" / "device").glob("*.bin"))
+    assert len(binaries) == 1  # both graphs share it
+
+
+@pytest.mark.slow
+@pytest.mark.client
+def test_llama_cpp_runs_in_the_process_of_the_emulator(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    _, folder = bundle
+    QnnModel(folder / "base", folder / "first", htp=True).logits(IDS)
+    with pytest.raises(ExportError, match=r"nothing\.gguf.*failed to load model"):
+        LlamaRuntime(tmp_path / "nothing.gguf")
+
+
+@pytest.mark.slow
+def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    simulations = simulated(parse_scheme("w4-channel"))
+    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*nearest is w8-tensor"):
+        export(simulations, "qnn", tmp_path, graphs={"decode": 1}, context=8)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,157 @@
+"""The base as ONNX with a cache and switchable adapters, in ONNX Runtime and onnxruntime-genai."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from conftest import byte_tokenizer
+from qwlora.errors import ExportError
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn.packed_layer import packed_weights
+from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
+from qwlora.targets.onnx.genai import container_bits, operands
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedBase
+from targets.weights.test_weights_targets import adapters, base, target
+
+IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(5))
+SCHEMES = [
+    *(
+        Scheme(bits, symmetric, granularity)
+        for bits in (2, 3, 4, 5, 8)
+        for symmetric in (True, False)
+        for granularity in (PerTensor(), PerChannel(), PerBlock(16), PerBlock(32), PerBlock(64))
+    ),
+    *(Scheme(bits, False, PerBlock(32), float_offset=True) for bits in (2, 4)),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None:
+    """ONNX Runtime's operator on the identity gives the weight."""
+    assert TARGETS["genai"].scheme_problem(scheme) is None
+    for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
+        arrays, block = operands(layer)
+        rows, columns = layer.tensor.shape
+        bits = container_bits(scheme.bitwidth)
+        node = helper.make_node(
+            "MatMulNBits",
+            ["x", *arrays],
+            ["y"],
+            domain="com.microsoft",
+            K=columns,
+            N=rows,
+            bits=bits,
+            block_size=block,
+            accuracy_level=1,
+        )
+        kinds = [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", w])
+            for n, w in (("x", columns), ("y", rows))
+        ]
+        held = [numpy_helper.from_array(array, part) for part, array in arrays.items()]
+        graph = helper.make_graph([node], "g", kinds[:1], kinds[1:], held)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        (found,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
+        expected = layer.tensor.dequantize().numpy().T
+        if scheme.float_offset:
+            assert np.abs(found - expected).max() <= 3e-7 * np.abs(expected).max(), name
+        else:
+            assert np.array_equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(8, False, PerBlock(32), float_offset=True), Scheme(4, True, PerBlock(8))],
+    ids=str,
+)
+def test_a_scheme_that_matmul_nbits_has_not_is_refused(scheme: Scheme, tmp_path: Path) -> None:
+    assert TARGETS["genai"].scheme_problem(scheme) is not None
+    with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*MatMulNBits"):
+        target("genai").write_base(ExportedBase(base(scheme), None), tmp_path)
+
+
+def written(folder: Path, architecture: str = "llama") -> Any:
+    """A base with two adapters, written; returns the model with both."""
+    model = base(Scheme(4, False, PerBlock(32)), architecture)
+    (folder / "base").mkdir()
+    target("genai").write_base(ExportedBase(model, byte_tokenizer()), folder / "base")
+    adapted = adapters(model, folder / "trained")
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        canonical = read_canonical(folder / "trained" / name)
+        target("genai").write_adapter(canonical, folder / "base", folder / name)
+    return adapted
+
+
+def expected_logits(adapted: Any, name: str | None, ids: torch.Tensor) -> NDArray[np.float32]:
+    with torch.no_grad():
+        if name is None:
+            with adapted.disable_adapter():
+                return adapted(input_ids=ids).logits.numpy()
+        adapted.set_adapter(name)
+        return adapted(input_ids=ids).logits.numpy()
+
+
+def test_one_session_of_onnx_runtime_has_all_adapters_and_none(tmp_path: Path) -> None:
+    adapted = written(tmp_path)
+    path = str(tmp_path / "base" / "model.onnx")
+    products = [
+        n
+        for n in onnx.load(path, load_external_data=False).graph.node
+        if n.op_type == "MatMulNBits"
+    ]
+    assert len(products) == 7
+    session = onnxruntime.InferenceSession(path)
+    loaded = {}
+    for name in ("first", "second"):
+        loaded[name] = onnxruntime.LoraAdapter()
+        loaded[name].Load(str(tmp_path / name / "adapter.onnx_adapter"))
+
+    def run(name: str | None, with_: Any = session) -> NDArray[np.float32]:
+        options = onnxruntime.RunOptions()
+        if name is not None:
+            options.add_active_adapter(loaded[name])
+        feeds = {
+            "input_ids": IDS.numpy(),
+            "attention_mask": np.ones((1, 20), np.int64),
+            "position_ids": np.arange(20)[None],
+            "past_key_values.0.key": np.zeros((1, 2, 0, 16), np.float32),
+            "past_key_values.0.value": np.zeros((1, 2, 0, 16), np.float32),
+        }
+        return with_.run(["logits"], feeds, options)[0]
+
+    found = {}
+    for name in ("first", None, "second", None, "first"):
+        expected = expected_logits(adapted, name, IDS)
+        logits = run(name)
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert np.array_equal(found.setdefault(name, logits), logits)
+        assert np.array_equal(run(name, onnxruntime.InferenceSession(path)), logits)
+    assert not np.array_equal(found["first"], found["second"])
+    unknown = CanonicalAdapter({"model.layers.9.mlp.up_proj": (torch.ones(2, 64),) * 2}, None)
+    with pytest.raises(ExportError, match=r"no place .*model\.layers\.9\.mlp\.up_proj"):
+        target("genai").write_adapter(unknown, tmp_path / "base", tmp_path / "first")
+
+
+@pytest.mark.client
+def test_the_readme_s_lines_run(tmp_path: Path) -> None:
+    import contextlib
+
+    written(tmp_path)
+    lines = usage("genai", "base", "first")
+    code = lines.partition("```python\n")[2].partition("```")[0]
+    with contextlib.chdir(tmp_path):
+        exec(code, {})

@@ -1,0 +1,239 @@
+"""What may be in a bundle: somebody else's files are compared with what a target writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import helper
+
+from conftest import tiny_model
+from qwlora.errors import SourceError
+from qwlora.formats.model_source import load_model
+from qwlora.system.time_limit import time_limit
+from qwlora.targets.onnx.onnx_runtime import read_session_options
+from qwlora.targets.proof.contents import check_contents, check_plain, known_settings, misfits
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.weights.hf import TransformersRuntime
+
+
+def check(folder: Path, place: str) -> None:
+    """Check the files of `folder` as those of a `target/base` or a `target/adapter`."""
+    target, part = place.split("/")
+    files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    check_contents(TARGETS[target].backend.contents, folder, files, part == "base")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("genai/base", "ops.so"),
+        ("genai/base", "ops.dll"),
+        ("genai/adapter", "genai_config.json"),
+        ("hf/base", "modeling_llama.py"),
+        ("hf/base", "pytorch_model.bin"),
+        ("hf/base", "adapter_config.json"),  # transformers would load the adapter that it names
+        ("hf/adapter", "adapter_model.bin"),
+        ("hf/adapter", "sub/adapter_config.json"),
+        ("mlx/base", "custom.py"),
+        ("openvino/base", "extension.so"),
+        ("onnx/base", "libops.dylib"),
+        ("gguf/adapter", "base.gguf"),
+        ("qairt/adapter", "run.sh"),
+        ("aimet/adapter", "model.aimet/plugin.so"),
+    ],
+)
+def test_a_file_that_no_export_writes_is_refused(place: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match=f"holds {re.escape(name)}, which no export writes"):
+        check(tmp_path, place)
+
+
+GENAI = {"model": {"type": "llama", "decoder": {"session_options": {"provider_options": []}}}}
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+PEFT = {"peft_type": "LORA", "r": 2, "target_modules": ["layers.0.q_proj"]}
+MLX = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "keys": ["layers.0.q_proj"]}}
+
+
+def put(content: Any, path: str, value: Any) -> Any:
+    """A copy of JSON content with one value set."""
+    copied = json.loads(json.dumps(content))
+    *outer, last = path.split("/")
+    inner = copied
+    for key in outer:
+        inner = inner.setdefault(key, {})
+    inner[last] = value
+    return copied
+
+
+PROVIDERS = [{"qnn": {"backend_path": "x"}}]
+HUNGRY_GROUP = {"group_0": {"targets": ["re:((a+)+)+b"]}}
+OPTIONS = "model/decoder/session_options"
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "content", "path", "value"),
+    [
+        ("genai/base", "genai_config.json", GENAI, "model/decoder/filename", "../first/x.onnx"),
+        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/custom_ops_library", "model.data"),
+        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/provider_options", PROVIDERS),
+        ("genai/base", "genai_config.json", GENAI, "model/vision", {"filename": "model.onnx"}),
+        ("hf/base", "config.json", CONFIG, "auto_map", {"AutoModelForCausalLM": "x--y.Z"}),
+        ("hf/base", "config.json", CONFIG, "attn_implementation", "someone/kernel"),
+        ("hf/base", "config.json", CONFIG, "text_config/_attn_implementation", "a/b"),
+        ("hf/base", "config.json", CONFIG, "model_type", "no_such_model"),
+        ("hf/base", "config.json", CONFIG, "a_setting", {"of": ["text"]}),
+        ("hf/base", "config.json", CONFIG, "quantization_config", {"quant_method": "bitnet"}),
+        ("hf/base", "config.json", CONFIG, "quantization_config/config_groups", HUNGRY_GROUP),
+        ("hf/base", "config.json", CONFIG, "quantization_config/ignore", ["re:(.*a){30}"]),
+        ("hf/base", "generation_config.json", {}, "custom_generate", "someone/code"),
+        ("hf/base", "tokenizer_config.json", {}, "auto_map", {"AutoTokenizer": ["x.Y", None]}),
+        ("hf/adapter", "adapter_config.json", PEFT, "auto_mapping", {"parent_library": "x"}),
+        ("hf/adapter", "adapter_config.json", PEFT, "megatron_core", "this"),
+        ("hf/adapter", "adapter_config.json", PEFT, "target_modules", "((a+)+)+b"),
+        ("hf/adapter", "adapter_config.json", PEFT, "peft_type", "LOHA"),
+        ("hf/adapter", "adapter_config.json", PEFT, "use_dora", True),
+        ("hf/adapter", "adapter_config.json", PEFT, "base_model_name_or_path", "someone/model"),
+        ("mlx/base", "config.json", CONFIG, "model_file", "model.safetensors"),
+        ("mlx/base", "config.json", CONFIG, "quantization", {"group_size": "32"}),
+        ("mlx/adapter", "adapter_config.json", MLX, "fine_tune_type", "full"),
+        ("openvino/base", "config.json", CONFIG, "experts_implementation", "a/b"),
+        ("onnx/base", "session_options.json", {}, "session.qdq_matmulnbits_accuracy_level", "4"),
+        ("onnx/base", "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
+        ("aimet/adapter", "graphs.json", {}, "graphs/decode/host", "../../other.onnx"),
+        ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "/etc/passwd"),
+    ],
+)
+def test_a_value_that_no_export_writes_is_refused(
+    place: str, name: str, content: dict[str, Any], path: str, value: Any, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    check(tmp_path, place)
+    (tmp_path / name).write_text(json.dumps(put(content, path, value)))
+    with pytest.raises(SourceError, match=rf"{name}.*nothing in it was run"):
+        check(tmp_path, place)
+
+
+@pytest.mark.parametrize("content", ["[]", '["a"]', '"a"', "{", "1" * 5000])
+def test_configurations_of_another_kind_are_refused(content: str, tmp_path: Path) -> None:
+    for name, target in (("config.json", "hf"), ("genai_config.json", "genai")):
+        folder = tmp_path / target
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(SourceError, match=name):
+            check(folder, f"{target}/base")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '["session.disable_quant_qdq"]', '{"session.disable_quant_qdq": 1}', "{", '"x"'],
+)
+def test_session_options_of_another_form_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "session_options.json").write_text(content)
+    with pytest.raises(SourceError, match=r"session_options\.json.*export the model again"):
+        read_session_options(tmp_path)
+
+
+def test_an_integer_is_neither_a_flag_nor_a_text() -> None:
+    assert list(misfits({"a": 1, "b": True}, {"a": int, "b": bool})) == []
+    assert list(misfits({"a": True, "b": 1}, {"a": int, "b": bool})) == ["a is true", "b is 1"]
+    assert list(misfits({"a": 0}, {"a": False})) == ["a is 0"]
+
+
+def test_text_that_transformers_does_not_know_is_not_written() -> None:
+    settings = {**CONFIG, "mine": 3, "also": [1.5], "file": "x.py", "nested": {"file": "x.py"}}
+    assert known_settings(settings) == {**CONFIG, "mine": 3, "also": [1.5]}
+
+
+def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> None:
+    template = (
+        resources.files("qwlora.targets.npu") / "aimet_templates" / "submit_aihub.py.template"
+    )
+    script = template.read_text()
+    assert "@FULL_TYPE@" in script
+    path = tmp_path / "submit_aihub.py"
+    for word in ("w8a16", "int8"):
+        path.write_text(script.replace("@FULL_TYPE@", word))
+        check(tmp_path, "aimet/adapter")
+    for changed in (script.replace("@FULL_TYPE@", 'int8"; import os; "'), f"{script}\nprint(1)"):
+        path.write_text(changed)
+        with pytest.raises(SourceError, match=r"submit_aihub\.py.* not the script"):
+            check(tmp_path, "aimet/adapter")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "pipe"])
+def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    (bundle / "base").mkdir(parents=True)
+    (bundle / ".cache").mkdir()
+    (bundle / ".cache" / "x").symlink_to("/nowhere")
+    check_plain(bundle)
+    if kind == "pipe":
+        os.mkfifo(bundle / "base" / "x")
+    else:
+        (bundle / "base" / "x").symlink_to("/etc" if kind == "folder link" else "/etc/passwd")
+    with pytest.raises(SourceError, match=r"base/x' is (a link|not a regular file)"):
+        check_plain(bundle)
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "absent", "weights/../w"])
+def test_tensor_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None:
+    tensor = helper.make_tensor("w", 1, [1], [0.0])
+    node = helper.make_node("Constant", [], ["y"], value=tensor)  # inside an attribute
+    graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [1])])
+    model = helper.make_model(graph)
+    stored = model.graph.node[0].attribute[0].t
+    stored.ClearField("float_data")
+    stored.data_location = onnx.TensorProto.EXTERNAL
+    entry = stored.external_data.add()
+    entry.key, entry.value = "location", "model.onnx.data"
+    (tmp_path / "model.onnx.data").write_bytes(bytes(4))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    check(tmp_path, "genai/base")
+    entry.value = location
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match="'w' is stored in"):
+        check(tmp_path, "genai/base")
+
+
+def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("EPContext", [], ["y"], domain="com.microsoft", ep_cache_context="a.so")
+    graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [1])])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(SourceError, match="compiled code"):
+        check(tmp_path, "onnx/base")
+
+
+def test_a_pattern_that_takes_forever_is_refused_before_peft_matches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = partial(time_limit, seconds=0.5)
+    monkeypatch.setattr("qwlora.adapter.adapter_files.time_limit", short)
+    pattern = r"(?:(?:\w+\.?)*)*,"
+    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {pattern: 1}, "target_modules": ["x"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    runtime = TransformersRuntime(tiny_model("llama", layers=1))
+    with pytest.raises(SourceError, match=r"alpha_pattern .*takes more than"):
+        runtime.use(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", "flash_attention_2", {"": "someone/kernel"}])
+def test_a_model_does_not_choose_where_its_kernels_come_from(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    tiny_model("llama", layers=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    model = load_model(str(tmp_path))
+    assert model.config._attn_implementation == "sdpa"
+    model(input_ids=torch.zeros(1, 2, dtype=torch.int64))

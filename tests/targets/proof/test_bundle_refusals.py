@@ -1,0 +1,525 @@
+"""What `qwlora verify BUNDLE` decides, with a runtime that computes what a test wants."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import reseal
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import FingerprintError, QwloraError, QwloraWarning, SourceError
+from qwlora.targets import target as target_module
+from qwlora.targets.proof.folder import (
+    current_proofs,
+    is_bundle,
+    is_of_base,
+    record_digest,
+    verify_bundle,
+    write_proof,
+    write_record,
+)
+from qwlora.targets.proof.reference import logits_of, make_reference
+from qwlora.targets.registry import TARGETS
+
+WORDS, TOKENS = 40, 24
+GENERATOR = torch.Generator().manual_seed(3)
+IDS = torch.randint(0, WORDS, (2, TOKENS), generator=GENERATOR)
+LABELS = IDS.clone()
+LABELS[:, :6] = IGNORED
+TEXT = Sequences(IDS, LABELS)
+# logits of the next token, by the last one
+BASE, ADAPTED = (3 * torch.randn(WORDS, WORDS, generator=GENERATOR) for _ in range(2))
+TOP = max(float(table[IDS].abs().max()) for table in (BASE, ADAPTED))
+FILES = {
+    "base": {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"},
+    "first": {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": "A, B"},
+}
+FILES["second"] = {name: f"{content} " for name, content in FILES["first"].items()}
+LIMIT = 0.003
+
+
+class Trained:
+    """The trained model, in the parts of PeftModel that a reference is made with."""
+
+    def __init__(self) -> None:
+        self.table = ADAPTED
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        self.table = BASE
+        yield
+        self.table = ADAPTED
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+class Runtime(target_module.Runtime):
+    """Computes by one table without an adapter and by another with one.
+
+    Args:
+        forgets: an adapter changes what the base computes afterwards.
+        decodes: whether tokens that are decoded one by one are the likeliest.
+
+    Attributes:
+        decoded: tokens before and after those of each call of `decode`.
+        wrong: how many tokens of a call are not the likeliest.
+    """
+
+    switches = True
+    wrong = 0
+
+    def __init__(
+        self,
+        base: Tensor = BASE,
+        adapted: Tensor = ADAPTED,
+        forgets: bool = True,
+        decodes: bool = True,
+    ):
+        self.tables, self.table = (base, adapted), base
+        self.forgets, self.decodes = forgets, decodes
+        self.decoded: list[tuple[int, int]] = []
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None or self.forgets or self.table is self.tables[0]:
+            self.table = self.tables[adapter is not None]
+        else:
+            self.table = self.tables[0] + 1e-6
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.table[ids]
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        self.decoded.append((ids.shape[1], count))
+        tokens = [int(ids[0, -1])]
+        for number in range(count):
+            row = self.table[tokens[-1]]
+            is_likeliest = self.decodes and number >= self.wrong
+            tokens.append(int(row.argmax() if is_likeliest else row.argmin()))
+        return tokens[1:]
+
+
+def write(bundle: Path, name: str, content: Any) -> None:
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (bundle / name).write_text(text)
+
+
+def prove(
+    bundle: Path, name: str, reference: dict[str, Tensor] | None = None, **changes: Any
+) -> None:
+    """Write the proof of an adapter that is there."""
+    of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / name)}
+    record = {"target": "hf", "adapter": name, "of": of, "limits": {"perplexity_difference": LIMIT}}
+    (bundle / "proof" / name).mkdir(parents=True, exist_ok=True)
+    write_proof(bundle / "proof" / name, reference or says(TEXT), {**record, **changes})
+
+
+def says(text: Sequences, other: Tensor | None = None) -> dict[str, Tensor]:
+    """The trained model's reference.
+
+    Args:
+        other: what an equally valid computation with the adapter gives.
+    """
+    model: Any = Trained()
+    rounded = None
+    if other is not None:
+        rounded = {"base": lambda ids: BASE[ids], "adapter": lambda ids: other[ids]}
+    return make_reference(logits_of(model), text, rounded=rounded)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bundle"
+    for part, files in FILES.items():
+        for name, content in files.items():
+            write(folder, f"{part}/{name}", content)
+        write_record(folder / part, {"base_fingerprint": "0" * 64})
+    for name in ("first", "second"):
+        prove(folder, name)
+    opens(monkeypatch, Runtime())
+    return folder
+
+
+def opens(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
+    monkeypatch.setattr(type(TARGETS["hf"].backend), "open", lambda self, base, case: runtime)
+
+
+def test_an_untouched_bundle_passes(bundle: Path) -> None:
+    found = verify_bundle(bundle)
+    assert found.keys() == {"first", "second"}
+    for proof in found.values():
+        assert proof["passed"]
+        assert proof["problems"] == []
+        exact = proof["figures"]["exact"]
+        assert exact["off_is_equal"]
+        assert exact["decode_agreement"] == 1
+        for state in ("base", "adapter"):
+            assert exact[state]["top1_agreement"] == 1
+            assert exact[state]["max_log_prob_difference"] < 1e-5
+            assert abs(exact[state]["kl_divergence"]) < 1e-5
+            # that predict a token of the loss, or count themselves
+            assert exact[state]["tokens"] == 38
+        # of the tokens in the loss: all that follow the sixth
+        counted = ADAPTED[IDS][:, 5:-1].double().log_softmax(-1)
+        losses = -counted.gather(-1, IDS[:, 6:, None]).squeeze(-1)
+        assert exact["adapter"]["perplexity"] == pytest.approx(float(losses.mean().exp()))
+        assert exact["adapter"]["reference_perplexity"] == pytest.approx(float(losses.mean().exp()))
+
+
+LISTED = [f"{part}/{name}" for part, files in FILES.items() for name in files]
+PROOFS = [
+    f"proof/{name}/{file}"
+    for name in ("first", "second")
+    for file in ("proof.json", "reference.safetensors")
+]
+RECORDS = [f"{part}/qwlora.json" for part in FILES]
+
+
+@pytest.mark.parametrize("name", [*LISTED, *RECORDS, *PROOFS])
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_a_file_that_is_not_the_proven_one_is_refused(name: str, how: str, bundle: Path) -> None:
+    file = bundle / name
+    if how == "removed":
+        file.unlink()
+    elif name.endswith("qwlora.json"):
+        file.write_text(file.read_text().replace("0" * 64, "1" * 64))
+    elif name.endswith("proof.json"):
+        file.write_text(file.read_text().replace(str(LIMIT), "0.5"))
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(bytes(content))
+    if how == "removed" and name.endswith("proof.json"):
+        with pytest.raises(FingerprintError, match=Path(name).parent.name):
+            verify_bundle(bundle)
+        return
+    with pytest.raises((FingerprintError, SourceError)) as raised:
+        verify_bundle(bundle)
+    assert Path(name).parent.name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        "third/adapter_config.json",
+        "base/notes.txt",
+        "base/.hidden",
+        "base/deep/notes.txt",
+        "first/notes.txt",
+        "second/.hidden",
+        "proof/notes.txt",
+        "proof/third/notes.txt",
+        "proof/first/notes.txt",
+        "proof/second/.hidden",
+    ],
+)
+def test_a_file_that_was_not_exported_is_refused(name: str, bundle: Path) -> None:
+    write(bundle, name, "mine")
+    shown = "third" if "third" in name else re.escape(Path(name).name)
+    with pytest.raises(QwloraError, match=shown):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".cache/x", "base/README.md"])
+def test_a_readme_and_hidden_files_of_the_bundle_may_be_there(name: str, bundle: Path) -> None:
+    write(bundle, name, "mine")
+    assert verify_bundle(bundle)["first"]["passed"]
+
+
+@pytest.mark.parametrize("part", ["base", "first"])
+def test_files_of_another_bundle_are_refused_although_their_record_is_right(
+    part: str, bundle: Path
+) -> None:
+    write(bundle, f"{part}/{next(iter(FILES[part]))}", '{"model_type": "gpt2"}')
+    reseal(bundle / part, "qwlora.json")
+    with pytest.raises(FingerprintError, match=rf"{part}.* is not the one that the proof"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("part", ["base", "first"])
+def test_a_key_that_no_export_writes_is_refused_although_everything_is_sealed(
+    part: str, bundle: Path
+) -> None:
+    """As somebody does who makes a bundle of his own."""
+    name = next(iter(FILES[part]))
+    write(bundle, f"{part}/{name}", json.loads(FILES[part][name]) | {"auto_map": "evil"})
+    reseal(bundle / part, "qwlora.json")
+    for adapter in ("first", "second"):
+        prove(bundle, adapter)
+    with pytest.raises(SourceError, match="auto_map"):
+        verify_bundle(bundle)
+
+
+def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) -> None:
+    for folder in (bundle, bundle / "proof"):
+        (folder / "first").rename(folder / "kept")
+        (folder / "second").rename(folder / "first")
+        (folder / "kept").rename(folder / "second")
+    with pytest.raises(FingerprintError, match=r"proof/first.*'second'"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "none"}, "'none'"),
+        ({"target": None}, "target"),
+        ({"target": ["hf"]}, "target"),
+        ({"format": 2}, "format 2"),
+        ({"format": None}, "format None"),
+        ({"limits": None}, "limits"),
+        ({"limits": {}}, r"limits\.perplexity_difference"),
+        ({"limits": [LIMIT]}, r"limits\.perplexity_difference"),
+        ({"limits": {"perplexity_difference": "0.003"}}, r"limits\.perplexity_difference"),
+        ({"limits": {"perplexity_difference": 0}}, r"limits\.perplexity_difference 0,"),
+        ({"limits": {"perplexity_difference": 1.001}}, r"limits\.perplexity_difference 1.001,"),
+        ({"of": None}, " of"),
+        ({"of": {}}, "is not the one that the proof"),
+        ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
+    ],
+)
+def test_a_proof_that_says_something_else_is_refused(
+    change: dict[str, Any], message: str, bundle: Path
+) -> None:
+    prove(bundle, "second", **change)
+    with pytest.raises((FingerprintError, SourceError), match=message) as raised:
+        verify_bundle(bundle)
+    assert "bundle" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "1", "{", "[" * 100_000])
+def test_a_proof_that_is_no_record_is_refused(content: str, bundle: Path) -> None:
+    write(bundle, "proof/second/proof.json", content)
+    with pytest.raises(SourceError, match=r"proof/second/proof\.json"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_without_proofs_is_refused(bundle: Path) -> None:
+    shutil.rmtree(bundle / "proof" / "second")
+    with pytest.raises(FingerprintError, match="without a proof: second"):
+        verify_bundle(bundle)
+    shutil.rmtree(bundle / "proof")
+    (bundle / "proof").mkdir()
+    with pytest.raises(SourceError, match=r"no proof/NAME/proof\.json"):
+        verify_bundle(bundle)
+
+
+def off(table: Tensor, share: float) -> Tensor:
+    """A table whose largest difference of a log-probability is a share of its limit.
+
+    The likeliest word of a row becomes likelier: its log-probability moves by less than its logit,
+    the others' by more together.
+    """
+    allowed = 2 * 1e-4 * float(table[IDS].abs().max())
+    word = int(IDS[0, 4])  # its next token is not in the loss
+    shifted = table.clone()
+    likeliest = int(table[word].argmax())
+    before = table[word].double().log_softmax(-1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        row = table[word].double().clone()
+        row[likeliest] += middle
+        moved = float((row.log_softmax(-1) - before).abs().max())
+        low, high = (middle, high) if moved < share * allowed else (low, middle)
+    shifted[word, likeliest] += low
+    return shifted
+
+
+@pytest.mark.parametrize("state", ["base", "adapter"])
+@pytest.mark.parametrize(("share", "passes"), [(0.8, True), (1.2, False)])
+def test_a_log_probability_may_be_off_by_twice_the_share_of_the_largest_logit(
+    state: str, share: float, passes: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {"base": BASE, "adapter": ADAPTED}
+    tables[state] = off(tables[state], share)
+    opens(monkeypatch, Runtime(tables["base"], tables["adapter"]))
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"] == passes, proof["problems"]
+    if not passes:
+        what = "without" if state == "base" else "with the adapter"
+        assert any("log-probability" in p and what in p for p in proof["problems"])
+
+
+WRONG: dict[str, tuple[Callable[[], Runtime], str]] = {
+    "another base": (lambda: Runtime(base=ADAPTED), "likeliest token without"),
+    "another adapter": (lambda: Runtime(adapted=BASE), "likeliest token with the adapter"),
+    "no switching off": (lambda: Runtime(forgets=False), "switched off"),
+    "wrong decoding": (lambda: Runtime(decodes=False), "decoded one by one"),
+    "a wrong scale": (lambda: Runtime(1.01 * BASE, 1.01 * ADAPTED), "perplexity"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_runtime_that_computes_something_else_fails(
+    what: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, words = WRONG[what]
+    opens(monkeypatch, make())
+    proof = verify_bundle(bundle)["first"]
+    assert not proof["passed"]
+    assert any(words in problem for problem in proof["problems"]), proof["problems"]
+
+
+def test_settings_as_shipped_that_do_not_switch_off_fail(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime: Any = Runtime()
+    runtime.shipped = Runtime(1.01 * BASE, 1.01 * ADAPTED)
+    opens(monkeypatch, runtime)
+    assert verify_bundle(bundle)["first"]["passed"]  # only reported
+    runtime.shipped = Runtime(forgets=False)
+    proof = verify_bundle(bundle)["first"]
+    assert not proof["passed"]
+    assert any("shipped" in problem for problem in proof["problems"])
+
+
+def test_a_runtime_that_opens_with_an_adapter_is_switched_off_first(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime()
+    runtime.table = ADAPTED
+    opens(monkeypatch, runtime)
+    assert verify_bundle(bundle)["first"]["passed"]
+
+
+@pytest.mark.parametrize(("tokens", "prompt"), [(TOKENS, TOKENS - 16), (17, 1), (10, 1)])
+def test_tokens_are_decoded_after_the_rest_of_the_text(
+    tokens: int, prompt: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Sequences(IDS[:, :tokens], LABELS[:, :tokens])
+    for name in ("first", "second"):
+        prove(bundle, name, says(text))
+    opens(monkeypatch, runtime := Runtime())
+    assert verify_bundle(bundle)["first"]["passed"]
+    assert runtime.decoded[0] == (prompt, 16)
+
+
+def test_a_runtime_that_cannot_switch_is_compared_with_the_adapter_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(base=ADAPTED)
+    runtime.switches = False
+    opens(monkeypatch, runtime)
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"]
+    assert proof["figures"]["exact"].keys() == {"adapter"}
+
+
+def test_decoding_may_differ_as_often_as_two_valid_computations(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime()
+    runtime.wrong = 2  # of 16
+    opens(monkeypatch, runtime)
+    assert not verify_bundle(bundle)["first"]["passed"]
+    other = ADAPTED.clone()
+    for word in IDS.flatten()[::8].unique():  # here the likeliest word of the other is another
+        other[word, ADAPTED[word].argmax()] -= 5
+    prove(bundle, "first", says(TEXT, other))
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"], proof["problems"]
+
+
+def test_a_proof_says_if_the_base_alone_would_pass(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify_bundle(bundle)["first"]["notes"] == []
+    same = {n: t for n, t in says(TEXT).items() if not n.startswith("adapter.")}
+    same |= {n.replace("base.", "adapter."): t.clone() for n, t in same.items() if "base" in n}
+    prove(bundle, "first", same)
+    opens(monkeypatch, Runtime(adapted=BASE))
+    (note,) = verify_bundle(bundle)["first"]["notes"]
+    assert "base alone would pass" in note
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("adapter.losses", float("nan"), "NaN"),
+        ("base.largest", -1.0, "negative"),
+        ("ids", WORDS, f"token {WORDS}.* {WORDS} tokens"),
+    ],
+)
+def test_a_sealed_reference_that_proves_nothing_is_refused(
+    tensor: str, value: float, message: str, bundle: Path
+) -> None:
+    reference = says(TEXT)
+    changed = reference[tensor].clone()
+    changed.view(-1)[0] = value  # its token is not in the loss
+    prove(bundle, "second", reference | {tensor: changed})
+    with pytest.raises(SourceError, match=message):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("place", ["base/extra", "first/extra", "proof/first/extra", "extra"])
+def test_a_link_is_refused_before_anything_is_read(place: str, bundle: Path) -> None:
+    (bundle / place).symlink_to(bundle / "base" / "config.json")
+    with pytest.raises(SourceError, match=r"extra' is a link"):
+        verify_bundle(bundle)
+
+
+def test_what_a_bundle_is(bundle: Path) -> None:
+    assert is_bundle(bundle)
+    assert not is_bundle(bundle / "base")
+    shutil.rmtree(bundle / "base")
+    assert is_bundle(bundle)  # one of graphs or use cases has none
+    shutil.rmtree(bundle / "proof")
+    assert not is_bundle(bundle)
+    (bundle / "proof").mkdir()
+    assert not is_bundle(bundle)
+
+
+def test_proofs_of_the_files_that_are_there_are_current(bundle: Path) -> None:
+    assert current_proofs(bundle).keys() == {"first", "second"}
+    assert current_proofs(bundle, without="first").keys() == {"second"}
+    shutil.rmtree(bundle / "second")
+    assert current_proofs(bundle).keys() == {"first"}
+    write(bundle, "first/adapter_config.json", '{"peft_type": "LORA", "r": 2}')
+    reseal(bundle / "first", "qwlora.json")
+    assert not current_proofs(bundle)
+    prove(bundle, "first")
+    assert current_proofs(bundle).keys() == {"first"}
+    prove(bundle, "first", target="none")
+    assert not current_proofs(bundle)
+
+
+@pytest.mark.parametrize("how", ["edited", "no digests", "no record"])
+def test_a_proof_that_was_edited_is_left_out_with_a_warning(how: str, bundle: Path) -> None:
+    path = bundle / "proof" / "first" / "proof.json"
+    record = json.loads(path.read_text())
+    record["adapter"] = "other"
+    if how == "no digests":
+        del record["files"]
+    path.write_text("[]" if how == "no record" else json.dumps(record))
+    with pytest.warns(QwloraWarning, match="leaves out adapter first"):
+        assert current_proofs(bundle).keys() == {"second"}
+
+
+def test_an_adapter_is_of_the_base_that_is_there(bundle: Path) -> None:
+    assert is_of_base(bundle, "first")
+    assert not is_of_base(bundle, "third")
+    (bundle / "first" / "adapter_model.safetensors").write_text("C, D")
+    assert not is_of_base(bundle, "first")
+    assert is_of_base(bundle, "second")
+    for content in ("[]", "{", '{"base_fingerprint": "1"}'):
+        (bundle / "base" / "qwlora.json").write_text(content)
+        assert not is_of_base(bundle, "second")
+
+
+def test_a_bundle_chooses_no_limit_but_that_of_the_perplexity(bundle: Path) -> None:
+    """And of that one at most 1."""
+    prove(bundle, "second", limits={"perplexity_difference": 1, "speed": 3.0, "sqnr": -1e9})
+    assert verify_bundle(bundle)["second"]["passed"]

@@ -1,0 +1,326 @@
+"""A runtime that computes NaN, infinity or far too large logits fails its proof, and says so."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from contextlib import nullcontext
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import ExportError, VerificationError
+from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
+from qwlora.grid.encoding import sqnr_db
+from qwlora.pipeline.results.results_table import print_summary
+from qwlora.system import strict_json
+from qwlora.targets import target as target_module
+from qwlora.targets.npu import qnn
+from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
+from qwlora.targets.proof.compare import (
+    compare_layers,
+    verify_language_model,
+    verify_outputs,
+)
+from qwlora.targets.proof.measure import compare_cache, measure_logits, proven
+from qwlora.targets.proof.readme import proof_table
+from qwlora.targets.proof.reference import Reference, logits_of, make_reference
+from qwlora.targets.registry import TARGETS
+from targets.proof.test_graph_parity import replace_qnn
+from targets.proofs import check_parity, verify_weights
+
+TOKENS, VOCABULARY = 24, 16
+IDS = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(7))
+LOGITS = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(8))
+LABELS = IDS.clone()
+LABELS[:, :8] = IGNORED
+TEXT = Sequences(IDS, LABELS)
+NOISY = LOGITS + torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(9))
+
+
+def damaged(value: float, token: int, entry: int = 0) -> Tensor:
+    """The right logits, with one value at one token; tokens 0 to 6 predict no loss token."""
+    logits = LOGITS.clone()
+    logits[0, token, entry] = value
+    return logits
+
+
+NOT_IN_THE_LOSS, IN_THE_LOSS = 2, 12
+BROKEN = {
+    "NaN": damaged(math.nan, IN_THE_LOSS),
+    "NaN at a token that is not in the loss": damaged(math.nan, NOT_IN_THE_LOSS),
+    "infinity": damaged(math.inf, IN_THE_LOSS),
+    "minus infinity at an unlikely token": damaged(
+        -math.inf, NOT_IN_THE_LOSS, int(LOGITS[0, NOT_IN_THE_LOSS].argmin())
+    ),
+}
+LARGE = 1e5 * LOGITS.flip(1)  # a wrong scale
+every_broken = pytest.mark.parametrize("logits", BROKEN.values(), ids=BROKEN)
+
+
+def summary(target: str, parity: dict[str, Any]) -> str:
+    console = Console(file=StringIO(), width=300)
+    results = {"recipe": "tiny", "parity": {target: {"first": parity}}, "stages": {}}
+    print_summary(results, console)
+    return console.file.getvalue()
+
+
+class Model:
+    """A trained model that says LOGITS, in the parts of PeftModel that a proof uses."""
+
+    def __init__(self) -> None:
+        self.logits = LOGITS
+
+    def disable_adapter(self) -> Any:
+        return nullcontext()
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]])
+
+
+class Runtime(target_module.Runtime):
+    """A runtime with chosen logits, also of tokens that follow others in a cache."""
+
+    switches = True
+
+    def __init__(self, logits: Tensor, shipped: Tensor | None = None):
+        self.chosen = logits
+        self.shipped = None if shipped is None else Runtime(shipped)
+
+    def use(self, adapter: Path | None) -> None:
+        pass
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.chosen[:, : ids.shape[1]]
+
+    def run(self, tensors: Any) -> dict[str, Tensor]:
+        return {"logits": self.chosen}
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        start = ids.shape[1] - 1
+        return self.chosen[0, start : start + count].argmax(-1).tolist()
+
+    def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        start = past["key"].shape[1] if past else 0
+        end = start + ids.shape[1]
+        return self.chosen[:, start:end], {"key": torch.zeros(1, end)}
+
+
+class Simulated:
+    """A simulation that says LOGITS, and `perturbed` with other rounding."""
+
+    def __init__(self, perturbed: Tensor = LOGITS):
+        shapes = {"input_ids": ("batch", "tokens"), "logits": ("batch", "tokens", VOCABULARY)}
+        interface = Interface(("input_ids",), ("logits",), "logits", shapes)
+        self._graph = SimpleNamespace(interface=interface, marks=[])
+        self.perturbed = perturbed
+
+    def graph(self) -> Any:
+        return self._graph
+
+    def outputs(self, batch: Any) -> dict[str, Tensor]:
+        return {"logits": LOGITS}
+
+    def perturbed_outputs(self, batch: Any) -> dict[str, Tensor]:
+        return {"logits": self.perturbed}
+
+    def values(self, batch: Any) -> dict[str, Tensor]:
+        return {}
+
+    def bind(self, batch: Any) -> Any:
+        return batch
+
+
+def weights_parity(logits: Tensor, shipped: Tensor | None = None) -> Any:
+    runtime: Any = Runtime(logits, shipped)
+    model: Any = Model()
+    return verify_weights(runtime, model, Path(), TEXT)
+
+
+def language_parity(logits: Tensor) -> Any:
+    runtime: Any = Runtime(logits)
+    return verify_language_model(runtime, Simulated(), TEXT, TOKENS)
+
+
+def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
+    runtime: Any = Runtime(logits)
+    reference: Reference = Simulated(perturbed)
+    return verify_outputs(runtime, reference, [{"input_ids": IDS}])
+
+
+def graphs_parity(logits: Tensor) -> Parity:
+    return measure_logits(lambda ids: logits, simulated_reference())
+
+
+def simulated_reference() -> dict[str, Tensor]:
+    logits = {"adapter": lambda ids: LOGITS}
+    return make_reference(logits, TEXT, logits)
+
+
+def cache_parity(logits: Tensor) -> Parity:
+    runtime: Any = Runtime(logits)
+    return compare_cache(runtime, simulated_reference(), None, [])
+
+
+PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
+
+
+def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
+    assert math.isnan(sqnr_db(1.0, math.inf))
+    assert math.isnan(sqnr_db(math.nan, 1.0))
+    assert sqnr_db(1e-300, 1e300) == -math.inf
+
+
+@every_broken
+@pytest.mark.parametrize("compare", PROOFS)
+def test_logits_that_are_not_finite_fail_every_proof(compare: Any, logits: Tensor) -> None:
+    parity = compare(logits)
+    with pytest.raises(VerificationError, match="not finite"):
+        check_parity(parity, "it")
+    strict_json.dumps(only_finite(parity.figures) | verdict(parity.checks))
+    assert not compare(LOGITS).problems
+
+
+@pytest.mark.parametrize("compare", [weights_parity, language_parity, graphs_parity])
+def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
+    parity = compare(LARGE)
+    with pytest.raises(VerificationError, match=r"difference of perplexity.*: not finite"):
+        check_parity(parity, "it")
+    found = only_finite(parity.figures) | verdict(parity.checks)
+    strict_json.dumps(found)
+    found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
+    table = summary("hf", found)
+    assert "perplexity not finite" in table
+    assert "FAIL" in table
+
+
+def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
+    """Logits with noise, in every kind of proof: only where it was computed differs."""
+    noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(10))
+    problems = [
+        [re.sub(" with(out)? the adapter", "", problem) for problem in parity.problems]
+        for parity in (compare(LOGITS + noise) for compare in (language_parity, graphs_parity))
+    ]
+    assert problems[0] == problems[1]
+    weights = weights_parity(LOGITS + noise).problems
+    same = "tokens with the same likeliest token"
+    assert [p for p in problems[0] if p.startswith("difference of perplexity")] == [
+        p.replace(" with the adapter", "")
+        for p in weights
+        if p.startswith("difference of perplexity with the adapter")
+    ]
+    assert any(problem.startswith(same) for problem in problems[0])
+    assert any(problem.startswith(f"{same} with the adapter") for problem in weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
+    parity = cache_parity(damaged(value, TOKENS - 1))
+    first, *_ = parity.problems
+    assert first.startswith("largest logit of 16 tokens, one by one with the cache: not finite")
+
+
+class Overflow(nullcontext[None]):
+    """A runtime's rounding of activations that breaks a model."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.logits = BROKEN["NaN"]
+
+    def __exit__(self, *error: object) -> None:
+        self.model.logits = LOGITS
+
+
+def test_a_model_that_the_rounding_breaks_limits_nothing() -> None:
+    model, runtime = cast(Any, Model()), cast(Any, Runtime(LOGITS))
+    problems = verify_weights(runtime, model, Path(), TEXT, Overflow(model)).problems
+    assert any("limit: at most not finite" in problem for problem in problems)
+
+
+def test_one_layer_that_computes_no_number_is_named() -> None:
+    class Layers(Simulated):
+        def graph(self) -> Any:
+            marks = [GraphValue(name, name, Kind.ACTIVATION) for name in ("up", "down")]
+            grid = SimpleNamespace(scale=torch.tensor(0.1))
+            return SimpleNamespace(marks=marks, encodings={"up": grid, "down": grid})
+
+        def values(self, batch: Any) -> dict[str, Tensor]:
+            return {"up": torch.ones(4), "down": torch.ones(4)}
+
+    computed = {"up": torch.ones(4), "down": torch.tensor([1.0, math.nan, 1.0, 1.0])}
+    runtime: Any = SimpleNamespace(run_layers=lambda values, tensors: computed)
+    (problem, *_) = compare_layers(runtime, Layers(), {}).problems
+    assert "layer down, the worst of 2: not finite" in problem
+
+
+def record_of(logits: Tensor, shipped: Tensor | None = None) -> tuple[dict[str, Any], str]:
+    """The record of a proof, and its table in a README."""
+    model: Any = Model()
+    parity, reference = weights_parity(logits, shipped), make_reference(logits_of(model), TEXT)
+    record = proven(TARGETS["hf"], parity, reference, LIMITS)
+    strict_json.dumps(record)
+    return record, "\n".join(proof_table({"first": record}))
+
+
+@pytest.mark.parametrize("logits", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
+def test_a_proof_shows_what_is_not_finite_and_checks_nothing_as_shipped(logits: Tensor) -> None:
+    record, table = record_of(logits)
+    is_broken = logits is not LARGE
+    what = "largest logit with the adapter" if is_broken else "perplexity with the adapter"
+    assert any(f"{what}: not finite" in problem for problem in record["problems"])
+    assert not any("switched off" in problem for problem in record["problems"])
+    assert ("| not finite |" if is_broken else ", not finite |") in table
+    record, table = record_of(LOGITS, logits)
+    assert record["passed"], record["problems"]
+    assert "not finite" in table
+
+
+def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    class Model:
+        def __init__(self, *arguments: Any, htp: bool, profiles: Path | None = None):
+            if profiles is not None:
+                assert profiles.is_dir()
+                folders.append(profiles)
+            self.htp = htp
+
+        def logits(self, ids: Tensor, steps: int) -> Tensor:
+            if self.htp:
+                raise ExportError("the HTP refuses the graph")
+            return LOGITS
+
+    replace_qnn(monkeypatch, Model)
+    with pytest.raises(ExportError, match="the HTP refuses"):
+        qnn.verify_qnn(Path(), "first", simulated_reference())
+    (folder,) = folders
+    assert not folder.exists()
+
+
+def test_a_compiler_that_writes_no_file_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def compiled(*arguments: object) -> None:
+        (tmp_path / "device" / "prefill_ctx.onnx").touch()
+
+    for name, fake in (
+        ("_devices", list),
+        ("open_graph", compiled),
+        ("require", lambda *names: SimpleNamespace(__version__="1")),
+    ):
+        monkeypatch.setattr(qnn, name, fake)
+    assert "onnxruntime-qnn" in qnn.compile_graphs(tmp_path, ["prefill"])
+    assert "exit 139" in (tmp_path / "device" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "device")
+    with pytest.raises(ExportError, match=r"decode.onnx.*wrote no device/decode_ctx.onnx"):
+        qnn.compile_graphs(tmp_path, ["prefill", "decode"])

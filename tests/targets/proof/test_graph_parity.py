@@ -1,0 +1,106 @@
+"""What is measured of graphs with a key-value cache: figures, and tokens that count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import MissingExtraError
+from qwlora.pipeline.stages import file_stages
+from qwlora.system import strict_json
+from qwlora.targets.npu import qnn
+from qwlora.targets.proof.checks import Parity, verdict
+from qwlora.targets.proof.measure import measure_logits
+from qwlora.targets.proof.reference import make_reference
+
+GENERATOR = torch.Generator().manual_seed(7)
+IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)
+LOGITS = torch.randn(1, 12, 16, generator=GENERATOR)
+REFERENCE = make_reference(
+    {"adapter": lambda ids: LOGITS}, Sequences(IDS[:1], IDS[:1]), {"adapter": lambda ids: LOGITS}
+)
+PLACED = {"partitions": 2, "cpu_nodes": 3}
+
+
+def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
+    """Let `verify_qnn` run `model`, without files and emulator."""
+    for name, fake in (("QnnModel", model), ("_devices", list)):
+        monkeypatch.setattr(qnn, name, fake)
+
+
+def parity_of(logits: torch.Tensor) -> Parity:
+    return measure_logits(lambda ids: logits, REFERENCE)
+
+
+def test_results_of_equal_logits_are_finite() -> None:
+    found = verdict(parity_of(LOGITS).checks)
+    strict_json.dumps(found)
+    assert found["passed"]
+    assert [check["value"] for check in found["checks"]] == [0.0, 1.0, pytest.approx(0, abs=1e-6)]
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self, *arguments: Any, htp: bool, **options: Any):
+            self.logits = lambda ids, steps: LOGITS + 0.1 * htp * LOGITS.flip(1)
+
+        def placement(self) -> dict[str, dict[str, int]]:
+            return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
+
+    def absent() -> None:
+        raise MissingExtraError("qwlora[qnn]")
+
+    replace_qnn(monkeypatch, Model)
+    if not is_installed:
+        monkeypatch.setattr(qnn, "_devices", absent)
+    parity = qnn.verify_qnn(Path(), "first", REFERENCE)
+    problems = parity.problems
+    if not is_installed:
+        assert problems == []
+        assert parity.figures["not_run"] == "qwlora[qnn]"
+        return
+    assert parity.figures["exact"]["adapter"] == parity.figures["htp"] != parity.figures["cpu"]
+    assert any("on the HTP" in problem for problem in problems)
+    assert "partitions of graph decode on the HTP: 2 (limit: at most 1)" in problems
+    assert "nodes of graph decode on the CPU: 3 (limit: at most 0)" in problems
+    assert not any("prefill" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows", "counted"),
+    [((4, 10), [0], 4), ((9, 10), [0, 1], 14)],
+    ids=["one answer fits", "no answer fits"],
+)
+def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
+    prompt: tuple[int, int],
+    rows: list[int],
+    counted: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    labels = IDS.clone()
+    for row, tokens in enumerate(prompt):
+        labels[row, :tokens] = IGNORED
+    graphs = {"prefill": {"tokens": 4}, "decode": {"tokens": 1}}
+    folder = tmp_path / "export" / "qairt"
+    folder.mkdir(parents=True)
+    (folder / "graphs.json").write_text(json.dumps({"context": 8, "graphs": graphs}))
+    data = SimpleNamespace(held_out=Sequences(IDS, labels))
+    recipe = SimpleNamespace(
+        adapters=[SimpleNamespace(name="first")], verify=SimpleNamespace(sequences=8)
+    )
+    context: Any = SimpleNamespace(
+        path=tmp_path, recipe=recipe, text=lambda name: SimpleNamespace(data=data)
+    )
+    text = file_stages._Verification(context, "qairt", "first")._text()
+    assert torch.equal(text.input_ids, IDS[rows, :8])
+    assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

@@ -1,0 +1,552 @@
+"""Every limit of a proof, on both sides: what passes, what does not, and what is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import SourceError
+from qwlora.graph.quantized_graph import GraphValue, Kind
+from qwlora.grid.encoding import sqnr_db
+from qwlora.system import strict_json
+from qwlora.targets.proof.checks import (
+    Check,
+    Limits,
+    Parity,
+    at_least,
+    at_most,
+    is_so,
+    only_finite,
+    verdict,
+)
+from qwlora.targets.proof.compare import (
+    AGREEMENT,
+    LOGIT_DIFFERENCE,
+    NOISE,
+    compare_layers,
+    compare_logits,
+    is_same,
+    largest,
+    logits_checks,
+    lowest_agreement,
+    output_check,
+    perplexity,
+    perplexity_floor,
+    verify_outputs,
+)
+from qwlora.targets.proof.measure import compare_cache, decoded, switching
+from qwlora.targets.proof.reference import check_reference, make_reference
+
+NAN, INF = math.nan, math.inf
+LIMITS = Limits(
+    layer_steps=2.0, layer_mean_steps=0.5, perplexity_difference=0.25, sqnr=60.0, below_floor=6.0
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passes"),
+    [
+        (1.0, 1.0, True),
+        (1.01, 1.0, False),
+        (0.0, 0.0, True),
+        (NAN, 1.0, False),
+        (INF, 1.0, False),
+        (-INF, 1.0, False),
+        (1.0, NAN, False),
+        (1.0, INF, False),
+    ],
+)
+def test_a_value_is_at_most_its_limit(value: float, limit: float, passes: bool) -> None:
+    check = at_most("it", value, limit)
+    assert check.passed == passes
+    assert check.value == (value if math.isfinite(value) else None)
+    assert check.limit == (limit if math.isfinite(limit) else None)
+    assert ("not finite" in check.sentence) == (None in (check.value, check.limit))
+    assert "at most" in check.sentence
+    strict_json.dumps(asdict(check))
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passes"),
+    [
+        (1.0, 1.0, True),
+        (0.99, 1.0, False),
+        (INF, 1.0, True),  # nothing differs
+        (-INF, 1.0, False),
+        (NAN, 1.0, False),
+        (1.0, NAN, False),
+        (1.0, INF, False),
+        (1.0, -INF, False),
+    ],
+)
+def test_a_value_is_at_least_its_limit(value: float, limit: float, passes: bool) -> None:
+    check = at_least("it", value, limit)
+    assert check.passed == passes
+    assert "at least" in check.sentence
+    strict_json.dumps(asdict(check))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_something_has_to_be_so(value: bool) -> None:
+    check = is_so("it is", value)
+    assert check.passed is value
+    assert check.sentence == f"it is: {'yes' if value else 'no'}"
+
+
+@pytest.mark.parametrize(
+    ("check", "share"),
+    [
+        (at_most("it", 1.0, 4.0), 0.25),
+        (at_most("it", 4.0, 4.0), 1.0),
+        (at_most("it", 8.0, 4.0), 2.0),
+        (at_least("it", 8.0, 4.0), 0.5),
+        (at_least("it", 2.0, 4.0), 2.0),
+        (at_most("it", 0.0, 0.0), 0.0),
+        (at_most("it", 1.0, 0.0), INF),
+        (at_least("it", 0.0, 1.0), INF),
+        (at_most("it", NAN, 1.0), INF),
+        (at_least("it", INF, 1.0), 0.0),
+        (is_so("it", True), 0.0),
+        (is_so("it", False), INF),
+    ],
+)
+def test_how_much_of_a_limit_was_used(check: Check, share: float) -> None:
+    assert check.share_of_limit == share
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        at_most("it", 1.0, 2.0, "nats"),
+        at_least("it", 3.0, 2.0),
+        is_so("it", False),
+        is_so("it", True),
+    ],
+)
+def test_a_check_is_read_as_it_was_written(check: Check) -> None:
+    assert Check.from_json(asdict(check)) == check
+    assert check.is_measured
+
+
+@pytest.mark.parametrize("number", [None, "1.0", [1.0], {}])
+def test_what_is_no_number_was_not_measured(number: Any) -> None:
+    fields = asdict(at_most("it", 1.0, 2.0))
+    for key in ("value", "limit"):
+        check = Check.from_json({**fields, key: number})
+        assert getattr(check, key) is None
+        assert not check.is_measured
+    assert not Check.from_json({**fields, "limit": True}).is_measured
+    assert not Check.from_json({**fields, "value": NAN}).is_measured
+    assert not Check.from_json({**fields, "limit": INF}).is_measured
+
+
+@pytest.mark.parametrize("passed", [None, "true", 1, False])
+def test_only_true_passed(passed: Any) -> None:
+    assert not Check.from_json({**asdict(at_most("it", 1.0, 2.0)), "passed": passed}).passed
+
+
+def test_limits_and_flags_as_documented() -> None:
+    limits = Limits()
+    assert (limits.layer_steps, limits.layer_mean_steps) == (2.0, 0.05)
+    assert (limits.perplexity_difference, limits.sqnr, limits.below_floor) == (0.003, 60.0, 6.0)
+    assert is_so("it", False).limit is True
+
+
+GOOD, BAD = at_most("good", 1.0, 2.0), at_most("bad", 3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("checks", "passes", "problems"),
+    [
+        ([], False, []),
+        ([GOOD], True, []),
+        ([GOOD, GOOD], True, []),
+        ([GOOD, BAD, GOOD], False, [BAD.sentence]),
+        ([BAD, BAD], False, [BAD.sentence] * 2),
+    ],
+)
+def test_a_verdict_needs_a_check_and_all_of_them(
+    checks: list[Check], passes: bool, problems: list[str]
+) -> None:
+    found = verdict(checks)
+    assert (found["passed"], found["problems"]) == (passes, problems)
+    assert [row["passed"] for row in found["checks"]] == [check.passed for check in checks]
+    parity = Parity({"b": 1.0}, tuple(checks))
+    assert parity.problems == problems
+    more = parity.extended({"c": 2}, BAD)
+    assert more.figures == {"b": 1.0, "c": 2}
+    assert more.problems == [*problems, BAD.sentence]
+
+
+def test_figures_without_numbers_that_are_none() -> None:
+    figures = {"a": NAN, "of": {"b": -INF, "c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
+    assert only_finite(figures) == {"of": {"c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
+
+
+LOGITS = {
+    "max_log_prob_difference": 0.5,
+    "rms_log_prob_difference": 0.25,
+    "top1_agreement": 0.75,
+    "perplexity": 10.0,
+    "reference_perplexity": 8.0,  # they differ by 0.25
+    "floor_top1_agreement": 0.75,
+    "floor_perplexity_difference": 0.0,
+    "largest_allowed": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"perplexity": 10.01}, False),
+        ({"perplexity": 5.9}, False),
+        ({"perplexity": 6.0}, True),
+        ({"perplexity": 12.0, "floor_perplexity_difference": 0.25}, True),
+        ({"perplexity": 12.1, "floor_perplexity_difference": 0.25}, False),
+        ({"perplexity": NAN}, False),
+        ({"perplexity": INF}, False),
+        ({"reference_perplexity": INF}, False),
+        ({"reference_perplexity": INF, "perplexity": INF}, False),
+        ({"floor_perplexity_difference": INF}, False),
+        ({"top1_agreement": 0.74}, False),
+        ({"top1_agreement": NAN}, False),
+        ({"floor_top1_agreement": NAN}, False),
+        ({"max_log_prob_difference": 0.51}, False),
+        ({"max_log_prob_difference": INF}, False),
+        ({"max_log_prob_difference": NAN}, False),
+        ({"largest_allowed": INF}, False),
+        ({"noise_allowed": 0.25, "max_log_prob_difference": 9.0}, True),
+        ({"noise_allowed": 0.24}, False),
+        ({"noise_allowed": INF}, False),
+        ({"noise_allowed": 0.25, "max_log_prob_difference": INF}, False),
+    ],
+)
+def test_logits_are_within_each_limit(changes: dict[str, Any], passes: bool) -> None:
+    found = verdict(logits_checks({**LOGITS, **changes}, LIMITS))
+    assert found["passed"] == passes, found
+    strict_json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "passes"),
+    [
+        (2.0, 0.49, True),
+        (2.01, 0.49, False),
+        (2.0, 0.51, False),
+        (NAN, 0.49, False),
+        (INF, 0.49, False),
+        (2.0, NAN, False),
+    ],
+)
+def test_layers_are_within_each_limit(steps: float, mean: float, passes: bool) -> None:
+    up = torch.full((2000,), 4.0 + 0.5 * mean)
+    up[0] = 4.0 + 0.5 * steps
+    assert (not layers(up=up).problems) == passes
+
+
+@pytest.mark.parametrize(
+    ("noise", "floor_noise", "passes"),
+    [
+        (0.0, 0.0, True),
+        (9e-7, 0.0, True),  # more than 60 dB
+        (1.1e-6, 0.0, False),
+        (3.9e-4, 1e-4, True),  # the floor is 40 dB, and 34 are enough
+        (4.1e-4, 1e-4, False),
+        (0.0315, 10.0, True),  # 15 dB is the least
+        (0.0317, 10.0, False),
+        (NAN, 1e-4, False),
+        (INF, 1e-4, False),
+    ],
+)
+def test_outputs_are_as_near_as_two_simulations(
+    noise: float, floor_noise: float, passes: bool
+) -> None:
+    sqnr, floor = sqnr_db(1.0, noise), sqnr_db(1.0, floor_noise)
+    assert output_check("logits", sqnr, floor, LIMITS).passed == passes
+
+
+def test_differences_of_outputs_add_up() -> None:
+    one = torch.tensor([1.0, 2.0])
+    interface = SimpleNamespace(inputs=("x",), primary="y")
+    graph = SimpleNamespace(interface=interface, marks=(), encodings={})
+    simulation: Any = SimpleNamespace(
+        graph=lambda: graph,
+        values=lambda batch: {},
+        bind=lambda batch: batch,
+        outputs=lambda batch: {"y": one},
+        perturbed_outputs=lambda batch: {"y": one + 0.25 * batch["x"]},
+    )
+    runtime: Any = SimpleNamespace(run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]})
+    batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]
+    figures = verify_outputs(runtime, simulation, batches, LIMITS).figures
+    assert figures["max_abs_difference"] == {"y": 0.5}
+    assert figures["sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.625))
+    assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))
+
+
+@pytest.mark.parametrize(
+    ("agreement", "floor", "passes"),
+    [
+        (0.9, 1.0, True),
+        (0.89, 1.0, False),
+        (0.74, 0.9, False),
+        (0.75, 0.9, True),
+        (0.56, 0.8, False),
+        (0.5625, 0.8, True),
+        (NAN, 0.9, False),
+    ],
+)
+def test_tokens_decoded_one_by_one(agreement: float, floor: float, passes: bool) -> None:
+    assert decoded(agreement, floor).passed == passes
+
+
+def test_the_interval_of_an_agreement() -> None:
+    z = 1.96
+    for right in (100, 60, 0):
+        share, n = right / 100, 50
+        root = math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        expected = (share + z * z / (2 * n) - z * root) / (1 + z * z / n)
+        same = torch.arange(100) < right
+        assert lowest_agreement(same) == pytest.approx(expected, abs=1e-12)
+    assert lowest_agreement(torch.ones(100)) == pytest.approx(0.92865, abs=1e-5)
+
+
+def test_perplexities_and_what_rounding_explains() -> None:
+    assert perplexity(30.0, 10) == pytest.approx(math.e**3)
+    assert perplexity(1e6, 10) == INF
+    assert math.isnan(perplexity(NAN, 10))
+    assert math.isnan(perplexity(0.0, 0))
+    assert perplexity_floor(0.0, 10) == 0
+    assert perplexity_floor(4.0, 10) == pytest.approx(math.exp(0.392) - 1)
+    assert perplexity_floor(1e12, 10) == INF
+
+
+def test_the_largest_of_differences() -> None:
+    assert largest(torch.tensor([1.0, 3.0, 2.0])) == 3.0
+    assert largest(torch.tensor([1.0, NAN])) == INF
+    assert largest(torch.tensor([])) == 0.0
+
+
+def test_bits_are_compared_as_they_are() -> None:
+    one = torch.tensor([1.0, NAN])
+    assert is_same(one, one.clone())
+    assert not is_same(one, torch.tensor([1.0, 1.0]))
+    assert not is_same(torch.ones(2), torch.tensor([1.0, 1.0 + 2e-7]))
+
+
+WORDS = 12
+GENERATOR = torch.Generator().manual_seed(5)
+TABLE, OTHER = (2 * torch.randn(WORDS, WORDS, generator=GENERATOR) for _ in range(2))
+IDS = torch.randint(0, WORDS, (2, 10), generator=GENERATOR)
+LABELS = IDS.clone()
+LABELS[:, :4] = IGNORED
+
+
+def says(table: Tensor) -> Any:
+    return lambda ids: table[ids]
+
+
+def compared(table: Tensor, labels: Tensor = LABELS, **options: Any) -> SimpleNamespace:
+    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, labels), **options)
+    return SimpleNamespace(**compare_logits(says(table), reference, LIMITS).figures)
+
+
+def test_logits_that_predict_a_loss_token_are_compared() -> None:
+    """The fourth token's logits predict the fifth, the first in the loss."""
+    figures = compared(OTHER)
+    rows = [(row, place) for row in range(2) for place in range(3, 10)]
+    ours = torch.stack([OTHER[IDS[at]] for at in rows]).double().log_softmax(-1)
+    theirs = torch.stack([TABLE[IDS[at]] for at in rows]).double().log_softmax(-1)
+    assert figures.tokens == len(rows)
+    assert figures.sequences == 2
+    assert figures.max_log_prob_difference == pytest.approx(float((ours - theirs).abs().max()))
+    rms = float((ours - theirs).square().mean().sqrt())
+    assert figures.rms_log_prob_difference == pytest.approx(rms, rel=1e-5)
+    same = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    assert figures.top1_agreement == same
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
+    in_loss = [(row, place) for row in range(2) for place in range(4, 10)]
+    losses = [-OTHER[IDS[r, p - 1]].double().log_softmax(-1)[IDS[r, p]] for r, p in in_loss]
+    assert figures.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()))
+
+
+def test_every_token_is_compared_where_all_count() -> None:
+    figures = compared(TABLE, IDS)
+    assert figures.tokens == IDS.numel()
+    assert figures.top1_agreement == 1.0
+    losses = -TABLE[IDS[:, :-1]].double().log_softmax(-1).gather(-1, IDS[:, 1:, None])
+    assert figures.perplexity == pytest.approx(float(losses.mean().exp()))
+    assert figures.reference_perplexity == pytest.approx(float(losses.mean().exp()))
+
+
+def test_a_reference_counts_tokens_that_follow_one() -> None:
+    text = Sequences(IDS, IDS.clone())
+    with pytest.raises(SourceError, match=r"adapter\.top is missing"):
+        check_reference(make_reference({"base": says(TABLE)}, text))
+    reference = make_reference({"adapter": says(TABLE)}, text)
+    labels = torch.full_like(IDS, IGNORED)
+    labels[:, 0] = IDS[:, 0]  # no token is before the first
+    with pytest.raises(SourceError, match="count no token"):
+        check_reference({**reference, "labels": labels})
+    labels[:, 1] = IDS[:, 1]
+    check_reference({**reference, "labels": labels})
+
+
+def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:
+    other = TABLE.clone()
+    other[int(IDS[0, 3]), 5] += 0.25
+    text = Sequences(IDS[:1], IDS[:1].clone())
+    reference = make_reference({"adapter": says(TABLE)}, text, rounded={"adapter": says(other)})
+    assert float(reference["adapter.rounding"]) == pytest.approx(0.25)
+    assert "adapter.noise" not in reference
+
+
+def test_tokens_beyond_the_likeliest_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.targets.proof.reference.TOP", 3)
+    figures = compared(OTHER, IDS)
+    expected = []
+    for ids in IDS:
+        p, q = (table[ids].double().log_softmax(-1) for table in (TABLE, OTHER))
+        top = p.topk(3).indices
+        p, q = p.gather(-1, top).exp(), q.gather(-1, top).exp()
+        r, s = 1 - p.sum(-1), 1 - q.sum(-1)
+        expected.append((p * (p / q).log()).sum(-1) + r * (r / s).log())
+    assert figures.kl_divergence == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+
+
+def test_what_rounding_alone_explains_of_exact_computations() -> None:
+    figures = compared(TABLE)
+    top = max(float(TABLE[ids].abs().max()) for ids in IDS)
+    assert figures.largest_allowed == pytest.approx(2 * LOGIT_DIFFERENCE * top)
+    assert not hasattr(figures, "noise_allowed")
+    assert figures.floor_top1_agreement == AGREEMENT == 0.999
+    assert figures.floor_perplexity_difference == 0.0
+    assert LOGIT_DIFFERENCE == 1e-4
+    assert NOISE == 4.0
+
+
+class Layers:
+    """A simulation of two layers with grids of steps 0.5 and 0.25."""
+
+    def __init__(self, *marks: GraphValue):
+        self.marks = marks or tuple(GraphValue(n, n, Kind.ACTIVATION) for n in ("up", "down"))
+
+    def graph(self) -> Any:
+        grids = {"up": 0.5, "down": 0.25}
+        encodings = {n: SimpleNamespace(scale=torch.tensor(s)) for n, s in grids.items()}
+        return SimpleNamespace(marks=self.marks, encodings=encodings)
+
+    def values(self, batch: Any) -> dict[str, Tensor]:
+        return {"up": torch.full((2000,), 4.0), "down": torch.full((100,), 4.0)}
+
+    def bind(self, batch: Any) -> Any:
+        return batch
+
+
+def layers(**computed: Tensor) -> Parity:
+    values = {**Layers().values({}), **computed}
+    runtime: Any = SimpleNamespace(run_layers=lambda values_, tensors: values)
+    simulation: Any = Layers()
+    return compare_layers(runtime, simulation, {}, LIMITS)
+
+
+def test_differences_of_layers_are_in_their_own_steps() -> None:
+    up, down = torch.full((2000,), 4.0), torch.full((100,), 4.0)
+    up[0], down[3] = 4.75, 3.5  # 1.5 and 2 steps
+    mean = "worst_layer_mean_steps"
+    assert layers(up=up, down=down).figures == {
+        "worst_layer": "down",
+        "worst_layer_steps": 2.0,
+        mean: pytest.approx(2 / 1000),  # as if of 1,000 values
+        "layers": 2,
+    }
+    assert layers(up=torch.full((2000,), 4.5)).figures[mean] == 1.0
+    assert math.isnan(layers(down=torch.full((100,), NAN)).figures[mean])
+
+
+def test_only_weights_leave_no_layer_to_compare() -> None:
+    runtime: Any = SimpleNamespace()
+    simulation: Any = Layers(GraphValue("w", "w", Kind.BASE))
+    assert compare_layers(runtime, simulation, {}).checks == ()
+
+
+class Session:
+    """A runtime whose adapters leak into each other where `leaks` says.
+
+    Args:
+        leaks: "state": what was active before changes the logits; "cache": other adapters' steps
+            change the cache.
+    """
+
+    shipped, has_cache = None, True
+
+    def __init__(self, leaks: str = ""):
+        self.leaks, self.state, self.uses = leaks, "", 0
+        self.ran: list[tuple[str, int]] = []  # state and tokens of each call of `extend`
+        self.tables: Mapping[str, Tensor] = {"": TABLE, "first": OTHER, "second": TABLE.flip(0)}
+
+    def use(self, adapter: Path | None) -> None:
+        self.state = adapter.name if adapter else ""
+        self.uses += 1
+
+    def logits(self, ids: Tensor) -> Tensor:
+        leak = self.uses if self.leaks == "state" else 0
+        return self.tables[self.state][ids] + leak
+
+    def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.ran.append((self.state, ids.shape[1]))
+        shift = past.get("shift", torch.zeros(1))
+        if self.leaks == "cache":
+            shift = shift + len({state for state, _ in self.ran} - {self.state})
+        return self.tables[self.state][ids] + shift, {"shift": shift}
+
+
+@pytest.mark.parametrize("adapter", [None, Path("first")])
+@pytest.mark.parametrize("leaks", ["", "state"])
+def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: str) -> None:
+    session: Any = Session(leaks)
+    bits = list(switching(session, adapter, [Path("second")], IDS[:1]))
+    assert bits
+    assert all(bit.passed == (not leaks) for bit in bits)
+    names = " ".join(bit.what for bit in bits)
+    assert "without an adapter" in names
+    assert ("first" in names) == (adapter is not None)
+    assert session.state == ""
+
+
+@pytest.mark.parametrize("adapter", [None, Path("first")])
+@pytest.mark.parametrize("leaks", ["", "cache"])
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_cache_is_compared_token_by_token(
+    adapter: Path | None, leaks: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwlora.targets.proof.measure.DECODED", count)
+    count = min(count, IDS.shape[1] - 1)
+    table = TABLE if adapter is None else OTHER
+    labels = IDS.clone()
+    labels[:, 4:7] = IGNORED  # of these, too, the cache is compared
+    reference = make_reference({"adapter": says(table)}, Sequences(IDS, labels))
+    session: Any = Session(leaks)
+    cache = compare_cache(session, reference, adapter, [Path("second")], LIMITS)
+    assert cache.checks[-1].passed == (not leaks)
+    assert cache.figures["tokens"] == count
+    assert session.state == ""
+    name = adapter.name if adapter else ""
+    steps = [IDS.shape[1] - count] + [1] * count
+    assert [tokens for state, tokens in session.ran if state == name] == 2 * steps
+    assert {state for state, _ in session.ran} == {"", "second", name}
+    if not leaks:
+        assert cache.figures["max_log_prob_difference"] < 1e-5
+        assert not cache.problems
+    assert compare_cache(session, reference, Path("second"), [], LIMITS).problems

@@ -1,0 +1,208 @@
+"""Exports of models other than language models, and the limits of their proof."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwlora import (
+    Scheme,
+    Schemes,
+    Simulation,
+    export,
+    quantize_,
+    simulate,
+    verify,
+)
+from qwlora.errors import ExportError, VerificationError
+from qwlora.targets.onnx.onnx import export_onnx
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.proof.compare import compare_layers
+from simulation.tiny_architectures import inputs, make
+from targets.proofs import check_parity, verify_onnx_outputs
+
+NAME = "ViT, classification"
+BATCHES = [inputs(NAME, seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
+    model = make(NAME)
+    quantize_(model, "w4-block32")
+    simulation = simulate(model, BATCHES[0], Schemes(Scheme(8, symmetric=False)))
+    simulation.calibrate(BATCHES)
+    folder = tmp_path_factory.mktemp("image")
+    export(simulation, "onnx_each", folder)
+    return folder, simulation
+
+
+def test_an_exported_image_model_computes_what_was_simulated(
+    bundle: tuple[Path, Simulation],
+) -> None:
+    folder, simulation = bundle
+    parity = verify_onnx_outputs(folder, simulation, BATCHES)
+    check_parity(parity, NAME)
+    assert parity.figures["sqnr"]["logits"] > 60
+    assert parity.figures["layers"] == sum(m.kind == "activation" for m in simulation.marks)
+    rows = verify(folder, simulation, BATCHES)
+    assert rows == list(parity.checks)
+    assert {row.what for row in rows} >= {"signal to noise of output logits"}
+
+
+class Mixed(nn.Module):
+    """An 8-bit softmax between two layers, for which ONNX Runtime has an integer kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.softmax(3 * self.first(x), -1))
+
+
+def test_without_session_options_integer_kernels_change_results(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    quantize_(model, "w4-block32")
+    batches = [{"x": torch.randn(4, 16, 32)} for _ in range(4)]
+    simulation = simulate(model, batches[0], Schemes(Scheme(8, symmetric=False)))
+    simulation.calibrate(batches)
+    export_onnx(simulation.graph(), tmp_path)
+    options = tmp_path / "session_options.json"
+    assert json.loads(options.read_text())["session.disable_quant_qdq"] == "1"
+    faithful = verify_onnx_outputs(tmp_path, simulation, batches)
+    options.unlink()
+    careless = verify_onnx_outputs(tmp_path, simulation, batches, has_to_pass=False)
+    assert careless.figures["sqnr"]["output"] < faithful.figures["sqnr"]["output"] - 10
+
+
+def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(
+    bundle: tuple[Path, Simulation],
+) -> None:
+    folder, simulation = bundle
+    file = onnx.load(folder / "model.onnx", load_external_data=False)
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in [*file.graph.input, *file.graph.output]
+    }
+    assert shapes == {"pixel_values": ["batch", 3, 16, 16], "logits": ["batch", 5]}
+    assert "pixel_values" in simulation.encodings
+    tensors = {o for node in file.graph.node for o in node.output}
+    assert {"pixel_values.codes", "pixel_values.dequantized"} <= tensors
+    entries = json.loads((folder / "model.encodings").read_text())["activation_encodings"]
+    assert "pixel_values" in {entry["name"] for entry in entries}
+
+
+def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
+    folder, simulation = bundle
+    file = onnx.load(folder / "model.onnx")
+    scale = next(
+        i
+        for i in file.graph.initializer
+        if i.name == "classifier.weight.scale" or i.name == "vit.layernorm.weight.scale"
+    )
+    scale.CopyFrom(
+        onnx.numpy_helper.from_array(
+            onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name
+        )
+    )
+    onnx.save(file, tmp_path / "model.onnx")
+    (tmp_path / "session_options.json").write_text((folder / "session_options.json").read_text())
+    assert (
+        verify_onnx_outputs(tmp_path, simulation, BATCHES, has_to_pass=False).figures[
+            "worst_layer_steps"
+        ]
+        > 2
+    )
+    with pytest.raises(
+        VerificationError,
+        match=r"(?s)output logits: .* dB \(limit: at least .*layer .* steps \(limit: at most 2 steps\)",
+    ):
+        verify_onnx_outputs(tmp_path, simulation, BATCHES)
+
+
+def test_missing_inputs_and_batches_are_named(bundle: tuple[Path, Simulation]) -> None:
+    with pytest.raises(VerificationError, match="at least one batch"):
+        verify_onnx_outputs(*bundle, [])
+    with pytest.raises(ExportError, match="pixel_values was not given"):
+        OnnxModel(bundle[0]).run({})
+
+
+@pytest.mark.slow
+def test_exports_with_a_cache_decode_after_prefill(tmp_path: Path) -> None:
+    """Prefill and decode in ONNX Runtime, with one set of encodings, against one simulation."""
+    model = make("Llama")
+    quantize_(model, "w4-block32")
+    ids = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
+    first, second = ids[:, :9], ids[:, 9:]
+    prefill = simulate(
+        model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}
+    )
+    prefill.calibrate([{"input_ids": ids}])
+    cache = [
+        tuple(
+            prefill.outputs({"input_ids": first})[f"present.{layer}.{part}"]
+            for part in ("key", "value")
+        )
+        for layer in range(2)
+    ]
+    follow = {"input_ids": second, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    decode = simulate(model, follow)
+    decode.restore(prefill.encodings)
+    for name, simulation, batch in (
+        ("prefill", prefill, {"input_ids": first}),
+        ("decode", decode, follow),
+    ):
+        export_onnx(simulation.graph(), tmp_path / name)
+        check_parity(verify_onnx_outputs(tmp_path / name, simulation, [batch]), name)
+    begun = OnnxModel(tmp_path / "prefill").run(prefill.bind({"input_ids": first}))
+    runtime = OnnxModel(tmp_path / "decode")
+    state = {
+        f"past_key_values.{layer}.{part}": begun[f"present.{layer}.{part}"]
+        for layer in range(2)
+        for part in ("key", "value")
+    }
+    expected = prefill.outputs({"input_ids": ids})["logits"]
+    for position in range(9, 14):  # a token at a time
+        step = {
+            "input_ids": ids[:, position : position + 1],
+            "attention_mask": torch.ones(2, position + 1, dtype=torch.int64),
+        }
+        found = runtime.run({**step, **state})
+        state = {
+            name.replace("present", "past_key_values"): value
+            for name, value in found.items()
+            if name.startswith("present")
+        }
+        assert float((found["logits"][:, 0] - expected[:, position]).abs().max()) < 0.01 * float(
+            expected.abs().max()
+        )
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_few_steps_in_a_small_layer_are_chance_but_not_all_of_them(
+    bundle: tuple[Path, Simulation], share: float
+) -> None:
+    folder, simulation = bundle
+    values, encodings = simulation.values(BATCHES[0]), simulation.graph().encodings
+    sizes = {name: value.numel() for name, value in values.items() if name in encodings}
+    small = min((n for n in sizes if sizes[n] > 60), key=lambda name: sizes[name])
+
+    class OneStepOff(OnnxModel):
+        def run_layers(
+            self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+        ) -> dict[str, Tensor]:
+            found = super().run_layers(values, tensors)
+            wrong = values[small].flatten().clone()
+            wrong[: max(1, int(share * len(wrong)))] += encodings[small].scale
+            return {**found, small: wrong.view_as(values[small])}
+
+    parity = compare_layers(OneStepOff(folder), simulation, BATCHES[0])
+    assert bool(parity.problems) == (share == 1.0)

@@ -1,0 +1,94 @@
+"""Comparisons that several tests make."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences, as_sequences
+from qwlora.errors import VerificationError
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.proof.checks import LIMITS, Limits, Parity
+from qwlora.targets.proof.compare import verify_language_model, verify_outputs
+from qwlora.targets.proof.measure import measure_logits, measure_runtime
+from qwlora.targets.proof.reference import (
+    Logits,
+    Reference,
+    logits_of,
+    make_reference,
+    simulated_logits,
+)
+from qwlora.targets.target import Runtime
+
+
+def check_parity(parity: Parity, name: str) -> None:
+    """Raises VerificationError: a check failed, or there is none; it lists every one."""
+    if parity.problems or not parity.checks:
+        raise VerificationError(name, parity.problems or ["nothing was compared"])
+
+
+def verify_weights(
+    runtime: Runtime,
+    model: Any,
+    adapter: Path,
+    sequences: Sequences,
+    rounding: AbstractContextManager[None] | None = None,
+) -> Parity:
+    """A runtime against the trained model."""
+    rounded = None if rounding is None else logits_of(model, rounding)
+    return measure_runtime(
+        runtime, adapter, make_reference(logits_of(model), sequences, rounded=rounded)
+    )
+
+
+def verify_onnx(
+    folder: Path,
+    simulation: Reference,
+    ids: Tensor,
+    layer_tokens: int,
+    limits: Limits = LIMITS,
+    has_to_pass: bool = True,
+) -> Parity:
+    """A language model in ONNX Runtime against its simulation."""
+    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens, limits)
+    if has_to_pass:
+        check_parity(parity, str(folder))
+    return parity
+
+
+def verify_onnx_outputs(
+    folder: Path,
+    simulation: Reference,
+    batches: Any,
+    limits: Limits = LIMITS,
+    has_to_pass: bool = True,
+) -> Parity:
+    """Any model in ONNX Runtime against its simulation."""
+    parity = verify_outputs(OnnxModel(folder), simulation, batches, limits)
+    if has_to_pass:
+        check_parity(parity, str(folder))
+    return parity
+
+
+def reference_of(simulation: Reference, ids: Tensor, least_noise: float = 0.0) -> dict[str, Tensor]:
+    """What a simulation says about token ids."""
+    logits, perturbed = simulated_logits(simulation)
+    text = as_sequences(ids)
+    return make_reference({"adapter": logits}, text, {"adapter": perturbed}, None, least_noise)
+
+
+def verify_graphs(
+    logits: Logits, simulation: Reference, ids: Tensor, limits: Limits = LIMITS
+) -> Parity:
+    """Graphs with a key-value cache against their simulation."""
+    return measure_logits(logits, reference_of(simulation, ids, 0.002), limits)
+
+
+def sqnr(logits: Tensor, expected: Tensor) -> float:
+    """In dB."""
+    noise = (logits.double() - expected.double()).square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise))

@@ -1,0 +1,89 @@
+"""Export and verification in one call, of targets of every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import qwlora
+from conftest import byte_tokenizer, tiny_model
+from qwlora.errors import ExportError, SourceError
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+
+
+def adapted(*names: str, seed: int = 1) -> Any:
+    """A quantized base with adapters that differ."""
+    model = tiny_model("llama", layers=1)
+    qwlora.quantize_(model, "w4-block32")
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, LORA, names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, LORA)
+    return wrapped.eval()
+
+
+def passed(rows: list[qwlora.Check]) -> bool:
+    return bool(rows) and all(row.passed for row in rows)
+
+
+@pytest.fixture(scope="module")
+def simulation(shared_captures: None) -> qwlora.Simulation:
+    made = qwlora.simulate(adapted("first"), BATCH)
+    made.calibrate([BATCH])
+    return made
+
+
+def test_one_simulation(simulation: qwlora.Simulation, tmp_path: Path) -> None:
+    qwlora.export(simulation, "onnx_each", tmp_path, tokenizer=byte_tokenizer())
+    assert (tmp_path / "tokenizer.json").is_file()
+    rows = qwlora.verify(tmp_path, simulation, [BATCH])
+    assert passed(rows)
+    assert any("layer" in row.what for row in rows)
+    assert any("perplexity" in row.what for row in rows)
+    other = qwlora.simulate(adapted("first", seed=2), BATCH)
+    other.calibrate([BATCH])
+    assert not passed(qwlora.verify(tmp_path, other, IDS))
+
+
+def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:
+    made = qwlora.simulate_adapters(adapted("first", "second"), BATCH)
+    made.calibrate([BATCH])
+    qwlora.export(made, "onnx", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "first", "second"}
+    rows = qwlora.verify(tmp_path, made, IDS)
+    assert passed(rows)
+    assert {row.what.partition(":")[0] for row in rows} == {"first", "second"}
+
+
+def test_a_base_with_float_adapters(tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=1)
+    qwlora.quantize_(model, "w4-block32")
+    torch.manual_seed(1)
+    with pytest.raises(ExportError, match=r"target hf takes the frozen base.*not Peft"):
+        qwlora.export(get_peft_model(tiny_model("llama", layers=1), LORA), "hf", tmp_path)
+    trained = get_peft_model(model, LORA, "first").eval()
+    qwlora.save_adapter(trained, tmp_path / "trained", adapter="first")
+    base = trained.unload()
+    folder, adapters = tmp_path / "bundle", {"first": tmp_path / "trained"}
+    qwlora.export(base, "hf", folder, adapters, byte_tokenizer())
+    loaded = qwlora.load_adapter(base, tmp_path / "trained")
+    loaded.add_adapter("other", LORA)  # which the folder does not have
+    (folder / "default").symlink_to("first")
+    assert passed(qwlora.verify(folder, loaded, IDS))
+
+
+def test_what_does_not_fit_is_refused(simulation: qwlora.Simulation, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"there is no target 'onyx'.*onnx"):
+        qwlora.export(simulation, "onyx", tmp_path)
+    with pytest.raises(ExportError, match="onnx takes what simulate_adapters returns, not Sim"):
+        qwlora.export(simulation, "onnx", tmp_path)
+    with pytest.raises(SourceError, match=r"no qwlora.json; write it with qwlora.export"):
+        qwlora.verify(tmp_path, simulation, IDS)

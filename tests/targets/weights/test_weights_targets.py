@@ -1,0 +1,260 @@
+"""Targets with the base's integers and adapters beside it: every scheme is held exactly or refused,
+and each runtime computes what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora import quantize_, save_adapter
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
+from qwlora.grid.encoding import QuantizedTensor, measure
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn import pack_at_, packed_weights
+from qwlora.quantize.layer_rules import LayerRule
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import Backend, ExportedBase
+from targets.client_programs import with_clients
+from targets.proofs import verify_weights
+
+IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
+
+
+def target(name: str) -> Backend:
+    return TARGETS[name].backend
+
+
+def base(
+    scheme: Scheme | str, architecture: str = "llama", solver: str = "rtn", **more: Any
+) -> Any:
+    model = tiny_model(architecture, layers=1)
+    if isinstance(scheme, Scheme) and scheme.float_offset:  # solvers make none; GGUF files do
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                encoding = measure(module.weight.detach(), scheme)
+                codes = encoding.quantize(module.weight.detach())
+                pack_at_(model, f"{name}.weight", QuantizedTensor(codes, encoding))
+        return model
+    quantize_(model, scheme, solver, **more)
+    return model
+
+
+def adapters(model: Any, folder: Path) -> PeftModel:
+    """Two adapters, one with rsLoRA and patterns, in folders of their own."""
+    torch.manual_seed(0)
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    known = ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
+    some = [name for name in known if name in names]
+    wide = next(name for name in ("up_proj", "c_fc", "fc2") if name in names)
+    a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    b = LoraConfig(
+        r=6,
+        lora_alpha=12,
+        use_rslora=True,
+        target_modules=some,
+        rank_pattern={wide: 3},
+        alpha_pattern={wide: 5, some[-1]: 1},
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(model, a, adapter_name="first")
+    adapted.add_adapter("second", b)
+    for name in ("first", "second"):
+        save_adapter(adapted, folder / name, adapter=name)
+    return adapted.eval()
+
+
+SCHEMES = [
+    Scheme(bits, symmetric, granularity)
+    for bits in (2, 3, 4, 5, 8)
+    for symmetric in (True, False)
+    for granularity in (PerTensor(), PerChannel(), PerBlock(32), PerBlock(64))
+]
+
+
+@pytest.mark.parametrize("name", ["hf", "mlx"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *SCHEMES,
+        Scheme(4, True, PerBlock(16)),
+        Scheme(4, True, Lpbq(32)),
+        Scheme(7, True, PerBlock(32)),
+        Scheme(4, False, PerBlock(32), float_offset=True),
+        Scheme(8, False, PerBlock(64), float_offset=True),
+    ],
+    ids=str,
+)
+def test_every_scheme_is_held_bit_for_bit_or_refused(
+    name: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    model = base(scheme)
+    refused = (
+        (name == "hf" and scheme.float_offset)
+        or (name == "mlx" and scheme.granularity == PerBlock(16))
+        or (name == "mlx" and scheme.bitwidth == 7)
+    )
+    if refused:
+        with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*q_proj\.weight"):
+            target(name).write_base(ExportedBase(model, None), tmp_path)
+        return
+    target(name).write_base(ExportedBase(model, byte_tokenizer()), tmp_path)
+    found = packed_weights(load_precomputed(open_checkpoint(tmp_path)))
+    expected = packed_weights(model)
+    assert found.keys() == expected.keys()
+    for layer, other in zip(found.values(), expected.values(), strict=True):
+        assert torch.equal(layer.codes, other.codes)
+        values, others = layer.tensor.dequantize(), other.tensor.dequantize()
+        if name == "hf" or scheme.float_offset:
+            assert torch.equal(values, others)
+        else:  # MLX computes code * scale + offset * scale
+            rounding = torch.finfo(torch.float32).eps * float(others.abs().max())
+            assert float((values - others).abs().max()) <= 2 * rounding
+
+
+MIXED = [LayerRule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
+EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "scheme", "rules"),
+    with_clients(
+        [
+            *(
+                (name, *case)
+                for name in ("hf", "mlx")
+                for case in (
+                    ("llama", "w4-block32", []),
+                    ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
+                    ("llama", Scheme(4, False, PerBlock(32)), []),
+                    ("llama", "w8-channel", EMBEDDING),
+                )
+            ),
+            *(
+                (name, *case)
+                for name in ("genai", "openvino")
+                for case in (
+                    ("llama", "w4-block32", []),
+                    ("qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+                    ("gpt2", Scheme(3, False, PerBlock(64)), []),
+                    ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+                )
+            ),
+            ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
+        ]
+    ),
+)
+def test_the_runtime_computes_base_and_adapters(
+    name: str, architecture: str, scheme: Any, rules: list[LayerRule], tmp_path: Path
+) -> None:
+    kind = target(name)
+    solver = "search" if TARGETS[name].has_float16_scales else "rtn"
+    model = base(scheme, architecture, solver, rules=rules)
+    (tmp_path / "base").mkdir()
+    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
+    adapted = adapters(model, tmp_path / "trained")
+    runtime = kind.open(tmp_path / "base", "base")
+    for adapter in ("first", "second", "first"):  # switched in one runtime
+        folder = tmp_path / adapter
+        folder.mkdir(exist_ok=True)
+        kind.write_adapter(
+            read_canonical(tmp_path / "trained" / adapter), tmp_path / "base", folder
+        )
+        adapted.set_adapter(adapter)
+        parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
+        assert parity.problems == []
+        assert parity.figures["exact"]["adapter"]["tokens"] == IDS.numel()
+        runtime.use(folder)
+        tokens = runtime.decode(IDS[:1], 4)  # with a cache
+        whole = torch.cat([IDS[:1], torch.tensor([tokens])], dim=1)
+        with torch.no_grad():
+            likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
+        assert tokens == likeliest.tolist()
+    wrong = verify_weights(runtime, adapted, tmp_path / "second", as_sequences(IDS))
+    assert any("with the adapter" in problem for problem in wrong.problems)
+
+
+def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = target("hf")
+    model = base("w4-block32", rules=MIXED)
+    (tmp_path / "base").mkdir()
+    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
+    adapted = adapters(model, tmp_path / "trained")
+    (tmp_path / "second").mkdir()
+    canonical = read_canonical(tmp_path / "trained" / "second")
+    kind.write_adapter(canonical, tmp_path / "base", tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    code, loaded = usage("hf", "base", "second"), dict[str, Any]()
+    exec(code.partition("```python\n")[2].partition("```")[0], loaded)
+    runtime = kind.open(tmp_path / "base", "base")
+    runtime.use(tmp_path / "second")  # before anything else
+    adapted.set_adapter("second")
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+        found = loaded["model"](input_ids=IDS).logits
+    for logits in (found, runtime.logits(IDS)):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.max()))
+
+
+def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:
+    model = base(Scheme(4, False, PerBlock(32)), rules=MIXED)
+    with pytest.raises(
+        ExportError, match=r"int4 asymmetric .*int8 symmetric per channel.* together"
+    ):
+        target("hf").write_base(ExportedBase(model, None), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["hf", "mlx"])
+def test_conv1d_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"c_attn\.weight.*Conv1D"):
+        target(name).write_base(ExportedBase(base("w4-block32", "gpt2"), None), tmp_path)
+
+
+def test_a_canonical_adapter_has_one_scale_for_everyone(tmp_path: Path) -> None:
+    adapted = adapters(base("w4-block32"), tmp_path)
+    for adapter in ("first", "second"):
+        canonical = read_canonical(tmp_path / adapter)
+        for module, (a, b) in canonical.factors.items():
+            layer: Any = adapted.get_submodule(f"base_model.model.{module}")
+            delta = layer.get_delta_weight(adapter).detach()
+            torch.testing.assert_close(b @ a, delta, rtol=1e-5, atol=1e-6)
+        assert canonical.rank == {"first": 4, "second": 6}[adapter]
+        assert canonical.base_fingerprint is not None
+        written = tmp_path / f"{adapter}-written"
+        written.mkdir()
+        target("hf").write_adapter(canonical, tmp_path, written)
+        config = json.loads((written / "adapter_config.json").read_text())
+        assert (config["lora_alpha"], config["use_rslora"]) == (config["r"], False)
+        assert config["rank_pattern"] == config["alpha_pattern"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:.*save_embedding_layers")
+def test_an_adapter_without_a_canonical_form_is_refused(tmp_path: Path) -> None:
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    embedding = LoraConfig(r=2, target_modules=["embed_tokens"])
+    for i, config in enumerate((dora, embedding)):
+        model = get_peft_model(tiny_model("llama", layers=1), config)
+        model.save_pretrained(str(tmp_path / str(i)))
+        with pytest.raises(ExportError, match=r"only LoRA factors of linear layers"):
+            read_canonical(tmp_path / str(i))
+
+
+def test_an_mlx_adapter_pads_ranks(tmp_path: Path) -> None:
+    adapters(base("w4-block32"), tmp_path)
+    (tmp_path / "mlx").mkdir()
+    target("mlx").write_adapter(read_canonical(tmp_path / "second"), tmp_path, tmp_path / "mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert {t.shape[1 if n.endswith("a") else 0] for n, t in tensors.items()} == {6}

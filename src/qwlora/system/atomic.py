@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-Stamps = tuple[int, int, int, int]
 # In the metadata of a safetensors file: the key of all metadata as JSON, and in it, of the digest.
 _RECORD, _DIGEST = "qwlora", "sha256"
 
@@ -69,12 +68,6 @@ def replacing_files(folder: Path, last: str | None = None) -> Iterator[Path]:
 def files_in(folder: Path) -> list[str]:
     """Sorted paths, relative to `folder`, of all files in it and below it."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-def file_stamps(stat: os.stat_result) -> Stamps:
-    """Size, time of the last change (ns), time of the last change of its entry (ns), and inode: a
-    file with the same ones is the one that was seen before."""
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def total_bytes(paths: Iterable[Path]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwlora.pipeline.job.stage_records import sealed, unsealed
-from qwlora.system.atomic import Stamps, file_stamps, write_text
+from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
 
 # Files written less than this ago are not cached: a second write within the same tick of the file
@@ -40,7 +40,7 @@ class Digests:
     def __init__(self, cache: Path | None = None, track: Track = untracked):
         self.cache, self.track, self._is_changed = cache, track, False
         files = ((unsealed(cache) if cache else None) or {}).get("files", {})
-        self._known: dict[str, tuple[Stamps, str]] = {
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {
             path: ((a, b, c, d), digest) for path, (a, b, c, d, digest) in files.items()
         }
 
@@ -49,12 +49,12 @@ class Digests:
         path = os.path.abspath(path)
         try:
             with open(path, "rb") as file:
-                before = file_stamps(os.fstat(file.fileno()))
+                before = _stamps(file)
                 if path in self._known and self._known[path][0] == before:
                     return self._known[path][1]
                 digest = self._hash(file, path, before[0])
                 is_settled = time.time_ns() - before[2] > SETTLED_NS
-                if is_settled and file_stamps(os.fstat(file.fileno())) == before:
+                if is_settled and _stamps(file) == before:
                     self._known[path], self._is_changed = (before, digest), True
                 return digest
         except OSError:
@@ -76,3 +76,9 @@ class Digests:
         for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def _stamps(file: BinaryIO) -> tuple[int, ...]:
+    """Size, mtime, ctime and inode."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -125,7 +125,8 @@ def test_its_base_is_saved_without_it_and_it_is_trained_on_the_graph(tmp_path: P
     assert saved == qwlora.fingerprint(base())
     loaded = qwlora.load_base(tmp_path / "base")
     assert torch.equal(loaded(**BATCH).logits, base()(**BATCH).logits)
-    made = simulate(model, BATCH)
-    made.calibrate([BATCH])
-    graph = qwlora.TrainingGraph(made, made.base_encodings)
+    alone = simulate(loaded.eval(), BATCH)
+    alone.calibrate([BATCH])
+    known = alone.activation_encodings
+    graph = qwlora.TrainingGraph(simulate(model, BATCH, activation_encodings=known))
     assert sum(p.requires_grad for p in graph.parameters()) == 4

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import text
-from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
+from qwlora.formats.aimet_encodings import EncodingsFile, read_encodings, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.nn.packed_layer import packed_layers
 
@@ -44,7 +44,7 @@ def program(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         **rounded_checkpoint(checkpoints["one-layer llama"], folder / "rounded"),
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     return names
@@ -88,3 +88,26 @@ def test_what_is_delivered_computes_what_was_simulated(program: Any) -> None:
     expected = program["simulation"].outputs(program["example"])["logits"]
     assert torch.equal(program["logits"].argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(program["logits"], expected, atol=0.02, rtol=1e-3)
+
+
+def test_an_adapter_is_trained_through_the_bases_grids_and_keeps_them(program: Any) -> None:
+    known, graph = program["known"], program["graph"]
+    assert qwlora.fingerprint(program["base"]) == program["frozen"]
+    assert {encoding.scheme.bitwidth for encoding in known.values()} == {8}
+    fixed = {name for name, q in graph.simulation.quantizers.items() if q.fixed}
+    assert fixed == set(known)
+    encodings = program["through"].encodings
+    assert all(encodings[name].equals(encoding) for name, encoding in known.items())
+    added = program["through"].activation_encodings.keys() - known
+    layers = ("q_proj", "v_proj")
+    assert {name.split(".")[4] for name in added} == set(layers)
+    simulated = float(
+        program["base"].loss_function(
+            program["through"].logits(program["inputs"][0]["input_ids"]),
+            program["inputs"][0]["input_ids"],
+            program["base"].config.vocab_size,
+        )
+    )
+    assert simulated < program["graph_losses"][0]
+    saved = read_encodings(Path(program["out"]) / "qwa" / "simulation.encodings")
+    assert {entry.name for entry in saved.encodings} >= {*known, *added}

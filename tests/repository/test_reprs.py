@@ -96,6 +96,7 @@ def test_a_simulation_before_and_after_each_step(tmp_path: Path, several: bool) 
 def test_a_training_graph() -> None:
     simulation = qwlora.simulate(quantized(), EXAMPLE)
     simulation.calibrate([EXAMPLE])
-    encodings = {n: q.encoding for n, q in simulation.quantizers.items() if q.encoding is not None}
-    graph = qwlora.TrainingGraph(qwlora.simulate(quantized(adapter=True), EXAMPLE), encodings)
+    known = simulation.activation_encodings
+    adapted = qwlora.simulate(quantized(adapter=True), EXAMPLE, activation_encodings=known)
+    graph = qwlora.TrainingGraph(adapted)
     assert shown(graph).startswith("TrainingGraph of Simulation of")

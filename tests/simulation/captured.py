@@ -54,7 +54,7 @@ def _captured() -> Any:
     return capture(adapted(), batch())
 
 
-def simulation(schemes: Schemes | None = None) -> Simulation:
+def simulation(schemes: Schemes | None = None, **given: Any) -> Simulation:
     """A simulation of it, not calibrated."""
     with mock.patch("qwlora.simulation.simulation.capture", return_value=_captured()):
-        return simulate(adapted(), batch(), schemes)
+        return simulate(adapted(), batch(), schemes, **given)

@@ -299,7 +299,7 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
 ) -> None:
     fixed = calibrated["adapter_only"].shared
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["second"])
-    later.calibrate([inputs(seed=9)], fixed)
+    later.calibrate([inputs(seed=9)], shared=fixed)
     assert later.shared.keys() == fixed.keys()
     for name, encoding in fixed.items():
         assert later["second"].encodings[name] is encoding
@@ -308,7 +308,31 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
     assert not torch.equal(own.scale, before.scale)
     missing = {name: encoding for name, encoding in fixed.items() if "layers.0" not in name}
     with pytest.raises(CalibrationError, match=r"no encoding, model\.layers\.0.* every adapter"):
-        later.freeze(missing)
+        later.freeze(shared=missing)
+
+
+@pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
+def test_a_base_that_was_calibrated_first_keeps_its_activations(
+    model: PeftModel, mode: BaseActivations
+) -> None:
+    with model.disable_adapter():
+        alone = simulate(model, inputs(), EIGHT_BITS)
+    alone.calibrate([inputs(seed=3)])
+    known = alone.activation_encodings
+    later = simulate_adapters(
+        model, inputs(), EIGHT_BITS, mode, ["first", "second"], activation_encodings=known
+    )
+    later.calibrate([inputs(seed=s) for s in range(3)])
+    for simulation in later.values():
+        own = simulation.activation_encodings
+        assert all(own[name].equals(encoding) for name, encoding in known.items())
+    first, second = (later[name].activation_encodings for name in ("first", "second"))
+    added = {name for name in first if name not in known}
+    assert {name.rpartition(".")[2] for name in added} == {"linear", "mul", "add"}
+    equal = {name for name in added if first[name].equals(second[name])}
+    assert equal == {"all": set(), "none": added}.get(
+        mode, {name for name in added if name.endswith("_proj.add") or name == "lm_head.add"}
+    )
 
 
 def test_the_sum_of_a_layer_that_no_earlier_adapter_changed_has_its_own_range(
@@ -317,14 +341,14 @@ def test_the_sum_of_a_layer_that_no_earlier_adapter_changed_has_its_own_range(
     narrow = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["narrow"])
     narrow.calibrate([inputs()])
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["first"])
-    later.calibrate([inputs()], narrow.shared)
+    later.calibrate([inputs()], shared=narrow.shared)
     encodings, layer = later["first"].encodings, "model.layers.0.self_attn"
     name = f"{layer}.v_proj.add"
     assert encodings[name] is narrow.shared[name]
     assert f"{layer}.q_proj.add" in encodings.keys() - narrow.shared.keys()
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "none", ["first"])
     with pytest.raises(CalibrationError, match=r"no encoding, .*q_proj\."):
-        later.calibrate([inputs()], narrow.shared)
+        later.calibrate([inputs()], shared=narrow.shared)
 
 
 def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter() -> None:

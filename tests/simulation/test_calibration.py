@@ -122,8 +122,7 @@ def test_encodings_from_another_calibration_are_not_calibrated(whole: Simulation
         for name, e in whole.encodings.items()
         if name.startswith("model.layers.0.") and name in whole.quantizers
     }
-    made = simulation()
-    made.fix_encodings(taken)  # type: ignore[arg-type]
+    made = simulation(activation_encodings=taken)
     made.calibrate(BATCHES[:2])
     assert all(made.quantizers[name].encoding is encoding for name, encoding in taken.items())
     others = made.quantizers.keys() - taken

@@ -70,11 +70,13 @@ def calibrated_base(architecture: str = "llama", planted: bool = False) -> Mappi
     """Encodings of the activations of `base`, which is the same every time."""
     simulation = simulate(base(architecture, planted), inputs(IDS[:2, :16]), W8)
     simulation.calibrate([inputs(IDS)])
-    return {name: q.encoding for name, q in simulation.quantizers.items() if q.encoding is not None}
+    return simulation.activation_encodings
 
 
 def graph_of(model: PeftModel, encodings: Mapping[str, Encoding]) -> TrainingGraph:
-    return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), W8), encodings)
+    return TrainingGraph(
+        simulate(model.eval(), inputs(IDS[:2, :16]), W8, activation_encodings=encodings)
+    )
 
 
 def through(work: Path, **settings: Any) -> tuple[PeftModel, TrainingReport]:
@@ -138,7 +140,7 @@ def test_without_quantizers_it_is_plain_training(
     adapted = attach(plain, shape, seed=0)
     expected = train_adapter(adapted, IDS, SETTINGS, tmp_path / "plain")
     other = attach(base(architecture), shape, seed=0)
-    graph = graph_of(other, {})
+    graph = graph_of(other, calibrated_base(architecture))
     off(graph.simulation)
     report = train_adapter(other, IDS, SETTINGS, tmp_path / "graph", training_graph=graph)
     exact = architecture in ("llama", "qwen3")  # no biases, which are added apart from the product
@@ -150,10 +152,10 @@ def test_without_quantizers_it_is_plain_training(
 
 
 def off(simulation: Simulation) -> None:
-    """Let the parameters that step 1 left float be float; activations are, without encodings."""
-    assert all(q.mode is Mode.FLOAT for q in simulation.quantizers.values())
-    for weight in simulation.weights.values():
-        weight.mode = Mode.FLOAT
+    """Let activations be float, and the parameters that step 1 left float."""
+    assert any(q.mode is not Mode.FLOAT for q in simulation.quantizers.values())
+    for module in (*simulation.quantizers.values(), *simulation.weights.values()):
+        module.mode = Mode.FLOAT
 
 
 def test_the_gradient_is_straight_through_and_stops_where_values_are_clamped() -> None:
@@ -196,7 +198,7 @@ def test_base_values_lie_on_the_bases_grids_and_the_adapters_are_float() -> None
 
 def test_codes_are_kept_for_backward_and_unpacked_weights_are_not() -> None:
     model = base()
-    graph = graph_of(attach(model, SHAPE, seed=0), {})
+    graph = graph_of(attach(model, SHAPE, seed=0), calibrated_base())
     kept: list[tuple[int, ...]] = []
     shapes = {tuple(m.weight_shape) for m in model.modules() if hasattr(m, "weight_shape")}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -242,9 +244,7 @@ def simulated_loss(
     model: PeftModel, encodings: Mapping[str, Encoding] | None, ids: Tensor
 ) -> float:
     """After the last calibration: of the adapter's own values, or of all of them."""
-    simulation = simulate(model.eval(), inputs(IDS[:2, :16]), W8)
-    if encodings is not None:
-        simulation.fix_encodings(encodings)
+    simulation = simulate(model.eval(), inputs(IDS[:2, :16]), W8, activation_encodings=encodings)
     simulation.calibrate([inputs(IDS)])
     if encodings is not None:
         assert all(
@@ -281,6 +281,8 @@ def test_what_cannot_go_together_is_refused() -> None:
     assert "forward" not in adapted.get_base_model().__dict__
     with pytest.raises(CalibrationError, match=r"encodings .*: strange"):
         graph_of(adapted, {"strange": next(iter(encodings.values()))})
+    with pytest.raises(CalibrationError, match=r"no activation encodings .*activation_encodings="):
+        graph_of(adapted, {})
     with pytest.raises(TrainingError, match="the adapter has dropout"):
         graph_of(attach(base(), replace(SHAPE, dropout=0.1), seed=0), encodings)
     with pytest.raises(CaptureError, match=r"position_ids .*example inputs"):
@@ -293,11 +295,9 @@ def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() ->
     model = base()
     alone = simulate(model, inputs(IDS[:2, :16]), schemes)
     alone.calibrate([inputs(IDS[:2])])
-    encodings = {name: q.encoding for name, q in alone.quantizers.items() if q.encoding is not None}
-    graph = TrainingGraph(
-        simulate(attach(model, SHAPE, seed=0).eval(), inputs(IDS[:2, :16]), schemes),
-        encodings,
-    )
+    encodings, adapted = alone.activation_encodings, attach(model, SHAPE, seed=0).eval()
+    example = inputs(IDS[:2, :16])
+    graph = TrainingGraph(simulate(adapted, example, schemes, activation_encodings=encodings))
     value = "model.layers.0.self_attn.v_proj"
     assert f"{value}.linear" in encodings
     assert f"{value}.linear" not in graph.simulation.quantizers

@@ -100,12 +100,13 @@ class AdapterSimulations(dict[str, Simulation]):
     def calibrate(
         self,
         batches: Batches | Mapping[str, Batches],
-        shared: Mapping[str, Encoding] | None = None,
         track: Track = untracked,
+        *,
+        shared: Mapping[str, Encoding] | None = None,
     ) -> None:
         """`observe`, then `freeze`."""
         self.observe(batches, track)
-        self.freeze(shared)
+        self.freeze(shared=shared)
 
     def observe(
         self,
@@ -127,14 +128,14 @@ class AdapterSimulations(dict[str, Simulation]):
             simulation.observe(own, track, tokens)
 
     def freeze(
-        self, shared: Mapping[str, Encoding] | None = None, allow_unseen: bool = False
+        self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
         """Set all encodings: each adapter's own, then the shared ones.
 
         Args:
+            allow_unseen: see `Simulation.freeze`.
             shared: of an earlier calibration on the same base. Default: from what all adapters
                 observed.
-            allow_unseen: see `Simulation.freeze`.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between
@@ -158,6 +159,7 @@ def simulate_adapters(
     schemes: Schemes | None = None,
     base_activations: BaseActivations = "adapter_only",
     adapters: Collection[str] | None = None,
+    activation_encodings: Mapping[str, Encoding] | None = None,
 ) -> AdapterSimulations:
     """Simulate each adapter of `model` (a `PeftModel`, or a model after
     `peft.inject_adapter_in_model`) alone, and "base".
@@ -168,10 +170,13 @@ def simulate_adapters(
     Args:
         base_activations: what adapters share; see the module.
         adapters: names of adapters in `model`. Default: all.
+        activation_encodings: see `simulate`. With these and `base_activations="all"`, adapters
+            still share those.
 
     Raises:
         CaptureError: see `capture`; or an adapter is called "base", or is not in the model.
-        CalibrationError: a placement rule has no effect on any adapter, and `schemes` refuses that.
+        CalibrationError: a placement rule has no effect on any adapter, and `schemes` refuses that;
+            or see `simulate`.
     """
     known = adapter_names(model)
     names = known if adapters is None else list(adapters)
@@ -203,7 +208,7 @@ def simulate_adapters(
         else:
             captured = capture(model, example_inputs)
             captures += 1
-        return Simulation(captured, origin, frozen)
+        return Simulation(captured, origin, frozen, activation_encodings)
 
     with restored_adapters(model), in_float32(model):
         for name in names:
@@ -318,6 +323,7 @@ def shared_encodings(
     those of adapter weights too. Values with another shape or scheme in one of the simulations are
     refused, and with `none` missing ones."""
     quantizers: dict[str, Quantizer] = {}
+    fixed: dict[str, Encoding] = {}
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
     names: set[str] | None = None
     for simulation in simulations:
@@ -334,7 +340,9 @@ def shared_encodings(
                 )
         for name in _shared_activations(simulation, base_activations):
             quantizer = simulation.quantizers[name]
-            if (earlier := quantizers.get(name)) is None:
+            if quantizer.fixed:
+                fixed[name] = quantizer.known_encoding()
+            elif (earlier := quantizers.get(name)) is None:
                 quantizers[name] = copy.deepcopy(quantizer)
             elif earlier.scheme != quantizer.scheme:
                 raise CalibrationError(
@@ -356,10 +364,14 @@ def shared_encodings(
             weights[name] = scheme, torch.minimum(low, lowest), torch.maximum(high, highest)
     estimate_encodings(list(quantizers.values()))
     activations = {n: q.encoding for n, q in quantizers.items() if q.encoding is not None}
-    return activations | {
-        name: encoding_from_range(low, high, scheme)
-        for name, (scheme, low, high) in weights.items()
-    }
+    return (
+        activations
+        | fixed
+        | {
+            name: encoding_from_range(low, high, scheme)
+            for name, (scheme, low, high) in weights.items()
+        }
+    )
 
 
 def _shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:

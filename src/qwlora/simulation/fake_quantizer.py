@@ -58,7 +58,7 @@ class Quantizer(nn.Module):
         self.mode = Mode.SIMULATE
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
         self.device = torch.device("cpu")
-        self.fixed = False  # set by `fix_encodings`: not calibrated
+        self.fixed = False  # its encoding is of an earlier calibration, and stays
         self._encoding: Encoding | None = None
         self.scheme = scheme
 

@@ -96,6 +96,7 @@ class Simulation(nn.Module):
         captured: the graph of `origin.model`.
         frozen: quantized copies of float weights that other simulations of the model have, by
             address; those of this one are added.
+        activation_encodings: see `simulate`.
 
     Attributes:
         placement: every value of the graph, and the rule that decided about it.
@@ -105,7 +106,7 @@ class Simulation(nn.Module):
 
     Raises:
         CaptureError: two values would have the same name.
-        CalibrationError: a weight is not finite, or see `place`.
+        CalibrationError: a weight is not finite, or see `place` and `simulate`.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Simulation(nn.Module):
         captured: Captured,
         origin: SimulationSource,
         frozen: dict[int, FrozenWeight] | None = None,
+        activation_encodings: Mapping[str, Encoding] | None = None,
     ):
         super().__init__()
         self.captured, self.origin = captured, origin
@@ -135,6 +137,11 @@ class Simulation(nn.Module):
             captured.program, self.marks, origin.schemes, {} if frozen is None else frozen
         )
         self._tokens = self._batches = 0  # that `observe` has run
+        known = activation_encodings or {}
+        _refuse_unknown(known, self.placement.values)
+        for name, quantizer in self.quantizers.items():
+            if name in known:
+                quantizer.encoding, quantizer.fixed = known[name], True
 
     @property
     def marks(self) -> list[GraphValue]:
@@ -225,15 +232,6 @@ class Simulation(nn.Module):
             if not quantizer.fixed:
                 quantizer.encoding = None
 
-    def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
-        """Use activation encodings of another simulation of the same base: `observe` simulates
-        these activations and observes the others; `freeze` does not change them. Activations that
-        the policy leaves float here stay float. Names that the graph lacks are refused."""
-        _refuse_unknown(encodings, self.placement.values)
-        for name, quantizer in self.quantizers.items():
-            if name in encodings:
-                quantizer.encoding, quantizer.fixed = encodings[name], True
-
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Set missing encodings from all observed data.
 
@@ -318,9 +316,18 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: before `calibrate`.
         """
-        known = self._weight_encodings
-        known |= {name: q.known_encoding() for name, q in self.quantizers.items()}
+        known = self._weight_encodings | self.activation_encodings
         return {mark.name: known[mark.name] for mark in self.marks}
+
+    @property
+    def activation_encodings(self) -> dict[str, Encoding]:
+        """Encodings of the activations by name: of a base alone, what `simulate` of an adapter on
+        it takes.
+
+        Raises:
+            CalibrationError: before `calibrate`.
+        """
+        return {name: q.known_encoding() for name, q in self.quantizers.items()}
 
     @property
     def _weight_encodings(self) -> dict[str, Encoding]:
@@ -494,17 +501,25 @@ class Simulation(nn.Module):
 
 
 def simulate(
-    model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes | None = None
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    schemes: Schemes | None = None,
+    activation_encodings: Mapping[str, Encoding] | None = None,
 ) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers.
 
     Args:
         example_inputs: the model's keyword arguments, with at least two tokens; see `capture`.
         schemes: default: `Schemes()`.
+        activation_encodings: of the same base, calibrated without an adapter
+            (`Simulation.activation_encodings`). `observe` simulates these activations and observes
+            the adapter's; `freeze` does not change them. Activations that the policy leaves float
+            here stay float.
 
     Raises:
         CaptureError: see `capture`; or the graph uses no packed layer although the model has some.
-        CalibrationError: a weight is not finite, or see `place`.
+        CalibrationError: a weight is not finite, `activation_encodings` has a name that the graph
+            lacks, or see `place`.
     """
     model = unwrapped(model)
     schemes = schemes or Schemes()
@@ -520,7 +535,8 @@ def simulate(
             stacklevel=2,
         )
     captured = capture(model, example_inputs)
-    simulation = Simulation(captured, SimulationSource.of(model, example_inputs, schemes))
+    source = SimulationSource.of(model, example_inputs, schemes)
+    simulation = Simulation(captured, source, activation_encodings=activation_encodings)
     if packed and not simulation.base_encodings:
         raise CaptureError(
             f"the captured graph uses none of the {len(packed)} packed layers of "

@@ -1,7 +1,14 @@
 """QWA-LoRA: train the adapter through a graph with the base's activations quantized.
 
-    graph = TrainingGraph(simulate(model, example_inputs, schemes), base_encodings)
+    base = simulate(model, example_inputs, schemes)            # before the adapter is attached
+    base.calibrate(batches)
+    known = base.activation_encodings
+    model = get_peft_model(model, config).eval()
+    graph = TrainingGraph(simulate(model, example_inputs, schemes, activation_encodings=known))
     logits = graph(input_ids=ids, attention_mask=mask)    # differentiable in the adapter's weights
+    ...
+    simulation = simulate(model, example_inputs, schemes, activation_encodings=known)
+    simulation.calibrate(batches)                         # the adapter's activations only
 
 QW-LoRA trains on integer weights and calibrates activations afterwards. Here the activations of the
 base are calibrated first, and the adapter also learns to compensate their rounding. Base
@@ -15,16 +22,14 @@ as in the model; `torch.no_grad()` in the model's forward is not captured and st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qwlora.errors import CaptureError, TrainingError
+from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.encoding import Encoding
 from qwlora.simulation.fake_quantizer import Mode, remove_quantizers_
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
@@ -36,16 +41,16 @@ class TrainingGraph(nn.Module):
     """A differentiable graph; see the module's docstring.
 
     Args:
-        simulation: of base and adapter, not calibrated. It is modified.
-        base_encodings: of the base's activations, by name.
+        simulation: of base and adapter with the base's `activation_encodings`, not calibrated. It
+            is modified.
 
     Raises:
-        CalibrationError: an encoding has no activation in this graph.
+        CalibrationError: the simulation has no activation encodings.
         CaptureError: the graph holds copies of the trainable parameters.
         TrainingError: the adapter has dropout.
     """
 
-    def __init__(self, simulation: Simulation, base_encodings: Mapping[str, Encoding]):
+    def __init__(self, simulation: Simulation):
         super().__init__()
         model = simulation.origin.model
         if any(
@@ -57,10 +62,15 @@ class TrainingGraph(nn.Module):
                 "the adapter has dropout, which a captured graph does not have; set dropout to 0, "
                 "or use workflow: qw-lora"
             )
-        self.simulation = simulation
-        simulation.fix_encodings(base_encodings)
-        for name, quantizer in simulation.quantizers.items():
-            quantizer.mode = Mode.SIMULATE if name in base_encodings else Mode.FLOAT
+        self.simulation, quantizers = simulation, simulation.quantizers.values()
+        if not any(quantizer.fixed for quantizer in quantizers):
+            raise CalibrationError(
+                "the simulation has no activation encodings to train through. Calibrate the base "
+                "without an adapter, and give them to the adapter's simulation: "
+                "simulate(..., activation_encodings=base.activation_encodings)"
+            )
+        for quantizer in quantizers:
+            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.FLOAT
         # the adapter's float weights instead of their quantized copies
         adapter = [mark.node for mark in simulation.marks if mark.kind is Kind.ADAPTER]
         remove_quantizers_(simulation.graph_module, adapter)

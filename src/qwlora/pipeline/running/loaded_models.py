@@ -300,17 +300,21 @@ class JobContext:
         return self.recipe.simulation.unseen == "float"
 
     def simulate(self, model: nn.Module) -> Simulation:
+        """A simulation that is not calibrated yet. In workflow qwa-lora, an adapter's has the
+        encodings of the base's activations."""
+        known = None
+        if self.recipe.workflow == "qwa-lora" and isinstance(model, PeftModel):
+            known = load_activations(self.path / BASE_SIMULATION)
         with self.step("capturing the graph"):
-            return simulate(model, self.example_inputs, self.schemes)
+            return simulate(model, self.example_inputs, self.schemes, activation_encodings=known)
 
     def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
         """Calibrate a simulation, see `calibration`."""
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
-        """Capture base and adapter as a simulation that is not calibrated yet.
+        """Capture base and adapter as a simulation that is not calibrated yet, see `simulate`.
 
-        In workflow qwa-lora, the encodings that the adapter was trained through are already set.
         Only one simulation is kept in memory, besides the zero adapter's while both are compared.
 
         Args:
@@ -319,8 +323,6 @@ class JobContext:
         self._simulation = self._zero_adapter = None
         simulation = self.simulate(model or self.adapted(name))
         self.check_rules(simulation.placement)
-        if self.recipe.workflow == "qwa-lora":
-            simulation.fix_encodings(load_activations(self.path / BASE_SIMULATION))
         self._simulation = (name, simulation)
         return simulation
 

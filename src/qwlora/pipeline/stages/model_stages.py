@@ -38,7 +38,6 @@ from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import (
     ADAPTER,
-    BASE_SIMULATION,
     CASES,
     MOMENTS,
     SHARED,
@@ -63,7 +62,7 @@ from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from qwlora.recipe import Adapter
 from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
-from qwlora.simulation.saved_simulation import load_activations, load_encodings, save_encodings
+from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link
@@ -212,8 +211,7 @@ def _train_adapter(
     teacher = context.take_float_model() if adapter.objective == "recovery" else None
     graph = None
     if context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
-        activations = load_activations(context.path / BASE_SIMULATION)
-        graph = TrainingGraph(context.simulate(model.eval()), activations)
+        graph = TrainingGraph(context.simulate(model.eval()))
     return train_adapter(
         model,
         text.data.train,
@@ -333,8 +331,6 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the zero adapter on the text of the base."""
     simulation = context.new_zero_adapter()
-    if context.recipe.workflow == "qwa-lora":
-        simulation.fix_encodings(load_activations(context.path / BASE_SIMULATION))
     context.calibrate(simulation)
     _apply_shared(context, simulation)
     simulation.save(scratch)

@@ -294,7 +294,7 @@ def test_whatever_else_is_refused_with_a_reason(
         (tmp_path / "shapes", "--against", checkpoints["gpt2"]): (
             r"transformer\.wte\.weight .*\[99, 32\] .*\[260, 64\]"
         ),
-        (damaged,): "layer 'model.layers.0.mlp.up_proj' in base.json",
+        (damaged,): "layer 'model.layers.0.mlp.up_proj' of base.json",
     }.items():
         code, out, err = call(*arguments)
         assert (code, out) == (2, "")

@@ -280,7 +280,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     document["encodings"] = [e for e in document["encodings"] if e["name"] != softmax]
     without = f"1 activations have no encoding, {softmax} first"
     refused("simulation.encodings", json.dumps(document), without)
-    refused("simulation.encodings", text[:-20], "is not JSON")
+    refused("simulation.encodings", text[:-20], "cannot be read: ")
     refused("simulation.encodings", text.replace('"uint16"', '"float8e5m2"'), unreadable)
     record = (tmp_path / "simulation.json").read_text()
     for damaged in (

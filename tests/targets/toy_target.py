@@ -8,7 +8,7 @@ from qwlora.errors import ExportError
 from qwlora.targets.target import Backend, ExportedGraph, Layout, Runtime, Target
 
 TARGET = Target(  # the line of the registry
-    backend_class="export.toy_target:Text",
+    backend_class="targets.toy_target:Text",
     extra="all",
     packages=("json",),
     layout=Layout.EACH,

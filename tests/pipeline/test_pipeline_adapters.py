@@ -152,29 +152,17 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
                 assert changed == remade.get(init, [])
 
 
-@pytest.mark.parametrize(
-    ("change", "differing"),
-    [
-        ({"rank": 8}, "rank"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"rank": 8, "dora": True}, "rank, dora"),
-    ],
-)
-def test_adapters_that_share_everything_have_one_shape(
-    recipe_for: Any, change: dict[str, Any], differing: str
-) -> None:
-    path = recipe_for(adapters=[TWO[0], {**TWO[1], **change}])
-    with pytest.raises(
-        RecipeError, match=f"equal shapes, but these differ: {differing};.*adapter_only"
-    ):
+def test_of_adapters_that_share_everything_all_have_dora_or_none(recipe_for: Any) -> None:
+    path = recipe_for(adapters=[TWO[0], {**TWO[1], "dora": True}])
+    with pytest.raises(RecipeError, match=r"all have dora, or none of them; .*adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
     load_recipe(path, ("simulation.base_activations=adapter_only",))
 
 
-def test_what_is_one_shape(recipe_for: Any) -> None:
+def test_what_can_have_one_shape(recipe_for: Any) -> None:
     none = {"base_activations": "none"}
     first = TWO[0] | {"target_modules": ["q_proj", "v_proj"]}
-    second = TWO[1] | {"target_modules": r".*\.[qv]_proj", "alpha": 4}
+    second = TWO[1] | {"target_modules": r".*\.[qk]_proj", "rank": 8, "alpha": 4}
     assert load_recipe(recipe_for(simulation=none, adapters=[first, second]))
     continued = {"name": "b", "continue_from": "a", "steps": 2, "warmup_steps": 0}
     adapters = [{**TWO[0], "init": "svd"}, continued]
@@ -186,14 +174,14 @@ def test_what_is_one_shape(recipe_for: Any) -> None:
 def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
     recipe_for: Any, tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
     elsewhere = get_peft_model(tiny_model("llama"), config)
     elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
     begins = {"continue_from": str(tmp_path / "elsewhere"), "unknown_base": "accept"}
     adapters = [TWO[0], {"name": "b", "steps": 2, "warmup_steps": 0, **begins}]
     path = recipe_for(adapters=adapters, simulation={"base_activations": "none"})
     out = tmp_path / "out"
-    message = r"adapters a and b cannot share all encodings .* 24 weights differ, .*lora_A.weight: \[4, 128\] and none; give them equal shapes"
+    message = r"adapters a and b cannot share all encodings .* 2 weights differ, .*lora_magnitude_vector: none and \[64\].*DoRA"
     with pytest.raises(TrainingError, match=message):
         run_recipe(path, out)
     assert not out.exists()

@@ -87,8 +87,14 @@ HTP = {
     "export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 1, "context": 32}},
 }
 TWO = [
-    {"name": name, "rank": 2, "steps": steps, "warmup_steps": 1}
-    for name, steps in (("first", 4), ("second", 8))
+    {
+        "name": name,
+        "rank": rank,
+        "target_modules": [layer, "down_proj"],
+        "steps": steps,
+        "warmup_steps": 1,
+    }
+    for name, rank, layer, steps in (("first", 2, "q_proj", 4), ("second", 4, "v_proj", 8))
 ]
 
 

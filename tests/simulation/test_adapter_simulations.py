@@ -28,6 +28,7 @@ from qwlora.simulation.adapter_simulations import (
     load_simulation,
     simulate_adapters,
 )
+from qwlora.simulation.kv_cache_graph import capture_with_cache
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
@@ -416,19 +417,50 @@ def test_the_adapter_that_adds_zero_comes_back_from_disk(
         wide.restore_from(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ("wide", r"q_proj\.lora_A\.weight .*rank.* share less"),
-        ("narrow", r"values have an encoding with one adapter and none .*the same target_modules"),
-        ("second", r"1 values have an encoding .*, lm_head.linear first.*more data"),
-    ],
-)
-def test_what_cannot_be_shared_says_why(model: PeftModel, other: str, message: str) -> None:
-    names = ["first", other]
+def test_values_that_one_adapter_leaves_float_cannot_be_shared(model: PeftModel) -> None:
+    names = ["first", "second"]
     simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=names)
-    if other == "second":
-        simulations["second"]._drop(["lm_head.linear"], "no data came by in calibration")
+    simulations["second"]._drop(["lm_head.linear"], "no data came by in calibration")
+    message = r"1 values have an encoding .*, lm_head.linear first.*more data"
+    with pytest.raises(CalibrationError, match=message):
+        simulations.calibrate([inputs()])
+
+
+def test_adapters_that_share_everything_are_padded_to_one_shape() -> None:
+    model = adapted(wide=shape(6, target_modules=["q_proj", "down_proj"]), narrow=on("v_proj"))
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    simulations = simulate_adapters(
+        model, inputs(), EIGHT_BITS, "none", adapters=["wide", "narrow"]
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+    assert simulations.captures == 2  # different scalings
+    simulations.calibrate([inputs()])
+    wide, narrow, base = (simulations[name].adapter_weights for name in ("wide", "narrow", "base"))
+    assert len(wide) == 6
+    for name, weight in wide.items():
+        assert weight.shape == narrow[name].shape == base[name].shape
+        assert 6 in weight.shape
+        grids = [s.encodings[name] for s in simulations.values()]
+        assert grids[0].equals(grids[1])
+        assert grids[0].equals(grids[2])
+        assert bool(weight.any()) is ("v_proj" not in name)
+        own = narrow[name][:4] if "lora_A" in name else narrow[name][:, :4]
+        assert bool(own.any()) is ("v_proj" in name)
+        assert narrow[name].count_nonzero() == own.count_nonzero()
+    batch = inputs(3, 20, seed=7)
+    for name, simulation in simulations.items():
+        torch.testing.assert_close(unquantized(simulation, batch), peft_logits(model, name, batch))
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    capture_with_cache(simulations["narrow"])
+    assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+
+
+def test_adapters_that_zeros_do_not_pad_cannot_share_everything() -> None:
+    model = adapted(dora=shape(target_modules=["v_proj"], use_dora=True))
+    simulations = simulate_adapters(model, inputs(), None, "none", ["first", "dora"])
+    message = r"values have an encoding with one adapter and none .*the same target_modules"
     with pytest.raises(CalibrationError, match=message):
         simulations.calibrate([inputs()])
 

@@ -320,7 +320,8 @@ class SimulationSection(Section):
     base_activations: Literal["all", "adapter_only", "none"] = "all"
     """encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: every
     activation; adapter_only: lora_A, lora_B and their outputs; everything else, also the sum with
-    the base layer's output, has one encoding for all adapters; none: one set for all adapters"""
+    the base layer's output, has one encoding for all adapters; none: one set for all adapters,
+    which are padded to one rank on the same layers"""
 
     def lacking(self, target: Target) -> Iterator[str]:
         """The keys to change for a target whose graphs have a key-value cache: all of their values

@@ -254,14 +254,12 @@ class Recipe(Section):
                 f"{asked}: PEFT loads several adapters only if their target_parameters are equal; "
                 "make them equal, or use base_activations: all"
             )
-        # The shape of an adapter that continues one in files is known only when these are read.
-        shapes = [a for a in self.adapters if a.continue_from is None]
-        keys = ("rank", "rank_pattern", "dora")
-        differ = [k for k in keys if any(getattr(a, k) != getattr(shapes[0], k) for a in shapes)]
-        if self.simulation.base_activations == "none" and differ:
+        # What an adapter that continues one in files has is known only when these are read.
+        dora = {a.dora for a in self.adapters if a.continue_from is None}
+        if self.simulation.base_activations == "none" and len(dora) > 1:
             yield (
-                f"{asked}: adapters that share all encodings must have equal shapes, but these "
-                f"differ: {', '.join(differ)}; use equal values, or base_activations: adapter_only"
+                f"{asked}: adapters that share all encodings must all have dora, or none of them; "
+                "use equal values, or base_activations: adapter_only"
             )
 
     def _workflow_problems(self) -> Iterator[str]:

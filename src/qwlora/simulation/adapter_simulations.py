@@ -20,7 +20,10 @@ same as those of QAIRT's `quant_updatable_mode`:
                     with the base layer's output and everything computed from it has one encoding
                     for all adapters, as have the other activations of the base
     none            nothing: all activations and adapter weights share one set of encodings, so
-                    adapter weights must have the same shapes
+                    adapters are padded to one shape (`adapter/padded_adapters.py`)
+
+An adapter that is padded is simulated with zero factors in the layers that only others change: the
+sum there is rounded once more, as in the graph that serves all adapters.
 
 A shared encoding covers everything that any adapter observed: observers of the same name are merged
 and then estimated once. Base weights have one encoding in every mode.
@@ -45,6 +48,7 @@ from qwlora.adapter.attach import (
     adapter_names,
     without_adapters,
 )
+from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
@@ -210,12 +214,17 @@ def simulate_adapters(
             captures += 1
         return Simulation(captured, origin, frozen, activation_encodings)
 
-    with restored_adapters(model), in_float32(model):
+    with restored_adapters(model), in_float32(model), contextlib.ExitStack() as padding:
+        origins = {}
         for name in names:
+            activate_(model, [name])
+            origins[name] = SimulationSource.of(model, example_inputs, schemes)
+        ranks = common_ranks(model, names) if base_activations == "none" else {}
+        padding.enter_context(padded_adapters(model, names, ranks))
+        for name, origin in origins.items():
             activate_(model, [name])
             weights = _weights(model, name)
             structure = _structure(model, name, weights)
-            origin = SimulationSource.of(model, example_inputs, schemes)
             graphs = [(*first[structure], weights)] if structure in first else []
             simulations[name] = simulated(origin, graphs)
             first.setdefault(structure, (simulations[name], weights))

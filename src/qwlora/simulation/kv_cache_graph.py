@@ -70,6 +70,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qwlora.adapter.attach import activate_
+from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, foreign_as, listed
 from qwlora.graph.call_arguments import Structure
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
@@ -104,7 +105,7 @@ from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.fake_quantizer import grid_ends
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
-from qwlora.system.parameter_names import adapter_of, canonical_name
+from qwlora.system.parameter_names import adapter_of, canonical_name, is_first_factor
 
 CONTEXT = "context"  # name of the size of past and new tokens together
 _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export keeps them apart
@@ -219,12 +220,20 @@ def _only_new(captured: Captured) -> Captured:
 
 
 def capture_with_cache(simulation: Simulation, sizes: CacheSizes | None = None) -> Captured:
-    """`capture_cached` of the simulation's model, with the simulation's adapter active."""
-    model = simulation.origin.model
-    adapters = {adapter_of(name) for name in _used(simulation.program)} - {None}
-    with restored_adapters(model):
+    """`capture_cached` of the simulation's model, with the simulation's adapter active, in the
+    shape that it has there."""
+    model, state = simulation.origin.model, simulation.program.state_dict
+    used = _used(simulation.program)
+    adapters = [str(name) for name in {adapter_of(name) for name in used} - {None}]
+    factors = {canonical_name(name.removeprefix("model.")): state[name].shape for name in used}
+    ranks = {
+        name.partition(".lora_")[0]: shape[0]
+        for name, shape in factors.items()
+        if is_first_factor(name)
+    }
+    with restored_adapters(model), padded_adapters(model, adapters, ranks):
         if adapters:
-            activate_(model, [str(name) for name in adapters])
+            activate_(model, adapters)
         return capture_cached(model, sizes)
 
 

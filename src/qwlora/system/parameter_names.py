@@ -65,6 +65,11 @@ def is_factor_name(path: str) -> bool:
     )
 
 
+def is_first_factor(path: str) -> bool:
+    """Whether a factor's canonical path is that of lora_A: [rank, in]; lora_B is [out, rank]."""
+    return is_factor_name(path) and path.removesuffix(".weight").endswith("_A")
+
+
 FOLDER = "packed_parameters"  # the submodule that holds a module's packed 3-D parameters
 
 

@@ -16,6 +16,7 @@ from qwlora.errors import ExportError
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.targets.npu.qnn import QnnModel, verify_qnn
 from qwlora.targets.proof.checks import Limits
@@ -65,12 +66,17 @@ def test_tables_and_inputs_have_one_scale() -> None:
 
 
 def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
-    """Adapters of two ranks and scalings, on one set of encodings."""
+    """Adapters of two ranks and scalings, on layers of which one is in both, on one set of
+    encodings."""
     model = make("Llama")
     quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", embeddings)])
-    layers = ["q_proj", "down_proj"]
-    first = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
-    second = LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+
+    def config(rank: int, alpha: int, *layers: str) -> LoraConfig:
+        shape = {"r": rank, "lora_alpha": alpha, "target_modules": list(layers)}
+        return LoraConfig(**shape, init_lora_weights=False)  # type: ignore[arg-type]
+
+    first = config(4, 8, "q_proj", "down_proj")
+    second = config(16, 16, "v_proj", "down_proj")
     adapted = get_peft_model(model, first, adapter_name="first")
     adapted.add_adapter("second", second)
     simulations = simulate_adapters(adapted.eval(), inputs("Llama"), schemes, "none")
@@ -180,12 +186,13 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
 ) -> None:
     _, folder = bundle
     switched = QnnModel(folder / "base", folder / "first", htp=True)
-    found = {}
+    found = {"before": switched.logits(IDS, steps=4)}
     for name in ("zero", "second", "first"):
         switched.use(folder / name)
         found[name] = switched.logits(IDS, steps=4)
         alone = QnnModel(folder / "base", folder / name, htp=True)
         assert torch.equal(found[name], alone.logits(IDS, steps=4))
+    assert torch.equal(found["before"], found["first"])
     assert not torch.equal(found["zero"], found["first"])
     record = json.loads((folder / "base" / "graphs.json").read_text())
     assert record["compiler"]["soc_model"] == "57"
@@ -194,6 +201,27 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
     assert not list((folder / "base").glob("*_ctx.onnx"))  # where the emulator would crash on it
     binaries = list((folder / "base" / "device").glob("*.bin"))
     assert len(binaries) == 1  # both graphs share it
+
+
+@pytest.mark.slow
+def test_an_adapter_is_zero_where_only_the_other_has_layers_and_ranks(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    first, second = (
+        read_tensors(bundle[1] / name / "adapter.safetensors")[0] for name in ("first", "second")
+    )
+    assert first.keys() == second.keys()
+    assert {(first[n].shape, first[n].dtype) for n in first if "lora_A" in n} == {
+        ((64, 16), torch.int8),
+        ((128, 16), torch.int8),
+    }
+    for name in first.keys() - {"lora_alpha"}:
+        has_second, has_first = "q_proj" not in name, "v_proj" not in name
+        own = first[name][:, :4] if "lora_A" in name else first[name][:4]
+        assert bool(own.any()) is has_first
+        assert int(first[name].count_nonzero()) == int(own.count_nonzero())
+        assert bool(second[name].any()) is has_second
+    assert (float(first["lora_alpha"]), float(second["lora_alpha"])) == (2, 1)
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None
 
 def _adapter_shapes(context: JobContext) -> Shapes:
     """Check that each adapter fits the model, its loggers are installed, and adapters that share
-    all encodings have equal shapes.
+    all encodings can have one shape.
 
     Returns:
         The shapes of each adapter's weights, without adapters that continue another of the job.
@@ -210,7 +210,12 @@ def _adapter_shapes(context: JobContext) -> Shapes:
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if context.recipe.simulation.base_activations == "none":
-        (first, known), *others = shapes.items()
+        experts = any(adapter.target_parameters for adapter in context.recipe.adapters)
+        fixed = {  # others are padded
+            name: {n: s for n, s in own.items() if experts or not is_factor_name(canonical_name(n))}
+            for name, own in shapes.items()
+        }
+        (first, known), *others = fixed.items()
         for name, shape in others:
             either = sorted(known.keys() | shape.keys())
             if differ := [n for n in either if known.get(n) != shape.get(n)]:
@@ -218,8 +223,9 @@ def _adapter_shapes(context: JobContext) -> Shapes:
                 raise TrainingError(
                     f"adapters {first} and {name} cannot share all encodings "
                     f"(simulation.base_activations none): the shapes of {len(differ)} weights "
-                    f"differ, for example {differ[0]}: {here} and {there}; give them equal shapes, "
-                    "or use base_activations: adapter_only"
+                    f"differ, for example {differ[0]}: {here} and {there}. Factors of layers are "
+                    "padded to one shape, but not those of experts, DoRA and modules_to_save; give "
+                    "them equal shapes, or use base_activations: adapter_only"
                 )
     return shapes
 

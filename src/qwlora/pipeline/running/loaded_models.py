@@ -24,12 +24,14 @@ from qwlora.adapter.adapter_files import adapter_folder, check_adapter
 from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
+    active_adapters,
     attach,
     attach_existing,
     check_existing,
     check_shape,
     without_dropout_,
 )
+from qwlora.adapter.padded_adapters import one_rank, padded_adapters, wrap_
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
@@ -49,7 +51,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.system.parameter_names import canonical_name, is_factor_name
+from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.npu.use_case_adapters import peft_names, use_case_model
@@ -300,13 +302,26 @@ class JobContext:
         return self.recipe.simulation.unseen == "float"
 
     def simulate(self, model: nn.Module) -> Simulation:
-        """A simulation that is not calibrated yet. In workflow qwa-lora, an adapter's has the
-        encodings of the base's activations."""
-        known = None
+        """A simulation that is not calibrated yet, of adapters padded to one shape if they share
+        all encodings. In workflow qwa-lora, an adapter's has the encodings of the base's
+        activations."""
+        known, names, ranks = None, active_adapters(model), self._common_ranks
         if self.recipe.workflow == "qwa-lora" and isinstance(model, PeftModel):
             known = load_activations(self.path / BASE_SIMULATION)
-        with self.step("capturing the graph"):
+        if isinstance(model, PeftModel) and ranks:
+            wrap_(model, ranks)
+        with self.step("capturing the graph"), padded_adapters(model, names, ranks):
             return simulate(model, self.example_inputs, self.schemes, activation_encodings=known)
+
+    @cached_property
+    def _common_ranks(self) -> dict[str, int]:
+        """`common_ranks` of all adapters, if they share all encodings."""
+        adapters = self.recipe.adapters
+        if self.recipe.simulation.base_activations != "none" or any(
+            adapter.dora or adapter.target_parameters for adapter in adapters
+        ):
+            return {}
+        return one_rank([self._ranks(adapter) for adapter in adapters])
 
     def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
         """Calibrate a simulation, see `calibration`."""
@@ -341,8 +356,8 @@ class JobContext:
         """Capture a zero adapter on every layer that an adapter of the job changes: what a runtime
         that can switch adapters computes without one. Not calibrated yet."""
         first, *others = self.recipe.adapters
-        layers = self._layers(first)
-        union = layers.union(*(self._layers(adapter) for adapter in others))
+        layers = self._ranks(first).keys()
+        union = {*layers}.union(*(self._ranks(adapter) for adapter in others))
         if union == layers:
             model = self.untrained(first).eval()
         else:
@@ -362,15 +377,16 @@ class JobContext:
         assert self._zero_adapter is not None
         return self._zero_adapter
 
-    def _layers(self, adapter: Adapter) -> set[str]:
-        """Paths of the layers that an adapter changes."""
+    def _ranks(self, adapter: Adapter) -> dict[str, int]:
+        """Ranks of an adapter by path of the layer."""
         while (predecessor := self.recipe.predecessor(adapter)) is not None:
             adapter = predecessor
         if adapter.continue_from is None:
             shapes = check_shape(self.skeleton(), adapter.lora_shape())
         else:
             shapes = check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
-        return {canonical_name(name).partition(".lora_")[0] for name in shapes if ".lora_" in name}
+        names = {canonical_name(name): shape for name, shape in shapes.items()}
+        return {n.partition(".lora_")[0]: s[0] for n, s in names.items() if is_first_factor(n)}
 
     def new_use_cases(self) -> AdapterSimulations:
         """Capture all use cases and the zero adapter; not calibrated yet."""

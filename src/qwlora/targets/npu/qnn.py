@@ -11,8 +11,8 @@ files of codes, which are inputs of the graphs.
       adapter.safetensors                           codes of lora_A and lora_B, lora_alpha
 
 An adapter's tensors are inputs of every graph, under these names, so a runtime switches adapters by
-feeding others; `zero` computes the base alone. All adapters share one grid. An adapter of a lower
-rank than the highest is padded with zeros.
+feeding others; `zero` computes the base alone. All adapters share one grid, and have one shape:
+zeros fill lower ranks, and layers that only others change (`adapter/padded_adapters.py`).
 
 Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
 onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
@@ -105,15 +105,11 @@ class Qnn(Backend):
         """
         simulations = {n: graph.simulation for n, graph in cases.items() if n != NONE}
         _refuse_different_encodings(simulations)
-        ranks = {
-            name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
-            for name, simulation in simulations.items()
-        }
-        largest = max(simulations, key=ranks.__getitem__)
+        first = next(iter(simulations.values()))
         scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
         highest = max(scalings.values())
         npus = {
-            name: npu_graph(simulations[largest], CacheSizes(tokens, base.context), highest)
+            name: npu_graph(first, CacheSizes(tokens, base.context), highest)
             for name, tokens in base.graphs.items()
         }
         for graph in npus.values():
@@ -134,14 +130,14 @@ class Qnn(Backend):
         for adapter in (*simulations, ZERO):
             tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
             for name, array in codes.items():
-                padded = np.zeros_like(array)
+                stored = np.zeros_like(array)
                 if adapter != ZERO:
                     weight = name.removesuffix(CODES)
                     encoding = simulations[adapter].encodings[weight]
-                    stored = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
-                    signed = (stored + encoding.scheme.symmetric_offset).T.numpy()
-                    padded[: signed.shape[0], : signed.shape[1]] = signed
-                tensors[name] = torch.from_numpy(padded)
+                    own = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
+                    signed = (own + encoding.scheme.symmetric_offset).T.numpy()
+                    stored = np.ascontiguousarray(signed, array.dtype)
+                tensors[name] = torch.from_numpy(stored)
             (folder / adapter).mkdir()
             write_tensors(folder / adapter / ADAPTER, tensors)
 

@@ -47,7 +47,12 @@ from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.system.optional_packages import require
-from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
+from qwlora.system.parameter_names import (
+    canonical_name,
+    is_adapter_name,
+    is_factor_name,
+    is_first_factor,
+)
 from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.onnx.onnx_edits import (
     DATA_FILE,
@@ -257,7 +262,7 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
             continue
         if placeholder not in marked:
             values[path] = weights[placeholder].cpu().numpy()
-        if not _is_first(path):
+        if not is_first_factor(path):
             while not (operation(node) == "mul" and isinstance(node.args[1], int | float)):
                 (node,) = node.users
             factor = np.array([node.args[1]], np.float32)
@@ -295,11 +300,6 @@ def _scaling(factor: Any) -> Any:
     return value
 
 
-def _is_first(factor: str) -> bool:
-    """Whether a factor reads the layer's input: [rank, in], the other is [out, rank]."""
-    return factor.removesuffix(".weight").endswith("_A")
-
-
 def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tuple[int, str] | None:
     """Axis of an input that has the adapter's rank, and the axis's name; None if none has."""
     factor, _, part = name.rpartition(".")
@@ -307,7 +307,7 @@ def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tupl
         factor, part = name, "weight"
     if not is_factor_name(factor):
         return None
-    axis, rank = 0 if _is_first(factor) else 1, f"rank:{factor.partition('.lora_')[0]}"
+    axis, rank = 0 if is_first_factor(factor) else 1, f"rank:{factor.partition('.lora_')[0]}"
     place = 1 - axis if factor in transposed else axis
     if part in ("codes", "weight"):
         return place, rank

@@ -1,0 +1,114 @@
+"""Adapters of different ranks and layers in one shape: zeros fill what an adapter lacks.
+
+    [lora_A; 0] and [lora_B 0]     where its rank is lower than the largest of all adapters
+    0 and 0                        in a layer that only other adapters change
+
+So it computes the same, and one graph has a place for every adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from qwlora.system.parameter_names import canonical_name
+
+_LAST = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # axis of the rank
+_WRAPPING = "qwlora_padding"
+
+
+def common_ranks(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """The largest rank of some adapters, for every layer that one of them changes, by path. Empty
+    if they already have one shape, or one of them is more than two factors in each layer, so that
+    zeros do not pad it (DoRA, experts, convolutions in groups)."""
+    layers = {path: layer for path, layer in _lora_layers(model).items() if {*names} & {*layer.r}}
+    ranks = [{p: layer.r[name] for p, layer in layers.items() if name in layer.r} for name in names]
+    return one_rank(ranks) if all(map(_is_two_factors, layers.values())) else {}
+
+
+def one_rank(ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """`common_ranks` of adapters with these ranks by path of the layer."""
+    if all(own == ranks[0] for own in ranks):
+        return {}
+    largest = max(rank for own in ranks for rank in own.values())
+    return {layer: largest for own in ranks for layer in own}
+
+
+def _is_two_factors(layer: Any) -> bool:
+    is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
+    return not (isinstance(layer, ParamWrapper) or layer.lora_variant or is_grouped)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of a model by path."""
+    modules = model.named_modules()
+    return {canonical_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
+
+
+def wrap_(model: PeftModel, layers: Collection[str]) -> None:
+    """Make LoRA layers, without an adapter, of those in `layers` that are none."""
+    if missing := sorted({*layers} - _lora_layers(model).keys()):
+        model.add_adapter(_WRAPPING, LoraConfig(target_modules=missing))
+        model.delete_adapter(_WRAPPING)
+        model.train(model.training)  # what is new, too
+
+
+@contextlib.contextmanager
+def padded_adapters(
+    model: nn.Module, names: Sequence[str], ranks: Mapping[str, int]
+) -> Iterator[None]:
+    """Pad adapters of `model` to these ranks by path of the layer, until the context ends."""
+    layers = _lora_layers(model)
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            changed = [layer for layer in layers.values() if name in layer.r]
+            for path in ranks.keys() & layers.keys():
+                layer, rank = layers[path], ranks[path]
+                if name in layer.r:
+                    for holder, attribute, axis in _factors(layer, name):
+                        stack.callback(setattr, holder, attribute, getattr(holder, attribute))
+                        _pad_(holder, attribute, axis, rank)
+                else:
+                    stack.callback(_remove_, layer, name)
+                    _add_zeros_(layer, name, rank, changed[0].scaling[name])
+        yield
+
+
+def _factors(layer: Any, name: str) -> Iterator[tuple[Any, str, int]]:
+    """Where the parameters of an adapter's factors are, and the axis of the rank."""
+    for factor, axis in _LAST.items():
+        if name in (factors := getattr(layer, factor)):
+            of_embedding = isinstance(factors, nn.ParameterDict)
+            yield (factors, name, axis) if of_embedding else (factors[name], "weight", axis)
+
+
+def _pad_(holder: Any, attribute: str, axis: int, rank: int) -> None:
+    parameter = getattr(holder, attribute)
+    if parameter.shape[axis] < rank:
+        shape = [*parameter.shape]
+        shape[axis] = rank - shape[axis]
+        padded = torch.cat([parameter.detach(), parameter.new_zeros(shape)], axis)
+        setattr(holder, attribute, nn.Parameter(padded, parameter.requires_grad))
+
+
+def _add_zeros_(layer: Any, name: str, rank: int, scaling: float) -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        layer.update_layer(name, rank, rank, config=LoraConfig(init_lora_weights=False))
+        for holder, attribute, _ in _factors(layer, name):
+            getattr(holder, attribute).zero_()
+    layer.scaling[name] = scaling
+    layer.train(layer.training)  # what is new, too
+
+
+def _remove_(layer: Any, name: str) -> None:
+    """PEFT's own method would make another adapter the active one."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        if name in (values := getattr(layer, attribute)):
+            del values[name]

@@ -1,0 +1,74 @@
+"""Adapters of different ranks and layers in one shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from conftest import tiny_model
+from qwlora.adapter.adapter_folder import save_adapter
+from qwlora.adapter.padded_adapters import common_ranks, one_rank, padded_adapters, wrap_
+
+IDS = torch.arange(3, 11)[None]
+Q, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
+
+
+def config(rank: int, *layers: str, dora: bool = False) -> LoraConfig:
+    shape = {"r": rank, "lora_alpha": 8, "target_modules": list(layers), "use_dora": dora}
+    return LoraConfig(**shape, init_lora_weights=False)  # type: ignore[arg-type]
+
+
+def test_the_largest_rank_on_every_layer_that_one_of_them_changes() -> None:
+    assert one_rank([{Q: 4}, {Q: 16, V: 2}]) == {Q: 16, V: 16}
+    assert one_rank([{Q: 4, V: 2}, {Q: 4, V: 2}]) == {}
+    model = get_peft_model(tiny_model("llama", layers=1), config(4, "q_proj"), adapter_name="first")
+    model.add_adapter("second", config(2, "v_proj"))
+    assert common_ranks(model, ["first", "second"]) == {Q: 4, V: 4}
+    assert common_ranks(model, ["second"]) == {}
+    model.add_adapter("dora", config(2, "q_proj", dora=True))
+    assert common_ranks(model, ["first", "dora"]) == {}  # magnitudes are no factors
+
+
+def test_a_padded_adapter_computes_the_same_and_is_restored(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("llama", layers=1), config(4, "v_proj")).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    save_adapter(model, tmp_path / "before", "fingerprint")
+    before = {name: parameter for name, parameter in model.named_parameters() if "lora" in name}
+    wrap_(model, [Q, V])
+    assert not any(module.training for module in model.modules())
+    with padded_adapters(model, ["default"], {Q: 6, V: 6}):
+        weights = {n: p for n, p in model.named_parameters() if "lora" in n}
+        assert len(weights) == 4
+        assert all(6 in weight.shape for weight in weights.values())
+        assert not any(module.training for module in model.modules())
+        scalings = {model.get_submodule(f"base_model.model.{p}").scaling["default"] for p in (Q, V)}
+        assert scalings == {2}
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected)
+            next(w for n, w in weights.items() if "q_proj.lora_A" in n).fill_(1)
+            next(w for n, w in weights.items() if "q_proj.lora_B" in n).fill_(1)
+            assert not torch.allclose(model(IDS).logits, expected)
+    assert {n: p for n, p in model.named_parameters() if "lora" in n} == before
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+    save_adapter(model, tmp_path / "after", "fingerprint")
+    saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("before", "after")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, torch.nn.Conv2d])
+def test_factors_of_embeddings_and_convolutions_are_padded(kind: type) -> None:
+    layer = kind(8, 6) if kind is torch.nn.Embedding else kind(8, 6, 3, padding=1)
+    x = torch.arange(8)[None] if kind is torch.nn.Embedding else torch.randn(1, 8, 4, 4)
+    model = get_peft_model(torch.nn.Sequential(layer), config(2, "0")).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = model(x)
+        with padded_adapters(model, ["default"], {"0": 5}):
+            assert all(5 in p.shape for n, p in model.named_parameters() if "lora" in n)
+            torch.testing.assert_close(model(x), expected)

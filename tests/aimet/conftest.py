@@ -42,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="the folder that write_simulations.py wrote; without it those tests are skipped",
     )
+    parser.addoption(
+        "--forms", type=Path, help="the folder that write_forms.py wrote, for test_forms.py"
+    )
+    parser.addoption("--forms-table", type=Path, help="write the table of the forms into this file")
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ class Block:
 def documents(root: Path = ROOT) -> list[Path]:
     """README.md and the pages, without those that tests, benchmarks and typer write and the log."""
     generated = {
-        *("aimet-onnx.md", "aimet-oracle.md", "architectures.md"),
+        *("aimet-forms.md", "aimet-onnx.md", "aimet-oracle.md", "architectures.md"),
         *("cli.md", "reliability.md"),
     }
     pages = [p for p in sorted((root / "docs").rglob("*.md")) if p.name not in generated]

@@ -7,19 +7,21 @@ same simulation. tests/aimet/test_reader.py compares with aimet-torch itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from formats import models
 from formats.models import read_floats, read_integers
-from qwlora.errors import EncodingsFileError, SourceError
-from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.errors import EncodingsFileError, QwloraWarning, SourceError
+from qwlora.formats.aimet import AimetCheckpoint, matched_encodings
 from qwlora.formats.aimet_encodings import (
     EncodingsFile,
     FloatEncoding,
@@ -94,13 +96,44 @@ def test_an_order_that_changes_nothing_need_not_be_known() -> None:
     assert grid_of(alike, TensorLayout((6, 8)), "1.0.0").scale.shape == (6, 2)
 
 
+@pytest.mark.parametrize("name", ["aimet-modules.json", "aimet-export-1.0.0_torch.encodings"])
+def test_blocks_of_files_by_module_are_listed_by_channel(name: str) -> None:
+    expected = grids("aimet-export-1.0.0.encodings", "1.0.0")
+    entries = read_encodings(GOLDEN / name).by_name
+    for layer, shape in (("block", (6, 8)), ("lpbq", (8, 6))):
+        layout = TensorLayout(shape, block_order="channel")
+        found = grid_of(entries[f"{layer}.weight"], layout, "0.6.1")
+        assert torch.equal(found.scale, expected[layer].scale)
+
+
 def test_blocks_that_0_6_1_lists_as_channels() -> None:
-    entry = read_encodings(GOLDEN / "aimet-0.6.1.encodings").by_name["block.weight_0"]
-    with pytest.raises(
-        SourceError,
-        match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 .* blocks as channels",
-    ):
-        grid_of(entry, TensorLayout((6, 8), transposed=True), "0.6.1")
+    """12 scales of [6, 8] are two blocks for each output, in the order of the tensor; LPBQ's scales
+    are products of its factors."""
+    expected = grids("aimet-2.1.0.encodings", "2.1.0")
+    entries = read_encodings(GOLDEN / "aimet-0.6.1.encodings").by_name
+    for layer, shape in (("block", (6, 8)), ("lpbq", (8, 6))):
+        entry = entries[f"{layer}.weight_0"]
+        found = grid_of(entry, TensorLayout(shape, True, 0, "tensor"), "0.6.1")
+        assert torch.equal(found.scale, expected[layer].scale)
+        assert found.scheme == Scheme(4, True, PerBlock(4 if layer == "block" else 2))
+        with pytest.raises(SourceError, match="flat list of blocks in an unknown order"):
+            grid_of(entry, TensorLayout(shape, transposed=True), "0.6.1")
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "message"),
+    [
+        (8, (4, 8), r"axis 0 of \[4, 8\] has 4; .* loses their shape \(one per input, or blocks\)"),
+        (18, (6, 8), "lists scales of blocks as channels and loses their shape: export 1.0.0"),
+        (4, (6, 8), "loses their shape: export 1.0.0"),
+        (12, (6, 8, 1), r"has 12 scales, but axis 0 of \[6, 8, 1\] has 6$"),
+    ],
+)
+def test_counts_of_scales_with_no_or_several_readings(
+    count: int, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        grid_of(integers((count,)), TensorLayout(shape, block_order="channel"), "0.6.1")
 
 
 def test_a_zero_point_shift_is_a_grid_without_zero() -> None:
@@ -296,12 +329,8 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     entries[up] = per_tensor(up, 16)
     with pytest.raises(EncodingsFileError) as raised:
         opened(tmp_path, entries.values())
-    assert len(raised.value.problems) == 4
+    assert len(raised.value.problems) == 3
     message = str(raised.value)
-    assert (
-        "'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has no such "
-        f"parameter (near: {DOWN})" in message
-    )
     assert (
         f"'{DOWN}', the weight of a Linear layer, has no entry (near: "
         "layers.0.mlp.down_proj.weight)" in message
@@ -309,6 +338,80 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     assert "'lm_head.weight', the weight of a Linear layer, has no entry" in message
     assert "To keep it float, set model.keep_float: [lm_head] in the recipe" in message
     assert f"'{up}' has 16 bits, but weights must have 2 to 8 bits" in message
+
+
+def renamed(entries: Iterable[Entry], change: Callable[[str], str]) -> list[Entry]:
+    return [entry.replace(name=change(entry.name)) for entry in entries]
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "2.0.0"])
+@pytest.mark.parametrize("prefix", [None, "m.", "m"])
+def test_a_prefix_of_a_wrapper_is_found_or_given(
+    tmp_path: Path, version: str, prefix: str | None
+) -> None:
+    """Also in the names of excluded layers, and of weights that are stored [in, out]."""
+    entries = [e.replace(signed=version > "2" or None) for e in all_entries(llama()).values()]
+    wrapped = renamed(entries[:-1], lambda name: f"m.{name}_0")
+    excluded = {"excluded_layers": ("m.lm_head",)} if version < "2" else {}
+    more: dict[str, Any] = {} if version < "2" else {"keep_float": ["lm_head"]}
+    path = saved(tmp_path, wrapped, version, llama(), **excluded)
+    checkpoint = open_checkpoint(tmp_path, path, prefix=prefix, **more)
+    assert read_integers(checkpoint, DOWN).encoding.scale == torch.tensor(0.01)
+    read_floats(checkpoint, "lm_head.weight")
+    with pytest.raises(EncodingsFileError, match=r"no parameter has .* the prefix 'net\.'"):
+        open_checkpoint(tmp_path, path, prefix="net", **more)
+
+
+def test_a_model_that_has_the_prefix_and_several_that_fit(tmp_path: Path) -> None:
+    entries = [per_tensor(f"{name}.weight") for name in ("up", "down")]
+    path = saved(tmp_path, entries, "1.0.0", llama(tied=True))
+
+    def branch() -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("up", "down")})
+
+    one = nn.ModuleDict({"net": branch(), "head": nn.Conv1d(1, 1, 1)})
+    assert list(matched_encodings(one, path)) == ["net.up.weight", "net.down.weight"]
+    two = nn.ModuleDict({"teacher": branch(), "student": branch()})
+    with pytest.raises(
+        EncodingsFileError, match=r"make 2 .*: student\., teacher\.\. Set model.pre"
+    ):
+        matched_encodings(two, path)
+    with pytest.raises(EncodingsFileError, match=r"'teacher.up.weight', the .* has no entry"):
+        matched_encodings(two, path, prefix="student")
+    kept = matched_encodings(two, path, keep_float=["teacher.*"], prefix="student")
+    assert list(kept) == ["student.up.weight", "student.down.weight"]
+
+
+def test_a_copy_of_a_parameter_is_the_parameter(tmp_path: Path) -> None:
+    """AIMET's TorchScript exporter calls a copy NAME_dup_4, and that stored [in, out] NAME_0."""
+    norm, copied = "model.layers.0.input_layernorm.weight", "_dup_4"
+    vector = IntegerEncoding(norm + copied, 16, np.array(0.0007), np.array(0), False)
+    entries = {**all_entries(llama()), norm: vector}
+    entries[DOWN] = entries[DOWN].replace(name=f"{DOWN}_dup_12_0")
+    checkpoint = opened(tmp_path, entries.values())
+    assert torch.equal(
+        read_floats(checkpoint, norm), torch.full((32,), 1429) * torch.tensor(0.0007)
+    )
+    read_integers(checkpoint, DOWN)
+    with pytest.raises(EncodingsFileError, match=rf"'{norm}_dup_4' and '{norm}' are one parameter"):
+        opened(tmp_path, [*entries.values(), per_tensor(norm)])
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_entries_of_unknown_parameters_are_one_warning(tmp_path: Path, version: str) -> None:
+    lora = f"{DOWN.removesuffix('.weight')}.lora_A.weight"
+    unknown = [per_tensor(name) for name in (lora, "model.embed_tokns.weight_0")]
+    entries = [*all_entries(llama()).values(), *unknown]
+    signed = [e.replace(signed=True if version > "2" else None) for e in entries]
+    with pytest.warns(QwloraWarning) as raised:
+        checkpoint = opened(tmp_path, signed, version)
+    (warning,) = raised
+    assert re.search(
+        rf"no parameter for 2 of {len(entries)} entries, which change nothing: '{lora}' \(near: "
+        r".*model.embed_tokns.weight_0' \(near: model.embed_tokens.weight, ",
+        str(warning.message),
+    )
+    read_integers(checkpoint, DOWN)
 
 
 def test_activations_of_2_x_are_not_taken_for_parameters(tmp_path: Path) -> None:
@@ -364,7 +467,7 @@ def test_tied_weights_have_one_grid(tmp_path: Path) -> None:
         read_integers(checkpoint, "model.embed_tokens.weight")
     with pytest.raises(
         EncodingsFileError,
-        match=r"'lm_head.weight' are tied in the model, but have different encodings",
+        match=r"'lm_head.weight' are one parameter of the model, but have different encodings",
     ):
         opened(tmp_path, [*entries.values(), per_tensor("lm_head.weight", 8)], model=model)
 

@@ -401,7 +401,8 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
         for name, weight in weights.items()
     }
     entries = [
-        json_of(entry_of(name, grid, "1.0.0", transposed=True)) for name, grid in grids.items()
+        json_of(entry_of(f"m.{name}", grid, "1.0.0", transposed=True))
+        for name, grid in grids.items()
     ]
     file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     (tmp_path / "model.encodings").write_text(json.dumps(file))
@@ -409,7 +410,10 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
     keep = {"solver": "keep"}
     with pytest.raises(EncodingsFileError, match=r"keep_float: \[model.layers.0.mlp.up_proj\]"):
         run_recipe(recipe_for(model=section, base=keep), tmp_path / "out", verbs=("quantize",))
-    section |= {"keep_float": ["*.up_proj"], "block_order": "tensor"}
+    section |= {"keep_float": ["*.up_proj"], "block_order": "tensor", "prefix": "net"}
+    with pytest.raises(EncodingsFileError, match=r"with or without the prefix 'net\.'"):
+        run_recipe(recipe_for(model=section, base=keep), tmp_path / "out", verbs=("quantize",))
+    section["prefix"] = "m."
     run_recipe(recipe_for(model=section, base=keep), tmp_path / "out", verbs=("quantize",))
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert set(packed) == set(grids)

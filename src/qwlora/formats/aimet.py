@@ -12,25 +12,38 @@ All four versions of encodings files are supported. What an entry does depends o
 
 An entry belongs to a parameter by its name:
 
-    fc.weight      the parameter
-    fc.weight_0    the parameter transposed, if no parameter has this name; AIMET's ONNX exporter
-                   names the weight of a MatMul like this
+    fc.weight          the parameter
+    fc.weight_0        the parameter transposed, if no parameter has this name; AIMET's ONNX
+                       exporter names the weight of a MatMul like this
+    fc.weight_dup_4    the parameter, of which the exporter made a copy
+    m.fc.weight        the parameter, if the whole file has the prefix `m.`: it was exported through
+                       a module that has the model as its `m`
 
-All entries that do not fit the model are reported in one error.
+All entries that do not fit the model are reported in one error; entries of unknown parameters, in
+one warning.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import EncodingsFileError, GridError, SourceError, near_names
+from qwlora.errors import (
+    EncodingsFileError,
+    GridError,
+    QwloraWarning,
+    SourceError,
+    listed,
+    near_names,
+)
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.formats.aimet_encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
@@ -49,7 +62,7 @@ class AimetCheckpoint(FolderCheckpoint):
     Args:
         folder: a Hugging Face folder with float weights.
         encodings: the encodings file.
-        keep_float, block_order: see `matched_encodings`.
+        keep_float, block_order, prefix: see `matched_encodings`.
 
     Raises:
         SourceError: see `FolderCheckpoint`.
@@ -62,9 +75,10 @@ class AimetCheckpoint(FolderCheckpoint):
         encodings: str | Path,
         keep_float: Sequence[str] = (),
         block_order: BlockOrder | None = None,
+        prefix: str | None = None,
     ):
         super().__init__(folder)
-        self._grids = matched_encodings(self.model, encodings, keep_float, block_order)
+        self._grids = matched_encodings(self.model, encodings, keep_float, block_order, prefix)
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
         """Scheme and shape `[out, in]` of each parameter that becomes integers; reads no tensor
@@ -114,6 +128,7 @@ def matched_encodings(
     path: str | Path,
     keep_float: Sequence[str] = (),
     block_order: BlockOrder | None = None,
+    prefix: str | None = None,
 ) -> dict[str, Encoding]:
     """The grids that an encodings file gives to the parameters of a model, [out, in]; tied
     parameters have the first of their names.
@@ -125,14 +140,22 @@ def matched_encodings(
             entry for them (`"lm_head*"`).
         block_order: the order of blocks in a 1.0.0 file that does not determine it (see
             `qwlora.formats.aimet_encodings.grids`).
+        prefix: what every name has in front in the file and not in the model, or in the model and
+            not in the file (`"m."`). Default: the one with which most names agree.
 
     Raises:
-        EncodingsFileError: the file cannot be read, an entry matches no parameter, the weight of a
+        EncodingsFileError: the file cannot be read, several prefixes fit alike, the weight of a
             Linear layer has no entry, or an entry does not fit its parameter. All problems are
             listed.
+
+    Warns:
+        QwloraWarning: the entries of parameters that the model does not have.
     """
     file = read_encodings(path)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = file.by_name.keys() if file.parameters is None else file.parameters
+    removed, added = _prefix(str(path), named, parameters.keys(), prefix)
+    excluded_layers = {added + name.removeprefix(removed) for name in file.excluded_layers or ()}
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     grids: dict[str, tuple[str, Encoding | None]] = {}  # with the name of the entry
     unknown: list[str] = []
@@ -143,13 +166,13 @@ def matched_encodings(
         return any(fnmatch.fnmatchcase(n, glob) for n in (name, layer) for glob in keep_float)
 
     for entry in file.encodings:
-        numbered = re.fullmatch(r"(.+)_\d{1,9}", entry.name)
-        name = entry.name if entry.name in parameters or not numbered else numbered[1]
-        is_numbered = name != entry.name
-        if name in parameters and (not is_numbered or parameters[name].ndim == 2):
-            first = first_names[id(parameters[name])]
-            if is_kept(first):
+        for name, is_numbered in _readings(entry.name):
+            parameter = parameters.get(added + name.removeprefix(removed))
+            if parameter is None or (is_numbered and parameter.ndim != 2):
                 continue
+            first = first_names[id(parameter)]
+            if is_kept(first):
+                break
             grid = None
             try:
                 grid = _grid(model, first, entry, is_numbered, file, block_order)
@@ -158,21 +181,16 @@ def matched_encodings(
             other, agreed = grids.setdefault(first, (entry.name, grid))
             if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
                 problems.append(
-                    f"{other!r} and {entry.name!r} are tied in the model, but have different "
-                    "encodings. Remove one of the two entries"
+                    f"{other!r} and {entry.name!r} are one parameter of the model, but have "
+                    "different encodings. Remove one of the two entries"
                 )
-        # files of version 2.x do not separate activations
-        elif file.parameters is None or entry.name in file.parameters:
-            unknown.append(entry.name)
-            if file.parameters is not None:
-                problems.append(
-                    f"{entry.name!r} is listed as a parameter, but the model has no such "
-                    f"parameter{_near(entry.name, list(first_names.values()))}"
-                )
+            break
+        else:
+            unknown += [entry.name] if entry.name in named else []
     for name in first_names.values():
         layer, _, leaf = name.rpartition(".")
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
-        excluded = name in grids or is_kept(name) or layer in (file.excluded_layers or ())
+        excluded = name in grids or is_kept(name) or layer in excluded_layers
         if is_linear and leaf == "weight" and not excluded:
             problems.append(
                 f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
@@ -180,8 +198,70 @@ def matched_encodings(
             )
     if problems:
         raise EncodingsFileError(str(path), problems)
+    if file.parameters is None:  # 2.x does not separate activations, but their names end otherwise
+        ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
+        unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _readings(n))]
+    if unknown:
+        known = list(first_names.values())
+        near = [f"{name!r}{_near(name, known)}" for name in unknown[:10]]
+        warnings.warn(
+            f"{path}: the model has no parameter for {len(unknown)} of {len(named)} entries, which "
+            f"change nothing: {listed([*near, *unknown[10:]], 10)}",
+            QwloraWarning,
+            stacklevel=2,
+        )
     in_order = ((name, grids[name][1]) for name in first_names.values() if name in grids)
     return {name: grid for name, grid in in_order if grid is not None}
+
+
+def _readings(name: str) -> Iterator[tuple[str, bool]]:
+    """The names of the parameters that an entry can be of, and whether its tensor is transposed."""
+    is_transposed = False
+    yield name, is_transposed
+    for _ in range(2):
+        if (end := re.fullmatch(r"(.+?)(_dup)?_\d{1,9}", name)) is None:
+            return
+        name, is_transposed = end[1], is_transposed or end[2] is None
+        yield name, is_transposed
+
+
+def _prefix(
+    path: str, names: Collection[str], parameters: Collection[str], prefix: str | None
+) -> tuple[str, str]:
+    """What to remove from the names of a file, or to add to them, for names of parameters."""
+    ends = defaultdict[str, list[str]](list)  # what is before each end of a parameter's name
+    for name in parameters:
+        for start in _starts(name):
+            ends[name.removeprefix(start)].append(start)
+    agreeing = defaultdict[tuple[str, str], set[str]](set)
+    for name in (reading for entry in names for reading, _ in _readings(entry)):
+        for start in _starts(name):
+            if (rest := name.removeprefix(start)) in parameters:
+                agreeing[start, ""].add(rest)
+        for start in ends.get(name, ()):
+            agreeing["", start].add(start + name)
+    if prefix:
+        prefix = prefix.rstrip(".") + "."
+        agreeing = {k: v for k, v in agreeing.items() if prefix in k}  # type: ignore[assignment]
+        if not agreeing:
+            problem = f"no parameter has the name of an entry with or without the prefix {prefix!r}"
+            raise EncodingsFileError(path, [problem])
+    most = max(map(len, agreeing.values()), default=0)
+    best = [key for key, found in agreeing.items() if len(found) == most]
+    if not best or ("", "") in best:
+        return "", ""
+    if len(best) > 1:
+        candidates = listed(sorted(removed or added for removed, added in best))
+        problem = f"several prefixes make {most} of its names those of parameters: {candidates}"
+        remedy = "Set model.prefix in the recipe (prefix= in Python)"
+        raise EncodingsFileError(path, [f"{problem}. {remedy}"])
+    return best[0]
+
+
+def _starts(name: str) -> Iterator[str]:
+    """What can be a prefix of a name: nothing, and up to eight modules."""
+    parts = name.split(".", 8)
+    return (".".join([*parts[:i], ""]) for i in range(len(parts)))
 
 
 def _grid(
@@ -196,9 +276,10 @@ def _grid(
     shape = _shape_out_in(model, name)
     if isinstance(entry, FloatEncoding):
         if entry.bitwidth < 16:
+            kind = " (MXFP4)" if entry.format == "float4e2m1" and entry.block_size else ""
             raise SourceError(
-                f"is a float of {entry.bitwidth} bits, not an integer encoding. Quantize it to "
-                f"integers in AIMET, or set {_keeping(name)}"
+                f"is a float of {entry.bitwidth} bits{kind}, not an integer encoding. Quantize it "
+                f"to integers in AIMET, or set {_keeping(name)}"
             )
         return None
     if len(shape) < 2 and entry.bitwidth > 16:

@@ -36,6 +36,7 @@ def open_checkpoint(
     *,
     keep_float: Sequence[str] = (),
     block_order: BlockOrder | None = None,
+    prefix: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint with the reader for its format.
 
@@ -45,6 +46,8 @@ def open_checkpoint(
         keep_float: with `encodings`, globs of the parameters or layers that stay float.
         block_order: with `encodings`, the order of blocks in files of version 1.0.0 that do not
             determine it.
+        prefix: with `encodings`, what every name has in front in the file and not in the model, or
+            the other way round, if that is ambiguous.
 
     Raises:
         SourceError: the path does not exist, its quantization method is not supported, or
@@ -70,7 +73,7 @@ def open_checkpoint(
     if is_base:
         return BaseCheckpoint(path)
     if encodings is not None:
-        return AimetCheckpoint(path, encodings, keep_float, block_order)
+        return AimetCheckpoint(path, encodings, keep_float, block_order, prefix)
     if method is None:
         return FolderCheckpoint(path)
     if method not in METHODS:

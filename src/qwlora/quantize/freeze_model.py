@@ -33,6 +33,7 @@ def freeze_(
     grids: Mapping[str, Encoding | QuantizedTensor] | str | Path,
     *,
     keep_float: Sequence[str] = (),
+    prefix: str | None = None,
 ) -> nn.Module:
     """Replace weights by packed layers on a given grid, in place; returns `model`.
 
@@ -44,7 +45,9 @@ def freeze_(
     Args:
         grids: an AIMET encodings file, or an encoding or integers by the weight's name, in the
             layout [out, in] of a Linear layer.
-        keep_float: with an encodings file: globs of parameters or layers that stay float.
+        keep_float, prefix: with an encodings file: globs of parameters or layers that stay float,
+            and what every name has in front in the file alone, or in the model alone, if that is
+            ambiguous.
 
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
@@ -54,7 +57,7 @@ def freeze_(
     inner = model_to_pack(model)
     known = find_tensors(inner)
     if isinstance(grids, str | Path):
-        encodings = matched_encodings(inner, grids, keep_float)
+        encodings = matched_encodings(inner, grids, keep_float, prefix=prefix)
         # a vector's values already lie on its grid, and it has no packed layer
         grids = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
     packed, problems = dict[str, QuantizedTensor](), list[str]()

@@ -58,6 +58,10 @@ class Model(Section):
     block_order: Literal["channel", "tensor"] | None = None
     """with encodings of version 1.0.0 from unknown producers: whether blocks are listed by output
     channel or in the order of the tensor"""
+    prefix: str | None = None
+    """with encodings: what every name has in front in the file and not in the model, or the other
+    way round (m. if it was exported through a module that has the model as its m). Default: the
+    one that makes most names agree"""
 
 
 class Weights(Section):

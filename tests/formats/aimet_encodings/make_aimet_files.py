@@ -97,6 +97,10 @@ def main() -> None:
         (FILES / "aimet-export-1.0.0.encodings").write_bytes(
             (Path(directory) / "model.encodings").read_bytes()
         )
+        by_module = Path(directory) / "model_torch.encodings"
+        (FILES / "aimet-export-1.0.0_torch.encodings").write_bytes(by_module.read_bytes())
+        sim.save_encodings_to_json(directory, "model")
+        (FILES / "aimet-modules.json").write_bytes((Path(directory) / "model.json").read_bytes())
 
 
 if __name__ == "__main__":

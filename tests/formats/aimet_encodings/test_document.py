@@ -47,6 +47,64 @@ def test_an_aimet_file_is_read_and_written_back_field_by_field(version: str) -> 
     assert to_document(read_encodings(FILES / f"aimet-{version}.encodings")) == document
 
 
+@pytest.mark.parametrize("name", ["aimet-modules.json", "aimet-export-1.0.0_torch.encodings"])
+def test_aimets_files_by_module_are_read_as_0_6_1(name: str) -> None:
+    """Whatever version they state; the same simulation as the exported files."""
+    file, exported = read_encodings(FILES / name), read_encodings(FILES / "aimet-0.6.1.encodings")
+    stated = json.loads((FILES / name).read_text())
+    assert stated.get("version") == (None if name.endswith("json") else "1.0.0")
+    assert file.version == "0.6.1"
+    assert file.producer is not None
+    assert file.producer["package"] == "aimet-torch"
+    assert file.parameters == stated["param_encodings"].keys()
+    entries = file.by_name
+    for layer in ("channel", "shifted"):
+        mine = entries[f"{layer}.weight"]
+        theirs = exported.by_name[f"{layer}.weight{'_0' if layer == 'shifted' else ''}"]
+        assert mine == theirs.replace(name=mine.name)
+    assert entries["channel.input.0"] == exported.by_name["x"].replace(name="channel.input.0")
+    assert entries["block.output.0"].bitwidth == 8
+    assert isinstance(entries["float16.weight"], FloatEncoding)
+    assert parse(to_document(file))[0] == file  # it is an ordinary file from here on
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fc": {"input": {"0": {"dtype": "int"}}}}, "fc.input.0, bitwidth: is missing"),
+        ({"fc": {"input": [1]}}, "fc: is an object; a module has objects input and output"),
+        ({"fc": {"sideways": {}}}, "fc: is an object; a module has objects input and output"),
+        ({"fc": 3}, "fc: is 3; a module has objects input and output"),
+    ],
+)
+def test_a_malformed_module_is_named(changes: dict[str, Any], message: str) -> None:
+    file, findings = parse({"activation_encodings": changes, "param_encodings": {}})
+    assert file is None
+    assert any(message in str(finding) for finding in findings)
+
+
+def test_parameters_alone_are_a_file_as_after_adaround() -> None:
+    items = GOLDEN["0.6.1"]["param_encodings"]
+    file, findings = parse({"param_encodings": items})
+    assert not findings
+    assert file is not None
+    assert file.parameters == items.keys() == file.by_name.keys()
+    vectors = {"fc.weight": [items["channel.weight"][0] | {"vector_dim": 2, "index_bw": 6}]}
+    _, findings = parse({"param_encodings": vectors})
+    assert [str(f).partition(" (")[0] for f in findings] == ["fc.weight: is vector quantization"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\3\4data.pkl", b"\x80\4\x95", b"\x58" + 7 * b"\0" + b'{"a":']
+)
+def test_binary_files_say_what_they_are(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "sim.encodings").write_bytes(content)
+    with pytest.raises(
+        EncodingsFileError, match=r"is a pickle, .*not JSON. .*save_encodings_to_js"
+    ):
+        read_encodings(tmp_path / "sim.encodings")
+
+
 def test_aimets_files_have_the_same_grids_in_every_version() -> None:
     """The four files hold the same simulation."""
     for version in VERSIONS:
@@ -253,7 +311,8 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale has 2 values; PER_TENSOR has one": {"scale": [0.1, 0.2], "offset": [0, 0]},
         "offset: contains an integer of 71 bits": {"offset": [2**70]},
         "is_sym: is 'False'; it must be a valid boolean": {"is_sym": "False"},
-        "enc_type: is 'VECTOR'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "VECTOR"},
+        "enc_type: is 'OTHER'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "OTHER"},
+        r"is vector quantization \(VECTOR, of GPTVQ\)": {"enc_type": "VECTOR", "index_bw": 6},
         "bw: is missing": {"bw": ...},
     },
     ("1.0.0", "param_encodings", "channel.weight"): {
@@ -299,7 +358,10 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
             "per_channel_float_scale": [[0.1] * 3]
         },
     },
-    ("2.1.0", "encodings", "x"): {"axis is missing": {"per_block_int_scale": [1]}},
+    ("2.1.0", "encodings", "x"): {
+        "axis is missing": {"per_block_int_scale": [1]},
+        "is NVFP4": {"y_scale": {"x": [[1.0]], "x_scale": 1.0, "input_dtype": "float8e4m3fn"}},
+    },
     ("2.1.0", "encodings", "lpbq.weight_0"): {
         "y_scale.x_scale has 1 values, but axis 1 of x has 2": {
             "y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 1}

@@ -32,7 +32,13 @@ from qwlora.formats.aimet_encodings.json_fields import (
 )
 from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
-from qwlora.formats.aimet_encodings.version_1 import Section061, Section100, SectionsDocument
+from qwlora.formats.aimet_encodings.version_1 import (
+    Section061,
+    Section100,
+    SectionsDocument,
+    is_by_module,
+    without_modules,
+)
 from qwlora.formats.aimet_encodings.version_2 import Document2
 from qwlora.system.atomic import write_text
 from qwlora.system.strict_json import distinct_keys
@@ -115,6 +121,11 @@ def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
     """The file that a JSON value describes, or None and every problem."""
     if not isinstance(document, dict):
         return None, [Finding("error", "file", "", f"is {describe(document)}; an object is needed")]
+    if is_by_module(document):
+        try:
+            document = without_modules(document)
+        except EncodingsFileError as error:
+            return None, [Finding("error", error.source, "", problem) for problem in error.problems]
     version = document.get("version")
     if not isinstance(version, str) or version not in DOCUMENTS:
         problem = f"is {describe(version)}; one of {', '.join(DOCUMENTS)} is needed"
@@ -134,9 +145,18 @@ def load_json(path: Path | str) -> Any:
     Raises:
         EncodingsFileError: the file cannot be read or is not JSON, or an object repeats a key.
     """
+    content = b""
     try:
-        return json.loads(Path(path).read_bytes(), object_pairs_hook=distinct_keys)
+        content = Path(path).read_bytes()
+        return json.loads(content, object_pairs_hook=distinct_keys)
     except (OSError, ValueError, RecursionError) as error:
+        if content.startswith((b"PK\3\4", b"\x80")) or content[8:10] == b'{"':
+            problem = (
+                "is a pickle, a file of torch.save or safetensors, not JSON. Write the encodings "
+                "with sim.onnx.export, sim.save_encodings_to_json or sim.export; pickles are not "
+                "opened, because they can run code"
+            )
+            raise EncodingsFileError(str(path), [problem]) from error
         raise EncodingsFileError(str(path), [f"cannot be read: {described(error)}"]) from error
 
 

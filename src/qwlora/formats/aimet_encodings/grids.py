@@ -14,6 +14,8 @@ weight of a MatMul is stored [in, out] under the parameter's name and a number (
 
 Versions before 2.0 have no axis and list blocks in one flat list: in the order of the tensor, or
 channel by channel, as aimet-onnx reads them. The order matters only if the two readings differ.
+0.6.1 does not say the block size either: out * k scales are k blocks along the input, for LPBQ too,
+whose scales are then the products. As many scales as inputs could also be one per input: refused.
 
 A zero point shift of half a step is a float offset:
 
@@ -187,8 +189,16 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
         axis = layout.channel_axis if entry.axis is None else layout.axis(entry.axis)
         granularity = PerChannel(axis)
         if scale.size != layout.shape[axis]:
-            hint = "; version 0.6.1 lists scales of blocks as channels and loses their shape: "
-            hint = f"{hint}export 1.0.0 or later" if version == "0.6.1" else ""
+            hint = ""
+            if version == "0.6.1" and len(layout.shape) == 2:
+                rows, columns = layout.shape
+                blocks, rest = divmod(scale.size, rows)
+                if scale.size != columns and not rest and columns % blocks == 0:
+                    blocked = entry.replace(block_size=columns // blocks)
+                    return _integer_grid(blocked, layout, version)
+                hint = "; version 0.6.1 lists scales of blocks as channels and loses their shape"
+                meant = " (one per input, or blocks)" if scale.size == columns else ""
+                hint = f"{hint}{meant}: export 1.0.0 or later"
             raise SourceError(
                 f"has {scale.size} scales, but axis {axis} of {list(layout.shape)} has "
                 f"{layout.shape[axis]}{hint}"

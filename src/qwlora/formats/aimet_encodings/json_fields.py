@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from qwlora.errors import EncodingsFileError
 from qwlora.formats.aimet_encodings.model import Floats, Integers
@@ -83,6 +91,23 @@ class JsonEntry(Strict):
     raises ValueError if they contradict one another; a document holds the result."""
 
     name: Name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            scale = fields.get("y_scale")
+            if fields.get("enc_type") == "VECTOR" or "vector_dim" in fields:
+                raise ValueError(
+                    "is vector quantization (VECTOR, of GPTVQ): its codes index a codebook, they "
+                    "are no integers on a grid. Quantize the layer per channel, per block or LPBQ"
+                )
+            if isinstance(scale, dict) and "input_dtype" in scale:
+                raise ValueError(
+                    "is NVFP4: 4-bit floats, whose scales are floats too. Quantize the layer to "
+                    "integers"
+                )
+        return fields
 
     def check_fields(self, needed: Collection[str], optional: Collection[str] = ()) -> None:
         """Refuse an entry without the fields of its kind, or with others.

@@ -17,6 +17,15 @@ written, and when read they must agree within half a step. In 1.0.0 a section is
     {name, dtype: "INT", bw, compressed_bw, is_sym: true, enc_type: LPBQ, scale, offset, block_size,
     per_block_int_scale}
     {name, dtype: "FLOAT", bw, enc_type: PER_TENSOR}
+
+aimet-torch also writes 0.6.1 by module, for loading it again: `sim.save_encodings_to_json` (no
+version), `*_torch.encodings` of `sim.export` (0.6.1 or 1.0.0, whose items are of 0.6.1 all the
+same), and the parameters alone after AdaRound and GPTVQ (no activations, no version):
+
+    activation_encodings: {MODULE: {input: {"0": ITEM or [ITEM, ...]}, output: {...}}}
+    param_encodings: {MODULE.NAME: [ITEM, ...]}
+
+They are read as 0.6.1, where activations are called MODULE.input.0 and MODULE.output.0.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 import numpy as np
 from pydantic import BeforeValidator, PlainValidator
 
+from qwlora.errors import EncodingsFileError
 from qwlora.formats.aimet_encodings.json_fields import (
     AsEntry,
     Document,
@@ -61,6 +71,35 @@ def _settings(value: Any) -> dict[str, Any]:
                 "true or false is needed"
             )
     return value
+
+
+def is_by_module(document: dict[str, Any]) -> bool:
+    """Whether the activations of a document are listed by module; see above."""
+    version, activations = document.get("version"), document.get("activation_encodings", {})
+    if not isinstance(document.get("param_encodings"), dict) or not isinstance(activations, dict):
+        return False
+    is_nested = any(isinstance(value, dict) for value in activations.values())
+    return "version" not in document or version == "1.0.0" or (version == "0.6.1" and is_nested)
+
+
+def without_modules(document: dict[str, Any]) -> dict[str, Any]:
+    """A document by module as one of 0.6.1.
+
+    Raises:
+        EncodingsFileError: the first module that is not described by inputs and outputs.
+    """
+    activations = {}
+    for module, sides in document.get("activation_encodings", {}).items():
+        is_nested = isinstance(sides, dict) and all(isinstance(v, dict) for v in sides.values())
+        if not is_nested or not sides.keys() <= {"input", "output"}:
+            problem = f"is {describe(sides)}; a module has objects input and output here"
+            raise EncodingsFileError(module, [problem])
+        for side, values in sides.items():
+            for index, items in values.items():
+                entry = items if isinstance(items, list) else [items]
+                activations[f"{module}.{side}.{index}"] = entry
+    implied = {"producer": {"package": "aimet-torch"}}
+    return implied | document | {"version": "0.6.1", "activation_encodings": activations}
 
 
 class SectionsDocument(Document, Generic[Section]):

@@ -270,7 +270,8 @@ class _Plan:
         encodings: list[Any] | None = None
         if model.encodings is not None:
             file = Path(model.encodings)
-            encodings = [*self.contents([file]), model.keep_float, model.block_order]
+            settings = (model.keep_float, model.block_order, model.prefix)
+            encodings = [*self.contents([file]), *settings]
         tuning: list[Any] | None = None
         if base.tuning.steps:
             revision = REVISIONS["tune_scales"]

@@ -117,7 +117,11 @@ def model_files(model: Model) -> Checkpoint:
 
     path, keep_float = fetch(model.source).path, model.keep_float
     return open_checkpoint(
-        path, model.encodings, keep_float=keep_float, block_order=model.block_order
+        path,
+        model.encodings,
+        keep_float=keep_float,
+        block_order=model.block_order,
+        prefix=model.prefix,
     )
 
 

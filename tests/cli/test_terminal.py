@@ -136,10 +136,12 @@ def test_near_names_take_no_longer_for_a_file_of_many_names() -> None:
     assert near_names("zzzz", (f"column{i}" for i in range(10**6))) == []
 
 
-def test_a_negative_temperature_is_refused(tmp_path: Path) -> None:
-    result = qwlora("generate", tmp_path, "hi", "--temperature", "-1")
+@pytest.mark.parametrize("value", ["1e-5", "-1", "nan", "inf", "1e9"])
+def test_temperatures_that_no_runtime_can_use_are_refused(value: str, tmp_path: Path) -> None:
+    result = qwlora("generate", tmp_path, "hi", "--temperature", value)
     assert (result.returncode, result.stdout) == (2, "")
     assert "--temperature" in result.stderr
+    assert "0.0001 to 10000" in result.stderr
 
 
 def test_progress_bars_of_other_libraries_are_not_shown(tmp_path: Path) -> None:

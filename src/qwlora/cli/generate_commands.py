@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 
     from qwlora.pipeline.commands.open_job import JobModels, ModelName
 
+
+def _checked_temperature(value: float) -> float:
+    if value != 0 and not 1e-4 <= value <= 1e4:  # float32 logits would overflow, or all be equal
+        raise typer.BadParameter(
+            f"{value:g} is out of range: 0 picks the likeliest token, and 0.0001 to 10000 sample"
+        )
+    return value
+
+
 StageName = Annotated[
     str | None,
     typer.Option(
@@ -47,7 +56,7 @@ Temperature = Annotated[
     float,
     typer.Option(
         "--temperature",
-        min=0.0,
+        callback=_checked_temperature,
         help="0: always the likeliest token. Above 0: sample; 1 is the model's own distribution.",
     ),
 ]

@@ -201,6 +201,27 @@ def test_only_what_the_mode_updates_differs_between_use_cases(
     assert not {n for n in differing if n.endswith(".weight")} - lora
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_use_case_runs_with_the_bases_encodings_outside_its_branches(
+    case: str, copied: Path
+) -> None:
+    """As an importer in mode adapter_only loads it: nothing is clipped."""
+    expected = QAIRT.open(copied, case).logits(IDS)
+    for graph in GRAPHS:
+        path = copied / f"{graph}_{case}.encodings"
+        merged, base = (
+            json.loads(file.read_text()) for file in (path, copied / f"{graph}_base.encodings")
+        )
+        for section in ("activation_encodings", "param_encodings"):
+            own = {entry["name"]: entry for entry in merged[section]}
+            merged[section] = [
+                own[entry["name"]] if is_of_branch(entry["name"]) else entry
+                for entry in base[section]
+            ]
+        path.write_text(json.dumps(merged))
+    assert torch.equal(QAIRT.open(copied, case).logits(IDS), expected)
+
+
 def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         weights = load_file(folder / name)

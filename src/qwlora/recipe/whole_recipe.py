@@ -64,6 +64,14 @@ class Export(Section):
     """sizes of the graphs with a key-value cache that targets qnn, aimet and qairt have. Default:
     the defaults of these keys"""
 
+    layout: Literal["genie"] | None = None
+    """for target qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
+    configuration. Default: as ONNX Runtime takes them"""
+
+    def problems(self) -> Iterator[str]:
+        if self.layout and "qnn" not in self.targets:
+            yield f"layout: {self.layout} is for target qnn. Add qnn to targets, or remove layout"
+
     def graphs_of(self, target: str) -> Graphs | None:
         """The sizes of the graphs with a cache that a target writes; None if it writes none."""
         return (self.graphs or Graphs()) if TARGETS[target].cached_graphs else None

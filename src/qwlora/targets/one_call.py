@@ -51,6 +51,7 @@ def export(
     sample: Mapping[str, Tensor] | None = None,
     graphs: Mapping[str, int] | None = None,
     context: int = 1024,
+    layout: str | None = None,
 ) -> None:
     """Write the files of a target.
 
@@ -67,6 +68,8 @@ def export(
         graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
             of each graph. Default: prefill 128, decode 1.
         context: new and past tokens together, in each of these graphs.
+        layout: `genie`, for target qnn: as Qualcomm's Genie takes the graphs, with its
+            configuration. Needs a tokenizer.
 
     Raises:
         ExportError: there is no such target, it takes something else than `made`, or its files
@@ -75,6 +78,8 @@ def export(
     """
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
+    if layout is not None and (layout, target) != ("genie", "qnn"):
+        raise ExportError(f"there is no layout {layout!r} of target {target}; qnn has genie")
     known, folder = TARGETS[target], Path(folder)
     backend = known.backend
 
@@ -82,7 +87,15 @@ def export(
         metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
         has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
         sizes = (graphs or _GRAPHS) if has_cache else {}
-        return ExportedGraph(simulation, metadata, sample or {}, "1.0.0", sizes, context)
+        return ExportedGraph(
+            simulation,
+            metadata,
+            sample or {},
+            graphs=sizes,
+            context=context,
+            layout=layout,
+            tokenizer=tokenizer,
+        )
 
     def finish(part: Path, with_tokenizer: bool) -> None:
         if tokenizer is not None and with_tokenizer and known.is_simulated:

@@ -222,6 +222,8 @@ class ExportedGraph:
             model that is no causal language model: one graph of the sample's shapes.
         context: new and past tokens together, in each of them.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
+        layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
+        tokenizer: of the model, for files that hold it.
     """
 
     simulation: Simulation
@@ -231,6 +233,8 @@ class ExportedGraph:
     graphs: Mapping[str, int] = field(default_factory=dict)
     context: int = 0
     updatable: BaseActivations = "all"
+    layout: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Runtime(ABC):

@@ -245,10 +245,11 @@ class _Plan:
 
     def files(self, target: str) -> list[Any]:
         """What exported files depend on besides what they hold: the version of encodings files,
-        unless it is the default, and the sizes of graphs with a cache."""
+        unless it is the default, and the sizes and the layout of graphs with a cache."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         version = export.model_dump(include={"encodings_version"}, exclude_defaults=True)
-        return [*version.values(), *([] if graphs is None else [graphs.model_dump()])]
+        layout = [export.layout] if target == "qnn" and export.layout else []
+        return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:
         """Activation ranges that are measured on `texts`."""

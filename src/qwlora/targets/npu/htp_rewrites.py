@@ -298,12 +298,20 @@ def _widen_(model: Any, node: Any) -> None:
     is_eight = numbers(zero_point).dtype == np.uint8
     if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
         return
+    if producer.op_type == "Transpose" and _has_eight_bits(producer.inputs[0].producer()):
+        return
     name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
     grid = {
         "scale": numbers(scale) / np.float32(_FINER),
         "zero_point": numbers(zero_point).astype(np.uint16) * np.uint16(_FINER),
     }
     insert_rounding(model, value, name, constants(model, name, grid), [node])
+
+
+def _has_eight_bits(node: Any) -> bool:
+    """Whether a node dequantizes an activation of 8 bits."""
+    is_stored = node is not None and node.op_type == "DequantizeLinear"
+    return is_stored and numbers(node.inputs[2]).dtype == np.uint8
 
 
 def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:

@@ -29,11 +29,13 @@ from torch.nn.functional import pad
 
 from qwlora.errors import ExportError, reading
 from qwlora.graph.capture import IDS, MASK, POSITIONS
-from qwlora.graph.device_graph import HOST_INPUTS
+from qwlora.graph.device_graph import COS, HOST_INPUTS, SIN
+from qwlora.simulation.genie_layout import token_axis
 from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.genie import GENIE, to_codes, to_values
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
 from qwlora.targets.onnx.onnx_model import build_model
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, open_session, run_session
@@ -51,7 +53,7 @@ def write_graphs(
     """Write the host graphs and graphs.json.
 
     Args:
-        files: fields of each graph in graphs.json: names of its files.
+        files: fields of each graph in graphs.json: names of its files, or other grids.
         more: fields of the record.
     """
     record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **(more or {})}
@@ -142,6 +144,11 @@ def read_graphs(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _last(value: Tensor, axis: int, count: int) -> Tensor:
+    """The last places of an axis."""
+    return value.narrow(axis, value.shape[axis] - count, count)
+
+
 class CachedGraphs(Runtime):
     """The graphs in a folder.
 
@@ -160,6 +167,7 @@ class CachedGraphs(Runtime):
         self.folder, self.models = folder, models
         self.graphs: dict[str, Any] = record["graphs"]
         self.context: int = record["context"]
+        self.has_genie_layout = record.get("layout") == GENIE
         self.tokens: dict[str, int] = {n: graph["tokens"] for n, graph in self.graphs.items()}
         self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
         self._hosts = {n: open_session(folder / self.graphs[n]["host"], {}) for n in self.names}
@@ -191,11 +199,16 @@ class CachedGraphs(Runtime):
 
     def empty_cache(self) -> dict[str, Tensor]:
         """Keys and values of no token, by input name, as `call` takes them."""
-        return {
-            name: torch.zeros(*shape[:2], self.context, shape[3])
-            for name, shape in self.graphs[self.names[-1]]["inputs"].items()
-            if name.startswith("past_")
-        }
+        cache = {}
+        for name, shape in self.graphs[self.names[-1]]["inputs"].items():
+            if name.startswith("past_"):
+                axis = self._axis(name)
+                cache[name] = torch.zeros(*shape[:axis], self.context, *shape[axis + 1 :])
+        return cache
+
+    def _axis(self, name: str) -> int:
+        """The axis of tokens in a cached tensor."""
+        return token_axis(name) if self.has_genie_layout else 2
 
     def call(
         self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor], session: Any = None
@@ -215,15 +228,24 @@ class CachedGraphs(Runtime):
         inputs = {
             **run_session(self._hosts[name], arguments),
             IDS: pad(ids.int(), (0, sizes.tokens - count)),
-            **{key: value[:, :, value.shape[2] - sizes.past :] for key, value in cache.items()},
+            **{key: _last(value, self._axis(key), sizes.past) for key, value in cache.items()},
             **self.fixed,
         }
         session = session or self.models[name].session
-        outputs = run_session(session, inputs)
-        for key in cache:
+        inputs = {each.name: inputs[each.name] for each in session.get_inputs()}
+        grids = self.graphs[name]["encodings"] if self.has_genie_layout else {}
+        for wave in (COS, SIN) if grids else ():
+            shape = self.graphs[name]["inputs"][wave]
+            inputs[wave] = inputs[wave][..., : shape[-1]].reshape(shape)
+        codes = {n: to_codes(v, grids[n]) if n in grids else v for n, v in inputs.items()}
+        outputs = run_session(session, codes)
+        outputs = {n: to_values(v, grids[n]) if n in grids else v for n, v in outputs.items()}
+        for key, value in cache.items():
             if (new := outputs.get(key.replace("_in", "_out"))) is not None:
-                cache[key] = torch.cat([cache[key], new[:, :, :count]], 2)[:, :, -self.context :]
-        return {each.name: inputs[each.name] for each in session.get_inputs()}, outputs
+                axis = self._axis(key)
+                longer = torch.cat([value, new.narrow(axis, 0, count)], axis)
+                cache[key] = _last(longer, axis, self.context)
+        return codes, outputs
 
     def write_golden(self, ids: Tensor, case: str = "") -> None:
         """Write one call of each graph: the largest on the first tokens, the others on those after

@@ -52,10 +52,19 @@ from qwlora.errors import ExportError, MissingExtraError, listed
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.genie import (
+    GENIE,
+    graph_name,
+    quantize_edges_,
+    read_weights,
+    write_files,
+    write_weights,
+)
 from qwlora.targets.npu.htp_limits import (
     SMALLEST_RESCALE,
     input_problem,
@@ -114,19 +123,27 @@ class Qnn(Backend):
         }
         for graph in npus.values():
             refuse_graph(graph.device)
+        is_genie = base.layout == GENIE
+        if is_genie:
+            scaling = _common(scalings)
+            npus = {graph_name(g.sizes): genie_layout(g, scaling) for g in npus.values()}
         graphs = folder / BASE
         graphs.mkdir(parents=True)
-        codes = _write_graphs(npus, graphs, base.metadata)
+        codes, grids = _write_graphs(npus, graphs, base.metadata, is_genie)
         try:
             compiler = compile_graphs(graphs, list(npus))
         except MissingExtraError:
             compiler = None
-        files = {
+        files: dict[str, dict[str, Any]] = {
             name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
             for name in npus
         }
         shapes = {name: list(array.shape) for name, array in codes.items()}
-        write_graphs(graphs, npus, files, {"adapter_inputs": shapes, "compiler": compiler})
+        more: dict[str, Any] = {"adapter_inputs": shapes, "compiler": compiler}
+        if is_genie:
+            more["layout"] = GENIE
+            files = {name: {**fields, "encodings": grids[name]} for name, fields in files.items()}
+        write_graphs(graphs, npus, files, more)
         for adapter in (*simulations, ZERO):
             tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
             for name, array in codes.items():
@@ -139,13 +156,33 @@ class Qnn(Backend):
                     stored = np.ascontiguousarray(signed, array.dtype)
                 tensors[name] = torch.from_numpy(stored)
             (folder / adapter).mkdir()
-            write_tensors(folder / adapter / ADAPTER, tensors)
+            if is_genie:
+                del tensors[ALPHA]
+                write_weights(folder / adapter, tensors, next(iter(grids.values())))
+            else:
+                write_tensors(folder / adapter / ADAPTER, tensors)
+        if is_genie:
+            config, names = base.simulation.origin.model.config, [*simulations, ZERO]
+            write_files(folder, next(iter(npus.values())), config, base.tokenizer, names, CHIP)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
 
     def open(self, folder: Path, case: str) -> QnnModel:
         return QnnModel(folder / BASE, folder / _folder(case), htp=True)
+
+
+def _common(scalings: Mapping[str, float]) -> float | None:
+    """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
+    different = {scaling for scaling in scalings.values() if scaling}
+    if len(different) > 1:
+        known = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
+        raise ExportError(
+            f"adapters have different alpha / rank ({known}), and Genie has one lora_alpha for "
+            "all, which is 1 for an adapter as it was trained. Train them with one, or export "
+            "without layout: genie"
+        )
+    return next(iter(different), None)
 
 
 def _folder(case: str) -> str:
@@ -210,20 +247,22 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
 
 
 def _write_graphs(
-    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
-) -> dict[str, Any]:
+    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str], is_genie: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the QDQ graphs, which share a weight file.
 
     Returns:
-        the adapter's codes by input name.
+        the adapter's codes by input name; for Genie, the grids of inputs and outputs by graph.
     """
-    codes, first = dict[str, Any](), next(iter(graphs))
+    codes, grids, first = dict[str, Any](), dict[str, Any](), next(iter(graphs))
     for name, graph in graphs.items():
         model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
+        if is_genie:
+            grids[name], model.graph.name = quantize_edges_(model), name
         if name != first:
             share_weights(model, base / f"{first}.onnx")
         save_graph(model, base / f"{name}.onnx", WEIGHTS if name == first else None)
-    return codes
+    return codes, grids
 
 
 def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
@@ -299,7 +338,11 @@ class QnnModel(CachedGraphs):
 
     def use(self, adapter: Path | None) -> None:
         self.adapter = adapter or self.folder.parent / ZERO
-        self.fixed, _ = read_tensors(self.adapter / ADAPTER)
+        if self.has_genie_layout:
+            shapes = read_graphs(self.folder)["adapter_inputs"]
+            self.fixed = {**read_weights(self.adapter, shapes), ALPHA: torch.ones(1)}
+        else:
+            self.fixed, _ = read_tensors(self.adapter / ADAPTER)
 
     def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity:
         return verify_qnn(self.folder.parent, self.adapter.name, reference, limits)

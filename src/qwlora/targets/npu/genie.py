@@ -1,0 +1,200 @@
+"""Files for Qualcomm's Genie, which runs a `qnn` bundle of `layout: genie`.
+
+    genie_config.json              sizes, positions, binaries and adapters
+    htp_backend_ext_config.json    the chip that the graphs were compiled for
+    tokenizer.json
+    base/device/*.bin              the compiled graphs
+    first/INPUT.raw                float32 values of an adapter's inputs, of LoRA version 1: Genie
+                                   reads them when the adapter is applied, and rounds them down
+
+Genie computes cosines and sines itself. They are compared with the model's at every position.
+
+Keys are those that libGenie.so of QNN 2.51 accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError
+from qwlora.formats.model_card import marked
+from qwlora.graph.device_graph import ALPHA, COS, SIN, run_host
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
+from qwlora.system.optional_packages import require
+from qwlora.targets.onnx.onnx_edits import constant, numbers, remove_unused
+
+GENIE = "genie"
+_CONFIG, _CHIP, _TOKENIZER = "genie_config.json", "htp_backend_ext_config.json", "tokenizer.json"
+_UP = np.float32(0.25)  # of a step: what Genie rounds down is safe from float32's own error
+_TEMPLATES = resources.files("qwlora.targets.npu") / "genie_templates"
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def graph_name(sizes: CacheSizes) -> str:
+    """The name of a graph in Qualcomm's recipes."""
+    kind = "token" if sizes.tokens == 1 else "prompt"
+    return f"{kind}_ar{sizes.tokens}_cl{sizes.context}_1_of_1"
+
+
+def quantize_edges_(model: Any) -> dict[str, dict[str, Any]]:
+    """Make codes of the float inputs and outputs of a model of `npu_onnx`, and unsigned codes of
+    signed ones, which Genie does not take; returns the grid of each, by name."""
+    ir, grids = require("onnx_ir", "onnx"), dict[str, dict[str, Any]]()
+
+    def take_grid(value: Any, scale: Any, zero_point: Any) -> None:
+        zero, value.type = numbers(zero_point), ir.TensorType(zero_point.dtype)
+        grid = {"bitwidth": 8 * zero.itemsize, "scale": float(numbers(scale)), "offset": -int(zero)}
+        grids[value.name] = grid
+
+    for value in model.graph.inputs:
+        for reader in [user for user, _ in value.uses()]:
+            if reader.op_type == "QuantizeLinear":
+                reader.outputs[0].replace_all_uses_with(value)
+                take_grid(value, *reader.inputs[1:])
+                model.graph.remove(reader, safe=True)
+            elif reader.op_type == "DequantizeLinear":
+                bits = 8 * numbers(reader.inputs[2]).itemsize
+                middle = np.array(2 ** (bits - 1), f"uint{bits}")
+                reader.replace_input_with(2, constant(model, f"{value.name}.zero_point", middle))
+                take_grid(value, *reader.inputs[1:])
+    for index, value in enumerate(model.graph.outputs):
+        source = value.producer()
+        while source.op_type != "QuantizeLinear":
+            source = source.inputs[0].producer()
+        codes = model.graph.outputs[index] = source.outputs[0]
+        codes.name, value.name, codes.shape = value.name, f"{value.name}.float", value.shape
+        take_grid(codes, *source.inputs[1:])
+    remove_unused(model)
+    return grids
+
+
+def to_codes(value: Tensor, grid: Mapping[str, Any]) -> Tensor:
+    """Float values as codes of a grid of graphs.json."""
+    codes = (value / grid["scale"]).round() - grid["offset"]
+    kind = torch.uint8 if grid["bitwidth"] == 8 else torch.uint16
+    return codes.clamp(0, 2 ** grid["bitwidth"] - 1).to(torch.int32).to(kind)
+
+
+def to_values(codes: Tensor, grid: Mapping[str, Any]) -> Tensor:
+    """Codes of a grid of graphs.json as float values."""
+    return (codes.to(torch.int32) + grid["offset"]).float() * grid["scale"]
+
+
+def write_weights(
+    folder: Path, codes: Mapping[str, Tensor], grids: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write signed codes of an adapter's inputs as Genie reads them: float32 values."""
+    for name, array in codes.items():
+        values = (array.numpy().astype(np.float32) + _UP) * np.float32(grids[name]["scale"])
+        (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
+
+
+def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Values of an adapter's inputs, by name; a file of another size is refused."""
+    found = {}
+    for name, shape in shapes.items():
+        path, size = folder / f"{name}.raw", 4 * math.prod(shape)
+        content = path.read_bytes() if path.is_file() else b""
+        if len(content) != size:
+            raise ExportError(f"{str(path)!r} has {len(content)}, not {size} bytes. Export again")
+        found[name] = torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())
+    return found
+
+
+def write_files(
+    folder: Path,
+    npu: NpuGraph,
+    config: Any,
+    tokenizer: Any,
+    adapters: Sequence[str],
+    chip: Mapping[str, str],
+) -> None:
+    """Write what Genie needs besides graphs and adapters.
+
+    Args:
+        npu: any of the graphs, in Genie's layout.
+        config: of the model.
+        adapters: names of their folders.
+
+    Raises:
+        ExportError: Genie cannot run the model.
+    """
+    config, shapes = config.get_text_config(), npu.device.interface.shapes
+    tokens = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
+    for key in ("bos_token_id", "eos_token_id"):
+        if getattr(config, key) is None:
+            raise ExportError(f"Genie needs the model's {key}, which is not set. Set config.{key}")
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        raise ExportError("Genie needs a tokenizer.json. Give tokenizer= a fast tokenizer")
+    positions = _positions(config, int(shapes[COS][-1]))
+    _refuse_other_positions(npu, positions)
+    content, extensions = (
+        json.loads((_TEMPLATES / f"{name}.template").read_text()) for name in (_CONFIG, _CHIP)
+    )
+    dialog = content["dialog"]
+    sizes = {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
+    dialog["context"] |= {**sizes, **tokens}
+    dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] = int(shapes["past_key_0_out"][2])
+    model = dialog["engine"]["model"]
+    model["positional-encoding"] = positions
+    binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
+    model["binary"]["ctx-bins"] = binaries
+    listing = [{"version": 1, "name": name, "path": name} for name in adapters]
+    model["binary"]["lora"] |= {"alpha-tensor-name": ALPHA, "adapters": listing}
+    device = {"soc_model": int(chip["soc_model"]), "dsp_arch": f"v{chip['htp_arch']}"}
+    extensions["devices"][0] |= device
+    for name, record in ((_CONFIG, content), (_CHIP, extensions)):
+        write_text(folder / name, strict_json.dumps(record, indent=1) + "\n")
+    backend.save(str(folder / _TOKENIZER))
+    text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
+    write_text(folder / "README.md", marked(text))
+
+
+def _positions(config: Any, width: int) -> dict[str, Any]:
+    """The `positional-encoding` of a configuration of transformers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = {"type": "rope", "rope-dim": width, "rope-theta": parameters.get("rope_theta", 10000.0)}
+    if parameters.get("rope_type") == "llama3":
+        scaling = {key.replace("_", "-"): parameters[key] for key in _LLAMA3}
+        rope["rope-scaling"] = {"rope-type": "llama3", **scaling}
+    return rope
+
+
+def angles(positions: Mapping[str, Any], context: int) -> Tensor:
+    """The angle [context, rope-dim] by which Genie rotates at each position."""
+    width = positions["rope-dim"]
+    frequencies = positions["rope-theta"] ** -(torch.arange(width, dtype=torch.float64) / width)
+    if scaling := positions.get("rope-scaling"):
+        factor, low, high, length = (scaling[key.replace("_", "-")] for key in _LLAMA3)
+        # 1: short waves stay; 0: long ones are stretched
+        share = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - share) * frequencies / factor + share * frequencies
+    return torch.arange(context, dtype=torch.float64)[:, None] * frequencies
+
+
+def _refuse_other_positions(npu: NpuGraph, positions: Mapping[str, Any]) -> None:
+    """Refuse cosines and sines that Genie would compute otherwise."""
+    sizes, turned = npu.sizes, angles(positions, npu.sizes.context)
+    for past in range(0, sizes.past + 1, sizes.tokens):
+        values = run_host(npu.host, *host_arguments(sizes, past, sizes.tokens))
+        rows = turned[past : past + sizes.tokens].repeat(1, 2)
+        for name, expected in ((COS, rows.cos()), (SIN, rows.sin())):
+            difference = (values[name].reshape(expected.shape) - expected).abs().max()
+            steps = difference / npu.device.encodings[name].scale
+            if steps > 16:  # float32 of a late position is off by some
+                raise ExportError(
+                    f"{name} of the model at position {past} is not what Genie computes from a "
+                    f"base of {positions['rope-theta']:g}: the model scales its angles, or pairs "
+                    "its widths, in a way that Genie has no key for. Export without layout: genie"
+                )

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
-from qwlora.errors import EncodingsFileError, GridError
+from qwlora.errors import EncodingsFileError, GridError, QwloraWarning
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
@@ -137,6 +137,25 @@ def test_an_encodings_file_freezes_like_its_encodings(scheme: Scheme, tmp_path: 
         freeze_(on_a_grid(scheme)[0], path)
     kept = freeze_(on_a_grid(scheme)[0], path, keep_float=["model.layers.1.mlp.up_proj"])
     assert packed_weights(kept).keys() == encodings.keys() - {name}
+
+
+def test_a_file_of_a_wrapper_with_a_parameter_that_nobody_packs(tmp_path: Path) -> None:
+    """The entry changes nothing and is a warning; the prefix is found, or given."""
+    scheme = Scheme(4, granularity=PerBlock(16))
+    _, encodings = on_a_grid(scheme)
+    wrapped = {f"m.{name}": encoding for name, encoding in encodings.items()}
+    path = aimet_file(tmp_path, wrapped | {"m.table": measure(torch.randn(4, 16), scheme)})
+    expected = fingerprint(freeze_(on_a_grid(scheme)[0], encodings))
+    for prefix in (None, "m"):
+        model, _ = on_a_grid(scheme)
+        model.register_parameter("table", nn.Parameter(torch.randn(4, 16)))
+        before = model.get_parameter("table").clone()
+        with pytest.warns(QwloraWarning, match=r"1 entries are .* no packed layer .*: table$"):
+            freeze_(model, path, prefix=prefix)
+        assert torch.equal(model.get_parameter("table"), before)
+        assert packed_weights(model).keys() == encodings.keys()
+        del model.table
+        assert fingerprint(model) == expected
 
 
 def test_a_file_of_another_checkpoint_is_refused(tmp_path: Path) -> None:

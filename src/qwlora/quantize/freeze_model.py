@@ -10,13 +10,14 @@ refused.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qwlora.errors import GridError, lines, suggestion
+from qwlora.errors import GridError, QwloraWarning, lines, listed, suggestion
 from qwlora.formats.aimet import matched_encodings
 from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.nn import pack_at_, tensor_out_in
@@ -53,13 +54,25 @@ def freeze_(
         EncodingsFileError: the file cannot be read, or does not fit the model.
         GridError: a name is not a weight that can be packed, a weight lies off its grid (named,
             with the distance in steps), or integers do not fit it. The model is unchanged.
+
+    Warns:
+        QwloraWarning: an encodings file has entries of parameters that the model does not have, or
+            that cannot be packed.
     """
     inner = model_to_pack(model)
     known = find_tensors(inner)
     if isinstance(grids, str | Path):
         encodings = matched_encodings(inner, grids, keep_float, prefix=prefix)
         # a vector's values already lie on its grid, and it has no packed layer
-        grids = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
+        encodings = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
+        if others := sorted(encodings.keys() - known):
+            warnings.warn(
+                f"{grids}: {len(others)} entries are of parameters that have no packed layer and "
+                f"stay as they are: {listed(others, 10)}",
+                QwloraWarning,
+                stacklevel=2,
+            )
+        grids = {name: grid for name, grid in encodings.items() if name in known}
     packed, problems = dict[str, QuantizedTensor](), list[str]()
     for name, grid in grids.items():
         if name not in known:

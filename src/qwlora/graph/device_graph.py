@@ -11,6 +11,9 @@ an input instead:
                 several are numbered: attention_mask, attention_mask_1
     integer     int32: position_ids of a learned embedding
 
+In a graph without a key-value cache, every input without an encoding decides: token ids, masks, a
+time step. Lifted values are called after the input; integers that nothing decides, `constant`.
+
 Token ids are int32 too. Masked entries of a float mask are -3e38 in the model; the host graph
 returns `floor` there, because a grid cannot hold both.
 
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,29 +67,38 @@ from qwlora.graph.quantized_graph import Interface, QuantizedGraph, with_graph
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
 # names of the host graph's inputs; its outputs have those that the device graph's inputs have
 HOST_INPUTS = {MASK: "token_mask", POSITIONS: "token_positions"}
-_DECIDING = (MASK, POSITIONS)
+_DECIDING = frozenset({MASK, POSITIONS})
 _NOT_CONSTANT = frozenset({"dequantize", "embedding"})  # of weights
 
 
+def host_input(name: str) -> str:
+    """The name of the host graph's input for an input of the model."""
+    return HOST_INPUTS.get(name, f"{name}.input")
+
+
 def lift_host_inputs(
-    program: ExportedProgram, interface: Interface, floor: float
+    program: ExportedProgram,
+    interface: Interface,
+    floor: float,
+    deciding_inputs: Collection[str] = _DECIDING,
 ) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
     """Split a program with static shapes in two: the device program, which takes token ids (int32),
     the outputs of the host graph and the other inputs, with its interface; and the host graph,
-    which takes token_mask and token_positions. Masked entries of a float mask become `floor`.
+    which takes `deciding_inputs` (`host_input`). Masked entries of a float mask become `floor`.
     Operators by which the device would read a boolean or a complex number, or compute with
     integers, are refused by name."""
     graph = copy.deepcopy(program.graph)
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     fixed = stored_tensors(program) - set(parameter_names(program))
-    deciding = {name for name, called in inputs.items() if called in _DECIDING}
+    deciding = {name for name, called in inputs.items() if called in deciding_inputs}
     constants = computed_from(program, fixed, _NOT_CONSTANT)
     decided = computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
     _merge_equal_(graph, constants | decided)
     lifted = [
         n
         for n in graph.nodes
-        if n.name in decided and any(user.name not in decided for user in n.users)
+        if (n.name in decided or (n.name in constants and _is_index(n, interface)))
+        and any(user.name not in decided | constants for user in n.users)
     ]
     for node in lifted:
         value = node.meta["val"]
@@ -97,7 +109,7 @@ def lift_host_inputs(
             raise _no_float(user, f"reads {kind} that positions and masks decide ({source})")
     names = _names(lifted, decided, inputs)
     host = _host(program, graph, names, constants | decided, floor)
-    device, device_inputs = _device(program, graph, names, decided, inputs)
+    device, device_inputs = _device(program, graph, names, decided, inputs, deciding_inputs)
     for node in calls(device):
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not value.is_floating_point():
@@ -107,7 +119,7 @@ def lift_host_inputs(
     lifted_shapes = {name: tuple(map(int, n.meta["val"].shape)) for n, name in names.items()}
     shapes = {**interface.shapes, **lifted_shapes}
     taken = [inputs[name] for name in host.graph_signature.user_inputs]
-    host_shapes = {HOST_INPUTS[name]: interface.shapes[name] for name in taken}
+    host_shapes = {host_input(name): interface.shapes[name] for name in taken}
     host_interface = Interface(
         tuple(host_shapes),
         outputs,
@@ -127,6 +139,14 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
         *(given[name] for name in host.interface.inputs)
     )
     return dict(zip(host.interface.outputs, outputs, strict=True))
+
+
+def _is_index(node: Node, interface: Interface) -> bool:
+    """Whether a constant of a graph without a cache is integers, but no packed weight."""
+    value = node.meta.get("val")
+    is_integer = isinstance(value, Tensor) and not value.is_floating_point()
+    is_packed = any(operation(user) == "dequantize" for user in node.users)
+    return is_integer and not is_packed and not interface.cached
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
@@ -160,8 +180,10 @@ def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str])
         made_from = [n for n in read if n.name in decided]
         waves = {operation(n) for n in made_from} & {"cos", "sin"}
         sources = {inputs[n.name] for n in made_from if n.op == "placeholder"}
-        stem = MASK if MASK in sources else POSITIONS
-        nodes[f"{POSITIONS}_{waves.pop()}" if len(waves) == 1 else stem].append(node)
+        stem = MASK if MASK in sources else min(sources, default="constant")
+        if len(waves) == 1 and stem in _DECIDING:
+            stem = f"{POSITIONS}_{waves.pop()}"
+        nodes.setdefault(stem, []).append(node)
     return {
         node: f"{stem}_{number}" if number else stem
         for stem, named in nodes.items()
@@ -206,6 +228,7 @@ def _device(
     names: Mapping[Node, str],
     decided: set[str],
     inputs: Mapping[str, str],
+    deciding_inputs: Collection[str],
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """The program with an input for each lifted node, and the names of its inputs."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -222,11 +245,11 @@ def _device(
             node.replace_all_uses_with(node.all_input_nodes[0])
     graph.eliminate_dead_code()
     for node in list(called):
-        if called[node] == IDS:
-            node.meta["val"] = _int32(node.meta["val"])
-        elif called[node] in _DECIDING and node.name in inputs:
+        if called[node] in deciding_inputs and node.name in inputs:
             graph.erase_node(node)
             del called[node]
+        elif called[node] == IDS:
+            node.meta["val"] = _int32(node.meta["val"])
     # token ids first, then what was lifted, then the cache
     given_order = sorted(called, key=lambda n: (called[n] != IDS, n.name in inputs))
     for node in given_order:

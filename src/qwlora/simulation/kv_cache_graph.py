@@ -31,7 +31,7 @@ Every layer keeps the whole past: what a sliding window cannot see is masked, no
 If the cache is not full, its valid tokens are the last places, so that a sliding window counts
 correct distances; attention_mask is 0 on the left.
 
-`npu_graph` gives graphs that a neural processing unit takes whole:
+`npu_graph` gives graphs that a neural processing unit takes whole, of other models without a cache:
 
     npu = npu_graph(simulation, CacheSizes(tokens=1, context=1024))
     npu.device     tokens, cos, sin, mask, cache -> logits, new keys and values; every value has an
@@ -112,6 +112,7 @@ _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export
 MASKED_BELOW = 20.0
 _PLACES = 64  # in the context, where the range of host inputs is measured
 _ACTIVATION_FUNCTION = r"(?i)GELU|SiLU|Swish|Activation"
+Batch = Mapping[str, Any]
 _SIXTEEN_BITS = Scheme(16, symmetric=False)
 _WEIGHT = Scheme(16)
 
@@ -219,9 +220,9 @@ def _only_new(captured: Captured) -> Captured:
     return replace(captured, program=program, interface=replace(interface, shapes=shapes))
 
 
-def capture_with_cache(simulation: Simulation, sizes: CacheSizes | None = None) -> Captured:
+def capture_with_cache(simulation: Simulation, sizes: CacheSizes | Batch | None = None) -> Captured:
     """`capture_cached` of the simulation's model, with the simulation's adapter active, in the
-    shape that it has there."""
+    shape that it has there; or, of a batch, the graph without a cache for inputs of its shapes."""
     model, state = simulation.origin.model, simulation.program.state_dict
     used = _used(simulation.program)
     adapters = [str(name) for name in {adapter_of(name) for name in used} - {None}]
@@ -234,7 +235,9 @@ def capture_with_cache(simulation: Simulation, sizes: CacheSizes | None = None) 
     with restored_adapters(model), padded_adapters(model, adapters, ranks):
         if adapters:
             activate_(model, adapters)
-        return capture_cached(model, sizes)
+        if sizes is None or isinstance(sizes, CacheSizes):
+            return capture_cached(model, sizes)
+        return capture(model, sizes, static=True)
 
 
 def cached_graph(
@@ -317,9 +320,9 @@ def _used(program: ExportedProgram) -> list[str]:
 @dataclass(frozen=True)
 class NpuGraph:
     """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
-    mask is negative."""
+    mask is negative. Without a cache there are no sizes."""
 
-    sizes: CacheSizes
+    sizes: CacheSizes | None
     device: QuantizedGraph
     host: QuantizedGraph
     floor: float
@@ -337,11 +340,12 @@ def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, T
 
 
 def npu_graph(
-    simulation: Simulation, sizes: CacheSizes, largest_scaling: float | None = None
+    simulation: Simulation, sizes: CacheSizes | Batch, largest_scaling: float | None = None
 ) -> NpuGraph:
-    """The graph of a calibrated simulation, of a causal language model with its adapter active, for
-    a number of new tokens and a context. `largest_scaling` is alpha / rank of any adapter that it
-    will run with; default: that of the simulation's. Values that would stay float are refused."""
+    """The graph of a calibrated simulation with its adapter active: of a causal language model, for
+    a number of new tokens and a context; of any model, for inputs of the shapes of a batch, without
+    a cache. `largest_scaling` is alpha / rank of any adapter that it will run with; default: that
+    of the simulation's. Values that would stay float are refused."""
     graph = cached_graph(simulation, capture_with_cache(simulation, sizes))
     return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
 
@@ -361,11 +365,19 @@ def mask_floor(graph: QuantizedGraph) -> float:
 
 
 def npu_form(
-    graph: QuantizedGraph, sizes: CacheSizes, floor: float, largest_scaling: float | None
+    graph: QuantizedGraph, sizes: CacheSizes | Batch, floor: float, largest_scaling: float | None
 ) -> NpuGraph:
     """`npu_graph` of a graph of `cached_graph`, with this floor of the mask. Without
     `largest_scaling`, alpha / rank stays a constant of the graph."""
-    program, interface, host = lift_host_inputs(graph.program, graph.interface, floor)
+    placeholders = graph.program.graph_signature.user_inputs
+    known = {mark.node: mark for mark in graph.marks}
+    is_cached = isinstance(sizes, CacheSizes)
+    deciding = [
+        name
+        for name, node in zip(graph.interface.inputs, placeholders, strict=True)
+        if (name in (MASK, POSITIONS) if is_cached else node not in known)
+    ]
+    program, interface, host = lift_host_inputs(graph.program, graph.interface, floor, deciding)
     scaling = None if largest_scaling is None else scaling_of(program)
     if scaling is not None:
         program, interface = lift_scaling(program, interface)
@@ -373,7 +385,10 @@ def npu_form(
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
-    added = _host_encodings(host, sizes)
+    if isinstance(sizes, CacheSizes):
+        added = _host_encodings(host, sizes)
+    else:
+        added = _lifted_encodings(host, known, graph.encodings, floor)
     if scaling is not None:
         added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0))
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
@@ -398,7 +413,7 @@ def npu_form(
         {_renamed(name): encoding for name, encoding in encodings.items()},
         graph.observer,
     )
-    return NpuGraph(sizes, device, host, floor)
+    return NpuGraph(sizes if isinstance(sizes, CacheSizes) else None, device, host, floor)
 
 
 def _add_masked_scores_(
@@ -489,6 +504,29 @@ def _host_encodings(host: QuantizedGraph, sizes: CacheSizes) -> dict[str, Encodi
             high = ranges[name][1]
             ranges[name] = ranges[name.replace(COS, SIN)] = -high, high
     return {name: _between(low, high) for name, (low, high) in ranges.items()}
+
+
+def _lifted_encodings(
+    host: QuantizedGraph,
+    marks: Mapping[str, GraphValue],
+    known: Mapping[str, Encoding],
+    floor: float,
+) -> dict[str, Encoding]:
+    """The encoding of each float input that the host computes for a graph without a cache: the
+    simulation's, or the range of a mask."""
+    added = {}
+    (results,) = host.program.graph.output_node().args
+    for name, node in zip(host.interface.outputs, results, strict=True):
+        if not node.meta["val"].is_floating_point():
+            continue
+        encoding = encoding_before(node, marks, known)
+        if encoding is None and not name.startswith(MASK):
+            raise CalibrationError(
+                f"{place_of(node)} ({operator_of(node)}), which the host computes from {name}, has "
+                f"no encoding. Add a placement rule: {{match: {place_of(node)}, force: true}}"
+            )
+        added[name] = encoding or _between(floor, 0.0)
+    return added
 
 
 def _between(low: float, high: float) -> Encoding:

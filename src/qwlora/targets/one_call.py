@@ -64,7 +64,8 @@ def export(
         tokenizer: saved next to the base.
         gguf_file: the file that the base came from, for target gguf.
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
-            shapes that files with fixed shapes take.
+            shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
+            that is no causal language model.
         graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
             of each graph. Default: prefill 128, decode 1.
         context: new and past tokens together, in each of these graphs.

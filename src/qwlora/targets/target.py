@@ -314,6 +314,13 @@ class Runtime(ABC):
         """The comparison with a reference, if running `logits` is not all of it."""
         return None
 
+    def output_parity(
+        self, reference: Any, batches: Collection[Mapping[str, Any]], limits: Limits
+    ) -> Parity | None:
+        """The comparison with a simulation of a model that is no language model, if running `run`
+        is not all of it."""
+        return None
+
 
 class Backend(ABC):
     """Writes and opens the files of a target. The layout says which of the writers it has.

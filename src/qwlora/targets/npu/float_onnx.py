@@ -42,7 +42,6 @@ from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
 from qwlora.simulation.kv_cache_graph import (
-    CacheSizes,
     NpuGraph,
     cached_graph,
     capture_with_cache,
@@ -51,6 +50,7 @@ from qwlora.simulation.kv_cache_graph import (
 )
 from qwlora.system.optional_packages import require
 from qwlora.targets.npu.htp_rewrites import OPSET as NPU_OPSET
+from qwlora.targets.npu.kv_cache_graphs import graph_sizes
 from qwlora.targets.onnx.onnx_edits import constant, new_node, remove_unused, tensor_of
 from qwlora.targets.onnx.onnx_model import (
     DEQUANTIZE,
@@ -124,7 +124,7 @@ class FloatOnnx:
 def float_graphs(
     cases: Mapping[str, ExportedGraph], name: str
 ) -> Iterator[tuple[str, FloatOnnx, NpuGraph]]:
-    """One of the graphs of `ExportedGraph.graphs` for each use case, one at a time.
+    """One of the graphs of `ExportedGraph.graphs`, or `FORWARD`, for each use case, one at a time.
 
     All have one mask.
 
@@ -133,7 +133,7 @@ def float_graphs(
         name: of the graph.
     """
     first = next(iter(cases.values()))
-    sizes = CacheSizes(first.graphs[name], first.context)
+    sizes = graph_sizes(first)[name]
     captured = capture_with_cache(first.simulation, sizes)
     cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
     floor = min(mask_floor(graph) for graph in cached.values())

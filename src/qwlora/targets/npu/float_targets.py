@@ -27,7 +27,8 @@ importer of Qualcomm's QAIRT:
     GRAPH_lora_adaptor_list.yaml    the same files by use case
     golden/CASE/                    inputs, and the outputs that were computed of them
 
-The graphs `prefill` and `decode` have a key-value cache and share model.data, CASE.safetensors and
+Of a model that is no causal language model, GRAPH is `forward`, of the sample's shapes. The graphs
+`prefill` and `decode` have a key-value cache and share model.data, CASE.safetensors and
 lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
@@ -60,6 +61,7 @@ from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
 from qwlora.targets.npu.kv_cache_graphs import (
     GOLDEN,
     CachedGraphs,
+    graph_sizes,
     has_graphs,
     read_graphs,
     share_weights,
@@ -102,7 +104,7 @@ class Aimet(Backend):
             _write_model(float_onnx, exported, folder / f"{name}.aimet")
         if npus:
             write_graphs(folder, npus, {name: {"model": f"{name}.aimet"} for name in npus})
-            CachedGraphs(folder, _aimet_models(folder)).write_golden(exported.sample["input_ids"])
+            CachedGraphs(folder, _aimet_models(folder)).write_golden(exported.sample)
         else:
             simulation, sample = exported.simulation, exported.sample
             inputs = simulation.bind(sample)
@@ -166,13 +168,15 @@ class Qairt(Backend):
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        npus = {graph: _write_graph(base, cases, graph, folder) for graph in base.graphs}
+        npus = {graph: _write_graph(base, cases, graph, folder) for graph in graph_sizes(base)}
         # each use case has grids of its own
         files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
         write_graphs(folder, npus, files, {"use_cases": list(cases)})
         for case, exported in cases.items():
             models = _use_case_models(folder, case)
-            CachedGraphs(folder, models).write_golden(exported.sample["input_ids"], case)
+            simulation, sample = exported.simulation, exported.sample
+            sample = sample if exported.graphs else simulation.bind(sample)
+            CachedGraphs(folder, models).write_golden(sample, case)
         for name, content in _lists(models, cases).items():
             (folder / name).write_bytes(content)
         template = _HERE / "qairt_templates" / "README.md.template"
@@ -210,7 +214,7 @@ def _write_graph(
     base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path
 ) -> NpuGraph:
     """Write the files of one graph; returns it with the zero adapter."""
-    file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(base.graphs))))
+    file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(graph_sizes(base)))))
     names, fixed = list[str](), dict[str, Encoding]()
     for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
         encodings = folder / f"{graph}_{case}.encodings"

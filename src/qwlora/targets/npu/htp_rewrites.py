@@ -21,8 +21,9 @@ It is the form of `onnx_model.py`, and
                     of each sum, floor(sum / 256), which is 127.5 steps of scale(x) * scale(w) too
                     low on average (38 to 62 dB in SmolLM2, with blocks 58 to 68 dB). Weights of 8
                     bits are worse in blocks (69 dB against 77 dB)
-    biases          int32 on the grid scale(x) * scale(w) in a Gemm; after a MatMul, whose output
-                    gets a grid of its own, added on their own grid
+    convolutions    packed weights are stored in the kernel's shape
+    biases          int32 on the grid scale(x) * scale(w) in a Gemm or Conv; after a MatMul, whose
+                    output gets a grid of its own, added on their own grid
     adapters        codes of lora_A and lora_B are inputs, not initializers; `lora_alpha` is a
                     quantized input
 
@@ -67,6 +68,8 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _add_zero_point_(model, node)
         elif node.op_type == "Gemm":
             _split_gemm_(model, node)
+        elif node.op_type == "Conv":
+            _shape_kernel_(model, node)
         elif node.op_type == "RMSNormalization":
             _round_norm_(model, node)
     for node in list(model.graph):  # before 8-bit values are looked for
@@ -79,7 +82,7 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _widen_(model, node)
         elif node.op_type == "Mul":
             _put_norm_second_(node)
-        elif node.op_type == "Gemm":
+        elif node.op_type in ("Gemm", "Conv"):
             _quantize_bias_(model, node)
         elif node.op_type == "Add":
             _quantize_before_bias_(model, node)
@@ -93,6 +96,19 @@ def _add_zero_point_(model: Any, node: Any) -> None:
     zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
     node.resize_inputs(3)
     node.replace_input_with(2, *constants(model, node.outputs[0].name, {"zero_point": zeros}))
+
+
+def _shape_kernel_(model: Any, node: Any) -> None:
+    """Store the packed weight of a convolution, a matrix that is reshaped, in its own shape."""
+    reshape = node.inputs[1].producer()
+    stored = reshape.inputs[0].producer() if reshape and reshape.op_type == "Reshape" else None
+    if stored is None or stored.op_type != "DequantizeLinear" or "block_size" in stored.attributes:
+        return
+    codes, kernel = numbers(stored.inputs[0]), node.attributes["kernel_shape"].value
+    shaped = codes.reshape(len(codes), -1, *kernel)
+    stored.replace_input_with(0, constant(model, stored.inputs[0].name, shaped))
+    node.replace_input_with(1, stored.outputs[0])
+    stored.outputs[0].shape = None
 
 
 def _split_gemm_(model: Any, node: Any) -> None:
@@ -232,7 +248,7 @@ def _readers(value: Any) -> list[Any]:
 
 
 def _quantize_bias_(model: Any, node: Any) -> None:
-    """Give the bias of a Gemm with a quantized input and weight their product's grid."""
+    """Give the bias of a Gemm or Conv with a quantized input and weight their product's grid."""
     if len(node.inputs) < 3:
         return
     x, weight, bias = (value.producer() for value in node.inputs)
@@ -315,14 +331,20 @@ def _has_eight_bits(node: Any) -> bool:
 
 
 def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
-    """Make inputs of the codes of adapter weights; returns their values."""
+    """Make inputs of the codes of adapter weights, [in, out] of linear layers; returns their
+    values."""
     ir = require("onnx_ir", "onnx")
     found = {}
     for mark in graph.marks:
         if mark.kind is Kind.ADAPTER and is_factor_name(mark.name):
+            stored = model.graph.initializers[f"{mark.name}{CODES}"].consumers()[0]
+            for node in stored.outputs[0].consumers():
+                if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+                    _turn_(model, stored)
+                    _set_(node, "transB", 0)
             value = model.graph.initializers.pop(f"{mark.name}{CODES}")
-            stored, value.const_value = value.const_value, None
-            found[value.name] = stored.numpy()
-            value.type, value.shape = ir.TensorType(stored.dtype), stored.shape
+            codes, value.const_value = value.const_value, None
+            found[value.name] = codes.numpy()
+            value.type, value.shape = ir.TensorType(codes.dtype), codes.shape
             model.graph.inputs.append(value)
     return found

@@ -1,5 +1,6 @@
 """A folder of graphs with a key-value cache: written with golden outputs, and run in ONNX Runtime,
-prefill in pieces, then token by token.
+prefill in pieces, then token by token. Of a model that is no causal language model there is one
+graph, `forward`, without a cache: what integers and masks decide, its host computes.
 
     graphs.json           sizes, files and grids of the graphs
     GRAPH_host.onnx       positions and mask -> cos, sin, float mask; run before each call
@@ -29,9 +30,9 @@ from torch.nn.functional import pad
 
 from qwlora.errors import ExportError, reading
 from qwlora.graph.capture import IDS, MASK, POSITIONS
-from qwlora.graph.device_graph import COS, HOST_INPUTS, SIN
+from qwlora.graph.device_graph import COS, HOST_INPUTS, SIN, host_input
 from qwlora.simulation.genie_layout import token_axis
-from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
+from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_arguments
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
@@ -39,9 +40,23 @@ from qwlora.targets.npu.genie import GENIE, to_codes, to_values
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
 from qwlora.targets.onnx.onnx_model import build_model
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, open_session, run_session
-from qwlora.targets.target import Runtime
+from qwlora.targets.target import ExportedGraph, Runtime
 
 GRAPHS, FORMAT, GOLDEN = "graphs.json", 1, "golden"
+FORWARD = "forward"  # the name of a graph without a cache
+
+
+def graph_sizes(exported: ExportedGraph) -> dict[str, CacheSizes | Batch]:
+    """The graphs to write by name: sizes of those with a cache, or the batch whose shapes the only
+    one has."""
+    if exported.graphs:
+        return {n: CacheSizes(tokens, exported.context) for n, tokens in exported.graphs.items()}
+    if not exported.sample:
+        raise ExportError(
+            "the model is no causal language model, and an NPU takes fixed shapes. Give `sample`: "
+            "one batch of its inputs, of the shapes that the graph will have"
+        )
+    return {FORWARD: exported.sample}
 
 
 def write_graphs(
@@ -58,12 +73,16 @@ def write_graphs(
     """
     record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **(more or {})}
     for name, graph in graphs.items():
-        host, file = build_model(graph.host, {})[0], f"{name}_host.onnx"
-        save_graph(host, folder / file, data=None)
         interface, encodings = graph.device.interface, graph.device.encodings
-        record["context"] = graph.sizes.context
+        file = f"{name}_host.onnx" if graph.host.interface.outputs else None
+        if file:
+            save_graph(build_model(graph.host, {})[0], folder / file, data=None)
+        sized = {}
+        if graph.sizes:
+            record["context"] = graph.sizes.context
+            sized = {"tokens": graph.sizes.tokens}
         record["graphs"][name] = {
-            "tokens": graph.sizes.tokens,
+            **sized,
             "mask_floor": graph.floor,
             "inputs": {name: list(interface.shapes[name]) for name in interface.inputs},
             "outputs": {name: list(interface.shapes[name]) for name in interface.outputs},
@@ -158,7 +177,7 @@ class CachedGraphs(Runtime):
 
     Attributes:
         names: of the graphs, largest first.
-        tokens: new tokens of one call, by graph.
+        tokens: new tokens of one call, by graph; 0 without a cache.
         fixed: inputs that are the same in every call.
     """
 
@@ -168,9 +187,12 @@ class CachedGraphs(Runtime):
         self.graphs: dict[str, Any] = record["graphs"]
         self.context: int = record["context"]
         self.has_genie_layout = record.get("layout") == GENIE
-        self.tokens: dict[str, int] = {n: graph["tokens"] for n, graph in self.graphs.items()}
+        self.tokens: dict[str, int] = {
+            n: graph.get("tokens", 0) for n, graph in self.graphs.items()
+        }
         self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
-        self._hosts = {n: open_session(folder / self.graphs[n]["host"], {}) for n in self.names}
+        hosts = {name: graph["host"] for name, graph in self.graphs.items() if graph["host"]}
+        self._hosts = {name: open_session(folder / file, {}) for name, file in hosts.items()}
         self.fixed: dict[str, Tensor] = {}
 
     @property
@@ -247,14 +269,35 @@ class CachedGraphs(Runtime):
                 cache[key] = _last(longer, axis, self.context)
         return codes, outputs
 
-    def write_golden(self, ids: Tensor, case: str = "") -> None:
+    def forward(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One call of a graph without a cache: its inputs and its outputs, by name.
+
+        Args:
+            tensors: the model's inputs by name.
+        """
+        (name,) = self.names
+        host = self._hosts.get(name)
+        arguments = {host_input(key): tensor for key, tensor in tensors.items()}
+        lifted = run_session(host, arguments) if host else {}
+        inputs, session = {**tensors, **lifted, **self.fixed}, self.models[name].session
+        outputs = run_session(session, inputs)
+        return {each.name: inputs[each.name] for each in session.get_inputs()}, outputs
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.forward(tensors)[1]
+
+    def write_golden(self, sample: Mapping[str, Tensor], case: str = "") -> None:
         """Write one call of each graph: the largest on the first tokens, the others on those after
         it.
 
         Args:
-            ids: [1, tokens], at least one for each graph.
+            sample: inputs of a model without a cache, by name; else `input_ids` [1, tokens], at
+                least one for each graph.
         """
-        cache, past = self.empty_cache(), 0
+        if not self.context:
+            write_golden(self.folder / GOLDEN / case / FORWARD, *self.forward(sample))
+            return
+        ids, cache, past = sample[IDS], self.empty_cache(), 0
         for following, name in zip(reversed(range(len(self.names))), self.names, strict=True):
             count = min(self.tokens[name], ids.shape[1] - past - following)
             call = self.call(name, ids[:, past : past + count], past, cache)

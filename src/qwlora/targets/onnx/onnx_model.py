@@ -164,7 +164,21 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with paths of this machine
+    _remove_zero_biases_(exported.model)
     return exported.model
+
+
+def _remove_zero_biases_(model: Any) -> None:
+    """Remove the zeros that torch.onnx (2.13) computes from the shape of a weight, as the bias of a
+    convolution without one."""
+    for node in model.graph:
+        if node.op_type.startswith("Conv") and len(node.inputs) == 3:
+            expand = node.inputs[2].producer()
+            number = None if expand is None else expand.inputs[0].producer()
+            while number is not None and number.op_type in ("CastLike", "Cast"):
+                number = number.inputs[0].producer()
+            if number is not None and number.op_type == "Constant":
+                node.resize_inputs(2)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

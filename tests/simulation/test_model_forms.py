@@ -24,6 +24,7 @@ from qwlora.errors import CaptureError, GridError, SourceError
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
 from qwlora.targets.proof.compare import is_language_model
+from simulation.tiny_architectures import inputs, make
 
 IDS = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -59,18 +60,56 @@ def test_a_classifier_is_saved_and_loaded_as_its_own_class(tmp_path: Path) -> No
     assert torch.equal(again(IDS).logits, adapted(IDS).logits)
 
 
-def test_a_class_that_cannot_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+def test_a_model_of_any_class_is_loaded_into_the_one_that_the_caller_builds(tmp_path: Path) -> None:
     class Scorer(LlamaPreTrainedModel):
         def __init__(self, config: LlamaConfig) -> None:
             super().__init__(config)
             self.model = LlamaModel(config)
             self.score = nn.Linear(64, 3)
 
-    model = Scorer(tiny_model("llama").config)
+    model = Scorer(tiny_model("llama").config).eval()
     qwlora.quantize_(model, "w4-block32", "rtn")
-    with pytest.raises(SourceError, match=r"Scorer .* is not a model class of transformers"):
-        qwlora.save_base(model, tmp_path / "base", source="tiny")
-    assert not (tmp_path / "base").exists()
+    identity = qwlora.save_base(model, tmp_path / "base", source="tiny")
+    with pytest.raises(SourceError, match=r"class Scorer.*neither of transformers.*model="):
+        qwlora.load_base(tmp_path / "base")
+    loaded = qwlora.load_base(tmp_path / "base", model=Scorer(model.config))
+    assert qwlora.fingerprint(loaded) == identity
+    assert torch.equal(loaded.score.weight, model.score.weight)
+    smaller = Scorer(tiny_model("llama", layers=1).config)
+    with pytest.raises(GridError, match=r"model\.layers\.1"):
+        qwlora.load_base(tmp_path / "base", model=smaller)
+
+
+def test_a_module_without_a_configuration_is_built_on_the_meta_device(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+
+    model, image = build().eval(), torch.randn(2, 3, 6, 6)
+    qwlora.quantize_(model, "w4-channel", "rtn")
+    identity = qwlora.save_base(model, tmp_path)
+    with torch.device("meta"):
+        loaded = qwlora.load_base(tmp_path, model=build())
+    assert qwlora.fingerprint(loaded) == identity
+    assert torch.equal(loaded(image), model(image))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(SourceError, match=r"0\.weight is float \[8, 3, 3, 3\], not float \[4"):
+        qwlora.load_base(tmp_path, model=other)
+
+
+def test_a_base_and_adapters_of_diffusers(tmp_path: Path) -> None:
+    model = make("Stable Diffusion UNet")
+    batch = inputs("Stable Diffusion UNet")
+    qwlora.quantize_(model, "w4-channel", "rtn")
+    identity = qwlora.save_base(model, tmp_path / "base")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    model.add_adapter(lora, "first")
+    qwlora.save_adapter(model, tmp_path / "first", adapter="first")
+    base = qwlora.load_base(tmp_path / "base")
+    assert type(base) is type(model)
+    assert qwlora.fingerprint(base) == identity
+    again = qwlora.load_adapter(base, tmp_path / "first", adapter_name="first").eval()
+    assert torch.equal(again(**batch).sample, model(**batch).sample)
 
 
 def test_a_subclass_is_loaded_as_the_class_of_transformers(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 2**29
 FORMAT = 4
 RECORD = "base.json"
+# who builds the model of a base
+TRANSFORMERS, DIFFUSERS, BY_CALLER = "transformers", "diffusers", "caller"
 WITHOUT_QWLORA = (
     "this model is a QWLoRA base; run `pip install qwlora`, and `import qwlora.hf` before you "
     "load it"
@@ -108,7 +110,7 @@ class BaseWriter:
                 }
 
     def finish(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
         weights = INDEX if self._file_of else WEIGHTS
@@ -117,30 +119,28 @@ class BaseWriter:
             total = {"total_size": self._bytes}
             index = {"metadata": total, "weight_map": dict(sorted(self._file_of.items()))}
             write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
-        config: Any = copy.deepcopy(model.config)
-        config.dtype, config.architectures = model.dtype, [type(model).__name__]
-        config.quantization_config = {"quant_method": "qwlora", "weights": weights}
+        library, name = _class_of(model)
         with replacing_files(self.folder) as scratch:
-            if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
-                custom_object_save(model, scratch, config)
-            config.save_pretrained(scratch)
-            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
-            config.to_json_file(Path(scratch, "config.json"))
+            if isinstance(model, PreTrainedModel):
+                _write_config(model, scratch, weights)
+            elif library == DIFFUSERS:
+                model.save_config(scratch)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
-            if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(scratch)
             files = files_in(scratch)
         identity = combined_fingerprint(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
             "fingerprint": identity,
             "source": source,
-            "class": _class_name(model),
+            "class": name,
             "layers": self._layers,
             "tensors": self.digests,
         }
-        if any(_is_remote(type(part)) for part in (model, model.config, tokenizer)):
+        if library != TRANSFORMERS:
+            record["library"] = library
+        config = getattr(model, "config", None)
+        if any(_is_remote(type(part)) for part in (model, config, tokenizer)):
             record["trust_remote_code"] = True
         manifest.write(self.folder, RECORD, record, files)
         return identity
@@ -156,8 +156,22 @@ class BaseWriter:
         self._waiting = {}
 
 
+def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
+    """Write the configuration of a model of transformers, with the name of the weights."""
+    config: Any = copy.deepcopy(model.config)
+    config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    config.quantization_config = {"quant_method": "qwlora", "weights": weights}
+    if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
+        custom_object_save(model, scratch, config)
+    config.save_pretrained(scratch)
+    config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+    config.to_json_file(Path(scratch, "config.json"))
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(scratch)
+
+
 def write_base(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     source: str,
@@ -165,7 +179,6 @@ def write_base(
     """Write a base; see `base_folder.save_base`."""
     assert_frozen(model)
     refuse_meta(model, SourceError)
-    _class_name(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
     writer = BaseWriter(Path(folder))
     writer.add(model)
@@ -175,21 +188,20 @@ def write_base(
     return identity
 
 
-def _class_name(model: PreTrainedModel) -> str | None:
-    """The class of transformers that `load_base` will build; None if the model has its own code."""
+def _class_of(model: nn.Module) -> tuple[str, str | None]:
+    """The library whose class `load_base` will build, and the class; `BY_CALLER`: it cannot. The
+    class is None if a model of transformers has its own code."""
     kinds = type(model).__mro__
     if any(_is_remote(kind) for kind in kinds):
-        return None
-    ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
-    name = next(ours, "PreTrainedModel")
-    if name.endswith("PreTrainedModel"):
-        raise SourceError(
-            f"{type(model).__name__} ({type(model).__module__}) is not a model class of "
-            "transformers, so load_base could not build it from config.json. Save its "
-            "state_dict() and call quantize_ again with the same settings, or derive it from a "
-            "class of transformers"
-        )
-    return name
+        return TRANSFORMERS, None
+    if isinstance(model, PreTrainedModel):
+        ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
+        name = next(ours, "PreTrainedModel")
+        if not name.endswith("PreTrainedModel"):
+            return TRANSFORMERS, name
+    if kinds[0].__module__.startswith(f"{DIFFUSERS}.") and hasattr(model, "save_config"):
+        return DIFFUSERS, kinds[0].__name__
+    return BY_CALLER, kinds[0].__name__
 
 
 def _is_remote(kind: type) -> bool:
@@ -237,7 +249,10 @@ class BaseCheckpoint(Checkpoint):
             except _UNUSABLE as error:
                 raise self._invalid(path, error) from error
             self.layers[path] = scheme, shape
-        self.config = config or read_config(self.path, trust_remote_code)
+        self.library = self.record.get("library", TRANSFORMERS)
+        if config is None and self.library == TRANSFORMERS:
+            config = read_config(self.path, trust_remote_code)
+        self.config = config  # type: ignore[assignment] # None: not of transformers
         self.digests: dict[str, str] = {}
         self.packed: frozenset[str] = frozenset()
         self._path_of = {parameter_name(path): path for path in self.layers}
@@ -295,7 +310,7 @@ class BaseCheckpoint(Checkpoint):
             reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
         return GridError(f"{self.where}: layer {layer!r} of {RECORD}: {reason}; quantize again")
 
-    def place_packed_(self, model: PreTrainedModel) -> dict[str, list[str]]:
+    def place_packed_(self, model: nn.Module) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.
 
         Returns:
@@ -312,7 +327,8 @@ class BaseCheckpoint(Checkpoint):
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
             except _UNUSABLE as error:
                 raise self._invalid(name, error) from error
-        tie_weights_(model)
+        if isinstance(model, PreTrainedModel):
+            tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())
         wrong = [f"{name} is missing" for name in sorted(names.keys() - stored)]
         wrong += [f"{name} is not in the model" for name in sorted(stored - names.keys())]
@@ -330,7 +346,7 @@ class BaseCheckpoint(Checkpoint):
         return names
 
     def verified(
-        self, model: PreTrainedModel, check_configuration: bool = False
+        self, model: nn.Module, check_configuration: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, as a view of the mapped file, of everything stored.
 
@@ -348,7 +364,7 @@ class BaseCheckpoint(Checkpoint):
                 "or its fingerprint changed after saving. Copy it again, or quantize again"
             )
 
-    def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def finish_(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Check the grids, and note on the model which base it is.
 
         Raises:
@@ -374,7 +390,7 @@ class BaseCheckpoint(Checkpoint):
             keep_fingerprint_(model, now, self.record["fingerprint"])
         save_as_base_(model, self.record["source"], self.path)
 
-    def _identity(self, model: PreTrainedModel) -> str:
+    def _identity(self, model: nn.Module) -> str:
         return combined_fingerprint(self.digests, config_numbers(model))
 
 
@@ -390,26 +406,27 @@ def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
     return isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied
 
 
-def save_as_base_(
-    model: PreTrainedModel, source: str | None = None, folder: Path | None = None
-) -> None:
+def save_as_base_(model: nn.Module, source: str | None = None, folder: Path | None = None) -> None:
     """Let `model.save_pretrained` write a base while the model has packed layers.
 
-    transformers' own method would write codes and scales without saying what they are, and then
-    load them as random weights.
+    The method of transformers or diffusers would write codes and scales without saying what they
+    are, and then load them as random weights.
 
     Args:
         source: recorded in base.json; default: `model.name_or_path`.
         folder: the base that the model is from, which PEFT writes into adapters.
     """
-    source = (model.name_or_path or "") if source is None else source
-    model.name_or_path = model.name_or_path if folder is None else str(folder)
+    if not hasattr(model, "save_pretrained"):
+        return
+    if isinstance(model, PreTrainedModel):
+        source = (model.name_or_path or "") if source is None else source
+        model.name_or_path = model.name_or_path if folder is None else str(folder)
     # a partial is copied along with the model that it holds
-    model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source)
+    model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source or "")
 
 
 def _save_pretrained(
-    model: PreTrainedModel,
+    model: Any,
     source: str,
     save_directory: str | Path,
     is_main_process: bool = True,

@@ -8,6 +8,9 @@
                              last, so a folder without it is not a base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
+A model of diffusers has the config.json of its own library, and loads by `load_base`; for any other
+module there is none: the caller builds the float model.
+
 transformers warns about a quantization method that it does not know and goes on with random
 weights. So the weights are in a file that it does not look for, and `transformers_weights` in
 config.json, which it takes as a file name and refuses, says what to install.
@@ -25,28 +28,40 @@ while it is loaded, offloading to disk, tensor parallelism. Written for transfor
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qwlora.errors import SourceError
-from qwlora.formats.base_files import RECORD, WEIGHTS, BaseCheckpoint, read_record, write_base
+from qwlora.errors import SourceError, foreign_as
+from qwlora.formats.base_files import (
+    DIFFUSERS,
+    RECORD,
+    TRANSFORMERS,
+    WEIGHTS,
+    BaseCheckpoint,
+    read_record,
+    write_base,
+)
 from qwlora.formats.manifest import FILES
 from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
 from qwlora.nn import PackedLayer
+from qwlora.nn.frozen import refuse_meta
 
 METHOD = "qwlora"
 
 
 def save_base(
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -55,7 +70,8 @@ def save_base(
     """Save the frozen base of `model`, without adapters, in `folder`.
 
     Args:
-        model: a model with packed layers.
+        model: a model with packed layers: of transformers or diffusers, or any other module, which
+            `load_base` then has to be given.
         folder: created if needed.
         tokenizer: saved with the base.
         source: where the model came from; recorded in base.json. Default: what its configuration
@@ -66,10 +82,11 @@ def save_base(
 
     Raises:
         GridError: the model has no packed layers, or they are not frozen.
-        SourceError: a tensor has no data, or `load_base` could not build a model of this class.
+        SourceError: a tensor has no data.
     """
     register_with_transformers()
-    return write_base(model, tokenizer, folder, source or str(model.config._name_or_path))
+    config = getattr(model, "config", None)
+    return write_base(model, tokenizer, folder, source or str(getattr(config, "_name_or_path", "")))
 
 
 def load_base(
@@ -77,11 +94,14 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a base that `save_base` wrote.
+    model: nn.Module | None = None,
+) -> Any:
+    """Load a base that `save_base` wrote, in evaluation mode.
 
     Args:
         folder: the base's folder.
+        model: the float model, whose layers are replaced by those of the base; also on the meta
+            device. Needed if it is of a class that is neither of transformers nor of diffusers.
         dtype: the type of the float tensors. Scales keep theirs, and the fingerprint is the saved
             one.
         device: where to put the model.
@@ -89,22 +109,51 @@ def load_base(
             recipe set model.trust_remote_code.
 
     Raises:
-        SourceError: the folder is not a base, has another format version, or its tensors do not
-            match base.json and config.json (the message lists them).
+        SourceError: the folder is not a base, has another format version, needs `model` or
+            diffusers, or its tensors do not match those of the model (the message lists them).
         GridError: a layer has an invalid scheme, scale or offset.
         FingerprintError: a tensor, the configuration or the tokenizer was changed after saving.
     """
     register_with_transformers()
     base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
-    model = empty_model(base.config, trust_remote_code, base.record.get("class"))
+    if model is None:
+        model = _built(base, trust_remote_code)
+    else:
+        model.requires_grad_(False).eval()
     names = base.place_packed_(model)
     for name, tensor in base.verified(model, check_configuration=True):
         is_cast = tensor.is_floating_point() and name not in base.packed
         put_(model, names[name], tensor.to(dtype) if is_cast else tensor)
-    read_generation_config_(model, base.path)
+    if isinstance(model, PreTrainedModel):
+        read_generation_config_(model, base.path)
+    refuse_meta(model, SourceError)
     base.finish_(model, dtype)
-    model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
+    model.to(device)
     return model
+
+
+def _built(base: BaseCheckpoint, trust_remote_code: bool) -> nn.Module:
+    """The model of a base without data."""
+    name = base.record.get("class")
+    if base.library == TRANSFORMERS:
+        return empty_model(base.config, trust_remote_code, name)
+    if base.library != DIFFUSERS:
+        raise SourceError(
+            f"{base.where} is of class {name}, which is neither of transformers nor of diffusers. "
+            "Build the float model, also on the meta device, and give it: load_base(..., model=)"
+        )
+    what = f"{base.where} is a {name} of diffusers, which cannot be imported"
+    with foreign_as(SourceError, what, "pip install diffusers"):
+        kind = getattr(importlib.import_module(DIFFUSERS), str(name), None)
+    if kind is None:
+        raise SourceError(
+            f"diffusers has no class {name!r}, of which {base.where} is; install the version that "
+            "the model was saved with"
+        )
+    what = f"{base.where}: diffusers cannot build a {name} from config.json"
+    with foreign_as(SourceError, what), init_empty_weights(include_buffers=False):
+        model: nn.Module = kind.from_config(kind.load_config(base.path))
+    return model.requires_grad_(False).eval()
 
 
 class QwloraConfig(QuantizationConfigMixin):

@@ -461,8 +461,9 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
     }
     ran = Counter((kernel.get("provider"), kernel.get("op_name")) for kernel in kernels.values())
     on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
-    cpu = [n for n, kernel in kernels.items() if kernel.get("provider") != PROVIDER]
-    listing = listed([name.removesuffix("_kernel_time") for name in cpu], 6)
+    cpu = {n: kernel for n, kernel in kernels.items() if kernel.get("provider") != PROVIDER}
+    ordered = sorted(cpu, key=lambda name: "uantizeLinear" in str(cpu[name].get("op_name")))
+    listing = listed([name.removesuffix("_kernel_time") for name in ordered], 4)
     at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
     cpu_nodes = sum(on_cpu.values()) - at_edges + max(0, at_edges - edges)
     return {

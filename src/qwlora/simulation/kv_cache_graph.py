@@ -320,12 +320,18 @@ def _used(program: ExportedProgram) -> list[str]:
 @dataclass(frozen=True)
 class NpuGraph:
     """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
-    mask is negative. Without a cache there are no sizes."""
+    mask is negative."""
 
-    sizes: CacheSizes | None
+    cache: CacheSizes | None
     device: QuantizedGraph
     host: QuantizedGraph
     floor: float
+
+    @property
+    def sizes(self) -> CacheSizes:
+        """Of a graph with a cache."""
+        assert self.cache is not None
+        return self.cache
 
 
 def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def write_graphs(
         if file:
             save_graph(build_model(graph.host, {})[0], folder / file, data=None)
         sized = {}
-        if graph.sizes:
+        if graph.cache:
             record["context"] = graph.sizes.context
             sized = {"tokens": graph.sizes.tokens}
         record["graphs"][name] = {

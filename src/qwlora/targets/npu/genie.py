@@ -112,6 +112,18 @@ def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     return found
 
 
+def refuse(npu: NpuGraph, config: Any, tokenizer: Any) -> None:
+    """Refuse a model that Genie cannot run: without tokens or tokenizer, or with cosines and sines
+    that Genie would compute otherwise."""
+    text = config.get_text_config()
+    for key in ("bos_token_id", "eos_token_id"):
+        if getattr(text, key) is None:
+            raise ExportError(f"Genie needs the model's {key}, which is not set. Set config.{key}")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ExportError("Genie needs a tokenizer.json. Give tokenizer= a fast tokenizer")
+    _refuse_other_positions(npu, _positions(text, int(npu.device.interface.shapes[COS][-1])))
+
+
 def write_files(
     folder: Path,
     npu: NpuGraph,
@@ -126,19 +138,9 @@ def write_files(
         npu: any of the graphs, in Genie's layout.
         config: of the model.
         adapters: names of their folders.
-
-    Raises:
-        ExportError: Genie cannot run the model.
     """
     config, shapes = config.get_text_config(), npu.device.interface.shapes
     tokens = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
-    for key in ("bos_token_id", "eos_token_id"):
-        if getattr(config, key) is None:
-            raise ExportError(f"Genie needs the model's {key}, which is not set. Set config.{key}")
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        raise ExportError("Genie needs a tokenizer.json. Give tokenizer= a fast tokenizer")
-    positions = _positions(config, int(shapes[COS][-1]))
-    _refuse_other_positions(npu, positions)
     content, extensions = (
         json.loads((_TEMPLATES / f"{name}.template").read_text()) for name in (_CONFIG, _CHIP)
     )
@@ -147,7 +149,7 @@ def write_files(
     dialog["context"] |= {**sizes, **tokens}
     dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] = int(shapes["past_key_0_out"][2])
     model = dialog["engine"]["model"]
-    model["positional-encoding"] = positions
+    model["positional-encoding"] = _positions(config, int(shapes[COS][-1]))
     binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
     model["binary"]["ctx-bins"] = binaries
     listing = [{"version": 1, "name": name, "path": name} for name in adapters]
@@ -156,7 +158,7 @@ def write_files(
     extensions["devices"][0] |= device
     for name, record in ((_CONFIG, content), (_CHIP, extensions)):
         write_text(folder / name, strict_json.dumps(record, indent=1) + "\n")
-    backend.save(str(folder / _TOKENIZER))
+    tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
     text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
     write_text(folder / "README.md", marked(text))
 

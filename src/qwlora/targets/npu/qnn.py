@@ -66,6 +66,7 @@ from qwlora.targets.npu.genie import (
     graph_name,
     quantize_edges_,
     read_weights,
+    refuse,
     write_files,
     write_weights,
 )
@@ -131,8 +132,9 @@ class Qnn(Backend):
         if is_genie:
             if not base.graphs:
                 raise ExportError("layout genie is for causal language models; leave it out")
-            scaling = _common(scalings)
+            scaling, config = _common(scalings), base.simulation.origin.model.config
             npus = {graph_name(g.sizes): genie_layout(g, scaling) for g in npus.values()}
+            refuse(next(iter(npus.values())), config, base.tokenizer)
         graphs = folder / BASE
         graphs.mkdir(parents=True)
         codes, grids = _write_graphs(npus, graphs, base.metadata, is_genie)
@@ -169,7 +171,7 @@ class Qnn(Backend):
             else:
                 write_tensors(folder / adapter / ADAPTER, tensors)
         if is_genie:
-            config, names = base.simulation.origin.model.config, [*simulations, ZERO]
+            names = [*simulations, ZERO]
             write_files(folder, next(iter(npus.values())), config, base.tokenizer, names, CHIP)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:

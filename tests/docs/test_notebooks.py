@@ -1,4 +1,5 @@
-"""The notebooks in examples/ run from top to bottom, and are stored without outputs."""
+"""The notebooks and the script in examples/ run from top to bottom; notebooks are stored without
+outputs."""
 
 from __future__ import annotations
 
@@ -63,3 +64,22 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     printed = [output for cell in ran for output in cell["outputs"]]
     assert [o for o in printed if o["output_type"] == "error"] == []
     assert len(printed) >= 3
+
+
+@pytest.mark.slow
+def test_two_styles_are_switched(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, ROOT / "examples/two_styles.py", tmp_path, "--steps", "2"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "onnx: equal on return: True" in ended.stdout
+    assert "FAIL" not in [line.split()[1] for line in ended.stdout.splitlines() if "onnx: " in line]
+    assert (tmp_path / "stripes-onnx.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rings-onnx.png").read_bytes() != (
+        tmp_path / "stripes-onnx.png"
+    ).read_bytes()

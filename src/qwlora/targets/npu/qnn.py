@@ -54,7 +54,7 @@ from torch import Tensor
 
 from qwlora.errors import ExportError, MissingExtraError, listed
 from qwlora.graph.device_graph import ALPHA, scaling_of
-from qwlora.graph.nodes import calls, operation
+from qwlora.graph.nodes import calls, operation, place_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
@@ -214,6 +214,9 @@ def refuse_graph(graph: QuantizedGraph) -> None:
         if problem:
             problems.setdefault(problem, []).append(mark.name)
     problems |= _rescale_problems(graph)
+    if norms := [place_of(n) for n in calls(graph.program) if operation(n) == "group_norm"]:
+        problem = "onnxruntime-qnn 2.7 does not load GroupNormalization; export to onnx or qairt"
+        problems[problem] = norms
     if problems:
         lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
         raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))

@@ -29,6 +29,7 @@ from qwlora.simulation.adapter_simulations import (
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.npu import float_targets
 from qwlora.targets.npu.float_onnx import float_graphs
+from qwlora.targets.npu.kv_cache_graphs import CachedGraphs
 from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.registry import TARGETS
@@ -125,12 +126,35 @@ def test_two_adapters_at_once_are_their_sum(folder: Path) -> None:
         for name in (V, DOWN)
     }
     for name, (of_a, of_b, of_both) in products.items():
-        assert a[f"{name}.lora_A.weight"].shape[1] == 5  # padded to the rank of A+B
+        assert a[f"{name}.lora_A.weight"].shape[1] == 6  # A+B has two places of rank 3
         tolerance = 0.03 * np.abs(of_both).max()  # each on 8-bit grids of its own
         np.testing.assert_allclose(of_both, of_a + of_b, atol=tolerance)
     expected = (ADAPTERS["A"].factors[V][1] @ ADAPTERS["A"].factors[V][0]).T.numpy()
     np.testing.assert_allclose(products[V][0], expected, atol=0.03 * np.abs(expected).max())
     assert not any(w.any() for w in load_file(folder / "none.safetensors").values())
+
+
+def test_alpha_is_the_strength_of_each_adapter_of_a_use_case(folder: Path) -> None:
+    def logits(case: str, *strengths: float) -> torch.Tensor:
+        runtime = QAIRT.open(folder, case)
+        assert isinstance(runtime, CachedGraphs)
+        assert runtime.fixed["lora_alpha"].tolist() == [1, 1]
+        runtime.fixed["lora_alpha"] = torch.tensor(strengths, dtype=torch.float32)
+        return runtime.logits(IDS)
+
+    none, a, b, both = (
+        logits("none", 1, 1),
+        logits("A", 1, 1),
+        logits("B", 1, 1),
+        logits("A+B", 1, 1),
+    )
+    assert torch.equal(logits("A", 0, 1), none)
+    assert torch.equal(logits("A", 1, 0), a)
+    assert torch.equal(logits("A+B", 0, 0), none)
+    assert sqnr(logits("A+B", 1, 0) - none, a - none) > 15  # the factors have other grids in A+B
+    assert sqnr(logits("A+B", 0, 1) - none, b - none) > 15
+    assert sqnr(logits("A", 0.5, 1) - none, (a - none) / 2) > 15  # the model is not linear
+    assert not torch.equal(both, a)
 
 
 def test_the_lists_name_the_files(folder: Path) -> None:
@@ -143,7 +167,7 @@ def test_the_lists_name_the_files(folder: Path) -> None:
         "model_name": "decode_model.onnx",
         "lora_weights": "A+B.safetensors",
         "quant_overrides": "decode_A+B.encodings",
-        "output_path": "./output",
+        "output_path": "./output/decode/A+B",
     }
     own = {path.name for path in QAIRT.own_files(folder, "A")}
     assert own == {"A.safetensors", *(f"{graph}_A.encodings" for graph in GRAPHS)}

@@ -32,7 +32,10 @@ Of a model that is no causal language model, GRAPH is `forward`, of the sample's
 lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
-(`use_case_adapters.py`), so QAIRT's lora_alpha stays 1.
+(`use_case_adapters.py`). The input lora_alpha, [adapters of the largest use case], has the strength
+of each adapter of the use case, from 0 to 1; at 1, the graph computes what was simulated:
+
+    h = lora_alpha[place] * lora_A(x)        place of each rank; h keeps the grid of lora_A(x)
 
 A use case differs from the base only in what QAIRT's importer updates: the LoRA weights, and the
 encodings that quant_updatable_mode says (with adapter_only, those of the LoRA branches). Anything
@@ -42,19 +45,26 @@ else is refused when the files are written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from safetensors.numpy import save_file
 
 from qwlora.errors import ExportError, VerificationError, listed
 from qwlora.formats.model_card import marked
+from qwlora.graph.device_graph import ALPHA
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.encoding import Encoding
+from qwlora.grid.encoding import Encoding, encoding_from_range
+from qwlora.grid.scheme import Scheme
 from qwlora.simulation.adapter_simulations import BaseActivations
 from qwlora.simulation.kv_cache_graph import NpuGraph
+from qwlora.system.optional_packages import require
+from qwlora.system.parameter_names import is_first_factor
 from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
 from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
@@ -68,13 +78,14 @@ from qwlora.targets.npu.kv_cache_graphs import (
     write_golden,
     write_graphs,
 )
-from qwlora.targets.onnx.onnx_edits import numbers, save_graph
+from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, save_graph
 from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
-from qwlora.targets.target import BASE, Backend, ExportedGraph
+from qwlora.targets.target import BASE, Backend, ExportedGraph, members
 
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
 _SCRIPT, _LIST_FILE = "submit_aihub.py", "lora_weight_list.txt"
 _UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of the models
+_STRENGTH = Scheme(16, symmetric=False)
 _HERE = resources.files("qwlora.targets.npu")
 
 
@@ -168,7 +179,8 @@ class Qairt(Backend):
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        npus = {graph: _write_graph(base, cases, graph, folder) for graph in graph_sizes(base)}
+        count, graphs = max(len(members(case)) for case in cases), graph_sizes(base)
+        npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
         # each use case has grids of its own
         files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
         write_graphs(folder, npus, files, {"use_cases": list(cases)})
@@ -211,12 +223,17 @@ def _use_case_models(folder: Path, case: str) -> dict[str, FloatOnnxModel]:
 
 
 def _write_graph(
-    base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path
+    base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path, count: int
 ) -> NpuGraph:
-    """Write the files of one graph; returns it with the zero adapter."""
+    """Write the files of one graph; returns it with the zero adapter.
+
+    Args:
+        count: adapters of the largest use case.
+    """
     file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(graph_sizes(base)))))
     names, fixed = list[str](), dict[str, Encoding]()
     for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
+        _add_alpha_(float_onnx, count)
         encodings = folder / f"{graph}_{case}.encodings"
         write_encodings(float_onnx, encodings, file_version=base.encodings_version)
         model, stored = float_onnx.model, first if case == BASE else file
@@ -228,7 +245,8 @@ def _write_graph(
                 f"use cases may differ in the adapter alone (base_activations: {base.updatable})"
             )
         if case == BASE:
-            of_base, marks = npu, float_onnx.graph.marks
+            of_base = _with_alpha(npu, count) if ALPHA in float_onnx.encodings else npu
+            marks = float_onnx.graph.marks
             names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
             fixed = _fixed(float_onnx, names, base.updatable)
             model.metadata_props[_UPDATABLE] = base.updatable
@@ -237,6 +255,53 @@ def _write_graph(
             weights = {name: numbers(model.graph.initializers[name]) for name in names}
             save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
     return of_base
+
+
+def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
+    """Multiply what each lora_A computes by the strength of its adapter, an input; see the module.
+
+    Args:
+        count: of strengths, each for as many ranks.
+    """
+    ir, model, encodings = require("onnx_ir", "onnx"), float_onnx.model, float_onnx.encodings
+    shape, floats = ir.Shape([count]), ir.TensorType(ir.DataType.FLOAT)
+    alpha = ir.val(ALPHA, shape=shape, type=floats)
+    factors = [mark.name for mark in float_onnx.graph.marks if is_first_factor(mark.name)]
+    if not factors:
+        return
+    model.graph.inputs.append(alpha)
+    encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), _STRENGTH)
+    strength = alpha
+    if count > 1:
+        rank = model.graph.initializers[factors[0]].shape[-1]
+        places = constant(model, f"{ALPHA}.places", np.arange(rank) // (rank // count))
+        gather = new_node("Gather", [alpha, places], f"{ALPHA}.gather")
+        gather.name = f"{ALPHA}.by_rank"  # a tensor's name is that of its rounding, too
+        model.graph.insert_before(model.graph[0], gather)
+        (strength,) = gather.outputs
+        strength.shape, strength.type = ir.Shape([rank]), floats
+        encodings[strength.name] = encodings[ALPHA]
+    for factor in factors:
+        ((node, _),) = model.graph.initializers[factor].uses()
+        (value,) = node.outputs
+        product = new_node("Mul", [value, strength], f"{value.name}.{ALPHA}")
+        product.name, (scaled,) = f"{product.name}.mul", product.outputs
+        scaled.shape, scaled.type = value.shape, value.type
+        for user, index in list(value.uses()):
+            if user is not product:
+                user.replace_input_with(index, scaled)
+        model.graph.insert_after(node, product)
+        if value.name in encodings:
+            encodings[scaled.name] = encodings[value.name]
+
+
+def _with_alpha(npu: NpuGraph, count: int) -> NpuGraph:
+    """The graph with the strengths among its inputs, for the record."""
+    interface = npu.device.interface
+    shapes, inputs = {**interface.shapes, ALPHA: (count,)}, (*interface.inputs, ALPHA)
+    return replace(
+        npu, device=replace(npu.device, interface=replace(interface, inputs=inputs, shapes=shapes))
+    )
 
 
 def _fixed(float_onnx: FloatOnnx, names: list[str], mode: BaseActivations) -> dict[str, Encoding]:
@@ -267,7 +332,8 @@ def _lists(models: Mapping[str, FloatOnnxModel], cases: Iterable[str]) -> dict[s
         for case in cases:
             tensors, encodings = f"{case}.safetensors", f"{graph}_{case}.encodings"
             use_case = {"name": case, "model_name": f"{graph}_model.onnx", "lora_weights": tensors}
-            use_cases.append({**use_case, "quant_overrides": encodings, "output_path": "./output"})
+            output = f"./output/{graph}/{case}"
+            use_cases.append({**use_case, "quant_overrides": encodings, "output_path": output})
             adaptors.append({"name": case, "encodings_path": encodings, "safetensor_path": tensors})
         lists[f"{graph}_lora_config.yaml"] = {"use_case": use_cases}
         lists[f"{graph}_lora_adaptor_list.yaml"] = adaptors

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from qwlora.errors import ExportError, reading
 from qwlora.graph.capture import IDS, MASK, POSITIONS
-from qwlora.graph.device_graph import COS, HOST_INPUTS, SIN, host_input
+from qwlora.graph.device_graph import ALPHA, COS, HOST_INPUTS, SIN, host_input
 from qwlora.simulation.genie_layout import token_axis
 from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_arguments
 from qwlora.system import strict_json
@@ -178,7 +178,7 @@ class CachedGraphs(Runtime):
     Attributes:
         names: of the graphs, largest first.
         tokens: new tokens of one call, by graph; 0 without a cache.
-        fixed: inputs that are the same in every call.
+        fixed: inputs that are the same in every call; the strength of an adapter is 1.
     """
 
     def __init__(self, folder: Path, models: Mapping[str, OnnxModel]):
@@ -193,7 +193,8 @@ class CachedGraphs(Runtime):
         self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
         hosts = {name: graph["host"] for name, graph in self.graphs.items() if graph["host"]}
         self._hosts = {name: open_session(folder / file, {}) for name, file in hosts.items()}
-        self.fixed: dict[str, Tensor] = {}
+        inputs = self.graphs[self.names[0]]["inputs"]
+        self.fixed = {name: torch.ones(inputs[name]) for name in inputs if name == ALPHA}
 
     @property
     def call_tokens(self) -> int:

@@ -4,8 +4,9 @@
     A+B         W x + [B_A B_B] [A_A; A_B] x      concatenated along the rank
     none        W x                               the zero adapter
 
-Every use case has factors for every layer that any of them adapts, of one rank: zeros fill what is
-missing. Scales are folded into B (`canonical_adapter.py`).
+Every use case has factors for every layer that any of them adapts, of one rank: as many places as
+the largest has adapters, each of the highest rank. Zeros fill what is missing. Scales are folded
+into B (`canonical_adapter.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwlora.graph.graph_analysis import computed_from
@@ -39,14 +39,14 @@ def use_case_model(
     Args:
         adapters: by name.
     """
-    factors = {
-        case: _joined([adapters[name] for name in members(case)]) for case in cases if case != NONE
-    }
-    rank = max(len(a) for own in factors.values() for a, _ in own.values())
-    modules = sorted({module for own in factors.values() for module in own})
+    used = {case: [adapters[name] for name in members(case)] for case in cases if case != NONE}
+    factors = [own.factors for joined in used.values() for own in joined]
+    place = max(len(a) for own in factors for a, _ in own.values())
+    modules = sorted({module for own in factors for module in own})
+    rank = place * max(map(len, used.values()))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
     names, model = peft_names(cases), None
-    for case, own in factors.items():
+    for case, joined in used.items():
         if model is None:
             model = get_peft_model(base, config, names[case])
         else:
@@ -57,23 +57,14 @@ def use_case_model(
             with torch.no_grad():
                 a.zero_()
                 b.zero_()
-                if module in own:
-                    own_a, own_b = own[module]
-                    a[: len(own_a)].copy_(own_a)
-                    b[:, : len(own_a)].copy_(own_b)
+                for number, adapter in enumerate(joined):
+                    if module in adapter.factors:
+                        own_a, own_b = adapter.factors[module]
+                        first, last = number * place, number * place + len(own_a)
+                        a[first:last].copy_(own_a)
+                        b[:, first:last].copy_(own_b)
     assert model is not None, "the recipe refuses use cases without an adapter"
     return model.eval()
-
-
-def _joined(adapters: Sequence[CanonicalAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors by module, concatenated along the rank."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for adapter in adapters:
-        for module, (a, b) in adapter.factors.items():
-            if module in found:
-                a, b = torch.cat([found[module][0], a]), torch.cat([found[module][1], b], 1)
-            found[module] = a, b
-    return found
 
 
 def share_unaffected(simulations: AdapterSimulations) -> None:

@@ -142,19 +142,12 @@ def test_alpha_is_the_strength_of_each_adapter_of_a_use_case(folder: Path) -> No
         runtime.fixed["lora_alpha"] = torch.tensor(strengths, dtype=torch.float32)
         return runtime.logits(IDS)
 
-    none, a, b, both = (
-        logits("none", 1, 1),
-        logits("A", 1, 1),
-        logits("B", 1, 1),
-        logits("A+B", 1, 1),
-    )
+    none, a, b = logits("none", 1, 1), logits("A", 1, 1), logits("B", 1, 1)
     assert torch.equal(logits("A", 0, 1), none)
     assert torch.equal(logits("A", 1, 0), a)
     assert torch.equal(logits("A+B", 0, 0), none)
     assert sqnr(logits("A+B", 1, 0) - none, a - none) > 15  # the factors have other grids in A+B
     assert sqnr(logits("A+B", 0, 1) - none, b - none) > 15
-    assert sqnr(logits("A", 0.5, 1) - none, (a - none) / 2) > 15  # the model is not linear
-    assert not torch.equal(both, a)
 
 
 def test_the_lists_name_the_files(folder: Path) -> None:

@@ -161,6 +161,58 @@ GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
 NARROW_ENCODER = {**ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
 VIT = {**ENCODER, "image_size": 16, "patch_size": 4, "num_channels": 3, "num_labels": 5}
 
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 4}
+VISION |= {"num_attention_heads": 2, "image_size": 16}
+QWEN2_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+IMAGE_TOKENS = {"image_token_id": 5, "video_token_id": 6}
+IMAGE_TOKENS |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
+GEMMA3_TOKENS = {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4}
+LLAMA_TEXT = {"model_type": "llama", **DECODER}
+
+VISION_LANGUAGE: dict[str, Callable[[], Any]] = {
+    "Qwen2-VL": lambda: t.Qwen2VLForConditionalGeneration(
+        t.Qwen2VLConfig(
+            text_config={**DECODER, "rope_parameters": MROPE},
+            vision_config=QWEN2_VISION,
+            **IMAGE_TOKENS,
+        )
+    ),
+    "SmolVLM": lambda: t.SmolVLMForConditionalGeneration(
+        t.SmolVLMConfig(
+            text_config=LLAMA_TEXT, vision_config=VISION, image_token_id=5, scale_factor=2
+        )
+    ),
+    "Gemma 3, with images": lambda: t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(
+            text_config=GEMMA3, vision_config=VISION, image_token_index=5, **GEMMA3_TOKENS
+        )
+    ),
+    "LLaVA": lambda: t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            text_config=LLAMA_TEXT,
+            vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
+            image_token_index=5,
+        )
+    ),
+}
+
+
+def image_and_text(model: Any, seed: int = 0) -> Inputs:
+    """What the language model of one of these reads: embeddings of text, and of an image in place of four tokens, with positions of three axes for the model that counts them."""
+    g = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings()(_ids(g)).detach()
+    embeddings[:, 3:7] = _noise(g, 2, 4, 64) * embeddings.std()
+    positions = torch.arange(12).expand(2, 12)
+    if "mrope_section" in (model.config.get_text_config().rope_parameters or {}):
+        image = torch.tensor([[3, 3, 3, 3], [3, 3, 4, 4], [3, 4, 3, 4]])[:, None].expand(3, 2, 4)
+        positions = positions.repeat(3, 1, 1)
+        positions[..., 7:] -= 2
+        positions[..., 3:7] = image
+    mask = torch.ones(2, 12, dtype=torch.long)
+    return {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": positions}
+
+
 # At 8 bits two experts may be equally likely, and who is then the second of them no two runtimes agree about.
 ROUTER = (PlacementRule("*.mlp.gate", bitwidth=16),)
 

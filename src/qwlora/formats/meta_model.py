@@ -21,7 +21,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -79,7 +82,15 @@ def build_model(
         if is_model:
             return named._from_config(config, **settings)
         settings["trust_remote_code"] = trust_remote_code
-        return AutoModelForCausalLM.from_config(config, **settings)
+        return auto_class(config).from_config(config, **settings)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """What loads the model of `config`: a language model, or one that reads images too."""
+    is_language_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_vision_language = reads_images and not is_language_model
+    return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
 
 
 def blocks_of(model: nn.Module) -> list[str]:

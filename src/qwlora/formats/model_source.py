@@ -259,7 +259,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             parameters, or `transformers` cannot load it (the message includes its error).
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from qwlora.formats.meta_model import auto_class
 
     location = _readable(source)
     if not location.holds_floats:
@@ -275,11 +276,12 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 
         SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
+    config = load_config(source, trust_remote_code)
     loaded = _from_pretrained(
-        AutoModelForCausalLM,
+        auto_class(config),
         location,
         f"model {source!r}",
-        config=None if location.gguf_file else load_config(source, trust_remote_code),
+        config=None if location.gguf_file else config,
         dtype=torch.float32,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,

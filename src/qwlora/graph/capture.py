@@ -19,6 +19,15 @@ A causal language model with a key-value cache is two graphs with the same encod
         prefill: logits, present.0.key, present.0.value, ...
     capture(model, {"input_ids": ids, "past_key_values": pairs, ...})
         decode: the same outputs from past_key_values.0.key, ...
+
+The language model of a vision-language model is the graph of the embeddings that text and images
+become, without the vision tower and without the table of tokens:
+
+    capture(model, {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions})
+        x float [batch, tokens, width]; positions [batch, tokens], or [3, batch, tokens] if the
+        model counts time, height and width (mrope)
+
+A call of that graph may have `input_ids`: they are looked up in the model's own table.
 """
 
 from __future__ import annotations
@@ -48,15 +57,17 @@ from qwlora.graph.nodes import (
     operation,
     operator_of,
     place_of,
+    used_placeholders,
 )
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.system.parameter_names import parameter_name
+from qwlora.system.parameter_names import adapter_of, canonical_name, parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+EMBEDS = "inputs_embeds"  # instead of token ids
 MASKS_OF = {MASK: IDS, "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
 _SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
@@ -76,12 +87,13 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 class Captured:
     """A graph, its inputs and outputs, and how they map to the model's arguments and result. An
     output with the name of an input is called `out_NAME`, since tensor names in a file are
-    unique."""
+    unique. A graph of embeddings has the module that makes them of token ids."""
 
     program: ExportedProgram
     interface: Interface
     arguments: Structure
     result: Structure
+    embeddings: nn.Module | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -97,6 +109,7 @@ class Captured:
                                given but not captured: dropped if it is all ones
             position_ids       missing: 0, 1, 2, ... if nothing is masked and there is no cache
                                given but not captured: dropped if they are 0, 1, 2, ...
+            input_ids          given but captured with inputs_embeds: their embeddings
             None               counts as not given
 
         Raises:
@@ -104,13 +117,16 @@ class Captured:
                 tensor has a size that the graph does not take.
         """
         given = {name: value for name, value in arguments.items() if value is not None}
+        if self.embeddings is not None and EMBEDS not in given and IDS in given:
+            with torch.no_grad():
+                given[EMBEDS] = self.embeddings(given.pop(IDS))
         if POSITIONS in given or PAST not in given:
             self._complete_positions_(given)
         if MASK in given and MASK not in self.inputs and _is_all_ones(given[MASK]):
             del given[MASK]
         for mask, name in MASKS_OF.items():
-            ids = given.get(name)
-            if mask not in given and mask in self.inputs and isinstance(ids, Tensor):
+            ids = _places(given, name)
+            if mask not in given and mask in self.inputs and ids is not None:
                 rows, tokens = ids.shape
                 given[mask] = ids.new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = tuple(widened(tensor) for tensor in self.arguments.flatten(given))
@@ -129,7 +145,7 @@ class Captured:
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
         positions: Any = given.get(POSITIONS)
-        ids = given.get(IDS)
+        ids = _places(given, IDS)
         if POSITIONS not in self.inputs and positions is not None:
             counted = torch.arange(positions.shape[-1], device=positions.device)
             if not bool((positions == counted).all()):
@@ -139,7 +155,7 @@ class Captured:
                     f"Add {POSITIONS} to the example inputs of `simulate`"
                 )
             del given[POSITIONS]
-        elif POSITIONS in self.inputs and isinstance(ids, Tensor):
+        elif POSITIONS in self.inputs and ids is not None:
             if positions is None:
                 if MASK in given and not _is_all_ones(given[MASK]):
                     raise CaptureError(
@@ -147,8 +163,10 @@ class Captured:
                         f"give {POSITIONS}"
                     )
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            is_shared = positions.ndim == 2 and len(positions) == 1  # one row for the whole batch
-            given[POSITIONS] = positions.expand(len(ids), -1) if is_shared else positions
+            if positions.ndim == 2 and len(positions) == 1:  # one row for the whole batch
+                positions = positions.expand(len(ids), -1)
+            axes = len(self.interface.shapes[POSITIONS]) - positions.ndim  # 1: text in mrope
+            given[POSITIONS] = positions.expand(3, -1, -1) if axes == 1 else positions
 
     @property
     def input_names(self) -> dict[str, str]:
@@ -232,13 +250,15 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         try:
             cleaned = _clean(program, flat, keep_layout=False)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
-        except CaptureError:  # a sum may have another order without layout copies
+        except (CaptureError, RuntimeError):  # another order of a sum, or no view without copies
             cleaned = _clean(program, flat, keep_layout=True)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
+    if EMBEDS in arguments.names:
+        _refuse_lost_adapters(cleaned, type(_unwrapped(model)).__name__)
     sizes = axes.shapes(cleaned, names, fixed)
     primary = "logits" if "logits" in floats else floats[0]
     interface = Interface(arguments.names, names, primary, sizes, arguments.cached)
-    return Captured(cleaned, interface, arguments, result)
+    return Captured(cleaned, interface, arguments, result, _table(model, arguments))
 
 
 def rebound(
@@ -254,7 +274,13 @@ def rebound(
     with in_float32(model), visible_implementations(model), torch.no_grad():
         flat = FlatModel(model, captured.arguments).eval()
         check_graph(program, flat, tensors, axes, captured.interface.outputs)
-    return replace(captured, program=program)
+    return replace(captured, program=program, embeddings=_table(model, captured.arguments))
+
+
+def _table(model: nn.Module, arguments: Structure) -> nn.Module | None:
+    """What makes embeddings of token ids, where a graph takes these."""
+    inner: Any = _unwrapped(model)
+    return inner.get_input_embeddings() if EMBEDS in arguments.names else None
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,6 +320,14 @@ def _parameters(model: nn.Module) -> set[str]:
         for each in (model, _unwrapped(model))
         for name in inspect.signature(each.forward).parameters
     }
+
+
+def _places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
+    """A tensor of integers [batch, tokens]: `arguments[name]`, or of the size of embeddings."""
+    ids, embeddings = arguments.get(name), arguments.get(EMBEDS)
+    if name == IDS and isinstance(embeddings, Tensor):
+        return embeddings[..., 0].long()
+    return ids if isinstance(ids, Tensor) else None
 
 
 def _separate(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
@@ -354,6 +388,19 @@ def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
         if node.name in trainable or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _refuse_lost_adapters(program: ExportedProgram, kind: str) -> None:
+    """Refuse adapter weights outside of a graph of embeddings: on the table or the vision tower."""
+    used, specs = used_placeholders(program), program.graph_signature.input_specs
+    adapters = {adapter_of(str(s.target)) for s in specs if s.arg.name in used} - {None}
+    names = {s.arg.name: str(s.target) for s in specs if s.arg.name not in used}
+    if lost := [canonical_name(n) for n in names.values() if adapter_of(n) in adapters]:
+        raise CaptureError(
+            f"{len(lost)} weights of the adapter are not in the graph of {EMBEDS}, {lost[0]} first:"
+            f" the graph is the language model of {kind}, and takes what the table and the vision "
+            "tower return. Attach the adapter to layers of the language model only (target_modules)"
+        )
 
 
 def _refuse_hidden_codes(program: ExportedProgram) -> None:

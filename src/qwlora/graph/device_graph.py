@@ -49,7 +49,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from qwlora.errors import CaptureError
-from qwlora.graph.capture import IDS, MASK, POSITIONS
+from qwlora.graph.capture import EMBEDS, IDS, MASK, POSITIONS
 from qwlora.graph.graph_analysis import computed_from, factor_nodes
 from qwlora.graph.nodes import (
     ancestors,
@@ -133,8 +133,9 @@ def lift_host_inputs(
 
 def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """Inputs of the device graph by name, from int64 mask [1, context], 1 where there is a token,
-    and positions [1, tokens]."""
-    given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+    and positions [1, tokens], or [3, 1, tokens] if the model counts three axes (text: equal)."""
+    shape = host.interface.shapes.get(HOST_INPUTS[POSITIONS], positions.shape)
+    given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions.expand([*map(int, shape)])}
     outputs = host.program.module(check_guards=False)(
         *(given[name] for name in host.interface.inputs)
     )
@@ -250,8 +251,8 @@ def _device(
             del called[node]
         elif called[node] == IDS:
             node.meta["val"] = _int32(node.meta["val"])
-    # token ids first, then what was lifted, then the cache
-    given_order = sorted(called, key=lambda n: (called[n] != IDS, n.name in inputs))
+    # tokens first, then what was lifted, then the cache
+    given_order = sorted(called, key=lambda n: (called[n] not in (IDS, EMBEDS), n.name in inputs))
     for node in given_order:
         last = graph.find_nodes(op="placeholder")[-1]
         if node is not last:

@@ -294,6 +294,9 @@ class SimulationSection(Section):
     only what matrix products read; weights-only: no activations"""
     rules: list[SimulationRule] = []
     """exceptions for some values; the first matching rule decides"""
+    inputs: Literal["tokens", "embeddings"] = "tokens"
+    """what the graph takes. embeddings: of text and images, for the language model of a
+    vision-language model; the table of the tokens' embeddings is next to the files"""
     activation_bitwidth: Bitwidth = 16
     """bits of every activation. ONNX has 8 and 16"""
     activation_symmetric: bool = False

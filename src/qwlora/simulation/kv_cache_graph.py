@@ -43,6 +43,9 @@ Inputs and outputs are called as in Qualcomm's public recipes:
     input_ids, attention_mask, position_ids_cos, position_ids_sin, past_key_0_in, past_value_0_in
     logits, past_key_0_out, past_value_0_out      of the new tokens only, and so on for each layer
 
+The graphs of a simulation that takes `inputs_embeds`, of the language model in a vision-language
+model, take them instead of input_ids; the host has the table, and positions of one or three axes.
+
 Keys are [1, heads, tokens, width], like values. past_key_0_in and past_key_0_out have one encoding.
 
 The simulation computes three values in float; the device graph quantizes them:
@@ -73,7 +76,16 @@ from qwlora.adapter.attach import activate_
 from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, foreign_as, listed
 from qwlora.graph.call_arguments import Structure
-from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
+from qwlora.graph.capture import (
+    EMBEDS,
+    IDS,
+    MASK,
+    PAST,
+    POSITIONS,
+    PRESENT,
+    Captured,
+    capture,
+)
 from qwlora.graph.device_graph import (
     ALPHA,
     COS,
@@ -138,18 +150,23 @@ class CacheSizes:
         return self.context - self.tokens
 
 
-def capture_cached(model: nn.Module, sizes: CacheSizes | None = None) -> Captured:
+def capture_cached(
+    model: nn.Module, sizes: CacheSizes | None = None, like: Captured | None = None
+) -> Captured:
     """The graph of a causal language model that continues a sequence: of one row and these sizes,
     which returns keys and values of the new tokens only; or of any number of rows, tokens and past
-    tokens, which returns those of past and new ones. Models without `input_ids`, `attention_mask`,
-    `position_ids` or keys and values for each layer are refused."""
+    tokens, which returns those of past and new ones. It takes embeddings, and positions of three
+    axes, where `like` does. Models without `input_ids`, `attention_mask`, `position_ids` or keys
+    and values for each layer are refused."""
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
     ids = torch.ones(rows, past + tokens, dtype=torch.int64)
+    table, shapes = (like.embeddings, like.interface.shapes) if like else (None, {})
+    axes = (3,) if len(shapes.get(POSITIONS, ())) == 3 else ()
     example = {
-        IDS: ids[:, past:],
+        **({IDS: ids[:, past:]} if table is None else {EMBEDS: table(ids[:, past:]).detach()}),
         MASK: torch.ones_like(ids),
-        POSITIONS: torch.arange(past, past + tokens).expand(rows, tokens),
+        POSITIONS: torch.arange(past, past + tokens).expand(*axes, rows, tokens),
         PAST: _example_cache(model, ids[:, :2], past),
     }
     captured = capture(model, example, static=sizes is not None)
@@ -213,7 +230,8 @@ def _only_new(captured: Captured) -> Captured:
                     "output of the new tokens alone. Export the whole keys and values"
                 )
             node = nodes[new.name]
-            shapes[name] = (*shapes[name][:2], shapes[IDS][1], *shapes[name][3:])
+            tokens = shapes[IDS if IDS in shapes else EMBEDS][1]
+            shapes[name] = (*shapes[name][:2], tokens, *shapes[name][3:])
         results.append(node)
     output.args = (tuple(results),)
     program = with_graph(captured.program, graph)
@@ -236,7 +254,7 @@ def capture_with_cache(simulation: Simulation, sizes: CacheSizes | Batch | None 
         if adapters:
             activate_(model, adapters)
         if sizes is None or isinstance(sizes, CacheSizes):
-            return capture_cached(model, sizes)
+            return capture_cached(model, sizes, simulation.captured)
         return capture(model, sizes, static=True)
 
 

@@ -47,7 +47,7 @@ _COUNTS = (
 # Pattern of keys, and the names that they may have unless the model has its own code.
 _NAMES: tuple[tuple[str, Collection[str]], ...] = (
     ("hidden_act(ivation)?|activation_function|feed_forward_act", ACT2FN.keys()),
-    ("rope_type", {"default", *ROPE_INIT_FUNCTIONS}),
+    ("rope_type", {"default", "axial", *ROPE_INIT_FUNCTIONS}),  # axial: of vision towers
     ("(torch_)?dtype", {"auto", *(n for n, v in vars(torch).items() if type(v) is torch.dtype)}),
 )
 # What transformers' errors mean, by words in them.

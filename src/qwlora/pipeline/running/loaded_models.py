@@ -184,10 +184,17 @@ class JobContext:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
         return one_row(self.text(adapter).data.held_out.input_ids[0])
 
-    @property
-    def example_inputs(self) -> dict[str, Tensor]:
+    def example_inputs(self, model: Any) -> dict[str, Tensor]:
+        """Two sequences that a graph of `model` is captured from."""
         ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.recipe.simulation.inputs == "embeddings":
+            embeddings = model.get_input_embeddings()(example.pop("input_ids")).detach()
+            example = {"inputs_embeds": embeddings, **example}
+            rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+            if "mrope_section" in rotary:  # positions of time, height and width
+                example["position_ids"] = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        return example
 
     # Models
 
@@ -311,7 +318,8 @@ class JobContext:
         if isinstance(model, PeftModel) and ranks:
             wrap_(model, ranks)
         with self.step("capturing the graph"), padded_adapters(model, names, ranks):
-            return simulate(model, self.example_inputs, self.schemes, activation_encodings=known)
+            example = self.example_inputs(model)
+            return simulate(model, example, self.schemes, activation_encodings=known)
 
     @cached_property
     def _common_ranks(self) -> dict[str, int]:
@@ -398,7 +406,7 @@ class JobContext:
         }
         model = use_case_model(self.base(), adapters, recipe.use_cases())
         shared = recipe.simulation.base_activations
-        return simulate_adapters(model, self.example_inputs, self.schemes, shared)
+        return simulate_adapters(model, self.example_inputs(model), self.schemes, shared)
 
     @cached_property
     def use_cases(self) -> dict[str, Simulation]:
@@ -429,11 +437,12 @@ class JobContext:
         ]
         if recipe.workflow == "qwa-lora" or recipe.simulation.base_activations != "all":
             models.append(self.base)
-        for model in models:
+        for build in models:
             if known and not set.intersection(*(set(p.unused_rules) for p in known)):
                 break
             with self.step("capturing the graph"):
-                captured = capture(model().eval(), self.example_inputs)
+                model = build().eval()
+                captured = capture(model, self.example_inputs(model))
             known.append(place(captured.program, self.schemes, captured.input_names))
         refuse_ineffective_rules(known)
         self._rules_are_checked = True

@@ -314,7 +314,8 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     shares = context.recipe.simulation.base_activations
     model = context.adapted(*names)
     with context.step("capturing the graph"):
-        simulations = simulate_adapters(model, context.example_inputs, context.schemes, shares)
+        example = context.example_inputs(model)
+        simulations = simulate_adapters(model, example, context.schemes, shares)
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
     simulations.observe(**context.calibration(*names))
     simulations.freeze(allow_unseen=context.allow_unseen)

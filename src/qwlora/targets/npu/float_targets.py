@@ -79,6 +79,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
     write_graphs,
 )
 from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, save_graph
+from qwlora.targets.onnx.onnx_runtime import EMBEDDINGS_FILE, write_embeddings
 from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.targets.target import BASE, Backend, ExportedGraph, members
 
@@ -99,6 +100,7 @@ class Aimet(Backend):
             "*.aimet/model.encodings",
             "*_host.onnx",
             "graphs.json",
+            EMBEDDINGS_FILE,
             "submit_aihub.py",
             *GOLDEN_FILES,
             *SIMULATED_ADAPTER,
@@ -115,6 +117,7 @@ class Aimet(Backend):
             _write_model(float_onnx, exported, folder / f"{name}.aimet")
         if npus:
             write_graphs(folder, npus, {name: {"model": f"{name}.aimet"} for name in npus})
+            write_embeddings(exported.simulation, folder)
             CachedGraphs(folder, _aimet_models(folder)).write_golden(exported.sample)
         else:
             simulation, sample = exported.simulation, exported.sample
@@ -171,6 +174,7 @@ class Qairt(Backend):
             "*.yaml",
             "*lora_weight_list.txt",
             "graphs.json",
+            EMBEDDINGS_FILE,
             *GOLDEN_FILES,
         )
     )
@@ -184,6 +188,7 @@ class Qairt(Backend):
         # each use case has grids of its own
         files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
         write_graphs(folder, npus, files, {"use_cases": list(cases)})
+        write_embeddings(base.simulation, folder)
         for case, exported in cases.items():
             models = _use_case_models(folder, case)
             simulation, sample = exported.simulation, exported.sample

@@ -8,6 +8,7 @@ graph, `forward`, without a cache: what integers and masks decide, its host comp
                           without a cache golden/, a batch and what the simulation computes of it
       input_ids.npy ...   every input and output of the graph, with its type
       golden.json         name, role, type, shape and SHA-256 of each
+    token_embeddings.safetensors    where graphs take embeddings instead of token ids
 
 The cache is on the host. Valid tokens are on its right, next to the new ones.
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qwlora.errors import ExportError, reading
-from qwlora.graph.capture import IDS, MASK, POSITIONS
+from qwlora.graph.capture import EMBEDS, IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import ALPHA, COS, HOST_INPUTS, SIN, host_input
 from qwlora.simulation.genie_layout import token_axis
 from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_arguments
@@ -39,7 +40,7 @@ from qwlora.system.optional_packages import require
 from qwlora.targets.npu.genie import GENIE, to_codes, to_values
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
 from qwlora.targets.onnx.onnx_model import build_model
-from qwlora.targets.onnx.onnx_runtime import OnnxModel, open_session, run_session
+from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
 from qwlora.targets.target import ExportedGraph, Runtime
 
 GRAPHS, FORMAT, GOLDEN = "graphs.json", 1, "golden"
@@ -234,23 +235,43 @@ class CachedGraphs(Runtime):
         return token_axis(name) if self.has_genie_layout else 2
 
     def call(
-        self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor], session: Any = None
+        self,
+        name: str,
+        ids: Tensor,
+        past: int,
+        cache: dict[str, Tensor],
+        session: Any = None,
+        positions: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One call of a graph: its inputs and its outputs, by name.
 
         Args:
-            ids: as many as the graph takes, or fewer; the rest is padded on the right.
+            ids: as many as the graph takes, or fewer; the rest is padded on the right. A graph of
+                embeddings takes these too, [1, tokens, width].
             past: tokens before.
             cache: keys and values, valid ones on the right, at least as many as the graph takes.
                 Those of the new tokens are put into it.
             session: another one of the graph.
+            positions: of the new tokens, [1, tokens], or [3, 1, tokens] where an image is among
+                them. Default: counted.
         """
         sizes, count = CacheSizes(self.tokens[name], self.context), ids.shape[1]
-        mask, positions = host_arguments(sizes, past, count)
-        arguments = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        mask, counted = host_arguments(sizes, past, count)
+        missing, host = sizes.tokens - count, self._hosts[name]
+        counted = counted if positions is None else pad(positions, (0, missing))
+        shapes = {value.name: value.shape for value in host.get_inputs()}
+        of_host = HOST_INPUTS[POSITIONS]
+        arguments = {HOST_INPUTS[MASK]: mask, of_host: counted.expand(shapes.get(of_host, (1, -1)))}
+        given = {EMBEDS: ids} if ids.is_floating_point() else embedded({IDS: ids}, self.folder)
+        padded = {
+            key: pad(
+                value if key == EMBEDS else value.int(), (0,) * 2 * (value.ndim - 2) + (0, missing)
+            )
+            for key, value in given.items()
+        }
         inputs = {
-            **run_session(self._hosts[name], arguments),
-            IDS: pad(ids.int(), (0, sizes.tokens - count)),
+            **run_session(host, arguments),
+            **padded,
             **{key: _last(value, self._axis(key), sizes.past) for key, value in cache.items()},
             **self.fixed,
         }
@@ -310,5 +331,6 @@ class CachedGraphs(Runtime):
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         """One call of the largest graph, with an empty cache; see `Runtime`."""
         name, count = self.names[0], int(tensors[MASK].sum())
-        ids, session = tensors[IDS][:, :count], self.models[name].open_layers()
+        tokens = tensors[IDS if IDS in tensors else EMBEDS]
+        ids, session = tokens[:, :count], self.models[name].open_layers()
         return self.call(name, ids, 0, self.empty_cache(), session)

@@ -85,7 +85,13 @@ from qwlora.targets.npu.kv_cache_graphs import (
     write_graphs,
 )
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
-from qwlora.targets.onnx.onnx_runtime import OnnxModel, exposed, open_model, open_session
+from qwlora.targets.onnx.onnx_runtime import (
+    OnnxModel,
+    exposed,
+    open_model,
+    open_session,
+    write_embeddings,
+)
 from qwlora.targets.proof.checks import LIMITS, Limits, Parity, at_most
 from qwlora.targets.proof.compare import compare_logits, compare_outputs
 from qwlora.targets.proof.reference import first_sequences
@@ -129,6 +135,10 @@ class Qnn(Backend):
         for graph in npus.values():
             refuse_graph(graph.device)
         is_genie = base.layout == GENIE
+        if is_genie and base.simulation.captured.embeddings is not None:
+            raise ExportError(
+                "the graphs take inputs_embeds, and layout genie is for token ids. Leave it out"
+            )
         if is_genie:
             if not base.graphs:
                 raise ExportError("layout genie is for causal language models; leave it out")
@@ -152,6 +162,7 @@ class Qnn(Backend):
             more["layout"] = GENIE
             files = {name: {**fields, "encodings": grids[name]} for name, fields in files.items()}
         write_graphs(graphs, npus, files, more)
+        write_embeddings(base.simulation, graphs)
         for adapter in (*simulations, ZERO):
             tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
             for name, array in codes.items():

@@ -65,9 +65,11 @@ from qwlora.targets.onnx.onnx_edits import (
 )
 from qwlora.targets.onnx.onnx_model import activation_arrays, build_model, weight_arrays
 from qwlora.targets.onnx.onnx_runtime import (
+    EMBEDDINGS_FILE,
     OPTIONS_FILE,
     OPTIONS_FORM,
     OnnxModel,
+    write_embeddings,
     write_session_options,
 )
 from qwlora.targets.proof.contents import ADAPTER_FILE, SIMULATED_ADAPTER, TOKENIZER, Contents
@@ -113,7 +115,7 @@ class Onnx(Backend):
     """One model for the base and all adapters; ONNX Runtime runs it."""
 
     contents = Contents(
-        base=(MODEL_FILE, DATA_FILE, ENCODINGS_FILE, OPTIONS_FILE, *TOKENIZER),
+        base=(MODEL_FILE, DATA_FILE, ENCODINGS_FILE, OPTIONS_FILE, EMBEDDINGS_FILE, *TOKENIZER),
         adapter=(ADAPTER_FILE, ENCODINGS_FILE, *SIMULATED_ADAPTER),
         forms={OPTIONS_FILE: OPTIONS_FORM},
     )
@@ -128,6 +130,7 @@ class Onnx(Backend):
         transposed = write_switchable(graph, folder, exported.metadata, base_activations)
         write_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
+        write_embeddings(exported.simulation, folder)
         return reason
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
@@ -145,6 +148,7 @@ class OnnxEach(Backend):
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         export_onnx(exported.simulation.graph(), folder, exported.metadata)
+        write_embeddings(exported.simulation, folder)
 
     def open(self, folder: Path, case: str) -> OnnxModel:
         return OnnxModel(folder)

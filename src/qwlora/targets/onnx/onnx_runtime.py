@@ -5,6 +5,7 @@ are those of a whole sequence:
 
     past_key_values.N.key, .value    without tokens
     position_ids                     0, 1, 2, ... from the first token that attention_mask shows
+    inputs_embeds                    of input_ids, by the table next to the model
 
 Without these options of ONNX Runtime, a quantized model computes something else. They are exported
 with it, and a file with other options is refused:
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError, SourceError, foreign_as, listed
-from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
+from qwlora.graph.call_arguments import vocabulary_size
+from qwlora.graph.capture import EMBEDS, IDS, MASK, PAST, POSITIONS, PRESENT
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.simulation.simulation import Simulation
 from qwlora.system import strict_json
-from qwlora.system.atomic import write_text
+from qwlora.system.atomic import read_tensors, write_tensors, write_text
 from qwlora.system.optional_packages import require
 from qwlora.targets.onnx.onnx_edits import MODEL_FILE, load_graph, remove_unused, save_graph
 from qwlora.targets.onnx.onnx_model import activation_tensor
@@ -41,6 +44,7 @@ from qwlora.targets.target import Runtime
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
 OPTIONS_FILE = "session_options.json"
+EMBEDDINGS_FILE = "token_embeddings.safetensors"
 OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
@@ -91,10 +95,10 @@ class OnnxModel(Runtime):
         return any(value.name.startswith(f"{PAST}.") for value in self.session.get_inputs())
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return run_session(self.session, tensors, self._options)
+        return run_session(self.session, embedded(tensors, self.folder), self._options)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        tensors = {IDS: ids, MASK: torch.ones_like(ids)}
+        tensors = embedded({IDS: ids, MASK: torch.ones_like(ids)}, self.folder)
         return run_session(self.session, tensors, self._options, ["logits"])["logits"]
 
     def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,7 +107,6 @@ class OnnxModel(Runtime):
         new = {
             IDS: ids,
             MASK: ids.new_ones(len(ids), count),
-            POSITIONS: torch.arange(before, count).expand(ids.shape),
         }
         outputs = self.run({**new, **past})
         cache = {
@@ -144,6 +147,31 @@ class OnnxModel(Runtime):
     def open_layers(self) -> Any:
         """A session whose outputs are the quantized activations."""
         return open_model(exposed(self.load()), self.session_options)
+
+
+def write_embeddings(simulation: Simulation, folder: Path) -> None:
+    """Write the embedding of each token of a model whose graph takes embeddings, float32
+    [vocabulary, width]; a runtime looks up text in it, and puts what an image becomes between."""
+    if (embeddings := simulation.captured.embeddings) is not None:
+        with torch.no_grad():
+            rows = embeddings(torch.arange(vocabulary_size(simulation.origin.model)))
+        write_tensors(folder / EMBEDDINGS_FILE, {EMBEDS: rows.float()})
+
+
+def embedded(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Inputs of a model in `folder`, with the embeddings of token ids if it takes these."""
+    path = folder / EMBEDDINGS_FILE
+    if IDS not in tensors or EMBEDS in tensors or not path.is_file():
+        return dict(tensors)
+    again = "export the model again, or copy the file again"
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", again):
+        rows = _rows(path, path.stat().st_mtime_ns)
+    return {**tensors, EMBEDS: rows[tensors[IDS].long()]}
+
+
+@lru_cache(maxsize=1)
+def _rows(path: Path, _: int) -> Tensor:
+    return read_tensors(path)[0][EMBEDS]
 
 
 def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
@@ -245,11 +273,14 @@ def run_session(
         ExportError: an input is missing, or the session refuses its adapter.
     """
     tensors, shapes = dict(tensors), {i.name: i.shape for i in session.get_inputs()}
-    for name in (shapes.keys() - tensors.keys()) if IDS in tensors else ():
-        ids = tensors[IDS]
+    ids = tensors[EMBEDS][..., 0].long() if EMBEDS in tensors else tensors.get(IDS)
+    for name in shapes.keys() - tensors.keys():
+        if ids is None:
+            break
         if name == POSITIONS:
             mask = tensors.get(MASK, torch.ones_like(ids))
-            tensors[name] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            counted = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            tensors[name] = counted.expand([3, -1, -1][-len(shapes[name]) :])
         elif name.startswith(f"{PAST}."):
             tensors[name] = torch.zeros(len(ids), shapes[name][1], 0, shapes[name][3])
     if missing := [name for name in shapes if name not in tensors]:

@@ -41,6 +41,7 @@ from torch import Tensor
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import VerificationError
 from qwlora.graph.call_arguments import as_arguments
+from qwlora.graph.capture import EMBEDS, IDS
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.system.progress import Track, untracked
@@ -399,6 +400,7 @@ def verify_language_model(
 
 
 def is_language_model(interface: Interface) -> bool:
-    """Whether a graph takes token ids and returns next-token logits [batch, tokens, vocabulary]."""
+    """Whether a graph takes token ids or their embeddings, and returns next-token logits [batch,
+    tokens, vocabulary]."""
     is_logits = interface.primary == "logits" and len(interface.shapes["logits"]) == 3
-    return "input_ids" in interface.inputs and is_logits
+    return not {IDS, EMBEDS}.isdisjoint(interface.inputs) and is_logits

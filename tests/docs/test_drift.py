@@ -35,7 +35,7 @@ CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 PYTHON = {
     "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
-    "aimet-guide.md": (6, "tests/docs/test_aimet_guide.py"),
+    "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),

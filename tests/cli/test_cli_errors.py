@@ -122,7 +122,10 @@ def test_impossible_configurations_name_the_model(
     scalar = isinstance(entries[key], int | float) or entries[key] in ("silly", "float17")
     assert key in errors or not scalar  # a value that is wrong by itself is named
     if "spiral" in str(entries):
-        assert "rope_parameters.rope_type is 'spiral', and transformers knows default, " in errors
+        assert (
+            "rope_parameters.rope_type is 'spiral', and transformers knows axial, default, "
+            in errors
+        )
     assert not (tmp_path / "out").exists()
 
 

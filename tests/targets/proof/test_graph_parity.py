@@ -25,7 +25,7 @@ LOGITS = torch.randn(1, 12, 16, generator=GENERATOR)
 REFERENCE = make_reference(
     {"adapter": lambda ids: LOGITS}, Sequences(IDS[:1], IDS[:1]), {"adapter": lambda ids: LOGITS}
 )
-PLACED = {"partitions": 2, "cpu_nodes": 3}
+PLACED = {"partitions": 2, "cpu_nodes": 3, "cpu_names": ["a", "b", "c"]}
 
 
 def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
@@ -53,7 +53,7 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
         def __init__(self, *arguments: Any, htp: bool, **options: Any):
             self.logits = lambda ids, steps: LOGITS + 0.1 * htp * LOGITS.flip(1)
 
-        def placement(self) -> dict[str, dict[str, int]]:
+        def placement(self) -> dict[str, dict[str, Any]]:
             return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
 
     def absent() -> None:
@@ -71,7 +71,7 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
     assert parity.figures["exact"]["adapter"] == parity.figures["htp"] != parity.figures["cpu"]
     assert any("on the HTP" in problem for problem in problems)
     assert "partitions of graph decode on the HTP: 2 (limit: at most 1)" in problems
-    assert "nodes of graph decode on the CPU: 3 (limit: at most 0)" in problems
+    assert "nodes of graph decode on the CPU (of a, b, c): 3 (limit: at most 0)" in problems
     assert not any("prefill" in problem for problem in problems)
 
 

@@ -286,7 +286,11 @@ def test_differences_of_outputs_add_up() -> None:
         outputs=lambda batch: {"y": one},
         perturbed_outputs=lambda batch: {"y": one + 0.25 * batch["x"]},
     )
-    runtime: Any = SimpleNamespace(run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]})
+    runtime: Any = SimpleNamespace(
+        has_layers=False,
+        output_parity=lambda *arguments: None,
+        run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]},
+    )
     batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]
     figures = verify_outputs(runtime, simulation, batches, LIMITS).figures
     assert figures["max_abs_difference"] == {"y": 0.5}

@@ -41,7 +41,6 @@ import importlib
 import importlib.util
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache, cached_property, partial
@@ -435,7 +434,7 @@ def _on_cpu_and_htp(
         for name, place in placement.items()
         for row in (
             at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
-            at_most(f"nodes of graph {name} on the CPU{place['names']}", place["cpu_nodes"], 0),
+            at_most(f"nodes of graph {name} on the CPU{_of(place)}", place["cpu_nodes"], 0),
         )
     ]
     return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
@@ -475,19 +474,20 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("kernel_time")
     }
-    ran = Counter((kernel.get("provider"), kernel.get("op_name")) for kernel in kernels.values())
-    on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
-    cpu = {n: kernel for n, kernel in kernels.items() if kernel.get("provider") != PROVIDER}
-    ordered = sorted(cpu, key=lambda name: "uantizeLinear" in str(cpu[name].get("op_name")))
-    listing = listed([name.removesuffix("_kernel_time") for name in ordered], 4)
-    at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
-    cpu_nodes = sum(on_cpu.values()) - at_edges + max(0, at_edges - edges)
+    on_cpu = {n: str(k.get("op_name")) for n, k in kernels.items() if k.get("provider") != PROVIDER}
+    at_edges = [n for n, op in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear")]
+    inside = [name for name in on_cpu if name not in at_edges]
     return {
-        "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
-        "cpu_nodes": cpu_nodes,
-        "edge_nodes": at_edges,
-        "names": f" (of {listing})" if cpu_nodes else "",
+        "partitions": len(kernels) - len(on_cpu),
+        "cpu_nodes": len(inside) + max(0, len(at_edges) - edges),
+        "edge_nodes": len(at_edges),
+        "cpu_names": [name.removesuffix("_kernel_time") for name in (*inside, *at_edges)],
     }
+
+
+def _of(place: Mapping[str, Any]) -> str:
+    """The nodes that ran on the CPU, those at the graph's edges last, for a sentence."""
+    return f" (of {listed(place['cpu_names'], 4)})" if place["cpu_nodes"] else ""
 
 
 @cache

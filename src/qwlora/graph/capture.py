@@ -125,7 +125,7 @@ class Captured:
         if MASK in given and MASK not in self.inputs and _is_all_ones(given[MASK]):
             del given[MASK]
         for mask, name in MASKS_OF.items():
-            ids = _places(given, name)
+            ids = token_places(given, name)
             if mask not in given and mask in self.inputs and ids is not None:
                 rows, tokens = ids.shape
                 given[mask] = ids.new_ones(rows, tokens_in(given.get(PAST)) + tokens)
@@ -145,7 +145,7 @@ class Captured:
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
         positions: Any = given.get(POSITIONS)
-        ids = _places(given, IDS)
+        ids = token_places(given, IDS)
         if POSITIONS not in self.inputs and positions is not None:
             counted = torch.arange(positions.shape[-1], device=positions.device)
             if not bool((positions == counted).all()):
@@ -322,7 +322,7 @@ def _parameters(model: nn.Module) -> set[str]:
     }
 
 
-def _places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
+def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
     """A tensor of integers [batch, tokens]: `arguments[name]`, or of the size of embeddings."""
     ids, embeddings = arguments.get(name), arguments.get(EMBEDS)
     if name == IDS and isinstance(embeddings, Tensor):

@@ -188,6 +188,7 @@ class CachedGraphs(Runtime):
         self.graphs: dict[str, Any] = record["graphs"]
         self.context: int = record["context"]
         self.has_genie_layout = record.get("layout") == GENIE
+        self.adapter_inputs: dict[str, Any] = record.get("adapter_inputs", {})
         self.tokens: dict[str, int] = {
             n: graph.get("tokens", 0) for n, graph in self.graphs.items()
         }

@@ -361,8 +361,8 @@ class QnnModel(CachedGraphs):
     def use(self, adapter: Path | None) -> None:
         self.adapter = adapter or self.folder.parent / ZERO
         if self.has_genie_layout:
-            shapes = read_graphs(self.folder)["adapter_inputs"]
-            self.fixed = {**read_weights(self.adapter, shapes), ALPHA: torch.ones(1)}
+            weights = read_weights(self.adapter, self.adapter_inputs)
+            self.fixed = {**weights, ALPHA: torch.ones(1)}
         else:
             self.fixed, _ = read_tensors(self.adapter / ADAPTER)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qwlora.errors import ExportError, SourceError, foreign_as, listed
 from qwlora.graph.call_arguments import vocabulary_size
-from qwlora.graph.capture import EMBEDS, IDS, MASK, PAST, POSITIONS, PRESENT
+from qwlora.graph.capture import EMBEDS, IDS, MASK, PAST, POSITIONS, PRESENT, token_places
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system import strict_json
@@ -273,16 +273,14 @@ def run_session(
         ExportError: an input is missing, or the session refuses its adapter.
     """
     tensors, shapes = dict(tensors), {i.name: i.shape for i in session.get_inputs()}
-    ids = tensors[EMBEDS][..., 0].long() if EMBEDS in tensors else tensors.get(IDS)
-    for name in shapes.keys() - tensors.keys():
-        if ids is None:
-            break
-        if name == POSITIONS:
-            mask = tensors.get(MASK, torch.ones_like(ids))
-            counted = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            tensors[name] = counted.expand([3, -1, -1][-len(shapes[name]) :])
-        elif name.startswith(f"{PAST}."):
-            tensors[name] = torch.zeros(len(ids), shapes[name][1], 0, shapes[name][3])
+    if (ids := token_places(tensors, IDS)) is not None:
+        for name in shapes.keys() - tensors.keys():
+            if name == POSITIONS:
+                mask = tensors.get(MASK, torch.ones_like(ids))
+                counted = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+                tensors[name] = counted.expand([3, -1, -1][-len(shapes[name]) :])
+            elif name.startswith(f"{PAST}."):
+                tensors[name] = torch.zeros(len(ids), shapes[name][1], 0, shapes[name][3])
     if missing := [name for name in shapes if name not in tensors]:
         raise ExportError(
             f"the exported model has inputs {', '.join(shapes)}; {missing[0]} was not given"

@@ -114,3 +114,27 @@ def test_the_htp_runs_the_whole_graph(kind: str, tmp_path: Path) -> None:
         found.append(next(iter(model.run(inputs).values())))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
+
+
+class ConstantBias(nn.Module):
+    """A convolution whose bias the model computes from the shape of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(8, 8), nn.Conv2d(3, 4, 1, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        weight = self.conv.weight
+        bias = torch.full((weight.shape[0],), 0.5)
+        return nn.functional.conv2d(self.linear(image), weight, bias)
+
+
+def test_only_a_bias_of_zeros_is_removed(tmp_path: Path) -> None:
+    model = ConstantBias().eval()
+    qwlora.quantize_(model, "w8-channel", solver="rtn")
+    batch = {"image": torch.randn(1, 3, 8, 8)}
+    simulation = qwlora.simulate(model, batch)
+    simulation.calibrate([batch])
+    qwlora.export(simulation, "onnx_each", tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert [len(node.input) for node in graph.node if node.op_type == "Conv"] == [3]

@@ -171,13 +171,14 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
 def _remove_zero_biases_(model: Any) -> None:
     """Remove the zeros that torch.onnx (2.13) computes from the shape of a weight, as the bias of a
     convolution without one."""
+    constant_of = require("onnx_ir", "onnx").convenience.get_const_tensor
     for node in model.graph:
         if node.op_type.startswith("Conv") and len(node.inputs) == 3:
-            expand = node.inputs[2].producer()
-            number = None if expand is None else expand.inputs[0].producer()
-            while number is not None and number.op_type in ("CastLike", "Cast"):
-                number = number.inputs[0].producer()
-            if number is not None and number.op_type == "Constant":
+            value = node.inputs[2]
+            while value.producer() and value.producer().op_type in ("Expand", "CastLike", "Cast"):
+                value = value.producer().inputs[0]
+            number = None if value is node.inputs[2] else constant_of(value)
+            if number is not None and not number.numpy().any():
                 node.resize_inputs(2)
 
 

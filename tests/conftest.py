@@ -48,7 +48,7 @@ from qwlora.formats.base_files import BaseWriter  # noqa: E402
 transformers_logging.disable_progress_bar()
 
 TESTS = Path(__file__).parent
-LONG = ("pipeline", "cli", "simulation", "export", "docs", "adapter", "quantize", "graph")
+LONG = ("pipeline", "cli", "simulation", "targets", "docs", "adapter", "quantize", "graph")
 VOCABULARY = 260
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")
 # where each costs seconds: the two that differ most in the fast lane, the others in the slow one

@@ -40,23 +40,14 @@ def verify_weights(
 ) -> Parity:
     """A runtime against the trained model."""
     rounded = None if rounding is None else logits_of(model, rounding)
-    return measure_runtime(
-        runtime, adapter, make_reference(logits_of(model), sequences, rounded=rounded)
-    )
+    reference = make_reference(logits_of(model), sequences, rounded=rounded)
+    return measure_runtime(runtime, adapter, reference)
 
 
-def verify_onnx(
-    folder: Path,
-    simulation: Reference,
-    ids: Tensor,
-    layer_tokens: int,
-    limits: Limits = LIMITS,
-    has_to_pass: bool = True,
-) -> Parity:
-    """A language model in ONNX Runtime against its simulation."""
-    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens, limits)
-    if has_to_pass:
-        check_parity(parity, str(folder))
+def verify_onnx(folder: Path, simulation: Reference, ids: Tensor, layer_tokens: int) -> Parity:
+    """A language model in ONNX Runtime against its simulation; raises if a check fails."""
+    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens)
+    check_parity(parity, str(folder))
     return parity
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from conftest import reseal
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import FingerprintError, QwloraError, QwloraWarning, SourceError
-from qwlora.targets import target as target_module
 from qwlora.targets.proof.folder import (
     current_proofs,
     is_bundle,
@@ -30,6 +29,8 @@ from qwlora.targets.proof.folder import (
 )
 from qwlora.targets.proof.reference import logits_of, make_reference
 from qwlora.targets.registry import TARGETS
+from targets.damage import swap
+from targets.proof.toy_runtime import TableRuntime
 
 WORDS, TOKENS = 40, 24
 GENERATOR = torch.Generator().manual_seed(3)
@@ -64,49 +65,35 @@ class Trained:
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-class Runtime(target_module.Runtime):
+class Runtime(TableRuntime):
     """Computes by one table without an adapter and by another with one.
 
     Args:
         forgets: an adapter changes what the base computes afterwards.
-        decodes: whether tokens that are decoded one by one are the likeliest.
+        wrong: how many tokens of a call of `decode` are not the likeliest.
 
     Attributes:
         decoded: tokens before and after those of each call of `decode`.
-        wrong: how many tokens of a call are not the likeliest.
     """
 
-    switches = True
-    wrong = 0
-
     def __init__(
-        self,
-        base: Tensor = BASE,
-        adapted: Tensor = ADAPTED,
-        forgets: bool = True,
-        decodes: bool = True,
+        self, base: Tensor = BASE, adapted: Tensor = ADAPTED, forgets: bool = True, wrong: int = 0
     ):
-        self.tables, self.table = (base, adapted), base
-        self.forgets, self.decodes = forgets, decodes
+        super().__init__({"": base, "first": adapted, "second": adapted})
+        self.forgets, self.wrong = forgets, wrong
         self.decoded: list[tuple[int, int]] = []
 
     def use(self, adapter: Path | None) -> None:
-        if adapter is not None or self.forgets or self.table is self.tables[0]:
-            self.table = self.tables[adapter is not None]
-        else:
-            self.table = self.tables[0] + 1e-6
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.table[ids]
+        if self.state and adapter is None and not self.forgets:
+            self.tables[""] = self.tables[""] + 1e-6
+        super().use(adapter)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         self.decoded.append((ids.shape[1], count))
-        tokens = [int(ids[0, -1])]
-        for number in range(count):
-            row = self.table[tokens[-1]]
-            is_likeliest = self.decodes and number >= self.wrong
-            tokens.append(int(row.argmax() if is_likeliest else row.argmin()))
-        return tokens[1:]
+        return super().decode(ids, count)
+
+    def chosen(self, row: Tensor, number: int) -> int:
+        return int(row.argmax() if number >= self.wrong else row.argmin())
 
 
 def write(bundle: Path, name: str, content: Any) -> None:
@@ -147,12 +134,20 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_record(folder / part, {"base_fingerprint": "0" * 64})
     for name in ("first", "second"):
         prove(folder, name)
-    opens(monkeypatch, Runtime())
+    open_runtime = lambda self, base, case: Runtime()  # noqa: E731
+    monkeypatch.setattr(type(TARGETS["hf"].backend), "open", open_runtime)
     return folder
 
 
-def opens(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
-    monkeypatch.setattr(type(TARGETS["hf"].backend), "open", lambda self, base, case: runtime)
+@pytest.fixture
+def proven(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """The proof of the first adapter by a runtime."""
+
+    def prove_by(runtime: Any) -> Any:
+        monkeypatch.setattr(type(TARGETS["hf"].backend), "open", lambda self, base, case: runtime)
+        return verify_bundle(bundle)["first"]
+
+    return prove_by
 
 
 def test_an_untouched_bundle_passes(bundle: Path) -> None:
@@ -178,11 +173,8 @@ def test_an_untouched_bundle_passes(bundle: Path) -> None:
 
 
 LISTED = [f"{part}/{name}" for part, files in FILES.items() for name in files]
-PROOFS = [
-    f"proof/{name}/{file}"
-    for name in ("first", "second")
-    for file in ("proof.json", "reference.safetensors")
-]
+PROOFS = [f"proof/{name}/proof.json" for name in ("first", "second")]
+PROOFS += [f"proof/{name}/reference.safetensors" for name in ("first", "second")]
 RECORDS = [f"{part}/qwlora.json" for part in FILES]
 
 
@@ -209,22 +201,12 @@ def test_a_file_that_is_not_the_proven_one_is_refused(name: str, how: str, bundl
     assert Path(name).parent.name in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "notes.txt",
-        "third/adapter_config.json",
-        "base/notes.txt",
-        "base/.hidden",
-        "base/deep/notes.txt",
-        "first/notes.txt",
-        "second/.hidden",
-        "proof/notes.txt",
-        "proof/third/notes.txt",
-        "proof/first/notes.txt",
-        "proof/second/.hidden",
-    ],
-)
+ADDED = ["notes.txt", "third/adapter_config.json", "first/notes.txt", "second/.hidden"]
+ADDED += ["base/notes.txt", "base/.hidden", "base/deep/notes.txt"]
+ADDED += [f"proof/{name}" for name in ("notes.txt", "third/notes.txt", "first/notes.txt")]
+
+
+@pytest.mark.parametrize("name", [*ADDED, "proof/second/.hidden"])
 def test_a_file_that_was_not_exported_is_refused(name: str, bundle: Path) -> None:
     write(bundle, name, "mine")
     shown = "third" if "third" in name else re.escape(Path(name).name)
@@ -239,9 +221,7 @@ def test_a_readme_and_hidden_files_of_the_bundle_may_be_there(name: str, bundle:
 
 
 @pytest.mark.parametrize("part", ["base", "first"])
-def test_files_of_another_bundle_are_refused_although_their_record_is_right(
-    part: str, bundle: Path
-) -> None:
+def test_files_of_another_bundle_are_refused_though_sealed(part: str, bundle: Path) -> None:
     write(bundle, f"{part}/{next(iter(FILES[part]))}", '{"model_type": "gpt2"}')
     reseal(bundle / part, "qwlora.json")
     with pytest.raises(FingerprintError, match=rf"{part}.* is not the one that the proof"):
@@ -249,9 +229,7 @@ def test_files_of_another_bundle_are_refused_although_their_record_is_right(
 
 
 @pytest.mark.parametrize("part", ["base", "first"])
-def test_a_key_that_no_export_writes_is_refused_although_everything_is_sealed(
-    part: str, bundle: Path
-) -> None:
+def test_a_key_that_no_export_writes_is_refused_though_sealed(part: str, bundle: Path) -> None:
     """As somebody does who makes a bundle of his own."""
     name = next(iter(FILES[part]))
     write(bundle, f"{part}/{name}", json.loads(FILES[part][name]) | {"auto_map": "evil"})
@@ -264,9 +242,7 @@ def test_a_key_that_no_export_writes_is_refused_although_everything_is_sealed(
 
 def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) -> None:
     for folder in (bundle, bundle / "proof"):
-        (folder / "first").rename(folder / "kept")
-        (folder / "second").rename(folder / "first")
-        (folder / "kept").rename(folder / "second")
+        swap("first", "second")(folder)
     with pytest.raises(FingerprintError, match=r"proof/first.*'second'"):
         verify_bundle(bundle)
 
@@ -290,9 +266,7 @@ def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) 
         ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
     ],
 )
-def test_a_proof_that_says_something_else_is_refused(
-    change: dict[str, Any], message: str, bundle: Path
-) -> None:
+def test_other_proofs_are_refused(change: dict[str, Any], message: str, bundle: Path) -> None:
     prove(bundle, "second", **change)
     with pytest.raises((FingerprintError, SourceError), match=message) as raised:
         verify_bundle(bundle)
@@ -324,8 +298,7 @@ def off(table: Tensor, share: float) -> Tensor:
     """
     allowed = 2 * 1e-4 * float(table[IDS].abs().max())
     word = int(IDS[0, 4])  # its next token is not in the loss
-    shifted = table.clone()
-    likeliest = int(table[word].argmax())
+    shifted, likeliest = table.clone(), int(table[word].argmax())
     before = table[word].double().log_softmax(-1)
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -341,12 +314,11 @@ def off(table: Tensor, share: float) -> Tensor:
 @pytest.mark.parametrize("state", ["base", "adapter"])
 @pytest.mark.parametrize(("share", "passes"), [(0.8, True), (1.2, False)])
 def test_a_log_probability_may_be_off_by_twice_the_share_of_the_largest_logit(
-    state: str, share: float, passes: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, share: float, passes: bool, proven: Any
 ) -> None:
     tables = {"base": BASE, "adapter": ADAPTED}
     tables[state] = off(tables[state], share)
-    opens(monkeypatch, Runtime(tables["base"], tables["adapter"]))
-    proof = verify_bundle(bundle)["first"]
+    proof = proven(Runtime(tables["base"], tables["adapter"]))
     assert proof["passed"] == passes, proof["problems"]
     if not passes:
         what = "without" if state == "base" else "with the adapter"
@@ -357,91 +329,69 @@ WRONG: dict[str, tuple[Callable[[], Runtime], str]] = {
     "another base": (lambda: Runtime(base=ADAPTED), "likeliest token without"),
     "another adapter": (lambda: Runtime(adapted=BASE), "likeliest token with the adapter"),
     "no switching off": (lambda: Runtime(forgets=False), "switched off"),
-    "wrong decoding": (lambda: Runtime(decodes=False), "decoded one by one"),
+    "wrong decoding": (lambda: Runtime(wrong=TOKENS), "decoded one by one"),
     "a wrong scale": (lambda: Runtime(1.01 * BASE, 1.01 * ADAPTED), "perplexity"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_runtime_that_computes_something_else_fails(
-    what: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runtime_that_computes_something_else_fails(what: str, proven: Any) -> None:
     make, words = WRONG[what]
-    opens(monkeypatch, make())
-    proof = verify_bundle(bundle)["first"]
+    proof = proven(make())
     assert not proof["passed"]
     assert any(words in problem for problem in proof["problems"]), proof["problems"]
 
 
-def test_settings_as_shipped_that_do_not_switch_off_fail(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_as_shipped_that_do_not_switch_off_fail(proven: Any) -> None:
     runtime: Any = Runtime()
     runtime.shipped = Runtime(1.01 * BASE, 1.01 * ADAPTED)
-    opens(monkeypatch, runtime)
-    assert verify_bundle(bundle)["first"]["passed"]  # only reported
+    assert proven(runtime)["passed"]  # only reported
     runtime.shipped = Runtime(forgets=False)
-    proof = verify_bundle(bundle)["first"]
+    proof = proven(runtime)
     assert not proof["passed"]
     assert any("shipped" in problem for problem in proof["problems"])
 
 
-def test_a_runtime_that_opens_with_an_adapter_is_switched_off_first(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runtime_that_opens_with_an_adapter_is_switched_off_first(proven: Any) -> None:
     runtime = Runtime()
-    runtime.table = ADAPTED
-    opens(monkeypatch, runtime)
-    assert verify_bundle(bundle)["first"]["passed"]
+    runtime.state = "first"
+    assert proven(runtime)["passed"]
 
 
 @pytest.mark.parametrize(("tokens", "prompt"), [(TOKENS, TOKENS - 16), (17, 1), (10, 1)])
-def test_tokens_are_decoded_after_the_rest_of_the_text(
-    tokens: int, prompt: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = Sequences(IDS[:, :tokens], LABELS[:, :tokens])
+def test_where_decoding_begins(tokens: int, prompt: int, bundle: Path, proven: Any) -> None:
+    text, runtime = Sequences(IDS[:, :tokens], LABELS[:, :tokens]), Runtime()
     for name in ("first", "second"):
         prove(bundle, name, says(text))
-    opens(monkeypatch, runtime := Runtime())
-    assert verify_bundle(bundle)["first"]["passed"]
+    assert proven(runtime)["passed"]
     assert runtime.decoded[0] == (prompt, 16)
 
 
-def test_a_runtime_that_cannot_switch_is_compared_with_the_adapter_alone(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runtime_that_cannot_switch_is_compared_with_the_adapter_alone(proven: Any) -> None:
     runtime = Runtime(base=ADAPTED)
     runtime.switches = False
-    opens(monkeypatch, runtime)
-    proof = verify_bundle(bundle)["first"]
+    proof = proven(runtime)
     assert proof["passed"]
     assert proof["figures"]["exact"].keys() == {"adapter"}
 
 
-def test_decoding_may_differ_as_often_as_two_valid_computations(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = Runtime()
-    runtime.wrong = 2  # of 16
-    opens(monkeypatch, runtime)
-    assert not verify_bundle(bundle)["first"]["passed"]
+def test_decoding_may_differ_as_often_as_two_valid_computations(bundle: Path, proven: Any) -> None:
+    runtime = Runtime(wrong=2)  # of 16
+    assert not proven(runtime)["passed"]
     other = ADAPTED.clone()
     for word in IDS.flatten()[::8].unique():  # here the likeliest word of the other is another
         other[word, ADAPTED[word].argmax()] -= 5
     prove(bundle, "first", says(TEXT, other))
-    proof = verify_bundle(bundle)["first"]
+    proof = proven(runtime)
     assert proof["passed"], proof["problems"]
 
 
-def test_a_proof_says_if_the_base_alone_would_pass(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proof_says_if_the_base_alone_would_pass(bundle: Path, proven: Any) -> None:
     assert verify_bundle(bundle)["first"]["notes"] == []
     same = {n: t for n, t in says(TEXT).items() if not n.startswith("adapter.")}
     same |= {n.replace("base.", "adapter."): t.clone() for n, t in same.items() if "base" in n}
     prove(bundle, "first", same)
-    opens(monkeypatch, Runtime(adapted=BASE))
-    (note,) = verify_bundle(bundle)["first"]["notes"]
+    (note,) = proven(Runtime(adapted=BASE))["notes"]
     assert "base alone would pass" in note
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from contextlib import nullcontext
 from io import StringIO
@@ -22,28 +21,23 @@ from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.system import strict_json
-from qwlora.targets import target as target_module
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
-from qwlora.targets.proof.compare import (
-    compare_layers,
-    verify_language_model,
-    verify_outputs,
-)
+from qwlora.targets.proof.compare import compare_layers, verify_language_model, verify_outputs
 from qwlora.targets.proof.measure import compare_cache, measure_logits, proven
 from qwlora.targets.proof.readme import proof_table
 from qwlora.targets.proof.reference import Reference, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from targets.proof.test_graph_parity import replace_qnn
+from targets.proof.toy_runtime import TableRuntime
 from targets.proofs import check_parity, verify_weights
 
-TOKENS, VOCABULARY = 24, 16
-IDS = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(7))
+TOKENS = VOCABULARY = 24
+IDS = torch.arange(TOKENS)[None]  # each token once, so that a row of logits is of one place
 LOGITS = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(8))
 LABELS = IDS.clone()
 LABELS[:, :8] = IGNORED
 TEXT = Sequences(IDS, LABELS)
-NOISY = LOGITS + torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(9))
 
 
 def damaged(value: float, token: int, entry: int = 0) -> Tensor:
@@ -54,23 +48,15 @@ def damaged(value: float, token: int, entry: int = 0) -> Tensor:
 
 
 NOT_IN_THE_LOSS, IN_THE_LOSS = 2, 12
+UNLIKELY = int(LOGITS[0, NOT_IN_THE_LOSS].argmin())
 BROKEN = {
     "NaN": damaged(math.nan, IN_THE_LOSS),
     "NaN at a token that is not in the loss": damaged(math.nan, NOT_IN_THE_LOSS),
     "infinity": damaged(math.inf, IN_THE_LOSS),
-    "minus infinity at an unlikely token": damaged(
-        -math.inf, NOT_IN_THE_LOSS, int(LOGITS[0, NOT_IN_THE_LOSS].argmin())
-    ),
+    "minus infinity at an unlikely token": damaged(-math.inf, NOT_IN_THE_LOSS, UNLIKELY),
 }
 LARGE = 1e5 * LOGITS.flip(1)  # a wrong scale
 every_broken = pytest.mark.parametrize("logits", BROKEN.values(), ids=BROKEN)
-
-
-def summary(target: str, parity: dict[str, Any]) -> str:
-    console = Console(file=StringIO(), width=300)
-    results = {"recipe": "tiny", "parity": {target: {"first": parity}}, "stages": {}}
-    print_summary(results, console)
-    return console.file.getvalue()
 
 
 class Model:
@@ -86,32 +72,18 @@ class Model:
         return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]])
 
 
-class Runtime(target_module.Runtime):
+class Runtime(TableRuntime):
     """A runtime with chosen logits, also of tokens that follow others in a cache."""
 
-    switches = True
-
     def __init__(self, logits: Tensor, shipped: Tensor | None = None):
-        self.chosen = logits
+        super().__init__({"": logits[0]})
         self.shipped = None if shipped is None else Runtime(shipped)
 
-    def use(self, adapter: Path | None) -> None:
-        pass
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.chosen[:, : ids.shape[1]]
-
     def run(self, tensors: Any) -> dict[str, Tensor]:
-        return {"logits": self.chosen}
+        return {"logits": self.logits(IDS)}
 
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        start = ids.shape[1] - 1
-        return self.chosen[0, start : start + count].argmax(-1).tolist()
-
-    def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        start = past["key"].shape[1] if past else 0
-        end = start + ids.shape[1]
-        return self.chosen[:, start:end], {"key": torch.zeros(1, end)}
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.logits(ids), {}
 
 
 class Simulated:
@@ -197,7 +169,10 @@ def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
     found = only_finite(parity.figures) | verdict(parity.checks)
     strict_json.dumps(found)
     found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
-    table = summary("hf", found)
+    results = {"recipe": "tiny", "parity": {"hf": {"first": found}}, "stages": {}}
+    console = Console(file=StringIO(), width=300)
+    print_summary(results, console)
+    table = console.file.getvalue()  # type: ignore[attr-defined]
     assert "perplexity not finite" in table
     assert "FAIL" in table
 
@@ -205,20 +180,15 @@ def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
 def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
     """Logits with noise, in every kind of proof: only where it was computed differs."""
     noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(10))
-    problems = [
-        [re.sub(" with(out)? the adapter", "", problem) for problem in parity.problems]
-        for parity in (compare(LOGITS + noise) for compare in (language_parity, graphs_parity))
-    ]
-    assert problems[0] == problems[1]
-    weights = weights_parity(LOGITS + noise).problems
-    same = "tokens with the same likeliest token"
-    assert [p for p in problems[0] if p.startswith("difference of perplexity")] == [
-        p.replace(" with the adapter", "")
-        for p in weights
-        if p.startswith("difference of perplexity with the adapter")
-    ]
-    assert any(problem.startswith(same) for problem in problems[0])
-    assert any(problem.startswith(f"{same} with the adapter") for problem in weights)
+    language, graphs, weights = (
+        [problem.replace(" with the adapter", "") for problem in compare(LOGITS + noise).problems]
+        for compare in (language_parity, graphs_parity, weights_parity)
+    )
+    assert language == graphs
+    (said,) = (problem for problem in language if problem.startswith("difference of perplexity:"))
+    assert weights.count(said) == 1
+    for problems in (language, weights):  # whose limits differ
+        assert any(problem.startswith("tokens with the same likeliest") for problem in problems)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -307,17 +277,13 @@ def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.Monkey
     assert not folder.exists()
 
 
-def test_a_compiler_that_writes_no_file_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_compiler_that_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compiled(*arguments: object) -> None:
         (tmp_path / "device" / "prefill_ctx.onnx").touch()
 
-    for name, fake in (
-        ("_devices", list),
-        ("open_graph", compiled),
-        ("require", lambda *names: SimpleNamespace(__version__="1")),
-    ):
+    version = SimpleNamespace(__version__="1")
+    fakes = {"_devices": list, "open_graph": compiled, "require": lambda *names: version}
+    for name, fake in fakes.items():
         monkeypatch.setattr(qnn, name, fake)
     assert "onnxruntime-qnn" in qnn.compile_graphs(tmp_path, ["prefill"])
     assert "exit 139" in (tmp_path / "device" / "README.md").read_text()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +23,8 @@ from qwlora.targets.proof.reference import make_reference
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)
 LOGITS = torch.randn(1, 12, 16, generator=GENERATOR)
-REFERENCE = make_reference(
-    {"adapter": lambda ids: LOGITS}, Sequences(IDS[:1], IDS[:1]), {"adapter": lambda ids: LOGITS}
-)
+SAYS = {"adapter": lambda ids: LOGITS}
+REFERENCE = make_reference(SAYS, Sequences(IDS[:1], IDS[:1]), SAYS)
 PLACED = {"partitions": 2, "cpu_nodes": 3, "cpu_names": ["a", "b", "c"]}
 
 
@@ -56,11 +56,9 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
         def placement(self) -> dict[str, dict[str, Any]]:
             return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
 
-    def absent() -> None:
-        raise MissingExtraError("qwlora[qnn]")
-
     replace_qnn(monkeypatch, Model)
     if not is_installed:
+        absent = mock.Mock(side_effect=MissingExtraError("qwlora[qnn]"))
         monkeypatch.setattr(qnn, "_devices", absent)
     parity = qnn.verify_qnn(Path(), "first", REFERENCE)
     problems = parity.problems
@@ -94,13 +92,10 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     folder = tmp_path / "export" / "qairt"
     folder.mkdir(parents=True)
     (folder / "graphs.json").write_text(json.dumps({"context": 8, "graphs": graphs}))
-    data = SimpleNamespace(held_out=Sequences(IDS, labels))
-    recipe = SimpleNamespace(
-        adapters=[SimpleNamespace(name="first")], verify=SimpleNamespace(sequences=8)
-    )
-    context: Any = SimpleNamespace(
-        path=tmp_path, recipe=recipe, text=lambda name: SimpleNamespace(data=data)
-    )
+    held_out = SimpleNamespace(data=SimpleNamespace(held_out=Sequences(IDS, labels)))
+    adapters, verify = [SimpleNamespace(name="first")], SimpleNamespace(sequences=8)
+    recipe = SimpleNamespace(adapters=adapters, verify=verify)
+    context: Any = SimpleNamespace(path=tmp_path, recipe=recipe, text=lambda name: held_out)
     text = file_stages._Verification(context, "qairt", "first")._text()
     assert torch.equal(text.input_ids, IDS[rows, :8])
     assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +42,9 @@ from qwlora.targets.proof.compare import (
     perplexity_floor,
     verify_outputs,
 )
-from qwlora.targets.proof.measure import compare_cache, decoded, switching
+from qwlora.targets.proof.measure import compare_cache, switching
 from qwlora.targets.proof.reference import check_reference, make_reference
+from targets.proof.toy_runtime import TableRuntime
 
 NAN, INF = math.nan, math.inf
 LIMITS = Limits(
@@ -53,52 +53,38 @@ LIMITS = Limits(
 
 
 @pytest.mark.parametrize(
-    ("value", "limit", "passes"),
+    ("value", "limit", "is_at_most", "is_at_least"),
     [
-        (1.0, 1.0, True),
-        (1.01, 1.0, False),
-        (0.0, 0.0, True),
-        (NAN, 1.0, False),
-        (INF, 1.0, False),
-        (-INF, 1.0, False),
-        (1.0, NAN, False),
-        (1.0, INF, False),
+        (1.0, 1.0, True, True),
+        (1.01, 1.0, False, True),
+        (0.99, 1.0, True, False),
+        (0.0, 0.0, True, True),
+        (NAN, 1.0, False, False),
+        (INF, 1.0, False, True),  # nothing differs
+        (-INF, 1.0, False, False),
+        (1.0, NAN, False, False),
+        (1.0, INF, False, False),
+        (1.0, -INF, False, False),
     ],
 )
-def test_a_value_is_at_most_its_limit(value: float, limit: float, passes: bool) -> None:
-    check = at_most("it", value, limit)
-    assert check.passed == passes
-    assert check.value == (value if math.isfinite(value) else None)
-    assert check.limit == (limit if math.isfinite(limit) else None)
-    assert ("not finite" in check.sentence) == (None in (check.value, check.limit))
-    assert "at most" in check.sentence
-    strict_json.dumps(asdict(check))
-
-
-@pytest.mark.parametrize(
-    ("value", "limit", "passes"),
-    [
-        (1.0, 1.0, True),
-        (0.99, 1.0, False),
-        (INF, 1.0, True),  # nothing differs
-        (-INF, 1.0, False),
-        (NAN, 1.0, False),
-        (1.0, NAN, False),
-        (1.0, INF, False),
-        (1.0, -INF, False),
-    ],
-)
-def test_a_value_is_at_least_its_limit(value: float, limit: float, passes: bool) -> None:
-    check = at_least("it", value, limit)
-    assert check.passed == passes
-    assert "at least" in check.sentence
-    strict_json.dumps(asdict(check))
+def test_a_value_is_on_its_side_of_its_limit(
+    value: float, limit: float, is_at_most: bool, is_at_least: bool
+) -> None:
+    checks = at_most("it", value, limit), at_least("it", value, limit)
+    assert [check.passed for check in checks] == [is_at_most, is_at_least]
+    for check, side in zip(checks, ("at most", "at least"), strict=True):
+        assert check.value == (value if math.isfinite(value) else None)
+        assert check.limit == (limit if math.isfinite(limit) else None)
+        assert ("not finite" in check.sentence) == (None in (check.value, check.limit))
+        assert side in check.sentence
+        strict_json.dumps(asdict(check))
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_something_has_to_be_so(value: bool) -> None:
     check = is_so("it is", value)
     assert check.passed is value
+    assert check.limit is True
     assert check.sentence == f"it is: {'yes' if value else 'no'}"
 
 
@@ -123,18 +109,11 @@ def test_how_much_of_a_limit_was_used(check: Check, share: float) -> None:
     assert check.share_of_limit == share
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        at_most("it", 1.0, 2.0, "nats"),
-        at_least("it", 3.0, 2.0),
-        is_so("it", False),
-        is_so("it", True),
-    ],
-)
-def test_a_check_is_read_as_it_was_written(check: Check) -> None:
-    assert Check.from_json(asdict(check)) == check
-    assert check.is_measured
+def test_a_check_is_read_as_it_was_written() -> None:
+    number = at_most("it", 1.0, 2.0, "nats")
+    for check in (number, at_least("it", 3.0, 2.0), is_so("it", False), is_so("it", True)):
+        assert Check.from_json(asdict(check)) == check
+        assert check.is_measured
 
 
 @pytest.mark.parametrize("number", [None, "1.0", [1.0], {}])
@@ -154,31 +133,20 @@ def test_only_true_passed(passed: Any) -> None:
     assert not Check.from_json({**asdict(at_most("it", 1.0, 2.0)), "passed": passed}).passed
 
 
-def test_limits_and_flags_as_documented() -> None:
+def test_limits_are_those_that_are_documented() -> None:
     limits = Limits()
     assert (limits.layer_steps, limits.layer_mean_steps) == (2.0, 0.05)
     assert (limits.perplexity_difference, limits.sqnr, limits.below_floor) == (0.003, 60.0, 6.0)
-    assert is_so("it", False).limit is True
 
 
 GOOD, BAD = at_most("good", 1.0, 2.0), at_most("bad", 3.0, 2.0)
 
 
-@pytest.mark.parametrize(
-    ("checks", "passes", "problems"),
-    [
-        ([], False, []),
-        ([GOOD], True, []),
-        ([GOOD, GOOD], True, []),
-        ([GOOD, BAD, GOOD], False, [BAD.sentence]),
-        ([BAD, BAD], False, [BAD.sentence] * 2),
-    ],
-)
-def test_a_verdict_needs_a_check_and_all_of_them(
-    checks: list[Check], passes: bool, problems: list[str]
-) -> None:
+@pytest.mark.parametrize("checks", [[], [GOOD], [GOOD, GOOD], [GOOD, BAD, GOOD], [BAD, BAD]])
+def test_a_verdict_needs_a_check_and_all_of_them(checks: list[Check]) -> None:
+    problems = [BAD.sentence] * checks.count(BAD)
     found = verdict(checks)
-    assert (found["passed"], found["problems"]) == (passes, problems)
+    assert (found["passed"], found["problems"]) == (bool(checks) and not problems, problems)
     assert [row["passed"] for row in found["checks"]] == [check.passed for check in checks]
     parity = Parity({"b": 1.0}, tuple(checks))
     assert parity.problems == problems
@@ -213,21 +181,13 @@ LOGITS = {
         ({"perplexity": 6.0}, True),
         ({"perplexity": 12.0, "floor_perplexity_difference": 0.25}, True),
         ({"perplexity": 12.1, "floor_perplexity_difference": 0.25}, False),
-        ({"perplexity": NAN}, False),
-        ({"perplexity": INF}, False),
         ({"reference_perplexity": INF}, False),
         ({"reference_perplexity": INF, "perplexity": INF}, False),
         ({"floor_perplexity_difference": INF}, False),
         ({"top1_agreement": 0.74}, False),
-        ({"top1_agreement": NAN}, False),
-        ({"floor_top1_agreement": NAN}, False),
         ({"max_log_prob_difference": 0.51}, False),
-        ({"max_log_prob_difference": INF}, False),
-        ({"max_log_prob_difference": NAN}, False),
-        ({"largest_allowed": INF}, False),
         ({"noise_allowed": 0.25, "max_log_prob_difference": 9.0}, True),
         ({"noise_allowed": 0.24}, False),
-        ({"noise_allowed": INF}, False),
         ({"noise_allowed": 0.25, "max_log_prob_difference": INF}, False),
     ],
 )
@@ -244,7 +204,6 @@ def test_logits_are_within_each_limit(changes: dict[str, Any], passes: bool) -> 
         (2.01, 0.49, False),
         (2.0, 0.51, False),
         (NAN, 0.49, False),
-        (INF, 0.49, False),
         (2.0, NAN, False),
     ],
 )
@@ -265,12 +224,9 @@ def test_layers_are_within_each_limit(steps: float, mean: float, passes: bool) -
         (0.0315, 10.0, True),  # 15 dB is the least
         (0.0317, 10.0, False),
         (NAN, 1e-4, False),
-        (INF, 1e-4, False),
     ],
 )
-def test_outputs_are_as_near_as_two_simulations(
-    noise: float, floor_noise: float, passes: bool
-) -> None:
+def test_outputs_as_near_as_two_simulations(noise: float, floor_noise: float, passes: bool) -> None:
     sqnr, floor = sqnr_db(1.0, noise), sqnr_db(1.0, floor_noise)
     assert output_check("logits", sqnr, floor, LIMITS).passed == passes
 
@@ -296,22 +252,6 @@ def test_differences_of_outputs_add_up() -> None:
     assert figures["max_abs_difference"] == {"y": 0.5}
     assert figures["sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.625))
     assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))
-
-
-@pytest.mark.parametrize(
-    ("agreement", "floor", "passes"),
-    [
-        (0.9, 1.0, True),
-        (0.89, 1.0, False),
-        (0.74, 0.9, False),
-        (0.75, 0.9, True),
-        (0.56, 0.8, False),
-        (0.5625, 0.8, True),
-        (NAN, 0.9, False),
-    ],
-)
-def test_tokens_decoded_one_by_one(agreement: float, floor: float, passes: bool) -> None:
-    assert decoded(agreement, floor).passed == passes
 
 
 def test_the_interval_of_an_agreement() -> None:
@@ -368,9 +308,8 @@ def compared(table: Tensor, labels: Tensor = LABELS, **options: Any) -> SimpleNa
 def test_logits_that_predict_a_loss_token_are_compared() -> None:
     """The fourth token's logits predict the fifth, the first in the loss."""
     figures = compared(OTHER)
-    rows = [(row, place) for row in range(2) for place in range(3, 10)]
-    ours = torch.stack([OTHER[IDS[at]] for at in rows]).double().log_softmax(-1)
-    theirs = torch.stack([TABLE[IDS[at]] for at in rows]).double().log_softmax(-1)
+    rows = IDS[:, 3:].flatten()
+    ours, theirs = (table[rows].double().log_softmax(-1) for table in (OTHER, TABLE))
     assert figures.tokens == len(rows)
     assert figures.sequences == 2
     assert figures.max_log_prob_difference == pytest.approx(float((ours - theirs).abs().max()))
@@ -380,18 +319,21 @@ def test_logits_that_predict_a_loss_token_are_compared() -> None:
     assert figures.top1_agreement == same
     kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
-    in_loss = [(row, place) for row in range(2) for place in range(4, 10)]
-    losses = [-OTHER[IDS[r, p - 1]].double().log_softmax(-1)[IDS[r, p]] for r, p in in_loss]
-    assert figures.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()))
+    assert figures.perplexity == pytest.approx(perplexity_of(OTHER, first=4))
+
+
+def perplexity_of(table: Tensor, first: int) -> float:
+    """Of the tokens from `first` on, each after the one before it."""
+    log_probs = table[IDS[:, first - 1 : -1]].double().log_softmax(-1)
+    return float((-log_probs.gather(-1, IDS[:, first:, None])).mean().exp())
 
 
 def test_every_token_is_compared_where_all_count() -> None:
     figures = compared(TABLE, IDS)
     assert figures.tokens == IDS.numel()
     assert figures.top1_agreement == 1.0
-    losses = -TABLE[IDS[:, :-1]].double().log_softmax(-1).gather(-1, IDS[:, 1:, None])
-    assert figures.perplexity == pytest.approx(float(losses.mean().exp()))
-    assert figures.reference_perplexity == pytest.approx(float(losses.mean().exp()))
+    assert figures.perplexity == pytest.approx(perplexity_of(TABLE, first=1))
+    assert figures.reference_perplexity == pytest.approx(perplexity_of(TABLE, first=1))
 
 
 def test_a_reference_counts_tokens_that_follow_one() -> None:
@@ -436,8 +378,7 @@ def test_what_rounding_alone_explains_of_exact_computations() -> None:
     assert not hasattr(figures, "noise_allowed")
     assert figures.floor_top1_agreement == AGREEMENT == 0.999
     assert figures.floor_perplexity_difference == 0.0
-    assert LOGIT_DIFFERENCE == 1e-4
-    assert NOISE == 4.0
+    assert (LOGIT_DIFFERENCE, NOISE) == (1e-4, 4.0)
 
 
 class Layers:
@@ -485,28 +426,27 @@ def test_only_weights_leave_no_layer_to_compare() -> None:
     assert compare_layers(runtime, simulation, {}).checks == ()
 
 
-class Session:
-    """A runtime whose adapters leak into each other where `leaks` says.
+class Session(TableRuntime):
+    """Its adapters leak into each other where `leaks` says.
 
     Args:
         leaks: "state": what was active before changes the logits; "cache": other adapters' steps
             change the cache.
     """
 
-    shipped, has_cache = None, True
+    has_cache = True
 
     def __init__(self, leaks: str = ""):
-        self.leaks, self.state, self.uses = leaks, "", 0
+        super().__init__({"": TABLE, "first": OTHER, "second": TABLE.flip(0)})
+        self.leaks, self.uses = leaks, 0
         self.ran: list[tuple[str, int]] = []  # state and tokens of each call of `extend`
-        self.tables: Mapping[str, Tensor] = {"": TABLE, "first": OTHER, "second": TABLE.flip(0)}
 
     def use(self, adapter: Path | None) -> None:
-        self.state = adapter.name if adapter else ""
+        super().use(adapter)
         self.uses += 1
 
-    def logits(self, ids: Tensor) -> Tensor:
-        leak = self.uses if self.leaks == "state" else 0
-        return self.tables[self.state][ids] + leak
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return super().logits(ids) + (self.uses if self.leaks == "state" else 0)
 
     def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         self.ran.append((self.state, ids.shape[1]))

@@ -18,6 +18,7 @@ from qwlora.targets.proof.folder import (
     write_proof,
     write_record,
 )
+from targets.damage import swap
 
 
 @pytest.fixture
@@ -71,9 +72,7 @@ def test_a_use_case_without_its_proof_is_refused(bundle: Path) -> None:
 
 
 def test_the_proof_of_another_use_case_is_refused(bundle: Path) -> None:
-    (bundle / "proof" / "first").rename(bundle / "kept")
-    (bundle / "proof" / "second").rename(bundle / "proof" / "first")
-    (bundle / "kept").rename(bundle / "proof" / "second")
+    swap("first", "second")(bundle / "proof")
     with pytest.raises(FingerprintError, match="proof/first is the proof of adapter 'second'"):
         check(bundle)
 

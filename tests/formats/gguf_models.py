@@ -1,7 +1,5 @@
 """GGUF files of small models with random blocks, written by the gguf package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,38 +90,31 @@ def write_file(
     writer = GGUFWriter(path, arch)
     writer.add_name("test")
     for key, value in metadata.items():
-        if isinstance(value, (list, tuple)):
-            writer.add_array(key, list(value))
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            (
-                writer.add_bool
-                if isinstance(value, bool)
-                else writer.add_uint32
-                if isinstance(value, int)
-                else writer.add_float32
-            )(key, value)
+        match value:
+            case list() | tuple():
+                writer.add_array(key, list(value))
+            case str():
+                writer.add_string(key, value)
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case _:
+                writer.add_float32(key, value)
     writer.add_token_list([f"t{i}" for i in range(tokens)])
     for seed, (name, shape) in enumerate(shapes.items()):
         kind = kind_of(name, shape)
-        if kind in KINDS:
-            rows = int(np.prod(shape[:-1]))
-            data = random_rows(kind, rows, shape[-1], seed)
-            writer.add_tensor(
-                name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind]
-            )
-            continue
         values = np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 0.05
         values = -abs(values) - 0.01 if name.endswith("ssm_a") else values
         if kind == "F64":
             writer.add_tensor(name, values.astype(np.float64) / 3)
             continue
-        writer.add_tensor(
-            name,
-            gguf.quants.quantize(values, GGMLQuantizationType[kind]),
-            raw_dtype=GGMLQuantizationType[kind],
-        )
+        if kind in KINDS:
+            rows = random_rows(kind, int(np.prod(shape[:-1])), shape[-1], seed)
+            data = rows.reshape(*shape[:-1], -1)
+        else:
+            data = gguf.quants.quantize(values, GGMLQuantizationType[kind])
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

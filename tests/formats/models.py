@@ -1,7 +1,5 @@
 """Small models and changes to their files that several tests need."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,10 +1,10 @@
 """Float models, packed ones, and the floats that those stand for."""
 
-from __future__ import annotations
-
 import copy
+from collections import Counter
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, parse_scheme
@@ -24,34 +24,23 @@ def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:
 def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, nn.Module]:
     """The packed model, and a float model with exactly the dequantized values."""
     twin = copy.deepcopy(model)
-    tied = {
-        id(p): sum(p is q for m in model.modules() for q in m._parameters.values())
-        for p in model.parameters()
-    }
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for path, module in list(model.named_modules()):
-        if path.endswith("lm_head") and tied[id(module.weight)] > 1:
+        if path.endswith("lm_head") and uses[id(module.weight)] > 1:
             continue
         if is_packable(module):
             found = quantized(weight_out_in(module), scheme)
             model.set_submodule(path, pack_module(module, found))
-            weight = twin.get_submodule(path).weight
-            values = found.dequantize().view(weight.shape if weight.ndim > 2 else found.codes.shape)
-            weight.data = (
-                values
-                if weight.shape == values.shape
-                and isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
-                else values.T
-            )
+            weight, values = twin.get_submodule(path).weight, found.dequantize()
+            weight.data = values.T if isinstance(module, Conv1D) else values.view(weight.shape)
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.ndim == 3:
                 found = quantized(parameter_out_in(module, name), scheme)
-                turned = pack_parameter_(
-                    module, name, PackedTensor.from_quantized(found)
-                ).transposed
-                twin.get_submodule(path)._parameters[name].data = (
-                    found.dequantize().mT.contiguous() if turned else found.dequantize()
-                )
+                packed = pack_parameter_(module, name, PackedTensor.from_quantized(found))
+                values = found.dequantize()
+                values = values.mT.contiguous() if packed.transposed else values
+                twin.get_submodule(path)._parameters[name].data = values
     if hasattr(model, "tie_weights"):
         tie_weights_(model)
     return model, twin

@@ -1,13 +1,10 @@
 """transformers and PEFT load a base folder as the packed model, or stop with one clear error."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from qwlora.nn.packed_layer import packed_layers
 from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)
+ON_DISK = {"model": "disk", "lm_head": "cpu"}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -72,12 +70,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def own_base(base: Path, tmp_path: Path) -> Path:
-    """A base to damage."""
-    return Path(shutil.copytree(base, tmp_path / "base"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_from_pretrained_gives_the_model_of_load_base(
@@ -91,64 +83,42 @@ def test_from_pretrained_gives_the_model_of_load_base(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def packed_embedding() -> PreTrainedModel:
-    model, scheme = tiny_model("llama"), parse_scheme("w4-block32")
-    quantize_(model, scheme, "rtn", rules=[LayerRule("*embed_tokens", scheme)])
-    return model
+@pytest.mark.parametrize("kind", ["packed embedding", "low-power blocks", "experts", "bfloat16"])
+def test_bases_of_every_kind_load_as_well(tmp_path: Path, kind: str) -> None:
+    """With the dtype that the model had."""
+    model = mixtral(vocab_size=260) if kind == "experts" else tiny_model("llama")
+    model = model.bfloat16() if kind == "bfloat16" else model
+    scheme = parse_scheme("w4-lpbq16" if "low" in kind else "w4-block32")
+    rules = [LayerRule("*embed_tokens", scheme)] if "embedding" in kind else []
+    quantize_(model, scheme, "rtn", rules=rules)
+    assert any("experts" in name for name in packed_layers(model)) == (kind == "experts")
+    save_base(model, tmp_path, source="somewhere")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == model.dtype
+    assert same(loaded, load_base(tmp_path, model.dtype))
 
 
-def experts() -> PreTrainedModel:
-    model = mixtral(vocab_size=260)
-    quantize_(model, "w4-block32", "rtn")
-    assert any("experts" in name for name in packed_layers(model))
-    return model
-
-
-@pytest.mark.parametrize("make", [packed_embedding, lambda: quantized(scheme="w4-lpbq16"), experts])
-def test_tied_heads_and_experts_load_as_well(
-    tmp_path: Path, make: Callable[[], PreTrainedModel]
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}], ids=str)
+def test_shards_load_and_device_maps_are_followed(
+    base: Path, tmp_path: Path, device_map: Any
 ) -> None:
-    save_base(make(), tmp_path, source="somewhere")
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), load_base(tmp_path))
-
-
-def test_shards_load_as_well(base: Path, tmp_path: Path) -> None:
     model = load_base(base)
     writer = BaseWriter(tmp_path, shard_bytes=20_000)
     writer.add(model)
     writer.finish(model, None, "somewhere")
     assert (tmp_path / "base.safetensors.index.json").is_file()
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-
-
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
-def test_device_map_is_followed(base: Path, device_map: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map)
-    assert model.device == torch.device("cpu")
-    assert same(model, load_base(base))
-
-
-def test_the_dtype_is_by_default_the_one_that_the_model_had(tmp_path: Path) -> None:
-    model = tiny_model("llama").bfloat16()
-    quantize_(model, "w4-block32", "rtn")
-    save_base(model, tmp_path, source="somewhere")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16
-    assert same(loaded, load_base(tmp_path, torch.bfloat16))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    assert loaded.device == torch.device("cpu")
+    assert same(loaded, model)
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "facts"),
     [
-        (
-            AutoModelForCausalLM,
-            {"device_map": {"model": "disk", "lm_head": "cpu"}},
-            "on disk.*max_",
-        ),
+        (AutoModelForCausalLM, {"device_map": ON_DISK}, "on disk.*max_"),
         (AutoModelForCausalLM, {"tp_plan": "auto"}, "tp_plan.*device_map"),
         (AutoModel, {}, "LlamaForCausalLM, not a LlamaModel"),
     ],
-    ids=["disk", "tp_plan", "class"],
 )
 def test_what_cannot_be_honored_is_refused(
     base: Path, kind: Any, settings: dict[str, Any], facts: str
@@ -163,7 +133,8 @@ def test_a_float_model_is_not_quantized_while_it_is_loaded(checkpoints: dict[str
         AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=settings)
 
 
-def test_changed_files_are_refused(own_base: Path) -> None:
+def test_changed_files_are_refused(base: Path, tmp_path: Path) -> None:
+    own_base = Path(shutil.copytree(base, tmp_path / "base"))
     path, name = own_base / "base.safetensors", "model.layers.0.mlp.up_proj.packed"
     edit_tensors(path, {name: load_file(path)[name] ^ 1})
     with pytest.raises(FingerprintError, match=f"{name} changed after saving"):
@@ -211,15 +182,12 @@ print(sys.meta_path == finders)
     assert in_a_new_process(code).splitlines() == ["[]", "True"]
 
 
-@pytest.mark.parametrize(
-    "preparation",
-    [
-        "import qwlora.hf",
-        pytest.param("import transformers, qwlora.hf", marks=pytest.mark.slow),
-        "import qwlora; qwlora.register_with_transformers()",
-        pytest.param("import qwlora; qwlora.load_base({base!r})", marks=pytest.mark.slow),
-    ],
-)
+SLOW = ("import transformers, qwlora.hf", "import qwlora; qwlora.load_base({base!r})")
+PREPARATIONS = ["import qwlora.hf", "import qwlora; qwlora.register_with_transformers()"]
+PREPARATIONS += [pytest.param(preparation, marks=pytest.mark.slow) for preparation in SLOW]
+
+
+@pytest.mark.parametrize("preparation", PREPARATIONS)
 def test_transformers_loads_a_base_after(base: Path, preparation: str) -> None:
     code = f"""
 {preparation.format(base=str(base))}
@@ -229,22 +197,16 @@ print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].m
     assert "PackedLinear" in in_a_new_process(code)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [lambda _: quantized(), load_base, AutoModelForCausalLM.from_pretrained],
-    ids=["quantize_", "load_base", "from_pretrained"],
-)
-def test_save_pretrained_writes_what_save_base_writes(
-    base: Path, tmp_path: Path, load: Callable[[Path], PreTrainedModel]
-) -> None:
-    model = load(base)
+@pytest.mark.parametrize("load", [None, load_base, AutoModelForCausalLM.from_pretrained])
+def test_save_pretrained_writes_what_save_base_does(base: Path, tmp_path: Path, load: Any) -> None:
+    model = load(base) if load else quantized()
     model.save_pretrained(tmp_path)
     for name in ("base.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
     records = [json.loads((folder / "base.json").read_text()) for folder in (tmp_path, base)]
     for key in ("fingerprint", "layers", "tensors", "class", "format"):
         assert records[0][key] == records[1][key]
-    assert records[0]["source"] == ("" if load.__name__ == "<lambda>" else "somewhere")
+    assert records[0]["source"] == ("somewhere" if load else "")
     byte_tokenizer().save_pretrained(tmp_path)
     assert same(load_base(tmp_path), load_base(base))
 
@@ -253,15 +215,11 @@ def test_a_copy_saves_itself(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     copied = copy.deepcopy(model)
     copied.model.norm.weight.data[0] += 1
+    with pytest.raises(SourceError, match=r"variant.*push_to_hub"):  # it would ignore these
+        copied.save_pretrained(tmp_path / "new", variant="fp16", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
     copied.save_pretrained(tmp_path)
     assert fingerprint(load_base(tmp_path)) == fingerprint(copied) != fingerprint(model)
-
-
-def test_save_pretrained_refuses_what_it_would_ignore(base: Path, tmp_path: Path) -> None:
-    model = load_base(base)
-    with pytest.raises(SourceError, match=r"variant.*push_to_hub"):
-        model.save_pretrained(tmp_path / "new", variant="fp16", push_to_hub=True)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("load", [load_base, AutoModelForCausalLM.from_pretrained])
@@ -304,18 +262,12 @@ def test_a_pipeline_generates_what_the_base_generates(base: Path) -> None:
     assert found["generated_token_ids"] == expected[0].tolist()
 
 
+TRAINING: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "report_to": []}
+TRAINING |= {"learning_rate": 2e-2, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+
+
 def training_arguments(folder: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=2e-2,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    return TrainingArguments(str(folder), dataloader_pin_memory=False, **TRAINING)
 
 
 ADAPTER = LoraConfig(r=2, target_modules="all-linear")
@@ -349,12 +301,9 @@ def test_sft_trainer_of_trl_trains_an_adapter_on_a_base(base: Path, tmp_path: Pa
     import trl
     from datasets import Dataset
 
-    settings = training_arguments(tmp_path).to_dict()
-    keys = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "use_cpu")
-    arguments = {key: settings[key] for key in (*keys, "save_strategy", "disable_tqdm")}
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
-        args=trl.SFTConfig(**arguments, report_to=[], bf16=False, max_length=32),
+        args=trl.SFTConfig(str(tmp_path), bf16=False, max_length=32, **TRAINING),
         train_dataset=Dataset.from_dict({"text": [text(seed, 12) for seed in range(8)]}),
         processing_class=byte_tokenizer(),
         peft_config=ADAPTER,
@@ -400,9 +349,8 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
             wanted.remove(name)
 
     monkeypatch.setattr("qwlora.formats.base_folder.snapshot_download", download)
-    model = AutoModelForCausalLM.from_pretrained(
-        "owner/name", cache_dir=tmp_path, local_files_only=True
-    )
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained("owner/name", **where)
     assert set(asked) == {("owner/name", revision, tmp_path)}
     assert not wanted
     assert model.name_or_path == "owner/name"

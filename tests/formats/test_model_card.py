@@ -1,12 +1,11 @@
 """What a model's files say about its origin and license; text of others in README.md files."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from gguf import GGUFWriter
@@ -46,11 +45,10 @@ def folder(path: Path, card: str | None) -> Path:
 
 
 def test_a_folder_has_the_license_of_its_card(tmp_path: Path) -> None:
-    card = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n# M\n"
-    found = origin_of(str(folder(tmp_path / "m", card)))
-    assert (found.name, found.repository) == ("m", None)
-    assert (found.license, found.license_name, found.license_link) == ("other", "llama3", "LICENSE")
-    assert found.stated_in == "README.md of the model"
+    stated = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+    lines = "".join(f"{key}: {value}\n" for key, value in stated.items())
+    found = origin_of(str(folder(tmp_path / "m", f"---\n{lines}---\n# M\n")))
+    assert found == ModelCardInfo("m", **stated, stated_in="README.md of the model")
 
 
 @pytest.mark.parametrize(
@@ -72,9 +70,7 @@ def test_a_folder_in_the_cache_has_the_id_of_the_hub(tmp_path: Path) -> None:
     assert origin_of(str(place)).repository == "owner/name--v2"
 
 
-def test_of_a_model_on_the_hub_only_the_card_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_card_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, asked = folder(tmp_path / "m", "---\nlicense: mit\n---\n"), []
 
     def download(repository: str, **options: Any) -> str:
@@ -85,30 +81,18 @@ def test_of_a_model_on_the_hub_only_the_card_is_downloaded(
     found = origin_of("owner/name")
     assert (found.name, found.repository, found.license) == ("name", "owner/name", "mit")
     assert asked == [("owner/name", ["README.md"])]
-
-
-def test_a_model_on_the_hub_keeps_its_id_without_a_network(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def download(repository: str, **options: Any) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    no_network = mock.Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
     assert origin_of("owner/name") == ModelCardInfo("name", "owner/name")
 
 
 def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:
-    file = gguf(
-        tmp_path / "a.gguf", license="mit", source__repo_url="https://huggingface.co/owner/name"
-    )
-    found = origin_of(str(file))
+    url = "https://huggingface.co/owner/name"
+    found = origin_of(str(gguf(tmp_path / "a.gguf", license="mit", source__repo_url=url)))
     assert (found.license, found.repository) == ("mit", "owner/name")
     assert "general.license" in found.stated_in
     bare = origin_of(str(gguf(tmp_path / "b.gguf", name="B", organization="someone")))
     assert (bare.license, bare.repository) == (None, None)
-
-
-def test_a_model_that_is_gone_has_a_name(tmp_path: Path) -> None:
     assert origin_of(str(tmp_path / "gone")) == ModelCardInfo("gone")
 
 

@@ -1,7 +1,5 @@
 """Model sources: incomplete or quantized models are refused, never filled with random numbers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,14 +32,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loaded(folder: Path) -> torch.Tensor:
-    return load_model(str(folder)).get_parameter(DOWN)
+def save_integers(folder: Path) -> Path:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, folder, byte_tokenizer(), source="somewhere")
+    return folder
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "a/../../outside.safetensors"])
-def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(
-    tmp_path: Path, place: str
-) -> None:
+def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, place: str) -> None:
     folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
     (folder / "a").mkdir()
@@ -62,26 +61,17 @@ def test_a_checkpoint_becomes_a_float32_model(tmp_path: Path, dtype: torch.dtype
         assert torch.equal(model.get_parameter(DOWN), expected)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        (
-            {DOWN: None},
-            rf"missing from its files: {DOWN} of LlamaForCausalLM\. .*download it again",
-        ),
-        (
-            {DOWN: None, "model.layers.1.mlp.down.weight": torch.ones(2)},
-            "Llama.*; its files hold model.layers.1.mlp.down.weight, which LlamaForCausalLM lacks",
-        ),
+def test_what_is_missing_is_not_made_up(folder: Path) -> None:
+    other = "model.layers.1.mlp.down.weight"
+    changes: list[tuple[dict[str, torch.Tensor | None], str]] = [
         ({DOWN: torch.ones(3, 3)}, "tensors of other shapes"),
-    ],
-)
-def test_what_is_missing_is_not_made_up(
-    folder: Path, tensors: dict[str, torch.Tensor | None], message: str
-) -> None:
-    edit_tensors(folder / FILE, tensors)
-    with pytest.raises(SourceError, match=message):
-        load_model(str(folder))
+        ({DOWN: None}, rf"missing from its files: {DOWN} of LlamaFor.*\. .*download it again"),
+        ({other: torch.ones(2)}, f"its files hold {other}, which LlamaForCausalLM lacks"),
+    ]
+    for tensors, message in changes:
+        edit_tensors(folder / FILE, tensors)
+        with pytest.raises(SourceError, match=message):
+            load_model(str(folder))
 
 
 def test_a_config_with_fewer_layers_than_the_files_is_refused(folder: Path) -> None:
@@ -107,15 +97,14 @@ def test_tensors_that_transformers_ignores_are_ignored(folder: Path) -> None:
     head = tiny_model("llama").model.embed_tokens.weight.detach()
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     edit_tensors(folder / FILE, {**frequencies, "lm_head.weight": head})
-    assert torch.equal(loaded(folder), tiny_model("llama").get_parameter(DOWN))
+    found, expected = load_model(str(folder)), tiny_model("llama")
+    assert torch.equal(found.get_parameter(DOWN), expected.get_parameter(DOWN))
 
 
 def test_integers_are_not_loaded_as_floats(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    model, base = tiny_model("llama"), tmp_path_factory.mktemp("base")
-    quantize_(model, "w4-block32", "rtn")
-    save_base(model, base, byte_tokenizer(), source="somewhere")
+    base = save_integers(tmp_path_factory.mktemp("base"))
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     for source in (folder, base):
         assert not locate(str(source)).holds_floats
@@ -126,16 +115,12 @@ def test_integers_are_not_loaded_as_floats(
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"has no tokenizer.*\(tokenizer.json"):
         load_tokenizer(str(folder))
-    byte_tokenizer().save_pretrained(folder)
-    assert load_tokenizer(str(folder))("a")["input_ids"]
 
 
 def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(
-        SourceError, match=r"has no config.json; give one of its files: a.gguf, b.gguf$"
-    ):
+    with pytest.raises(SourceError, match=r"no config.json; give one of its files: a.gguf, b.gguf"):
         locate(str(tmp_path))
 
 
@@ -150,9 +135,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         if not there.is_dir():
             raise OSError("404 Client Error")
         files = [str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()]
-        for file in filter_repo_objects(
-            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        ):
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for file in filter_repo_objects(files, **patterns):
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(there / file, cache / file)
         return str(cache)
@@ -181,9 +165,7 @@ def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path
 
 
 def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Path]) -> None:
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
-    save_base(model, hub("owner/base"), byte_tokenizer(), source="somewhere")
+    save_integers(hub("owner/base"))
     assert not fetch("owner/base").holds_floats
     assert any("int4" in view.grid for view in inspect_source("owner/base").tensors)
     files = hub("owner/files")
@@ -196,9 +178,7 @@ def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", ["tiny_files", "tiny-files"])
-def test_a_package_is_found_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     package = tmp_path / "tiny_files"
     (package / "adapter").mkdir(parents=True)
     (package / "model.gguf").touch()
@@ -216,9 +196,6 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 
 
 def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
-    with pytest.raises(
-        SourceError,
-        match=r"model 'owner/nothing' is not a local path \(looked for /.*/owner/nothing\)"
-        r".*hub either:\n  404 Client Error",
-    ):
+    looked = r"model 'owner/nothing' is not a local path \(looked for /.*/owner/nothing\)"
+    with pytest.raises(SourceError, match=rf"{looked}.*hub either:\n  404 Client Error"):
         load_model("owner/nothing")

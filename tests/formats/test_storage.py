@@ -1,7 +1,5 @@
 """A saved base loads identically, also from shards and in other dtypes; damage is reported."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)
 LAYER = "model.layers.0.mlp.up_proj"
+PACKED = f"{LAYER}.packed"
 
 
 def quantized(model: Any = None, scheme: Any = "w4-block32", rules: Any = ()) -> Any:
@@ -44,16 +43,11 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
+GRIDS = (parse_scheme("w4-block32"), Scheme(3, False, PerChannel(0)), parse_scheme("w4-lpbq16"))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        parse_scheme("w4-block32"),
-        Scheme(3, symmetric=False, granularity=PerChannel(0)),
-        parse_scheme("w4-lpbq16"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
 def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
     model = quantized(tiny_model(architecture), scheme)
     identity = saved(model, tmp_path)
@@ -65,9 +59,7 @@ def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_a_large_base_lies_in_shards_and_is_the_same(
-    base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_large_base_has_shards(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     model, folder = load_base(base), tmp_path_factory.mktemp("shards")
     writer = BaseWriter(folder, shard_bytes=20_000)
     writer.add(model)
@@ -79,10 +71,8 @@ def test_a_large_base_lies_in_shards_and_is_the_same(
     assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
-    saved(model, folder)
-    assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"], (
-        "nothing of the older, larger base remains"
-    )
+    saved(model, folder)  # nothing of the older, larger base remains
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"]
     assert fingerprint(load_base(folder)) == fingerprint(model)
 
 
@@ -90,9 +80,8 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
     model, narrow = load_base(base), load_base(base, dtype=torch.bfloat16)
     assert narrow.dtype == narrow(IDS).logits.dtype == torch.bfloat16
     assert fingerprint(narrow) == fingerprint(model)
-    assert torch.equal(
-        narrow.get_submodule(LAYER).encoding.scale, model.get_submodule(LAYER).encoding.scale
-    )
+    scales = [m.get_submodule(LAYER).encoding.scale for m in (narrow, model)]
+    assert torch.equal(*scales)
     assert torch.equal(narrow.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     wrapped = get_peft_model(narrow, LoraConfig(r=2, target_modules="all-linear"))
     assert fingerprint(wrapped) == fingerprint(model)
@@ -100,12 +89,10 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
     assert fingerprint(wrapped) != fingerprint(model)
 
 
-def test_a_packed_embedding_gives_the_type_that_was_asked_for(tmp_path: Path) -> None:
-    model = quantized(rules=[LayerRule("*embed_tokens", parse_scheme("w4-block32"))])
-    saved(model, tmp_path)
-    narrow: Any = load_base(tmp_path, dtype=torch.bfloat16)
+def test_a_packed_embedding_gives_the_type_that_was_asked_for(mixed: Path) -> None:
+    narrow: Any = load_base(mixed, dtype=torch.bfloat16)
     assert narrow.model.embed_tokens(IDS).dtype == narrow(IDS).logits.dtype == torch.bfloat16
-    assert fingerprint(narrow) == fingerprint(model)
+    assert fingerprint(narrow) == fingerprint(load_base(mixed))
 
 
 def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path: Path) -> None:
@@ -118,13 +105,10 @@ def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path:
 
 
 def test_the_files_are_mapped_not_copied(base: Path) -> None:
-    layer = load_base(base).get_submodule(LAYER)
-    mapped = [
-        line
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(base / "base.safetensors"))
-    ]
-    spans = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in mapped]
+    layer, file = load_base(base).get_submodule(LAYER), str(base / "base.safetensors")
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if line.endswith(file)]
+    spans = [[int(edge, 16) for edge in edges] for edges in mapped]
     assert any(low <= layer.packed.data_ptr() < high for low, high in spans)
 
 
@@ -136,24 +120,21 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
-    path = base / "base.safetensors"
-    packed = load_file(path)[f"{LAYER}.packed"]
-    edit_tensors(path, {f"{LAYER}.packed": packed ^ 1})
-    with pytest.raises(
-        FingerprintError,
-        match=rf"{LAYER}.packed changed after saving: .* in base.json. Copy it again, or quantize",
-    ):
-        load_base(base)
-    edit_tensors(path, {f"{LAYER}.packed": packed})
+    packed = load_file(base / "base.safetensors")[PACKED]
+    edit_tensors(base / "base.safetensors", {PACKED: packed ^ 1})
+    checkpoint = BaseCheckpoint(base)
+    checkpoint.read("model.layers.1.mlp.up_proj.weight")
+    facts = rf"{PACKED} changed after saving: .* in base.json. Copy it again, or quantize"
+    for load in (lambda: load_base(base), lambda: checkpoint.read(f"{LAYER}.weight")):
+        with pytest.raises(FingerprintError, match=facts):
+            load()
+    edit_tensors(base / "base.safetensors", {PACKED: packed})
     edit_json(base / "config.json", rms_norm_eps=1e-3)
     with pytest.raises(FingerprintError, match=r": config.json changed .* quantize again"):
         load_base(base)
     reseal(base, "base.json")
     with pytest.raises(FingerprintError, match=r": config.json or its fingerprint changed"):
         load_base(base)
-
-
-PACKED = f"{LAYER}.packed"
 
 
 @pytest.mark.parametrize(
@@ -180,10 +161,8 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
     scales.view(-1)[3] = scale
     edit_tensors(base / "base.safetensors", {f"{LAYER}.scale": scales})
     resign(base)
-    with pytest.raises(
-        GridError,
-        match=rf"layer .{LAYER}. of base.json: a scale is a finite positive number, but 1 of .*quantize again",
-    ):
+    facts = rf"layer .{LAYER}. of base.json: a scale is .* positive.*, but 1 of .*quantize again"
+    with pytest.raises(GridError, match=facts):
         load_base(base)
 
 
@@ -228,10 +207,8 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
         layers[name] = {**layers[LAYER], **layer} if isinstance(layer, dict) else layer
 
     edit_record(base, change)
-    with pytest.raises(
-        (GridError, SourceError),
-        match=rf"layer '{name}' of base.json: .*; quantize again|the offset",
-    ):
+    facts = rf"layer '{name}' of base.json: .*; quantize again|the offset"
+    with pytest.raises((GridError, SourceError), match=facts):
         load_base(base)
 
 
@@ -258,20 +235,13 @@ def test_base_json_itself(base: Path, changes: Any, message: str) -> None:
         load_base(base)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_hidden_layers": 10**7},
-        {"model_type": "nothing"},
-        {"hidden_size": -1},
-        {"num_attention_heads": 0},
-        {"hidden_act": "explode"},
-        {"vocab_size": "many"},
-    ],
-    ids=str,
-)
-def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any]) -> None:
-    edit_json(base / "config.json", **change)
+ABSURD = {"num_hidden_layers": 10**7, "hidden_size": -1, "vocab_size": "many"}
+ABSURD |= {"model_type": "nothing", "num_attention_heads": 0, "hidden_act": "explode"}
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_an_absurd_configuration_costs_nothing(base: Path, key: str) -> None:
+    edit_json(base / "config.json", **{key: ABSURD[key]})
     reseal(base, "base.json")
     with pytest.raises(SourceError, match=r"config.json"):
         load_base(base)
@@ -298,38 +268,21 @@ def test_the_same_base_comes_out(mixed: Path) -> None:
     assert isinstance(checkpoint, BaseCheckpoint)
     found = load_precomputed(checkpoint)
     assert fingerprint(found) == fingerprint(expected)
-    ids = torch.arange(20).view(1, -1)
-    assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert torch.equal(found(IDS).logits, expected(IDS).logits)
     read_integers(checkpoint, f"{LAYER}.weight")
     read_floats(checkpoint, "model.layers.0.self_attn.v_proj.weight")
-
-
-def test_what_changed_is_named(mixed: Path) -> None:
-    path, name = mixed / "base.safetensors", f"{LAYER}.packed"
-    edit_tensors(path, {name: load_file(path)[name] ^ 1})
-    checkpoint = BaseCheckpoint(mixed)
-    checkpoint.read("model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(FingerprintError, match=rf"{name} changed after saving"):
-        checkpoint.read(f"{LAYER}.weight")
 
 
 def test_parts_that_do_not_fit_are_named(mixed: Path) -> None:
     path, name = mixed / "base.safetensors", f"{LAYER}.block_scale"
     block_scale = load_file(path)[name]
     edit_tensors(path, {name: None})
-    with pytest.raises(
-        SourceError,
-        match=rf"{name} is missing, but int4 .* block 16 with int4 scales needs \[128, 2\]; quantize",
-    ):
+    facts = rf"{name} is missing, but int4 .* with int4 scales needs \[128, 2\]; quantize"
+    with pytest.raises(SourceError, match=facts):
         BaseCheckpoint(mixed).read(f"{LAYER}.weight")
     edit_tensors(path, {name: block_scale})
-    layers = json.loads((mixed / "base.json").read_text())["layers"]
-    layers[LAYER]["shape"] = [128, 32]
-    edit_json(mixed / "base.json", layers=layers)
-    reseal(mixed, "base.json")
-    with pytest.raises(
-        SourceError, match=rf"{LAYER}.packed is \[128, 32\], but .* needs \[128, 16\]"
-    ):
+    edit_record(mixed, lambda record: record["layers"][LAYER].update(shape=[128, 32]))
+    with pytest.raises(SourceError, match=rf"{PACKED} is \[128, 32\], but .* needs \[128, 16\]"):
         BaseCheckpoint(mixed).read(f"{LAYER}.weight")
 
 

@@ -1,7 +1,5 @@
 """Python code in a model's folder runs only if the recipe says so."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -13,33 +11,25 @@ import pytest
 import yaml
 
 from cli.command_line import qwlora
+from formats.models import edit_json
 
+TOUCH = "import pathlib\npathlib.Path({ran!r}).touch()\n"
 CONFIG_CODE = """
-from pathlib import Path
 from transformers import LlamaConfig
-Path({ran!r}).touch()
 class OwnConfig(LlamaConfig):
     model_type = "own_llama"
 """
 MODEL_CODE = """
-from pathlib import Path
 from transformers import LlamaForCausalLM
 from .own_config import OwnConfig
-Path({ran!r}).touch()
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
 TOKENIZER_CODE = """
-from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-Path({ran!r}).touch()
 class OwnTokenizer(PreTrainedTokenizerFast):
     pass
 """
-
-
-def edit(file: Path, **entries: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
 @pytest.fixture
@@ -56,21 +46,20 @@ def ran(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own_model(folder: Path, ran: Path) -> Path:
-    (folder / "own_config.py").write_text(CONFIG_CODE.format(ran=str(ran)))
-    (folder / "own_model.py").write_text(MODEL_CODE.format(ran=str(ran)))
+    touch = TOUCH.format(ran=str(ran))
+    (folder / "own_config.py").write_text(touch + CONFIG_CODE)
+    (folder / "own_model.py").write_text(touch + MODEL_CODE)
     auto_map = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
-    edit(folder / "config.json", model_type="own_llama", auto_map=auto_map)
+    edit_json(folder / "config.json", model_type="own_llama", auto_map=auto_map)
     return folder
 
 
 @pytest.fixture
 def own_tokenizer(folder: Path, ran: Path) -> Path:
-    (folder / "own_tokenizer.py").write_text(TOKENIZER_CODE.format(ran=str(ran)))
-    edit(
-        folder / "tokenizer_config.json",
-        tokenizer_class="OwnTokenizer",
-        auto_map={"AutoTokenizer": ["own_tokenizer.OwnTokenizer", "own_tokenizer.OwnTokenizer"]},
-    )
+    (folder / "own_tokenizer.py").write_text(TOUCH.format(ran=str(ran)) + TOKENIZER_CODE)
+    auto_map = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer"] * 2}
+    file = folder / "tokenizer_config.json"
+    edit_json(file, tokenizer_class="OwnTokenizer", auto_map=auto_map)
     return folder
 
 
@@ -83,11 +72,7 @@ def willing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
 
-def trusting(source: Path) -> dict[str, Any]:
-    return {"source": str(source), "trust_remote_code": True}
-
-
-def test_code_named_in_config_json_does_not_run(
+def test_code_of_a_model_does_not_run(
     recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(model={"source": str(own_model)})
@@ -98,9 +83,7 @@ def test_code_named_in_config_json_does_not_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_code_named_in_tokenizer_config_json_does_not_run(
-    recipe_for: Any, own_tokenizer: Path, ran: Path
-) -> None:
+def test_code_of_a_tokenizer_does_not_run(recipe_for: Any, own_tokenizer: Path, ran: Path) -> None:
     done = qwlora("data", recipe_for(model={"source": str(own_tokenizer)}))
     assert (done.returncode, ran.exists()) == (2, False)
     assert "model.trust_remote_code: true" in done.stderr
@@ -109,7 +92,8 @@ def test_code_named_in_tokenizer_config_json_does_not_run(
 def test_trusted_code_runs_and_every_summary_says_so(
     recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_for(model=trusting(own_model), export={"targets": []})
+    model = {"source": str(own_model), "trust_remote_code": True}
+    recipe = recipe_for(model=model, export={"targets": []})
     done = qwlora("quantize", recipe, "--out", tmp_path / "out")
     assert (done.returncode, ran.exists()) == (0, True), done.stderr
     assert "trust_remote_code" in done.stdout

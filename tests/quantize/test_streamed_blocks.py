@@ -1,6 +1,5 @@
-"""GPTQ from a checkpoint: the base that quantizing in memory makes, with a block in memory at a time."""
-
-from __future__ import annotations
+"""Quantizing from a checkpoint: the base that quantizing in memory makes, with a block in memory at
+a time where GPTQ needs whole ones."""
 
 import gc
 from pathlib import Path
@@ -29,32 +28,40 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_that_quantizing_in_memory_makes(
-    kind: str, tmp_path: Path, tokens: Tensor
-) -> None:
-    embedding = LayerRule("*embed_tokens", parse_scheme("w4-block16"), "search")
-    rules = [LayerRule("*.layers.0.mlp.down_proj", None), embedding]
-    rules = rules if kind in ("llama", "qwen3") else []
-    model = model_of(kind)
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_the_same_base_as_in_memory(kind: str, solver: str, tmp_path: Path, tokens: Tensor) -> None:
+    rules = [
+        LayerRule("*embed_tokens", parse_scheme("w4-block16"), "search"),
+        LayerRule("*.layers.0.mlp.down_proj", None),
+        LayerRule("*.down_proj", parse_scheme("w8-channel")),
+    ]
+    how: dict[str, Any] = {"rules": rules if kind in ("llama", "qwen3") else []}
     memory, streamed = MomentStore(tmp_path / "memory"), MomentStore(tmp_path / "streamed")
-    how: dict[str, Any] = {"rules": rules, "calibration": tokens}
-    report = quantize_(model, "w4-block32", "gptq", **how, moments=memory)
-    how |= {"moments": streamed, "shard_bytes": 30_000}
-    result = from_files(Held(model_of(kind)), tmp_path / "base", **how)
+    of_files: dict[str, Any] = {"shard_bytes": 30_000, "solver": solver, **how}
+    if solver == "gptq":
+        how |= {"calibration": tokens, "moments": memory}
+        of_files |= how | {"moments": streamed}
+    model = model_of(kind)
+    report = quantize_(model, "w4-block32", solver, **how)
+    result = from_files(Held(model_of(kind)), tmp_path / "base", **of_files)
     assert result == (fingerprint(model), report)
     loaded = load_base(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "memory").iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "streamed").iterdir()
-    }
-
-
-def from_files(checkpoint: Held, folder: Path, **options: Any) -> tuple[str, QuantizeReport]:
-    folder.mkdir(exist_ok=True)
-    return quantize_checkpoint(
-        checkpoint, byte_tokenizer(), folder, "x", "w4-block32", "gptq", **options
+    of_memory, of_stream = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*")}
+        for name in ("memory", "streamed")
     )
+    assert of_memory == of_stream
+    assert bool(of_memory) == (solver == "gptq")
+
+
+def from_files(
+    checkpoint: Held, folder: Path, solver: str = "gptq", **options: Any
+) -> tuple[str, QuantizeReport]:
+    folder.mkdir(exist_ok=True)
+    tokenizer, scheme = byte_tokenizer(), "w4-block32"
+    return quantize_checkpoint(checkpoint, tokenizer, folder, "x", scheme, solver, **options)
 
 
 def deep() -> PreTrainedModel:
@@ -66,7 +73,7 @@ def deep() -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def test_a_block_or_two_are_in_memory(
+def test_two_blocks_at_most_are_there(
     tmp_path: Path, tokens: Tensor, loaded_at_finish: list[str]
 ) -> None:
     gc.collect()

@@ -6,11 +6,11 @@ One small network has everything that AIMET can write: per tensor, per channel, 
 float16 weight, a float8 weight (2.x only), a zero point shift of one half.
 """
 
-from __future__ import annotations
-
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import aimet_torch
 import torch
@@ -43,24 +43,15 @@ def simulation(float8: bool) -> tuple[QuantizationSimModel, torch.Tensor]:
     x = torch.randn(3, 2, 2, 1)
     sim = QuantizationSimModel(Network().eval(), x, default_param_bw=8, default_output_bw=8)
     m = sim.model
-    m.channel.param_quantizers["weight"] = QuantizeDequantize(
-        (4, 1, 1, 1), bitwidth=8, symmetric=True
-    )
-    m.block.param_quantizers["weight"] = QuantizeDequantize(
-        (6, 2), bitwidth=4, symmetric=True, block_size=(1, 4)
-    )
-    m.lpbq.param_quantizers["weight"] = GroupedBlockQuantizeDequantize(
-        (8, 3),
-        bitwidth=4,
-        symmetric=True,
-        decompressed_bw=8,
-        block_size=(1, 2),
-        block_grouping=(1, 3),
-    )
-    m.float16.param_quantizers["weight"] = FloatQuantizeDequantize(dtype=torch.float16)
-    m.shifted.param_quantizers["weight"] = QuantizeDequantize(
-        (4, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5
-    )
+    grouped = {"decompressed_bw": 8, "block_size": (1, 2), "block_grouping": (1, 3)}
+    for layer, quantizer in {
+        m.channel: QuantizeDequantize((4, 1, 1, 1), bitwidth=8, symmetric=True),
+        m.block: QuantizeDequantize((6, 2), bitwidth=4, symmetric=True, block_size=(1, 4)),
+        m.lpbq: GroupedBlockQuantizeDequantize((8, 3), bitwidth=4, symmetric=True, **grouped),
+        m.float16: FloatQuantizeDequantize(dtype=torch.float16),
+        m.shifted: QuantizeDequantize((4, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5),
+    }.items():
+        layer.param_quantizers["weight"] = quantizer
     if float8:
         m.float8.param_quantizers["weight"] = FloatQuantizeDequantize(
             exponent_bits=4, mantissa_bits=3, finite=True, unsigned_zero=False, shape=()
@@ -74,33 +65,24 @@ def main() -> None:
     for version in ("0.6.1", "1.0.0", "2.0.0", "2.1.0"):
         with tempfile.TemporaryDirectory() as directory:
             sim, x = simulation(float8=version >= "2")
-            sim.onnx.export(
-                (x,),
-                str(Path(directory) / "model.onnx"),
-                input_names=["x"],
-                output_names=["y"],
-                dynamo=False,
-                encoding_version=version,
-            )
+            names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
+            path = str(Path(directory) / "model.onnx")
+            sim.onnx.export((x,), path, dynamo=False, encoding_version=version, **names)
             for file in Path(directory).iterdir():
-                print(file)
-                target = FILES / (
-                    f"aimet-{version}.encodings" if file.suffix == ".encodings" else f"{file.name}"
-                )
-                target.write_bytes(file.read_bytes())
+                is_graph = file.suffix != ".encodings"
+                shutil.copy(file, FILES / (file.name if is_graph else f"aimet-{version}.encodings"))
     quantsim.encoding_version = "1.0.0"
     sim, x = simulation(float8=False)
     with tempfile.TemporaryDirectory() as directory:
-        sim.export(
-            directory, "model", x
-        )  # the older exporter: other names, blocks in another order, float16 entries
-        (FILES / "aimet-export-1.0.0.encodings").write_bytes(
-            (Path(directory) / "model.encodings").read_bytes()
-        )
-        by_module = Path(directory) / "model_torch.encodings"
-        (FILES / "aimet-export-1.0.0_torch.encodings").write_bytes(by_module.read_bytes())
+        # the older exporter: other names, blocks in another order, float16 entries
+        sim.export(directory, "model", x)
         sim.save_encodings_to_json(directory, "model")
-        (FILES / "aimet-modules.json").write_bytes((Path(directory) / "model.json").read_bytes())
+        for name, target in (
+            ("model.encodings", "aimet-export-1.0.0.encodings"),
+            ("model_torch.encodings", "aimet-export-1.0.0_torch.encodings"),
+            ("model.json", "aimet-modules.json"),
+        ):
+            shutil.copy(Path(directory) / name, FILES / target)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Weights are [out, in] and read by a Conv: channels on axis 0, blocks on axis 1.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,7 @@
 """`qwlora encodings`: what it prints, and its exit codes."""
 
-from __future__ import annotations
-
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,7 @@ from random_files import FILES
 from cli.command_line import qwlora
 from qwlora.formats.aimet_encodings import convert, read_encodings
 
-NEW, OLD, LEGACY = (
-    str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1")
-)
+NEW, OLD, LEGACY = (str(FILES / f"aimet-{v}.encodings") for v in ("2.0.0", "1.0.0", "0.6.1"))
 MODEL = str(FILES / "model.onnx")
 
 
@@ -31,39 +28,24 @@ def test_show_lists_every_encoding() -> None:
     assert code == 0
     assert lines[0] == "version 2.0.0, by aimet-torch 2.42.0, 14 encodings"
     assert lines[1].split() == ["name", "section", "type", "granularity", "scale", "offset"]
-    assert (
-        "block.weight_0            -        int4 symmetric   block axis 0 of 4  0.0261785 .. 0.0502113      -8"
-        in lines
-    )
+    (block,) = (line for line in lines if line.startswith("block.weight_0 "))
+    cells = ["block.weight_0", "-", "int4 symmetric", "block axis 0 of 4"]
+    assert re.split(" {2,}", block) == [*cells, "0.0261785 .. 0.0502113", "-8"]
     assert any(line.startswith("channel.bias ") and line.endswith("-2147483648") for line in lines)
     assert len(lines) == 16
-    assert (
-        "block.weight_0            parameter   int4 symmetric  block of 4 " in run("show", OLD)[1]
-    )
+    assert re.search("block.weight_0 +parameter +int4 symmetric +block of 4 ", run("show", OLD)[1])
 
 
 def test_show_json_has_the_same_fields_in_all_versions() -> None:
     code, out, _ = run("show", OLD, "--json")
     record = json.loads(out)
     assert code == 0
-    assert (record["version"], len(record["encodings"]), "x" in record["parameters"]) == (
-        "1.0.0",
-        13,
-        False,
-    )
+    assert (record["version"], len(record["encodings"])) == ("1.0.0", 13)
+    assert "x" not in record["parameters"]
     entry = next(e for e in record["encodings"] if e["name"] == "x")
-    assert entry == {
-        "granularity": "tensor",
-        "name": "x",
-        "bitwidth": 8,
-        "scale": 0.014587393961846828,
-        "offset": -149,
-        "symmetric": False,
-        "signed": None,
-        "axis": None,
-        "block_size": None,
-        "zero_point_shift": 0.0,
-    }
+    numbers = {"bitwidth": 8, "scale": 0.014587393961846828, "offset": -149}
+    layout = {"granularity": "tensor", "axis": None, "block_size": None, "zero_point_shift": 0.0}
+    assert entry == {"name": "x", **numbers, "symmetric": False, "signed": None, **layout}
 
 
 def test_validate_exits_1_only_on_errors() -> None:
@@ -152,9 +134,5 @@ def test_the_command_line_answers_without_torch() -> None:
         "import sys, qwlora.cli.encodings_commands;"
         "print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
-    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"[]\n"

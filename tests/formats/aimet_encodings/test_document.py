@@ -1,7 +1,5 @@
 """Reading and writing encodings files: AIMET's own, malformed fields, hostile bytes, atomicity."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -11,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,28 +20,33 @@ from qwlora.formats.aimet_encodings import (
     EncodingsFile,
     FloatEncoding,
     IntegerEncoding,
-    LpbqEncoding,
     read_encodings,
     write_encodings,
 )
 from qwlora.formats.aimet_encodings.encodings_file import parse, to_document
-from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1 import json_of
 
 GOLDEN = {
-    version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS
+    version: json.loads((FILES / f"aimet-{version}.encodings").read_text())
+    for version in (*VERSIONS, "export-1.0.0")
 }
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_an_aimet_file_is_read_and_written_back_field_by_field(version: str) -> None:
+@pytest.mark.parametrize("version", GOLDEN)
+def test_an_aimet_file_is_read_and_written_back(version: str, tmp_path: Path) -> None:
     document = copy.deepcopy(GOLDEN[version])
     assert document["producer"] == {"package": "aimet-torch", "version": "2.42.0"}
     if version == "2.1.0":  # AIMET writes this axis from the end, beside a positive one
         scale = next(e for e in document["encodings"] if e["name"] == "lpbq.weight_0")["y_scale"]
         assert scale["axis"] == -1
         scale["axis"] = 1
-    assert to_document(read_encodings(FILES / f"aimet-{version}.encodings")) == document
+    file = read_encodings(FILES / f"aimet-{version}.encodings")
+    assert to_document(file) == document
+    write_encodings(file, str(tmp_path / "out.encodings"))
+    assert read_encodings(tmp_path / "out.encodings") == file
+    assert [p.name for p in tmp_path.iterdir()] == ["out.encodings"]
+    lines = (tmp_path / "out.encodings").read_text().splitlines()
+    assert all(any(json.dumps(name) in line for line in lines) for name in file.by_name)
+    assert len(lines) == len(file.encodings) + (10 if file.version < "2" else 6)
 
 
 @pytest.mark.parametrize("name", ["aimet-modules.json", "aimet-export-1.0.0_torch.encodings"])
@@ -69,16 +71,16 @@ def test_aimets_files_by_module_are_read_as_0_6_1(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("module", "message"),
     [
-        ({"fc": {"input": {"0": {"dtype": "int"}}}}, "fc.input.0, bitwidth: is missing"),
-        ({"fc": {"input": [1]}}, "fc: is an object; a module has objects input and output"),
-        ({"fc": {"sideways": {}}}, "fc: is an object; a module has objects input and output"),
-        ({"fc": 3}, "fc: is 3; a module has objects input and output"),
+        ({"input": {"0": {"dtype": "int"}}}, "fc.input.0, bitwidth: is missing"),
+        ({"input": [1]}, "fc: is an object; a module has objects input and output"),
+        ({"sideways": {}}, "fc: is an object; a module has objects input and output"),
     ],
 )
-def test_a_malformed_module_is_named(changes: dict[str, Any], message: str) -> None:
-    file, findings = parse({"activation_encodings": changes, "param_encodings": {}})
+def test_a_malformed_module_is_named(module: Any, message: str) -> None:
+    other = {"activation_encodings": {"block": {"output": {}}, "fc": module}}
+    file, findings = parse({**other, "param_encodings": {}})
     assert file is None
     assert any(message in str(finding) for finding in findings)
 
@@ -94,83 +96,18 @@ def test_parameters_alone_are_a_file_as_after_adaround() -> None:
     assert [str(f).partition(" (")[0] for f in findings] == ["fc.weight: is vector quantization"]
 
 
-@pytest.mark.parametrize(
-    "content", [b"PK\3\4data.pkl", b"\x80\4\x95", b"\x58" + 7 * b"\0" + b'{"a":']
-)
-def test_binary_files_say_what_they_are(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "sim.encodings").write_bytes(content)
-    with pytest.raises(
-        EncodingsFileError, match=r"is a pickle, .*not JSON. .*save_encodings_to_js"
-    ):
-        read_encodings(tmp_path / "sim.encodings")
-
-
 def test_aimets_files_have_the_same_grids_in_every_version() -> None:
     """The four files hold the same simulation."""
     for version in VERSIONS:
-        encodings, has_axes = (
-            read_encodings(FILES / f"aimet-{version}.encodings").by_name,
-            version > "2",
-        )
+        encodings = read_encodings(FILES / f"aimet-{version}.encodings").by_name
         channel, shifted, x = (encodings[n] for n in ("channel.weight", "shifted.weight_0", "x"))
+        has_axes = version > "2"
         assert channel.scale[0] == 0.0008904206333681941
         assert (channel.offset == -128).all()
         assert (channel.symmetric, channel.axis) == (True, 0 if has_axes else None)
         assert channel.signed is (True if has_axes else None)
         assert (shifted.zero_point_shift, shifted.offset.tolist()) == (0.5, [-2] * 4)
         assert (x.scale, x.offset, x.symmetric) == (0.014587393961846828, -149, False)
-
-
-def test_aimets_lpbq_reads_the_same_in_three_versions() -> None:
-    old, middle, new = (
-        read_encodings(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"]
-        for v in VERSIONS[1:]
-    )
-    bits = (old.bitwidth, old.decompressed_bitwidth, old.block_size, old.axis)
-    assert bits == (4, 8, 2, None)
-    axes = (middle.bitwidth, middle.decompressed_bitwidth, middle.axis, middle.channel_axis)
-    assert axes == (4, None, 0, 1)
-    assert middle == new
-    assert (middle.block_scale.shape, middle.channel_scale.shape) == ((3, 8), (1, 8))
-    assert (middle.block_scale.reshape(-1) == old.block_scale).all()
-    expanded = (middle.block_scale * middle.channel_scale).reshape(-1)
-    legacy = read_encodings(FILES / "aimet-0.6.1.encodings").by_name["lpbq.weight_0"]
-    np.testing.assert_allclose(legacy.scale, expanded, rtol=1e-6)
-
-
-def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
-    """`sim.export` lists a MatMul weight by channel, `sim.onnx.export` as it is stored."""
-    lying, older = (
-        read_encodings(FILES / "aimet-1.0.0.encodings"),
-        read_encodings(FILES / "aimet-export-1.0.0.encodings"),
-    )
-    assert to_document(older) == json.loads((FILES / "aimet-export-1.0.0.encodings").read_text())
-    assert older.by_name["float16.weight"] == FloatEncoding("float16.weight", 16)
-    for name in ("block", "lpbq"):
-        one, other = lying.by_name[f"{name}.weight_0"], older.by_name[f"{name}.weight"]
-        a, b = (
-            e.block_scale if isinstance(e, LpbqEncoding) else e.scale
-            for e in (one, other)
-            if not isinstance(e, FloatEncoding)
-        )
-        outputs = 6 if name == "block" else 8
-        assert a.tolist() != b.tolist()
-        assert a.reshape(-1, outputs).T.reshape(-1).tolist() == b.tolist()
-
-
-def test_entries_of_grids_are_read_and_written_back() -> None:
-    torch = pytest.importorskip("torch")
-    from qwlora.grid.encoding import Encoding
-    from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-
-    for granularity, shape in ((PerTensor(), ()), (PerChannel(0), (2,)), (PerBlock(4), (2, 3))):
-        scheme = Scheme(4, granularity=granularity)
-        grid = Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32))
-        entry = json_of(entry_of("w", grid, "1.0.0"))
-        document = {"version": "1.0.0", "activation_encodings": [], "param_encodings": [entry]}
-        file, findings = parse(document)
-        assert file is not None, findings
-        assert to_document(file) == document
 
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -185,6 +122,7 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from nodes(inner, (*path, key))
 
 
+KEYS = st.sampled_from(["x", "x_scale", "axis", "name", "scale", "offset"])
 JUNK = st.recursive(
     st.none()
     | st.booleans()
@@ -193,12 +131,7 @@ JUNK = st.recursive(
     | st.text(max_size=4)
     | st.just(10**400)
     | st.sampled_from([-0.0, 1e308, 5e-324, 2**63]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["x", "x_scale", "axis", "name", "scale", "offset"]), inner, max_size=3
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=5,
 )
 PATHS = {version: list(nodes(document)) for version, document in GOLDEN.items()}
@@ -206,9 +139,7 @@ PATHS = {version: list(nodes(document)) for version, document in GOLDEN.items()}
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(st.data())
-def test_a_changed_file_is_refused_with_findings_or_is_written_back(
-    version: str, data: st.DataObject
-) -> None:
+def test_a_changed_file_is_refused_or_written_back(version: str, data: st.DataObject) -> None:
     document = copy.deepcopy(GOLDEN[version])
     for _ in range(data.draw(st.integers(1, 3))):
         *outer, last = data.draw(st.sampled_from(PATHS[version]).filter(lambda path: path != ()))
@@ -229,10 +160,13 @@ def test_a_changed_file_is_refused_with_findings_or_is_written_back(
         assert parse(to_document(file)) == (file, [])
 
 
-@given(
-    st.binary(max_size=60)
-    | st.text(alphabet='[]{}":,0123456789eE.-NaInfty \\u', max_size=60).map(str.encode)
-)
+PICKLES = (b"PK\3\4", b"\x80\4\x95", b"\x58" + 7 * b"\0")
+
+
+TEXT = st.text(alphabet='[]{}":,0123456789eE.-NaInfty \\u', max_size=60)
+
+
+@given(st.binary(max_size=60) | TEXT.map(str.encode))
 def test_any_bytes_give_a_value_or_our_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
@@ -254,16 +188,11 @@ def test_any_bytes_give_a_value_or_our_error(
         (b'{"a":' * 100_000, "cannot be read: maximum recursion depth"),
         (b"[" + b"9" * 5000 + b"]", "4300 digits"),
         (b'{"version": "1.0.0", "version": "1.0.0"}', "has the key 'version' twice in one object"),
+        *((start + b'{"a":', "is a pickle.*save_encodings_to_js") for start in PICKLES),
         (b"[]", "file: is a list; an object is needed"),
         (b"{}", "file, version: is missing"),
-        (
-            b'{"version": "0.7"}',
-            "file, version: is '0.7'; one of 0.6.1, 1.0.0, 2.0.0, 2.1.0 is needed",
-        ),
-        (
-            b'{"version": "2.0.0", "encodings": [], "excluded_layers": []}',
-            "file, excluded_layers: is not a field",
-        ),
+        (b'{"version": "0.7"}', "version: is '0.7'; one of 0.6.1, 1.0.0, 2.0.0, 2.1.0 is"),
+        (b'{"version": "2.0.0", "encodings": [], "x": []}', "file, x: is not a field"),
     ],
 )
 def test_an_invalid_file_says_why(tmp_path: Path, content: bytes, message: str) -> None:
@@ -278,9 +207,10 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
     """AIMET's file with fields of one entry replaced, or removed if the value is `...`."""
     document = copy.deepcopy(GOLDEN[version])
     entries = document[section]
-    entry = (
-        entries[name][0] if version == "0.6.1" else next(e for e in entries if e["name"] == name)
-    )
+    if version == "0.6.1":
+        (entry, *_) = entries[name]
+    else:
+        (entry,) = (e for e in entries if e["name"] == name)
     entry.update(fields)
     for key in [key for key, value in fields.items() if value is ...]:
         del entry[key]
@@ -290,7 +220,7 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
 # By version, section and entry: fields, and what is said about them.
 BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
     ("0.6.1", "param_encodings", "channel.weight"): {
-        "bitwidth: is a list; it must be a valid integer": {"bitwidth": 4}
+        "bitwidth: is a list; it must be a valid integer": {"bitwidth": 4},
     },
     ("0.6.1", "activation_encodings", "x"): {
         "bitwidth is 33, not from 1 to 32": {"bitwidth": 33},
@@ -298,9 +228,6 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "min is -3.0 in item 0, but scale and offset make it -2.17": {"min": -3.0},
         "max is missing": {"max": ...},
         "index_bw: is not a field of this entry": {"index_bw": 4},
-    },
-    ("0.6.1", "param_encodings", "shifted.weight_0"): {
-        "zero_point_shift: is a list; it must be a valid number": {"zero_point_shift": 0.25}
     },
     ("1.0.0", "activation_encodings", "x"): {
         "scale: 1 of 1 values are not finite": {"scale": [math.nan]},
@@ -310,7 +237,6 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale: has 2 axes": {"scale": [[0.1]]},
         "scale has 2 values; PER_TENSOR has one": {"scale": [0.1, 0.2], "offset": [0, 0]},
         "offset: contains an integer of 71 bits": {"offset": [2**70]},
-        "is_sym: is 'False'; it must be a valid boolean": {"is_sym": "False"},
         "enc_type: is 'OTHER'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "OTHER"},
         r"is vector quantization \(VECTOR, of GPTVQ\)": {"enc_type": "VECTOR", "index_bw": 6},
         "bw: is missing": {"bw": ...},
@@ -329,9 +255,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "9 compressed of 8 decompressed bits is not possible": {"compressed_bw": 9},
         "block scales reach 16; 5 compressed of 8 decompressed bits end at 8": {"compressed_bw": 5},
         "LPBQ is symmetric: is_sym is true, and each offset -128": {"offset": [0] * 8},
-        "\\[8\\] channel scales cannot share \\[9\\] block scales": {
-            "per_block_int_scale": [1] * 9
-        },
+        r"\[8\] channel scales cannot share \[9\]": {"per_block_int_scale": [1] * 9},
     },
     ("2.0.0", "encodings", "x"): {
         "output_dtype: is 'int33'": {"output_dtype": "int33"},
@@ -346,17 +270,13 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
     ("2.0.0", "encodings", "block.weight_0"): {
         "axis is 2, outside scales of 2 axes": {"axis": 2},
         "scale has 2 axes; without an axis and a block_size": {"block_size": ...},
-        "y_scale: contains a list; numbers in lists of one length": {
-            "y_scale": [[0.1], [0.1, 0.2]]
-        },
+        "y_scale: contains a list; numbers in lists": {"y_scale": [[0.1], [0.1, 0.2]]},
         "y_scale: is empty": {"y_scale": []},
         "y_scale: is nested deeper than 8 lists": {"y_scale": [[[[[[[[[0.1]]]]]]]]]},
     },
     ("2.0.0", "encodings", "lpbq.weight_0"): {
         "output_dtype must be int1 to int32: LPBQ": {"output_dtype": "uint4"},
-        "\\[1, 3\\] channel scales cannot share \\[3, 8\\] block scales": {
-            "per_channel_float_scale": [[0.1] * 3]
-        },
+        r"\[1, 3\] channel scales cannot": {"per_channel_float_scale": [[0.1] * 3]},
     },
     ("2.1.0", "encodings", "x"): {
         "axis is missing": {"per_block_int_scale": [1]},
@@ -367,9 +287,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
             "y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 1}
         },
         "y_scale.axis is 2, outside": {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 2}},
-        "y_scale.n: is not a field": {
-            "y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 0, "n": 1}
-        },
+        "y_scale.n: is not a field": {"y_scale": {"x": [[1]], "x_scale": [1], "axis": 0, "n": 1}},
     },
 }
 
@@ -411,29 +329,15 @@ def test_control_characters_in_names_are_escaped() -> None:
     assert len(str(findings[0])) < 300
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
-    file = read_encodings(FILES / f"aimet-{version}.encodings")
-    write_encodings(file, str(tmp_path / "out.encodings"))
-    assert read_encodings(tmp_path / "out.encodings") == file
-    assert [p.name for p in tmp_path.iterdir()] == ["out.encodings"]
-    lines = (tmp_path / "out.encodings").read_text().splitlines()
-    assert all(any(json.dumps(name) in line for line in lines) for name in file.by_name)
-    assert len(lines) == len(file.encodings) + {"0.6.1": 10, "1.0.0": 10}.get(version, 6)
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.encodings"
     path.write_text("before")
-    file = EncodingsFile(
-        "1.0.0", (IntegerEncoding("w", 8, 0.1, 0, False, signed=True),), frozenset()
-    )
+    entry = IntegerEncoding("w", 8, 0.1, 0, False, signed=True)
     with pytest.raises(ConversionError, match="w: signed True"):
-        write_encodings(file, path)
+        write_encodings(EncodingsFile("1.0.0", (entry,), frozenset()), path)
+    file = EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan})
     with pytest.raises(EncodingsFileError, match="quantizer_args: has nan under 'x'"):
-        write_encodings(
-            EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan}), path
-        )
+        write_encodings(file, path)
     with pytest.raises(ConversionError, match="'9' is not one of"):
         write_encodings(EncodingsFile("9", ()), path)
     with pytest.raises(EncodingsFileError, match="cannot be written"):
@@ -464,8 +368,5 @@ INTEGERS = partial(IntegerEncoding, "w", 8)
 def test_invalid_values_are_refused(make: Any, message: str) -> None:
     with pytest.raises(EncodingsFileError, match=message):
         make()
-
-
-def test_values_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        IntegerEncoding("w", 8, [0.1], [0], False).scale[0] = 1.0
+        INTEGERS([0.1], [0], False).scale[0] = 1.0

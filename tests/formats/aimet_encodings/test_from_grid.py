@@ -1,7 +1,5 @@
 """One writer: every granularity in every version is written as what it is, or refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -67,15 +65,8 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
     assert torch.equal(again.offset, encoding.offset)
     assert again.scheme.granularity == scheme.granularity
     assert again.scheme.bitwidth == scheme.bitwidth
-
-
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bitwidth == 4], ids=str)
-def test_encoding_of_undoes_entry_of(scheme: Scheme) -> None:
-    encoding = grid(scheme)
-    again = encoding_of(entry_of("w", encoding, "2.1.0"))
-    assert again.scheme == scheme
-    assert torch.equal(again.scale, encoding.scale)
-    assert torch.equal(again.offset, encoding.offset)
+    if version == "2.1.0" and not transposed:  # which says it all by itself
+        assert encoding_of(entry).equals(encoding)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,7 +1,5 @@
 """Our own exports validate without findings, and what is taken from them is found."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -20,9 +18,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     model = tiny_model("llama", layers=1)
     quantize_(model, "w4-block32")
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     simulation = simulate(adapted, batch)

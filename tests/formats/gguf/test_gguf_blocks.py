@@ -1,7 +1,5 @@
 """Every type of block against the gguf package's dequantization."""
 
-from __future__ import annotations
-
 import gguf
 import numpy as np
 import pytest
@@ -25,6 +23,11 @@ def expected(kind: str, raw: np.ndarray) -> torch.Tensor:
 def equals_ggufs(kind: str, raw: np.ndarray) -> bool:
     values = read(kind, raw).dequantize()
     return torch.equal(with_one_zero(values), with_one_zero(expected(kind, raw)))
+
+
+def in_blocks(kind: str, raw: np.ndarray) -> np.ndarray:
+    """A view of the bytes as [blocks, bytes]."""
+    return raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
 
 
 def half(number: float) -> np.ndarray:
@@ -53,10 +56,8 @@ def test_what_the_gguf_package_quantizes(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K"])
 def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> None:
     raw = random_rows(kind, 8, 512)
-    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
-    blocks[:, HALVES[kind][0] : HALVES[kind][0] + 2] = np.frombuffer(
-        np.float16(0.01).tobytes(), np.uint8
-    )
+    blocks, place = in_blocks(kind, raw), HALVES[kind][0]
+    blocks[:, place : place + 2] = half(0.01)
     if kind == "Q6_K":
         blocks[:, 192:208] = 5
     if kind == "Q3_K":
@@ -64,14 +65,13 @@ def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> Non
     quantized = read(kind, raw)
     assert quantized.encoding.scheme.symmetric
     assert torch.equal(quantized.codes, decode_blocks(kind, torch.from_numpy(raw))[0])
-    assert torch.equal(
-        quantized.dequantize().view(torch.int32), expected(kind, raw).view(torch.int32)
-    )
+    bits = [values.view(torch.int32) for values in (quantized.dequantize(), expected(kind, raw))]
+    assert torch.equal(*bits)
 
 
 def test_a_negative_scale_stays_symmetric_while_code_zero_is_unused() -> None:
     raw = random_rows("Q4_0", 4, 64)
-    blocks = raw.reshape(-1, 18)
+    blocks = in_blocks("Q4_0", raw)
     blocks[:, :2] = half(-0.5)
     blocks[:, 2:] = 0x31
     assert read("Q4_0", raw).encoding.scheme.symmetric
@@ -90,18 +90,14 @@ def test_a_constant_block_of_a_grid_with_minimum_has_its_minimum() -> None:
 @pytest.mark.parametrize("kind", WITH_MINIMUM)
 def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> None:
     raw = random_rows(kind, 4, 256)
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
-    first, second = HALVES[kind]
-    blocks = raw.reshape(-1, size)
+    blocks, (first, second) = in_blocks(kind, raw), HALVES[kind]
     blocks[:, first : first + 2] = half(-0.25)
     blocks[:, second : second + 2] = half(0.5)
     assert equals_ggufs(kind, raw)
     blocks[:, first : first + 2] = half(-30000)
     blocks[:, second : second + 2] = half(6e-8)
-    with pytest.raises(
-        SourceError,
-        match=rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model again",
-    ):
+    facts = rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model"
+    with pytest.raises(SourceError, match=facts):
         read(kind, raw)
 
 
@@ -111,8 +107,6 @@ def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> No
     for place in HALVES[kind]:
         raw = random_rows(kind, 4, 256)
         raw[1, place : place + 2] = half(number)
-        with pytest.raises(
-            SourceError,
-            match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite\. The file is damaged",
-        ):
+        facts = rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or .*file is damaged"
+        with pytest.raises(SourceError, match=facts):
             read(kind, raw)

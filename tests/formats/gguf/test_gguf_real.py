@@ -1,7 +1,5 @@
 """Real GGUF files: SmolLM2-135M (Q4_1, Q8_0) and Gemma-3-270M (Q4_K_M, in four parts)."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
@@ -56,19 +54,13 @@ def test_all_tensors_of_smollm2_against_the_gguf_package() -> None:
     assert len(checkpoint.names()) == 272
     for name in checkpoint.names():
         (stored,) = checkpoint.stored_names(name)
-        tensor = checkpoint.file.tensors[stored]
-        wanted = gguf.quants.dequantize(
-            checkpoint.file.raw(stored).numpy(), gguf.GGMLQuantizationType[tensor.kind]
-        ).reshape(tensor.shape)
-        wanted = torch.from_numpy(reorder.process(wanted, stored).weights)
-        assert torch.equal(
-            values(checkpoint.read(name)).view(torch.int32), wanted.view(torch.int32)
-        ), name
-    grids = [
-        read.encoding.scheme
-        for read in map(checkpoint.read, checkpoint.names())
-        if isinstance(read, QuantizedTensor)
-    ]
+        tensor, raw = checkpoint.file.tensors[stored], checkpoint.file.raw(stored).numpy()
+        wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.kind])
+        wanted = torch.from_numpy(reorder.process(wanted.reshape(tensor.shape), stored).weights)
+        found = values(checkpoint.read(name))
+        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32)), name
+    read = [checkpoint.read(name) for name in checkpoint.names()]
+    grids = [value.encoding.scheme for value in read if isinstance(value, QuantizedTensor)]
     assert (len(grids), sum(grid.float_offset for grid in grids)) == (211, 210)
 
 
@@ -78,22 +70,14 @@ def test_all_tensors_of_smollm2_against_the_gguf_package() -> None:
     [pytest.param(SMOLLM2, 211, marks=needs_smollm2), pytest.param(GEMMA, 127, marks=needs_gemma)],
     ids=["smollm2", "gemma3"],
 )
-def test_every_parameter_against_transformers_own_load(
-    source: str, integers: int, tmp_path: Path
-) -> None:
+def test_every_parameter_against_transformers(source: str, integers: int, tmp_path: Path) -> None:
     path = path_of(joined(tmp_path) if source == GEMMA else source)
-    wanted = dict(
-        AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        ).named_parameters()
-    )
-    checkpoint = GgufCheckpoint(path)
+    read = AutoModelForCausalLM.from_pretrained
+    model = read(path.parent, gguf_file=path.name, dtype=torch.float32)
+    wanted, checkpoint, packed = dict(model.named_parameters()), GgufCheckpoint(path), 0
     assert set(checkpoint.names()) == set(wanted)
     for name in checkpoint.names():
-        assert torch.equal(
-            with_one_zero(values(checkpoint.read(name))), with_one_zero(wanted[name].detach())
-        ), name
-    assert (
-        sum(isinstance(checkpoint.read(name), QuantizedTensor) for name in checkpoint.names())
-        == integers
-    )
+        found, want = checkpoint.read(name), wanted[name].detach()
+        assert torch.equal(with_one_zero(values(found)), with_one_zero(want)), name
+        packed += isinstance(found, QuantizedTensor)
+    assert packed == integers

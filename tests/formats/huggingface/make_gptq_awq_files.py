@@ -1,4 +1,4 @@
-"""Writes the golden files of test_reader_gptq.py and test_reader_awq.py with the formats' own
+"""Writes the golden files of test_reader_gptq_awq.py with the formats' own
 libraries: files/gptq-*, files/awq-* and files/gptqmodel-llama.
 
 Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU needed; AutoAWQ's
@@ -9,8 +9,6 @@ Python files are enough):
 Each layer is packed by the library, its scales are set to float32 again, and the library unpacks it
 into `expected.safetensors`.
 """
-
-from __future__ import annotations
 
 import json
 import os

@@ -8,8 +8,6 @@ Run by hand, in an environment with mlx 0.32.4 and mlx-lm 0.32.2 (on Linux: `mlx
 MLX quantizes each layer and dequantizes it into `expected.safetensors`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -47,14 +45,10 @@ def layers() -> None:
             weight = mx.random.normal((OUT, IN)) * 0.1
             name = f"w{bits}-{group}"
             codes, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
-            stored |= {
-                f"{name}.weight": codes,
-                f"{name}.scales": scales,
-                f"{name}.biases": biases,
-            }
-            expected[f"{name}.weight"] = mx.dequantize(
-                codes, scales, biases, group_size=group, bits=bits
-            )
+            stored |= {f"{name}.weight": codes, f"{name}.scales": scales}
+            stored[f"{name}.biases"] = biases
+            values = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
+            expected[f"{name}.weight"] = values
     folder = FILES / "mlx-layers"
     folder.mkdir(exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), stored, {"format": "mlx"})
@@ -79,10 +73,13 @@ def whole_model() -> None:
     folder.mkdir(exist_ok=True)
     utils.save_model(folder, model)
     utils.save_config(config, folder / "config.json")
+    save_logits(model, folder)
+
+
+def save_logits(model: llama.Model, folder: Path) -> None:
     tokens = mx.array([[1, 5, 9, 2, 40, 77]])
-    mx.save_safetensors(
-        str(folder / "expected.safetensors"), {"tokens": tokens, "logits": model(tokens)}
-    )
+    expected = {"tokens": tokens, "logits": model(tokens)}
+    mx.save_safetensors(str(folder / "expected.safetensors"), expected)
 
 
 def adapter() -> None:
@@ -98,20 +95,12 @@ def adapter() -> None:
     for name, tensor in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_b"):
             model.load_weights([(name, mx.random.normal(tensor.shape) * 0.02)], strict=False)
-    mx.save_safetensors(
-        str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters()))
-    )
-    settings = {
-        "fine_tune_type": "lora",
-        "lora_parameters": parameters,
-        "num_layers": 1,
-        "model": "base",
-    }
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), trained)
+    settings = {"fine_tune_type": "lora", "lora_parameters": parameters}
+    settings |= {"num_layers": 1, "model": "base"}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1))
-    tokens = mx.array([[1, 5, 9, 2, 40, 77]])
-    mx.save_safetensors(
-        str(folder / "expected.safetensors"), {"tokens": tokens, "logits": model(tokens)}
-    )
+    save_logits(model, folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """How many positions a model has: against what it computes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -61,27 +59,19 @@ def test_a_table_ends_where_the_model_fails(kind: str) -> None:
         with pytest.raises((IndexError, RuntimeError)):
             model(ids, use_cache=False)
     assert check_positions(empty(TABLES[kind]), ROWS) is None
-    facts = (
-        r"have 17 tokens, but .* for 16 \(max_position_embeddings\): set data.sequence_tokens to 16"
-    )
+    facts = r"have 17 tokens, but .* for 16 \(max_pos.*\): set data.sequence_tokens to 16"
     with pytest.raises(SourceError, match=facts):
         check_positions(empty(TABLES[kind]), ROWS + 1)
 
 
-@pytest.mark.parametrize(
-    "config", [LlamaConfig(**WIDE), FalconConfig(**BERT)], ids=["llama", "falcon"]
-)
-def test_computed_positions_are_spoken_of(config: PreTrainedConfig) -> None:
-    model = empty(config)
-    assert check_positions(model, ROWS) is None
-    assert "has positions for 16 (max_position_embeddings). It was not trained on longer" in str(
-        check_positions(model, ROWS + 1)
-    )
-
-
-def test_a_model_without_positions_has_no_end() -> None:
-    model = empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2))
-    assert check_positions(model, 1000) is None
+def test_computed_positions_are_spoken_of() -> None:
+    facts = "has positions for 16 (max_position_embeddings). It was not trained on longer"
+    for config in (LlamaConfig(**WIDE), FalconConfig(**BERT)):
+        model = empty(config)
+        assert check_positions(model, ROWS) is None
+        assert facts in str(check_positions(model, ROWS + 1))
+    without = empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2))
+    assert check_positions(without, 1000) is None
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}

@@ -1,7 +1,5 @@
 """A small config.json with huge counts is refused before transformers expands it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from conftest import byte_tokenizer, reseal, tiny_model
+from formats.models import edit_json
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
@@ -35,11 +34,6 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
 @pytest.mark.parametrize(
     ("record", "key"),
     [
@@ -59,37 +53,29 @@ def test_counts_are_checked_before_transformers_reads_them(
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "config.4.0.0.json").write_text(json.dumps({"num_hidden_layers": MANY}))
     for opening in SOURCES:
-        with pytest.raises(
-            SourceError, match=rf"config.json': {key} is {MANY}, but models have \d to [\d,]+\."
-        ):
+        with pytest.raises(SourceError, match=rf"{key} is {MANY}, but models have \d to [\d,]+\."):
             opening(tmp_path)
     assert not expanded
 
 
-@pytest.mark.parametrize(
-    "opening", [load_base, open_checkpoint, lambda folder: inspect_source(str(folder))]
-)
-def test_counts_of_a_base(
-    tmp_path: Path, opening: Callable[[Path], Any], expanded: list[Any]
-) -> None:
+def test_counts_of_a_base(tmp_path: Path, expanded: list[Any]) -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
     save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
-    edit(tmp_path, num_hidden_layers=MANY)
+    edit_json(tmp_path / "config.json", num_hidden_layers=MANY)
     reseal(tmp_path, "base.json")
-    with pytest.raises(SourceError, match="num_hidden_layers is 1000000, but models have 0 to"):
-        opening(tmp_path)
+    for opening in (load_base, open_checkpoint, lambda folder: inspect_source(str(folder))):
+        with pytest.raises(SourceError, match="num_hidden_layers is 1000000, but models have 0 to"):
+            opening(tmp_path)
     assert not expanded
 
 
 def test_counts_that_models_have(tmp_path: Path) -> None:
     """A count of layers that are not in the files, and large numbers that count nothing."""
     tiny_model("llama").save_pretrained(tmp_path)
-    edit(tmp_path, max_window_layers=94, vocabulary={"size": MANY})
+    config = tmp_path / "config.json"
+    edit_json(config, max_window_layers=94, vocabulary={"size": MANY})
     assert open_checkpoint(tmp_path).names()
-    edit(tmp_path, num_hidden_layers=120)
-    with pytest.raises(
-        SourceError,
-        match=r"'model.layers.2.self_attn.q_proj.weight', .* missing from the files, but needed",
-    ):
+    edit_json(config, num_hidden_layers=120)
+    with pytest.raises(SourceError, match=r"layers.2.self_attn.q_proj.weight', .* missing from"):
         open_checkpoint(tmp_path)

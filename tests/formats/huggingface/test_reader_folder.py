@@ -1,7 +1,5 @@
 """Safetensors folders: header checks, and stored names mapped to the model's parameters."""
 
-from __future__ import annotations
-
 import json
 import resource
 import struct
@@ -38,6 +36,9 @@ def same(folder: Path, model: PreTrainedModel) -> bool:
 @pytest.mark.parametrize("model", [llama, mixtral, gpt2])
 def test_what_transformers_saves_is_read_back(tmp_path: Path, model: Any) -> None:
     model().save_pretrained(tmp_path)
+    if model is llama:  # a buffer that older versions stored
+        old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        edit_tensors(tmp_path / FILE, {old: torch.ones(8)})
     assert same(tmp_path, model())
 
 
@@ -59,9 +60,7 @@ def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
         assert same(tmp_path, model)
     edit_tensors(tmp_path / FILE, {EMBEDDING: table + 1})
     checkpoint = FolderCheckpoint(tmp_path)
-    with pytest.raises(
-        SourceError, match=f"ties '{EMBEDDING}' and '{HEAD}', but the files hold different values"
-    ):
+    with pytest.raises(SourceError, match=f"ties '{EMBEDDING}' and '{HEAD}', but the .* different"):
         checkpoint.read(EMBEDDING)
     with pytest.raises(SourceError, match=f"'{HEAD}' is not a parameter of LlamaForCausalLM"):
         checkpoint.read(HEAD)
@@ -86,12 +85,6 @@ def test_tied_integers_that_differ_in_their_offset(tmp_path: Path, offset: int) 
         return
     with pytest.raises(SourceError, match="the files hold different values"):
         checkpoint.read(EMBEDDING)
-
-
-def test_old_buffers_are_left_out(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    edit_tensors(tmp_path / FILE, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    assert same(tmp_path, llama())
 
 
 class Quantized(FormatReader):
@@ -125,11 +118,9 @@ def test_quantized_experts_become_one_quantized_tensor(
         return measure(value, scheme).fake_quantize(value)
 
     fused, down = (
-        checkpoint.read(f"model.layers.0.mlp.experts.{name}")
+        read_integers(checkpoint, f"model.layers.0.mlp.experts.{name}")
         for name in ("gate_up_proj", "down_proj")
     )
-    assert isinstance(fused, QuantizedTensor)
-    assert isinstance(down, QuantizedTensor)
     assert fused.codes.shape == (3, 128, 32)
     for i in range(3):
         assert torch.equal(fused.dequantize()[i], torch.cat([expert(i, "w1"), expert(i, "w3")]))
@@ -145,28 +136,18 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
             self.scheme = Scheme(8 if ".1." in name else 4)
             return super().read(name)
 
-    for reader, message in (
-        (
-            lambda files: Quantized(files, Scheme(4), only="experts.1"),
-            f"'{down}' is stored in several tensors.*experts.0.w2.weight is float and .*experts.1",
-        ),
-        (
-            lambda files: Mixed(files, Scheme(4)),
-            f"the parts of parameter '{down}' have different schemes",
-        ),
-    ):
-        with pytest.raises(SourceError, match=message):
-            FolderCheckpoint(tmp_path, reader).read(down)
+    floats = rf"'{down}' is stored in several .*experts.0.w2.weight is float and .*experts.1"
+    with pytest.raises(SourceError, match=floats):
+        FolderCheckpoint(tmp_path, lambda f: Quantized(f, Scheme(4), "experts.1")).read(down)
+    with pytest.raises(SourceError, match=f"parts of parameter '{down}' have different schemes"):
+        FolderCheckpoint(tmp_path, lambda f: Mixed(f, Scheme(4))).read(down)
 
 
+NORM, EXTRA = "model.norm.weight", "model.extra.weight"
 TENSORS: dict[str, dict[str, Tensor | None]] = {
-    "'model.norm.weight' is missing from the files": {"model.norm.weight": None},
-    "'model.extra.weight' is in the files, but not in LlamaForCausalLM": {
-        "model.extra.weight": torch.ones(2)
-    },
-    r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in the model": {
-        "model.norm.weight": torch.ones(33)
-    },
+    f"'{NORM}' is missing from the files": {NORM: None},
+    f"'{EXTRA}' is in the files, but not in LlamaForCausalLM": {EXTRA: torch.ones(2)},
+    rf"'{NORM}' has shape \[33\] in the files, but \[32\] in the": {NORM: torch.ones(33)},
 }
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "config.json cannot be read": {"model_type": "nonesuch"},
@@ -232,9 +213,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(
-        SourceError, match=r"model\.safetensors' is truncated, or not a safetensors file"
-    ):
+    with pytest.raises(SourceError, match=r"model\.safetensors' is truncated, or not a safetens"):
         SafetensorsFiles(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
@@ -249,10 +228,7 @@ OUTSIDE = "which is not a .safetensors file in this folder"
         ({"a": "/etc/passwd"}, f"lists '/etc/passwd', {OUTSIDE}"),
         ({"a": "..\\x.safetensors"}, OUTSIDE),
         ({"a": "absent.safetensors"}, f"lists 'absent.safetensors', {OUTSIDE}; download"),
-        (
-            {"a": "one.safetensors", "c": "two.safetensors"},
-            r"two\.safetensors': 'c' is also in another shard",
-        ),
+        ({"a": "one.safetensors", "c": "two.safetensors"}, "': 'c' is also in another shard"),
         ({"a": 3}, "weight_map must give the file name of each tensor"),
         (None, "weight_map must give"),
     ],
@@ -271,9 +247,7 @@ def test_damaged_indices(tmp_path: Path, weight_map: Any, message: str) -> None:
 
 
 def test_no_files_or_pickles(tmp_path: Path) -> None:
-    with pytest.raises(
-        SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"
-    ):
+    with pytest.raises(SourceError, match=r"has neither model.safetensors nor model.saf.*index"):
         SafetensorsFiles(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(SourceError, match=r"holds pytorch_model.bin, a pickle"):
@@ -286,26 +260,19 @@ def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
     (tmp_path / f"{FILE}.index.json").rename(other)
     assert same(tmp_path, llama())
     (tmp_path / "another.safetensors.index.json").write_text("{}")
-    with pytest.raises(
-        SourceError, match=rf"another.safetensors.index.json, {other.name}\. Rename"
-    ):
+    with pytest.raises(SourceError, match=rf"another.safetensors.index.*, {other.name}\. Rename"):
         SafetensorsFiles(tmp_path)
     for index in tmp_path.glob("*.index.json"):
         index.unlink()
-    with pytest.raises(
-        SourceError,
-        match=r"has neither .* files: model-00001-of.* more\. Rename .* to model.safetensors,",
-    ):
+    files = r"model-00001-of.* more\. Rename .* to model.safetensors,"
+    with pytest.raises(SourceError, match=f"has neither .* files: {files}"):
         SafetensorsFiles(tmp_path)
 
 
 def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
     """200 MB in the file; resident memory grows by what is read."""
-    tensors = {
-        "large": torch.zeros(50_000_000),
-        "small": torch.arange(3),
-        "half": torch.ones(2, dtype=torch.bfloat16),
-    }
+    small, half = torch.arange(3), torch.ones(2, dtype=torch.bfloat16)
+    tensors = {"large": torch.zeros(50_000_000), "small": small, "half": half}
     save_file(tensors, tmp_path / FILE)
 
     def resident_bytes() -> int:

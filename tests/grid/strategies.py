@@ -1,7 +1,5 @@
 """Tensors and schemes for hypothesis."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,10 +21,8 @@ magnitudes = st.sampled_from([1e-3, 1.0, 300.0])
 def matrices(draw: st.DrawFn, rows: int | None = None, columns: int | None = None) -> Tensor:
     """Float32 [rows, columns] with ties, zeros and one magnitude."""
     shape = (rows or draw(st.integers(1, 4)), columns or draw(st.sampled_from([1, 2, 4, 6, 8])))
-    values = draw(
-        hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False))
-    )
-    return torch.from_numpy(values) * draw(magnitudes)
+    units = st.floats(-1, 1, width=32, allow_subnormal=False)
+    return torch.from_numpy(draw(hnp.arrays(np.float32, shape, elements=units))) * draw(magnitudes)
 
 
 @st.composite

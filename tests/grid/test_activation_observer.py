@@ -1,7 +1,5 @@
 """Which values an observer keeps, and how two observers merge."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

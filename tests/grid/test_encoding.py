@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import jaxtyping
@@ -27,9 +25,7 @@ def test_error_is_at_most_half_a_step_inside_the_grid(case):
     x, scheme = case
     encoding = measure(x, scheme)
     scale, offset = (per_value(p, scheme, x).double() for p in (encoding.scale, encoding.offset))
-    inside = torch.minimum(
-        torch.maximum(x.double(), offset * scale), (offset + scheme.steps) * scale
-    ).float()
+    inside = x.double().clamp(offset * scale, (offset + scheme.steps) * scale).float()
     error = (encoding.fake_quantize(inside).double() - inside).abs()
     assert (error <= scale / 2 + 2**-22 * inside.abs()).all()
 
@@ -49,9 +45,10 @@ def test_measured_grid_reaches_both_ends(case):
 @given(cases(), st.sampled_from([torch.float32, torch.float64]))
 def test_fake_quantize_twice_is_once_bit_for_bit(case, dtype):
     x, scheme = case
-    encoding = measure(x, scheme)
-    once = encoding.fake_quantize(x.to(dtype))
+    encoding, given = measure(x, scheme), x.to(dtype, copy=True)
+    once = encoding.fake_quantize(given)
     assert once.dtype == dtype
+    assert torch.equal(given, x.to(dtype)), "the input stays as it is"
     assert torch.equal(encoding.fake_quantize(once), once)
 
 
@@ -149,19 +146,13 @@ def test_division_is_not_multiplication_by_the_reciprocal():
 def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype, granularity):
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     encoding = measure(x, Scheme(8, granularity=granularity))
+    assert encoding.equals(measure(x.float(), encoding.scheme))
     assert encoding.scale.dtype == torch.float32
+
     assert torch.equal(encoding.quantize(x), encoding.quantize(x.float()))
     values = encoding.fake_quantize(x)
     assert values.dtype == dtype
     assert torch.equal(values, encoding.fake_quantize(x.float()).to(dtype))
-
-
-def test_fake_quantize_leaves_its_input_alone():
-    x = torch.randn(4, 8)
-    before = x.clone()
-    for scheme in (Scheme(4), Scheme(4, granularity=PerBlock(4))):
-        measure(x, scheme).fake_quantize(x)
-    assert torch.equal(x, before)
 
 
 @thorough
@@ -208,12 +199,9 @@ def test_infinity_gets_the_last_code_and_nan_is_refused():
 def test_a_tensor_of_another_shape_is_refused(case):
     x, scheme = case
     assume(not isinstance(scheme.granularity, PerTensor))
-    encoding = measure(x, scheme)
-    other = (
-        torch.zeros(5, 5, 7, 2 * x.shape[-1])
-        if isinstance(scheme.granularity, PerBlock)
-        else torch.zeros([n + 1 for n in x.shape])
-    )
+    encoding, other = measure(x, scheme), torch.zeros([n + 1 for n in x.shape])
+    if isinstance(scheme.granularity, PerBlock):
+        other = torch.zeros(5, 5, 7, 2 * x.shape[-1])
     for act in (encoding.fake_quantize, encoding.quantize):
         with pytest.raises(GridError, match="needs scales of shape"):
             act(other)

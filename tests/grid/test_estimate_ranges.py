@@ -1,7 +1,5 @@
 """Ranges from what observers kept, against the errors of candidate grids on all of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -88,9 +86,7 @@ ALLOWED = {2: 1e-6, 3: 1e-6, 4: 1e-6, 8: 0.06, 16: 0.13}
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bitwidth", list(ALLOWED))
 @pytest.mark.parametrize("data", list(SMALL))
-def test_no_candidate_of_aimet_is_better_on_a_complete_sample(
-    data: str, bitwidth: int, symmetric: bool
-) -> None:
+def test_no_candidate_of_aimet_is_better(data: str, bitwidth: int, symmetric: bool) -> None:
     x, scheme = SMALL[data](), Scheme(bitwidth, symmetric)
     candidates = aimets_candidates(x, scheme)
     for name, gamma in SEARCHES.items():
@@ -146,9 +142,7 @@ def test_min_max_is_exact(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(16,), (5, 30), (1, 4, 8, 9)])
 @pytest.mark.parametrize("percentile", [60.0, 95.0, 99.9, 100.0])
-def test_a_percentile_of_a_complete_sample_is_that_of_the_data(
-    shape: tuple[int, ...], percentile: float
-) -> None:
+def test_a_percentile_of_all_data_is_exact(shape: tuple[int, ...], percentile: float) -> None:
     batches = [gaussian(*shape, seed=i) for i in range(4)]
     scheme = Scheme(8, symmetric=False)
     ascending = torch.cat([x.flatten() for x in batches]).sort().values
@@ -171,9 +165,7 @@ def test_a_percentile_of_a_sample_is_near_that_of_the_data() -> None:
     ("count", "percentile", "outside"),
     [(1000, 99.9, 1), (100, 99, 1), (1000, 90, 100), (999, 99.9, 0), (10**9, 99.9999, 1000)],
 )
-def test_a_share_that_is_whole_is_not_rounded_down(
-    count: int, percentile: float, outside: int
-) -> None:
+def test_a_whole_share_is_not_rounded_down(count: int, percentile: float, outside: int) -> None:
     assert share_outside(count, percentile) == outside
 
 

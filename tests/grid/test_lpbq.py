@@ -1,7 +1,5 @@
 """AIMET's low-power blocks, and what another kind of blocks costs: a class."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,18 +74,7 @@ def test_other_scales_and_impossible_schemes_are_refused():
         Lpbq(0)
 
 
-def test_a_base_on_low_power_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    quantize_(model, "w4-lpbq16", "rtn")
-    save_base(model, tmp_path, byte_tokenizer(), source="here")
-    loaded = load_base(tmp_path)
-    assert fingerprint(loaded) == fingerprint(model)
-    assert {layer.scheme.granularity for layer in packed_weights(loaded).values()} == {Lpbq(16)}
-
-
-def test_another_kind_of_blocks_is_one_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_kind_of_blocks_is_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy's scales are powers of two. It is quantized, stored and read back; GGUF, which holds
     any block scales, takes it; AIMET's files, which would have to name it, refuse it.
     """

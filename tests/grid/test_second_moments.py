@@ -1,7 +1,5 @@
 """Second moments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """torch's integer kernels give the product with the packed weight, up to bfloat16, for few rows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,11 +1,12 @@
-from __future__ import annotations
-
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
+from formats.models import llama
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import pack_module
@@ -115,12 +116,9 @@ class Layered(nn.Module):
 def with_adapters(*names):
     """Every kind of parameter that PEFT's LoRA has, its values counted from the adapter's place among `names`."""
     peft = pytest.importorskip("peft")
+    layers = ["layers.0", "layers.1", "words"]
     config = peft.LoraConfig(
-        r=2,
-        target_modules=["layers.0", "layers.1", "words"],
-        use_dora=True,
-        lora_bias=False,
-        modules_to_save=["head"],
+        r=2, target_modules=layers, use_dora=True, lora_bias=False, modules_to_save=["head"]
     )
     wrapped = peft.get_peft_model(Layered(), config, adapter_name=names[0])
     for name in names[1:]:
@@ -128,11 +126,8 @@ def with_adapters(*names):
     with torch.no_grad():
         for place, name in enumerate(names):
             for path, p in wrapped.named_parameters():
-                if (
-                    f".{name}." in f"{path}."
-                    and is_adapter_name(path)
-                    and path.rsplit(f".{name}", 1)[1] in ("", ".weight", ".bias")
-                ):
+                is_of = path.endswith((f".{name}", f".{name}.weight", f".{name}.bias"))
+                if is_adapter_name(path) and is_of:
                     p.copy_((torch.arange(p.numel()) / 64 + place).view_as(p))
     return wrapped
 
@@ -175,42 +170,33 @@ def test_the_scaling_of_an_adapter_counts_and_not_that_of_others():
     assert adapter_fingerprint(wrapped) != before
 
 
+FIRST = "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
+BLOCKS = '{"axis": null, "bitwidth": 4, "block_size": 8, "symmetric": false}'
+CHANNELS = '{"axis": 1, "bitwidth": 8, "block_size": null, "symmetric": true}'
+STORED = {
+    BLOCKS: "ead917f80736cd65710498c7315afc1a499873e137a83068e23414752feb522f",
+    CHANNELS: "da8cc7f926a3a714298da8affb91967e985e5c816f6e216432ebc6c3ecd9a9de",
+}
+
+
 def test_the_fingerprint_of_an_adapter_stays_over_versions():
-    assert (
-        adapter_fingerprint(with_adapters("first"))
-        == "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
-    )
+    assert adapter_fingerprint(with_adapters("first")) == FIRST
 
 
 @pytest.mark.parametrize(
-    ("scheme", "text", "identity"),
-    [
-        (
-            Scheme(4, False, PerBlock(8)),
-            '{"axis": null, "bitwidth": 4, "block_size": 8, "symmetric": false}',
-            "ead917f80736cd65710498c7315afc1a499873e137a83068e23414752feb522f",
-        ),
-        (
-            Scheme(8, True, PerChannel(1)),
-            '{"axis": 1, "bitwidth": 8, "block_size": null, "symmetric": true}',
-            "da8cc7f926a3a714298da8affb91967e985e5c816f6e216432ebc6c3ecd9a9de",
-        ),
-    ],
+    ("scheme", "text"),
+    [(Scheme(4, False, PerBlock(8)), BLOCKS), (Scheme(8, True, PerChannel(1)), CHANNELS)],
 )
 def test_the_fingerprint_of_a_base_stays_over_versions(
-    scheme: Scheme, text: str, identity: str, monkeypatch: pytest.MonkeyPatch
+    scheme: Scheme, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hashes the scheme's JSON, so rewording `str(scheme)` changes nothing."""
-    weight = torch.arange(128.0).view(8, 16).sin()
-    encoding = Encoding(
-        scheme,
-        torch.full(scheme.scale_shape((8, 16)), 0.25),
-        torch.full(scheme.scale_shape((8, 16)), scheme.symmetric_offset, dtype=torch.int32),
-    )
-    layer = packed(encoding, weight)
+    weight, shape = torch.arange(128.0).view(8, 16).sin(), scheme.scale_shape((8, 16))
+    offset = torch.full(shape, scheme.symmetric_offset, dtype=torch.int32)
+    layer = packed(Encoding(scheme, torch.full(shape, 0.25), offset), weight)
     monkeypatch.setattr(Scheme, "__str__", lambda self: "in other words")
     assert scheme.to_text() == text
-    assert fingerprint(nn.Sequential(layer)) == identity
+    assert fingerprint(nn.Sequential(layer)) == STORED[text]
 
 
 def test_tied_tensors_are_listed_once(model):
@@ -221,15 +207,6 @@ def test_tied_tensors_are_listed_once(model):
     assert base_tensors(model)["fc.bias"][0] == ""
 
 
-def tiny_llama(**changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes | heads | changes)).eval()
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -237,16 +214,14 @@ def tiny_llama(**changes):
         {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
         {"rms_norm_eps": 1e-5},
         {"hidden_act": "gelu"},
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     ],
     ids=str,
 )
 def test_what_the_configuration_says_of_the_computation_changes_it_though_no_tensor_does(changes):
-    plain, changed = tiny_llama(), tiny_llama(**changes)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(plain.state_dict().values(), changed.state_dict().values(), strict=True)
-    ), "a test of the configuration"
+    plain, changed = llama(), llama(**changes)
+    tensors = (model.state_dict().values() for model in (plain, changed))
+    assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert not torch.equal(plain(ids).logits, changed(ids).logits)
@@ -254,7 +229,7 @@ def test_what_the_configuration_says_of_the_computation_changes_it_though_no_ten
 
 
 def test_what_the_configuration_says_besides_leaves_it_alone():
-    model = tiny_llama()
+    model = llama()
     before = fingerprint(model)
     named = {"_name_or_path": "elsewhere", "architectures": ["LlamaForCausalLM"]}
     model.config.update({**named, "use_cache": False, "pad_token_id": 3, "dtype": "bfloat16"})
@@ -265,16 +240,12 @@ def test_what_the_configuration_says_besides_leaves_it_alone():
 
 
 def test_a_key_that_a_newer_library_adds_with_its_default_leaves_it_alone():
-    from dataclasses import dataclass
-
-    from transformers import LlamaConfig
-
     @dataclass(repr=False)
     class Newer(LlamaConfig):
         sink_scale: float = 1.0
         other: int | None = None
 
-    model = tiny_llama()
+    model = llama()
     before = fingerprint(model)
     newer = Newer(**model.config.to_dict())
     assert newer.to_dict()["sink_scale"] == 1.0
@@ -285,7 +256,7 @@ def test_a_key_that_a_newer_library_adds_with_its_default_leaves_it_alone():
 
 
 def test_a_value_is_the_same_in_a_wider_type():
-    model = tiny_llama().bfloat16()
+    model = llama().bfloat16()
     before = fingerprint(model)
     assert fingerprint(model.float()) == before
     model.model.norm.weight.data[3] += 2**-20
@@ -293,7 +264,7 @@ def test_a_value_is_the_same_in_a_wider_type():
 
 
 def test_a_kept_fingerprint_ends_with_the_first_change():
-    model = tiny_llama()
+    model = llama()
     identity = fingerprint(model)
     model.bfloat16()
     assert fingerprint(model) != identity, "these weights do not fit bfloat16"

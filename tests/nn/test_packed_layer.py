@@ -1,8 +1,7 @@
 """Packed layers by themselves: values, gradients, what autograd keeps, copies, types, files."""
 
-from __future__ import annotations
-
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
 from qwlora.nn.packed_layer import PackedEmbedding
+from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.nn.replace import place_empty_
 
 SCHEMES = [
@@ -24,10 +24,7 @@ SCHEMES = [
     *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
     *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
     *(Scheme(bits, granularity=Lpbq(16)) for bits in (2, 4)),
-    *(
-        Scheme(4, False, granularity, float_offset=True)
-        for granularity in (PerTensor(), PerChannel(0), PerBlock(16))
-    ),
+    *(Scheme(4, False, kind, True) for kind in (PerTensor(), PerChannel(0), PerBlock(16))),
 ]
 
 
@@ -49,6 +46,9 @@ class OwnProduct(nn.Linear):
         return x @ self.weight.T + 1
 
 
+REFLECT: dict[str, Any] = {"padding": "same", "padding_mode": "reflect"}
+
+
 def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     torch.manual_seed(0)
     conv1d = Conv1D(40, 96)
@@ -62,10 +62,7 @@ def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         "conv1d": (nn.Conv1d(4, 8, 4, padding="same", dilation=3), torch.randn(2, 4, 20)),
         "conv1d stride": (nn.Conv1d(4, 8, 8, stride=3, padding=2), torch.randn(2, 4, 20)),
         "conv2d": (nn.Conv2d(8, 6, (4, 2), padding=(1, 0), groups=2), torch.randn(2, 8, 7, 9)),
-        "conv2d reflect": (
-            nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"),
-            torch.randn(2, 4, 7, 9),
-        ),
+        "conv2d reflect": (nn.Conv2d(4, 6, 4, **REFLECT), torch.randn(2, 4, 7, 9)),
     }
 
 
@@ -78,9 +75,8 @@ def pair(
     layer = pack_module(module, found)
     twin = copy.deepcopy(module)
     values = found.dequantize()
-    twin.weight.data = (
-        values.T.contiguous() if isinstance(module, Conv1D) else values.view(module.weight.shape)
-    )
+    values = values.T.contiguous() if isinstance(module, Conv1D) else values
+    twin.weight.data = values.view(module.weight.shape)
     return layer, twin, x
 
 
@@ -130,9 +126,7 @@ def test_every_kind_computes_what_its_twin_computes_and_keeps_codes_only(name: s
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casting_the_model_changes_the_computation_and_not_the_grid(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_casting_changes_the_computation_and_not_the_grid(name: str, dtype: torch.dtype) -> None:
     layer, twin, x = pair(name)
     before = layer.quantized
     layer.to(dtype)
@@ -156,7 +150,7 @@ def test_autocast_is_followed() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_state_dict_goes_round_and_numbers_are_not_rounded_on_the_way() -> None:
+def test_copies_are_independent_and_a_state_dict_goes_round_without_rounding() -> None:
     layer, twin, x = pair("linear", "w4-block16-asymmetric")
     assert set(layer.state_dict()) == {"packed", "scale", "zero_point", "bias"}
     for assign in (False, True):
@@ -167,13 +161,9 @@ def test_state_dict_goes_round_and_numbers_are_not_rounded_on_the_way() -> None:
         assert other.scale.dtype == torch.float16
         other.load_state_dict(layer.state_dict(), assign=assign)
         assert torch.equal(other(x), twin(x))
-
-
-def test_copies_are_independent() -> None:
-    layer, twin, x = pair("linear")
-    other = copy.deepcopy(layer)
+    copied = copy.deepcopy(layer)
     layer.packed.zero_()
-    assert torch.equal(other(x), twin(x))
+    assert torch.equal(copied(x), twin(x))
 
 
 @pytest.fixture
@@ -208,9 +198,7 @@ def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) 
 
 def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _, _ = pair("linear")
-    monkeypatch.setattr(
-        "qwlora.nn.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked")
-    )
+    monkeypatch.setattr(PackedTensor, "dequantize", lambda *_: pytest.fail("unpacked"))
     weight = layer.weight
     look = (weight.shape, weight.ndim, weight.dtype, weight.device.type, weight.numel())
     assert look == ((40, 96), 2, torch.float32, "cpu", 3840)
@@ -222,9 +210,7 @@ def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.Monkey
 def test_a_look_gives_its_values_to_any_operation() -> None:
     layer, twin, _ = pair("linear")
     weight = layer.weight
-    torch.testing.assert_close(
-        torch.linalg.norm(weight, dim=1), torch.linalg.norm(twin.weight, dim=1)
-    )
+    torch.testing.assert_close(*(torch.linalg.norm(w, dim=1) for w in (weight, twin.weight)))
     assert torch.equal(weight[3:5], twin.weight[3:5])
     assert torch.equal(weight.T @ torch.eye(40), twin.weight.T)
     assert torch.equal(torch.cat([weight, weight]), torch.cat([twin.weight, twin.weight]))
@@ -246,9 +232,7 @@ def test_a_look_gives_its_values_to_any_operation() -> None:
 )
 def test_writing_to_a_weight_is_refused(write) -> None:
     layer, _, _ = pair("linear")
-    with pytest.raises(
-        MergeError, match=r"packed integers.*qwlora merge-check.*Keep the adapter separate"
-    ):
+    with pytest.raises(MergeError, match=r"packed integers.*qwlora merge-check.*Keep the adapter"):
         write(layer.weight)
     with pytest.raises(MergeError):
         layer.weight = nn.Parameter(torch.zeros(40, 96))
@@ -271,10 +255,7 @@ def test_everything_about_the_module_is_kept() -> None:
 
 def test_what_cannot_be_packed_is_refused() -> None:
     module = nn.Linear(96, 40)
-    with pytest.raises(
-        GridError,
-        match=r"codes have shape \[40, 64\].* weight of Linear.*\[40, 96\]",
-    ):
+    with pytest.raises(GridError, match=r"codes have shape \[40, 64\].* of Linear.*\[40, 96\]"):
         pack_module(module, quantized(torch.randn(40, 64), "w4-block16"))
     with pytest.raises(GridError, match="LayerNorm has no weight that can be packed"):
         pack_module(nn.LayerNorm(4), quantized(torch.randn(40, 64), "w4-block16"))

@@ -2,9 +2,9 @@
 before `assert_frozen`.
 """
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,10 +110,8 @@ class Holder(nn.Module):
         self.inner = inner
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, Holder]
-)
-def test_the_head_of_a_wrapped_model_stays_float(wrap, plain: PreTrainedModel) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel, Holder])
+def test_the_head_of_a_wrapped_model_stays_float(wrap: Any, plain: PreTrainedModel) -> None:
     model = tiny_model("qwen3")
     wrapped = wrap(model)
     quantize_(wrapped, "w4-block32", "rtn")
@@ -142,29 +140,25 @@ def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "compute",
-    [
-        parametrizations.weight_norm,
-        nn.utils.weight_norm,
-        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    ],
-    ids=["weight_norm", "old weight_norm", "pruning"],
-)
-def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compute) -> None:  # type: ignore[no-untyped-def]
-    model = tiny_model("qwen3")
-    compute(model.get_submodule(UP))
+@pytest.mark.parametrize("compute", ["weight_norm", "old weight_norm", "pruning"])
+def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compute: str) -> None:
+    model, remedied = tiny_model("qwen3"), tiny_model("qwen3")
+    layer = model.get_submodule(UP)
+    match compute:
+        case "weight_norm":
+            parametrizations.weight_norm(layer)
+            normed = parametrizations.weight_norm(remedied.get_submodule(UP))
+            remove_parametrizations(normed, "weight")
+        case "old weight_norm":
+            nn.utils.weight_norm(layer)
+        case _:
+            prune.l1_unstructured(layer, "weight", 0.5)
     with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} computes its weight"):
         quantize_(model, "w4-block32", "rtn")
     quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
     assert len(packed_weights(model)) == 13
-
-
-def test_the_remedy_for_a_computed_weight_works() -> None:
-    model = tiny_model("qwen3")
-    remove_parametrizations(parametrizations.weight_norm(model.get_submodule(UP)), "weight")
-    quantize_(model, "w4-block32", "rtn")
-    assert f"{UP}.weight" in packed_weights(model)
+    quantize_(remedied, "w4-block32", "rtn")
+    assert f"{UP}.weight" in packed_weights(remedied)
 
 
 def test_tensors_of_a_weight_norm_on_a_convolution_are_not_taken_for_experts() -> None:
@@ -180,17 +174,14 @@ def test_attaching_first_and_quantizing_after_gives_the_same_base(plain: PreTrai
     torch.testing.assert_close(logits(wrapped.eval()), logits(plain))
 
 
-def test_a_float_model_is_not_frozen() -> None:
-    with pytest.raises(GridError, match=r"Qwen3ForCausalLM has no packed layer.*quantize_"):
-        assert_frozen(tiny_model("qwen3"))
-
-
 def test_a_forward_that_was_set_on_a_packed_layer_is_refused_and_hooks_are_not(
     plain: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> Tensor:
         raise AssertionError("a weight was unpacked")
 
+    with pytest.raises(GridError, match=r"Qwen3ForCausalLM has no packed layer.*quantize_"):
+        assert_frozen(tiny_model("qwen3"))
     monkeypatch.setattr("qwlora.nn.packed_tensor.unpack", refuse)
     layer = plain.get_submodule(UP)
     layer.register_forward_hook(lambda *_: None)

@@ -19,6 +19,7 @@ Values only, numpy, no torch. `encodings_file.py` reads and writes files, `conve
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -49,7 +50,7 @@ Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class _Entry:
+class _Entry(ABC):
     """Compared field by field, arrays by shape and value; not hashable.
 
     Args:
@@ -85,8 +86,9 @@ class _Entry:
         if problems := problems or [*self._problems()]:
             raise EncodingsFileError(repr(self.name), problems)
 
+    @abstractmethod
     def _problems(self) -> Iterator[str]:
-        raise NotImplementedError
+        """What is wrong with the values; their types are right."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,7 @@ from jaxtyping import install_import_hook
 
 SHAPES_CHECKED = [
     f"qwlora.{module}"
-    for module in (
-        "grid.encoding",
-        "grid.packing",
-        "analysis.perplexity",
-        "analysis.token_scores",
-    )
+    for module in ("grid.encoding", "grid.packing", "analysis.perplexity", "analysis.token_scores")
 ]
 install_import_hook(SHAPES_CHECKED, "beartype.beartype")  # stays installed: modules come later
 
@@ -64,9 +60,7 @@ WORDS = SENTENCE.split()
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
 hypothesis.settings.register_profile(
-    "shared-machine",
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("shared-machine")
 
@@ -127,6 +121,13 @@ def reseal(folder: Path, name: str) -> None:
         manifest.write(folder, name, record, files.keys() - {name})
 
 
+def flip_bit(file: Path, place: int = -3) -> None:
+    """Change one bit of the byte at `place`."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of folders with long tests come first, so that two workers end at the same time."""
     order = {folder: place for place, folder in enumerate(LONG)}
@@ -180,6 +181,35 @@ def write_recipe(folder: Path, model: Path, corpus: Path, /, **sections: Any) ->
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
+
+
+@dataclass
+class Job:
+    """Runs `recipe` over `out`; `said` is what the last run said."""
+
+    recipe: Path
+    out: Path
+    said: list[str] = field(default_factory=list)
+
+    def run(self, *verbs: str, changes: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+        from qwlora.pipeline import VERBS
+        from qwlora.pipeline.running import run_job
+        from qwlora.recipe import load_recipe
+
+        self.said.clear()
+        recipe = load_recipe(self.recipe, tuple(changes))
+        return run_job.run(recipe, self.out, verbs or VERBS, say=self.said.append, **options)
+
+    @property
+    def done(self) -> list[str]:
+        """The stages that the last run ran, in their order."""
+        return [line.split(":")[0] for line in self.said if ": done" in line]
+
+
+@pytest.fixture
+def job_for(recipe_for: Any, tmp_path: Path) -> Callable[..., Job]:
+    """A `Job` in `out` of the test's folder; arguments are those of `recipe_for`."""
+    return lambda *arguments, **sections: Job(recipe_for(*arguments, **sections), tmp_path / "out")
 
 
 @pytest.fixture

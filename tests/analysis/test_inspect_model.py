@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetModel
 from transformers.pytorch_utils import Conv1D
 
+from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
-from qwlora.cli.main import main
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -31,29 +30,14 @@ from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 
 GPTQ = Path(__file__).parent.parent / "formats" / "files" / "gptqmodel-llama"
-Call = Callable[..., tuple[int, str, str]]
 KINDS = (torch.nn.Linear, Conv1D)
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["qwlora", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> tuple[Path, Any]:
     model = tiny_model("llama")
-    rules = [
-        LayerRule("*.down_proj", parse_scheme("w8-channel")),
-        LayerRule("*.1.mlp.up_proj", parse_scheme("w3-block16-asymmetric")),
-    ]
+    schemes = {"*.down_proj": "w8-channel", "*.1.mlp.up_proj": "w3-block16-asymmetric"}
+    rules = [LayerRule(match, parse_scheme(scheme)) for match, scheme in schemes.items()]
     quantize_(model, "w4-block32", "rtn", rules=rules)
     (tmp_path / "base").mkdir()
     save_base(model, tmp_path / "base", byte_tokenizer(), source="somewhere")
@@ -65,11 +49,11 @@ def data_bytes(file: Path) -> int:
     return file.stat().st_size - 8 - struct.unpack("<Q", file.read_bytes()[:8])[0]
 
 
-def record_of(call: Call, *arguments: str | Path) -> dict[str, Any]:
+def record_of(*arguments: str | Path) -> dict[str, Any]:
     """The JSON of a source, with its tensors by name."""
-    code, out, err = call(*arguments, "--json")
-    assert (code, err) == (0, "")
-    record: dict[str, Any] = json.loads(out)
+    done = qwlora("inspect", *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    record: dict[str, Any] = json.loads(done.stdout)
     return record | {"tensors": {tensor["name"]: tensor for tensor in record["tensors"]}}
 
 
@@ -78,9 +62,9 @@ def decibel(w: torch.Tensor, w_hat: torch.Tensor) -> float:
     return float(10 * torch.log10(signal / noise))
 
 
-def test_a_base_as_json(base: tuple[Path, Any], call: Call) -> None:
+def test_a_base_as_json(base: tuple[Path, Any]) -> None:
     folder, model = base
-    record = record_of(call, folder)
+    record = record_of(folder)
     tensors, packed = record["tensors"], packed_weights(model)
     assert (record["kind"], record["fingerprint"]) == ("QWLoRA base", fingerprint(model))
     assert record["totals"]["all"]["bytes"] == data_bytes(folder / "base.safetensors")
@@ -96,10 +80,9 @@ def test_a_base_as_json(base: tuple[Path, Any], call: Call) -> None:
     assert record["totals"]["integers"]["bytes"] == sum(t["bytes"] for t in integers)
 
 
-def test_a_base_as_text_groups_what_is_alike(base: tuple[Path, Any], call: Call) -> None:
+def test_a_base_as_text_groups_what_is_alike(base: tuple[Path, Any]) -> None:
     folder, model = base
-    code, out, _ = call(folder)
-    assert code == 0
+    out = answered("inspect", folder)
     lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert lines["model.layers.*.self_attn.q_proj.weight"][1:3] == ["2", "64x64"]
     down, up = (lines[f"model.layers.{n}_proj.weight"] for n in ("*.mlp.down", "1.mlp.up"))
@@ -128,23 +111,21 @@ def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
     assert {t.sqnr_db for t in found.values() if not t.is_integers} == {math.inf}
 
 
-def test_equal_sources_are_exact(base: tuple[Path, Any], call: Call) -> None:
+def test_equal_sources_are_exact(base: tuple[Path, Any]) -> None:
     folder, _ = base
-    tensors = record_of(call, folder, "--against", folder)["tensors"].values()
+    tensors = record_of(folder, "--against", folder)["tensors"].values()
     assert {(t["exact"], t["sqnr_db"]) for t in tensors} == {(True, None)}
-    _, out, _ = call(folder, "--against", folder)
-    assert out.splitlines()[2].endswith("SQNR dB")
-    assert out.splitlines()[3].endswith("exact")
+    lines = answered("inspect", folder, "--against", folder).splitlines()
+    assert lines[2].endswith("SQNR dB")
+    assert lines[3].endswith("exact")
 
 
-def test_a_float_checkpoint(checkpoints: dict[str, Path], call: Call, tmp_path: Path) -> None:
+def test_a_float_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Also of a model that is no language model, which is shown by its headers."""
-    from transformers import ResNetConfig, ResNetModel
-
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
     ResNetModel(config).save_pretrained(tmp_path)
     for folder in (checkpoints["llama"], tmp_path):
-        record = record_of(call, folder)
+        record = record_of(folder)
         assert (record["kind"], record["fingerprint"]) == ("float checkpoint", None)
         assert record["totals"]["integers"]["weights"] == 0
         assert record["totals"]["all"]["bytes"] == data_bytes(folder / "model.safetensors")
@@ -153,8 +134,8 @@ def test_a_float_checkpoint(checkpoints: dict[str, Path], call: Call, tmp_path: 
         assert len(grids) == 1 or folder == tmp_path  # integers of batch norms
 
 
-def test_a_gptq_checkpoint_of_gptqmodel(call: Call) -> None:
-    record, files = record_of(call, GPTQ), SafetensorsFiles(GPTQ)
+def test_a_gptq_checkpoint_of_gptqmodel() -> None:
+    record, files = record_of(GPTQ), SafetensorsFiles(GPTQ)
     assert record["kind"] == "gptq checkpoint"
     name = next(n for n in record["tensors"] if n.endswith("down_proj.weight"))
     tensor, layer = record["tensors"][name], name.removesuffix(".weight")
@@ -199,7 +180,7 @@ def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_folder_of_floats_with_aimet_encodings(
-    architecture: str, tmp_path: Path, call: Call, checkpoints: dict[str, Path]
+    architecture: str, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     folder, file = checkpoints[architecture], tmp_path / "model.encodings"
     weights, grids = {}, {}
@@ -212,7 +193,7 @@ def test_a_folder_of_floats_with_aimet_encodings(
     content = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     file.write_text(json.dumps(content))
     given = (folder, "--encodings", file, "--keep-float", "lm_head")
-    record = record_of(call, *given, "--against", folder)
+    record = record_of(*given, "--against", folder)
     assert record["kind"] == "float checkpoint with AIMET encodings"
     for name, weight in weights.items():
         tensor = record["tensors"][name]
@@ -221,13 +202,12 @@ def test_a_folder_of_floats_with_aimet_encodings(
         assert tensor["sqnr_db"] == pytest.approx(expected, abs=1e-3)
     file.write_text(json.dumps(content | {"param_encodings": entries[1:]}))
     missing = next(iter(grids))
-    code, _, err = call(*given)
-    assert (code, missing in err) == (2, True)
-    assert call(*given, "--keep-float", missing.removesuffix(".weight"))[0] == 0
+    assert missing in refused("inspect", *given)
+    answered("inspect", *given, "--keep-float", missing.removesuffix(".weight"))
 
 
 def test_encodings_belong_to_floats(
-    base: tuple[Path, Any], tmp_path: Path, call: Call, checkpoints: dict[str, Path]
+    base: tuple[Path, Any], tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     (tmp_path / ".qwlora").mkdir()
     for arguments, message in {
@@ -237,36 +217,35 @@ def test_encodings_belong_to_floats(
         (checkpoints["llama"], "--block-order", "tensor"): "need --encodings",
         (tmp_path, "--encodings", "x"): "has no config.json",
     }.items():
-        code, _, err = call(*arguments)
-        assert code == 2
-        assert message in err
+        assert message in refused("inspect", *arguments)
 
 
-def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path, call: Call) -> None:
+def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = base
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     wrapped, place = get_peft_model(model, config), tmp_path / "adapters" / "first"
     save_adapter(wrapped, place)
-    record = json.loads(call(place, "--json")[1])
+    record = json.loads(answered("inspect", place, "--json"))
     facts = [record[key] for key in ("kind", "rank", "alpha", "modules", "base")]
     assert facts == ["LoRA", 2, 4, 2 * model.config.num_hidden_layers, fingerprint(model)]
     sizes = [p.numel() for name, p in wrapped.named_parameters() if "lora_" in name]
     assert record["parameters"] == sum(sizes)
-    assert call(place)[1].splitlines()[1].split()[1:4] == ["LoRA", "2", "4"]
+    row = answered("inspect", place).splitlines()[1]
+    assert row.split()[1:4] == ["LoRA", "2", "4"]
     (tmp_path / ".qwlora").mkdir()
-    _, out, _ = call(tmp_path)
+    out = answered("inspect", tmp_path)
     assert fingerprint(model)[:16] in out
     assert "a different base" not in out
     other = tiny_model("llama", seed=1)
     quantize_(other, "w4-block32", "rtn")
     save_base(other, folder, byte_tokenizer(), source="somewhere")
-    assert "(a different base)" in call(tmp_path)[1]
-    _, out, _ = call(tmp_path, "--json")
-    assert json.loads(out)["base"]["fingerprint"] == fingerprint(other)
+    assert "(a different base)" in answered("inspect", tmp_path)
+    found = json.loads(answered("inspect", tmp_path, "--json"))
+    assert found["base"]["fingerprint"] == fingerprint(other)
 
 
 def test_whatever_else_is_refused_with_a_reason(
-    base: tuple[Path, Any], tmp_path: Path, call: Call, checkpoints: dict[str, Path]
+    base: tuple[Path, Any], tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     folder, _ = base
     (tmp_path / "text.txt").write_text("words")
@@ -296,7 +275,4 @@ def test_whatever_else_is_refused_with_a_reason(
         ),
         (damaged,): "layer 'model.layers.0.mlp.up_proj' of base.json",
     }.items():
-        code, out, err = call(*arguments)
-        assert (code, out) == (2, "")
-        assert re.search(message, err)
-        assert "Traceback" not in err
+        assert re.search(message, refused("inspect", *arguments))

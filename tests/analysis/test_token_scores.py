@@ -93,9 +93,7 @@ def test_a_model_compared_with_itself_and_tokens_that_it_excludes() -> None:
         score_tokens(excluding, IDS, "perplexity, base", reference=model)
 
 
-def test_only_loss_tokens_count_and_a_part_at_a_time_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_loss_tokens_count_and_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = tiny_model("llama", layers=1), tiny_model("llama", 1, layers=1)
     labels = IDS.clone()
     labels[:, ::3] = IGNORED

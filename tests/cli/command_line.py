@@ -37,3 +37,18 @@ def qwlora(*arguments: object, cwd: Path | None = None) -> CompletedProcess[str]
             code = end.code or 0
     assert isinstance(code, int)
     return CompletedProcess(words, code, out.getvalue(), errors.getvalue())
+
+
+def refused(*arguments: object, cwd: Path | None = None) -> str:
+    """The message of a command that ends with code 2; only `push` says before what it would do."""
+    done = qwlora(*arguments, cwd=cwd)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done
+    assert not done.stdout or arguments[0] == "push"
+    return done.stderr
+
+
+def answered(*arguments: object) -> str:
+    """What a command that ends well prints."""
+    done = qwlora(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

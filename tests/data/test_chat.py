@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
 from qwlora.data import Completion, Conversation
-from qwlora.data.tokenization import encode_conversation, encode_documents
+from qwlora.data.tokenization import Tokens, encode_conversation, encode_documents
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_tokenizer
 
@@ -94,6 +94,10 @@ def loss_text(tokenizer: Any, ids: list[int], in_loss: list[bool]) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
+def outside_loss(tokens: Tokens) -> list[int]:
+    return [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
+
+
 def assert_marked(
     template: str, talk: Conversation, make: Callable[[str], PreTrainedTokenizerBase]
 ) -> tuple[PreTrainedTokenizerBase, list[int], list[bool]]:
@@ -118,65 +122,56 @@ def test_the_derived_mask_is_that_of_the_markers(template: str) -> None:
         assert [s.strip() for s in last] == spoken[1:]
 
 
+def prefixing_tokenizer(kind: str, words: list[str], **options: Any) -> PreTrainedTokenizerFast:
+    """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "normalizers":
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+        back = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(back)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    trainer = trainers.BpeTrainer(special_tokens=list(names.values()), show_progress=False)
+    tokenizer.train_from_iterator(words * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
+
+
 def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """Words are tokens together with the space before them."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
-    tokenizer.train_from_iterator(
-        [words] * 9,
-        trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=template,
-    )
+    return prefixing_tokenizer("first", [words], chat_template=template)
 
 
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
-def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
+def test_without_a_generation_prompt_the_first_word_has_its_space(template: str) -> None:
     talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
     tokenizer, ids, in_loss = assert_marked(template, talk, sentencepiece_tokenizer)
-    assert (
-        template == LINES or tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)]) == "▁Hello"
-    )
+    first = tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)])
+    assert template == LINES or first == "▁Hello"
 
 
 def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:
-    tokenizer = smollm2
-    talk = conversation(
-        "What is 2+2?", "It is 4.", "assistant\nIt is 4.?", "Yes, as I said:\n\n It is 4."
-    )
-    ids, in_loss = encode_conversation(talk, tokenizer)
-    assert ids == tokenizer.apply_chat_template(list(talk.messages))["input_ids"]
-    assert loss_text(tokenizer, ids, in_loss) == [
-        "It is 4.<|im_end|>",
-        "Yes, as I said:\n\n It is 4.<|im_end|>",
-    ]
-    first = in_loss.index(True)
-    assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
+    answers = ["It is 4.", "Yes, as I said:\n\n It is 4."]
+    talk = conversation("What is 2+2?", answers[0], "assistant\nIt is 4.?", answers[1])
+    ids, in_loss = encode_conversation(talk, smollm2)
+    assert ids == smollm2.apply_chat_template(list(talk.messages))["input_ids"]
+    assert loss_text(smollm2, ids, in_loss) == [f"{answer}<|im_end|>" for answer in answers]
+    assert smollm2.decode(ids[: in_loss.index(True)]).endswith("<|im_start|>assistant\n")
 
 
-def test_a_token_that_begins_in_the_header_is_not_the_assistants(
-    smollm2: PreTrainedTokenizerBase,
-) -> None:
+def test_a_token_that_begins_in_the_header_is_not_learnt(smollm2: PreTrainedTokenizerBase) -> None:
     ids, in_loss = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
-    assert (
-        smollm2.decode(ids[in_loss.index(True) - 1]) == "\n "
-    )  # the header's newline and the first space: one token
+    # the header's newline and the first space are one token
+    assert smollm2.decode(ids[in_loss.index(True) - 1]) == "\n "
     assert loss_text(smollm2, ids, in_loss) == [" It is 4.<|im_end|>"]
 
 
 def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart() -> None:
     tokenizer = with_template(FORGETS)
-    with pytest.raises(
-        SourceError,
-        match=r"chat.jsonl:7: message 2: the chat template renders this message differently .* Set data.turns: apart",
-    ):
+    with pytest.raises(SourceError, match=r"jsonl:7: message 2: .* differently .*turns: apart"):
         encode_conversation(TALK, tokenizer)
     apart = encode_documents([TALK], tokenizer, "apart")
     assert [loss_text(tokenizer, t.ids, t.in_loss) for t in apart] == [
@@ -188,28 +183,16 @@ def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart()
     ]
 
 
-TOOLS = (
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "says <end>",
-            "parameters": {"type": "object"},
-        },
-    },
-    {"name": "time"},
-)
-CALLS = [
+WEATHER = {"name": "weather", "description": "says <end>", "parameters": {"type": "object"}}
+TOOLS = ({"type": "function", "function": WEATHER}, {"name": "time"})
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}
+CALLS: list[dict[str, Any]] = [
     {"role": "user", "content": "Weather?"},
-    {
-        "role": "assistant",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}
-        ],
-    },
+    {"role": "assistant", "tool_calls": [CALL]},
     {"role": "tool", "content": "sun"},
     {"role": "assistant", "content": "It is sunny."},
 ]
+WITH_CALLS = Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)
 WITH_TOOLS = """\
 {% if tools %}<|start|>tools
 {% for tool in tools %}{{ tool | tojson }}{% endfor %}<end>
@@ -224,46 +207,36 @@ WITH_TOOLS = """\
 @pytest.mark.parametrize("turns", ["together", "apart"])
 def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     tokenizer = with_template(template)
-    encoded = encode_documents(
-        [Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)], tokenizer, turns
-    )
+    encoded = encode_documents([WITH_CALLS], tokenizer, turns)
     assert len(encoded) == (2 if turns == "apart" else 1)
     for tokens in encoded:
-        before = tokenizer.decode(
-            [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
-        )
+        before = tokenizer.decode(outside_loss(tokens))
         assert all(json.dumps(tool) in before for tool in TOOLS)
+    is_marked = "{% gen" in template
     whole = tokenizer.apply_chat_template(
-        CALLS,
-        tools=list(TOOLS),
-        return_dict=True,
-        return_assistant_tokens_mask="{% gen" in template,
+        CALLS, tools=list(TOOLS), return_dict=True, return_assistant_tokens_mask=is_marked
     )
     assert encoded[-1].ids == whole["input_ids"]
-    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
+    said = [json.dumps([CALL]) + "<end>", "It is sunny.<end>"]
     assert [text for t in encoded for text in loss_text(tokenizer, t.ids, t.in_loss)] == said
 
 
 def test_a_template_of_its_own_for_tools_is_used() -> None:
     tokenizer = with_template("")
     tokenizer.chat_template = {"default": CHATML, "tool_use": unmarked(WITH_TOOLS)}
-    ids, in_loss = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
+    ids, in_loss = encode_conversation(WITH_CALLS, tokenizer)
     assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
     assert loss_text(tokenizer, ids, in_loss)[1] == "It is sunny.<end>"
 
 
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
-    with pytest.raises(
-        SourceError,
-        match=r"chat.jsonl:7: the model's chat template ignores tools.* in data.chat_template, or remove the field 'tools'",
-    ):
-        encode_conversation(
-            Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML)
-        )
-    needs_them = "{{ raise_exception('no tools') if not tools }}" + CHATML
-    assert encode_conversation(
-        Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(needs_them)
-    ) == encode_conversation(TALK, with_template(CHATML))
+    talk = Conversation(TALK.messages, "chat.jsonl:7", TOOLS)
+    message = r"chat.jsonl:7: .* ignores tools.* data.chat_template, or remove the field 'tools'"
+    with pytest.raises(SourceError, match=message):
+        encode_conversation(talk, with_template(CHATML))
+    needs_them = with_template("{{ raise_exception('no tools') if not tools }}" + CHATML)
+    plain = encode_conversation(TALK, with_template(CHATML))
+    assert encode_conversation(talk, needs_them) == plain
 
 
 def greeting(*contents: str) -> Conversation:
@@ -303,64 +276,51 @@ def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
     "template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES]
 )
 @pytest.mark.parametrize("first", ["Hello you, Hi", " Hi there.", "again.", " again."])
-def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(
-    template: str, first: str
-) -> None:
+def test_an_assistant_speaks_first_without_a_generation_prompt(template: str, first: str) -> None:
     talk = greeting(first, "Hi, again.", "Hello again.")
     assert_marked(template, talk, sentencepiece_tokenizer)
 
 
 def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     tokenizer = with_template(unmarked(WITH_TOOLS))
-    first = {"role": "assistant", "content": "", "tool_calls": CALLS[1]["tool_calls"]}
+    first = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     talk = Conversation((first, *CALLS[2:], CALLS[0], CALLS[3]), "chat.jsonl:7", TOOLS)
-    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
+    said = [json.dumps([CALL]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
     assert loss_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
     apart = encode_documents([talk], tokenizer, "apart")
     assert [loss_text(tokenizer, t.ids, t.in_loss) for t in apart] == [[text] for text in said]
     (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
-    assert loss_text(tokenizer, alone.ids, alone.in_loss) == [
-        "<think></think>Hello!<end>\n<|the end of it all|>"
-    ]
+    (text,) = loss_text(tokenizer, alone.ids, alone.in_loss)
+    assert text == "<think></think>Hello!<end>\n<|the end of it all|>"
 
 
 REFUSES = r"chat.jsonl:7: the model's chat template refuses these messages "
 NAMES_ROLES = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+MARKS_NOTHING = (
+    "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
+)
+USERS_FIRST = (
+    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('users first') }}{% endif %}"
+)
+NEEDS_A_QUESTION = "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
+NEEDS_A_QUESTION += unmarked(CHATML)
+CALLS_IT_BOT = unmarked(CHATML).replace("role'] }}", "role'] | replace('assistant', 'bot') }}")
 REFUSED = [
     (TALK, "", "the model's tokenizer has no chat template"),
     (TALK, "{{ raise_exception('must alternate') }}", rf"{REFUSES}\(user, .*must alternate"),
     (TALK, "{{ messages[0]['role' }}", REFUSES),
     (TALK, NAMES_ROLES, "message 2: the chat template has no generation prompt and changes"),
-    (
-        TALK,
-        "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
-        "renders no token of the assistant's messages|chat template refuses",
-    ),
-    (
-        SPOKEN_TO,
-        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('users first') }}{% endif %}",
-        rf"{REFUSES}\(assistant, user, assistant, user, assistant\): users first",
-    ),
-    (
-        SPOKEN_TO,
-        "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
-        + unmarked(CHATML),
-        rf"{REFUSES}\(assistant\): no question",
-    ),
+    (TALK, MARKS_NOTHING, "renders no token of the assistant's messages|chat template refuses"),
+    (SPOKEN_TO, USERS_FIRST, rf"{REFUSES}\(assistant, user, .*, assistant\): users first"),
+    (SPOKEN_TO, NEEDS_A_QUESTION, rf"{REFUSES}\(assistant\): no question"),
     (SPOKEN_TO, NAMES_ROLES, "message 1: the chat template has no generation prompt and changes"),
     (SPOKEN_TO, FORGETS, r"message 1: the chat template renders this .* Set data.turns: apart"),
-    (
-        SPOKEN_TO,
-        unmarked(CHATML).replace(
-            "{{ message['role'] }}", "{{ message['role'] | replace('assistant', 'bot') }}"
-        ),
-        "message 1: the chat template renders this message differently",
-    ),
+    (SPOKEN_TO, CALLS_IT_BOT, "message 1: the chat template renders this message differently"),
 ]
 
 
 @pytest.mark.parametrize(("talk", "template", "message"), REFUSED)
-def test_what_cannot_be_rendered_or_located_is_refused(
+def test_what_cannot_be_rendered_is_refused(
     talk: Conversation, template: str, message: str
 ) -> None:
     with pytest.raises(SourceError, match=message):
@@ -372,14 +332,12 @@ def test_slow_tokenizers_are_refused() -> None:
         chat_template = CHATML
         is_fast = False
 
-    with pytest.raises(
-        SourceError, match=r"the tokenizer \(Slow\) does not report the positions of its tokens"
-    ):
+    with pytest.raises(SourceError, match=r"tokenizer \(Slow\) does not report the positions"):
         encode_conversation(TALK, Slow())  # type: ignore[arg-type]
 
 
 def assert_prompt_is_that_of_inference(tokenizer: Any, prompt: str, tokens: Any) -> None:
-    before = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
+    before = outside_loss(tokens)
     assert before == tokenizer(prompt)["input_ids"] == tokens.ids[: len(before)]
 
 
@@ -387,35 +345,16 @@ def assert_prompt_is_that_of_inference(tokenizer: Any, prompt: str, tokens: Any)
     ("prompt", "completion"),
     [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")],
 )
-def test_a_completion_follows_its_prompt_as_it_will_at_inference(
+def test_a_completion_has_its_prompt(
     smollm2: PreTrainedTokenizerBase, prompt: str, completion: str
 ) -> None:
     (tokens,) = encode_documents([Completion(prompt, completion)], smollm2, prompt_format="plain")
     assert_prompt_is_that_of_inference(smollm2, prompt, tokens)
-    said = smollm2.decode([i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if flag])
+    (said,) = loss_text(smollm2, tokens.ids, tokens.in_loss)
     assert said == completion.removesuffix("<|im_end|>") + "<|im_end|>"
 
 
-def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    if kind == "normalizers":
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
-    words = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"] * 9
-    tokenizer.train_from_iterator(
-        words, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+WORDS = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"]
 
 
 @pytest.mark.parametrize("kind", ["normalizers", "first", "always"])
@@ -431,10 +370,8 @@ def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         ("Hel", "lo"),
     ],
 )
-def test_no_space_comes_between_prompt_and_completion(
-    kind: str, prompt: str, completion: str
-) -> None:
-    tokenizer = prefixing_tokenizer(kind)
+def test_no_space_comes_before_a_completion(kind: str, prompt: str, completion: str) -> None:
+    tokenizer = prefixing_tokenizer(kind, WORDS)
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
     assert_prompt_is_that_of_inference(tokenizer, prompt, tokens)
     text = tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
@@ -443,9 +380,8 @@ def test_no_space_comes_between_prompt_and_completion(
 
 
 def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share() -> None:
-    words = Tokenizer(
-        models.WordPiece({"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}, unk_token="[UNK]")
-    )
+    vocabulary = {"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}
+    words = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
@@ -504,8 +440,6 @@ def test_a_pair_is_rendered_with_the_chat_template() -> None:
 def test_a_template_that_refuses_a_pair_can_be_switched_off() -> None:
     tokenizer = with_template("{{ raise_exception('no users here') }}")
     pair = Completion("Q", "A", "a.jsonl:1")
-    with pytest.raises(
-        SourceError, match=r"a\.jsonl:1 \(data\.prompt_format: plain.*no users here"
-    ):
+    with pytest.raises(SourceError, match=r"a\.jsonl:1 \(data\.prompt_format: plain.*no users"):
         encode_documents([pair], tokenizer)
     assert encode_documents([pair], tokenizer, prompt_format="plain")

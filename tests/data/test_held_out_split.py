@@ -26,19 +26,15 @@ def paragraphs(name: str, count: int) -> str:
 def test_no_document_and_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
     shared = "This paragraph stands in every one of the documents, and it is longer than a line, so it would teach the held-out text."
     for i in range(10):
-        (tmp_path / f"{i}.md").write_text(
-            f"{paragraphs(str(i), 4)}\n\n{shared.replace(' ', chr(10) if i % 2 else ' ', 3)}\n\nshort"
-        )
+        wrapped = shared.replace(" ", "\n" if i % 2 else " ", 3)
+        (tmp_path / f"{i}.md").write_text(f"{paragraphs(str(i), 4)}\n\n{wrapped}\n\nshort")
     documents = load_documents(str(tmp_path), 0.3, seed=1)
     assert len(documents.held_out) == 3
     assert len(documents.train) == 7
     assert not any(shared in " ".join(d.text.split()) for d in documents.train)
     assert all("short" in d.text for d in documents.train)
-    assert (
-        load_documents(str(tmp_path), 0.3, seed=1).digest
-        == documents.digest
-        != load_documents(str(tmp_path), 0.3, seed=2).digest
-    )
+    again, other = (load_documents(str(tmp_path), 0.3, seed=seed).digest for seed in (1, 2))
+    assert again == documents.digest != other
 
 
 @pytest.mark.parametrize("text", [paragraphs("one", 40), "title\n\n" + "no paragraphs here " * 500])
@@ -89,9 +85,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         load_documents(str(tmp_path), 0.2, 0)
     with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
         load_documents(str(tmp_path / "no.txt"), 0.2, 0)
-    with pytest.raises(
-        SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"
-    ):
+    with pytest.raises(SourceError, match=r"the held-out text has 3 tokens, .* needs 64"):
         concatenated_ids(["ab"], byte_tokenizer(), 64, "held-out")
 
 
@@ -102,27 +96,23 @@ def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
     ]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, [*records, *records[20:22]])))
     documents = load_documents(str(tmp_path / "qa.jsonl"), 0.1, seed=3)
-    held = {d.completion for d in documents.held_out if isinstance(d, Completion)} - {"yes"}
-    assert held
-    assert held.isdisjoint(d.completion for d in documents.train if isinstance(d, Completion))
-    assert {(d.prompt, d.completion) for d in documents.held_out}.isdisjoint(
-        (d.prompt, d.completion) for d in documents.train
-    )  # type: ignore[union-attr]
-    assert (
-        documents.overlapping_documents == 42 - len(documents.train) - len(documents.held_out) > 0
+    train, held = (
+        {(d.prompt, d.completion) for d in part if isinstance(d, Completion)}
+        for part in (documents.train, documents.held_out)
     )
-    assert any(
-        d.completion == "yes" for d in documents.train if isinstance(d, Completion)
-    )  # a short answer may be right twice
+    assert train.isdisjoint(held)
+    answers, trained = ({answer for _, answer in part} for part in (held, train))
+    assert answers - {"yes"}
+    assert trained & answers <= {"yes"}
+    assert "yes" in trained  # a short answer may be right twice
+    overlapping = 42 - len(documents.train) - len(documents.held_out)
+    assert documents.overlapping_documents == overlapping > 0
 
 
 def test_one_conversation_is_too_few(tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
-    )
-    with pytest.raises(
-        SourceError, match=r"one.jsonl:1: this is the only record. At least two are needed"
-    ):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(SourceError, match=r"one.jsonl:1: this is the only record. At least two"):
         load_documents(str(tmp_path / "one.jsonl"), 0.2, 0)
 
 

@@ -32,13 +32,13 @@ TEMPLATE = """\
 def conversations(count: int) -> list[dict[str, Any]]:
     """Records of one to two turns."""
     turns = [
-        (
+        [
             {"role": "user", "content": f"{i}+{i}?"},
             {"role": "assistant", "content": f"it is {2 * i}"},
-        )
+        ]
         for i in range(count)
     ]
-    return [{"messages": [*turn, *(turn if i % 2 else ())]} for i, turn in enumerate(turns)]
+    return [{"messages": turn * (1 + i % 2)} for i, turn in enumerate(turns)]
 
 
 @pytest.fixture
@@ -63,37 +63,22 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
     data = prepare(Documents(tuple(records[:8]), tuple(records[8:])), tokenizer, Cutting(96))
     assert data.packing == "documents"
     model = attach(tiny_model("llama"), LoraShape(rank=2, alpha=4.0), seed=0)
-    seen: list[dict[str, Any]] = []
-    inner = model.get_base_model().model
-    inner.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given), with_kwargs=True
-    )
-    labels: list[torch.Tensor] = []
-    model.register_forward_pre_hook(
-        lambda module, args, given: (
-            labels.append(given["labels"]) if given.get("labels") is not None else None
-        ),
-        with_kwargs=True,
-    )
-    settings = TrainingSettings(
-        steps=3,
-        learning_rate=1e-3,
-        batch_sequences=2,
-        warmup_steps=0,
-        schedule="constant",
-        checkpoint_steps=5,
-        seed=0,
-        loss=loss,
-    )
+    inner_calls: list[dict[str, Any]] = []
+    outer_calls: list[dict[str, Any]] = []
+    for module, calls in ((model.get_base_model().model, inner_calls), (model, outer_calls)):
+        module.register_forward_pre_hook(
+            lambda _, args, given, calls=calls: calls.append(given), with_kwargs=True
+        )
+    settings = TrainingSettings(3, 1e-3, 2, 0, "constant", checkpoint_steps=5, seed=0, loss=loss)
     report = train_adapter(model, data.train, settings, tmp_path / "work")
-    given = [g for g in seen if g["input_ids"].shape[-1] == 96]
+    given = [g for g in inner_calls if g["input_ids"].shape[-1] == 96]
+    labels = [g["labels"] for g in outer_calls if g.get("labels") is not None]
     assert len(given) == len(labels) == 3
     rows = {tuple(row.tolist()): i for i, row in enumerate(data.train.input_ids)}
     assert data.train.position_ids is not None
     for arguments, batch in zip(given, labels, strict=True):
-        assert (
-            arguments.get("attention_mask") is None
-        )  # with a mask, or a cache, documents would see each other
+        # with a mask, or a cache, documents would see each other
+        assert arguments.get("attention_mask") is None
         assert arguments.get("past_key_values") is None
         index = [rows[tuple(row.tolist())] for row in arguments["input_ids"]]
         assert torch.equal(arguments["position_ids"], data.train.position_ids[index])
@@ -109,11 +94,8 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
             with torch.no_grad():
                 logits = model(row[None, start:end], use_cache=False).logits[0]
             target = labels[0][i, start + 1 : end]
-            total += float(
-                torch.nn.functional.cross_entropy(
-                    logits[:-1], target, reduction="sum", ignore_index=IGNORED
-                )
-            )
+            options = {"reduction": "sum", "ignore_index": IGNORED}
+            total += float(torch.nn.functional.cross_entropy(logits[:-1], target, **options))
             count += int((target != IGNORED).sum())
     assert report.losses[0] == pytest.approx(total / count, rel=1e-4)
 
@@ -128,16 +110,12 @@ def test_the_mask_is_shown(
     _, _, example = shown.partition("loss tokens are in ⟦ ⟧")
     assert re.search(r"<\|user\|>", example.replace(" ", ""))
     assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1
-    app(
-        ["data", str(path), "--json", "--sequence", "1", "--set", "data.packing=none"],
-        standalone_mode=False,
-    )
+    options = ["--json", "--sequence", "1", "--set", "data.packing=none"]
+    app(["data", str(path), *options], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert found["data"]["packing"] == "none"
     assert sum(r["tokens"] for r in found["documents"][0] if r["in_loss"]) > 0
-    with pytest.raises(
-        SourceError, match="training sequence 999 does not exist; choose one from 0"
-    ):
+    with pytest.raises(SourceError, match="training sequence 999 does not exist; choose one from"):
         app(["data", str(path), "--sequence", "999"], standalone_mode=False)
 
 
@@ -161,20 +139,15 @@ def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path:
     assert all("skipped" in line for line in lines[-9:])
 
 
-def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
+def test_a_model_that_mixes_documents_is_refused(
     recipe_for: Any, chat: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        SourceError,
-        match=r"OPTForCausalLM mixes documents that share a sequence .* Set data.packing to none",
-    ):
-        run(load_recipe(recipe_for("opt", data=chat)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    results = run(
-        load_recipe(recipe_for("opt", data={**chat, "packing": "none"})),
-        tmp_path / "out",
-        ("quantize", "train"),
-    )
+    path, out = recipe_for("opt", data=chat), tmp_path / "out"
+    message = r"OPTForCausalLM mixes documents that share a sequence .* Set data.packing to none"
+    with pytest.raises(SourceError, match=message):
+        run(load_recipe(path), out)
+    assert not out.exists()
+    results = run(load_recipe(path, ("data.packing=none",)), out, ("quantize", "train"))
     assert results["train"]["first"]["steps"] == 6
 
 
@@ -188,9 +161,7 @@ DATA_MISTAKES = {
 
 
 @pytest.mark.parametrize(("change", "message"), DATA_MISTAKES.items())
-def test_the_recipe_names_what_is_wrong_with_its_data(
-    recipe_for: Any, change: str, message: str
-) -> None:
+def test_mistakes_in_data_are_named(recipe_for: Any, change: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_for(), (change,))
     assert any(message in problem for problem in caught.value.problems)
@@ -200,24 +171,23 @@ PAIRS = [{"prompt": f"{i}+{i}?", "completion": f"it is {2 * i}"} for i in range(
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "first"),
+    ("change", "kind", "first"),
     [
-        ((), "completions with the chat template", "<|user|>N+N?<end>\n<|assistant|>⟦"),
-        (("data.prompt_format=plain",), "completions as plain text", "N+N?⟦it is"),
-        (("data.chat_template=null",), "completions as plain text", "N+N?⟦it is"),
+        ("seed=0", "completions with the chat template", "<|user|>N+N?<end>\n<|assistant|>⟦"),
+        ("data.prompt_format=plain", "completions as plain text", "N+N?⟦it is"),
+        ("data.chat_template=null", "completions as plain text", "N+N?⟦it is"),
     ],
 )
 def test_the_preview_says_how_pairs_are_rendered(
     recipe_for: Any,
     chat: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
-    changes: tuple[str, ...],
+    change: str,
     kind: str,
     first: str,
 ) -> None:
     Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
-    sets = [part for change in changes for part in ("--set", change)]
-    app(["data", str(recipe_for(data=chat)), *sets], standalone_mode=False)
+    app(["data", str(recipe_for(data=chat)), "--set", change], standalone_mode=False)
     heading, _, example = capsys.readouterr().out.partition("loss tokens are in ⟦ ⟧")
     assert heading.startswith(f"{kind}, packing documents\n")
     text = example.replace(" ", "").translate({ord("Ġ"): " ", ord("Ċ"): "\n"})
@@ -237,9 +207,7 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     assert summary(description).startswith(f"data (completions {how}, packing documents): ")
 
 
-def test_stages_depend_on_the_prompt_format_of_pairs_only(
-    recipe_for: Any, chat: dict[str, Any]
-) -> None:
+def test_keys_hold_the_prompt_format_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:
     def key(*changes: str) -> list[Any]:
         recipe = load_recipe(recipe_for(data=chat), changes)
         return JobTexts(recipe).key(recipe.data)

@@ -7,17 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers as t
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.analysis.token_scores import perplexity
@@ -50,8 +43,8 @@ def sliding_model() -> PreTrainedModel:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "sliding_window": 8}
     counts = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     layers = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": VOCABULARY}
-    config = Gemma3TextConfig(**sizes, **counts, **layers, eos_token_id=256, pad_token_id=257)
-    return Gemma3ForCausalLM(config).eval()
+    config = t.Gemma3TextConfig(**sizes, **counts, **layers, eos_token_id=256, pad_token_id=257)
+    return t.Gemma3ForCausalLM(config).eval()
 
 
 MODELS = {
@@ -84,9 +77,8 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
             alone = model(torch.tensor([document.ids]), use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, start:end], alone, rtol=1e-4, atol=1e-4)
     assert not waiting
-    joined = model(
-        packed.input_ids, use_cache=False
-    ).logits  # the test can fail: without positions the documents mix
+    # the test can fail: without positions the documents mix
+    joined = model(packed.input_ids, use_cache=False).logits
     assert not torch.allclose(joined, logits, rtol=1e-4, atol=1e-2)
 
 
@@ -96,23 +88,15 @@ def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> No
     padded, _ = cut_into_sequences(documents, 64, "none", [], PAD, "training")
     total, loss_tokens = 0.0, 0
     for document in documents:
-        labels = torch.tensor(
-            [
-                i if flag and k else IGNORED
-                for k, (i, flag) in enumerate(zip(document.ids, document.in_loss, strict=True))
-            ]
-        )
-        logits = model(torch.tensor([document.ids]), use_cache=False).logits[0]
-        total += float(
-            torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach()
-        )
+        ids, in_loss = torch.tensor(document.ids), torch.tensor(document.in_loss)
+        labels = torch.where(in_loss, ids, IGNORED)[1:]
+        logits = model(ids[None], use_cache=False).logits[0, :-1].detach()
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         loss_tokens += int((labels != IGNORED).sum())
     assert counts.loss_tokens == packed.loss_tokens == padded.loss_tokens == loss_tokens
     for sequences in (packed, padded):
-        batch = {
-            name: torch.stack([sequences[i][name] for i in range(len(sequences))])
-            for name in sequences[0]
-        }
+        rows = [sequences[i] for i in range(len(sequences))]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         found = float(model(**batch, use_cache=False, num_items_in_batch=loss_tokens).loss.detach())
         assert found == pytest.approx(total / loss_tokens, rel=1e-5)
     found = perplexity(lambda ids: model(ids, use_cache=False).logits, padded, "")
@@ -129,16 +113,14 @@ def test_models_that_mix_documents_are_refused() -> None:
     torch.manual_seed(0)
     tokens = {"vocab_size": VOCABULARY, "eos_token_id": 256, "pad_token_id": 257}
     tokens["bos_token_id"] = 256
-    mamba = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, **tokens))
-    bloom = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
+    mamba = t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, **tokens))
+    bloom = t.BloomForCausalLM(t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
     for parameter in bloom.parameters():
         if parameter.ndim > 1:
             parameter.mul_(4)
     for model in (mamba.train(), bloom, tiny_model("opt")):
-        name = type(model).__name__
-        with pytest.raises(
-            SourceError, match=rf"{name} .*data.packing: documents .* Set data.packing to none"
-        ):
+        message = rf"{type(model).__name__} .*data.packing: documents .* Set data.packing to none"
+        with pytest.raises(SourceError, match=message):
             check_isolation(model)
     assert mamba.training
 
@@ -163,7 +145,7 @@ document_lists = st.lists(
 
 @settings(deadline=None, max_examples=80)
 @given(document_lists, st.sampled_from(["join", "documents", "none"]), st.integers(8, 20))
-def test_every_token_is_in_a_sequence_or_counted_as_dropped(
+def test_every_token_is_counted(
     shapes: list[tuple[int, bool, int]], packing: str, width: int
 ) -> None:
     documents = [
@@ -178,15 +160,11 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     assert counts.sequences == len(found)
     assert found.input_ids.shape == found.labels.shape == (counts.sequences, counts.sequence_tokens)
     assert counts.sequence_tokens <= width
-    assert (
-        int((found.input_ids >= 0).sum()) + counts.dropped_tokens
-        == counts.tokens
-        == sum(len(d.ids) for d in documents)
-    )
+    assert counts.tokens == sum(len(d.ids) for d in documents)
+    assert counts.tokens - counts.dropped_tokens == int((found.input_ids >= 0).sum())
     assert int((found.input_ids < 0).sum()) == counts.padding_tokens
-    assert counts.truncated_tokens == (
-        0 if packing == "join" else sum(max(0, len(d.ids) - width) for d in documents)
-    )
+    too_long = sum(max(0, len(d.ids) - width) for d in documents)
+    assert counts.truncated_tokens == (0 if packing == "join" else too_long)
     assert counts.loss_tokens == found.loss_tokens > 0
     wanted = {i for d in documents for i, flag in zip(d.ids, d.in_loss, strict=True) if flag}
     in_loss = found.labels != IGNORED
@@ -196,24 +174,17 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     assert found.documents is not None
     assert torch.equal(found.documents, torch.where(found.input_ids < 0, -1, found.input_ids // 30))
     if found.position_ids is not None:
-        assert not in_loss[
-            found.position_ids == 0
-        ].any()  # no loss token is predicted by the document before it
+        # no loss token is predicted by the document before it
+        assert not in_loss[found.position_ids == 0].any()
 
 
 def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> None:
     text = Tokens(list(range(25)), [True] * 25, divisible=True)
     found, counts = cut_into_sequences([text], 10, "none", [99], -1, "training")
-    assert found.input_ids.tolist() == [
-        [99, *range(9)],
-        [99, *range(9, 18)],
-        [99, *range(18, 25), -1, -1],
-    ]
-    assert found.labels.tolist() == [
-        [-100, *range(9)],
-        [-100, *range(9, 18)],
-        [-100, *range(18, 25), -100, -100],
-    ]
+    ids = [[99, *range(9)], [99, *range(9, 18)], [99, *range(18, 25), -1, -1]]
+    assert found.input_ids.tolist() == ids
+    not_in_loss = {99: -100, -1: -100}
+    assert found.labels.tolist() == [[not_in_loss.get(i, i) for i in row] for row in ids]
     assert (counts.dropped_tokens, counts.truncated_documents, counts.padding_tokens) == (0, 0, 2)
     assert found.documents is not None
     assert found.documents.tolist() == [[0] * 10, [0] * 10, [0] * 8 + [-1] * 2]
@@ -237,30 +208,25 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
     assert (counts.truncated_documents, counts.truncated_tokens) == (2, 12)
     assert (counts.dropped_documents, counts.dropped_tokens) == (1, 22)
     assert counts.loss_tokens == 4 + 2
-    with pytest.raises(
-        SourceError,
-        match=r"none of the 1 held-out documents has a loss token within its first 10 tokens: raise data.sequence_tokens",
-    ):
+    message = r"none of the 1 held-out documents .* first 10 tokens: raise data.sequence_tokens"
+    with pytest.raises(SourceError, match=message):
         cut_into_sequences(documents[1:2], 10, "none", [], -1, "held-out")
+    only_the_first = Tokens(list(range(12)), [True] + [False] * 11)
     with pytest.raises(SourceError, match="no sequence of the training part has a loss token"):
-        cut_into_sequences(
-            [Tokens(list(range(12)), [True] + [False] * 11)], 10, "join", [], -1, "training"
-        )
+        cut_into_sequences([only_the_first], 10, "join", [], -1, "training")
 
 
 def test_calibration_sees_no_padding() -> None:
     ids = joined_ids(records(5, 30), 16, [], "training")
     assert ids.shape[1] == 16
     assert not (ids == PAD).any()
-    assert joined_ids([Tokens([1, 2, 3], [False, True, True])], 16, [], "training").tolist() == [
-        [1, 2, 3]
-    ]
+    short = Tokens([1, 2, 3], [False, True, True])
+    assert joined_ids([short], 16, [], "training").tolist() == [[1, 2, 3]]
 
 
 def test_rows_end_with_the_last_learnt_token() -> None:
-    sequences = Sequences(
-        torch.arange(8).view(2, 4), torch.tensor([[-100, 1, -100, -100], [-100, -100, -100, 7]])
-    )
+    labels = torch.tensor([[-100, 1, -100, -100], [-100, -100, -100, 7]])
+    sequences = Sequences(torch.arange(8).view(2, 4), labels)
     assert [(ids.tolist(), labels.tolist()) for ids, labels in sequences.rows()] == [
         ([0, 1], [-100, 1]),
         ([4, 5, 6, 7], [-100, -100, -100, 7]),
@@ -270,9 +236,7 @@ def test_rows_end_with_the_last_learnt_token() -> None:
 
 
 def test_sequences_are_spread_evenly_and_none_is_lost() -> None:
-    sequences = Sequences(
-        torch.arange(20).view(10, 2), torch.arange(20).view(10, 2), torch.arange(20).view(10, 2)
-    )
+    sequences = Sequences(*(torch.arange(20).view(10, 2) for _ in range(3)))
     chosen, others = sequences.spread(4)
     assert chosen.input_ids[:, 0].tolist() == [0, 4, 10, 14]
     assert others.input_ids[:, 0].tolist() == [2, 6, 8, 12, 16, 18]

@@ -96,19 +96,11 @@ def test_keys_without_effect_are_allowed(recipe_for: Any, changes: tuple[str, ..
 
 
 def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:
-    path = recipe_for(
-        model={"source": "/not/there"},
-        data={"source": "/not/there.txt", "sequence_tokens": "x"},
-        sead=1,
-    )
+    data = {"source": "/not/there.txt", "sequence_tokens": "x"}
+    path = recipe_for(model={"source": "/not/there"}, data=data, sead=1)
     found = problems(path, "base.weights.bitwidth=1")
-    assert [p.split(":")[0] for p in found] == [
-        "model.source",
-        "data.source",
-        "data.sequence_tokens",
-        "base.weights.bitwidth",
-        "sead",
-    ]
+    keys = ["model.source", "data.source", "data.sequence_tokens", "base.weights.bitwidth", "sead"]
+    assert [problem.split(":")[0] for problem in found] == keys
 
 
 NOT_INSTALLED = "'not_installed_here' is not installed. Install it: pip install not-installed-here"
@@ -123,7 +115,7 @@ NOT_INSTALLED = "'not_installed_here' is not installed. Install it: pip install 
         ("{tmp}/notes.txt", "is not a .gguf file. For a Hugging Face checkpoint, give its folder"),
     ],
 )
-def test_missing_models_are_found_early(
+def test_missing_models_are_found(
     recipe_for: Any, tmp_path: Path, source: str, message: str
 ) -> None:
     (tmp_path / "notes.txt").write_text("x")
@@ -140,7 +132,7 @@ def test_missing_encodings_are_found_early(recipe_for: Any, tmp_path: Path) -> N
     assert of_data.startswith("data.source: ")
 
 
-def test_a_path_that_does_not_exist_is_shown_as_an_absolute_path(
+def test_missing_paths_are_shown_as_absolute(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,16 +186,11 @@ def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None
 def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
     given = yaml.safe_load(recipe_for().read_text())
     assert set(yaml.safe_load(full_recipe())) == {"model", "data", "adapters"}
-    uncommented = "\n".join(
-        re.sub(r"^( *)# ", r"\1", line) for line in full_recipe().split("\n")[2:]
-    )
-    content = yaml.safe_load(uncommented)
+    body = full_recipe().split("\n", 2)[2]
+    content = yaml.safe_load(re.sub(r"(?m)^( *)# ", r"\1", body))
     assert set(content) == set(Recipe.model_fields)
-    content |= {
-        "model": given["model"],
-        "data": {**content["data"], "source": given["data"]["source"]},
-    }
     given["data"] = {"source": given["data"]["source"]}
+    content |= {"model": given["model"], "data": content["data"] | given["data"]}
     assert Recipe.model_validate(content) == Recipe.model_validate(
         {"model": given["model"], "data": given["data"], "adapters": [{"name": "first"}]}
     )
@@ -251,14 +238,22 @@ def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:
         load_recipe(recipe_for(), ("base.weights=w4_block32",))
 
 
+HEAVY = """
+import sys
+from pathlib import Path
+import qwlora.cli.main, qwlora.recipe.reference
+from qwlora.recipe import load_recipe
+load_recipe(Path(sys.argv[1]))
+sys.argv = ['qwlora', '--help']
+try: qwlora.cli.main.main()
+except SystemExit: pass
+print('heavy:', [m for m in ('torch', 'transformers', 'peft', 'onnx') if m in sys.modules])
+"""
+
+
 def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:
-    code = (
-        "import sys; from pathlib import Path; import qwlora.cli.main, qwlora.recipe.reference; from qwlora.recipe import load_recipe; "
-        f"load_recipe(Path({str(recipe_for())!r})); "
-        "sys.argv = ['qwlora', '--help']\ntry:\n qwlora.cli.main.main()\nexcept SystemExit: pass\n"
-        "print('heavy:', [m for m in ('torch', 'transformers', 'peft', 'onnx') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", HEAVY, str(recipe_for())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy: []\n")
 
 
@@ -280,9 +275,7 @@ def test_a_name_that_cannot_be_one_names_its_key(recipe_for: Any, value: str) ->
         ("adapters.0.continue_from", f"/{LONG}", "too long"),
     ],
 )
-def test_a_path_that_cannot_be_one_names_its_key(
-    recipe_for: Any, key: str, value: str, fact: str
-) -> None:
+def test_an_impossible_path_names_its_key(recipe_for: Any, key: str, value: str, fact: str) -> None:
     problem = next(p for p in problems(recipe_for(), f"{key}={value}") if p.startswith(key))
     assert fact in problem
     assert len(problem) < 600

@@ -14,9 +14,8 @@ import pytest
 from qwlora.report.page import render, render_comparison
 from report.recorded import job_of, many_layers, running
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+BROWSER = next(filter(None, BROWSERS), None)
 HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
 WIDTHS = (390, 700, 1050, 1150, 1440)
 SMALLEST_TEXT = 10.5  # px
@@ -62,9 +61,8 @@ class Opened:
     """A page, with everything it wrote to the console and every request it made."""
 
     def __init__(self, browser: Any, path: Path, width: int = 1440, scheme: str = "light"):
-        self.page = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme
-        ).new_page()
+        size = {"width": width, "height": 900}
+        self.page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
         self.console: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.console.append(message.text))
@@ -78,9 +76,7 @@ class Opened:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_error_and_no_request(
-    browser: Any, pages: dict[str, Path], name: str, scheme: str
-) -> None:
+def test_no_error_no_request(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
     opened = Opened(browser, pages[name], scheme=scheme)
     assert opened.console == []
     assert opened.requests == [pages[name].as_uri()]
@@ -88,7 +84,7 @@ def test_no_error_and_no_request(
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_wider_than_the_page_and_no_text_is_too_small(
+def test_width_and_size_of_text(
     browser: Any, pages: dict[str, Path], name: str, width: int
 ) -> None:
     page = Opened(browser, pages[name], width).page
@@ -103,9 +99,7 @@ def test_nothing_is_wider_than_the_page_and_no_text_is_too_small(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_plot_has_marks_that_can_be_seen(
-    browser: Any, pages: dict[str, Path], name: str
-) -> None:
+def test_every_plot_has_visible_marks(browser: Any, pages: dict[str, Path], name: str) -> None:
     page = Opened(browser, pages[name]).page
     page.evaluate(OPEN_FOLDS)
     plots = page.evaluate(
@@ -168,9 +162,7 @@ def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path
     assert opened.page.get_by_role("button", name="Show all").count() == 0
 
 
-def test_the_theme_is_kept_when_the_page_is_loaded_again(
-    browser: Any, pages: dict[str, Path]
-) -> None:
+def test_the_theme_is_kept_when_loaded_again(browser: Any, pages: dict[str, Path]) -> None:
     page = Opened(browser, pages["finished"]).page
     color = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(color)

@@ -15,19 +15,10 @@ from typing import Any
 import pytest
 from jinja2 import ChoiceLoader, FileSystemLoader
 
+from qwlora.report import number_format as shown_as
 from qwlora.report import page, sections
 from qwlora.report.drawing import ticks
-from qwlora.report.number_format import (
-    MINUS,
-    count,
-    fixed,
-    percent,
-    perplexity,
-    precise_percent,
-    seconds,
-    significant,
-    size,
-)
+from qwlora.report.number_format import MINUS
 from qwlora.report.page import render, render_comparison
 from qwlora.report.results_view import Job, without_folders
 from report.recorded import NAMES, job_of, leaves, many_layers, results_of, running, without
@@ -105,10 +96,8 @@ def test_the_page_is_one_file_with_unique_ids_and_links_that_lead_somewhere(name
     assert {link for link in page.links if link} <= set(page.ids)
     assert html.count("<h1") == 1
     assert ('http-equiv="refresh"' in html) == (name == "running")
-    assert not re.search(
-        r"\bnan\b|\bNone\b(?! stands)|\binf\b|Undefined",
-        re.sub(r"(?s)<script.*?</script>", "", html),
-    )
+    text = re.sub(r"(?s)<script.*?</script>", "", html)
+    assert not re.search(r"\bnan\b|\bNone\b(?! stands)|\binf\b|Undefined", text)
 
 
 def hostile(value: Any, old: str) -> Any:
@@ -127,9 +116,8 @@ def hostile(value: Any, old: str) -> Any:
 )
 def test_names_are_escaped(name: str, old: str) -> None:
     job = job_of(name)
-    changed = Job(
-        hostile(job.results, old), hostile(job.recipe, old), job.recipe_text + HOSTILE, HOSTILE
-    )
+    results, recipe = hostile(job.results, old), hostile(job.recipe, old)
+    changed = Job(results, recipe, job.recipe_text + HOSTILE, HOSTILE)
     for html in (render(changed), render_comparison([changed, job])):
         assert "<script>alert" not in html
         assert Page(html).scripts == 1
@@ -181,15 +169,18 @@ def test_weights_that_were_rounded_twice_are_said_at_the_top() -> None:
     assert "rounded twice" not in render(job_of("finished"))
 
 
+TOY = """
+from qwlora.report.sections import section
+@section('toy', 'Toy', 'Toy?', position=35)
+def view(job, adapter):
+    return {'steps': job.get('train', adapter, 'steps')}
+"""
+
+
 def test_a_section_costs_a_module_and_a_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "toy_section.py").write_text(
-        "from qwlora.report.sections import section\n"
-        "@section('toy', 'Toy', 'Toy?', position=35)\n"
-        "def view(job, adapter):\n"
-        "    return {'steps': job.get('train', adapter, 'steps')}\n"
-    )
+    (tmp_path / "toy_section.py").write_text(TOY)
     (tmp_path / "toy_section.html").write_text("<p>{{ view.steps }} steps of a toy</p>")
     monkeypatch.setattr(sections, "__path__", [*sections.__path__, str(tmp_path)])
     loader = ChoiceLoader([page._environment().loader, FileSystemLoader(tmp_path)])
@@ -266,7 +257,7 @@ def test_the_time_so_far_counts_earlier_runs() -> None:
         part["started"] = "2026-01-01T10:00:00+00:00"
     results["run"] |= {"state": "interrupted", "started": "2026-01-02T10:00:00+00:00"}
     results["run"]["elapsed_seconds"] = 17.4
-    whole = seconds(sum(part["seconds"] for part in parts) + 17.4)
+    whole = shown_as.seconds(sum(part["seconds"] for part in parts) + 17.4)
     html = render(job_of("finished", results))
     assert f"{whole} in all" in html
     assert "17.4 s" not in html
@@ -314,21 +305,21 @@ def test_jobs_of_different_sizes_are_compared_by_size_and_quality() -> None:
 @pytest.mark.parametrize(
     ("written", "shown"),
     [
-        (perplexity(13.619), "13.62"),
-        (perplexity(49344.04), "49,344"),
-        (percent(-0.136, sign=True), f"{MINUS}13.6%"),
-        (percent(0.0011), "0.11%"),
-        (precise_percent(-1e-9, sign=True), "0.00%"),
-        (count(1595), "1,595"),
-        (fixed(-0.001), "0.00"),
-        (seconds(125.7), "2 min 06 s"),
-        (seconds(4560), "1 h 16 min"),
-        (seconds(59.96), "60.0 s"),
-        (size(149_540_000), "149.5 MB"),
-        (size(1.91e9), "1.9 GB"),
-        (significant(28344.2), "28,344"),
-        (significant(0.4366, 2), "0.44"),
-        (significant(-1e-9), f"{MINUS}1.00e{MINUS}09"),
+        (shown_as.perplexity(13.619), "13.62"),
+        (shown_as.perplexity(49344.04), "49,344"),
+        (shown_as.percent(-0.136, sign=True), f"{MINUS}13.6%"),
+        (shown_as.percent(0.0011), "0.11%"),
+        (shown_as.precise_percent(-1e-9, sign=True), "0.00%"),
+        (shown_as.count(1595), "1,595"),
+        (shown_as.fixed(-0.001), "0.00"),
+        (shown_as.seconds(125.7), "2 min 06 s"),
+        (shown_as.seconds(4560), "1 h 16 min"),
+        (shown_as.seconds(59.96), "60.0 s"),
+        (shown_as.size(149_540_000), "149.5 MB"),
+        (shown_as.size(1.91e9), "1.9 GB"),
+        (shown_as.significant(28344.2), "28,344"),
+        (shown_as.significant(0.4366, 2), "0.44"),
+        (shown_as.significant(-1e-9), f"{MINUS}1.00e{MINUS}09"),
         (without_folders("'/a b/c' is damaged"), "'/a b/c' is damaged"),
         (without_folders("open /home/me/x.json: no"), "open x.json: no"),
         (without_folders("https://a.org/b/c and a/b/c"), "https://a.org/b/c and a/b/c"),

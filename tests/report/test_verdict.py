@@ -107,7 +107,7 @@ def test_rules_apply_in_order(changes: dict[str, Any], kind: VerdictKind, words:
         (gain("base", 100.0, 120.0), WITH_CARE, "20.0% worse than the packed base"),
     ],
 )
-def test_an_adapter_has_to_gain_more_than_chance(
+def test_the_gain_is_more_than_chance(
     changes: dict[str, Any], kind: VerdictKind, words: str
 ) -> None:
     found = judged(**changes)
@@ -125,9 +125,7 @@ def test_an_adapter_has_to_gain_more_than_chance(
         (MEAN, None, "largest mean difference of a layer: not finite"),
     ],
 )
-def test_a_row_that_failed_is_the_sentence_of_the_verdict(
-    what: str, value: Any, shown: str
-) -> None:
+def test_a_failed_row_is_the_sentence_of_the_verdict(what: str, value: Any, shown: str) -> None:
     found = verdict(job_of("finished", failing(finished(), what, value)))
     assert found.kind is DO_NOT_SHIP
     assert shown in found.sentence
@@ -140,9 +138,7 @@ def test_a_row_that_failed_is_the_sentence_of_the_verdict(
 @pytest.mark.parametrize("key", ["value", "limit"])
 @pytest.mark.parametrize("what", [PERPLEXITY, TOKENS, LAYER, MEAN])
 @pytest.mark.parametrize("case", ["first", "base"])
-def test_a_proof_without_a_finite_number_for_each_limit_does_not_ship(
-    case: str, what: str, key: str, value: Any
-) -> None:
+def test_a_proof_without_finite_numbers_is_none(case: str, what: str, key: str, value: Any) -> None:
     results = finished()
     check_of(results, what, case)[key] = value
     assert verdict(job_of("finished", results)).kind is NOT_PROVEN
@@ -227,9 +223,7 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
         (None, 9 * FEW_TOKENS, SHIP),
     ],
 )
-def test_the_adapter_that_was_checked_least_counts(
-    words: int | None, digits: int | None, kind: VerdictKind
-) -> None:
+def test_the_least_checked_counts(words: int | None, digits: int | None, kind: VerdictKind) -> None:
     found = verdict(job_of("two", two(words, digits)))
     assert found.kind is kind
     assert (f"{FEW_TOKENS - 1} tokens" in found.sentence) is (kind is WITH_CARE)

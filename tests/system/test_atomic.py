@@ -58,9 +58,7 @@ def test_text_is_flushed_and_replaces_the_old(tmp_path: Path, calls: list[str]) 
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_text_that_cannot_be_flushed_leaves_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_not_flushed_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import json
 import mmap
 import os
 import re
@@ -21,7 +20,6 @@ import yaml
 
 from conftest import tiny_model
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
@@ -71,7 +69,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
         (ARM.format(" ebf16x"), "float32"),
     ],
 )
-def test_auto_follows_the_instructions_of_the_processor(
+def test_auto_follows_instructions(
     cpuinfo: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, **options: cpuinfo)
@@ -115,12 +113,7 @@ class Driver:
     ],
 )
 def test_an_nvidia_gpu_is_asked_through_its_driver(
-    library: str,
-    count: int,
-    major: int,
-    device: str,
-    expected: bool | None,
-    monkeypatch: pytest.MonkeyPatch,
+    library: str, count: int, major: int, device: str, expected: bool | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count, major))
     monkeypatch.setattr(machine, "_has_library", lambda name: name == library)
@@ -144,9 +137,7 @@ ASKED = ("base.tuning.compute={0}", "adapters.0.compute={0}")
 
 
 @pytest.mark.parametrize("has", [False, True])
-def test_a_key_holds_what_auto_stands_for(
-    has: bool, recipe_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_say_what_auto_is(has: bool, recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, has)
     path = recipe_for()
     tuned = "base.tuning.steps=4"
@@ -159,9 +150,7 @@ def test_a_key_holds_what_auto_stands_for(
         assert single[stage] != half[stage]
 
 
-def test_auto_is_float32_where_nothing_else_computes(
-    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, True)
     adapters = [
         {"name": "first", "steps": 6},
@@ -174,51 +163,33 @@ def test_auto_is_float32_where_nothing_else_computes(
     assert precisions(through) == ("auto", "float32")
 
 
-def test_a_forced_slow_precision_is_said(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "qwlora.pipeline.stages.RUN",
-        {verb: lambda *_: {} for verb in ("quantize", "train")},
-    )
+def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    verbs, job = ("quantize", "train"), job_for()
+    monkeypatch.setattr("qwlora.pipeline.stages.RUN", {verb: lambda *_: {} for verb in verbs})
 
     def said(*changes: str) -> list[str]:
-        lines: list[str] = []
-        run(
-            load_recipe(recipe_for(), ("base.tuning.steps=2", *changes)),
-            tmp_path / "out",
-            ("quantize", "train"),
-            say=lines.append,
-            replace=True,
-        )
-        return [line for line in lines if "bfloat16" in line]
+        job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=True)
+        return [line for line in job.said if "bfloat16" in line]
 
     pretend(monkeypatch, False)
     assert said("base.solver=rtn") == []
     warned = said(*(change.format("bfloat16") for change in ASKED))
-    assert [line.split(": ")[:2] for line in warned] == [
-        ["warning", "base.tuning"],
-        ["warning", "adapter first"],
-    ]
+    for line, part in zip(warned, ("base.tuning", "adapter first"), strict=True):
+        assert line.startswith(f"warning: {part}: ")
     assert all("several times" in line and "float32" in line for line in warned)
     pretend(monkeypatch, True)
     assert said(*(change.format("bfloat16") for change in ASKED), "seed=1") == []
 
 
-def test_a_directory_keeps_the_precision_it_was_made_with(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_keeps_its_precision(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, True)
-    run(load_recipe(recipe_for()), tmp_path / "out", ("quantize", "train"))
-    written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    job = job_for()
+    assert job.run("quantize", "train")["train"]["first"]["compute"] == "bfloat16"
+    written = yaml.safe_load((job.out / "recipe.yaml").read_text())
     assert written["adapters"][0]["compute"] == "bfloat16"
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["train"]["first"]["compute"] == "bfloat16"
 
 
-def test_tuning_in_python_resolves_auto_and_warns_when_forced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = tiny_model("llama")
     solved = copy.deepcopy(reference)
     quantize_(solved, "w3-block32")
@@ -239,12 +210,8 @@ def test_tuning_in_python_resolves_auto_and_warns_when_forced(
 
 
 def test_deciding_imports_no_torch() -> None:
-    script = (
-        "import sys\n"
-        "from qwlora.system.machine import auto_compute, training_device\n"
-        "auto_compute('cpu'), training_device()\n"
-        "assert 'torch' not in sys.modules\n"
-    )
+    script = "import sys\nfrom qwlora.system.machine import auto_compute, training_device\n"
+    script += "auto_compute('cpu'), training_device()\nassert 'torch' not in sys.modules\n"
     if sys.platform == "linux":
         subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -266,9 +233,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_hardware_threads_of_one_core_count_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_of_one_core_count_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores(root) == 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
     assert usable_cores(root) == 2
@@ -285,9 +250,7 @@ def test_hardware_threads_of_one_core_count_once(
         ("job/step", "6400000 100000", 4),
     ],
 )
-def test_a_quota_of_cgroup_2_bounds_the_cores(
-    root: Path, where: str, quota: str, cores: int
-) -> None:
+def test_quotas_of_cgroup_2_bound_the_cores(root: Path, where: str, quota: str, cores: int) -> None:
     write(root / "proc/self/cgroup", "0::/job/step\n")
     write(root / "sys/fs/cgroup" / where / "cpu.max", f"{quota}\n")
     assert usable_cores(root) == cores
@@ -327,7 +290,7 @@ def test_what_the_user_did_not_set_is_set(chosen: str, added: dict[str, str]) ->
 
 
 @pytest.mark.parametrize(("processes", "threads"), [("2", "2"), ("3", "1"), ("9", "1")])
-def test_processes_on_one_machine_share_its_cores(
+def test_processes_share_cores(
     monkeypatch: pytest.MonkeyPatch, processes: str, threads: str
 ) -> None:
     monkeypatch.setattr("qwlora.system.machine.usable_cores", lambda: 4)
@@ -336,22 +299,24 @@ def test_processes_on_one_machine_share_its_cores(
     assert environment["OMP_NUM_THREADS"] == threads
 
 
+IMPORT_WATCHED = """
+import builtins, os, sys
+original = builtins.__import__
+def watched(name, *rest):
+    if name == 'torch' and 'torch' not in sys.modules:
+        print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('OMP_NUM_THREADS'))
+        os._exit(0)
+    return original(name, *rest)
+builtins.__import__ = watched
+from qwlora.cli.main import main
+sys.argv = ['qwlora', 'inspect', '.']
+main()
+"""
+
+
 def test_the_command_line_decides_before_torch_is_imported() -> None:
-    script = (
-        "import builtins, os, sys\n"
-        "original = builtins.__import__\n"
-        "def watched(name, *rest):\n"
-        "    if name == 'torch' and 'torch' not in sys.modules:\n"
-        "        print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('OMP_NUM_THREADS'))\n"
-        "        os._exit(0)\n"
-        "    return original(name, *rest)\n"
-        "builtins.__import__ = watched\n"
-        "from qwlora.cli.main import main\n"
-        "sys.argv = ['qwlora', 'inspect', sys.argv[1]]\n"
-        "main()\n"
-    )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
-    command = [sys.executable, "-c", script, "."]
+    command = [sys.executable, "-c", IMPORT_WATCHED]
     done = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True, check=False)
     assert done.stdout.split() == ["passive", str(usable_cores())]
 

@@ -39,34 +39,25 @@ def test_wrappers_are_taken_out(path, name):
 
 
 @pytest.mark.parametrize(
-    ("path", "expected"),
+    ("is_one", "name", "expected"),
     [
-        ("fc.lora_A.default.weight", True),
-        ("fc.lora_magnitude_vector.default", True),
-        ("lm_head.modules_to_save.default.weight", True),
-        ("fc.base_layer.weight", False),
-        ("lm_head.original_module.weight", False),
-        ("explora.weight", False),
+        (is_adapter_name, "fc.lora_A.default.weight", True),
+        (is_adapter_name, "fc.lora_magnitude_vector.default", True),
+        (is_adapter_name, "lm_head.modules_to_save.default.weight", True),
+        (is_adapter_name, "fc.base_layer.weight", False),
+        (is_adapter_name, "lm_head.original_module.weight", False),
+        (is_adapter_name, "explora.weight", False),
+        (is_factor_name, "fc.lora_A.weight", True),
+        (is_factor_name, "fc.lora_B.bias", False),
+        (is_factor_name, "embed.lora_embedding_B", True),
+        (is_factor_name, "fc.lora_magnitude_vector", False),
+        (is_factor_name, "classifier.modules_to_save.weight", False),
+        (is_factor_name, "lora_A.fc.weight", False),
+        (is_factor_name, "weight", False),
     ],
 )
-def test_adapter_names(path, expected):
-    assert is_adapter_name(path) is expected
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("fc.lora_A.weight", True),
-        ("fc.lora_B.bias", False),
-        ("embed.lora_embedding_B", True),
-        ("fc.lora_magnitude_vector", False),
-        ("classifier.modules_to_save.weight", False),
-        ("lora_A.fc.weight", False),
-        ("weight", False),
-    ],
-)
-def test_factor_names(name, expected):
-    assert is_factor_name(name) is expected
+def test_names_of_adapters_and_factors(is_one, name, expected):
+    assert is_one(name) is expected
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,7 @@ RUN = ("run", "recipe.yaml", "--out", "out")
         (("merge-check", "out", "first"), signal.SIGTERM, "Run the command again."),
     ],
 )
-def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(
-    arguments: tuple[str, ...], number: int, remedy: str
-) -> None:
+def test_a_signal_ends_a_command(arguments: tuple[str, ...], number: int, remedy: str) -> None:
     process = subprocess.Popen(
         waiting(*arguments),
         stdout=subprocess.PIPE,
@@ -125,15 +123,7 @@ def test_training_finishes_the_step_and_writes_a_checkpoint(number: int, tmp_pat
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
     adapted = attach(model.requires_grad_(False), LoraShape(rank=4, alpha=8), seed=0)
-    settings = TrainingSettings(
-        steps=6,
-        learning_rate=5e-3,
-        batch_sequences=2,
-        warmup_steps=1,
-        schedule="constant",
-        checkpoint_steps=5,
-        seed=0,
-    )
+    settings = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=5, seed=0)
 
     def track(items: Iterable[int], description: str, total: int | None = None) -> Iterator[int]:
         for step in items:

@@ -1,7 +1,5 @@
 """Weights that already lie on a grid, before `quantize_` puts them on one."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
@@ -32,9 +30,7 @@ def rounded(weight: Tensor, bitwidth: int, block: int, symmetric: bool = True) -
 @pytest.mark.parametrize("bitwidth", [2, 4, 8])
 @pytest.mark.parametrize("block", [32, 192, 24 * 192])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_grid_is_found_whatever_its_granularity(
-    bitwidth: int, block: int, symmetric: bool
-) -> None:
+def test_a_grid_of_any_granularity_is_found(bitwidth: int, block: int, symmetric: bool) -> None:
     assert is_on_grid(rounded(random_weight(), bitwidth, block, symmetric), bitwidth)
 
 

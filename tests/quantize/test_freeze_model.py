@@ -1,7 +1,5 @@
 """Freezing a model on a grid that is given."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from qwlora.errors import EncodingsFileError, GridError, QwloraWarning
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn.packed_layer import packed_weights
 
 IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
@@ -41,16 +39,11 @@ def on_a_grid(
     return model, encodings
 
 
+SCHEMES = [Scheme(4, granularity=PerBlock(16)), Scheme(8, False, PerChannel()), Scheme(3)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        Scheme(4, granularity=PerBlock(16)),
-        Scheme(8, symmetric=False, granularity=PerChannel()),
-        Scheme(3, granularity=PerTensor()),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_weights_on_a_grid_keep_their_values(scheme: Scheme, dtype: torch.dtype) -> None:
     model, encodings = on_a_grid(scheme, dtype)
     before = {name: weight.detach().float().clone() for name, weight in weights(model).items()}
@@ -114,14 +107,8 @@ def test_unknown_names_and_nothing_at_all_are_refused() -> None:
 
 def aimet_file(folder: Path, grids: dict[str, Encoding]) -> Path:
     entries = tuple(entry_of(name, grid, "1.0.0") for name, grid in grids.items())
-    file = EncodingsFile(
-        "1.0.0",
-        entries,
-        producer={"package": "aimet-torch", "version": "2.42.0"},
-        parameters=frozenset(grids),
-        excluded_layers=(),
-        quantizer_args={},
-    )
+    producer = {"package": "aimet-torch", "version": "2.42.0"}
+    file = EncodingsFile("1.0.0", entries, frozenset(grids), (), {}, producer)
     write_encodings(file, folder / "model.encodings")
     return folder / "model.encodings"
 

@@ -1,7 +1,5 @@
 """How much each token matters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,9 +119,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
     """From all derivatives of a block's output, and from many probes of the same three tokens."""
     model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])
-    part = (
-        next(p for p, module in model.named_modules() if isinstance(module, nn.ModuleList)) + ".1"
-    )
+    lists = (path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    part = f"{next(lists)}.1"
     named = model.get_submodule(part).named_modules()
     products = [f"{part}.{p}.weight" for p, m in named if isinstance(m, nn.Linear | Conv1D)]
     with BlockRunner(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as runner:
@@ -152,10 +149,9 @@ def _by_jacobian(model: nn.Module, name: str, runner: BlockRunner) -> dict[str, 
 
     module = model.get_submodule(name.removesuffix(".weight"))
     width = module.nf if isinstance(module, Conv1D) else module.out_features
-    derivatives = torch.autograd.functional.jacobian(
-        outcome, torch.zeros(1, 3, width)
-    )  # [*y, 1, 3, width]
-    by_token = derivatives.flatten(0, -4).squeeze(1).transpose(0, 1)  # [3, y, width]
+    derivatives = torch.autograd.functional.jacobian(outcome, torch.zeros(1, 3, width))
+    # from [*y, 1, 3, width] to [3, y, width]
+    by_token = derivatives.flatten(0, -4).squeeze(1).transpose(0, 1)
     weights = by_token.square().sum((1, 2))
     rows_ = by_token.flatten(0, 1)
     return {
@@ -165,18 +161,16 @@ def _by_jacobian(model: nn.Module, name: str, runner: BlockRunner) -> dict[str, 
 
 
 def test_what_cannot_be_followed_is_named() -> None:
-    for then, message in (
-        (torch.Tensor.detach, r"no tensor in the result of 0 can be .*, which gptq.*by a rule"),
-        (lambda z: z.detach() + torch.zeros(1, requires_grad=True), "no tensor in the result of 0"),
-        (lambda z: (z - z).sqrt(), r"0\.layer\.weight: the gradient of .* nan or infinity"),
-    ):
-        with pytest.raises(CalibrationError, match=message):
-            observed(then, rows())
-
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, z: Tensor) -> Tensor:
             return z.clone()
 
-    with pytest.raises(CalibrationError, match=r"0 cannot be differentiated .*, which gptq"):
-        observed(Forward.apply, rows())
+    for then, message in (
+        (torch.Tensor.detach, r"no tensor in the result of 0 can be .*, which gptq.*by a rule"),
+        (lambda z: z.detach() + torch.zeros(1, requires_grad=True), "no tensor in the result of 0"),
+        (lambda z: (z - z).sqrt(), r"0\.layer\.weight: the gradient of .* nan or infinity"),
+        (Forward.apply, r"0 cannot be differentiated .*, which gptq"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            observed(then, rows())

@@ -1,10 +1,9 @@
 """Quantizing a model: which layers, by which rules, block by block on calibration data, and resumed."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,14 +20,7 @@ from transformers import (
 from adapter.small_models import mixture
 from conftest import ARCHITECTURES, tiny_model
 from formats.packing import packed_and_twin
-from qwlora import (
-    PackedLinear,
-    fingerprint,
-    observe_moments,
-    quantize_,
-    simulate,
-    tune_,
-)
+from qwlora import PackedLinear, fingerprint, observe_moments, quantize_, simulate, tune_
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.grid.second_moments import MomentStore
@@ -66,9 +58,8 @@ def test_every_linear_is_taken_but_the_output_head(architecture: str) -> None:
     assert {type(model.get_submodule(name)) for name in names} == {PackedLinear}
     assert len(packed_weights(model)) == len(names) == len(report.layers)
     assert not isinstance(model.get_output_embeddings(), PackedLinear)
-    assert report.size.weights == sum(
-        layer.tensor.codes.numel() for layer in packed_weights(model).values()
-    )
+    sizes = [layer.tensor.codes.numel() for layer in packed_weights(model).values()]
+    assert report.size.weights == sum(sizes)
 
 
 def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
@@ -93,11 +84,9 @@ def test_a_tied_embedding_is_packed_once_when_a_rule_names_it_or_its_head() -> N
         model, whole = tiny_model("llama"), tiny_model("llama")
         quantize_(model, "w4-block32", rules=[LayerRule(pattern, parse_scheme("w8-block32"))])
         layers = packed_weights(model)
-        assert layers["lm_head.weight"].is_tied
-        assert (
-            layers["lm_head.weight"].tensor.parts.packed
-            is layers["model.embed_tokens.weight"].tensor.parts.packed
-        )
+        head, table = layers["lm_head.weight"], layers["model.embed_tokens.weight"]
+        assert head.is_tied
+        assert head.tensor.parts.packed is table.tensor.parts.packed
         assert model(token_ids()).logits.shape == whole(token_ids()).logits.shape
 
 
@@ -123,33 +112,32 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
-    architecture: str,
-) -> None:
+def test_moments_are_of_inputs_that_quantized_parts_make(architecture: str) -> None:
     """Against a model whose first part alone is quantized."""
-    ids, found = token_ids(8), []
-    for first in (parse_scheme("w2-block32"), None):
-        model, moments = tiny_model(architecture), MomentStore()
-        part = first_list(model)
-        rules = [LayerRule(f"{part}.0.*", first)]
+    ids, part = token_ids(8), first_list(tiny_model(architecture))
+
+    def observed(model: nn.Module, rule: LayerRule | None = None) -> dict[str, Any]:
+        moments, rules = MomentStore(), [rule] if rule else []
         quantize_(model, "w2-block32", "gptq", rules=rules, calibration=ids, moments=moments)
-        found.append({path: moments[path] for path in moments if path.startswith(f"{part}.1.")})
-    beside = MomentStore()
+        return {path: moments[path] for path in moments if path.startswith(f"{part}.1.")}
+
+    found = [
+        observed(tiny_model(architecture), LayerRule(f"{part}.0.*", first))
+        for first in (parse_scheme("w2-block32"), None)
+    ]
     half = tiny_model(architecture)
-    quantize_(half, "w2-block32", "gptq", rules=[LayerRule(f"{part}.1.*", None)], calibration=ids)
-    quantize_(half, "w2-block32", "gptq", calibration=ids, moments=beside)
-    assert set(found[0]) == set(beside)
-    for path in beside:
-        moments_of = beside[path], found[0][path], found[1][path]
+    observed(half, LayerRule(f"{part}.1.*", None))
+    expected = observed(half)
+    assert set(found[0]) == set(expected)
+    for path in expected:
+        moments_of = expected[path], found[0][path], found[1][path]
         for of_half, whole, without in zip(*moments_of, strict=True):
             torch.testing.assert_close(of_half, whole)
             assert (of_half - without).norm() > 0.01 * of_half.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(
-    architecture: str,
-) -> None:
+def test_moments_of_a_packed_model_are_those_of_its_floats(architecture: str) -> None:
     ids = token_ids(8)
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
     found, beside = observe_moments(model, ids), MomentStore()
@@ -165,16 +153,10 @@ def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(
 def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) -> None:
     model = tiny_model("llama")
     model.config.tie_word_embeddings = tied
-    model.lm_head.weight = (
-        model.model.embed_tokens.weight
-        if tied
-        else nn.Parameter(model.lm_head.weight.detach().clone())
-    )
-    rules, ids, moments = (
-        [LayerRule("lm_head", parse_scheme("w8-block32"))],
-        token_ids(),
-        MomentStore(),
-    )
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
+    ids, moments = token_ids(), MomentStore()
     quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids, moments=moments)
     for found in (moments, observe_moments(model, ids)):
         assert all((found[path].output is None) == (path == "lm_head") for path in found)
@@ -188,9 +170,7 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
     model = tiny_model("llama")
     inner = model.model.layers[0].forward
     model.model.layers[0].forward = torch.no_grad()(inner)
-    with pytest.raises(
-        CalibrationError, match=r"no tensor in the result of model\.layers\.0 can be differentiated"
-    ):
+    with pytest.raises(CalibrationError, match=r"the result of model\.layers\.0 can be differen"):
         quantize_(model, "w4-block32", "gptq", calibration=token_ids())
     rules = [LayerRule("model.layers.0.*", parse_scheme("w4-block32"), "search")]
     report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=token_ids())
@@ -252,16 +232,13 @@ def test_another_call_does_not_use_cached_blocks(tmp_path: Path, change: dict[st
 def test_a_cached_block_is_recomputed_where_moments_are_missing_or_of_another_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solved: list[str] = []
-    own = quantize_blocks.solve_tensor
-    monkeypatch.setattr(
-        quantize_blocks, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest)
-    )
+    solving = mock.Mock(wraps=quantize_blocks.solve_tensor)
+    monkeypatch.setattr(quantize_blocks, "solve_tensor", solving)
 
     def layers_solved(moments: MomentStore | None) -> int:
-        solved.clear()
+        solving.reset_mock()
         solve(work=tmp_path / "work", moments=moments)
-        return len(solved)
+        return solving.call_count
 
     first = MomentStore(tmp_path / "first")
     assert layers_solved(first) == 4
@@ -304,16 +281,18 @@ def test_an_error_inside_the_model_reaches_the_caller() -> None:
 
 
 def test_what_cannot_be_quantized_is_named() -> None:
-    message = r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: .*\[64, 64\]"
-    with pytest.raises(GridError, match=message):
-        quantize_(tiny_model("llama"), "w4-block48")
-    with pytest.raises(GridError, match="scheme 'int4' is not understood"):
-        quantize_(tiny_model("llama"), "int4")
-    for wrong in ({"solver": "magic"}, {"settings": {"magic": None}}):
-        with pytest.raises(GridError, match="solver 'magic' is not one of rtn, search"):
-            quantize_(tiny_model("llama"), "w4-block32", **wrong)
-    with pytest.raises(GridError, match="need calibration data"):
-        quantize_(tiny_model("llama"), "w4-block32", solver="gptq")
+    not_fitting = r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: .*\[64, 64\]"
+    unknown = "solver 'magic' is not one of rtn, search"
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"scheme": "w4-block48"}, not_fitting),
+        ({"scheme": "int4"}, "scheme 'int4' is not understood"),
+        ({"solver": "magic"}, unknown),
+        ({"settings": {"magic": None}}, unknown),
+        ({"solver": "gptq"}, "need calibration data"),
+    ]
+    for change, message in changes:
+        with pytest.raises(GridError, match=message):
+            quantize_(tiny_model("llama"), **{"scheme": "w4-block32", **change})
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     message = r"model.layers.1.mlp.up_proj.weight contains 1 values .* first at index \[3, 4\]"
@@ -347,13 +326,11 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
 def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> None:
     """Whatever it is called: transformers names the body, the rest makes the result from it."""
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=260, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    )  # names none
-    assert sum(found.by_default for found in find_tensors(t5).values()) == 16
-    config = GPT2Config(
-        vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0
-    )
+    sizes: dict[str, Any] = {"vocab_size": 260, "pad_token_id": 0}
+    t5 = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, **sizes)
+    found = find_tensors(T5ForConditionalGeneration(t5))  # names none
+    assert sum(candidate.by_default for candidate in found.values()) == 16
+    config = GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, **sizes)
     lora = LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True)
     for wrap in (lambda m: m, lambda m: get_peft_model(m, lora)):
         found = find_tensors(wrap(GPT2ForSequenceClassification(config)))
@@ -387,20 +364,20 @@ def test_candidates_leave_out_adapters_and_what_is_packed() -> None:
 )
 @pytest.mark.parametrize("step", ["quantize", "moments", "tune", "simulate"])
 def test_unusable_calibration_data_is_named(calibration: Any, message: str, step: str) -> None:
-    model = tiny_model("llama").eval()
-    if step == "quantize":
-        with pytest.raises(CalibrationError, match=message):
-            quantize_(model, "w4-block32", "gptq", calibration=calibration)
-        return
-    quantize_(model, "w4-block32")
-    if step == "moments":
-        with pytest.raises(CalibrationError, match=message):
-            observe_moments(model, calibration)
-    elif step == "tune":
-        with pytest.raises(CalibrationError, match=message):
-            tune_(model, tiny_model("llama"), calibration)
-    elif torch.is_tensor(calibration) and calibration.ndim == 2:
+    model, data = tiny_model("llama").eval(), calibration
+    if step != "quantize":
+        quantize_(model, "w4-block32")
+    if step == "simulate":
+        if not torch.is_tensor(data) or data.ndim != 2:
+            pytest.skip("a simulation takes batches")
         simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
-        batches = [{"input_ids": row[None]} for row in calibration]
-        with pytest.raises(CalibrationError, match=message.replace("sequence", "batch")):
-            simulation.calibrate(batches)
+        data = [{"input_ids": row[None]} for row in data]
+        message = message.replace("sequence", "batch")
+    use: Any = {
+        "quantize": lambda: quantize_(model, "w4-block32", "gptq", calibration=data),
+        "moments": lambda: observe_moments(model, data),
+        "tune": lambda: tune_(model, tiny_model("llama"), data),
+        "simulate": lambda: simulation.calibrate(data),
+    }
+    with pytest.raises(CalibrationError, match=message):
+        use[step]()

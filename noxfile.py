@@ -92,7 +92,9 @@ def aimet(session: nox.Session) -> None:
     table = ("--forms", forms, "--forms-table", "docs/aimet-forms.md")
     session.run(".venv/bin/python", *read, "-m", "aimet", *table, external=True)
     simulations = _written_by_venv(session, "aimet/write_simulations.py", "aimet-simulations")
-    options = ("--simulations", simulations, "--table", "docs/aimet-oracle.md")
+    checkpoints = _written_by_venv(session, "aimet/write_checkpoints.py", "aimet-checkpoints")
+    options = ("--simulations", simulations, "--checkpoints", checkpoints)
+    options = (*options, "--table", "docs/aimet-oracle.md")
     _alone(
         session, "tests/aimet", "--ignore=tests/aimet/files", *options, env={"PYTHONPATH": "src"}
     )

@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="the folder that write_simulations.py wrote; without it those tests are skipped",
     )
+    parser.addoption("--checkpoints", type=Path, help="the folder that write_checkpoints.py wrote")
     parser.addoption(
         "--forms", type=Path, help="the folder that write_forms.py wrote, for test_forms.py"
     )

@@ -26,6 +26,7 @@ from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from .table import Comparison
 
 __all__ = [
+    "GroupedBlockQuantizeDequantize",
     "PercentileEncodingAnalyzer",
     "QuantizationMixin",
     "QuantizationSimModel",
@@ -35,6 +36,7 @@ __all__ = [
     "aimet_numbers",
     "aimet_quantizer",
     "compare",
+    "ulps",
 ]
 
 

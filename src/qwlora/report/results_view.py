@@ -19,6 +19,7 @@ RUNTIMES = {
     "onnx": "ONNX Runtime",
     "onnx_each": "ONNX Runtime",
     "hf": "transformers",
+    "qairt_pipeline": "transformers",
     "gguf": "llama.cpp",
     "mlx": "MLX",
     "qnn": "HTP emulator",

@@ -13,6 +13,7 @@ experts, biases and whole modules have no such form and are refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, read_config
 from qwlora.errors import ExportError, SourceError, listed
@@ -69,6 +71,14 @@ class CanonicalAdapter:
         """The largest rank of any module."""
         return max(len(a) for a, _ in self.factors.values())
 
+    def padded(self) -> CanonicalAdapter:
+        """The same, of rank `rank` in all modules: zeros fill what is missing."""
+        factors = {}
+        for module, (a, b) in self.factors.items():
+            missing = self.rank - len(a)
+            factors[module] = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
+        return CanonicalAdapter(factors, self.base_fingerprint)
+
 
 def read_canonical(folder: Path) -> CanonicalAdapter:
     """The adapter in `folder`, which PEFT or `save_adapter` wrote.
@@ -107,8 +117,9 @@ def read_canonical(folder: Path) -> CanonicalAdapter:
     return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint))
 
 
-def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
-    """Write it as a PEFT directory whose alpha is its rank, without patterns of alpha."""
+def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = ()) -> None:
+    """Write it as a PEFT directory whose alpha is its rank, without patterns of alpha; with the
+    `ends` of all paths, or else the paths, as target_modules."""
     ranks = {module: len(a) for module, (a, _) in adapter.factors.items()}
     save_file(
         {
@@ -127,6 +138,6 @@ def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
         "r": adapter.rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ends or ranks),
     }
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")

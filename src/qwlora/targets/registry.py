@@ -4,7 +4,7 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from qwlora.errors import listed
@@ -63,6 +63,7 @@ _LINEAR_ONLY = {
     LayerKind.CONV1D: "has no integers for transformers' Conv1D",
 }
 AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=())
+AIMET_WEIGHTS = replace(AIMET_ENCODINGS, refused=_LINEAR_ONLY)  # of a checkpoint, not of a graph
 COMPRESSED_TENSORS = FormatLimits(name="compressed-tensors", float_offset=(), refused=_LINEAR_ONLY)
 GGUF = FormatLimits(
     name="GGUF",
@@ -145,6 +146,14 @@ TARGETS: dict[str, Target] = {
         reserved=frozenset({"none", "base", "zero"}),
         scheme_problem=weight_problem,
         embedding_problem=table_problem,
+    ),
+    "qairt_pipeline": Target(
+        backend_class="qwlora.targets.npu.qairt_pipeline:QairtPipeline",
+        extra="hf",
+        packages=("transformers", "peft"),
+        writes_floats=True,
+        scheme_problem=AIMET_WEIGHTS.problem,
+        kind_problem=AIMET_WEIGHTS.kind_problem,
     ),
     "genai": Target(
         backend_class="qwlora.targets.onnx.genai:Genai",

@@ -89,6 +89,7 @@ class Target:
         source_suffix: of the only files that a model can come from.
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
+        writes_floats: whether all weights are, as float32 next to their encodings.
         scheme_problem, embedding_problem, kind_problem: why the files cannot hold integers of a
             scheme, of an embedding with it, or of a kind of layer; None if they can.
         conflict: why they cannot hold layers of all these schemes together.
@@ -108,6 +109,7 @@ class Target:
     source_suffix: str = ""
     has_float16_scales: bool = False
     writes_float_embeddings: bool = False
+    writes_floats: bool = False
     scheme_problem: Callable[[Scheme], str | None] = _no_problem
     embedding_problem: Callable[[Scheme], str | None] | None = None
     conflict: Callable[[Collection[Scheme]], str | None] = _no_problem

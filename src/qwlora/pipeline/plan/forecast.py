@@ -383,7 +383,8 @@ class Forecaster:
 
     def _export(self, stage: Stage) -> Forecast:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]
-        stored = float(models.packed_bytes + FLOAT * models.float_values)
+        packed = FLOAT * models.packed_weights if target.writes_floats else models.packed_bytes
+        stored = float(packed + FLOAT * models.float_values)
         if not target.is_simulated:
             return Forecast(stage.name, self._base_memory | {"files": stored}, stored)
         layers = models.packed_layers
@@ -410,6 +411,8 @@ class Forecaster:
         logits = self._logits(tokens)
         if not target.is_simulated:
             exported = sum(self._base_memory.values())
+            if target.writes_floats:
+                exported = FLOAT * (models.packed_weights + models.float_values)
             parts = {"exported model": exported, "activations and logits": 3 * logits}
             return Forecast(stage.name, self._base_memory | parts)
         memory, run = self._simulation(stage)

@@ -19,7 +19,7 @@ from qwlora.targets.proof.folder import README, WITHOUT_CACHE
 from qwlora.targets.target import BASE
 
 
-def usage(target: str, base: str, adapter: str | None, has_cache: bool = True) -> str:
+def usage(target: str, base: str, adapter: str | None, has_cache: bool = True, *more: str) -> str:
     """How a program loads the files, in Markdown; empty if the target has no template
     in `export/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
     this imports no backend, which would import torch.
@@ -29,6 +29,7 @@ def usage(target: str, base: str, adapter: str | None, has_cache: bool = True) -
         base: the folder of the base, or of all use cases.
         adapter: the folder of an adapter; None: the base alone.
         has_cache: whether the files have a key-value cache.
+        more: the folders of other adapters.
     """
     environment = Environment(
         loader=PackageLoader("qwlora.targets", "usage_templates"),
@@ -38,8 +39,8 @@ def usage(target: str, base: str, adapter: str | None, has_cache: bool = True) -
     )
     if (name := f"{target}.md") not in environment.list_templates():
         return ""
-    lines = environment.get_template(name).render(base=base, adapter=adapter, has_cache=has_cache)
-    return lines.strip()
+    values = {"base": base, "adapter": adapter, "has_cache": has_cache, "more": [*more]}
+    return environment.get_template(name).render(values).strip()
 
 
 def facts(model: Any, source: str) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        usage(some["target"], BASE, names[0], has_cache=WITHOUT_CACHE not in some),
+        usage(some["target"], BASE, names[0], WITHOUT_CACHE not in some, *names[1:]),
     ]
     if WITHOUT_CACHE in some:
         why = "The files have no key-value cache, so every token runs the whole sequence"

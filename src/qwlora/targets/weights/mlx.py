@@ -16,9 +16,6 @@ quantized.
     adapters.safetensors   MODULE.lora_a [in, r], MODULE.lora_b [r, out]
     adapter_config.json    one rank and one scale for all modules: ranks are padded with zeros, and
                            the scale is 1
-
-mlx-lm 0.32 reads rope_theta at the top level of config.json only, and else silently takes 10000;
-transformers 5 writes it into rope_parameters. It is written to both places.
 """
 
 from __future__ import annotations
@@ -32,8 +29,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from qwlora.errors import ExportError, foreign_as
 from qwlora.grid.encoding import spread
@@ -52,11 +47,13 @@ from qwlora.targets.proof.contents import (
 from qwlora.targets.registry import MLX, MLX_GROUPS
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import (
+    ROPE_FORM,
     float_tensors,
     largest_group,
     layer_kind,
     layers_to_write,
     refuse,
+    rope_settings,
     width_problem,
     write_folder,
 )
@@ -77,8 +74,7 @@ class Mlx(Backend):
         settings={
             "quantization": _QUANTIZATION,
             "quantization_config": _QUANTIZATION,
-            "rope_theta": NUMBER,
-            "rope_scaling": {"rope_type": PLAIN, OTHER_KEYS: object},
+            **ROPE_FORM,
         },
     )
 
@@ -103,16 +99,17 @@ class Mlx(Backend):
             path: _settings(layout) for path, layout in layouts.items() if layout != common
         }
         changes = {"quantization": quantization, "quantization_config": quantization}
-        write_folder(model, exported.tokenizer, folder, tensors, {**_rope(model), **changes})
+        write_folder(
+            model, exported.tokenizer, folder, tensors, {**rope_settings(model), **changes}
+        )
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         """Modules are listed by their whole names, so `num_layers`, the number of last layers whose
         modules may have names relative to their layer, does not matter."""
         tensors = {}
-        for module, (a, b) in exported.factors.items():
-            missing = exported.rank - len(a)
-            tensors[f"{module}.lora_a"] = pad(a, (0, 0, 0, missing)).t().contiguous()
-            tensors[f"{module}.lora_b"] = pad(b, (0, missing)).t().contiguous()
+        for module, (a, b) in exported.padded().factors.items():
+            tensors[f"{module}.lora_a"] = a.t().contiguous()
+            tensors[f"{module}.lora_b"] = b.t().contiguous()
         save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
         keys = sorted(exported.factors)
         lora = {"rank": exported.rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
@@ -139,16 +136,6 @@ def _settings(layout: tuple[int, int]) -> dict[str, int]:
 def _problem(layer: PackedLayer) -> str | None:
     problem = MLX.kind_problem(layer_kind(layer)) or MLX.problem(layer.scheme)
     return problem or width_problem(layer, MLX_GROUPS)
-
-
-def _rope(model: PreTrainedModel) -> dict[str, Any]:
-    parameters = getattr(model.config, "rope_parameters", None)
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return {}
-    rope: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
-    if parameters.get("rope_type", "default") != "default":
-        rope["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return rope
 
 
 class MlxRuntime(Runtime):

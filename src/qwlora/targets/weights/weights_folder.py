@@ -17,8 +17,10 @@ from qwlora.errors import ExportError, lines
 from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
-from qwlora.targets.proof.contents import known_settings
+from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, known_settings
 from qwlora.targets.target import LayerKind
+
+ROPE_FORM = {"rope_theta": NUMBER, "rope_scaling": {"rope_type": PLAIN, OTHER_KEYS: object}}
 
 
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
@@ -92,6 +94,18 @@ def refuse(target: str, problems: list[str]) -> None:
     if problems:
         shown = "\n  ".join(lines(problems))
         raise ExportError(f"{target} cannot hold {len(problems)} layers of this base:\n  {shown}")
+
+
+def rope_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Rotary settings for the top level of config.json, where mlx-lm 0.32 and transformers 4 read
+    them, and else silently take a theta of 10000; transformers 5 writes rope_parameters."""
+    parameters = getattr(model.config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        return {}
+    rope: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
+    if parameters.get("rope_type", "default") != "default":
+        rope["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return rope
 
 
 def write_folder(

@@ -1,0 +1,114 @@
+"""The `qairt_pipeline` target: step 1 of AIMET's QW-LoRA guide and PEFT directories, for the
+pipeline of QAIRT (`LLMPipeline` of qairt-dev), which calibrates activations, splits and compiles.
+
+    base/                      float32 checkpoint of transformers, every weight on its grid
+        model.encodings        AIMET encodings of the weights, 1.0.0; `open_checkpoint` reads it
+        model_torch.encodings  the same grids in 0.6.1, for `sim.load_encodings` of aimet-torch
+    NAME/                      an adapter, as PEFT saves it
+        qairt_recipe.yaml      a recipe of the pipeline, in which the adapter is a use case
+
+    W = (codes + offset) scale, rounded to float32: float16 and bfloat16 hold few of these products
+
+The pipeline takes scales from the least and greatest weight, which gives the same codes if one of
+them is an end of the grid. It names activations after a graph of its own: these have no encodings.
+
+Of an adapter it reads `r`, `lora_alpha` and `target_modules`, no patterns, and it finds modules by
+the ends of their names, since it renames layers. So all modules have one rank, `target_modules` are
+names within a layer, and layers without an adapter have one of zeros.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qwlora.errors import VerificationError
+from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
+from qwlora.formats.aimet_encodings.grids import entry_of
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.model_card import marked
+from qwlora.grid.encoding import measure
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear
+from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
+from qwlora.targets.proof.contents import MODEL_FILES, TOKENIZER, Contents
+from qwlora.targets.registry import AIMET_WEIGHTS
+from qwlora.targets.target import ExportedBase
+from qwlora.targets.weights import weights_folder as files
+from qwlora.targets.weights.hf import Hf, TransformersRuntime
+
+ENCODINGS = {"model.encodings": "1.0.0", "model_torch.encodings": "0.6.1"}
+RECIPE = "qairt_recipe.yaml"
+_TEMPLATES = resources.files("qwlora.targets.npu") / "qairt_templates"
+
+
+class QairtPipeline(Hf):
+    """A float checkpoint with encodings, and PEFT; transformers and PEFT run it."""
+
+    contents = Contents(
+        base=(*MODEL_FILES, *TOKENIZER, *ENCODINGS),
+        adapter=(*PEFT_FILES, RECIPE),
+        forms={"adapter_config.json": PEFT_FORM},
+        settings=files.ROPE_FORM,
+        scripts={RECIPE: f"npu/qairt_templates/{RECIPE}.template"},
+    )
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        model, layers = exported.model, files.layers_to_write(exported.model)
+        problems = [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))]
+        files.refuse("qairt_pipeline", problems)
+        tensors, changed, codes = dict[str, Tensor](), 0, 0
+        for name, layer in layers.items():
+            tensors[name] = values = layer.tensor.dequantize()
+            again = measure(values, layer.scheme).quantize(values)  # as QAIRT's pipeline would
+            changed, codes = changed + int((again != layer.codes).sum()), codes + again.numel()
+        for name, tensor in files.float_tensors(model).items():
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        changes = {"dtype": "float32", **files.rope_settings(model)}  # for transformers 4.57
+        files.write_folder(model, exported.tokenizer, folder, tensors, changes)
+        linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear)]
+        excluded = tuple(path for path in linear if f"{path}.weight" not in layers)
+        by = {"package": "qwlora", "version": version("qwlora"), "block_order": "channel"}
+        for file, form in ENCODINGS.items():
+            grids = {name: layer.encoding for name, layer in layers.items()}
+            entries = tuple(
+                entry_of(n, grid, form, block_order="channel") for n, grid in grids.items()
+            )
+            content = EncodingsFile(form, entries, frozenset(grids), excluded, producer=by)
+            write_encodings(content, folder / file)
+        text = (_TEMPLATES / "README.pipeline.md.template").read_text(encoding="utf-8")
+        text = text.replace("@CHANGED@", f"{changed:,}").replace("@CODES@", f"{codes:,}")
+        (folder / "README.md").write_text(marked(text))
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        ends, factors = {path.split(".")[-1] for path in exported.factors}, {**exported.factors}
+        checkpoint = AimetCheckpoint(base, base / "model.encodings")
+        for path, module in checkpoint.model.named_modules():
+            if isinstance(module, nn.Linear) and path.split(".")[-1] in ends:
+                empty = torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)
+                factors.setdefault(path, empty)
+        write_peft(CanonicalAdapter(factors, None).padded(), folder, ends)
+        bitwidths = [scheme.bitwidth for scheme, _ in checkpoint.schemes().values()]
+        text = (_TEMPLATES / f"{RECIPE}.template").read_text(encoding="utf-8")
+        common = max(bitwidths, key=bitwidths.count)
+        (folder / RECIPE).write_text(text.replace("@BITWIDTH@", str(common)))
+
+    def open(self, folder: Path, case: str) -> TransformersRuntime:
+        integers = AimetCheckpoint(folder, folder / "model.encodings")
+        floats, problems = FolderCheckpoint(folder), list[str]()
+        for name in integers.schemes():
+            off = integers.read(name).dequantize() != floats.read(name)
+            if count := int(off.sum()):
+                problems.append(f"{name}: {count:,} of {off.numel():,} values are off the grid")
+        if problems:
+            raise VerificationError(f"{folder}: the files contradict each other", problems)
+        return super().open(folder, case)
+
+
+def _problem(layer: PackedLayer) -> str | None:
+    kind_problem = AIMET_WEIGHTS.kind_problem(files.layer_kind(layer))
+    return kind_problem or AIMET_WEIGHTS.problem(layer.scheme)

@@ -1,0 +1,224 @@
+"""What QAIRT's pipeline takes: weights on their grids, their encodings, PEFT directories, a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qwlora
+from conftest import byte_tokenizer, tiny_model
+from qwlora.errors import ExportError, SourceError, VerificationError
+from qwlora.formats.aimet_encodings import read_encodings
+from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.nn.packed_layer import packed_weights
+from qwlora.pipeline import VERBS
+from qwlora.pipeline.running.run_job import run
+from qwlora.quantize.layer_rules import LayerRule
+from qwlora.recipe import load_recipe
+from qwlora.system.atomic import files_in
+from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.npu.qairt_pipeline import RECIPE
+from qwlora.targets.proof.contents import check_contents
+from qwlora.targets.proof.folder import verify_bundle
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedBase
+
+TARGET = TARGETS["qairt_pipeline"]
+IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
+
+
+def base(grid: str = "w4-channel", solver: str = "rtn", **more: Any) -> Any:
+    model = tiny_model("llama", layers=2)
+    qwlora.quantize_(model, grid, solver, **more)
+    return model
+
+
+def written(model: Any, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    TARGET.backend.write_base(ExportedBase(model, byte_tokenizer()), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("grid", "rules"),
+    [
+        ("w4-tensor-asymmetric", []),
+        ("w4-channel", EMBEDDING),  # with the head, which is tied to it
+        ("w3-channel-asymmetric", []),
+        ("w8-block32", []),
+        ("w4-lpbq16", []),
+    ],
+)
+def test_the_integers_are_read_back_bit_for_bit(
+    grid: str, rules: list[LayerRule], tmp_path: Path
+) -> None:
+    model = base(grid, rules=rules)
+    folder = written(model, tmp_path)
+    read = qwlora.load_precomputed(qwlora.open_checkpoint(folder, folder / "model.encodings"))
+    found, expected = packed_weights(read), packed_weights(model)
+    assert found.keys() == expected.keys()
+    floats = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name, layer in expected.items():
+        assert torch.equal(found[name].codes, layer.codes)
+        for ours, theirs in zip(found[name].tensor.parts, layer.tensor.parts, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs)
+        assert torch.equal(floats.get_parameter(name), layer.tensor.dequantize())
+
+
+def test_the_file_for_aimet_torch_lists_every_grid(tmp_path: Path) -> None:
+    model = base("w4-block32")
+    file = read_encodings(written(model, tmp_path) / "model_torch.encodings")
+    assert file.version == "0.6.1"
+    for name, layer in packed_weights(model).items():
+        entry: Any = file.by_name[name]
+        assert torch.equal(
+            torch.from_numpy(entry.scale.copy()).float(), layer.encoding.scale.flatten()
+        )
+        assert {*entry.offset.tolist()} == {-8}
+    assert "lm_head" in file.excluded_layers
+
+
+def test_a_base_in_bfloat16_is_written_in_float32(tmp_path: Path) -> None:
+    model = base().to(torch.bfloat16)
+    folder = written(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # for transformers 4
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    TARGET.backend.open(folder, "base")
+
+
+@pytest.mark.parametrize(("solver", "changed"), [("rtn", False), ("search", True)])
+def test_the_readme_counts_the_codes_that_a_minimum_and_maximum_change(
+    solver: str, changed: bool, tmp_path: Path
+) -> None:
+    model = base("w4-channel", solver)
+    count = total = 0
+    for layer in packed_weights(model).values():
+        values = layer.tensor.dequantize()
+        scale = torch.maximum(values.amax(1) / 7, values.amin(1) / -8)[:, None]  # AIMET's
+        count += int(((values / scale).round() + 8 != layer.codes).sum())
+        total += values.numel()
+    assert bool(count) == changed
+    text = (written(model, tmp_path) / "README.md").read_text()
+    assert f"**{count:,} of {total:,}** codes change" in text
+
+
+def test_a_weight_off_its_grid_is_named(tmp_path: Path) -> None:
+    folder = written(base(), tmp_path)
+    TARGET.backend.open(folder, "base")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = tensors[name][3, 5].nextafter(torch.tensor(9.0))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=rf"{name}: 1 of 8,192 values are off the grid"):
+        TARGET.backend.open(folder, "base")
+
+
+def test_layers_that_aimet_does_not_quantize_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("gpt2", layers=1)
+    qwlora.quantize_(model, "w4-channel", "rtn")
+    with pytest.raises(ExportError, match=r"c_attn\.weight.*Conv1D"):
+        written(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_have_one_rank_and_names_within_a_layer(tmp_path: Path) -> None:
+    model = base()
+    folder = written(model, tmp_path / "base")
+    shape = LoraConfig(
+        r=6,
+        lora_alpha=12,
+        use_rslora=True,
+        target_modules=["model.layers.1.self_attn.q_proj", "down_proj"],
+        rank_pattern={"down_proj": 3},
+        alpha_pattern={"down_proj": 5},
+        init_lora_weights=False,
+    )
+    adapted: Any = get_peft_model(model, shape).eval()
+    qwlora.save_adapter(adapted, tmp_path / "trained")
+    (tmp_path / "first").mkdir()
+    canonical = read_canonical(tmp_path / "trained")
+    TARGET.backend.write_adapter(canonical, folder, tmp_path / "first")
+    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
+    tensors = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    assert {min(t.shape) for t in tensors.values()} == {6}
+    unadapted = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    assert not any(tensors[f"{unadapted}{half}.weight"].any() for half in "AB")
+    runtime = TARGET.backend.open(folder, "base")
+    runtime.use(tmp_path / "first")
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+    torch.testing.assert_close(
+        runtime.logits(IDS), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+def test_the_lines_for_all_adapters_have_their_names_as_texts() -> None:
+    lines = usage("qairt_pipeline", "base", "on", True, "1e3", "a.b")
+    lora = yaml.safe_load(lines.partition("```yaml")[2].partition("```")[0])["features"]["lora"]
+    assert lora["adapters"] == {name: {"path": f"./{name}"} for name in ("on", "1e3", "a.b")}
+    for name, case in lora["use_cases"].items():
+        assert (case["adapters"], case["lora_scaling"]) == ([name], [1.0])
+
+
+def test_a_job_writes_and_proves_a_bundle(recipe_for: Any, tmp_path: Path) -> None:
+    adapters = [{"name": name, "rank": 2, "steps": 2, "warmup_steps": 1} for name in ("a", "b")]
+    export = {"targets": ["qairt_pipeline"]}
+    path = recipe_for("one-layer llama", adapters=adapters, export=export)
+    run(load_recipe(path), tmp_path / "job", VERBS)
+    bundle = tmp_path / "job" / "export" / "qairt_pipeline"
+    assert {p.name for p in bundle.iterdir()} == {"base", "a", "b", "proof", "README.md"}
+    assert '"b": {path: "./b"}' in (bundle / "README.md").read_text()
+    recipe = yaml.safe_load((bundle / "b" / RECIPE).read_text())
+    for place in (
+        recipe["model_id_or_path"],
+        recipe["features"]["lora"]["adapters"]["adapter"]["path"],
+    ):
+        assert (bundle / "b" / place).is_dir()  # QAIRT reads paths from the recipe's folder
+    settings = recipe["stages"]["quantization"]["technique_kwargs"]["lpbq"]
+    assert settings["quantsim_kwargs"] == {"default_param_bw": 4}
+    assert all(proof["passed"] for proof in verify_bundle(bundle).values())
+    folder = bundle / "base"
+    read = qwlora.load_precomputed(qwlora.open_checkpoint(folder, folder / "model.encodings"))
+    trained_on = qwlora.load_base(tmp_path / "job" / "base")
+    assert qwlora.fingerprint(read) == qwlora.fingerprint(trained_on)
+
+
+def check(folder: Path, part: str) -> None:
+    """What `qwlora verify` does with a part of a bundle before it runs it."""
+    files = files_in(folder / part)
+    check_contents(TARGET.backend.contents, folder / part, files, part == "base")
+
+
+def test_files_that_were_changed_with_their_digests_are_refused(tmp_path: Path) -> None:
+    model, folder = base(), tmp_path / "out"
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()
+    qwlora.save_adapter(adapted, tmp_path / "trained")
+    adapters = {"first": tmp_path / "trained"}
+    qwlora.export(adapted.unload(), "qairt_pipeline", folder, adapters, byte_tokenizer())
+    for part in ("base", "first"):
+        check(folder, part)
+    with (folder / "first" / RECIPE).open("a") as file:
+        file.write("custom_stage: ./plugin.py\n")  # which QAIRT would run
+    with pytest.raises(SourceError, match="it is not the script that an export writes"):
+        check(folder, "first")
+    encodings = folder / "base" / "model.encodings"
+    encodings.write_text(encodings.read_text().replace('"scale": [', '"scale": [9', 1))
+    check(folder, "base")
+    with pytest.raises(VerificationError, match=r"q_proj\.weight: \d+ of 4,096 values are off"):
+        TARGET.open(folder)

@@ -125,10 +125,15 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
         "simulation.base_activations=adapter_only",
         "simulation.residual_adds=quantize",
     )
-    recipe = load_recipe(recipe_path, ("export.targets=[onnx, aimet, qairt, hf]", *shared))
+    recipe = load_recipe(
+        recipe_path, ("export.targets=[onnx, aimet, qairt, hf, qairt_pipeline]", *shared)
+    )
     found = {stage.stage: stage for stage in forecast.plan_job(recipe, Path()).stages}
     assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}
     assert all(stage.peak > 0 for stage in found.values())
+    weights = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)  # of two layers, in blocks of 32
+    more = found["export/qairt_pipeline"].disk - found["export/hf"].disk
+    assert more == pytest.approx(weights * (4 - 0.5) + weights / 32 * (190 - 4))
 
 
 def test_what_does_not_fit_names_the_stage_and_a_setting(

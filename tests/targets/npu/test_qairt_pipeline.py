@@ -22,6 +22,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import pack_at_
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.plan.forecast import plan_job
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
@@ -184,6 +185,11 @@ def test_a_job_writes_and_proves_a_bundle(recipe_for: Any, tmp_path: Path) -> No
     export = {"targets": ["qairt_pipeline"]}
     path = recipe_for("one-layer llama", adapters=adapters, export=export)
     run(load_recipe(path), tmp_path / "job", VERBS)
+    (planned,) = (
+        s
+        for s in plan_job(load_recipe(path), tmp_path).stages
+        if s.stage == "export/qairt_pipeline"
+    )
     bundle = tmp_path / "job" / "export" / "qairt_pipeline"
     assert {p.name for p in bundle.iterdir()} == {"base", "a", "b", "proof", "README.md"}
     assert '"b": {path: "./b"}' in (bundle / "README.md").read_text()
@@ -197,6 +203,8 @@ def test_a_job_writes_and_proves_a_bundle(recipe_for: Any, tmp_path: Path) -> No
     assert settings["quantsim_kwargs"] == {"default_param_bw": 4}
     assert all(proof["passed"] for proof in verify_bundle(bundle).values())
     folder = bundle / "base"
+    sizes = [p.stat().st_size for p in folder.iterdir() if p.name.startswith("model")]
+    assert planned.disk == pytest.approx(sum(sizes), rel=0.1)
     read = qwlora.load_precomputed(qwlora.open_checkpoint(folder, folder / "model.encodings"))
     trained_on = qwlora.load_base(tmp_path / "job" / "base")
     assert qwlora.fingerprint(read) == qwlora.fingerprint(trained_on)

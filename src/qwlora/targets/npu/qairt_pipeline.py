@@ -74,11 +74,11 @@ class QairtPipeline(Hf):
         excluded = tuple(path for path in linear if f"{path}.weight" not in layers)
         by = {"package": "qwlora", "version": version("qwlora"), "block_order": "channel"}
         for file, form in ENCODINGS.items():
-            grids = {name: layer.encoding for name, layer in layers.items()}
-            entries = tuple(
-                entry_of(n, grid, form, block_order="channel") for n, grid in grids.items()
+            entries = (
+                entry_of(name, layer.encoding, form, block_order="channel")
+                for name, layer in layers.items()
             )
-            content = EncodingsFile(form, entries, frozenset(grids), excluded, producer=by)
+            content = EncodingsFile(form, (*entries,), frozenset(layers), excluded, producer=by)
             write_encodings(content, folder / file)
         text = (_TEMPLATES / "README.pipeline.md.template").read_text(encoding="utf-8")
         text = text.replace("@CHANGED@", f"{changed:,}").replace("@CODES@", f"{codes:,}")

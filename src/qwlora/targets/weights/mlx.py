@@ -99,9 +99,8 @@ class Mlx(Backend):
             path: _settings(layout) for path, layout in layouts.items() if layout != common
         }
         changes = {"quantization": quantization, "quantization_config": quantization}
-        write_folder(
-            model, exported.tokenizer, folder, tensors, {**rope_settings(model), **changes}
-        )
+        changes |= rope_settings(model)
+        write_folder(model, exported.tokenizer, folder, tensors, changes)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         """Modules are listed by their whole names, so `num_layers`, the number of last layers whose

@@ -101,7 +101,9 @@ class QairtPipeline(Hf):
         integers = AimetCheckpoint(folder, folder / "model.encodings")
         floats, problems = FolderCheckpoint(folder), list[str]()
         for name in integers.schemes():
-            off = integers.read(name).dequantize() != floats.read(name)
+            stored = floats.read(name)
+            assert isinstance(stored, Tensor), "a float checkpoint has floats"
+            off = integers.read(name).dequantize() != stored
             if count := int(off.sum()):
                 problems.append(f"{name}: {count:,} of {off.numel():,} values are off the grid")
         if problems:

@@ -106,8 +106,6 @@ def entry_of(
     match scheme.granularity:
         case PerTensor():
             pass
-        case Blocks() if version == "0.6.1":  # as aimet-torch loads it; of LPBQ the products
-            pass
         case PerChannel(axis):
             axis = 1 - axis if transposed else axis
         case PerBlock(size):

@@ -19,6 +19,7 @@ names within a layer, and layers without an adapter have one of zeros.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,8 @@ from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_card import marked
-from qwlora.grid.encoding import measure
+from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, TOKENIZER, Contents
@@ -75,7 +77,7 @@ class QairtPipeline(Hf):
         by = {"package": "qwlora", "version": version("qwlora"), "block_order": "channel"}
         for file, form in ENCODINGS.items():
             entries = (
-                entry_of(name, layer.encoding, form, block_order="channel")
+                entry_of(name, _listed(layer.encoding, form), form, block_order="channel")
                 for name, layer in layers.items()
             )
             content = EncodingsFile(form, (*entries,), frozenset(layers), excluded, producer=by)
@@ -109,6 +111,14 @@ class QairtPipeline(Hf):
         if problems:
             raise VerificationError(f"{folder}: the files contradict each other", problems)
         return super().open(folder, case)
+
+
+def _listed(encoding: Encoding, form: str) -> Encoding:
+    """The same grids; of blocks in one list in 0.6.1, as aimet-torch loads them."""
+    if form != "0.6.1" or not isinstance(encoding.scheme.granularity, Blocks):
+        return encoding
+    scheme = replace(encoding.scheme, granularity=PerChannel())
+    return Encoding(scheme, encoding.scale.flatten(), encoding.offset.flatten())
 
 
 def _problem(layer: PackedLayer) -> str | None:

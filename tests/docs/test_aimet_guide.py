@@ -1,7 +1,5 @@
 """The program on docs/aimet-guide.md does what AIMET's guide says, step by step."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -57,14 +55,14 @@ def test_precomputed_encodings_give_the_same_integers(program: Any) -> None:
 def test_training_moves_the_adapter_and_not_the_base(program: Any) -> None:
     assert qwlora.fingerprint(program["model"]) == program["frozen"]
     assert len(program["trained"]) == 4  # two factors of two layers
-    norms = [
-        float(p.detach().norm()) for n, p in program["model"].named_parameters() if "lora_B" in n
-    ]
-    assert all(norm > 0 for norm in norms)
+    factors = [p for n, p in program["model"].named_parameters() if "lora_B" in n]
+    assert all(bool(factor.any()) for factor in factors)
 
 
 def test_grids_are_those_that_were_asked_for(program: Any) -> None:
     encodings = program["simulation"].encodings
+    for name, encoding in program["simulation"].base_encodings.items():
+        assert encodings[name] is encoding  # calibration keeps them
     bits = {name: encoding.scheme.bitwidth for name, encoding in encodings.items()}
     layer = "model.layers.0.self_attn"
     assert bits[f"{layer}.q_proj.weight"] == 4
@@ -76,12 +74,6 @@ def test_grids_are_those_that_were_asked_for(program: Any) -> None:
     low = float(scaled.offset * scaled.scale)
     high = float((scaled.offset + 2**8 - 1) * scaled.scale)
     assert (low, high) == pytest.approx((-1, 2), abs=0.01)
-
-
-def test_calibration_keeps_the_bases_encodings(program: Any) -> None:
-    simulation = program["simulation"]
-    for name, encoding in simulation.base_encodings.items():
-        assert simulation.encodings[name] is encoding
 
 
 def test_what_is_delivered_computes_what_was_simulated(program: Any) -> None:
@@ -101,13 +93,8 @@ def test_an_adapter_is_trained_through_the_bases_grids_and_keeps_them(program: A
     added = program["through"].activation_encodings.keys() - known
     layers = ("q_proj", "v_proj")
     assert {name.split(".")[4] for name in added} == set(layers)
-    simulated = float(
-        program["base"].loss_function(
-            program["through"].logits(program["inputs"][0]["input_ids"]),
-            program["inputs"][0]["input_ids"],
-            program["base"].config.vocab_size,
-        )
-    )
-    assert simulated < program["graph_losses"][0]
+    ids, base = program["inputs"][0]["input_ids"], program["base"]
+    simulated = base.loss_function(program["through"].logits(ids), ids, base.config.vocab_size)
+    assert float(simulated) < program["graph_losses"][0]
     saved = read_encodings(Path(program["out"]) / "qwa" / "simulation.encodings")
     assert {entry.name for entry in saved.encodings} >= {*known, *added}

@@ -4,14 +4,13 @@ The commands of the page run in a copy of the repository, with a new virtual env
 print is compared with what the page shows: words must be the same, numbers may differ by a little.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +26,8 @@ pytestmark = pytest.mark.slow
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git knows, as they are now."""
     place = tmp_path_factory.mktemp("newcomer") / "qwlora"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,14 +39,8 @@ def run(command: str, clone: Path) -> str:
     """Standard output of a command; a newcomer has no PYTHONPATH and no virtual environment."""
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    ended = subprocess.run(
-        ["bash", "-c", command],
-        cwd=clone,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    settings: Any = {"cwd": clone, "env": environment, "text": True, "check": False}
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, **settings)
     assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
     return ended.stdout
 

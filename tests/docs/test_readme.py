@@ -1,7 +1,5 @@
 """The README's links and make targets exist, and the map of the code is complete."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The site builds without a warning, and its pages need no network: in mkdocs and in chromium."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -64,9 +62,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_pages_open_without_errors_and_fit_the_width(
-    browser: Any, site: Path, width: int, scheme: str
-) -> None:
+def test_pages_open_and_fit_the_width(browser: Any, site: Path, width: int, scheme: str) -> None:
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )

@@ -1,7 +1,5 @@
 """No attribute of our own types is looked up by name: `isinstance` on an imported type instead."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,6 @@ FOREIGN = {
     "diffusers": "save_config save_pretrained",
     "yaml": "CSafeDumper",
     "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config default_config_fields dim distributed_config "
-    "register_quantization_config "
     "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
     "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
     "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling",

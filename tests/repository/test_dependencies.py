@@ -1,7 +1,5 @@
 """The oldest releases that pyproject.toml allows are those that `make test-oldest` installs."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 
@@ -25,14 +23,10 @@ def pins() -> dict[str, Version]:
     return {name: Version(version) for name, version in pairs}
 
 
-@pytest.mark.parametrize(
-    "requirement", [found for found in REQUIREMENTS if found.name != "qwlora"], ids=str
-)
+@pytest.mark.parametrize("requirement", [r for r in REQUIREMENTS if r.name != "qwlora"], ids=str)
 def test_the_oldest_allowed_release_is_pinned(requirement: Requirement) -> None:
-    (lowest,) = (
-        Version(part.version) for part in requirement.specifier if part.operator in (">=", "==")
-    )
-    assert pins()[requirement.name] == lowest
+    (lowest,) = (p.version for p in requirement.specifier if p.operator in (">=", "=="))
+    assert pins()[requirement.name] == Version(lowest)
 
 
 @pytest.mark.parametrize("line", EXTRAS["dev"])

@@ -1,7 +1,5 @@
 """Parts of messages: lists, near names, sizes."""
 
-from __future__ import annotations
-
 import pytest
 
 from qwlora.errors import lines, listed, near_names, suggestion

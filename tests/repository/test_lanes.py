@@ -1,7 +1,5 @@
 """No test is in no lane: `make test` runs what is not marked, a session of noxfile.py each mark."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import re

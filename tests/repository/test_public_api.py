@@ -1,7 +1,5 @@
 """Signatures of the public API name public types only: whoever calls it needs no other import."""
 
-from __future__ import annotations
-
 import inspect
 import typing
 from collections.abc import Callable
@@ -22,13 +20,7 @@ PUBLIC = {getattr(qwlora, name) for name in NAMES} | {
 LIBRARIES = {"builtins", "collections", "jaxtyping", "numpy", "os", "pathlib", "peft", "torch"}
 LIBRARIES |= {"transformers", "types", "typing"}
 # Classes of which functions return instances, and attributes that are there for this package.
-RETURNED = {
-    "AdapterSimulations",
-    "CalibrationReport",
-    "InitReports",
-    "PackedLinear",
-    "Placement",
-}
+RETURNED = {"AdapterSimulations", "CalibrationReport", "InitReports", "PackedLinear", "Placement"}
 RETURNED |= {"QuantizeReport", "SimulatedModel", "Simulation", "TrainingGraph", "TuningReport"}
 INTERNAL = {
     "PackedLinear": {"from_layer", "packed_weight", "tensor"},
@@ -75,17 +67,18 @@ def test_signatures_name_public_types_only(name: str) -> None:
     others = {
         f"{function.__qualname__}({argument}): {kind}"
         for function in signatures(getattr(qwlora, name), name)
-        for argument, hint in typing.get_type_hints(
-            function, localns={"Tensor": torch.Tensor}
-        ).items()
+        for argument, hint in hints(function).items()
         for kind in types_in(hint)
         if kind not in PUBLIC and module_of(kind) not in LIBRARIES
     }
     assert others == set()
 
 
+def hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(function, localns={"Tensor": torch.Tensor})
+
+
 def test_a_private_type_in_a_signature_is_noticed() -> None:
     from qwlora.graph.capture import capture
 
-    hints = typing.get_type_hints(capture, localns={"Tensor": torch.Tensor})
-    assert not types_in(hints["return"]) <= PUBLIC
+    assert not types_in(hints(capture)["return"]) <= PUBLIC

@@ -1,7 +1,5 @@
 """Everything that the public API returns can be shown at any time: one short line, no address."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -29,19 +27,11 @@ def shown(value: Any) -> str:
 
 def test_values_without_a_model() -> None:
     scheme = qwlora.Scheme(4, granularity=qwlora.PerBlock(32))
-    for value in (
-        qwlora.Limits(),
-        scheme,
-        qwlora.PerTensor(),
-        qwlora.PerChannel(),
-        qwlora.LayerRule("*", scheme),
-        qwlora.PlacementRule("*.softmax", keep="float"),
-        qwlora.Schemes(),
-        qwlora.TuningSettings(),
-        qwlora.QwloraError("text"),
-        qwlora.MomentStore(),
-        qwlora.LayerMoments(torch.eye(3), torch.eye(2)),
-    ):
+    rules = qwlora.LayerRule("*", scheme), qwlora.PlacementRule("*.softmax", keep="float")
+    moments = qwlora.MomentStore(), qwlora.LayerMoments(torch.eye(3), torch.eye(2))
+    settings = qwlora.Limits(), qwlora.Schemes(), qwlora.TuningSettings()
+    kinds = qwlora.PerTensor(), qwlora.PerChannel(), qwlora.QwloraError("text")
+    for value in (scheme, *rules, *moments, *settings, *kinds):
         shown(value)
 
 

@@ -1,7 +1,5 @@
 """The size of the code stays within the budget that pyproject.toml states."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

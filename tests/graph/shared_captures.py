@@ -57,10 +57,7 @@ def _structure(model: nn.Module, example_inputs: Mapping[str, Any]) -> Hashable:
         for name, value in example_inputs.items()
     }
     if (
-        any(
-            module.training or "forward" in vars(module) or module._forward_hooks
-            for module in modules.values()
-        )
+        any(m.training or "forward" in vars(m) or m._forward_hooks for m in modules.values())
         or any(t.is_floating_point() and t.dtype != torch.float32 for t in model.parameters())
         or not all(v is None or isinstance(v, bool | int | str | tuple) for v in inputs.values())
     ):

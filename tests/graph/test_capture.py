@@ -84,9 +84,8 @@ def test_nested_arguments_and_every_output() -> None:
             expected = model(**arguments)
         result = captured.result_of(run(captured, arguments))
         assert result["parts"][1] is None
-        assert all(
-            torch.equal(result[name], expected[name]) for name in ("count", "sample", "logits")
-        )
+        for name in ("count", "sample", "logits"):
+            assert torch.equal(result[name], expected[name])
         assert torch.equal(result["parts"][0], expected["parts"][0])
 
 
@@ -169,9 +168,8 @@ def packed(name: str) -> nn.Module:
     model = make(name)
     quantize_(model, "w4-block32")
     torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config).eval()
 
 
 @pytest.mark.filterwarnings(ABOUT_EXPERTS)
@@ -224,9 +222,8 @@ def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:
     attended = mask.bool()
     torch.testing.assert_close(logits[attended], users[attended], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits[1, 13:], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(
-        captured.named(run(captured, {"input_ids": ids}))["logits"][1, 13:], alone, atol=1e-3
-    )
+    unmasked = captured.named(run(captured, {"input_ids": ids}))["logits"]
+    assert not torch.allclose(unmasked[1, 13:], alone, atol=1e-3)
 
 
 IDS = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
@@ -234,9 +231,7 @@ SPLIT = 9
 
 
 def pairs(outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [
-        (outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]) for layer in range(2)
-    ]
+    return [(outputs[f"present.{n}.key"], outputs[f"present.{n}.value"]) for n in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -251,41 +246,32 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     """The graph with a cache behind the one that makes it: together the full forward, float and simulated, on one set of encodings."""
     model = packed(name)
     first, second = IDS[:, :SPLIT], IDS[:, SPLIT:]
-    prefill = capture(
-        model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}
-    )
+    ones = torch.ones_like(IDS)
+    whole = {"input_ids": first, "attention_mask": ones[:, :SPLIT], "use_cache": True}
+    prefill = capture(model, whole)
     made = prefill.named(run(prefill, {"input_ids": first}))
-    follow = {
-        "input_ids": second,
-        "attention_mask": torch.ones_like(IDS),
-        "past_key_values": pairs(made),
-    }
+    follow = {"input_ids": second, "attention_mask": ones, "past_key_values": pairs(made)}
     decode = capture(model, follow)
     assert decode.interface.shapes["past_key_values.1.value"][2] == "past"
-    assert decode.interface.cached == {
-        f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")
-    }
+    names = {f"past_key_values.{n}.{part}" for n in range(2) for part in ("key", "value")}
+    assert decode.interface.cached == names
     with torch.no_grad():
         full = model(input_ids=IDS, use_cache=False).logits
-    torch.testing.assert_close(made["logits"], full[:, :SPLIT], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        decode.named(run(decode, follow))["logits"], full[:, SPLIT:], atol=1e-5, rtol=1e-4
-    )
+    near = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(made["logits"], full[:, :SPLIT], **near)
+    later = decode.named(run(decode, follow))["logits"]
+    torch.testing.assert_close(later, full[:, SPLIT:], **near)
     unmasked = {name: value for name, value in follow.items() if name != "attention_mask"}
     assert torch.equal(decode.bind(unmasked)[1], follow["attention_mask"])
-    assert torch.equal(
-        run(decode, unmasked)[0],
-        run(decode, {**follow, "past_key_values": cache_of(pairs(made))})[0],
-    )
+    as_cache = {**follow, "past_key_values": cache_of(pairs(made))}
+    assert torch.equal(run(decode, unmasked)[0], run(decode, as_cache)[0])
     mask = torch.ones(2, SPLIT + 1, dtype=torch.int64)
     shorter = {**follow, "input_ids": second[:, :1], "attention_mask": mask}
-    one_more = decode.named(run(decode, shorter))
-    torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
+    one_more = decode.named(run(decode, shorter))["logits"]
+    torch.testing.assert_close(one_more, full[:, SPLIT : SPLIT + 1], **near)
 
-    before, after = (
-        Simulation(captured, SimulationSource.of(model, {}, Schemes()))
-        for captured in (prefill, decode)
-    )
+    source = SimulationSource.of(model, {}, Schemes())
+    before, after = (Simulation(captured, source) for captured in (prefill, decode))
     before.calibrate([{"input_ids": IDS}])
     after.restore(before.encodings, before.dropped)
     assert list(after.encodings) == list(before.encodings)

@@ -36,9 +36,7 @@ def trained(folder: Path, dtype: torch.dtype, **lora: bool) -> PeftModel:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_half_precision_model_goes_the_whole_way_to_a_verified_file(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_a_half_precision_model_becomes_a_verified_file(tmp_path: Path, dtype: torch.dtype) -> None:
     model = trained(tmp_path / "checkpoint", dtype)
     qwlora.save_adapter(model, tmp_path / "adapter")
     simulation = qwlora.simulate(model, BATCHES[0])
@@ -67,9 +65,8 @@ def test_the_graph_is_that_of_the_base_that_is_saved(tmp_path: Path, dtype: torc
     qwlora.save_base(model.get_base_model(), tmp_path / "base", byte_tokenizer(), source="tiny")
 
     base = qwlora.load_base(tmp_path / "base")
-    again = qwlora.load_simulation(
-        tmp_path / "simulation", qwlora.load_adapter(base, tmp_path / "adapter").eval()
-    )
+    adapted = qwlora.load_adapter(base, tmp_path / "adapter").eval()
+    again = qwlora.load_simulation(tmp_path / "simulation", adapted)
 
     assert torch.equal(again(**BATCHES[0]).logits, simulation(**BATCHES[0]).logits)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import write_recipe
-from qwlora.pipeline import VERBS
+from conftest import Job, write_recipe
 from qwlora.pipeline.plan.plan import JobTexts, make_plan
 from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN
@@ -19,25 +18,20 @@ from qwlora.recipe import load_recipe
 
 
 @dataclass
-class FakeJob:
-    """Runs `recipe` over `out`.
+class FakeJob(Job):
+    """A job of fake stages.
 
     Args:
-        ran: names of the stages that ran, in their order, since it was last cleared.
+        ran: names of the stages that the last run ran, in their order.
         on_stage: called by each stage that runs, with its name.
     """
 
-    recipe: Path
-    out: Path
     ran: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
     on_stage: Callable[[str], None] = lambda name: None
 
-    def run(self, *verbs: str, changes: tuple[str, ...] = (), **options: Any) -> dict[str, Any]:
+    def run(self, *verbs: str, **options: Any) -> dict[str, Any]:
         self.ran.clear()
-        self.said.clear()
-        recipe = load_recipe(self.recipe, changes)
-        return run_job.run(recipe, self.out, verbs or VERBS, say=self.said.append, **options)
+        return super().run(*verbs, **options)
 
     def stage(self, session: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
         self.ran.append(stage.name)

@@ -25,13 +25,12 @@ SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two texts with nothing in common: words, and digits."""
-    folder, digits = tmp_path_factory.mktemp("texts"), random.Random(0)
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("words", "digits")}
+    digits = random.Random(0)
     for i in range(8):
-        for name in ("words", "digits"):
-            (folder / name).mkdir(exist_ok=True)
-            content = text(i, 60) if name == "words" else digits.choices("0123456789", k=300)
-            (folder / name / f"{i}.txt").write_text("".join(content))
-    return {name: folder / name for name in ("words", "digits")}
+        (folders["words"] / f"{i}.txt").write_text(text(i, 60))
+        (folders["digits"] / f"{i}.txt").write_text("".join(digits.choices("0123456789", k=300)))
+    return folders
 
 
 @pytest.fixture
@@ -39,14 +38,11 @@ def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     """Write a recipe of one adapter per text; the data section has no source."""
     data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
     adapters = [{"name": n, "data": {"source": str(path)}, **SETTINGS} for n, path in texts.items()]
-    return lambda **sections: recipe_for(
-        "one-layer llama", **{"data": data, "adapters": adapters, **sections}
-    )
+    own = {"data": data, "adapters": adapters}
+    return lambda **sections: recipe_for("one-layer llama", **{**own, **sections})
 
 
-def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
-    two_texts: Any, texts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_defaults_of_adapters_data(two_texts: Any, texts: dict[str, Path], tmp_path: Path) -> None:
     path = two_texts()
     content = yaml.safe_load(path.read_text())
     content["adapters"][1]["data"]["sequence_tokens"] = 16
@@ -69,15 +65,13 @@ def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
         ({"chat_template": "/no/t.jinja"}, r"adapters\.0\.data\.chat_template: .*/no/t\.jinja"),
     ],
 )
-def test_problems_of_an_adapters_data_are_located(
-    two_texts: Any, data: dict[str, str] | None, problem: str
-) -> None:
+def test_problems_are_located(two_texts: Any, data: dict[str, str] | None, problem: str) -> None:
     path = two_texts(adapters=[{"name": "lonely", "data": data, **SETTINGS}])
     with pytest.raises(RecipeError, match=problem):
         load_recipe(path)
 
 
-def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
+def test_each_adapter_learns_its_text_and_is_measured_on_all(
     two_texts: Any, tmp_path: Path
 ) -> None:
     verbs = ("quantize", "train", "calibrate", "evaluate")
@@ -99,9 +93,7 @@ def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-def test_a_change_of_one_text_concerns_its_adapter_only(
-    two_texts: Any, texts: dict[str, Path], corpus: Path
-) -> None:
+def test_a_text_concerns_its_adapter(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:
     with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
     before = stage_keys(two_texts(data=with_own_text))
     content = yaml.safe_load(two_texts(data=with_own_text).read_text())
@@ -112,9 +104,7 @@ def test_a_change_of_one_text_concerns_its_adapter_only(
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
 
 
-def test_the_base_is_calibrated_on_its_own_text_or_on_all(
-    two_texts: Any, texts: dict[str, Path], corpus: Path
-) -> None:
+def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:
     def sources(**sections: Any) -> list[str | None]:
         return [data.source for data in load_recipe(two_texts(**sections)).base_texts()]
 
@@ -126,9 +116,7 @@ def test_the_base_is_calibrated_on_its_own_text_or_on_all(
         sources(base={"calibrate_on": ["third"]})
 
 
-def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
-    two_texts: Any, tmp_path: Path
-) -> None:
+def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_path: Path) -> None:
     from qwlora.pipeline.running import new_context
     from qwlora.system.progress import untracked
 

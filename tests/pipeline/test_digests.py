@@ -37,6 +37,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "a").write_bytes(b"old")
+    return tmp_path / "a"
+
+
 def rewrite(file: Path, content: bytes) -> None:
     """In place, with the size and the mtime that it had."""
     before = file.stat()
@@ -50,9 +56,8 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> None:
-    file, cache = tmp_path / "a", tmp_path / "cache.json"
-    file.write_bytes(b"old")
+def test_an_unchanged_file_is_read_once(file: Path, reads: list[str]) -> None:
+    cache = file.with_name("cache.json")
     digests = Digests(cache)
     assert digests.content(file) == digests.content(file) == sha256(b"old")
     digests.save()
@@ -61,9 +66,8 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> Non
 
 
 @pytest.mark.parametrize("how", ["in place", "another file"])
-def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) -> None:
-    file, other, cache = tmp_path / "a", tmp_path / "b", tmp_path / "cache.json"
-    file.write_bytes(b"old")
+def test_new_content_with_old_size_and_mtime_is_found(file: Path, how: str) -> None:
+    other, cache = (file.with_name(name) for name in ("b", "cache.json"))
     (digests := Digests(cache)).content(file)
     digests.save()
     if how == "in place":
@@ -75,13 +79,11 @@ def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) 
     assert Digests(cache).content(file) == sha256(b"new")
 
 
-def test_a_file_written_just_now_is_not_cached(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_new_file_is_not_cached(
+    file: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
     monkeypatch.setattr(module, "SETTLED_NS", SETTLED_NS)
-    file = tmp_path / "a"
-    file.write_bytes(b"old")
     digests = Digests()
     digests.content(file)
     digests.content(file)
@@ -89,9 +91,8 @@ def test_a_file_written_just_now_is_not_cached(
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
-def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
-    file, cache = tmp_path / "a", tmp_path / "cache.json"
-    file.write_bytes(b"old")
+def test_a_damaged_cache_is_ignored(file: Path, damage: bytes | None) -> None:
+    cache = file.with_name("cache.json")
     (digests := Digests(cache)).content(file)
     digests.save()
     edited = cache.read_bytes().replace(sha256(b"old").encode(), sha256(b"lie").encode())
@@ -99,16 +100,13 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> Non
     assert Digests(cache).content(file) == sha256(b"old")
 
 
-def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(tmp_path: Path) -> None:
-    assert Digests().content(tmp_path / "none") is None
-    assert Digests().content(tmp_path) is None
-    file = tmp_path / "a"
-    file.write_bytes(b"old")
-    for place in (None, tmp_path / "none" / "cache.json"):
+def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(file: Path) -> None:
+    assert Digests().content(file.with_name("none")) is Digests().content(file.parent) is None
+    for place in (None, file.parent / "none" / "cache.json"):
         digests = Digests(place)
         digests.content(file)
         digests.save()
-    assert list(tmp_path.iterdir()) == [file]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
@@ -118,18 +116,18 @@ def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
     return found
 
 
-def test_a_model_retrained_in_place_is_another_model(
+def test_retrained_model_is_new(
     recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     model, cache = tmp_path / "model", tmp_path / "cache.json"
     shutil.copytree(checkpoints["llama"], model)
     recipe = recipe_for(model={"source": str(model)})
     before = keys(recipe, cache)
-    os.utime(model / "model.safetensors", ns=(1, 1))
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
     assert keys(recipe, cache) == before
-    content = bytearray((model / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    rewrite(model / "model.safetensors", bytes(content))
+    content = weights.read_bytes()
+    rewrite(weights, content[:-1] + bytes([content[-1] ^ 1]))
     after = keys(recipe, cache)
     assert all(after[name] != key for name, key in before.items())
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MixtralConfig
 
-from cli.command_line import qwlora
-from conftest import VOCABULARY, byte_tokenizer, tiny_model
+from adapter.small_models import mixture
+from cli.command_line import answered, qwlora, refused
+from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.plan import forecast
 from qwlora.pipeline.plan.forecast import TracedModels, TracedRun
@@ -82,9 +82,7 @@ def test_packed_bytes_are_those_of_the_base(models: TracedModels) -> None:
     assert models.float_values == size.float_weights
 
 
-def test_an_adapter_has_as_many_values_as_peft_gives_it(
-    models: TracedModels, recipe: Recipe
-) -> None:
+def test_an_adapter_has_as_many_values_as_pefts(models: TracedModels, recipe: Recipe) -> None:
     attached = attach(tiny_model("llama", layers=2), LoraShape(16, 32.0), 0)
     expected = sum(p.numel() for p in attached.parameters() if p.requires_grad)
     assert models.trained_values(recipe.adapters[0]) == expected
@@ -98,9 +96,8 @@ def test_an_evaluation_holds_its_logits(models: TracedModels) -> None:
 def test_checkpointing_keeps_less_and_computes_more(models: TracedModels, recipe: Recipe) -> None:
     adapter = recipe.adapters[0]
     plain = models.training(adapter, 64, 2)
-    again = models.training(
-        adapter.model_copy(update={"name": "again", "gradient_checkpointing": True}), 64, 2
-    )
+    checkpointing = {"name": "again", "gradient_checkpointing": True}
+    again = models.training(adapter.model_copy(update=checkpointing), 64, 2)
     assert again.peak < plain.peak
     assert again.operators > plain.operators
     assert models.training(adapter, 64, 4).peak > 1.9 * plain.peak
@@ -125,48 +122,29 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
         "simulation.base_activations=adapter_only",
         "simulation.residual_adds=quantize",
     )
-    recipe = load_recipe(
-        recipe_path, ("export.targets=[onnx, aimet, qairt, hf, qairt_pipeline]", *shared)
-    )
+    recipe = load_recipe(recipe_path, ("export.targets=[onnx, aimet, qairt, hf]", *shared))
     found = {stage.stage: stage for stage in forecast.plan_job(recipe, Path()).stages}
     assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}
     assert all(stage.peak > 0 for stage in found.values())
-    weights = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)  # of two layers, in blocks of 32
-    more = found["export/qairt_pipeline"].disk - found["export/hf"].disk
-    # a float for half a byte, and text for a scale in float16
-    assert more == weights * (4 - 0.5) + weights / 32 * (190 - 2)
 
 
-def test_what_does_not_fit_names_the_stage_and_a_setting(
-    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = forecast.plan_job(load_recipe(recipe_path), Path())
     largest = sorted(stage.peak for stage in found.stages)
     limit = int((largest[-1] + largest[-2]) / 2)
     monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
-    done = qwlora("plan", recipe_path)
-    assert done.returncode == 0
-    lines = [line for line in done.stdout.splitlines() if line.startswith("Does not fit")]
+    said = answered("plan", recipe_path)
+    lines = [line for line in said.splitlines() if line.startswith("Does not fit")]
     assert len(lines) == 2
     assert found.largest.stage in lines[0]
-    assert any(setting in done.stdout for setting in found.largest.settings)
+    assert any(setting in said for setting in found.largest.settings)
     assert "--out" in lines[1]
 
 
 def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path: Path, tmp_path: Path) -> None:
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=VOCABULARY,
-    )
+    config = mixture().config
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(tmp_path)
-    result = qwlora("plan", recipe_path, "--set", f"model.source={tmp_path}")
-    assert result.returncode == 2
-    assert "MixtralForCausalLM cannot run on tensors without data" in result.stderr
-    assert "Traceback" not in result.stderr
+    said = refused("plan", recipe_path, "--set", f"model.source={tmp_path}")
+    assert "MixtralForCausalLM cannot run on tensors without data" in said

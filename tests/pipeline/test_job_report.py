@@ -39,6 +39,12 @@ def page(job: FakeJob) -> str:
     return (job.out / "report.html").read_text()
 
 
+def edit_recipe(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+
+
 def failing(stage: str, error: BaseException) -> Callable[[str], None]:
     """Makes a stage of a job raise."""
 
@@ -76,9 +82,7 @@ def test_the_report_follows_the_stages(job: FakeJob) -> None:
     assert returned["sizes"]["base"] == size
 
 
-def test_a_run_of_some_stages_is_incomplete_and_one_with_nothing_to_do_changes_nothing(
-    job: FakeJob,
-) -> None:
+def test_a_run_of_some_stages_is_incomplete(job: FakeJob) -> None:
     assert job.run("quantize", "evaluate", "train")["run"]["state"] == "incomplete"
     assert "No verdict yet" in page(job)
     before = job.run()["run"]
@@ -95,9 +99,8 @@ def test_a_failure_says_what_to_do(job: FakeJob) -> None:
     assert (error["class"], error["stage"]) == ("TrainingError", "train/first")
     assert error["remedy"][0] == "Correct what the message names."
     assert (Path(__file__).parents[2] / error["docs"]).is_file()
-    assert error["docs"] in page(job)
-    assert "Do not ship" in page(job)
-    assert "diverged at &lt;step&gt; 3" in page(job)
+    for words in (error["docs"], "Do not ship", "diverged at &lt;step&gt; 3"):
+        assert words in page(job)
     job.on_stage = lambda name: None
     assert "error" not in job.run()
     assert "error" not in results(job)
@@ -122,9 +125,7 @@ def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
     assert not job.out.exists()
 
 
-def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
-    job: FakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_that_fails_stops_no_job(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=ZeroDivisionError("no layers"))
     monkeypatch.setattr("qwlora.pipeline.results.results.render", render)
     with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
@@ -158,9 +159,8 @@ def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob)
 
 @pytest.mark.parametrize("target", ["qairt", "onnx", "hf"])
 def test_an_untouched_job_is_finished(job: FakeJob, target: str) -> None:
-    content = yaml.safe_load(job.recipe.read_text()) | {"export": {"targets": [target]}}
-    content["simulation"] = {"residual_adds": "quantize"}  # qairt needs it
-    job.recipe.write_text(yaml.safe_dump(content))
+    needed = {"residual_adds": "quantize"}  # by qairt
+    edit_recipe(job.recipe, lambda c: c.update(export={"targets": [target]}, simulation=needed))
     job.run()
     assert read_job(job.out).state == "finished"
     assert not read_job(job.out).stale
@@ -182,9 +182,7 @@ def test_results_json_is_written_and_never_read(job: FakeJob, content: str | Non
 def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) -> None:
     job.run()
     before = read_job(job.out).results
-    content = yaml.safe_load((job.out / "recipe.yaml").read_text())
-    content["adapters"][0]["learning_rate"] = 0.123
-    (job.out / "recipe.yaml").write_text(yaml.safe_dump(content))
+    edit_recipe(job.out / "recipe.yaml", lambda c: c["adapters"][0].update(learning_rate=0.123))
     found = read_job(job.out)
     assert before["train/first"] == {"measured": 1}
     assert "train/first" not in found.results
@@ -194,8 +192,8 @@ def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) 
 
 
 def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
-    parity = {"parity": {"onnx": {"first": {"passed": False, "problems": ["a logit is off"]}}}}
-
+    measured = {"first": {"passed": False, "problems": ["a logit is off"]}}
+    parity = {"parity": {"onnx": measured}}
     error = VerificationError("export/onnx/first", ["a logit is off"], parity)
     job.on_stage = failing("verify/onnx/first", error)
     with pytest.raises(VerificationError):
@@ -221,9 +219,7 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
         rebuild_reports([job.out])
 
 
-def test_training_is_written_only_so_often_that_it_costs_little(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_training_is_written_so_often_that_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("qwlora.pipeline.running.job_status.time.monotonic", lambda: clock[0])
     written: list[dict[str, Any]] = []

@@ -93,6 +93,12 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return job
 
 
+@pytest.fixture
+def job(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to change."""
+    return Path(shutil.copytree(finished, tmp_path / "job"))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mlx(tmp_path_factory.mktemp("elsewhere") / "mlx")
@@ -130,9 +136,7 @@ def ran(job: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_next(
-    command: str, finished: Path, source: Path, tmp_path: Path
-) -> None:
+def test_a_kill_is_recovered(command: str, finished: Path, source: Path, tmp_path: Path) -> None:
     """Repeated, it ends as if it had not been killed. Every third change; attack/test_sweeps.py: all."""
     change, job = COMMANDS[command], tmp_path / "job"
 
@@ -144,17 +148,12 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
     change(job, source)
     after = state(job)
     assert after != before
-    others = itertools.cycle(
-        [listed, job_recipe, Directory.read, lambda j: Directory.read(j, job_recipe(j))]
-    )
+    readers = [listed, job_recipe, Directory.read, lambda j: Directory.read(j, job_recipe(j))]
+    others = itertools.cycle(readers)
     for number in itertools.count(1 + len(command) % 3, 3):
         fresh()
-        try:
-            with stopping(number):
-                change(job, source)
-        except Stopped:
-            pass
-        else:
+        with contextlib.suppress(Stopped), stopping(number):
+            change(job, source)
             break
         killed = tmp_path / "killed"
         shutil.copytree(job, killed)
@@ -174,8 +173,7 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
     assert number > 10
 
 
-def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_path: Path) -> None:
-    job = Path(shutil.copytree(finished, tmp_path / "job"))
+def test_a_run_after_a_killed_rename_skips_what_is_trained(job: Path) -> None:
     with pytest.raises(Stopped), stopping(6):
         rename_adapter(job, "first", "one")
     assert (job / ".qwlora" / JOURNAL).is_file()
@@ -198,10 +196,10 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_p
         ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of"),
     ],
 )
-def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
-    content: str, problem: str, finished: Path, tmp_path: Path
+def test_a_hostile_journal_is_refused(
+    content: str, problem: str, job: Path, tmp_path: Path
 ) -> None:
-    job, victim = Path(shutil.copytree(finished, tmp_path / "job")), tmp_path / "victim"
+    victim = tmp_path / "victim"
     victim.write_text("mine")
     (job / "link").symlink_to(tmp_path)
     (job / ".qwlora" / JOURNAL).write_text(content.replace("VICTIM", str(victim)))
@@ -211,10 +209,7 @@ def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
     assert (state(job), victim.read_text()) == (before, "mine")
 
 
-def test_names_are_checked_before_anything_is_written(
-    finished: Path, source: Path, tmp_path: Path
-) -> None:
-    job = Path(shutil.copytree(finished, tmp_path / "job"))
+def test_names_are_checked_before_writing(job: Path, source: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     before = state(tmp_path)
@@ -225,10 +220,7 @@ def test_names_are_checked_before_anything_is_written(
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
-    finished: Path, source: Path, tmp_path: Path
-) -> None:
-    job = Path(shutil.copytree(finished, tmp_path / "job"))
+def test_the_source_of_an_import_stays(job: Path, source: Path, tmp_path: Path) -> None:
 
     def sources() -> dict[str, bytes]:
         known = {a.name: a.continue_from for a in job_recipe(job).adapters if a.continue_from}
@@ -252,12 +244,9 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
     assert left.name == Path(str(places["old"])).name
 
 
-def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwlora.pipeline.commands import manage_adapters
 
-    job = Path(shutil.copytree(finished, tmp_path / "job"))
     plans = manage_adapters._plans
 
     def meanwhile(*arguments: Any) -> Any:

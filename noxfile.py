@@ -93,7 +93,8 @@ def aimet(session: nox.Session) -> None:
     session.run(".venv/bin/python", *read, "-m", "aimet", *table, external=True)
     simulations = _written_by_venv(session, "aimet/write_simulations.py", "aimet-simulations")
     checkpoints = _written_by_venv(session, "aimet/write_checkpoints.py", "aimet-checkpoints")
-    options = ("--simulations", simulations, "--checkpoints", checkpoints)
+    guide = _written_by_venv(session, "aimet/write_guide.py", "aimet-guide")
+    options = ("--simulations", simulations, "--checkpoints", checkpoints, "--guide", guide)
     options = (*options, "--table", "docs/aimet-oracle.md")
     _alone(
         session, "tests/aimet", "--ignore=tests/aimet/files", *options, env={"PYTHONPATH": "src"}

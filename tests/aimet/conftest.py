@@ -44,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--checkpoints", type=Path, help="the folder that write_checkpoints.py wrote")
     parser.addoption(
+        "--guide", type=Path, help="the folder that write_guide.py wrote, for test_guide.py"
+    )
+    parser.addoption(
         "--forms", type=Path, help="the folder that write_forms.py wrote, for test_forms.py"
     )
     parser.addoption("--forms-table", type=Path, help="write the table of the forms into this file")

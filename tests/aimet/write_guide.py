@@ -1,0 +1,250 @@
+"""AIMET's guides to QW-LoRA and QWA-LoRA, in Python: our half of the comparison.
+
+    python tests/aimet/write_guide.py FOLDER
+
+FOLDER/MODEL contains what both tools start from:
+
+    float/                  the float model and its tokenizer
+    start/                  the adapter before training
+    texts.safetensors       training, calibration and evaluation sequences
+
+FOLDER/MODEL/WORKFLOW (`qw`, `qwa`) contains our results:
+
+    integers.safetensors    codes, scale and offset of each weight that step 1 froze
+    adapters/NAME/          the trained adapters, as PEFT saves them
+    NAME.safetensors        scale and offset of each encoding; logits of the evaluation sequences
+    own.NAME.safetensors    the same where our policy places the quantizers
+    record.json             bits of activations; rates and losses of training; the base's schemes
+
+NAME is base, first or second. `guide_theirs.py` repeats the steps in AIMET on the same data, and
+test_guide.py compares. `in_python` uses public functions only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import qwlora
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import byte_tokenizer, text, tiny_model
+from qwlora.nn.packed_layer import packed_weights
+from qwlora.pipeline.plan.plan import JobTexts
+from qwlora.pipeline.running import new_context
+from qwlora.recipe import parse_recipe
+from qwlora.system.progress import untracked
+
+NAMES = ("first", "second")
+BITS = {"qw": 16, "qwa": 8}  # of activations
+RATE = {"first": 1e-3, "second": 3e-3}
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the comparison.
+
+    Args:
+        weights: grid of the linear layers.
+        table_bitwidth: of embeddings and output head, one scale per tensor.
+        layers: what gets an adapter.
+        functions: globs of values that AIMET leaves float, because functions compute them.
+        sequence_tokens: of each text.
+    """
+
+    name: str
+    weights: str
+    table_bitwidth: int
+    layers: tuple[str, ...]
+    functions: tuple[str, ...]
+    sequence_tokens: int
+
+
+MODELS = {
+    "opt": Model(
+        "OPT",
+        "w4-tensor",
+        4,
+        ("q_proj", "v_proj"),
+        ("model.decoder", "model.decoder.embed_*", "*.self_attn", "*.fc1"),
+        32,
+    ),
+}
+
+
+def in_python(model: Model, folder: Path, workflow: str, out: Path) -> None:
+    """The guide in Python, with public functions only."""
+    texts = load_file(folder / "texts.safetensors")
+    table = qwlora.Scheme(model.table_bitwidth)
+    rules = [qwlora.LayerRule(name, table) for name in ("*embed_*", "lm_head")]
+
+    # Step 1: the base's weights
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "float", dtype=torch.float32, attn_implementation="eager"
+    )
+    qwlora.quantize_(base, model.weights, solver="rtn", rules=rules)
+
+    # in QWA-LoRA, and its activations
+    batches = [with_mask(ids) for ids in texts["calibration"].split(1)]
+    example = with_mask(texts["calibration"][:1, :16].repeat(2, 1))
+    placed_by_aimet = schemes_of(model, workflow)
+    known = None
+    if workflow == "qwa":
+        alone = qwlora.simulate(base.eval(), example, placed_by_aimet)
+        alone.calibrate(batches)
+        known = alone.activation_encodings
+
+    # Step 2: the adapters
+    adapted = PeftModel.from_pretrained(base, folder / "start", NAMES[0], is_trainable=True)
+    adapted.load_adapter(str(folder / "start"), NAMES[1], is_trainable=True)
+    losses = {}
+    for name in NAMES:
+        adapted.set_adapter(name)
+        adapted.eval()
+        forward: Any = adapted
+        if known is not None:
+            forward = qwlora.TrainingGraph(
+                qwlora.simulate(adapted, example, placed_by_aimet, activation_encodings=known)
+            )
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        losses[name] = train_(forward, trained, texts["training"], RATE[name])
+        qwlora.save_adapter(adapted, out / "adapters" / name, adapter=name)
+
+    # Step 3: all other encodings
+    together = qwlora.simulate_adapters(
+        adapted, example, placed_by_aimet, "all", activation_encodings=known
+    )
+    together.calibrate(batches)
+    simulations = {**together, "base": together["base"] if known is None else alone}
+    record = {"workflow": workflow, "rates": RATE, "losses": losses, "model": model.name}
+    write_results(out, base, simulations, texts["evaluation"], record)
+    own = qwlora.simulate_adapters(adapted, example, schemes_of(model, workflow, own=True), "all")
+    own.calibrate(batches)
+    write_simulations(out, own, texts["evaluation"], "own.")
+
+    # Export
+    qwlora.export(together, "onnx", out / "onnx")
+
+
+def train_(forward: Any, trained: list[nn.Parameter], texts: Tensor, rate: float) -> list[float]:
+    """The guide's loop, and AIMET's: one sequence a step; returns the losses."""
+    optimizer = torch.optim.AdamW(trained, lr=rate)
+    losses = []
+    for ids in texts[:STEPS].split(1):
+        result = forward(**with_mask(ids))
+        logits = result if isinstance(result, Tensor) else result.logits
+        loss = cross_entropy(logits[0, :-1], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def schemes_of(model: Model, workflow: str, own: bool = False) -> qwlora.Schemes:
+    """Our policy, or the same with AIMET's placement: it sees modules, and leaves biases float."""
+    rules = [qwlora.PlacementRule(m, keep="float", of="activations") for m in model.functions]
+    biases = qwlora.PlacementRule("*.bias", keep="float", of="weights")
+    return qwlora.Schemes(
+        activations=qwlora.Scheme(BITS[workflow], symmetric=False),
+        adapter_weights=qwlora.Scheme(8, granularity=qwlora.PerChannel(0)),
+        rules=() if own else (*rules, biases),
+        unused_rules="allow",
+    )
+
+
+def with_mask(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def write_results(
+    out: Path,
+    base: nn.Module,
+    simulations: Mapping[str, qwlora.Simulation],
+    evaluation: Tensor,
+    record: dict[str, Any],
+) -> None:
+    """The integers of the base, and all simulations."""
+    parts = {}
+    for name, weight in packed_weights(base).items():
+        parts[f"{name}.codes"] = weight.quantized.codes.to(torch.uint8).contiguous()
+        parts[f"{name}.scale"] = weight.encoding.scale.contiguous()
+        parts[f"{name}.offset"] = weight.encoding.offset.contiguous()
+    save_file({name: part.clone() for name, part in parts.items()}, out / "integers.safetensors")
+    write_simulations(out, simulations, evaluation)
+    record["bits"] = BITS[record["workflow"]]
+    packed = packed_weights(base)
+    record["base"] = {name: weight.encoding.scheme.to_json() for name, weight in packed.items()}
+    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_simulations(
+    out: Path, simulations: Mapping[str, qwlora.Simulation], evaluation: Tensor, prefix: str = ""
+) -> None:
+    for name, simulation in simulations.items():
+        parts = {
+            f"{key}.{part}": getattr(encoding, part).clone().contiguous()
+            for key, encoding in simulation.encodings.items()
+            if key not in simulation.base_encodings
+            for part in ("scale", "offset")
+        }
+        parts["logits"] = torch.cat([simulation.logits(ids) for ids in evaluation.split(1)])
+        save_file(parts, out / f"{prefix}{name}.safetensors")
+
+
+def prepare(model: Model, folder: Path) -> None:
+    """What both tools start from; the text is cut as a recipe cuts it."""
+    (folder / "texts").mkdir(parents=True)
+    network = tiny_model("opt")
+    with torch.no_grad():  # norms and biases are ones and zeros
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    network.save_pretrained(folder / "float")
+    byte_tokenizer().save_pretrained(folder / "float")
+    for number in range(10):
+        (folder / "texts" / f"{number}.txt").write_text(text(number, 60))
+    tokens = {"sequence_tokens": model.sequence_tokens, "calibration_sequences": 4}
+    sections = {
+        "model": {"source": str(folder / "float")},
+        "data": {"source": str(folder / "texts"), "evaluation_sequences": 1, **tokens},
+        "adapters": [{"name": NAMES[0]}],
+    }
+    recipe = parse_recipe(sections, "the guide's data")
+    context = new_context(recipe, JobTexts(recipe), folder, untracked)
+    data = context.text(NAMES[0])
+    texts = {
+        "training": data.data.train.input_ids[:STEPS],
+        "calibration": data.calibration_ids,
+        "evaluation": data.evaluation.input_ids,
+    }
+    save_file({name: ids.contiguous() for name, ids in texts.items()}, folder / "texts.safetensors")
+    torch.manual_seed(0)
+    shape = LoraConfig(r=4, lora_alpha=8, target_modules=list(model.layers))
+    get_peft_model(network, shape).save_pretrained(folder / "start")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for key, model in MODELS.items():
+        folder = Path(sys.argv[1]) / key
+        prepare(model, folder)
+        for workflow in BITS:
+            in_python(model, folder, workflow, folder / workflow)
+            print(key, workflow, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from qwlora.targets.proof.checks import LIMITS, Limits, Parity
 from qwlora.targets.proof.compare import verify_language_model, verify_outputs
 from qwlora.targets.proof.measure import measure_logits, measure_runtime
 from qwlora.targets.proof.reference import (
+    GRAPHS_NOISE,
     Logits,
     Reference,
     logits_of,
@@ -76,7 +77,7 @@ def verify_graphs(
     logits: Logits, simulation: Reference, ids: Tensor, limits: Limits = LIMITS
 ) -> Parity:
     """Graphs with a key-value cache against their simulation."""
-    return measure_logits(logits, reference_of(simulation, ids, 0.002), limits)
+    return measure_logits(logits, reference_of(simulation, ids, GRAPHS_NOISE), limits)
 
 
 def sqnr(logits: Tensor, expected: Tensor) -> float:

@@ -33,7 +33,7 @@ from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
 from qwlora.targets.proof.folder import RECORD, write_record
 from qwlora.targets.proof.measure import measure_runtime
-from qwlora.targets.proof.reference import logits_of, make_reference
+from qwlora.targets.proof.reference import least_noise, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime
 
@@ -175,8 +175,9 @@ def verify(
 
     def of_simulation(runtime: Runtime, simulation: Simulation) -> Parity:
         if is_language_model(simulation.graph().interface):
+            least = least_noise(simulation.origin.schemes, target.cached_graphs)
             ids = _ids(batches)
-            return verify_language_model(runtime, simulation, ids, layer_tokens, limits)
+            return verify_language_model(runtime, simulation, ids, layer_tokens, limits, least)
         return verify_outputs(runtime, simulation, list(batches), limits)
 
     if isinstance(made, Simulation):

@@ -20,6 +20,7 @@ from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.targets.npu.qnn import QnnModel, verify_qnn
 from qwlora.targets.proof.checks import Limits
+from qwlora.targets.proof.reference import GRAPHS_NOISE
 from qwlora.targets.weights.gguf import LlamaRuntime
 from simulation.tiny_architectures import inputs, make
 from targets.proofs import reference_of, sqnr
@@ -101,7 +102,7 @@ def test_every_adapter_computes_its_simulation(
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
     limits = Limits(perplexity_difference=0.02)
-    parity = verify_qnn(folder, name, reference_of(simulation, IDS, 0.002), limits)
+    parity = verify_qnn(folder, name, reference_of(simulation, IDS, GRAPHS_NOISE), limits)
     assert parity.problems == []
     assert parity.figures["cpu"]["top1_agreement"] > 0.9
     others = [simulations[other] for other in simulations if simulations[other] is not simulation]

@@ -13,10 +13,12 @@ from torch.distributions import Binomial
 
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import SourceError
+from qwlora.grid.scheme import Scheme
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.compare import is_told_apart
 from qwlora.targets.proof.measure import DECODED, decoded, measure_logits
-from qwlora.targets.proof.reference import make_reference
+from qwlora.targets.proof.reference import GRAPHS_NOISE, least_noise, make_reference
 
 IDS = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(5))
 TABLE = 3 * torch.randn(90, 90, generator=torch.Generator().manual_seed(6))
@@ -57,6 +59,21 @@ def test_log_probabilities_on_grids_may_differ_as_rounding_makes_them(
 ) -> None:
     problems = broken(noisy(found), simulated(noise, bitwidth))
     assert any("root mean square" in problem for problem in problems) != is_right
+
+
+@pytest.mark.parametrize(
+    ("schemes", "cached_graphs", "share"),
+    [
+        (Schemes(), False, 2.0**-16),
+        (Schemes(adapter_activation_bitwidth=8), False, 2.0**-8),
+        (Schemes(), True, GRAPHS_NOISE),
+        (Schemes(Scheme(8)), True, 2.0**-8),
+    ],
+)
+def test_noise_is_no_less_than_what_files_round(
+    schemes: Schemes, cached_graphs: bool, share: float
+) -> None:
+    assert least_noise(schemes, cached_graphs) == share
 
 
 def of(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], Any]:

@@ -39,6 +39,7 @@ from qwlora.targets.proof.reference import (
     BASE_SEQUENCES,
     Reference,
     first_sequences,
+    least_noise,
     logits_of,
     make_reference,
     simulated_logits,
@@ -128,11 +129,6 @@ def _write_cases(
     sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}
     sizes = {BASE: total_bytes(scratch.rglob("*")) - sum(sizes.values()), **sizes}
     return {case: {"bytes": size} for case, size in sizes.items()}
-
-
-# Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
-# the largest logit counts as noise, about 30 dB.
-GRAPHS_NOISE = 0.002
 
 
 def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -250,13 +246,11 @@ class _Verification:
         if target.has_base and self.adapter != BASE:
             # released as soon as another simulation is captured
             states["base"] = simulated_logits(context.zero_adapter())
-        section = context.recipe.simulation
-        bitwidth = min(section.activation_bitwidth, section.adapter_activation_bitwidth or 16)
         reference = make_reference(
             {state: logits for state, (logits, _) in states.items()},
             self._text(),
             {state: perturbed for state, (_, perturbed) in states.items()},
-            least_noise=max(2**-bitwidth, GRAPHS_NOISE if self._graphs() else 0.0),
+            least_noise=least_noise(context.schemes, target.cached_graphs),
         )
         model = None if self.adapter == BASE else simulation.origin.model
         return model, simulation, reference

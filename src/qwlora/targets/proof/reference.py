@@ -18,7 +18,8 @@ computation gives, which is as valid:
     STATE.rounding        float32 [n], instead of `noise`: the largest difference of a logit
 
 `noise` is that of simulations: there the last bit of one layer can become a whole step of a later
-one, so a single logit may differ by any amount. `rounding` is that of a runtime that rounds
+one, so a single logit may differ by any amount. It is measured on few sequences and with float32
+alone, so it counts as no less than `least_noise`. `rounding` is that of a runtime that rounds
 activations more coarsely than float32 (`Backend.rounding`).
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
@@ -38,11 +39,15 @@ from torch import Tensor
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import SourceError, listed
 from qwlora.graph.quantized_graph import QuantizedGraph
+from qwlora.simulation.placement_rules import Schemes
 
 TOP = 64
 BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
 STATES = ("base", "adapter")
 TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
+# Graphs for NPUs round cosines, sines, masks and masked scores on top of what a simulation rounds:
+# this share of the largest logit counts as noise, about 30 dB.
+GRAPHS_NOISE = 0.002
 _OTHERS = ("other_losses", "other_same")
 Logits = Callable[[Tensor], Tensor]  # of token ids [1, tokens]
 
@@ -93,6 +98,13 @@ def make_reference(
                 rows.setdefault(f"{state}.{name}", []).append(tensor)
         reference |= {name: torch.stack(tensors) for name, tensors in rows.items()}
     return reference
+
+
+def least_noise(schemes: Schemes, cached_graphs: bool) -> float:
+    """`least_noise` of `make_reference` for a simulation: a step of its activations, or what the
+    graphs of a target with `cached_graphs` round on top."""
+    bits = min(schemes.activations.bitwidth, schemes.adapter_activation_bitwidth or 16)
+    return max(2.0**-bits, GRAPHS_NOISE if cached_graphs else 0.0)
 
 
 def _row(expected: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import qwlora
+from conftest import byte_tokenizer
 from qwlora.errors import CaptureError
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.targets.npu.qnn import QnnModel
+from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 from simulation.tiny_architectures import VISION_LANGUAGE, image_and_text, with_large_weights
 from targets.proofs import sqnr
@@ -27,6 +31,12 @@ SCHEMES = qwlora.Schemes(
 )
 SIZES: Any = {"graphs": {"prefill": 12, "decode": 1}, "context": 24}
 MODELS = list(VISION_LANGUAGE)
+
+
+def all_but_one_slow(names: Iterable[str]) -> list[Any]:
+    """The first one is in the fast lane."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
 def adapted(name: str, *adapters: str, layers: str = "", blocks: int = 2) -> Any:
@@ -59,8 +69,7 @@ def simulated(name: str) -> tuple[AdapterSimulations, dict[str, Tensor]]:
     """Simulations of two adapters, and a sequence with an image."""
     model = adapted(name, "first", "second")
     batch = image_and_text(model.get_base_model())
-    constant = {"use_cache": False} if name == "LLaVA" else {}
-    made = qwlora.simulate_adapters(model, {**batch, **constant}, SCHEMES, "none")
+    made = qwlora.simulate_adapters(model, batch, SCHEMES, "none")
     made.calibrate([batch, {"input_ids": IDS}])
     positions = batch.pop("position_ids")
     one = {name: tensor[:1] for name, tensor in batch.items()}
@@ -105,6 +114,73 @@ def test_an_adapter_on_the_vision_tower_is_refused() -> None:
         qwlora.simulate(model, image_and_text(model.get_base_model()), SCHEMES)
 
 
+TOWERS = {
+    "SmolVLM": lambda model: model.model.vision_model,
+    "Gemma 3, with images": lambda model: model.model.vision_tower,
+    "LLaVA": lambda model: model.model.vision_tower,
+}
+
+
+@pytest.mark.parametrize("name", all_but_one_slow(TOWERS))
+def test_towers_of_pixels_are_captured(name: str) -> None:
+    torch.manual_seed(0)
+    tower = TOWERS[name](with_large_weights(VISION_LANGUAGE[name]()))
+    pixels = torch.randn(2, 3, 16, 16)
+    qwlora.quantize_(tower, "w8-channel", solver="rtn")
+    simulation = qwlora.simulate(tower, {"pixel_values": pixels})
+    simulation.calibrate([{"pixel_values": pixels}])
+    with torch.no_grad():
+        expected = tower(pixel_values=pixels).last_hidden_state
+    assert sqnr(simulation.outputs({"pixel_values": pixels})["last_hidden_state"], expected) > 30
+
+
+def test_a_tower_that_counts_patches_is_refused() -> None:
+    tower = VISION_LANGUAGE["Qwen2-VL"]().eval().model.visual
+    qwlora.quantize_(tower, "w8-channel", solver="rtn")
+    patches = {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}
+    with pytest.raises(CaptureError, match=r"Qwen2VisionTransformer.*data-dependent.*PyTorch"):
+        qwlora.simulate(tower, patches)
+
+
+def test_a_cache_that_another_model_makes_is_left_out() -> None:
+    model = adapted("LLaVA", "default", blocks=1)
+    assert "use_cache" not in inspect.signature(type(model.get_base_model()).forward).parameters
+    batch = image_and_text(model.get_base_model())
+    assert qwlora.simulate(model, batch, SCHEMES).captured.interface.outputs == ("logits",)
+
+
+@pytest.mark.parametrize("name", all_but_one_slow(MODELS))
+def test_transformers_and_peft_load_base_and_adapters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = adapted(name, "first", "second", blocks=1), dict[str, Tensor]()
+    base, folders = model.get_base_model(), {n: tmp_path / n for n in ("first", "second")}
+    text, batch = base.config.get_text_config(), image_and_text(base)
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    for adapter, folder in folders.items():
+        qwlora.save_adapter(model, folder, adapter=adapter)
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            expected[adapter] = model(**batch).logits
+    base = model.unload()
+    qwlora.export(base, "hf", tmp_path / "hf", folders, byte_tokenizer())
+    for adapter, folder in folders.items():
+        model = qwlora.load_adapter(base, folder, adapter_name=adapter)
+        base = model
+    rows = qwlora.verify(tmp_path / "hf", model, IDS)
+    assert {row.what.partition(":")[0] for row in rows if row.passed} == {"first", "second"}
+    assert all(row.passed for row in rows)
+    monkeypatch.chdir(tmp_path / "hf")
+    kind, made = type(model.get_base_model()).__name__, dict[str, Any]()
+    code = usage("hf", "base", "second", model_class=kind)
+    exec(code.partition("```python\n")[2].partition("```")[0], made)
+    with torch.no_grad():
+        found = made["model"](**batch).logits
+    assert sqnr(found, expected["second"]) > 80 > sqnr(found, expected["first"])
+
+
 def logits_of(target: str, folder: Path, adapter: str, batch: dict[str, Tensor]) -> Tensor:
     """Logits of a sequence with an image, by the files."""
     backend = TARGETS[target]
@@ -128,14 +204,15 @@ def test_every_target_computes_text_and_image(name: str, tmp_path: Path) -> None
     simulations, batch = simulated(name)
     for target in ("onnx", "aimet", "qairt"):
         made: Any = simulations["first"] if target == "aimet" else simulations
-        qwlora.export(made, target, tmp_path / target, sample={"input_ids": IDS[:1]}, **SIZES)
+        sizes = {**SIZES, "graphs": {"prefill": 12}} if target == "aimet" else SIZES
+        qwlora.export(made, target, tmp_path / target, sample={"input_ids": IDS[:1]}, **sizes)
         assert all(row.passed for row in qwlora.verify(tmp_path / target, made, IDS))
         expected = simulations["first"].outputs(batch)["logits"]
         assert sqnr(logits_of(target, tmp_path / target, "first", batch), expected) > 50
 
 
 @pytest.mark.client
-@pytest.mark.parametrize("name", ["Qwen2-VL", "SmolVLM"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_htp_takes_it_whole(name: str, tmp_path: Path) -> None:
     simulations, batch = simulated(name)
     qwlora.export(simulations, "qnn", tmp_path / "qnn", **SIZES)

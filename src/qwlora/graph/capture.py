@@ -34,7 +34,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -236,7 +237,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
     with in_float32(model), visible_implementations(model), torch.no_grad():
         axes_of = tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
         shapes = None if static else {"tensors": axes_of}
-        with foreign_as(CaptureError, f"torch.export cannot capture {type(model).__name__}"):
+        kind = type(model).__name__
+        with foreign_as(CaptureError, f"torch.export cannot capture {kind}"), _fixed_sizes(kind):
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
         names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
@@ -314,12 +316,28 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Argument names of the model's forward."""
-    return {
-        name
-        for each in (model, _unwrapped(model))
-        for name in inspect.signature(each.forward).parameters
-    }
+    """Argument names of the model's forward; `use_cache` also where a model that generates hands it
+    on in its `**kwargs` (LLaVA)."""
+    inner = _unwrapped(model)
+    known = inspect.signature(inner.forward).parameters
+    generates = isinstance(inner, PreTrainedModel) and inner.can_generate()
+    hands_on = generates and any(each.kind is each.VAR_KEYWORD for each in known.values())
+    return {*known, *inspect.signature(model.forward).parameters, *[USE_CACHE] * hands_on}
+
+
+@contextmanager
+def _fixed_sizes(kind: str) -> Iterator[None]:
+    """Say in plain words what torch calls data-dependent."""
+    try:
+        yield
+    except Exception as error:
+        if "data-dependent" not in str(error):
+            raise
+        raise CaptureError(
+            f"torch.export cannot capture {kind}: the values of an input decide how large other "
+            "tensors are (data-dependent), such as the number of an image's patches. Run it in "
+            "PyTorch, and capture the part of the model that takes its outputs"
+        ) from error
 
 
 def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:

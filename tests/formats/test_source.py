@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MllamaConfig
 
 from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
@@ -20,6 +22,7 @@ from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.meta_model import auto_class
 from qwlora.formats.model_source import _downloaded_model, fetch, load_model, load_tokenizer, locate
 
 FILE = "model.safetensors"
@@ -199,3 +202,15 @@ def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None
     looked = r"model 'owner/nothing' is not a local path \(looked for /.*/owner/nothing\)"
     with pytest.raises(SourceError, match=rf"{looked}.*hub either:\n  404 Client Error"):
         load_model("owner/nothing")
+
+
+@pytest.mark.parametrize(
+    ("named", "loads"),
+    [
+        ("MllamaForConditionalGeneration", AutoModelForImageTextToText),
+        ("MllamaForCausalLM", AutoModelForCausalLM),
+        (None, AutoModelForCausalLM),
+    ],
+)
+def test_the_configuration_says_whether_a_model_reads_images(named: str | None, loads: Any) -> None:
+    assert auto_class(MllamaConfig(architectures=named and [named])) is loads

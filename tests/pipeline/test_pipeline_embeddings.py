@@ -36,7 +36,7 @@ RECIPE: Any = {
         "key_value_bitwidth": 8,
     },
     "export": {
-        "targets": ["onnx", "aimet", "qairt"],
+        "targets": ["onnx", "aimet", "qairt", "hf"],
         "graphs": {"prefill": 8, "decode": 1, "context": 32},
     },
 }
@@ -62,7 +62,9 @@ def test_the_language_model_of_a_vision_language_model(
 ) -> None:
     path, out = write_recipe(tmp_path, checkpoint, corpus, **RECIPE), tmp_path / "out"
     results = run(load_recipe(path), out, say=lambda line: None)
-    assert results["parity"].keys() == {"onnx", "aimet", "qairt"}
+    assert results["parity"].keys() == {"onnx", "aimet", "qairt", "hf"}
+    for card in (out / "export/hf/README.md", out / "adapters/first/README.md"):
+        assert "Qwen2VLForConditionalGeneration.from_pretrained" in card.read_text()
     folders = ("onnx/base", "aimet/first", "qairt")
     tables = [
         load_file(out / "export" / folder / "token_embeddings.safetensors") for folder in folders

@@ -146,6 +146,22 @@ KINDS = {"Target", "Backend", "Runtime"} | {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("Qwen2VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
+        ("GPT2LMHeadModel", "GPT2LMHeadModel"),
+        ("OPTForCausalLM", "AutoModelForCausalLM"),
+        ("", "AutoModelForCausalLM"),
+        ("os; import x", "AutoModelForCausalLM"),
+    ],
+)
+def test_transformers_opens_a_base_with_its_class(kind: str, shown: str) -> None:
+    lines = usage("hf", "the/base", None, kind=kind)
+    assert f"from transformers import {shown}, AutoTokenizer" in lines
+    assert f'{shown}.from_pretrained("the/base")' in lines
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_says_how_its_files_are_loaded(target: str) -> None:
     known = TARGETS[target]

@@ -174,7 +174,7 @@ def test_transformers_and_peft_load_base_and_adapters(
     assert all(row.passed for row in rows)
     monkeypatch.chdir(tmp_path / "hf")
     kind, made = type(model.get_base_model()).__name__, dict[str, Any]()
-    code = usage("hf", "base", "second", model_class=kind)
+    code = usage("hf", "base", "second", kind=kind)
     exec(code.partition("```python\n")[2].partition("```")[0], made)
     with torch.no_grad():
         found = made["model"](**batch).logits

@@ -86,9 +86,13 @@ def build_model(
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """What loads the model of `config`: a language model, or one that reads images too."""
+    """What loads the model of `config`: a language model, or one that reads images too. Where
+    transformers has both (Llama 4), the configuration names the class."""
     is_language_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if reads_images and is_language_model:
+        kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        is_language_model = kind.__name__ not in (config.architectures or ())
     is_vision_language = reads_images and not is_language_model
     return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
 

@@ -25,7 +25,7 @@ from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
-from qwlora.targets.proof.folder import WITHOUT_CACHE
+from qwlora.targets.proof.folder import MODEL_CLASS, WITHOUT_CACHE
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import BASE
@@ -175,8 +175,9 @@ def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str
         base = f"base/{target}" if on_hub else f"export/{target}/base"
         folder = f"export/{target}" if kind.has_cases else base
         exported = f"{adapter}/{target}" if on_hub else f"export/{target}/{adapter}"
-        has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
-        if lines := usage(target, folder, adapter and exported, has_cache):
+        written = job.section("export", target, BASE)
+        has_cache, of_base = WITHOUT_CACHE not in written, written.get(MODEL_CLASS, "")
+        if lines := usage(target, folder, adapter and exported, has_cache, kind=of_base):
             yield runtime(target), lines, _check(job, target, adapter) if adapter else ""
 
 

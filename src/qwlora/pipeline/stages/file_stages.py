@@ -25,6 +25,7 @@ from qwlora.targets.onnx.onnx import ZeroAdapter
 from qwlora.targets.proof.checks import Limits, Parity, only_finite, verdict
 from qwlora.targets.proof.compare import compare_layers
 from qwlora.targets.proof.folder import (
+    MODEL_CLASS,
     RECORD,
     WITHOUT_CACHE,
     current_proofs,
@@ -62,6 +63,8 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         else:
             target.backend.write_adapter(exported, bundle / BASE, scratch)
     written: dict[str, Any] = {"bytes": total_bytes(scratch.glob(target.model_files))}
+    if isinstance(exported, ExportedBase):
+        written[MODEL_CLASS] = record[MODEL_CLASS] = type(exported.model).__name__
     if target.is_simulated:
         holds_base = adapter is None or not target.has_base
         if holds_base and not target.cached_graphs:  # a program gives it text of any length
@@ -188,8 +191,7 @@ class _Verification:
                 "limits": {"perplexity_difference": limits.perplexity_difference},
             }
             base = manifest.read(self.parts[BASE] / RECORD) if BASE in self.parts else {}
-            if WITHOUT_CACHE in base:
-                self.record[WITHOUT_CACHE] = base[WITHOUT_CACHE]
+            self.record |= {key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base}
             if missing := self.target.missing():
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:

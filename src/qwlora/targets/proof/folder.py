@@ -33,7 +33,8 @@ from qwlora.targets.target import BASE, PROOF
 
 README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
-WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
+# In a base's record: why the files have no key-value cache; the model's class in transformers.
+WITHOUT_CACHE, MODEL_CLASS = "without_cache", "model_class"
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
 FORMAT = 1
 

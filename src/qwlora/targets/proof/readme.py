@@ -15,11 +15,13 @@ from qwlora.errors import size
 from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.targets.proof.checks import shown
-from qwlora.targets.proof.folder import README, WITHOUT_CACHE
+from qwlora.targets.proof.folder import MODEL_CLASS, README, WITHOUT_CACHE
 from qwlora.targets.target import BASE
 
 
-def usage(target: str, base: str, adapter: str | None, has_cache: bool = True, *more: str) -> str:
+def usage(
+    target: str, base: str, adapter: str | None, has_cache: bool = True, *more: str, kind: str = ""
+) -> str:
     """How a program loads the files, in Markdown; empty if the target has no template
     in `export/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
     this imports no backend, which would import torch.
@@ -30,6 +32,7 @@ def usage(target: str, base: str, adapter: str | None, has_cache: bool = True, *
         adapter: the folder of an adapter; None: the base alone.
         has_cache: whether the files have a key-value cache.
         more: the folders of other adapters.
+        kind: the base's class in transformers. Default: one that AutoModelForCausalLM loads.
     """
     environment = Environment(
         loader=PackageLoader("qwlora.targets", "usage_templates"),
@@ -39,7 +42,9 @@ def usage(target: str, base: str, adapter: str | None, has_cache: bool = True, *
     )
     if (name := f"{target}.md") not in environment.list_templates():
         return ""
+    is_usual = kind.endswith("ForCausalLM") or not kind.isidentifier()
     values = {"base": base, "adapter": adapter, "has_cache": has_cache, "more": [*more]}
+    values["model_class"] = "AutoModelForCausalLM" if is_usual else kind
     return environment.get_template(name).render(values).strip()
 
 
@@ -65,6 +70,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         (bundle / README).unlink(missing_ok=True)
         return
     names, some = sorted(records), next(iter(records.values()))
+    has_cache = WITHOUT_CACHE not in some
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
     parts = [
@@ -72,9 +78,11 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        usage(some["target"], BASE, names[0], WITHOUT_CACHE not in some, *names[1:]),
+        usage(
+            some["target"], BASE, names[0], has_cache, *names[1:], kind=some.get(MODEL_CLASS, "")
+        ),
     ]
-    if WITHOUT_CACHE in some:
+    if not has_cache:
         why = "The files have no key-value cache, so every token runs the whole sequence"
         parts.append(f"{why}: {some[WITHOUT_CACHE]}")
     sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}

@@ -1,7 +1,7 @@
 """The `hf` target: a compressed-tensors folder and PEFT directories, for transformers, vLLM and
 SGLang.
 
-    transformers   AutoModelForCausalLM.from_pretrained("base")
+    transformers   AutoModelForCausalLM.from_pretrained("base"), or AutoModelForImageTextToText
                    PeftModel.from_pretrained(model, "NAME")
     vLLM           vllm serve base --enable-lora --lora-modules NAME=NAME
 
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qwlora.adapter.adapter_files import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
+from qwlora.formats.meta_model import auto_class
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
@@ -111,9 +112,8 @@ class Hf(Backend):
 
     def open(self, folder: Path, case: str) -> TransformersRuntime:
         with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False
-            )
+            kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         runtime = TransformersRuntime(model.eval())
         runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
         return runtime

@@ -45,8 +45,8 @@ TOP = 64
 BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
 STATES = ("base", "adapter")
 TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
-# Graphs for NPUs round cosines, sines, masks and masked scores on top of what a simulation rounds:
-# this share of the largest logit counts as noise, about 30 dB.
+# Graphs for NPUs round more than a simulation: cosines, masked scores, sigmoids. This share of the
+# largest logit counts as noise, about 30 dB; docs/log/runtimes.md measures up to 0.0011.
 GRAPHS_NOISE = 0.002
 _OTHERS = ("other_losses", "other_same")
 Logits = Callable[[Tensor], Tensor]  # of token ids [1, tokens]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from conftest import tiny_model
 from qwlora.adapter.adapter_folder import save_adapter
-from qwlora.adapter.padded_adapters import common_ranks, one_rank, padded_adapters, wrap_
+from qwlora.adapter.padded_adapters import common_ranks, one_rank, padded_adapters
+from qwlora.errors import CaptureError
 
 IDS = torch.arange(3, 11)[None]
 Q, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
@@ -38,9 +39,7 @@ def test_a_padded_adapter_computes_the_same_and_is_restored(tmp_path: Path) -> N
     with torch.no_grad():
         expected = model(IDS).logits
     save_adapter(model, tmp_path / "before", "fingerprint")
-    before = {name: parameter for name, parameter in model.named_parameters() if "lora" in name}
-    wrap_(model, [Q, V])
-    assert not any(module.training for module in model.modules())
+    before = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
     with padded_adapters(model, ["default"], {Q: 6, V: 6}):
         weights = {n: p for n, p in model.named_parameters() if "lora" in n}
         assert len(weights) == 4
@@ -53,13 +52,38 @@ def test_a_padded_adapter_computes_the_same_and_is_restored(tmp_path: Path) -> N
             next(w for n, w in weights.items() if "q_proj.lora_A" in n).fill_(1)
             next(w for n, w in weights.items() if "q_proj.lora_B" in n).fill_(1)
             assert not torch.allclose(model(IDS).logits, expected)
-    assert {n: p for n, p in model.named_parameters() if "lora" in n} == before
+    after = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
+    assert [(n, id(p), trains) for n, p, trains in after] == [
+        (n, id(p), trains) for n, p, trains in before
+    ]
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, expected)
     save_adapter(model, tmp_path / "after", "fingerprint")
     saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("before", "after")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_only_the_named_layers_are_wrapped() -> None:
+    """PEFT would take `1` in a list of names for `0.1`, too."""
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = get_peft_model(torch.nn.Sequential(inner, torch.nn.Linear(4, 4)), config(2, "0.0"))  # type: ignore[arg-type]
+    with padded_adapters(model, ["default"], {"1": 2}):
+        factors = {n.split(".lora")[0] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert factors == {"base_model.model.0.0", "base_model.model.1"}
+    assert [name for name, _ in model.named_modules() if name.endswith("base_layer")] == [
+        "base_model.model.0.0.base_layer"
+    ]
+
+
+def test_a_model_that_is_no_peft_model_has_only_the_layers_that_it_has() -> None:
+    model = tiny_model("llama", layers=1)
+    inject_adapter_in_model(config(4, "v_proj"), model, "first")
+    with (
+        pytest.raises(CaptureError, match=rf"{Q}: only other adapters.*PeftModel"),
+        padded_adapters(model, ["first"], {Q: 4, V: 4}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", [torch.nn.Embedding, torch.nn.Conv2d])

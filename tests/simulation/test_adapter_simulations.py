@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
+from qwlora.adapter.adapter_folder import load_adapter, save_adapter
 from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
@@ -28,7 +29,7 @@ from qwlora.simulation.adapter_simulations import (
     load_simulation,
     simulate_adapters,
 )
-from qwlora.simulation.kv_cache_graph import capture_with_cache
+from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
@@ -455,6 +456,29 @@ def test_adapters_that_share_everything_are_padded_to_one_shape() -> None:
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     capture_with_cache(simulations["narrow"])
     assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+
+
+def test_a_padded_simulation_comes_back_from_disk_with_its_adapter_alone(tmp_path: Path) -> None:
+    """Its cached graph too, in the shape that all adapters have."""
+    wide = shape(6, target_modules=["q_proj", "down_proj"])
+    model = adapted(wide=wide, narrow=on("v_proj"))
+    made = simulate_adapters(model, inputs(), EIGHT_BITS, "none", ["wide", "narrow"])
+    made.calibrate([inputs()])
+    made["narrow"].save(tmp_path / "simulation")
+    save_adapter(model, tmp_path / "adapter", adapter="narrow")
+    base = eager("llama")
+    quantize_(base, "w4-block32")
+    alone = load_adapter(base, tmp_path / "adapter").eval()
+    before = [(n, id(p), p.requires_grad) for n, p in alone.named_parameters()]
+    again = load_simulation(tmp_path / "simulation", alone)
+    assert [(n, id(p), p.requires_grad) for n, p in alone.named_parameters()] == before
+    batch = inputs(seed=4)
+    assert torch.equal(again.outputs(batch)["logits"], made["narrow"].outputs(batch)["logits"])
+    assert {n: tuple(w.shape) for n, w in again.adapter_weights.items()} == {
+        n: tuple(w.shape) for n, w in made["narrow"].adapter_weights.items()
+    }
+    graphs = [cached_graph(own, capture_with_cache(own)) for own in (again, made["narrow"])]
+    assert graphs[0].encodings.keys() == graphs[1].encodings.keys()
 
 
 def test_adapters_that_zeros_do_not_pad_cannot_share_everything() -> None:

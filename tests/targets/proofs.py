@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences, as_sequences
 from qwlora.errors import VerificationError
+from qwlora.graph.graph_analysis import factor_nodes
+from qwlora.graph.nodes import operation
+from qwlora.simulation.simulation import Simulation
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.checks import LIMITS, Limits, Parity
 from qwlora.targets.proof.compare import verify_language_model, verify_outputs
@@ -78,6 +82,30 @@ def verify_graphs(
 ) -> Parity:
     """Graphs with a key-value cache against their simulation."""
     return measure_logits(logits, reference_of(simulation, ids, GRAPHS_NOISE), limits)
+
+
+def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Tensor]:
+    """The simulation's logits with its scaling times alpha."""
+    branch = factor_nodes(simulation.program)
+    scalings = {
+        node: node.args[1]
+        for node in simulation.graph_module.graph.nodes
+        if node.name in branch and operation(node) == "mul" and isinstance(node.args[1], float)
+    }
+    assert scalings
+
+    def set_(strength: float) -> None:
+        for node, scaling in scalings.items():
+            node.args = (node.args[0], scaling * strength)
+        simulation.graph_module.recompile()
+
+    def logits(ids: Tensor) -> Tensor:
+        set_(alpha)
+        found = simulation.logits(ids)
+        set_(1.0)
+        return found
+
+    return logits
 
 
 def sqnr(logits: Tensor, expected: Tensor) -> float:

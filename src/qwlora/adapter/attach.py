@@ -284,6 +284,19 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
+def restored_adapters(model: nn.Module) -> Iterator[None]:
+    """Restore active adapters and trainable parameters on exit."""
+    active = active_adapters(model)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        activate_(model, active)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable[name])
+
+
+@contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The base alone, until the context ends."""
     with contextlib.ExitStack() as stack:

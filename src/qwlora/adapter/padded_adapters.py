@@ -9,6 +9,7 @@ So it computes the same, and one graph has a place for every adapter.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from qwlora.adapter.attach import restored_adapters
+from qwlora.errors import CaptureError, listed
 from qwlora.system.parameter_names import canonical_name
 
 _LAST = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # axis of the rank
@@ -52,21 +55,44 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return {canonical_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
 
 
-def wrap_(model: PeftModel, layers: Collection[str]) -> None:
-    """Make LoRA layers, without an adapter, of those in `layers` that are none."""
-    if missing := sorted({*layers} - _lora_layers(model).keys()):
-        model.add_adapter(_WRAPPING, LoraConfig(target_modules=missing))
-        model.delete_adapter(_WRAPPING)
-        model.train(model.training)  # what is new, too
+@contextlib.contextmanager
+def _wrapped(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+    """Make LoRA layers, without an adapter, of those in `layers` that are none, until the context
+    ends."""
+    missing = sorted({*layers} - _lora_layers(model).keys())
+    if missing and not isinstance(model, PeftModel):
+        raise CaptureError(
+            f"{listed(missing, 3)}: only other adapters change it, so this one is padded with "
+            "zeros there, and it is no LoRA layer. Attach another adapter that changes it, or let "
+            "PEFT load the adapter (PeftModel.from_pretrained)"
+        )
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, PeftModel) and missing:
+            stack.enter_context(restored_adapters(model))
+            tuner = model.base_model
+            stack.callback(setattr, tuner, "targeted_module_names", tuner.targeted_module_names[:])
+            # a regular expression: PEFT takes a name in a list for the end of others, too
+            pattern = "|".join(map(re.escape, missing))
+            model.add_adapter(_WRAPPING, LoraConfig(target_modules=pattern))
+            model.delete_adapter(_WRAPPING)
+            model.train(model.training)  # what is new, too
+            for path in missing:
+                parent, _, child = path.rpartition(".")
+                layer = tuner.model.get_submodule(path)
+                owner = tuner.model.get_submodule(parent)
+                stack.callback(setattr, owner, child, layer.get_base_layer())
+        yield
 
 
 @contextlib.contextmanager
 def padded_adapters(
     model: nn.Module, names: Sequence[str], ranks: Mapping[str, int]
 ) -> Iterator[None]:
-    """Pad adapters of `model` to these ranks by path of the layer, until the context ends."""
-    layers = _lora_layers(model)
+    """Pad adapters of `model` to these ranks by path of the layer, until the context ends. Layers
+    that none of its adapters changes are wrapped meanwhile, of a `PeftModel`."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_wrapped(model, ranks if names else ()))
+        layers = _lora_layers(model)
         for name in names:
             changed = [layer for layer in layers.values() if name in layer.r]
             for path in ranks.keys() & layers.keys():

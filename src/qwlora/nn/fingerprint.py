@@ -77,7 +77,8 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
     scaling = {
         canonical_name(path): sorted(s for name, s in module.scaling.items() if name in active)
         for path, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict)
+        if isinstance(scalings := getattr(module, "scaling", None), dict)
+        and active & scalings.keys()  # a layer of other adapters says nothing of these
     }
     return combined_fingerprint(digests, scaling) if digests else None
 

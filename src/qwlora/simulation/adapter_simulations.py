@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +44,8 @@ from torch import Tensor, nn
 
 from qwlora.adapter.attach import (
     activate_,
-    active_adapters,
     adapter_names,
+    restored_adapters,
     without_adapters,
 )
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
@@ -216,10 +216,11 @@ def simulate_adapters(
 
     with restored_adapters(model), in_float32(model), contextlib.ExitStack() as padding:
         origins = {}
+        ranks = common_ranks(model, names) if base_activations == "none" else {}
         for name in names:
             activate_(model, [name])
-            origins[name] = SimulationSource.of(model, example_inputs, schemes)
-        ranks = common_ranks(model, names) if base_activations == "none" else {}
+            source = SimulationSource.of(model, example_inputs, schemes)
+            origins[name] = replace(source, ranks=ranks)
         padding.enter_context(padded_adapters(model, names, ranks))
         for name, origin in origins.items():
             activate_(model, [name])
@@ -230,7 +231,7 @@ def simulate_adapters(
             first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
             # the model's own adapter is disabled, not removed, and would be in the fingerprint
-            origin = SimulationSource(model, dict(example_inputs), schemes, None)
+            origin = SimulationSource(model, dict(example_inputs), schemes, None, ranks)
             zeros = ((s, weights, _zeros(weights)) for s, weights in first.values())
             simulations[BASE] = simulated(origin, zeros)
     if asked is None or asked.unused_rules == "refuse":
@@ -266,7 +267,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
                 "Give it the model it was made from, or calibrate again"
             )
     inputs = read_inputs(folder, record, device_of(model))
-    simulation = simulate(model, inputs, record.schemes)
+    simulation = simulate(model, inputs, record.schemes, ranks=record.ranks)
     simulation.restore_from(folder)
     return simulation
 
@@ -310,19 +311,6 @@ def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
         if isinstance(module, LoraLayer) and adapter in module.scaling
     }
     return frozenset(shapes), frozenset(layers)
-
-
-@contextlib.contextmanager
-def restored_adapters(model: nn.Module) -> Iterator[None]:
-    """Restore active adapters and trainable parameters on exit."""
-    active = active_adapters(model)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        yield
-    finally:
-        activate_(model, active)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trainable[name])
 
 
 def shared_encodings(

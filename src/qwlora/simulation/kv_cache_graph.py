@@ -72,7 +72,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qwlora.adapter.attach import activate_
+from qwlora.adapter.attach import activate_, restored_adapters
 from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, foreign_as, listed
 from qwlora.graph.call_arguments import Structure
@@ -113,11 +113,10 @@ from qwlora.graph.nodes import (
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt, with_graph
 from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.scheme import Scheme, as_estimator
-from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.fake_quantizer import grid_ends
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
-from qwlora.system.parameter_names import adapter_of, canonical_name, is_first_factor
+from qwlora.system.parameter_names import adapter_of, canonical_name
 
 CONTEXT = "context"  # name of the size of past and new tokens together
 _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export keeps them apart
@@ -241,16 +240,10 @@ def _only_new(captured: Captured) -> Captured:
 def capture_with_cache(simulation: Simulation, sizes: CacheSizes | Batch | None = None) -> Captured:
     """`capture_cached` of the simulation's model, with the simulation's adapter active, in the
     shape that it has there; or, of a batch, the graph without a cache for inputs of its shapes."""
-    model, state = simulation.origin.model, simulation.program.state_dict
-    used = _used(simulation.program)
-    adapters = [str(name) for name in {adapter_of(name) for name in used} - {None}]
-    factors = {canonical_name(name.removeprefix("model.")): state[name].shape for name in used}
-    ranks = {
-        name.partition(".lora_")[0]: shape[0]
-        for name, shape in factors.items()
-        if is_first_factor(name)
-    }
-    with restored_adapters(model), padded_adapters(model, adapters, ranks):
+    origin = simulation.origin
+    used, model = {adapter_of(name) for name in _used(simulation.program)}, origin.model
+    adapters = [str(name) for name in used - {None}]
+    with restored_adapters(model), padded_adapters(model, adapters, origin.ranks):
         if adapters:
             activate_(model, adapters)
         if sizes is None or isinstance(sizes, CacheSizes):

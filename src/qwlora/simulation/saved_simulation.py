@@ -2,8 +2,9 @@
 
     simulation.encodings            AIMET encodings 2.1.0 by module path: activations, adapter
                                     weights, and what step 1 left float
-    simulation.json                 schemes, inputs, fingerprints of base and adapter, the placement
-                                    log, and the SHA-256 of the other files (`manifest.py`)
+    simulation.json                 schemes, inputs, fingerprints of base and adapter, the ranks to
+                                    which it was padded, the placement log, and the SHA-256 of the
+                                    other files (`manifest.py`)
     example_inputs.safetensors      what the graph is captured from
 
 The graph is not stored: `load_simulation` captures it again in seconds. Neither are the encodings
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -50,13 +51,15 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from. The fingerprint is of the active adapter at that time; None
-    if there was none, or for a zero adapter."""
+    """What a simulation was made from. The fingerprint is of the active adapter at that time,
+    before it was padded to `ranks` (`adapter/padded_adapters.py`); None if there was none, or for a
+    zero adapter."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
     schemes: Schemes
     adapter_fingerprint: str | None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class Record(BaseModel):
     format: Literal[3] = 3
     base_fingerprint: str
     adapter_fingerprint: str | None
+    ranks: dict[str, int]
     inputs: dict[str, Any]
     schemes: Schemes
     encodings: dict[str, Kind]
@@ -96,6 +100,7 @@ def write_simulation(
     record = Record(
         base_fingerprint=fingerprint(origin.model),
         adapter_fingerprint=origin.adapter_fingerprint,
+        ranks=dict(origin.ranks),
         inputs=inputs,
         schemes=origin.schemes,
         encodings={mark.name: mark.kind for mark in placement.marks if mark.name in encodings},

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
 
+from qwlora.adapter.attach import active_adapters
+from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, QwloraWarning, listed, suggestion
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
@@ -505,6 +507,7 @@ def simulate(
     example_inputs: Mapping[str, Any],
     schemes: Schemes | None = None,
     activation_encodings: Mapping[str, Encoding] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers.
 
@@ -515,6 +518,8 @@ def simulate(
             (`Simulation.activation_encodings`). `observe` simulates these activations and observes
             the adapter's; `freeze` does not change them. Activations that the policy leaves float
             here stay float.
+        ranks: by path of the layer, to pad the active adapter to, as `simulate_adapters` pads
+            adapters that share all encodings (`adapter/padded_adapters.py`). Default: its own.
 
     Raises:
         CaptureError: see `capture`; or the graph uses no packed layer although the model has some.
@@ -534,8 +539,9 @@ def simulate(
             QwloraWarning,
             stacklevel=2,
         )
-    captured = capture(model, example_inputs)
-    source = SimulationSource.of(model, example_inputs, schemes)
+    source = replace(SimulationSource.of(model, example_inputs, schemes), ranks=ranks or {})
+    with padded_adapters(model, active_adapters(model), source.ranks):
+        captured = capture(model, example_inputs)
     simulation = Simulation(captured, source, activation_encodings=activation_encodings)
     if packed and not simulation.base_encodings:
         raise CaptureError(

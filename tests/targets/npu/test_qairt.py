@@ -37,7 +37,7 @@ from qwlora.targets.target import ExportedGraph
 from simulation.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import inputs, make
 from targets.damage import edit_json, flip_bit, swap
-from targets.proofs import sqnr, verify_graphs
+from targets.proofs import sqnr, verify_graphs, with_strength
 
 CASES = ["A", "B", "A+B", "none"]
 GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
@@ -148,6 +148,22 @@ def test_alpha_is_the_strength_of_each_adapter_of_a_use_case(folder: Path) -> No
     assert torch.equal(logits("A+B", 0, 0), none)
     assert sqnr(logits("A+B", 1, 0) - none, a - none) > 15  # the factors have other grids in A+B
     assert sqnr(logits("A+B", 0, 1) - none, b - none) > 15
+
+
+@pytest.mark.parametrize("case", ["A", "A+B"])
+def test_at_half_strength_it_is_the_simulation_at_half_its_scaling(
+    case: str, folder: Path, simulations: AdapterSimulations
+) -> None:
+    runtime = QAIRT.open(folder, case)
+    assert isinstance(runtime, CachedGraphs)
+    found = {}
+    for strength in (0.0, 0.5, 1.0):
+        runtime.fixed["lora_alpha"] = torch.full((2,), strength)
+        found[strength] = runtime.logits(IDS)
+    expected = with_strength(simulations[peft_names(CASES)[case]], 0.5)(IDS)
+    assert sqnr(found[0.5], expected) > 45
+    error = (found[0.5] - expected).abs().mean()
+    assert min((found[other] - expected).abs().mean() for other in (0.0, 1.0)) > 10 * error
 
 
 def test_the_lists_name_the_files(folder: Path) -> None:

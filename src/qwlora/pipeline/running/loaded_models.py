@@ -24,14 +24,13 @@ from qwlora.adapter.adapter_files import adapter_folder, check_adapter
 from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
-    active_adapters,
     attach,
     attach_existing,
     check_existing,
     check_shape,
     without_dropout_,
 )
-from qwlora.adapter.padded_adapters import one_rank, padded_adapters, wrap_
+from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
@@ -312,14 +311,12 @@ class JobContext:
         """A simulation that is not calibrated yet, of adapters padded to one shape if they share
         all encodings. In workflow qwa-lora, an adapter's has the encodings of the base's
         activations."""
-        known, names, ranks = None, active_adapters(model), self._common_ranks
+        known = None
         if self.recipe.workflow == "qwa-lora" and isinstance(model, PeftModel):
             known = load_activations(self.path / BASE_SIMULATION)
-        if isinstance(model, PeftModel) and ranks:
-            wrap_(model, ranks)
-        with self.step("capturing the graph"), padded_adapters(model, names, ranks):
+        with self.step("capturing the graph"):
             example = self.example_inputs(model)
-            return simulate(model, example, self.schemes, activation_encodings=known)
+            return simulate(model, example, self.schemes, known, self._common_ranks)
 
     @cached_property
     def _common_ranks(self) -> dict[str, int]:

@@ -190,10 +190,8 @@ class Qairt(Backend):
         if base.layout:
             genie.refuse(base)
             if count > 1:
-                raise ExportError(
-                    "Genie sets one lora_alpha, and a use case has more adapters. Leave it out of "
-                    "export.use_cases, or export without layout: genie"
-                )
+                problem = "Genie sets the strength of one adapter"
+                raise ExportError(f"{problem}. List no use case of several in export.use_cases")
         folder.mkdir(parents=True, exist_ok=True)
         npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
         # each use case has grids of its own
@@ -210,8 +208,7 @@ class Qairt(Backend):
         template = _HERE / "qairt_templates" / "README.md.template"
         text = template.read_text().replace("@UPDATABLE@", base.updatable)
         if base.layout:
-            npu, binary = next(iter(npus.values())), genie.sections(cases)
-            genie.write_files(folder, npu, base, binary)
+            genie.write_files(folder, next(iter(npus.values())), base, genie.sections(cases))
             text += genie.QAIRT_README.read_text()
         (folder / "README.md").write_text(marked(text))
 

@@ -124,7 +124,7 @@ class GenieLayout:
         self.base, self.scaling = base, _common(scalings)
         self.grids: Mapping[str, Any] = {}
 
-    def graphs(self, npus: Mapping[str, NpuGraph]) -> Mapping[str, NpuGraph]:
+    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
         moved = {name: genie_layout(npu, self.scaling) for name, npu in npus.items()}
         self.first = next(iter(moved.values()))
         refuse_other_positions(self.first, self.base)
@@ -189,16 +189,13 @@ def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[s
         binary: the compiled graphs as `binaries`, and as `lora` keys about adapters.
     """
     config, shapes = _config(base), npu.device.interface.shapes
-    context = {
-        "size": npu.sizes.context,
-        "n-vocab": int(shapes["logits"][-1]),
-        "bos-token": config.bos_token_id,
-        "eos-token": config.eos_token_id,
-    }
+    context = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
+    context |= {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
     width, positions = int(shapes["past_key_0_out"][2]), _positions(config, shapes[COS][-1])
     for name, content in _configurations(context, width, positions, **binary).items():
         write_text(folder / name, strict_json.dumps(content, indent=1) + "\n")
-    base.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    tokenizer: Any = base.tokenizer
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
 
 
 def sections(cases: Iterable[str]) -> dict[str, Any]:
@@ -228,7 +225,8 @@ def _configurations(
 
 def _config(base: ExportedGraph) -> Any:
     """Of the language model."""
-    return base.simulation.origin.model.config.get_text_config()
+    model: Any = base.simulation.origin.model
+    return model.config.get_text_config()
 
 
 def _positions(config: Any, width: Any) -> dict[str, Any]:

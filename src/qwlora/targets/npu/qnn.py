@@ -99,7 +99,7 @@ cannot read a binary that two graphs share, and may crash (exit 139). There, loa
 class OnnxLayout:
     """Graphs and adapters as ONNX Runtime takes them."""
 
-    def graphs(self, npus: Mapping[str, NpuGraph]) -> Mapping[str, NpuGraph]:
+    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
         return npus
 
     def finish_(self, model: Any) -> dict[str, Any]:

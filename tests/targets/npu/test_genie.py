@@ -26,6 +26,7 @@ from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import QnnModel, open_graph
 from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
 from simulation.tiny_architectures import inputs, make
 from targets.proofs import sqnr
 
@@ -163,6 +164,18 @@ def test_graphs_for_qairt_have_genies_layout(sections: Path) -> None:
         assert all(grids[n] == grids[n.replace("_in", "_out")] for n in grids)
         unknown = [n for n in shapes if n != "input_ids" and n not in entries.by_name]
         assert unknown == []
+
+
+@pytest.mark.slow
+def test_a_use_case_of_several_adapters_is_refused(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    sizes: Any = {"graphs": {"prefill": PIECE, "decode": 1}, "context": CONTEXT}
+    layout: Any = {"layout": "genie", "tokenizer": tokenizer()}
+    exported = ExportedGraph(bundle[0]["base"], {}, {}, **sizes, **layout)
+    with pytest.raises(ExportError, match="several"):
+        QAIRT.write_cases(exported, {"first+second": exported}, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow

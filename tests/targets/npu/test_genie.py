@@ -139,9 +139,7 @@ def test_use_cases_for_qairt_compute_their_simulation(
     whole = torch.cat([PROMPT, tokens], 1)
     logits = runtime.logits(whole, steps=COUNT)
     assert torch.equal(logits[:, -COUNT - 1 : -1].argmax(-1), tokens)
-    perturbed = simulation.perturbed_outputs({"input_ids": whole})["logits"]
-    expected = simulation.logits(whole)  # two simulations differ, too
-    assert sqnr(logits, expected) > sqnr(perturbed, expected) - 3
+    assert sqnr(logits, simulation.logits(whole)) > 35  # measured: 57, 39, 62
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ from measuring import SMOLLM2, machine_line, write_result
 from npu import calibrated, tokens_of
 from qwlora import export
 from qwlora.system.atomic import read_tensors, write_tensors
-from targets.npu.genie_runner import Runner, compile_separately, greedy, in_genie, with_strength
+from qwlora.targets.npu.genie import to_values
+from targets.npu.genie_runner import Runner, compile_separately, in_genie, with_strength
 
 CONFIGS = {
     "first": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
@@ -99,7 +100,7 @@ def made(arguments: Any) -> None:
         runner.apply(name, alpha)
         guess = runner.generate(prompt, arguments.count)
         clock(f"{key}: {tokenizer.decode(guess)!r}")
-        expected = greedy(logits, torch.tensor([prompt]), arguments.count, [guess])
+        expected = continued(logits, prompt, guess)
         stored[key] = logits(torch.tensor([prompt + expected]))[0, PROMPT - 1 : -1]
         clock(f"{key}: simulated")
         runs[key] = {"simulated": expected, "text": tokenizer.decode(expected)}
@@ -149,11 +150,34 @@ def in_libgenie(arguments: Any) -> None:
     save(result, arguments)
 
 
+def continued(logits: Any, prompt: list[int], guess: list[int]) -> list[int]:
+    """As many of the likeliest tokens, one by one; the first ones that are right need one call."""
+    tokens: list[int] = []
+    while len(tokens) < len(guess):
+        known = len(tokens)
+        rest = guess[known:-1] if guess[:known] == tokens else []
+        row = logits(torch.tensor([prompt + tokens + rest]))[0, len(prompt) + known - 1 :]
+        likeliest = row.argmax(-1).tolist()
+        right = [*(a == b for a, b in zip(rest, likeliest, strict=False)), False].index(False)
+        tokens += likeliest[: right + 1]
+    return tokens
+
+
+def read(runner: Runner, ids: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of a text, in pieces of prefill."""
+    cache, parts = runner.empty_cache(), []
+    for past in range(0, len(ids), PREFILL):
+        now = ids[past : past + PREFILL]
+        codes = runner.call(PREFILL, now, past, cache)[0, : len(now)]
+        parts.append(to_values(torch.from_numpy(codes), runner.grids[PREFILL]["logits"]))
+    return torch.cat(parts)
+
+
 def compared(
     runner: Runner, prompt: list[int], expected: list[int], simulated: torch.Tensor
 ) -> dict[str, Any]:
     """The figures of the module, of a runner that reads the simulation's text."""
-    found = runner.logits(prompt + expected)[PROMPT - 1 : -1]
+    found = read(runner, prompt + expected)[PROMPT - 1 : -1]
     likeliest = found.argmax(-1).tolist()
     right = [a == b for a, b in zip(likeliest, expected, strict=True)]
     equal = [*right, False].index(False)

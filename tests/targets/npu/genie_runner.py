@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from qwlora.graph.graph_analysis import factor_nodes
 from qwlora.graph.nodes import operation
 from qwlora.simulation.simulation import Simulation
-from qwlora.targets.npu.genie import angles, to_values
+from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import open_graph
 
 from . import genie_program
@@ -47,23 +47,12 @@ def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Te
     return logits
 
 
-def greedy(
-    logits: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    count: int,
-    guesses: Sequence[list[int]] = (),
-) -> list[int]:
-    """The likeliest tokens after a prompt, one by one; those that one of `guesses` has right need
-    one call together."""
-    tokens: list[int] = []
-    while len(tokens) < count:
-        known = len(tokens)
-        rest = next((guess[known : count - 1] for guess in guesses if guess[:known] == tokens), [])
-        ids = torch.cat([prompt, torch.tensor([tokens + rest], dtype=torch.int64)], 1)
-        likeliest = logits(ids)[0, prompt.shape[1] + known - 1 :].argmax(-1).tolist()
-        right = next((i for i, token in enumerate(rest) if token != likeliest[i]), len(rest))
-        tokens += likeliest[: right + 1]
-    return tokens
+def greedy(logits: Callable[[Tensor], Tensor], prompt: Tensor, count: int) -> list[int]:
+    """The likeliest tokens after a prompt, one by one."""
+    ids = prompt
+    for _ in range(count):
+        ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0, prompt.shape[1] :].tolist()
 
 
 def compile_separately(
@@ -142,15 +131,6 @@ class Runner:
                 tokens.append(int(logits[0, len(now) - 1].argmax()))
                 waiting = tokens[-1:]
         return tokens
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits [tokens, vocabulary] of a text that is read in pieces."""
-        cache, size, parts = self.empty_cache(), max(self.sessions), []
-        for past in range(0, len(ids), size):
-            now = ids[past : past + size]
-            parts.append(self.call(size, now, past, cache)[0, : len(now)])
-        grid, codes = self.grids[size]["logits"], torch.from_numpy(np.concatenate(parts))
-        return to_values(codes, grid)
 
     def empty_cache(self) -> dict[str, Any]:
         """Codes of no token, and the axis of tokens, by input name."""

@@ -105,7 +105,10 @@ def test_every_adapter_computes_its_simulation(
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
     limits = Limits(perplexity_difference=0.02)
-    model, reference = TARGETS["qnn"].open(folder, name), reference_of(simulation, IDS, GRAPHS_NOISE)
+    model, reference = (
+        TARGETS["qnn"].open(folder, name),
+        reference_of(simulation, IDS, GRAPHS_NOISE),
+    )
     parity = model.parity(partial(compare_first, reference), limits)
     assert parity is not None
     assert parity.problems == []

@@ -304,3 +304,23 @@ def test_a_simulation_is_called_like_its_model() -> None:
         assert torch.equal(simulation(ids).logits, simulation.logits(ids))
     with pytest.raises(CaptureError, match="labels: the graph was captured without this argument"):
         simulation(**batch, labels=batch["input_ids"])
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, x * 2)
+
+
+@pytest.mark.parametrize(
+    ("equation", "name"),
+    [("bij->jbi", "permute"), ("b i j -> b j i", "permute"), ("bij->bi", "einsum")],
+)
+def test_an_einsum_that_only_permutes_axes_moves_data(equation: str, name: str) -> None:
+    x = torch.randn(2, 3, 4)
+    captured = capture(Einsum(equation).eval(), {"x": x})
+    assert [operation(node) for node in calls(captured.program)] == ["mul", name]
+    assert torch.equal(run(captured, {"x": x})[0], torch.einsum(equation, x * 2))

@@ -7,7 +7,7 @@ to the model. The graph
   (`capturable_model.py`)
 - takes any size of each axis that the model does not fix (`Captured.interface` lists them)
 - has no nodes without arithmetic: assertions, casts to the same dtype, inactive dropout, layout
-  copies, empty parts of a concatenation
+  copies, empty parts of a concatenation; an einsum that only permutes axes is a permutation
 - has no nested graphs: torch.export makes them of `with torch.enable_grad()` and of disabled
   autocast; others are refused (branches on data, loops, enabled autocast)
 - dequantizes each packed weight once
@@ -387,6 +387,8 @@ def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> Expo
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
+        elif (order := _new_order(node)) is not None:
+            node.target, node.args = _aten.permute.default, (node.all_input_nodes[0], order)
     _dequantize_once_(graph, flat)
     graph.eliminate_dead_code()  # such as a weight of which only the dtype was read
     cleaned = with_graph(program, graph)
@@ -469,6 +471,16 @@ def _changes_nothing(node: Node) -> bool:
         before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
         return bool(before.dtype == after.dtype and before.device == after.device)
     return node.target in _SAME_VALUES
+
+
+def _new_order(node: Node) -> list[int] | None:
+    """The order in which an einsum of one tensor returns its axes, if that is all it does; it moves
+    data then, as a permutation does."""
+    if node.target is not _aten.einsum.default or len(node.all_input_nodes) != 1:
+        return None
+    before, _, after = str(node.args[0]).replace(" ", "").partition("->")
+    is_order = len(before) == len(set(before)) and sorted(before) == sorted(after)
+    return [before.index(axis) for axis in after] if is_order else None
 
 
 def _is_empty(node: Node) -> bool:

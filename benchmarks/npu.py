@@ -78,27 +78,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="training steps of an adapter")
     arguments = parser.parse_args()
     model_name = arguments.source.rpartition("/")[2].partition(".")[0].lower()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model: Any = load_model(arguments.source)
-    if arguments.layers:
-        model.model.layers = model.model.layers[: arguments.layers]
-        model.config.num_hidden_layers = arguments.layers
-    tokenizer = load_tokenizer(arguments.source)
-    rules = [LayerRule("*embed_tokens", Scheme(8)), LayerRule("lm_head", Scheme(8))]
-    quantize_(model, parse_scheme(arguments.weights), "search", rules=rules)
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    adapted = get_peft_model(model, config, adapter_name="first")
-    adapted.add_adapter("second", config)
-    for name, texts in TEXTS.items():
-        adapted.set_adapter(name)
-        train_(adapted, pieces(tokens_of(tokenizer, texts), arguments.steps))
-    adapted.eval()
+    simulations, tokenizer = calibrated(
+        arguments.source,
+        arguments.weights,
+        dict.fromkeys(TEXTS, config),
+        arguments.layers,
+        arguments.steps,
+    )
     held_out = tokens_of(tokenizer, ("for", "import"))[:, : arguments.tokens]
-    calibration = [{"input_ids": tokens_of(tokenizer, texts)[:, :256]} for texts in TEXTS.values()]
-    example = {"input_ids": held_out[:, :16], "attention_mask": torch.ones_like(held_out[:, :16])}
-    simulations = simulate_adapters(adapted, example, SCHEMES, "none")
-    simulations.calibrate(calibration)
     graphs = {"prefill": arguments.prefill, "decode": 1}
     context = arguments.tokens + arguments.prefill
     file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
@@ -119,6 +107,37 @@ def main() -> None:
         file.write_text(json.dumps(result, indent=1) + "\n")
         results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
         write_table("runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
+
+
+def calibrated(
+    source: str, weights: str, configs: Mapping[str, LoraConfig], layers: int | None, steps: int
+) -> tuple[AdapterSimulations, Any]:
+    """Simulations of a model with adapters by name of their text, and its tokenizer."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: Any = load_model(source)
+    if layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    tokenizer = load_tokenizer(source)
+    rules = [LayerRule("*embed_tokens", Scheme(8)), LayerRule("lm_head", Scheme(8))]
+    quantize_(model, parse_scheme(weights), "search", rules=rules)
+    adapted: Any = None
+    for name, config in configs.items():
+        if adapted is None:
+            adapted = get_peft_model(model, config, adapter_name=name)
+        else:
+            adapted.add_adapter(name, config)
+    for name in configs:
+        adapted.set_adapter(name)
+        train_(adapted, pieces(tokens_of(tokenizer, TEXTS[name]), steps))
+    adapted.eval()
+    calibration = [{"input_ids": tokens_of(tokenizer, texts)[:, :256]} for texts in TEXTS.values()]
+    example = tokens_of(tokenizer, TEXTS["first"])[:, :16]
+    inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
+    simulations = simulate_adapters(adapted, inputs, SCHEMES, "none")
+    simulations.calibrate(calibration)
+    return simulations, tokenizer
 
 
 def exported(

@@ -67,8 +67,8 @@ MISTAKES = {
         "simulation.adapter_activation_bitwidth 4: onnx supports activations of 8 or 16 bits; "
         "use one of these, or remove onnx from export.targets"
     ),
-    "export={targets: [qairt], layout: genie}": (
-        "export: layout: genie is for target qnn. Add qnn to targets, or remove layout"
+    "export={targets: [aimet], layout: genie}": (
+        "export: layout: genie is for qairt or qnn. Add it to targets, or remove layout"
     ),
     "seed": "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",

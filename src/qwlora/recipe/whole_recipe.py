@@ -65,12 +65,17 @@ class Export(Section):
     the defaults of these keys"""
 
     layout: Literal["genie"] | None = None
-    """for target qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
+    """for targets qairt and qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
     configuration. Default: as ONNX Runtime takes them"""
 
     def problems(self) -> Iterator[str]:
-        if self.layout and "qnn" not in self.targets:
-            yield f"layout: {self.layout} is for target qnn. Add qnn to targets, or remove layout"
+        if self.layout and not any(map(self.layout_of, self.targets)):
+            names = " or ".join(filter(self.layout_of, TARGETS))
+            yield f"layout: {self.layout} is for {names}. Add it to targets, or remove layout"
+
+    def layout_of(self, target: str) -> str | None:
+        """The layout of the graphs of a target."""
+        return self.layout if self.layout in TARGETS[target].graph_layouts else None
 
     def graphs_of(self, target: str) -> Graphs | None:
         """The sizes of the graphs with a cache that a target writes; None if it writes none."""

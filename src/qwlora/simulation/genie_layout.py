@@ -46,11 +46,13 @@ def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
     device, graph = npu.device, copy.deepcopy(npu.device.program.graph)
     interface, shapes = device.interface, dict(device.interface.shapes)
     names = dict(zip(device.program.graph_signature.user_inputs, interface.inputs, strict=True))
-    needed = {IDS, MASK, COS, SIN}
-    if wrong := needed.symmetric_difference({*names.values()} - interface.cached - {ALPHA}):
+    needed, taken = {IDS, MASK, COS, SIN}, {*names.values()} - interface.cached - {ALPHA}
+    if taken != needed:
+        parts = {"also takes": taken - needed, "does not take": needed - taken}
+        problem = " and ".join(f"{verb} {listed(sorted(n))}" for verb, n in parts.items() if n)
         raise CaptureError(
-            f"Genie gives every model {listed(sorted(needed))}, and this graph has "
-            f"{listed(sorted(wrong))} too or lacks it. Export without layout: genie"
+            f"Genie gives every model {listed(sorted(needed))}, and this graph {problem}. "
+            "Export without layout: genie"
         )
     marks = {mark.node: mark for mark in device.marks}
     encodings = dict(device.encodings)

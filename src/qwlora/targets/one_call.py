@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import ExportError, SourceError, suggestion
+from qwlora.errors import ExportError, SourceError, listed, suggestion
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
@@ -69,7 +69,7 @@ def export(
         graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
             of each graph. Default: prefill 128, decode 1.
         context: new and past tokens together, in each of these graphs.
-        layout: `genie`, for target qnn: as Qualcomm's Genie takes the graphs, with its
+        layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
 
     Raises:
@@ -79,9 +79,10 @@ def export(
     """
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
-    if layout is not None and (layout, target) != ("genie", "qnn"):
-        raise ExportError(f"there is no layout {layout!r} of target {target}; qnn has genie")
     known, folder = TARGETS[target], Path(folder)
+    if layout not in (None, *known.graph_layouts):
+        has = listed(known.graph_layouts)
+        raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")
     backend = known.backend
 
     def exported(simulation: Simulation) -> ExportedGraph:

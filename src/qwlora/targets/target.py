@@ -83,6 +83,7 @@ class Target:
         activation_bitwidths: bitwidths of activations that they can express.
         cached_graphs: whether they are graphs with a key-value cache, of the sizes that
             `export.graphs` of the recipe has.
+        graph_layouts: what `export.layout` of the recipe can be.
         has_proof: whether `verify` writes a proof next to the files (`proof/folder.py`).
         model_files: glob of the files whose total size is reported.
         reserved: names of other files, which no adapter can have.
@@ -103,6 +104,7 @@ class Target:
     is_simulated: bool = False
     activation_bitwidths: tuple[int, ...] = ()
     cached_graphs: bool = False
+    graph_layouts: tuple[str, ...] = ()
     has_proof: bool = True
     model_files: str = "**/*"
     reserved: frozenset[str] = frozenset()
@@ -312,15 +314,14 @@ class Runtime(ABC):
         """
         raise NotImplementedError
 
-    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity | None:
-        """The comparison with a reference, if running `logits` is not all of it."""
-        return None
-
-    def output_parity(
-        self, reference: Any, batches: Collection[Mapping[str, Any]], limits: Limits
+    def parity(
+        self, compare: Callable[[Any, Limits, str], Parity], limits: Limits
     ) -> Parity | None:
-        """The comparison with a simulation of a model that is no language model, if running `run`
-        is not all of it."""
+        """The comparison of files that more than one program runs; None: this one alone.
+
+        Args:
+            compare: takes a runtime, limits, and where it runs, in a sentence (" on the CPU").
+        """
         return None
 
 

@@ -4,13 +4,11 @@ refused."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,21 +18,26 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qwlora import LayerRule, Scheme, export, quantize_
-from qwlora.errors import CaptureError, ExportError
-from qwlora.graph.graph_analysis import factor_nodes
-from qwlora.graph.nodes import operation
+from qwlora.errors import CaptureError, ExportError, SourceError
+from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import QnnModel, open_graph
+from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
 from simulation.tiny_architectures import inputs, make
+from targets.proofs import sqnr
 
-from . import genie_program
+from .genie_runner import Runner, compile_separately, greedy, in_genie, with_strength
 from .test_qnn_bundle import IDS, SCHEMES
 
 CONTEXT, PIECE, COUNT, BOS = 96, 8, 24, 1
 PROMPT = torch.cat([torch.tensor([[BOS]]), IDS], 1)  # Genie begins a text with BOS
+QAIRT = TARGETS["qairt"].backend
+CASES = [("_first.", "_CASE."), ("_second.", "_CASE."), ("_none.", "_CASE."), ("first.", "CASE.")]
+CASES += [("second.", "CASE."), ("none.", "CASE.")]
 NAMES = {1: f"token_ar1_cl{CONTEXT}_1_of_1", PIECE: f"prompt_ar{PIECE}_cl{CONTEXT}_1_of_1"}
 
 
@@ -63,12 +66,13 @@ def simulated(ranks: Mapping[str, tuple[int, int]], kind: str = "Llama") -> Adap
     return simulations
 
 
-def write(simulations: AdapterSimulations, folder: Path, **more: Any) -> None:
+def write(simulations: AdapterSimulations, folder: Path, target: str = "qnn", **more: Any) -> None:
     arguments = {"tokenizer": tokenizer(), "layout": "genie", **more}
     export(
         simulations,
-        "qnn",
+        target,
         folder,
+        sample={"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
         graphs={"prefill": PIECE, "decode": 1},
         context=CONTEXT,
         **arguments,
@@ -83,117 +87,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simul
     return simulations, folder
 
 
-def with_strength(simulation: Simulation, alpha: float) -> Any:
-    """The simulation's logits with its scaling times alpha."""
-    branch = factor_nodes(simulation.program)
-    computed = [n for n in simulation.graph_module.graph.nodes if n.name in branch]
-    nodes = [n for n in computed if operation(n) == "mul" and n.args[1:] == (2.0,)]
-    assert len(nodes) == 4
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        for value in (2.0 * alpha, 2.0):
-            for node in nodes:
-                node.args = (node.args[0], value)
-            simulation.graph_module.recompile()
-            if value == 2.0 * alpha:
-                found = simulation.logits(ids)
-        return found
-
-    return logits
-
-
-def greedy(logits: Any) -> list[int]:
-    ids = PROMPT
-    for _ in range(COUNT):
-        ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
-    return ids[0, PROMPT.shape[1] :].tolist()
-
-
-class Runner:
-    """What Genie's HTP engine does with a bundle, from its configuration and files alone.
-
-    The cache is filled from the left. Cosines and sines are rounded down to codes; in the mask, 0
-    is masked and the largest code is not. Weights of adapters are rounded down, too.
-    """
-
-    def __init__(self, folder: Path, htp: bool):
-        self.folder = folder
-        dialog = json.loads((folder / "genie_config.json").read_text())["dialog"]
-        self.model = dialog["engine"]["model"]
-        self.context = dialog["context"]["size"]
-        graphs = json.loads((folder / "base" / "graphs.json").read_text())["graphs"]
-        self.grids = {graph["tokens"]: graph["encodings"] for graph in graphs.values()}
-        self.sessions = {
-            graph["tokens"]: open_graph(folder / "base" / f"{name}.onnx", htp)
-            for name, graph in graphs.items()
-        }
-        self.turned = angles(self.model["positional-encoding"], self.context).numpy()
-        self.weights: dict[str, Any] = {}
-
-    def apply(self, name: str, alpha: float) -> None:
-        lora = self.model["binary"]["lora"]
-        (path,) = (a["path"] for a in lora["adapters"] if a["name"] == name)
-        for value in self.sessions[1].get_inputs():
-            if "lora" in value.name:
-                array = np.array([alpha], np.float32)
-                if value.name != lora["alpha-tensor-name"]:
-                    file = self.folder / path / f"{value.name}.raw"
-                    array = np.fromfile(file, np.float32).reshape(value.shape)
-                self.weights[value.name] = self.codes(value.name, array)
-
-    def codes(self, name: str, array: Any) -> Any:
-        grid = self.grids[1][name]
-        codes = np.floor(np.float64(array) / grid["scale"] - grid["offset"])
-        return codes.clip(0, 2 ** grid["bitwidth"] - 1).astype(f"uint{grid['bitwidth']}")
-
-    def generate(self, ids: list[int], count: int) -> list[int]:
-        cache = {}
-        for value in self.sessions[1].get_inputs():
-            if value.name.startswith("past_"):
-                axis = 3 if "_key_" in value.name else 2
-                shape = [self.context if i == axis else n for i, n in enumerate(value.shape)]
-                cache[value.name] = axis, np.zeros(shape, np.uint8)
-        past, tokens, waiting = 0, list[int](), ids
-        while len(tokens) < count:
-            size = max(self.sessions) if len(waiting) > 1 else 1
-            now, waiting = waiting[:size], waiting[size:]
-            logits = self._call(size, now, past, cache)
-            past += len(now)
-            if not waiting:
-                tokens.append(int(logits[0, len(now) - 1].argmax()))
-                waiting = tokens[-1:]
-        return tokens
-
-    def _call(self, size: int, ids: list[int], past: int, cache: dict[str, Any]) -> Any:
-        session, room = self.sessions[size], self.context - size
-        mask = np.zeros((1, 1, size, self.context), np.uint16)
-        rows = np.zeros((1, 1, size, self.turned.shape[1]))
-        for row in range(len(ids)):
-            mask[0, 0, row, :past] = mask[0, 0, row, room : room + row + 1] = 65535
-            rows[0, 0, row] = self.turned[past + row]
-        feed = {
-            "input_ids": np.array([ids + [0] * (size - len(ids))], np.int32),
-            "attention_mask": mask,
-            "position_ids_cos": self.codes("position_ids_cos", np.cos(rows)),
-            "position_ids_sin": self.codes("position_ids_sin", np.sin(rows)),
-            **{name: array.take(range(room), axis) for name, (axis, array) in cache.items()},
-            **self.weights,
-        }
-        names = [value.name for value in session.get_outputs()]
-        outputs = dict(zip(names, session.run(None, feed), strict=True))
-        for name, (axis, array) in cache.items():
-            new = outputs[name.replace("_in", "_out")].take(range(len(ids)), axis)
-            np.moveaxis(array, axis, 0)[past : past + len(ids)] = np.moveaxis(new, axis, 0)
-        return outputs["logits"]
-
-
-def in_genie(config: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    program = [sys.executable, genie_program.__file__, str(config)]
-    text = json.dumps(request)
-    done = subprocess.run(program, input=text, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture(scope="module")
+def sections(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same for QAIRT's tools."""
+    folder = tmp_path_factory.mktemp("genie") / "sections"
+    write(bundle[0], folder, "qairt")  # type: ignore[arg-type]
+    return folder
 
 
 @pytest.mark.slow
@@ -202,14 +103,16 @@ def test_a_runner_like_genie_generates_the_simulations_tokens(
 ) -> None:
     """The prompt is longer than a piece of prefill, and its last piece is not full."""
     simulations, folder = bundle
-    runner, expected = Runner(folder, htp=False), dict[tuple[str, float], list[int]]()
+    runner, expected = Runner(folder), dict[tuple[str, float], list[int]]()
     for name, alpha in (("first", 1.0), ("second", 1.0), ("first", 0.5), ("first", 0.0)):
-        expected[name, alpha] = greedy(with_strength(simulations[name], alpha))
+        expected[name, alpha] = greedy(with_strength(simulations[name], alpha), PROMPT, COUNT)
         runner.apply(name, alpha)
         assert runner.generate(PROMPT[0].tolist(), COUNT) == expected[name, alpha]
     runner.apply("zero", 1.0)
-    assert runner.generate(PROMPT[0].tolist(), COUNT) == greedy(simulations["base"].logits)
-    assert expected["first", 0.0] == greedy(simulations["base"].logits)
+    assert runner.generate(PROMPT[0].tolist(), COUNT) == greedy(
+        simulations["base"].logits, PROMPT, COUNT
+    )
+    assert expected["first", 0.0] == greedy(simulations["base"].logits, PROMPT, COUNT)
     assert len({str(tokens) for tokens in expected.values()}) == len(expected)
 
 
@@ -223,6 +126,67 @@ def test_the_layout_computes_what_qnn_does(
     model = QnnModel(folder / "base", folder / "first", htp=False)
     difference = (plain.logits(IDS, steps=4) - model.logits(IDS, steps=4)).abs().max()
     assert float(difference) < model.graphs[NAMES[1]]["encodings"]["logits"]["scale"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["first", "second", "none"])
+def test_use_cases_for_qairt_compute_their_simulation(
+    name: str, bundle: tuple[Mapping[str, Simulation], Path], sections: Path
+) -> None:
+    """Greedy tokens after a prompt of two pieces, then decoded one by one."""
+    simulation, runtime = bundle[0]["base" if name == "none" else name], QAIRT.open(sections, name)
+    tokens = torch.tensor([greedy(simulation.logits, PROMPT, COUNT)])
+    whole = torch.cat([PROMPT, tokens], 1)
+    logits = runtime.logits(whole, steps=COUNT)
+    assert torch.equal(logits[:, -COUNT - 1 : -1].argmax(-1), tokens)
+    assert sqnr(logits, simulation.logits(whole)) > 35  # measured: 57, 39, 62
+
+
+@pytest.mark.slow
+def test_graphs_for_qairt_have_genies_layout(sections: Path) -> None:
+    for tokens, name in NAMES.items():
+        graph = onnx.load(sections / f"{name}_model.onnx", load_external_data=False).graph
+        shapes = {
+            value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        }
+        past, entries = CONTEXT - tokens, read_encodings(sections / f"{name}_first.encodings")
+        assert shapes["attention_mask"] == [1, 1, tokens, CONTEXT]
+        assert shapes["position_ids_cos"] == [1, 1, tokens, 8]
+        assert shapes["past_key_0_in"] == [2, 1, 16, past]
+        assert shapes["past_value_1_in"] == [2, 1, past, 16]
+        assert shapes["past_key_1_out"] == [2, 1, 16, tokens]
+        assert shapes["lora_alpha"] == [1]
+        grids = {e.name: (e.scale, e.offset) for e in entries.encodings if "past_" in e.name}
+        assert {*grids} >= {n for n in shapes if n.startswith("past_")}
+        assert all(grids[n] == grids[n.replace("_in", "_out")] for n in grids)
+        unknown = [n for n in shapes if n != "input_ids" and n not in entries.by_name]
+        assert unknown == []
+
+
+@pytest.mark.slow
+def test_a_use_case_of_several_adapters_is_refused(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    sizes: Any = {"graphs": {"prefill": PIECE, "decode": 1}, "context": CONTEXT}
+    layout: Any = {"layout": "genie", "tokenizer": tokenizer()}
+    exported = ExportedGraph(bundle[0]["base"], {}, {}, **sizes, **layout)
+    with pytest.raises(ExportError, match="several"):
+        QAIRT.write_cases(exported, {"first+second": exported}, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_an_added_library_is_refused(sections: Path, tmp_path: Path) -> None:
+    contents = TARGETS["qairt"].backend.contents
+    names = [str(path.relative_to(sections)) for path in sections.rglob("*") if path.is_file()]
+    names = [name for name in names if name not in ("tokenizer_config.json",)]
+    check_contents(contents, sections, names, is_base=False)
+    config = json.loads((sections / "genie_config.json").read_text())
+    config["dialog"]["engine"]["model"]["library"] = {"version": 1, "model-bin": "x.so"}
+    (tmp_path / "genie_config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="library"):
+        check_contents(contents, tmp_path, ["genie_config.json"], is_base=False)
 
 
 @pytest.mark.slow
@@ -251,11 +215,19 @@ def test_inputs_are_those_that_genie_checks(
 
 
 @pytest.mark.slow
-def test_every_file_is_explained(bundle: tuple[Mapping[str, Simulation], Path]) -> None:
+def test_every_file_is_explained(
+    bundle: tuple[Mapping[str, Simulation], Path], sections: Path
+) -> None:
     _, folder = bundle
     text = (folder / "README.md").read_text()
     known = ["prompt_arN_clM_1_of_1.onnx", "token_ar1_clM_1_of_1.onnx", "NAME/*.raw", "zero/*.raw"]
     assert all(name in text for name in known)
+    of_qairt = (sections / "README.md").read_text()
+    for path in (path for path in sections.iterdir() if path.is_file()):
+        name = path.name
+        for word, stands_for in [*((n, "GRAPH") for n in NAMES.values()), *CASES]:
+            name = name.replace(word, stands_for)
+        assert name in of_qairt or path.name == "README.md", path
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in (".raw", ".bin"):
             name = path.name.replace(f"_ar{PIECE}_", "_arN_").replace(f"_cl{CONTEXT}_", "_clM_")
@@ -271,14 +243,7 @@ def test_genie_itself_generates_what_the_emulator_does(
 ) -> None:
     """Graphs are compiled one by one: the emulator cannot load a binary that graphs share."""
     _, folder = bundle
-    runner, binaries = Runner(folder, htp=True), []
-    for name in NAMES.values():
-        entries = {
-            "ep.context_enable": "1",
-            "ep.context_embed_mode": "0",
-            "ep.context_file_path": str(tmp_path / f"{name}_ctx.onnx"),
-        }
-        open_graph(folder / "base" / f"{name}.onnx", True, None, entries)
+    runner = Runner(folder, compile_separately(folder, tmp_path))
     binaries = sorted(str(path) for path in tmp_path.glob("*.bin"))
     content = json.loads((folder / "genie_config.json").read_text())
     binary = content["dialog"]["engine"]["model"]["binary"]
@@ -298,11 +263,13 @@ def test_genie_itself_generates_what_the_emulator_does(
 
 @pytest.mark.slow
 @pytest.mark.client
+@pytest.mark.parametrize("target", ["qnn", "qairt"])
 def test_genie_reads_the_configuration(
-    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+    target: str, bundle: tuple[Mapping[str, Simulation], Path], sections: Path, tmp_path: Path
 ) -> None:
     """Genie refuses unknown keys and missing ones."""
-    text = (bundle[1] / "genie_config.json").read_text()
+    folder = bundle[1] if target == "qnn" else sections
+    text = (folder / "genie_config.json").read_text()
     for old, new, is_accepted in (("", "", True), ("rope-dim", "rope-dims", False)):
         (tmp_path / "config.json").write_text(text.replace(old, new) if old else text)
         assert (in_genie(tmp_path / "config.json", {})["config"] == 0) is is_accepted
@@ -342,7 +309,8 @@ def test_what_genie_cannot_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_mask_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match=r"attention_mask_1.*layout: genie"):
+    message = r"also takes attention_mask_1\b.*layout: genie"
+    with pytest.raises(CaptureError, match=message):
         write(simulated({"first": (2, 4)}, "Gemma 3"), tmp_path / "a")
 
 

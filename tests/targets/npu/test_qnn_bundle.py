@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -18,9 +19,11 @@ from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_a
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
-from qwlora.targets.npu.qnn import QnnModel, verify_qnn
+from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.proof.checks import Limits
+from qwlora.targets.proof.compare import compare_first
 from qwlora.targets.proof.reference import GRAPHS_NOISE
+from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights.gguf import LlamaRuntime
 from simulation.tiny_architectures import inputs, make
 from targets.proofs import reference_of, sqnr
@@ -102,7 +105,12 @@ def test_every_adapter_computes_its_simulation(
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
     limits = Limits(perplexity_difference=0.02)
-    parity = verify_qnn(folder, name, reference_of(simulation, IDS, GRAPHS_NOISE), limits)
+    model, reference = (
+        TARGETS["qnn"].open(folder, name),
+        reference_of(simulation, IDS, GRAPHS_NOISE),
+    )
+    parity = model.parity(partial(compare_first, reference), limits)
+    assert parity is not None
     assert parity.problems == []
     assert parity.figures["cpu"]["top1_agreement"] > 0.9
     others = [simulations[other] for other in simulations if simulations[other] is not simulation]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,8 @@ from qwlora.errors import MissingExtraError
 from qwlora.pipeline.stages import file_stages
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
-from qwlora.targets.proof.checks import Parity, verdict
+from qwlora.targets.proof.checks import LIMITS, Parity, verdict
+from qwlora.targets.proof.compare import compare_first
 from qwlora.targets.proof.measure import measure_logits
 from qwlora.targets.proof.reference import make_reference
 
@@ -28,10 +31,13 @@ REFERENCE = make_reference(SAYS, Sequences(IDS[:1], IDS[:1]), SAYS)
 PLACED = {"partitions": 2, "cpu_nodes": 3, "cpu_names": ["a", "b", "c"]}
 
 
-def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
-    """Let `verify_qnn` run `model`, without files and emulator."""
+def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> Callable[[Any], Parity]:
+    """The comparison of a qnn bundle with a reference, which runs `model` without files and
+    emulator."""
+    parity, files = qnn.QnnModel.parity, SimpleNamespace(folder=Path(), adapter=Path("first"))
     for name, fake in (("QnnModel", model), ("_devices", list)):
         monkeypatch.setattr(qnn, name, fake)
+    return lambda reference: parity(files, partial(compare_first, reference), LIMITS)  # type: ignore[arg-type]
 
 
 def parity_of(logits: torch.Tensor) -> Parity:
@@ -56,11 +62,11 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
         def placement(self) -> dict[str, dict[str, Any]]:
             return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
 
-    replace_qnn(monkeypatch, Model)
+    compare = replace_qnn(monkeypatch, Model)
     if not is_installed:
         absent = mock.Mock(side_effect=MissingExtraError("qwlora[qnn]"))
         monkeypatch.setattr(qnn, "_devices", absent)
-    parity = qnn.verify_qnn(Path(), "first", REFERENCE)
+    parity = compare(REFERENCE)
     problems = parity.problems
     if not is_installed:
         assert problems == []

@@ -244,7 +244,7 @@ def test_differences_of_outputs_add_up() -> None:
     )
     runtime: Any = SimpleNamespace(
         has_layers=False,
-        output_parity=lambda *arguments: None,
+        parity=lambda *arguments: None,
         run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]},
     )
     batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]

@@ -248,7 +248,7 @@ class _Plan:
         unless it is the default, and the sizes and the layout of graphs with a cache."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         version = export.model_dump(include={"encodings_version"}, exclude_defaults=True)
-        layout = [export.layout] if target == "qnn" and export.layout else []
+        layout = filter(None, [export.layout_of(target)])
         return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:

@@ -112,7 +112,7 @@ def _graph(
         {} if sizes is None else {"prefill": sizes.prefill, "decode": sizes.decode},
         0 if sizes is None else sizes.context,
         recipe.simulation.base_activations,
-        recipe.export.layout if target == "qnn" else None,
+        recipe.export.layout_of(target),
         context.tokenizer,
     )
 

@@ -41,6 +41,7 @@ from qwlora.errors import ExportError, listed
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
+from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import (
     NpuGraph,
     cached_graph,
@@ -139,6 +140,7 @@ def float_graphs(
     floor = min(mask_floor(graph) for graph in cached.values())
     for case, graph in cached.items():
         npu = npu_form(graph, sizes, floor, None)
+        npu = genie_layout(npu, None) if first.layout else npu
         float_onnx = to_float_onnx(npu.device, npu.device.interface.shapes, for_npu=True)
         float_onnx.model.metadata_props.update(cases[case].metadata)
         yield case, float_onnx, npu

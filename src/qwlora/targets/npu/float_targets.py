@@ -65,6 +65,7 @@ from qwlora.simulation.adapter_simulations import BaseActivations
 from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import is_first_factor
+from qwlora.targets.npu import genie
 from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
 from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
@@ -176,18 +177,26 @@ class Qairt(Backend):
             "graphs.json",
             EMBEDDINGS_FILE,
             *GOLDEN_FILES,
-        )
+            *genie.FORMS,
+            genie.TOKENIZER,
+        ),
+        forms=genie.FORMS,
     )
 
     def write_cases(
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         count, graphs = max(len(members(case)) for case in cases), graph_sizes(base)
+        if base.layout:
+            genie.refuse(base)
+            if count > 1:
+                problem = "Genie sets the strength of one adapter"
+                raise ExportError(f"{problem}. List no use case of several in export.use_cases")
+        folder.mkdir(parents=True, exist_ok=True)
         npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
         # each use case has grids of its own
         files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
-        write_graphs(folder, npus, files, {"use_cases": list(cases)})
+        write_graphs(folder, npus, files, {"use_cases": list(cases), "layout": base.layout})
         write_embeddings(base.simulation, folder)
         for case, exported in cases.items():
             models = _use_case_models(folder, case)
@@ -198,6 +207,9 @@ class Qairt(Backend):
             (folder / name).write_bytes(content)
         template = _HERE / "qairt_templates" / "README.md.template"
         text = template.read_text().replace("@UPDATABLE@", base.updatable)
+        if base.layout:
+            genie.write_files(folder, next(iter(npus.values())), base, genie.sections(cases))
+            text += genie.QAIRT_README.read_text()
         (folder / "README.md").write_text(marked(text))
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
@@ -238,6 +250,8 @@ def _write_graph(
     file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(graph_sizes(base)))))
     names, fixed = list[str](), dict[str, Encoding]()
     for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
+        if base.layout and case == BASE and file == first:
+            genie.refuse_other_positions(npu, base)
         _add_alpha_(float_onnx, count)
         encodings = folder / f"{graph}_{case}.encodings"
         write_encodings(float_onnx, encodings, file_version=base.encodings_version)

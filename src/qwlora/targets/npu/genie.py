@@ -1,4 +1,4 @@
-"""Files for Qualcomm's Genie, which runs a `qnn` bundle of `layout: genie`.
+"""Files for Qualcomm's Genie, which runs graphs of `layout: genie`. In a `qnn` bundle:
 
     genie_config.json              sizes, positions, binaries and adapters
     htp_backend_ext_config.json    the chip that the graphs were compiled for
@@ -6,6 +6,9 @@
     base/device/*.bin              the compiled graphs
     first/INPUT.raw                float32 values of an adapter's inputs, of LoRA version 1: Genie
                                    reads them when the adapter is applied, and rounds them down
+
+Of target `qairt`, graphs and sections of the binary by use case (LoRA version 2) are what QAIRT's
+tools make of it; the configuration names them.
 
 Genie computes cosines and sines itself. They are compared with the model's at every position.
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, listed
 from qwlora.formats.model_card import marked
 from qwlora.graph.device_graph import ALPHA, COS, SIN, run_host
+from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.htp_limits import CHIP
 from qwlora.targets.onnx.onnx_edits import constant, numbers, remove_unused
+from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
+from qwlora.targets.target import ExportedGraph
 
 GENIE = "genie"
-_CONFIG, _CHIP, _TOKENIZER = "genie_config.json", "htp_backend_ext_config.json", "tokenizer.json"
+_CONFIG, _CHIP, TOKENIZER = "genie_config.json", "htp_backend_ext_config.json", "tokenizer.json"
 _UP = np.float32(0.25)  # of a step: what Genie rounds down is safe from float32's own error
 _TEMPLATES = resources.files("qwlora.targets.npu") / "genie_templates"
+QAIRT_README = _TEMPLATES / "README.qairt.md.template"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -91,15 +99,6 @@ def to_values(codes: Tensor, grid: Mapping[str, Any]) -> Tensor:
     return (codes.to(torch.int32) + grid["offset"]).float() * grid["scale"]
 
 
-def write_weights(
-    folder: Path, codes: Mapping[str, Tensor], grids: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Write signed codes of an adapter's inputs as Genie reads them: float32 values."""
-    for name, array in codes.items():
-        values = (array.numpy().astype(np.float32) + _UP) * np.float32(grids[name]["scale"])
-        (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
-
-
 def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Values of an adapter's inputs, by name; a file of another size is refused."""
     found = {}
@@ -112,65 +111,144 @@ def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     return found
 
 
-def refuse(npu: NpuGraph, config: Any, tokenizer: Any) -> None:
-    """Refuse a model that Genie cannot run: without tokens or tokenizer, or with cosines and sines
-    that Genie would compute otherwise."""
-    text = config.get_text_config()
+class GenieLayout:
+    """Graphs and adapters as Genie takes them. What it cannot run is refused.
+
+    Args:
+        base: any of the adapters.
+        scalings: alpha / rank of each adapter by name.
+    """
+
+    def __init__(self, base: ExportedGraph, scalings: Mapping[str, float]):
+        refuse(base)
+        self.base, self.scaling = base, _common(scalings)
+        self.grids: Mapping[str, Any] = {}
+
+    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
+        moved = {name: genie_layout(npu, self.scaling) for name, npu in npus.items()}
+        self.first = next(iter(moved.values()))
+        refuse_other_positions(self.first, self.base)
+        return moved
+
+    def finish_(self, model: Any) -> dict[str, Any]:
+        self.grids = quantize_edges_(model)
+        return {"encodings": self.grids}
+
+    def write_adapter(self, folder: Path, codes: Mapping[str, Tensor], scaling: float) -> None:
+        """Write signed codes of an adapter's inputs as Genie reads them: float32 values. All
+        adapters have one scaling, which the grids hold."""
+        for name, array in codes.items():
+            scale = np.float32(self.grids[name]["scale"])
+            values = (array.numpy().astype(np.float32) + _UP) * scale
+            (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
+
+    def write_rest(self, folder: Path, adapters: Sequence[str]) -> None:
+        binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
+        listing = [{"version": 1, "name": name, "path": name} for name in adapters]
+        binary = {"binaries": binaries, "lora": {"lora-version": 1, "adapters": listing}}
+        write_files(folder, self.first, self.base, binary)
+        text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
+        write_text(folder / "README.md", marked(text))
+
+
+def _common(scalings: Mapping[str, float]) -> float | None:
+    """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
+    different = {scaling for scaling in scalings.values() if scaling}
+    if len(different) > 1:
+        known = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
+        raise ExportError(
+            f"adapters have different alpha / rank ({known}), and Genie has one lora_alpha for "
+            "all, which is 1 for an adapter as it was trained. Train them with one, or export "
+            "without layout: genie"
+        )
+    return next(iter(different), None)
+
+
+def refuse(base: ExportedGraph) -> None:
+    """Refuse what Genie cannot run: models without token ids, special tokens or tokenizer."""
+    if base.simulation.captured.embeddings is not None:
+        raise ExportError(
+            "the graphs take inputs_embeds, and layout genie is for token ids. Leave it out"
+        )
+    if not base.graphs:
+        raise ExportError("layout genie is for causal language models; leave it out")
+    config = _config(base)
     for key in ("bos_token_id", "eos_token_id"):
-        if getattr(text, key) is None:
+        if getattr(config, key) is None:
             raise ExportError(f"Genie needs the model's {key}, which is not set. Set config.{key}")
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    if getattr(base.tokenizer, "backend_tokenizer", None) is None:
         raise ExportError("Genie needs a tokenizer.json. Give tokenizer= a fast tokenizer")
-    _refuse_other_positions(npu, _positions(text, int(npu.device.interface.shapes[COS][-1])))
 
 
-def write_files(
-    folder: Path,
-    npu: NpuGraph,
-    config: Any,
-    tokenizer: Any,
-    adapters: Sequence[str],
-    chip: Mapping[str, str],
-) -> None:
+def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[str, Any]) -> None:
     """Write what Genie needs besides graphs and adapters.
 
     Args:
         npu: any of the graphs, in Genie's layout.
-        config: of the model.
-        adapters: names of their folders.
+        base: any of the adapters.
+        binary: the compiled graphs as `binaries`, and as `lora` keys about adapters.
     """
-    config, shapes = config.get_text_config(), npu.device.interface.shapes
-    tokens = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
+    config, shapes = _config(base), npu.device.interface.shapes
+    context = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
+    context |= {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
+    width, positions = int(shapes["past_key_0_out"][2]), _positions(config, shapes[COS][-1])
+    for name, content in _configurations(context, width, positions, **binary).items():
+        write_text(folder / name, strict_json.dumps(content, indent=1) + "\n")
+    tokenizer: Any = base.tokenizer
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+
+
+def sections(cases: Iterable[str]) -> dict[str, Any]:
+    """`binary` of `write_files` if QAIRT's tools make sections of it, see README.qairt.md."""
+    listing = [{"version": 1, "name": case, "bin-sections": [f"{case}.bin"]} for case in cases]
+    return {"binaries": ["model.bin"], "lora": {"lora-version": 2, "adapters": listing}}
+
+
+def _configurations(
+    context: Mapping[str, Any], width: Any, positions: Any, binaries: Any, lora: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON files by name; `width` is that of a head."""
     content, extensions = (
         json.loads((_TEMPLATES / f"{name}.template").read_text()) for name in (_CONFIG, _CHIP)
     )
     dialog = content["dialog"]
-    sizes = {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
-    dialog["context"] |= {**sizes, **tokens}
-    dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] = int(shapes["past_key_0_out"][2])
+    dialog["context"] |= context
+    dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] = width
     model = dialog["engine"]["model"]
-    model["positional-encoding"] = _positions(config, int(shapes[COS][-1]))
-    binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
+    model["positional-encoding"] = positions
     model["binary"]["ctx-bins"] = binaries
-    listing = [{"version": 1, "name": name, "path": name} for name in adapters]
-    model["binary"]["lora"] |= {"alpha-tensor-name": ALPHA, "adapters": listing}
-    device = {"soc_model": int(chip["soc_model"]), "dsp_arch": f"v{chip['htp_arch']}"}
+    model["binary"]["lora"] |= {"alpha-tensor-name": ALPHA, **lora}
+    device = {"soc_model": int(CHIP["soc_model"]), "dsp_arch": f"v{CHIP['htp_arch']}"}
     extensions["devices"][0] |= device
-    for name, record in ((_CONFIG, content), (_CHIP, extensions)):
-        write_text(folder / name, strict_json.dumps(record, indent=1) + "\n")
-    tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
-    text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
-    write_text(folder / "README.md", marked(text))
+    return {_CONFIG: content, _CHIP: extensions}
 
 
-def _positions(config: Any, width: int) -> dict[str, Any]:
+def _config(base: ExportedGraph) -> Any:
+    """Of the language model."""
+    model: Any = base.simulation.origin.model
+    return model.config.get_text_config()
+
+
+def _positions(config: Any, width: Any) -> dict[str, Any]:
     """The `positional-encoding` of a configuration of transformers."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    rope = {"type": "rope", "rope-dim": width, "rope-theta": parameters.get("rope_theta", 10000.0)}
+    theta = parameters.get("rope_theta", 10000.0)
+    rope = {"type": "rope", "rope-dim": int(width), "rope-theta": theta}
     if parameters.get("rope_type") == "llama3":
         scaling = {key.replace("_", "-"): parameters[key] for key in _LLAMA3}
         rope["rope-scaling"] = {"rope-type": "llama3", **scaling}
     return rope
+
+
+_SCALING = {"rope-type": "llama3", OTHER_KEYS: NUMBER}
+# of files for QAIRT, which are checked before anything reads them
+FORMS = _configurations(
+    {"size": int, "n-vocab": int, "bos-token": int, "eos-token": (int, list)},
+    int,
+    {"type": "rope", "rope-dim": int, "rope-theta": NUMBER, "rope-scaling": _SCALING},
+    [PLAIN],
+    {"lora-version": 2, "adapters": [{"version": 1, "name": PLAIN, "bin-sections": [PLAIN]}]},
+)
 
 
 def angles(positions: Mapping[str, Any], context: int) -> Tensor:
@@ -185,8 +263,9 @@ def angles(positions: Mapping[str, Any], context: int) -> Tensor:
     return torch.arange(context, dtype=torch.float64)[:, None] * frequencies
 
 
-def _refuse_other_positions(npu: NpuGraph, positions: Mapping[str, Any]) -> None:
+def refuse_other_positions(npu: NpuGraph, base: ExportedGraph) -> None:
     """Refuse cosines and sines that Genie would compute otherwise."""
+    positions = _positions(_config(base), npu.device.interface.shapes[COS][-1])
     sizes, turned = npu.sizes, angles(positions, npu.sizes.context)
     for past in range(0, sizes.past + 1, sizes.tokens):
         values = run_host(npu.host, *host_arguments(sizes, past, sizes.tokens))

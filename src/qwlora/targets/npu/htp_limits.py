@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 
+# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
+CHIP = {"soc_model": "57", "htp_arch": "75"}
 SMALLEST_RESCALE = 2.0**-24
 _BITS = (4, 8, 16)
 

@@ -37,7 +37,7 @@ from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_a
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
-from qwlora.targets.npu.genie import GENIE, to_codes, to_values
+from qwlora.targets.npu.genie import GENIE, graph_name, to_codes, to_values
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
 from qwlora.targets.onnx.onnx_model import build_model
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
@@ -51,7 +51,9 @@ def graph_sizes(exported: ExportedGraph) -> dict[str, CacheSizes | Batch]:
     """The graphs to write by name: sizes of those with a cache, or the batch whose shapes the only
     one has."""
     if exported.graphs:
-        return {n: CacheSizes(tokens, exported.context) for n, tokens in exported.graphs.items()}
+        sizes = {n: CacheSizes(count, exported.context) for n, count in exported.graphs.items()}
+        is_genie = exported.layout == GENIE
+        return {graph_name(each) if is_genie else name: each for name, each in sizes.items()}
     if not exported.sample:
         raise ExportError(
             "the model is no causal language model, and an NPU takes fixed shapes. Give `sample`: "
@@ -279,7 +281,7 @@ class CachedGraphs(Runtime):
         session = session or self.models[name].session
         inputs = {each.name: inputs[each.name] for each in session.get_inputs()}
         grids = self.graphs[name]["encodings"] if self.has_genie_layout else {}
-        for wave in (COS, SIN) if grids else ():
+        for wave in (COS, SIN) if self.has_genie_layout else ():
             shape = self.graphs[name]["inputs"][wave]
             inputs[wave] = inputs[wave][..., : shape[-1]].reshape(shape)
         codes = {n: to_codes(v, grids[n]) if n in grids else v for n, v in inputs.items()}

@@ -28,10 +28,8 @@ graphs again: what is proven is what the compiler makes of these graphs, not the
     run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
     run.use(folder / "zero")      another adapter in the same loaded graphs
 
-It is proven by its graphs on the CPU and on the emulator:
-
-    CPU         in ONNX Runtime without optimizations
-    HTP         if onnxruntime-qnn is installed; also partitions, and nodes left to the CPU
+It is proven by its graphs in ONNX Runtime on the CPU, without optimizations, and on the emulator,
+if that is installed; also partitions, and nodes left to the CPU.
 """
 
 from __future__ import annotations
@@ -41,9 +39,9 @@ import importlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +53,13 @@ from qwlora.errors import ExportError, MissingExtraError, listed
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
-from qwlora.targets.npu.genie import (
-    GENIE,
-    graph_name,
-    quantize_edges_,
-    read_weights,
-    refuse,
-    write_files,
-    write_weights,
-)
+from qwlora.targets.npu.genie import GENIE, GenieLayout, read_weights
 from qwlora.targets.npu.htp_limits import (
+    CHIP,
     SMALLEST_RESCALE,
     input_problem,
     table_problem,
@@ -91,24 +81,36 @@ from qwlora.targets.onnx.onnx_runtime import (
     open_session,
     write_embeddings,
 )
-from qwlora.targets.proof.checks import LIMITS, Limits, Parity, at_most
-from qwlora.targets.proof.compare import compare_logits, compare_outputs
-from qwlora.targets.proof.reference import first_sequences
+from qwlora.targets.proof.checks import Limits, Parity, at_most
 from qwlora.targets.target import BASE, NONE, Backend, ExportedGraph
 
 WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
-# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
-CHIP = {"soc_model": "57", "htp_arch": "75"}
 PROVIDER = "QNNExecutionProvider"
 # dB: it rounds inside operators, where the simulation does not. Measured: 41 to 70
 HTP_SQNR = 35.0
-DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
 _README = """\
 Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
 htp_arch {htp_arch}). Load them there,
 with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
 cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
 """
+
+
+class OnnxLayout:
+    """Graphs and adapters as ONNX Runtime takes them."""
+
+    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
+        return npus
+
+    def finish_(self, model: Any) -> dict[str, Any]:
+        """Change the ONNX model of a graph; returns fields of it in graphs.json."""
+        return {}
+
+    def write_adapter(self, folder: Path, codes: Mapping[str, Tensor], scaling: float) -> None:
+        write_tensors(folder / ADAPTER, {ALPHA: torch.tensor([scaling]), **codes})
+
+    def write_rest(self, folder: Path, adapters: Sequence[str]) -> None:
+        """Write what the bundle's program needs besides graphs and adapters."""
 
 
 class Qnn(Backend):
@@ -130,40 +132,27 @@ class Qnn(Backend):
         first = next(iter(simulations.values()))
         scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
         highest = max(scalings.values())
+        layout = GenieLayout(base, scalings) if base.layout == GENIE else OnnxLayout()
         npus = {name: npu_graph(first, sizes, highest) for name, sizes in graph_sizes(base).items()}
         for graph in npus.values():
             refuse_graph(graph.device)
-        is_genie = base.layout == GENIE
-        if is_genie and base.simulation.captured.embeddings is not None:
-            raise ExportError(
-                "the graphs take inputs_embeds, and layout genie is for token ids. Leave it out"
-            )
-        if is_genie:
-            if not base.graphs:
-                raise ExportError("layout genie is for causal language models; leave it out")
-            scaling, config = _common(scalings), base.simulation.origin.model.config
-            npus = {graph_name(g.sizes): genie_layout(g, scaling) for g in npus.values()}
-            refuse(next(iter(npus.values())), config, base.tokenizer)
-        graphs = folder / BASE
+        npus, graphs = layout.graphs(npus), folder / BASE
         graphs.mkdir(parents=True)
-        codes, grids = _write_graphs(npus, graphs, base.metadata, is_genie)
+        codes, fields = _write_graphs(npus, graphs, base.metadata, layout)
         try:
             compiler = compile_graphs(graphs, list(npus))
         except MissingExtraError:
             compiler = None
-        files: dict[str, dict[str, Any]] = {
-            name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
-            for name in npus
-        }
+        files: dict[str, dict[str, Any]] = {}
+        for name in npus:
+            compiled = compiled_file(name) if compiler else None
+            files[name] = {"qdq": f"{name}.onnx", "compiled": compiled, **fields[name]}
         shapes = {name: list(array.shape) for name, array in codes.items()}
-        more: dict[str, Any] = {"adapter_inputs": shapes, "compiler": compiler}
-        if is_genie:
-            more["layout"] = GENIE
-            files = {name: {**fields, "encodings": grids[name]} for name, fields in files.items()}
+        more = {"adapter_inputs": shapes, "compiler": compiler, "layout": base.layout}
         write_graphs(graphs, npus, files, more)
         write_embeddings(base.simulation, graphs)
         for adapter in (*simulations, ZERO):
-            tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
+            tensors = {}
             for name, array in codes.items():
                 stored = np.zeros_like(array)
                 if adapter != ZERO:
@@ -175,33 +164,14 @@ class Qnn(Backend):
                     stored = np.ascontiguousarray(signed.numpy(), array.dtype)
                 tensors[name] = torch.from_numpy(stored)
             (folder / adapter).mkdir()
-            if is_genie:
-                del tensors[ALPHA]
-                write_weights(folder / adapter, tensors, next(iter(grids.values())))
-            else:
-                write_tensors(folder / adapter / ADAPTER, tensors)
-        if is_genie:
-            names = [*simulations, ZERO]
-            write_files(folder, next(iter(npus.values())), config, base.tokenizer, names, CHIP)
+            layout.write_adapter(folder / adapter, tensors, scalings.get(adapter, 0.0))
+        layout.write_rest(folder, [*simulations, ZERO])
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
 
     def open(self, folder: Path, case: str) -> QnnModel:
         return QnnModel(folder / BASE, folder / _folder(case), htp=True)
-
-
-def _common(scalings: Mapping[str, float]) -> float | None:
-    """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
-    different = {scaling for scaling in scalings.values() if scaling}
-    if len(different) > 1:
-        known = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
-        raise ExportError(
-            f"adapters have different alpha / rank ({known}), and Genie has one lora_alpha for "
-            "all, which is 1 for an adapter as it was trained. Train them with one, or export "
-            "without layout: genie"
-        )
-    return next(iter(different), None)
 
 
 def _folder(case: str) -> str:
@@ -266,22 +236,22 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
 
 
 def _write_graphs(
-    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str], is_genie: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the QDQ graphs, which share a weight file.
-
-    Returns:
-        the adapter's codes by input name; for Genie, the grids of inputs and outputs by graph.
-    """
-    codes, grids, first = dict[str, Any](), dict[str, Any](), next(iter(graphs))
+    graphs: Mapping[str, NpuGraph],
+    base: Path,
+    metadata: Mapping[str, str],
+    layout: OnnxLayout | GenieLayout,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Write the QDQ graphs, which share a weight file; returns the adapter's codes by input name,
+    and what the layout tells of each graph."""
+    codes, fields, first = dict[str, Any](), dict[str, dict[str, Any]](), next(iter(graphs))
     for name, graph in graphs.items():
         model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
-        if is_genie:
-            grids[name], model.graph.name = quantize_edges_(model), name
+        fields[name] = layout.finish_(model)
+        model.graph.name = name
         if name != first:
             share_weights(model, base / f"{first}.onnx")
         save_graph(model, base / f"{name}.onnx", WEIGHTS if name == first else None)
-    return codes, grids
+    return codes, fields
 
 
 def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
@@ -363,16 +333,30 @@ class QnnModel(CachedGraphs):
         else:
             self.fixed, _ = read_tensors(self.adapter / ADAPTER)
 
-    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity:
-        return verify_qnn(self.folder.parent, self.adapter.name, reference, limits)
-
-    def output_parity(
-        self, reference: Any, batches: Collection[Mapping[str, Any]], limits: Limits
-    ) -> Parity:
-        def compare(model: QnnModel, limits: Limits, where: str) -> Parity:
-            return compare_outputs(model, reference, batches, limits, where)
-
-        return _on_cpu_and_htp(self.folder.parent, self.adapter.name, compare, limits)
+    def parity(self, compare: Callable[[QnnModel, Limits, str], Parity], limits: Limits) -> Parity:
+        """On the CPU and, if the emulator is installed, on the HTP. `exact` has figures of the
+        last; `not_run` says how to install it."""
+        run = compare(QnnModel(self.folder, self.adapter, htp=False), limits, " on the CPU")
+        parity = Parity({"cpu": run.figures, "exact": {"adapter": run.figures}}, run.checks)
+        try:
+            _devices()
+        except MissingExtraError as error:
+            return parity.extended({"not_run": str(error)})
+        with tempfile.TemporaryDirectory() as profiles:
+            model = QnnModel(self.folder, self.adapter, htp=True, profiles=Path(profiles))
+            on_htp = replace(limits, sqnr=min(limits.sqnr, HTP_SQNR))
+            run = compare(model, on_htp, " on the HTP")
+            placement = model.placement()
+        figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
+        rows = [
+            row
+            for name, place in placement.items()
+            for row in (
+                at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
+                at_most(f"nodes of graph {name} on the CPU{_of(place)}", place["cpu_nodes"], 0),
+            )
+        ]
+        return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
 
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
@@ -383,58 +367,6 @@ class QnnModel(CachedGraphs):
         edges = {n: len(g["inputs"]) + len(g["outputs"]) for n, g in self.graphs.items()}
         ran = {n: model.session for n, model in self.models.items() if "session" in vars(model)}
         return {name: placement(session, edges[name]) for name, session in ran.items()}
-
-
-def verify_qnn(
-    folder: Path, name: str, reference: Mapping[str, Tensor], limits: Limits = LIMITS
-) -> Parity:
-    """Run the first sequence of a reference with one adapter.
-
-    Args:
-        name: of the adapter's folder.
-
-    Returns:
-        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
-        last. Otherwise `not_run` says how to install it.
-
-    Raises:
-        ExportError: a runtime refuses the files.
-    """
-    one = first_sequences(reference, 1)
-    steps = min(DECODED, one["ids"].shape[1] - 1)
-
-    def compare(model: QnnModel, limits: Limits, where: str) -> Parity:
-        return compare_logits(partial(model.logits, steps=steps), one, limits, where=where)
-
-    return _on_cpu_and_htp(folder, name, compare, limits)
-
-
-def _on_cpu_and_htp(
-    folder: Path, name: str, compare: Callable[[QnnModel, Limits, str], Parity], limits: Limits
-) -> Parity:
-    """See `verify_qnn`; `compare` takes a model, limits, and where it runs in a sentence."""
-    base, adapter = folder / BASE, folder / name
-    run = compare(QnnModel(base, adapter, htp=False), limits, " on the CPU")
-    parity = Parity({"cpu": run.figures, "exact": {"adapter": run.figures}}, run.checks)
-    try:
-        _devices()
-    except MissingExtraError as error:
-        return parity.extended({"not_run": str(error)})
-    with tempfile.TemporaryDirectory() as profiles:
-        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
-        on_htp = replace(limits, sqnr=min(limits.sqnr, HTP_SQNR))
-        run = compare(model, on_htp, " on the HTP")
-        placement = model.placement()
-    figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
-    rows = [
-        row
-        for name, place in placement.items()
-        for row in (
-            at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
-            at_most(f"nodes of graph {name} on the CPU{_of(place)}", place["cpu_nodes"], 0),
-        )
-    ]
-    return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
 
 
 def open_graph(

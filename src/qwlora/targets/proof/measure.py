@@ -36,7 +36,7 @@ from qwlora.targets.proof.checks import (
     only_finite,
     verdict,
 )
-from qwlora.targets.proof.compare import compare_logits, is_same, is_told_apart
+from qwlora.targets.proof.compare import compare_first, compare_logits, is_same, is_told_apart
 from qwlora.targets.proof.reference import Logits, check_ids, check_reference
 from qwlora.targets.target import BASE, Runtime, Target
 
@@ -77,7 +77,7 @@ def measure(
     runtime = target.open(bundle, None if target.has_base else name)
     load_seconds = time.perf_counter() - began
     if not runtime.switches or name == BASE:
-        parity = runtime.parity(reference, limits)
+        parity = runtime.parity(partial(compare_first, reference), limits)
         logits = partial(runtime.logits, steps=DECODED)
         return parity or measure_logits(logits, reference, limits, track), runtime
     parity = measure_runtime(runtime, bundle / name, reference, limits, track)

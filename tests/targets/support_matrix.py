@@ -1,7 +1,7 @@
 """What each target holds: docs/support.md, written from what the code refuses and runtimes ran.
 
-python -m export.support_matrix schemes          from `tests`: rewrites the table of schemes
-python -m export.support_matrix architectures    runs every architecture in every runtime
+python -m targets.support_matrix schemes          from `tests`: rewrites the table of schemes
+python -m targets.support_matrix architectures    runs every architecture in every runtime
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ def test_the_gguf_package_reads_the_bases_values(
         (Scheme(4, False, PerBlock(32)), "no integer zero points"),
         (Scheme(3, True, PerBlock(32)), "4, 5, 8 bits with symmetric"),
         (Scheme(4, True, PerBlock(16)), "blocks of 32"),
-        (Scheme(4, True, PerChannel()), "no float16"),
-        (Scheme(4, True, Lpbq(32)), "no float16"),
+        (Scheme(4, True, PerChannel()), "not exact in float16"),
+        (Scheme(4, True, Lpbq(32)), "not exact in float16"),
     ],
     ids=str,
 )

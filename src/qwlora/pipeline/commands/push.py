@@ -211,16 +211,16 @@ def _exports(
     """Exported files by their path in the repository, and what is left out."""
     files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
-        kind = TARGETS[target]
-        if kind.has_cases:
+        known = TARGETS[target]
+        if known.has_cases:
             notes.append(f"export/{target} is left out: it holds the base and all adapters")
             continue
-        if adapter is None and not kind.has_base:
+        if adapter is None and not known.has_base:
             continue
         artifact = f"export/{target}/{adapter or 'base'}"
         stage = f"export/{target}" if adapter is None else artifact
         checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
-        if adapter is None and kind.is_simulated:  # it has a check of its own
+        if adapter is None and known.is_simulated:  # it has a check of its own
             checks = [f"verify/{target}"]
         if (reason := stale.get(stage)) is not None:
             notes.append(f"{stage} is left out: {reason}")

@@ -143,9 +143,9 @@ def _check_inside(job: Path, change: Mapping[str, Any]) -> None:
 def _write_bundle_readmes(job: Path) -> None:
     """Write README.md of every bundle again: it lists the adapters that passed and are there."""
     records, _ = read_records(job)
-    for target, kind in TARGETS.items():
+    for target, known in TARGETS.items():
         bundle = job / "export" / target
-        if kind.has_base and bundle.is_dir():
+        if known.has_base and bundle.is_dir():
             verified = {n for n in records if n.startswith(f"verify/{target}/") and records[n].key}
             proofs = current_proofs(bundle).items()
             passed = {name: p for name, p in proofs if f"verify/{target}/{name}" in verified}

@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     """
     plan = _Plan(recipe, texts, digests or Digests())
     for data in (*recipe.base_texts(), *recipe.texts().values()):
-        texts.key(data)  # an error is said before the model's files are read
+        texts.key(data)  # an error is reported before the model's files are read
     has_float, targets = has_float_model(recipe), plan.targets
     bundles = [name for name, target in targets.items() if target.has_base]
     with_cases = [name for name, target in targets.items() if target.has_cases]
@@ -351,7 +351,7 @@ class _Plan:
     def _is_covered(self, adapter: Adapter) -> bool:
         """Whether new adapters change all layers of an adapter that continues a folder, by the
         target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
-        names are the ends of paths. Of a regular expression it is not known: it may take for ever.
+        names are the ends of paths. A regular expression is never tried: it could take forever.
 
         False if the adapter is on the hub, or its files cannot be read or hold something else than
         factors of linear layers.

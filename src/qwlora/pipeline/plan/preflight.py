@@ -93,10 +93,10 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if "train" in verbs:
         _check_saved(recipe, model, packed)
         _check_places(context, shapes)
-    if context.whole_because is not None:
+    if context.why_loaded_whole is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "
-            f"{context.whole_because}"
+            f"{context.why_loaded_whole}"
         )
     if "quantize" not in verbs:
         return

@@ -1,5 +1,5 @@
 """Finds the stages that are out of date, why, and the commands that run them; and protects trained
-adapters: one that was trained with other settings is not replaced unasked. Imports no torch.
+adapters: one that was trained with other settings is replaced only on request. Imports no torch.
 
 A stage is current if it ran with the inputs of the plan, its files exist unmodified, and all stages
 that it needs, directly or indirectly, are current.

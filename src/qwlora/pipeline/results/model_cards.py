@@ -169,11 +169,11 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
 def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str, ...]]:
     """For each target: its runtime, how to load the files, and of an adapter their proof."""
     for target in job.targets:
-        kind = TARGETS[target]
-        if kind.has_cases and on_hub:  # base and adapters together are not uploaded
+        known = TARGETS[target]
+        if known.has_cases and on_hub:  # base and adapters together are not uploaded
             continue
         base = f"base/{target}" if on_hub else f"export/{target}/base"
-        folder = f"export/{target}" if kind.has_cases else base
+        folder = f"export/{target}" if known.has_cases else base
         exported = f"{adapter}/{target}" if on_hub else f"export/{target}/{adapter}"
         written = job.section("export", target, BASE)
         has_cache, of_base = WITHOUT_CACHE not in written, written.get(MODEL_CLASS, "")

@@ -101,7 +101,7 @@ class JobContext:
     """Lazily loaded inputs of the stages of one job directory.
 
     Attributes:
-        whole_because: why the weights cannot be read tensor by tensor; set by `lazy`.
+        why_loaded_whole: why the weights cannot be read tensor by tensor; set by `lazy`.
         on_training: called after each training step with a function that describes the progress.
     """
 
@@ -112,7 +112,7 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
-        self.whole_because: str | None = None
+        self.why_loaded_whole: str | None = None
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
     def step(self, description: str) -> AbstractContextManager[None]:
@@ -218,19 +218,21 @@ class JobContext:
     def lazy(self) -> LazyModel | None:
         """The float model with weights left in their files.
 
-        None if the files cannot be read tensor by tensor; `whole_because` may say why.
+        None if the files cannot be read tensor by tensor; `why_loaded_whole` may say why.
         """
         location = fetch(self.recipe.model.source)
         if location.gguf_file or self.recipe.model.encodings is not None:
             return None
         if self.recipe.model.trust_remote_code:
-            self.whole_because = "model.trust_remote_code is true, so the model's own code loads it"
+            self.why_loaded_whole = (
+                "model.trust_remote_code is true, so the model's own code loads it"
+            )
             return None
         try:
             return LazyModel(FolderCheckpoint(location.path))
         except SourceError as error:
             # Weights that transformers converts on loading, or pickles: load the whole model.
-            self.whole_because = str(error)
+            self.why_loaded_whole = str(error)
             return None
 
     def skeleton(self) -> PreTrainedModel:

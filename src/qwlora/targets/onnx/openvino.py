@@ -102,7 +102,7 @@ class Openvino(Backend):
 
 
 def _name_products(model: Any, paths: set[str]) -> None:
-    """Give the name of a module to its product where the bias that follows has got it (Gemm)."""
+    """Give the name of a module to its product where the bias after it took the name (Gemm)."""
     for node in model.get_ops():
         name = node.get_friendly_name()
         if name in paths and node.get_type_name() != "MatMul":

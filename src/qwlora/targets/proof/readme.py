@@ -22,8 +22,8 @@ from qwlora.targets.target import BASE
 def usage(
     target: str, base: str, adapter: str | None, has_cache: bool = True, *more: str, kind: str = ""
 ) -> str:
-    """How a program loads the files, in Markdown; empty if the target has no template
-    in `export/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
+    """How a program loads the files, in Markdown; empty if the target has no template in
+    `targets/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
     this imports no backend, which would import torch.
 
     Args:

@@ -62,9 +62,9 @@ def as_float16(values: Tensor) -> Tensor:
     half = values.half()
     if inexact := int((half.float() != values).sum()):
         raise ExportError(
-            f"{inexact:,} of {values.numel():,} scales or offsets are no float16, which the files "
-            "need. Solvers gptq, search and sqnr round the scales of blocks to float16, rtn and "
-            "coarser grids do not"
+            f"{inexact:,} of {values.numel():,} scales or offsets are not exact in float16, which "
+            "the files need. Solvers gptq, search and sqnr round the scales of blocks to float16, "
+            "rtn and coarser grids do not"
         )
     return half
 

@@ -295,7 +295,7 @@ def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_cha
                 changed = bytearray(content)
                 changed[place] ^= 1
                 (moved / file).write_bytes(changed)
-                if file != "README.md":
+                if Path(file).name != "README.md":
                     with pytest.raises((FingerprintError, SourceError)):
                         verify_bundle(moved)
             (moved / file).write_bytes(content)

@@ -61,7 +61,7 @@ def context(tmp_path: Path) -> Any:
                 layer_steps=1.01,
                 layer_mean_steps=0.05,
             ),
-            export=SimpleNamespace(encodings_version="1.0.0", graphs_of=lambda target: None),
+            export=Export(),
             simulation=SimpleNamespace(base_activations="all"),
             adapters=[],
         ),

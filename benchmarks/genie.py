@@ -46,7 +46,8 @@ from npu import calibrated, tokens_of
 from qwlora import export
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.targets.npu.genie import to_values
-from targets.npu.genie_runner import Runner, compile_separately, in_genie, with_strength
+from targets.npu.genie_runner import Runner, compile_separately, in_genie
+from targets.proofs import with_strength
 
 CONFIGS = {
     "first": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),

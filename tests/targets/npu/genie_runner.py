@@ -14,37 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.graph.graph_analysis import factor_nodes
-from qwlora.graph.nodes import operation
-from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import open_graph
 
 from . import genie_program
-
-
-def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Tensor]:
-    """The simulation's logits with its scaling times alpha."""
-    branch = factor_nodes(simulation.program)
-    scalings = {
-        node: node.args[1]
-        for node in simulation.graph_module.graph.nodes
-        if node.name in branch and operation(node) == "mul" and isinstance(node.args[1], float)
-    }
-    assert scalings
-
-    def set_(strength: float) -> None:
-        for node, scaling in scalings.items():
-            node.args = (node.args[0], scaling * strength)
-        simulation.graph_module.recompile()
-
-    def logits(ids: Tensor) -> Tensor:
-        set_(alpha)
-        found = simulation.logits(ids)
-        set_(1.0)
-        return found
-
-    return logits
 
 
 def greedy(logits: Callable[[Tensor], Tensor], prompt: Tensor, count: int) -> list[int]:

@@ -28,9 +28,9 @@ from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
 from simulation.tiny_architectures import inputs, make
-from targets.proofs import sqnr
+from targets.proofs import sqnr, with_strength
 
-from .genie_runner import Runner, compile_separately, greedy, in_genie, with_strength
+from .genie_runner import Runner, compile_separately, greedy, in_genie
 from .test_qnn_bundle import IDS, SCHEMES
 
 CONTEXT, PIECE, COUNT, BOS = 96, 8, 24, 1

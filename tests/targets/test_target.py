@@ -1,6 +1,6 @@
 """The registry of export targets, and the stages and checks that use it.
 
-`toy_target.py` is all that a new target costs.
+`toy_target.py` is all that a new target costs, if it has no proof and no lines for READMEs.
 """
 
 from __future__ import annotations

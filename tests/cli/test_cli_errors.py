@@ -11,19 +11,10 @@ from typing import Any
 
 import pytest
 
-from cli.command_line import qwlora
+from cli.command_line import qwlora, refused
 from qwlora.errors import SourceError, reading
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.meta_model import LazyModel
-
-
-@pytest.fixture
-def call() -> Any:
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        done = qwlora(*arguments)
-        return done.returncode, done.stderr
-
-    return run
 
 
 @pytest.fixture
@@ -41,21 +32,19 @@ def failing(monkeypatch: pytest.MonkeyPatch, recipe_for: Any) -> Any:
     return fail_with
 
 
-def test_an_unforeseen_error_names_the_file_and_debug(call: Any, failing: Any) -> None:
-    code, errors = call(*failing(ZeroDivisionError("division by zero")))
-    assert code == 2
+def test_an_unforeseen_error_names_the_file_and_debug(failing: Any) -> None:
+    errors = refused(*failing(ZeroDivisionError("division by zero")))
     assert errors.count("\n") == 1
     for fact in ("weights.bin", "ZeroDivisionError", "division by zero", "--debug"):
         assert fact in errors
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_debug_shows_the_traceback_wherever_it_stands(call: Any, failing: Any, first: bool) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(failing: Any, first: bool) -> None:
     arguments = failing(KeyError("x"))
-    code, errors = call(*(["--debug", *arguments] if first else [*arguments, "--debug"]))
-    assert code == 2
-    assert "Traceback" in errors
-    assert "in fail" in errors
+    done = qwlora(*(["--debug", *arguments] if first else [*arguments, "--debug"]))
+    assert done.returncode == 2
+    assert re.search("(?s)Traceback.*in fail", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -67,19 +56,14 @@ def test_debug_shows_the_traceback_wherever_it_stands(call: Any, failing: Any, f
         (RuntimeError("No space left on device (os error 28)"), "no space left", "Free some"),
     ],
 )
-def test_a_machine_that_is_too_small_says_so(
-    call: Any, failing: Any, error: Any, problem: str, remedy: str
-) -> None:
-    code, errors = call(*failing(error))
-    assert code == 2
+def test_a_small_machine_says_so(failing: Any, error: Any, problem: str, remedy: str) -> None:
+    errors = refused(*failing(error))
     assert re.search(f"{problem}.* while reading weights.bin", errors)
     assert remedy in errors
 
 
-def test_a_truncated_file_is_no_silent_abort(call: Any, failing: Any) -> None:
-    code, errors = call(*failing(EOFError("Ran out of input")))
-    assert code == 2
-    assert "EOFError: Ran out of input" in errors
+def test_a_truncated_file_is_no_silent_abort(failing: Any) -> None:
+    assert "EOFError: Ran out" in refused(*failing(EOFError("Ran out of input")))
 
 
 def test_the_innermost_file_is_named() -> None:
@@ -109,23 +93,19 @@ def model(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
     ],
 )
 def test_impossible_configurations_name_the_model(
-    call: Any, recipe_for: Any, model: Path, tmp_path: Path, entries: dict[str, Any]
+    recipe_for: Any, model: Path, tmp_path: Path, entries: dict[str, Any]
 ) -> None:
     file = model / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-    code, errors = call("run", recipe_for(model={"source": str(model)}), "--out", tmp_path / "out")
-    assert code == 2
-    assert "Traceback" not in errors
+    recipe = recipe_for(model={"source": str(model)})
+    errors = refused("run", recipe, "--out", tmp_path / "out")
     assert "unexpected" not in errors
     assert str(model) in errors or "config.json" in errors
     (key,) = entries
     scalar = isinstance(entries[key], int | float) or entries[key] in ("silly", "float17")
     assert key in errors or not scalar  # a value that is wrong by itself is named
     if "spiral" in str(entries):
-        assert (
-            "rope_parameters.rope_type is 'spiral', and transformers knows axial, default, "
-            in errors
-        )
+        assert "rope_type is 'spiral', and transformers knows axial, default, " in errors
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cli.command_line import qwlora
+from cli.command_line import answered, qwlora, refused
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_base, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses
@@ -72,9 +72,7 @@ def written_and_read(merged: Any, folder: Path) -> Any:
 @pytest.mark.parametrize(
     "options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
 )
-def test_merged_into_floats_it_computes_what_base_and_adapter_compute(
-    architecture: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_merged_into_floats(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Once written and read again by transformers, too."""
     model = adapted(architecture, 0.1, **options)
     with torch.no_grad():
@@ -114,9 +112,7 @@ def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
 
 
 @pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
-def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
-    which: int | None, tmp_path: Path
-) -> None:
+def test_tied_packed_ends_are_rounded_each_for_itself(which: int | None, tmp_path: Path) -> None:
     rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
     targets = ["q_proj"] if which is None else [ENDS["llama"][which]]
     model, twin = (with_adapter("llama", rules, target_modules=targets) for _ in range(2))
@@ -124,10 +120,8 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
     assert all(is_packed(merged.get_submodule(path)) for path in ENDS["llama"])
     assert merged.get_submodule("lm_head").is_tied == (which is None)
     if which is not None:  # the other is as it was
-        other = ENDS["llama"][1 - which]
-        torch.testing.assert_close(
-            merged.get_submodule(other).tensor.dequantize(), floats.get_submodule(other).weight
-        )
+        other = merged.get_submodule(path := ENDS["llama"][1 - which]).tensor.dequantize()
+        torch.testing.assert_close(other, floats.get_submodule(path).weight)
         assert not torch.equal(*(merged.get_submodule(path).codes for path in ENDS["llama"]))
     save_base(merged, tmp_path, byte_tokenizer(), source="here")
     with torch.no_grad():
@@ -146,9 +140,8 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.Monke
 def test_what_is_kept_of_no_gain_is_null() -> None:
     verdict = merge_effect({}, base=5.0, adapted=5.0, merged=5.1)
     assert json.loads(json.dumps(verdict, allow_nan=False))["kept"] is None
-    assert "the adapter does not improve perplexity on this text" in merge_lines(
-        merge_effect({}, 5.0, 6.0, 5.1)
-    )
+    worse = merge_lines(merge_effect({}, 5.0, 6.0, 5.1))
+    assert "the adapter does not improve perplexity on this text" in worse
     assert merge_effect({}, base=6.0, adapted=5.0, merged=5.5)["kept"] == 0.5
 
 
@@ -159,9 +152,8 @@ def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) 
     """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
     verdict = merge_effect({}, base=10.0, adapted=9.0, merged=merged)
     assert verdict["recommendation"].startswith(advice)
-    assert merge_effect({}, base=20.0, adapted=10.0, merged=11.0)[
-        "is_harmless"
-    ]  # keeps exactly 90 %
+    kept = merge_effect({}, base=20.0, adapted=10.0, merged=11.0)  # exactly 90 %
+    assert kept["is_harmless"]
     small = merge_effect({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
     assert not small["is_harmless"]
     assert small["recommendation"].startswith("Keep the adapter separate")
@@ -184,10 +176,8 @@ def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
     base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
     shares = [layer["share"] for layer in rounding_losses(model).values()]
     assert min(shares) == 1
-    merged = merged_model(model, "requantized")
-    assert all(
-        torch.equal(layer.codes, base[name]) for name, layer in packed_weights(merged).items()
-    )
+    merged = packed_weights(merged_model(model, "requantized"))
+    assert all(torch.equal(layer.codes, base[name]) for name, layer in merged.items())
     layers = rounding_losses(adapted("llama", 10.0))
     assert all(layer["share"] < 0.5 and layer["rms_steps"] > 1 for layer in layers.values())
 
@@ -207,9 +197,8 @@ def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
 def test_fused_experts_say_that_they_cannot_be_merged() -> None:
     model = make("Mixtral")
     quantize_(model, "w4-block32")
-    wrapped = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
     with pytest.raises(MergeError, match=r"experts.*Keep the adapter separate"):
         merged_model(wrapped, "float")
 
@@ -228,27 +217,23 @@ def job(
 
 @pytest.mark.slow
 def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
-    checked = qwlora("merge-check", job, "first", "--json")
-    assert checked.returncode == 0, checked.stderr
-    verdict = json.loads(checked.stdout)
+    verdict = json.loads(answered("merge-check", job, "first", "--json"))
     assert 0 < verdict["share"] < 1
     assert verdict["adapted"] < verdict["base"]
-    assert set(verdict["layers"]) == {
-        name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))
-    }
+    packed = packed_weights(load_base(job / "base"))
+    assert verdict["layers"].keys() == {name.removesuffix(".weight") for name in packed}
     (tmp_path / ".float.part").mkdir()  # the user's own
-    merged = qwlora("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
-    assert merged.returncode == 0, merged.stderr
-    assert "smaller than half a quantization step" in merged.stdout
-    assert f"merged into the integers {verdict['merged']:.3f}" in merged.stdout
+    into_float = ("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    said = answered(*into_float)
+    assert "smaller than half a quantization step" in said
+    assert f"merged into the integers {verdict['merged']:.3f}" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == [".float.part", "float"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
-    again = qwlora("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    again = qwlora(*into_float)
     assert (again.returncode, again.stdout) == (2, "")  # before the verdict
     assert "is not empty" in again.stderr
-    rounded = qwlora("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
-    assert rounded.returncode == 0, rounded.stderr
+    answered("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
 
 
@@ -278,9 +263,7 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     assert b"perplexity, merged" not in printed
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
-    job: Path, tmp_path: Path
-) -> None:
+def test_an_unusable_place_is_refused_before_the_verdict(job: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -289,33 +272,27 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
         (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file; choose"),
         (".", "'.' is the current directory"),
     ):
-        refused = qwlora("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert message in refused.stderr
-        assert "Traceback" not in refused.stderr
+        done = qwlora("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt"]
     with pytest.raises(DirectoryError, match="is a file; --out names a directory"):
         check_target(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(("into", "size"), [("float", "300k"), ("requantized", "16k")])
-def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
-    job: Path, mounted: Any, into: Any, size: str
-) -> None:
+def test_a_full_disk_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
     opened, _ = open_job(job)
     disk = mounted(f"size={size}")
     full = "new/merged': no space left on the disk. Nothing half-written was kept. Free some space"
-    with (
-        pytest.raises(DirectoryError, match=full),
-        new_folder(disk / "new" / "merged") as folder,
-    ):
+    place = disk / "new" / "merged"
+    with pytest.raises(DirectoryError, match=full), new_folder(place) as folder:
         write_merged(opened.new_context(), "first", into, folder)
     assert list(disk.iterdir()) == []
 
 
-def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
-    mounted: Any, tmp_path: Path
-) -> None:
+def test_a_place_that_cannot_be_replaced_is_named(mounted: Any, tmp_path: Path) -> None:
     disk = mounted("ro")
     for place in (disk / "merged", disk):
         with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
@@ -326,9 +303,8 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
-    unknown = qwlora("merge-check", job, "other").stderr
-    assert "has no adapter 'other'; there are first" in unknown
-    assert "is not a job directory" in qwlora("merge-check", tmp_path, "first").stderr
-    wrong = qwlora("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
-    assert (wrong.returncode, "'requantized'" in wrong.stderr) == (2, True)
+    assert "has no adapter 'other'; there are first" in refused("merge-check", job, "other")
+    assert "is not a job directory" in refused("merge-check", tmp_path, "first")
+    wrong = refused("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
+    assert "'requantized'" in wrong
     assert not (tmp_path / "x").exists()

@@ -7,11 +7,12 @@ import os
 import pty
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from unittest import mock
 
 import pytest
 
-from cli.command_line import qwlora
+from cli.command_line import answered, qwlora
 from qwlora.cli.terminal import LINE_SECONDS, ProgressDisplay
 from qwlora.system.progress import one_step
 
@@ -20,12 +21,8 @@ from qwlora.system.progress import one_step
 def terminal() -> Iterator[int]:
     """Standard error is a terminal of 80 columns; the file descriptor of its screen."""
     screen, ours = pty.openpty()
-    environment = {"TERM": "xterm-256color", "COLUMNS": "80"}
-    with (
-        mock.patch.dict("os.environ", environment),
-        os.fdopen(ours, "w") as file,
-        contextlib.redirect_stderr(file),
-    ):
+    environment = mock.patch.dict("os.environ", {"TERM": "xterm-256color", "COLUMNS": "80"})
+    with environment, os.fdopen(ours, "w") as file, contextlib.redirect_stderr(file):
         yield screen
     os.close(screen)
 
@@ -55,9 +52,7 @@ def test_a_terminal_shows_the_job_and_its_step_and_is_clean_after_an_interruptio
         with pytest.raises(KeyboardInterrupt):
             interrupted_job()
         text = shown(screen)
-    assert "1/2 quantize" in text
-    assert "left" in text
-    assert "2/4" in text
+    assert all(part in text for part in ("1/2 quantize", "left", "2/4"))
     assert text.index("quantize ...") < text.index("2/4")
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
     assert text.endswith("\x1b[2K")  # and the bars are erased
@@ -115,9 +110,7 @@ def test_quiet_shows_nothing(
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_what_libraries_print_meanwhile_is_not_among_the_results(
-    quiet: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_libraries_print_is_no_result(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(quiet):
         print("a banner")
     print("a result")
@@ -126,10 +119,7 @@ def test_what_libraries_print_meanwhile_is_not_among_the_results(
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    from importlib.metadata import version
-
-    done = qwlora("--version")
-    assert (done.returncode, done.stdout) == (0, f"qwlora {version('qwlora')}\n")
+    assert answered("--version") == f"qwlora {version('qwlora')}\n"
 
 
 def test_shells_complete_commands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.command_line import qwlora
+from cli.command_line import answered, refused
 from qwlora.cli.show_commands import _suggestion_lines
 from qwlora.cli.terminal import group_similar, table
 from qwlora.errors import DirectoryError
@@ -47,15 +47,9 @@ def job(
     return folder / "out"
 
 
-def simulate(*arguments: Any) -> tuple[int, str, str]:
-    done = qwlora("simulate", *arguments)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_alike_values_are_one_line(job: Path) -> None:
-    code, out, _ = simulate(job, "--explain", "--set", RULES)
+    out = answered("simulate", job, "--explain", "--set", RULES)
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert code == 0
     assert lines[0].startswith("adapter first, policy npu: ")
     for line in (
         "model.layers.*.self_attn.softmax 2 LlamaAttention quantize int8 asymmetric per tensor, percentile computes new values; rule '*.softmax'",
@@ -67,15 +61,14 @@ def test_alike_values_are_one_line(job: Path) -> None:
     ):
         assert line in lines
     counts = [int(part.split()[0]) for part in lines[0].partition("npu: ")[2].split(", ")]
-    code, out, _ = simulate(job, "--set", RULES)  # without --explain: by reason
-    assert len(out.splitlines()) < 25
-    rows = [line.split() for line in out.splitlines()[2:]]
+    by_reason = answered("simulate", job, "--set", RULES).splitlines()
+    assert len(by_reason) < 25
+    rows = [line.split() for line in by_reason[2:]]
     assert sum(int(row[1]) for row in rows) == sum(counts)
 
 
 def test_json_has_every_value_and_what_was_calibrated(job: Path) -> None:
-    _, out, _ = simulate(job, "--json")
-    found = json.loads(out)
+    found = json.loads(answered("simulate", job, "--json"))
     assert (found["adapter"], found["policy"]) == ("first", "npu")
     values = {value["name"]: value for value in found["values"]}
     assert len(values) == len(found["values"])
@@ -91,10 +84,8 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
     ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "layers"
-    done = qwlora(
-        "dump-layers", job, "--stage", "simulated", "--ids", tmp_path / "ids.npy", "--out", out
-    )
-    assert done.returncode == 0, done.stderr
+    options = ("--stage", "simulated", "--ids", tmp_path / "ids.npy", "--out", out)
+    answered("dump-layers", job, *options)
     record = json.loads((out / "layers.json").read_text())
     assert (record["stage"], record["use_case"], record["tokens"]) == ("simulated", "first", 5)
     assert np.load(out / "inputs" / "input_ids.npy").tolist() == [ids.tolist()]
@@ -107,22 +98,21 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
         assert layer["runtime"] is None
 
 
+SIMULATED = ["--stage", "simulated"]
+
+
 @pytest.mark.parametrize(
     ("ids", "arguments", "said"),
     [
-        ([1.5], ["--stage", "simulated"], "it holds float64 [1]. Give a .npy file of integers"),
-        ([[1], [2]], ["--stage", "simulated"], "it holds int64 [2, 1]. Give a .npy"),
-        ([1, 260], ["--stage", "simulated"], "ids from 1 to 260; the model has 0 to 259"),
-        ([], ["--stage", "simulated"], "of integers [tokens]"),
-        (None, ["--stage", "simulated"], "Give a .npy file of integers"),
+        ([1.5], SIMULATED, "it holds float64 [1]. Give a .npy file of integers"),
+        ([[1], [2]], SIMULATED, "it holds int64 [2, 1]. Give a .npy"),
+        ([1, 260], SIMULATED, "ids from 1 to 260; the model has 0 to 259"),
+        ([], SIMULATED, "of integers [tokens]"),
+        (None, SIMULATED, "Give a .npy file of integers"),
         ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
         ([1], [], "has no export/onnx/first yet. Run first: qwlora export"),
         ([1], ["--adapter", "second"], "has no adapters/second, export/onnx/second yet"),
-        (
-            [1],
-            ["--stage", "simulated", "--out", "here"],
-            "'here' is not empty; choose another --out",
-        ),
+        ([1], [*SIMULATED, "--out", "here"], "'here' is not empty; choose another --out"),
     ],
 )
 def test_layers_that_cannot_be_written_leave_nothing(
@@ -136,62 +126,44 @@ def test_layers_that_cannot_be_written_leave_nothing(
     before = sorted(tmp_path.rglob("*")), sorted(job.glob("*"))
     if "--out" not in arguments:
         arguments = [*arguments, "--out", "made"]
-    done = qwlora("dump-layers", job, "--ids", "ids.npy", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
+    assert said in refused("dump-layers", job, "--ids", "ids.npy", *arguments, cwd=tmp_path)
     assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
 def test_costs_are_switched_on_one_by_one(job: Path) -> None:
-    code, out, _ = simulate(job, "--costs", "--json")
-    account = json.loads(out)
-    assert code == 0
+    account = json.loads(answered("simulate", job, "--costs", "--json"))
     steps = ["base", "adapted", "adapter_weights", "parameters", "activations"]
     assert list(account["perplexity"]) == steps
     assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
     assert "unshared" not in account
-    code, out, _ = simulate(
-        job, "--costs", "--set", "simulation.base_activations=adapter_only", "--json"
-    )
-    assert json.loads(out)["unshared"] == "adapter_only"
-    code, out, _ = simulate(job, "--costs")
-    assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [
-        " ".join(line.split()) for line in out.splitlines()
-    ]
+    shared = ("--set", "simulation.base_activations=adapter_only")
+    found = json.loads(answered("simulate", job, "--costs", *shared, "--json"))
+    assert found["unshared"] == "adapter_only"
+    lines = [" ".join(line.split()) for line in answered("simulate", job, "--costs").splitlines()]
+    assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in lines
 
 
 @pytest.mark.slow
 def test_a_suggestion_is_what_its_rules_give(job: Path) -> None:
-    code, out, _ = simulate(job, "--suggest", "1", "--json")
-    loose = json.loads(out)
-    assert code == 0
+    def suggested(share: float, *options: str) -> dict[str, Any]:
+        return json.loads(answered("simulate", job, "--suggest", share, "--json", *options))
+
+    loose = suggested(1)
     assert (loose["wide"], loose["rules"], loose["measured"]) == ([], [], loose["all_narrow"])
     reference = loose["limit"] / 2
-    assert (reference, loose["sequences"], loose["kept"]) == (
-        pytest.approx(loose["float_activations"]),
-        2,
-        0,
-    )
+    assert reference == pytest.approx(loose["float_activations"])
+    assert (loose["sequences"], loose["kept"]) == (2, 0)
     share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
     assert 0 < share < 0.1, "of 8 bits on this model"
-    _, out, _ = simulate(job, "--suggest", share, "--json")
-    found = json.loads(out)
+    found = suggested(share)
     assert 0 < len(found["wide"]) < found["narrow"]
     assert found["measured"] <= found["limit"]
-    rules = json.dumps(found["rules"])
-    _, out, _ = simulate(
-        job,
-        "--costs",
-        "--json",
-        "--set",
-        "simulation.activation_bitwidth=8",
-        "--set",
-        f"simulation.rules={rules}",
-    )
-    assert json.loads(out)["perplexity"]["activations"] == found["measured"]
+    rules = f"simulation.rules={json.dumps(found['rules'])}"
+    changes = ("--set", "simulation.activation_bitwidth=8", "--set", rules)
+    account = json.loads(answered("simulate", job, "--costs", "--json", *changes))
+    assert account["perplexity"]["activations"] == found["measured"]
     assert found["fresh"] is None, "the job evaluates on two sequences, and both were searched"
-    _, out, _ = simulate(job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6")
-    fresh = json.loads(out)["fresh"]
+    fresh = suggested(1, "--set", "data.evaluation_sequences=6")["fresh"]
     assert fresh["measured"] > fresh["float_activations"] > 1
     assert fresh["sequences"] == 2
 
@@ -200,8 +172,8 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path) -> N
     """As a resolved recipe holds them, with every key."""
     own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
     section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
-    _, out, _ = simulate(job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}")
-    found = json.loads(out)
+    rules = ("--set", f"simulation.rules={section}")
+    found = json.loads(answered("simulate", job, "--suggest", "1", "--json", *rules))
     assert (found["rules"], found["wide"], found["kept"]) == (own, [], 2)
     lines = list(_suggestion_lines(found))
     assert lines[0].endswith(
@@ -213,8 +185,8 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path) -> N
 
 @pytest.mark.parametrize("share", ["5", "-0.1"])
 def test_a_share_is_between_zero_and_one(tmp_path: Path, share: str) -> None:
-    code, _, errors = simulate(tmp_path, f"--suggest={share}")
-    assert (code, "'--suggest': Input should be" in errors) == (2, True)
+    message = refused("simulate", tmp_path, f"--suggest={share}")
+    assert "'--suggest': Input should be" in message
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
@@ -237,40 +209,31 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
 
 
 def test_what_cannot_be_shown(job: Path, tmp_path: Path) -> None:
-    code, _, errors = simulate(tmp_path)
-    assert code == 2
-    assert "is not a job directory: it has no recipe.yaml" in errors
-    code, _, errors = simulate(job, "--adapter", "second")
-    assert code == 2
-    assert "has no adapters/second yet. Run first: qwlora train --out" in errors
-    code, _, errors = simulate(job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
-    assert code == 2
-    assert "'lm_hed' matches no value; did you mean lm_head" in errors
+    rule = ("--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
+    for folder, options, message in (
+        (tmp_path, (), "is not a job directory: it has no recipe.yaml"),
+        (job, ("--adapter", "second"), "has no adapters/second yet. Run first: qwlora train --out"),
+        (job, rule, "'lm_hed' matches no value; did you mean lm_head"),
+    ):
+        assert message in refused("simulate", folder, *options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
-def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
-    job: Path,
-    tmp_path: Path,
-    changes: tuple[str, Any],
-) -> None:
+def test_another_recipes_calibration(job: Path, tmp_path: Path, changes: tuple[str, Any]) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
     content = json.loads((out / "recipe.yaml").read_text())
     content["simulation"][changes[0]] = changes[1]
     (out / "recipe.yaml").write_text(json.dumps(content))
     for asked in ("--explain", "--costs"):
-        code, said, errors = simulate(out, asked)
-        assert (code, said) == (2, "")
+        errors = refused("simulate", out, asked)
         assert "calibrate/first: its inputs changed since it ran" in errors
         assert f"Run first: qwlora calibrate --out {out}" in errors
-    assert simulate(out, "--set", "simulation.policy=weights-only")[0] == 0, (
-        "of a change nothing is calibrated"
-    )
+    # of a change nothing is calibrated, and a placement needs no calibration
+    answered("simulate", out, "--set", "simulation.policy=weights-only")
     shutil.rmtree(out / "simulation" / "first")
-    code, said, _ = simulate(out, "--explain")
-    assert code == 0, "a placement without a calibration"
+    answered("simulate", out, "--explain")
 
 
 def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> None:
@@ -288,8 +251,8 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
     "change", ["base.weights.bitwidth=3", "adapters.1.rank=2", "verify.sequences=1"]
 )
 def test_a_change_of_something_else_is_refused(job: Path, change: str) -> None:
-    code, out, errors = simulate(job, "--set", "simulation.activation_bitwidth=8", "--set", change)
-    assert (code, out) == (2, "")
+    changes = ("--set", "simulation.activation_bitwidth=8", "--set", change)
+    errors = refused("simulate", job, *changes)
     assert f"--set {change}: this command can only change simulation.* and data.eval" in errors
     assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
@@ -297,11 +260,9 @@ def test_a_change_of_something_else_is_refused(job: Path, change: str) -> None:
 def test_an_adapter_whose_record_was_replaced_is_refused(job: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(job, other)
-    (other / "adapters" / "first" / "qwlora.json").write_text(
-        json.dumps({"format": 1, "base_fingerprint": "0" * 64})
-    )
-    code, out, errors = simulate(other)
-    assert (code, out) == (2, "")
+    record = other / "adapters" / "first" / "qwlora.json"
+    record.write_text(json.dumps({"format": 1, "base_fingerprint": "0" * 64}))
+    errors = refused("simulate", other)
     assert "adapters/first/qwlora.json has changed" in errors
     assert "qwlora train" in errors
 
@@ -309,14 +270,9 @@ def test_an_adapter_whose_record_was_replaced_is_refused(job: Path, tmp_path: Pa
 def test_tables_of_alike_things() -> None:
     names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
     groups = group_similar(names, lambda n: n[0], lambda n: n[1])
-    assert [(name, len(group)) for name, group in groups] == [
-        ("a.*.x (0-1,5)", 3),
-        ("a.2.x", 1),
-        ("b", 1),
-        ("a.0.y", 1),
-    ]
-    same = group_similar(
-        [("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)], lambda n: n[0], lambda n: n[1]
-    )
+    sizes = {name: len(group) for name, group in groups}
+    assert sizes == {"a.*.x (0-1,5)": 3, "a.2.x": 1, "b": 1, "a.0.y": 1}
+    twice = [("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)]
+    same = group_similar(twice, lambda n: n[0], lambda n: n[1])
     assert [name for name, _ in same] == ["a.*.x", "a.*.x"]
     assert list(table([("one", "2"), ("three", "4")])) == ["one    2", "three  4"]

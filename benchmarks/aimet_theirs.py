@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import aimet_torch
-import aimet_torch.nn.transformers.models.llama  # registers its norms
+import aimet_torch  # registers Llama's norms itself
 import torch
 from aimet_torch.common.quantsim_config.config_utils import get_path_for_target_config
 from aimet_torch.peft import (

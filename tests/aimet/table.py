@@ -22,7 +22,7 @@ class Comparison:
 
 # Columns of the table of guides, by the cell's name.
 GUIDE = {
-    "case": "model, workflow, way",
+    "case": "model, workflow",
     "weights": "codes of the base that differ",
     "losses": "losses of training: largest relative difference",
     "parameters": "encodings of adapters and norms that differ",
@@ -36,23 +36,22 @@ GUIDE_HEAD = """
 ## AIMET's guides to QW-LoRA and QWA-LoRA
 
 `tests/aimet/guide_theirs.py` takes the steps of AIMET's `apply_qwlora.py` and `apply_qwalora.py`,
-and says where it differs from them; `tests/aimet/write_guide.py` takes them here, in Python and by
-recipe. Both start from the same float model, adapters and text. Weights: OPT of two layers with
-random weights, 4 bits per tensor as in the guide; {layers} of SmolLM2-135M, 4 bits per channel,
-embeddings 8 bits per tensor. Activations: 16 bits in QW-LoRA, 8 bits in QWA-LoRA. Two adapters of
-rank 4, 8 bits per channel. Where the way is Python, AIMET trains the adapters too, and its losses
-are compared; then it calibrates and evaluates the base, and the base with the adapters that were
-trained here.
+and says where it differs from them; `tests/aimet/write_guide.py` takes them here, in Python. Both
+start from the same float model, adapters and text: OPT of two layers with random weights, 4 bits
+per tensor as in the guide; activations of 16 bits in QW-LoRA and 8 in QWA-LoRA; two adapters of
+rank 4, 8 bits per channel. AIMET trains the adapters too, and its losses are compared; then it
+calibrates and evaluates the base, and the base with the adapters that were trained here.
 
 AIMET quantizes what modules compute. Rules keep everything else float here too, up to "our policy":
-there our policy `npu` places the quantizers, and also quantizes what functions compute.
+there our policy `npu` places the quantizers, also for what functions compute and for biases, which
+changes what is observed after them.
 
 "Under `no_grad`": AIMET's logits with reciprocal scales, to ours; infinite if they are equal.
 Decibels are 10 log10 of signal over noise, for base, first and second adapter.
 """
 
 BY_NAME = """
-Encodings of activations by name: QW-LoRA of OPT in Python, first adapter, what is outside of the
+Encodings of activations by name: QW-LoRA of OPT, first adapter, what is outside of the
 second layer. AIMET's scale and offset; ours are equal where nothing else is said.
 
 | AIMET's quantizer | our name | min | max | scale | offset | here |
@@ -66,7 +65,6 @@ class Table:
     rows: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     guide: list[dict[str, str]] = field(default_factory=list)
-    layers: str = "the model"  # how much of SmolLM2-135M the guide ran on
     encodings: list[str] = field(default_factory=list)  # rows of the guide's table by name
 
     def to_markdown(self) -> str:
@@ -82,7 +80,7 @@ class Table:
         lines += [f"\n{note}" for note in self.notes]
         if self.guide:
             lines += [
-                GUIDE_HEAD.format(layers=self.layers),
+                GUIDE_HEAD,
                 f"| {' | '.join(GUIDE.values())} |",
                 "|---" * len(GUIDE) + "|",
             ]

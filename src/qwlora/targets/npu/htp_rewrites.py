@@ -24,7 +24,10 @@ It is the form of `onnx_model.py`, and
     group norms     LayerNormalization of each group, with ones as its weight, then a product and a
                     sum. InstanceNormalization loses 20 dB where the mean is large. As int16, the
                     factor cost 8 dB (67 to 75 dB); as uint16, the same values cost nothing
-    convolutions    packed weights are stored in the kernel's shape
+    convolutions    packed weights are stored in the kernel's shape; an input that was moved, such
+                    as enlarged or transposed, after it was quantized, is quantized on its grid once
+                    more: else, the HTP multiplies in half precision, and the CPU dequantizes the
+                    weight
     biases          int32 on the grid scale(x) * scale(w) in a Gemm or Conv; after a MatMul, whose
                     output gets a grid of its own, added on their own grid
     adapters        codes of lora_A and lora_B are inputs, not initializers; `lora_alpha` is a
@@ -77,6 +80,7 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _split_gemm_(model, node)
         elif node.op_type == "Conv":
             _shape_kernel_(model, node)
+            _quantize_moved_(model, node)
         elif node.op_type == "RMSNormalization":
             _round_norm_(model, node)
         elif node.op_type == "GroupNormalization":
@@ -118,6 +122,20 @@ def _shape_kernel_(model: Any, node: Any) -> None:
     stored.replace_input_with(0, constant(model, stored.inputs[0].name, shaped))
     node.replace_input_with(1, stored.outputs[0])
     stored.outputs[0].shape = None
+
+
+def _quantize_moved_(model: Any, node: Any) -> None:
+    """Quantize what a convolution reads once more, on its own grid, if it was moved after that.
+
+    Nothing is computed in between: `kv_cache_graph.py` refuses a computed value without a grid.
+    """
+    moved = node.inputs[0]
+    stored = moved.producer()
+    while stored is not None and stored.op_type != "DequantizeLinear":
+        stored = stored.inputs[0].producer()
+    if stored is not None and stored is not moved.producer():
+        readers = [user for user, _ in moved.uses() if user.op_type == "Conv"]
+        insert_rounding(model, moved, f"{moved.name}.moved", list(stored.inputs[1:]), readers)
 
 
 def _split_gemm_(model: Any, node: Any) -> None:

@@ -217,7 +217,7 @@ def test_the_htp_takes_it_whole(name: str, tmp_path: Path) -> None:
     simulations, batch = simulated(name)
     qwlora.export(simulations, "qnn", tmp_path / "qnn", **SIZES)
     folders = tmp_path / "qnn/base", tmp_path / "qnn/first"
-    first = QnnModel(*folders, htp=True, profiles=tmp_path)
+    first = QnnModel(*folders, htp=True)
     before = call(first, batch["inputs_embeds"], batch["position_ids"])
     for adapter in ("first", "second"):
         expected = simulations[adapter].outputs(batch)["logits"]
@@ -225,5 +225,7 @@ def test_the_htp_takes_it_whole(name: str, tmp_path: Path) -> None:
         assert sqnr(call(first, batch["inputs_embeds"], batch["position_ids"]), expected) > 25
     first.use(tmp_path / "qnn/first")
     assert torch.equal(call(first, batch["inputs_embeds"], batch["position_ids"]), before)
-    place = first.placement()["prefill"]
-    assert (place["partitions"], place["cpu_nodes"]) == (1, 0)
+    rows = qwlora.verify(tmp_path / "qnn", simulations, IDS)
+    assert [row.sentence for row in rows if not row.passed] == []
+    for what in ("on the CPU (root", "on the HTP (root", "partitions of graph prefill"):
+        assert sum(what in row.what for row in rows) == 2, what

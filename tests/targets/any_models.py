@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,14 @@ def dit_step(adapter: str, g: torch.Generator) -> tuple[Batch, Tensor]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, the layers with LoRA, and an example for an adapter with what it has to answer."""
+    """A model, the layers with LoRA, an example for an adapter with what it has to answer, and
+    layers that stay float."""
 
     build: Callable[[], Any]
-    layers: Sequence[str]
+    layers: str | list[str]
     example: Callable[[str, torch.Generator], tuple[Batch, Tensor]]
+    schemes: Schemes = HTP
+    tower: str = ""
 
 
 KINDS = {
@@ -102,9 +105,9 @@ KINDS = {
 }
 
 
-def batches(kind: str) -> list[Batch]:
+def batches(kind: str, seed: int = 1) -> list[Batch]:
     """Three examples, of both adapters, that no adapter was trained on."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     return [KINDS[kind].example(adapter, g)[0] for adapter in ("first", "second", "first")]
 
 
@@ -112,14 +115,14 @@ def frozen(kind: str, rank: int = 2) -> nn.Module:
     """The model on integers, with two untrained adapters: of diffusers, by its own method."""
     torch.manual_seed(0)
     model = KINDS[kind].build().eval().requires_grad_(False)
-    rules = [
+    rules = [LayerRule(KINDS[kind].tower, None)] if KINDS[kind].tower else []
+    rules += [
         LayerRule(name, EIGHT_BITS[type(module)])
         for name, module in model.named_modules()
         if type(module) in EIGHT_BITS
     ]
     qwlora.quantize_(model, "w4-channel", solver="rtn", rules=rules)
-    layers = list(KINDS[kind].layers)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=KINDS[kind].layers)
     if type(model).__module__.startswith("diffusers"):
         for name in ADAPTERS:
             with warnings.catch_warnings():
@@ -144,8 +147,10 @@ def train_(model: Any, kind: str, steps: int) -> dict[str, list[float]]:
             batch, expected = KINDS[kind].example(adapter, g)
             answer = model(**batch)
             answer = answer if isinstance(answer, Tensor) else answer[0]
-            is_image = expected.is_floating_point()
-            loss = (mse_loss if is_image else cross_entropy)(answer, expected)
+            if expected.is_floating_point():
+                loss = mse_loss(answer, expected)
+            else:
+                loss = cross_entropy(answer.flatten(0, -2), expected.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -159,6 +164,6 @@ def simulated(kind: str, mode: Any = "all", steps: int = 3) -> AdapterSimulation
     """Calibrated simulations of two trained adapters."""
     model = frozen(kind)
     train_(model, kind, steps)
-    made = qwlora.simulate_adapters(model.eval(), batches(kind)[0], HTP, mode)
+    made = qwlora.simulate_adapters(model.eval(), batches(kind)[0], KINDS[kind].schemes, mode)
     made.calibrate(batches(kind))
     return made

@@ -59,6 +59,7 @@ from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.system.atomic import write_text
 from qwlora.targets.npu.float_onnx import MOVES
 from qwlora.targets.npu.qnn import QnnModel, open_graph, placement
@@ -143,14 +144,14 @@ def handed_over(folder: Path) -> dict[str, Any]:
     found = {}
     for tool, model, adapter, graph in (
         ("aimet", "", "adapter.safetensor", "model.onnx"),
-        ("qwlora", "aimet/model.aimet", "qnn/first/adapter.safetensors", "qnn/base/prefill.onnx"),
+        ("qwlora", "aimet/model.aimet", "qnn/first/adapter.safetensors", "qnn/base/prompt_*.onnx"),
     ):
         out = folder / tool
         files = [file for file in sorted((out / model).iterdir()) if file.stem == "model"]
         found[tool] = {
             "files": {file.name: file.stat().st_size for file in files},
             **encodings_of(out / model),
-            **adapter_of(out / adapter, out / graph),
+            **adapter_of(out / adapter, next(out.glob(graph))),
         }
     return found
 
@@ -240,11 +241,9 @@ def run_qwlora(folder: Path) -> dict[str, Any]:
     with phases("export"):
         exported = ExportedGraph(own, {}, example)
         TARGETS["aimet"].backend.write_adapter(exported, out / "aimet", out / "aimet")
-    graphs = {"prefill": settings["graph_tokens"]}
+    tokens = settings["graph_tokens"]
     with phases("export for the HTP"):
-        exported = ExportedGraph(
-            own, {}, example, graphs=graphs, context=2 * settings["graph_tokens"]
-        )
+        exported = ExportedGraph(own, {}, example, graphs=cache_sizes([tokens], [2 * tokens]))
         TARGETS["qnn"].backend.write_cases(exported, {"first": exported}, out / "qnn")
     return {
         "machine": machine_line(),
@@ -258,7 +257,7 @@ def qwlora_logits(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[st
     bundle = folder / "qwlora" / "qnn"
     with tempfile.TemporaryDirectory() as scratch:
         model = QnnModel(bundle / "base", bundle / "first", htp, profiles=Path(scratch))
-        return model.logits(ids), model.placement()["prefill"]
+        return model.logits(ids), next(iter(model.placement().values()))
 
 
 def aimet_logits(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str, int]]:

@@ -52,7 +52,7 @@ MODELS = {  # name, layers with LoRA
 }
 WRITTEN = ("onnx", "qairt", "qnn")
 SWITCHED = ("first", "second", "base", "first")
-SIZES: dict[str, Any] = {"graphs": {"prefill": 12, "decode": 1}, "context": 24}
+SIZES: dict[str, Any] = {"graphs": [12, 1], "context": [24]}
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnxruntime", "onnxruntime-qnn")
 
 
@@ -196,7 +196,7 @@ def output(runtime: Any, inputs: dict[str, Tensor], primary: str) -> Tensor:
     if isinstance(runtime, CachedGraphs) and runtime.context:
         embeddings, positions = inputs["inputs_embeds"], inputs["position_ids"]
         cache = runtime.empty_cache()
-        outputs = runtime.call("prefill", embeddings, 0, cache, positions=positions)[1]
+        outputs = runtime.call("prompt_ar12_cl24", embeddings, 0, cache, positions=positions)[1]
     else:
         outputs = runtime.run(inputs)
     result: Tensor = outputs[primary]

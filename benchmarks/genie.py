@@ -85,15 +85,13 @@ def made(arguments: Any) -> None:
         SMOLLM2, "w4-channel", CONFIGS, arguments.layers, arguments.steps
     )
     clock("calibrated")
-    bundle, sizes = folder / BUNDLE, {"graphs": {"prefill": PREFILL, "decode": 1}}
-    export(
-        simulations, "qnn", bundle, tokenizer=tokenizer, layout="genie", context=CONTEXT, **sizes
-    )
+    bundle, sizes = folder / BUNDLE, {"graphs": [PREFILL, 1], "context": [CONTEXT]}
+    export(simulations, "qnn", bundle, tokenizer=tokenizer, layout="genie", **sizes)
     clock("exported")
     text = tokens_of(tokenizer, ("for", "import"))[0, : PROMPT - 1].tolist()
     prompt = [tokenizer.bos_token_id, *text]  # as Genie begins
     runs: dict[str, Any] = {}
-    result = {"machine": machine_line(), **sizes, "context": CONTEXT, "prompt": prompt}
+    result = {"machine": machine_line(), **sizes, "prompt": prompt}
     result |= {"bytes": file_sizes(bundle), "runs": runs}
     runner, stored = Runner(bundle), {}
     for name, alpha in arguments.runs:

@@ -36,6 +36,7 @@ from qwlora import LayerRule, Scheme, Schemes, export, quantize_
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.proof.compare import perplexity
@@ -87,7 +88,7 @@ def main() -> None:
         arguments.steps,
     )
     held_out = tokens_of(tokenizer, ("for", "import"))[:, : arguments.tokens]
-    graphs = {"prefill": arguments.prefill, "decode": 1}
+    graphs = [arguments.prefill, 1]
     context = arguments.tokens + arguments.prefill
     file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
     result = {"machine": machine_line(), "model": model_name, "weights": arguments.weights}
@@ -141,13 +142,13 @@ def calibrated(
 
 
 def exported(
-    simulations: Mapping[str, Simulation], graphs: dict[str, int], context: int, ids: torch.Tensor
+    simulations: Mapping[str, Simulation], graphs: list[int], context: int, ids: torch.Tensor
 ) -> dict[str, ExportedGraph]:
     """What targets are given, by use case."""
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {
         "none" if name == "base" else name: ExportedGraph(
-            simulations[name], {}, sample, "1.0.0", graphs, context
+            simulations[name], {}, sample, "1.0.0", cache_sizes(graphs, [context])
         )
         for name in (*TEXTS, "base")
     }
@@ -216,7 +217,7 @@ def sizes(paths: Iterable[Path]) -> int:
 
 def on_htp(
     simulations: AdapterSimulations,
-    graphs: dict[str, int],
+    graphs: list[int],
     context: int,
     held_out: torch.Tensor,
     decode: int,
@@ -224,7 +225,7 @@ def on_htp(
 ) -> dict[str, Any]:
     """The result of target qnn."""
     began = time.perf_counter()
-    export(simulations, "qnn", folder, graphs=graphs, context=context)
+    export(simulations, "qnn", folder, graphs=graphs, context=[context])
     export_seconds = time.perf_counter() - began
     print(f"exported in {export_seconds:.0f} s", flush=True)
     rows = {}

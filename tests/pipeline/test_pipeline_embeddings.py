@@ -37,7 +37,7 @@ RECIPE: Any = {
     },
     "export": {
         "targets": ["onnx", "aimet", "qairt", "hf"],
-        "graphs": {"prefill": 8, "decode": 1, "context": 32},
+        "graphs": {"tokens": [8, 1], "context": [32]},
     },
 }
 

@@ -29,7 +29,7 @@ SCHEMES = qwlora.Schemes(
     key_value_bitwidth=8,
     adapter_weights=qwlora.Scheme(8),
 )
-SIZES: Any = {"graphs": {"prefill": 12, "decode": 1}, "context": 24}
+SIZES: Any = {"graphs": [12, 1], "context": [24]}
 MODELS = list(VISION_LANGUAGE)
 
 
@@ -195,7 +195,7 @@ def logits_of(target: str, folder: Path, adapter: str, batch: dict[str, Tensor])
 
 def call(runtime: Any, embeddings: Tensor, positions: Tensor) -> Tensor:
     cache = runtime.empty_cache()
-    return runtime.call("prefill", embeddings, 0, cache, positions=positions)[1]["logits"]
+    return runtime.call("prompt_ar12_cl24", embeddings, 0, cache, positions=positions)[1]["logits"]
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_every_target_computes_text_and_image(name: str, tmp_path: Path) -> None
     simulations, batch = simulated(name)
     for target in ("onnx", "aimet", "qairt"):
         made: Any = simulations["first"] if target == "aimet" else simulations
-        sizes = {**SIZES, "graphs": {"prefill": 12}} if target == "aimet" else SIZES
+        sizes = {**SIZES, "graphs": [12]} if target == "aimet" else SIZES
         qwlora.export(made, target, tmp_path / target, sample={"input_ids": IDS[:1]}, **sizes)
         assert all(row.passed for row in qwlora.verify(tmp_path / target, made, IDS))
         expected = simulations["first"].outputs(batch)["logits"]
@@ -227,5 +227,5 @@ def test_the_htp_takes_it_whole(name: str, tmp_path: Path) -> None:
     assert torch.equal(call(first, batch["inputs_embeds"], batch["position_ids"]), before)
     rows = qwlora.verify(tmp_path / "qnn", simulations, IDS)
     assert [row.sentence for row in rows if not row.passed] == []
-    for what in ("on the CPU (root", "on the HTP (root", "partitions of graph prefill"):
+    for what in ("on the CPU (root", "on the HTP (root", "partitions of graph prompt_ar12_cl24"):
         assert sum(what in row.what for row in rows) == 2, what

@@ -12,7 +12,7 @@ from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import Base, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import NONE, members
+from qwlora.targets.target import NONE, members, size_problems
 from qwlora.targets.target_compatibility import refusal
 
 if TYPE_CHECKING:
@@ -31,21 +31,18 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """For targets qnn, aimet and qairt: sizes of graphs with a key-value cache, in tokens."""
+    """For targets qnn, aimet and qairt: sizes of graphs with a key-value cache, in tokens. Each
+    number of tokens in each context is a graph; all have the same weights, which are stored
+    once (by aimet for each graph, as AI Hub takes them)."""
 
-    prefill: Annotated[int, Field(ge=2)] = 128
-    """new tokens in a call of the graph that reads a prompt"""
-    decode: Count = 1
-    """new tokens in a call of the graph that generates"""
-    context: Annotated[int, Field(ge=3)] = 1024
-    """new tokens and those in the key-value cache together, in both graphs"""
+    tokens: list[int] = [128, 1]
+    """new tokens in a call: a large number for graphs that read a prompt, 1 for one that
+    generates"""
+    context: list[int] = [1024]
+    """new tokens and those in the key-value cache together"""
 
     def problems(self) -> Iterator[str]:
-        if not self.decode < self.prefill < self.context:
-            yield (
-                f"context {self.context} must be greater than prefill {self.prefill}, and that "
-                f"greater than decode {self.decode}. Defaults: context 1024, prefill 128, decode 1"
-            )
+        yield from size_problems(self.tokens, self.context)
 
 
 class Export(Section):

@@ -62,8 +62,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product, starmap
 from typing import Any
 
 import torch
@@ -147,6 +148,17 @@ class CacheSizes:
     def past(self) -> int:
         """Tokens that the cache holds."""
         return self.context - self.tokens
+
+    @property
+    def name(self) -> str:
+        """Of the graph, as in Qualcomm's recipes."""
+        kind = "token" if self.tokens == 1 else "prompt"
+        return f"{kind}_ar{self.tokens}_cl{self.context}"
+
+
+def cache_sizes(tokens: Iterable[int], contexts: Iterable[int]) -> tuple[CacheSizes, ...]:
+    """The sizes of a graph for each number of new tokens in each context."""
+    return tuple(starmap(CacheSizes, product(tokens, contexts)))
 
 
 def capture_cached(

@@ -11,7 +11,7 @@ Targets qairt and qnn hold base and adapters together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from qwlora.errors import ExportError, SourceError, listed, suggestion
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
@@ -35,10 +36,16 @@ from qwlora.targets.proof.folder import RECORD, write_record
 from qwlora.targets.proof.measure import measure_runtime
 from qwlora.targets.proof.reference import least_noise, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime
+from qwlora.targets.target import (
+    BASE,
+    NONE,
+    ExportedBase,
+    ExportedGraph,
+    Runtime,
+    size_problems,
+)
 
 T = TypeVar("T")
-_GRAPHS = {"prefill": 128, "decode": 1}
 
 
 def export(
@@ -49,8 +56,8 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     gguf_file: str | Path | None = None,
     sample: Mapping[str, Tensor] | None = None,
-    graphs: Mapping[str, int] | None = None,
-    context: int = 1024,
+    graphs: Sequence[int] = (128, 1),
+    context: Sequence[int] = (1024,),
     layout: str | None = None,
 ) -> None:
     """Write the files of a target.
@@ -66,19 +73,21 @@ def export(
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
             shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
             that is no causal language model.
-        graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
-            of each graph. Default: prefill 128, decode 1.
-        context: new and past tokens together, in each of these graphs.
+        graphs, context: of a causal language model, for targets aimet, qairt and qnn: new tokens
+            in a call, and new and past ones together. Each number of tokens in each context is a
+            graph; all have the same weights, which are stored once (aimet: for each graph).
         layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
 
     Raises:
-        ExportError: there is no such target, it takes something else than `made`, or its files
-            cannot hold it.
+        ExportError: there is no such target, it takes something else than `made`, its files
+            cannot hold it, or there are no graphs of these sizes.
         MissingExtraError: a package that writes the files is missing.
     """
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
+    if problems := list(size_problems(graphs, context)):
+        raise ExportError("; ".join(problems))
     known, folder = TARGETS[target], Path(folder)
     if layout not in (None, *known.graph_layouts):
         has = listed(known.graph_layouts)
@@ -88,13 +97,12 @@ def export(
     def exported(simulation: Simulation) -> ExportedGraph:
         metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
         has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
-        sizes = (graphs or _GRAPHS) if has_cache else {}
+        sizes = cache_sizes(graphs, context) if has_cache else ()
         return ExportedGraph(
             simulation,
             metadata,
             sample or {},
             graphs=sizes,
-            context=context,
             layout=layout,
             tokenizer=tokenizer,
         )

@@ -15,8 +15,8 @@ against the registry before anything heavy is loaded, so nothing here imports to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
 from importlib import import_module
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from qwlora.grid.scheme import Scheme
     from qwlora.simulation.adapter_simulations import BaseActivations
+    from qwlora.simulation.kv_cache_graph import CacheSizes
     from qwlora.simulation.simulation import Simulation
     from qwlora.targets.proof.checks import Limits, Parity
 
@@ -63,6 +64,21 @@ class Layout(Enum):
     BUNDLE = auto()
     EACH = auto()
     CASES = auto()
+
+
+def size_problems(tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[str]:
+    """What is wrong with sizes of graphs with a key-value cache: each number of new tokens in each
+    context. At least one token is new, and there is room for a past one."""
+    for what, sizes in (("tokens", tokens), ("context", contexts)):
+        if not sizes or len(set(sizes)) < len(sizes):
+            yield f"{what} {[*sizes]}: give at least one number, and each once"
+    if small := [size for size in tokens if size < 1]:
+        yield f"tokens {small}: a graph has at least 1 new token"
+    if full := [size for size in contexts if tokens and size <= max(tokens)]:
+        yield (
+            f"context {full}: each must be greater than all tokens {[*tokens]}, since a graph has "
+            "room for past tokens. Give larger contexts, or fewer tokens"
+        )
 
 
 def _no_problem(_: Any) -> None:
@@ -222,9 +238,8 @@ class ExportedGraph:
         sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
             shapes, its values are golden inputs.
         encodings_version: of AIMET encodings files.
-        graphs: number of new tokens of each graph with a key-value cache, by name. Empty for a
-            model that is no causal language model: one graph of the sample's shapes.
-        context: new and past tokens together, in each of them.
+        graphs: sizes of the graphs with a key-value cache. Empty for a model that is no causal
+            language model: one graph of the sample's shapes.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
         layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
         tokenizer: of the model, for files that hold it.
@@ -234,8 +249,7 @@ class ExportedGraph:
     metadata: Mapping[str, str]
     sample: Mapping[str, Tensor]
     encodings_version: str = "1.0.0"
-    graphs: Mapping[str, int] = field(default_factory=dict)
-    context: int = 0
+    graphs: tuple[CacheSizes, ...] = ()
     updatable: BaseActivations = "all"
     layout: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -269,7 +283,8 @@ class Runtime(ABC):
         """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens], none of them masked.
 
         Args:
-            steps: the last tokens to run one by one, where the files are graphs of fixed sizes.
+            steps: the last tokens to run one by one, where the files are graphs of fixed sizes;
+                those that fit take turns, so that each is run.
         """
 
     def use(self, adapter: Path | None) -> None:

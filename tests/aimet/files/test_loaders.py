@@ -134,7 +134,7 @@ def test_a_sim_with_these_settings_loads_strictly(case: Any) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
-@pytest.mark.parametrize("graph", ["prefill", "decode"])
+@pytest.mark.parametrize("graph", ["prompt_ar8_cl32", "token_ar1_cl32"])
 def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(
     graph: str, version: str, request: pytest.FixtureRequest
 ) -> None:

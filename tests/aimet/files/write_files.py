@@ -6,7 +6,7 @@ aimet-onnx needs other versions of shared packages, so the two halves meet in fi
 
     FOLDER/GRID-VERSION/model.aimet/    the target's files
     FOLDER/GRID-VERSION/codes.npz       signed or unsigned integers of every parameter, as stored
-    FOLDER/graphs-VERSION/              the same of prefill and decode graphs with a key-value
+    FOLDER/graphs-VERSION/              the same of two graphs with a key-value
                                         cache; the integers are those of the packed layers
 
 `make test-aimet` runs this, then test_loaders.py in an environment with aimet-onnx.
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qwlora import LayerRule, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.packed_layer import PackedLinear
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.targets.npu.float_onnx import to_float_onnx
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedGraph
@@ -108,8 +109,7 @@ def write_graphs(folder: Path, aimet: Backend) -> None:
     sample = {name: tensor[:1] for name, tensor in BATCH.items()}
     for version in VERSIONS:
         path = folder / f"graphs-{version}"
-        graphs = {"prefill": 8, "decode": 1}
-        exported = ExportedGraph(made, {}, sample, version, graphs, 32)
+        exported = ExportedGraph(made, {}, sample, version, cache_sizes([8, 1], [32]))
         aimet.write_adapter(exported, path, path)
         np.savez(path / "codes.npz", **codes)
 

@@ -19,6 +19,7 @@ import torch
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
 from qwlora.grid.encoding import sqnr_db
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.proof.checks import Limits, Parity
 from qwlora.targets.registry import TARGETS
@@ -30,13 +31,14 @@ from targets.proofs import sqnr, verify_graphs
 pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
-GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+SIZES = cache_sizes([8, 1], [32])
+GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 AIMET = TARGETS["aimet"].backend
 
 
 def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    AIMET.write_adapter(ExportedGraph(made, {}, sample, version, GRAPHS, CONTEXT), folder, folder)
+    AIMET.write_adapter(ExportedGraph(made, {}, sample, version, SIZES), folder, folder)
     return folder
 
 
@@ -73,7 +75,7 @@ def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) 
 
 def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_path: Path) -> None:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    exported = ExportedGraph(llama, {}, sample, "1.0.0", GRAPHS, 22)
+    exported = ExportedGraph(llama, {}, sample, "1.0.0", cache_sizes([8, 1], [22]))
     AIMET.write_adapter(exported, tmp_path, tmp_path)
     logits = AIMET.open(tmp_path, "").logits
     ids = torch.randint(3, 256, (1, 22), generator=torch.Generator().manual_seed(7))
@@ -160,7 +162,7 @@ def test_the_script_links_both_graphs_and_compares_each(
             item["name"] for item in json.loads((outputs / "golden.json").read_text())["outputs"]
         ]
         found = {name: [np.load(outputs / f"{name}.npy")] for name in reversed(names)}
-        if graph == "decode":
+        if graph == TOKEN:
             found["logits"][0] = found["logits"][0] * 1.001
         return SimpleNamespace(download_output_data=lambda: found)
 
@@ -173,9 +175,9 @@ def test_the_script_links_both_graphs_and_compares_each(
     monkeypatch.setattr(sys, "argv", ["submit_aihub.py"])
     runpy.run_path(str(folder / "submit_aihub.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert linked == ["decode.aimet", "prefill.aimet"]
-    assert "decode logits: SQNR 60.0 dB, same largest entry 100.0%" in said
-    assert "prefill past_value_1_out: SQNR" in said
+    assert linked == [f"{graph}.aimet" for graph in GRAPHS]
+    assert f"{TOKEN} logits: SQNR 60.0 dB, same largest entry 100.0%" in said
+    assert f"{PROMPT} past_value_1_out: SQNR" in said
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -190,6 +192,6 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     made = simulated(name)
     parity = verified(written(made, tmp_path), made)
     assert not parity.problems
-    inner = without_encoding(tmp_path / "decode.aimet")
+    inner = without_encoding(tmp_path / f"{TOKEN}.aimet")
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
     assert not any("norm" in each or "ln_" in each for each in inner)

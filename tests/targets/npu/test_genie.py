@@ -21,6 +21,7 @@ from qwlora import LayerRule, Scheme, export, quantize_
 from qwlora.errors import CaptureError, ExportError, SourceError
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import QnnModel, open_graph
@@ -67,16 +68,9 @@ def simulated(ranks: Mapping[str, tuple[int, int]], kind: str = "Llama") -> Adap
 
 
 def write(simulations: AdapterSimulations, folder: Path, target: str = "qnn", **more: Any) -> None:
-    arguments = {"tokenizer": tokenizer(), "layout": "genie", **more}
-    export(
-        simulations,
-        target,
-        folder,
-        sample={"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
-        graphs={"prefill": PIECE, "decode": 1},
-        context=CONTEXT,
-        **arguments,
-    )
+    arguments = {"tokenizer": tokenizer(), "layout": "genie", "context": [CONTEXT], **more}
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    export(simulations, target, folder, sample=sample, graphs=[PIECE, 1], **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +137,46 @@ def test_use_cases_for_qairt_compute_their_simulation(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["qnn", "qairt"])
+def test_graphs_of_every_context_compute_the_simulation(
+    target: str, bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    """The configuration has the largest context, in which positions were compared."""
+    write(bundle[0], tmp_path, target, context=[32, CONTEXT])  # type: ignore[arg-type]
+    config = json.loads((tmp_path / "genie_config.json").read_text())
+    assert config["dialog"]["context"]["size"] == CONTEXT
+    folders = (tmp_path / "base", tmp_path / "first")
+    model: Any = QnnModel(*folders, htp=False) if target == "qnn" else QAIRT.open(tmp_path, "first")
+    short = {name.replace(str(CONTEXT), "32") for name in NAMES.values()}
+    assert {*model.names} == {*NAMES.values(), *short}
+    expected = bundle[0]["first"].logits(IDS)
+    for name in list(model.names):
+        model.names = [name]
+        assert sqnr(model.logits(IDS), expected) > 35, name
+
+
+@pytest.mark.slow
+@pytest.mark.client
+def test_genie_goes_on_in_a_larger_context(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    """The prompt fits into the small one, the text after it does not."""
+    folder, compiled = tmp_path / "bundle", tmp_path / "compiled"
+    compiled.mkdir()
+    write(bundle[0], folder, context=[32, CONTEXT])  # type: ignore[arg-type]
+    compile_separately(folder, compiled)
+    config = folder / "genie_config.json"
+    content = json.loads(config.read_text())
+    binaries = sorted(str(path) for path in compiled.glob("*.bin"))
+    assert len(binaries) == 4
+    content["dialog"]["engine"]["model"]["binary"]["ctx-bins"] = binaries
+    config.write_text(json.dumps(content))
+    request = {"ids": IDS[0].tolist(), "count": COUNT, "runs": [("first", 1.0)]}
+    (tokens,) = in_genie(config, request)["tokens"]
+    assert tokens == greedy(bundle[0]["first"].logits, PROMPT, COUNT)
+
+
+@pytest.mark.slow
 def test_graphs_for_qairt_have_genies_layout(sections: Path) -> None:
     for tokens, name in NAMES.items():
         graph = onnx.load(sections / f"{name}_model.onnx", load_external_data=False).graph
@@ -168,7 +202,7 @@ def test_graphs_for_qairt_have_genies_layout(sections: Path) -> None:
 def test_a_use_case_of_several_adapters_is_refused(
     bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
 ) -> None:
-    sizes: Any = {"graphs": {"prefill": PIECE, "decode": 1}, "context": CONTEXT}
+    sizes: Any = {"graphs": cache_sizes([PIECE, 1], [CONTEXT])}
     layout: Any = {"layout": "genie", "tokenizer": tokenizer()}
     exported = ExportedGraph(bundle[0]["base"], {}, {}, **sizes, **layout)
     with pytest.raises(ExportError, match="several"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from qwlora.simulation.adapter_simulations import (
     BaseActivations,
     simulate_adapters,
 )
+from qwlora.simulation.kv_cache_graph import CacheSizes, cache_sizes
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.npu import float_targets
 from qwlora.targets.npu.float_onnx import float_graphs
@@ -40,7 +41,8 @@ from targets.damage import edit_json, flip_bit, swap
 from targets.proofs import sqnr, verify_graphs, with_strength
 
 CASES = ["A", "B", "A+B", "none"]
-GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+SIZES = cache_sizes([8, 1], [32])
+GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 QAIRT = TARGETS["qairt"].backend
 V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
@@ -75,13 +77,19 @@ def simulated(mode: BaseActivations) -> AdapterSimulations:
     return made
 
 
-def written(made: AdapterSimulations, path: Path, mode: BaseActivations) -> Path:
+def written(
+    made: AdapterSimulations,
+    path: Path,
+    mode: BaseActivations,
+    sizes: tuple[CacheSizes, ...] = SIZES,
+    names: Sequence[str] = CASES,
+) -> Path:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
     def exported(name: str) -> ExportedGraph:
-        return ExportedGraph(made[name], {}, sample, "1.0.0", GRAPHS, CONTEXT)
+        return ExportedGraph(made[name], {}, sample, "1.0.0", sizes)
 
-    cases = {case: exported(name) for case, name in peft_names(CASES).items()}
+    cases = {case: exported(name) for case, name in peft_names(CASES).items() if case in names}
     QAIRT.write_cases(replace(exported(BASE), updatable=mode), cases, path)
     return path
 
@@ -150,6 +158,31 @@ def test_alpha_is_the_strength_of_each_adapter_of_a_use_case(folder: Path) -> No
     assert sqnr(logits("A+B", 0, 1) - none, b - none) > 15
 
 
+@pytest.mark.slow
+def test_graphs_of_every_size_are_the_simulation_with_the_weights_once(
+    simulations: AdapterSimulations, tmp_path: Path
+) -> None:
+    sizes = cache_sizes([8, 4, 1], [16, 32])
+    folder = written(simulations, tmp_path, "adapter_only", sizes, ["A", "none"])
+    names = {each.name for each in sizes}
+    runtime = QAIRT.open(folder, "A")
+    assert isinstance(runtime, CachedGraphs)
+    assert {*runtime.names} == names
+    expected = simulations[peft_names(CASES)["A"]].logits(IDS)
+    for name in runtime.names:
+        alone = QAIRT.open(folder, "A")
+        assert isinstance(alone, CachedGraphs)
+        alone.names = [name]
+        assert sqnr(alone.logits(IDS), expected) > 45, name
+    assert sqnr(runtime.logits(IDS, steps=4), expected) > 45
+    assert [path.name for path in folder.glob("*.data")] == ["model.data"]
+    grids: dict[str, Any] = {}
+    for name in names:
+        own = entries(folder / f"{name}_A.encodings")
+        assert all(grids.setdefault(tensor, entry) == entry for tensor, entry in own.items())
+    assert {path.parent.name for path in folder.glob("golden/A/*/logits.npy")} == names
+
+
 @pytest.mark.parametrize("case", ["A", "A+B"])
 def test_at_half_strength_it_is_the_simulation_at_half_its_scaling(
     case: str, folder: Path, simulations: AdapterSimulations
@@ -169,32 +202,32 @@ def test_at_half_strength_it_is_the_simulation_at_half_its_scaling(
 def test_the_lists_name_the_files(folder: Path) -> None:
     names = (folder / "lora_weight_list.txt").read_text().split()
     assert names == [f"{m}.lora_{half}.weight" for m in (V, DOWN) for half in "AB"]
-    v2 = yaml.safe_load((folder / "decode_lora_config.yaml").read_text())["use_case"]
+    v2 = yaml.safe_load((folder / f"{TOKEN}_lora_config.yaml").read_text())["use_case"]
     assert [case["name"] for case in v2] == CASES
     assert v2[2] == {
         "name": "A+B",
-        "model_name": "decode_model.onnx",
+        "model_name": f"{TOKEN}_model.onnx",
         "lora_weights": "A+B.safetensors",
-        "quant_overrides": "decode_A+B.encodings",
-        "output_path": "./output/decode/A+B",
+        "quant_overrides": f"{TOKEN}_A+B.encodings",
+        "output_path": f"./output/{TOKEN}/A+B",
     }
     own = {path.name for path in QAIRT.own_files(folder, "A")}
     assert own == {"A.safetensors", *(f"{graph}_A.encodings" for graph in GRAPHS)}
-    assert sorted(p.name for p in (folder / "golden/A+B").iterdir()) == ["decode", "prefill"]
-    assert (folder / "golden/A+B/decode/logits.npy").exists()
+    assert sorted(p.name for p in (folder / "golden/A+B").iterdir()) == [*GRAPHS]
+    assert (folder / "golden/A+B" / TOKEN / "logits.npy").exists()
     assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
 
 
 def test_weights_are_stored_once_and_a_cache_has_one_grid(folder: Path) -> None:
     used: list[set[str]] = []
-    for name in ("prefill_model", "decode_model"):
-        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+    for name in GRAPHS:
+        model = onnx.load(folder / f"{name}_model.onnx", load_external_data=False)
         stored = [t for t in model.graph.initializer if t.external_data]
         assert all(len(t.raw_data) < 512 for t in model.graph.initializer)
         used.append({e.value for t in stored for e in t.external_data if e.key == "location"})
     assert used == [{"model.data"}, {"model.data"}]
     assert [path.name for path in folder.glob("*.data")] == ["model.data"]
-    base = entries(folder / "prefill_base.encodings")
+    base = entries(folder / f"{PROMPT}_base.encodings")
     assert base["past_value_0_in"]["scale"] == base["past_value_0_out"]["scale"]
     for graph in GRAPHS:
         for case in CASES:
@@ -222,7 +255,7 @@ def test_only_what_the_mode_updates_differs_between_use_cases(
 ) -> None:
     folder = written(simulated(mode), tmp_path, mode)
     QAIRT.open(folder, "A")
-    a, b = (entries(folder / f"prefill_{case}.encodings") for case in ("A", "B"))
+    a, b = (entries(folder / f"{PROMPT}_{case}.encodings") for case in ("A", "B"))
     assert a.keys() == b.keys()
     differing = {name for name in a if a[name] != b[name]}
     lora = {name for name in a if is_of_branch(name)}
@@ -274,10 +307,10 @@ def shrink(weights: dict[str, Any]) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit-of-lora": (flip_bit("B.safetensors"), r"B\.safetensors: .*not on the grid"),
-    "bit-of-base": (flip_bit("model.data"), r"prefill_model\.onnx: .*not on the grid"),
+    "bit-of-base": (flip_bit("model.data"), rf"{PROMPT}_model\.onnx: .*not on the grid"),
     "encodings-swapped": (
-        swap("decode_A.encodings", "decode_B.encodings"),
-        r"B\.safetensors: .*not on the grid.*decode_B\.encodings",
+        swap(f"{TOKEN}_A.encodings", f"{TOKEN}_B.encodings"),
+        rf"B\.safetensors: .*not on the grid.*{TOKEN}_B\.encodings",
     ),
     "weights-swapped": (
         swap("A.safetensors", "B.safetensors"),
@@ -285,39 +318,39 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor-renamed": (
         edit_weights("B.safetensors", rename),
-        r"B\.safetensors: other .* is no weight of prefill_model\.onnx",
+        rf"B\.safetensors: other .* is no weight of {PROMPT}_model\.onnx",
     ),
     "rank-changed": (
         edit_weights("B.safetensors", shrink),
-        r"B\.safetensors: .*\[64, 4\] is no weight of prefill_model\.onnx",
+        rf"B\.safetensors: .*\[64, 4\] is no weight of {PROMPT}_model\.onnx",
     ),
     "weights-cut": (
         lambda f: (f / "B.safetensors").write_bytes(b"x"),
         r"B\.safetensors' cannot be read",
     ),
     "entry-renamed": (
-        edit_json("decode_B.encodings", lambda d: d["param_encodings"][0].update(name="x")),
-        r"decode_B\.encodings: .*x.*not the name of a tensor",
+        edit_json(f"{TOKEN}_B.encodings", lambda d: d["param_encodings"][0].update(name="x")),
+        rf"{TOKEN}_B\.encodings: .*x.*not the name of a tensor",
     ),
     "list-changed": (
         lambda f: (f / "lora_weight_list.txt").write_text("x\n"),
         r"lora_weight_list\.txt does not list what is in the folder",
     ),
     "list-dropped": (
-        lambda f: (f / "decode_lora_config.yaml").unlink(),
-        r"decode_lora_config\.yaml does not list",
+        lambda f: (f / f"{TOKEN}_lora_config.yaml").unlink(),
+        rf"{TOKEN}_lora_config\.yaml does not list",
     ),
     "use-case-dropped": (
         edit_json("graphs.json", lambda record: record.update(use_cases=["A"])),
-        r"prefill_lora_config\.yaml does not list",
+        rf"{PROMPT}_lora_config\.yaml does not list",
     ),
     "use-cases-are-a-number": (
         edit_json("graphs.json", lambda record: record.update(use_cases=3)),
-        r"prefill_lora_adaptor_list\.yaml does not list",
+        rf"{PROMPT}_lora_adaptor_list\.yaml does not list",
     ),
     "version-dropped": (
-        edit_json("decode_B.encodings", lambda d: d.pop("version")),
-        r"decode_B\.encodings: .*version",
+        edit_json(f"{TOKEN}_B.encodings", lambda d: d.pop("version")),
+        rf"{TOKEN}_B\.encodings: .*version",
     ),
 }
 
@@ -358,9 +391,9 @@ def test_use_cases_that_differ_in_more_than_the_mode_updates_are_not_written(
 
     monkeypatch.setattr(float_targets, "float_graphs", graphs)
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    base = ExportedGraph(simulations[BASE], {}, sample, "1.0.0", {"decode": 1}, CONTEXT, mode)
+    base = ExportedGraph(simulations[BASE], {}, sample, "1.0.0", SIZES[1:], mode)
     if is_refused:
-        with pytest.raises(ExportError, match=rf"^{tensor}.* of decode_A differ from decode_mod"):
+        with pytest.raises(ExportError, match=rf"^{tensor}.* of {TOKEN}_A differ from {TOKEN}_mod"):
             QAIRT.write_cases(base, {"A": base}, tmp_path)
     else:
         QAIRT.write_cases(base, {"A": base}, tmp_path)

@@ -16,6 +16,7 @@ from qwlora import LayerRule, Scheme, Schemes, export, quantize_
 from qwlora.errors import ExportError
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
@@ -30,6 +31,7 @@ from targets.proofs import reference_of, sqnr
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 CONTEXT, GENERATED = 96, 64
+GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl96", "token_ar1_cl96"
 # what is computed without the HTP's emulator, too
 EMULATED = pytest.mark.parametrize(
     "is_emulated", [False, pytest.param(True, marks=pytest.mark.client)]
@@ -91,8 +93,7 @@ def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulati
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
     simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
-    graphs = {"prefill": 8, "decode": 1}
-    export(simulations, "qnn", folder, graphs=graphs, context=CONTEXT)
+    export(simulations, "qnn", folder, graphs=[8, 1], context=[CONTEXT])
     return simulations, folder
 
 
@@ -124,9 +125,26 @@ def test_every_adapter_computes_its_simulation(
         on_htp = QnnModel(folder / "base", folder / name, htp=True).logits(IDS)
         assert sqnr(on_htp, logits) > 35
         assert parity.figures["htp"].keys() == parity.figures["cpu"].keys()
-        assert parity.figures["placement"].keys() == {"prefill", "decode"}
+        assert parity.figures["placement"].keys() == {*GRAPHS}
     else:
         assert "qwlora[qnn]" in parity.figures["not_run"]
+
+
+@pytest.mark.slow
+@EMULATED
+def test_graphs_of_every_size_compute_the_simulation(is_emulated: bool, tmp_path: Path) -> None:
+    simulations, sizes = simulated(Scheme(8)), cache_sizes([8, 4, 1], [16, 32])
+    export(simulations, "qnn", tmp_path, graphs=[8, 4, 1], context=[16, 32])
+    model = QnnModel(tmp_path / "base", tmp_path / "first", htp=is_emulated)
+    assert {*model.names} == {each.name for each in sizes}
+    expected = simulations["first"].logits(IDS)
+    for name in list(model.names):
+        model.names = [name]
+        assert sqnr(model.logits(IDS), expected) > (35 if is_emulated else 45), name
+    assert [path.name for path in (tmp_path / "base").glob("*.data")] == ["weights.data"]
+    if is_emulated:
+        assert len(list((tmp_path / "base/device").glob("*_ctx.onnx"))) == len(sizes)
+        assert len(list((tmp_path / "base/device").glob("*.bin"))) == 1  # all graphs share it
 
 
 def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
@@ -138,10 +156,10 @@ def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.
         found.append(logits[:, : tokens.shape[1]])
 
     for first in range(0, prompt.shape[1], 8):
-        run("prefill", prompt[:, first : first + 8], first)
+        run(PROMPT, prompt[:, first : first + 8], first)
     for _ in range(count):
         token = found[-1][:, -1:].argmax(-1)
-        run("decode", token, ids.shape[1])
+        run(TOKEN, token, ids.shape[1])
         ids = torch.cat([ids, token], 1)
     return ids, torch.cat(found, 1)
 
@@ -173,12 +191,12 @@ def test_generated_tokens_are_those_of_the_whole_sequence(
 
 
 @pytest.mark.slow
-def test_prefill_and_decode_share_one_weight_file(
+def test_graphs_share_one_weight_file(
     bundle: tuple[Mapping[str, Simulation], Path],
 ) -> None:
     base = bundle[1] / "base"
     places: list[set[tuple[str, int, int]]] = []
-    for graph in ("prefill", "decode"):
+    for graph in GRAPHS:
         model = onnx.load(base / f"{graph}.onnx", load_external_data=False)
         of = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer]
         places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of if e})
@@ -206,7 +224,7 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
     record = json.loads((folder / "base" / "graphs.json").read_text())
     assert record["compiler"]["soc_model"] == "57"
     compiled = {graph["compiled"] for graph in record["graphs"].values()}
-    assert compiled == {"device/prefill_ctx.onnx", "device/decode_ctx.onnx"}
+    assert compiled == {f"device/{graph}_ctx.onnx" for graph in GRAPHS}
     assert not list((folder / "base").glob("*_ctx.onnx"))  # where the emulator would crash on it
     binaries = list((folder / "base" / "device").glob("*.bin"))
     assert len(binaries) == 1  # both graphs share it
@@ -250,5 +268,5 @@ def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written
 ) -> None:
     simulations = simulated(parse_scheme("w4-channel"))
     with pytest.raises(ExportError, match=r"embed_tokens.weight: .*nearest is w8-tensor"):
-        export(simulations, "qnn", tmp_path, graphs={"decode": 1}, context=8)
+        export(simulations, "qnn", tmp_path, graphs=[1], context=[8])
     assert not list(tmp_path.iterdir())

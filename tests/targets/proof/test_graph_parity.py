@@ -94,10 +94,13 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     labels = IDS.clone()
     for row, tokens in enumerate(prompt):
         labels[row, :tokens] = IGNORED
-    graphs = {"prefill": {"tokens": 4}, "decode": {"tokens": 1}}
+    graphs = {
+        "prompt": {"tokens": 4, "context": 6},
+        "token": {"tokens": 1, "context": 8},
+    }
     folder = tmp_path / "export" / "qairt"
     folder.mkdir(parents=True)
-    (folder / "graphs.json").write_text(json.dumps({"context": 8, "graphs": graphs}))
+    (folder / "graphs.json").write_text(json.dumps({"graphs": graphs}))
     held_out = SimpleNamespace(data=SimpleNamespace(held_out=Sequences(IDS, labels)))
     adapters, verify = [SimpleNamespace(name="first")], SimpleNamespace(sequences=8)
     recipe = SimpleNamespace(adapters=adapters, verify=verify)

@@ -382,7 +382,8 @@ class Forecaster:
         return Forecast(stage.name, memory, disk, settings)
 
     def _export(self, stage: Stage) -> Forecast:
-        models, target = self.models, TARGETS[stage.name.split("/")[1]]
+        models, name = self.models, stage.name.split("/")[1]
+        target, sizes = TARGETS[name], self.recipe.export.graphs_of(name)
         stored = float(models.packed_bytes + FLOAT * models.float_values)
         layers = models.packed_layers
         shapes = (layer.scheme.scale_shape(tuple(layer.tensor.shape)) for layer in layers)
@@ -403,10 +404,12 @@ class Forecaster:
         memory["codes, one byte each"] = float(models.packed_weights)
         # as float32 tensors, in the ONNX model, and as bytes to write
         memory["copies of float values"] = 3.0 * FLOAT * models.float_values
-        written = stored + 24 * scales
-        if target.has_cases:  # weights in float, once for all graphs
-            written += FLOAT * models.packed_weights
-        return Forecast(stage.name, memory, written, settings)
+        if sizes is None:
+            return Forecast(stage.name, memory, stored + 24 * scales, settings)
+        graphs = len(sizes.tokens) * len(sizes.context)
+        # in float; AI Hub takes no folder without its own
+        weights = (1 if target.has_cases else graphs) * (stored + FLOAT * models.packed_weights)
+        return Forecast(stage.name, memory, weights + 24 * scales * graphs, settings)
 
     def _verify(self, stage: Stage) -> Forecast:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]

@@ -16,6 +16,7 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.plan import ADAPTER, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
 from qwlora.system.progress import one_step
@@ -109,8 +110,7 @@ def _graph(
         {"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
         context.sample(adapter or recipe.adapters[0].name),
         recipe.export.encodings_version,
-        {} if sizes is None else {"prefill": sizes.prefill, "decode": sizes.decode},
-        0 if sizes is None else sizes.context,
+        () if sizes is None else cache_sizes(sizes.tokens, sizes.context),
         recipe.simulation.base_activations,
         recipe.export.layout_of(target),
         context.tokenizer,

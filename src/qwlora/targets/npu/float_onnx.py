@@ -17,8 +17,8 @@ Shapes are fixed, since an NPU has no others: everything that only depends on th
 What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor's grid, and its name
 with the operator appended, so tensors of one name have one grid in graphs of any size.
 
-AIMET and QAIRT take causal language models as graphs with a key-value cache, one for prefill and
-one for decode, with RMSNormalization as one operator (opset 23). All have the same weights and
+AIMET and QAIRT take causal language models as graphs with a key-value cache, of several sizes, with
+RMSNormalization as one operator (opset 23). All have the same weights and
 names; tensors of one name have one encoding. Every float tensor has one. Two kinds get it here:
 
     sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits

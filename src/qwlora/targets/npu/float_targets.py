@@ -2,7 +2,7 @@
 
 `aimet` writes `.aimet` folders for AI Hub and aimet-onnx, and files for them:
 
-    prefill.aimet/, decode.aimet/    of a causal language model: graphs with a key-value cache
+    GRAPH.aimet/                     of a causal language model: graphs with a key-value cache
     model.aimet/                     of any other model
       model.onnx                     float model with fixed shapes, weights on their grids
       model.data                     its weights, the same bytes in all folders
@@ -27,8 +27,8 @@ importer of Qualcomm's QAIRT:
     GRAPH_lora_adaptor_list.yaml    the same files by use case
     golden/CASE/                    inputs, and the outputs that were computed of them
 
-Of a model that is no causal language model, GRAPH is `forward`, of the sample's shapes. The graphs
-`prefill` and `decode` have a key-value cache and share model.data, CASE.safetensors and
+Of a model that is no causal language model, GRAPH is `forward`, of the sample's shapes. Graphs with
+a key-value cache (`prompt_ar128_cl1024`, `token_ar1_cl1024`) share model.data, CASE.safetensors and
 lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
@@ -113,7 +113,7 @@ class Aimet(Backend):
         """Write a `.aimet` folder for each graph, or one for a model without a cache, and the files
         next to them."""
         npus = {}
-        for name in exported.graphs:
+        for name in graph_sizes(exported) if exported.graphs else ():
             ((_, float_onnx, npus[name]),) = float_graphs({"": exported}, name)
             _write_model(float_onnx, exported, folder / f"{name}.aimet")
         if npus:

@@ -32,7 +32,7 @@ from qwlora.errors import ExportError, listed
 from qwlora.formats.model_card import marked
 from qwlora.graph.device_graph import ALPHA, COS, SIN, run_host
 from qwlora.simulation.genie_layout import genie_layout
-from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
+from qwlora.simulation.kv_cache_graph import NpuGraph, host_arguments
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
@@ -47,12 +47,6 @@ _UP = np.float32(0.25)  # of a step: what Genie rounds down is safe from float32
 _TEMPLATES = resources.files("qwlora.targets.npu") / "genie_templates"
 QAIRT_README = _TEMPLATES / "README.qairt.md.template"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def graph_name(sizes: CacheSizes) -> str:
-    """The name of a graph in Qualcomm's recipes."""
-    kind = "token" if sizes.tokens == 1 else "prompt"
-    return f"{kind}_ar{sizes.tokens}_cl{sizes.context}_1_of_1"
 
 
 def quantize_edges_(model: Any) -> dict[str, dict[str, Any]]:
@@ -184,7 +178,7 @@ def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[s
     """Write what Genie needs besides graphs and adapters.
 
     Args:
-        npu: any of the graphs, in Genie's layout.
+        npu: the graph with the largest context, in Genie's layout.
         base: any of the adapters.
         binary: the compiled graphs as `binaries`, and as `lora` keys about adapters.
     """

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_a
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
-from qwlora.targets.npu.genie import GENIE, graph_name, to_codes, to_values
+from qwlora.targets.npu.genie import GENIE, to_codes, to_values
 from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
 from qwlora.targets.onnx.onnx_model import build_model
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
@@ -51,9 +53,9 @@ def graph_sizes(exported: ExportedGraph) -> dict[str, CacheSizes | Batch]:
     """The graphs to write by name: sizes of those with a cache, or the batch whose shapes the only
     one has."""
     if exported.graphs:
-        sizes = {n: CacheSizes(count, exported.context) for n, count in exported.graphs.items()}
-        is_genie = exported.layout == GENIE
-        return {graph_name(each) if is_genie else name: each for name, each in sizes.items()}
+        largest_first = sorted(exported.graphs, key=lambda s: (-s.tokens, -s.context))
+        suffix = "_1_of_1" if exported.layout == GENIE else ""
+        return {f"{sizes.name}{suffix}": sizes for sizes in largest_first}
     if not exported.sample:
         raise ExportError(
             "the model is no causal language model, and an NPU takes fixed shapes. Give `sample`: "
@@ -74,7 +76,7 @@ def write_graphs(
         files: fields of each graph in graphs.json: names of its files, or other grids.
         more: fields of the record.
     """
-    record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **(more or {})}
+    record: dict[str, Any] = {"format": FORMAT, "graphs": {}, **(more or {})}
     for name, graph in graphs.items():
         interface, encodings = graph.device.interface, graph.device.encodings
         file = f"{name}_host.onnx" if graph.host.interface.outputs else None
@@ -82,8 +84,7 @@ def write_graphs(
             save_graph(build_model(graph.host, {})[0], folder / file, data=None)
         sized = {}
         if graph.cache:
-            record["context"] = graph.sizes.context
-            sized = {"tokens": graph.sizes.tokens}
+            sized = {"tokens": graph.sizes.tokens, "context": graph.sizes.context}
         record["graphs"][name] = {
             **sized,
             "mask_floor": graph.floor,
@@ -154,9 +155,9 @@ def has_graphs(folder: Path) -> bool:
 
 def most_tokens(folder: Path) -> int:
     """Tokens of a sequence that its graphs run without dropping any from the cache."""
-    record = read_graphs(folder)
-    context: int = record["context"]
-    return context - context % max(int(graph["tokens"]) for graph in record["graphs"].values())
+    graphs = read_graphs(folder)["graphs"].values()
+    context, tokens = (max(int(graph[key]) for graph in graphs) for key in ("context", "tokens"))
+    return context - context % tokens
 
 
 def read_graphs(folder: Path) -> dict[str, Any]:
@@ -179,8 +180,10 @@ class CachedGraphs(Runtime):
         models: the graphs by name.
 
     Attributes:
-        names: of the graphs, largest first.
+        names: of the graphs, most tokens first, then the smallest context.
         tokens: new tokens of one call, by graph; 0 without a cache.
+        contexts: new and past tokens together, by graph; 0 without a cache.
+        context: the largest of them.
         fixed: inputs that are the same in every call; the strength of an adapter is 1.
     """
 
@@ -188,13 +191,14 @@ class CachedGraphs(Runtime):
         record = read_graphs(folder)
         self.folder, self.models = folder, models
         self.graphs: dict[str, Any] = record["graphs"]
-        self.context: int = record["context"]
         self.has_genie_layout = record.get("layout") == GENIE
         self.adapter_inputs: dict[str, Any] = record.get("adapter_inputs", {})
         self.tokens: dict[str, int] = {
             n: graph.get("tokens", 0) for n, graph in self.graphs.items()
         }
-        self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
+        self.contexts: dict[str, int] = {n: g.get("context", 0) for n, g in self.graphs.items()}
+        self.context = max(self.contexts.values())
+        self.names = sorted(self.graphs, key=lambda n: (-self.tokens[n], self.contexts[n]))
         hosts = {name: graph["host"] for name, graph in self.graphs.items() if graph["host"]}
         self._hosts = {name: open_session(folder / file, {}) for name, file in hosts.items()}
         inputs = self.graphs[self.names[0]]["inputs"]
@@ -205,24 +209,47 @@ class CachedGraphs(Runtime):
         return self.tokens[self.names[0]]
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        """See `Runtime`. A graph that has no room for all the tokens that it takes would drop the
-        first ones, also if some are padding; then the smallest one is called."""
-        largest, smallest, first = self.names[0], self.names[-1], 0
-        cache, parts, tokens = self.empty_cache(), list[Tensor](), ids.shape[1]
+        """See `Runtime`. A graph without room for all the tokens that it takes would drop the first
+        ones of the cache, also if some are padding; it is not called."""
+        cache, parts, runs = self.empty_cache(), list[Tensor](), Counter[str]()
+        tokens, first = ids.shape[1], 0
         while first < tokens:
-            left = tokens - steps - first
-            fits = first + self.tokens[largest] <= self.context
-            name = largest if left > 0 and fits else smallest
-            if first + self.tokens[name] > self.context:
+            fitting = [n for n in self.names if first + self.tokens[n] <= self.contexts[n]]
+            if not fitting:
                 raise ExportError(
                     f"{tokens} tokens do not fit into the context of {self.context}; give at most "
                     f"{first}, or export with a larger export.graphs.context"
                 )
-            count = min(self.tokens[name], left if left > 0 else tokens - first)
+            left = tokens - steps - first
+            name, share = self._next(fitting, left, runs if steps else None)
+            count = min(self.tokens[name], share if left > 0 else tokens - first)
+            runs[name] += 1
             _, outputs = self.call(name, ids[:, first : first + count], first, cache)
             parts.append(outputs["logits"][:, :count])
             first += count
         return torch.cat(parts, 1)
+
+    def _next(self, fitting: list[str], left: int, runs: Counter[str] | None) -> tuple[str, int]:
+        """The graph to call, and the tokens that it may take, of those that have room.
+
+        Args:
+            left: tokens before those that run one by one.
+            runs: how often each graph ran, to let them take turns, those of small contexts first;
+                None: the graph that takes what is left, else the largest, of the smallest context.
+        """
+        if runs is None:
+            enough = min(left, self.tokens[fitting[0]])
+            size = min(self.tokens[n] for n in fitting if self.tokens[n] >= enough)
+            return next(n for n in fitting if self.tokens[n] == size), left
+        fewest = self.tokens[self.names[-1]]
+        larger = [n for n in fitting if self.tokens[n] > fewest]
+        smallest = [n for n in fitting if self.tokens[n] == fewest]
+        # one token with little context: later, when tokens run one by one, the text may be too long
+        early = [n for n in smallest if self.contexts[n] < self.context]
+        waiting = [n for n in (*larger, *early) if n not in runs] if left > 0 else []
+        graphs = waiting or (larger if left > 0 else smallest) or smallest
+        name = min(graphs, key=lambda n: (runs[n], self.contexts[n]))
+        return name, math.ceil(left / max(1, len(waiting)))
 
     def empty_cache(self) -> dict[str, Tensor]:
         """Keys and values of no token, by input name, as `call` takes them."""
@@ -258,7 +285,7 @@ class CachedGraphs(Runtime):
             positions: of the new tokens, [1, tokens], or [3, 1, tokens] where an image is among
                 them. Default: counted.
         """
-        sizes, count = CacheSizes(self.tokens[name], self.context), ids.shape[1]
+        sizes, count = CacheSizes(self.tokens[name], self.contexts[name]), ids.shape[1]
         mask, counted = host_arguments(sizes, past, count)
         missing, host = sizes.tokens - count, self._hosts[name]
         counted = counted if positions is None else pad(positions, (0, missing))

@@ -2,13 +2,15 @@
 files of codes, which are inputs of the graphs.
 
     base/
-      prefill.onnx, decode.onnx, weights.data       QDQ graphs that share one weight file
-      prefill_host.onnx, decode_host.onnx           positions and mask -> cos, sin, float mask
-      device/                                       compiled for the HTP, weights once; for a device
-        prefill_ctx.onnx, decode_ctx.onnx, *.bin
-      graphs.json                                   sizes, files, grids of inputs and outputs
+      GRAPH.onnx, weights.data      QDQ graphs that share one weight file
+      GRAPH_host.onnx               positions and mask -> cos, sin, float mask
+      device/                       compiled for the HTP, weights once; for a device
+        GRAPH_ctx.onnx, *.bin
+      graphs.json                   sizes, files, grids of inputs and outputs
     first/, second/, zero/
-      adapter.safetensors                           codes of lora_A and lora_B, lora_alpha
+      adapter.safetensors           codes of lora_A and lora_B, lora_alpha
+
+GRAPH is `prompt_ar128_cl1024` (128 new tokens in a context of 1024), `token_ar1_cl1024`, and so on.
 
 An adapter's tensors are inputs of every graph, under these names, so a runtime switches adapters by
 feeding others; `zero` computes the base alone. All adapters share one grid, and have one shape:

@@ -12,7 +12,7 @@ from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import Base, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import NONE, members, size_problems
+from qwlora.targets.target import NONE, OPSETS, members, size_problems
 from qwlora.targets.target_compatibility import refusal
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class Export(Section):
     graphs: Graphs | None = None
     """sizes of the graphs with a key-value cache that targets qnn, aimet and qairt have. Default:
     the defaults of these keys"""
-
+    opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
+    """for targets aimet and qairt: opset of the ONNX models. Below 23, which older tools need, each
+    RMSNorm is several primitive operators. Default: 23; 21 for a model without a cache"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
     configuration. Default: as ONNX Runtime takes them"""

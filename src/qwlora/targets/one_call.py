@@ -39,6 +39,7 @@ from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import (
     BASE,
     NONE,
+    OPSETS,
     ExportedBase,
     ExportedGraph,
     Runtime,
@@ -59,6 +60,7 @@ def export(
     graphs: Sequence[int] = (128, 1),
     context: Sequence[int] = (1024,),
     layout: str | None = None,
+    opset: int | None = None,
 ) -> None:
     """Write the files of a target.
 
@@ -78,6 +80,8 @@ def export(
             graph; all have the same weights, which are stored once (aimet: for each graph).
         layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
+        opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm is
+            several primitive operators. Default: 23; 21 for a model without a cache.
 
     Raises:
         ExportError: there is no such target, it takes something else than `made`, its files
@@ -88,6 +92,9 @@ def export(
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
     if problems := list(size_problems(graphs, context)):
         raise ExportError("; ".join(problems))
+    if opset is not None and (opset not in OPSETS or target not in ("aimet", "qairt")):
+        allowed = f"aimet and qairt take {OPSETS[0]} to {OPSETS[-1]}"
+        raise ExportError(f"opset {opset} of target {target}: {allowed}. Leave it out")
     known, folder = TARGETS[target], Path(folder)
     if layout not in (None, *known.graph_layouts):
         has = listed(known.graph_layouts)
@@ -103,6 +110,7 @@ def export(
             metadata,
             sample or {},
             graphs=sizes,
+            opset=opset,
             layout=layout,
             tokenizer=tokenizer,
         )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qwlora.targets.proof.checks import Limits, Parity
 
 
+OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
 BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
 NONE, AND = "none", "+"  # use cases: no adapter; the names of several
 
@@ -240,6 +241,7 @@ class ExportedGraph:
         encodings_version: of AIMET encodings files.
         graphs: sizes of the graphs with a key-value cache. Empty for a model that is no causal
             language model: one graph of the sample's shapes.
+        opset: of the float models of targets aimet and qairt. Default: the newest that they need.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
         layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
         tokenizer: of the model, for files that hold it.
@@ -250,6 +252,7 @@ class ExportedGraph:
     sample: Mapping[str, Tensor]
     encodings_version: str = "1.0.0"
     graphs: tuple[CacheSizes, ...] = ()
+    opset: int | None = None
     updatable: BaseActivations = "all"
     layout: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None

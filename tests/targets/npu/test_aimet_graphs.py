@@ -127,6 +127,30 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
 
 
+@pytest.mark.parametrize("opset", [17, 18, 21])
+def test_an_older_opset_has_norms_of_primitive_operators_and_computes_the_same(
+    opset: int, folder: Path, llama: Simulation, tmp_path: Path
+) -> None:
+    """Also in tools that pin an older onnx."""
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    exported = ExportedGraph(llama, {}, sample, graphs=SIZES, opset=opset)
+    AIMET.write_adapter(exported, tmp_path, tmp_path)
+    for graph in GRAPHS:
+        path = tmp_path / f"{graph}.aimet/model.onnx"
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", opset)]
+        norms = {"Pow", "ReduceMean", "Sqrt"}
+        operators = {node.op_type for node in model.graph.node}
+        assert operators >= norms
+        assert "RMSNormalization" not in operators
+        own, newest = (entries_of(files / f"{graph}.aimet") for files in (tmp_path, folder))
+        named = {name: entry for name, entry in newest.items() if "." in name}
+        assert named.items() <= own.items()
+    assert sqnr(AIMET.open(tmp_path, "").logits(IDS), AIMET.open(folder, "").logits(IDS)) > 60
+    assert not verified(tmp_path, llama).problems
+
+
 @pytest.mark.client
 def test_ai_hubs_client_takes_the_folders(folder: Path) -> None:
     from qai_hub import client

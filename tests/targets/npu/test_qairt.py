@@ -391,7 +391,7 @@ def test_use_cases_that_differ_in_more_than_the_mode_updates_are_not_written(
 
     monkeypatch.setattr(float_targets, "float_graphs", graphs)
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    base = ExportedGraph(simulations[BASE], {}, sample, "1.0.0", SIZES[1:], mode)
+    base = ExportedGraph(simulations[BASE], {}, sample, "1.0.0", SIZES[1:], updatable=mode)
     if is_refused:
         with pytest.raises(ExportError, match=rf"^{tensor}.* of {TOKEN}_A differ from {TOKEN}_mod"):
             QAIRT.write_cases(base, {"A": base}, tmp_path)

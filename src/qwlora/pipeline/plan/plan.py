@@ -244,10 +244,11 @@ class _Plan:
         return self.contents(sorted(filter(Path.is_file, folder.iterdir()))) if is_local else []
 
     def files(self, target: str) -> list[Any]:
-        """What exported files depend on besides what they hold: the version of encodings files,
-        unless it is the default, and the sizes and the layout of graphs with a cache."""
+        """What exported files depend on besides what they hold: the versions of encodings files
+        and of ONNX's operators, unless they are the default, and the sizes and the layout of graphs
+        with a cache."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
-        version = export.model_dump(include={"encodings_version"}, exclude_defaults=True)
+        version = export.model_dump(include={"encodings_version", "opset"}, exclude_defaults=True)
         layout = filter(None, [export.layout_of(target)])
         return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]
 

@@ -111,6 +111,7 @@ def _graph(
         context.sample(adapter or recipe.adapters[0].name),
         recipe.export.encodings_version,
         () if sizes is None else cache_sizes(sizes.tokens, sizes.context),
+        recipe.export.opset,
         recipe.simulation.base_activations,
         recipe.export.layout_of(target),
         context.tokenizer,

@@ -18,13 +18,14 @@ What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor'
 with the operator appended, so tensors of one name have one grid in graphs of any size.
 
 AIMET and QAIRT take causal language models as graphs with a key-value cache, of several sizes, with
-RMSNormalization as one operator (opset 23). All have the same weights and
-names; tensors of one name have one encoding. Every float tensor has one. Two kinds get it here:
+RMSNormalization as one operator (opset 23). All have the same weights and names; tensors of one
+name have one encoding. Every float tensor has one. Two kinds get it here:
 
     sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits
     a constant c          scale |c|: c is one step
 
-Values inside an activation function that the model makes of several operators stay without.
+Values inside an activation function that the model makes of several operators stay without, and so
+do those inside a norm of an opset before 23.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from qwlora.simulation.kv_cache_graph import (
 from qwlora.system.optional_packages import require
 from qwlora.targets.npu.htp_rewrites import OPSET as NPU_OPSET
 from qwlora.targets.npu.kv_cache_graphs import graph_sizes
-from qwlora.targets.onnx.onnx_edits import constant, new_node, remove_unused, tensor_of
+from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, remove_unused, tensor_of
 from qwlora.targets.onnx.onnx_model import (
     DEQUANTIZE,
     OPSET,
@@ -65,6 +66,7 @@ from qwlora.targets.onnx.onnx_model import (
 from qwlora.targets.target import ExportedGraph
 
 _NO_LIMIT = 2**40
+_OLDEST = 18  # that torch.onnx translates to
 _RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Erf": (-1.0, 1.0)}
 MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
@@ -141,18 +143,24 @@ def float_graphs(
     for case, graph in cached.items():
         npu = npu_form(graph, sizes, floor, None)
         npu = genie_layout(npu, None) if first.layout else npu
-        float_onnx = to_float_onnx(npu.device, npu.device.interface.shapes, for_npu=True)
+        shapes = npu.device.interface.shapes
+        float_onnx = to_float_onnx(npu.device, shapes, first.opset, for_npu=True)
         float_onnx.model.metadata_props.update(cases[case].metadata)
         yield case, float_onnx, npu
 
 
 def to_float_onnx(
-    graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]], for_npu: bool = False
+    graph: QuantizedGraph,
+    shapes: Mapping[str, Sequence[int | str]],
+    opset: int | None = None,
+    for_npu: bool = False,
 ) -> FloatOnnx:
     """The float model of `graph`.
 
     Args:
         shapes: of the inputs, by name.
+        opset: default: 23 for an NPU, else 21. Operators that an older one lacks are written as
+            those that it has.
         for_npu: with norms as one operator, and an encoding for every float tensor; see the module.
 
     Raises:
@@ -164,7 +172,8 @@ def to_float_onnx(
             f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
             "encodings file and no NPU has. Quantize with base.solver: gptq, or export to onnx"
         )
-    model = to_onnx(graph, NPU_OPSET if for_npu else OPSET)
+    opset = opset or (NPU_OPSET if for_npu else OPSET)
+    model = to_onnx(graph, max(opset, _OLDEST))
     _fix_shapes_(model, graph, shapes)
     result = FloatOnnx(graph, model)
     rewrite_markers(model, graph, result.take_activation, result.take_weight)
@@ -176,7 +185,24 @@ def to_float_onnx(
     model.producer_name = "qwlora"
     if for_npu:
         _encode_rest_(model, result.encodings)
+    if opset < _OLDEST:
+        _lower_(model, opset)
     return result
+
+
+def _lower_(model: Any, opset: int) -> None:
+    """Write operators of opset 18 as 17 has them: the axes of a reduction are an attribute."""
+    axes = require("onnx_ir", "onnx").AttrInt64s
+    for node in model.graph:
+        is_reduction = node.op_type.startswith("Reduce") and len(node.inputs) > 1
+        if is_reduction and node.op_type != "ReduceSum":  # which takes them as an input since 13
+            node.attributes["axes"] = axes("axes", numbers(node.inputs[1]).tolist())
+            node.attributes.pop("noop_with_empty_axes", None)
+            node.resize_inputs(1)
+        elif node.op_type == "Split":
+            node.attributes.pop("num_outputs", None)
+    remove_unused(model)
+    model.graph.opset_imports[""] = opset
 
 
 def _fix_shapes_(

@@ -33,7 +33,7 @@ from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
 from qwlora.targets.onnx.onnx_edits import constants, insert_rounding, load_graph, tensor_of
-from qwlora.targets.onnx.onnx_model import activation_arrays, activation_tensor
+from qwlora.targets.onnx.onnx_model import OPSET, activation_arrays, activation_tensor
 from qwlora.targets.onnx.onnx_runtime import (
     EIGHT_BIT_OPTIONS,
     SESSION_OPTIONS,
@@ -173,4 +173,9 @@ class FloatOnnxModel(OnnxModel):
             for index, output in enumerate(model.graph.outputs):
                 if output is value:
                     model.graph.outputs[index] = result
+        if model.graph.opset_imports[""] < OPSET:  # whose nodes take 8 bits only
+            for node in model.graph:
+                if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                    node.domain = "com.microsoft"
+            model.graph.opset_imports["com.microsoft"] = 1
         return model

@@ -55,7 +55,7 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from qwlora.errors import ExportError, VerificationError, listed
+from qwlora.errors import ExportError, VerificationError, foreign_as, listed
 from qwlora.formats.model_card import marked
 from qwlora.graph.device_graph import ALPHA
 from qwlora.graph.quantized_graph import Kind
@@ -124,7 +124,7 @@ class Aimet(Backend):
             simulation, sample = exported.simulation, exported.sample
             inputs = simulation.bind(sample)
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-            float_onnx = to_float_onnx(simulation.graph(), shapes)
+            float_onnx = to_float_onnx(simulation.graph(), shapes, exported.opset)
             float_onnx.model.metadata_props.update(exported.metadata)
             _write_model(float_onnx, exported, folder / "model.aimet")
             write_golden(folder / GOLDEN, inputs, simulation.outputs(sample))
@@ -156,9 +156,18 @@ def _aimet_models(folder: Path) -> dict[str, FloatOnnxModel]:
 
 def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -> None:
     folder.mkdir(parents=True)
-    # every weight external: a stored model of more than 2 GB is no protobuf file
-    save_graph(float_onnx.model, folder / MODEL_FILE, DATA_FILE, smallest=64)
+    _save(float_onnx.model, folder / MODEL_FILE, DATA_FILE, exported.opset)
     write_encodings(float_onnx, folder / ENCODINGS_FILE, file_version=exported.encodings_version)
+
+
+def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
+    """Write a model, and check an opset that was asked for."""
+    # every weight external: a stored model of more than 2 GB is no protobuf file
+    save_graph(model, path, data, smallest=64)
+    problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
+    with foreign_as(ExportError, problem, "Choose a higher export.opset"):
+        if opset is not None:
+            require("onnx", "onnx").checker.check_model(str(path))
 
 
 class Qairt(Backend):
@@ -269,7 +278,7 @@ def _write_graph(
             names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
             fixed = _fixed(float_onnx, names, base.updatable)
             model.metadata_props[_UPDATABLE] = base.updatable
-            save_graph(model, file, DATA_FILE if file == first else None, smallest=64)
+            _save(model, file, DATA_FILE if file == first else None, base.opset)
         else:
             weights = {name: numbers(model.graph.initializers[name]) for name in names}
             save_file(weights, folder / f"{case}.safetensors", {"format": "np"})

@@ -82,9 +82,8 @@ def write_graphs(
         file = f"{name}_host.onnx" if graph.host.interface.outputs else None
         if file:
             save_graph(build_model(graph.host, {})[0], folder / file, data=None)
-        sized = {}
-        if graph.cache:
-            sized = {"tokens": graph.sizes.tokens, "context": graph.sizes.context}
+        sizes = graph.cache
+        sized = {"tokens": sizes.tokens, "context": sizes.context} if sizes else {}
         record["graphs"][name] = {
             **sized,
             "mask_floor": graph.floor,
@@ -156,8 +155,9 @@ def has_graphs(folder: Path) -> bool:
 def most_tokens(folder: Path) -> int:
     """Tokens of a sequence that its graphs run without dropping any from the cache."""
     graphs = read_graphs(folder)["graphs"].values()
-    context, tokens = (max(int(graph[key]) for graph in graphs) for key in ("context", "tokens"))
-    return context - context % tokens
+    context, tokens = (tuple(int(graph[key]) for graph in graphs) for key in ("context", "tokens"))
+    # the last call, of the smallest graph, needs room for its padding too
+    return min(max(context) - max(context) % max(tokens), max(context) + 1 - min(tokens))
 
 
 def read_graphs(folder: Path) -> dict[str, Any]:
@@ -193,9 +193,7 @@ class CachedGraphs(Runtime):
         self.graphs: dict[str, Any] = record["graphs"]
         self.has_genie_layout = record.get("layout") == GENIE
         self.adapter_inputs: dict[str, Any] = record.get("adapter_inputs", {})
-        self.tokens: dict[str, int] = {
-            n: graph.get("tokens", 0) for n, graph in self.graphs.items()
-        }
+        self.tokens: dict[str, int] = {n: g.get("tokens", 0) for n, g in self.graphs.items()}
         self.contexts: dict[str, int] = {n: g.get("context", 0) for n, g in self.graphs.items()}
         self.context = max(self.contexts.values())
         self.names = sorted(self.graphs, key=lambda n: (-self.tokens[n], self.contexts[n]))

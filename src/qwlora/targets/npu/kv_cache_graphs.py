@@ -337,19 +337,21 @@ class CachedGraphs(Runtime):
         return self.forward(tensors)[1]
 
     def write_golden(self, sample: Mapping[str, Tensor], case: str = "") -> None:
-        """Write one call of each graph: the largest on the first tokens, the others on those after
-        it.
+        """Write one call of each graph, on the tokens after those of the one before; on the first
+        tokens if no others are left, or its context has no room for them.
 
         Args:
-            sample: inputs of a model without a cache, by name; else `input_ids` [1, tokens], at
-                least one for each graph.
+            sample: inputs of a model without a cache, by name; else `input_ids` [1, tokens],
+                best with at least one token for each graph.
         """
         if not self.context:
             write_golden(self.folder / GOLDEN / case / FORWARD, *self.forward(sample))
             return
         ids, cache, past = sample[IDS], self.empty_cache(), 0
         for following, name in zip(reversed(range(len(self.names))), self.names, strict=True):
-            count = min(self.tokens[name], ids.shape[1] - past - following)
+            if past == ids.shape[1] or past + self.tokens[name] > self.contexts[name]:
+                cache, past = self.empty_cache(), 0
+            count = min(self.tokens[name], max(1, ids.shape[1] - past - following))
             call = self.call(name, ids[:, past : past + count], past, cache)
             write_golden(self.folder / GOLDEN / case / name, *call)
             past += count

@@ -31,15 +31,14 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """For targets qnn, aimet and qairt: sizes of graphs with a key-value cache, in tokens. Each
-    number of tokens in each context is a graph; all have the same weights, which are stored
-    once (by aimet for each graph, as AI Hub takes them)."""
+    """For targets qnn, aimet and qairt: sizes of the graphs with a key-value cache, in tokens.
+    There is one graph for each pair of a number of tokens and a context. All share one copy of the
+    weights, except in aimet: AI Hub needs a copy in each graph's folder."""
 
     tokens: list[int] = [128, 1]
-    """new tokens in a call: a large number for graphs that read a prompt, 1 for one that
-    generates"""
+    """new tokens in one call: a large number to read prompts, 1 to generate"""
     context: list[int] = [1024]
-    """new tokens and those in the key-value cache together"""
+    """past and new tokens together: what the key-value cache and one call hold"""
 
     def problems(self) -> Iterator[str]:
         yield from size_problems(self.tokens, self.context)
@@ -58,11 +57,10 @@ class Export(Section):
     by a plus sign for all of them at once, or none for the base. Default: each adapter alone, and
     none"""
     graphs: Graphs | None = None
-    """sizes of the graphs with a key-value cache that targets qnn, aimet and qairt have. Default:
-    the defaults of these keys"""
+    """sizes of the graphs with a key-value cache, for targets qnn, aimet and qairt"""
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
-    """for targets aimet and qairt: opset of the ONNX models. Below 23, which older tools need, each
-    RMSNorm is several primitive operators. Default: 23; 21 for a model without a cache"""
+    """for targets aimet and qairt: opset of the ONNX models, 17 to 23. Lower it for tools with an
+    older onnx; below 23, each RMSNorm becomes several primitive operators. Default: 23"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
     configuration. Default: as ONNX Runtime takes them"""

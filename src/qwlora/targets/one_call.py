@@ -36,15 +36,7 @@ from qwlora.targets.proof.folder import RECORD, write_record
 from qwlora.targets.proof.measure import measure_runtime
 from qwlora.targets.proof.reference import least_noise, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import (
-    BASE,
-    NONE,
-    OPSETS,
-    ExportedBase,
-    ExportedGraph,
-    Runtime,
-    size_problems,
-)
+from qwlora.targets.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime, size_problems
 
 T = TypeVar("T")
 
@@ -76,26 +68,26 @@ def export(
             shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
             that is no causal language model.
         graphs, context: of a causal language model, for targets aimet, qairt and qnn: new tokens
-            in a call, and new and past ones together. Each number of tokens in each context is a
-            graph; all have the same weights, which are stored once (aimet: for each graph).
+            in one call, and past and new tokens together. There is one graph for each pair of them.
+            All share one copy of the weights, except in aimet, where each graph has a copy.
         layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
-        opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm is
-            several primitive operators. Default: 23; 21 for a model without a cache.
+        opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm
+            becomes several primitive operators. Default: 23; 21 for a model without a cache.
 
     Raises:
         ExportError: there is no such target, it takes something else than `made`, its files
-            cannot hold it, or there are no graphs of these sizes.
+            cannot hold it, or `graphs`, `context` or `opset` are out of range.
         MissingExtraError: a package that writes the files is missing.
     """
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
     if problems := list(size_problems(graphs, context)):
-        raise ExportError("; ".join(problems))
-    if opset is not None and (opset not in OPSETS or target not in ("aimet", "qairt")):
-        allowed = f"aimet and qairt take {OPSETS[0]} to {OPSETS[-1]}"
-        raise ExportError(f"opset {opset} of target {target}: {allowed}. Leave it out")
+        raise ExportError(f"graphs, context: {'; '.join(problems)}")
     known, folder = TARGETS[target], Path(folder)
+    if opset is not None and opset not in known.opsets:
+        has = listed(known.opsets, 9)
+        raise ExportError(f"target {target} has no opset {opset} (it has: {has}). Leave it out")
     if layout not in (None, *known.graph_layouts):
         has = listed(known.graph_layouts)
         raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")

@@ -11,7 +11,7 @@ from qwlora.errors import listed
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Blocks, Scheme
 from qwlora.targets.npu.htp_limits import table_problem, weight_problem
-from qwlora.targets.target import LayerKind, Layout, Target
+from qwlora.targets.target import OPSETS, LayerKind, Layout, Target
 
 MLX_GROUPS = (128, 64, 32)
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
@@ -126,6 +126,7 @@ TARGETS: dict[str, Target] = {
         backend_class="qwlora.targets.npu.float_targets:Aimet",
         layout=Layout.EACH,
         cached_graphs=True,
+        opsets=OPSETS,
         model_files="*.aimet/*",
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
@@ -134,6 +135,7 @@ TARGETS: dict[str, Target] = {
         layout=Layout.CASES,
         cached_graphs=True,
         graph_layouts=("genie",),
+        opsets=OPSETS,
         reserved=frozenset({"none", "base", "model", "host"}),
         scheme_problem=AIMET_ENCODINGS.problem,
     ),

@@ -72,13 +72,13 @@ def size_problems(tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[st
     context. At least one token is new, and there is room for a past one."""
     for what, sizes in (("tokens", tokens), ("context", contexts)):
         if not sizes or len(set(sizes)) < len(sizes):
-            yield f"{what} {[*sizes]}: give at least one number, and each once"
+            yield f"{what} {[*sizes]}: list at least one number, and each once"
     if small := [size for size in tokens if size < 1]:
         yield f"tokens {small}: a graph has at least 1 new token"
     if full := [size for size in contexts if tokens and size <= max(tokens)]:
         yield (
-            f"context {full}: each must be greater than all tokens {[*tokens]}, since a graph has "
-            "room for past tokens. Give larger contexts, or fewer tokens"
+            f"context {full}: each must be greater than all tokens {[*tokens]}, since every graph "
+            "needs room for past tokens. Give larger contexts, or fewer tokens"
         )
 
 
@@ -101,6 +101,7 @@ class Target:
         cached_graphs: whether they are graphs with a key-value cache, of the sizes that
             `export.graphs` of the recipe has.
         graph_layouts: what `export.layout` of the recipe can be.
+        opsets: what `export.opset` of the recipe can be.
         has_proof: whether `verify` writes a proof next to the files (`proof/folder.py`).
         model_files: glob of the files whose total size is reported.
         reserved: names of other files, which no adapter can have.
@@ -122,6 +123,7 @@ class Target:
     activation_bitwidths: tuple[int, ...] = ()
     cached_graphs: bool = False
     graph_layouts: tuple[str, ...] = ()
+    opsets: Collection[int] = ()
     has_proof: bool = True
     model_files: str = "**/*"
     reserved: frozenset[str] = frozenset()

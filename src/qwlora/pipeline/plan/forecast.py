@@ -407,7 +407,7 @@ class Forecaster:
         if sizes is None:
             return Forecast(stage.name, memory, stored + 24 * scales, settings)
         graphs = len(sizes.tokens) * len(sizes.context)
-        # in float; AI Hub takes no folder without its own
+        # as floats, which aimet repeats in the folder of each graph
         weights = (1 if target.has_cases else graphs) * (stored + FLOAT * models.packed_weights)
         return Forecast(stage.name, memory, weights + 24 * scales * graphs, settings)
 

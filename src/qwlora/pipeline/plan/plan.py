@@ -248,7 +248,8 @@ class _Plan:
         and of ONNX's operators, unless they are the default, and the sizes and the layout of graphs
         with a cache."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
-        version = export.model_dump(include={"encodings_version", "opset"}, exclude_defaults=True)
+        keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
+        version = export.model_dump(include=keys, exclude_defaults=True)
         layout = filter(None, [export.layout_of(target)])
         return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]
 

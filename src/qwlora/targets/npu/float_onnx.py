@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError, listed
+from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
@@ -136,6 +137,8 @@ def float_graphs(
         name: of the graph.
     """
     first = next(iter(cases.values()))
+    if first.graphs and IDS not in first.sample:
+        raise ExportError("golden inputs are missing. Give `sample`: one batch with input_ids")
     sizes = graph_sizes(first)[name]
     captured = capture_with_cache(first.simulation, sizes)
     cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}

@@ -3,11 +3,11 @@
     PYTHONPATH=tests python benchmarks/any_model.py    writes results/any_model.json and the table
     PYTHONPATH=tests python benchmarks/any_model.py unet    this model only; other rows stay
 
-Needs `pip install 'qwlora[qnn]' diffusers`. The models are those of tests/targets/any_models.py, and
-a Qwen2-VL: tiny and random, but their adapters are trained, each on its own data. `qwlora.export` writes each
-target from one simulation, and `qwlora.verify` checks it. Then the adapters run one after another,
-of onnx and qnn in one session: first, second, none, first. Compared is the output with the
-simulation's, on examples of neither training nor calibration.
+Needs `pip install 'qwlora[qnn]' diffusers`. The models are those of tests/targets/any_models.py,
+and a Qwen2-VL: tiny and random, but their adapters are trained, each on its own data.
+`qwlora.export` writes each target from one simulation, and `qwlora.verify` checks it. Then the
+adapters run one after another, for onnx and qnn in one session: first, second, none, first. Outputs
+are compared with the simulation's, on examples used in neither training nor calibration.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def export(
         layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
         opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm
-            becomes several primitive operators. Default: 23; 21 for a model without a cache.
+            becomes several primitive operators. Default: 23; 21 for aimet without a cache.
 
     Raises:
         ExportError: there is no such target, it takes something else than `made`, its files

@@ -74,7 +74,7 @@ def size_problems(tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[st
         if not sizes or len(set(sizes)) < len(sizes):
             yield f"{what} {[*sizes]}: list at least one number, and each once"
     if small := [size for size in tokens if size < 1]:
-        yield f"tokens {small}: a graph has at least 1 new token"
+        yield f"tokens {small}: each must be at least 1"
     if full := [size for size in contexts if tokens and size <= max(tokens)]:
         yield (
             f"context {full}: each must be greater than all tokens {[*tokens]}, since every graph "
@@ -289,7 +289,7 @@ class Runtime(ABC):
 
         Args:
             steps: the last tokens to run one by one, where the files are graphs of fixed sizes;
-                those that fit take turns, so that each is run.
+                the graphs with room take turns.
         """
 
     def use(self, adapter: Path | None) -> None:

@@ -62,11 +62,7 @@ def calls(runtime: CachedGraphs, count: int, steps: int, monkeypatch: Any) -> li
     ],
 )
 def test_a_short_context_first_and_every_graph_in_turn_where_it_is_proven(
-    count: int,
-    steps: int,
-    expected: list[tuple[str, int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    count: int, steps: int, expected: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = graphs(tmp_path, [1, 4, 8], [32, 16])
     assert (runtime.context, runtime.call_tokens, most_tokens(tmp_path)) == (32, 8, 32)
@@ -83,3 +79,6 @@ def test_what_no_context_holds_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls(runtime, 20, 0, monkeypatch)[2:] == [("ar1_cl20", 1)] * 4
     with pytest.raises(ExportError, match=r"21 tokens.*context of 20; give at most 20"):
         calls(runtime, 21, 0, monkeypatch)
+    runtime = graphs(tmp_path, [8, 4], [16])  # the padding of the last call needs room too
+    assert most_tokens(tmp_path) == 13
+    assert calls(runtime, 13, 2, monkeypatch) == [("ar8_cl16", 8), ("ar8_cl16", 3), ("ar4_cl16", 2)]

@@ -24,9 +24,9 @@ It is the form of `onnx_model.py`, and
     group norms     LayerNormalization of each group, with ones as its weight, then a product and a
                     sum. InstanceNormalization loses 20 dB where the mean is large. As int16, the
                     factor cost 8 dB (67 to 75 dB); as uint16, the same values cost nothing
-    convolutions    packed weights are stored in the kernel's shape; an input that was moved, such
-                    as enlarged or transposed, after it was quantized, is quantized on its grid once
-                    more: else, the HTP multiplies in half precision, and the CPU dequantizes the
+    convolutions    packed weights are stored in the kernel's shape; an input that was upsampled
+                    or transposed after it was quantized is quantized on its grid once more.
+                    Otherwise the HTP multiplies in half precision, and the CPU dequantizes the
                     weight
     biases          int32 on the grid scale(x) * scale(w) in a Gemm or Conv; after a MatMul, whose
                     output gets a grid of its own, added on their own grid
@@ -125,9 +125,9 @@ def _shape_kernel_(model: Any, node: Any) -> None:
 
 
 def _quantize_moved_(model: Any, node: Any) -> None:
-    """Quantize what a convolution reads once more, on its own grid, if it was moved after that.
+    """Quantize the input of a convolution once more, on its grid, if it was moved in between.
 
-    Nothing is computed in between: `kv_cache_graph.py` refuses a computed value without a grid.
+    It was only moved, not computed: `kv_cache_graph.py` refuses computed values without a grid.
     """
     moved = node.inputs[0]
     stored = moved.producer()

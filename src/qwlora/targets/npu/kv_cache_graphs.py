@@ -232,8 +232,8 @@ class CachedGraphs(Runtime):
 
         Args:
             left: tokens before those that run one by one.
-            runs: how often each graph ran, to let them take turns, those of small contexts first;
-                None: the graph that takes what is left, else the largest, of the smallest context.
+            runs: how often each graph ran; they take turns, small contexts first. None: the
+                smallest graph that takes all that is left, else the largest; smallest context.
         """
         if runs is None:
             enough = min(left, self.tokens[fitting[0]])
@@ -242,7 +242,7 @@ class CachedGraphs(Runtime):
         fewest = self.tokens[self.names[-1]]
         larger = [n for n in fitting if self.tokens[n] > fewest]
         smallest = [n for n in fitting if self.tokens[n] == fewest]
-        # one token with little context: later, when tokens run one by one, the text may be too long
+        # run these now: once tokens run one by one, the text may have outgrown their context
         early = [n for n in smallest if self.contexts[n] < self.context]
         waiting = [n for n in (*larger, *early) if n not in runs] if left > 0 else []
         graphs = waiting or (larger if left > 0 else smallest) or smallest

@@ -94,7 +94,7 @@ _README = """\
 Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
 htp_arch {htp_arch}). Load them there,
 with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
-cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
+cannot read a binary that graphs share, and may crash (exit 139). There, load ../*.onnx instead.
 """
 
 

@@ -36,7 +36,7 @@ IDS = torch.arange(20)[None]
 
 def base(architecture: str = "llama") -> PreTrainedModel:
     model = tiny_model(architecture)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     return model.requires_grad_(False)
 
 
@@ -216,7 +216,7 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
         assert torch.equal(logits(loaded), logits(model))
     save_adapter(model, tmp_path)
     other = tiny_model("llama", seed=1)
-    quantize_(other, "w4-block32")
+    quantize_(other, "w4-block32", "rtn")
     with pytest.raises(FingerprintError, match=fingerprint(base())):
         attach_existing(other, str(tmp_path), "accept")  # a recorded base is always compared
 

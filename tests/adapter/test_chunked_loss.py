@@ -74,7 +74,7 @@ def test_adapter_on_the_head_gets_gradients(name: str) -> None:
 
 def test_packed_base_and_packed_head() -> None:
     model = tiny_model("qwen3")  # its head is not tied, so it is packed too
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     assert_same(get_peft_model(model.requires_grad_(False), config).eval())
 

@@ -159,7 +159,7 @@ def test_factors_are_finite_when_there_is_nothing_to_correct(nothing: str) -> No
 def test_unused_ranks_are_trainable() -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
     layer_of = lora_layers(adapted).__getitem__
     layer = next(iter(lora_layers(adapted).values()))
@@ -177,7 +177,7 @@ def test_unused_ranks_are_trainable() -> None:
 def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
+    quantize_(model, "w3-block32", "rtn")
     config = LoraConfig(r=5, lora_alpha=15, target_modules=["q_proj", "down_proj"])
     adapted = get_peft_model(model, config)
     layers = lora_layers(adapted)
@@ -201,7 +201,7 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
 def test_tuned_scales_are_not_corrected(scheme: str) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
-    quantize_(model, scheme)
+    quantize_(model, scheme, "rtn")
     ids = torch.randint(0, 250, (24, 32), generator=torch.Generator().manual_seed(0))
 
     def started(base: torch.nn.Module, scales: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ def test_errors_name_the_reason(
 ) -> None:
     model = tiny_model("llama")
     if scheme:
-        quantize_(model, scheme)
+        quantize_(model, scheme, "rtn")
     options = dict(options)
     share = options.pop("share", 0.5)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))

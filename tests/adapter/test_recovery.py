@@ -27,7 +27,7 @@ IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0)
 def pair(architecture: str) -> tuple[Any, PreTrainedModel]:
     teacher = tiny_model(architecture)
     model = copy.deepcopy(teacher)
-    quantize_(model, "w2-block32-asymmetric")
+    quantize_(model, "w2-block32-asymmetric", "rtn")
     return get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     ), teacher
@@ -80,7 +80,7 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
     for loss in ("whole", "chunked"):
         teacher = built(name)
         model = copy.deepcopy(teacher)
-        quantize_(model, "w2-block16-asymmetric")
+        quantize_(model, "w2-block16-asymmetric", "rtn")
         config = LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear")
         settings = TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss)
         adapted, work = get_peft_model(model, config), tmp_path / loss

@@ -55,7 +55,7 @@ OTHER = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3
 
 def adapted(architecture: str = "llama", **shape: Any) -> PeftModel:
     model = tiny_model(architecture)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     return attach(model.requires_grad_(False), replace(SHAPE, **shape), seed=0)
 
 

@@ -196,7 +196,7 @@ def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
 
 def test_fused_experts_say_that_they_cannot_be_merged() -> None:
     model = make("Mixtral")
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
     with pytest.raises(MergeError, match=r"experts.*Keep the adapter separate"):

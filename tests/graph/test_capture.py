@@ -166,7 +166,7 @@ ABOUT_EXPERTS = "ignore:The following (rank|alpha)_pattern keys"  # PEFT about f
 
 def packed(name: str) -> nn.Module:
     model = make(name)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(model, config).eval()

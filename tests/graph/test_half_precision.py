@@ -25,7 +25,7 @@ def trained(folder: Path, dtype: torch.dtype, **lora: bool) -> PeftModel:
     tiny_model("llama", layers=1).to(dtype).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == dtype
-    qwlora.quantize_(model, "w4-block32")
+    qwlora.quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(model, config, **lora)

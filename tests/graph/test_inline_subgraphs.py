@@ -48,7 +48,7 @@ class Wrapped(nn.Module):
 def wrapped(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = Wrapped(kind)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     return model.eval()
 
 
@@ -85,7 +85,7 @@ def test_what_the_graph_would_hide_is_refused(kind: str, message: str) -> None:
 def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
     """PEFT adds the factors' product to the weight under autocast that is off: no activation, and on no grid of its own."""
     model = make("Mixtral")
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     targets = {"target_modules": ["q_proj"]}
     targets["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=2, **targets, init_lora_weights=False)

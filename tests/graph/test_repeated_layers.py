@@ -41,7 +41,7 @@ def test_layers_that_are_shared() -> None:
     torch.manual_seed(0)
     sizes = {"embedding_size": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
     model = t.AlbertForMaskedLM(t.AlbertConfig(**ENCODER, **sizes))
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     made = checked(model.eval())
     query = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"
     names = {name.removeprefix(query) for name in made.encodings if name.startswith(query)}

@@ -25,7 +25,7 @@ def adapted_layer(
 ) -> PeftModel:
     """A packed model of one layer with an adapter on every linear layer."""
     model = tiny_model(architecture, layers=1)
-    quantize_(model, scheme)
+    quantize_(model, scheme, "rtn")
     torch.manual_seed(seed)
     options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora}
     return get_peft_model(model, LoraConfig(**options)).eval()

@@ -67,7 +67,7 @@ def eager(architecture: str) -> PreTrainedModel:
 def adapted(architecture: str = "llama", **others: LoraConfig) -> PeftModel:
     """Adapters `first` and, ten times as strong, `second` of one structure; and `others`."""
     model = eager(architecture)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(1)
     with_first = get_peft_model(model, shape(), adapter_name="first")
     for name, config in {"second": shape(), **others}.items():
@@ -360,7 +360,7 @@ def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter()
     bert = BertForSequenceClassification(
         BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
     ).eval()
-    report = quantize_(bert, "w4-block32")
+    report = quantize_(bert, "w4-block32", "rtn")
     assert "bert.pooler.dense.weight" in report.layers
     assert "classifier.weight" not in report.layers
     config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True)
@@ -467,7 +467,7 @@ def test_a_padded_simulation_comes_back_from_disk_with_its_adapter_alone(tmp_pat
     made["narrow"].save(tmp_path / "simulation")
     save_adapter(model, tmp_path / "adapter", adapter="narrow")
     base = eager("llama")
-    quantize_(base, "w4-block32")
+    quantize_(base, "w4-block32", "rtn")
     alone = load_adapter(base, tmp_path / "adapter").eval()
     before = [(n, id(p), p.requires_grad) for n, p in alone.named_parameters()]
     again = load_simulation(tmp_path / "simulation", alone)

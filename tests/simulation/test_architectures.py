@@ -35,7 +35,7 @@ BELOW_FLOOR = {16: 6.0, 8: 15.0}
 def adapted(name: str) -> nn.Module:
     """A packed model with a LoRA on every linear layer."""
     model = make(name)
-    report = quantize_(model, "w4-block32")
+    report = quantize_(model, "w4-block32", "rtn")
     # where PEFT does not know the model
     linear = [path.removesuffix(".weight") for path in report.layers]
     torch.manual_seed(1)

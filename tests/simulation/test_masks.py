@@ -56,7 +56,7 @@ def given(seed: int) -> dict[str, Tensor]:
 def attention(mask: str, *rules: PlacementRule) -> Simulation:
     torch.manual_seed(0)
     model = Attention(mask)
-    quantize_(model, "w8-channel")
+    quantize_(model, "w8-channel", "rtn")
     return simulate(model.eval(), given(0), Schemes(rules=rules))
 
 

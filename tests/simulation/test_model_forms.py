@@ -131,7 +131,7 @@ def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_model("llama").config).eval()
     for error, call in (
-        (GridError, lambda: qwlora.quantize_(model, "w4-block32")),
+        (GridError, lambda: qwlora.quantize_(model, "w4-block32", "rtn")),
         (CaptureError, lambda: capture(model, {"input_ids": IDS})),
     ):
         with pytest.raises(error, match=r"model.embed_tokens.weight.* and \d+ more .*meta device"):

@@ -255,7 +255,7 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
             load_simulation(tmp_path, other)
     base = tiny_model("llama", layers=1)
-    quantize_(base, "w4-block32")
+    quantize_(base, "w4-block32", "rtn")
     with pytest.raises(CalibrationError, match=r"this model's is \(none\)"):
         load_simulation(tmp_path, base)
 

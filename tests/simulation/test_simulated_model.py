@@ -245,7 +245,7 @@ def test_only_models_of_transformers_have_such_a_call() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_model("llama", layers=1)
-            quantize_(self.inner, "w4-block32")
+            quantize_(self.inner, "w4-block32", "rtn")
 
         def forward(self, **inputs: Tensor) -> object:
             return self.inner(**inputs)

@@ -50,7 +50,7 @@ def base(architecture: str = "llama", planted: bool = False) -> PreTrainedModel:
     model = tiny_model(architecture, layers=2 if planted else 1)
     if planted:
         plant_(model)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     return model.requires_grad_(False)
 
 

@@ -192,7 +192,7 @@ def test_a_job_keeps_its_precision(job_for: Any, monkeypatch: pytest.MonkeyPatch
 def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = tiny_model("llama")
     solved = copy.deepcopy(reference)
-    quantize_(solved, "w3-block32")
+    quantize_(solved, "w3-block32", "rtn")
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
 
     def tuned(asked: str) -> float:

@@ -121,7 +121,7 @@ def test_other_threads_leave_signals_alone() -> None:
 def test_training_finishes_the_step_and_writes_a_checkpoint(number: int, tmp_path: Path) -> None:
     """Twice, as closed terminals do: only a second Ctrl-C does not wait for the checkpoint."""
     model = tiny_model("llama")
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     adapted = attach(model.requires_grad_(False), LoraShape(rank=4, alpha=8), seed=0)
     settings = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=5, seed=0)
 

@@ -17,7 +17,7 @@ from qwlora.targets.onnx.onnx import export_onnx
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, config).eval()
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -41,7 +41,7 @@ def made(
 ) -> Simulation:
     """An exported simulation; translating its graph takes time in proportion to what is adapted."""
     model = tiny_model("llama", layers=1)
-    quantize_(model, scheme)
+    quantize_(model, scheme, "rtn")
     torch.manual_seed(1)
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules=adapted_layers, init_lora_weights=False)
@@ -70,7 +70,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
 def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
-    report = quantize_(model, scheme)
+    report = quantize_(model, scheme, "rtn")
     assert set(report.layers) == {"0.weight", "2.weight"}
     batches = [{"input": torch.randn(8, 64)} for _ in range(3)]
     simulation = simulate(model, batches[0])

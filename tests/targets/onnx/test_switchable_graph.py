@@ -39,7 +39,7 @@ def simulation(seed: int, modules: list[str], **given: object) -> Simulation:
     """Of a Llama of one layer with a random adapter, whose weights have 4 bits."""
     model = tiny_model("llama", layers=1)
     model.set_attn_implementation("eager")
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(seed)
     config = LoraConfig(target_modules=modules, init_lora_weights=False, **given)  # type: ignore[arg-type]
     inputs = {"input_ids": IDS[:2, :12], "attention_mask": torch.ones_like(IDS[:2, :12])}

@@ -31,7 +31,7 @@ Bundle = tuple[Path, Simulation]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = make(NAME)
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     simulation = simulate(model, BATCHES[0], Schemes(Scheme(8, symmetric=False)))
     simulation.calibrate(BATCHES)
     folder = tmp_path_factory.mktemp("image")
@@ -64,7 +64,7 @@ class Mixed(nn.Module):
 def test_without_session_options_integer_kernels_change_results(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Mixed().eval()
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     batches = [{"x": torch.randn(4, 16, 32)} for _ in range(4)]
     simulation = simulate(model, batches[0], Schemes(Scheme(8, symmetric=False)))
     simulation.calibrate(batches)
@@ -116,7 +116,7 @@ def test_missing_inputs_and_batches_are_named(bundle: Bundle) -> None:
 def test_exports_with_a_cache_decode_after_prefill(tmp_path: Path) -> None:
     """Prefill and decode in ONNX Runtime, with one set of encodings, against one simulation."""
     model = make("Llama")
-    quantize_(model, "w4-block32")
+    quantize_(model, "w4-block32", "rtn")
     ids = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
     first, second = ids[:, :9], ids[:, 9:]
     whole = {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from adapter.small_models import mixture
-from cli.command_line import qwlora
+from cli.command_line import answered, qwlora, refused
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_files import (
@@ -36,10 +36,8 @@ WEIGHTS = "adapter_model.safetensors"
 def job(tmp_path: Path) -> Path:
     """A job's directory with two adapters of one base."""
     for name, more in (("a", {}), ("b", {"use_dora": True, "rank_pattern": {"q_proj": 3}})):
-        model = get_peft_model(
-            tiny_model("llama"),
-            LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **more),
-        )
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **more)
+        model = get_peft_model(tiny_model("llama"), config)
         save_adapter(model, tmp_path / "adapters" / name)
     (tmp_path / "base").mkdir()
     identity = base_of(tmp_path / "adapters" / "a")
@@ -60,16 +58,13 @@ def test_report_matches_the_adapters(job: Path) -> None:
         assert problems(job / "adapters" / name, job_fingerprint(job)) == []
 
 
-def damaged(folder: Path, **changes: Any) -> None:
-    tensors = load_file(folder / WEIGHTS)
+def damaged(folder: Path, rank: int = 2, value: float = 0.0, drop: bool = False) -> None:
+    """Change the rank in the configuration, a value of a weight, or drop the weight."""
+    tensors, config = load_file(folder / WEIGHTS), folder / "adapter_config.json"
     name = next(n for n in tensors if "lora_A" in n)
-    if "value" in changes:
-        tensors[name][0, 0] = changes["value"]
-    if "config_rank" in changes:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["r"] = changes["config_rank"]
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    if changes.get("drop"):
+    tensors[name][0, 0] = value
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": rank}))
+    if drop:
         del tensors[name]
     save_file(tensors, folder / WEIGHTS)
     reseal(folder, "qwlora.json")
@@ -79,7 +74,7 @@ def damaged(folder: Path, **changes: Any) -> None:
     ("change", "message"),
     [
         ({"value": torch.nan}, "lora_A.weight has values that are not finite"),
-        ({"config_rank": 5}, "asks for rank 5, but the weights have at most 2"),
+        ({"rank": 5}, "asks for rank 5, but the weights have at most 2"),
         ({"drop": True}, "lora_B.weight has no matching lora_A"),
     ],
 )
@@ -130,23 +125,23 @@ def test_names_an_adapter_of_another_base(job: Path) -> None:
     assert "qwlora.json changed" in problems(job / "adapters" / "a", job_fingerprint(job))[0]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return qwlora("adapters", *arguments)
-
-
 def test_commands(job: Path) -> None:
-    listed = command("list", str(job))
-    assert listed.returncode == 0, listed.stderr
-    assert "adapters/b" in listed.stdout
-    assert "DoRA" in listed.stdout
-    assert json.loads(command("list", str(job), "--json").stdout)["adapters"][0]["rank"] == 2
-    checked = command("check", str(job))
-    assert (checked.returncode, checked.stdout) == (0, "adapters/a: good\nadapters/b: good\n")
+    listed = answered("adapters", "list", job)
+    assert "adapters/b" in listed
+    assert "DoRA" in listed
+    found = json.loads(answered("adapters", "list", job, "--json"))["adapters"]
+    assert found[0]["rank"] == 2
+    assert answered("adapters", "check", job) == "adapters/a: good\nadapters/b: good\n"
     damaged(job / "adapters" / "b", value=torch.inf)
-    checked = command("check", str(job))
-    assert checked.returncode == 1
-    assert "adapters/b: base_model" in checked.stdout
-    assert command("check", str(job / "base")).returncode == 2
+    assert "adapters/b: base_model" in problems_said(job)
+    refused("adapters", "check", job / "base")
+
+
+def problems_said(job: Path, *options: str) -> str:
+    """What `qwlora adapters check` says when it found some."""
+    checked = qwlora("adapters", "check", job, *options)
+    assert checked.returncode == 1, checked
+    return checked.stdout
 
 
 def write_record(job: Path, stage: str, record: Record) -> None:
@@ -158,15 +153,11 @@ def write_record(job: Path, stage: str, record: Record) -> None:
 def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
     for stage in ("quantize", "train/a", "train/c"):
         write_record(job, stage, Record("key"))
-    checked = command("check", str(job))
-    assert checked.returncode == 1
     message = "adapters/c: this job trained it, but the folder is missing. Train it again: "
     message += f"qwlora train --out {job}\n"
-    assert checked.stdout == f"{message}adapters/a: good\nadapters/b: good\n"
+    assert problems_said(job) == f"{message}adapters/a: good\nadapters/b: good\n"
     shutil.rmtree(job / "adapters")
-    checked = command("check", str(job))
-    both = message.replace("adapters/c", "adapters/a") + message
-    assert (checked.returncode, checked.stdout) == (1, both)
+    assert problems_said(job) == message.replace("adapters/c", "adapters/a") + message
 
 
 def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
@@ -174,28 +165,24 @@ def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
     files = {"adapters/a/qwlora.json": "", "adapters/a/README.md": ""}
     write_record(job, "train/a", Record("key", files=files))
     (job / "adapters" / "a" / "qwlora.json").unlink()
-    checked = command("check", str(job))
-    assert checked.returncode == 1
-    assert "adapters/a: " in checked.stdout
-    assert "qwlora.json is missing, which this job wrote" in checked.stdout
+    message = "adapters/a: .*qwlora.json is missing, which this job wrote"
+    assert re.search(message, problems_said(job))
 
 
 def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "a"))
-    checked = command("check", str(tmp_path))
     good = "a: good; does not record its base; unverified (no digests of its files)\n"
-    assert (checked.returncode, checked.stdout) == (0, good), checked.stderr
-    asked = command("check", str(tmp_path), "--needs-base")
-    assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)
+    assert answered("adapters", "check", tmp_path) == good
+    assert "does not say which base it belongs" in problems_said(tmp_path, "--needs-base")
 
 
 def test_list_shows_the_others_when_one_adapter_is_unreadable(job: Path) -> None:
     (job / "adapters" / "a" / WEIGHTS).write_bytes(b"no safetensors")
-    listed = command("list", str(job))
+    listed = qwlora("adapters", "list", job)
     assert listed.returncode == 2
     assert "adapters/b" in listed.stdout
     assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
-    listed = command("list", str(job), "--json")
+    listed = qwlora("adapters", "list", job, "--json")
     names = [a["name"] for a in json.loads(listed.stdout)["adapters"]]
     assert (listed.returncode, names) == (2, ["adapters/b"])

@@ -231,7 +231,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])  # tied and untied heads
-def test_packed_head_is_never_unpacked_at_once(
+def test_packed_head_is_not_unpacked(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
     monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)

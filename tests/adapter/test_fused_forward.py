@@ -25,9 +25,8 @@ def adapted_model(architecture: str = "llama", **options: Any) -> PeftModel:
     model = tiny_model(architecture)
     model.config.use_cache = False
     quantize_(model, "w4-block32", "rtn")
-    found = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    ).train()
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    found = get_peft_model(model, config).train()
     generator = torch.Generator().manual_seed(1)
     for name, p in found.named_parameters():
         if "lora_B" in name:
@@ -48,9 +47,8 @@ def loss_and_gradients(
         torch.manual_seed(0)  # dropout
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
-    return {"loss": loss.detach()} | {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": loss.detach()} | {n: g.clone() for n, g in gradients.items() if g is not None}
 
 
 @pytest.fixture

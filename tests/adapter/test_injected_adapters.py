@@ -74,11 +74,9 @@ def test_it_is_simulated_saved_and_loaded_like_a_wrapped_one(tmp_path: Path) -> 
         assert torch.equal(again.outputs(BATCH)["logits"], found[-1])
         save_adapter(made.origin.model, tmp_path / f"adapter-{way}", adapter="one")
     assert torch.equal(*found)
-    files = [
-        load_file(tmp_path / f"adapter-{w}" / "adapter_model.safetensors")
-        for w in ("injected", "wrapped")
-    ]
-    assert files[0].keys() == files[1].keys()
+    folders = (tmp_path / f"adapter-{way}" for way in ("injected", "wrapped"))
+    injected, wrapped = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert injected.keys() == wrapped.keys()
     loaded = qwlora.load_adapter(base(), tmp_path / "adapter-injected").eval()
     assert isinstance(loaded, PeftModel)
     assert torch.equal(loaded(**BATCH).logits, adapted("wrapped")(**BATCH).logits)

@@ -18,7 +18,6 @@ from qwlora import quantize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import RecoveryLoss
 from qwlora.errors import RecipeError
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -28,9 +27,8 @@ def pair(architecture: str) -> tuple[Any, PreTrainedModel]:
     teacher = tiny_model(architecture)
     model = copy.deepcopy(teacher)
     quantize_(model, "w2-block32-asymmetric", "rtn")
-    return get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    ), teacher
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config), teacher
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -41,9 +39,8 @@ def test_distance_is_of_the_head_inputs(architecture: str) -> None:
     with RecoveryLoss(model, teacher) as recovery:
         model(input_ids=IDS[:2], labels=IDS[:2])
         found = recovery.distance({"input_ids": IDS[:2], "labels": IDS[:2]})
-    assert float(found.detach()) == pytest.approx(
-        float((h - g).square().sum() / g.square().sum()), rel=1e-4
-    )
+    expected = float((h - g).square().sum() / g.square().sum())
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
     assert found.requires_grad
     assert teacher(IDS[:1]).logits.shape[-1] == 260, "the float model runs through again"
 
@@ -64,11 +61,8 @@ def test_padding_does_not_count() -> None:
     mask = (torch.arange(24) < torch.tensor([[24], [10]])).long()
     nothing = torch.full_like(ids, -100)  # one of several accumulated batches
     expected = float((far + other_far) / (size + other_size))
-    for more, distance in (
-        ({"labels": labels}, expected),
-        ({"attention_mask": mask}, expected),
-        ({"labels": nothing}, 0.0),
-    ):
+    cases = [({"labels": labels}, expected), ({"attention_mask": mask}, expected)]
+    for more, distance in (*cases, ({"labels": nothing}, 0.0)):
         model(input_ids=ids)
         found = recovery.distance({"input_ids": ids, **more})
         assert float(found.detach()) == pytest.approx(distance, rel=1e-4)
@@ -88,22 +82,17 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_float_model_moves_to_the_training_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_float_model_moves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, teacher = pair("llama")
     sent: list[object] = []
     monkeypatch.setattr(teacher, "to", lambda device: (sent.append(device), teacher)[1])
-    train_adapter(
-        model, IDS, TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0), tmp_path, teacher=teacher
-    )
+    settings = TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0)
+    train_adapter(model, IDS, settings, tmp_path, teacher=teacher)
     assert sent == [next(model.parameters()).device]
 
 
 @pytest.mark.parametrize("loss", ["chunked", pytest.param("whole", marks=pytest.mark.slow)])
-def test_recovery_gets_closer_to_the_float_model_than_plain_training(
-    loss: str, tmp_path: Path
-) -> None:
+def test_recovery_gets_closer_to_the_float_model(loss: str, tmp_path: Path) -> None:
     distances = {}
     for name in ("base", "text", "recovery"):
         model, teacher = pair("llama")
@@ -118,30 +107,16 @@ def test_recovery_gets_closer_to_the_float_model_than_plain_training(
     assert distances["recovery"] < 0.8 * distances["text"]
 
 
-def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> None:
-    plain = {"rank": 4, "steps": 4, "warmup_steps": 1}
-    adapters = [
-        {"name": "back", "objective": "recovery", **plain},
-        *(
-            {"name": n, "continue_from": "back", "steps": 2, "warmup_steps": 1}
-            for n in ("one", "two")
-        ),
-    ]
-    recipe = load_recipe(recipe_for(adapters=adapters))
-    said: list[str] = []
-    results = run(recipe, tmp_path / "out", ("quantize", "train"), say=said.append)
-    assert set(results["train"]) == {"back", "one", "two"}
-    changed = load_recipe(recipe_for(adapters=[{**adapters[0], "steps": 5}, *adapters[1:]]))
-    said.clear()
-    run(changed, tmp_path / "out", ("quantize", "train"), say=said.append, replace=True)
-    assert [line for line in said if "skipped" in line] == [
-        "quantize: skipped, nothing it depends on has changed"
-    ]
+def test_one_recovery_starts_two_adapters(job_for: Any) -> None:
+    back = {"name": "back", "objective": "recovery", "rank": 4, "steps": 4, "warmup_steps": 1}
+    further = {"continue_from": "back", "steps": 2, "warmup_steps": 1}
+    job = job_for(adapters=[back, *({"name": name, **further} for name in ("one", "two"))])
+    assert job.run("quantize", "train")["train"].keys() == {"back", "one", "two"}
+    job.run("quantize", "train", changes=["adapters.0.steps=5"], replace=True)
+    assert job.done == ["train/back", "train/one", "train/two"]
 
 
-def test_refuses_a_later_start_and_recovery_without_floats(
-    recipe_for: Any,
-) -> None:
+def test_refuses_a_later_start_and_recovery_without_floats(recipe_for: Any) -> None:
     later = [{"name": "one", "continue_from": "two"}, {"name": "two"}]
     with pytest.raises(RecipeError, match=r"one.*two.*listed before"):
         load_recipe(recipe_for(adapters=later))

@@ -19,8 +19,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-import yaml
-
 TOKEN = "hf_of_the_fake_hub"
 LARGE = 4096  # bytes from which a file goes to the large file storage
 
@@ -38,7 +36,6 @@ class FakeHub:
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)  # status instead of the answer, by path
-    validated: list[dict[str, Any]] = field(default_factory=list)  # metadata of cards
     url: str = ""
 
 
@@ -62,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":  # as the client does before it commits a README.md
-            return self._validate(json.loads(body)["content"])
+            return self._answer({"errors": [], "warnings": []})
         if path.startswith("/lfs/"):
             self.hub.large[path.removeprefix("/lfs/")] = body
             return self._answer({})
@@ -100,35 +97,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[name] = Repository(private)
         return self._answer({"url": f"{self.hub.url}/{name}"})
 
-    def _validate(self, card: str) -> None:
-        data = yaml.safe_load(card.split("---\n")[1])
-        self.hub.validated.append(data)
-        self._answer({"errors": [], "warnings": []})
-
     def _info(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
         siblings = [{"rfilename": name} for name in repository.files]
         sha = repository.commits[-1] if repository.commits else "0" * 40
-        self._answer(
-            {"id": match[1], "private": repository.private, "sha": sha, "siblings": siblings}
-        )
+        info = {"id": match[1], "private": repository.private, "sha": sha}
+        self._answer(info | {"siblings": siblings})
 
     def _tree(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
-        self._answer(
-            [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                for name, data in repository.files.items()
-            ]
-        )
+        files = repository.files.items()
+        known = {"type": "file", "oid": "0" * 40}
+        self._answer([known | {"path": name, "size": len(data)} for name, data in files])
 
     def _preupload(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
-                "shouldIgnore": False,
-            }
-            for file in json.loads(body)["files"]
-        ]
+        files = json.loads(body)["files"]
+        for file in files:
+            mode = "lfs" if file["size"] >= LARGE else "regular"
+            file |= {"uploadMode": mode, "shouldIgnore": False}
         self._answer({"files": files})
 
     def _batch(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
@@ -162,9 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._answer({}, 404, X_Error_Code="EntryNotFound")
         return self._answer(
-            data,
-            ETag=f'"{hashlib.sha1(data).hexdigest()}"',
-            X_Repo_Commit=repository.commits[-1],
+            data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=repository.commits[-1]
         )
 
     _ID = r"([\w.-]+/[\w.-]+)"

@@ -14,40 +14,27 @@ from pipeline.conftest import stage_keys
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
-from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-TWO = [
-    {"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate}
-    for n, rate in (("a", 5e-3), ("b", 2e-2))
-]
+SHORT = {"rank": 4, "steps": 2, "warmup_steps": 0}
+TWO = [{"name": n, **SHORT, "learning_rate": rate} for n, rate in (("a", 5e-3), ("b", 2e-2))]
 VERBS = ("quantize", "train", "calibrate", "evaluate")
 EIGHT_BITS = "simulation.activation_bitwidth=8"
 
 
-def run_recipe(
-    path: Path, out: Path, *changes: str, verbs: tuple[str, ...] = VERBS
-) -> tuple[dict[str, Any], list[str]]:
-    said: list[str] = []
-    return run(load_recipe(path, changes), out, verbs, say=said.append), said
-
-
-def done(said: list[str]) -> set[str]:
-    return {line.split(":")[0] for line in said if ": done" in line}
-
-
 @pytest.mark.slow
-def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = recipe_for(adapters=TWO), tmp_path / "out"
-    found = {}
+def test_adapters_share_what_the_recipe_says(job_for: Any) -> None:
+    job, found = job_for(adapters=TWO), {}
+    out = job.out
     for mode in ("adapter_only", "none"):
-        results, said = run_recipe(path, out, EIGHT_BITS, f"simulation.base_activations={mode}")
+        changes = [EIGHT_BITS, f"simulation.base_activations={mode}"]
+        results = job.run(*VERBS, changes=changes)
         evaluated = {f"evaluate/simulated/{name}" for name in "ab"}
-        assert done(said) >= {"calibrate", "calibrate/a", "calibrate/b"} | evaluated
+        assert {*job.done} >= {"calibrate", "calibrate/a", "calibrate/b"} | evaluated
         a, b = (load_encodings(out / "simulation" / name) for name in "ab")
         assert a.keys() == b.keys()
         differ = {name for name in a if not torch.equal(a[name].scale, b[name].scale)}
@@ -73,29 +60,21 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_session_of_adapters_that_share_base_activations_passes(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    path, out = recipe_for(adapters=TWO), tmp_path / "out"
-    verbs = ("quantize", "train", "calibrate", "export", "verify")
-    results, _ = run_recipe(path, out, "simulation.base_activations=adapter_only", verbs=verbs)
-    parity = results["parity"]["onnx"]
-    assert {name: found["passed"] for name, found in parity.items()} == dict.fromkeys(
-        ("a", "b", "base"), True
-    )
-    model = OnnxModel(out / "export" / "onnx" / "base")
+def test_a_session_of_adapters_that_share_activations_passes(job_for: Any) -> None:
+    job = job_for(adapters=TWO, simulation={"base_activations": "adapter_only"})
+    parity = job.run("quantize", "train", "calibrate", "export", "verify")["parity"]["onnx"]
+    assert parity.keys() == {"a", "b", "base"}
+    assert all(found["passed"] for found in parity.values())
+    model = OnnxModel(job.out / "export" / "onnx" / "base")
     names = {value.name for value in model.session.get_overridable_initializers()}
     assert "model.layers.0.self_attn.q_proj.add.scale" in names
     assert not {"model.layers.0.self_attn.q_proj.linear.scale", "model.norm.mul.scale"} & names
 
 
 def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path) -> None:
-    path = recipe_for(adapters=TWO)
-    keys = {}
-    for steps in (2, 3):
-        changes = (f"adapters.1.steps={steps}", "simulation.base_activations=none")
-        keys[steps] = stage_keys(path, *changes)
-    changed = {name for name in keys[2] if keys[2][name] != keys[3][name]}
+    path = recipe_for(adapters=TWO, simulation={"base_activations": "none"})
+    before, after = (stage_keys(path, f"adapters.1.steps={steps}") for steps in (2, 3))
+    changed = {name for name in before if before[name] != after[name]}
     assert {"calibrate", "calibrate/a", "calibrate/b", "export/onnx/a"} <= changed
     assert "train/a" not in changed
 
@@ -113,7 +92,7 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
-def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
+def test_an_import_of_layers_that_the_base_has_exports_nothing_again(
     recipe_for: Any, tmp_path: Path, own: Any, given: Any, is_covered: bool
 ) -> None:
     folder = str(tmp_path / "elsewhere")
@@ -128,12 +107,9 @@ def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
         assert (before[stage] == after[stage]) == is_covered
 
 
-def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
-    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_depends_on_its_inputs(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def keys(init: str) -> dict[str, str]:
-        changes = ("base.solver=rtn", f"adapters.0.init={init}")
-        return stage_keys(recipe_for(), *changes)
+        return stage_keys(recipe_for(), "base.solver=rtn", f"adapters.0.init={init}")
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
     all_inits = {init: ["quantize", "train/first"] for init in before}
@@ -171,62 +147,50 @@ def test_what_can_have_one_shape(recipe_for: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
-    recipe_for: Any, tmp_path: Path
+def test_imported_adapters_that_cannot_share_are_refused_early(
+    job_for: Any, tmp_path: Path
 ) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
     elsewhere = get_peft_model(tiny_model("llama"), config)
     elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
     begins = {"continue_from": str(tmp_path / "elsewhere"), "unknown_base": "accept"}
     adapters = [TWO[0], {"name": "b", "steps": 2, "warmup_steps": 0, **begins}]
-    path = recipe_for(adapters=adapters, simulation={"base_activations": "none"})
-    out = tmp_path / "out"
-    message = r"adapters a and b cannot share all encodings .* 2 weights differ, .*lora_magnitude_vector: none and \[64\].*DoRA"
+    job = job_for(adapters=adapters, simulation={"base_activations": "none"})
+    message = r"a and b cannot share all .* 2 weights differ, .*_vector: none and \[64\].*DoRA"
     with pytest.raises(TrainingError, match=message):
-        run_recipe(path, out)
-    assert not out.exists()
+        job.run(*VERBS)
+    assert not job.out.exists()
 
 
 LAYERS = ("q_proj", "up_proj")
-ONE_RULE_EACH = [
-    {"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4} for layer in LAYERS
-]
-ON_DIFFERENT_LAYERS = [
-    {**adapter, "target_modules": [layer]} for adapter, layer in zip(TWO, LAYERS, strict=True)
-]
+MATCHES = [f"*.{layer}.lora_A.weight" for layer in LAYERS]
+ONE_RULE_EACH = [{"match": match, "of": "weights", "bitwidth": 4} for match in MATCHES]
+ON_DIFFERENT_LAYERS = [{**TWO[i], "target_modules": [layer]} for i, layer in enumerate(LAYERS)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
-def test_a_rule_may_be_for_one_adapter_alone(
-    recipe_for: Any, tmp_path: Path, workflow: str
-) -> None:
+def test_a_rule_may_be_for_one_adapter_alone(job_for: Any, workflow: str) -> None:
     """And for none of the base's values, where that is calibrated first."""
     rules = {"rules": ONE_RULE_EACH}
-    path = recipe_for(workflow=workflow, adapters=ON_DIFFERENT_LAYERS, simulation=rules)
-    out = tmp_path / "out"
-    _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate"))
-    assert done(said) >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
+    job = job_for(workflow=workflow, adapters=ON_DIFFERENT_LAYERS, simulation=rules)
+    job.run("quantize", "calibrate-base", "train", "calibrate")
+    assert {*job.done} >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
-        encodings = load_encodings(out / "simulation" / name)
+        encodings = load_encodings(job.out / "simulation" / name)
         assert encodings[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
-    assert explain_placement(out, "b")[0] == "b"
-    with pytest.raises(
-        CalibrationError,
-        match=r"1 placement rules .*\n  '\*.k_proj.lora_A.weight' matches no value",
-    ):
-        explain_placement(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
+    assert explain_placement(job.out, "b")[0] == "b"
+    message = r"1 placement rules .*\n  '\*.k_proj.lora_A.weight' matches no value"
+    with pytest.raises(CalibrationError, match=message):
+        explain_placement(job.out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
 
 
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
-def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(
-    recipe_for: Any, tmp_path: Path, workflow: str
-) -> None:
+def test_a_rule_that_does_nothing_is_refused(job_for: Any, workflow: str) -> None:
     wrong = {"rules": [*ONE_RULE_EACH, {"match": "*.sofmax", "bitwidth": 8}]}
     adapters = ON_DIFFERENT_LAYERS
-    path = recipe_for("one-layer llama", workflow=workflow, adapters=adapters, simulation=wrong)
-    out = tmp_path / "out"
+    job = job_for("one-layer llama", workflow=workflow, adapters=adapters, simulation=wrong)
     message = r"1 placement rules .*\n  '\*.sofmax' matches no value.*softmax"
     with pytest.raises(CalibrationError, match=message):
-        run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
-    assert not (out / "adapters").exists()
+        job.run("quantize", "calibrate-base", "train")
+    assert not (job.out / "adapters").exists()

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from cli.command_line import qwlora
-from conftest import byte_tokenizer, reseal, write_recipe
+from cli.command_line import answered, qwlora, refused
+from conftest import Job, byte_tokenizer, flip_bit, reseal, write_recipe
 from qwlora import load_adapter, load_base
 from qwlora.errors import (
     DirectoryError,
@@ -36,12 +36,7 @@ from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
 from qwlora.targets.proof.checks import is_so
-from qwlora.targets.proof.folder import (
-    current_proofs,
-    proofs,
-    record_digest,
-    verify_bundle,
-)
+from qwlora.targets.proof.folder import current_proofs, proofs, record_digest, verify_bundle
 from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.registry import TARGETS
 from simulation.tiny_architectures import make
@@ -102,19 +97,14 @@ def test_what_transformers_loads_is_what_was_trained(job: Path) -> None:
         assert float((found - expected).abs().max()) < 1e-4
 
 
-def test_a_second_run_skips_everything_and_a_changed_file_is_not_verified(
-    job: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(job, tmp_path / "job"))
-    said: list[str] = []
-    run(load_recipe(copy / "recipe.yaml"), copy, ("quantize", "train", "export"), say=said.append)
-    assert not [line for line in said if line.endswith(" ...")]
-    file = copy / "export" / "hf" / "second" / "adapter_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
+def test_a_second_run_skips_all_and_verifies_no_changed_file(job: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(job, tmp_path / "job"))
+    copy = Job(folder / "recipe.yaml", folder)
+    copy.run("quantize", "train", "export")
+    assert not [line for line in copy.said if line.endswith(" ...")]
+    flip_bit(folder / "export" / "hf" / "second" / "adapter_model.safetensors")
     with pytest.raises(DirectoryError, match=r"export/hf/second"):
-        run(load_recipe(copy / "recipe.yaml"), copy, ("verify",))
+        copy.run("verify")
 
 
 TWO_GRIDS = {
@@ -148,26 +138,23 @@ def test_what_a_target_cannot_hold_is_refused_at_once(
         pytest.param("opt", "mlx", "mlx-lm has no model type opt", marks=pytest.mark.client),
     ],
 )
-def test_a_model_that_a_target_cannot_hold_is_refused_before_anything_is_computed(
-    recipe_for: Any, tmp_path: Path, architecture: str, target: str, message: str
+def test_a_model_is_refused_early(
+    job_for: Any, architecture: str, target: str, message: str
 ) -> None:
-    recipe = load_recipe(recipe_for(architecture, export={"targets": [target]}))
+    job = job_for(architecture, export={"targets": [target]})
     with pytest.raises(GridError, match=message):
-        run(recipe, tmp_path / "job", ("quantize",))
-    assert not (tmp_path / "job" / "base").exists()
+        job.run("quantize")
+    assert not (job.out / "base").exists()
 
 
-def test_an_adapter_that_peft_puts_on_experts_is_refused_before_anything_is_computed(
-    recipe_for: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_on_experts_is_refused_before_training(job_for: Any, tmp_path: Path) -> None:
     """`all-linear` of a mixture of experts includes them."""
     make("Mixtral").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    model = {"source": str(tmp_path / "model")}
-    recipe = load_recipe(recipe_for(model=model, export={"targets": ["openvino"]}))
+    job = job_for(model={"source": str(tmp_path / "model")}, export={"targets": ["openvino"]})
     with pytest.raises(TrainingError, match=r"adapter first changes .*experts.*openvino holds"):
-        run(recipe, tmp_path / "job", VERBS)
-    assert not (tmp_path / "job" / "base").exists()
+        job.run()
+    assert not (job.out / "base").exists()
 
 
 def bundle(job: Path, folder: Path, target: str = "hf") -> Path:
@@ -177,9 +164,7 @@ def bundle(job: Path, folder: Path, target: str = "hf") -> Path:
 
 def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
-    done = qwlora("verify", moved, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(answered("verify", moved, "--json"))
     assert found.keys() == {"first", "second"}
     for name, proof in found.items():
         assert proof["passed"]
@@ -199,9 +184,7 @@ def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> 
 
 
 def test_the_reference_is_what_the_trained_model_says(job: Path) -> None:
-    reference, _ = read_tensors(
-        job / "export" / "hf" / "proof" / "second" / "reference.safetensors"
-    )
+    reference, _ = read_tensors(job / "export/hf/proof/second/reference.safetensors")
     model = load_adapter(load_base(job / "base"), job / "adapters" / "second").eval()
     ids = reference["ids"][:1]
     with torch.no_grad():
@@ -247,15 +230,14 @@ def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_p
     assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
 
 
-def test_a_readme_says_what_failed_beyond_the_proof(
+def test_a_readme_says_what_failed(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     broken = [is_so("switching back", False)]
     monkeypatch.setattr("qwlora.pipeline.stages.file_stages.switching", lambda *_: broken)
-    recipe = load_recipe(copy / "recipe.yaml", ("verify.sequences=1",))
     with pytest.raises(VerificationError, match="switching back: no"):
-        run(recipe, copy, VERBS)
+        Job(copy / "recipe.yaml", copy).run(changes=["verify.sequences=1"])
     text = (copy / "export" / "hf" / "README.md").read_text()
     assert "- first: FAILED; switching back: no on " in text
     assert "- second: passed" in text
@@ -263,9 +245,8 @@ def test_a_readme_says_what_failed_beyond_the_proof(
     assert not (copy / "export" / "hf" / "README.md").exists()
 
 
-EVERYWHERE = [  # gguf needs a model from a GGUF file
-    name for name, kind in TARGETS.items() if not kind.is_simulated and name != "gguf"
-]
+# gguf needs a model from a GGUF file
+EVERYWHERE = [n for n, kind in TARGETS.items() if not kind.is_simulated and n != "gguf"]
 
 
 @pytest.fixture(scope="module")
@@ -278,15 +259,13 @@ def everywhere(finish: Any, job: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", with_clients(EVERYWHERE))
-def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_changed_bit(
+def test_a_changed_bit_of_any_bundle_is_refused(
     name: str, everywhere: Path, tmp_path: Path
 ) -> None:
     moved = bundle(everywhere, tmp_path, name)
     gone = everywhere.rename(everywhere.with_name("gone"))
     try:
-        done = qwlora("verify", moved, "--json")
-        assert done.returncode == 0, done.stderr
-        for proof in json.loads(done.stdout).values():
+        for proof in json.loads(answered("verify", moved, "--json")).values():
             assert proof["passed"]
             assert proof["figures"]["exact"]["off_is_equal"]
         for file in files_in(moved):
@@ -334,7 +313,6 @@ def test_the_readme_of_a_bundle_runs(job: Path, tmp_path: Path) -> None:
 
 
 def test_verify_without_a_job_or_a_bundle_says_what_it_needs(tmp_path: Path) -> None:
-    done = qwlora("verify", tmp_path)
-    assert done.returncode == 2
-    assert "--out" in done.stderr
-    assert "base and proof" in done.stderr
+    said = refused("verify", tmp_path)
+    assert "--out" in said
+    assert "base and proof" in said

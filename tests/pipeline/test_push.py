@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 import qwlora
+from cli.command_line import answered, refused
 from cli.command_line import qwlora as command
 from conftest import write_recipe
 from docs.snippets import ROOT, blocks
@@ -47,10 +49,7 @@ def job(
 ) -> Path:
     """Trained and exported for transformers; the model has a license, nothing is captured."""
     folder = tmp_path_factory.mktemp("job")
-    model = folder / "tiny-model"
-    model.mkdir()
-    for file in checkpoints["llama"].iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = shutil.copytree(checkpoints["llama"], folder / "tiny-model")
     (model / CARD).write_text("---\nlicense: apache-2.0\n---\n\n# A model\n")
     adapters = [{"name": "first", "rank": 4, "steps": 3, "warmup_steps": 1}]
     path = write_recipe(folder, model, corpus, adapters=adapters, export={"targets": ["hf"]})
@@ -70,11 +69,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, job: Path) -> Iterator[FakeHub]:
     (job / ".qwlora" / "pushed.json").unlink(missing_ok=True)
 
 
-def push(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return command("push", job, *arguments)
-
-
-def refused(job: Path, message: str, adapter: str | None = None) -> None:
+def assert_unprepared(job: Path, message: str, adapter: str | None = None) -> None:
     with pytest.raises(DirectoryError, match=message), prepared(job, "me/it", adapter):
         pass
 
@@ -89,33 +84,22 @@ def test_cards_have_what_the_hub_reads(job: Path) -> None:
     assert (base["license"], base["library_name"]) == ("apache-2.0", "qwlora")
     assert (adapter["license"], adapter["library_name"]) == ("unknown", "peft")
     assert "base_model" not in base  # a local folder does not say where it is from
-    metrics = {
-        m["name"]: m["value"]
-        for found in (base, adapter)
-        for result in found["model-index"][0]["results"]
-        for m in result["metrics"]
-    }
-    assert metrics["KL divergence from the float model, nats"] == round(
-        results["kl"]["base"]["mean"], 4
-    )
+    rows = [result for found in (base, adapter) for result in found["model-index"][0]["results"]]
+    metrics = {m["name"]: m["value"] for row in rows for m in row["metrics"]}
+    kl = round(results["kl"]["base"]["mean"], 4)
+    assert metrics["KL divergence from the float model, nats"] == kl
     perplexity = results["perplexity"]["adapted"]["first"]
     assert f"| Perplexity | {perplexity:.2f} |" in (job / "adapters/first" / CARD).read_text()
 
 
-def test_what_a_model_says_of_itself_is_escaped(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'bsd.\n\n## Proof\n\n| all | passed |\n\n<iframe src="x">'
     origin = ModelCardInfo("n <b>\n# n", None, text, stated_in="README.md")
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
     found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
     places = Repositories(license="mit\n## Mine")
-    cards = [
-        card_text(found, recipe, adapter, where)
-        for adapter in (None, "first")
-        for where in (None, places)
-    ]
-    for card in cards:
+    for adapter, where in itertools.product((None, "first"), (None, places)):
+        card = card_text(found, recipe, adapter, where)
         body = card.partition("\n---\n")[2]
         assert re.findall(r"^#+ .*$", body, re.MULTILINE)[-1] == "## License"
         assert "\n## Proof" not in card
@@ -131,9 +115,7 @@ def test_what_a_model_says_of_itself_is_escaped(
     assert "\n# n" not in readme
 
 
-def test_cards_say_how_each_runtime_loads_the_files(
-    job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cards_say_how_files_are_loaded(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = (job / "base" / CARD).read_text(), (job / "adapters/first" / CARD).read_text()
     assert 'from_pretrained("export/hf/base")' in base
     assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
@@ -150,15 +132,12 @@ def test_cards_say_how_each_runtime_loads_the_files(
             assert names["model"](torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+EXPORTED = {"out/export/hf/base": "export/hf/base", "out/export/hf/support": "export/hf/first"}
+
+
 @pytest.mark.parametrize(
     ("page", "folders"),
-    [
-        ("push.md", {"base": "base", "support": "adapters/first"}),
-        (
-            "runtimes.md",
-            {"out/export/hf/base": "export/hf/base", "out/export/hf/support": "export/hf/first"},
-        ),
-    ],
+    [("push.md", {"base": "base", "support": "adapters/first"}), ("runtimes.md", EXPORTED)],
 )
 def test_the_python_of_a_page_loads_the_files(
     page: str, folders: dict[str, str], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,28 +174,24 @@ def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:
 
 
 def test_nothing_is_uploaded_without_being_asked(job: Path, hub: FakeHub) -> None:
-    ended = push(job, "--to", "me/base")
+    ended = command("push", job, "--to", "me/base")
     assert ended.returncode == 2
     assert "--yes" in ended.stderr
     assert "base.safetensors" in ended.stdout
     assert hub.requests == []
 
 
-def test_base_and_adapter_are_uploaded_private_and_load_from_there(
-    job: Path, hub: FakeHub, tmp_path: Path
-) -> None:
-    assert push(job, "--to", "me/base", "--yes").returncode == 0
-    ended = push(job, "--adapter", "first", "--to", "me/first", "--license", "mit", "--yes")
-    assert ended.returncode == 0, ended.stderr
-    assert hub.url in ended.stdout.splitlines()[-1]
+def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_path: Path) -> None:
+    answered("push", job, "--to", "me/base", "--yes")
+    adapter = ("--adapter", "first", "--to", "me/first", "--license", "mit", "--yes")
+    assert hub.url in answered("push", job, *adapter).splitlines()[-1]
     base, first = hub.repositories["me/base"], hub.repositories["me/first"]
     assert (base.private, first.private) == (True, True)
     assert len(base.commits) == len(first.commits) == 1
     assert {"base.json", "base.safetensors", CARD, "hf/config.json"} <= base.files.keys()
     assert not any(name.startswith("moments") for name in base.files)
-    assert {"adapter_model.safetensors", "qwlora.json", "hf/adapter_config.json"} <= set(
-        first.files
-    )
+    of_adapter = {"adapter_model.safetensors", "qwlora.json", "hf/adapter_config.json"}
+    assert of_adapter <= first.files.keys()
     found = ModelCard(first.files[CARD].decode()).data.to_dict()
     assert (found["license"], found["base_model"]) == ("mit", "me/base")
     assert found["base_model_relation"] == "adapter"
@@ -230,43 +205,35 @@ def test_base_and_adapter_are_uploaded_private_and_load_from_there(
     there = qwlora.load_adapter(qwlora.load_base(folders[0]), folders[1]).eval()
     here = qwlora.load_adapter(qwlora.load_base(job / "base"), job / "adapters/first").eval()
     ids = torch.arange(12)[None]
-    with torch.no_grad():
-        assert torch.equal(there(ids).logits, here(ids).logits)
+    assert torch.equal(there(ids).logits, here(ids).logits)
 
 
 def test_an_adapter_without_its_base_on_the_hub_says_so(job: Path, hub: FakeHub) -> None:
-    ended = push(job, "--adapter", "first", "--to", "me/first", "--yes")
-    assert ended.returncode == 0
-    assert "note: the base is not on the hub yet" in ended.stdout
+    said = answered("push", job, "--adapter", "first", "--to", "me/first", "--yes")
+    assert "note: the base is not on the hub yet" in said
     config = json.loads(hub.repositories["me/first"].files["adapter_config.json"])
     assert not config["base_model_name_or_path"]
 
 
 def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
     hub.repositories["me/base"] = Repository(private=False)
-    ended = push(job, "--to", "me/base", "--yes")
-    assert ended.returncode == 2
-    assert "me/base is a public repository" in ended.stderr
-    assert "--public" in ended.stderr
+    said = refused("push", job, "--to", "me/base", "--yes")
+    assert re.search("me/base is a public repository.*--public", said)
     assert hub.repositories["me/base"].files == {}
-    assert push(job, "--to", "me/base", "--public", "--yes").returncode == 0
+    answered("push", job, "--to", "me/base", "--public", "--yes")
     assert "base.json" in hub.repositories["me/base"].files
 
 
-def test_another_upload_deletes_what_an_earlier_one_left_and_nothing_else(
-    job: Path, hub: FakeHub
-) -> None:
+def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub) -> None:
     mine = {"base-00001-of-00002.safetensors": b"", "gguf/notes.txt": b"", "hf/mine.md": b"mine"}
     hub.repositories["me/base"] = Repository(private=True, files=dict(mine))
     with prepared(job, "me/base", None) as upload:
         files = {**upload.files, "gguf/base.gguf": upload.files["config.json"]}
         send(replace(upload, files=files), job)
     assert "gguf/base.gguf" in hub.repositories["me/base"].files
-    ended = push(job, "--to", "me/base")
-    assert ended.returncode == 2
-    assert "gguf/base.gguf is deleted there" in ended.stdout
+    assert "gguf/base.gguf is deleted there" in command("push", job, "--to", "me/base").stdout
     assert "gguf/base.gguf" in hub.repositories["me/base"].files
-    assert push(job, "--to", "me/base", "--yes").returncode == 0
+    answered("push", job, "--to", "me/base", "--yes")
     assert "gguf/base.gguf" not in hub.repositories["me/base"].files
     assert mine.keys() <= hub.repositories["me/base"].files.keys()
 
@@ -278,10 +245,9 @@ def test_a_base_and_an_adapter_do_not_share_a_repository(
     job: Path, hub: FakeHub, held: str, arguments: tuple[str, ...]
 ) -> None:
     hub.repositories["me/it"] = Repository(private=True, files={held: b"{}"})
-    ended = push(job, *arguments, "--to", "me/it", "--yes")
-    assert ended.returncode == 2
-    assert held in ended.stderr
-    assert "--to" in ended.stderr
+    said = refused("push", job, *arguments, "--to", "me/it", "--yes")
+    assert held in said
+    assert "--to" in said
     assert hub.repositories["me/it"].files == {held: b"{}"}
 
 
@@ -309,29 +275,29 @@ def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     content["adapters"][0]["steps"] = 4
     with edited(job / "recipe.yaml", yaml.safe_dump(content)):
-        refused(job, r"train/first its inputs changed.*qwlora run", "first")
+        assert_unprepared(job, r"train/first its inputs changed.*qwlora run", "first")
         content["base"]["weights"] = "w8-channel"
         (job / "recipe.yaml").write_text(yaml.safe_dump(content))
-        refused(job, r"quantize its inputs changed.*qwlora run")
+        assert_unprepared(job, r"quantize its inputs changed.*qwlora run")
 
 
 def test_files_of_others_are_not_uploaded(job: Path) -> None:
+    folders, names = ("base", "adapters/first", "export/hf/first"), ("secret.pem", ".env")
     with ExitStack() as added:
-        for folder in ("base", "adapters/first", "export/hf/first"):
-            for name in ("secret.pem", ".env"):
-                added.enter_context(edited(job / folder / name, "mine"))
+        for folder, name in itertools.product(folders, names):
+            added.enter_context(edited(job / folder / name, "mine"))
         for adapter in (None, "first"):
             with prepared(job, "me/it", adapter) as upload:
                 assert not any("secret" in name or ".env" in name for name in upload.files)
 
 
 def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
-    folder, stage = "export/hf/first", "export/hf/first"
+    stage = "export/hf/first"  # and its folder
     file = job / ".qwlora" / "records" / f"{stage}.json"
     record = read_record(file, stage)
     assert record is not None
-    ours = replace(record, files={**record.files, f"{folder}/{CARD}": ""})
-    with edited(job / folder / CARD, "how to use it"):
+    ours = replace(record, files={**record.files, f"{stage}/{CARD}": ""})
+    with edited(job / stage / CARD, "how to use it"):
         with prepared(job, "me/it", "first") as upload:
             assert f"hf/{CARD}" not in upload.files
         with edited(file, ours.text(stage)), prepared(job, "me/it", "first") as upload:
@@ -341,20 +307,18 @@ def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("/api/repos/create", 401, ("me/base", "token", "hf auth login")),
-        ("/preupload/", 403, ("me/base", "may write")),
-        ("/commit/", 400, ("me/base", "nothing was uploaded", "400")),
+        ("/api/repos/create", 401, ("token", "hf auth login")),
+        ("/preupload/", 403, ("may write",)),
+        ("/commit/", 400, ("400",)),
     ],
 )
 def test_what_the_hub_refuses_is_one_message(
     job: Path, hub: FakeHub, path: str, status: int, words: tuple[str, ...]
 ) -> None:
     hub.answers[path] = status
-    ended = push(job, "--to", "me/base", "--yes")
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("qwlora: me/base: nothing was uploaded: ")
-    assert "Traceback" not in ended.stderr
-    assert all(word in ended.stderr for word in words)
+    said = refused("push", job, "--to", "me/base", "--yes")
+    assert said.startswith("qwlora: me/base: nothing was uploaded: ")
+    assert all(word in said for word in words)
     assert not (job / ".qwlora" / "pushed.json").exists()
 
 
@@ -390,27 +354,22 @@ def test_without_a_token_or_an_answer_the_remedy_is_named(
             send(upload, job)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    ended = push(job, "--to", "me/base", "--yes")
-    assert (ended.returncode, hub.requests) == (2, [])
-    assert "hf auth login" in ended.stderr
+    assert "hf auth login" in refused("push", job, "--to", "me/base", "--yes")
+    assert hub.requests == []
 
 
 def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
-    refused(job, r"no adapter 'frist'.*first", "frist")
+    assert_unprepared(job, r"no adapter 'frist'.*first", "frist")
     file = job / "adapters/first/adapter_model.safetensors"
     content = file.read_bytes()
     with edited(file, content[:-1] + bytes([content[-1] ^ 1])):
-        refused(job, r"has changed.*Run first: qwlora run", "first")
-    ended = push(job, "--to", "base", "--yes")
-    assert (ended.returncode, "OWNER/NAME" in ended.stderr) == (2, True)
+        assert_unprepared(job, r"has changed.*Run first: qwlora run", "first")
+    assert "OWNER/NAME" in refused("push", job, "--to", "base", "--yes")
 
 
 @pytest.mark.slow
 def test_the_environment_names_the_hub(job: Path, hub: FakeHub) -> None:
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     words = [sys.executable, "-m", "qwlora", "push", str(job), "--to", "me/base", "--yes"]
-    ended = subprocess.run(
-        words, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+    subprocess.run(words, env=os.environ | environment, check=True)
     assert "base.json" in hub.repositories["me/base"].files

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from conftest import flip_bit
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.commands.manage_adapters import add_adapter
@@ -40,12 +41,6 @@ ALL = [
 ]
 
 
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def damage(path: Path) -> None:
     """Remove a folder, empty JSON, and flip a bit of anything else."""
     if path.is_dir():
@@ -63,17 +58,12 @@ DAMAGES = {  # what is said, and the stages that are needed, by what is damaged
     "export/onnx/first/weights.bin": ("PATH has changed", EXPORTED[1:]),
     "simulation/first/weights.bin": ("PATH has changed", EXPORTED),
     "adapters": ("adapters/first/ is missing", ["train/first", *EXPORTED]),
-    "base": (
-        "base/ is missing",
-        ["quantize", "train/first", "calibrate/_base", "export/onnx", *EXPORTED],
-    ),
+    "base": ("base/ is missing", ["quantize", *ALL[3:6], *EXPORTED]),
 }
 
 
 @pytest.mark.parametrize("path", DAMAGES)
-def test_verify_names_what_is_missing_or_changed_all_the_way_up_and_a_run_repairs_it(
-    job: FakeJob, path: str
-) -> None:
+def test_verify_names_what_is_missing_or_changed_and_run_repairs(job: FakeJob, path: str) -> None:
     found, needed = DAMAGES[path]
     found = found.replace("PATH", path)
     job.run()
@@ -106,10 +96,9 @@ def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
     job.run()
     shutil.rmtree(job.out / "base")
     shutil.rmtree(job.out / "adapters")
-    reasons = (
-        r"evaluate needs quantize, train/first, calibrate/first, missing[^$]*quantize: base/ is mis"
-        r"sing\n  train/first: adapters/first/ is missing\n  calibrate/first: reads train/first\n"
-    )
+    reasons = r"(?s)evaluate needs quantize, train/first, calibrate/first, missing"
+    reasons += r".*  quantize: base/ is missing\n  train/first: adapters/first/ is missing\n"
+    reasons += r"  calibrate/first: reads train/first\n"
     with pytest.raises(DirectoryError, match=reasons):
         job.run("evaluate")
 
@@ -164,17 +153,14 @@ def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, p
 
 
 DAMAGED = {
-    "emptied": lambda text: b"",
     "no text": lambda text: b"\xff\x00" * 500,
-    "another kind of JSON": lambda text: b"[1, 2]",
-    "deep nesting": lambda text: b"[" * 100_000,
     "cut off": lambda text: text[: len(text) // 2],
     "a digit of a measurement": lambda text: text.replace(b'"measured": 1', b'"measured": 7'),
 }
 
 
 @pytest.mark.parametrize(
-    ("what", "stage"), zip(DAMAGED, 2 * ("quantize", "evaluate/base", "verify/onnx"), strict=True)
+    ("what", "stage"), zip(DAMAGED, ("quantize", "evaluate/base", "verify/onnx"), strict=True)
 )
 def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str, stage: str) -> None:
     job.run()
@@ -205,35 +191,36 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
     for verbs in (("verify",), ("evaluate", "verify")):
         with pytest.raises(DirectoryError, match="is not writable, but verify/onnx/first must run"):
             read_only.run(*verbs)
-    with pytest.raises(
-        DirectoryError, match=r"is not writable, but evaluate/float must run \(its inputs changed"
-    ):
+    with pytest.raises(DirectoryError, match=r"not writable, but evaluate/float .*inputs changed"):
         read_only.run(changes=("seed=7",), replace=True)
     assert not read_only.ran
 
 
-def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
+NO_READING = """
+import sys
+from qwlora.pipeline.job import digests
+def refuse(self, file, path, size): raise AssertionError(path)
+digests.Digests._hash = refuse
+from qwlora.cli.main import main
+try: main()
+finally: assert 'torch' not in sys.modules
+"""
+
+
+def test_skipping_reads_nothing_imports_no_torch(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwlora.pipeline.job.digests.SETTLED_NS", -(10**18))
     job.run()
     job.run()
-    code = (
-        "import sys\n"
-        "from qwlora.pipeline.job import digests\n"
-        "def refuse(self, file, path, size): raise AssertionError(path)\n"
-        "digests.Digests._hash = refuse\n"
-        "from qwlora.cli.main import main\n"
-        "try: main()\n"
-        "finally: assert 'torch' not in sys.modules\n"
-    )
-    command = [sys.executable, "-c", code, "run", str(job.recipe), "--out", str(job.out), "--json"]
+    command = [sys.executable, "-c", NO_READING]
+    command += ["run", str(job.recipe), "--out", str(job.out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() >= set(ALL)
 
 
-def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
+def test_work_of_a_stage_that_was_done_is_gone(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places: list[Path] = []
@@ -262,7 +249,7 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
     assert other.exists()
 
 
-def test_a_recipe_that_another_command_changes_before_the_lock_stops_the_run(
+def test_a_recipe_changed_meanwhile_stops_a_run(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job.run()

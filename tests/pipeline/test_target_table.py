@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from cli.command_line import qwlora
+from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model
 from formats.test_model_card import gguf
 from qwlora import Scheme
@@ -16,7 +18,6 @@ from qwlora.errors import SourceError
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
 from qwlora.pipeline.plan.target_table import second_rounding
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 
@@ -27,19 +28,15 @@ from qwlora.recipe import load_recipe
         ("base.solver=keep", "has no integers to keep"),
     ],
 )
-def test_run_and_check_refuse_the_same_before_anything_is_quantized(
-    recipe_for: Any, tmp_path: Path, change: str, problem: str
-) -> None:
-    path, out = recipe_for(), tmp_path / "out"
-    with pytest.raises(SourceError, match=problem) as refused:
-        run(load_recipe(path, (change,)), out, ("quantize",))
-    assert not out.exists()
-    assert qwlora("check", path, "--set", change).stderr == f"qwlora: {refused.value}\n"
+def test_run_and_check_refuse_the_same_early(job_for: Any, change: str, problem: str) -> None:
+    job = job_for()
+    with pytest.raises(SourceError, match=problem) as caught:
+        job.run("quantize", changes=[change])
+    assert not job.out.exists()
+    assert refused("check", job.recipe, "--set", change) == f"qwlora: {caught.value}\n"
 
 
-def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(
-    recipe_for: Any, tmp_path: Path
-) -> None:
+def test_check_and_run_say_that_integers_are_rounded_again(job_for: Any, tmp_path: Path) -> None:
     model, scheme = tiny_model("llama", layers=1), Scheme(3, True, PerBlock(32))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -47,22 +44,19 @@ def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(
                 weight.copy_(measure(weight, scheme).fake_quantize(weight))
     model.save_pretrained(tmp_path / "rounded")
     byte_tokenizer().save_pretrained(tmp_path / "rounded")
-    path = recipe_for(preset="fast")
-    assert second_rounding(load_recipe(path)) is None
+    job = job_for(preset="fast")
+    assert second_rounding(load_recipe(job.recipe)) is None
     change = f"model.source={tmp_path / 'rounded'}"
-    done = qwlora("check", path, "--set", change)
-    assert "#   warning:" in done.stdout
-    assert "a second time" in done.stdout
-    assert "model.encodings" in done.stdout
+    said = answered("check", job.recipe, "--set", change)
+    assert re.search(r"(?s)#   warning:.*a second time.*model.encodings", said)
     with pytest.warns(UserWarning, match="second time"):
-        results = run(load_recipe(path, (change,)), tmp_path / "out", ("quantize",))
+        results = job.run("quantize", changes=[change])
     assert "a second time" in results["base"]["second_rounding"]
 
 
-def test_the_integers_of_a_gguf_file_are_kept_by_the_solver_alone(
+def test_integers_of_gguf_are_kept_by_a_solver(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
 
     source = f"model.source={gguf(tmp_path / 'model.gguf')}"
     recipe = load_recipe(recipe_for(), (source,))

@@ -38,14 +38,11 @@ def adapted() -> PeftModel:
     model.set_attn_implementation("eager")  # what is captured, so that bits can be compared
     quantize_(model, "w4-block32", solver="rtn")
     torch.manual_seed(1)
-    made = get_peft_model(
-        model,
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
-    ).eval()
-    with torch.no_grad():
-        made.get_parameter(
-            "base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"
-        ).zero_()
+    layers = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, target_modules=layers, init_lora_weights=False)
+    made = get_peft_model(model, config).eval()
+    v_proj = made.get_submodule("base_model.model.model.layers.0.self_attn.v_proj")
+    torch.nn.init.zeros_(v_proj.lora_B["default"].weight)
     return made
 
 

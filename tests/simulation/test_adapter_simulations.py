@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -35,26 +37,22 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
 from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.onnx.onnx import export_onnx
+from simulation.captured import batch as batch_of
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 EIGHT_BITS = Schemes(Scheme(8, symmetric=False))
 
 
-def inputs(batch: int = 2, tokens: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+inputs = partial(batch_of, tokens=12)
 
 
 def on(*layers: str) -> LoraConfig:
     return shape(target_modules=list(layers))
 
 
-def shape(rank: int = 4, alpha: float = 8, **given: object) -> LoraConfig:
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        **{"target_modules": "all-linear", "init_lora_weights": False, **given},
-    )  # type: ignore[arg-type]
+def shape(rank: int = 4, alpha: float = 8, **given: Any) -> LoraConfig:
+    options = {"target_modules": "all-linear", "init_lora_weights": False, **given}
+    return LoraConfig(r=rank, lora_alpha=alpha, **options)
 
 
 def eager(architecture: str) -> PreTrainedModel:
@@ -123,7 +121,7 @@ def test_each_adapter_alone_computes_what_peft_computes(
     simulations = simulate_adapters(model, inputs())
     assert list(simulations) == [*adapters, "base"]
     assert simulations.captures == captures  # second goes into the graph of first, and base too
-    batch = inputs(3, 20, seed=7)
+    batch = inputs(3, tokens=20, seed=7)
     batch["attention_mask"][0, :8] = 0
     found = {name: unquantized(simulation, batch) for name, simulation in simulations.items()}
     for name, logits in found.items():
@@ -137,7 +135,7 @@ def test_where_zeros_are_not_the_base_it_is_captured() -> None:
     simulations = simulate_adapters(model, inputs())
     assert simulations.captures == 2
     assert not simulations["base"].adapter_weights
-    batch = inputs(3, 20, seed=7)
+    batch = inputs(3, tokens=20, seed=7)
     for name in ("first", "base"):
         assert torch.equal(unquantized(simulations[name], batch), peft_logits(model, name, batch))
 
@@ -153,11 +151,8 @@ def test_an_inactive_adapter_is_in_no_graph(
             for s in program.graph_signature.input_specs
             if s.arg.name in used and s.target in program.state_dict
         }
-        owners = {
-            path.split(".")[-2]: p.data_ptr() in addresses
-            for path, p in model.named_parameters()
-            if "lora_" in path
-        }
+        factors = [(path, p) for path, p in model.named_parameters() if "lora_" in path]
+        owners = {path.split(".")[-2]: p.data_ptr() in addresses for path, p in factors}
         assert owners == {other: other == name for other in model.peft_config}
 
 
@@ -172,11 +167,9 @@ def test_the_model_is_as_it_was(model: PeftModel) -> None:
     assert not any("first" in name for name in trainable)
 
 
-DORA = [f"lora_A.linear{n}" for n in ("", "_1")] + [f"lora_B.linear{n}" for n in ("", "_1")]
-DORA += [
-    f"lora_magnitude_vector.{part}"
-    for part in ["mul", "add", "linalg_norm", "div", "sub", "mul_1", "mul_2", "mul_3", "add_1"]
-]
+DORA = [f"lora_{factor}.linear{n}" for factor in "AB" for n in ("", "_1")]
+MAGNITUDES = ["mul", "add", "linalg_norm", "div", "sub", "mul_1", "mul_2", "mul_3", "add_1"]
+DORA += [f"lora_magnitude_vector.{part}" for part in MAGNITUDES]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +182,7 @@ DORA += [
         ("llama", True),
     ],
 )
-def test_every_part_of_a_branch_has_an_encoding_of_its_own(
+def test_each_part_has_an_encoding(
     architecture: str, dora: bool, request: pytest.FixtureRequest
 ) -> None:
     if dora:  # on a float base
@@ -212,9 +205,7 @@ def test_every_part_of_a_branch_has_an_encoding_of_its_own(
         assert len({id(simulation.encodings[name]) for name in own}) == len(own)
 
 
-def test_encodings_of_the_base_are_the_same_in_all_adapters(
-    calibrated: dict[str, AdapterSimulations],
-) -> None:
+def test_encodings_of_the_base_are_the_same(calibrated: dict[str, AdapterSimulations]) -> None:
     for simulations in calibrated.values():
         graphs = [simulation.graph() for simulation in simulations.values()]
         kinds = (Kind.BASE, Kind.PARAMETER)
@@ -235,10 +226,8 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
         simulation.save(tmp_path / name)
         write_encodings(simulation.graph(), tmp_path / name / "model.encodings")
         written = json.loads((tmp_path / name / "model.encodings").read_text())
-        saved = {
-            n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes())
-            for n, e in load_encodings(tmp_path / name).items()
-        }
+        encodings = load_encodings(tmp_path / name).items()
+        saved = {n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes()) for n, e in encodings}
         parts = ("activation_encodings", "param_encodings")
         exported = {e["name"]: json.dumps(e) for part in parts for e in written[part]}
         entries.append((saved, exported))
@@ -260,21 +249,17 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
     assert (whole[0] == whole[1] == whole[2]) is (mode == "none")
 
 
-def test_shared_encodings_are_those_of_all_data_together(
-    calibrated: dict[str, AdapterSimulations],
-) -> None:
+def test_shared_encodings_are_of_all_data(calibrated: dict[str, AdapterSimulations]) -> None:
     simulations, alone = calibrated["none"], calibrated["all"]
-    activations = [
-        name for name in simulations.shared if not is_adapter_name(name) or name.endswith("linear")
-    ]
+    shared = simulations.shared
+    activations = [n for n in shared if not is_adapter_name(n) or n.endswith("linear")]
     assert set(activations) == set(simulations["first"].quantizers)
     for name in activations:
         seen = [alone[adapter].quantizers[name].observer for adapter in alone]
         low = torch.stack([o.low for o in seen]).amin(0)
         high = torch.stack([o.high for o in seen]).amax(0)
         expected = encoding_from_range(low, high, EIGHT_BITS.activations)
-        assert torch.equal(simulations.shared[name].scale, expected.scale)
-        assert torch.equal(simulations.shared[name].offset, expected.offset)
+        assert shared[name].equals(expected)
     for name, weight in simulations["first"].adapter_weights.items():
         both = torch.cat([weight, simulations["second"].adapter_weights[name]], 1)
         # never above the joint range's own step
@@ -287,18 +272,14 @@ def test_each_adapter_may_see_its_own_data(model: PeftModel) -> None:
     with pytest.raises(CalibrationError, match="at least one batch"):
         simulations.observe({"first": [inputs()]})
     simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["first", "second"])
-    simulations.calibrate(
-        {"first": [inputs(seed=1)], "second": [inputs(seed=2)], "base": [inputs(seed=3)]}
-    )
+    simulations.calibrate({n: [inputs(seed=i)] for i, n in enumerate(("base", "first", "second"))})
     alone = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["second"])
     alone.calibrate([inputs(seed=2)])
     for name, encoding in alone["second"].encodings.items():
         assert torch.equal(simulations["second"].encodings[name].scale, encoding.scale)
 
 
-def test_a_later_adapter_takes_the_encodings_that_are_fixed(
-    model: PeftModel, calibrated: dict[str, AdapterSimulations]
-) -> None:
+def test_fixed_encodings_stay(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
     fixed = calibrated["adapter_only"].shared
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["second"])
     later.calibrate([inputs(seed=9)], shared=fixed)
@@ -314,16 +295,13 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
 
 
 @pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
-def test_a_base_that_was_calibrated_first_keeps_its_activations(
-    model: PeftModel, mode: BaseActivations
-) -> None:
+def test_a_calibrated_base_keeps_its_activations(model: PeftModel, mode: BaseActivations) -> None:
     with model.disable_adapter():
         alone = simulate(model, inputs(), EIGHT_BITS)
     alone.calibrate([inputs(seed=3)])
     known = alone.activation_encodings
-    later = simulate_adapters(
-        model, inputs(), EIGHT_BITS, mode, ["first", "second"], activation_encodings=known
-    )
+    names = ["first", "second"]
+    later = simulate_adapters(model, inputs(), EIGHT_BITS, mode, names, activation_encodings=known)
     later.calibrate([inputs(seed=s) for s in range(3)])
     for simulation in later.values():
         own = simulation.activation_encodings
@@ -332,14 +310,11 @@ def test_a_base_that_was_calibrated_first_keeps_its_activations(
     added = {name for name in first if name not in known}
     assert {name.rpartition(".")[2] for name in added} == {"linear", "mul", "add"}
     equal = {name for name in added if first[name].equals(second[name])}
-    assert equal == {"all": set(), "none": added}.get(
-        mode, {name for name in added if name.endswith("_proj.add") or name == "lm_head.add"}
-    )
+    sums = {name for name in added if name.endswith(("_proj.add", "lm_head.add"))}
+    assert equal == {"all": set(), "none": added}.get(mode, sums)
 
 
-def test_the_sum_of_a_layer_that_no_earlier_adapter_changed_has_its_own_range(
-    model: PeftModel,
-) -> None:
+def test_the_sum_of_a_newly_adapted_layer_has_its_own_range(model: PeftModel) -> None:
     narrow = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["narrow"])
     narrow.calibrate([inputs()])
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["first"])
@@ -357,9 +332,8 @@ def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter()
     """PEFT puts the classifier into `modules_to_save` by itself; biases of lora_B are no factor either."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 260, "num_labels": 3}
     torch.manual_seed(0)
-    bert = BertForSequenceClassification(
-        BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
-    ).eval()
+    config = BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    bert = BertForSequenceClassification(config).eval()
     report = quantize_(bert, "w4-block32", "rtn")
     assert "bert.pooler.dense.weight" in report.layers
     assert "classifier.weight" not in report.layers
@@ -371,14 +345,11 @@ def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter()
     for name in ("first", "second"):
         both.set_adapter(name)
         simulation = simulate(both.eval(), inputs(), schemes)
-        bits = {
-            weight: frozen.encoding.scheme.bitwidth for weight, frozen in simulation.weights.items()
-        }
+        bits = {n: frozen.encoding.scheme.bitwidth for n, frozen in simulation.weights.items()}
         assert {bits[f"classifier.modules_to_save.{key}"] for key in ("weight", "bias")} == {16}
-        layer = "bert.encoder.layer.0.attention.self.query"
-        assert [
-            bits[f"{layer}.{key}"] for key in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-        ] == [4, 4, 16]
+        layer, factors = "bert.encoder.layer.0.attention.self.query", ("A.weight", "B.weight")
+        assert {bits[f"{layer}.lora_{factor}"] for factor in factors} == {4}
+        assert bits[f"{layer}.lora_B.bias"] == 16
         names.append([mark.name for mark in simulation.marks])
         prints.append(adapter_fingerprint(both))
     assert names[0] == names[1]
@@ -392,9 +363,7 @@ def test_a_simulation_of_one_of_several_comes_back_from_disk(
     simulation = calibrated["none"]["second"]
     simulation.save(tmp_path)
     model.set_adapter("second")
-    again = load_simulation(
-        tmp_path, model
-    )  # its weights on grids that their own values do not give
+    again = load_simulation(tmp_path, model)  # on grids that its own values do not give
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     model.set_adapter("first")
     with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
@@ -412,9 +381,7 @@ def test_the_adapter_that_adds_zero_comes_back_from_disk(
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     assert again.encodings.keys() == simulation.encodings.keys()
     wide = simulate_adapters(model, inputs(), EIGHT_BITS, adapters=["wide"])["base"]
-    with pytest.raises(
-        GridError, match=r"a tensor of shape \[6, 64\] needs scales of shape \[6\], not \[4\]"
-    ):
+    with pytest.raises(GridError, match=r"shape \[6, 64\] needs scales of shape \[6\], not \[4\]"):
         wide.restore_from(tmp_path)
 
 
@@ -431,9 +398,7 @@ def test_adapters_that_share_everything_are_padded_to_one_shape() -> None:
     model = adapted(wide=shape(6, target_modules=["q_proj", "down_proj"]), narrow=on("v_proj"))
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    simulations = simulate_adapters(
-        model, inputs(), EIGHT_BITS, "none", adapters=["wide", "narrow"]
-    )
+    simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "none", ["wide", "narrow"])
     assert torch.equal(torch.get_rng_state(), state)
     assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
     assert simulations.captures == 2  # different scalings
@@ -450,7 +415,7 @@ def test_adapters_that_share_everything_are_padded_to_one_shape() -> None:
         own = narrow[name][:4] if "lora_A" in name else narrow[name][:, :4]
         assert bool(own.any()) is ("v_proj" in name)
         assert narrow[name].count_nonzero() == own.count_nonzero()
-    batch = inputs(3, 20, seed=7)
+    batch = inputs(3, tokens=20, seed=7)
     for name, simulation in simulations.items():
         torch.testing.assert_close(unquantized(simulation, batch), peft_logits(model, name, batch))
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
@@ -496,15 +461,11 @@ def test_names_that_cannot_be(model: PeftModel) -> None:
         simulate_adapters(adapted(base=shape()), inputs())
 
 
-def test_an_adapter_that_was_bound_is_exported_with_its_own_weights(
-    calibrated: dict[str, AdapterSimulations], tmp_path: Path
-) -> None:
+def test_exports_bound_weights(calibrated: dict[str, AdapterSimulations], tmp_path: Path) -> None:
     simulation = calibrated["adapter_only"]["second"]
     export_onnx(simulation.graph(), tmp_path)
-    initializers = {
-        i.name: onnx.numpy_helper.to_array(i)
-        for i in onnx.load(tmp_path / "model.onnx").graph.initializer
-    }
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    initializers = {i.name: onnx.numpy_helper.to_array(i) for i in stored}
     for name, weight in simulation.adapter_weights.items():
         encoding = simulation.encodings[name]
         codes = encoding.quantize(weight).int().numpy() - 128
@@ -517,10 +478,8 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     quantize_(model, "w4-block32", solver="rtn")
     with_first = get_peft_model(model, on("q_proj"), adapter_name="first")
     with_first.add_adapter("second", on("up_proj"))
-    rules = [
-        PlacementRule(f"*.{layer}.lora_A.weight", of="weights", bitwidth=4)
-        for layer in ("q_proj", "up_proj")
-    ]
+    matches = [f"*.{layer}.lora_A.weight" for layer in ("q_proj", "up_proj")]
+    rules = [PlacementRule(match, of="weights", bitwidth=4) for match in matches]
     simulations = simulate_adapters(with_first.eval(), inputs(), Schemes(rules=rules), "all")
     unused = [list(s.placement.unused_rules) for s in simulations.values()]
     assert unused == [[1], [0], [1]]
@@ -538,8 +497,6 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     ]
     with pytest.raises(CalibrationError, match="2 placement rules") as caught:
         simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
-    assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
-    assert (
-        "'*.up_proj.lora_B.weight' matches model.layers.0.mlp.up_proj.lora_B.weight (a weight of "
-        in str(caught.value)
-    )
+    message = str(caught.value)
+    assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in message
+    assert "matches model.layers.0.mlp.up_proj.lora_B.weight (a weight of " in message

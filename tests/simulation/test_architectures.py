@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +89,14 @@ def exported(
     start = time.perf_counter()
     export_onnx(simulation.graph(), folder)
     seconds = time.perf_counter() - start
-    batches = [inputs(name, seed) for seed in range(2)]
-    tiny = ALL[name]
-    limits = Limits(
-        layer_steps=tiny.layer_steps,
-        layer_mean_steps=tiny.layer_mean_steps,
-        below_floor=BELOW_FLOOR[bitwidth],
-    )
-    parity = verify_onnx_outputs(folder, simulation, batches, limits)
-    return parity, seconds
+    batches, tiny = [inputs(name, seed) for seed in range(2)], ALL[name]
+    limits = Limits(layer_steps=tiny.layer_steps, layer_mean_steps=tiny.layer_mean_steps)
+    limits = replace(limits, below_floor=BELOW_FLOOR[bitwidth])
+    return verify_onnx_outputs(folder, simulation, batches, limits), seconds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if tiny.slow else ()) for n, tiny in ALL.items()],
-)
+@pytest.mark.parametrize("name", ALL)
 def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         # what libraries say about their own arguments and optional parts
@@ -137,8 +130,6 @@ def _decibel(value: float) -> str:
 
 
 def _shapes(captured: Captured) -> str:
-    shown = (
-        f"{name} [{', '.join(str(size) for size in captured.interface.shapes[name])}]"
-        for name in captured.interface.inputs
-    )
-    return "; ".join(shown)
+    shapes = captured.interface.shapes
+    axes = {name: ", ".join(map(str, shapes[name])) for name in captured.interface.inputs}
+    return "; ".join(f"{name} [{shown}]" for name, shown in axes.items())

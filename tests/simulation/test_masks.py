@@ -30,9 +30,8 @@ class Attention(nn.Module):
         hidden = self.up(x)
         scores, masked = hidden @ hidden.transpose(1, 2), (1 - attention_mask.float()).unsqueeze(1)
         if self.mask == "sinks":
-            scores = torch.cat(
-                [scores + masked * LOWEST, self.sinks.expand(len(x), x.shape[1], 1)], -1
-            )
+            sinks = self.sinks.expand(len(x), x.shape[1], 1)
+            scores = torch.cat([scores + masked * LOWEST, sinks], -1)
             scores = scores - scores.max(-1, keepdim=True).values
             return self.down(scores.softmax(-1)[..., :-1] @ x)
         if self.mask == "sub":
@@ -47,10 +46,8 @@ class Attention(nn.Module):
 def given(seed: int) -> dict[str, Tensor]:
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :2] = 0
-    return {
-        "x": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(seed)),
-        "attention_mask": mask,
-    }
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "attention_mask": mask}
 
 
 def attention(mask: str, *rules: PlacementRule) -> Simulation:
@@ -84,10 +81,8 @@ def test_what_only_a_mask_holds_loses_its_quantizer_whatever_made_it(mask: str) 
     report = made.calibrate([given(seed) for seed in range(3)])
     assert {f"output.{mask}", "output.div"} <= set(report.masks)
     assert relative_error(made, given(0)) < 1e-3
-    assert (
-        next(p for p in made.placement.values if p.name == "output.div").reason
-        == "a mask: values beyond 1e30"
-    )
+    reasons = {p.name: p.reason for p in made.placement.values}
+    assert reasons["output.div"] == "a mask: values beyond 1e30"
 
 
 def test_a_fixed_range_of_masked_scores_is_kept() -> None:
@@ -107,9 +102,7 @@ def test_an_overflow_is_no_mask() -> None:
     made = attention("sub")
     made.observe([given(0)])
     made.quantizers["down.linear"].observer.update(torch.tensor([torch.inf]))
-    with pytest.raises(
-        CalibrationError, match=r"down.linear: the observed range is not finite, or wider than"
-    ):
+    with pytest.raises(CalibrationError, match=r"down.linear: the observed range is not finite"):
         made.freeze()
 
 
@@ -118,10 +111,8 @@ def test_a_mask_among_the_inputs_loses_its_quantizer() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return (x @ x.transpose(1, 2) + mask).softmax(-1)
 
-    batch = {
-        "x": given(0)["x"],
-        "mask": torch.where(torch.ones(6, 6).tril() > 0, 0.0, LOWEST).expand(2, 6, 6).contiguous(),
-    }
+    mask = torch.where(torch.ones(6, 6).tril() > 0, 0.0, LOWEST)
+    batch = {"x": given(0)["x"], "mask": mask.expand(2, 6, 6).contiguous()}
     made = simulate(Masked().eval(), batch)
     assert set(made.calibrate([batch]).masks) == {"mask", "output.add"}
     assert next(p for p in made.placement.values if p.name == "mask").decision is Decision.FLOAT
@@ -142,9 +133,8 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
     program = torch.export.export(Masked(), tuple(given(0).values()))
     placement = place(program, Schemes())
     assert [p.operator for p in placement.values if p.reason == "combined with a mask"] == ["mul"]
-    assert {"relu", "linear", "softmax"} <= {
-        p.operator for p in placement.values if p.decision is Decision.QUANTIZE
-    }
+    quantized = {p.operator for p in placement.values if p.decision is Decision.QUANTIZE}
+    assert {"relu", "linear", "softmax"} <= quantized
 
 
 def test_what_integers_look_up_is_no_score() -> None:
@@ -158,28 +148,22 @@ def test_what_integers_look_up_is_no_score() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             distance = torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]
             bias = self.bias(torch.where(distance > 3, 3, distance).clamp(0, 3)).squeeze(-1)
-            return (
-                (x @ x.transpose(1, 2) + bias) + (1 - mask.float()).unsqueeze(1) * LOWEST
-            ).softmax(-1)
+            scores = x @ x.transpose(1, 2) + bias
+            return (scores + (1 - mask.float()).unsqueeze(1) * LOWEST).softmax(-1)
 
     program = torch.export.export(Biased(), tuple(given(0).values()))
     placement = place(program, Schemes())
     decisions = {p.name: p.decision for p in placement.values}
-    assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [
-        Decision.QUANTIZE,
-        Decision.SHARE,
-        Decision.QUANTIZE,
-    ]
-    assert [p.name for p in placement.values if p.reason == "combined with a mask"] == [
-        "output.add_1"
-    ]
+    assert decisions["bias.embedding"] is decisions["output.add"] is Decision.QUANTIZE
+    assert decisions["output.squeeze"] is Decision.SHARE
+    masked = [p.name for p in placement.values if p.reason == "combined with a mask"]
+    assert masked == ["output.add_1"]
 
 
 def test_attention_sinks_of_a_model() -> None:
     torch.manual_seed(0)
-    config = t.GptOssConfig(
-        **DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
-    )
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = t.GptOssConfig(**DECODER, **experts, head_dim=16, sliding_window=8)
     config._attn_implementation = "eager"
     model = t.GptOssForCausalLM(config)
     quantize_(model, "w4-block32", solver="rtn")

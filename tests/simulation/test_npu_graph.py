@@ -29,10 +29,8 @@ SCHEMES = Schemes(
     key_value_bitwidth=8,
     adapter_weights=Scheme(8),
 )
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("GPT-2", "Gemma 3", "Phi-3", "Qwen3", "OPT", "GPT-NeoX", "Qwen2")
-]
+OTHERS = ("GPT-2", "Gemma 3", "Phi-3", "Qwen3", "OPT", "GPT-NeoX", "Qwen2")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
 def simulated(name: str, schemes: Schemes = SCHEMES) -> Simulation:
@@ -61,13 +59,9 @@ class OnCpu:
 
     def run(self, past: int, cache: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         room = self.graph.sizes.past
-        given = {
-            "input_ids": ids.to(torch.int32),
-            **run_host(
-                self.graph.host, *host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
-            ),
-            **{name: value[:, :, value.shape[2] - room :] for name, value in cache.items()},
-        }
+        arguments = host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
+        given = {"input_ids": ids.to(torch.int32), **run_host(self.graph.host, *arguments)}
+        given |= {name: value[:, :, value.shape[2] - room :] for name, value in cache.items()}
         names = [output.name for output in self.session.get_outputs()]
         feed = {name: value.numpy() for name, value in given.items()} | self.fixed
         taken = {i.name for i in self.session.get_inputs()}
@@ -144,9 +138,7 @@ def test_the_simulation_quantizes_keys_and_values_as_the_cache_does() -> None:
     simulation = simulate(model, inputs("GPT-2"), Schemes(key_value_bitwidth=8))
     simulation.calibrate([{"input_ids": TEXT}])
     eight = [name for name, e in simulation.encodings.items() if e.scheme == Scheme(8)]
-    assert eight == [
-        f"transformer.h.{layer}.attn.split_{part}" for layer in range(2) for part in (1, 2)
-    ]
+    assert eight == [f"transformer.h.{n}.attn.split_{part}" for n in range(2) for part in (1, 2)]
 
 
 @pytest.mark.slow

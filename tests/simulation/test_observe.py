@@ -17,9 +17,7 @@ def _seeded() -> None:
 
 def test_quantizer_says_what_it_cannot_do() -> None:
     for scheme in (Scheme(8, granularity=PerChannel(0)), Scheme(4, False, float_offset=True)):
-        with pytest.raises(
-            CalibrationError, match=r"it: activations need a per-tensor scheme.*not int"
-        ):
+        with pytest.raises(CalibrationError, match=r"it: activations need a per-tensor .*not int"):
             Quantizer("it", scheme)
     quantizer = Quantizer("it", Scheme(8))
     with pytest.raises(CalibrationError, match="it has no encoding yet; call calibrate"):
@@ -31,9 +29,7 @@ def test_quantizer_says_what_it_cannot_do() -> None:
     for bad in (torch.nan, 3e38):
         quantizer = Quantizer("it", Scheme(8, symmetric=False))
         quantizer.observer.update(torch.tensor([bad, -bad]))
-        with pytest.raises(
-            CalibrationError, match="it: the observed range is not finite, or wider"
-        ):
+        with pytest.raises(CalibrationError, match="it: the observed range is not finite, or"):
             estimate_encodings([quantizer])
 
 

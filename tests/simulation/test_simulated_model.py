@@ -15,6 +15,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 from simulation.captured import adapted_layer as adapted
+from simulation.captured import batch as batch_of
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -22,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 def batch(
     rows: int = 2, tokens: int = 12, seed: int = 0, positions: bool = False
 ) -> dict[str, Tensor]:
-    ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return made | ({"position_ids": torch.arange(tokens).expand(rows, -1)} if positions else {})
+    more = {"position_ids": torch.arange(tokens).expand(rows, -1)} if positions else {}
+    return batch_of(rows, tokens, seed) | more
 
 
 def calibrated(model: nn.Module, positions: bool = False) -> Simulation:
@@ -39,9 +39,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Simulation, PreTrainedModel]:
     return simulation, simulation.as_model()
 
 
-def test_calls_give_the_models_own_output_with_simulated_logits(
-    pair: tuple[Simulation, PreTrainedModel],
-) -> None:
+def test_calls_give_an_output_of_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
     simulation, model = pair
     own = simulation.origin.model.get_base_model()
     given = batch(3, 9, seed=4)
@@ -55,17 +53,14 @@ def test_calls_give_the_models_own_output_with_simulated_logits(
     assert not output.logits.requires_grad
 
 
-def test_loss_is_cross_entropy_of_the_simulated_logits(
-    pair: tuple[Simulation, PreTrainedModel],
-) -> None:
+def test_loss_is_that_of_the_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
     _, model = pair
     given = batch(3, 9, seed=4)
     labels = given["input_ids"].clone()
     labels[:, :4] = -100
     output = model(**given, labels=labels)
-    expected = nn.functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
+    logits = output.logits[:, :-1].flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
     summed = model(**given, labels=labels, num_items_in_batch=torch.tensor(10))
     torch.testing.assert_close(summed.loss, expected * (labels != -100).sum() / 10)
@@ -81,10 +76,8 @@ def test_generate_is_an_argmax_loop(pair: tuple[Simulation, PreTrainedModel]) ->
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert torch.equal(
-        model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings),
-        expected,
-    )  # lm-eval asks for a cache
+    cached = {"attention_mask": torch.ones_like(ids), "use_cache": True}  # as lm-eval asks
+    assert torch.equal(model.generate(ids, **cached, **settings), expected)
     assert torch.equal(model.generate(ids[:, :1], **settings)[:, :1], ids[:, :1])
 
 
@@ -106,9 +99,7 @@ def test_left_padding_changes_nothing(pair: tuple[Simulation, PreTrainedModel]) 
         assert torch.equal(together[row, -4:], model.generate(alone, **options)[0, -4:])
 
 
-def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(
-    pair: tuple[Simulation, PreTrainedModel],
-) -> None:
+def test_an_evaluation_harness_can_use_it(pair: tuple[Simulation, PreTrainedModel]) -> None:
     """The calls of lm-eval 0.4.13 (`HFLM(pretrained=model)`), on models whose head is tied to their embeddings, and one whose head is not."""
     _, model = pair
     assert model.eval() is model
@@ -134,9 +125,7 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     model, given = simulation.as_model(), batch()
     plain = model(**given).logits
     positions = torch.arange(12)[None]
-    assert torch.equal(
-        model(**given, position_ids=positions).logits, plain
-    )  # says what the graph assumes
+    assert torch.equal(model(**given, position_ids=positions).logits, plain)  # what it assumes
     position = r"position_ids .* captured with input_ids, attention_mask .* first token"
     unknown = "the graph was captured without this argument"
     left_padded = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])  # has other positions
@@ -164,10 +153,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     simulation.calibrate([given])
     model = simulation.as_model()
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
-    with pytest.raises(
-        CaptureError,
-        match=r"generate .* T5\w+ separately, .* decoder_input_ids",
-    ):
+    with pytest.raises(CaptureError, match=r"generate .* T5\w+ separately, .* decoder_input_ids"):
         model.generate(given["input_ids"], max_new_tokens=2)
 
 
@@ -175,10 +161,7 @@ def test_positions_of_a_masked_batch_are_asked_for() -> None:
     model = calibrated(adapted("gpt2"), positions=True).as_model()
     given = batch()
     given["attention_mask"][0, :3] = 0
-    with pytest.raises(
-        CaptureError,
-        match="captured with position_ids, and a masked batch needs them",
-    ):
+    with pytest.raises(CaptureError, match="with position_ids, and a masked batch needs them"):
         model(**given)
 
 
@@ -202,10 +185,8 @@ def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> No
     assert output.logits.shape == (3, 7, 260)
     assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
     assert user(**batch()).logits.device.type == "cpu"
-    assert {
-        observer.ends.device.type
-        for observer in (q.observer for q in model.simulation.quantizers.values())
-    } == {"meta"}
+    for quantizer in model.simulation.quantizers.values():
+        assert quantizer.observer.ends.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -220,9 +201,7 @@ def test_a_simulation_computes_in_float32_and_refuses_a_cast(dtype: torch.dtype)
     assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
 
 
-def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_grids_of_activations_move_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA tensors without numbers, which know where they are: there is no such device here, and the meta device computes with any lone number."""
     simulation = calibrated(adapted("llama"))
     (quantizer, *_) = simulation.quantizers.values()
@@ -231,12 +210,9 @@ def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(
         for device in ("cuda:0", "cpu"):
             for each in simulation.quantizers.values():
                 each.to(device)
-            encodings = [
-                q.encoding for q in simulation.quantizers.values() if q.encoding is not None
-            ]
-            assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {
-                device
-            }
+            encodings = [q.encoding for q in simulation.quantizers.values() if q.encoding]
+            found = {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)}
+            assert found == {device}
             assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 
 

@@ -81,23 +81,17 @@ def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architect
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_simulation_is_close_at_16_bits_and_not_the_same(architecture: str) -> None:
     model, _ = calibrated(architecture)
-    batch = inputs(
-        seed=0
-    )  # one of those that set the ranges: beyond them values are clipped, at any bitwidth
+    batch = inputs(seed=0)  # one that set the ranges: beyond them values are clipped
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
     errors = {}
     for bitwidth in (8, 16):
-        fine_adapter = Scheme(16, granularity=PerChannel(0))
-        simulation = simulate(
-            model,
-            inputs(),
-            Schemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter),
-        )
+        fine = Scheme(16, granularity=PerChannel(0))
+        schemes = Schemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine)
+        simulation = simulate(model, inputs(), schemes)
         simulation.calibrate([inputs(seed=s) for s in range(4)])
-        errors[bitwidth] = float(
-            (simulation.logits(batch["input_ids"]) - expected).abs().max() / expected.abs().max()
-        )
+        difference = simulation.logits(batch["input_ids"]) - expected
+        errors[bitwidth] = float(difference.abs().max() / expected.abs().max())
     assert 0 < errors[16] < 0.01
     assert errors[8] > 3 * errors[16]
 
@@ -155,9 +149,8 @@ def test_calibration_says_what_is_missing() -> None:
 
 def with_relu(inplace: bool) -> Simulation:
     torch.manual_seed(0)
-    simulation = simulate(
-        nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8)).eval(), RELU_INPUTS
-    )
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8))
+    simulation = simulate(model.eval(), RELU_INPUTS)
     simulation.calibrate([RELU_INPUTS])
     return simulation
 
@@ -166,20 +159,15 @@ RELU_INPUTS = {"input": torch.randn(16, 8, generator=torch.Generator().manual_se
 
 
 @pytest.mark.filterwarnings("ignore:.* has no packed layer")  # a float model on purpose
-def test_what_an_operator_overwrites_was_seen_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_overwritten_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simulation, plain = with_relu(inplace=True), with_relu(inplace=False)
     values, expected = simulation.values(RELU_INPUTS), plain.values(RELU_INPUTS)
     assert float(values["0.linear"].min()) < 0
-    assert all(
-        torch.equal(values[name.replace("relu", "relu_")], value)
-        for name, value in expected.items()
-    )
+    for name, value in expected.items():
+        assert torch.equal(values[name.replace("relu", "relu_")], value)
     export_onnx(simulation.graph(), tmp_path)
-    assert (
-        verify_onnx_outputs(tmp_path, simulation, [RELU_INPUTS]).figures["worst_layer_steps"] <= 1
-    )
+    figures = verify_onnx_outputs(tmp_path, simulation, [RELU_INPUTS]).figures
+    assert figures["worst_layer_steps"] <= 1
     loss = "qwlora.analysis.quantization_costs.next_token_loss"
     monkeypatch.setattr(loss, lambda output, _: output.square().sum())
     costs = [sensitivities(s, [RELU_INPUTS]) for s in (simulation, plain)]

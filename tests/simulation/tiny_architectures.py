@@ -31,7 +31,7 @@ class Tiny:
 
     model: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], Inputs]
-    slow: bool = True
+
     rules: tuple[PlacementRule, ...] = ()
     layer_steps: float = 2.0
     layer_mean_steps: float = 0.05
@@ -159,6 +159,7 @@ T5 |= {"decoder_start_token_id": 0, "vocab_size": VOCABULARY}
 GEMMA3 = {**DECODER, "head_dim": 16, "sliding_window": 8}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
 NARROW_ENCODER = {**ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+CLIP = {**ENCODER, **IDS, "max_position_embeddings": 32}
 VIT = {**ENCODER, "image_size": 16, "patch_size": 4, "num_channels": 3, "num_labels": 5}
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 4}
@@ -168,25 +169,20 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 IMAGE_TOKENS = {"image_token_id": 5, "video_token_id": 6}
 IMAGE_TOKENS |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
 GEMMA3_TOKENS = {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4}
+GEMMA3_TOKENS |= {"image_token_index": 5}
+SMOLVLM = {"image_token_id": 5, "scale_factor": 2}
+QWEN2_TEXT = {**DECODER, "rope_parameters": MROPE}
 LLAMA_TEXT = {"model_type": "llama", **DECODER}
 
 VISION_LANGUAGE: dict[str, Callable[[], Any]] = {
     "Qwen2-VL": lambda: t.Qwen2VLForConditionalGeneration(
-        t.Qwen2VLConfig(
-            text_config={**DECODER, "rope_parameters": MROPE},
-            vision_config=QWEN2_VISION,
-            **IMAGE_TOKENS,
-        )
+        t.Qwen2VLConfig(text_config=QWEN2_TEXT, vision_config=QWEN2_VISION, **IMAGE_TOKENS)
     ),
     "SmolVLM": lambda: t.SmolVLMForConditionalGeneration(
-        t.SmolVLMConfig(
-            text_config=LLAMA_TEXT, vision_config=VISION, image_token_id=5, scale_factor=2
-        )
+        t.SmolVLMConfig(text_config=LLAMA_TEXT, vision_config=VISION, **SMOLVLM)
     ),
     "Gemma 3, with images": lambda: t.Gemma3ForConditionalGeneration(
-        t.Gemma3Config(
-            text_config=GEMMA3, vision_config=VISION, image_token_index=5, **GEMMA3_TOKENS
-        )
+        t.Gemma3Config(text_config=GEMMA3, vision_config=VISION, **GEMMA3_TOKENS)
     ),
     "LLaVA": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
@@ -215,9 +211,11 @@ def image_and_text(model: Any, seed: int = 0) -> Inputs:
 
 # At 8 bits two experts may be equally likely, and who is then the second of them no two runtimes agree about.
 ROUTER = (PlacementRule("*.mlp.gate", bitwidth=16),)
+U_NET = "UNet2DConditionModel"
+ANGLES: dict[str, Any] = {"layer_steps": 8, "layer_mean_steps": 0.25}
 
 ALL: dict[str, Tiny] = {
-    "Llama": Tiny(lambda: t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), _text, slow=False),
+    "Llama": Tiny(lambda: t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), _text),
     "OPT": Tiny(lambda: t.OPTForCausalLM(t.OPTConfig(**OPT)), _text),
     "GPT-2": Tiny(lambda: t.GPT2LMHeadModel(t.GPT2Config(**GPT2)), _text),
     "GPT-NeoX": Tiny(lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**NEOX)), _text),
@@ -231,47 +229,23 @@ ALL: dict[str, Tiny] = {
         _text,
         rules=ROUTER,
     ),
-    "Qwen3-MoE": Tiny(
-        lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**QWEN3_MOE)),
-        _text,
-        slow=False,
-        rules=ROUTER,
-    ),
+    "Qwen3-MoE": Tiny(lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**QWEN3_MOE)), _text, ROUTER),
     "BERT, classification": Tiny(
         lambda: t.BertForSequenceClassification(t.BertConfig(**NARROW_ENCODER, num_labels=3)),
         _typed,
-        slow=False,
     ),
     "ViT, classification": Tiny(
         lambda: t.ViTForImageClassification(t.ViTConfig(**VIT)),
         lambda g: {"pixel_values": _noise(g, 2, 3, 16, 16)},
-        slow=False,
     ),
     "Whisper": Tiny(
         lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER)),
         lambda g: {"input_features": _noise(g, 2, 8, 40), "decoder_input_ids": _ids(g, tokens=7)},
     ),
-    "T5": Tiny(
-        lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), _sequence_to_sequence, slow=False
-    ),
-    "CLIP text": Tiny(
-        lambda: t.CLIPTextModel(t.CLIPTextConfig(**ENCODER, **IDS, max_position_embeddings=32)),
-        _text,
-    ),
-    "Stable Diffusion UNet": Tiny(
-        diffuser("UNet2DConditionModel", **UNET, attention_head_dim=8), _latents
-    ),
-    "Stable Diffusion XL UNet": Tiny(
-        diffuser("UNet2DConditionModel", **UNET, **XL),
-        _latents_xl,
-        layer_steps=8,
-        layer_mean_steps=0.25,
-    ),
-    "SD3": Tiny(diffuser("SD3Transformer2DModel", **SD3), _joint, slow=False),
-    "Flux": Tiny(
-        diffuser("FluxTransformer2DModel", **FLUX),
-        _packed_latents,
-        layer_steps=8,
-        layer_mean_steps=0.25,
-    ),
+    "T5": Tiny(lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), _sequence_to_sequence),
+    "CLIP text": Tiny(lambda: t.CLIPTextModel(t.CLIPTextConfig(**CLIP)), _text),
+    "Stable Diffusion UNet": Tiny(diffuser(U_NET, **UNET, attention_head_dim=8), _latents),
+    "Stable Diffusion XL UNet": Tiny(diffuser(U_NET, **UNET, **XL), _latents_xl, **ANGLES),
+    "SD3": Tiny(diffuser("SD3Transformer2DModel", **SD3), _joint),
+    "Flux": Tiny(diffuser("FluxTransformer2DModel", **FLUX), _packed_latents, **ANGLES),
 }

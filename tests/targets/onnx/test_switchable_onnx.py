@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from conftest import byte_tokenizer
 from qwlora.errors import ExportError
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import packed_weights
-from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
+from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import container_bits, operands
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
+from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_weights_targets import adapters, base, target
 
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(5))
@@ -43,18 +43,10 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
     for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
         arrays, block = operands(layer)
         rows, columns = layer.tensor.shape
-        bits = container_bits(scheme.bitwidth)
-        node = helper.make_node(
-            "MatMulNBits",
-            ["x", *arrays],
-            ["y"],
-            domain="com.microsoft",
-            K=columns,
-            N=rows,
-            bits=bits,
-            block_size=block,
-            accuracy_level=1,
-        )
+        settings: dict[str, Any] = {"domain": "com.microsoft", "accuracy_level": 1}
+        settings |= {"bits": container_bits(scheme.bitwidth), "block_size": block}
+        settings |= {"K": columns, "N": rows}
+        node = helper.make_node("MatMulNBits", ["x", *arrays], ["y"], **settings)
         kinds = [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", w])
             for n, w in (("x", columns), ("y", rows))
@@ -86,13 +78,10 @@ def test_a_scheme_that_matmul_nbits_has_not_is_refused(scheme: Scheme, tmp_path:
 def written(folder: Path, architecture: str = "llama") -> Any:
     """A base with two adapters, written; returns the model with both."""
     model = base(Scheme(4, False, PerBlock(32)), architecture)
-    (folder / "base").mkdir()
-    target("genai").write_base(ExportedBase(model, byte_tokenizer()), folder / "base")
+    write_base(target("genai"), model, folder)
     adapted = adapters(model, folder / "trained")
     for name in ("first", "second"):
-        (folder / name).mkdir()
-        canonical = read_canonical(folder / "trained" / name)
-        target("genai").write_adapter(canonical, folder / "base", folder / name)
+        write_adapter(target("genai"), folder, name)
     return adapted
 
 
@@ -108,12 +97,8 @@ def expected_logits(adapted: Any, name: str | None, ids: torch.Tensor) -> NDArra
 def test_one_session_of_onnx_runtime_has_all_adapters_and_none(tmp_path: Path) -> None:
     adapted = written(tmp_path)
     path = str(tmp_path / "base" / "model.onnx")
-    products = [
-        n
-        for n in onnx.load(path, load_external_data=False).graph.node
-        if n.op_type == "MatMulNBits"
-    ]
-    assert len(products) == 7
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("MatMulNBits") == 7
     session = onnxruntime.InferenceSession(path)
     loaded = {}
     for name in ("first", "second"):
@@ -124,13 +109,10 @@ def test_one_session_of_onnx_runtime_has_all_adapters_and_none(tmp_path: Path) -
         options = onnxruntime.RunOptions()
         if name is not None:
             options.add_active_adapter(loaded[name])
-        feeds = {
-            "input_ids": IDS.numpy(),
-            "attention_mask": np.ones((1, 20), np.int64),
-            "position_ids": np.arange(20)[None],
-            "past_key_values.0.key": np.zeros((1, 2, 0, 16), np.float32),
-            "past_key_values.0.value": np.zeros((1, 2, 0, 16), np.float32),
-        }
+        ones, places = np.ones((1, 20), np.int64), np.arange(20)[None]
+        feeds = {"input_ids": IDS.numpy(), "attention_mask": ones, "position_ids": places}
+        for part in ("key", "value"):
+            feeds[f"past_key_values.0.{part}"] = np.zeros((1, 2, 0, 16), np.float32)
         return with_.run(["logits"], feeds, options)[0]
 
     found = {}

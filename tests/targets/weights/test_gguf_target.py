@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from formats.gguf_models import metadata_of, stored_shapes, write_file
@@ -20,16 +20,16 @@ from qwlora.errors import ExportError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.encoding import QuantizedTensor, measure
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
-from qwlora.nn import pack_at_, packed_weights
-from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.nn import packed_weights
 from qwlora.targets.proof.reference import logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedBase
 from qwlora.targets.weights.gguf import ADAPTER, BASE
 from targets.proofs import verify_weights
 from targets.support_matrix import made
+from targets.weights.bundles import pack_linears, write_adapter, write_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were on a grid")
 HEADS, KV_HEADS = 4, 2
@@ -42,16 +42,10 @@ def target() -> Backend:
 
 def tiny_gguf(folder: Path, kind: str = "Q4_0", **changes: int) -> Path:
     """A llama of one layer, with matrices of a kind of block."""
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": 96,
-        "max_position_embeddings": 128,
-    }
-    config = LlamaConfig(**sizes | changes, tie_word_embeddings=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
+    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    sizes |= {"max_position_embeddings": 128, **changes}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True)
     return write_file(
         folder / "tiny.gguf",
         "llama",
@@ -81,17 +75,10 @@ def float_model(source: Path) -> PreTrainedModel:
 
 def quantized(source: Path, scheme: Scheme) -> PreTrainedModel:
     model = float_model(source)
-    if not scheme.float_offset:
+    if scheme.float_offset:
+        pack_linears(model, cycle([scheme]), half=True)
+    else:
         quantize_(model, scheme, "search")
-        return model
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            encoding = measure(module.weight.detach(), scheme)
-            half = type(encoding)(
-                scheme, encoding.scale.half().float(), encoding.minimum.half().float()
-            )
-            codes = half.quantize(module.weight.detach())
-            pack_at_(model, f"{name}.weight", QuantizedTensor(codes, half))
     return model
 
 
@@ -103,25 +90,18 @@ def in_the_files_order(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def test_integers_of_a_gguf_file_are_that_file(source: Path, tmp_path: Path) -> None:
     model = load_precomputed(open_checkpoint(source))
+    with pytest.raises(ExportError, match=r"came from no GGUF file.*model\.source"):
+        target().write_base(ExportedBase(model, None), tmp_path)
     target().write_base(ExportedBase(model, None, source), tmp_path)
     assert (tmp_path / BASE).read_bytes() == source.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        Scheme(4, True, PerBlock(32)),
-        Scheme(4, True, PerBlock(64)),
-        Scheme(5, True, PerBlock(32)),
-        Scheme(8, True, PerBlock(32)),
-        Scheme(4, False, PerBlock(32), float_offset=True),
-        Scheme(5, False, PerBlock(32), float_offset=True),
-    ],
-    ids=str,
-)
-def test_the_gguf_package_reads_the_bases_values(
-    source: Path, scheme: Scheme, tmp_path: Path
-) -> None:
+HELD = [*(Scheme(bits, True, PerBlock(32)) for bits in (4, 5, 8)), Scheme(4, True, PerBlock(64))]
+HELD += [Scheme(bits, False, PerBlock(32), float_offset=True) for bits in (4, 5)]
+
+
+@pytest.mark.parametrize("scheme", HELD, ids=str)
+def test_the_package_reads_the_bases_values(source: Path, scheme: Scheme, tmp_path: Path) -> None:
     model = quantized(source, scheme)
     target().write_base(ExportedBase(model, None, source), tmp_path)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / BASE).tensors}
@@ -140,14 +120,11 @@ def test_the_gguf_package_reads_the_bases_values(
         np.testing.assert_array_equal(found, expected)
     again = packed_weights(load_precomputed(open_checkpoint(tmp_path / BASE)))
     assert again.keys() == layers.keys()
-    assert all(
-        torch.equal(again[name].tensor.dequantize(), layer.tensor.dequantize())
-        for name, layer in layers.items()
-    )
-    untouched = {t.name: t.data for t in gguf.GGUFReader(source).tensors}
-    np.testing.assert_array_equal(
-        stored["blk.0.attn_norm.weight"].data, untouched["blk.0.attn_norm.weight"]
-    )
+    for name, layer in layers.items():
+        assert torch.equal(again[name].tensor.dequantize(), layer.tensor.dequantize())
+    norm = "blk.0.attn_norm.weight"
+    (untouched,) = (t.data for t in gguf.GGUFReader(source).tensors if t.name == norm)
+    np.testing.assert_array_equal(stored[norm].data, untouched)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +148,6 @@ def test_grids_that_gguf_cannot_hold_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_from_elsewhere_is_refused(source: Path, tmp_path: Path) -> None:
-    model = quantized(source, Scheme(4, True, PerBlock(32)))
-    with pytest.raises(ExportError, match=r"came from no GGUF file.*model\.source"):
-        target().write_base(ExportedBase(model, None), tmp_path)
-
-
 def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
@@ -190,12 +161,9 @@ def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
 
 def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) -> None:
     model = load_precomputed(open_checkpoint(source))
-    (tmp_path / "base").mkdir()
-    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
-    with_adapter(model, tmp_path / "trained", use_rslora=True)
-    canonical = read_canonical(tmp_path / "trained")
-    (tmp_path / "a").mkdir()
-    target().write_adapter(canonical, tmp_path / "base", tmp_path / "a")
+    write_base(target(), model, tmp_path, source)
+    with_adapter(model, tmp_path / "trained/a", use_rslora=True)
+    canonical = write_adapter(target(), tmp_path, "a")
     reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     assert reader.fields["general.type"].contents() == "adapter"
@@ -220,11 +188,9 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
     else:
         model = load_model(SMOLLM2)
         quantize_(model, how, "search")
-    for name in ("base", "a"):
-        (tmp_path / name).mkdir()
-    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
-    adapted = with_adapter(model, tmp_path / "trained", use_rslora=True)
-    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    write_base(target(), model, tmp_path, source)
+    adapted = with_adapter(model, tmp_path / "trained/a", use_rslora=True)
+    write_adapter(target(), tmp_path, "a")
     runtime = TARGETS["gguf"].open(tmp_path)
     ids = torch.randint(0, 40_000, (2, 64), generator=torch.Generator().manual_seed(0))
     parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
@@ -239,11 +205,10 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
 
 @pytest.mark.client
 def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
     _, source = made("Gemma 3", "gguf", tmp_path)
     assert source is not None
     model = quantized(source, Scheme(4, True, PerBlock(32)))
-    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    write_base(target(), model, tmp_path, source)
     ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
     first = ids[:, :1]  # later tokens see differences of earlier ones, enlarged
     logits = TARGETS["gguf"].open(tmp_path).logits(first)
@@ -256,15 +221,13 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
         assert torch.equal(model(input_ids=first).logits, exact)  # closed again
     own = float((logits - exact).abs().max())
     assert float((logits - rounded).abs().max()) < 0.1 * own
-    adapted = with_adapter(model, tmp_path / "trained")
-    (tmp_path / "a").mkdir()
-    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    adapted = with_adapter(model, tmp_path / "trained/a")
+    write_adapter(target(), tmp_path, "a")
     runtime, sequences = TARGETS["gguf"].open(tmp_path), as_sequences(ids)
     parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
     assert parity.problems == []
-    reference = make_reference(
-        logits_of(adapted), sequences, rounded=logits_of(adapted, target().rounding(adapted))
-    )
+    rounded = logits_of(adapted, target().rounding(adapted))
+    reference = make_reference(logits_of(adapted), sequences, rounded=rounded)
     rounding = float(reference["adapter.rounding"].max())
     assert 0 < rounding < 1e-3 * float(reference["adapter.largest"].max())
     adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.001 * y)

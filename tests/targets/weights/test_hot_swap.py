@@ -12,13 +12,11 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from conftest import byte_tokenizer
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.openvino import EXACT
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import ExportedBase
 from targets.client_programs import with_clients
+from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_gguf_target import tiny_gguf
 from targets.weights.test_weights_targets import adapters, base, target
 
@@ -36,20 +34,15 @@ def written(name: str, folder: Path) -> PeftModel:
         model: Any = load_precomputed(open_checkpoint(source))
     else:
         model = base("w4-block32", solver="search" if TARGETS[name].has_float16_scales else "rtn")
-    (folder / "base").mkdir()
-    kind.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
+    write_base(kind, model, folder, source)
     adapted = adapters(model, folder / "trained")
     for adapter in ("first", "second"):
-        (folder / adapter).mkdir()
-        canonical = read_canonical(folder / "trained" / adapter)
-        kind.write_adapter(canonical, folder / "base", folder / adapter)
+        write_adapter(kind, folder, adapter)
     return adapted
 
 
 @pytest.mark.parametrize("name", with_clients(WEIGHTS))
-def test_switched_adapters_compute_what_they_compute_in_sessions_of_their_own(
-    name: str, tmp_path: Path
-) -> None:
+def test_switched_adapters_compute_what_they_do_alone(name: str, tmp_path: Path) -> None:
     written(name, tmp_path)
 
     def computed(session: Any, state: str | None) -> list[tuple[torch.Tensor, list[int]]]:
@@ -70,9 +63,7 @@ def test_switched_adapters_compute_what_they_compute_in_sessions_of_their_own(
 
 
 @pytest.mark.client
-def test_genai_switched_in_the_middle_of_a_generation_computes_what_new_sessions_compute(
-    tmp_path: Path,
-) -> None:
+def test_genai_switched_within_a_generation(tmp_path: Path) -> None:
     import onnxruntime_genai as og
 
     written("genai", tmp_path)

@@ -4,6 +4,7 @@ and each runtime computes what was trained."""
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn import pack_at_, packed_weights
+from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.readme import usage
@@ -27,6 +27,7 @@ from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedBase
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
+from targets.weights.bundles import pack_linears, write_adapter, write_base
 
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
 
@@ -40,13 +41,9 @@ def base(
 ) -> Any:
     model = tiny_model(architecture, layers=1)
     if isinstance(scheme, Scheme) and scheme.float_offset:  # solvers make none; GGUF files do
-        for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                encoding = measure(module.weight.detach(), scheme)
-                codes = encoding.quantize(module.weight.detach())
-                pack_at_(model, f"{name}.weight", QuantizedTensor(codes, encoding))
-        return model
-    quantize_(model, scheme, solver, **more)
+        pack_linears(model, cycle([scheme]))
+    else:
+        quantize_(model, scheme, solver, **more)
     return model
 
 
@@ -57,16 +54,10 @@ def adapters(model: Any, folder: Path) -> PeftModel:
     known = ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
     some = [name for name in known if name in names]
     wide = next(name for name in ("up_proj", "c_fc", "fc2") if name in names)
-    a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    b = LoraConfig(
-        r=6,
-        lora_alpha=12,
-        use_rslora=True,
-        target_modules=some,
-        rank_pattern={wide: 3},
-        alpha_pattern={wide: 5, some[-1]: 1},
-        init_lora_weights=False,
-    )
+    patterns = {"rank_pattern": {wide: 3}, "alpha_pattern": {wide: 5, some[-1]: 1}}
+    random: Any = {"init_lora_weights": False}
+    a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **random)
+    b = LoraConfig(r=6, lora_alpha=12, use_rslora=True, target_modules=some, **patterns, **random)
     adapted = get_peft_model(model, a, adapter_name="first")
     adapted.add_adapter("second", b)
     for name in ("first", "second"):
@@ -82,29 +73,19 @@ SCHEMES = [
 ]
 
 
+SCHEMES += [Scheme(4, True, PerBlock(16)), Scheme(4, True, Lpbq(32)), Scheme(7, True, PerBlock(32))]
+SCHEMES += [Scheme(bits, False, PerBlock(8 * bits), float_offset=True) for bits in (4, 8)]
+
+
 @pytest.mark.parametrize("name", ["hf", "mlx"])
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        *SCHEMES,
-        Scheme(4, True, PerBlock(16)),
-        Scheme(4, True, Lpbq(32)),
-        Scheme(7, True, PerBlock(32)),
-        Scheme(4, False, PerBlock(32), float_offset=True),
-        Scheme(8, False, PerBlock(64), float_offset=True),
-    ],
-    ids=str,
-)
-def test_every_scheme_is_held_bit_for_bit_or_refused(
-    name: str, scheme: Scheme, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_scheme_is_held_exactly_or_refused(name: str, scheme: Scheme, tmp_path: Path) -> None:
     model = base(scheme)
-    refused = (
-        (name == "hf" and scheme.float_offset)
-        or (name == "mlx" and scheme.granularity == PerBlock(16))
-        or (name == "mlx" and scheme.bitwidth == 7)
-    )
-    if refused:
+    if name == "hf":
+        is_refused = scheme.float_offset
+    else:
+        is_refused = scheme.granularity == PerBlock(16) or scheme.bitwidth == 7
+    if is_refused:
         with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*q_proj\.weight"):
             target(name).write_base(ExportedBase(model, None), tmp_path)
         return
@@ -124,52 +105,36 @@ def test_every_scheme_is_held_bit_for_bit_or_refused(
 
 MIXED = [LayerRule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
 EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
+WITHOUT_BIAS: list[Any] = [
+    ("llama", "w4-block32", []),
+    ("qwen3", "w4-block32", MIXED),
+    ("llama", "w4-block32-asymmetric", []),
+    ("llama", "w8-channel", EMBEDDING),
+]
+OF_ONNX: list[Any] = [
+    ("llama", "w4-block32", []),
+    ("qwen3", "w4-block32-asymmetric", MIXED),
+    ("gpt2", "w3-block64-asymmetric", []),
+    ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+]
+CASES = [(name, *case) for name in ("hf", "mlx") for case in WITHOUT_BIAS]
+CASES += [(name, *case) for name in ("genai", "openvino") for case in OF_ONNX]
+CASES += [("genai", "llama", "w2-channel", EMBEDDING)]
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture", "scheme", "rules"),
-    with_clients(
-        [
-            *(
-                (name, *case)
-                for name in ("hf", "mlx")
-                for case in (
-                    ("llama", "w4-block32", []),
-                    ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
-                    ("llama", Scheme(4, False, PerBlock(32)), []),
-                    ("llama", "w8-channel", EMBEDDING),
-                )
-            ),
-            *(
-                (name, *case)
-                for name in ("genai", "openvino")
-                for case in (
-                    ("llama", "w4-block32", []),
-                    ("qwen3", Scheme(4, False, PerBlock(32)), MIXED),
-                    ("gpt2", Scheme(3, False, PerBlock(64)), []),
-                    ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
-                )
-            ),
-            ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
-        ]
-    ),
-)
+@pytest.mark.parametrize(("name", "architecture", "scheme", "rules"), with_clients(CASES))
 def test_the_runtime_computes_base_and_adapters(
     name: str, architecture: str, scheme: Any, rules: list[LayerRule], tmp_path: Path
 ) -> None:
     kind = target(name)
     solver = "search" if TARGETS[name].has_float16_scales else "rtn"
     model = base(scheme, architecture, solver, rules=rules)
-    (tmp_path / "base").mkdir()
-    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
+    write_base(kind, model, tmp_path)
     adapted = adapters(model, tmp_path / "trained")
     runtime = kind.open(tmp_path / "base", "base")
     for adapter in ("first", "second", "first"):  # switched in one runtime
+        write_adapter(kind, tmp_path, adapter)
         folder = tmp_path / adapter
-        folder.mkdir(exist_ok=True)
-        kind.write_adapter(
-            read_canonical(tmp_path / "trained" / adapter), tmp_path / "base", folder
-        )
         adapted.set_adapter(adapter)
         parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
         assert parity.problems == []
@@ -189,12 +154,9 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
 ) -> None:
     kind = target("hf")
     model = base("w4-block32", rules=MIXED)
-    (tmp_path / "base").mkdir()
-    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
+    write_base(kind, model, tmp_path)
     adapted = adapters(model, tmp_path / "trained")
-    (tmp_path / "second").mkdir()
-    canonical = read_canonical(tmp_path / "trained" / "second")
-    kind.write_adapter(canonical, tmp_path / "base", tmp_path / "second")
+    write_adapter(kind, tmp_path, "second")
     monkeypatch.chdir(tmp_path)
     code, loaded = usage("hf", "base", "second"), dict[str, Any]()
     exec(code.partition("```python\n")[2].partition("```")[0], loaded)
@@ -210,9 +172,7 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
 
 def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:
     model = base(Scheme(4, False, PerBlock(32)), rules=MIXED)
-    with pytest.raises(
-        ExportError, match=r"int4 asymmetric .*int8 symmetric per channel.* together"
-    ):
+    with pytest.raises(ExportError, match=r"int4 asymmetric .*int8 symmetric per chan.* together"):
         target("hf").write_base(ExportedBase(model, None), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -224,19 +184,17 @@ def test_conv1d_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_canonical_adapter_has_one_scale_for_everyone(tmp_path: Path) -> None:
-    adapted = adapters(base("w4-block32"), tmp_path)
+    adapted = adapters(base("w4-block32"), tmp_path / "trained")
     for adapter in ("first", "second"):
-        canonical = read_canonical(tmp_path / adapter)
+        canonical = read_canonical(tmp_path / "trained" / adapter)
         for module, (a, b) in canonical.factors.items():
             layer: Any = adapted.get_submodule(f"base_model.model.{module}")
             delta = layer.get_delta_weight(adapter).detach()
             torch.testing.assert_close(b @ a, delta, rtol=1e-5, atol=1e-6)
         assert canonical.rank == {"first": 4, "second": 6}[adapter]
         assert canonical.base_fingerprint is not None
-        written = tmp_path / f"{adapter}-written"
-        written.mkdir()
-        target("hf").write_adapter(canonical, tmp_path, written)
-        config = json.loads((written / "adapter_config.json").read_text())
+        write_adapter(target("hf"), tmp_path, adapter)
+        config = json.loads((tmp_path / adapter / "adapter_config.json").read_text())
         assert (config["lora_alpha"], config["use_rslora"]) == (config["r"], False)
         assert config["rank_pattern"] == config["alpha_pattern"]
 
@@ -253,8 +211,7 @@ def test_an_adapter_without_a_canonical_form_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_mlx_adapter_pads_ranks(tmp_path: Path) -> None:
-    adapters(base("w4-block32"), tmp_path)
-    (tmp_path / "mlx").mkdir()
-    target("mlx").write_adapter(read_canonical(tmp_path / "second"), tmp_path, tmp_path / "mlx")
-    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    adapters(base("w4-block32"), tmp_path / "trained")
+    write_adapter(target("mlx"), tmp_path, "second")
+    tensors = load_file(tmp_path / "second" / "adapters.safetensors")
     assert {t.shape[1 if n.endswith("a") else 0] for n, t in tensors.items()} == {6}

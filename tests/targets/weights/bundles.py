@@ -1,0 +1,53 @@
+"""Bases packed on given grids, and the folders of their bundles: base, trained adapters, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from conftest import byte_tokenizer
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
+from qwlora.grid.scheme import Scheme
+from qwlora.nn import pack_at_
+from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
+from qwlora.targets.target import Backend, ExportedBase
+
+
+def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [
+        (f"{path}.weight", module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
+    ]
+
+
+def quantized(weight: Tensor, scheme: Scheme, half: bool = False) -> QuantizedTensor:
+    """By minimum and maximum; `half`: with a scale and offset that are float16."""
+    encoding = measure(weight, scheme)
+    if half:
+        offset = encoding.minimum.half().float() if scheme.float_offset else encoding.offset
+        encoding = Encoding(scheme, encoding.scale.half().float(), offset)
+    return QuantizedTensor(encoding.quantize(weight), encoding)
+
+
+def pack_linears(model: nn.Module, schemes: Iterable[Scheme], half: bool = False) -> None:
+    """Give each matrix the next scheme."""
+    for (name, module), scheme in zip(linears(model), schemes, strict=False):
+        pack_at_(model, name, quantized(module.weight.detach(), scheme, half))
+
+
+def write_base(backend: Backend, model: Any, bundle: Path, source: Path | None = None) -> None:
+    """Write `bundle`/base."""
+    (bundle / "base").mkdir()
+    backend.write_base(ExportedBase(model, byte_tokenizer(), source), bundle / "base")
+
+
+def write_adapter(backend: Backend, bundle: Path, name: str) -> CanonicalAdapter:
+    """Write `bundle`/name from what was trained, `bundle`/trained/name."""
+    canonical = read_canonical(bundle / "trained" / name)
+    (bundle / name).mkdir(exist_ok=True)
+    backend.write_adapter(canonical, bundle / "base", bundle / name)
+    return canonical

@@ -182,8 +182,12 @@ print(sys.meta_path == finders)
     assert in_a_new_process(code).splitlines() == ["[]", "True"]
 
 
-SLOW = ("import transformers, qwlora.hf", "import qwlora; qwlora.load_base({base!r})")
-PREPARATIONS = ["import qwlora.hf", "import qwlora; qwlora.register_with_transformers()"]
+SLOW = (
+    "import transformers, qwlora.hf",
+    "import qwlora; qwlora.load_base({base!r})",
+    "import qwlora; qwlora.register_with_transformers()",
+)
+PREPARATIONS = ["import qwlora.hf"]
 PREPARATIONS += [pytest.param(preparation, marks=pytest.mark.slow) for preparation in SLOW]
 
 

@@ -134,7 +134,7 @@ def some(name: str) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("finished", 3),
+        ("finished", 2),
         pytest.param("finished", 9, marks=pytest.mark.slow),
         ("two", 2),
         ("failed", 2),

@@ -33,9 +33,9 @@ def _install(session: nox.Session, *arguments: str, without_dependencies: str = 
     session.install("--no-deps", *without_dependencies.split())
 
 
-def _fast(session: nox.Session) -> None:
+def _two_workers(session: nox.Session, *arguments: str) -> None:
     workers = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    session.run("pytest", "-q", *workers, env=ONE_THREAD)
+    session.run("pytest", "-q", *workers, *arguments, env=ONE_THREAD)
 
 
 @nox.session
@@ -43,7 +43,7 @@ def slow(session: nox.Session) -> None:
     """Whole jobs of many architectures, several processes, the site, the notebooks; then AIMET."""
     packages = " ".join([TEXT, *GEMMA])
     _install(session, "-e", ".[dev,docs,notebooks]", without_dependencies=packages)
-    session.run("pytest", "-q", "-m", "slow and not client", *session.posargs)
+    _two_workers(session, "-m", "slow and not client", *session.posargs)
     session.notify("aimet")
 
 
@@ -71,14 +71,14 @@ def oldest(session: nox.Session) -> None:
     Needs Python 3.11 or 3.12: PyYAML 6.0.1 has no wheel for newer ones.
     """
     _install(session, "--constraint", "tests/repository/oldest.txt", "-e", ".[dev]")
-    _fast(session)
+    _two_workers(session)
 
 
 @nox.session(python="3.13")
 def py313(session: nox.Session) -> None:
     """The fast tests on Python 3.13."""
     _install(session, "-e", ".[dev]")
-    _fast(session)
+    _two_workers(session)
 
 
 @nox.session

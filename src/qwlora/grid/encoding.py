@@ -1,6 +1,6 @@
 """The measured grid of a tensor: quantize, dequantize, fake-quantize, and its min-max range.
 
-An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) per tensor,
+An encoding holds one `scale` (float32, > 0; of any sign for signed blocks) and one `offset` (integer, AIMET's sign) per tensor,
 channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
@@ -72,10 +72,12 @@ class Encoding:
             raise GridError(
                 f"scale has shape {list(self.scale.shape)} but {kind} {list(self.low_end.shape)}"
             )
-        usable = torch.isfinite(self.scale) & (self.scale > 0)
+        is_signed = self.scheme.has_signed_scales
+        usable = torch.isfinite(self.scale) & ((self.scale.abs() if is_signed else self.scale) > 0)
         if not bool(usable.all()):
             raise GridError(
-                f"a scale is a finite positive number, but {int((~usable).sum())} of "
+                f"a scale is a finite {'' if is_signed else 'positive '}number"
+                f"{' other than 0' if is_signed else ''}, but {int((~usable).sum())} of "
                 f"{usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
         if self.low_end.is_floating_point() != self.scheme.float_offset:
@@ -326,6 +328,8 @@ def encoding_from_range(
         scale = scheme.nearest(((high.float() - low) / steps).clamp(min=smallest))
         return Encoding(scheme, scale, low)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    turned = high > -low if scheme.has_signed_scales else torch.zeros_like(low, dtype=torch.bool)
+    low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
     narrow = smallest * ((high - low) / steps < smallest)
     if scheme.symmetric:
         positive, negative = math.floor(steps / 2), math.ceil(steps / 2)
@@ -339,7 +343,7 @@ def encoding_from_range(
         scale = (high - low) / steps
         offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
     scale = scheme.nearest(scale.clamp(min=smallest))
-    return Encoding(scheme, scale, offset.to(torch.int32))
+    return Encoding(scheme, torch.where(turned, -scale, scale), offset.to(torch.int32))
 
 
 def smallest_scale(scheme: Scheme) -> float:

@@ -10,7 +10,8 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
 A new grid is a subclass of `Blocks` in a file of its own: `kind` is its name in short names and in
-records, and `nearest` says which scales it allows. Solvers, packed layers, bases and fingerprints
+records, `nearest` says which scales it allows, `is_free` whether solvers may choose each scale by
+itself, and `is_signed` whether a scale may be negative. Solvers, packed layers, bases and fingerprints
 need no more, and formats that store one scale per block as a float hold it; other formats refuse
 what they do not name.
 """
@@ -54,6 +55,8 @@ class Blocks:
 
     size: int
     kind: ClassVar[str]
+    is_free: ClassVar[bool] = False
+    is_signed: ClassVar[bool] = False
     KINDS: ClassVar[dict[str, type[Blocks]]] = {}
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -80,7 +83,24 @@ class Blocks:
 
 @dataclass(frozen=True)
 class PerBlock(Blocks, kind="block"):
-    """Blocks with any scales."""
+    """Blocks with any scales above zero."""
+
+    is_free: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class SignedBlock(Blocks, kind="signed"):
+    """Blocks with any scales but zero. A symmetric grid has one code more below zero than above; a
+    negative scale turns it around, for blocks whose largest weight is positive:
+
+        scale > 0    -2^(b-1) s ... (2^(b-1) - 1) s
+        scale < 0    (2^(b-1) - 1) s ... -2^(b-1) s
+
+    As llama.cpp's Q4_0 and Q5_0 (`d = max / -8`), and AutoRound.
+    """
+
+    is_free: ClassVar[bool] = True
+    is_signed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -151,8 +171,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
-        if isinstance(self.granularity, Lpbq) and not self.symmetric:
-            raise GridError("LPBQ grids are symmetric; say symmetric=True, or use PerBlock")
+        if isinstance(self.granularity, Lpbq | SignedBlock) and not self.symmetric:
+            kind = "LPBQ" if isinstance(self.granularity, Lpbq) else "signed"
+            raise GridError(f"{kind} grids are symmetric; say symmetric=True, or use PerBlock")
         if self.bitwidth not in BITWIDTHS:
             raise GridError(
                 f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
@@ -167,6 +188,16 @@ class Scheme:
     def symmetric_offset(self) -> int:
         """The offset of every symmetric grid of this bitwidth (AIMET's convention)."""
         return -(2 ** (self.bitwidth - 1))
+
+    @property
+    def has_free_scales(self) -> bool:
+        """Whether each block has any scale, which solvers choose by itself and round to float16."""
+        return isinstance(self.granularity, Blocks) and self.granularity.is_free
+
+    @property
+    def has_signed_scales(self) -> bool:
+        """Whether a scale may be negative."""
+        return isinstance(self.granularity, Blocks) and self.granularity.is_signed
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of `scale` and `offset` for a tensor of `shape`."""

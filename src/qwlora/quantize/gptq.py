@@ -36,7 +36,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
-from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Blocks, PerChannel, Scheme
 from qwlora.grid.second_moments import factor_damped
 from qwlora.quantize.scale_search import search_scale, storable_scale
 
@@ -135,7 +135,7 @@ def _round_columns(
     """One pass over the columns in `order`; `upper` is U for that order."""
     columns = weight.shape[1]
     importance = upper.diagonal().square().reciprocal()
-    chooses_late = isinstance(scheme.granularity, PerBlock) and not scales_first
+    chooses_late = scheme.has_free_scales and not scales_first
     if chooses_late:
         encoding = measure(weight, scheme)
     else:
@@ -201,7 +201,8 @@ def _refine(
     grid = _Grid(start.encoding, columns)
     steps = start.codes.T.float() + grid.by_column(grid.offset)
     gradient = hessian @ (weight.T.contiguous() - steps * grid.by_column(grid.scale))
-    rows = range(len(grid.scale)) if isinstance(granularity, PerBlock | PerChannel) else ()
+    is_free = scheme.has_free_scales
+    rows = range(len(grid.scale)) if is_free or isinstance(granularity, PerChannel) else ()
     width = math.gcd(grid.size, _RUN) if isinstance(granularity, Blocks) else _RUN
     for _ in range(sweeps):
         for row in rows:
@@ -209,9 +210,9 @@ def _refine(
             n, old = steps[block], grid.scale[row].clone()
             curvature = ((hessian[block, block] @ n) * n).sum(0)
             wanted = old + (n * gradient[block]).sum(0) / curvature
-            new = storable_scale(wanted) if isinstance(granularity, PerBlock) else wanted
+            new = storable_scale(wanted) if is_free else wanted
             is_better = (new - wanted).abs() < (old - wanted).abs()
-            new = torch.where(torch.isfinite(wanted) & (wanted > 0) & is_better, new, old)
+            new = torch.where(torch.isfinite(wanted) & (wanted * old > 0) & is_better, new, old)
             grid.scale[row] = new
             gradient.addmm_(hessian[:, block], n * (new - old), alpha=-1)
         for first in range(0, columns, width):

@@ -14,7 +14,8 @@ elsewhere (3 gives AIMET's SQNR rule).
 Candidates are fractions of the min-max range down to 0.3, and below as long as the error of some
 group falls: with one grid per tensor, few outliers can make a tenth of the range best. Then follow
 the best scale for the codes found, `sum h w n / sum h n^2` with `n = q + offset`, and the
-neighboring offsets of an asymmetric grid, as long as the error falls. Scales of blocks are rounded
+neighboring offsets of an asymmetric grid, as long as the error falls. Signed blocks are offered each
+candidate with both signs. Scales of blocks are rounded
 to float16 wherever float16 has its full precision, so that a packed layer stores them in half the
 space without loss.
 """
@@ -36,7 +37,7 @@ from qwlora.grid.encoding import (
     measure,
     rows_of_groups,
 )
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerChannel, Scheme
 
 if TYPE_CHECKING:
     from qwlora.quantize.solvers import Solve
@@ -68,12 +69,14 @@ def search_scale(
     h = None if importance is None else rows_of_groups(importance.expand_as(weight), scheme)
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
-    storable = isinstance(scheme.granularity, PerBlock)
-    best = _Best(x, h, flat, storable, clipping_penalty)
+    best = _Best(x, h, flat, scheme.has_free_scales, clipping_penalty)
 
     def offer(fraction: float) -> None:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
         best.offer(candidate.scale, candidate.offset)
+        if scheme.has_signed_scales:
+            turned = encoding_from_range(-high * fraction, -low * fraction, flat)
+            best.offer(-turned.scale, turned.offset)
 
     for fraction in _COARSE if coarse else _FRACTIONS:
         offer(fraction)
@@ -95,7 +98,7 @@ def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
     are unchanged.
     """
     half = scale.half().float()
-    return torch.where((scale >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
+    return torch.where((scale.abs() >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
 
 
 class _Best:
@@ -137,7 +140,7 @@ class _Best:
         weighted = steps if self.importance is None else steps * self.importance
         above, below = (weighted * self.x).sum(-1), (weighted * steps).sum(-1)
         found = above / below
-        return torch.where(torch.isfinite(found) & (found > 0), found, self.scale)
+        return torch.where(torch.isfinite(found) & (found * self.scale > 0), found, self.scale)
 
     def _steps(self, scale: Tensor, offset: Tensor) -> Tensor:
         low = offset.to(self.x.dtype).unsqueeze(1)

@@ -23,7 +23,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qwlora.grid.encoding import aligned, grouped
-from qwlora.grid.scheme import PerBlock
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.nn.temporary import replaced
@@ -98,7 +97,7 @@ class Tunable:
             parts = layer.tensor.parts
             old = parts.scale.float()
             new = layer.scheme.nearest(old * (1 + self.factors[name]))
-            if isinstance(layer.scheme.granularity, PerBlock):
+            if layer.scheme.has_free_scales:
                 new = storable_scale(new)
             layer.scale = narrowest(new)
             if parts.minimum is not None:

@@ -31,10 +31,10 @@ from qwlora.targets.target_compatibility import Grid
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
-DEFAULT_BLOCK_SIZES = {"block": 32, "lpbq": 64}
+DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "lpbq": 64}
 WeightBitwidth = Literal[2, 3, 4, 5, 6, 7, 8]
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
-GranularityName = Literal["tensor", "channel", "block", "lpbq"]
+GranularityName = Literal["tensor", "channel", "block", "signed", "lpbq"]
 if TYPE_CHECKING:
     BaseSolver = str
 else:
@@ -72,10 +72,11 @@ class Weights(Section):
     symmetric: bool = True
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
-    """what one scale covers: the tensor, an output channel, or a block of inputs; lpbq: AIMET's
+    """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
+    whose scales may be negative, with a smaller error, for runtimes other than NPUs; lpbq: AIMET's
     low-power blocks, whose scales are small integers times a channel scale"""
     block_size: Count | None = None
-    """inputs per block. Default: 32 for block, 64 for lpbq"""
+    """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,8 +97,11 @@ class Weights(Section):
 
     def problems(self) -> Iterator[str]:
         yield from _size_problems(self)
-        if self.granularity == "lpbq" and not self.symmetric:
-            yield "granularity lpbq is always symmetric; remove symmetric: false, or use block"
+        if self.granularity in ("signed", "lpbq") and not self.symmetric:
+            yield (
+                f"granularity {self.granularity} is always symmetric; remove symmetric: false, or "
+                "use block"
+            )
 
     def scheme(self) -> Scheme:
         """The settings as a `Scheme`."""
@@ -112,7 +116,8 @@ class Weights(Section):
 def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
     if grid.granularity in ("tensor", "channel") and grid.block_size is not None:
         yield (
-            f"block_size needs granularity block or lpbq, not {grid.granularity}; remove block_size"
+            f"block_size needs granularity block, signed or lpbq, not {grid.granularity}; "
+            "remove block_size"
         )
 
 

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import (
+    Blocks,
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+)
 from qwlora.grid.scheme import short_name as named
 from qwlora.targets.target import LayerKind, Target
 
@@ -99,7 +107,7 @@ def grid_problem(target: Target, grid: Grid) -> str | None:
     if reason := (for_embedding if grid.of_embedding else target.scheme_problem)(grid.scheme):
         return reason
     if target.has_float16_scales and grid.solver is not None:
-        if not isinstance(grid.scheme.granularity, PerBlock):
+        if not grid.scheme.has_free_scales:
             return f"{grid.scheme}: its scales are float32, and the files hold float16"
         if grid.solver not in ROUNDING_SOLVERS:
             return (
@@ -116,7 +124,7 @@ def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme:
         for bitwidth, symmetric, granularity in product(
             range(2, 9), (True, False), (*_GRANULARITIES, scheme.granularity)
         )
-        if symmetric or not isinstance(granularity, Lpbq)
+        if symmetric or not isinstance(granularity, Lpbq | SignedBlock)
     ]
     held = [c for c in candidates if not any(grid_problem(t, Grid(c, "search")) for t in targets)]
     return min(held, key=lambda found: _distance(scheme, found))

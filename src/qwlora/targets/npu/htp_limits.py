@@ -31,6 +31,8 @@ def weight_problem(scheme: Scheme) -> str | None:
     blocks = isinstance(scheme.granularity, Blocks)
     if scheme.float_offset or not scheme.symmetric:
         problem = "takes symmetric weights; the nearest is the same without asymmetric"
+    elif scheme.has_signed_scales:
+        problem = "takes positive scales; the nearest is the same with block instead of signed"
     elif scheme.bitwidth == 2 and not blocks:
         problem = "computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
     elif scheme.bitwidth == 16 and blocks:

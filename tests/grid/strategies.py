@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 
 thorough = settings(deadline=None, max_examples=150)
 brief = settings(deadline=None, max_examples=40)
@@ -36,10 +36,11 @@ def schemes_for(
         st.one_of(
             st.just(PerTensor()),
             st.sampled_from([PerChannel(a) for a in axes]),
-            st.sampled_from([PerBlock(s) for s in sizes]),
+            st.sampled_from([blocks(s) for s in sizes for blocks in (PerBlock, SignedBlock)]),
         )
     )
-    return Scheme(draw(st.sampled_from(bitwidths)), draw(st.booleans()), granularity)
+    symmetric = isinstance(granularity, SignedBlock) or draw(st.booleans())
+    return Scheme(draw(st.sampled_from(bitwidths)), symmetric, granularity)
 
 
 @st.composite

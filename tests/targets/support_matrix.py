@@ -25,7 +25,7 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.registry import TARGETS
@@ -61,6 +61,11 @@ SCHEMES = [
         for bits in (2, 3, 4, 5, 6, 8)
         for symmetric in (True, False)
         for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
+    ),
+    *(
+        Scheme(bits, granularity=SignedBlock(size))
+        for bits in (2, 3, 4, 5, 6, 8)
+        for size in (32, 64, 128)
     ),
     *(
         Scheme(bits, False, granularity, float_offset=True)

@@ -1,7 +1,7 @@
 """The measured grid of a tensor: quantize, dequantize, fake-quantize, and its min-max range.
 
-An encoding holds one `scale` (float32, > 0; of any sign for signed blocks) and one `offset` (integer, AIMET's sign) per tensor,
-channel or block:
+An encoding holds one `scale` (float32, > 0; for signed blocks of either sign) and one `offset`
+(integer, AIMET's sign) per tensor, channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
     dequantize      x_hat = (q + offset) * scale

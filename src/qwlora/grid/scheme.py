@@ -11,9 +11,9 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
 
 A new grid is a subclass of `Blocks` in a file of its own: `kind` is its name in short names and in
 records, `nearest` says which scales it allows, `is_free` whether solvers may choose each scale by
-itself, and `is_signed` whether a scale may be negative. Solvers, packed layers, bases and fingerprints
-need no more, and formats that store one scale per block as a float hold it; other formats refuse
-what they do not name.
+itself, and `is_signed` whether a scale may be negative. Solvers, packed layers, bases and
+fingerprints need no more, and formats that store one scale per block as a float hold it; other
+formats refuse what they do not name.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qwlora.errors import ExportError
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import container_bits, operands
@@ -33,6 +33,7 @@ SCHEMES = [
         for granularity in (PerTensor(), PerChannel(), PerBlock(16), PerBlock(32), PerBlock(64))
     ),
     *(Scheme(bits, False, PerBlock(32), float_offset=True) for bits in (2, 4)),
+    *(Scheme(bits, granularity=SignedBlock(32)) for bits in (2, 3, 4, 8)),
 ]
 
 

@@ -34,7 +34,7 @@ MISTAKES = {
         "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"
     ),
     "base.weights={granularity: channel, block_size: 32}": (
-        "base.weights: block_size needs granularity block or lpbq, not channel; remove block_size"
+        "base.weights: block_size needs granularity block, signed or lpbq, not channel; remove block_size"
     ),
     "adapters.0.warmup_steps=6": "adapters.0: warmup_steps (6) must be fewer than steps (6)",
     "adapters.0.name=../x": (

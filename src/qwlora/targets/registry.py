@@ -66,9 +66,7 @@ _LINEAR_ONLY = {
     LayerKind.OTHER: "has integers of Linear layers and embeddings only",
     LayerKind.CONV1D: "has no integers for transformers' Conv1D",
 }
-AIMET_ENCODINGS = FormatLimits(
-    name="an AIMET encodings file", float_offset=(), signed_scales=False
-)
+AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=(), signed_scales=False)
 AIMET_WEIGHTS = replace(AIMET_ENCODINGS, refused=_LINEAR_ONLY)  # of a checkpoint, not of a graph
 COMPRESSED_TENSORS = FormatLimits(name="compressed-tensors", float_offset=(), refused=_LINEAR_ONLY)
 GGUF = FormatLimits(

@@ -189,7 +189,8 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32"]
+    "scheme",
+    ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32", "w3-signed32"],
 )
 def test_tuned_scales_are_not_corrected(scheme: str) -> None:
     model = tiny_model("llama")

@@ -43,7 +43,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-GRIDS = (parse_scheme("w4-block32"), Scheme(3, False, PerChannel(0)), parse_scheme("w4-lpbq16"))
+GRIDS = [Scheme(3, False, PerChannel(0))]
+GRIDS += map(parse_scheme, ("w4-block32", "w4-lpbq16", "w4-signed16"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -252,7 +253,7 @@ RULES = [
     LayerRule("*.up_proj", parse_scheme("w4-lpbq16")),
     LayerRule("*.v_proj", None),
     LayerRule("*.k_proj", parse_scheme("w8-channel")),
-    LayerRule("model.embed_tokens", parse_scheme("w6-block8")),
+    LayerRule("model.embed_tokens", parse_scheme("w6-signed8")),
 ]
 
 

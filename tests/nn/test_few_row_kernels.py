@@ -8,7 +8,7 @@ from conftest import tiny_model
 from formats.packing import quantized
 from qwlora import PackedLinear, quantize_
 from qwlora.errors import GridError
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import pack_module
 from qwlora.nn.few_row_kernels import ROWS, use_few_row_kernels_
 from qwlora.nn.frozen import assert_frozen
@@ -20,6 +20,7 @@ FITS = [
     Scheme(4, False, PerBlock(64)),
     Scheme(4, False, PerBlock(32), float_offset=True),
     Scheme(4, granularity=Lpbq(32)),
+    *(Scheme(bits, granularity=SignedBlock(32)) for bits in (2, 4)),
     Scheme(4, granularity=PerChannel(0)),
     Scheme(4, False, PerChannel(0)),
     Scheme(8, granularity=PerChannel(0)),

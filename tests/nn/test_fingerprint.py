@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from formats.models import llama
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock
 from qwlora.nn import pack_module
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,
@@ -60,6 +60,7 @@ CHANGES = {
     "a float": lambda m: m.norm.weight.data[5].add_(2**-23),
     "the sign of zero": lambda m: m.norm.bias.data[0].fill_(-0.0),
     "the layout": lambda m: setattr(m.fc, "scheme", Scheme(4, True, PerBlock(8))),
+    "the kind of blocks": lambda m: setattr(m.fc, "scheme", Scheme(4, True, SignedBlock(8))),
     "the channels": lambda m: setattr(m.fc, "scheme", Scheme(4, False, PerChannel(0))),
     "the axis of the channels": lambda m: setattr(m.fc, "scheme", Scheme(4, False, PerChannel(1))),
     "a name": move_layer,

@@ -13,7 +13,7 @@ from formats.packing import quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding, QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
 from qwlora.nn.packed_layer import PackedEmbedding
 from qwlora.nn.packed_tensor import PackedTensor
@@ -23,7 +23,7 @@ SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
     *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
     *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
-    *(Scheme(bits, granularity=Lpbq(16)) for bits in (2, 4)),
+    *(Scheme(bits, granularity=kind(16)) for kind in (Lpbq, SignedBlock) for bits in (2, 4)),
     *(Scheme(4, False, kind, True) for kind in (PerTensor(), PerChannel(0), PerBlock(16))),
 ]
 

@@ -13,7 +13,7 @@ from qwlora.errors import EncodingsFileError, GridError, QwloraWarning
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme, SignedBlock
 from qwlora.nn.packed_layer import packed_weights
 
 IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
@@ -39,7 +39,11 @@ def on_a_grid(
     return model, encodings
 
 
-SCHEMES = [Scheme(4, granularity=PerBlock(16)), Scheme(8, False, PerChannel()), Scheme(3)]
+SCHEMES = [
+    *(Scheme(4, granularity=blocks(16)) for blocks in (PerBlock, SignedBlock)),
+    Scheme(8, False, PerChannel()),
+    Scheme(3),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,10 +60,14 @@ def test_weights_on_a_grid_keep_their_values(scheme: Scheme, dtype: torch.dtype)
         torch.testing.assert_close(values, before[name], rtol=tolerance, atol=1e-7)
 
 
-def test_a_weight_off_its_grid_is_named_with_its_distance_and_nothing_changes() -> None:
-    model, encodings = on_a_grid(Scheme(4, granularity=PerChannel()))
+@pytest.mark.parametrize("granularity", [PerChannel(), SignedBlock(64)], ids=str)
+def test_a_weight_off_its_grid_is_named_with_its_distance_and_nothing_changes(
+    granularity: Granularity,
+) -> None:
+    model, encodings = on_a_grid(Scheme(4, granularity=granularity))
     name = "model.layers.1.mlp.up_proj.weight"
-    weights(model)[name].data[3, 5] += 0.25 * encodings[name].scale[3]
+    row = int(encodings[name].scale.argmin())  # of a signed grid, a negative scale
+    weights(model)[name].data[row, 5] += 0.25 * encodings[name].scale.flatten()[row]
     before = fingerprint(model)
     message = rf"1 weights .*\n  {name}: 1 of 8,192 values .* 0\.25 steps"
     with pytest.raises(GridError, match=message):

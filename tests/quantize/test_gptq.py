@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.encoding import measure
+from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.gptq import GptqSettings, solve_gptq
 from qwlora.quantize.scale_search import search_scale, storable_scale
 
 SCHEMES = ["w4-channel", "w4-tensor", "w4-block32", "w3-block64", "w2-block32-asymmetric"]
-SCHEMES += ["w4-lpbq64", "w8-channel-asymmetric"]
+SCHEMES += ["w4-lpbq64", "w8-channel-asymmetric", "w4-signed32", "w2-signed64"]
 
 
 def problem(out: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,10 @@ def problem(out: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, T
     mixing *= torch.logspace(0, -2, columns).unsqueeze(1)
     x = torch.randn(1000, columns, generator=generator) @ mixing
     return torch.randn(out, columns, generator=generator) * 0.02, x.T @ x / len(x)
+
+
+def solved(weight: Tensor, name: str, moment: Tensor) -> Encoding:
+    return solve_gptq(weight, parse_scheme(name), moment)[0].encoding
 
 
 def output_error(difference: Tensor, moment: Tensor) -> float:
@@ -116,12 +120,15 @@ def test_fit_is_never_worse_than_the_min_max_range(name: str) -> None:
     assert errors[0] <= errors[1] * 1.001
 
 
-def test_block_scales_survive_float16() -> None:
-    weight, _ = problem()
-    scale = search_scale(weight, parse_scheme("w4-block32")).scale
-    assert torch.equal(scale, scale.half().float())
-    tiny = torch.tensor([1e-7, 1e6, 0.1])
-    assert torch.equal(storable_scale(tiny)[:2], tiny[:2])  # float16 would round them badly
+@pytest.mark.parametrize("name", ["w4-block32", "w4-signed32"])
+def test_block_scales_survive_float16(name: str) -> None:
+    weight, moment = problem()
+    for grid in (search_scale(weight, parse_scheme(name)), solved(weight, name, moment)):
+        assert torch.equal(grid.scale, grid.scale.half().float())
+        assert bool((grid.scale < 0).any()) == ("signed" in name)
+    for sign in (1, -1):  # float16 would round them badly
+        tiny = torch.tensor([1e-7, 1e6]) * sign
+        assert torch.equal(storable_scale(tiny), tiny)
 
 
 def test_a_clipping_penalty_widens_the_grid() -> None:

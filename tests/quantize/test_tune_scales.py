@@ -19,7 +19,15 @@ from conftest import tiny_model
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.encoding import QuantizedTensor, measure
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
+from qwlora.grid.scheme import (
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+    parse_scheme,
+)
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import SOLVER_SCALES, JobTexts, make_plan
@@ -40,6 +48,7 @@ SCHEMES = {
     "block": Scheme(4, True, PerBlock(8)),
     "asymmetric block": Scheme(2, False, PerBlock(8)),
     "low power": Scheme(4, True, Lpbq(8)),
+    "signed block": Scheme(4, True, SignedBlock(8)),
     "float offset": Scheme(4, False, PerBlock(8), float_offset=True),
 }
 

@@ -34,7 +34,8 @@ MISTAKES = {
         "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"
     ),
     "base.weights={granularity: channel, block_size: 32}": (
-        "base.weights: block_size needs granularity block, signed or lpbq, not channel; remove block_size"
+        "base.weights: block_size needs granularity block, signed or lpbq, not channel; "
+        "remove block_size"
     ),
     "adapters.0.warmup_steps=6": "adapters.0: warmup_steps (6) must be fewer than steps (6)",
     "adapters.0.name=../x": (
@@ -225,6 +226,7 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
         ("w4-block64", "int4 symmetric per block 64"),
         ("w8-channel", "int8 symmetric per channel"),
         ("w4-lpbq64", "int4 symmetric per block 64 with int4 scales"),
+        ("w3-signed64", "int3 symmetric per signed 64"),
         ("w2-block32-asymmetric", "int2 asymmetric per block 32"),
     ],
 )

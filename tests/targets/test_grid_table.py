@@ -11,7 +11,15 @@ from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_
 from qwlora.errors import RecipeError
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
+from qwlora.grid.scheme import (
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+    parse_scheme,
+)
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.targets.registry import TARGETS
@@ -25,12 +33,14 @@ from qwlora.targets.target_compatibility import (
     table_rows,
 )
 
+NPU = ("aimet", "qairt", "qairt_pipeline", "qnn")  # have positive scales only
 ALL = [
     Scheme(bits, symmetric, granularity)
     for bits in range(2, 9)
     for symmetric in (True, False)
     for granularity in (PerTensor(), PerChannel(), *(PerBlock(n) for n in (16, 32, 64, 96, 128)))
 ]
+ALL += [Scheme(bits, True, SignedBlock(size)) for bits in range(2, 9) for size in (16, 32, 96)]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,9 @@ ALL = [
         ("w4-block32-asymmetric", ["gguf"], "w4-block32"),
         ("w4-channel", ["gguf"], "w4-block32"),  # GGUF has float16 scales
         ("w6-block64-asymmetric", ["gguf", "hf"], "w5-block64"),
+        ("w4-signed32", ["onnx", "genai", "hf", "gguf", "mlx", "openvino"], "w4-signed32"),
+        ("w3-signed32", ["gguf"], "w4-signed32"),
+        *(("w4-signed64", ["hf", npu], "w4-block64") for npu in NPU),
     ],
 )
 def test_the_nearest_scheme_that_all_hold(asked: str, targets: list[str], best: str) -> None:

@@ -106,7 +106,7 @@ def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
     values = weight.detach().float()
     quantized = QuantizedTensor(encoding.quantize(values), encoding)
     ones = torch.ones_like(quantized.codes)
-    step = encoding.dequantize(ones) - encoding.dequantize(torch.zeros_like(ones))
+    step = (encoding.dequantize(ones) - encoding.dequantize(torch.zeros_like(ones))).abs()
     distance = (values - quantized.dequantize()).abs() / step
     narrow = torch.finfo(weight.dtype).eps if weight.dtype != torch.float32 else 0.0
     off = distance > TOLERANCE + narrow * values.abs() / step

@@ -196,8 +196,8 @@ class Base(Section):
     squared weight error; sqnr: the same, clipping weighs three times; rtn: min-max range, rounded
     to nearest; keep: take the integers that the model files already hold"""
     weights: Weights = Weights()
-    """grid of every Linear weight: a short name (w4-block32, w4-channel, w4-lpbq64, w3-block64,
-    w8-channel, w2-block32-asymmetric) or the keys below"""
+    """grid of every Linear weight: a short name (w4-block32, w4-signed32, w4-channel, w4-lpbq64,
+    w3-block64, w8-channel, w2-block32-asymmetric) or the keys below"""
     rules: list[BaseRule] = []
     """exceptions for some layers; the first matching rule decides"""
     gptq: Gptq = Gptq()

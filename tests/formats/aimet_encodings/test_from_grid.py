@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.errors import ConversionError, EncodingsFileError
+from qwlora.errors import ConversionError, EncodingsFileError, GridError
 from qwlora.formats.aimet_encodings import (
     VERSIONS,
     EncodingsFile,
@@ -13,8 +13,16 @@ from qwlora.formats.aimet_encodings import (
     write_encodings,
 )
 from qwlora.formats.aimet_encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.scheme import (
+    Granularity,
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+)
 
 OUT, IN, BLOCK = 6, 16, 4
 GRANULARITIES: list[Granularity] = [PerTensor(), PerChannel(0), PerChannel(1), PerBlock(BLOCK)]
@@ -70,9 +78,19 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_float_offsets_are_refused(version: str) -> None:
-    scheme = Scheme(4, False, PerBlock(BLOCK), float_offset=True)
-    shape = scheme.scale_shape((OUT, IN))
-    encoding = Encoding(scheme, torch.ones(shape), torch.ones(shape))
-    with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
-        entry_of("w", encoding, version)
+@pytest.mark.parametrize(
+    ("scheme", "error", "message"),
+    [
+        (
+            Scheme(4, False, PerBlock(BLOCK), float_offset=True),
+            EncodingsFileError,
+            r"(?s)w.*float offsets",
+        ),
+        (Scheme(4, granularity=SignedBlock(BLOCK)), GridError, "no blocks of kind signed"),
+    ],
+)
+def test_grids_that_aimet_does_not_have_are_refused(
+    version: str, scheme: Scheme, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        entry_of("w", measure(torch.randn(OUT, IN), scheme), version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,8 @@ from conftest import tiny_model
 from qwlora import Schemes, Simulation, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.aimet_encodings import validate
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.encoding import measure
+from qwlora.grid.scheme import Scheme, SignedBlock
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.targets.npu.float_onnx import to_float_onnx
 from qwlora.targets.proof.compare import verify_language_model
@@ -205,11 +206,18 @@ def test_damaged_files_are_refused_by_name(
         AIMET.open(copied, "")
 
 
-def test_a_base_with_float_offsets_is_refused(lpbq: Simulation) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "problem"),
+    [
+        (Scheme(4, symmetric=False, float_offset=True), "no float offsets"),
+        (Scheme(4, granularity=SignedBlock(32)), "positive scales only"),
+    ],
+)
+def test_a_base_that_no_encodings_file_can_hold_is_refused(
+    lpbq: Simulation, scheme: Scheme, problem: str
+) -> None:
     graph = lpbq.graph()
     name = next(mark.name for mark in graph.marks if mark.kind.value == "base")
-    floats = dict(graph.encodings)
-    scheme = Scheme(4, symmetric=False, float_offset=True)
-    floats[name] = Encoding(scheme, torch.ones(()), torch.ones(()))
-    with pytest.raises(ExportError, match=r"float offsets.*gptq"):
-        to_float_onnx(replace(graph, encodings=floats), {})
+    encodings = {**graph.encodings, name: measure(torch.randn(64, 64), scheme)}
+    with pytest.raises(ExportError, match=rf"{re.escape(name)}: .*{problem}.*w4-block32"):
+        to_float_onnx(replace(graph, encodings=encodings), {})

@@ -65,7 +65,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w3-channel", "w2-block32-asymmetric", "w8-tensor", "w6-block16-asymmetric"]
+    "scheme",
+    ["w3-channel", "w2-block32-asymmetric", "w8-tensor", "w6-block16-asymmetric", "w4-signed32"],
 )
 def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)

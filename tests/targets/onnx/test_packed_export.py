@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 FLOAT_BLOCKS = Scheme(4, False, PerBlock(16), float_offset=True)
-SLOW = (Scheme(3, False, PerTensor(), float_offset=True), parse_scheme("w4-lpbq16"))
+SLOW = [Scheme(3, False, PerTensor(), float_offset=True)]
+SLOW += map(parse_scheme, ("w4-lpbq16", "w3-signed16"))
 SCHEMES = [FLOAT_BLOCKS, *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in SLOW)]
 
 
@@ -61,9 +62,10 @@ def test_the_file_computes_what_was_simulated(tmp_path: Path, scheme: Scheme) ->
     )  # no float copy of the embedding
     entries = json.loads((tmp_path / "model.encodings").read_text())
     named = {entry["name"] for entry in entries["param_encodings"]}
-    left_out = {name.removesuffix(".weight") for name in weights} if scheme.float_offset else set()
+    is_left_out = scheme.float_offset or scheme.has_signed_scales  # AIMET has no such grids
+    left_out = {name.removesuffix(".weight") for name in weights} if is_left_out else set()
     assert set(entries["excluded_layers"]) == left_out
-    assert (set(weights) <= named) is not scheme.float_offset
+    assert (set(weights) <= named) is not is_left_out
 
 
 def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@
                    channel by channel, however the tensor is stored; the producer says so
                    (`block_order`)
 
-Every encoding has the name of its ONNX tensor. A weight with float offsets has no encoding in any
-AIMET file; its layer is listed in `excluded_layers`.
+Every encoding has the name of its ONNX tensor. A weight with float offsets or negative scales has
+no encoding in any AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import PerTensor
 from qwlora.targets.npu.float_onnx import FloatOnnx
+from qwlora.targets.registry import AIMET_ENCODINGS
 
 # AIMET's names of observers that it also has; others keep ours, with underscores.
 _QUANT_SCHEMES = {
@@ -52,7 +53,7 @@ def write_encodings(
         graph, order = model, "tensor"
         encodings = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
         parameters = {mark.name for mark in graph.marks if mark.kind is not Kind.ACTIVATION}
-    excluded = [name for name, encoding in encodings.items() if encoding.scheme.float_offset]
+    excluded = [name for name, e in encodings.items() if AIMET_ENCODINGS.problem(e.scheme)]
     producer = {"package": "qwlora", "version": version("qwlora")}
     sections: dict[str, Any] = {
         "parameters": frozenset(parameters.difference(excluded)),

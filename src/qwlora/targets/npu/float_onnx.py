@@ -64,6 +64,7 @@ from qwlora.targets.onnx.onnx_model import (
     rewrite_markers,
     to_onnx,
 )
+from qwlora.targets.registry import AIMET_ENCODINGS
 from qwlora.targets.target import ExportedGraph
 
 _NO_LIMIT = 2**40
@@ -167,13 +168,14 @@ def to_float_onnx(
         for_npu: with norms as one operator, and an encoding for every float tensor; see the module.
 
     Raises:
-        ExportError: an operator has no translation, or a weight has float offsets.
+        ExportError: an operator has no translation, or no encodings file can hold a weight's grid.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    if wrong := [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]:
+    named = ((n, AIMET_ENCODINGS.problem(e.scheme)) for n, e in graph.encodings.items())
+    if wrong := [f"{name}: {problem}" for name, problem in named if problem]:
         raise ExportError(
-            f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
-            "encodings file and no NPU has. Quantize with base.solver: gptq, or export to onnx"
+            f"{listed(wrong, 3)}. Quantize with base.solver: gptq and base.weights: w4-block32, or "
+            "export to onnx"
         )
     opset = opset or (NPU_OPSET if for_npu else OPSET)
     model = to_onnx(graph, max(opset, _OLDEST))

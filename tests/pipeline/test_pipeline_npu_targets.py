@@ -113,6 +113,7 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
 QAIRT = {"adapters": ADAPTERS, "simulation": {"residual_adds": "quantize"}}
 OTHER_LENGTH = [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}]
 AIMET = {"targets": ["aimet"], "graphs": {"tokens": [8, 1], "context": [32]}}
+FLOATS = {"policy": "weights-only"}
 FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
 
 
@@ -145,6 +146,11 @@ FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
             {**HTP, "export": AIMET, "simulation": FLOAT_SOFTMAX},
             "target aimet: set simulation.residual_adds: quantize; .* remove keep: float",
         ),
+        (
+            {**HTP, "export": AIMET, "simulation": {**FLOATS, "key_value_bitwidth": 8}},
+            "target aimet: set simulation.policy: npu",
+        ),
+        ({**HTP, "simulation": FLOATS}, "target qnn: .*set simulation.policy: npu"),
     ],
 )
 def test_impossible_graphs_and_cases(sections: dict[str, Any], said: str, recipe_for: Any) -> None:

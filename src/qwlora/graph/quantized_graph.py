@@ -115,6 +115,11 @@ class QuantizedGraph:
     encodings: Mapping[str, Encoding]
     observer: str = "min-max"
 
+    @property
+    def has_float_activations(self) -> bool:
+        """Whether no activation has an encoding."""
+        return all(mark.kind is not Kind.ACTIVATION for mark in self.marks)
+
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:
     """Insert `make(node)` after `node` or `place`; all other users of `node` then read it."""

@@ -296,7 +296,7 @@ class SimulationSection(Section):
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = "npu"
     """npu: every computed value except norm internals, masks and residual additions; matmul-inputs:
-    only what matrix products read; weights-only: no activations"""
+    only what matrix products read; weights-only: no activations, which are float16 on an NPU"""
     rules: list[SimulationRule] = []
     """exceptions for some values; the first matching rule decides"""
     inputs: Literal["tokens", "embeddings"] = "tokens"
@@ -337,8 +337,10 @@ class SimulationSection(Section):
 
     def lacking(self, target: Target) -> Iterator[str]:
         """The keys to change for a target whose graphs have a key-value cache: all of their values
-        need a grid, and one that Qualcomm's HTP has if it compiles them."""
-        if not target.cached_graphs:
+        need a grid, and one that Qualcomm's HTP has if it compiles them; else none may have one."""
+        is_float = self.policy == "weights-only" and self.key_value_bitwidth is None
+        is_float &= all(rule.of == "weights" for rule in self.rules)
+        if not target.cached_graphs or (is_float and not target.compilers):
             return
         wanted: dict[str, object] = {"policy": "npu", "residual_adds": "quantize"}
         if target.compilers:

@@ -59,9 +59,9 @@ def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
 
     def mark_moved(node: Node, source: Node, name: str) -> None:
         encoding = encoding_before(source, marks, encodings)
-        assert encoding is not None, name
-        marks[node.name] = GraphValue(node.name, name, Kind.ACTIVATION)
-        encodings[name] = encoding
+        if encoding is not None:  # else all activations are float
+            marks[node.name] = GraphValue(node.name, name, Kind.ACTIVATION)
+            encodings[name] = encoding
 
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in [n for n in graph.nodes if names.get(n.name) in {COS, SIN, *interface.cached}]:

@@ -122,6 +122,7 @@ from qwlora.system.parameter_names import adapter_of, canonical_name
 CONTEXT = "context"  # name of the size of past and new tokens together
 _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export keeps them apart
 MASKED_BELOW = 20.0
+_FLOAT_FLOOR = -1000.0  # of the mask where scores are floats, as in Genie and ai-hub-models
 _PLACES = 64  # in the context, where the range of host inputs is measured
 _ACTIVATION_FUNCTION = r"(?i)GELU|SiLU|Swish|Activation"
 Batch = Mapping[str, Any]
@@ -381,7 +382,9 @@ def npu_graph(
 
 def mask_floor(graph: QuantizedGraph) -> float:
     """The floor of the mask that a graph of `cached_graph` needs, from the widest range of what a
-    softmax reads, before the mask; see the module."""
+    softmax reads, before the mask; see the module. Float scores have no range."""
+    if graph.has_float_activations:
+        return _FLOAT_FLOOR
     marks = {mark.node: mark.name for mark in graph.marks}
     widest = 0.0
     for node in graph.program.graph.nodes:
@@ -397,7 +400,7 @@ def npu_form(
     graph: QuantizedGraph, sizes: CacheSizes | Batch, floor: float, largest_scaling: float | None
 ) -> NpuGraph:
     """`npu_graph` of a graph of `cached_graph`, with this floor of the mask. Without
-    `largest_scaling`, alpha / rank stays a constant of the graph."""
+    `largest_scaling`, alpha / rank stays a constant of the graph, and activations may be float."""
     placeholders = graph.program.graph_signature.user_inputs
     known = {mark.node: mark for mark in graph.marks}
     is_cached = isinstance(sizes, CacheSizes)
@@ -414,7 +417,10 @@ def npu_form(
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
-    if isinstance(sizes, CacheSizes):
+    is_float = largest_scaling is None and graph.has_float_activations
+    if is_float:
+        added = {}
+    elif isinstance(sizes, CacheSizes):
         added = _host_encodings(host, sizes)
     else:
         added = _lifted_encodings(host, known, graph.encodings, floor)
@@ -425,9 +431,10 @@ def npu_form(
         marks[inputs[name]] = GraphValue(inputs[name], name, Kind.ACTIVATION)
         encodings[name] = encoding
     masks = {node for name, node in inputs.items() if name.startswith(MASK)}
-    _add_masked_scores_(program, masks, marks, encodings)
-    program = _fold_norm_weights_(program, marks, encodings)
-    _refuse_float_values(program, marks)
+    if not is_float:
+        _add_masked_scores_(program, masks, marks, encodings)
+        program = _fold_norm_weights_(program, marks, encodings)
+        _refuse_float_values(program, marks)
     placed = in_graph_order(program, marks)
     device = QuantizedGraph(
         program,

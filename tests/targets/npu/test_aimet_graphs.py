@@ -16,11 +16,13 @@ import onnx
 import pytest
 import torch
 
+from qwlora import Scheme, Schemes
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
 from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.npu.kv_cache_graphs import read_graphs
 from qwlora.targets.proof.checks import Limits, Parity
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
@@ -34,6 +36,7 @@ IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 SIZES = cache_sizes([8, 1], [32])
 GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 AIMET = TARGETS["aimet"].backend
+FLOAT16 = ("FLOAT", 16, "PER_TENSOR")
 
 
 def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
@@ -149,6 +152,23 @@ def test_an_older_opset_has_norms_of_primitive_operators_and_computes_the_same(
         assert named.items() <= own.items()
     assert sqnr(AIMET.open(tmp_path, "").logits(IDS), AIMET.open(folder, "").logits(IDS)) > 60
     assert not verified(tmp_path, llama).problems
+
+
+def test_without_grids_of_activations_all_values_are_float16(tmp_path: Path) -> None:
+    """As Precision.w4 of Qualcomm's recipes has them."""
+    made = simulated("Llama", Schemes(policy="weights-only", adapter_weights=Scheme(8)))
+    files = written(made, tmp_path)
+    for name in GRAPHS:
+        entries = json.loads((files / f"{name}.aimet/model.encodings").read_text())
+        activations, parameters = (entries[f"{kind}_encodings"] for kind in ("activation", "param"))
+        assert {(e["dtype"], e["bw"], e["enc_type"]) for e in activations} == {FLOAT16}
+        assert {e["dtype"] for e in parameters} == {"INT"}
+        assert len(parameters) == 1 + 3 * 14  # embedding; base, lora_A and lora_B of each layer
+        model = onnx.load(files / f"{name}.aimet/model.onnx", load_external_data=False)
+        stored = {tensor.name for tensor in model.graph.initializer}
+        assert without_encoding(files / f"{name}.aimet") <= stored
+    assert sqnr(AIMET.open(files, "").logits(IDS), made.logits(IDS)) > 100
+    assert {graph["mask_floor"] for graph in read_graphs(files)["graphs"].values()} == {-1000}
 
 
 @pytest.mark.client

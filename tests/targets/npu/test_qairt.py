@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from qwlora import LayerRule, Scheme, quantize_
+from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
 from qwlora.simulation.adapter_simulations import (
@@ -67,11 +67,11 @@ ADAPTERS = {
 }
 
 
-def simulated(mode: BaseActivations) -> AdapterSimulations:
+def simulated(mode: BaseActivations, schemes: Schemes = SCHEMES) -> AdapterSimulations:
     model = make("Llama")
     quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", Scheme(8))])
     cased = use_case_model(model, ADAPTERS, CASES)
-    made = simulate_adapters(cased, inputs("Llama"), SCHEMES, mode)
+    made = simulate_adapters(cased, inputs("Llama"), schemes, mode)
     made.calibrate([{"input_ids": IDS}])
     share_unaffected(made)
     return made
@@ -83,11 +83,12 @@ def written(
     mode: BaseActivations,
     sizes: tuple[CacheSizes, ...] = SIZES,
     names: Sequence[str] = CASES,
+    opset: int | None = None,
 ) -> Path:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
     def exported(name: str) -> ExportedGraph:
-        return ExportedGraph(made[name], {}, sample, "1.0.0", sizes)
+        return ExportedGraph(made[name], {}, sample, "1.0.0", sizes, opset)
 
     cases = {case: exported(name) for case, name in peft_names(CASES).items() if case in names}
     QAIRT.write_cases(replace(exported(BASE), updatable=mode), cases, path)
@@ -197,6 +198,23 @@ def test_at_half_strength_it_is_the_simulation_at_half_its_scaling(
     assert sqnr(found[0.5], expected) > 45
     error = (found[0.5] - expected).abs().mean()
     assert min((found[other] - expected).abs().mean() for other in (0.0, 1.0)) > 10 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [None, 17])
+def test_without_grids_of_activations_the_strength_is_a_float16(
+    opset: int | None, tmp_path: Path
+) -> None:
+    made = simulated("adapter_only", Schemes(policy="weights-only", adapter_weights=Scheme(8)))
+    folder = written(made, tmp_path, "adapter_only", SIZES, ["A", "A+B"], opset)
+    for case in ("A", "A+B"):
+        runtime = QAIRT.open(folder, case)
+        assert isinstance(runtime, CachedGraphs)
+        runtime.fixed["lora_alpha"] = torch.full((2,), 0.5)
+        expected = with_strength(made[peft_names(CASES)[case]], 0.5)(IDS)
+        assert sqnr(runtime.logits(IDS), expected) > 100
+        for graph in GRAPHS:
+            assert entries(folder / f"{graph}_{case}.encodings")["lora_alpha"]["dtype"] == "FLOAT"
 
 
 def test_the_lists_name_the_files(folder: Path) -> None:

@@ -6,8 +6,9 @@
                    channel by channel, however the tensor is stored; the producer says so
                    (`block_order`)
 
-Every encoding has the name of its ONNX tensor. A weight with float offsets or negative scales has
-no encoding in any AIMET file; its layer is listed in `excluded_layers`.
+Every encoding has the name of its ONNX tensor. If no activation of a float model has a grid, 1.0.0
+says of each that it is a float of 16 bits; 2.0.0 has no words for that. A weight with float offsets
+or negative scales has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ def write_encodings(
         "excluded_layers": tuple(name.removesuffix(".weight") for name in excluded),
         "quantizer_args": _quantizer_args(graph),
     }
-    entries = (
+    entries: list[files.Entry] = [
         entry_of(name, encodings[name], file_version, name in transposed, order)
         for name in sorted(encodings, key=parameters.__contains__)
         if name not in excluded
-    )
+    ]
+    if isinstance(model, FloatOnnx) and graph.has_float_activations and file_version < "2":
+        entries += [files.FloatEncoding(name, 16) for name in model.float_tensors()]
     file = files.EncodingsFile(
         file_version,
         tuple(entries),

@@ -25,12 +25,13 @@ name have one encoding. Every float tensor has one. Two kinds get it here:
     a constant c          scale |c|: c is one step
 
 Values inside an activation function that the model makes of several operators stay without, and so
-do those inside a norm of an opset before 23.
+do those inside a norm of an opset before 23. Of a simulation with `policy: weights-only`, only
+parameters have grids, and every other float tensor is a float16 on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -88,6 +89,13 @@ class FloatOnnx:
     model: Any
     encodings: dict[str, Encoding] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
+
+    def float_tensors(self) -> list[str]:
+        """Names of the float inputs and computed values without an encoding."""
+        computed = (output for node in self.model.graph for output in node.outputs)
+        floats = require("onnx_ir", "onnx").DataType.FLOAT
+        values = (v for v in (*self.model.graph.inputs, *computed) if v.dtype == floats)
+        return [value.name for value in values if value.name not in self.encodings]
 
     def take_activation(self, node: Any, name: str, encoding: Encoding) -> None:
         """Remove the marker of an activation; its value gets the name of its encoding."""
@@ -185,10 +193,11 @@ def to_float_onnx(
     from onnx_ir.passes.common import ShapeInferencePass
 
     ShapeInferencePass()(model)
-    _store_gathered_(model, result.encodings)
-    _carry_(model, result.encodings)
+    _store_gathered_(model, result.encodings, graph.has_float_activations)
+    moves = MOVES - {"Gather"} if graph.has_float_activations else MOVES
+    _carry_(model, result.encodings, moves)
     model.producer_name = "qwlora"
-    if for_npu:
+    if for_npu and not graph.has_float_activations:
         _encode_rest_(model, result.encodings)
     if opset < _OLDEST:
         _lower_(model, opset)
@@ -239,17 +248,19 @@ def _fix_shapes_(
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
-def _store_gathered_(model: Any, encodings: dict[str, Encoding]) -> None:
+def _store_gathered_(model: Any, encodings: dict[str, Encoding], has_float_rows: bool) -> None:
     """Give each table and the rows that are read from it one grid: that of the rows, if the table
-    has several, else that of the table."""
+    has several, else that of the table. For float rows, such a table is of floats, too."""
     ir = require("onnx_ir", "onnx")
     for node in model.graph:
         if node.op_type != "Gather" or node.inputs[0].name not in encodings:
             continue
         table, rows = node.inputs[0], encodings.get(node.outputs[0].name)
-        if rows is None:
-            continue
         grid = encodings[table.name]
+        if rows is None:
+            if has_float_rows and grid.scale.ndim and len(table.uses()) == 1:
+                del encodings[table.name]
+            continue
         if not grid.scale.ndim and grid.scheme.bitwidth in (8, 16):
             encodings[node.outputs[0].name] = grid
         if not grid.scale.ndim or len(table.uses()) > 1:
@@ -259,12 +270,12 @@ def _store_gathered_(model: Any, encodings: dict[str, Encoding]) -> None:
         encodings[table.name] = rows
 
 
-def _carry_(model: Any, encodings: dict[str, Encoding]) -> None:
+def _carry_(model: Any, encodings: dict[str, Encoding], moves: Collection[str]) -> None:
     """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid, and a
     name after the tensor whose values it moves."""
     taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     for node in model.graph:
-        if node.domain or node.op_type not in MOVES:
+        if node.domain or node.op_type not in moves:
             continue
         sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
         grids = [encodings[s.name] for s in sources if s.name in encodings]

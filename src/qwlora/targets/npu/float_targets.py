@@ -273,9 +273,9 @@ def _write_graph(
                 f"use cases may differ in the adapter alone (base_activations: {base.updatable})"
             )
         if case == BASE:
-            of_base = _with_alpha(npu, count) if ALPHA in float_onnx.encodings else npu
             marks = float_onnx.graph.marks
             names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
+            of_base = _with_alpha(npu, count) if any(map(is_first_factor, names)) else npu
             fixed = _fixed(float_onnx, names, base.updatable)
             model.metadata_props[_UPDATABLE] = base.updatable
             _save(model, file, DATA_FILE if file == first else None, base.opset)
@@ -298,7 +298,8 @@ def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
     if not factors:
         return
     model.graph.inputs.append(alpha)
-    encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), _STRENGTH)
+    if not float_onnx.graph.has_float_activations:
+        encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), _STRENGTH)
     strength = alpha
     if count > 1:
         rank = model.graph.initializers[factors[0]].shape[-1]
@@ -308,7 +309,8 @@ def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
         model.graph.insert_before(model.graph[0], gather)
         (strength,) = gather.outputs
         strength.shape, strength.type = ir.Shape([rank]), floats
-        encodings[strength.name] = encodings[ALPHA]
+        if ALPHA in encodings:
+            encodings[strength.name] = encodings[ALPHA]
     for factor in factors:
         ((node, _),) = model.graph.initializers[factor].uses()
         (value,) = node.outputs

@@ -114,6 +114,7 @@ QAIRT = {"adapters": ADAPTERS, "simulation": {"residual_adds": "quantize"}}
 OTHER_LENGTH = [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}]
 AIMET = {"targets": ["aimet"], "graphs": {"tokens": [8, 1], "context": [32]}}
 FLOATS = {"policy": "weights-only"}
+SOFTMAX_IN_8_BITS = {"rules": [{"match": "*.softmax", "bitwidth": 8}]}
 FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
 
 
@@ -148,7 +149,11 @@ FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
         ),
         (
             {**HTP, "export": AIMET, "simulation": {**FLOATS, "key_value_bitwidth": 8}},
-            "target aimet: set simulation.policy: npu",
+            "target aimet: remove simulation.key_value_bitwidth",
+        ),
+        (
+            {**HTP, "export": AIMET, "simulation": {**FLOATS, **SOFTMAX_IN_8_BITS}},
+            "target aimet: set simulation.rules.0.of: weights, or simulation.policy: npu",
         ),
         ({**HTP, "simulation": FLOATS}, "target qnn: .*set simulation.policy: npu"),
     ],

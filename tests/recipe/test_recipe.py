@@ -226,7 +226,7 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
         ("w4-block64", "int4 symmetric per block 64"),
         ("w8-channel", "int8 symmetric per channel"),
         ("w4-lpbq64", "int4 symmetric per block 64 with int4 scales"),
-        ("w3-signed64", "int3 symmetric per signed 64"),
+        ("w3-signed64", "int3 symmetric per signed block 64"),
         ("w2-block32-asymmetric", "int2 asymmetric per block 32"),
     ],
 )

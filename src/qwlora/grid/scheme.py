@@ -90,7 +90,7 @@ class PerBlock(Blocks, kind="block"):
 
 @dataclass(frozen=True)
 class SignedBlock(Blocks, kind="signed"):
-    """Blocks with any scales but zero. A symmetric grid has one code more below zero than above; a
+    """Blocks with any nonzero scales. A symmetric grid has one code more below zero than above; a
     negative scale turns it around, for blocks whose largest weight is positive:
 
         scale > 0    -2^(b-1) s ... (2^(b-1) - 1) s
@@ -101,6 +101,9 @@ class SignedBlock(Blocks, kind="signed"):
 
     is_free: ClassVar[bool] = True
     is_signed: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"signed block {self.size}"
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class Scheme:
 
     @property
     def has_free_scales(self) -> bool:
-        """Whether each block has any scale, which solvers choose by itself and round to float16."""
+        """Whether a block may have any scale: solvers choose each alone and round it to float16."""
         return isinstance(self.granularity, Blocks) and self.granularity.is_free
 
     @property

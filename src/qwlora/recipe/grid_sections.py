@@ -73,7 +73,7 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, with a smaller error, for runtimes other than NPUs; lpbq: AIMET's
+    whose scales may be negative, which fits 2 to 4 bits better, not for NPUs; lpbq: AIMET's
     low-power blocks, whose scales are small integers times a channel scale"""
     block_size: Count | None = None
     """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
@@ -296,7 +296,7 @@ class SimulationSection(Section):
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = "npu"
     """npu: every computed value except norm internals, masks and residual additions; matmul-inputs:
-    only what matrix products read; weights-only: no activations, which are float16 on an NPU"""
+    only what matrix products read; weights-only: no activations; an NPU computes them in float16"""
     rules: list[SimulationRule] = []
     """exceptions for some values; the first matching rule decides"""
     inputs: Literal["tokens", "embeddings"] = "tokens"
@@ -338,9 +338,14 @@ class SimulationSection(Section):
     def lacking(self, target: Target) -> Iterator[str]:
         """The keys to change for a target whose graphs have a key-value cache: all of their values
         need a grid, and one that Qualcomm's HTP has if it compiles them; else none may have one."""
-        is_float = self.policy == "weights-only" and self.key_value_bitwidth is None
-        is_float &= all(rule.of == "weights" for rule in self.rules)
-        if not target.cached_graphs or (is_float and not target.compilers):
+        if not target.cached_graphs:
+            return
+        if self.policy == "weights-only" and not target.compilers:
+            if self.key_value_bitwidth is not None:
+                yield "remove simulation.key_value_bitwidth: policy weights-only keeps them float"
+            for number, rule in enumerate(self.rules):
+                if rule.of != "weights" and rule.keep is None:
+                    yield f"set simulation.rules.{number}.of: weights, or simulation.policy: npu"
             return
         wanted: dict[str, object] = {"policy": "npu", "residual_adds": "quantize"}
         if target.compilers:

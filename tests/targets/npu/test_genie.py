@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qwlora import LayerRule, Scheme, export, quantize_
+from qwlora import LayerRule, Scheme, Schemes, export, quantize_
 from qwlora.errors import CaptureError, ExportError, SourceError
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
@@ -47,7 +47,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w0")))
 
 
-def simulated(ranks: Mapping[str, tuple[int, int]], kind: str = "Llama") -> AdapterSimulations:
+def simulated(
+    ranks: Mapping[str, tuple[int, int]], kind: str = "Llama", schemes: Schemes = SCHEMES
+) -> AdapterSimulations:
     """Adapters by name, of these ranks and alphas."""
     torch.manual_seed(3)
     model = make(kind)
@@ -62,7 +64,7 @@ def simulated(ranks: Mapping[str, tuple[int, int]], kind: str = "Llama") -> Adap
             adapted = get_peft_model(model, config, adapter_name=name)
         else:
             adapted.add_adapter(name, config)
-    simulations = simulate_adapters(adapted.eval(), inputs(kind), SCHEMES, "none")
+    simulations = simulate_adapters(adapted.eval(), inputs(kind), schemes, "none")
     simulations.calibrate([{"input_ids": IDS}])
     return simulations
 
@@ -134,6 +136,15 @@ def test_use_cases_for_qairt_compute_their_simulation(
     logits = runtime.logits(whole, steps=COUNT)
     assert torch.equal(logits[:, -COUNT - 1 : -1].argmax(-1), tokens)
     assert sqnr(logits, simulation.logits(whole)) > 35  # measured: 57, 39, 62
+
+
+@pytest.mark.slow
+def test_activations_may_be_float16(tmp_path: Path) -> None:
+    schemes = Schemes(policy="weights-only", adapter_weights=Scheme(8))
+    simulations = simulated({"first": (2, 4)}, schemes=schemes)
+    write(simulations, tmp_path, "qairt")
+    for name, simulation in {"first": simulations["first"], "none": simulations["base"]}.items():
+        assert sqnr(QAIRT.open(tmp_path, name).logits(IDS), simulation.logits(IDS)) > 100
 
 
 @pytest.mark.slow

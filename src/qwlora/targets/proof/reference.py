@@ -102,7 +102,10 @@ def make_reference(
 
 def least_noise(schemes: Schemes, cached_graphs: bool) -> float:
     """`least_noise` of `make_reference` for a simulation: a step of its activations, or what the
-    graphs of a target with `cached_graphs` round on top."""
+    graphs of a target with `cached_graphs` round on top. Without grids of activations, as for 16
+    bits."""
+    if schemes.policy == "weights-only":
+        return 2.0**-16
     bits = min(schemes.activations.bitwidth, schemes.adapter_activation_bitwidth or 16)
     return max(2.0**-bits, GRAPHS_NOISE if cached_graphs else 0.0)
 

@@ -135,7 +135,7 @@ def test_attach_follows_the_shape() -> None:
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
-    sizes = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1}
     config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
 
     def convolutional() -> PreTrainedModel:

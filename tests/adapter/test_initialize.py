@@ -195,7 +195,7 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
 def test_tuned_scales_are_not_corrected(scheme: str) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
-    quantize_(model, scheme, "rtn")
+    quantize_(model, scheme)
     ids = torch.randint(0, 250, (24, 32), generator=torch.Generator().manual_seed(0))
 
     def started(base: torch.nn.Module, scales: dict[str, Tensor] | None) -> dict[str, Tensor]:

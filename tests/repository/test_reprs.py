@@ -40,7 +40,7 @@ def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "float")
     assert "FolderCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "float"))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = qwlora.quantize_(model, "w4-block32", "rtn")
+    report = qwlora.quantize_(model, "w4-block32")
     assert re.search(r"14 int4 symmetric per block 32 by search.* 4.50 bits", shown(report))
     assert "14 layers in memory" in shown(qwlora.observe_moments(model, IDS))
     shown(qwlora.tune_(model, teacher, IDS, qwlora.TuningSettings(steps=1)))

@@ -56,6 +56,7 @@ ALL += [Scheme(bits, True, SignedBlock(size)) for bits in range(2, 9) for size i
         ("w6-block64-asymmetric", ["gguf", "hf"], "w5-block64"),
         ("w4-signed32", ["onnx", "genai", "hf", "gguf", "mlx", "openvino"], "w4-signed32"),
         ("w3-signed32", ["gguf"], "w4-signed32"),
+        ("w4-signed16", ["aimet"], "w4-block16"),
         *(("w4-signed64", ["hf", npu], "w4-block64") for npu in NPU),
     ],
 )

@@ -11,9 +11,9 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
 
 A new grid is a subclass of `Blocks` in a file of its own: `kind` is its name in short names and in
 records, `nearest` says which scales it allows, `is_free` whether solvers may choose each scale by
-itself, and `is_signed` whether a scale may be negative. Solvers, packed layers, bases and
-fingerprints need no more, and formats that store one scale per block as a float hold it; other
-formats refuse what they do not name.
+itself, `is_signed` whether a scale may be negative, and `is_only_symmetric` whether it has no
+offsets. Solvers, packed layers, bases and fingerprints need no more, and formats that store one
+scale per block as a float hold it; other formats refuse what they do not name.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Blocks:
     kind: ClassVar[str]
     is_free: ClassVar[bool] = False
     is_signed: ClassVar[bool] = False
+    is_only_symmetric: ClassVar[bool] = False
     KINDS: ClassVar[dict[str, type[Blocks]]] = {}
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -101,6 +102,7 @@ class SignedBlock(Blocks, kind="signed"):
 
     is_free: ClassVar[bool] = True
     is_signed: ClassVar[bool] = True
+    is_only_symmetric: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return f"signed block {self.size}"
@@ -120,6 +122,7 @@ class Lpbq(Blocks, kind="lpbq"):
     """
 
     scale_bitwidth: int = 4
+    is_only_symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,9 +177,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
-        if isinstance(self.granularity, Lpbq | SignedBlock) and not self.symmetric:
-            kind = "LPBQ" if isinstance(self.granularity, Lpbq) else "signed"
-            raise GridError(f"{kind} grids are symmetric; say symmetric=True, or use PerBlock")
+        blocks = self.granularity if isinstance(self.granularity, Blocks) else None
+        if blocks and blocks.is_only_symmetric and not self.symmetric:
+            raise GridError(
+                f"{blocks.kind} grids are symmetric; say symmetric=True, or use PerBlock"
+            )
         if self.bitwidth not in BITWIDTHS:
             raise GridError(
                 f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"

@@ -16,15 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from qwlora.grid.scheme import (
-    Blocks,
-    Lpbq,
-    PerBlock,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    SignedBlock,
-)
+from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
 from qwlora.targets.target import LayerKind, Target
 
@@ -119,12 +111,14 @@ def grid_problem(target: Target, grid: Grid) -> str | None:
 
 def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme:
     """The scheme closest to `scheme` that all targets hold: each holds w4-block32."""
+    asked = scheme.granularity
+    granularities = [*_GRANULARITIES, asked]
+    if isinstance(asked, Blocks):
+        granularities.append(PerBlock(asked.size))
     candidates = [
         Scheme(bitwidth, symmetric, granularity)
-        for bitwidth, symmetric, granularity in product(
-            range(2, 9), (True, False), (*_GRANULARITIES, scheme.granularity)
-        )
-        if symmetric or not isinstance(granularity, Lpbq | SignedBlock)
+        for bitwidth, symmetric, granularity in product(range(2, 9), (True, False), granularities)
+        if symmetric or not (isinstance(granularity, Blocks) and granularity.is_only_symmetric)
     ]
     held = [c for c in candidates if not any(grid_problem(t, Grid(c, "search")) for t in targets)]
     return min(held, key=lambda found: _distance(scheme, found))

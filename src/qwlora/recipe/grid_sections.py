@@ -97,11 +97,7 @@ class Weights(Section):
 
     def problems(self) -> Iterator[str]:
         yield from _size_problems(self)
-        if self.granularity in ("signed", "lpbq") and not self.symmetric:
-            yield (
-                f"granularity {self.granularity} is always symmetric; remove symmetric: false, or "
-                "use block"
-            )
+        yield from _symmetry_problems(self.granularity, self.symmetric)
 
     def scheme(self) -> Scheme:
         """The settings as a `Scheme`."""
@@ -111,6 +107,13 @@ class Weights(Section):
         elif self.block_size is not None:
             granularity = Blocks.KINDS[self.granularity](self.block_size)
         return Scheme(self.bitwidth, self.symmetric, granularity)
+
+
+def _symmetry_problems(granularity: GranularityName, symmetric: bool) -> Iterator[str]:
+    if granularity in ("signed", "lpbq") and not symmetric:
+        yield (
+            f"granularity {granularity} is always symmetric; remove symmetric: false, or use block"
+        )
 
 
 def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
@@ -235,6 +238,11 @@ class Base(Section):
         changes += ["tuning"] if self.tuning.steps else []
         if self.solver == "keep" and changes:
             yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"
+        for number, rule in enumerate(self.rules):
+            granularity = rule.granularity or self.weights.granularity
+            symmetric = self.weights.symmetric if rule.symmetric is None else rule.symmetric
+            for problem in () if rule.keep else _symmetry_problems(granularity, symmetric):
+                yield f"rules.{number}: {problem}"
 
 
 class AdapterWeights(Section):

@@ -216,6 +216,13 @@ def test_presets_fill_in_what_the_recipe_does_not_set(recipe_for: Any) -> None:
     assert (fast.base.solver, fast.adapters[0].init) == ("search", "zero")
 
 
+@pytest.mark.parametrize(("grid", "share"), [("w2-block32-asymmetric", 1), ("w3-block64", 0.5)])
+def test_at_2_bits_all_ranks_carry_the_correction(grid: str, share: float, recipe_for: Any) -> None:
+    recipe = load_recipe(recipe_for(preset="balanced"), (f"base.weights={grid}",))
+    assert recipe.init_share(recipe.adapters[0]) == share
+    assert recipe.init_share(recipe.adapters[0].model_copy(update={"init_share": 0.25})) == 0.25
+
+
 def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -> None:
     dora = load_recipe(recipe_for(preset="balanced"), ("adapters.0.dora=true",))
     kept = load_recipe(recipe_for(preset="balanced"), ("base.solver=keep",))

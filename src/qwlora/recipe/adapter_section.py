@@ -167,9 +167,9 @@ class Adapter(Section):
     init: Literal["zero", "svd", "qera"] = "zero"
     """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
     outputs (best; needs the float weights and second moments). Set by the preset"""
-    init_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    init_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the ranks that carry the correction, rounded up; the rest are zero and free to
-    learn. Use 1 at 2 bits"""
+    learn. Default: 0.5, and 1 if base.weights has 2 bits"""
     dora: bool = False
     """DoRA: train the norm of every output as well"""
     rank_pattern: dict[str, Rank] = {}

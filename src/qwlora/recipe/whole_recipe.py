@@ -293,6 +293,11 @@ class Recipe(Section):
             return self.export.use_cases
         return [*(adapter.name for adapter in self.adapters), NONE]
 
+    def init_share(self, adapter: Adapter) -> float:
+        """`init_share` of an adapter with its default; docs/log/initialization.md."""
+        default = 1.0 if self.base.weights.bitwidth == 2 else 0.5
+        return default if adapter.init_share is None else adapter.init_share
+
     def data_of(self, adapter: Adapter | str | None) -> Data:
         """The data of an adapter, or of an adapter by name; None: the data section."""
         if isinstance(adapter, str):

@@ -239,7 +239,7 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
         adapter.init,
         weight,
         MomentStore(base / MOMENTS) if adapter.init == "qera" else None,
-        share=adapter.init_share,
+        share=context.recipe.init_share(adapter),
         track=context.track,
         solver_scales=solver_scales(base),
     )

@@ -200,6 +200,7 @@ PLACES = st.tuples(st.integers(0, 1600), VALUES, st.sampled_from([1, 4, 8]))
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(PLACES, min_size=1, max_size=3), cut=st.booleans())
 @example(places=[(8, 2**63, 8)], cut=False)
+@example(places=[(467, 255, 1)], cut=False)  # an embedding of 548 GB
 def test_damaged_files_are_read_or_refused(
     tmp_path: Path, good: bytes, places: list[tuple[int, int, int]], cut: bool
 ) -> None:

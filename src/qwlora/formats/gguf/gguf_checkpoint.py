@@ -86,7 +86,7 @@ class GgufCheckpoint(MappedCheckpoint):
         self.path = Path(path)
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
-        try:  # without buffers no size that damaged metadata claim takes memory
+        try:  # without buffers, so that damaged sizes allocate nothing
             self.model = empty_model(self.config, buffers=False)
         except SourceError as error:
             raise self._error(str(error).replace("config.json", "its metadata")) from error
@@ -110,7 +110,6 @@ class GgufCheckpoint(MappedCheckpoint):
                 f"{', '.join(sorted(set(refused.values())))} cannot be expressed as integer codes "
                 f"with scales. Use a file with {', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
             )
-        self.model = empty_model(self.config)
         self._warn_of_positions()
 
     def _converted(self, origin: Origin) -> Tensor | QuantizedTensor:

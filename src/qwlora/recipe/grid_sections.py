@@ -73,8 +73,8 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, which fits 2 to 4 bits better, not for NPUs; lpbq: AIMET's
-    low-power blocks, whose scales are small integers times a channel scale"""
+    whose scales may be negative, for smaller errors of layers at 2 to 4 bits; NPUs do not take
+    them; lpbq: AIMET's low-power blocks, whose scales are small integers times a channel scale"""
     block_size: Count | None = None
     """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
 
@@ -110,7 +110,8 @@ class Weights(Section):
 
 
 def _symmetry_problems(granularity: GranularityName, symmetric: bool) -> Iterator[str]:
-    if granularity in ("signed", "lpbq") and not symmetric:
+    blocks = Blocks.KINDS.get(granularity)
+    if blocks and blocks.is_only_symmetric and not symmetric:
         yield (
             f"granularity {granularity} is always symmetric; remove symmetric: false, or use block"
         )
@@ -183,7 +184,7 @@ class Tuning(Section):
 
     steps: NotNegative = 0
     """number of tuning steps; one sequence per step, none repeated until all are used. 0 disables
-    tuning; 512 takes 25 minutes for SmolLM2-135M on a core that has bfloat16, 46 on another"""
+    tuning; 512 takes 25 minutes for SmolLM2-135M on one core with bfloat16, 46 without"""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
     """peak learning rate of AdamW, relative to the tuned value"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -350,7 +351,7 @@ class SimulationSection(Section):
             return
         if self.policy == "weights-only" and not target.compilers:
             if self.key_value_bitwidth is not None:
-                yield "remove simulation.key_value_bitwidth: policy weights-only keeps them float"
+                yield "remove simulation.key_value_bitwidth: policy weights-only leaves them float"
             for number, rule in enumerate(self.rules):
                 if rule.of != "weights" and rule.keep is None:
                     yield f"set simulation.rules.{number}.of: weights, or simulation.policy: npu"

@@ -56,6 +56,7 @@ The simulation computes three values in float; the device graph quantizes them:
 
 A masked score is `floor` lower instead of minus infinity. The floor is chosen so that a masked
 score stays `MASKED_BELOW` below every other one: e^-20 of a probability, less than a 16-bit step.
+Float scores have no range, and a floor of -1000.
 """
 
 from __future__ import annotations

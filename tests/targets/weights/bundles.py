@@ -1,4 +1,4 @@
-"""Bases packed on given grids, and the folders of their bundles: base, trained adapters, adapters."""
+"""Bases packed on given grids, and the folders of their bundles: base, trained, adapters."""
 
 from __future__ import annotations
 

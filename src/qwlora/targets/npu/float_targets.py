@@ -164,9 +164,9 @@ def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
     """Write a model, and check an opset that was asked for."""
     # every weight external: a stored model of more than 2 GB is no protobuf file
     save_graph(model, path, data, smallest=64)
-    problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
-    with foreign_as(ExportError, problem, "Choose a higher export.opset"):
-        if opset is not None:
+    if opset is not None:
+        problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
+        with foreign_as(ExportError, problem, "choose a higher export.opset"):
             require("onnx", "onnx").checker.check_model(str(path))
 
 

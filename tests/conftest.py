@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import json
 import subprocess
@@ -227,6 +229,26 @@ def frozen_garbage_collector() -> None:
     """The collector looks no further through what was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_graphs() -> Iterator[None]:
+    """What torch does for graphs of many layers costs more than it saves in those of one or two: it
+    remembers what operators return, and registers all translations again for every file."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    filled = functools.cache(ONNXRegistry.from_torchlib)
+
+    def registry(**options: int) -> ONNXRegistry:
+        copied = copy.copy(filled(**options))
+        copied.functions = {name: list(found) for name, found in copied.functions.items()}
+        return copied
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.config.fake_tensor_cache_enabled", False)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
+        patch.setattr("qwlora.targets.onnx.onnx_model.TRANSLATIONS_KEPT", 64)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

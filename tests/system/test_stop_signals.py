@@ -42,6 +42,15 @@ main()
 """
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal() -> Iterator[None]:
+    """`nohup` hands down an ignored SIGHUP. SIGINT keeps the handler that Python gave it."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS[1:]}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def waiting(*arguments: str) -> list[str]:
     return [sys.executable, "-c", WAITING.format(arguments=list(arguments))]
 

@@ -48,8 +48,9 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
+from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_model import base_size, quantize_
-from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
+from qwlora.quantize.tune_scales import TuningSettings, tune_
 from sources import concatenated_ids, gemma_file
 
 

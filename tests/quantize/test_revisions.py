@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from conftest import tiny_model
+from quantize.test_learned_rounding import LEARNED, of_sums
 from qwlora import quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.token_scores import logits_of, score_tokens
@@ -42,6 +43,13 @@ def codes(solver: str) -> str:
         solved, _ = SOLVERS[solver].solve(weight * weight.abs(), scheme, x.T @ x / 64, None)
         found.append("".join(f"{code:x}" for code in solved.codes.flatten().tolist()))
     return " ".join(found)
+
+
+def learned() -> list[float]:
+    layer = of_sums("w3-block32", LEARNED)[1].layers["blocks.0.linear.weight"]
+    assert layer.moved is not None
+    assert layer.block_loss is not None
+    return [layer.moved, layer.block_loss]
 
 
 def packed_llama() -> Any:
@@ -97,6 +105,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "gptq": (2, "33445440434445542145514754446753 6688998091988fe84299938fa788efb6", None),
     "layer_statistics": (2, [63.998, 1.2683], observed_moments),
     "second_moments": (2, [11.515, 6.0762], second_moment),
+    "learned_rounding": (1, [0.034180, 0.86759], learned),
     "tune_scales": (3, [0.0073429, 0.0072771], tuned),
     "initialize_adapter": (4, [0.87175, 0.59711], initialized),
     "activation_samples": (2, [-183.28, 1282.3, 12288.0], sampled),

@@ -109,13 +109,11 @@ def _gradients(
         "and init zero or svd."
     )
     try:
-        for y in _tensors(result):
+        for y in tensors_in(result):
             if y.requires_grad:
-                length = y.detach().float().norm(dim=-1, keepdim=True)  # the probe is r / |y|
-                usual = length[length > 0]
-                shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
+                length = token_lengths(y)  # the probe is r / |y|
                 r = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
-                probe = (r.to(length) / length.maximum(shortest)).to(y)
+                probe = (r.to(length) / length).to(y)
                 gradients = torch.autograd.grad(
                     y, outputs, probe, retain_graph=True, allow_unused=True
                 )
@@ -128,14 +126,22 @@ def _gradients(
     )
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
+def token_lengths(y: Tensor) -> Tensor:
+    """|y_t| of each token [..., 1], float32; at least a tenth of their median."""
+    length = y.detach().float().norm(dim=-1, keepdim=True)
+    usual = length[length > 0]
+    shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
+    return length.maximum(shortest)
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
     """Tensors in a nested result, including the fields of dataclasses."""
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
-                yield from _tensors(getattr(leaf, field.name))
+                yield from tensors_in(getattr(leaf, field.name))
 
 
 @contextmanager

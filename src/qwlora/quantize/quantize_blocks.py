@@ -6,8 +6,8 @@ layer outside all lists. For each block, in the order of the forward pass:
 
     1. run it as it is on every batch and collect each layer's second moments
     (`layer_statistics.py`)
-    2. solve and pack its layers
-    3. run it again, packed, to compute the inputs of the next block
+    2. solve its layers, and learn their rounding together if asked (`learned_rounding.py`)
+    3. pack them and run it again, to compute the inputs of the next block
 
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
@@ -16,8 +16,9 @@ An interrupted quantization resumes after the last finished block. One safetenso
 holds the packed tensors and the report of each layer. It is valid only if its key matches, a
 SHA-256 of everything that its result depends on:
 
-    calibration batches, revisions of layer statistics and second moments, whether these are stored,
-    and for this block and every block before it: float weights, assignments, solver revisions
+    calibration batches, revisions of layer statistics, learned rounding and second moments, whether
+    these are stored, and for this block and every block before it: float weights, assignments,
+    solver revisions
 
 Blocks depend on the ones before them, because their inputs come from quantized predecessors: hence
 the running hash. A block whose second moments were requested but are missing is recomputed.
@@ -28,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.quantize.block_runner import BlockRunner, arguments_of
+from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import observe
-from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
+from qwlora.quantize.learned_rounding import learn_rounding, rounding_settings
+from qwlora.quantize.quantize_tensor import LayerReport, rounding_errors, solve_tensor
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
@@ -86,12 +89,18 @@ def quantize_blocks_(
                     if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
                 statistics, block = observe(model, path, followed, runner, moments is not None), {}
+                learned, inputs = rounding_settings(path, plan, list(floats)), dict[str, Tensor]()
                 for name in list(floats):
                     moment = statistics.pop(name).moment if name in statistics else None
                     second = None if moment is None else moment.input
                     block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
                     if moments is not None and moment is not None:
                         moments[canonical_name(name).removesuffix(".weight")] = moment
+                    if second is not None and name in learned:
+                        inputs[name] = second
+                if learned:
+                    _learn(model, path, block, learned, inputs, runner)
+                del inputs
                 if cache is not None:
                     cache.write(block)
             del floats
@@ -104,6 +113,28 @@ def quantize_blocks_(
             "search, or keep: float."
         )
     return reports
+
+
+def _learn(
+    model: nn.Module,
+    path: str,
+    block: QuantizedBlock,
+    learned: Mapping[str, GptqSettings],
+    inputs: Mapping[str, Tensor],
+    runner: BlockRunner,
+) -> None:
+    """Replace the tensors in `learned` of a solved block by those with learned codes.
+
+    Args:
+        inputs: the second moment of each one's input.
+    """
+    solved = {name: quantized for name, (quantized, _) in block.items()}
+    better, loss = learn_rounding(model, path, solved, learned, runner)
+    for name, quantized in better.items():
+        moved = float((quantized.codes != solved[name].codes).float().mean())
+        errors = rounding_errors(tensor_out_in(model, name), quantized, inputs.get(name))
+        report = replace(block[name][1], moved=moved, block_loss=loss, **errors)
+        block[name] = quantized, report
 
 
 def observe_moments(
@@ -175,6 +206,7 @@ class _BlockCache:
         self._digest, self._file = hashlib.sha256(), Path()
         revisions = [
             REVISIONS["layer_statistics"],
+            REVISIONS["learned_rounding"],
             moments is not None and REVISIONS["second_moments"],
         ]
         update_digest(self._digest, [*revisions, *named_inputs(batches)])

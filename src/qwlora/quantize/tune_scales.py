@@ -41,7 +41,7 @@ from qwlora.nn.fingerprint import (
     update_digest,
 )
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.quantize.block_runner import arguments_of
+from qwlora.quantize.block_runner import arguments_of, held_out_count
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
@@ -50,7 +50,6 @@ from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
-HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
 _WARMUP = 5  # steps
@@ -143,7 +142,7 @@ def tune_(
         raise CalibrationError(
             "tuning scales takes at least two sequences: one is held out to check whether it helped"
         )
-    count = len(batches) - min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4))
+    count = len(batches) - held_out_count(len(batches))
     training, held_out = batches[:count], batches[count:]
     checkpoint = None
     if work is not None:

@@ -174,6 +174,14 @@ class Gptq(Section):
     sweeps: NotNegative = 2
     """passes of coordinate descent after GPTQ; each improves codes and scales one at a time. 4
     instead of 2 gains about 2 percent of layer error for half as much time again"""
+    rounding_steps: NotNegative = 0
+    """steps of learned rounding after GPTQ, two sequences each: moves codes of a block's layers by
+    one so that the block's output comes closer to the float block's, and keeps GPTQ's codes where
+    held-out sequences gain nothing. For bases of 2 and 3 bits; 200 steps take about four times as
+    long as gptq alone. 0 disables it"""
+    rounding_rate: Annotated[float, Field(gt=0, le=2)] = 0.1
+    """learned rounding moves a weight by at most half of this before it is rounded again, in steps
+    of its grid"""
 
 
 class Tuning(Section):

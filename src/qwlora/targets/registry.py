@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from qwlora.errors import listed
-from qwlora.formats.bitwidths import MLX_BITWIDTHS
+from qwlora.formats import MLX_BITWIDTHS
 from qwlora.grid.scheme import Blocks, Scheme
 from qwlora.targets.npu.htp_limits import table_problem, weight_problem
 from qwlora.targets.target import OPSETS, LayerKind, Layout, Target

@@ -51,7 +51,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from qwlora.errors import SourceError, listed
-from qwlora.formats.bitwidths import MLX_BITWIDTHS
+from qwlora.formats import MLX_BITWIDTHS
 from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import QuantizedTensor

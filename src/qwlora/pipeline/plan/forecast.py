@@ -306,6 +306,8 @@ class Forecaster:
         solvers = {base.solver, *(rule.solver for rule in base.rules if rule.solver)} - {"keep"}
         if moments or any(SOLVERS[solver].needs_calibration for solver in solvers):
             memory = self._calibrated_solver(tokens, base.calibration_sequences, moments)
+            if "gptq" in solvers and base.gptq.rounding_steps:
+                memory |= self._learned_rounding(tokens, base.calibration_sequences)
             if moments:  # triangles of symmetric matrices
                 disk += FLOAT / 2 * sum(i * i + o * o for block in models.blocks for i, o in block)
             settings: tuple[str, ...] = ("base.solver: search with adapters[].init: zero",)
@@ -344,6 +346,17 @@ class Forecaster:
             block = max(sum(i * o for i, o in block) for block in models.blocks)
             values["float blocks"] = models.values - models.packed_weights + 2 * block
         return {name: float(FLOAT * number) for name, number in values.items()} | self._shard
+
+    def _learned_rounding(self, tokens: int, count: int) -> dict[str, float]:
+        # The weights, their gradients, u and its start, and what a step makes of the largest layer.
+        # The moments are still there.
+        weights = [[i * o for i, o in block] for block in self.models.blocks]
+        numbers = max(4 * sum(block) + 4 * max(block) for block in weights)
+        outputs = count * tokens * self.models.head_shape[1]
+        return {
+            "learned rounding of a block": float(FLOAT * numbers),
+            "float outputs of all calibration sequences": float(FLOAT * outputs),
+        }
 
     def _train(self, stage: Stage) -> Forecast:
         adapter, models = self._adapter(stage), self.models

@@ -286,6 +286,7 @@ class _Plan:
             observed,
             moments and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
+            base.gptq.rounding_steps and REVISIONS["learned_rounding"],
             tuning,
         ]
         self.add("quantize", inputs, artifact="base")

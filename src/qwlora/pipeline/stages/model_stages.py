@@ -50,6 +50,7 @@ from qwlora.pipeline.plan.plan import (
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
     BaseSize,
@@ -59,7 +60,7 @@ from qwlora.quantize.quantize_model import (
     quantize_checkpoint,
 )
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
+from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Adapter
 from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings

@@ -16,8 +16,12 @@ Columns: stored bits per weight; perplexity of the base, of the adapter before t
 all held-out text; seconds on one thread. Training computes in bfloat16 (autocast), everything else
 in float32. A base with a perplexity above 1,000 is not trained.
 
-A finished row is in the result file and is not computed again. Delete the file to start over. The table is next to it, as Markdown. SmolLM2 has a width of 576,
-which 128 does not divide, so its blocks have 192 weights where others have 128.
+A finished row is in the result file and is not computed again. Delete the file to start over. The
+table is next to it, as Markdown. SmolLM2 has a width of 576, which 128 does not divide, so its
+blocks have 192 weights where others have 128.
+
+`reference: float` in a recipe compares one adapter in the same way; here, rows share the moments
+and the bases that a job would compute for each.
 """
 
 from __future__ import annotations
@@ -53,28 +57,11 @@ from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from sources import concatenated_ids, gemma_file
 
-
-class Subject(NamedTuple):
-    """A model, the length of its sequences, and the block size to use instead of 128."""
-
-    source: str
-    tokens: int
-    block_128: int
-
-
-# sequences of gemma3 are half as long, since its vocabulary is five times as large
-SUBJECTS = {"smollm2": Subject(SMOLLM2, 256, 192), "gemma3": Subject(gemma_file(), 128, 128)}
 TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
-SHARES = (0.5, 1.0)
 QERA = ("qera-inputs", "qera")
-TUNING_STEPS = {
-    "w4-block32": (512,),
-    "w4-channel": (256, 512),
-    "w3-block64": (256, 512),
-    "w2-block32-asymmetric": (512,),
-}
+STARTS = ("svd", *QERA)
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,31 +86,82 @@ class Row:
         return f"{self.base} {self.init}{' in all ranks' if self.share == 1 else ''}{' recovery' if self.recovery else ''}"
 
 
+class Subject(NamedTuple):
+    """A model, and the rows that are run on it. A row that is added here has to be run.
+
+    Args:
+        tokens: length of sequences.
+        plain: granularities whose rows have no initialization.
+        solvers: of the rows without an initialization.
+        all_ranks: grids of 3 and 4 bits on which the initialization takes all ranks too.
+        tuned: initializations by steps of tuning, by grid.
+        also: further rows.
+        without: names of rows that were not run.
+    """
+
+    source: str
+    tokens: int
+    granularities: tuple[str, ...] = ("block32", "block64", "channel")
+    plain: tuple[str, ...] = ()
+    solvers: tuple[str, ...] = ("gptq",)
+    all_ranks: tuple[str, ...] = ()
+    tuned: dict[str, dict[int, tuple[str, ...]]] = {}
+    also: tuple[Row, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+SUBJECTS = {
+    "smollm2": Subject(
+        SMOLLM2,
+        tokens=256,
+        granularities=("block32", "block64", "block192", "channel"),
+        plain=("block192",),
+        solvers=("rtn", "search", "gptq"),
+        all_ranks=("w4-channel", "w3-block64"),
+        tuned={
+            "w4-block32": {512: QERA},
+            "w4-channel": {256: QERA[:1], 512: QERA},
+            "w3-block64": {256: QERA[:1], 512: QERA},
+        },
+        also=(
+            Row("seed", "w4-tensor"),
+            Row("gptq", "w4-block32-asymmetric", "qera-inputs", share=1.0),
+            Row("gptq", "w2-block32-asymmetric", "qera-inputs"),
+            *(Row("gptq", "w2-block32-asymmetric", init, True, 1.0) for init in QERA),
+        ),
+    ),
+    # sequences half as long, since its vocabulary is five times as large
+    "gemma3": Subject(
+        gemma_file(),
+        tokens=128,
+        all_ranks=("w4-block32", "w4-block64", "w4-channel", "w3-block32"),
+        without=(
+            "gptq w2-block64-asymmetric qera-inputs in all ranks",
+            "gptq w2-channel-asymmetric qera-inputs in all ranks",
+        ),
+    ),
+}
+
+
 def rows(subject: Subject) -> list[Row]:
-    """Those of one base one after another."""
-    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor")]
-    made += [
-        Row("gptq", "w4-block32-asymmetric", init, share=share) for share in SHARES for init in QERA
-    ]
+    """Those of one base one after another. The initialization takes half of the ranks, and at 2
+    bits all of them."""
+    made = [Row("float"), Row("nf4", "nf4-block64")]
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
-        for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
+        for granularity in subject.granularities:
             scheme = f"w{bitwidth}-{granularity}{tail}"
-            made += [Row(solver, scheme) for solver in ("rtn", "search", "gptq")]
-            if granularity == f"block{subject.block_128}":
+            made += [Row(solver, scheme) for solver in subject.solvers]
+            if granularity in subject.plain:
                 continue
-            recovered = scheme == "w2-block32-asymmetric"
-            starts = [(share, init) for share in SHARES for init in ("svd", *QERA)]
-            made += [Row("gptq", scheme, init, share=share) for share, init in starts]
-            if recovered:
-                made += [Row("gptq", scheme, i, True, s) for s, i in starts if i != "svd"]
-            for steps in TUNING_STEPS.get(scheme, ()):
-                made.append(Row("gptq", scheme, tuned=steps))
-                for recovery in (False, True) if recovered else (False,):
-                    made += [
-                        Row("gptq", scheme, init, recovery, 1.0 if bitwidth == 2 else 0.5, steps)
-                        for init in QERA
-                    ]
-    return made
+            share = 1.0 if bitwidth == 2 else 0.5
+            made += [Row("gptq", scheme, init, share=share) for init in STARTS]
+            if scheme in subject.all_ranks:
+                made += [Row("gptq", scheme, init, share=1.0) for init in STARTS[:2]]
+            for steps, inits in subject.tuned.get(scheme, {}).items():
+                made += [Row("gptq", scheme, init, tuned=steps) for init in ("zero", *inits)]
+    named = {row.name: row for row in (*made, *subject.also) if row.name not in subject.without}
+    order = list(dict.fromkeys(row.base for row in named.values()))
+    return sorted(named.values(), key=lambda row: order.index(row.base))
 
 
 class Bench:

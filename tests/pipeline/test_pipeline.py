@@ -379,8 +379,12 @@ def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
     path = recipe_for(model={"source": str(tmp_path / "first" / "base")}, base={"solver": "keep"})
     second = Job(path, tmp_path / "second").run("quantize")
     assert second["base"]["fingerprint"] == first["base"]["fingerprint"]
-    with pytest.raises(SourceError, match=r"is already quantized; use base\.solver: keep"):
-        Job(path, tmp_path / "third").run("quantize", changes=["base.solver=rtn"])
+    for change, problem in (
+        ("base.solver=rtn", r"is already quantized; use base\.solver: keep"),
+        ("reference=float", "holds integers only. Remove reference"),
+    ):
+        with pytest.raises(SourceError, match=problem):
+            Job(path, tmp_path / "third").run("quantize", changes=[change])
 
 
 def test_interrupted_quantizing_keeps_the_blocks_that_are_done(

@@ -67,6 +67,17 @@ def running(step: int = 37) -> Job:
     return job_of("finished", results)
 
 
+def compared() -> Job:
+    """The recorded job as if its adapter had been trained on the float model too."""
+    results = results_of("finished")
+    results["perplexity"]["reference"] = {"first": 50.0}
+    results["reference"] = {
+        key: {kind: results[key].pop(kind) for kind in ("adapted", "simulated")}
+        for key in ("kl", "top1")
+    }
+    return job_of("finished", results)
+
+
 def many_layers(count: int) -> Job:
     """The recorded job as if its model had `count` layers: each is a copy of one of the three."""
     results = results_of("finished")

@@ -21,7 +21,16 @@ from qwlora.report.drawing import ticks
 from qwlora.report.number_format import MINUS
 from qwlora.report.page import render, render_comparison
 from qwlora.report.results_view import Job, without_folders
-from report.recorded import NAMES, job_of, leaves, many_layers, results_of, running, without
+from report.recorded import (
+    NAMES,
+    compared,
+    job_of,
+    leaves,
+    many_layers,
+    results_of,
+    running,
+    without,
+)
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 
@@ -65,17 +74,20 @@ def read(shown: str) -> tuple[float, float]:
     return float(number.rstrip("%")) * factor, 0.5001 * 10**-decimals * factor
 
 
-ALL = [*NAMES, "running", "many"]
+ALL = [*NAMES, "running", "many", "compared"]
 
 
 def job_named(name: str) -> Job:
-    return running() if name == "running" else many_layers(200) if name == "many" else job_of(name)
+    derived = {"running": running, "many": lambda: many_layers(200), "compared": compared}
+    return derived[name]() if name in derived else job_of(name)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_number_equals_results_json(name: str) -> None:
     job = job_named(name)
-    page = Page(render(job))
+    html = render(job)
+    page = Page(html)
+    assert ("KL to float LoRA, mean" in html) == (name == "compared")
     assert len(page.numbers) > 10
     for path, value, shown in page.numbers:
         assert value == reduce(getitem, path, job.results), path

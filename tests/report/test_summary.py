@@ -65,6 +65,14 @@ def test_distances_from_the_float_model_have_their_errors() -> None:
         "KL from float, frozen base": "0.0912 ± 0.0021, same likeliest token 83.12% ± 0.40%",
         "KL from float, after adapter first": "0.5000, same likeliest token 83.12% ± 0.40%",
     }
+    ratio = {"adapted": {"first": {"value": 1.0112, "stderr": 0.0031}}}
+    reference = {"kl": {"adapted": {"first": base}}, "top1": {"adapted": {"first": share}}}
+    found = dict(rows(reference={"perplexity_ratio": ratio, **reference}))
+    assert found == found | {
+        "over float LoRA, after adapter first": "+1.1% ± 0.3%",
+        "KL from float LoRA, after adapter first": "0.0912 ± 0.0021, same likeliest token 83.12% "
+        "± 0.40%",
+    }
 
 
 @pytest.mark.parametrize(

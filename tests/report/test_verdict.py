@@ -59,6 +59,12 @@ def gain(reference: str, before: float, after: float, **ratio: float) -> dict[st
     }
 
 
+def over_float_lora(over: float, reference: float = 100.0) -> dict[str, Any]:
+    """Changes of a job with `reference: float` whose float model has a perplexity of 120."""
+    perplexity = {"float": 120.0, "reference": {"first": reference}}
+    return {"perplexity": {**perplexity, "simulated": {"first": reference * (1 + over)}}}
+
+
 PARITY = "parity__onnx__first__"
 OTHER_PROBLEM = {f"{PARITY}passed": False, f"{PARITY}problems": ["the file is <odd>"]}
 STOPPED = {"run__state": "interrupted", "run__stage": "train/first"}
@@ -105,6 +111,11 @@ def test_rules_apply_in_order(changes: dict[str, Any], kind: VerdictKind, words:
         (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
         (gain("base", 100.0, 100.0), WITH_CARE, "not clearly better than the packed base"),
         (gain("base", 100.0, 120.0), WITH_CARE, "20.0% worse than the packed base"),
+        (over_float_lora(0.011), SHIP, "what you trained, 1.1% over float LoRA on held-out text"),
+        (over_float_lora(-0.02), SHIP, "what you trained, 2.0% under float LoRA"),
+        (over_float_lora(0.049), SHIP, "4.9% over float LoRA"),
+        (over_float_lora(0.051), WITH_CARE, "trained, but the adapter is 5.1% over float LoRA"),
+        (over_float_lora(0.0, 119.5), WITH_CARE, "float LoRA is not clearly better than the float"),
     ],
 )
 def test_the_gain_is_more_than_chance(

@@ -30,6 +30,7 @@ from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
 from qwlora.system.progress import Track, untracked
 
+COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
 LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
 _AT_ONCE = 2**22  # logits whose log-softmax exists at one time
 

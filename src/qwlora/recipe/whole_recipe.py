@@ -107,6 +107,10 @@ class Recipe(Section):
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
+    reference: Literal["float"] | None = None
+    """float: also train every adapter on the float model, with the same settings, text and seed,
+    and compare with that: results and verdict then say what the integers cost. Takes about as long
+    as training. Default: compare with the float model as loaded"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """seed of the data split, the initialization of adapters and the order of training"""
     model: Model

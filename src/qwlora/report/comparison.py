@@ -85,7 +85,7 @@ def _share_a_text(series: list[Series]) -> bool:
 def _stage_table(series: list[Series]) -> Table:
     rows: list[dict[str, Cell]] = []
     for s in series:
-        kl = (*s.job.path("simulated", s.adapter, "kl"), "mean")
+        kl = ("kl", "simulated", s.adapter, "mean")  # missing in jobs that compare with float LoRA
         paths = {title: s.job.path(kind, s.adapter) for kind, title in KINDS.items()}
         rows.append(
             {

@@ -10,15 +10,15 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.number_format import percent, precise_percent, size, tagged
-from qwlora.report.results_view import BASE, FILES, Job, runtime
+from qwlora.report.results_view import BASE, FILES, REFERENCES, Job, runtime
 
 PERPLEXITY = (
     "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "
     "better."
 )
 KL = (
-    "KL divergence: how far the next-token probabilities moved from the float model, in nats. "
-    "0 means identical."
+    "KL divergence: how far the next-token probabilities moved from the float model, or from float "
+    "LoRA (the same adapter trained on it), in nats. 0 means identical."
 )
 SHIPPING = (
     "What you lose between the trained adapter and the exported file: integer activations, then "
@@ -30,6 +30,8 @@ SAME_TOKEN = (
     "Same likeliest token: how often two models would pick the same next word. Here: exported file "
     "against simulation."
 )
+
+_SHORT = {"float": "float", "reference": "float LoRA"}
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ def _perplexity(job: Job, adapter: str) -> Tile:
     kind = job.final_kind(adapter) or "simulated"
     label = "Perplexity, simulated" if kind == "simulated" else "Perplexity, with adapter"
     value = job.shown(form.perplexity, *job.path(kind, adapter))
-    reference, change = job.perplexity("float", adapter), job.gains().get(adapter)
+    against = job.reference(kind, adapter)
+    reference, change = job.perplexity(against, adapter), job.gains(against).get(adapter)
     note: Markup | str = "there is no float model to compare with"
     if change is not None:
-        note = f"{percent(change, sign=True)} against the float model"
+        note = f"{percent(change, sign=True)} against {REFERENCES[against]}"
     elif value is None:
         note = _add(job, "evaluate")
-    unit = f"float {form.perplexity(reference)}" if reference else ""
+    unit = f"{_SHORT[against]} {form.perplexity(reference)}" if reference else ""
     return Tile(label, PERPLEXITY, value, note, unit, badness=change)
 
 
@@ -117,10 +120,11 @@ def _shipping(job: Job, adapter: str) -> Tile:
 
 
 def _divergence(job: Job, adapter: str) -> Tile:
-    """KL divergence of the last model from the float model."""
+    """KL divergence of the last model from the one that it is compared with."""
     label = "KL to float, mean"
     for kind, word in (("simulated", "simulated"), ("adapted", "with adapter"), ("base", "base")):
         path = job.path(kind, adapter, "kl")
+        label = f"KL to {_SHORT[job.reference(kind, adapter)]}, mean"
         if (value := job.shown(form.significant, *path, "mean")) is not None:
             stderr = job.number(*path, "stderr")
             error = f" ± {form.significant(stderr, 2)}" if stderr is not None else ""

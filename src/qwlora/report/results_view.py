@@ -31,6 +31,8 @@ KINDS = {
     "adapted": "With adapter",
     "simulated": "Simulated",
 }  # of models that are evaluated, in the order of the stages
+# What models are compared with: the float model as loaded, or with the same adapter trained on it.
+REFERENCES = {"float": "the float model", "reference": "float LoRA"}
 BASE = "base"  # instead of the name of an adapter: the files without one
 FLOAT_BYTES = 4
 
@@ -129,11 +131,13 @@ class Job:
         """Where the results hold a measurement of a model on the text of `adapter`.
 
         Args:
-            kind: one of `KINDS`, or `imported`.
-            key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`.
+            kind: one of `KINDS`, `imported` or `reference`.
+            key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`; the last
+                three against the model that `reference` names.
         """
         if kind not in ("float", "base"):
-            return (key, kind, adapter or "")
+            compared = ("reference", key, kind, adapter or "")
+            return compared if self.get(*compared) is not None else (key, kind, adapter or "")
         on = (key, "on", self.text_of(adapter) or "", kind)
         return on if self.get(*on) is not None else (key, kind)
 
@@ -151,9 +155,15 @@ class Job:
         kinds = ("simulated", "adapted")
         return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
 
-    def gains(self) -> dict[str, float]:
-        """Change of the perplexity from the float model to the final one, by adapter."""
-        changes = {n: self.change(self.final_kind(n) or "", "float", n) for n in self.adapters}
+    def reference(self, kind: str, adapter: str | None) -> str:
+        """What a model is compared with, one of `REFERENCES`."""
+        is_trained = kind in ("adapted", "simulated") and self.perplexity("reference", adapter)
+        return "reference" if is_trained else "float"
+
+    def gains(self, against: str = "float") -> dict[str, float]:
+        """Change of the perplexity from the float model or `reference` to the final model, by
+        adapter."""
+        changes = {n: self.change(self.final_kind(n) or "", against, n) for n in self.adapters}
         return {name: change for name, change in changes.items() if change is not None}
 
     def other_cases(self, target: str) -> list[str]:

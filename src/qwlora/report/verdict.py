@@ -7,8 +7,10 @@
     Ship              all checks passed
 
 A caution: an adapter is not better than the float model by 1%, or by 2 standard errors where those
-were measured; two adapters are identical; a file was checked on fewer than 1,000 tokens. What was
-not measured never counts as passed. Checks of a proof were judged by `export/proof`.
+were measured; two adapters are identical; a file was checked on fewer than 1,000 tokens. With
+`reference: float`, an adapter is compared with the same one trained on the float model (float LoRA)
+instead: a caution is more than 5% over it, and float LoRA must be better than the float model. What
+was not measured never counts as passed. Checks of a proof were judged by `export/proof`.
 
 The sentence is the strongest fact for, ", but ", the strongest fact against.
 """
@@ -35,6 +37,7 @@ from qwlora.report.results_view import (
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
+MOST_OVER = 0.05  # an adapter should end at most this much over the same one on the float model
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 
 
@@ -223,6 +226,16 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
     is_only = len(job.adapters) == 1
     name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
     who = "the adapter" if is_only else adapter
+    if (over := job.change(kind, "reference", adapter)) is not None:
+        yield Evidence(
+            Outcome.PASSED if over <= MOST_OVER else Outcome.CAUTION,
+            f"{name} against float LoRA, held-out text",
+            tagged(percent(over, sign=True), over),
+            f"at most {percent(MOST_OVER, digits=0)} over it expected",
+            f"{who} is {percent(over)} over float LoRA on held-out text",
+        )
+        kind, name = "reference", "Float LoRA" if is_only else f"Float LoRA of {adapter}"
+        who = name[:1].lower() + name[1:]
     reference, model = "float", "float model"
     least, needed = LEAST_GAIN, f"better by {LEAST_GAIN:.0%} expected"
     if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
@@ -288,8 +301,18 @@ def _strongest_fact(job: Job, is_proven: bool) -> str:
     adapters, gains = len(job.adapters), job.gains()
     few = {1: "The exported file computes", 2: "Both exported files compute"}
     files = few.get(adapters, f"All {adapters} exported files compute")
-    if not gains or max(gains.values()) >= 0:
-        return f"{files} what you trained" if is_proven else "The job is finished"
+    overs, plain = job.gains("reference"), "The job is finished"
+    if is_proven:
+        plain = f"{files} what you trained"
+    if overs and max(overs.values()) <= MOST_OVER:
+        most, are_several = max(overs.values()), len(overs) > 1
+        side, bound = ("over", "at most ") if most > 0 else ("under", "at least ")
+        distance = f"{bound * are_several}{percent(abs(most))} {side} float LoRA on held-out text"
+        if is_proven:
+            return f"{plain}, {distance}"
+        return f"The {'adapters are' if are_several else 'adapter is'} {distance}"
+    if overs or not gains or max(gains.values()) >= 0:
+        return plain
     gain = f"beats the float model by {percent(-max(gains.values()))}"
     if not is_proven:
         who, more = ("The", "") if adapters == 1 else ("Every", " or more")

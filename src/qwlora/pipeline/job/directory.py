@@ -9,7 +9,8 @@
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           measurements (see docs/results.md)
     DIR/report.html            the same for people
-    DIR/.qwlora/               records of stages, checkpoints, lock
+    DIR/.qwlora/               records of stages, checkpoints, lock; adapters trained on the float
+                               model (`reference: float`)
 
 Artifacts are written to a scratch folder, flushed to disk and moved into place together with their
 record (`journal.py`), so they are never incomplete and never without it.
@@ -255,7 +256,7 @@ class Directory:
 
     def trained_adapters(self) -> list[str]:
         """Adapters that the job has trained, whether or not their folders are there."""
-        return [s.removeprefix("train/") for s in self.records if s.startswith("train/")]
+        return [s[6:] for s in self.records if s.startswith("train/") and s.count("/") == 1]
 
     # What a stage writes
 

@@ -48,12 +48,15 @@ from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.replace import place_empty_, tie_weights_
 from qwlora.pipeline.plan.plan import (
+    REFERENCE,
     JobTexts,
     Stage,
+    compared_with,
     has_float_model,
     is_compared,
     make_plan,
     needs_moments,
+    reference_stage,
     resolve_compute,
 )
 from qwlora.quantize.layer_rules import plan_layers
@@ -72,6 +75,7 @@ _SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py
 _NODE_BYTES, _ONNX_NODE_BYTES = 60_000, 60_000
 # A scale in an encodings file: two Python numbers in lists, and 24 characters of text, twice.
 _SCALE_BYTES = 120
+_ON_FLOAT = ("float", "imported", REFERENCE)  # kinds of models that hold no integers
 _KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
 
 
@@ -281,16 +285,18 @@ class Forecaster:
         logits = peak = self._logits(tokens)
         other = stage.name.partition("/on/")[2]
         compared = has_float_model(self.recipe) and is_compared(kind, other)
-        memory = self._float_memory if compared or kind == "imported" else {}
+        adapter = self._adapter(stage)
+        memory = self._float_memory if compared or kind in ("imported", REFERENCE) else {}
+        if compared_with(self.recipe, kind, adapter) and not other:
+            memory["adapter of the float model"] = FLOAT * self.models.trained_values(adapter)
         if kind == "float":  # the checks before the job loaded it
             memory = {"float model": self._float_bytes, **self._mapped_files}
         if kind == "simulated":
             graph, run = self._simulation(stage)
             memory, peak = memory | graph, peak + run.peak
         else:
-            memory |= {} if kind in ("float", "imported") else self._base_memory
-            adapter = self._adapter(stage) if kind == "adapted" else None
-            peak = self.models.forward(kind, tokens, adapter).peak
+            memory |= {} if kind in _ON_FLOAT else self._base_memory
+            peak = self.models.forward(kind, tokens, adapter if kind == "adapted" else None).peak
         # Rows and log-softmax of a chunk, of both models and two differences if compared; logits
         # of the last sequence, and of the other model.
         arrays, whole = (6, 2 * logits) if compared else (2, logits)
@@ -361,7 +367,9 @@ class Forecaster:
     def _train(self, stage: Stage) -> Forecast:
         adapter, models = self._adapter(stage), self.models
         tokens, rows = self._text(stage).sequence_tokens, adapter.batch_sequences
-        trained = models.trained_values(adapter)
+        trained, on_float = models.trained_values(adapter), False
+        if stage.name == reference_stage(self.recipe, adapter):
+            on_float, adapter = True, adapter.model_copy(update={"init": "zero"})
         during, starting = dict[str, float](), dict[str, float]()
         if adapter.steps:
             chunk = min(FLOAT * CHUNK_LOGITS, rows * self._logits(tokens))
@@ -369,7 +377,7 @@ class Forecaster:
             during = {
                 # weights, gradients and two moments of AdamW
                 "adapter and optimizer": 4.0 * FLOAT * trained,
-                "activations": float(models.training(adapter, tokens, rows).peak),
+                "activations": float(models.training(adapter, tokens, rows, on_float).peak),
                 # logits of a chunk, their softmax and gradient; under autocast also the head
                 "logits of a chunk": 3 * chunk + head,
             }
@@ -381,7 +389,8 @@ class Forecaster:
                 "float model": self._float_bytes,
                 "factors of the largest layer": 8.0 * FLOAT * largest**2,
             }
-        memory = self._base_memory | max(during, starting, key=lambda parts: sum(parts.values()))
+        memory = self._float_memory if on_float else self._base_memory
+        memory |= max(during, starting, key=lambda parts: sum(parts.values()))
         settings = ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens")
         return Forecast(stage.name, memory, FLOAT * trained, settings)
 
@@ -584,12 +593,12 @@ class TracedModels:
         """An evaluation of one sequence.
 
         Args:
-            kind: `float` or `imported`, `base`, `adapted`, or `graph`, as a graph is captured:
-                with attention as single operators.
+            kind: `float`, `imported` or `reference`, `base`, `adapted`, or `graph`, as a graph is
+                captured: with attention as single operators.
         """
         key = (kind, tokens, adapter and adapter.name)
         if key not in self._runs:
-            if kind in ("float", "imported"):
+            if kind in _ON_FLOAT:
                 model: nn.Module = copy.deepcopy(self.model)
             else:
                 model = self._attached(adapter) if adapter else copy.deepcopy(self.base)
@@ -599,11 +608,14 @@ class TracedModels:
             self._runs[key] = _traced(model, tokens)
         return self._runs[key]
 
-    def training(self, adapter: Adapter, tokens: int, rows: int) -> TracedRun:
-        """One forward and backward pass, without the output head."""
-        key = ("training", adapter.name, tokens, rows)
+    def training(
+        self, adapter: Adapter, tokens: int, rows: int, on_float: bool = False
+    ) -> TracedRun:
+        """One forward and backward pass, without the output head, of the base or of the float
+        model."""
+        key = ("training", adapter.name, tokens, rows, on_float)
         if key not in self._runs:
-            model = self._attached(adapter)
+            model = self._attached(adapter, on_float)
             model.train()
             if adapter.gradient_checkpointing:
                 model.gradient_checkpointing_enable(
@@ -614,8 +626,9 @@ class TracedModels:
                 self._runs[key] = _traced(model, tokens, rows, trains=True, half=half)
         return self._runs[key]
 
-    def _attached(self, adapter: Adapter) -> Any:
-        return attach(copy.deepcopy(self.base), adapter.lora_shape(), self.recipe.seed)
+    def _attached(self, adapter: Adapter, on_float: bool = False) -> Any:
+        model = copy.deepcopy(self.model if on_float else self.base)
+        return attach(model, adapter.lora_shape(), self.recipe.seed)
 
 
 def _traced(

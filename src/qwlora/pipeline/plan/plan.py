@@ -13,6 +13,8 @@ stages that it affects:
     calibrate-base            encodings of the base's activations, in workflow qwa-lora
     evaluate/imported/NAME    the float model with an adapter from elsewhere
     train/NAME
+    train/NAME/float          the same adapter on the float model, with `reference: float`
+    evaluate/reference/NAME   the float model with that adapter
     calibrate                 encodings that adapters share, if they share any
     calibrate/_base           the zero adapter, for targets that switch simulations
     evaluate/adapted/NAME, calibrate/NAME, evaluate/simulated/NAME
@@ -59,6 +61,8 @@ SHARED = "simulation/_shared"  # encodings that adapters share
 ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated
 ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations
 USE_CASES = "simulation/_use_cases"  # of export.use_cases
+FLOAT_ADAPTERS = ".qwlora/reference"  # trained on the float model; hidden, as of no base here
+REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 # settings of an adapter that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
@@ -154,6 +158,9 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         if has_float and is_foreign(recipe, adapter) and adapter.unknown_base == "accept":
             plan.evaluate("imported", adapter=adapter)
         plan.train(adapter)
+        if (reference := reference_stage(recipe, adapter)) is not None:
+            plan.train_reference(adapter, reference)
+            plan.evaluate(REFERENCE, reference, adapter=adapter)
     if plan.shares:
         trained = [f"train/{adapter.name}" for adapter in recipe.adapters]
         plan.add("calibrate", plan.ranges(recipe.texts().values()), *trained, artifact=SHARED)
@@ -291,36 +298,53 @@ class _Plan:
         ]
         self.add("quantize", inputs, artifact="base")
 
+    def learns(self, adapter: Adapter, start: Adapter) -> list[Any]:
+        """The texts of an adapter, and the files that `start` continues."""
+        data, is_new = self.recipe.data_of(adapter), self.recipe.predecessor(start) is None
+        return [
+            self.texts.key(data),
+            self.held_out(data) if adapter.evaluation_steps else None,
+            self.adapter_contents(start.continue_from if is_new else None),
+        ]
+
     def train(self, adapter: Adapter) -> None:
         recipe, name = self.recipe, adapter.name
-        first, data = recipe.predecessor(adapter), recipe.data_of(adapter)
-        has_init = adapter.init != "zero"
+        first, has_init = recipe.predecessor(adapter), adapter.init != "zero"
         settings = adapter.model_dump(exclude=_WITHOUT_EFFECT)
         if not has_init:
             del settings["init_share"]
-        learns: list[Any] = [
-            self.texts.key(data),
-            self.held_out(data) if adapter.evaluation_steps else None,
-            self.adapter_contents(None if first else adapter.continue_from),
-            *([REVISIONS["initialize_adapter"]] if has_init else []),
-        ]
+        learns = self.learns(adapter, adapter)
+        learns += [REVISIONS["initialize_adapter"]] if has_init else []
         needs = ["quantize", *([f"train/{first.name}"] if first else [])]
         needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
         inputs = [settings, learns, recipe.seed]
         self.add(f"train/{name}", inputs, *needs, adapter=name, artifact=f"adapters/{name}")
 
+    def train_reference(self, adapter: Adapter, stage: str) -> None:
+        """It does not depend on the base."""
+        recipe, start = self.recipe, without_recovery(self.recipe, adapter)
+        no_effect = {*_WITHOUT_EFFECT, "init", "init_share"}
+        settings = [a.model_dump(exclude=no_effect) for a in (adapter, start)]
+        inputs = [self.model, settings, self.learns(adapter, start), recipe.seed, recipe.workflow]
+        first = recipe.predecessor(start)
+        needs, name = filter(None, [first and reference_stage(recipe, first)]), adapter.name
+        self.add(stage, inputs, *needs, adapter=name, artifact=f"{FLOAT_ADAPTERS}/{name}")
+
     def evaluate(self, kind: str, *needs: str, adapter: Adapter | None = None) -> None:
-        """Add the stages of one model: `float`, `base`, `imported`, `adapted` or `simulated`."""
+        """Add the stages of one model: `float`, `base`, `imported`, `reference`, `adapted` or
+        `simulated`."""
         recipe, name = self.recipe, None if adapter is None else adapter.name
         own = recipe.base_text() if adapter is None else recipe.data_of(adapter)
-        model: list[Any] = [self.model] if kind in ("float", "imported") else []
+        model: list[Any] = [self.model] if kind in ("float", "imported", REFERENCE) else []
         model.append(REVISIONS["token_scores"])
         if kind == "imported" and adapter is not None:
             model.append([adapter.continue_from, self.adapter_contents(adapter.continue_from)])
         stage = f"evaluate/{kind}" if name is None else f"evaluate/{kind}/{name}"
         if own is not None:
-            self.add(stage, [*model, self.held_out(own)], *needs, adapter=name)
-        texts = recipe.texts() if kind not in ("imported", "simulated") else {}
+            reference = compared_with(recipe, kind, adapter)
+            against = [reference] if reference else []
+            self.add(stage, [*model, self.held_out(own)], *needs, *against, adapter=name)
+        texts = recipe.texts() if kind in ("float", "base", "adapted") else {}
         for text, data in texts.items() if len(texts) > 1 else ():
             if data != own:
                 measured = ["kl"] if is_compared(kind, text) else []
@@ -422,4 +446,26 @@ def needs_moments(recipe: Recipe) -> bool:
 
 def is_compared(kind: str, other: str) -> bool:
     """Whether a model is compared with the float model on its own text, or on `other`."""
-    return kind != "float" and (not other or kind == "base")
+    return kind not in ("float", REFERENCE) and (not other or kind == "base")
+
+
+def reference_stage(recipe: Recipe, adapter: Adapter) -> str | None:
+    """The stage that trains an adapter on the float model, if the recipe asks for it. An adapter
+    for recovery has none: its goal is the float model as it is."""
+    is_trained = recipe.reference is not None and adapter.objective == "text"
+    return f"train/{adapter.name}/float" if is_trained else None
+
+
+def compared_with(recipe: Recipe, kind: str, adapter: Adapter | None) -> str | None:
+    """The stage that trains what a model is compared with, unless that is the float model."""
+    if adapter is None or kind not in ("adapted", "simulated"):
+        return None
+    return reference_stage(recipe, adapter)
+
+
+def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
+    """The adapter whose start `adapter` has on the float model: itself, or the first of those for
+    recovery that it continues, since there is nothing to recover."""
+    while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
+        adapter = first
+    return adapter

@@ -45,6 +45,11 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
             f"model {model.source!r} is already quantized; use base.solver: keep to take its "
             "integers unchanged"
         )
+    if recipe.reference is not None and not location.holds_floats:
+        raise SourceError(
+            f"reference: float trains adapters on the float model, but {model.source!r} holds "
+            "integers only. Remove reference, or set model.source to the float model"
+        )
     grids = kept_grids(recipe) if keeps else recipe.base.grids()
     source = location.path
     refused = {

@@ -157,6 +157,7 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
     }, [
         ("Perplexity, float model", job.perplexity("float", name), None),
         ("Perplexity, base alone", job.perplexity("base", name), None),
+        ("Perplexity, float model with float LoRA", job.perplexity("reference", name), None),
         ("Perplexity", job.perplexity("adapted", name), "perplexity"),
         (
             "Perplexity with activations as integers",

@@ -25,6 +25,7 @@ _KINDS = {
     "float": "float model",
     "base": "frozen base",
     "imported": "float model, imported",
+    "reference": "float LoRA",
     "adapted": "after adapter",
     "simulated": "simulated, adapter",
 }
@@ -65,11 +66,16 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
         values = (models | measured.get("adapted", {})).items()
         shown_values = ", ".join(f"{model} {value:.3f}" for model, value in values)
         yield f"perplexity on the text of {text}", shown_values
-    agreements = dict(_by_model(results.get("top1", {})))
-    for what, kl in _by_model(results.get("kl", {})):
-        divergence = _with_error(kl["mean"], kl["stderr"], ".4f")
-        share = _with_error(agreements[what]["share"], agreements[what]["stderr"], ".2%")
-        yield f"KL from float, {what}", f"{divergence}, same likeliest token {share}"
+    reference = results.get("reference", {})
+    for what, ratio in _by_model(reference.get("perplexity_ratio", {})):
+        stderr = "" if ratio["stderr"] is None else f" ± {ratio['stderr']:.1%}"
+        yield f"over float LoRA, {what}", f"{ratio['value'] - 1:+.1%}{stderr}"
+    for origin, compared in (("float", results), ("float LoRA", reference)):
+        agreements = dict(_by_model(compared.get("top1", {})))
+        for what, kl in _by_model(compared.get("kl", {})):
+            divergence = _with_error(kl["mean"], kl["stderr"], ".4f")
+            share = _with_error(agreements[what]["share"], agreements[what]["stderr"], ".2%")
+            yield f"KL from {origin}, {what}", f"{divergence}, same likeliest token {share}"
     if base := results.get("base"):
         yield (
             "base",

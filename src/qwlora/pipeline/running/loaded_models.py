@@ -42,7 +42,15 @@ from qwlora.formats.meta_model import LazyModel, build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO_ADAPTER, JobTexts
+from qwlora.pipeline.plan.plan import (
+    ADAPTER,
+    BASE_SIMULATION,
+    FLOAT_ADAPTERS,
+    USE_CASES,
+    ZERO_ADAPTER,
+    JobTexts,
+    without_recovery,
+)
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
@@ -258,12 +266,12 @@ class JobContext:
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
 
-    def imported(self, name: str) -> PeftModel:
+    def imported(self, name: str, is_trainable: bool = False) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
         folder = adapter_folder(str(self.adapter(name).continue_from))
         model = self.take_float_model()
         with reading(folder, model):
-            return PeftModel.from_pretrained(model, str(folder)).eval()
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable).eval()
 
     def adapted(self, *names: str) -> PeftModel:
         """A fresh copy of the base with trained adapters, the first of them active."""
@@ -275,16 +283,31 @@ class JobContext:
                 model.load_adapter(str(folder), adapter_name=f"{number}")
         return model.eval()
 
-    def untrained(self, adapter: Adapter) -> PeftModel:
-        """A fresh copy of the base with a new adapter, or with the one that this one continues."""
-        base, seed, first = self.base(), self.recipe.seed, self.recipe.predecessor(adapter)
-        source = str(self.path / "adapters" / first.name) if first else adapter.continue_from
-        if source is None:
-            return attach(base, adapter.lora_shape(), seed)
-        model = attach_existing(base, source, adapter.unknown_base, seed)
+    def untrained(self, adapter: Adapter, reference: bool = False) -> PeftModel:
+        """A fresh copy of the base with a new adapter, or with the one that this one continues.
+
+        Args:
+            reference: the float model instead, with the same start.
+        """
+        start = without_recovery(self.recipe, adapter) if reference else adapter
+        seed, first = self.recipe.seed, self.recipe.predecessor(start)
+        if reference and first is None and start.continue_from is not None:
+            torch.manual_seed(seed)  # for dropout
+            model = self.imported(start.name, is_trainable=True)
+        else:
+            folder = self.path / (FLOAT_ADAPTERS if reference else "adapters")
+            source = str(folder / first.name) if first else start.continue_from
+            whole = self.take_float_model() if reference else self.base()
+            if source is None:
+                return attach(whole, start.lora_shape(), seed)
+            model = attach_existing(whole, source, start.unknown_base, seed)
         if self.recipe.workflow == "qwa-lora" and adapter.steps:
             without_dropout_(model)
         return model
+
+    def reference(self, name: str) -> PeftModel:
+        """The float model with the adapter `name` as it was trained on it."""
+        return load_adapter(self.take_float_model(), self.path / FLOAT_ADAPTERS / name).eval()
 
     # Simulations
 

@@ -1,11 +1,13 @@
 """The stages that make models and measure them: `quantize`, `train`, `calibrate` and `evaluate`.
 
 Of `evaluate`, `imported/NAME` is the float model with an adapter from elsewhere as it came, so that
-the step to this base can be seen. It and `simulated/NAME` are measured on their own text only.
+the step to this base can be seen. It, `reference/NAME` and `simulated/NAME` are measured on their
+own text only.
 
 KL divergence and token agreement are measured on the model's own text, and for the base on every
 text, if there is a float model. It runs again beside the other one, sequence by sequence: keeping
-its logits would take gigabytes.
+its logits would take gigabytes. With `reference: float`, adapters are compared with the float model
+that has the same adapter, trained on it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingReport, train_adapter
 from qwlora.analysis.quantization_costs import encodings_summary
-from qwlora.analysis.token_scores import Logits, logits_of, perplexity, score_tokens
+from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, perplexity, score_tokens
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.base_folder import save_base
@@ -40,12 +42,15 @@ from qwlora.pipeline.plan.plan import (
     ADAPTER,
     CASES,
     MOMENTS,
+    REFERENCE,
     SHARED,
     SOLVER_SCALES,
     ZERO,
     Stage,
+    compared_with,
     is_compared,
     needs_moments,
+    reference_stage,
 )
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.running.distributed import is_first_process
@@ -163,7 +168,10 @@ def _tune(
 
 def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Step 2: train one adapter on the frozen base, and check that the base stays as it is."""
-    adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
+    adapter = context.adapter(str(stage.adapter))
+    if stage.name == reference_stage(context.recipe, adapter):
+        return _train_reference(context, adapter, scratch, work)
+    identity = context.base_fingerprint
     context.check_rules()
     reset_peak_rss()
     model = context.untrained(adapter)
@@ -200,18 +208,38 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
 
 
+def _train_reference(
+    context: JobContext, adapter: Adapter, scratch: Path, work: Path
+) -> dict[str, Any]:
+    """Train the same adapter on the float model. There is no error to correct, so it starts as
+    `init: zero` does; and no activation grids, also in workflow qwa-lora."""
+    reset_peak_rss()
+    model = context.untrained(adapter, reference=True)
+    report = _train_adapter(context, model, adapter, work, reference=True)
+    if is_first_process():
+        save_adapter(model, scratch)
+    measured = {**asdict(report), "compute": adapter.compute, "peak_rss_bytes": peak_rss_bytes()}
+    return {REFERENCE: {"train": {adapter.name: measured}}}
+
+
 def _train_adapter(
-    context: JobContext, model: PeftModel, adapter: Adapter, work: Path
+    context: JobContext, model: PeftModel, adapter: Adapter, work: Path, reference: bool = False
 ) -> TrainingReport:
-    """Train the adapter of `model`, if it has steps."""
+    """Train the adapter of `model`, if it has steps.
+
+    Args:
+        reference: the model is the float model.
+    """
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), [])
     text = context.text(adapter.name)
     if text.data.train.position_ids is not None:
         check_isolation(model)
     teacher = context.take_float_model() if adapter.objective == "recovery" else None
-    graph = None
-    if context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
+    graph, who, logs = None, adapter.name, context.path / "logs" / adapter.name
+    if reference:
+        who, logs = f"{who} on the float model", logs / "float"
+    elif context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
         graph = TrainingGraph(context.simulate(model.eval()))
     return train_adapter(
         model,
@@ -222,8 +250,8 @@ def _train_adapter(
         teacher,
         graph,
         track=context.track,
-        logs=context.path / "logs" / adapter.name,
-        watch=lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
+        logs=logs,
+        watch=lambda progress: context.on_training(lambda: {"adapter": who, **progress()}),
     )
 
 
@@ -360,24 +388,33 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
     text = context.text(other or name)
+    adapter = None if name is None else context.adapter(name)
+    of_reference = not other and compared_with(context.recipe, kind, adapter) is not None
     logits, reference = _logits_and_reference(
-        context, kind, name, compared=is_compared(kind, other)
+        context, kind, name, is_compared(kind, other), of_reference
     )
     what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
     scores = score_tokens(logits, text.evaluation, what, context.track, reference)
     results: dict[str, Any] = {"data": text.describe()}
     for key, value in scores.to_json().items():
         by_model = {kind: value if name is None else {name: value}}
-        results[key] = {"on": {other: by_model}} if other else by_model
+        into = results.setdefault(REFERENCE, {}) if of_reference and key in COMPARED else results
+        into[key] = {"on": {other: by_model}} if other else by_model
     return results
 
 
 def _logits_and_reference(
-    context: JobContext, kind: str, name: str | None, compared: bool
+    context: JobContext, kind: str, name: str | None, compared: bool, of_reference: bool
 ) -> tuple[Logits, Logits | None]:
-    """Logits of a model, and those of the float model if they are to be compared."""
+    """Logits of a model, and those of the float model if they are to be compared.
+
+    Args:
+        of_reference: compare with the float model with the same adapter trained on it.
+    """
     if kind == "float":
         return logits_of(context.float_model()), None
+    if kind == REFERENCE:
+        return logits_of(context.reference(str(name))), None
     if kind == "imported":
         imported = context.imported(str(name))
         own = logits_of(imported)
@@ -396,4 +433,5 @@ def _logits_and_reference(
         return logits, None
     # Loading a base releases the float model, so it is loaded after it; the context must not keep
     # it in memory through the stages that follow.
-    return logits, logits_of(context.take_float_model())
+    float_model = context.reference(str(name)) if of_reference else context.take_float_model()
+    return logits, logits_of(float_model)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Row, chart, figure
 from qwlora.report.number_format import TIMES, percent, perplexity, precise_percent, three_decimals
-from qwlora.report.results_view import KINDS, Job, runtime
+from qwlora.report.results_view import KINDS, REFERENCES, Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 
 
@@ -21,8 +21,9 @@ def view(job: Job, adapter: str) -> View | None:
         return None
     packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
     won_back = packing and training and -math.log1p(training) / math.log1p(packing)
-    start = job.perplexity("float", adapter)
-    line = None if start is None else (start, "float model")
+    kind = job.reference("adapted", adapter)
+    start = job.perplexity(kind, adapter)
+    line = None if start is None else (start, REFERENCES[kind].removeprefix("the "))
     return {
         "figure": figure(lambda width: chart("Perplexity by stage", rows, width, line=line)),
         "packing": packing,
@@ -79,10 +80,12 @@ def _rows(job: Job, adapter: str) -> list[Row]:
 
 def _table(job: Job, adapter: str) -> Table:
     rows: list[dict[str, Cell]] = []
-    for kind, title in KINDS.items():
+    has_reference = job.reference("adapted", adapter) == "reference"
+    kinds = {"reference": "Float LoRA", **KINDS} if has_reference else KINDS
+    for kind, title in kinds.items():
         kl, stderr = (job.path(kind, adapter, key) for key in ("kl", "perplexity_stderr"))
         value = job.shown(three_decimals, *job.path(kind, adapter))
-        change = job.change(kind, "float", adapter)
+        change = job.change(kind, job.reference(kind, adapter), adapter)
         against = None if change is None else form.tagged(precise_percent(change, True), change)
         row: dict[str, Cell] = {
             "Stage": title,
@@ -93,7 +96,7 @@ def _table(job: Job, adapter: str) -> Table:
             "Same token": job.shown(precise_percent, *job.path(kind, adapter, "top1"), "share"),
             "Standard error": job.shown(lambda v: f"± {three_decimals(v)}", *stderr),
         }
-        if kind == "float" and value:
+        if kind in REFERENCES and value:
             row |= {"Against float": "reference", "KL, mean": "0", "KL, 99.9%": "0"}
             row["Same token"] = "100%"
         rows.append(row)
@@ -103,10 +106,12 @@ def _table(job: Job, adapter: str) -> Table:
     ).format(job.verb_command("evaluate"))
     sequences = job.setting("data", "evaluation_sequences")
     words = f"the same {sequences} held-out sequences" if sequences else "the same held-out text"
+    of_trained = ", with adapter against float LoRA (the same adapter, trained on it)"
     return Table(
-        f"Every stage on {words}. KL divergence (nats) and same likeliest token are against "
-        "the float model; the standard error is that of the perplexity.",
+        f"Every stage on {words}. Changes, KL divergence (nats) and same likeliest token are "
+        f"against the float model{of_trained * has_reference}; the standard error is that of the "
+        "perplexity.",
         rows,
-        marked=(3,) if job.perplexity("simulated", adapter) is not None else (),
+        marked=(len(rows) - 1,) if job.perplexity("simulated", adapter) is not None else (),
         note=note if any(None in row.values() for row in rows) else "",
     )

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_blocks import observe_moments as observe_moments
     from qwlora.quantize.quantize_model import QuantizeReport as QuantizeReport
     from qwlora.quantize.quantize_model import quantize_ as quantize_
+    from qwlora.quantize.rotation import RotationReport as RotationReport
+    from qwlora.quantize.rotation import rotate_ as rotate_
     from qwlora.quantize.tune_scales import TuningReport as TuningReport
     from qwlora.quantize.tune_scales import TuningSettings as TuningSettings
     from qwlora.quantize.tune_scales import tune_ as tune_
@@ -100,6 +102,7 @@ _NAMES = {
     "quantize.layer_rules": ("LayerRule",),
     "quantize.quantize_blocks": ("observe_moments",),
     "quantize.quantize_model": ("QuantizeReport", "quantize_"),
+    "quantize.rotation": ("RotationReport", "rotate_"),
     "quantize.tune_scales": ("TuningReport", "TuningSettings", "tune_"),
     "simulation.adapter_simulations": (
         "AdapterSimulations",

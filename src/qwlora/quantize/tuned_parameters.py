@@ -51,7 +51,7 @@ class Tunable:
         self._gains: dict[str, tuple[nn.Parameter, float]] = {}  # f and constant
         by_weight: dict[int, nn.Parameter] = {}
         for name, module in modules.items():
-            if is_adapter_name(f"{name}.weight") or (constant := _gain_constant(module)) is None:
+            if is_adapter_name(f"{name}.weight") or (constant := gain_constant(module)) is None:
                 continue
             weight = cast(nn.Parameter, module.weight)
             if id(weight) not in by_weight:  # norms that share a weight share its factor
@@ -117,7 +117,7 @@ class Tunable:
 
 
 @torch.no_grad()
-def _gain_constant(module: nn.Module) -> float | None:
+def gain_constant(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
     state of its own. None is not tuned.
     """

@@ -212,6 +212,10 @@ class Base(Section):
     w3-block64, w8-channel, w2-block32-asymmetric) or the keys below"""
     rules: list[BaseRule] = []
     """exceptions for some layers; the first matching rule decides"""
+    rotation: Literal["hadamard"] | None = None
+    """hadamard: first rotate the float model, which computes the same, so that large values of few
+    channels are spread over all. For grids per channel and 8-bit activations; not for models with
+    LayerNorm. A tied head becomes a weight of its own"""
     gptq: Gptq = Gptq()
     """settings of the gptq solver"""
     tuning: Tuning = Tuning()

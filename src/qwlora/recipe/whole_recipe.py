@@ -200,6 +200,25 @@ class Recipe(Section):
                 "float model, which base.solver: keep does not have; use objective text, init zero"
             )
 
+        if self.base.rotation is not None:
+            yield from self._rotation_problems()
+
+    def _rotation_problems(self) -> Iterator[str]:
+        if self.base.solver == "keep":
+            yield "base.rotation changes float weights, and solver keep has none; remove one"
+        names = [a.name for a in self.adapters]
+        starts = [a.continue_from for a in self.adapters if a.continue_from not in (None, *names)]
+        if starts:
+            yield (
+                f"continue_from: {', '.join(map(str, starts))} was trained on the model as it is, "
+                "and does not fit a rotated one; remove base.rotation, or train a new adapter"
+            )
+        if copies := [name for name in self.export.targets if TARGETS[name].source_suffix]:
+            yield (
+                f"targets {', '.join(copies)}: they take norms and embeddings from the model's "
+                "file, where they are not rotated; remove base.rotation or these targets"
+            )
+
     def _target_problems(self) -> Iterator[str]:
         """What the recipe alone says; `target_compatibility.refusals` knows more with a model."""
         targets = {name: TARGETS[name] for name in self.export.targets}

@@ -227,10 +227,11 @@ class _Plan:
 
     @cached_property
     def model(self) -> list[Any]:
-        section = self.recipe.model
+        section, rotation = self.recipe.model, self.recipe.base.rotation
         files = self.contents(fetch(section.source).files)
         trusted = ["trust_remote_code"] if section.trust_remote_code else []
-        return [version("qwlora"), section.source, *files, *trusted]
+        rotated = [rotation, self.recipe.seed] if rotation is not None else []
+        return [version("qwlora"), section.source, *files, *trusted, *rotated]
 
     @cached_property
     def base_text(self) -> list[Any]:

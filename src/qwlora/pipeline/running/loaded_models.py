@@ -51,6 +51,7 @@ from qwlora.pipeline.plan.plan import (
     JobTexts,
     without_recovery,
 )
+from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
@@ -109,6 +110,7 @@ class JobContext:
     """Lazily loaded inputs of the stages of one job directory.
 
     Attributes:
+        rotation: what was rotated in the float model; set by `float_model`.
         why_loaded_whole: why the weights cannot be read tensor by tensor; set by `lazy`.
         on_training: called after each training step with a function that describes the progress.
     """
@@ -120,6 +122,7 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
+        self.rotation: RotationReport | None = None
         self.why_loaded_whole: str | None = None
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
@@ -206,11 +209,16 @@ class JobContext:
     # Models
 
     def float_model(self) -> PreTrainedModel:
-        """The model before step 1; kept in memory until `take_float_model` or `base`."""
+        """The model before step 1, rotated if the recipe says so; kept in memory until
+        `take_float_model` or `base`."""
         if self._float_model is None:
             model = self.recipe.model
             with self.step("loading the model"):
-                self._float_model = load_model(model.source, model.trust_remote_code)
+                loaded = load_model(model.source, model.trust_remote_code)
+            if self.recipe.base.rotation is not None:
+                with self.step("rotating the model"):
+                    self.rotation = rotate_(loaded, self.example_inputs(loaded), self.recipe.seed)
+            self._float_model = loaded
         return self._float_model
 
     def take_float_model(self) -> PreTrainedModel:
@@ -230,6 +238,9 @@ class JobContext:
         """
         location = fetch(self.recipe.model.source)
         if location.gguf_file or self.recipe.model.encodings is not None:
+            return None
+        if self.recipe.base.rotation is not None:
+            self.why_loaded_whole = "base.rotation changes weights of all layers together"
             return None
         if self.recipe.model.trust_remote_code:
             self.why_loaded_whole = (

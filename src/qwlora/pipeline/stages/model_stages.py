@@ -92,6 +92,14 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if (work / MOMENTS).is_dir():
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
+    if context.rotation is not None:
+        rotated = context.rotation
+        measured["rotation"] = {
+            "width": rotated.width,
+            "heads": len(rotated.heads),
+            "untied": list(rotated.untied),
+            "difference": rotated.difference,
+        }
     if note := second_rounding(context.recipe):
         measured["second_rounding"] = note
     return {

@@ -1,0 +1,419 @@
+"""Rotate a float model so that its weights and activations are easier to quantize; its outputs stay
+the same (QuaRot, https://arxiv.org/abs/2404.00456; SpinQuant, https://arxiv.org/abs/2405.16406).
+
+Let h [width] be a token's residual stream and Q [width, width] orthogonal. A root mean square norm
+does not notice Q once its gain g is in the layers that read it:
+
+    embedding                E <- E Q
+    layers that read h       W <- W diag(g) Q, g <- 1
+    layers that write to h   W <- Q^T W, b <- Q^T b
+    within each head         value W <- P^T W, b <- P^T b; output W <- W P
+
+Q is a random diagonal of signs times `H (x) O`: H is a Hadamard matrix whose size is the largest
+power of two that divides the width, O a random orthogonal matrix; P is the same for the width of a
+head. It spreads values that few channels have over all of them. Nothing is added at run time.
+
+What reads and writes the stream is found in the captured graph; no architecture is known by name.
+The function of the model is compared before and after. Refused by the name of the module:
+
+- LayerNorm, which subtracts the mean of channels
+- a norm between a layer and the sum that it writes to (Gemma 2 and 3, OLMo 2): its gain stays there
+- experts in one tensor, convolutions and anything else but linear layers that reads the stream
+- weights that the example does not reach, such as a vision tower: they may write to the stream
+
+A weight that both reads and writes (a tied head) becomes two: they are no longer equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from transformers import PreTrainedModel
+
+from qwlora.errors import CaptureError, listed
+from qwlora.graph.capturable_model import HALF
+from qwlora.graph.capture import Captured, FlatModel, capture
+from qwlora.graph.device_graph import rewritten
+from qwlora.graph.nodes import (
+    MOVES_DATA,
+    SOFTMAXES,
+    calls,
+    module_of,
+    moved_from,
+    operation,
+    origin,
+    parameter_names,
+    place_of,
+    used_placeholders,
+)
+from qwlora.nn import packed_weights
+from qwlora.quantize.tuned_parameters import gain_constant
+
+# data movement that leaves the last axis as it is, if its size stays the same
+_OTHER_AXES = """view reshape _unsafe_view slice select index index_select expand squeeze unsqueeze
+clone contiguous alias detach to _to_copy"""
+_KEEPS_LAST_AXIS = MOVES_DATA & frozenset(_OTHER_AXES.split())
+_SUMS, _PRODUCTS = frozenset({"add", "sub"}), frozenset({"mul", "div"})
+LARGEST_DIFFERENCE = 1e-3  # of the largest output; another function differs by about 1
+_ROWS = 4096  # of a weight that are in float64 at a time
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`x Q` along the last axis of a tensor [..., width]; see the module."""
+
+    signs: Tensor
+    orthogonal: Tensor
+
+    @classmethod
+    def random(cls, width: int, seed: int) -> Rotation:
+        """The rotation of a width; the same for a seed on every machine with one build of torch."""
+        generator = torch.Generator().manual_seed(seed)
+        odd = width // (width & -width)
+        signs = torch.randint(2, (width,), generator=generator, dtype=torch.float64) * 2 - 1
+        square = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
+        return cls(signs, torch.linalg.qr(square)[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x Q`, computed in float64 and returned in the dtype of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        for start in range(0, len(rows), _ROWS):
+            out[start : start + _ROWS] = self._rotated(rows[start : start + _ROWS].double())
+        return out.view(x.shape)
+
+    def _rotated(self, rows: Tensor) -> Tensor:
+        odd = len(self.orthogonal)
+        spread = (rows * self.signs.to(rows.device)).view(len(rows), -1, odd)
+        size = spread.shape[1]
+        step = 1
+        while step < size:  # the fast Walsh-Hadamard transform
+            pairs = spread.view(len(rows), size // (2 * step), 2, step, odd)
+            first, second = pairs.unbind(2)
+            spread = torch.stack((first + second, first - second), 2).view(len(rows), size, odd)
+            step *= 2
+        spread = spread @ self.orthogonal.to(rows.device) / math.sqrt(size)
+        return spread.reshape(len(rows), -1)
+
+
+@dataclass(frozen=True)
+class RotationReport:
+    """What was rotated, and how much the outputs on the example differ from before.
+
+    Args:
+        readers, writers: layers that read and write the residual stream.
+        heads: pairs of a value and an output layer that are also rotated within each head.
+        untied: layers that have a weight of their own now.
+        difference: the largest, over the largest output.
+    """
+
+    width: int
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+    heads: tuple[tuple[str, str], ...]
+    untied: tuple[str, ...]
+    difference: float
+
+
+@dataclass
+class _Plan:
+    """Modules by what they do: norm (or None) of each reader, writers, and pairs around heads."""
+
+    width: int
+    readers: dict[str, str | None] = field(default_factory=dict)
+    writers: dict[str, None] = field(default_factory=dict)
+    heads: dict[tuple[str, str], int] = field(default_factory=dict)  # width of a head
+
+
+@torch.no_grad()
+def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) -> RotationReport:
+    """Rotate the residual stream and the heads of a float model in place, before anything else is
+    done to it.
+
+    Args:
+        example_inputs: as for `simulate`. Every weight must have a part in what they compute.
+        seed: of the rotations.
+
+    Raises:
+        CaptureError: the model cannot be captured, something that cannot be rotated reads or writes
+            the residual stream (it is named, and the model is unchanged), or the outputs differ.
+    """
+    if packed := list(packed_weights(model)):
+        raise _cannot(f"{packed[0]} holds integers already. Rotate before quantize_")
+    if halves := [name for name, p in model.named_parameters() if p.dtype in HALF]:
+        raise _cannot(f"{halves[0]} would be rounded again. Call model.float() first")
+    captured = capture(model, example_inputs, static=True)
+    plan = _planned(captured, model)
+    inputs = captured.bind(example_inputs)
+    flat = FlatModel(model, captured.arguments)
+    before = flat(*inputs)
+    untied = _untie_(model, plan)
+    _apply_(model, plan, seed)
+    after = flat(*inputs)
+    difference = max(
+        ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(before, after, strict=True)
+        if a.is_floating_point()
+    )
+    if not difference <= LARGEST_DIFFERENCE:
+        raise CaptureError(
+            f"the rotated {type(model).__name__} computes something else: outputs differ by "
+            f"{difference:.2g} of the largest one (at most {LARGEST_DIFFERENCE:g} is rounding). "
+            "Load the model again and use it without a rotation; please report this"
+        )
+    return RotationReport(
+        plan.width, tuple(plan.readers), tuple(plan.writers), tuple(plan.heads), untied, difference
+    )
+
+
+def _planned(captured: Captured, model: nn.Module) -> _Plan:
+    """What to rotate, from the graph."""
+    program = rewritten(captured.program)
+    used, names = used_placeholders(program), parameter_names(program)
+    if unused := sorted(set(names.values()) - {names[name] for name in names if name in used}):
+        raise _cannot(
+            f"the example inputs do not reach {listed(unused)}, which may write to the residual "
+            "stream too. Give inputs that use every part, or load that part alone"
+        )
+    nodes = calls(program)
+    tables = [node for node in nodes if operation(node) == "embedding"]
+    if not tables:
+        raise _cannot("the graph has no embedding, at which its residual stream would begin")
+    plan = _Plan(int(tables[0].meta["val"].shape[-1]))
+    _Stream(model, plan).follow(tables[0])
+    if not any(plan.readers.values()):
+        raise _cannot("no root mean square norm reads the residual stream")
+    for node in nodes:
+        _find_heads(node, model, plan)
+    return plan
+
+
+class _Stream:
+    """The values of the residual stream, and what reads and writes them."""
+
+    def __init__(self, model: nn.Module, plan: _Plan):
+        self.model, self.plan = model, plan
+        self.seen: set[Node] = set()
+
+    def follow(self, start: Node) -> None:
+        """Enter everything that is in the stream because `start` is."""
+        waiting = [start]
+        while waiting:
+            node = waiting.pop()
+            if node not in self.seen:
+                self.seen.add(node)
+                waiting += [*self._before(node), *self._after(node)]
+
+    def _before(self, node: Node) -> Iterator[Node]:
+        """Values of the stream that `node` is computed from."""
+        name = operation(node)
+        match name:
+            case "embedding" | "linear":
+                self._write(node)
+            case "add" | "sub":
+                for term in node.args[:2]:
+                    if not isinstance(term, Node):
+                        raise _cannot(f"{place_of(node)} adds a number to the residual stream")
+                    yield term
+            case "mul" | "div":
+                yield self._scaled(node)
+            case _ if self._keeps_last_axis(node):
+                yield node.args[0]  # type: ignore[misc]
+            case "rms_norm":
+                raise _cannot(
+                    f"the norm {place_of(node)} is between a layer and the residual stream, and "
+                    "its gain cannot be moved"
+                )
+            case _:
+                raise _cannot(f"{name} of {place_of(node)} writes to the residual stream")
+
+    def _after(self, node: Node) -> Iterator[Node]:
+        """Values of the stream that are computed from `node`, which is one."""
+        for user in node.users:
+            name = operation(user)
+            if user.op == "output":
+                raise _cannot(f"the model returns its residual stream (of {place_of(node)})")
+            if name == "rms_norm":
+                self._read_norm(user, self._norm(user))
+            elif name == "linear" and user.args[0] is node:
+                self._read(user, None)
+            elif name in _SUMS or self._is_scaled(user, node) or self._keeps_last_axis(user):
+                yield user
+            elif _is_norm(user):
+                raise _cannot(f"{place_of(user)} is no root mean square norm with a gain")
+            elif not name.startswith("sym_size"):
+                raise _cannot(f"{name} of {place_of(user)} reads the residual stream")
+
+    def _scaled(self, node: Node) -> Any:
+        """The factor of a product whose other factor is one number."""
+        first, second = node.args[:2]
+        if _is_number(second):
+            return first
+        if operation(node) == "mul" and _is_number(first):
+            return second
+        raise _cannot(
+            f"{operation(node)} of {place_of(node)} multiplies each channel of the residual "
+            "stream by another number"
+        )
+
+    def _is_scaled(self, user: Node, node: Node) -> bool:
+        return operation(user) in _PRODUCTS and self._scaled(user) is node
+
+    def _keeps_last_axis(self, node: Node) -> bool:
+        value = node.meta.get("val")
+        return (
+            operation(node) in _KEEPS_LAST_AXIS
+            and isinstance(value, Tensor)
+            and value.ndim > 0
+            and value.shape[-1] == self.plan.width
+        )
+
+    def _norm(self, node: Node) -> str:
+        path = module_of(node)[0]
+        if "@" in path or gain_constant(self.model.get_submodule(path)) is None:
+            raise _cannot(f"the gain of {place_of(node)} cannot be moved to another layer")
+        return path
+
+    def _read_norm(self, node: Node, norm: str) -> None:
+        for user in node.users:
+            if operation(user) == "linear" and user.args[0] is node:
+                self._read(user, norm)
+            elif self._keeps_last_axis(user):
+                self._read_norm(user, norm)
+            else:
+                raise _cannot(
+                    f"{operation(user) or 'the result'} of {place_of(user)} reads the norm {norm}, "
+                    "and only linear layers may"
+                )
+
+    def _read(self, node: Node, norm: str | None) -> None:
+        path = self._layer(node)
+        if self.plan.readers.setdefault(path, norm) != norm:
+            raise _cannot(f"{path} reads two norms")
+
+    def _write(self, node: Node) -> None:
+        self.plan.writers[self._layer(node)] = None
+
+    def _layer(self, node: Node) -> str:
+        path = module_of(node)[0]
+        kinds = nn.Embedding if operation(node) == "embedding" else nn.Linear
+        module = _module(self.model, path)
+        if "@" in path or not isinstance(module, kinds):
+            raise _cannot(
+                f"{place_of(node)} ({type(module).__name__}) reads or writes the residual stream "
+                f"and is no plain {kinds.__name__} that runs once"
+            )
+        return path
+
+
+def _is_norm(node: Node) -> bool:
+    return "norm" in operation(node) or operation(node) in ("pow", "mean", "var_mean")
+
+
+def _is_number(argument: Any) -> bool:
+    if isinstance(argument, Node):
+        value = argument.meta.get("val")
+        return isinstance(value, Tensor) and value.numel() == 1
+    return isinstance(argument, int | float)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
+    """Enter the layers before the values of an attention and after it, if both are plain."""
+    match operation(node):
+        case "scaled_dot_product_attention":
+            values: Any = node.args[2]
+        case "matmul" | "bmm" if operation(origin(node.args[0])) in SOFTMAXES:  # type: ignore[arg-type]
+            values = node.args[1]
+        case _:
+            return
+    width, source, target = int(values.meta["val"].shape[-1]), values, node
+    while (before := moved_from(source)) is not None:
+        if source.meta["val"].numel() < before.meta["val"].numel():
+            return  # a part of a layer that also computes queries and keys
+        source = before
+    while len(target.users) == 1 and operation(next(iter(target.users))) in MOVES_DATA:
+        target = next(iter(target.users))
+    readers = list(target.users)
+    if len(readers) != 1 or {operation(source), operation(readers[0])} != {"linear"}:
+        return
+    pair = module_of(source)[0], module_of(readers[0])[0]
+    value, out = (_module(model, path) for path in pair)
+    are_plain = isinstance(value, nn.Linear) and isinstance(out, nn.Linear)
+    if are_plain and value.out_features % width == 0 == out.in_features % width:
+        plan.heads[pair] = width
+
+
+def _untie_(model: nn.Module, plan: _Plan) -> tuple[str, ...]:
+    """Give layers that share a weight and are rotated differently one of their own."""
+    first: dict[int, tuple[bool, str | None]] = {}
+    untied = []
+    for path in (*plan.writers, *plan.readers):
+        layer: Any = model.get_submodule(path)
+        role = path in plan.writers, plan.readers.get(path)
+        if first.setdefault(id(layer.weight), role) != role:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+            untied.append(path)
+    if untied and isinstance(model, PreTrainedModel):
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return tuple(untied)
+
+
+def _apply_(model: nn.Module, plan: _Plan, seed: int) -> None:
+    stream = Rotation.random(plan.width, seed)
+    for layer, norm in _once(model, plan.readers):
+        if norm is not None:
+            module: Any = model.get_submodule(norm)
+            layer.weight.mul_(gain_constant(module) + module.weight)
+        layer.weight.copy_(stream(layer.weight))
+    for norm in {norm for norm in plan.readers.values() if norm is not None}:
+        module = model.get_submodule(norm)
+        module.weight.fill_(1 - gain_constant(module))
+    for layer, _ in _once(model, plan.writers):
+        if isinstance(layer, nn.Embedding):
+            layer.weight.copy_(stream(layer.weight))
+        else:
+            _rotate_outputs_(layer, stream)
+    for (value, out), width in plan.heads.items():
+        head = Rotation.random(width, seed)
+        _rotate_outputs_(model.get_submodule(value), _in_groups(head, width))
+        after: Any = model.get_submodule(out)
+        after.weight.copy_(_in_groups(head, width)(after.weight))
+
+
+def _once(model: nn.Module, paths: Mapping[str, str | None]) -> Iterator[tuple[Any, str | None]]:
+    """The layers and their norms, without those whose weight came before."""
+    seen = set[int]()
+    for path, norm in paths.items():
+        layer: Any = model.get_submodule(path)
+        if id(layer.weight) not in seen:
+            seen.add(id(layer.weight))
+            yield layer, norm
+
+
+def _in_groups(rotation: Rotation, width: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: rotation(x.reshape(*x.shape[:-1], -1, width)).view(x.shape)
+
+
+def _rotate_outputs_(layer: Any, rotation: Callable[[Tensor], Tensor]) -> None:
+    layer.weight.copy_(rotation(layer.weight.mT.contiguous()).mT)
+    if layer.bias is not None:
+        layer.bias.copy_(rotation(layer.bias))
+
+
+def _cannot(why: str) -> CaptureError:
+    return CaptureError(f"the model cannot be rotated: {why}")

@@ -213,9 +213,9 @@ class Base(Section):
     rules: list[BaseRule] = []
     """exceptions for some layers; the first matching rule decides"""
     rotation: Literal["hadamard"] | None = None
-    """hadamard: first rotate the float model, which computes the same, so that large values of few
-    channels are spread over all. For grids per channel and 8-bit activations; not for models with
-    LayerNorm. A tied head becomes a weight of its own"""
+    """hadamard: rotate the float model first. It computes the same, with large values of a few
+    channels spread over all of them: for grids per channel and 8-bit activations. Models with
+    LayerNorm cannot be rotated; a tied head becomes a weight of its own"""
     gptq: Gptq = Gptq()
     """settings of the gptq solver"""
     tuning: Tuning = Tuning()

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ from qwlora.formats import manifest  # noqa: E402
 from qwlora.formats.base_files import BaseWriter  # noqa: E402
 
 transformers_logging.disable_progress_bar()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
 
 TESTS = Path(__file__).parent
 LONG = ("pipeline", "cli", "simulation", "targets", "docs", "adapter", "quantize", "graph")

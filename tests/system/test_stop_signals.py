@@ -44,7 +44,7 @@ main()
 
 @pytest.fixture(autouse=True)
 def signals_of_a_terminal() -> Iterator[None]:
-    """`nohup` hands down an ignored SIGHUP. SIGINT keeps the handler that Python gave it."""
+    """`nohup` hands down an ignored SIGHUP. SIGINT has the handler of `conftest.py`."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS[1:]}
     yield
     for number, handler in before.items():
@@ -71,8 +71,6 @@ def test_a_signal_ends_a_command(arguments: tuple[str, ...], number: int, remedy
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A runner in the background may hand down an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"

@@ -245,17 +245,19 @@ class _Stream:
                 self._read(user, None)
             elif name in _SUMS or self._is_scaled(user, node) or self._keeps_last_axis(user):
                 yield user
+            elif name == "layer_norm":
+                raise _cannot(f"{place_of(user)} is a LayerNorm, which subtracts the mean")
             elif _is_norm(user):
                 raise _cannot(f"{place_of(user)} is no root mean square norm with a gain")
             elif not name.startswith("sym_size"):
                 raise _cannot(f"{name} of {place_of(user)} reads the residual stream")
 
     def _scaled(self, node: Node) -> Any:
-        """The factor of a product whose other factor is one number."""
+        """The factor of a product whose other factor is a number, or one for each token."""
         first, second = node.args[:2]
-        if _is_number(second):
+        if _is_one_number(second):
             return first
-        if operation(node) == "mul" and _is_number(first):
+        if operation(node) == "mul" and _is_one_number(first):
             return second
         raise _cannot(
             f"{operation(node)} of {place_of(node)} multiplies each channel of the residual "
@@ -302,12 +304,14 @@ class _Stream:
 
     def _layer(self, node: Node) -> str:
         path = module_of(node)[0]
-        kinds = nn.Embedding if operation(node) == "embedding" else nn.Linear
+        weight = node.args[1 if operation(node) == "linear" else 0]  # embedding(table, ids)
         module = _module(self.model, path)
-        if "@" in path or not isinstance(module, kinds):
+        own = None if module is None else module._parameters.get("weight")
+        is_own = own is not None and isinstance(weight, Node) and weight.op == "placeholder"
+        if "@" in path or not is_own or own.shape != weight.meta["val"].shape:
             raise _cannot(
-                f"{place_of(node)} ({type(module).__name__}) reads or writes the residual stream "
-                f"and is no plain {kinds.__name__} that runs once"
+                f"{place_of(node)} ({type(module).__name__}) reads or writes the residual stream, "
+                "and is no plain layer with one weight that runs once"
             )
         return path
 
@@ -316,10 +320,10 @@ def _is_norm(node: Node) -> bool:
     return "norm" in operation(node) or operation(node) in ("pow", "mean", "var_mean")
 
 
-def _is_number(argument: Any) -> bool:
+def _is_one_number(argument: Any) -> bool:
     if isinstance(argument, Node):
-        value = argument.meta.get("val")
-        return isinstance(value, Tensor) and value.numel() == 1
+        shape = argument.meta["val"].shape
+        return not shape or shape[-1] == 1
     return isinstance(argument, int | float)
 
 

@@ -13,10 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from quantize.test_learned_rounding import LEARNED, of_sums
 from qwlora import quantize_
 from qwlora.adapter.initialize import initialize_
+from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
@@ -92,6 +93,11 @@ def sampled() -> list[float]:
     return [float(sample.sum()), float(tails.sum()), float(sample.numel())]
 
 
+def written() -> list[float]:
+    model = tiny_model("llama", layers=1)
+    return sample_sequences(model, byte_tokenizer(), 1, 8).flatten().tolist()
+
+
 def scored() -> list[float]:
     reference = logits_of(tiny_model("llama", layers=1))
     found = score_tokens(logits_of(packed_llama()), ids(), "", reference=reference).to_json()
@@ -106,6 +112,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "layer_statistics": (2, [63.998, 1.2683], observed_moments),
     "second_moments": (2, [11.515, 6.0762], second_moment),
     "learned_rounding": (1, [0.034180, 0.86759], learned),
+    "sampled_text": (1, [172, 120, 115, 150, 251, 191, 33, 33], written),
     "tune_scales": (3, [0.0073429, 0.0072771], tuned),
     "initialize_adapter": (4, [0.87175, 0.59711], initialized),
     "activation_samples": (2, [-183.28, 1282.3, 12288.0], sampled),

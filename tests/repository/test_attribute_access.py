@@ -17,7 +17,8 @@ FOREIGN = {
     "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config default_config_fields dim distributed_config "
     "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
     "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
-    "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling",
+    "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling "
+    "head_dim num_attention_heads num_key_value_heads past_key_values",
 }
 ALLOWED = {name for names in FOREIGN.values() for name in names.split()}
 

@@ -18,8 +18,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qwlora.data.tokenization import render
-from qwlora.errors import SourceError, foreign_as
+from qwlora.data.tokenization import render, start_tokens
+from qwlora.errors import NonFiniteError, SourceError, foreign_as
+from qwlora.system.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Sampling:
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
+
+
+SAMPLED_AT_ONCE = 16  # sequences; more are little faster, and their cache is larger
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,50 @@ def generate_text(
             streamer=streamer,
         )
     return streamer.answer()
+
+
+@torch.no_grad()
+def sample_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Int64[Tensor, "count tokens"]:
+    """Text that a model writes by itself: a random first token, then samples from softmax(logits /
+    temperature). No prompt and no template; an end of text is followed by whatever the model puts
+    after one. Equal arguments give equal text on one machine.
+
+    Source: LLM-QAT (Liu et al. 2023, https://arxiv.org/abs/2305.17888).
+
+    Raises:
+        NonFiniteError: the model's logits are not finite.
+    """
+    generator, start = torch.Generator().manual_seed(seed), start_tokens(tokenizer)
+    words = sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
+    first = torch.tensor(words)[torch.randint(len(words), (count, 1), generator=generator)]
+    begun = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), first], 1)
+    written, steps = list[Tensor](), tokens - begun.shape[1]
+    for ids in begun.split(SAMPLED_AT_ONCE):
+        new, cache = ids, dict[str, Any]()
+        for _ in track(range(steps), "sampling text", steps):
+            result = model(input_ids=new, use_cache=True, **cache)
+            odds = (result.logits[:, -1].float() / temperature).softmax(-1)
+            if not bool(odds.isfinite().all()):
+                raise NonFiniteError(
+                    "the float model's next-token probabilities are not finite, so it cannot write "
+                    "calibration text. Check its weights, or set base.calibration: [job]"
+                )
+            new = torch.multinomial(odds, 1, generator=generator)
+            ids = torch.cat([ids, new], 1)
+            if (kept := getattr(result, "past_key_values", None)) is None:
+                new = ids  # a model without such a cache reads the whole text again
+            else:
+                cache = {"past_key_values": kept}
+        written.append(ids)
+    return torch.cat(written)
 
 
 class _Streamer(TextStreamer):

@@ -98,6 +98,7 @@ REVISIONS = {
     "layer_statistics": 2,  # 2: tokens are weighted
     "second_moments": 2,  # 2: moments of outputs as well
     "learned_rounding": 1,
+    "sampled_text": 1,
     "tune_scales": 3,  # 2: norms are tuned as well; 3: the solver's scales are kept
     # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
     "initialize_adapter": 4,

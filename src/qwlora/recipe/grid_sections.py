@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qwlora.data import locate_documents
 from qwlora.formats.model_source import locate
 from qwlora.grid.scheme import (
     Blocks,
@@ -31,6 +32,7 @@ from qwlora.targets.target_compatibility import Grid
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
+JOB, MODEL = "job", "model"  # parts of base.calibration that are no source of text
 DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "lpbq": 64}
 WeightBitwidth = Literal[2, 3, 4, 5, 6, 7, 8]
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
@@ -200,6 +202,25 @@ class Tuning(Section):
     for it, else float32"""
 
 
+class CalibrationText(Section):
+    """A part of the text that the base is calibrated on: its name, or these keys."""
+
+    text: Annotated[
+        str, AfterValidator(lambda t: t if t in (JOB, MODEL) else located(t, locate_documents))
+    ]
+    """job: the training text of the job, see calibrate_on; model: what the float model writes by
+    itself after a random first token; anything else: a source, as in data.source"""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """how many of the sequences, relative to the other parts"""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """of text: model. Name it several times for several temperatures"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+
 class Base(Section):
     """Step 1: the frozen integers."""
 
@@ -224,6 +245,10 @@ class Base(Section):
     calibration_sequences: Count = 32
     """training sequences that gptq and init qera use, at most. Weights only: activation ranges have
     data.calibration_sequences"""
+    calibration: list[CalibrationText] = Field([JOB], min_length=1, validate_default=True)
+    """what these sequences, those of tuning and those of adapters for recovery are taken from, in
+    turn: [job, model, path/to/text]. A base that more adapters will be trained on should not be
+    calibrated on the first one's text alone"""
     calibrate_on: list[Name] = []
     """adapters whose text the base is calibrated on. Default: data.source, or the text of every
     adapter if that is not set"""

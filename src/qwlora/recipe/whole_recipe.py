@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qwlora.recipe.adapter_section import Adapter, Data
-from qwlora.recipe.grid_sections import Base, Model, SimulationSection
+from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
@@ -348,6 +348,12 @@ class Recipe(Section):
             texts = [self.data] if self.data.source is not None else list(self.texts().values())
         length = {"sequence_tokens": self.data.sequence_tokens}
         return list(dict.fromkeys(data.model_copy(update=length) for data in texts))
+
+    def calibration_texts(self, part: CalibrationText) -> list[Data]:
+        """The texts of a part of `base.calibration`; none if the float model writes it."""
+        if part.text in (JOB, MODEL):
+            return self.base_texts() if part.text == JOB else []
+        return [Data(source=part.text, sequence_tokens=self.data.sequence_tokens)]
 
     def predecessor(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""

@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.adapter.attach import attach
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.adapter.training_step import lean_steps
+from qwlora.analysis.generate_text import SAMPLED_AT_ONCE
 from qwlora.errors import CaptureError, QwloraError, size
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.meta_model import build_model
@@ -49,19 +50,21 @@ from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.replace import place_empty_, tie_weights_
 from qwlora.pipeline.plan.plan import (
     REFERENCE,
+    SAMPLE,
     JobTexts,
     Stage,
     compared_with,
     has_float_model,
+    is_calibrated,
     is_compared,
     make_plan,
     needs_moments,
     reference_stage,
     resolve_compute,
+    sampled_sequences,
 )
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
-from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.machine import memory_limit_bytes, return_freed_memory, rss_bytes
 from qwlora.system.parameter_names import FOLDER
@@ -304,13 +307,29 @@ class Forecaster:
         memory["activations and logits"] = peak + scored
         return Forecast(stage.name, memory, settings=("data.sequence_tokens",))
 
+    def _sample(self, stage: Stage) -> Forecast:
+        models, tokens = self.models, self.recipe.data.sequence_tokens
+        config: Any = models.model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        width = getattr(config, "head_dim", None) or models.head_shape[1] // heads
+        heads = getattr(config, "num_key_value_heads", None) or heads
+        cached = 2 * len(models.blocks) * heads * width * SAMPLED_AT_ONCE * tokens
+        memory = self._float_memory | {
+            "key-value cache": 2.0 * FLOAT * cached,  # and while it grows its copy
+            "logits of new tokens": 3 * self._logits(SAMPLED_AT_ONCE),
+        }
+        count = sum(sampled_sequences(self.recipe).values())
+        return Forecast(stage.name, memory, 8.0 * count * tokens, ("base.calibration: [job]",))
+
     def _quantize(self, stage: Stage) -> Forecast:
+        if stage.name == SAMPLE:
+            return self._sample(stage)
         base, models = self.recipe.base, self.models
         tokens = self._text(stage).sequence_tokens
         moments = needs_moments(self.recipe)
         disk = sum(self._base_memory.values())
-        solvers = {base.solver, *(rule.solver for rule in base.rules if rule.solver)} - {"keep"}
-        if moments or any(SOLVERS[solver].needs_calibration for solver in solvers):
+        solvers = {base.solver, *(rule.solver for rule in base.rules)}
+        if is_calibrated(self.recipe):
             memory = self._calibrated_solver(tokens, base.calibration_sequences, moments)
             if "gptq" in solvers and base.gptq.rounding_steps:
                 memory |= self._learned_rounding(tokens, base.calibration_sequences)

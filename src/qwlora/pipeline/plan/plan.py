@@ -7,6 +7,7 @@ stages that it affects:
     the content of its text or model, the keys of the stages that it needs
 
     evaluate/float            perplexity of the float model
+    quantize/sample           text that the float model writes, if the base is calibrated on it
     quantize                  freeze the base
     evaluate/base
     export/TARGET             of a bundle: the base; where all use cases are together: everything
@@ -30,11 +31,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.recipe.grid_sections import JOB, MODEL
 from qwlora.system.machine import auto_compute, training_device
 from qwlora.system.progress import Track, one_step, untracked
 from qwlora.targets.registry import TARGETS
@@ -63,6 +67,10 @@ ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations
 USE_CASES = "simulation/_use_cases"  # of export.use_cases
 FLOAT_ADAPTERS = ".qwlora/reference"  # trained on the float model; hidden, as of no base here
 REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
+SAMPLE = "quantize/sample"
+SAMPLED = ".qwlora/sampled"  # what the float model wrote: token ids by part of base.calibration
+SAMPLED_IDS = "ids.safetensors"  # in it
+_MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 # settings of an adapter that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
@@ -138,7 +146,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
             job, so that unchanged files are not read again.
     """
     plan = _Plan(recipe, texts, digests or Digests())
-    for data in (*recipe.base_texts(), *recipe.texts().values()):
+    calibration = map(recipe.calibration_texts, recipe.base.calibration)
+    for data in (*recipe.base_texts(), *recipe.texts().values(), *chain(*calibration)):
         texts.key(data)  # an error is reported before the model's files are read
     has_float, targets = has_float_model(recipe), plan.targets
     bundles = [name for name, target in targets.items() if target.has_base]
@@ -146,6 +155,7 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     switched = [name for name, target in targets.items() if target.needs_zero_adapter]
     if has_float:
         plan.evaluate("float")
+    plan.sample()
     plan.quantize()
     plan.evaluate("base", "quantize")
     for name in bundles:
@@ -234,8 +244,20 @@ class _Plan:
         return [version("qwlora"), section.source, *files, *trusted, *rotated]
 
     @cached_property
-    def base_text(self) -> list[Any]:
-        return [self.texts.key(data) for data in self.recipe.base_texts()]
+    def calibration(self) -> list[Any]:
+        """The texts that the base is calibrated on; what the model writes is a stage of its own."""
+        keys = []
+        for part in self.recipe.base.calibration:
+            texts = self.recipe.calibration_texts(part)
+            keys.append([part.weight, [self.texts.key(data) for data in texts]])
+        return keys
+
+    def sample(self) -> None:
+        recipe, parts = self.recipe, self.recipe.base.calibration
+        if counts := sampled_sequences(recipe):
+            sampled = [[n, count, parts[n].temperature] for n, count in counts.items()]
+            inputs = [self.model, sampled, recipe.data.sequence_tokens, recipe.seed]
+            self.add(SAMPLE, [*inputs, REVISIONS["sampled_text"]], artifact=SAMPLED)
 
     def held_out(self, data: Data) -> list[Any]:
         return [*self.texts.key(data), data.evaluation_sequences]
@@ -276,8 +298,8 @@ class _Plan:
         solvers = [name for name in SOLVERS if name in named]
         moments = needs_moments(recipe)
         observed: list[Any] | None = None
-        if any(SOLVERS[name].needs_calibration for name in solvers) or moments:
-            observed = [self.base_text, recipe.seed, REVISIONS["layer_statistics"]]
+        if is_calibrated(recipe):
+            observed = [self.calibration, recipe.seed, REVISIONS["layer_statistics"]]
         encodings: list[Any] | None = None
         if model.encodings is not None:
             file = Path(model.encodings)
@@ -286,18 +308,19 @@ class _Plan:
         tuning: list[Any] | None = None
         if base.tuning.steps:
             revision = REVISIONS["tune_scales"]
-            tuning = [base.tuning.model_dump(), self.base_text, recipe.seed, revision]
+            tuning = [base.tuning.model_dump(), self.calibration, recipe.seed, revision]
         inputs = [
             self.model,
             encodings,
-            base.model_dump(exclude={"tuning", "calibrate_on"}),
+            base.model_dump(exclude={"tuning", "calibrate_on", "calibration"}),
             observed,
             moments and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
             base.gptq.rounding_steps and REVISIONS["learned_rounding"],
             tuning,
         ]
-        self.add("quantize", inputs, artifact="base")
+        reads = bool(observed or tuning) and SAMPLE in self.stages
+        self.add("quantize", inputs, *[SAMPLE] * reads, artifact="base")
 
     def learns(self, adapter: Adapter, start: Adapter) -> list[Any]:
         """The texts of an adapter, and the files that `start` continues."""
@@ -318,6 +341,9 @@ class _Plan:
         learns += [REVISIONS["initialize_adapter"]] if has_init else []
         needs = ["quantize", *([f"train/{first.name}"] if first else [])]
         needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+        if recovers_on_base_text(recipe, adapter):
+            learns.append(self.calibration)
+            needs += [SAMPLE] * (SAMPLE in self.stages)
         inputs = [settings, learns, recipe.seed]
         self.add(f"train/{name}", inputs, *needs, adapter=name, artifact=f"adapters/{name}")
 
@@ -443,6 +469,35 @@ def has_float_model(recipe: Recipe) -> bool:
 def needs_moments(recipe: Recipe) -> bool:
     """Whether the initialization of an adapter needs second moments of the base's layers."""
     return any(adapter.init == "qera" for adapter in recipe.adapters)
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    """Whether quantizing the base, before it is tuned, needs calibration text."""
+    named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)} & SOLVERS.keys()
+    return needs_moments(recipe) or any(SOLVERS[name].needs_calibration for name in named)
+
+
+def sampled_sequences(recipe: Recipe) -> dict[int, int]:
+    """How many sequences the float model writes for each part of `base.calibration`, by its number;
+    none if nothing reads them."""
+    base, adapters = recipe.base, recipe.adapters
+    is_read = is_calibrated(recipe) or base.tuning.steps
+    if not is_read and not any(recovers_on_base_text(recipe, adapter) for adapter in adapters):
+        return {}
+    wanted = max(base.calibration_sequences, base.tuning.steps)
+    share = wanted / sum(part.weight for part in base.calibration)
+    return {
+        number: min(_MOST_SAMPLED, math.ceil(share * part.weight))
+        for number, part in enumerate(base.calibration)
+        if part.text == MODEL
+    }
+
+
+def recovers_on_base_text(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter for recovery is trained on the text that the base is calibrated on: if it
+    has none of its own, and that is more than the text of the job."""
+    is_general = adapter.objective == "recovery" and adapter.data is None
+    return is_general and any(part.text != JOB for part in recipe.base.calibration)
 
 
 def is_compared(kind: str, other: str) -> bool:

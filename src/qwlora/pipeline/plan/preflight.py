@@ -20,7 +20,7 @@ from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.meta_model import LazyModel
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign
+from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign, sampled_sequences
 from qwlora.pipeline.plan.target_table import (
     kept_grids,
     model_files,
@@ -165,7 +165,8 @@ def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | No
 
 
 def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
-    if (count := len(context.base_calibration_ids(2))) < 2:
+    is_sampled = sampled_sequences(context.recipe)  # which has not run yet
+    if not is_sampled and (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
             "more text, or remove base.tuning"

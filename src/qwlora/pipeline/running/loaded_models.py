@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,14 +47,17 @@ from qwlora.pipeline.plan.plan import (
     ADAPTER,
     BASE_SIMULATION,
     FLOAT_ADAPTERS,
+    SAMPLED,
+    SAMPLED_IDS,
     USE_CASES,
     ZERO_ADAPTER,
     JobTexts,
+    sampled_sequences,
     without_recovery,
 )
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.recipe.grid_sections import Model
+from qwlora.recipe.grid_sections import JOB, Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
@@ -100,10 +104,19 @@ class PreparedText:
         return {**counts, "evaluation": self.evaluation.counts()}
 
 
-def _alternating(texts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The rows of several tensors [count, tokens] in turn, until all are used up."""
-    for rows in zip_longest(*texts):
-        yield from (row for row in rows if row is not None)
+def in_turn(
+    texts: Sequence[Iterable[Tensor]], weights: Sequence[float] | None = None
+) -> Iterator[Tensor]:
+    """The sequences of several texts in turn, each text's as often as its weight says, until all
+    are used up."""
+    left, taken = dict(enumerate(map(iter, texts))), [0.0] * len(texts)
+    while left:
+        number = min(left, key=lambda n: taken[n])
+        if (row := next(left[number], None)) is None:
+            del left[number]
+            continue
+        taken[number] += 1 / (weights[number] if weights else 1.0)
+        yield row
 
 
 class JobContext:
@@ -165,13 +178,26 @@ class JobContext:
             names.setdefault(recipe.data_of(adapter), adapter)
         if recipe.data.source is not None:
             names.setdefault(recipe.data, "base")
+        for part in recipe.base.calibration:
+            for data in recipe.calibration_texts(part) if part.text != JOB else ():
+                names.setdefault(data, part.text)
         return {name: self.prepared(data) for data, name in names.items()}
 
+    def _sequences(self, texts: Iterable[Data]) -> Iterator[Tensor]:
+        """Sequences of token ids of several texts, which alternate."""
+        return in_turn([self.prepared(data).data.calibration_ids for data in texts])
+
     def base_calibration_ids(self, count: int) -> Tensor:
-        """Token ids that the base is calibrated on: int64 [count, tokens], fewer if there are not
-        as many; the sequences of several texts alternate."""
-        ids = [self.prepared(data).data.calibration_ids for data in self.recipe.base_texts()]
-        return torch.stack(list(islice(_alternating(ids), count)))
+        """Token ids that the weights of the base are calibrated on: int64 [count, tokens], fewer if
+        there are not as many."""
+        recipe, parts = self.recipe, self.recipe.base.calibration
+        file = self.path / SAMPLED / SAMPLED_IDS
+        sampled = load_file(file) if sampled_sequences(recipe) else {}
+        texts = [self._sequences(recipe.calibration_texts(part)) for part in parts]
+        for number, ids in sampled.items():
+            texts[int(number)] = iter(ids)
+        rows = in_turn(texts, [part.weight for part in parts])
+        return torch.stack(list(islice(rows, count)))
 
     def calibration(self, *adapters: str) -> dict[str, Any]:
         """Arguments of `Simulation.observe`: batches, and when to stop.
@@ -181,9 +207,10 @@ class JobContext:
         """
         if adapters:
             texts = dict.fromkeys(self.text(name) for name in adapters)
-            rows: Iterable[Tensor] = _alternating([text.calibration_ids for text in texts])
+            rows: Iterable[Tensor] = in_turn([text.calibration_ids for text in texts])
         else:
-            rows = self.base_calibration_ids(self.recipe.data.calibration_sequences)
+            sequences = self._sequences(self.recipe.base_texts())
+            rows = islice(sequences, self.recipe.data.calibration_sequences)
         return {
             "batches": [one_row(row) for row in rows],
             "track": self.track,
@@ -196,7 +223,7 @@ class JobContext:
 
     def example_inputs(self, model: Any) -> dict[str, Tensor]:
         """Two sequences that a graph of `model` is captured from."""
-        ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
+        ids = next(self._sequences(self.recipe.base_texts()))[None, :16].repeat(2, 1)
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.recipe.simulation.inputs == "embeddings":
             embeddings = model.get_input_embeddings()(example.pop("input_ids")).detach()

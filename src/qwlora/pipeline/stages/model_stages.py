@@ -26,7 +26,8 @@ from qwlora.adapter.adapter_deltas import adapter_updates
 from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
-from qwlora.adapter.train import TrainingReport, train_adapter
+from qwlora.adapter.train import TrainingData, TrainingReport, train_adapter
+from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, perplexity, score_tokens
 from qwlora.data.sequences import check_isolation
@@ -43,14 +44,19 @@ from qwlora.pipeline.plan.plan import (
     CASES,
     MOMENTS,
     REFERENCE,
+    SAMPLE,
+    SAMPLED_IDS,
     SHARED,
     SOLVER_SCALES,
     ZERO,
     Stage,
     compared_with,
+    is_calibrated,
     is_compared,
     needs_moments,
+    recovers_on_base_text,
     reference_stage,
+    sampled_sequences,
 )
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.running.distributed import is_first_process
@@ -77,8 +83,24 @@ from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
 
+def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Let the float model write the text that the base is calibrated on."""
+    recipe, sampled = context.recipe, dict[str, Tensor]()
+    is_held = context.holds_float_model  # then the next stage quantizes it in memory
+    model = context.float_model() if is_held else context.take_float_model()
+    for number, count in sampled_sequences(recipe).items():
+        temperature = recipe.base.calibration[number].temperature
+        settings = (count, recipe.data.sequence_tokens, temperature, recipe.seed + number)
+        ids = sample_sequences(model, context.tokenizer, *settings, track=context.track)
+        sampled[str(number)] = ids
+    save_file(sampled, scratch / SAMPLED_IDS)
+    return {"sampled": {"sequences": sum(map(len, sampled.values()))}}
+
+
 def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Step 1: quantize the base, and tune it if the recipe asks for it."""
+    if stage.name == SAMPLE:
+        return _sample(context, scratch)
     measured: dict[str, Any] = {}
     if context.recipe.base.tuning.steps:
         solved = work / "solved"
@@ -121,11 +143,13 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
     """
     base, source = context.recipe.base, public_name(context.recipe.model.source)
     tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
-    calibration = context.base_calibration_ids(base.calibration_sequences)
+    calibration = None
+    if is_calibrated(context.recipe):
+        calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
         model = load_precomputed(model_files(context.recipe.model), track)
-        if moments is not None:
+        if moments is not None and calibration is not None:
             observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))
         return save_base(model, scratch, tokenizer, source=source), report
@@ -249,9 +273,13 @@ def _train_adapter(
         who, logs = f"{who} on the float model", logs / "float"
     elif context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
         graph = TrainingGraph(context.simulate(model.eval()))
+    sequences: TrainingData = text.data.train
+    if recovers_on_base_text(context.recipe, adapter):
+        count = adapter.steps * adapter.batch_sequences * adapter.accumulation_steps
+        sequences = context.base_calibration_ids(count)
     return train_adapter(
         model,
-        text.data.train,
+        sequences,
         adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
         work,
         text.evaluation if adapter.evaluation_steps else None,

@@ -1,0 +1,120 @@
+"""`base.calibration`: the base is calibrated on the job's text, other texts, and what the float model writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_model
+from pipeline.conftest import stage_keys
+from qwlora.errors import RecipeError
+from qwlora.pipeline.plan.forecast import Forecaster
+from qwlora.pipeline.plan.plan import JobTexts, Stage
+from qwlora.pipeline.running import new_context
+from qwlora.pipeline.running.loaded_models import in_turn
+from qwlora.recipe import load_recipe
+from qwlora.system.progress import untracked
+
+GPTQ = {"solver": "gptq", "calibration_sequences": 6}
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    (tmp_path / "numbers").mkdir()
+    for i in range(5):
+        (tmp_path / "numbers" / f"{i}.txt").write_text("".join(map(str, range(i, 99))))
+    return tmp_path / "numbers"
+
+
+def test_texts_take_turns_by_their_weights() -> None:
+    rows = [torch.full((count, 1), value) for value, count in ((0, 2), (1, 9), (2, 9))]
+    taken = [int(row) for row in in_turn(rows, [1, 2, 1])]
+    assert taken[:8] == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert sorted(taken) == [0] * 2 + [1] * 9 + [2] * 9
+    assert [int(row) for row in in_turn(rows)][:7] == [0, 1, 2, 0, 1, 2, 1]
+
+
+def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> None:
+    own = {"text": "model", "weight": 2, "temperature": 0.7}
+    job = job_for("one-layer llama", base={**GPTQ, "calibration": ["job", own, str(numbers)]})
+    results = job.run("quantize")
+    assert job.done == ["quantize/sample", "quantize"]
+    assert results["sampled"] == {"sequences": 3}
+    recipe = load_recipe(job.out / "recipe.yaml")
+    context = new_context(recipe, JobTexts(recipe), job.out, untracked)
+    ids = context.base_calibration_ids(8)
+    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["1"]
+    assert written.shape == (3, 32)
+    places = [int((row == written).all(1).any()) for row in ids]
+    assert places == [0, 1, 0, 1, 0, 1, 0, 0]
+    digits = [any(map(str.isdigit, context.tokenizer.decode(row))) for row in ids]
+    assert [d for d, p in zip(digits, places, strict=True) if not p] == [0, 1, 0, 1, 0]
+    assert len(context.calibration()["batches"]) == 4  # of activations: the job's text alone
+    job.run("quantize")
+    assert not job.done
+    other = job.run("quantize", changes=["base.calibration=[job]"])
+    assert job.done == ["quantize"]
+    assert other["base"]["fingerprint"] != results["base"]["fingerprint"]
+
+
+def test_text_is_written_only_where_something_reads_it(recipe_for: Any, numbers: Path) -> None:
+    def keys(*changes: str) -> dict[str, str]:
+        return stage_keys(recipe_for(base={"calibration": ["job", "model"]}), *changes)
+
+    gptq = keys("base.solver=gptq")
+    assert "quantize/sample" not in keys("base.solver=rtn")
+    recovery = keys("base.solver=rtn", "adapters.0.objective=recovery")
+    assert "quantize/sample" in recovery
+    assert recovery["quantize"] == keys("base.solver=rtn")["quantize"]
+    assert (
+        recovery["train/first"]
+        != stage_keys(recipe_for(), "base.solver=rtn", "adapters.0.objective=recovery")[
+            "train/first"
+        ]
+    )
+    for change, both in (("seed=1", True), (f"base.calibration=[model, {numbers}]", False)):
+        changed = keys("base.solver=gptq", change)
+        assert (changed["quantize/sample"] != gptq["quantize/sample"]) or not both
+        assert changed["quantize"] != gptq["quantize"]
+    assert (
+        keys("base.solver=gptq", "adapters.0.steps=9")["quantize/sample"] == gptq["quantize/sample"]
+    )
+
+
+def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def train_adapter(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(sequences)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", train_adapter)
+    adapters = [
+        {"name": "first", "objective": "recovery", "rank": 2, "steps": 4, "warmup_steps": 0}
+    ]
+    base = {"solver": "rtn", "calibration": ["job", "model"]}
+    job = job_for("one-layer llama", base=base, adapters=adapters)
+    with pytest.raises(KeyboardInterrupt):
+        job.run("quantize", "train")
+    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["1"]
+    assert torch.equal(seen[0][1::2], written[:2])
+
+
+def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
+    base = {"solver": "gptq", "calibration": ["job", "model"]}
+    recipe = load_recipe(recipe_for("one-layer llama", base=base))
+    forecast = Forecaster(recipe).stage(Stage("quantize/sample", ""))
+    cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert forecast.memory["key-value cache"] == 2 * size  # it is copied when it grows
+    assert forecast.memory["float model"] > 0
+    assert forecast.disk == 8 * 16 * 32
+
+
+def test_a_text_that_is_not_there_is_named(recipe_for: Any) -> None:
+    with pytest.raises(RecipeError, match=r"base\.calibration.*nowhere\.txt"):
+        load_recipe(recipe_for(base={"calibration": ["job", "nowhere.txt"]}))

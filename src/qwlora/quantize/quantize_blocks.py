@@ -132,7 +132,9 @@ def _learn(
     better, loss = learn_rounding(model, path, solved, learned, runner)
     for name, quantized in better.items():
         moved = float((quantized.codes != solved[name].codes).float().mean())
-        errors = rounding_errors(tensor_out_in(model, name), quantized, inputs.get(name))
+        errors: dict[str, Any] = rounding_errors(
+            tensor_out_in(model, name), quantized, inputs.get(name)
+        )
         report = replace(block[name][1], moved=moved, block_loss=loss, **errors)
         block[name] = quantized, report
 

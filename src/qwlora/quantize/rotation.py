@@ -304,9 +304,9 @@ class _Stream:
 
     def _layer(self, node: Node) -> str:
         path = module_of(node)[0]
-        weight = node.args[1 if operation(node) == "linear" else 0]  # embedding(table, ids)
+        weight: Any = node.args[1 if operation(node) == "linear" else 0]  # embedding(table, ids)
         module = _module(self.model, path)
-        own = None if module is None else module._parameters.get("weight")
+        own: Any = None if module is None else module._parameters.get("weight")
         is_own = own is not None and isinstance(weight, Node) and weight.op == "placeholder"
         if "@" in path or not is_own or own.shape != weight.meta["val"].shape:
             raise _cannot(
@@ -355,8 +355,9 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
         return
     pair = module_of(source)[0], module_of(readers[0])[0]
     value, out = (_module(model, path) for path in pair)
-    are_plain = isinstance(value, nn.Linear) and isinstance(out, nn.Linear)
-    if are_plain and value.out_features % width == 0 == out.in_features % width:
+    if not (isinstance(value, nn.Linear) and isinstance(out, nn.Linear)):
+        return
+    if value.out_features % width == 0 == out.in_features % width:
         plan.heads[pair] = width
 
 
@@ -386,7 +387,7 @@ def _apply_(model: nn.Module, plan: _Plan, seed: int) -> None:
         layer.weight.copy_(stream(layer.weight))
     for norm in {norm for norm in plan.readers.values() if norm is not None}:
         module = model.get_submodule(norm)
-        module.weight.fill_(1 - gain_constant(module))
+        module.weight.fill_(1 - (gain_constant(module) or 0))
     for layer, _ in _once(model, plan.writers):
         if isinstance(layer, nn.Embedding):
             layer.weight.copy_(stream(layer.weight))

@@ -409,7 +409,7 @@ class Forecaster:
                 "factors of the largest layer": 8.0 * FLOAT * largest**2,
             }
         memory = self._float_memory if on_float else self._base_memory
-        memory |= max(during, starting, key=lambda parts: sum(parts.values()))
+        memory |= during if sum(during.values()) >= sum(starting.values()) else starting
         settings = ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens")
         return Forecast(stage.name, memory, FLOAT * trained, settings)
 

@@ -354,7 +354,8 @@ class _Plan:
         settings = [a.model_dump(exclude=no_effect) for a in (adapter, start)]
         inputs = [self.model, settings, self.learns(adapter, start), recipe.seed, recipe.workflow]
         first = recipe.predecessor(start)
-        needs, name = filter(None, [first and reference_stage(recipe, first)]), adapter.name
+        before = reference_stage(recipe, first) if first else None
+        needs, name = [before] if before else [], adapter.name
         self.add(stage, inputs, *needs, adapter=name, artifact=f"{FLOAT_ADAPTERS}/{name}")
 
     def evaluate(self, kind: str, *needs: str, adapter: Adapter | None = None) -> None:
@@ -473,8 +474,9 @@ def needs_moments(recipe: Recipe) -> bool:
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether quantizing the base, before it is tuned, needs calibration text."""
-    named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)} & SOLVERS.keys()
-    return needs_moments(recipe) or any(SOLVERS[name].needs_calibration for name in named)
+    named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
+    solvers = [solver for name, solver in SOLVERS.items() if name in named]
+    return needs_moments(recipe) or any(solver.needs_calibration for solver in solvers)
 
 
 def sampled_sequences(recipe: Recipe) -> dict[int, int]:

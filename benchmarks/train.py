@@ -7,7 +7,8 @@
     python benchmarks/train.py memory --only plain ours --steps 2 --rounds 1
 
 time: forward and backward, also of bitsandbytes' NF4 (extra `benchmarks`; without it its row is left out). Candidates are measured in groups, each with plain
-float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, and [plain, plain bfloat16, NF4]. Within a group they take turns
+float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, [plain, plain bfloat16, NF4], and [plain, 4 bits, the same with a
+mergeable adapter], both as the train stage runs them (`fused_lora`). Within a group they take turns
 step by step; `ratio` is the median over the turns of that turn's two times, `ratios` the smallest and the largest. No more than one group is in memory, beside
 the float model. One thread is timed by the processor's clock, which does not run while others have the processor, more by the wall's. `resident` is the bytes
 of the packed layers over those of the same weights in float32.
@@ -60,6 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain-checkpointing": {"checkpointing": True},
     "plain-bf16-checkpointing": {"checkpointing": True, "half": True},
     "ours": {"base": "w4"},
+    "ours, mergeable": {"base": "w4", "mergeable": True},
     "ours-checkpointing": {"base": "w4", "checkpointing": True},
     "ours-bf16-checkpointing": {"base": "w4", "checkpointing": True, "half": True},
     "ours, head int8": {"base": "w4-head8"},
@@ -118,6 +120,15 @@ def candidates_of(base: nn.Module, group: str) -> dict[str, tuple[nn.Module, flo
             frozen, resident = nf4(base)
             found["bitsandbytes NF4"] = adapted(frozen), resident
         return found
+    if group == "mergeable":
+        from qwlora.adapter.mergeable import mergeable_
+
+        frozen, resident = packed(base, 4)
+        found[f"{SCHEMES[4]} float32"] = adapted(copy.deepcopy(frozen)), resident
+        found["mergeable"] = adapted(frozen), resident + 4 / 32  # and 4 bits of what was rounded
+        weights = dict(base.named_parameters())
+        mergeable_(found["mergeable"][0], weight=lambda path: weights[f"{path}.weight"].detach())
+        return found
     scheme = SCHEMES[int(group[1:])]
     frozen, resident = packed(base, int(group[1:]))
     found[f"{scheme} bfloat16"] = adapted(copy.deepcopy(frozen).to(torch.bfloat16)), resident
@@ -131,7 +142,11 @@ def step(model: nn.Module, ids: torch.Tensor) -> None:
 
 def time_group(base: nn.Module, group: str, rounds: int) -> list[dict[str, Any]]:
     """The rows of one group."""
-    rows, candidates = [], candidates_of(base, group)
+    from qwlora.adapter.training_step import fused_lora
+
+    rows, candidates, fused = [], candidates_of(base, group), contextlib.ExitStack()
+    for model, _ in candidates.values() if group == "mergeable" else ():
+        fused.enter_context(fused_lora(model))
     for shape in SHAPES:
         ids = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
         ways = {name: partial(step, model, ids) for name, (model, _) in candidates.items()}
@@ -217,12 +232,18 @@ def prepare(folder: Path) -> None:
 
 
 def measure(
-    folder: Path, steps: int, base: str = "", checkpointing: bool = False, half: bool = False
+    folder: Path,
+    steps: int,
+    base: str = "",
+    checkpointing: bool = False,
+    half: bool = False,
+    mergeable: bool = False,
 ) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from qwlora.adapter.mergeable import mergeable_
     from qwlora.adapter.training_step import memory_saving
     from qwlora.formats.base_folder import load_base
 
@@ -236,6 +257,10 @@ def measure(
     )
     inner.config.use_cache = False
     model = get_peft_model(inner, LoraConfig(r=16, target_modules="all-linear")).train()
+    if mergeable:
+        floats = AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
+        mergeable_(model, weight=lambda path: floats.get_submodule(path).weight.detach())
+        del floats
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -294,7 +319,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("time", "memory", "prepare", "measure"))
-    groups = [*(f"w{bits}" for bits in SCHEMES), "others"]
+    groups = [*(f"w{bits}" for bits in SCHEMES), "others", "mergeable"]
     parser.add_argument("--only", nargs="*", choices=[*groups, *WAYS], help="groups, or ways")
     parser.add_argument("--rounds", type=int, help="turns of each candidate (7) or way (3)")
     parser.add_argument("--steps", type=int, default=3, help="of a way; the first is not timed")

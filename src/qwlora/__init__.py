@@ -19,10 +19,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwlora.adapter.adapter_deltas import merged_model as merged_model
     from qwlora.adapter.adapter_folder import load_adapter as load_adapter
     from qwlora.adapter.adapter_folder import save_adapter as save_adapter
     from qwlora.adapter.initialize import InitReports as InitReports
     from qwlora.adapter.initialize import initialize_ as initialize_
+    from qwlora.adapter.mergeable import mergeable_ as mergeable_
     from qwlora.adapter.training_step import memory_saving as memory_saving
     from qwlora.errors import QwloraError as QwloraError
     from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
@@ -81,8 +83,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "adapter.adapter_deltas": ("merged_model",),
     "adapter.adapter_folder": ("load_adapter", "save_adapter"),
     "adapter.initialize": ("InitReports", "initialize_"),
+    "adapter.mergeable": ("mergeable_",),
     "adapter.training_step": ("memory_saving",),
     "errors": ("QwloraError",),
     "targets.one_call": ("export", "verify"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from cli.command_line import answered, qwlora, refused
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
-from qwlora import load_base, quantize_
+from qwlora import load_adapter, load_base, merged_model, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses
 from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
@@ -29,7 +30,7 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.nn.replace import unpack_
 from qwlora.pipeline.commands.open_job import open_job
-from qwlora.pipeline.commands.write_model import merge_effect, merged_model, write_merged
+from qwlora.pipeline.commands.write_model import merge_effect, write_merged
 from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
@@ -235,6 +236,39 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert "is not empty" in again.stderr
     answered("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
+
+
+@pytest.mark.slow
+def test_a_mergeable_adapter_is_its_merged_base_everywhere(job_for: Any, tmp_path: Path) -> None:
+    """Trained, evaluated, simulated, run in ONNX Runtime and merged: the same integers."""
+    first = {"name": "first", "rank": 4, "alpha": 64, "steps": 8, "warmup_steps": 1}
+    job = job_for(adapters=[{**first, "learning_rate": 0.02, "mergeable": True}])
+    results = job.run()
+    assert "verify/onnx_each/first" in job.done
+    assert results["parity"]["onnx_each"]["first"]["passed"]
+    adapted = results["perplexity"]["adapted"]["first"]
+    assert adapted < results["perplexity"]["base"] - 1
+    verdict = json.loads(answered("merge-check", job.out, "first", "--json"))
+    assert (verdict["adapted"], verdict["merged"], verdict["kept"]) == (adapted, adapted, 1)
+    merged = tmp_path / "merged"
+    said = answered("merge", job.out, "first", "--into", "requantized", "--out", merged)
+    assert "it was trained as the merged integers" in said
+    layers = packed_weights(load_base(merged))
+    model = onnx.load(job.out / "export/onnx_each/first/model.onnx")
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    before = packed_weights(load_base(job.out / "base"))
+    for name, layer in layers.items():
+        assert not torch.equal(layer.codes, before[name].codes)
+        codes = torch.from_numpy(stored[f"{name}.codes"].astype("int16"))  # [in, out]
+        assert torch.equal(codes.T, layer.codes.to(torch.int16) - 8)
+    floats = tiny_model("llama").state_dict()
+    trained = load_adapter(
+        load_base(job.out / "base"),
+        job.out / "adapters/first",
+        weight=lambda path: floats[f"{path}.weight"],
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(trained(IDS).logits, load_base(merged).eval()(IDS).logits)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""How large the deltas of an adapter are, next to the frozen weights: what training changed, what
-merging would lose, and which ties it would end.
+"""The deltas of an adapter next to the frozen weights: how large they are, what merging them would
+lose, and merging itself.
 
     delta     dW = scaling * lora_B lora_A        [out, in], rank r
     gain      |dW| / |W|                          Frobenius norms, W the frozen weight
@@ -8,9 +8,16 @@ merging would lose, and which ties it would end.
 |dW|^2 = scaling^2 tr((B^T B) (A A^T)) needs only products of size [r, r]. DoRA's magnitudes are not
 included.
 
-Base weights are on the grid. After merging and requantizing, an entry of the delta below half a
-step is lost, and a larger one is rounded to whole steps. What that costs in perplexity is measured
-in `pipeline/commands/write_model.py`.
+An adapter is merged in one of two ways:
+
+    float         W_hat + dW as a float model: computes the same as base and adapter, but is as
+                  large as the float model
+    requantized   W_hat + dW rounded onto the base's grid: as small as the base, but an entry of the
+                  delta below half a step is lost, and a larger one is rounded to whole steps
+
+`W_hat` are the dequantized weights of the base, never the original float weights. What requantizing
+costs in perplexity is measured in `pipeline/commands/write_model.py`. A mergeable adapter was
+trained on the requantized integers (`mergeable.py`), so both ways compute what was trained.
 
 A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
 they need two weights (`untie_`).
@@ -18,20 +25,28 @@ they need two weights (`untie_`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import active_adapter
 from qwlora.adapter.chunked_loss import causal_model
+from qwlora.adapter.mergeable import is_mergeable
 from qwlora.errors import MergeError
-from qwlora.grid.encoding import aligned, grouped
+from qwlora.grid.encoding import QuantizedTensor, aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
+from qwlora.nn.packed_layer import with_tensor
+from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.system.parameter_names import canonical_name
+
+Into = Literal["float", "requantized"]
 
 
 def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Any]]:
@@ -84,7 +99,7 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def untie_(model: nn.Module) -> list[list[str]]:
-    """Give each tied float layer that has the adapter a weight of its own, in place.
+    """Give each tied layer that has the adapter a weight of its own, in place.
 
     The model's configuration then says that nothing is tied.
 
@@ -93,14 +108,20 @@ def untie_(model: nn.Module) -> list[list[str]]:
     """
     sharing: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            sharing.setdefault(id(weight), []).append(canonical_name(name))
+        if (weight := _shared_weight(module)) is not None:
+            sharing.setdefault(weight, []).append(name)
     untied = {}
     for _, _, base in _adapted_layers(model, active_adapter(model)):
-        weight = base._parameters.get("weight")
-        if weight is not None and len(sharing.get(id(weight), ())) > 1:
-            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            untied[id(weight)] = sharing[id(weight)]
+        weight = _shared_weight(base)
+        if weight is None or len(names := sharing.pop(weight, [])) < 2:
+            continue
+        untied[weight] = [canonical_name(name) for name in names]
+        for name in names:
+            module: Any = model.get_submodule(name)
+            if isinstance(module, PackedLayer):
+                model.set_submodule(name, with_tensor(module, copy.deepcopy(module.tensor)))
+            else:
+                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     if untied:
         inner = causal_model(model)
         for config in (inner.config, inner.config.get_text_config()):
@@ -114,3 +135,38 @@ def untie_(model: nn.Module) -> list[list[str]]:
                 "cannot be merged; keep the adapter separate"
             )
     return list(untied.values())
+
+
+def _shared_weight(module: nn.Module) -> int | None:
+    """A number that layers with the same weight have in common; None without a weight."""
+    if isinstance(module, PackedLayer):
+        return module.tensor.parts.packed.data_ptr()
+    weight = module._parameters.get("weight")
+    return None if weight is None else id(weight)
+
+
+def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedModel:
+    """Merge the active adapter and return the model; see the module. Destroys `adapted`. Weights
+    that were tied to a layer with an adapter are untied.
+
+    Raises:
+        MergeError: the model has fused experts, unless the adapter is mergeable and `into` is
+            requantized; or it ties a layer with an adapter in code.
+    """
+    is_exact = is_mergeable(adapted, [active_adapter(adapted)])
+    packed = {} if is_exact else unpack_(adapted)
+    for layers in untie_(adapted):
+        tensors = [f"{layer}.weight" for layer in layers]
+        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
+            packed |= dict.fromkeys(tensors, owner)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=not is_exact)
+    if is_exact and into == "float":
+        unpack_(merged)
+    elif into == "requantized" and not is_exact:
+        for tensor, quantized in packed.items():
+            weight: Tensor = merged.get_parameter(tensor).detach()
+            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+        tie_weights_(merged)
+    restore_conv1d_(merged)
+    return merged.eval()

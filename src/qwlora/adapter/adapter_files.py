@@ -213,6 +213,13 @@ def base_of(folder: Path) -> str:
     return fingerprint
 
 
+def mergeable_record(folder: Path) -> dict[str, str | None] | None:
+    """What the adapter in `folder` records of the float weights that its merging starts from
+    (`mergeable.py`): `remainders`, a digest or None. None if it is not mergeable."""
+    record: dict[str, str | None] | None = manifest.read(folder / FILE).get("mergeable")
+    return record
+
+
 def adapter_folder(source: str) -> Path:
     """The local folder of `source`, a folder or a hub id, which is downloaded (configuration,
     weights, fingerprint)."""
@@ -232,7 +239,7 @@ class AdapterReport:
     """What one adapter folder contains."""
 
     name: str  # path relative to the searched folder
-    kind: str  # LoRA, rsLoRA, DoRA, or PEFT's name of another method
+    kind: str  # LoRA, rsLoRA, DoRA (with "mergeable"), or PEFT's name of another method
     rank: int | None  # for modules that no pattern matches
     alpha: float | None  # same
     modules: int  # number of layers with an adapter
@@ -261,6 +268,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
     config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    kind = f"mergeable {kind}" if mergeable_record(adapter) is not None else kind
     layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
     return AdapterReport(
         name=str(adapter.relative_to(below)),

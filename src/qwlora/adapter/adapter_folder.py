@@ -1,5 +1,6 @@
 """An adapter on disk: a plain PEFT directory, plus `qwlora.json`: which base it was trained on,
-and the SHA-256 of its weights and configuration (`manifest.py`).
+whether it is mergeable (`mergeable.py`), and the SHA-256 of its weights and configuration
+(`manifest.py`).
 
 PEFT alone can load it (`PeftModel.from_pretrained`) and ignores the extra file. `load_adapter`
 reads that file first and refuses another base. An adapter saved by PEFT has no such file; it is
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -28,9 +29,11 @@ from qwlora.adapter.adapter_files import (
     check_adapter,
     check_contents,
     check_pattern_times,
+    mergeable_record,
     read_config,
     weights_of,
 )
+from qwlora.adapter.mergeable import is_mergeable, mergeable_, remainders_digest
 from qwlora.errors import FingerprintError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
@@ -87,8 +90,10 @@ def save_adapter(
     for old in folder.rglob(FILE):
         old.unlink()  # never an old statement next to new weights
     record = {"format": FORMAT, "base_fingerprint": base_fingerprint}
-    for written in write_adapter(model, folder, adapter=adapter):
-        manifest.write(written, FILE, record, (CONFIG, WEIGHTS))
+    for name, written in write_adapter(model, folder, adapter=adapter).items():
+        digest = {"remainders": remainders_digest(model, name)}
+        stated = {"mergeable": digest} if is_mergeable(model, [name]) else {}
+        manifest.write(written, FILE, record | stated, (CONFIG, WEIGHTS))
 
 
 def write_adapter(
@@ -96,7 +101,7 @@ def write_adapter(
     folder: Path,
     state: dict[str, Tensor] | None = None,
     adapter: str | None = None,
-) -> list[Path]:
+) -> dict[str, Path]:
     """Write the files of PEFT's `save_pretrained`, also for a model that adapters were injected
     into; returns the folder of each adapter.
 
@@ -132,7 +137,7 @@ def write_adapter(
                 setattr(config, key, sorted(value))
         auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         config.save_pretrained(str(target), auto_mapping_dict=None if config.task_type else auto)
-    return list(folders.values())
+    return folders
 
 
 def load_adapter(
@@ -141,6 +146,7 @@ def load_adapter(
     is_trainable: bool = False,
     unknown_base: str = "refuse",
     adapter_name: str = "default",
+    weight: Callable[[str], Tensor] | None = None,
 ) -> PeftModel:
     """Attach the adapter in `folder` to the base `model`, or to a model with other adapters.
 
@@ -148,6 +154,7 @@ def load_adapter(
         adapter_name: its name in the model. A model that has adapters keeps its active one.
         unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
             was trained on, such as one that PEFT saved.
+        weight: of a mergeable adapter that was trained with float weights, these; see `mergeable_`.
 
     Raises:
         SourceError: the folder has no adapter, or the adapter does not record its base, is damaged,
@@ -173,6 +180,15 @@ def load_adapter(
                 model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
             )
     check_fit(folder, adapted, adapter_name)
+    if (record := mergeable_record(folder)) is not None:
+        expected = record["remainders"]
+        mergeable_(adapted, adapter_name, weight if expected else None)
+        if remainders_digest(adapted, adapter_name) != expected:
+            problem = "differ from these" if weight else "are needed"
+            raise FingerprintError(
+                f"adapter {str(folder)!r} is mergeable, and the float weights that its base was "
+                f"made of {problem}. Pass them as weight=, or set mergeable: true in the recipe"
+            )
     return adapted
 
 

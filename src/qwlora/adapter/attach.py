@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -184,11 +184,15 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
 
 
 def attach_existing(
-    model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0
+    model: PreTrainedModel,
+    source: str,
+    unknown_base: str = "refuse",
+    seed: int = 0,
+    weight: Callable[[str], Tensor] | None = None,
 ) -> PeftModel:
     """`load_adapter` of the adapter at `source`, a PEFT folder or a hub id, trainable."""
     torch.manual_seed(seed)  # for dropout
-    return load_adapter(model, adapter_folder(source), True, unknown_base)
+    return load_adapter(model, adapter_folder(source), True, unknown_base, weight=weight)
 
 
 def check_existing(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from qwlora.adapter.mergeable import is_mergeable
 from qwlora.errors import TrainingError
 from qwlora.nn import PackedLayer
 from qwlora.system.parameter_names import is_adapter_name
@@ -50,6 +51,11 @@ def prepare_sharding_(trainer: Any) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise TrainingError("FSDP 1 cannot shard packed integers. Launch with --fsdp_version 2")
+    if is_mergeable(trainer.model):
+        raise TrainingError(
+            "a mergeable adapter reads whole layers of the base, which FSDP shards. Launch without "
+            "FSDP"
+        )
     # Every process has loaded the base already; this would discard and send it again.
     plugin.cpu_ram_efficient_loading = False
     plugin.mixed_precision_policy = None

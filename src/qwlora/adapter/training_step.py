@@ -16,6 +16,8 @@ user's own, is rows 1 and 3 to 5.
     |   | inputs to the weight's dtype         | `input_dtype_casting`       | anyway
     | 4 | `forward` of plain LoRA layers       | `fused_lora`                | one output array
     |   |                                      | below                       | instead of four
+    |   | and of mergeable ones                | `merged_forward`            | the base's product is
+    |   |                                      | mergeable.py                | not used
     | 5 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
     |   |                                      | below                       | are not Intel's
 
@@ -49,6 +51,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
+from qwlora.adapter.mergeable import MergedIntegers, merged_forward
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.nn import PackedLinear
@@ -240,9 +243,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     linear (down_proj, a quarter of a Llama layer's products). Under autocast, x is rounded once
     instead of once per product. Results equal PEFT's up to rounding order.
 
-    PEFT's forward remains for everything but plain LoRA on a plain packed layer: DoRA and other
-    variants, several active adapters, merged or disabled adapters, layers with hooks or with a
-    forward set on the instance, and traced graphs.
+    Layers with a mergeable adapter compute only their merged integers, where PEFT computes the
+    base's product first. PEFT's forward remains for everything else: DoRA and other variants,
+    several active adapters, merged or disabled adapters, layers with hooks or with a forward set on
+    the instance, and traced graphs.
     """
     layers: list[Any] = [
         m
@@ -260,12 +264,11 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     adapter, dtype = "".join(active[:1]), compute_dtype(x)
-    is_plain = len(active) == 1 and not (  # the equation above is all that `layer` computes
-        args
-        or kwargs
-        or layer.disable_adapters
-        or layer.merged
-        or adapter in layer.lora_variant
+    is_alone = len(active) == 1 and not (args or kwargs or layer.disable_adapters or layer.merged)
+    if is_alone and isinstance(layer.lora_variant.get(adapter), MergedIntegers):
+        return merged_forward(layer, adapter, x)
+    is_plain = is_alone and not (  # the equation above is all that `layer` computes
+        adapter in layer.lora_variant
         or layer.lora_B[adapter].bias is not None
         or not layer.base_layer.is_plain
         or torch.compiler.is_compiling()

@@ -152,7 +152,9 @@ def merge_lines(effect: Mapping[str, Any]) -> list[str]:
     most = ", ".join(f"{path} {layer['share']:.1%}" for path, layer in worst)
     return [
         f"{effect['share']:.1%} of the adapter's weight changes are smaller than half a "
-        f"quantization step of the base (most in {most})",
+        f"quantization step of the base (most in {most})"
+        if worst
+        else "the adapter is mergeable: it was trained as the merged integers",
         f"perplexity: base {effect['base']:.3f}, with the adapter {effect['adapted']:.3f}, merged "
         f"into the integers {effect['merged']:.3f}",
         "the adapter does not improve perplexity on this text"

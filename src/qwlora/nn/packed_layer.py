@@ -241,6 +241,13 @@ def _state(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def with_tensor(layer: PackedLayer, tensor: PackedTensor) -> PackedLayer:
+    """A layer with other codes, not tied to any; it shares all else, bias and hooks too."""
+    other = type(layer).__new__(type(layer))
+    other.__dict__.update(_state(layer))
+    return other._take(tensor, layer.weight_shape, layer.compute_dtype)
+
+
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weight is a property
     """Linear layer on packed codes [out, in]."""
 

@@ -15,7 +15,7 @@ float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -167,6 +167,41 @@ class PackedTensor:
         if packed.ndim == 1:
             return self._rows(packed.unsqueeze(0), index, dtype).squeeze(0)
         return self._rows(packed, index, dtype)
+
+    def remainder(self, weight: Tensor) -> Tensor:
+        """What rounding left of `weight` [rows, count], of a matrix: packed codes c of 4 bits for
+        (c - 8) / 16 of a step, so at most half of one."""
+        left = weight.to(self.parts.packed.device).double() - self.dequantize()
+        steps = grouped(left, self.scheme.granularity) / self._broadcast(
+            self.scale.double(), None, self.shape
+        )
+        codes = steps.mul_(16).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+        return pack(codes.view(self.shape), 4)
+
+    def plus(self, left: Tensor, right: Tensor, remainder: Tensor | None = None) -> PackedTensor:
+        """The nearest tensor of the same grid to this one plus `left @ right`, [rows, rank] and
+        [rank, count]; of a matrix.
+
+            codes = clamp(codes + round_half_even(r + left @ right / scale), 0, 2^bitwidth - 1)
+
+        Its values lie on the grid, so only the change is rounded. `r` is `remainder`, or 0; neither
+        changes a code where the product is 0. The product is computed in float64, where the order
+        of its sums is 1e-16 of them: codes do not depend on threads, shapes or libraries.
+        """
+        packed, shape = torch.empty_like(self.parts.packed), self.shape
+        scale = self._broadcast(self.scale.double(), None, shape)
+        left, right = left.double(), right.double()
+        step = max(1, _AT_ONCE // max(1, self.count))
+        for rows in (slice(start, start + step) for start in range(0, len(packed), step)):
+            codes = left[rows] @ right
+            grouped(codes, self.scheme.granularity).div_(_of(scale, rows))
+            if remainder is not None:
+                sixteenths = unpack(remainder[rows].to(codes.device), 4, self.count)
+                codes.add_(sixteenths, alpha=1 / 16).sub_(0.5)
+            codes.round_().add_(unpack(self.parts.packed[rows], self.scheme.bitwidth, self.count))
+            codes.clamp_(0, self.scheme.steps)
+            packed[rows] = pack(codes.to(torch.uint8), self.scheme.bitwidth)
+        return replace(self, parts=self.parts._replace(packed=packed))
 
     def _rows(self, packed: Tensor, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
         scheme, shape = self.scheme, (*packed.shape[:-1], self.count)

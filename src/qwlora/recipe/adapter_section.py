@@ -115,6 +115,7 @@ _NOT_IN_GRAPH = {
     "dropout": "is missing in the graph, which is captured in eval mode; set it to 0",
     "gradient_checkpointing True": "needs modules, which the graph replaces; remove it",
     "compute bfloat16": "is too coarse for the activation grids; use float32",
+    "mergeable True": "computes other integers at each step, and the graph has the base's",
     "loss chunked": "needs an output head outside of the graph; use whole",
 }
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
@@ -172,6 +173,10 @@ class Adapter(Section):
     learn. Default: 0.5, and 1 if base.weights has 2 bits"""
     dora: bool = False
     """DoRA: train the norm of every output as well"""
+    mergeable: bool = False
+    """train on the integers that merging writes: `qwlora merge` then loses nothing. The adapter
+    cannot be switched: its integers are a base of their own, for targets that write a model for
+    each adapter (onnx_each, aimet) or as model.source of another recipe"""
     rank_pattern: dict[str, Rank] = {}
     """other ranks for some layers: end of the module path, or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -273,6 +278,13 @@ class Adapter(Section):
             yield (
                 f"{', '.join(named)}: PEFT does not support this together with target_parameters; "
                 "remove one of them"
+            )
+        others = [k for k in ("dropout", "dora", "target_parameters") if getattr(self, k)]
+        others += ["init"] if self.init != "zero" else []
+        if self.mergeable and others:
+            yield (
+                f"mergeable cannot be combined with {', '.join(others)}: merged integers have no "
+                "place for it; remove one of them"
             )
         if self.init != "zero" and (self.dora or continues):
             yield (

@@ -141,14 +141,14 @@ class Recipe(Section):
         filled = []
         for adapter in adapters or ():
             start = adapter.get("continue_from")
-            if not (keeps or adapter.get("dora") or start is not None):
+            if not (keeps or adapter.get("dora") or adapter.get("mergeable") or start is not None):
                 adapter = _filled(adapter, preset["adapter"])
             if isinstance(adapter.get("data"), dict):
                 adapter = {**adapter, "data": {**data, **adapter["data"]}}
             if isinstance(start, str) and re.fullmatch(r"[\w.-]+", start) and start not in names:
                 adapter = {**adapter, "continue_from": f"./{start}"}  # no name: a folder
             filled.append(adapter)
-        if any(a.get("dora") or a.get("target_parameters") for a in filled):
+        if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
         base = base if keeps else _filled(base, preset["base"])
         return {**content, "base": base, "adapters": filled, "export": export}
@@ -224,6 +224,7 @@ class Recipe(Section):
         targets = {name: TARGETS[name] for name in self.export.targets}
         names = {a.name for a in self.adapters}
         others = [a.name for a in self.adapters if a.dora or a.target_parameters]
+        mergeable = [a.name for a in self.adapters if a.mergeable]
         for name, target in targets.items():
             if lacking := list(self.simulation.lacking(target)):
                 yield f"target {name}: {'; '.join(lacking)}; or remove it from export.targets"
@@ -245,6 +246,13 @@ class Recipe(Section):
                     f"adapters {', '.join(others)}: {name} holds LoRA factors of linear layers, "
                     "but no DoRA and no experts. Train without dora and target_parameters, or use "
                     "export.targets: [onnx_each], which writes a model for each adapter"
+                )
+            if mergeable and (target.has_base or target.has_cases):
+                yield (
+                    f"adapters {', '.join(mergeable)}: mergeable adapters have integers of their "
+                    f"own, and {name} switches adapters on those of the base. Use export.targets: "
+                    "[onnx_each] or [aimet]; or merge (`qwlora merge`), and export the merged base "
+                    "(qwlora.export, or as model.source)"
                 )
         if self.base.solver != "keep" and (refused := refusal(self.base.grids(), targets)):
             yield f"base.weights, base.rules: {refused}; or remove a target from export.targets"
@@ -289,6 +297,11 @@ class Recipe(Section):
             )
         # What an adapter that continues one in files has is known only when these are read.
         dora = {a.dora for a in self.adapters if a.continue_from is None}
+        if mergeable := [a.name for a in self.adapters if a.mergeable]:
+            yield (
+                f"{asked}: mergeable adapters ({', '.join(mergeable)}) have integers of their own "
+                "and share nothing; use base_activations: all"
+            )
         if self.simulation.base_activations == "none" and len(dora) > 1:
             yield (
                 f"{asked}: adapters that share all encodings must all have dora, or none of them; "

@@ -31,7 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwlora.errors import CalibrationError, EncodingsFileError
+from qwlora.adapter.attach import active_adapters
+from qwlora.adapter.mergeable import is_mergeable
+from qwlora.errors import CalibrationError, CaptureError, EncodingsFileError
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats import manifest
 from qwlora.formats.aimet_encodings.grids import encoding_of, entry_of
@@ -65,6 +67,11 @@ class SimulationSource:
     def of(
         cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes
     ) -> SimulationSource:
+        if is_mergeable(model, active := active_adapters(model)):
+            raise CaptureError(
+                f"adapter {', '.join(active)} was trained as merged integers, and a simulation has "
+                "a branch for it. Merge it first: qwlora.merged_model(model)"
+            )
         return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
 
 

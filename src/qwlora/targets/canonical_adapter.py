@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, read_config
+from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, mergeable_record, read_config
 from qwlora.errors import ExportError, SourceError, listed
 from qwlora.formats import manifest
 from qwlora.system import strict_json
@@ -85,9 +85,15 @@ def read_canonical(folder: Path) -> CanonicalAdapter:
 
     Raises:
         SourceError: its files cannot be read.
-        ExportError: it holds something that is no pair of LoRA factors of a linear layer.
+        ExportError: it is mergeable, or holds something that is no pair of LoRA factors of a
+            linear layer.
     """
     config, what = read_config(folder), f"adapter {str(folder)!r}"
+    if mergeable_record(folder) is not None:
+        raise ExportError(
+            f"{what} is mergeable: it was trained as merged integers, which its factors alone do "
+            "not compute. Merge it (`qwlora merge`, qwlora.merged_model) and export the merged base"
+        )
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

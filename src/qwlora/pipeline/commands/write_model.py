@@ -1,39 +1,25 @@
 """Models that commands write to a folder: an adapter of a job merged into its base, with a measure
 of what that loses, and the integers of a quantized checkpoint as a base.
-
-    float         W_hat + Delta as a float model: computes the same as base and adapter, but is as
-                  large as the float model
-    requantized   W_hat + Delta rounded onto the base's grid: as small as the base, but changes
-                  smaller than half a step are lost
-
-`W_hat` are the dequantized weights of the base, never the original float weights. `Delta` is
-scaling * lora_B @ lora_A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from qwlora.adapter.adapter_deltas import rounding_losses, untie_
+from qwlora.adapter.adapter_deltas import Into, merged_model, rounding_losses
+from qwlora.adapter.mergeable import is_mergeable
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.errors import SourceError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.encoding import QuantizedTensor
-from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.quantize_model import BaseSize, base_size
 from qwlora.system.progress import Track, untracked
 
-Into = Literal["float", "requantized"]
 KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
 
 
@@ -43,7 +29,7 @@ def merge_effect(
     """Effect of merging an adapter into the base's integers, for `qwlora merge-check --json`.
 
     Args:
-        layers: rounding loss by canonical layer path.
+        layers: rounding loss by canonical layer path; empty for a mergeable adapter.
         base, adapted, merged: perplexity on held-out text of the base, of the base with the
             adapter, and of the requantized merge.
 
@@ -85,35 +71,15 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
     def measured(model: Any, what: str) -> float:
         return perplexity(logits_of(model), evaluation, f"perplexity, {what}", track)
 
-    adapted = context.adapted(name)
+    adapted = context.unmerged(name)
+    if is_mergeable(adapted):
+        after = measured(merged_model(adapted), "adapted")
+        return merge_effect({}, measured(context.base(), "base"), after, after)
     layers = rounding_losses(adapted)
     after = measured(adapted, "adapted")
     before = measured(context.base(), "base")
-    merged = measured(merged_model(adapted, "requantized"), "merged")
+    merged = measured(merged_model(adapted), "merged")
     return merge_effect(layers, before, after, merged)
-
-
-def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
-    """Merge and return the model. Destroys `adapted`. Weights that were tied to a layer with an
-    adapter are untied.
-
-    Raises:
-        MergeError: the model has fused experts, or ties a layer with an adapter in code.
-    """
-    packed = unpack_(adapted)
-    for layers in untie_(adapted):
-        tensors = [f"{layer}.weight" for layer in layers]
-        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
-            packed |= dict.fromkeys(tensors, owner)
-    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    if into == "requantized":
-        for tensor, quantized in packed.items():
-            weight: Tensor = merged.get_parameter(tensor).detach()
-            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
-            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
-        tie_weights_(merged)
-    restore_conv1d_(merged)
-    return merged.eval()
 
 
 def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:
@@ -121,7 +87,7 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
 
     Into float: a Hugging Face checkpoint. Requantized: a base, as `save_base` writes it.
     """
-    merged = merged_model(context.adapted(name), into)
+    merged = merged_model(context.unmerged(name), into)
     if into == "float":
         merged.save_pretrained(folder)
         context.tokenizer.save_pretrained(folder)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.adapter.adapter_files import adapter_folder, check_adapter
+from qwlora.adapter.adapter_deltas import merged_model
+from qwlora.adapter.adapter_files import adapter_folder, check_adapter, mergeable_record
 from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
@@ -31,6 +32,7 @@ from qwlora.adapter.attach import (
     check_shape,
     without_dropout_,
 )
+from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
@@ -43,6 +45,7 @@ from qwlora.formats.meta_model import LazyModel, build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
+from qwlora.nn import weight_out_in
 from qwlora.pipeline.plan.plan import (
     ADAPTER,
     BASE_SIMULATION,
@@ -311,10 +314,14 @@ class JobContext:
         with reading(folder, model):
             return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable).eval()
 
-    def adapted(self, *names: str) -> PeftModel:
+    def adapted(self, *names: str) -> PreTrainedModel | PeftModel:
+        """`unmerged`; of a mergeable adapter, its merged base."""
+        return _as_trained(self.unmerged(*names))
+
+    def unmerged(self, *names: str) -> PeftModel:
         """A fresh copy of the base with trained adapters, the first of them active."""
         first, *others = (self.path / "adapters" / name for name in names)
-        model = load_adapter(self.base(), first)
+        model = self._loaded(first)
         for number, folder in enumerate(others, 1):
             check_adapter(folder, self.base_fingerprint)
             with reading(folder, model):
@@ -325,7 +332,7 @@ class JobContext:
         """A fresh copy of the base with a new adapter, or with the one that this one continues.
 
         Args:
-            reference: the float model instead, with the same start.
+            reference: the float model instead, with the same start, never mergeable.
         """
         start = without_recovery(self.recipe, adapter) if reference else adapter
         seed, first = self.recipe.seed, self.recipe.predecessor(start)
@@ -336,9 +343,14 @@ class JobContext:
             folder = self.path / (FLOAT_ADAPTERS if reference else "adapters")
             source = str(folder / first.name) if first else start.continue_from
             whole = self.take_float_model() if reference else self.base()
+            merges = adapter.mergeable and not reference
+            weight = self.float_weight() if merges else None
             if source is None:
-                return attach(whole, start.lora_shape(), seed)
-            model = attach_existing(whole, source, start.unknown_base, seed)
+                model = attach(whole, start.lora_shape(), seed)
+            else:
+                model = attach_existing(whole, source, start.unknown_base, seed, weight)
+            if merges:
+                mergeable_(model, weight=weight)
         if self.recipe.workflow == "qwa-lora" and adapter.steps:
             without_dropout_(model)
         return model
@@ -346,6 +358,20 @@ class JobContext:
     def reference(self, name: str) -> PeftModel:
         """The float model with the adapter `name` as it was trained on it."""
         return load_adapter(self.take_float_model(), self.path / FLOAT_ADAPTERS / name).eval()
+
+    def float_weight(self) -> Callable[[str], Tensor] | None:
+        """The float weights [out, in] by the path of their layer; None if the base keeps integers
+        that were there before."""
+        if self.recipe.base.solver == "keep" and self.recipe.model.encodings is None:
+            return None
+        floats = self.take_float_model()
+        return lambda path: weight_out_in(floats.get_submodule(path)).detach()
+
+    def _loaded(self, folder: Path) -> PeftModel:
+        """A fresh copy of the base with the adapter in `folder`."""
+        base, record = self.base(), mergeable_record(folder)
+        needs_floats = record is not None and record["remainders"] is not None
+        return load_adapter(base, folder, weight=self.float_weight() if needs_floats else None)
 
     # Simulations
 
@@ -395,7 +421,7 @@ class JobContext:
         """Calibrate a simulation, see `calibration`."""
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
-    def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
+    def new_simulation(self, name: str, model: nn.Module | None = None) -> Simulation:
         """Capture base and adapter as a simulation that is not calibrated yet, see `simulate`.
 
         Only one simulation is kept in memory, besides the zero adapter's while both are compared.
@@ -413,7 +439,7 @@ class JobContext:
         """The calibrated simulation of an adapter, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
             folder = self.path / "simulation" / name
-            model = load_adapter(self.base(), folder / ADAPTER).eval()
+            model = _as_trained(self._loaded(folder / ADAPTER).eval())
             simulation = self.new_simulation(name, model)
             shares_weights = self.recipe.simulation.base_activations == "none"
             simulation.restore_from(folder, shares_weights)
@@ -493,7 +519,7 @@ class JobContext:
             return
         new = [adapter for adapter in recipe.adapters if recipe.predecessor(adapter) is None]
         models: list[Callable[[], nn.Module]] = [
-            partial(self.untrained, adapter) for adapter in new
+            self.base if adapter.mergeable else partial(self.untrained, adapter) for adapter in new
         ]
         if recipe.workflow == "qwa-lora" or recipe.simulation.base_activations != "all":
             models.append(self.base)
@@ -506,6 +532,11 @@ class JobContext:
             known.append(place(captured.program, self.schemes, captured.input_names))
         refuse_ineffective_rules(known)
         self._rules_are_checked = True
+
+
+def _as_trained(model: PeftModel) -> PreTrainedModel | PeftModel:
+    """`model`, merged if its adapter was trained so."""
+    return merged_model(model) if is_mergeable(model) else model
 
 
 def one_row(ids: Tensor) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwlora.adapter.adapter_deltas import adapter_updates
+from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
@@ -37,7 +38,6 @@ from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
-from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import (
     ADAPTER,
@@ -294,11 +294,8 @@ def _train_adapter(
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Initialize the adapter to correct the quantization error; returns each layer's error before
     and after."""
-    floats, base = context.take_float_model(), context.path / "base"
-
-    def weight(path: str) -> Tensor:
-        return weight_out_in(floats.get_submodule(path)).detach()
-
+    base, weight = context.path / "base", context.float_weight()
+    assert weight is not None, "the recipe refuses init with base.solver keep"
     reports = initialize_(
         model,
         adapter.init,
@@ -362,7 +359,9 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
     _apply_shared(context, simulation)
     measured |= encodings_summary(simulation)
     simulation.save(scratch)
-    save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
+    (scratch / ADAPTER).mkdir()
+    for file in (CONFIG, WEIGHTS, FILE):
+        shutil.copyfile(context.path / "adapters" / name / file, scratch / ADAPTER / file)
     return {"simulation": {name: measured}}
 
 

@@ -1,0 +1,206 @@
+"""Adapters that merge without loss: training computes the integers that merging writes.
+
+    q' = clamp(q + round(r + Delta / s), 0, 2^bitwidth - 1),    Delta = scaling * lora_B lora_A
+    y  = what the base layer computes with the codes q' in place of its codes q
+
+The grid is the base's own: scales and offsets stay, whatever they are (`PackedTensor.plus`). An
+untrained adapter (lora_B = 0) computes the base, bit for bit.
+
+r is what quantization left of the float weight, (W_float - W_hat) / s within +-1/2, in 4 bits. With
+it a small Delta moves the weights that were nearly rounded the other way, which costs little; the
+sum is then that of the float weights. Without the float model r is 0: only entries of Delta above
+half a step count (docs/log/training.md). Who merges needs the same float weights, which the
+adapter's record identifies by a digest.
+
+Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
+adapter would, `dL/dDelta = (dL/dy)^T x`, for clamped entries too: leaving those out would need
+dL/dDelta itself, a third product as large as the layer's own. Few codes are at an end of the grid,
+and one that is pushed outward by mistake computes the same.
+
+    mergeable_(peft_model, weight=...)    before training
+    merged_model(peft_model)              afterwards (`adapter_deltas.py`), or PEFT's
+                                          merge_and_unload()
+
+One adapter at a time, and not for DoRA, dropout, biases, fused experts, grouped convolutions and
+layers that the base keeps as floats. PEFT without this package computes y = W x + Delta x, which is
+not what was trained.
+
+What is relied on beyond PEFT's documented interfaces (0.21.2): `LoraVariant`, which PEFT calls in
+place of its own sum, merging included, and the attributes of its layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
+from torch import Tensor, nn
+
+from qwlora.errors import MergeError, TrainingError
+from qwlora.nn.fingerprint import update_digest
+from qwlora.nn.packed_layer import PackedLayer, is_packed, with_tensor
+from qwlora.nn.replace import replacement_problem
+from qwlora.system.parameter_names import canonical_name
+
+
+class MergedIntegers(LoraVariant):
+    """How PEFT's layers compute an adapter that merges without loss; `remainder` is r."""
+
+    def __init__(self, remainder: Tensor | None = None):
+        self.remainder = remainder
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """The layer's output; `result`, of the base, gives only its dtype, in which a merged model
+        computes: PEFT has cast `x` to the adapter's."""
+        used = [name for name in module.active_adapters if name in module.lora_variant]
+        if len(used) > 1:
+            raise TrainingError(
+                f"adapters {', '.join(used)} are mergeable: each has integers of its own. Activate "
+                "one"
+            )
+        x = x.to(result.dtype) if x.is_floating_point() else x
+        return merged_forward(module, active_adapter, x)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        module.base_layer = _merged_layer(module, active_adapter)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> NoReturn:
+        raise MergeError(
+            "merged integers do not hold the base's any more. Load the base and the adapter again"
+        )
+
+
+def mergeable_(
+    model: nn.Module,
+    adapter: str | None = None,
+    weight: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Make an adapter of `model` compute the integers that merging it writes. In place; call it
+    before training.
+
+    Args:
+        model: a frozen base with adapters of PEFT.
+        adapter: default: all adapters.
+        weight: gives the float weight [out, in] of the layer at a path, from before it was
+            quantized, as for `initialize_`. Default: unknown, which costs much of the gain.
+
+    Raises:
+        TrainingError: a layer has DoRA, dropout, a bias in the adapter, fused experts or groups, or
+            a forward that was replaced; or there is no such adapter.
+    """
+    layers = [
+        (canonical_name(path), module, name)
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for name in ([*module.r] if adapter is None else {adapter} & module.r.keys())
+    ]
+    if not layers:
+        raise TrainingError(
+            f"{type(model).__name__} has no adapter{f' {adapter!r}' if adapter else ''} to make "
+            "mergeable. Attach one first (peft.get_peft_model)"
+        )
+    for path, layer, name in layers:
+        if problem := _problem(layer, name):
+            raise TrainingError(f"adapter {name!r} cannot be mergeable: {path} {problem}")
+    for path, layer, name in layers:
+        tensor = layer.get_base_layer().tensor
+        remainder = None if weight is None else tensor.remainder(weight(path))
+        layer.lora_variant[name] = MergedIntegers(remainder)
+
+
+def remainders_digest(model: nn.Module, adapter: str) -> str | None:
+    """SHA-256 of what quantization left of the layers of a mergeable adapter; None if unknown."""
+    remainders = {
+        canonical_name(path): module.lora_variant[adapter].remainder
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_variant
+    }
+    digest, known = hashlib.sha256(), {p: r for p, r in remainders.items() if r is not None}
+    update_digest(digest, (part for item in sorted(known.items()) for part in item))
+    return digest.hexdigest() if known else None
+
+
+def _problem(layer: LoraLayer, adapter: str) -> str | None:
+    """Why this layer's adapter cannot be merged into integers; None if it can."""
+    if isinstance(layer, ParamWrapper):
+        return "holds fused experts. Remove them from target_parameters"
+    if not isinstance(layer.lora_variant.get(adapter), MergedIntegers | None):
+        return "has DoRA or another variant of LoRA. Attach a plain adapter"
+    if isinstance(layer.lora_dropout[adapter], nn.Dropout):
+        return "has dropout, and there is no branch to drop. Set it to 0"
+    if layer.lora_bias.get(adapter):
+        return "has a bias in lora_B. Set lora_bias to False"
+    base = layer.get_base_layer()
+    if not is_packed(base):
+        return "is float in the base. Quantize it by a rule, or leave it out of target_modules"
+    if getattr(base, "groups", 1) > 1:
+        return "is a convolution in groups. Leave it out of target_modules"
+    return replacement_problem(base)
+
+
+def is_mergeable(model: nn.Module, adapters: Collection[str] | None = None) -> bool:
+    """Whether one of these adapters is mergeable. Default: any adapter of `model`."""
+    return any(
+        isinstance(variant, MergedIntegers) and (adapters is None or name in adapters)
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for name, variant in module.lora_variant.items()
+    )
+
+
+def merged_forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    """The output of `layer` with its adapter merged; see the module."""
+    y: Tensor = _merged_layer(layer, adapter)(x)
+    if torch.is_grad_enabled():
+        y = _StraightThrough.apply(y, _branch(layer, adapter, x.detach()))
+    return y
+
+
+@torch.no_grad()
+def _merged_layer(layer: Any, adapter: str) -> PackedLayer:
+    """The base layer with the codes q'."""
+    base, remainder = layer.get_base_layer(), layer.lora_variant[adapter].remainder
+    return with_tensor(base, base.tensor.plus(*_factors(layer, adapter), remainder))
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Left and right factor of Delta, in float64, as the codes are: [out, in]; of an embedding
+    [rows, width]; of a convolution [out, in * kernel]."""
+    if isinstance(layer, Embedding):
+        right, left = layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T
+    else:
+        left, right = (f[adapter].weight.flatten(1) for f in (layer.lora_B, layer.lora_A))
+    return left.detach().double() * layer.scaling[adapter], right.detach().double()
+
+
+def _branch(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    """The branch of an ordinary adapter: its gradients are those of the factors."""
+    scaling = layer.scaling[adapter]
+    if not isinstance(layer, Embedding):
+        x = layer._cast_input_dtype(x, layer.lora_A[adapter].weight.dtype)
+        return layer.lora_B[adapter](layer.lora_A[adapter](x)) * scaling
+    u = nn.functional.embedding(x, layer.lora_embedding_A[adapter].T)
+    u = u @ layer.lora_embedding_B[adapter].T * scaling
+    factor = layer._get_embed_scale()  # of embeddings that scale their output, as Gemma's
+    return u if factor is None else u * factor.to(u.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """y, with the gradient of y + u."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, u: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient

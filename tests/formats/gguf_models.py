@@ -85,8 +85,10 @@ def write_file(
     shapes: Mapping[str, tuple[int, ...]],
     kind_of: Callable[[str, tuple[int, ...]], str],
     tokens: int = 96,
+    from_floats: bool = False,
 ) -> Path:
-    """A file with random numbers in every tensor."""
+    """A file with random numbers in every tensor; `from_floats`: blocks as the gguf package rounds
+    random floats, instead of random bytes."""
     writer = GGUFWriter(path, arch)
     writer.add_name("test")
     for key, value in metadata.items():
@@ -109,7 +111,7 @@ def write_file(
         if kind == "F64":
             writer.add_tensor(name, values.astype(np.float64) / 3)
             continue
-        if kind in KINDS:
+        if kind in KINDS and not from_floats:
             rows = random_rows(kind, int(np.prod(shape[:-1])), shape[-1], seed)
             data = rows.reshape(*shape[:-1], -1)
         else:

@@ -35,6 +35,7 @@ from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter
 VOLATILE = frozenset(
     (
         *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
+        "_model_name_or_path",  # a GGUF file's general.name
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("quantization_config", "transformers_weights"),
         *("bos_token_id", "eos_token_id", "pad_token_id"),

@@ -7,8 +7,9 @@ import torch
 
 from formats.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
 from qwlora.errors import SourceError
-from qwlora.formats.gguf.blocks import decode_blocks, to_quantized
+from qwlora.formats.gguf.blocks import TYPES, decode_blocks, to_quantized
 from qwlora.grid.encoding import QuantizedTensor
+from qwlora.grid.scheme import Scheme, SignedBlock
 from qwlora.nn.packed_tensor import PackedTensor
 
 
@@ -69,16 +70,17 @@ def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> Non
     assert torch.equal(*bits)
 
 
-def test_a_negative_scale_stays_symmetric_while_code_zero_is_unused() -> None:
-    raw = random_rows("Q4_0", 4, 64)
-    blocks = in_blocks("Q4_0", raw)
-    blocks[:, :2] = half(-0.5)
-    blocks[:, 2:] = 0x31
-    assert read("Q4_0", raw).encoding.scheme.symmetric
-    assert equals_ggufs("Q4_0", raw)
-    blocks[2, 5] = 0x30
-    assert not read("Q4_0", raw).encoding.scheme.symmetric
-    assert equals_ggufs("Q4_0", raw)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITH_MINIMUM])
+def test_negative_scales_are_kept_as_signed_blocks(kind: str) -> None:
+    raw = random_rows(kind, 4, 256)
+    codes, scales = decode_blocks(kind, torch.from_numpy(raw))
+    found = read(kind, raw)
+    assert found.encoding.scheme == Scheme(
+        TYPES[kind][0], True, SignedBlock(256 // scales.shape[1])
+    )
+    is_block = scales.repeat_interleave(256 // scales.shape[1], 1) != 0
+    assert torch.equal(found.codes[is_block], codes[is_block])
+    assert torch.equal(found.encoding.scale[scales != 0], scales[scales != 0])
 
 
 def test_a_constant_block_of_a_grid_with_minimum_has_its_minimum() -> None:

@@ -15,7 +15,7 @@ from qwlora.formats.huggingface.gptq_awq_mlx import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock
 
 FILES = Path(__file__).parents[1] / "files"
 GPTQ, AWQ = FILES / "gptq-v1", FILES / "awq-gemm-32"
@@ -202,7 +202,21 @@ def test_negative_scales_of_autoround_keep_their_values(tmp_path: Path) -> None:
     wanted[::2, :32] *= -1
     value = read(changed(tmp_path, scales=scales))
     assert torch.equal(value.dequantize(), wanted)
-    assert bool((value.encoding.scale > 0).all())
+    assert bool((value.encoding.scale > 0).all())  # an asymmetric layer
+
+
+def test_negative_scales_of_a_symmetric_layer_are_signed_blocks(tmp_path: Path) -> None:
+    layer = "w4-symmetric-32"
+    shutil.copytree(GPTQ, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    scales = tensors[f"{layer}.scales"]
+    scales[0, ::2] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    before, found = (read(folder, name=layer) for folder in (GPTQ, tmp_path / "model"))
+    assert found.encoding.scheme == Scheme(4, True, SignedBlock(32))
+    assert torch.equal(found.codes, before.codes)
+    assert torch.equal(found.encoding.scale, scales.T.float())
 
 
 def words(*shape: int, value: int = 0) -> torch.Tensor:

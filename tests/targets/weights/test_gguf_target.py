@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, PreTrainedModel
 
+from conftest import byte_tokenizer
 from formats.gguf_models import metadata_of, stored_shapes, write_file
-from qwlora import quantize_, save_adapter
+from qwlora import fingerprint, mergeable_, merged_model, quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -148,6 +149,24 @@ def test_grids_that_gguf_cannot_hold_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signed_base_comes_back_from_its_file(source: Path, tmp_path: Path) -> None:
+    """Codes, scales and fingerprint; from a compressed-tensors checkpoint too."""
+    model = float_model(source)
+    quantize_(model, "w4-signed32", "search")
+    for name in ("gguf", "hf"):
+        (tmp_path / name).mkdir()
+        exported = ExportedBase(model, byte_tokenizer(), source)
+        TARGETS[name].backend.write_base(exported, tmp_path / name)
+        file = tmp_path / name / BASE
+        again = load_precomputed(open_checkpoint(file if file.exists() else file.parent))
+        layers = packed_weights(again)
+        assert layers.keys() == packed_weights(model).keys()
+        for path, layer in packed_weights(model).items():
+            assert bool((layer.encoding.scale < 0).any())
+            assert layers[path].quantized.equals(layer.quantized)
+        assert fingerprint(again) == fingerprint(model)
+
+
 def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
@@ -201,6 +220,31 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
     (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
     with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
         runtime.use(tmp_path / "b")
+
+
+@pytest.mark.client
+def test_llama_cpp_computes_the_integers_of_a_mergeable_adapter(
+    source: Path, tmp_path: Path
+) -> None:
+    model: Any = quantized(source, Scheme(4, True, PerBlock(32)))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    mergeable_(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        trained = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            base = adapted(input_ids=ids).logits
+    merged = merged_model(adapted)
+    write_base(target(), merged, tmp_path, source)
+    found = TARGETS["gguf"].open(tmp_path).logits(ids)
+    off, change = (float((trained - other).abs().max()) for other in (found, base))
+    assert off < 0.01 * change
+    again = packed_weights(load_precomputed(open_checkpoint(tmp_path / "base" / BASE)))
+    for name, layer in packed_weights(merged).items():
+        assert again[name].quantized.equals(layer.quantized)
 
 
 @pytest.mark.client

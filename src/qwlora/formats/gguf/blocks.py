@@ -1,9 +1,9 @@
 """Decodes GGUF's quantized blocks, and turns them into a `QuantizedTensor`.
 
     type         bits  block   value                            encoding
-    Q4_0, Q5_0   4, 5  32      (code - 2^(bits-1)) * d          Encoding
-    Q8_0         8     32      (code - 128) * d                 Encoding
-    Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    Encoding
+    Q4_0, Q5_0   4, 5  32      (code - 2^(bits-1)) * d          symmetric
+    Q8_0         8     32      (code - 128) * d                 symmetric
+    Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    symmetric
     Q4_1, Q5_1   4, 5  32      code * d + m                     float minimum
     Q2_K         2     16      code * (d * s) - dmin * t        float minimum
     Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        float minimum
@@ -20,13 +20,12 @@ In the simple types (block 32), the codes follow `d` and `m`:
                               four bits as above
     8 bits   32 bytes         signed; flipping the top bit gives codes with offset -128
 
-GGUF allows negative and zero scales, an encoding does not:
+GGUF allows negative and zero scales everywhere:
 
 * Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14, and
   its own codes are dropped.
-* Negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the
-  codes are reversed and the block gets the offset `-(z - 1)` instead of `-z`. The scheme becomes
-  asymmetric, unless no such block uses code 0: then `2 z - code` fits, and it stays symmetric.
+* Negative scale, symmetric: the tensor has signed blocks (`SignedBlock`), with its own codes and
+  scales.
 * Negative scale, float minimum: the codes are reversed and the minimum becomes
   `m + (2^bits - 1) * d` if this gives the same float32 values; otherwise the tensor is refused. No
   quantizer writes such blocks.
@@ -44,7 +43,7 @@ from torch import Tensor
 
 from qwlora.errors import SourceError
 from qwlora.grid.encoding import Encoding, QuantizedTensor
-from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.grid.scheme import Blocks, PerBlock, Scheme, SignedBlock
 
 CONSTANT_SCALE = 2.0**-14
 _AT_ONCE = 2**15
@@ -91,7 +90,7 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
     steps, middle, size = 2**bitwidth - 1, 2 ** (bitwidth - 1), codes.shape[-1] // scale.shape[-1]
     codes = codes.unflatten(-1, (-1, size))
     constant, negative = scale == 0, scale < 0
-    symmetric = not minimum and not bool((codes[negative] == 0).any())
+    granularity: Blocks = PerBlock(size)
     if minimum:
         low_end = minimum[0].clone()
         d, m = (part[negative].unsqueeze(-1) for part in (scale, low_end))
@@ -103,17 +102,14 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
                 "quantize the float model again with llama-quantize"
             )
         low_end[negative] = low.squeeze(-1)
+        codes, scale = torch.where(negative.unsqueeze(-1), steps - codes, codes), scale.abs()
     else:
         low_end = torch.full(scale.shape, -middle, dtype=torch.int32)
-        low_end.masked_fill_(negative, -middle if symmetric else 1 - middle)
-    if bool(negative.any()):
-        # uint8 wraps around modulo 256; the results are in 0 to 255
-        reversed_codes = codes.neg().add_((steps + symmetric) % 256)
-        codes = torch.where(negative.unsqueeze(-1), reversed_codes, codes)
+        granularity = SignedBlock(size) if bool(negative.any()) else granularity
     if bool(constant.any()):
         codes = codes.masked_fill(constant.unsqueeze(-1), 0 if minimum else middle)
-    scale = scale.abs().masked_fill_(constant, CONSTANT_SCALE)
-    scheme = Scheme(bitwidth, symmetric, PerBlock(size), float_offset=bool(minimum))
+    scale = scale.masked_fill(constant, CONSTANT_SCALE)
+    scheme = Scheme(bitwidth, not minimum, granularity, float_offset=bool(minimum))
     return QuantizedTensor(codes.flatten(-2), Encoding(scheme, scale, low_end))
 
 

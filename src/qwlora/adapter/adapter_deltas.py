@@ -43,7 +43,7 @@ from qwlora.errors import MergeError
 from qwlora.grid.encoding import QuantizedTensor, aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
 from qwlora.nn.packed_layer import with_tensor
-from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
+from qwlora.nn.replace import forget_ties_, pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.system.parameter_names import canonical_name
 
 Into = Literal["float", "requantized"]
@@ -117,16 +117,14 @@ def untie_(model: nn.Module) -> list[list[str]]:
             continue
         untied[weight] = [canonical_name(name) for name in names]
         for name in names:
-            module: Any = model.get_submodule(name)
-            if isinstance(module, PackedLayer):
-                model.set_submodule(name, with_tensor(module, copy.deepcopy(module.tensor)))
+            layer: Any = model.get_submodule(name)
+            if isinstance(layer, PackedLayer):
+                model.set_submodule(name, with_tensor(layer, copy.deepcopy(layer.tensor)))
             else:
-                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     if untied:
         inner = causal_model(model)
-        for config in (inner.config, inner.config.get_text_config()):
-            config.tie_word_embeddings = False
-        inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
+        forget_ties_(inner)
         pairs = inner.all_tied_weights_keys.items()
         tied = {name.removesuffix(".weight") for pair in pairs for name in pair}
         if still := sorted(tied & {name for names in untied.values() for name in names}):

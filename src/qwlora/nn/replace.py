@@ -188,6 +188,13 @@ def tie_weights_(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
+def forget_ties_(model: PreTrainedModel) -> None:
+    """Let the model's configuration say that no weights are tied, once layers have their own."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 class UnpackedConv1D(nn.Linear):
     """A float layer that replaces a packed Conv1D, with the weight as [out, in]."""
 

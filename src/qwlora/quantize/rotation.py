@@ -53,6 +53,7 @@ from qwlora.graph.nodes import (
     used_placeholders,
 )
 from qwlora.nn import packed_weights
+from qwlora.nn.replace import forget_ties_
 from qwlora.quantize.tuned_parameters import gain_constant
 
 # data movement that leaves the last axis as it is, if its size stays the same
@@ -372,9 +373,7 @@ def _untie_(model: nn.Module, plan: _Plan) -> tuple[str, ...]:
             layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
             untied.append(path)
     if untied and isinstance(model, PreTrainedModel):
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        forget_ties_(model)
     return tuple(untied)
 
 

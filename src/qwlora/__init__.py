@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qwlora.nn import PackedLinear as PackedLinear
     from qwlora.nn.fingerprint import fingerprint as fingerprint
     from qwlora.nn.frozen import assert_frozen as assert_frozen
+    from qwlora.quantize.bit_budget import BitBudget as BitBudget
     from qwlora.quantize.freeze_model import freeze_ as freeze_
     from qwlora.quantize.layer_rules import LayerRule as LayerRule
     from qwlora.quantize.quantize_blocks import observe_moments as observe_moments
@@ -102,6 +103,7 @@ _NAMES = {
     "nn": ("PackedLinear",),
     "nn.fingerprint": ("fingerprint",),
     "nn.frozen": ("assert_frozen",),
+    "quantize.bit_budget": ("BitBudget",),
     "quantize.freeze_model": ("freeze_",),
     "quantize.layer_rules": ("LayerRule",),
     "quantize.quantize_blocks": ("observe_moments",),

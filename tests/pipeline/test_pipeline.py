@@ -37,6 +37,7 @@ from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.simulate_job import dump_layers
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.folder import verify_bundle
@@ -311,6 +312,26 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
         assert torch.equal(packed[name].codes, grid.quantize(weights[name]))
         assert torch.equal(packed[name].encoding.scale, grid.scale)
     assert results["data"]["packing"] == "documents"
+
+
+def test_bits_by_budget_become_rules_to_reuse(recipe_for: Any, tmp_path: Path) -> None:
+    def base(out: str, **more: Any) -> dict[str, Any]:
+        first = {"match": "*.layers.0.mlp.up_proj", "bitwidth": 6}
+        section = {"solver": "rtn", "calibration_sequences": 2, "rules": [first], **more}
+        found: dict[str, Any] = Job(
+            recipe_for("one-layer llama", base=section), tmp_path / out
+        ).run("quantize")["base"]
+        return found
+
+    chosen = base("chosen", bits=4.0)
+    assert 3.8 < chosen["bits_per_weight"] <= 4
+    written = (tmp_path / "chosen" / "base" / "rules.yaml").read_text()
+    rules = load_yaml(written)["base"]["rules"]
+    assert rules[0] == {"match": "*.layers.0.mlp.up_proj", "bitwidth": 6}
+    assert base("reused", rules=rules)["fingerprint"] == chosen["fingerprint"]
+    assert not (tmp_path / "reused" / "base" / "rules.yaml").exists()
+    sized = base("sized", size=f"{chosen['bytes'] / 1e3}kB")
+    assert sized["fingerprint"] == chosen["fingerprint"]
 
 
 def test_a_folder_is_quantized_without_the_whole_model(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conftest import byte_tokenizer, tiny_model
 from quantize.test_learned_rounding import LEARNED, of_sums
-from qwlora import quantize_
+from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
@@ -44,6 +44,12 @@ def codes(solver: str) -> str:
         solved, _ = SOLVERS[solver].solve(weight * weight.abs(), scheme, x.T @ x / 64, None)
         found.append("".join(f"{code:x}" for code in solved.codes.flatten().tolist()))
     return " ".join(found)
+
+
+def budgeted() -> list[float]:
+    model = tiny_model("llama", layers=1)
+    layers = quantize_(model, "w4-block32", "rtn", calibration=ids(), budget=BitBudget(4.0)).layers
+    return [float(layer.scheme.removeprefix("int")[0]) for layer in layers.values()]
 
 
 def learned() -> list[float]:
@@ -111,6 +117,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "gptq": (2, "33445440434445542145514754446753 6688998091988fe84299938fa788efb6", None),
     "layer_statistics": (2, [63.998, 1.2683], observed_moments),
     "second_moments": (2, [11.515, 6.0762], second_moment),
+    "bit_budget": (1, [4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 4.0], budgeted),
     "learned_rounding": (1, [0.034180, 0.86759], learned),
     "sampled_text": (1, [172, 120, 115, 150, 251, 191, 33, 33], written),
     "tune_scales": (3, [0.0073429, 0.0072771], tuned),

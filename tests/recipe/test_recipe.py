@@ -75,6 +75,12 @@ MISTAKES = {
     "export={targets: [aimet], layout: genie}": (
         "export: layout: genie is for qairt or qnn. Add it to targets, or remove layout"
     ),
+    "base={bits: 3.5, size: 60MB}": (
+        "base: bits and size are two ways to say the same; remove one"
+    ),
+    "base={solver: keep, bits: 3.5}": (
+        "base: solver keep uses the integers unchanged; remove bits"
+    ),
     "seed": "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
     "name.x=3": "--set name.x=3: name is a single value, not a section",
@@ -244,6 +250,26 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
 def test_weights_take_a_short_name(recipe_for: Any, name: str, scheme: str) -> None:
     recipe = load_recipe(recipe_for(), (f"base.weights={name}",))
     assert str(recipe.base.weights.scheme()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("targets", "bitwidths"),
+    [("[onnx]", {2, 3, 4, 5, 6, 7, 8}), ("[mlx, hf]", {2, 3, 4, 5, 6, 8}), ("[gguf]", {4, 5, 8})],
+)
+def test_a_budget_chooses_from_what_all_targets_hold(
+    recipe_for: Any, targets: str, bitwidths: set[int]
+) -> None:
+    recipe = load_recipe(recipe_for(), ("base.size=1.5GB", f"export.targets={targets}"))
+    schemes = recipe.budget_schemes()
+    assert {scheme.bitwidth for scheme in schemes} == bitwidths
+    assert len(schemes) == 3 * len(bitwidths), "blocks of 32, 64 and 128"
+    assert recipe.base.bytes == 1.5e9
+
+
+def test_a_budget_of_schemes_that_no_folder_holds_together_is_refused(recipe_for: Any) -> None:
+    grids = ("base={bits: 4, weights: w4-block32-asymmetric}", "export.targets=[hf]")
+    (found,) = problems(recipe_for(), *grids)
+    assert re.search(r"base\.bits.* hf: .*only if all layers have it.*symmetric", found)
 
 
 def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:

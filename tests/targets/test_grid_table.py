@@ -20,12 +20,12 @@ from qwlora.grid.scheme import (
     SignedBlock,
     parse_scheme,
 )
+from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
 from qwlora.targets.target_compatibility import (
-    ROUNDING_SOLVERS,
     Grid,
     grid_problem,
     nearest,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from qwlora.errors import CalibrationError, GridError
@@ -292,6 +292,19 @@ def parse_scheme(text: str) -> Scheme:
         Blocks.KINDS[kind](int(size)) if kind else PerChannel(0) if channel else PerTensor()
     )
     return Scheme(int(bitwidth), symmetric=not asymmetric, granularity=granularity)
+
+
+def similar_schemes(scheme: Scheme) -> list[Scheme]:
+    """`scheme` with 2 to 8 bits, and if it has blocks with these of 32, 64 and 128 as well."""
+    granularities = [scheme.granularity]
+    if isinstance(scheme.granularity, Blocks):
+        sizes = sorted({32, 64, 128, scheme.granularity.size})
+        granularities = [replace(scheme.granularity, size=size) for size in sizes]
+    return [
+        replace(scheme, bitwidth=bitwidth, granularity=granularity)
+        for bitwidth in range(2, 9)
+        for granularity in granularities
+    ]
 
 
 def short_name(scheme: Scheme) -> str:

@@ -93,6 +93,23 @@ def solve_gptq(
     order = torch.arange(weight.shape[1], device=weight.device)
     if settings.activation_order:
         order = torch.argsort(moment.diagonal(), descending=True)
+    hessian, upper, damping = _factored(moment, order, settings.damping)
+    result = _round_columns(weight, upper, scheme, order, settings.activation_order)
+    if settings.sweeps:
+        result = _refine(weight, hessian, result, settings.sweeps)
+    return result, {"damping": damping}
+
+
+def input_importance(moment: Tensor, settings: GptqSettings | None = None) -> Tensor:
+    """1 / U_ii^2 of each input: what the square of a column's rounding error costs in total, once
+    the columns after it have compensated it."""
+    order = torch.arange(len(moment), device=moment.device)
+    _, upper, _ = _factored(moment.float(), order, (settings or GptqSettings()).damping)
+    return upper.diagonal().square().reciprocal()
+
+
+def _factored(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """H, U for columns in `order`, and the damping that was used."""
 
     def factor(damped: Tensor) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
@@ -104,11 +121,7 @@ def solve_gptq(
     mean = float(moment.diagonal().mean()) or 1.0
     hessian = moment.clone()
     hessian.diagonal()[moment.diagonal() <= 0] += mean
-    hessian, upper, damping = factor_damped(hessian, mean, settings.damping, factor)
-    result = _round_columns(weight, upper, scheme, order, settings.activation_order)
-    if settings.sweeps:
-        result = _refine(weight, hessian, result, settings.sweeps)
-    return result, {"damping": damping}
+    return factor_damped(hessian, mean, damping, factor)
 
 
 class _Grid:

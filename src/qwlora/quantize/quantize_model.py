@@ -37,7 +37,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import LazyModel, is_below, put_, tensor_at
 from qwlora.formats.model_source import forget_gguf_
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
 from qwlora.nn.packed_layer import unwrapped
+from qwlora.quantize.bit_budget import BitBudget, budget_rules
 from qwlora.quantize.layer_rules import LayerRule, plan_layers
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
@@ -83,6 +84,7 @@ class QuantizeReport:
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    budget_rules: tuple[LayerRule, ...] = ()  # what a `BitBudget` chose
 
     def __repr__(self) -> str:
         counts = Counter(f"{layer.scheme} by {layer.solver}" for layer in self.layers.values())
@@ -104,6 +106,7 @@ def quantize_(
     calibration: Tensor | Iterable[Any] | None = None,
     moments: MomentStore | None = None,
     work: Path | None = None,
+    budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
     """Quantize the layers of `model` in place.
@@ -118,15 +121,17 @@ def quantize_(
         moments: filled with the second moments of each layer (`second_moments.py`), which
             `initialize_` needs for `qera`.
         work: a folder for finished blocks; the same call resumes after the last one in it.
+        budget: choose a scheme for each matrix product that `rules` do not name
+            (`bit_budget.py`). The report has the rules for it.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches
-            nothing, or there is nothing to quantize.
+            nothing, there is nothing to quantize, or a budget cannot be met.
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
             data, or a block cannot be differentiated.
     """
     model = model_to_pack(model)
-    layers = _pack_(
+    layers, chosen = _pack_(
         InMemory(model),
         scheme,
         solver,
@@ -135,10 +140,11 @@ def quantize_(
         calibration=calibration,
         moments=moments,
         work=work,
+        budget=budget,
         track=track,
     )
     finish_packing_(model)
-    return QuantizeReport(base_size(model), layers)
+    return QuantizeReport(base_size(model), layers, chosen)
 
 
 def quantize_checkpoint(
@@ -165,8 +171,8 @@ def quantize_checkpoint(
         options: as for `quantize_`.
     """
     lazy, writer = LazyModel(checkpoint), BaseWriter(Path(folder), shard_bytes)
-    layers = _pack_(InFiles(lazy, writer), scheme, solver, **options)
-    report = QuantizeReport(base_size(lazy.model), layers)
+    layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
+    report = QuantizeReport(base_size(lazy.model), layers, chosen)
     return writer.finish(lazy.model, tokenizer, source), report
 
 
@@ -175,6 +181,10 @@ class InMemory:
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+    def unchanged(self) -> InMemory:
+        """The same floats, to run them as they are."""
+        return self
 
     def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
         yield from track(list(plan), "quantizing", len(plan))
@@ -185,10 +195,14 @@ class InMemory:
 
 
 class InFiles:
-    """A checkpoint whose modules are in memory until they are quantized and go to `writer`."""
+    """A checkpoint whose modules are in memory until they are quantized and go to `writer`, or
+    nowhere without one."""
 
-    def __init__(self, lazy: LazyModel, writer: BaseWriter):
+    def __init__(self, lazy: LazyModel, writer: BaseWriter | None):
         self.lazy, self.writer, self.model = lazy, writer, lazy.model
+
+    def unchanged(self) -> InFiles:
+        return InFiles(LazyModel(self.lazy.checkpoint), None)
 
     def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
         modules: dict[str, list[str]] = {}
@@ -200,7 +214,7 @@ class InFiles:
                 if name in plan:
                     self._check_float(name)
                     yield name
-            self.writer.add(self.model.get_submodule(path), path)
+            self._write(path)
             for name in modules[path]:  # keep only the shapes, packed or not
                 if (tensor := tensor_at(self.model, name)) is None:
                     self.model.get_submodule(path).to("meta")
@@ -232,7 +246,7 @@ class InFiles:
                 )
                 if not any(block in paths and len(paths) > 1 for paths in readers):
                     released.add(block)
-                    self.writer.add(self.model.get_submodule(block), block)
+                    self._write(block)
                     self.model.get_submodule(block).to("meta")
 
         self.lazy.load_outside_(blocks)
@@ -243,7 +257,11 @@ class InFiles:
                 stack.callback(hook.remove)
             yield
         tie_weights_(self.model)
-        self.writer.add(self.model)
+        self._write()
+
+    def _write(self, path: str = "") -> None:
+        if self.writer is not None:
+            self.writer.add(self.model.get_submodule(path), path)
 
     def _check_float(self, name: str) -> None:
         if tensor_at(self.model, name) is None:
@@ -262,12 +280,22 @@ def _pack_(
     calibration: Tensor | Iterable[Any] | None = None,
     moments: MomentStore | None = None,
     work: Path | None = None,
+    budget: BitBudget | None = None,
     track: Track = untracked,
-) -> dict[str, LayerReport]:
-    """Quantize and pack the layers of `source`, block by block if there is something to observe."""
-    model, reports = source.model, dict[str, LayerReport]()
+) -> tuple[dict[str, LayerReport], tuple[LayerRule, ...]]:
+    """Quantize and pack the layers of `source`, block by block if there is something to observe.
+    Returns their reports, and the rules that a budget gave."""
+    model, reports, chosen = source.model, dict[str, LayerReport](), list[LayerRule]()
     plan = {} if scheme is None else plan_layers(model, scheme, solver, rules, settings)
     check_base_finite(model)  # tensors that are still in files are checked when they are read
+    if budget is not None and scheme is not None:
+        usual = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        budget = replace(budget, schemes=budget.schemes or similar_schemes(usual))
+        batches, blocks = batches_of(calibration, model), tensors_by_block(model, plan)
+        floats = source.unchanged()
+        with floats.blocks(blocks, len(batches)):
+            chosen = budget_rules(floats.model, plan, rules, budget, blocks, batches, track)
+        plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)
@@ -279,7 +307,7 @@ def _pack_(
             pack_at_(model, name, quantized)
             reports[canonical_name(name)] = report
     warn_of_second_rounding(reports)
-    return reports
+    return reports, tuple(chosen)
 
 
 def model_to_pack(model: nn.Module) -> nn.Module:

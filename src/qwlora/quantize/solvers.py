@@ -70,6 +70,7 @@ _SOLVERS = (
     ),
 )
 SOLVERS = {solver.name: solver for solver in _SOLVERS}
+ROUNDING_SOLVERS = ("search", "sqnr", "gptq")  # they round scales of blocks to float16
 
 if TYPE_CHECKING:
     SolverName = str
@@ -97,6 +98,7 @@ REVISIONS = {
     # of the base
     "layer_statistics": 2,  # 2: tokens are weighted
     "second_moments": 2,  # 2: moments of outputs as well
+    "bit_budget": 1,
     "learned_rounding": 1,
     "sampled_text": 1,
     "tune_scales": 3,  # 2: norms are tuned as well; 3: the solver's scales are kept

@@ -237,6 +237,13 @@ class Base(Section):
     """hadamard: rotate the float model first. It computes the same, with large values of a few
     channels spread over all of them: for grids per channel and 8-bit activations. Models with
     LayerNorm cannot be rotated; a tied head becomes a weight of its own"""
+    bits: Annotated[float, Field(gt=0)] | None = None
+    """bits per weight of all packed layers together, scales and offsets included. Layers that no
+    rule names get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted
+    loss, from calibration text and among those that all export targets hold; base/rules.yaml has
+    the rules, to edit and reuse in place of bits. Default: base.weights for all"""
+    size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(kB|MB|GB)$")] | None = None
+    """in place of bits: the size of all packed layers together, 60MB or 1.5GB"""
     gptq: Gptq = Gptq()
     """settings of the gptq solver"""
     tuning: Tuning = Tuning()
@@ -271,8 +278,24 @@ class Base(Section):
                 grids.setdefault(Grid(scheme, rule.solver or self.solver), rule.match)
         return grids
 
+    @property
+    def bytes(self) -> float | None:
+        """`size` as a number."""
+        if self.size is None:
+            return None
+        units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+        return float(self.size[:-2]) * units[self.size[-2:]]
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bitwidths are chosen for a size."""
+        return self.bits is not None or self.size is not None
+
     def problems(self) -> Iterator[str]:
-        changes = list(self.model_dump(include={"weights", "rules", "gptq"}, exclude_defaults=True))
+        if self.bits is not None and self.size is not None:
+            yield "bits and size are two ways to say the same; remove one"
+        changed = {"weights", "rules", "bits", "size", "gptq"}
+        changes = list(self.model_dump(include=changed, exclude_defaults=True))
         changes += ["tuning"] if self.tuning.steps else []
         if self.solver == "keep" and changes:
             yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"

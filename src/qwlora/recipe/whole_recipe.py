@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
-from qwlora.targets.target_compatibility import refusal
+from qwlora.targets.target_compatibility import Grid, grid_problem, refusal
 
 if TYPE_CHECKING:
     TargetName = str
@@ -256,6 +257,11 @@ class Recipe(Section):
                 )
         if self.base.solver != "keep" and (refused := refusal(self.base.grids(), targets)):
             yield f"base.weights, base.rules: {refused}; or remove a target from export.targets"
+        elif self.base.has_budget:
+            schemes = set(self.budget_schemes())
+            for name, target in targets.items():
+                if conflict := target.conflict(schemes):
+                    yield f"base.bits, base.size: {name}: {conflict}. Use symmetric base.weights"
 
     def _use_case_problems(self) -> Iterator[str]:
         cases = self.use_cases()
@@ -367,6 +373,15 @@ class Recipe(Section):
         if part.text in (JOB, MODEL):
             return self.base_texts() if part.text == JOB else []
         return [Data(source=part.text, sequence_tokens=self.data.sequence_tokens)]
+
+    def budget_schemes(self) -> list[Scheme]:
+        """The schemes that `base.bits` chooses from: those that all targets hold."""
+        targets = [TARGETS[name] for name in self.export.targets]
+        return [
+            scheme
+            for scheme in similar_schemes(self.base.weights.scheme())
+            if not any(grid_problem(target, Grid(scheme, self.base.solver)) for target in targets)
+        ]
 
     def predecessor(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
+from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.targets.target import LayerKind, Target
 
-ROUNDING_SOLVERS = ("search", "sqnr", "gptq")  # they round scales of blocks to float16
 _GRANULARITIES = (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel(), PerTensor())
 
 

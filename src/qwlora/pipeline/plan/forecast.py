@@ -330,7 +330,8 @@ class Forecaster:
         disk = sum(self._base_memory.values())
         solvers = {base.solver, *(rule.solver for rule in base.rules)}
         if is_calibrated(self.recipe):
-            memory = self._calibrated_solver(tokens, base.calibration_sequences, moments)
+            outputs = moments or base.has_budget
+            memory = self._calibrated_solver(tokens, base.calibration_sequences, outputs)
             if "gptq" in solvers and base.gptq.rounding_steps:
                 memory |= self._learned_rounding(tokens, base.calibration_sequences)
             if moments:  # triangles of symmetric matrices

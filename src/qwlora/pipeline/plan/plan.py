@@ -59,6 +59,7 @@ ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have t
 
 # What stages write, in a job's directory.
 MOMENTS = "moments"  # second moments of the base's layers, in base/
+RULES = "rules.yaml"  # what a budget of bits chose, in base/
 SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
 BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
 SHARED = "simulation/_shared"  # encodings that adapters share
@@ -300,6 +301,9 @@ class _Plan:
         observed: list[Any] | None = None
         if is_calibrated(recipe):
             observed = [self.calibration, recipe.seed, REVISIONS["layer_statistics"]]
+        budget: list[Any] | None = None
+        if base.has_budget:
+            budget = [REVISIONS["bit_budget"], *map(str, recipe.budget_schemes())]
         encodings: list[Any] | None = None
         if model.encodings is not None:
             file = Path(model.encodings)
@@ -317,6 +321,7 @@ class _Plan:
             moments and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
             base.gptq.rounding_steps and REVISIONS["learned_rounding"],
+            budget,
             tuning,
         ]
         reads = bool(observed or tuning) and SAMPLE in self.stages
@@ -476,7 +481,8 @@ def is_calibrated(recipe: Recipe) -> bool:
     """Whether quantizing the base, before it is tuned, needs calibration text."""
     named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
     solvers = [solver for name, solver in SOLVERS.items() if name in named]
-    return needs_moments(recipe) or any(solver.needs_calibration for solver in solvers)
+    is_read = needs_moments(recipe) or recipe.base.has_budget
+    return is_read or any(solver.needs_calibration for solver in solvers)
 
 
 def sampled_sequences(recipe: Recipe) -> dict[int, int]:

@@ -44,6 +44,7 @@ from qwlora.pipeline.plan.plan import (
     CASES,
     MOMENTS,
     REFERENCE,
+    RULES,
     SAMPLE,
     SAMPLED_IDS,
     SHARED,
@@ -61,6 +62,7 @@ from qwlora.pipeline.plan.plan import (
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
@@ -73,14 +75,20 @@ from qwlora.quantize.quantize_model import (
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Adapter
+from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
-from qwlora.system.atomic import link
+from qwlora.system.atomic import link, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
+
+_RULES_HEAD = """\
+# What base.bits or base.size chose. To reuse it, or after you edited it, put these rules into a
+# recipe in place of bits or size. The first matching rule decides.
+"""
 
 
 def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
@@ -122,6 +130,10 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
             "untied": list(rotated.untied),
             "difference": rotated.difference,
         }
+    if report.budget_rules:
+        rules = [rule.model_dump(exclude_none=True) for rule in context.recipe.base.rules]
+        rules += [rule.to_recipe() for rule in report.budget_rules]
+        write_text(scratch / RULES, _RULES_HEAD + dump_yaml({"base": {"rules": rules}}))
     if note := second_rounding(context.recipe):
         measured["second_rounding"] = note
     return {
@@ -165,6 +177,9 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
         },
         "track": track,
     }
+    if base.has_budget:
+        schemes = context.recipe.budget_schemes()
+        arguments["budget"] = BitBudget(base.bits, base.bytes, schemes)
     if context.lazy is not None and not context.holds_float_model:
         checkpoint = context.lazy.checkpoint
         return quantize_checkpoint(

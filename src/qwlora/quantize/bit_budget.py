@@ -1,0 +1,229 @@
+"""Bits by budget: a scheme for each layer, so that the predicted loss is least for a given size.
+
+    minimize   sum over layers c(layer, scheme)     with   sum of bytes <= budget
+    c = 1/2 sum_oi G_oo h_i (W - W_hat)_oi^2
+
+G is the second moment of the gradient at the layer's output (`layer_statistics.py`, in the float
+model), so c is the relative change of the block's output. h_i is what an error in input i costs:
+R_ii, or with gptq, where the inputs after it compensate the error, the denominator 1 / U_ii^2 by
+which it chooses its scales (`gptq.py`). Then W_hat is rounded to nearest, and no candidate has to
+be solved by gptq.
+
+Layers that read the same tensor (q, k and v; gate and up) get one scheme, because runtimes fuse
+them. Left is a knapsack with one choice from each group, solved by dynamic programming over bytes.
+
+Source: the second-order cost of HAWQ-V2 (Dong et al. 2019, https://arxiv.org/abs/1911.03852), with
+K-FAC's factors in place of the trace of the Hessian.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qwlora.errors import GridError, size
+from qwlora.grid.scheme import Blocks, Scheme
+from qwlora.grid.second_moments import LayerMoments
+from qwlora.nn import tensor_out_in
+from qwlora.nn.packed_tensor import PackedTensor
+from qwlora.quantize.block_runner import BlockRunner
+from qwlora.quantize.gptq import input_importance
+from qwlora.quantize.layer_rules import Assignment, LayerRule, find_tensors
+from qwlora.quantize.layer_statistics import observe
+from qwlora.quantize.scale_search import search_scale
+from qwlora.quantize.solvers import ROUNDING_SOLVERS, SOLVERS
+from qwlora.system.parameter_names import canonical_name
+from qwlora.system.progress import Track
+
+_UNITS = 2**16  # of bytes, for the knapsack: rounding wastes at most one per group
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """What all packed layers may take together, scales and offsets included.
+
+    Args:
+        bits, bytes: per weight on average, or of all of them; give one.
+        schemes: to choose from. Default: the scheme of the base with 2 to 8 bits, and with blocks
+            of other sizes (`similar_schemes`).
+    """
+
+    bits: float | None = None
+    bytes: float | None = None
+    schemes: Sequence[Scheme] = ()
+
+
+class _Choice(NamedTuple):
+    """A scheme for a group of layers."""
+
+    scheme: Scheme
+    size: int
+    cost: float
+
+
+def budget_rules(
+    model: nn.Module,
+    plan: Mapping[str, Assignment],
+    rules: Sequence[LayerRule],
+    budget: BitBudget,
+    blocks: Mapping[str, Sequence[str]],
+    batches: Sequence[Mapping[str, Any]],
+    track: Track,
+) -> list[LayerRule]:
+    """Rules that give each matrix product its scheme. Layers that `rules` name keep theirs, and so
+    do tensors that are no matrix product, or that no batch reaches.
+
+    Args:
+        plan, blocks: as for `quantize_blocks_`, without a budget.
+
+    Raises:
+        GridError: no choice of schemes meets the budget; the message names what is possible.
+    """
+    paths = {name: tensor.paths for name, tensor in find_tensors(model).items()}
+    shapes = {name: tuple(tensor_out_in(model, name).shape) for name in plan}
+    groups = dict[tuple[str, ...], list[_Choice]]()
+    with BlockRunner(model, blocks, batches) as runner:
+        for path in track(runner, "measuring layers", len(blocks)):
+            names = [
+                name
+                for name in blocks[path]
+                if not any(fnmatchcase(p, rule.match) for p in paths[name] for rule in rules)
+            ]
+            moments = {n: seen.moment for n, seen in observe(model, path, names, runner).items()}
+            # without an output's moment, the layer is the whole block
+            measured = [name for name, moment in moments.items() if moment.output is not None]
+            factors = {name: _importance(plan[name], moments[name]) for name in measured}
+            for group in _readers(model, measured, runner):
+                choices = [
+                    _choice(model, {n: replace(plan[n], scheme=s) for n in group}, factors)
+                    for s in budget.schemes
+                    if not isinstance(s.granularity, Blocks)
+                    or not any(shapes[name][-1] % s.granularity.size for name in group)
+                ]
+                groups |= {tuple(group): choices} if choices else {}
+    fixed = plan.keys() - {name for group in groups for name in group}
+    rest = sum(_bytes(plan[name], shapes[name]) for name in fixed)
+    weights = sum(map(math.prod, shapes.values()))
+    sizes = [[choice.size for choice in choices] for choices in groups.values()]
+    least, most = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
+    room = int((budget.bytes or 0) if budget.bits is None else budget.bits * weights / 8)
+    if not least <= room <= most:
+        raise GridError(
+            f"a budget of {8 * room / weights:.3g} bits per weight ({size(room)}) is not possible: "
+            f"the schemes that layers and targets allow take {8 * least / weights:.3g} to "
+            f"{8 * most / weights:.3g} ({size(least)} to {size(most)}), scales and offsets included"
+        )
+    chosen = {
+        canonical_name(name).removesuffix(".weight"): choice.scheme
+        for group, choice in zip(groups, _knapsack(list(groups.values()), room - rest), strict=True)
+        for name in group
+    }
+    return _rules(chosen, [path for of_tensor in paths.values() for path in of_tensor])
+
+
+def _readers(model: nn.Module, names: Sequence[str], runner: BlockRunner) -> list[list[str]]:
+    """The layers in `names`, grouped by the tensor that they read when a batch first calls them."""
+    read = dict[str, Any]()  # keeps the tensors alive, so that an id is not used twice
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        read.setdefault(name, args[0] if args else next(iter(kwargs.values())))
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        for _ in runner.repeat():
+            if len(read) == len(names):  # experts may need more than one batch
+                break
+    groups = dict[int, list[str]]()
+    for name, x in read.items():
+        groups.setdefault(id(x), []).append(name)
+    return list(groups.values())
+
+
+def _importance(todo: Assignment, moment: LayerMoments) -> tuple[Tensor, Tensor, Tensor]:
+    """The diagonal of G, h, and R."""
+    assert moment.output is not None
+    h = moment.input.diagonal()
+    if todo.solver == "gptq":
+        h = input_importance(moment.input, todo.settings)
+    return moment.output.diagonal(), h, moment.input
+
+
+def _choice(
+    model: nn.Module,
+    todo: Mapping[str, Assignment],
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+) -> _Choice:
+    """The size and the cost of a group of layers that are quantized as `todo` says."""
+    total, cost = 0, 0.0
+    for name, asked in todo.items():
+        weight, (g, h, moment) = tensor_out_in(model, name).detach().float(), factors[name]
+        if asked.solver == "gptq":
+            rounded = search_scale(weight, asked.scheme, h, coarse=True).fake_quantize(weight)
+        else:
+            solve = SOLVERS[asked.solver].solve
+            rounded = solve(weight, asked.scheme, moment, asked.settings)[0].dequantize()
+        cost += 0.5 * float(g @ (weight - rounded).square() @ h)
+        total += _bytes(asked, tuple(weight.shape))
+    return _Choice(next(iter(todo.values())).scheme, total, cost)
+
+
+def _bytes(todo: Assignment, shape: tuple[int, ...]) -> int:
+    """Bytes of a packed tensor. Scales that are not rounded to float16 are float32."""
+    tensor = PackedTensor.empty(todo.scheme, shape)
+    is_half = todo.scheme.has_free_scales and todo.solver in ROUNDING_SOLVERS
+    return tensor.nbytes + (0 if is_half else tensor.parts.scale.nbytes)
+
+
+def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
+    """One choice of each group, with the least sum of costs and a sum of sizes of at most `room`;
+    what a choice takes above its group's smallest is rounded up to `room / 2^16`."""
+    smallest = [min(choice.size for choice in group) for group in groups]
+    room -= sum(smallest)
+    unit = max(1, room // _UNITS)
+    units = [
+        [-(-(choice.size - low) // unit) for choice in group]
+        for group, low in zip(groups, smallest, strict=True)
+    ]
+    least, best = torch.zeros(room // unit + 1, dtype=torch.float64), list[Tensor]()
+    for group, extra in zip(groups, units, strict=True):
+        options = least.new_full((len(group), len(least)), math.inf)
+        for option, choice, taken in zip(options, group, extra, strict=True):
+            if taken < len(least):
+                option[taken:] = least[: len(least) - taken] + choice.cost
+        least, index = options.min(0)
+        best.append(index.to(torch.uint8))
+    chosen, left = list[_Choice](), len(least) - 1
+    for index, group, extra in zip(best[::-1], groups[::-1], units[::-1], strict=True):
+        at = int(index[left])
+        chosen.append(group[at])
+        left -= extra[at]
+    return chosen[::-1]
+
+
+def _rules(chosen: Mapping[str, Scheme], everything: Sequence[str]) -> list[LayerRule]:
+    """Rules that give the layers at these paths their schemes: for the same layer of all blocks its
+    most frequent scheme, after rules for the others."""
+    kinds = dict[str, list[str]]()
+    for path in chosen:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)
+    exceptions, general = list[LayerRule](), list[LayerRule]()
+    for kind, paths in kinds.items():
+        usual = Counter(chosen[path] for path in paths).most_common(1)[0][0]
+        if {path for path in everything if fnmatchcase(path, kind)} == set(paths):
+            general.append(LayerRule(kind, usual))
+            paths = [path for path in paths if chosen[path] != usual]
+        exceptions += [LayerRule(path, chosen[path]) for path in paths]
+    return exceptions + general

@@ -305,7 +305,7 @@ def started(launcher: list[str], program: list[str]) -> subprocess.CompletedProc
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = ":".join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", *[a.replace("PORT", str(port)) for a in launcher], *program]
-    options = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 1800}
     return subprocess.run(command, env=environment, **options)
 
 

@@ -38,9 +38,10 @@ nbformat.write(notebook, sys.argv[2])
 
 
 def run(folder: Path, *arguments: Any) -> str:
-    """What Python prints that imports this package."""
-    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    settings: Any = {"env": os.environ | {"PYTHONPATH": paths}, "cwd": folder, "text": True}
+    """What Python prints that imports this package. A notebook's kernel is the `python` of PATH."""
+    variables = {"PYTHONPATH": str(ROOT / "src"), "PATH": str(Path(sys.executable).parent)}
+    found = {n: os.pathsep.join([first, os.environ.get(n, "")]) for n, first in variables.items()}
+    settings: Any = {"env": os.environ | found, "cwd": folder, "text": True}
     command = [sys.executable, *arguments]
     ended = subprocess.run(command, capture_output=True, check=False, **settings)
     assert ended.returncode == 0, ended.stderr[-4000:]

@@ -72,7 +72,7 @@ def test_pages_open_and_fit_the_width(browser: Any, site: Path, width: int, sche
         page, name = context.new_page(), str(path.relative_to(site))
         page.on("console", lambda m, name=name: problems.append(f"{name}: {m.text}"))
         page.on("pageerror", lambda e, name=name: problems.append(f"{name}: {e}"))
-        page.goto(path.as_uri())
+        page.goto(path.as_uri(), timeout=300_000)  # ms; a busy machine
         if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
             problems.append(f"{name}: wider than {width} pixels")
         page.close()

@@ -120,9 +120,10 @@ def mergeable_(
 def remainders_digest(model: nn.Module, adapter: str) -> str | None:
     """SHA-256 of what quantization left of the layers of a mergeable adapter; None if unknown."""
     remainders = {
-        canonical_name(path): module.lora_variant[adapter].remainder
+        canonical_name(path): variant.remainder
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_variant
+        if isinstance(module, LoraLayer)
+        and isinstance(variant := module.lora_variant.get(adapter), MergedIntegers)
     }
     digest, known = hashlib.sha256(), {p: r for p, r in remainders.items() if r is not None}
     update_digest(digest, (part for item in sorted(known.items()) for part in item))

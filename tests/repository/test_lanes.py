@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -52,17 +53,26 @@ def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> 
     assert report.outcome == outcome
 
 
-def test_benchmarks_import_what_exists() -> None:
-    nodes = {p.name: ast.walk(ast.parse(p.read_text())) for p in ROOT.glob("benchmarks/*.py")}
+def test_benchmarks_and_examples_import_what_exists() -> None:
+    """The lanes that run them are slow."""
+    files = (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*"))
     lacking = [
-        f"{script}: {node.module}.{alias.name}"
-        for script, found in nodes.items()
-        for node in found
+        f"{file.name}: {node.module}.{alias.name}"
+        for file in files
+        for node in ast.walk(ast.parse(code(file)))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qwlora")
         for alias in node.names
         if not exists(str(node.module), alias.name)
     ]
     assert lacking == []
+
+
+def code(file: Path) -> str:
+    """The Python in a script or a notebook."""
+    if file.suffix != ".ipynb":
+        return file.read_text() if file.suffix == ".py" else ""
+    cells = json.loads(file.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
 def exists(module: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import conftest
+import qwlora
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
@@ -56,6 +57,8 @@ def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> 
 def test_benchmarks_and_examples_import_what_exists() -> None:
     """The lanes that run them are slow."""
     files = (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*"))
+    called = {name for file in files for name in re.findall(r"\bqwlora\.(\w+_?)\(", code(file))}
+    assert called <= set(qwlora.__all__)
     lacking = [
         f"{file.name}: {node.module}.{alias.name}"
         for file in files

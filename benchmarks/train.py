@@ -7,8 +7,9 @@
     python benchmarks/train.py memory --only plain ours --steps 2 --rounds 1
 
 time: forward and backward, also of bitsandbytes' NF4 (extra `benchmarks`; without it its row is left out). Candidates are measured in groups, each with plain
-float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, [plain, plain bfloat16, NF4], and [plain, 4 bits, the same with a
-mergeable adapter], both as the train stage runs them (`fused_lora`). Within a group they take turns
+float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth,
+[plain, plain bfloat16, NF4], and [plain, 4 bits, the same with a mergeable adapter], both as the
+train stage runs them (`fused_lora`). Within a group they take turns
 step by step; `ratio` is the median over the turns of that turn's two times, `ratios` the smallest and the largest. No more than one group is in memory, beside
 the float model. One thread is timed by the processor's clock, which does not run while others have the processor, more by the wall's. `resident` is the bytes
 of the packed layers over those of the same weights in float32.

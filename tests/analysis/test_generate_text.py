@@ -37,7 +37,7 @@ def test_equal_seeds_write_equal_text_with_and_without_a_cache() -> None:
     first, again, other = (sample_sequences(model, tokenizer, 3, 12, seed=s) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert torch.equal(first, sample_sequences(without_cache, tokenizer, 3, 12, seed=1))  # type: ignore[arg-type]
+    assert torch.equal(first, sample_sequences(without_cache, tokenizer, 3, 12, seed=1))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -47,7 +47,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model() -> None:
     def fixed(input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=logits.expand(*input_ids.shape, 4))
 
-    ids = sample_sequences(fixed, byte_tokenizer(), 64, 32, temperature=2.0)[:, 1:]  # type: ignore[arg-type]
+    ids = sample_sequences(fixed, byte_tokenizer(), 64, 32, temperature=2.0)[:, 1:]
     shares = ids.flatten().bincount(minlength=4) / ids.numel()
     torch.testing.assert_close(shares, (logits / 2).softmax(-1), rtol=0, atol=0.05)
 

@@ -1,4 +1,4 @@
-"""`base.calibration`: the base is calibrated on the job's text, other texts, and what the float model writes."""
+"""`base.calibration`: the job's text, other texts, and what the float model writes."""
 
 from __future__ import annotations
 

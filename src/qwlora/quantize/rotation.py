@@ -248,7 +248,7 @@ class _Stream:
                 yield user
             elif name == "layer_norm":
                 raise _cannot(f"{place_of(user)} is a LayerNorm, which subtracts the mean")
-            elif _is_norm(user):
+            elif "norm" in name or name in ("pow", "mean", "var_mean"):
                 raise _cannot(f"{place_of(user)} is no root mean square norm with a gain")
             elif not name.startswith("sym_size"):
                 raise _cannot(f"{name} of {place_of(user)} reads the residual stream")
@@ -317,10 +317,6 @@ class _Stream:
         return path
 
 
-def _is_norm(node: Node) -> bool:
-    return "norm" in operation(node) or operation(node) in ("pow", "mean", "var_mean")
-
-
 def _is_one_number(argument: Any) -> bool:
     if isinstance(argument, Node):
         shape = argument.meta["val"].shape
@@ -337,11 +333,12 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
     """Enter the layers before the values of an attention and after it, if both are plain."""
+    arguments: Any = node.args
     match operation(node):
         case "scaled_dot_product_attention":
-            values: Any = node.args[2]
-        case "matmul" | "bmm" if operation(origin(node.args[0])) in SOFTMAXES:  # type: ignore[arg-type]
-            values = node.args[1]
+            values = arguments[2]
+        case "matmul" | "bmm" if operation(origin(arguments[0])) in SOFTMAXES:
+            values = arguments[1]
         case _:
             return
     width, source, target = int(values.meta["val"].shape[-1]), values, node
@@ -393,10 +390,10 @@ def _apply_(model: nn.Module, plan: _Plan, seed: int) -> None:
         else:
             _rotate_outputs_(layer, stream)
     for (value, out), width in plan.heads.items():
-        head = Rotation.random(width, seed)
-        _rotate_outputs_(model.get_submodule(value), _in_groups(head, width))
+        rotate = _in_groups(Rotation.random(width, seed), width)
+        _rotate_outputs_(model.get_submodule(value), rotate)
         after: Any = model.get_submodule(out)
-        after.weight.copy_(_in_groups(head, width)(after.weight))
+        after.weight.copy_(rotate(after.weight))
 
 
 def _once(model: nn.Module, paths: Mapping[str, str | None]) -> Iterator[tuple[Any, str | None]]:

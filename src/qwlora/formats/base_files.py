@@ -36,6 +36,7 @@ from qwlora.nn.fingerprint import (
     combined_fingerprint,
     config_numbers,
     keep_fingerprint_,
+    numbers_text,
     remember_floats_,
     tensor_digest,
 )
@@ -128,10 +129,12 @@ class BaseWriter:
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             files = files_in(scratch)
-        identity = combined_fingerprint(self.digests, config_numbers(model))
+        numbers = config_numbers(model)
+        identity = combined_fingerprint(self.digests, numbers)
         record = {
             "format": FORMAT,
             "fingerprint": identity,
+            "configuration": numbers_text(numbers),
             "source": source,
             "class": name,
             "layers": self._layers,

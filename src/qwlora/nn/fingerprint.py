@@ -136,10 +136,16 @@ def _remembered(model: nn.Module, key: str) -> Any:
 def combined_fingerprint(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
     """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
     numbers (see `config_numbers`)."""
-    total = hashlib.sha256(json.dumps(numbers, sort_keys=True, default=str).encode())
+    total = hashlib.sha256(numbers_text(numbers).encode())
     for name, digest in sorted(digests.items()):
         total.update(f"\0{name}\0{digest}".encode())
     return total.hexdigest()
+
+
+def numbers_text(numbers: Mapping[str, Any]) -> str:
+    """The JSON text of a configuration's numbers that is hashed. base.json holds it, because other
+    libraries write the same numbers in other ways (1e-05, 0.00001) or have other defaults."""
+    return json.dumps(numbers, sort_keys=True, default=str)
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:

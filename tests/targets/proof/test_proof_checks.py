@@ -349,6 +349,19 @@ def test_a_reference_counts_tokens_that_follow_one() -> None:
     check_reference({**reference, "labels": labels})
 
 
+def test_conversations_may_end_at_different_tokens() -> None:
+    labels = LABELS.clone()
+    labels[1, 7:] = IGNORED
+    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, labels))
+    check_reference(reference)
+    figures = SimpleNamespace(**compare_logits(says(OTHER), reference, LIMITS).figures)
+    assert figures.tokens == 7 + 3
+    rows = torch.cat([IDS[0, 3:], IDS[1, 3:6]])
+    ours, theirs = (table[rows].double().log_softmax(-1) for table in (OTHER, TABLE))
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
+
+
 def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:
     other = TABLE.clone()
     other[int(IDS[0, 3]), 5] += 0.25

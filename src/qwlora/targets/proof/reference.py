@@ -85,7 +85,7 @@ def make_reference(
     for state in logits:
         part = sequences.first(BASE_SEQUENCES) if state == "base" else sequences
         rows: dict[str, list[Tensor]] = {}
-        for ids, labels in part.rows():
+        for ids, labels in zip(part.input_ids, part.labels, strict=True):
             expected = logits[state](ids[None])
             other = None if others is None else others[state](ids[None])
             row = _row(expected, labels, other)

@@ -33,7 +33,6 @@ from qwlora.targets.target_compatibility import (
     table_rows,
 )
 
-NPU = ("aimet", "qairt", "qairt_pipeline", "qnn")  # have positive scales only
 ALL = [
     Scheme(bits, symmetric, granularity)
     for bits in range(2, 9)
@@ -56,8 +55,9 @@ ALL += [Scheme(bits, True, SignedBlock(size)) for bits in range(2, 9) for size i
         ("w6-block64-asymmetric", ["gguf", "hf"], "w5-block64"),
         ("w4-signed32", ["onnx", "genai", "hf", "gguf", "mlx", "openvino"], "w4-signed32"),
         ("w3-signed32", ["gguf"], "w4-signed32"),
-        ("w4-signed16", ["aimet"], "w4-block16"),
-        *(("w4-signed64", ["hf", npu], "w4-block64") for npu in NPU),
+        ("w4-signed16", ["aimet", "qairt"], "w4-signed16"),
+        ("w4-signed64", ["hf", "qairt_pipeline"], "w4-signed64"),
+        ("w4-signed64", ["hf", "qnn"], "w4-block64"),
     ],
 )
 def test_the_nearest_scheme_that_all_hold(asked: str, targets: list[str], best: str) -> None:

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
 Bound = Tensor | int
 
@@ -185,6 +185,20 @@ class Encoding:
             else aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
         )
         return low, low + self.scheme.steps
+
+    def with_positive_scales(self) -> Encoding:
+        """The same values for formats without negative scales. Signed blocks become asymmetric
+        ones; the codes of a block with a negative scale are counted from the other end:
+
+            (q + offset) s = (2^b - 1 - q + offset') |s|,  offset' = -(2^b - 1) - offset
+        """
+        granularity = self.scheme.granularity
+        if not isinstance(granularity, Blocks) or not granularity.is_signed:
+            return self
+        turned = -self.scheme.steps - self.offset
+        offset = torch.where(self.scale < 0, turned, self.offset)
+        scheme = Scheme(self.scheme.bitwidth, False, PerBlock(granularity.size))
+        return Encoding(scheme, self.scale.abs(), offset)
 
     def check_fit(self, x: Tensor) -> None:
         """Refuse a tensor (of values, or of codes) that needs another number of scales."""

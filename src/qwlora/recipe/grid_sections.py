@@ -75,8 +75,8 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, for smaller errors of layers at 2 to 4 bits; NPUs do not take
-    them; lpbq: AIMET's low-power blocks, whose scales are small integers times a channel scale"""
+    whose scales may be negative, for smaller errors of layers at 2 to 4 bits, refused by qnn;
+    lpbq: AIMET's low-power blocks, whose scales are small integers times a channel scale"""
     block_size: Count | None = None
     """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
 

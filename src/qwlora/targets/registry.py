@@ -27,7 +27,6 @@ class FormatLimits:
         symmetric, zero_point, float_offset: bitwidths of grids that are symmetric, or have an
             integer or a float offset.
         block: blocks are multiples of it.
-        signed_scales: whether a scale may be negative.
         refused: kinds of layers, and why they are.
     """
 
@@ -36,7 +35,6 @@ class FormatLimits:
     zero_point: Collection[int] = _ANY
     float_offset: Collection[int] = _ANY
     block: int = 1
-    signed_scales: bool = True
     refused: Mapping[LayerKind, str] = field(default_factory=dict)
 
     def problem(self, scheme: Scheme) -> str | None:
@@ -50,8 +48,6 @@ class FormatLimits:
             return f"{scheme}: {self.name} has no {kind}"
         if scheme.bitwidth not in bits:
             return f"{scheme}: {self.name} has {listed(bits, 9)} bits with {kind}"
-        if scheme.has_signed_scales and not self.signed_scales:
-            return f"{scheme}: {self.name} has positive scales only"
         match scheme.granularity:
             case Blocks(size) if size % self.block:
                 return f"{scheme}: {self.name} has blocks of {self.block} and multiples of it"
@@ -66,7 +62,7 @@ _LINEAR_ONLY = {
     LayerKind.OTHER: "has integers of Linear layers and embeddings only",
     LayerKind.CONV1D: "has no integers for transformers' Conv1D",
 }
-AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=(), signed_scales=False)
+AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=())
 AIMET_WEIGHTS = replace(AIMET_ENCODINGS, refused=_LINEAR_ONLY)  # of a checkpoint, not of a graph
 COMPRESSED_TENSORS = FormatLimits(name="compressed-tensors", float_offset=(), refused=_LINEAR_ONLY)
 GGUF = FormatLimits(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.errors import ConversionError, EncodingsFileError, GridError
+from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.formats.aimet_encodings import (
     VERSIONS,
     EncodingsFile,
@@ -77,20 +77,30 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
         assert encoding_of(entry).equals(encoding)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(
-    ("scheme", "error", "message"),
-    [
-        (
-            Scheme(4, False, PerBlock(BLOCK), float_offset=True),
-            EncodingsFileError,
-            r"(?s)w.*float offsets",
-        ),
-        (Scheme(4, granularity=SignedBlock(BLOCK)), GridError, "no blocks of kind signed"),
-    ],
-)
-def test_grids_that_aimet_does_not_have_are_refused(
-    version: str, scheme: Scheme, error: type[Exception], message: str
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_signed_blocks_come_back_as_asymmetric_ones_of_equal_values(
+    bits: int, version: str, transposed: bool, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=message):
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
+    signed = measure(weight, Scheme(bits, granularity=SignedBlock(BLOCK)))
+    assert 0 < int((signed.scale < 0).sum()) < signed.scale.numel()
+    (entry,) = written(signed, version, tmp_path / "x", transposed).encodings
+    placement = TensorLayout((OUT, IN), transposed, 0, "tensor" if transposed else "channel")
+    again = grid_of(entry, placement, version)
+    assert again.scheme == Scheme(bits, False, PerBlock(BLOCK))
+    values = signed.fake_quantize(weight)
+    assert torch.equal(again.fake_quantize(values), values)
+    for code in range(2**bits):  # every code of a signed block, and none beside them
+        codes = torch.full((OUT, IN), code, dtype=torch.uint8)
+        steps = torch.where(signed.scale < 0, 2**bits - 1 - code, code).to(torch.uint8)
+        turned = steps.repeat_interleave(BLOCK, 1)
+        assert torch.equal(again.dequantize(turned), signed.dequantize(codes))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float_offsets_are_refused(version: str) -> None:
+    scheme = Scheme(4, False, PerBlock(BLOCK), float_offset=True)
+    with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
         entry_of("w", measure(torch.randn(OUT, IN), scheme), version)

@@ -62,7 +62,7 @@ def test_the_file_computes_what_was_simulated(tmp_path: Path, scheme: Scheme) ->
     )  # no float copy of the embedding
     entries = json.loads((tmp_path / "model.encodings").read_text())
     named = {entry["name"] for entry in entries["param_encodings"]}
-    is_left_out = scheme.float_offset or scheme.has_signed_scales  # AIMET has no such grids
+    is_left_out = scheme.float_offset  # AIMET has no such grids
     left_out = {name.removesuffix(".weight") for name in weights} if is_left_out else set()
     assert set(entries["excluded_layers"]) == left_out
     assert (set(weights) <= named) is not is_left_out

@@ -4,6 +4,7 @@
     PerTensor()        IntegerEncoding, scale []                   no axis             PER_TENSOR
     PerChannel(axis)   IntegerEncoding, scale [A]                  axis                PER_CHANNEL
     PerBlock(size)     IntegerEncoding, scale [out, in / size]     axis, block_size    PER_BLOCK
+    SignedBlock(size)  as PerBlock, asymmetric and with positive scales
     Lpbq(size)         LpbqEncoding, block and channel scales      axis, block_size    LPBQ
     a float offset     refused; read from a zero point shift of half a step
 
@@ -88,6 +89,7 @@ def entry_of(
     Raises:
         EncodingsFileError: the encoding has float offsets.
     """
+    encoding = encoding.with_positive_scales()
     scheme = encoding.scheme
     if scheme.float_offset:
         problem = f"{scheme} has float offsets, which no encodings file can hold"

@@ -8,7 +8,7 @@
 
 Every encoding has the name of its ONNX tensor. If no activation of a float model has a grid, 1.0.0
 says of each that it is a float of 16 bits; 2.0.0 has no words for that. A weight with float offsets
-or negative scales has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
+has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations

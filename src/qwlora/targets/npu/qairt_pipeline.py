@@ -115,6 +115,7 @@ class QairtPipeline(Hf):
 
 def _listed(encoding: Encoding, form: str) -> Encoding:
     """The same grids; of blocks in one list in 0.6.1, as aimet-torch loads them."""
+    encoding = encoding.with_positive_scales()
     if form != "0.6.1" or not isinstance(encoding.scheme.granularity, Blocks):
         return encoding
     scheme = replace(encoding.scheme, granularity=PerChannel())

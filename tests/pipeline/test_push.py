@@ -117,7 +117,7 @@ def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_cards_say_how_files_are_loaded(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = (job / "base" / CARD).read_text(), (job / "adapters/first" / CARD).read_text()
-    assert 'from_pretrained("export/hf/base")' in base
+    assert 'from_pretrained("export/hf/base", dtype="float32")' in base
     assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
     assert "--enable-lora" in adapter
     assert "--enable-lora" not in base

@@ -28,7 +28,7 @@ from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
-from qwlora.targets.registry import TARGETS
+from qwlora.targets.registry import TARGETS, vllm_problem
 from qwlora.targets.target import ExportedBase
 from qwlora.targets.target_compatibility import refusals
 from qwlora.targets.weights.weights_folder import layer_kind
@@ -83,10 +83,10 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 def scheme_table() -> str:
     """Which scheme each target holds exactly."""
-    rows: list[tuple[str, ...]] = [("grid", *TARGETS)]
+    rows: list[tuple[str, ...]] = [("grid", *TARGETS, "hf in vLLM")]
     for scheme in SCHEMES:
         cells = ("no" if target.scheme_problem(scheme) else "yes" for target in TARGETS.values())
-        rows.append((short_name(scheme), *cells))
+        rows.append((short_name(scheme), *cells, "no" if vllm_problem([scheme]) else "yes"))
     return table(rows)
 
 

@@ -148,7 +148,7 @@ CLASSES = {known.backend_class.partition(":")[2] for known in TARGETS.values()}
 def test_transformers_opens_a_base_with_its_class(kind: str, shown: str) -> None:
     lines = usage("hf", "the/base", None, kind=kind)
     assert f"from transformers import {shown}, AutoTokenizer" in lines
-    assert f'{shown}.from_pretrained("the/base")' in lines
+    assert f'{shown}.from_pretrained("the/base", dtype="float32")' in lines
 
 
 @pytest.mark.parametrize("target", TARGETS)

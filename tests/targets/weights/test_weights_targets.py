@@ -4,6 +4,7 @@ and each runtime computes what was trained."""
 from __future__ import annotations
 
 import json
+import re
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.readme import usage
-from qwlora.targets.registry import TARGETS
+from qwlora.targets.registry import TARGETS, vllm_problem
 from qwlora.targets.target import Backend, ExportedBase
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
@@ -168,6 +170,36 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
         found = loaded["model"](input_ids=IDS).logits
     for logits in (found, runtime.logits(IDS)):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.max()))
+
+
+@pytest.mark.parametrize(("solver", "dtype"), [("search", "float16"), ("rtn", "float32")])
+def test_the_type_in_config_json_holds_every_scale(solver: str, dtype: str, tmp_path: Path) -> None:
+    """vLLM keeps scales in this type, and of float32 it makes bfloat16."""
+    model = base("w4-block32", solver=solver)
+    write_base(target("hf"), model, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path / "base").dtype == getattr(torch, dtype)
+    read = packed_weights(load_precomputed(open_checkpoint(tmp_path / "base")))
+    for name, layer in packed_weights(model).items():
+        assert torch.equal(read[name].encoding.scale, layer.encoding.scale)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "problem"),
+    [
+        ("w4-block32", None),
+        ("w4-signed128", None),
+        ("w8-channel", None),
+        ("w4-block64-asymmetric", None),
+        ("w8-block32-asymmetric", "4 bits with integer zero points"),
+        ("w3-block64", "4, 8 bits"),
+        ("w4-block16", "blocks of 32, 64"),
+        ("w4-tensor", "takes scales per channel"),
+        ("w4-block32 w8-channel", "need one scheme"),
+    ],
+)
+def test_what_vllm_does_not_compute_is_said(schemes: str, problem: str | None) -> None:
+    found = vllm_problem([parse_scheme(name) for name in schemes.split()])
+    assert found is None if problem is None else re.search(problem, str(found))
 
 
 def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:

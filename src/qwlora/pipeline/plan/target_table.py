@@ -10,7 +10,7 @@ from qwlora.errors import GridError, SourceError
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
 from qwlora.recipe.grid_sections import Model
-from qwlora.targets.registry import TARGETS
+from qwlora.targets.registry import TARGETS, vllm_problem
 from qwlora.targets.target_compatibility import (
     Grid,
     is_copied,
@@ -70,7 +70,11 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
         )
     copying = [name for name, target in TARGETS.items() if is_copied(target, source, keeps)]
     rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))
-    return rows, [f"{name}: {reason}" for name, reason in refused.items() if reason]
+    notes = [f"{name}: {reason}" for name, reason in refused.items() if reason]
+    linear = {grid.scheme for grid in grids if not grid.of_embedding}
+    if not refused["hf"] and (problem := vllm_problem(linear)):
+        notes.append(f"hf: vLLM does not compute this base: {problem}")
+    return rows, notes
 
 
 def second_rounding(recipe: Recipe) -> str | None:

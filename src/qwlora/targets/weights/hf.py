@@ -3,7 +3,7 @@ SGLang.
 
     transformers   AutoModelForCausalLM.from_pretrained("base"), or AutoModelForImageTextToText
                    PeftModel.from_pretrained(model, "NAME")
-    vLLM           vllm serve base --enable-lora --lora-modules NAME=NAME
+    vLLM           vllm serve base --dtype float16 --enable-lora --lora-modules NAME=NAME
 
 Linear layers keep their integers, in format pack-quantized; a packed embedding is written as the
 floats that its codes stand for, since the format has integers for Linear only. Grids with a float
@@ -14,6 +14,11 @@ for PEFT to find; asymmetric grids do not load like that at all. `dequantize: tr
 at once, but then it takes the scheme of the first group for all layers. So a base with one scheme
 says `dequantize: true`, one with several must be symmetric, and run once before an adapter is
 attached. vLLM ignores this key.
+
+vLLM and SGLang keep scales in the `dtype` of config.json, and of float32 they make bfloat16, which
+would round the scales by up to 0.4 %. So `dtype` is float16 where every scale is one. transformers
+unpacks a weight in `dtype`, and only float32 holds every product of a code and a scale: say
+`dtype="float32"`.
 """
 
 from __future__ import annotations
@@ -77,6 +82,7 @@ class Hf(Backend):
         model, layers = exported.model, layers_to_write(exported.model)
         refuse("hf", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
         tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
+        scales = list[Tensor]()
         for name, layer in layers.items():
             if isinstance(layer, PackedEmbedding):
                 tensors[name] = layer.tensor.dequantize()
@@ -85,6 +91,7 @@ class Hf(Backend):
             parts = layer_tensors(layer.quantized)
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
             groups.setdefault(layer.scheme, []).append(path)
+            scales.append(layer.encoding.scale.float())
         if conflict := transformers_conflict(groups):
             raise ExportError(f"hf cannot hold this base: {conflict}")
         packed = {path for paths in groups.values() for path in paths}
@@ -104,7 +111,9 @@ class Hf(Backend):
             },
             **({"dequantize": True} if len(groups) == 1 else {}),
         }
-        changes = {"quantization_config": settings}
+        changes: dict[str, Any] = {"quantization_config": settings}
+        if all(torch.equal(scale.half().float(), scale) for scale in scales):
+            changes["dtype"] = "float16"
         write_folder(model, exported.tokenizer, folder, tensors, changes)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model
 from formats.test_model_card import gguf
 from qwlora import Scheme
-from qwlora.errors import SourceError
+from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
 from qwlora.pipeline.plan.target_table import second_rounding
 from qwlora.recipe import load_recipe
+from qwlora.targets.registry import TARGETS
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,19 @@ def test_run_and_check_refuse_the_same_early(job_for: Any, change: str, problem:
         job.run("quantize", changes=[change])
     assert not job.out.exists()
     assert refused("check", job.recipe, "--set", change) == f"qwlora: {caught.value}\n"
+
+
+def test_a_package_that_writing_needs_is_asked_for_before_training(
+    job_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, target = job_for(), replace(TARGETS["hf"], writers=("not_there",))
+    monkeypatch.setitem(TARGETS, "hf", target)
+    said = answered("check", job.recipe, "--set", "export.targets=[hf]")
+    assert re.search(r"#   warning: export.targets: hf: .*not_there.*pip install", said)
+    job.run("quantize", changes=["export.targets=[hf]"])  # writes no files of a target
+    with pytest.raises(MissingExtraError, match="not_there"):
+        job.run(changes=["export.targets=[hf]"])
+    assert not (job.out / "adapters").exists()
 
 
 def test_check_and_run_say_that_integers_are_rounded_again(job_for: Any, tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
 def test_a_missing_package_names_the_extra_of_the_target() -> None:
     with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
         replace(TARGET, packages=("json", "not_there")).require_packages()
+    with pytest.raises(MissingExtraError, match="not_there"):
+        replace(TARGET, writers=("not_there",)).require_packages(to_write=True)
+    TARGET.require_packages(to_write=True)  # nothing is needed to write
 
 
 def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:

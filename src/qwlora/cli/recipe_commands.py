@@ -27,6 +27,7 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml
+    from qwlora.targets.registry import TARGETS
 
     checked = load_recipe(recipe, tuple(changes or ()))
     rows, notes = target_table(checked)
@@ -35,6 +36,9 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
     print("# (* in export.targets):\n#")
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
+    for name in checked.export.targets:
+        if missing := TARGETS[name].missing(to_write=True):
+            notes.append(f"warning: export.targets: {name}: {missing}")
     for line in (*table(rows), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 

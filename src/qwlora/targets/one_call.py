@@ -112,8 +112,7 @@ def export(
             tokenizer.save_pretrained(part)
         write_record(part, {"target": target})
 
-    if known.is_simulated:
-        known.require_packages()
+    known.require_packages(to_write=True)
     folder.mkdir(parents=True, exist_ok=True)
     if not (known.has_base or known.has_cases):
         simulation = _checked(made, Simulation, target, "one simulation")

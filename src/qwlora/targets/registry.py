@@ -128,6 +128,7 @@ _simulated = partial(
     Target,
     extra="onnx",
     packages=_ONNX,
+    writers=_ONNX,
     is_simulated=True,
     activation_bitwidths=(8, 16),  # QuantizeLinear of opset 21
 )
@@ -181,6 +182,7 @@ TARGETS: dict[str, Target] = {
         backend_class="qwlora.targets.onnx.genai:Genai",
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
+        writers=_ONNX,
         scheme_problem=NBITS.problem,
     ),
     "hf": Target(
@@ -196,6 +198,7 @@ TARGETS: dict[str, Target] = {
         backend_class="qwlora.targets.weights.gguf:Gguf",
         extra="llamacpp",
         packages=("gguf", "llama_cpp_py_sync"),
+        writers=("gguf",),
         source_suffix=".gguf",
         has_float16_scales=True,
         scheme_problem=GGUF.problem,
@@ -212,6 +215,7 @@ TARGETS: dict[str, Target] = {
         backend_class="qwlora.targets.onnx.openvino:Openvino",
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
+        writers=(*_ONNX, "openvino", "openvino_tokenizers"),
         scheme_problem=OPENVINO.problem,
     ),
 }

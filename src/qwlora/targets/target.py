@@ -93,8 +93,8 @@ class Target:
     Args:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
-        packages: modules that are imported to open the files, and of a simulation also to write
-            them.
+        packages: modules that are imported to open the files.
+        writers: modules that are imported to write them.
         compilers: further ones, and their extra: the files are compiled where they are installed.
         is_simulated: whether the files hold activations on grids; else weights and float adapters.
         activation_bitwidths: bitwidths of activations that they can express.
@@ -117,6 +117,7 @@ class Target:
     backend_class: str
     extra: str
     packages: tuple[str, ...]
+    writers: tuple[str, ...] = ()
     compilers: tuple[str, str] | None = None
     layout: Layout = Layout.BUNDLE
     is_simulated: bool = False
@@ -168,19 +169,20 @@ class Target:
         """Names that no adapter can have."""
         return self.reserved.union([BASE] * self.has_base, [PROOF] * self.has_proof)
 
-    def missing(self) -> str | None:
+    def missing(self, to_write: bool = False) -> str | None:
         """Which package is missing, and how to install it; None if all are there."""
         try:
-            self.require_packages()
-            if self.compilers is not None:
+            self.require_packages(to_write)
+            if self.compilers is not None and not to_write:
                 require(*self.compilers)
         except MissingExtraError as error:
             return str(error)
         return None
 
-    def require_packages(self) -> None:
-        """Import `packages`; a MissingExtraError names the extra that installs a missing one."""
-        for package in self.packages:
+    def require_packages(self, to_write: bool = False) -> None:
+        """Import `packages`, or `writers`; a MissingExtraError names the extra that installs a
+        missing one."""
+        for package in self.writers if to_write else self.packages:
             require(package, self.extra)
 
     def parts(self, bundle: Path, name: str) -> dict[str, Path]:

@@ -45,10 +45,6 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
     recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
     trained = [adapter for adapter in recipe.adapters if adapter.steps]
-    if verbs & {"export", "verify"}:
-        for target in (TARGETS[name] for name in recipe.export.targets):
-            if target.is_simulated:
-                target.require_packages()
     if "quantize" in verbs:
         target_table(recipe)
         if note := second_rounding(recipe):
@@ -93,6 +89,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if "train" in verbs:
         _check_saved(recipe, model, packed)
         _check_places(context, shapes)
+    if "export" in verbs:
+        for name in recipe.export.targets:
+            TARGETS[name].require_packages(to_write=True)
     if context.why_loaded_whole is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "

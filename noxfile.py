@@ -111,6 +111,53 @@ def aimet_onnx(session: nox.Session) -> None:
 
 
 @nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist in dist/: equal when they are built twice, installed and run, with an SBOM.
+
+    `nox --session package -- 0.1.0` also refuses another version than that.
+    """
+    session.install("build>=1.3,<2", "twine>=6.2,<8", "uv>=0.9", "cyclonedx-bom>=7,<8")
+    scratch, commit = OUT / "package", ("git", "log", "-1", "--format=%ct")
+    stamp = str(session.run(*commit, external=True, silent=True)).strip()
+    for folder in (Path("dist"), scratch / "again"):
+        shutil.rmtree(folder, ignore_errors=True)
+        build = ("python", "-m", "build", "--outdir", str(folder))
+        session.run(*build, env={"SOURCE_DATE_EPOCH": stamp})
+    files = sorted(Path("dist").iterdir())
+    for file in files:
+        if file.read_bytes() != (scratch / "again" / file.name).read_bytes():
+            session.error(f"{file.name} is another file when it is built again")
+        for version in session.posargs:
+            if not file.name.startswith((f"qwlora-{version}-py3", f"qwlora-{version}.tar")):
+                session.error(f"{file.name} is not of version {version}")
+    session.run("twine", "check", "--strict", *map(str, files))
+    wheel, sdist = (str(file.absolute()) for file in files)
+    python = str(scratch / "venv/bin/python")
+    session.run("uv", "venv", "--clear", str(scratch / "venv"))
+    session.run("uv", "pip", "install", "--python", python, f"{wheel}[all]")
+    with session.chdir(scratch):  # where no source is
+        session.run(python, "-m", "qwlora", "--version", external=True)
+        session.run(python, str(OUT.parent / ".github/import_all.py"), external=True)
+        session.run("uvx", "--from", sdist, "qwlora", "init", "--help")
+    sbom = ("--output-reproducible", "--output-file", str(scratch / "sbom.cdx.json"))
+    session.run("cyclonedx-py", "environment", "--pyproject", "pyproject.toml", *sbom, python)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Pin what `pip install 'qwlora[all]'` needs, by hash, to the versions in .venv."""
+    session.install("uv>=0.9")
+    installed = session.run("uv", "pip", "freeze", "--python", ".venv/bin/python", silent=True)
+    lines = [line.split("+")[0] for line in str(installed).splitlines() if "==" in line]
+    versions = Path(session.create_tmp(), "versions.txt")
+    versions.write_text("\n".join(lines) + "\n")
+    plain = ("--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links")
+    options = ("--extra", "all", "--universal", "--python-version", "3.11", "--generate-hashes")
+    output = ("--constraint", str(versions), "--output-file", "requirements/lock.txt")
+    session.run("uv", "pip", "compile", "pyproject.toml", "--quiet", *options, *plain, *output)
+
+
+@nox.session
 def benchmark_aimet(session: nox.Session) -> None:
     """Compare with AIMET and the HTP emulator; resumes from out/aimet-benchmark."""
     _install(session, *AIMET.split())

@@ -46,9 +46,11 @@ docs/cli.md: .venv/ready $(wildcard src/qwlora/cli/*.py)
 docs/errors/index.md: .venv/ready src/qwlora/errors.py tests/docs/error_pages.py
 	cd tests && ../$(BIN)/python -m docs.error_pages ../docs/errors
 
-.venv/docs: .venv/ready
-	$(BIN)/pip install --quiet --editable '.[docs]'
+.venv-docs/ready: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement requirements/docs.txt
 	touch $@
 
-docs: .venv/docs docs/recipe.md docs/cli.md docs/errors/index.md   # the site is in out/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: .venv-docs/ready   # the site, in out/site; the package itself is not installed
+	.venv-docs/bin/python docs/page_parts.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict

@@ -42,7 +42,8 @@ def _two_workers(session: nox.Session, *arguments: str) -> None:
 def slow(session: nox.Session) -> None:
     """Whole jobs of many architectures, several processes, the site, the notebooks; then AIMET."""
     packages = " ".join([TEXT, *GEMMA])
-    _install(session, "-e", ".[dev,docs,notebooks]", without_dependencies=packages)
+    docs = ("-r", "requirements/docs.txt")
+    _install(session, *docs, "-e", ".[dev,notebooks]", without_dependencies=packages)
     _two_workers(session, "-m", "slow and not client", *session.posargs)
     session.notify("aimet")
 

@@ -14,7 +14,7 @@ import qwlora
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = [name for name in EXTRAS if name not in ("benchmarks", "dev", "docs", "notebooks")]
+TESTED = [name for name in EXTRAS if name not in ("benchmarks", "dev", "notebooks")]
 REQUIREMENTS = [
     Requirement(line)
     for line in [*PROJECT["dependencies"], *(line for name in TESTED for line in EXTRAS[name])]

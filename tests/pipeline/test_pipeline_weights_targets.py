@@ -135,6 +135,7 @@ def test_what_a_target_cannot_hold_is_refused_at_once(
     ("architecture", "target", "message"),
     [
         ("gpt2", "hf", r"target hf cannot hold .*gpt2.*Conv1D.*c_attn\.weight"),
+        ("opt", "gguf", "target gguf cannot hold .*model types .*this is opt"),
         pytest.param("opt", "mlx", "mlx-lm has no model type opt", marks=pytest.mark.client),
     ],
 )
@@ -245,8 +246,7 @@ def test_a_readme_says_what_failed(
     assert not (copy / "export" / "hf" / "README.md").exists()
 
 
-# gguf needs a model from a GGUF file
-EVERYWHERE = [n for n, kind in TARGETS.items() if not kind.is_simulated and n != "gguf"]
+EVERYWHERE = [name for name, kind in TARGETS.items() if not kind.is_simulated]
 
 
 @pytest.fixture(scope="module")

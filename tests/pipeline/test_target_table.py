@@ -23,16 +23,9 @@ from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ("export.targets=[gguf]", "gguf: the model must come from a GGUF file, and .* is not one"),
-        ("base.solver=keep", "has no integers to keep"),
-    ],
-)
-def test_run_and_check_refuse_the_same_early(job_for: Any, change: str, problem: str) -> None:
-    job = job_for()
-    with pytest.raises(SourceError, match=problem) as caught:
+def test_run_and_check_refuse_the_same_early(job_for: Any) -> None:
+    job, change = job_for(), "base.solver=keep"
+    with pytest.raises(SourceError, match="has no integers to keep") as caught:
         job.run("quantize", changes=[change])
     assert not job.out.exists()
     assert refused("check", job.recipe, "--set", change) == f"qwlora: {caught.value}\n"

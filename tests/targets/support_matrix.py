@@ -20,11 +20,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.pytorch_utils import Conv1D
 
 from conftest import byte_tokenizer
-from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
-from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
@@ -38,23 +36,6 @@ from targets.proofs import verify_weights
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 ARCHITECTURES = ("Llama", "Qwen3", "Gemma 3", "Phi-3", "Mistral", "GPT-2", "OPT", "Mixtral")
 WEIGHTS = {name: t for name, t in TARGETS.items() if not t.is_simulated}
-GGUF: dict[str, tuple[str, dict[str, Any]]] = {  # what a GGUF file calls it, and more metadata
-    "Llama": ("llama", {}),
-    "Qwen3": ("qwen3", {"qwen3.attention.key_length": 128, "qwen3.attention.value_length": 128}),
-    "Gemma 3": (
-        "gemma3",
-        {"gemma3.attention.key_length": 256, "gemma3.attention.value_length": 256},
-    ),
-    "Phi-3": ("phi3", {}),
-    "Mistral": ("llama", {}),
-    "GPT-2": ("gpt2", {}),
-}
-NOT_IN_GGUF = {  # what transformers takes for every file
-    "Qwen3": {"head_dim": 128},
-    "Gemma 3": {"head_dim": 256},  # for which attention is scaled
-    "GPT-2": {"n_positions": 1024},
-}
-SPECIAL_TOKENS = {"bos": 1, "eos": 2, "padding": 0}
 SCHEMES = [
     *(
         Scheme(bits, symmetric, granularity)
@@ -95,20 +76,17 @@ def outcome(architecture: str, name: str) -> str:
     target = WEIGHTS[name]
     if target.missing():
         return "not run"
-    if name == "gguf" and architecture not in GGUF:
-        return "no: transformers reads no GGUF files of it"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for part in ("base", "trained", "adapter"):
             (folder / part).mkdir()
-        model, source = made(architecture, name, folder)
+        model, tokenizer = made(architecture), byte_tokenizer()
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
-        if problems := refusals(target, kinds=kinds, model_type=model.config.model_type):
+        problem = target.backend.model_problem(model.config, tokenizer)
+        if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
             return f"no: {problems[0].partition(': one')[0]}"
         try:
-            target.backend.write_base(
-                ExportedBase(model, byte_tokenizer(), source), folder / "base"
-            )
+            target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
             adapted = with_adapter(model)
             save_adapter(adapted, folder / "trained")
             canonical = read_canonical(folder / "trained")
@@ -126,34 +104,16 @@ def outcome(architecture: str, name: str) -> str:
         return "no: more than rounding differs" if problems else "yes"
 
 
-def made(architecture: str, name: str, folder: Path) -> tuple[Any, Path | None]:
-    """A tiny random model with 4-bit integers, and its GGUF file if target `name` needs one."""
+def made(architecture: str) -> Any:
+    """A tiny random model with 4-bit integers."""
     if architecture == "Gemma 3":  # mlx-lm asks for the sixth layer, the first with full attention
         torch.manual_seed(0)
-        config = Gemma3TextConfig(**{**DECODER, "num_hidden_layers": 6}, head_dim=16)
-        model: Any = with_large_weights(Gemma3ForCausalLM(config))
+        sizes = {**DECODER, "num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16}
+        model: Any = with_large_weights(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)))
     else:
         model = make(architecture)
-    if name != "gguf":
-        quantize_(model, "w4-block32", solver="search")
-        return model, None
-    kind, more = GGUF[architecture]
-    if architecture == "Mistral":
-        model = make("Llama")  # what its GGUF files call it
-    for key, value in NOT_IN_GGUF.get(architecture, {}).items():
-        setattr(model.config, key, value)
-    tokens = {f"tokenizer.ggml.{n}_token_id": token for n, token in SPECIAL_TOKENS.items()}
-    source = write_file(
-        folder / "random.gguf",
-        kind,
-        {**metadata_of(kind, model.config, kind), "tokenizer.ggml.model": "no_vocab"}
-        | tokens
-        | more,
-        stored_shapes(kind, model.config),
-        lambda tensor, shape: "Q4_0" if tensor.startswith("blk") and len(shape) > 1 else "F32",
-        tokens=model.config.vocab_size,
-    )
-    return load_precomputed(open_checkpoint(source)), source
+    quantize_(model, "w4-block32", solver="search")
+    return model
 
 
 def with_adapter(model: Any) -> PeftModel:

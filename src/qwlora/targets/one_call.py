@@ -62,8 +62,8 @@ def export(
             other targets, the frozen base without an adapter.
         target: a name that `export.targets` of a recipe can have.
         adapters: folders of trained adapters by name, for targets that take a base.
-        tokenizer: saved next to the base.
-        gguf_file: the file that the base came from, for target gguf.
+        tokenizer: saved next to the base, or in its file.
+        gguf_file: of the base, if it came from one, for target gguf, which copies the rest of it.
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
             shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
             that is no causal language model.

@@ -105,7 +105,7 @@ class Target:
         has_proof: whether `verify` writes a proof next to the files (`proof/folder.py`).
         model_files: glob of the files whose total size is reported.
         reserved: names of other files, which no adapter can have.
-        source_suffix: of the only files that a model can come from.
+        source_suffix: of files of a model whose own integers, metadata and tokenizer are copied.
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         writes_floats: whether all weights are, as float32 next to their encodings.
@@ -409,9 +409,9 @@ class Backend(ABC):
             case: the use case, where these are together.
         """
 
-    def architecture_problem(self, model_type: str) -> str | None:
-        """Why the runtime cannot run a `model_type` of transformers; None if it can, or if that is
-        unknown because it is not installed."""
+    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
+        """Why the runtime cannot run a model of this configuration of transformers, and tokenizer;
+        None if it can, or if that is unknown because it is not installed."""
         return None
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:

@@ -44,7 +44,6 @@ def refusals(
     source: Path | None = None,
     keeps: bool = False,
     kinds: Mapping[LayerKind, Sequence[str]] | None = None,
-    model_type: str = "",
     embedding: tuple[str, Scheme | None] | None = None,
 ) -> list[str]:
     """Why a target cannot hold a base, by what is known of it yet; empty if it can.
@@ -54,12 +53,9 @@ def refusals(
         source: the file or folder of the model.
         keeps: whether the integers of `source` are taken unchanged.
         kinds: names of its packed weights, by the kind of their layer.
-        model_type: the architecture's name in transformers.
         embedding: path of the embedding, and its scheme; None: it stays float.
     """
-    suffix, reasons = target.source_suffix, list[str]()
-    if suffix and source is not None and source.suffix != suffix:
-        return [f"the model must come from a {suffix.removeprefix('.').upper()} file"]
+    reasons = list[str]()
     if not is_copied(target, source, keeps):
         reasons += filter(None, (grid_problem(target, grid) for grid in grids))
         schemes = {grid.scheme for grid in grids if not _is_float(target, grid)}
@@ -68,8 +64,6 @@ def refusals(
     for kind, names in (kinds or {}).items():
         if reason := target.kind_problem(kind):
             reasons.append(f"{reason}: {names[0]}, {len(names)} weights in all")
-    if model_type and not target.is_simulated:
-        reasons += filter(None, [target.backend.architecture_problem(model_type)])
     if target.embedding_problem is not None and embedding is not None:
         path, scheme = embedding
         reason = f"{path} stays float" if scheme is None else target.embedding_problem(scheme)
@@ -82,8 +76,12 @@ def refusals(
 
 def is_copied(target: Target, source: Path | None, keeps: bool) -> bool:
     """Whether the target writes the model's own file, whatever its grids."""
-    suffix = target.source_suffix
-    return keeps and source is not None and bool(suffix) and source.suffix == suffix
+    return keeps and comes_from(target, source)
+
+
+def comes_from(target: Target, source: Path | None) -> bool:
+    """Whether `source` is a file of the target's own format."""
+    return source is not None and source.suffix == target.source_suffix != ""
 
 
 def _is_float(target: Target, grid: Grid) -> bool:

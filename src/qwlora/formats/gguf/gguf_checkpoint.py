@@ -123,7 +123,7 @@ class GgufCheckpoint(MappedCheckpoint):
             )
         return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
 
-    def stored_rows(self, name: str) -> tuple[str, Int64[Tensor, " out"]]:
+    def stored_rows(self, name: str, count: int = 0) -> tuple[str, Int64[Tensor, " out"]]:
         """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
 
         Raises:
@@ -191,7 +191,13 @@ class GgufCheckpoint(MappedCheckpoint):
             settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
             if settings.get("vocab_size") == 0 and tokens:  # `without_contents` removed them
                 settings["vocab_size"] = tokens
-            return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+            kind, key = (
+                CONFIG_MAPPING[settings["model_type"]],
+                f"{architecture}.attention.key_length",
+            )
+            if hasattr(kind, "head_dim") and key in self.file.metadata:  # Qwen3: else 128
+                settings.setdefault("head_dim", self.file.metadata[key])
+            return settings, kind.from_dict(dict(settings))
 
     def _warn_of_positions(self) -> None:
         """Warn if the file scales positions and the configuration does not."""

@@ -18,6 +18,7 @@ from qwlora.errors import ExportError, GridError, SourceError, TrainingError, li
 from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.model_source import fetch
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign, sampled_sequences
@@ -34,7 +35,7 @@ from qwlora.system.machine import slow_compute, training_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
-from qwlora.targets.target_compatibility import refusals
+from qwlora.targets.target_compatibility import comes_from, refusals
 from qwlora.targets.weights.weights_folder import layer_kind
 
 Packed = Callable[[str], bool]  # whether the base packs the tensor of a name
@@ -85,7 +86,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
-        _check_layers(recipe, model, packed, "quantize" in verbs)
+        _check_layers(context, model, packed, "quantize" in verbs)
     if "train" in verbs:
         _check_saved(recipe, model, packed)
         _check_places(context, shapes)
@@ -129,23 +130,29 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
     return model, plan.__contains__
 
 
-def _check_layers(recipe: Recipe, model: PreTrainedModel, packed: Packed, is_new: bool) -> None:
+def _check_layers(
+    context: JobContext, model: PreTrainedModel, packed: Packed, is_new: bool
+) -> None:
     """Check that the targets hold the kinds of the base's packed layers and its embedding, and that
-    their runtimes have the architecture.
+    their runtimes have the architecture and the tokenizer.
 
     Args:
         is_new: whether the base is not quantized yet.
     """
-    kinds = dict[LayerKind, list[str]]()
+    recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
     for tensor in filter(packed, find_tensors(model)):
         kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
         kinds.setdefault(kind, []).append(tensor)
     targets = {name: TARGETS[name] for name in recipe.export.targets}
     reads_table = is_new and any(target.embedding_problem for target in targets.values())
     embedding = _embedding(recipe, model) if reads_table else None
-    keeps, model_type = recipe.base.solver == "keep", str(model.config.model_type)
+    keeps, source = recipe.base.solver == "keep", fetch(recipe.model.source).path
     for name, target in targets.items():
-        if reasons := refusals(target, (), None, keeps, kinds, model_type, embedding):
+        reasons = refusals(target, (), None, keeps, kinds, embedding)
+        if not (target.is_simulated or comes_from(target, source)):
+            problem = target.backend.model_problem(model.config, context.tokenizer)
+            reasons += filter(None, [problem])
+        if reasons:
             raise GridError(
                 f"target {name} cannot hold {recipe.model.source!r}: {'; '.join(reasons)}. To "
                 f"export to other targets only, remove {name} from export.targets"

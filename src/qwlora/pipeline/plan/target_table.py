@@ -31,7 +31,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
 
     Raises:
         GridError: a target cannot hold the grids, or not the integers that base.solver keep takes.
-        SourceError: base.solver does not fit the model, or a target needs another kind of file.
+        SourceError: base.solver does not fit the model.
     """
     model, location = recipe.model, fetch(recipe.model.source)
     keeps = recipe.base.solver == "keep"
@@ -56,14 +56,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
         name: "; ".join(refusals(target, list(grids), source, keeps))
         for name, target in TARGETS.items()
     }
-    asked = [name for name in recipe.export.targets if refused[name]]
-    for name in asked:
-        if refusals(TARGETS[name], (), source, keeps):
-            raise SourceError(
-                f"export.targets: {name}: {refused[name]}, and {model.source!r} is not one. "
-                f"Remove {name}, or set model.source to such a file"
-            )
-    if asked:
+    if asked := [name for name in recipe.export.targets if refused[name]]:
         raise GridError(
             f"export.targets: {'; '.join(f'{name} cannot hold {refused[name]}' for name in asked)}"
             ". Remove the target, or quantize the model anew"

@@ -2,9 +2,12 @@
 
     llama-cli -m base/base.gguf --lora NAME/adapter.gguf
 
-The base must come from a GGUF file: its metadata and tokenizer are copied, and its names and orders
-of rows are used, whatever the architecture. Tensors that are what the file holds are copied as they
-are; if all are, base.gguf is the file itself, byte for byte.
+A base that comes from a GGUF file keeps its metadata, tokenizer, names and orders of rows, whatever
+the architecture. Tensors that are what the file holds are copied as they are; if all are, base.gguf
+is the file itself, byte for byte.
+
+From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`, `gguf_tokenizer.py`,
+`tensor_names.py`. Float matrices become float16 or bfloat16 where that is exact, the rest float32.
 
     Q4_0, Q5_0, Q8_0   symmetric, 4, 5 and 8 bits     (code - 2^(b-1)) d
     Q4_1, Q5_1         float offset, 4 and 5 bits      code d + m
@@ -28,10 +31,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +45,8 @@ from transformers import activations
 
 from qwlora.errors import ExportError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.gguf.gguf_file import GgufFile
+from qwlora.formats.gguf.tensor_names import ARCHITECTURES, TensorNames
 from qwlora.grid.encoding import QuantizedTensor, spread
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
@@ -48,15 +54,20 @@ from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
 from qwlora.targets.registry import GGUF
 from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.gguf_metadata import add_metadata, check_config
+from qwlora.targets.weights.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qwlora.targets.weights.weights_folder import (
     as_float16,
+    float_tensors,
     layers_to_write,
     refuse,
     width_problem,
 )
 
+gguf = require("gguf", "gguf")
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
-BLOCK = 32
+BLOCK, F32 = 32, gguf.GGMLQuantizationType.F32
+Tensors = dict[str, tuple[Any, Any]]  # type, and values or bytes, by stored name
 _GELUS = (
     nn.GELU,
     activations.GELUActivation,
@@ -74,71 +85,106 @@ class Gguf(Backend):
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         if (source := exported.gguf_file) is None:
-            raise ExportError(
-                "gguf cannot be written for this model: metadata and tokenizer are taken from the "
-                "GGUF file that a model came from, and this one came from no GGUF file. Give a "
-                ".gguf file as model.source, or remove gguf from export.targets"
-            )
-        checkpoint, blocks = GgufCheckpoint(source), dict[str, tuple[str, Any]]()
-        problems = []
-        for name, layer in layers_to_write(exported.model).items():
+            _write_new(exported, folder / BASE)
+            return
+        checkpoint, layers = GgufCheckpoint(source), layers_to_write(exported.model)
+        for name, layer in list(layers.items()):
             stored = checkpoint.read(name)
             if isinstance(stored, QuantizedTensor) and stored.equals(layer.quantized):
-                continue
-            if problem := GGUF.problem(layer.scheme) or width_problem(layer, (BLOCK,)):
-                problems.append(f"{name}: {problem}")
-                continue
-            try:
-                target, rows = checkpoint.stored_rows(name)
-                blocks[target] = _blocks(layer, rows)
-            except ExportError as error:
-                problems.append(f"{name}: {error}")
-        refuse("gguf", problems)
+                del layers[name]
+        blocks = _all_blocks(layers, checkpoint)
         if not blocks:
             shutil.copyfile(source, folder / BASE)
             return
-        kinds = require("gguf", "gguf").GGMLQuantizationType
         reader, writer = _copying(source, folder / BASE)
-        for tensor in reader.tensors:
-            data, kind = tensor.data, tensor.tensor_type
-            if tensor.name in blocks:
-                kind, data = kinds[blocks[tensor.name][0]], blocks[tensor.name][1]
-            writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        _finish(writer)
+        _finish(writer, {t.name: (t.tensor_type, t.data) for t in reader.tensors} | blocks)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        gguf = require("gguf", "gguf")
-        checkpoint = GgufCheckpoint(base / BASE)
-        writer = gguf.GGUFWriter(folder / ADAPTER, checkpoint.file.architecture)
+        file = GgufFile(base / BASE)
+        writer = gguf.GGUFWriter(folder / ADAPTER, file.architecture)
+        is_known = file.architecture in ARCHITECTURES.values()
+        names = TensorNames.of_file(file) if is_known else GgufCheckpoint(base / BASE)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         if exported.base_fingerprint is not None:
             writer.add_string("qwlora.base_fingerprint", exported.base_fingerprint)
+        tensors: Tensors = {}
         for module, (a, b) in sorted(exported.factors.items()):
-            name, rows = checkpoint.stored_rows(f"{module}.weight")
-            writer.add_tensor(f"{name}.lora_a", a.numpy())
-            writer.add_tensor(f"{name}.lora_b", _in_order(b, rows).numpy())
-        _finish(writer)
+            name, rows = names.stored_rows(f"{module}.weight", len(b))
+            if name not in file.tensors:
+                raise ExportError(
+                    f"{module!r} has no weight in {BASE}; train an adapter without it"
+                )
+            tensors[f"{name}.lora_a"] = F32, a.numpy()
+            tensors[f"{name}.lora_b"] = F32, _in_order(b, rows).numpy()
+        _finish(writer, tensors)
 
     def open(self, folder: Path, case: str) -> LlamaRuntime:
         shipped = LlamaRuntime(folder / BASE)
-        dequantize = require("gguf", "gguf").quants.dequantize
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
             reader, writer = _copying(folder / BASE, floats)
-            for tensor in reader.tensors:  # all weights as float32
-                writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
-            _finish(writer)
+            dequantize = gguf.quants.dequantize
+            _finish(
+                writer, {t.name: (F32, dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+            )
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
+
+    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
+        try:
+            check_config(config)
+            check_tokenizer(tokenizer)
+        except ExportError as error:
+            return str(error)
+        return None
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
         modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, _GELUS)]
         return GeluFromTable(modules) if modules else None
 
 
+def _write_new(exported: ExportedBase, path: Path) -> None:
+    """Write the file of a model that came from no GGUF file."""
+    model, config = exported.model, cast("Any", exported.model.config)
+    check_config(config)
+    kind, heads = ARCHITECTURES[config.model_type], config.num_attention_heads
+    names = TensorNames(kind, config.num_hidden_layers, (heads, config.num_key_value_heads))
+    tensors = _all_blocks(layers_to_write(model), names)
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    floats = add_metadata(writer, config)
+    add_tokenizer(writer, exported.tokenizer, config)
+    for name, values in float_tensors(model).items():
+        stored, rows = names.stored_rows(name, len(values))
+        floats[stored] = _in_order(names.stored_values(name, values), rows)
+    for name, values in floats.items():
+        tensors[name] = F32, values.float().numpy()
+        for dtype, half in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+            short = values.to(dtype)
+            if values.ndim > 1 and torch.equal(short.float(), values.float()):
+                tensors[name] = gguf.GGMLQuantizationType[half], short.view(torch.uint8).numpy()
+    _finish(writer, tensors)
+
+
+def _all_blocks(layers: Mapping[str, PackedLayer], names: TensorNames | GgufCheckpoint) -> Tensors:
+    """The blocks of each layer; an ExportError names all that the format cannot hold."""
+    blocks, refused = Tensors(), []
+    for name, layer in layers.items():
+        if problem := GGUF.problem(layer.scheme) or width_problem(layer, (BLOCK,)):
+            refused.append(f"{name}: {problem}")
+            continue
+        try:
+            stored, rows = names.stored_rows(name, layer.tensor.shape[0])
+            kind, data = _blocks(layer, rows)
+            blocks[stored] = gguf.GGMLQuantizationType[kind], data
+        except ExportError as error:
+            refused.append(f"{name}: {error}")
+    refuse("gguf", refused)
+    return blocks
+
+
 def _copying(source: Path, target: Path) -> tuple[Any, Any]:
     """A reader of a GGUF file, and a writer that has all metadata of it and no tensors yet."""
-    gguf = require("gguf", "gguf")
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
@@ -150,7 +196,9 @@ def _copying(source: Path, target: Path) -> tuple[Any, Any]:
     return reader, writer
 
 
-def _finish(writer: Any) -> None:
+def _finish(writer: Any, tensors: Tensors) -> None:
+    for name, (kind, data) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -119,13 +119,13 @@ class Mlx(Backend):
     def open(self, folder: Path, case: str) -> MlxRuntime:
         return MlxRuntime(folder)
 
-    def architecture_problem(self, model_type: str) -> str | None:
+    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
         if find_spec("mlx") is None or find_spec("mlx_lm") is None:
             return None
         from mlx_lm.utils import MODEL_REMAPPING
 
-        module = f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
-        return None if find_spec(module) else f"mlx-lm has no model type {model_type}"
+        module = f"mlx_lm.models.{MODEL_REMAPPING.get(config.model_type, config.model_type)}"
+        return None if find_spec(module) else f"mlx-lm has no model type {config.model_type}"
 
 
 def _settings(layout: tuple[int, int]) -> dict[str, int]:

@@ -139,12 +139,37 @@ class Record:
                 lines += ["", f"## {title}", "", text, "", *_table(section, rows)]
             if harmless := self.harmless.get(section):
                 lines += ["", "Harmless, and why:", ""]
-                lines += [f"- {what}: {why}" for what, why in sorted(harmless.items())]
+                things: dict[str, list[str]] = {}
+                for what, why in sorted(harmless.items()):
+                    things.setdefault(why, []).append(what)
+                lines += [f"- {why}: {_grouped(whats)}" for why, whats in sorted(things.items())]
         return "\n".join(lines) + "\n"
+
+
+def _grouped(whats: Sequence[str]) -> str:
+    """What is harmless for one reason: each file once, with its targets or without its readers."""
+    owners: dict[str, list[str]] = {}
+    for what in whats:
+        file, _, owner = what.partition(", read by ")[0].partition(" of ")
+        owners.setdefault(file, []).append(owner)
+    files: dict[str, list[str]] = {}
+    for file, names in owners.items():
+        files.setdefault(", ".join(filter(None, names)), []).append(file)
+    return "; ".join(", ".join(of) + f" of {names}" * bool(names) for names, of in files.items())
 
 
 def _table(section: str, rows: dict[str, list[int]]) -> Sequence[str]:
     head = {"damage": "file, and who reads it", "unfinished": "file", "hostile": "input"}
-    head["fuzz"] = "format"
-    yield_ = [f"| {head.get(section, 'what')} | tried | held |", "|---|--:|--:|"]
-    return [*yield_, *(f"| {name} | {tried} | {held} |" for name, (tried, held) in rows.items())]
+    head |= {"fuzz": "format", "bundles": "target, and what is changed"}
+    table = [f"| {head.get(section, 'what')} | tried | held |", "|---|--:|--:|"]
+    merged: dict[str, tuple[list[str], list[int]]] = {}  # of the long tables: a row for each file
+    for name, counts in rows.items():
+        key, _, part = name.partition(": ") if section in ("damage", "bundles") else (name, "", "")
+        parts, total = merged.setdefault(key, ([], [0, 0]))
+        parts += [part] * bool(part)
+        total[:] = [a + b for a, b in zip(total, counts, strict=True)]
+    for key, (parts, (tried, held)) in merged.items():
+        table.append(
+            f"| {': '.join([key, *[', '.join(parts)] * bool(parts)])} | {tried} | {held} |"
+        )
+    return table

@@ -30,6 +30,7 @@ from qwlora.analysis.generate_text import Answer
 from qwlora.pipeline.commands.open_job import JobModels
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.targets.onnx.onnx_runtime import OnnxModel
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -109,7 +110,16 @@ def test_exact_answers_use_no_torch_kernel(job: Path, monkeypatch: pytest.Monkey
     assert call(*options)[1] != exact
 
 
-def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path) -> None:
+def test_simulation_and_exported_files_answer_alike_and_base_differs(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, extend = list[int](), OnnxModel.extend
+
+    def counted(self: OnnxModel, ids: Any, past: Any) -> Any:
+        read.append(ids.shape[1])
+        return extend(self, ids, past)
+
+    monkeypatch.setattr(OnnxModel, "extend", counted)
     names = "base,first,simulated/first,onnx/first,hf/first"
     options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6, "--exact")
     answers = {a["model"]: a for a in json.loads(answered(*options, "--json"))["answers"]}
@@ -118,6 +128,8 @@ def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path) 
     assert answers["simulated/first"]["text"] == answers["onnx/first"]["text"]
     assert answers["adapted/first"]["text"] == answers["hf/first"]["text"]
     assert answers["adapted/first"]["text"] == expected(job, "adapted", chat_text(PROMPT), 6)
+    assert read[0] > 1
+    assert read[1:] == [1] * 5  # with the cache that the files have
     base, adapted = (answers[name]["text"] for name in ("base", "adapted/first"))
     out = answered(*options[:4], "base,first", *options[5:])
     assert out == f"== base\n{base}\n\n== adapted/first\n{adapted}\n"

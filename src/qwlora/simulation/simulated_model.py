@@ -2,7 +2,7 @@
 
     model = simulation.as_model()
     model(input_ids=ids, attention_mask=mask, labels=labels)    # simulated logits, and their loss
-    model.generate(ids, max_new_tokens=20)    # without a cache: each step runs the whole sequence
+    model.generate(ids, max_new_tokens=20)    # of a graph: each step runs the whole sequence
     model.to("cuda")                          # moves the simulation, not the captured model
 
 It has the configuration and the loss of the model that it is like, but no layers, gradients, hidden
@@ -30,13 +30,14 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
     Args:
         run: gets the arguments of a call by name, without labels; returns the model's output.
         like: the model that was captured or exported; may be without weights.
+        keeps_logits: whether `run` takes `logits_to_keep`, and may return only these.
     """
 
-    def __init__(self, run: Callable[..., Any], like: PreTrainedModel):
+    def __init__(self, run: Callable[..., Any], like: PreTrainedModel, keeps_logits: bool = False):
         config = copy.deepcopy(like.config)
         config._attn_implementation = "eager"  # of no effect, but transformers checks it
         super().__init__(config)
-        self.simulation, self.name = run, type(like).__name__
+        self.simulation, self.name, self._keeps_logits = run, type(like).__name__, keeps_logits
         self.loss_type, self.main_input_name = like.loss_type, like.main_input_name
         self.generation_config = copy.deepcopy(like.generation_config)
         self.config.use_cache = False
@@ -72,6 +73,8 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
         }
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if self._keeps_logits:
+            more["logits_to_keep"] = logits_to_keep
         with torch.no_grad():
             output = self.simulation(**given, **more)
             if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -105,7 +108,7 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, without a cache."""
+        """transformers' `generate`, without its cache."""
         if self.config.is_encoder_decoder:
             raise CaptureError(
                 f"generate runs encoder and decoder of {self.name} separately, and the simulated "

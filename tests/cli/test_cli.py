@@ -158,7 +158,9 @@ def test_help_has_whole_summaries(monkeypatch: pytest.MonkeyPatch, group: tuple[
     assert "..." not in commands
 
 
-def test_check_prints_every_default(recipe_for: Any) -> None:
-    out = answered("check", recipe_for())
-    assert "learning_rate: 0.0005" in out
-    assert "block_size: 32" in out
+def test_check_prints_what_is_set_or_every_default(recipe_for: Any) -> None:
+    path = recipe_for(base={"weights": "w4-block32"}, preset="balanced")
+    short, full = answered("check", path), answered("check", path, "--full")
+    assert "learning_rate: 0.0005" in full
+    assert "rslora" not in short
+    assert all(part in out for out in (short, full) for part in ("solver: gptq", "block_size: 32"))

@@ -19,19 +19,30 @@ if TYPE_CHECKING:
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 
 
-def check(recipe: RecipeFile, changes: Changes = None) -> None:
-    """Validate a recipe and print it with its defaults.
+def check(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print every key, those with a default too.")
+    ] = False,
+) -> None:
+    """Validate a recipe and print what it and its preset set.
 
     Then which targets hold the grids of its base.
     """
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
-    from qwlora.recipe.yaml_core import dump_yaml
+    from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.targets.registry import TARGETS
 
     checked = load_recipe(recipe, tuple(changes or ()))
     rows, notes = target_table(checked)
-    print(dump_yaml(checked.model_dump(mode="json")), end="")
+    if full:
+        print(dump_yaml(checked.model_dump(mode="json")), end="")
+    else:
+        for key, value in checked.model_dump(mode="json", exclude_unset=True).items():
+            print(f"{key}: {flow(value)}")
+        print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
     if note := second_rounding(checked):

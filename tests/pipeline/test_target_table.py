@@ -14,13 +14,14 @@ import torch
 from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model
 from formats.test_model_card import gguf
-from qwlora import Scheme
-from qwlora.errors import MissingExtraError, SourceError
+from qwlora import Scheme, quantize_
+from qwlora.errors import GridError, MissingExtraError, SourceError
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
-from qwlora.pipeline.plan.target_table import second_rounding
+from qwlora.pipeline.plan.target_table import second_rounding, target_table
 from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedBase
 
 
 def test_run_and_check_refuse_the_same_early(job_for: Any) -> None:
@@ -42,6 +43,15 @@ def test_a_package_that_writing_needs_is_asked_for_before_training(
     with pytest.raises(MissingExtraError, match="not_there"):
         job.run(changes=["export.targets=[hf]"])
     assert not (job.out / "adapters").exists()
+
+
+def test_kept_scales_that_are_no_float16_are_refused(recipe_for: Any, tmp_path: Path) -> None:
+    quantize_(model := tiny_model("llama", layers=1), "w4-block32", "rtn")
+    (tmp_path / "kept").mkdir()
+    TARGETS["hf"].backend.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "kept")
+    changes = (f"model.source={tmp_path / 'kept'}", "base.solver=keep", "export.targets=[gguf]")
+    with pytest.raises(GridError, match=r"gguf cannot hold .*solver keep leaves scales"):
+        target_table(load_recipe(recipe_for(), changes))
 
 
 def test_check_and_run_say_that_integers_are_rounded_again(job_for: Any, tmp_path: Path) -> None:

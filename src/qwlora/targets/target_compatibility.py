@@ -29,7 +29,7 @@ class Grid:
     """A grid of a base.
 
     Args:
-        solver: chooses its numbers; None if they exist already.
+        solver: chooses its numbers; None if they exist already, keep if they are no float16.
         of_embedding: whether embeddings alone have it.
     """
 
@@ -171,7 +171,7 @@ def table_rows(
                 cells.append("holds")
             elif grid_problem(target, grid) is None:
                 cells.append("not together" if name in conflicts else "holds")
-            elif grid.solver is None:
+            elif grid.solver in (None, "keep"):
                 cells.append("cannot")
             else:
                 best = nearest(grid.scheme, [target])

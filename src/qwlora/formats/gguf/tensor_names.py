@@ -26,7 +26,6 @@ gguf = require("gguf", "gguf")
 _SAME = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "smollm3")
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"} | dict(zip(_SAME, _SAME, strict=True))
 """What GGUF calls the architecture of each model type of transformers."""
-_INTERLEAVED = ("llama", "smollm3")
 
 
 class TensorNames:
@@ -63,7 +62,7 @@ class TensorNames:
             )
         rows = torch.arange(count)
         heads = self._heads.get(name.split(".")[-2])
-        if heads and self._architecture in _INTERLEAVED:
+        if heads and self._architecture in ("llama", "smollm3"):
             rows = rows.view(heads, -1, 2).mT.flatten()
         return stored, rows
 

@@ -139,5 +139,8 @@ def kept_grids(recipe: Recipe) -> dict[Grid, str]:
         tensor = lazy.checkpoint.read(stored)
         if isinstance(tensor, QuantizedTensor):
             of_embedding = lazy.model.get_submodule(name.rpartition(".")[0]) is embedding
-            grids.setdefault(Grid(tensor.encoding.scheme, None, of_embedding), name)
+            scheme, encoding = tensor.encoding.scheme, tensor.encoding
+            numbers = [encoding.scale] + [encoding.minimum] * scheme.float_offset
+            solver = None if all(n.half().float().equal(n) for n in numbers) else "keep"
+            grids.setdefault(Grid(scheme, solver, of_embedding), name)
     return grids

@@ -125,9 +125,8 @@ class Gguf(Backend):
             floats = Path(scratch, BASE)
             reader, writer = _copying(folder / BASE, floats)
             dequantize = gguf.quants.dequantize
-            _finish(
-                writer, {t.name: (F32, dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-            )
+            tensors = {t.name: (F32, dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+            _finish(writer, tensors)
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
 
     def model_problem(self, config: Any, tokenizer: Any) -> str | None:
@@ -209,7 +208,7 @@ def _in_order(values: Tensor, rows: Tensor) -> Tensor:
     """Rows of a parameter in the order in which the file stores them."""
     stored = torch.empty_like(values)
     stored[rows] = values
-    return stored.contiguous()
+    return stored.cpu().contiguous()
 
 
 def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]]:

@@ -64,7 +64,6 @@ FAMILIES: dict[str, t.PretrainedConfig] = {
 OTHERS: dict[str, t.PretrainedConfig] = {
     "llama, biases": t.LlamaConfig(**HEAD, attention_bias=True, mlp_bias=True),
     "llama3": t.LlamaConfig(**SIZES, rope_parameters=dict(LLAMA3)),
-    "llama, linear": t.LlamaConfig(**SIZES, rope_parameters=dict(LINEAR)),
     "qwen2, yarn": t.Qwen2Config(**SIZES, rope_parameters=dict(YARN)),
     "gemma3, linear": t.Gemma3TextConfig(
         **GEMMA, **WINDOWS, rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL}

@@ -17,7 +17,7 @@ demo: .venv/ready
 test: .venv/ready   # one thread per worker: on two cores, workers with several threads wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-%: .venv/ready   # slow, attack, clients, aimet, oldest, py313: each has an environment, see noxfile.py
+test-%: .venv/ready   # slow, attack, clients, aimet, gpu, oldest, py313: each has an environment, see noxfile.py
 	$(BIN)/nox --session $*
 
 fuzz: .venv/ready

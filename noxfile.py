@@ -83,6 +83,13 @@ def attack(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Every stage on a CUDA device; needs one, and a build of torch for it in the environment."""
+    _install(session, "-e", ".[dev]")
+    session.run("pytest", "-q", "-m", "gpu", "tests/gpu", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def oldest(session: nox.Session) -> None:
     """The fast tests with the oldest release of every dependency.
 

@@ -151,7 +151,7 @@ def sliced(
 ) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", (rows - 1) * len(hidden))
-        return sliced_cross_entropy(hidden, targets, lambda i, j: weight[i:j], len(weight), bias)
+        return sliced_cross_entropy(hidden, targets, weight.__getitem__, len(weight), bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -67,6 +67,7 @@ from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
+from qwlora.system.device import device_of
 from qwlora.system.machine import return_freed_memory
 
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
@@ -77,7 +78,7 @@ _PROBE_TOKENS = 8
 # Below this, returning malloc's free pages takes more time than it is worth.
 _MIN_TRIM_TOKENS = 1024
 HeadPath = Callable[[Tensor], Tensor]
-WeightRows = Callable[[int, int], Tensor]
+WeightRows = Callable[[slice | Tensor], Tensor]
 
 
 class ChunkedLoss(contextlib.ExitStack):
@@ -96,8 +97,7 @@ class ChunkedLoss(contextlib.ExitStack):
         if not isinstance(head, nn.Module):
             raise self._refusal("it has no output head (get_output_embeddings() is None)")
         self._head = head
-        tensors = (*head.parameters(), *head.buffers())
-        self._device = next((t.device for t in tensors), torch.device("cpu"))
+        self._device = device_of(head)
         self._vocabulary = vocabulary_size(self._model)
         self._chunk_tokens = CHUNK_LOGITS // self._vocabulary + 1
         self._own_forward, self._own_head = self._model.forward, head.forward
@@ -147,15 +147,17 @@ class ChunkedLoss(contextlib.ExitStack):
             assert labels is not None
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         hidden = self._captured[0].flatten(0, -2)
-        targets = targets.flatten().to(hidden.device)
-        kept = targets != kwargs.get("ignore_index", IGNORED)
-        count, items = int(kept.sum()), kwargs.get("num_items_in_batch")
+        # The only wait for a GPU: what is known of the targets on the CPU takes none.
+        targets = targets.flatten().cpu()
+        kept = (targets != kwargs.get("ignore_index", IGNORED)).nonzero()[:, 0]
+        count, items = len(kept), kwargs.get("num_items_in_batch")
         if not count and items is None:
             raise TrainingError(
                 "a batch has no loss token: all labels are -100. Remove it from the training data"
             )
         if count < len(targets):
-            hidden, targets = hidden[kept], targets[kept]
+            hidden = hidden[kept.to(hidden.device, non_blocking=True)]
+            targets = targets[kept]
         self._return_memory(len(targets))  # after the forward pass
         if count:
             lowest, highest = (int(end) for end in targets.aminmax())
@@ -164,7 +166,7 @@ class ChunkedLoss(contextlib.ExitStack):
                     f"labels range from {lowest} to {highest}, but the vocabulary has "
                     f"{self._vocabulary} entries. Use -100 for tokens outside the loss"
                 )
-        total = self._sum(hidden, targets)
+        total = self._sum(hidden, targets.to(hidden.device, non_blocking=True))
         self._return_memory(len(targets))
         if items is None:
             return total / count
@@ -305,12 +307,9 @@ def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     That is so if the weight is packed, or float32 under autocast; else None.
     """
     if isinstance(head, PackedLinear):
-        packed = head.tensor
-        return lambda start, stop: packed.dequantize(
-            dtype, torch.arange(start, stop, device=packed.parts.packed.device)
-        )
+        return functools.partial(head.tensor.dequantize, dtype)
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
-        return lambda start, stop: head.weight[start:stop].to(dtype)
+        return lambda rows: head.weight[rows].to(dtype)
     return None
 
 
@@ -380,7 +379,7 @@ def sliced_cross_entropy(
 
     Args:
         hidden, targets: [tokens, hidden] and int64 [tokens].
-        weight_rows: `weight_rows(start, stop)` are rows of the frozen weight, [rows, hidden].
+        weight_rows: rows of the frozen weight by a slice or their numbers, [rows, hidden].
         vocabulary: number of rows of the weight.
         bias: [vocabulary], frozen.
     """
@@ -392,10 +391,9 @@ def sliced_cross_entropy(
     highest = torch.full_like(picked, -torch.inf)
     # Sum over all others of exp times their row of W.
     gradient = torch.zeros_like(x if wants_gradient else x[:0], dtype=torch.float32)
-    own_row = torch.zeros_like(gradient)
     for start in range(0, vocabulary, size):
         stop = min(start + size, vocabulary)
-        rows = weight_rows(start, stop)
+        rows = weight_rows(slice(start, stop))
         x = x.to(rows.dtype)  # copies in the first slice only
         z = F.linear(x, rows, None if bias is None else bias[start:stop].to(x.dtype)).float()
         column = targets - start
@@ -409,12 +407,12 @@ def sliced_cross_entropy(
         others = others * shrunk + e.sum(1)
         if wants_gradient:
             gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(rows.dtype) @ rows)
-            own_row[here] = rows[index[here, 0]].float()
         highest = raised
     whole = others + (picked - highest).exp()
     total = (highest + whole.log() - picked).sum()
     if not wants_gradient:
         return total
+    own_row = weight_rows(targets).float()
     gradient.sub_(own_row.mul_(others.unsqueeze(1))).div_(whole.unsqueeze(1))
     result: Tensor = _WithGradients.apply(total, [gradient.to(hidden.dtype)], hidden)
     return result

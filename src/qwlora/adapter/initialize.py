@@ -42,6 +42,7 @@ from qwlora.adapter.attach import active_adapter
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.nn import PackedLinear
+from qwlora.system.device import device_of, moved
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
@@ -128,8 +129,10 @@ def initialize_(
         )
     reports = InitReports()
     for path in track(list(layers), "initializing the adapter", len(layers)):
-        layer, measure = layers[path], Measure(moments[path] if init == "qera" else None)
-        weight = weights(path).detach().float()
+        layer, moment = layers[path], moments[path] if init == "qera" else None
+        device = device_of(layer.get_base_layer())
+        measure = Measure(moved(moment, device))
+        weight = weights(path).detach().to(device).float()
         difference = solver_difference(path, layer, weight, scales)
         ranks = math.ceil(share * layer.r[adapter] - 1e-9)  # rounded up, except for float rounding
         b, a, singular = measure.best_correction(difference, ranks)

@@ -109,17 +109,18 @@ class AdapterTrainer(Trainer):
     ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         sharded = self.is_fsdp_enabled
-        if not bool(loss.isfinite()):
+        parameters = () if sharded else self.adapted.named_parameters()
+        named = [(name, p.grad) for name, p in parameters if p.grad is not None]
+        checked = [loss, *(gradient for _, gradient in named)]
+        finite = torch.stack([tensor.isfinite().all() for tensor in checked]).tolist()
+        if not finite[0]:
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
-        if not sharded:
-            named = [(n, p.grad) for n, p in self.adapted.named_parameters() if p.grad is not None]
-            finite = torch.stack([gradient.isfinite().all() for _, gradient in named])
-            if not bool(finite.all()):  # one transfer from the device a step
-                name = canonical_name(named[int((~finite).nonzero().max())][0])
-                where = f"; the first, from the top of the model, is that of {name}"
-                self._stop("a gradient is not finite", where)
+        if not all(finite):  # `tolist` was the only wait for a GPU
+            bad = [name for (name, _), good in zip(named, finite[1:], strict=True) if not good]
+            where = f"; the first, from the top of the model, is that of {canonical_name(bad[-1])}"
+            self._stop("a gradient is not finite", where)
         return loss
 
     @torch.no_grad()

@@ -57,6 +57,7 @@ from qwlora.errors import TrainingError
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
+from qwlora.system.device import device_of
 
 # Relative to the largest sum of 512 products. Measured errors: float32 1e-6, TF32 7e-4,
 # bfloat16 2e-3.
@@ -221,11 +222,10 @@ def memory_saving(
 @contextlib.contextmanager
 def lean_steps(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Rows 3 to 5, until the context ends."""
-    device = next(model.parameters()).device
     with (
         disable_input_dtype_casting(model, autocast),
         fused_lora(model),
-        onednn_float32_matmul(device),
+        onednn_float32_matmul(device_of(model)),
     ):
         yield
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwlora.data.tokenization import render, start_tokens
 from qwlora.errors import NonFiniteError, SourceError, foreign_as
+from qwlora.system.device import device_of, moved
 from qwlora.system.progress import Track, untracked
 
 
@@ -97,7 +98,7 @@ def generate_text(
     settings = GenerationConfig(
         max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding, **chosen
     )
-    streamer = _Streamer(tokenizer, write)
+    streamer, ids = _Streamer(tokenizer, write), moved(ids, device_of(model))
     torch.manual_seed(sampling.seed)
     with torch.inference_mode():
         cast(Any, model).generate(
@@ -133,7 +134,8 @@ def sample_sequences(
     first = torch.tensor(words)[torch.randint(len(words), (count, 1), generator=generator)]
     begun = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), first], 1)
     written, steps = list[Tensor](), tokens - begun.shape[1]
-    for ids in begun.split(SAMPLED_AT_ONCE):
+    device = device_of(model)
+    for ids in moved(begun, device).split(SAMPLED_AT_ONCE):
         new, cache = ids, dict[str, Any]()
         for _ in track(range(steps), "sampling text", steps):
             result = model(input_ids=new, use_cache=True, **cache)
@@ -143,13 +145,14 @@ def sample_sequences(
                     "the float model's next-token probabilities are not finite, so it cannot write "
                     "calibration text. Check its weights, or set base.calibration: [job]"
                 )
-            new = torch.multinomial(odds, 1, generator=generator)
+            # drawn on the CPU, so that the seed gives the same text on every device
+            new = torch.multinomial(odds.cpu(), 1, generator=generator).to(device)
             ids = torch.cat([ids, new], 1)
             if (kept := getattr(result, "past_key_values", None)) is None:
                 new = ids  # a model without such a cache reads the whole text again
             else:
                 cache = {"past_key_values": kept}
-        written.append(ids)
+        written.append(ids.cpu())
     return torch.cat(written)
 
 

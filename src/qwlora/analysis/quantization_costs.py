@@ -184,8 +184,9 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     targets = batch["input_ids"][:, 1:]
     if (mask := batch.get("attention_mask")) is not None:
         targets = targets.masked_fill(mask[:, 1:] == 0, -100)
+    targets = targets.flatten().to(logits.device)
     return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum"
     )
 
 

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
+from qwlora.system.device import device_of, moved
 from qwlora.system.progress import Track, untracked
 
 COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
@@ -38,10 +39,12 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: Callable[..., Any]) -> Logits:
-    """A function from token ids to the logits of a causal language model of transformers."""
+    """A function from token ids to the logits of a causal language model of transformers, on the
+    model's device."""
 
     def logits(ids: Tensor) -> Tensor:
-        result: Tensor = model(ids, use_cache=False).logits
+        on_device = moved(ids, device_of(model)) if isinstance(model, nn.Module) else ids
+        result: Tensor = model(on_device, use_cache=False).logits
         return result
 
     return logits
@@ -178,15 +181,17 @@ def perplexity(
 def _score_row(
     logits: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor
 ) -> tuple[Tensor, ...]:
-    """(nll,) or (nll, reference's nll, KL, same likeliest) of the tokens after `positions`."""
-    parts = []
+    """(nll,) or (nll, reference's nll, KL, same likeliest) of the tokens after `positions`, on the
+    CPU."""
+    parts, device = [], logits.device
+    positions, targets = positions.to(device), targets.to(device)
     size = max(1, _AT_ONCE // logits.shape[-1])
     for at, expected in zip(positions.split(size), targets.split(size), strict=True):
         rows = logits[at].float()
         log_q = rows.log_softmax(-1)
         scores = [-log_q.gather(1, expected[:, None])[:, 0].double()]
         if reference is not None:
-            reference_rows = reference[at].float()
+            reference_rows = reference[at.to(reference.device)].to(device).float()
             log_p = reference_rows.log_softmax(-1)
             scores.append(-log_p.gather(1, expected[:, None])[:, 0].double())
             difference = log_p - log_q
@@ -196,5 +201,5 @@ def _score_row(
                 (log_p.exp_() * difference).sum(-1, dtype=torch.float64),
                 reference_rows.argmax(-1) == rows.argmax(-1),
             ]
-        parts.append(tuple(scores))
+        parts.append(tuple(score.cpu() for score in scores))
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

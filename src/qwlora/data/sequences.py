@@ -39,6 +39,7 @@ from torch.utils.data import Dataset
 
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
+from qwlora.system.device import device_of, moved
 
 IGNORED = -100
 _DOCUMENT_TOKENS = 12
@@ -307,13 +308,13 @@ def check_isolation(model: nn.Module) -> None:
 @torch.no_grad()
 def isolation_leak(model: Any) -> float | None:
     """0 if documents are separate, 1 if positions have no effect; None without position_ids."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     count, generator = _DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first, second = torch.randint(vocabulary, (2, count), generator=generator)
     ids = torch.stack([torch.cat([second, first]), *[torch.cat([first, second])] * 2])
     on, again = torch.arange(2 * count), torch.arange(count).repeat(2)
-    inputs = {"input_ids": ids.to(device), "position_ids": torch.stack([on, on, again]).to(device)}
+    inputs = {"input_ids": ids, "position_ids": torch.stack([on, on, again])}
+    inputs = moved(inputs, device_of(model))
     training = model.training
     model.eval()
     try:

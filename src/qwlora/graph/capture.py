@@ -63,6 +63,7 @@ from qwlora.graph.nodes import (
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.system.device import device_of, moved
 from qwlora.system.parameter_names import adapter_of, canonical_name, parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
@@ -120,7 +121,7 @@ class Captured:
         given = {name: value for name, value in arguments.items() if value is not None}
         if self.embeddings is not None and EMBEDS not in given and IDS in given:
             with torch.no_grad():
-                given[EMBEDS] = self.embeddings(given.pop(IDS))
+                given[EMBEDS] = self.embeddings(moved(given.pop(IDS), device_of(self.embeddings)))
         if POSITIONS in given or PAST not in given:
             self._complete_positions_(given)
         if MASK in given and MASK not in self.inputs and _is_all_ones(given[MASK]):
@@ -286,8 +287,9 @@ def _table(model: nn.Module, arguments: Structure) -> nn.Module | None:
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with pairs of keys and values as a cache, and an explicit `use_cache`."""
-    completed = dict(example_inputs)
+    """Arguments on the model's device, with pairs of keys and values as a cache, and an explicit
+    `use_cache`."""
+    completed = moved(dict(example_inputs), device_of(model))
     if isinstance(_unwrapped(model), PreTrainedModel):
         completed.pop(LABELS, None)  # the loss is not part of the graph
     if isinstance(completed.get(CACHE), Cache):

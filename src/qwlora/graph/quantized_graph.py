@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -17,10 +21,12 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_structure
 
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.encoding import Encoding
+from qwlora.system.device import CPU, moved
 
 
 class Kind(StrEnum):
@@ -107,13 +113,21 @@ class Interface:
 @dataclass(frozen=True)
 class QuantizedGraph:
     """A captured program with an encoding for every mark; base weights may have float offsets.
-    `observer` names the estimator that chose the ranges of activations."""
+    `observer` names the estimator that chose the ranges of activations. Its tensors are on the CPU,
+    wherever the captured model is."""
 
     program: ExportedProgram
     interface: Interface
     marks: tuple[GraphValue, ...]
     encodings: Mapping[str, Encoding]
     observer: str = "min-max"
+
+    def __post_init__(self) -> None:
+        encodings = {name: e.to(CPU) for name, e in self.encodings.items()}
+        object.__setattr__(self, "encodings", encodings)
+        tensors = self.program.state_dict.values(), self.program.constants.values()
+        if any(isinstance(t, Tensor) and t.device != CPU for t in chain(*tensors)):
+            object.__setattr__(self, "program", program_on_cpu(self.program))
 
     @property
     def has_float_activations(self) -> bool:
@@ -165,6 +179,32 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         graph_signature=ExportGraphSignature(inputs, outputs),
         module_call_graph=[replace(entry, signature=call)],
         example_inputs=None,
+    )
+
+
+def program_on_cpu(program: ExportedProgram) -> ExportedProgram:
+    """A copy of `program` on the CPU. Tensors that are shared stay shared."""
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copies:
+            tensor = value.detach().to(CPU)
+            is_parameter = isinstance(value, nn.Parameter)
+            copies[id(value)] = nn.Parameter(tensor, False) if is_parameter else tensor
+        return copies[id(value)]
+
+    graph = copy.deepcopy(program.graph)
+    for node in graph.nodes:  # such as arange(..., device=cuda:0)
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda v: CPU if isinstance(v, torch.device) else v
+        )
+        node.meta["val"] = moved(node.meta.get("val"), CPU)
+    return rebuilt(
+        with_graph(program, graph),
+        state_dict={name: copied(tensor) for name, tensor in program.state_dict.items()},
+        constants={name: copied(value) for name, value in program.constants.items()},
     )
 
 

@@ -37,7 +37,7 @@ float-offset grid need not contain zero: code 0 is the lowest value, the last co
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, Integer, Shaped
@@ -93,6 +93,16 @@ class Encoding:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
         if lowest == highest:  # clamping between numbers costs half of clamping between tensors
             object.__setattr__(self, "uniform_offset", lowest)
+
+    def to(self, device: torch.device) -> Encoding:
+        """The encoding on a device; unchanged for the meta device, which has no values to check.
+
+        A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
+        reciprocal instead of dividing.
+        """
+        if device.type == "meta" or self.scale.device == device:
+            return self
+        return replace(self, scale=self.scale.to(device), low_end=self.low_end.to(device))
 
     @property
     def offset(self) -> Int[Tensor, "*groups"]:

@@ -153,7 +153,7 @@ class PackedTensor:
         return QuantizedTensor(self.codes, self.encoding)
 
     def dequantize(
-        self, dtype: torch.dtype = torch.float32, index: Tensor | int | None = None
+        self, dtype: torch.dtype = torch.float32, index: Tensor | slice | int | None = None
     ) -> Tensor:
         """The values: the float32 product, rounded to `dtype`.
 
@@ -203,7 +203,9 @@ class PackedTensor:
             packed[rows] = pack(codes.to(torch.uint8), self.scheme.bitwidth)
         return replace(self, parts=self.parts._replace(packed=packed))
 
-    def _rows(self, packed: Tensor, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
+    def _rows(
+        self, packed: Tensor, index: Tensor | slice | int | None, dtype: torch.dtype
+    ) -> Tensor:
         scheme, shape = self.scheme, (*packed.shape[:-1], self.count)
         chosen = self
         if index is not None and isinstance(scheme.granularity, Blocks):  # each row has its own
@@ -234,7 +236,7 @@ class PackedTensor:
         return values.view(shape)
 
     def _broadcast(
-        self, part: Tensor, index: Tensor | int | None, shape: tuple[int, ...]
+        self, part: Tensor, index: Tensor | slice | int | None, shape: tuple[int, ...]
     ) -> Tensor:
         """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
         broadcasts against a row's grouped codes."""

@@ -28,6 +28,7 @@ from torch import nn
 
 from qwlora.errors import CalibrationError
 from qwlora.nn.temporary import replaced
+from qwlora.system.device import device_of, moved
 
 HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 
@@ -102,7 +103,10 @@ class BlockRunner(ExitStack, Iterable[str]):
             self._gates[name] = self.enter_context(ExitStack())
             self._gates[name].enter_context(replaced(module, self._gate(name, module)))
         options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
-        self.batches = [_Batch(partial(model, **{**batch, **options})) for batch in batches]
+        device = device_of(model)
+        self.batches = [
+            _Batch(partial(model, **moved(dict(batch), device), **options)) for batch in batches
+        ]
         for batch in self.batches:
             self.callback(batch.stop)
 

@@ -55,6 +55,7 @@ from qwlora.graph.nodes import (
 from qwlora.nn import packed_weights
 from qwlora.nn.replace import forget_ties_
 from qwlora.quantize.tuned_parameters import gain_constant
+from qwlora.system.device import device_of, moved
 
 # data movement that leaves the last axis as it is, if its size stays the same
 _OTHER_AXES = """view reshape _unsafe_view slice select index index_select expand squeeze unsqueeze
@@ -151,7 +152,7 @@ def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) 
         raise _cannot(f"{halves[0]} would be rounded again. Call model.float() first")
     captured = capture(model, example_inputs, static=True)
     plan = _planned(captured, model)
-    inputs = captured.bind(example_inputs)
+    inputs = moved(captured.bind(example_inputs), device_of(model))
     flat = FlatModel(model, captured.arguments)
     before = flat(*inputs)
     untied = _untie_(model, plan)

@@ -46,6 +46,7 @@ from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.system.atomic import write_tensors
+from qwlora.system.device import device_of, moved
 from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
@@ -123,11 +124,11 @@ def tune_(
         CalibrationError: the models or the data do not fit each other, or the divergence is NaN.
     """
     settings = settings or TuningSettings()
-    device = next(model.parameters()).device.type
-    if problem := slow_compute(settings.compute, device):
+    device = device_of(model)
+    if problem := slow_compute(settings.compute, device.type):
         warnings.warn(problem, SlowComputeWarning, stacklevel=2)
     if settings.compute == "auto":
-        settings = replace(settings, compute=auto_compute(device))
+        settings = replace(settings, compute=auto_compute(device.type))
     tuned = Tunable(model)
     if not tuned.layers:
         raise GridError("no linear layer of the model is packed; quantize it before tuning scales")
@@ -137,7 +138,7 @@ def tune_(
             f"the quantized model and the float one share the weight of {shared[0]!r}, which is "
             "tuned; quantize a deep copy of the float model"
         )
-    batches = batches_of(calibration, model)
+    batches = moved(batches_of(calibration, model), device)
     if len(batches) < 2:
         raise CalibrationError(
             "tuning scales takes at least two sequences: one is held out to check whether it helped"
@@ -319,8 +320,7 @@ def _mean_divergence(
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], compute: str) -> Tensor:
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=compute == "bfloat16"):
+    with torch.autocast(device_of(model).type, torch.bfloat16, enabled=compute == "bfloat16"):
         logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise CalibrationError(

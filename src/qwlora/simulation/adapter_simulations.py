@@ -62,7 +62,6 @@ from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
     Quantizer,
-    device_of,
     estimate_encodings,
 )
 from qwlora.simulation.placement import refuse_ineffective_rules
@@ -74,6 +73,7 @@ from qwlora.simulation.saved_simulation import (
     read_record,
 )
 from qwlora.simulation.simulation import Batches, Simulation, simulate
+from qwlora.system.device import device_of
 from qwlora.system.parameter_names import adapter_of, canonical_name
 from qwlora.system.progress import Track, untracked
 

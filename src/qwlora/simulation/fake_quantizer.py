@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -23,6 +22,7 @@ from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
 from qwlora.grid.scheme import PerChannel, PerTensor, RangeEstimator, Scheme, as_estimator
 from qwlora.simulation.placement_rules import Schemes
+from qwlora.system.device import device_of
 from qwlora.system.parameter_names import is_factor_name
 
 MASK_MAGNITUDE = 1e30
@@ -86,7 +86,7 @@ class Quantizer(nn.Module):
     def encoding(self, encoding: Encoding | None) -> None:
         if encoding is not None:
             self.scheme = encoding.scheme
-            encoding = moved_encoding(encoding, self.device)
+            encoding = encoding.to(self.device)
         self._encoding = encoding
 
     @property
@@ -194,23 +194,6 @@ def _estimated(
             "wider than float32 can hold. Look for nan or infinity, masks, or an overflow"
         )
     return estimate_ranges(observers, scheme, estimator)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of the tensors of `module`; the CPU if it has none."""
-    tensors = chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
-    """`encoding` on `device`; unchanged for the meta device.
-
-    A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
-    reciprocal instead of dividing.
-    """
-    if device.type == "meta" or encoding.scale.device == device:
-        return encoding
-    return replace(encoding, scale=encoding.scale.to(device), low_end=encoding.low_end.to(device))
 
 
 def grid_ends(encoding: Encoding) -> tuple[float, float]:

@@ -118,6 +118,7 @@ from qwlora.grid.scheme import Scheme, as_estimator
 from qwlora.simulation.fake_quantizer import grid_ends
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.device import device_of
 from qwlora.system.parameter_names import adapter_of, canonical_name
 
 CONTEXT = "context"  # name of the size of past and new tokens together
@@ -173,7 +174,7 @@ def capture_cached(
     and values for each layer are refused."""
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
-    ids = torch.ones(rows, past + tokens, dtype=torch.int64)
+    ids = torch.ones(rows, past + tokens, dtype=torch.int64, device=device_of(model))
     table, shapes = (like.embeddings, like.interface.shapes) if like else (None, {})
     axes = (3,) if len(shapes.get(POSITIONS, ())) == 3 else ()
     example = {

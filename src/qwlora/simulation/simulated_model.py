@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from qwlora.errors import CaptureError, foreign_as
+from qwlora.system.device import device_of
 
 
 class SimulatedModel(PreTrainedModel, GenerationMixin):
@@ -45,7 +46,7 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return device_of(self)
 
     def forward(
         self,

@@ -50,7 +50,6 @@ from qwlora.simulation.fake_quantizer import (
     estimate_encodings,
     grid_ends,
     insert_quantizers,
-    moved_encoding,
     remove_quantizers_,
 )
 from qwlora.simulation.placement import Placement, place
@@ -62,6 +61,7 @@ from qwlora.simulation.saved_simulation import (
     write_simulation,
 )
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
+from qwlora.system.device import device_of, moved
 from qwlora.system.progress import Track, untracked
 
 # Dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them; see
@@ -220,7 +220,7 @@ class Simulation(nn.Module):
             for batch in track(batches, "calibrating", total):
                 arguments = as_arguments(batch, self.inputs)
                 check_token_ids(arguments, self.origin.model, CalibrationError)
-                self.graph_module(*self.captured.bind(arguments))
+                self.graph_module(*self._bound(arguments))
                 self._batches += 1
                 self._tokens += tokens_of(arguments)
                 if tokens is not None and self._tokens - tokens_before >= tokens:
@@ -351,7 +351,7 @@ class Simulation(nn.Module):
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
             if name in encodings:
-                encoding = moved_encoding(encodings[name], weight.device)
+                encoding = encodings[name].to(weight.device)
                 self.weights[name] = FrozenWeight(weight, encoding)
                 self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
 
@@ -446,7 +446,7 @@ class Simulation(nn.Module):
         """
         run = OtherArithmetic(self.graph_module).run
         with torch.no_grad():
-            return self.captured.named(run(*self.captured.bind(batch)))
+            return self.captured.named(run(*self._bound(batch)))
 
     def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
         """Every quantized activation of one simulated forward, by name.
@@ -469,11 +469,15 @@ class Simulation(nn.Module):
 
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The graph's inputs by name, from the model's arguments."""
-        return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
+        return dict(zip(self.inputs, self._bound(batch), strict=True))
+
+    def _bound(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The graph's inputs in order, on its device."""
+        return moved(self.captured.bind(batch), device_of(self.graph_module))
 
     def _simulated(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         """One forward with every quantizer, or with those that `only` enables."""
-        outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))
+        outputs: Sequence[Tensor] = self.graph_module(*self._bound(batch))
         return outputs
 
     def as_model(self) -> SimulatedModel:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Int64
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.data.sequences import as_sequences
@@ -29,6 +29,7 @@ from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.device import on_cpu
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
@@ -114,31 +115,39 @@ def export(
 
     known.require_packages(to_write=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (known.has_base or known.has_cases):
-        simulation = _checked(made, Simulation, target, "one simulation")
-        backend.write_adapter(exported(simulation), folder / BASE, folder)
-        finish(folder, True)
-        return
-    base: Any
-    if known.is_simulated:
-        together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
-        changes: dict[str, Any] = {name: exported(together[name]) for name in together}
-        base = replace(changes.pop(BASE), updatable=together.base_activations)
-        if known.has_cases:
-            backend.write_cases(base, {**changes, NONE: base}, folder)
+    with on_cpu(*_modules(made)):
+        if not (known.has_base or known.has_cases):
+            simulation = _checked(made, Simulation, target, "one simulation")
+            backend.write_adapter(exported(simulation), folder / BASE, folder)
             finish(folder, True)
             return
-    else:
-        model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
-        base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
-        changes = {name: read_canonical(Path(path)) for name, path in (adapters or {}).items()}
-    (folder / BASE).mkdir()
-    backend.write_base(base, folder / BASE)
-    finish(folder / BASE, True)
-    for name, change in changes.items():
-        (folder / name).mkdir()
-        backend.write_adapter(change, folder / BASE, folder / name)
-        finish(folder / name, False)
+        base: Any
+        if known.is_simulated:
+            together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
+            changes: dict[str, Any] = {name: exported(together[name]) for name in together}
+            base = replace(changes.pop(BASE), updatable=together.base_activations)
+            if known.has_cases:
+                backend.write_cases(base, {**changes, NONE: base}, folder)
+                finish(folder, True)
+                return
+        else:
+            model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
+            base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
+            changes = {name: read_canonical(Path(path)) for name, path in (adapters or {}).items()}
+        (folder / BASE).mkdir()
+        backend.write_base(base, folder / BASE)
+        finish(folder / BASE, True)
+        for name, change in changes.items():
+            (folder / name).mkdir()
+            backend.write_adapter(change, folder / BASE, folder / name)
+            finish(folder / name, False)
+
+
+def _modules(made: Any) -> list[nn.Module]:
+    """Everything in `made` that has tensors."""
+    if isinstance(made, AdapterSimulations):
+        return list(made.values())
+    return [made] if isinstance(made, nn.Module) else []
 
 
 def _checked(made: Any, kind: type[T], target: str, wanted: str) -> T:
@@ -188,16 +197,16 @@ def verify(
             return verify_language_model(runtime, simulation, ids, layer_tokens, limits, least)
         return verify_outputs(runtime, simulation, list(batches), limits)
 
-    if isinstance(made, Simulation):
-        return list(of_simulation(target.backend.open(folder, ""), made).checks)
-    if isinstance(made, AdapterSimulations):
-        for adapter, simulation in made.items():
-            if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):
-                parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
-    else:
-        runtime, text = target.open(folder), as_sequences(_ids(batches))
-        for adapter in made.peft_config:
-            if (folder / adapter).is_dir():
+    with on_cpu(*_modules(made)):
+        if isinstance(made, Simulation):
+            return list(of_simulation(target.backend.open(folder, ""), made).checks)
+        if isinstance(made, AdapterSimulations):
+            for adapter, simulation in made.items():
+                if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):
+                    parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
+        else:
+            runtime, text = target.open(folder), as_sequences(_ids(batches))
+            for adapter in filter(lambda name: (folder / name).is_dir(), made.peft_config):
                 made.set_adapter(adapter)
                 rounding = target.backend.rounding(made)
                 rounded = None if rounding is None else logits_of(made, rounding)
@@ -212,5 +221,5 @@ def verify(
 
 def _ids(batches: Any) -> Tensor:
     if isinstance(batches, Tensor):
-        return batches
-    return torch.cat([batch["input_ids"] for batch in batches])
+        return batches.cpu()
+    return torch.cat([batch["input_ids"] for batch in batches]).cpu()

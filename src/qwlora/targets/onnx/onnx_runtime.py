@@ -37,6 +37,7 @@ from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors, write_text
+from qwlora.system.device import device_of
 from qwlora.system.optional_packages import require
 from qwlora.targets.onnx.onnx_edits import MODEL_FILE, load_graph, remove_unused, save_graph
 from qwlora.targets.onnx.onnx_model import activation_tensor
@@ -159,8 +160,9 @@ def write_embeddings(simulation: Simulation, folder: Path) -> None:
     [vocabulary, width]; a runtime looks up text in it, and puts what an image becomes between."""
     if (embeddings := simulation.captured.embeddings) is not None:
         with torch.no_grad():
-            rows = embeddings(torch.arange(vocabulary_size(simulation.origin.model)))
-        write_tensors(folder / EMBEDDINGS_FILE, {EMBEDS: rows.float()})
+            count = vocabulary_size(simulation.origin.model)
+            rows = embeddings(torch.arange(count, device=device_of(embeddings)))
+        write_tensors(folder / EMBEDDINGS_FILE, {EMBEDS: rows.float().cpu()})
 
 
 def embedded(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,336 @@
+"""A pretend accelerator for machines without one: a second device of torch, made of CPU tensors.
+
+A tensor on it wraps a CPU tensor, and every operator runs on what is inside, in real numbers. What a
+GPU refuses is refused here, in torch's words: tensors on two devices, a CPU generator, `numpy()`.
+What costs time on a GPU is counted: copies in both directions, and synchronizations, that is every
+operator by which the host waits for the device (`item`, `nonzero`, a boolean index, `equal`, a
+blocking copy to the host). Memory is counted by storages, with a peak and a limit.
+
+Not like a GPU: kernels are the CPU's, so they round as the CPU does and know every dtype; autocast
+casts nothing; an operator that changes the shape of a tensor in place raises NotImplementedError.
+
+The name is registered with the first use and cannot be removed from a process, so the device is
+available only in `pretend_device`. It is built on an experimental interface of torch 2.13
+(`_setup_privateuseone_for_python_backend`).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils.backend_registration import (
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
+
+NAME, CPU = "pretend", torch.device("cpu")
+CROSSES_DEVICES = {"aten::_to_copy", "aten::copy_"}
+SYNCHRONIZES = {
+    *("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"),
+    *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount"),
+}
+INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+FACTORIES = ("empty", "empty_strided", "arange", "linspace", "eye", "randperm", "triu_indices")
+
+
+class Counts:
+    """What happened on the device since the last `reset`."""
+
+    def __init__(self) -> None:
+        self.available = False
+        self.limit: int | None = None  # bytes
+        self.allocated = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.to_device = self.to_host = self.synchronizations = self.operators = 0
+        self.peak = self.allocated
+
+
+COUNTS = Counts()
+
+
+class _Allocation:
+    """A storage on the device, while a tensor uses it."""
+
+    def __init__(self, size: int):
+        self.size = 0
+        if COUNTS.limit is not None and COUNTS.allocated + size > COUNTS.limit:
+            raise torch.OutOfMemoryError(
+                f"{NAME} out of memory. Tried to allocate {size} bytes; {COUNTS.allocated} of "
+                f"{COUNTS.limit} are in use"
+            )
+        self.size = size
+        COUNTS.allocated += size
+        COUNTS.peak = max(COUNTS.peak, COUNTS.allocated)
+
+    def __del__(self) -> None:
+        COUNTS.allocated -= self.size
+
+
+_ALLOCATIONS = weakref.WeakValueDictionary[int, _Allocation]()
+
+
+class PretendTensor(torch.Tensor):
+    """A tensor on the device; `raw` is the CPU tensor with its values."""
+
+    raw: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor) -> PretendTensor:
+        with torch.inference_mode(False):  # where wrappers cannot be indexed
+            tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                device=torch.device(NAME, 0),
+            )
+        storage = raw.untyped_storage()
+        allocation = _ALLOCATIONS.get(storage.data_ptr())
+        if allocation is None:
+            allocation = _Allocation(storage.nbytes())
+            _ALLOCATIONS[storage.data_ptr()] = allocation
+        tensor.raw, tensor.allocation = raw, allocation
+        return tensor
+
+    def __init__(self, raw: torch.Tensor):
+        super().__init__()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _run(op, args, kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:
+        return f"{NAME}({self.raw!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PretendTensor:
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, self.requires_grad)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.raw, self.allocation = new.raw, new.allocation  # type: ignore[attr-defined]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.cpu().numpy()
+        raise TypeError(
+            f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
+            "tensor to host memory first."
+        )
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()  # its address tells shared tensors apart
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+
+def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One operator on the tensors inside."""
+    name = op._schema.name
+    COUNTS.operators += 1
+    COUNTS.synchronizations += name in SYNCHRONIZES
+    device = kwargs.get("device")
+    here, others = dict[int, PretendTensor](), list[torch.Tensor]()
+
+    def unwrapped(value: Any) -> Any:
+        kind = type(value)
+        if kind is PretendTensor:
+            here[id(value.raw)] = value
+            return value.raw
+        if kind is list or kind is tuple:
+            return kind(map(unwrapped, value))
+        if isinstance(value, torch.Tensor):
+            others.append(value)
+        elif kind is torch.device and value.type == NAME:
+            return CPU
+        return value
+
+    inside = [unwrapped(value) for value in args]
+    options = {key: unwrapped(value) for key, value in kwargs.items()}
+    if name in CROSSES_DEVICES:
+        _count_copy(name, args, kwargs)
+    elif name in INDEXES:  # numbers may be on the CPU; booleans must be counted first
+        COUNTS.to_device += len(others)
+        indices = [index for index in inside[1] if index is not None]
+        is_fill = name != "aten::index" and inside[2].numel() == 1  # a masked_fill
+        is_counted = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+        COUNTS.synchronizations += is_counted and not is_fill
+    elif kwargs.get("generator") is not None:
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    elif any(tensor.ndim for tensor in others):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{NAME}:0 and {others[0].device}! ({name})"
+        )
+    result = op(*inside, **options)
+    if torch.Tag.inplace_view in op.tags:  # another shape for the same tensor
+        _repeat_on_wrapper(op, args, kwargs)
+    if op._schema.is_mutable:
+        for tensor in here.values():
+            if tensor.shape != tensor.raw.shape:
+                raise NotImplementedError(f"{name} changes the shape of a tensor in place")
+    if name == "aten::copy_" and type(args[0]) is not PretendTensor:
+        return args[0]
+    if device is not None and not _is_pretend(device):
+        return result
+
+    def wrapped(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return here[id(value)] if id(value) in here else PretendTensor(value)
+        return type(value)(map(wrapped, value)) if type(value) in (list, tuple) else value
+
+    return wrapped(result)
+
+
+def _repeat_on_wrapper(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let an operator change the shape of the wrapper, which has no values: as torch's own wrappers
+    do in `torch.utils._python_dispatch.return_and_correct_aliasing`."""
+    before = torch._C._meta_in_tls_dispatch_include()
+    with no_dispatch():
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        try:
+            op(*args, **kwargs)
+        finally:
+            torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+def _is_pretend(device: Any) -> bool:
+    return torch.device(device).type == NAME
+
+
+def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if name == "aten::copy_":
+        into, source = (type(tensor) is PretendTensor for tensor in args[:2])
+    else:
+        source = type(args[0]) is PretendTensor
+        into = source if kwargs.get("device") is None else _is_pretend(kwargs["device"])
+    COUNTS.to_device += into and not source
+    COUNTS.to_host += source and not into
+    COUNTS.synchronizations += source and not into and not kwargs.get("non_blocking")
+
+
+class _Module:
+    """What torch asks of the module of a device, `torch.pretend`."""
+
+    def is_available(self) -> bool:
+        return COUNTS.available
+
+    def is_initialized(self) -> bool:
+        return COUNTS.available
+
+    def device_count(self) -> int:
+        return int(COUNTS.available)
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None: ...
+
+    def synchronize(self, device: Any = None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return False
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return COUNTS.allocated
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return COUNTS.peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        COUNTS.peak = COUNTS.allocated
+
+
+class _Hook(_DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return COUNTS.available
+
+    def has_primary_context(self, dev_id: int) -> bool:
+        return COUNTS.available
+
+
+@functools.cache
+def _register() -> torch.library.Library:
+    _setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
+    library = torch.library.Library("aten", "IMPL")
+
+    def factory(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if mode is not None:  # torch.tensor inside torch.export
+            with no_dispatch():
+                empty = op(*args, **{**kwargs, "device": "meta", "pin_memory": False})
+                return FakeTensor(mode, empty, torch.device(NAME, 0))
+        return PretendTensor(op(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
+
+    for name in FACTORIES:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            if "device" in {a.name for a in op._schema.arguments}:
+                library.impl(op, functools.partial(factory, op), "PrivateUse1")
+
+    def copy_from(source: Any, into: Any, non_blocking: bool = False) -> torch.Tensor:
+        if isinstance(into, FakeTensor):
+            return into
+        return _run(torch.ops.aten.copy_.default, (into, source), {})
+
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    return library
+
+
+@contextmanager
+def pretend_device() -> Iterator[torch.device]:
+    """The device, available until the context ends, with `COUNTS` at zero."""
+    _register()
+    COUNTS.available = True
+    COUNTS.reset()
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    # `module.to` moves the same parameters, as on a GPU; else it would make new ones, and end ties.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield torch.device(NAME, 0)
+    finally:
+        COUNTS.available, COUNTS.limit = False, None
+        torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -1,0 +1,237 @@
+"""Every stage on a device computes what it computes on the CPU, with data that is on the CPU.
+
+Integers are equal. Floats differ by what the order of a sum changes: relative to the largest of a
+tensor, 1e-5 on the pretend device, whose products may see other strides, and 1e-3 on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import qwlora
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from gpu.pretend_device import COUNTS, CPU, NAME
+from qwlora.analysis.generate_text import Sampling, generate_text, sample_sequences
+from qwlora.analysis.quantization_costs import layer_sqnr, sensitivities
+from qwlora.analysis.token_scores import logits_of, score_tokens
+from qwlora.nn.packed_layer import packed_weights
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.system.device import device_of
+from simulation.tiny_architectures import make
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+IDS = torch.randint(0, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+@functools.cache
+def _built(architecture: str) -> Any:
+    """A float model; attention and experts without fused kernels, which depend on the device."""
+    if architecture == "linear layers":
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    is_small = architecture in ARCHITECTURES
+    model: Any = tiny_model(architecture, layers=1) if is_small else make(architecture)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    return model
+
+
+def built(device: torch.device, architecture: str = "llama") -> Any:
+    return copy.deepcopy(_built(architecture)).to(device)
+
+
+def base(device: torch.device, architecture: str = "llama") -> Any:
+    model = built(device, architecture)
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+def adapted(device: torch.device, architecture: str = "llama") -> Any:
+    layers = ["q_proj", "o_proj"] if architecture == "Mixtral" else "all-linear"
+    config = LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    model = base(CPU, architecture)
+    torch.manual_seed(0)
+    return get_peft_model(model, config).eval().to(device)
+
+
+def assert_same(measured: Any, expected: Any, device: torch.device) -> None:
+    """Tensors and numbers, in dicts and lists, on `device` and on the CPU."""
+    measured, expected = tree_leaves(measured), tree_leaves(expected)
+    assert len(measured) == len(expected) > 0
+    for found, wanted in zip(measured, expected, strict=True):
+        if not isinstance(wanted, Tensor | float):
+            assert found == wanted
+            continue
+        found, wanted = torch.as_tensor(found).detach().cpu(), torch.as_tensor(wanted).detach()
+        off, relative = 0.0, 1e-5 if device.type == NAME else 1e-3
+        if wanted.is_floating_point():
+            off = relative * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=relative, atol=off)
+
+
+def grids(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: (layer.codes.int(), layer.encoding.scale, layer.encoding.low_end)
+        for name, layer in packed_weights(model).items()
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return logits_of(model)(IDS)
+
+
+GRIDS = [
+    *("w4-block32", "w4-signed32", "w2-block32-asymmetric", "w4-channel", "w4-lpbq32"),
+    *("w3-channel-asymmetric", "w8-tensor"),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "solver", "settings"),
+    [
+        *((scheme, "rtn", None) for scheme in GRIDS),
+        ("w4-signed32", "search", None),
+        ("w2-block32-asymmetric", "sqnr", None),
+        ("w4-block32", "gptq", GptqSettings(sweeps=1)),
+        ("w2-block32-asymmetric", "gptq", GptqSettings(sweeps=0, rounding_steps=4)),
+    ],
+)
+def test_grids_and_solvers(
+    scheme: str, solver: str, settings: GptqSettings | None, device: torch.device
+) -> None:
+    x = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
+    calibration = None if settings is None else [{"input": row} for row in x]
+    models = []
+    for place in (CPU, device):
+        models.append(built(place, "linear layers"))
+        options: dict[str, Any] = {"settings": {"gptq": settings}} if settings else {}
+        qwlora.quantize_(models[-1], scheme, solver, calibration=calibration, **options)
+    assert {tensor.device for tensor in models[1].state_dict().values()} == {device}
+    assert_same(grids(models[1]), grids(models[0]), device)
+    assert_same(models[1](x.to(device)), models[0](x), device)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "Gemma 3", "Phi-3", "Mixtral"])
+def test_architectures(architecture: str, device: torch.device) -> None:
+    """Loss and gradients of an adapter on a packed base, with the losses that training uses."""
+    computed = []
+    for place in (CPU, device):
+        model = adapted(place, architecture)
+        with qwlora.memory_saving(model):
+            loss = model(**_on(BATCH, place), labels=IDS.to(place)).loss
+            loss.backward()
+        named = model.named_parameters()
+        computed.append([loss, {n: p.grad for n, p in named if p.grad is not None}])
+    assert len(computed[0][1]) >= 4
+    assert_same(computed[1], computed[0], device)
+
+
+def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def test_a_training_step_waits_for_the_device_once(device: torch.device) -> None:
+    model, labels = adapted(device).train(), IDS.clone()
+    labels[:, :4] = -100
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, batch = torch.optim.AdamW(parameters), _on({**BATCH, "labels": labels}, device)
+    with qwlora.memory_saving(model):
+        for _ in range(2):  # the first step sets up the optimizer
+            COUNTS.reset()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if device.type == NAME:
+        assert COUNTS.synchronizations <= 1
+        assert COUNTS.to_host <= 1
+
+
+def test_tuning_moments_and_starts(device: torch.device) -> None:
+    computed = []
+    for place in (CPU, device):
+        model, settings = base(place), qwlora.TuningSettings(steps=2, compute="float32")
+        report = qwlora.tune_(model, built(place), IDS, settings)
+        moments = qwlora.observe_moments(model, IDS)
+        peft = adapted(place)
+        weights = {f"{p}.weight": built(CPU).get_submodule(p).weight for p in moments}
+        starts = qwlora.initialize_(peft, "qera", lambda p, w=weights: w[f"{p}.weight"], moments)
+        errors = [(start.before, start.after) for start in starts.values()]
+        computed.append([report.before, report.after, dict(moments), errors, logits(peft)])
+    assert_same(computed[1], computed[0], device)
+
+
+def test_bits_by_budget(device: torch.device) -> None:
+    x, computed = torch.randn(2, 6, 32), []
+    for place in (CPU, device):
+        model, schemes = built(place, "linear layers"), [qwlora.Scheme(b) for b in (2, 4)]
+        options = {"calibration": [{"input": x}], "budget": qwlora.BitBudget(3.0, schemes=schemes)}
+        report = qwlora.quantize_(model, "w4-channel", "rtn", **options)
+        computed.append([[repr(rule) for rule in report.budget_rules], grids(model)])
+    assert_same(computed[1], computed[0], device)
+
+
+@pytest.mark.slow
+def test_rotation(device: torch.device) -> None:
+    model = built(device)
+    before = logits(model)
+    qwlora.rotate_(model, {"input_ids": IDS})
+    assert_same(logits(model), before.cpu(), device)
+
+
+def test_scores_generation_and_merging(device: torch.device, tmp_path: Path) -> None:
+    computed = []
+    for place in (CPU, device):
+        tokenizer, model, folder = byte_tokenizer(), adapted(place), tmp_path / place.type
+        reference = logits_of(built(place))
+        scores = score_tokens(logits_of(model), IDS, "scoring", reference=reference)
+        answer = generate_text(model.get_base_model(), tokenizer, IDS[:1], Sampling(3), print)
+        sampled = sample_sequences(built(place), tokenizer, 2, 5)
+        assert sampled.device == scores.nll.device == CPU
+        qwlora.save_adapter(model, folder / "adapter")
+        qwlora.save_base(base(place), folder / "base")
+        loaded = qwlora.load_base(folder / "base", device=place)
+        again = qwlora.load_adapter(loaded, folder / "adapter").eval()
+        merged = qwlora.merged_model(adapted(place))
+        numbers = [scores.to_json(), answer.text, sampled, qwlora.fingerprint(loaded)]
+        computed.append([*numbers, logits(again), logits(merged)])
+        assert device_of(again).type == device_of(merged).type == place.type
+        qwlora.export(base(place), "hf", folder / "hf", adapters={"first": folder / "adapter"})
+    assert_same(computed[1], computed[0], device)
+    files = [sorted((tmp_path / p.type).rglob("*.safetensors")) for p in (CPU, device)]
+    assert len(files[0]) > 3
+    assert [f.read_bytes() for f in files[1]] == [f.read_bytes() for f in files[0]]
+
+
+def test_simulation_and_its_files(device: torch.device, tmp_path: Path) -> None:
+    computed, simulations = [], []
+    for place in (CPU, device):
+        model = adapted(place)
+        simulation = qwlora.simulate(model, BATCH)
+        simulation.calibrate([BATCH, {"input_ids": IDS[:, :5]}])
+        simulations.append(simulation)
+        costs = {one.name: one.cost for one in sensitivities(simulation, [BATCH])}
+        found = {name: (e.scale, e.offset) for name, e in simulation.encodings.items()}
+        sqnr = layer_sqnr(simulation, [BATCH])
+        computed.append([found, costs, sqnr, simulation.logits(IDS)])
+        simulation.save(tmp_path / place.type)
+    assert_same(computed[1], computed[0], device)
+    loaded = qwlora.load_simulation(tmp_path / CPU.type, adapted(device))
+    assert_same(loaded.logits(IDS), computed[0][-1], device)
+    qwlora.export(simulations[1], "onnx_each", tmp_path / "onnx")
+    on_device = qwlora.verify(tmp_path / "onnx", simulations[1], IDS, layer_tokens=12)
+    assert all(row.passed for row in on_device)
+    assert device_of(simulations[1]).type == device.type
+    shared = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in simulations[1].graph_module.parameters()} <= shared

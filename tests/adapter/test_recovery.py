@@ -82,15 +82,6 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_float_model_moves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, teacher = pair("llama")
-    sent: list[object] = []
-    monkeypatch.setattr(teacher, "to", lambda device: (sent.append(device), teacher)[1])
-    settings = TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0)
-    train_adapter(model, IDS, settings, tmp_path, teacher=teacher)
-    assert sent == [next(model.parameters()).device]
-
-
 @pytest.mark.parametrize("loss", ["chunked", pytest.param("whole", marks=pytest.mark.slow)])
 def test_recovery_gets_closer_to_the_float_model(loss: str, tmp_path: Path) -> None:
     distances = {}

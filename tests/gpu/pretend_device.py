@@ -20,6 +20,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,21 +41,12 @@ INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 FACTORIES = ("empty", "empty_strided", "arange", "linspace", "eye", "randperm", "triu_indices")
 
 
-class Counts:
-    """What happened on the device since the last `reset`."""
-
-    def __init__(self) -> None:
-        self.available = False
-        self.limit: int | None = None  # bytes
-        self.allocated = 0
-        self.reset()
-
-    def reset(self) -> None:
-        self.to_device = self.to_host = self.synchronizations = self.operators = 0
-        self.peak = self.allocated
+COUNTS = SimpleNamespace(available=False, limit=None, allocated=0)  # limit and size in bytes
 
 
-COUNTS = Counts()
+def reset_counts() -> None:
+    COUNTS.to_device = COUNTS.to_host = COUNTS.synchronizations = 0
+    COUNTS.peak = COUNTS.allocated
 
 
 class _Allocation:
@@ -63,10 +55,7 @@ class _Allocation:
     def __init__(self, size: int):
         self.size = 0
         if COUNTS.limit is not None and COUNTS.allocated + size > COUNTS.limit:
-            raise torch.OutOfMemoryError(
-                f"{NAME} out of memory. Tried to allocate {size} bytes; {COUNTS.allocated} of "
-                f"{COUNTS.limit} are in use"
-            )
+            raise torch.OutOfMemoryError(f"{NAME} out of memory. Tried to allocate {size} bytes")
         self.size = size
         COUNTS.allocated += size
         COUNTS.peak = max(COUNTS.peak, COUNTS.allocated)
@@ -82,29 +71,8 @@ class PretendTensor(torch.Tensor):
     """A tensor on the device; `raw` is the CPU tensor with its values."""
 
     raw: torch.Tensor
+    allocation: _Allocation
     __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, raw: torch.Tensor) -> PretendTensor:
-        with torch.inference_mode(False):  # where wrappers cannot be indexed
-            tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
-                cls,
-                raw.shape,
-                strides=raw.stride(),
-                storage_offset=raw.storage_offset(),
-                dtype=raw.dtype,
-                device=torch.device(NAME, 0),
-            )
-        storage = raw.untyped_storage()
-        allocation = _ALLOCATIONS.get(storage.data_ptr())
-        if allocation is None:
-            allocation = _Allocation(storage.nbytes())
-            _ALLOCATIONS[storage.data_ptr()] = allocation
-        tensor.raw, tensor.allocation = raw, allocation
-        return tensor
-
-    def __init__(self, raw: torch.Tensor):
-        super().__init__()
 
     @classmethod
     def __torch_dispatch__(
@@ -133,12 +101,9 @@ class PretendTensor(torch.Tensor):
         self.raw, self.allocation = new.raw, new.allocation  # type: ignore[attr-defined]
 
     def numpy(self, *, force: bool = False) -> Any:
-        if force:
-            return self.cpu().numpy()
-        raise TypeError(
-            f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
-            "tensor to host memory first."
-        )
+        if not force:
+            raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
+        return self.cpu().numpy()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -150,10 +115,26 @@ class PretendTensor(torch.Tensor):
         return self.raw.data_ptr()
 
 
+def _wrap(raw: torch.Tensor) -> PretendTensor:
+    with torch.inference_mode(False):  # where wrappers cannot be indexed
+        tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
+            PretendTensor,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=torch.device(NAME, 0),
+        )
+    storage = raw.untyped_storage()
+    if (allocation := _ALLOCATIONS.get(storage.data_ptr())) is None:
+        _ALLOCATIONS[storage.data_ptr()] = allocation = _Allocation(storage.nbytes())
+    tensor.raw, tensor.allocation = raw, allocation
+    return tensor
+
+
 def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operator on the tensors inside."""
     name = op._schema.name
-    COUNTS.operators += 1
     COUNTS.synchronizations += name in SYNCHRONIZES
     device = kwargs.get("device")
     here, others = dict[int, PretendTensor](), list[torch.Tensor]()
@@ -202,7 +183,7 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def wrapped(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return here[id(value)] if id(value) in here else PretendTensor(value)
+            return here[id(value)] if id(value) in here else _wrap(value)
         return type(value)(map(wrapped, value)) if type(value) in (list, tuple) else value
 
     return wrapped(result)
@@ -211,13 +192,10 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _repeat_on_wrapper(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let an operator change the shape of the wrapper, which has no values: as torch's own wrappers
     do in `torch.utils._python_dispatch.return_and_correct_aliasing`."""
-    before = torch._C._meta_in_tls_dispatch_include()
     with no_dispatch():
         torch._C._set_meta_in_tls_dispatch_include(True)
-        try:
-            op(*args, **kwargs)
-        finally:
-            torch._C._set_meta_in_tls_dispatch_include(before)
+        op(*args, **kwargs)
+        torch._C._set_meta_in_tls_dispatch_include(False)
 
 
 def _is_pretend(device: Any) -> bool:
@@ -235,52 +213,22 @@ def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     COUNTS.synchronizations += source and not into and not kwargs.get("non_blocking")
 
 
-class _Module:
-    """What torch asks of the module of a device, `torch.pretend`."""
-
-    def is_available(self) -> bool:
-        return COUNTS.available
-
-    def is_initialized(self) -> bool:
-        return COUNTS.available
-
-    def device_count(self) -> int:
-        return int(COUNTS.available)
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: Any) -> None: ...
-
-    def synchronize(self, device: Any = None) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def manual_seed_all(self, seed: int) -> None: ...
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return False
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return COUNTS.allocated
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        return COUNTS.peak
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        COUNTS.peak = COUNTS.allocated
+MODULE = SimpleNamespace(  # what torch asks of the module of a device, `torch.pretend`
+    is_available=lambda: COUNTS.available,
+    is_initialized=lambda: COUNTS.available,
+    device_count=lambda: int(COUNTS.available),
+    _is_in_bad_fork=lambda: False,
+    current_device=lambda: 0,
+    set_device=lambda device: None,
+    synchronize=lambda device=None: None,
+    empty_cache=lambda: None,
+    manual_seed_all=lambda seed: None,
+    get_rng_state=lambda device=None: torch.get_rng_state(),
+    set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+    get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+    max_memory_allocated=lambda device=None: COUNTS.peak,
+    reset_peak_memory_stats=lambda device=None: reset_counts(),
+)
 
 
 class _Hook(_DummyPrivateUse1Hook):
@@ -293,7 +241,7 @@ class _Hook(_DummyPrivateUse1Hook):
 
 @functools.cache
 def _register() -> torch.library.Library:
-    _setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
+    _setup_privateuseone_for_python_backend(NAME, MODULE, _Hook())
     library = torch.library.Library("aten", "IMPL")
 
     def factory(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -302,7 +250,7 @@ def _register() -> torch.library.Library:
             with no_dispatch():
                 empty = op(*args, **{**kwargs, "device": "meta", "pin_memory": False})
                 return FakeTensor(mode, empty, torch.device(NAME, 0))
-        return PretendTensor(op(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
+        return _wrap(op(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
 
     for name in FACTORIES:
         packet = getattr(torch.ops.aten, name)
@@ -325,7 +273,7 @@ def pretend_device() -> Iterator[torch.device]:
     """The device, available until the context ends, with `COUNTS` at zero."""
     _register()
     COUNTS.available = True
-    COUNTS.reset()
+    reset_counts()
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     # `module.to` moves the same parameters, as on a GPU; else it would make new ones, and end ties.
     torch.__future__.set_swap_module_params_on_conversion(True)

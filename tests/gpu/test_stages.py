@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import qwlora
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
-from gpu.pretend_device import COUNTS, CPU, NAME
+from gpu.pretend_device import COUNTS, CPU, NAME, reset_counts
 from qwlora.analysis.generate_text import Sampling, generate_text, sample_sequences
 from qwlora.analysis.quantization_costs import layer_sqnr, sensitivities
 from qwlora.analysis.token_scores import logits_of, score_tokens
@@ -149,7 +149,7 @@ def test_a_training_step_waits_for_the_device_once(device: torch.device) -> None
     optimizer, batch = torch.optim.AdamW(parameters), _on({**BATCH, "labels": labels}, device)
     with qwlora.memory_saving(model):
         for _ in range(2):  # the first step sets up the optimizer
-            COUNTS.reset()
+            reset_counts()
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -175,8 +175,8 @@ def test_tuning_moments_and_starts(device: torch.device) -> None:
 def test_bits_by_budget(device: torch.device) -> None:
     x, computed = torch.randn(2, 6, 32), []
     for place in (CPU, device):
-        model, schemes = built(place, "linear layers"), [qwlora.Scheme(b) for b in (2, 4)]
-        options = {"calibration": [{"input": x}], "budget": qwlora.BitBudget(3.0, schemes=schemes)}
+        model = built(place, "linear layers")
+        options = {"calibration": [{"input": x}], "budget": qwlora.BitBudget(4.0)}
         report = qwlora.quantize_(model, "w4-channel", "rtn", **options)
         computed.append([[repr(rule) for rule in report.budget_rules], grids(model)])
     assert_same(computed[1], computed[0], device)
@@ -214,24 +214,32 @@ def test_scores_generation_and_merging(device: torch.device, tmp_path: Path) -> 
     assert [f.read_bytes() for f in files[1]] == [f.read_bytes() for f in files[0]]
 
 
-def test_simulation_and_its_files(device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["linear layers", pytest.param("llama", marks=pytest.mark.slow)]
+)
+def test_simulation_and_its_files(architecture: str, device: torch.device, tmp_path: Path) -> None:
     computed, simulations = [], []
+    batch = BATCH if architecture == "llama" else {"input": torch.randn(4, 6, 32)}
     for place in (CPU, device):
-        model = adapted(place)
-        simulation = qwlora.simulate(model, BATCH)
-        simulation.calibrate([BATCH, {"input_ids": IDS[:, :5]}])
+        model = adapted(place) if architecture == "llama" else base(place, architecture)
+        simulation = qwlora.simulate(model, batch)
+        simulation.calibrate([batch, {name: tensor[:, :5] for name, tensor in batch.items()}])
         simulations.append(simulation)
-        costs = {one.name: one.cost for one in sensitivities(simulation, [BATCH])}
-        found = {name: (e.scale, e.offset) for name, e in simulation.encodings.items()}
-        sqnr = layer_sqnr(simulation, [BATCH])
-        computed.append([found, costs, sqnr, simulation.logits(IDS)])
+        found = {name: (e.scale, e.low_end) for name, e in simulation.encodings.items()}
+        sqnr, costs = layer_sqnr(simulation, [batch]), dict[str, float]()
+        if architecture == "llama":
+            costs = {one.name: one.cost for one in sensitivities(simulation, [batch])}
+        computed.append([found, costs, sqnr, simulation.outputs(batch)])
         simulation.save(tmp_path / place.type)
     assert_same(computed[1], computed[0], device)
-    loaded = qwlora.load_simulation(tmp_path / CPU.type, adapted(device))
-    assert_same(loaded.logits(IDS), computed[0][-1], device)
+    shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    loaded = qwlora.load_simulation(tmp_path / CPU.type, model)
+    assert_same(loaded.outputs(batch), computed[0][-1], device)
     qwlora.export(simulations[1], "onnx_each", tmp_path / "onnx")
-    on_device = qwlora.verify(tmp_path / "onnx", simulations[1], IDS, layer_tokens=12)
-    assert all(row.passed for row in on_device)
+    rows = qwlora.verify(tmp_path / "onnx", simulations[1], [batch], layer_tokens=12)
+    assert rows
+    assert all(row.passed for row in rows)
     assert device_of(simulations[1]).type == device.type
-    shared = {p.data_ptr() for p in model.parameters()}
+    assert_same(simulations[0].to(device).outputs(batch), computed[0][-1], device)
+    assert device_of(simulations[0].origin.model) == CPU, "the user's model stays where it is"
     assert {p.data_ptr() for p in simulations[1].graph_module.parameters()} <= shared

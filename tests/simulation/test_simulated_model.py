@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from conftest import EACH_ARCHITECTURE, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.grid.encoding import Encoding
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 from simulation.captured import adapted_layer as adapted
@@ -175,20 +173,6 @@ def test_the_users_model_is_left_alone(pair: tuple[Simulation, PreTrainedModel])
     assert own(**batch(), use_cache=True).past_key_values is not None
 
 
-def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> None:
-    user = adapted("llama")
-    before = {name: p.clone() for name, p in user.named_parameters()}
-    model = calibrated(user).as_model().to("meta")  # where a tensor that stayed behind is an error
-    given = {name: t.to("meta") for name, t in batch(3, 7).items()}
-    output = model(**given)
-    assert output.logits.device.type == "meta"
-    assert output.logits.shape == (3, 7, 260)
-    assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
-    assert user(**batch()).logits.device.type == "cpu"
-    for quantizer in model.simulation.quantizers.values():
-        assert quantizer.observer.ends.device.type == "meta"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_simulation_computes_in_float32_and_refuses_a_cast(dtype: torch.dtype) -> None:
     simulation = calibrated(adapted("llama").to(dtype))
@@ -199,21 +183,6 @@ def test_a_simulation_computes_in_float32_and_refuses_a_cast(dtype: torch.dtype)
             cast(simulation.as_model())
     simulation.to("cpu")
     assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
-
-
-def test_grids_of_activations_move_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA tensors without numbers, which know where they are: there is no such device here, and the meta device computes with any lone number."""
-    simulation = calibrated(adapted("llama"))
-    (quantizer, *_) = simulation.quantizers.values()
-    monkeypatch.setattr(Encoding, "__post_init__", lambda self: None)  # looks at numbers
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for device in ("cuda:0", "cpu"):
-            for each in simulation.quantizers.values():
-                each.to(device)
-            encodings = [q.encoding for q in simulation.quantizers.values() if q.encoding]
-            found = {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)}
-            assert found == {device}
-            assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 
 
 def test_only_models_of_transformers_have_such_a_call() -> None:

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
-from qwlora.system.device import device_of, moved
+from qwlora.system.device import device_of
 from qwlora.system.progress import Track, untracked
 
 COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
@@ -43,8 +43,7 @@ def logits_of(model: Callable[..., Any]) -> Logits:
     model's device."""
 
     def logits(ids: Tensor) -> Tensor:
-        on_device = moved(ids, device_of(model)) if isinstance(model, nn.Module) else ids
-        result: Tensor = model(on_device, use_cache=False).logits
+        result: Tensor = model(ids.to(device_of(model)), use_cache=False).logits
         return result
 
     return logits

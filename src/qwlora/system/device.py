@@ -20,11 +20,12 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: object) -> torch.device:
     """The device of the first tensor of `module` that has data; the meta device if none has any,
-    and the CPU if there are no tensors."""
+    and the CPU if there are no tensors, as in a function in place of a model."""
     device = None
-    for tensor in chain(module.parameters(), module.buffers()):
+    tensors = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
+    for tensor in tensors:
         device = tensor.device
         if device.type != "meta":
             break

@@ -1,17 +1,13 @@
 """A pretend accelerator for machines without one: a second device of torch, made of CPU tensors.
 
 A tensor on it wraps a CPU tensor, and every operator runs on what is inside, in real numbers. What a
-GPU refuses is refused here, in torch's words: tensors on two devices, a CPU generator, `numpy()`.
-What costs time on a GPU is counted: copies in both directions, and synchronizations, that is every
-operator by which the host waits for the device (`item`, `nonzero`, a boolean index, `equal`, a
-blocking copy to the host). Memory is counted by storages, with a peak and a limit.
+GPU refuses is refused: tensors on two devices, a CPU generator, `numpy()`. Counted are copies in
+both directions; synchronizations, by which the host waits for the device (`item`, `nonzero`, a
+boolean index, `equal`, a blocking copy to the host); and memory, with a peak and a limit. Kernels
+are the CPU's, so they round as these do and know every dtype; autocast casts nothing.
 
-Not like a GPU: kernels are the CPU's, so they round as the CPU does and know every dtype; autocast
-casts nothing; an operator that changes the shape of a tensor in place raises NotImplementedError.
-
-The name is registered with the first use and cannot be removed from a process, so the device is
-available only in `pretend_device`. It is built on an experimental interface of torch 2.13
-(`_setup_privateuseone_for_python_backend`).
+The name cannot be removed from a process, so the device is there only in `pretend_device`. Built on
+an experimental interface of torch 2.13, `_setup_privateuseone_for_python_backend`.
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.backend_registration import (
     _DummyPrivateUse1Hook,
@@ -83,13 +78,9 @@ class PretendTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"{NAME}({self.raw!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PretendTensor:
-        if id(self) not in memo:
-            copied = self.detach().clone()
-            if isinstance(self, torch.nn.Parameter):
-                copied = torch.nn.Parameter(copied, self.requires_grad)
-            memo[id(self)] = copied
-        return memo[id(self)]
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        copied, is_parameter = self.detach().clone(), isinstance(self, torch.nn.Parameter)
+        return torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
 
     @property
     def data(self) -> torch.Tensor:
@@ -99,11 +90,6 @@ class PretendTensor(torch.Tensor):
     def data(self, new: torch.Tensor) -> None:
         torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.raw, self.allocation = new.raw, new.allocation  # type: ignore[attr-defined]
-
-    def numpy(self, *, force: bool = False) -> Any:
-        if not force:
-            raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
-        return self.cpu().numpy()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -178,7 +164,7 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 raise NotImplementedError(f"{name} changes the shape of a tensor in place")
     if name == "aten::copy_" and type(args[0]) is not PretendTensor:
         return args[0]
-    if device is not None and not _is_pretend(device):
+    if device is not None and torch.device(device).type != NAME:
         return result
 
     def wrapped(value: Any) -> Any:
@@ -198,16 +184,11 @@ def _repeat_on_wrapper(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         torch._C._set_meta_in_tls_dispatch_include(False)
 
 
-def _is_pretend(device: Any) -> bool:
-    return torch.device(device).type == NAME
-
-
 def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if name == "aten::copy_":
-        into, source = (type(tensor) is PretendTensor for tensor in args[:2])
-    else:
-        source = type(args[0]) is PretendTensor
-        into = source if kwargs.get("device") is None else _is_pretend(kwargs["device"])
+    *_, source = (type(tensor) is PretendTensor for tensor in args[: 1 + (name == "aten::copy_")])
+    into = type(args[0]) is PretendTensor
+    if kwargs.get("device") is not None:
+        into = torch.device(kwargs["device"]).type == NAME
     COUNTS.to_device += into and not source
     COUNTS.to_host += source and not into
     COUNTS.synchronizations += source and not into and not kwargs.get("non_blocking")
@@ -245,11 +226,6 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
 
     def factory(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        if mode is not None:  # torch.tensor inside torch.export
-            with no_dispatch():
-                empty = op(*args, **{**kwargs, "device": "meta", "pin_memory": False})
-                return FakeTensor(mode, empty, torch.device(NAME, 0))
         return _wrap(op(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
 
     for name in FACTORIES:
@@ -260,8 +236,6 @@ def _register() -> torch.library.Library:
                 library.impl(op, functools.partial(factory, op), "PrivateUse1")
 
     def copy_from(source: Any, into: Any, non_blocking: bool = False) -> torch.Tensor:
-        if isinstance(into, FakeTensor):
-            return into
         return _run(torch.ops.aten.copy_.default, (into, source), {})
 
     library.impl("_copy_from", copy_from, "PrivateUse1")
@@ -274,11 +248,10 @@ def pretend_device() -> Iterator[torch.device]:
     _register()
     COUNTS.available = True
     reset_counts()
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
     # `module.to` moves the same parameters, as on a GPU; else it would make new ones, and end ties.
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         yield torch.device(NAME, 0)
     finally:
         COUNTS.available, COUNTS.limit = False, None
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
+        torch.__future__.set_swap_module_params_on_conversion(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qwlora.analysis.quantization_costs import layer_sqnr, sensitivities
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.quantize.gptq import GptqSettings
-from qwlora.system.device import device_of
+from qwlora.system.device import device_of, moved
 from simulation.tiny_architectures import make
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -80,6 +81,11 @@ def assert_same(measured: Any, expected: Any, device: torch.device) -> None:
         torch.testing.assert_close(found, wanted, rtol=relative, atol=off)
 
 
+def compare(compute: Callable[[torch.device], Any], device: torch.device) -> None:
+    """What `compute` gives for `device` and for the CPU."""
+    assert_same(compute(device), compute(CPU), device)
+
+
 def grids(model: nn.Module) -> dict[str, Any]:
     return {
         name: (layer.codes.int(), layer.encoding.scale, layer.encoding.low_end)
@@ -92,61 +98,50 @@ def logits(model: Any) -> Tensor:
     return logits_of(model)(IDS)
 
 
-GRIDS = [
-    *("w4-block32", "w4-signed32", "w2-block32-asymmetric", "w4-channel", "w4-lpbq32"),
-    *("w3-channel-asymmetric", "w8-tensor"),
-]
+GRIDS = "w4-block32 w4-signed32 w2-block32-asymmetric w4-channel w4-lpbq32 w3-channel-asymmetric"
 
 
 @pytest.mark.parametrize(
-    ("scheme", "solver", "settings"),
+    ("scheme", "solver", "options"),
     [
-        *((scheme, "rtn", None) for scheme in GRIDS),
-        ("w4-signed32", "search", None),
-        ("w2-block32-asymmetric", "sqnr", None),
-        ("w4-block32", "gptq", GptqSettings(sweeps=1)),
-        ("w2-block32-asymmetric", "gptq", GptqSettings(sweeps=0, rounding_steps=4)),
+        *((scheme, "rtn", {}) for scheme in [*GRIDS.split(), "w8-tensor"]),
+        ("w4-signed32", "search", {}),
+        ("w2-block32-asymmetric", "sqnr", {}),
+        ("w4-block32", "gptq", {"settings": {"gptq": GptqSettings(sweeps=1)}}),
+        ("w2-channel", "gptq", {"settings": {"gptq": GptqSettings(0, rounding_steps=4)}}),
     ],
 )
-def test_grids_and_solvers(
-    scheme: str, solver: str, settings: GptqSettings | None, device: torch.device
-) -> None:
+def test_grids_and_solvers(scheme: str, solver: str, options: Any, device: torch.device) -> None:
     x = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
-    calibration = None if settings is None else [{"input": row} for row in x]
-    models = []
-    for place in (CPU, device):
-        models.append(built(place, "linear layers"))
-        options: dict[str, Any] = {"settings": {"gptq": settings}} if settings else {}
-        qwlora.quantize_(models[-1], scheme, solver, calibration=calibration, **options)
-    assert {tensor.device for tensor in models[1].state_dict().values()} == {device}
-    assert_same(grids(models[1]), grids(models[0]), device)
-    assert_same(models[1](x.to(device)), models[0](x), device)
+
+    def compute(place: torch.device) -> Any:
+        model, calibration = built(place, "linear layers"), [{"input": row} for row in x]
+        qwlora.quantize_(model, scheme, solver, calibration=calibration, **options)
+        assert {tensor.device for tensor in model.state_dict().values()} == {place}
+        return grids(model), model(x.to(place))
+
+    compare(compute, device)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "Gemma 3", "Phi-3", "Mixtral"])
 def test_architectures(architecture: str, device: torch.device) -> None:
     """Loss and gradients of an adapter on a packed base, with the losses that training uses."""
-    computed = []
-    for place in (CPU, device):
+
+    def compute(place: torch.device) -> Any:
         model = adapted(place, architecture)
         with qwlora.memory_saving(model):
-            loss = model(**_on(BATCH, place), labels=IDS.to(place)).loss
+            loss = model(**moved(BATCH, place), labels=IDS.to(place)).loss
             loss.backward()
-        named = model.named_parameters()
-        computed.append([loss, {n: p.grad for n, p in named if p.grad is not None}])
-    assert len(computed[0][1]) >= 4
-    assert_same(computed[1], computed[0], device)
+        return loss, [p.grad for p in model.parameters() if p.requires_grad]
 
-
-def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    compare(compute, device)
 
 
 def test_a_training_step_waits_for_the_device_once(device: torch.device) -> None:
     model, labels = adapted(device).train(), IDS.clone()
     labels[:, :4] = -100
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.AdamW(parameters), _on({**BATCH, "labels": labels}, device)
+    optimizer, batch = torch.optim.AdamW(parameters), moved({**BATCH, "labels": labels}, device)
     with qwlora.memory_saving(model):
         for _ in range(2):  # the first step sets up the optimizer
             reset_counts()
@@ -158,36 +153,24 @@ def test_a_training_step_waits_for_the_device_once(device: torch.device) -> None
         assert COUNTS.to_host <= 1
 
 
-def test_tuning_moments_and_starts(device: torch.device) -> None:
-    computed = []
-    for place in (CPU, device):
-        model, settings = base(place), qwlora.TuningSettings(steps=2, compute="float32")
+def test_tuning_moments_starts_and_budget(device: torch.device) -> None:
+    floats = built(CPU)
+
+    def compute(place: torch.device) -> Any:
+        model, peft = base(place), adapted(place)
+        settings = qwlora.TuningSettings(steps=2, compute="float32")
         report = qwlora.tune_(model, built(place), IDS, settings)
         moments = qwlora.observe_moments(model, IDS)
-        peft = adapted(place)
-        weights = {f"{p}.weight": built(CPU).get_submodule(p).weight for p in moments}
-        starts = qwlora.initialize_(peft, "qera", lambda p, w=weights: w[f"{p}.weight"], moments)
+        starts = qwlora.initialize_(
+            peft, "qera", lambda path: floats.get_submodule(path).weight, moments
+        )
         errors = [(start.before, start.after) for start in starts.values()]
-        computed.append([report.before, report.after, dict(moments), errors, logits(peft)])
-    assert_same(computed[1], computed[0], device)
+        budgeted, options = built(place), {"budget": qwlora.BitBudget(3.5)}
+        qwlora.quantize_(budgeted, "w4-channel", "rtn", calibration=IDS[:1], **options)
+        after = logits(peft), grids(budgeted)
+        return report.before, report.after, dict(moments), errors, after
 
-
-def test_bits_by_budget(device: torch.device) -> None:
-    x, computed = torch.randn(2, 6, 32), []
-    for place in (CPU, device):
-        model = built(place, "linear layers")
-        options = {"calibration": [{"input": x}], "budget": qwlora.BitBudget(4.0)}
-        report = qwlora.quantize_(model, "w4-channel", "rtn", **options)
-        computed.append([[repr(rule) for rule in report.budget_rules], grids(model)])
-    assert_same(computed[1], computed[0], device)
-
-
-@pytest.mark.slow
-def test_rotation(device: torch.device) -> None:
-    model = built(device)
-    before = logits(model)
-    qwlora.rotate_(model, {"input_ids": IDS})
-    assert_same(logits(model), before.cpu(), device)
+    compare(compute, device)
 
 
 def test_scores_generation_and_merging(device: torch.device, tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ class MergeError(QwloraError, RuntimeError):
     """An adapter cannot be merged: rounding its update to the base's integers would lose it."""
 
 
+class DeviceError(QwloraError, RuntimeError):
+    """The device that `device` names is not there, or is out of memory."""
+
+
 class TrainingError(QwloraError, RuntimeError):
     """Training would change the base, or the loss is NaN or infinite."""
 

@@ -111,10 +111,10 @@ def test_a_process_uses_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_two_processes_share_batches_and_do_not_broadcast_the_base(tmp_path: Path) -> None:
-    arguments = _arguments(SETTINGS, tmp_path, 2)
+    arguments = _arguments(SETTINGS, tmp_path, 2, torch.device("cpu"))
     assert (arguments.per_device_train_batch_size, arguments.ddp_broadcast_buffers) == (1, False)
     with pytest.raises(TrainingError, match=r"batch_sequences \(3\) cannot be divided among 2"):
-        _arguments(replace(SETTINGS, batch_sequences=3), tmp_path, 2)
+        _arguments(replace(SETTINGS, batch_sequences=3), tmp_path, 2, torch.device("cpu"))
 
 
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -31,6 +31,7 @@ from qwlora.pipeline.plan.stale_stages import job_recipe
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system import strict_json
+from qwlora.system.device import pick_device
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import Parity, at_most
@@ -164,6 +165,13 @@ PAGES = {
         _merged,
         ("most of the adapter is smaller than a step", "keep the adapter separate"),
         ("you need one model", "`qwlora merge DIR NAME --into float --out FOLDER`"),
+    ),
+    errors.DeviceError: Page(
+        lambda: pick_device("xpu:7"),
+        (
+            "Torch cannot use the device.",
+            "Install a build for it ([gpu.md](../gpu.md)), or set auto.",
+        ),
     ),
     errors.TrainingError: Page(
         _trainable_base,

@@ -1,13 +1,12 @@
 """A pretend accelerator for machines without one: a second device of torch, made of CPU tensors.
 
-A tensor on it wraps a CPU tensor, and every operator runs on what is inside, in real numbers. What a
-GPU refuses is refused: tensors on two devices, a CPU generator, `numpy()`. Counted are copies in
-both directions; synchronizations, by which the host waits for the device (`item`, `nonzero`, a
-boolean index, `equal`, a blocking copy to the host); and memory, with a peak and a limit. Kernels
-are the CPU's, so they round as these do and know every dtype; autocast casts nothing.
+A tensor on it wraps a CPU tensor, and every operator runs on what is inside, in real numbers. Tensors
+on two devices and CPU generators are refused, as by a GPU. Copies are counted, and synchronizations,
+by which the host waits for the device (`item`, `nonzero`, a boolean index, `equal`, a blocking copy),
+and memory. Kernels are the CPU's: they round as these do and know every dtype. Autocast casts nothing.
 
-The name cannot be removed from a process, so the device is there only in `pretend_device`. Built on
-an experimental interface of torch 2.13, `_setup_privateuseone_for_python_backend`.
+The device cannot be removed from a process, and autograd makes its threads at the first backward
+pass, for the devices known then: it needs a process of its own (`test_pretend_device.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._mode_utils import no_dispatch
-from torch.utils.backend_registration import (
-    _DummyPrivateUse1Hook,
-    _setup_privateuseone_for_python_backend,
-)
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+OWN_PROCESS = "QWLORA_PRETEND_DEVICE"  # set in the process that has the device
 NAME, CPU = "pretend", torch.device("cpu")
 CROSSES_DEVICES = {"aten::_to_copy", "aten::copy_"}
 SYNCHRONIZES = {
@@ -36,7 +34,7 @@ INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 FACTORIES = ("empty", "empty_strided", "arange", "linspace", "eye", "randperm", "triu_indices")
 
 
-COUNTS = SimpleNamespace(available=False, limit=None, allocated=0)  # limit and size in bytes
+COUNTS = SimpleNamespace(limit=None, allocated=0)  # limit and size in bytes
 
 
 def reset_counts() -> None:
@@ -59,6 +57,7 @@ class _Allocation:
         COUNTS.allocated -= self.size
 
 
+_APPLY = torch.nn.Module._apply
 _ALLOCATIONS = weakref.WeakValueDictionary[int, _Allocation]()
 
 
@@ -74,9 +73,6 @@ class PretendTensor(torch.Tensor):
         cls, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _run(op, args, kwargs or {})
-
-    def __repr__(self, **_: Any) -> str:
-        return f"{NAME}({self.raw!r})"
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         copied, is_parameter = self.detach().clone(), isinstance(self, torch.nn.Parameter)
@@ -156,8 +152,11 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"{NAME}:0 and {others[0].device}! ({name})"
         )
     result = op(*inside, **options)
-    if torch.Tag.inplace_view in op.tags:  # another shape for the same tensor
-        _repeat_on_wrapper(op, args, kwargs)
+    if torch.Tag.inplace_view in op.tags:  # another shape, for the wrapper as well
+        with no_dispatch():
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            op(*args, **kwargs)
+            torch._C._set_meta_in_tls_dispatch_include(False)
     if op._schema.is_mutable:
         for tensor in here.values():
             if tensor.shape != tensor.raw.shape:
@@ -175,15 +174,6 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrapped(result)
 
 
-def _repeat_on_wrapper(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let an operator change the shape of the wrapper, which has no values: as torch's own wrappers
-    do in `torch.utils._python_dispatch.return_and_correct_aliasing`."""
-    with no_dispatch():
-        torch._C._set_meta_in_tls_dispatch_include(True)
-        op(*args, **kwargs)
-        torch._C._set_meta_in_tls_dispatch_include(False)
-
-
 def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     *_, source = (type(tensor) is PretendTensor for tensor in args[: 1 + (name == "aten::copy_")])
     into = type(args[0]) is PretendTensor
@@ -195,9 +185,9 @@ def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 MODULE = SimpleNamespace(  # what torch asks of the module of a device, `torch.pretend`
-    is_available=lambda: COUNTS.available,
-    is_initialized=lambda: COUNTS.available,
-    device_count=lambda: int(COUNTS.available),
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    device_count=lambda: 1,
     _is_in_bad_fork=lambda: False,
     current_device=lambda: 0,
     set_device=lambda device: None,
@@ -212,17 +202,9 @@ MODULE = SimpleNamespace(  # what torch asks of the module of a device, `torch.p
 )
 
 
-class _Hook(_DummyPrivateUse1Hook):
-    def is_available(self) -> bool:
-        return COUNTS.available
-
-    def has_primary_context(self, dev_id: int) -> bool:
-        return COUNTS.available
-
-
 @functools.cache
 def _register() -> torch.library.Library:
-    _setup_privateuseone_for_python_backend(NAME, MODULE, _Hook())
+    _setup_privateuseone_for_python_backend(NAME, MODULE)
     library = torch.library.Library("aten", "IMPL")
 
     def factory(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -244,14 +226,22 @@ def _register() -> torch.library.Library:
 
 @contextmanager
 def pretend_device() -> Iterator[torch.device]:
-    """The device, available until the context ends, with `COUNTS` at zero."""
+    """The device, with `COUNTS` at zero."""
     _register()
-    COUNTS.available = True
     reset_counts()
-    # `module.to` moves the same parameters, as on a GPU; else it would make new ones, and end ties.
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
+    with mock.patch.object(torch.nn.Module, "_apply", _apply_and_keep_ties):
         yield torch.device(NAME, 0)
-    finally:
-        COUNTS.available, COUNTS.limit = False, None
-        torch.__future__.set_swap_module_params_on_conversion(False)
+    COUNTS.limit = None
+
+
+def _apply_and_keep_ties(module: torch.nn.Module, *args: Any) -> torch.nn.Module:
+    """`module.to`, which makes new parameters for this device, where those of a GPU stay the same."""
+    places = dict[int, list[tuple[dict[str, Any], str]]]()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            places.setdefault(id(parameter), []).append((part._parameters, name))
+    _APPLY(module, *args)
+    for (first, name), *others in places.values():
+        for parameters, other in others:
+            parameters[other] = first[name]
+    return module

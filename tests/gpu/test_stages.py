@@ -35,12 +35,27 @@ IDS = torch.randint(0, 250, (4, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
+class Layers(nn.Module):
+    """The smallest model that reads tokens and gives logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.head = (
+            nn.Embedding(260, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 260),
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.first(self.embed(input_ids)).relu())
+
+
 @functools.cache
 def _built(architecture: str) -> Any:
     """A float model; attention and experts without fused kernels, which depend on the device."""
-    if architecture == "linear layers":
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    torch.manual_seed(0)
+    if architecture == "layers":
+        return Layers().eval()
     is_small = architecture in ARCHITECTURES
     model: Any = tiny_model(architecture, layers=1) if is_small else make(architecture)
     model.set_attn_implementation("eager")
@@ -67,17 +82,14 @@ def adapted(device: torch.device, architecture: str = "llama") -> Any:
 
 
 def assert_same(measured: Any, expected: Any, device: torch.device) -> None:
-    """Tensors and numbers, in dicts and lists, on `device` and on the CPU."""
-    measured, expected = tree_leaves(measured), tree_leaves(expected)
-    assert len(measured) == len(expected) > 0
-    for found, wanted in zip(measured, expected, strict=True):
+    """Tensors, numbers and texts, in dicts and lists, on `device` and on the CPU."""
+    relative = 1e-5 if device.type == NAME else 1e-3
+    for found, wanted in zip(tree_leaves(measured), tree_leaves(expected), strict=True):
         if not isinstance(wanted, Tensor | float):
             assert found == wanted
             continue
         found, wanted = torch.as_tensor(found).detach().cpu(), torch.as_tensor(wanted).detach()
-        off, relative = 0.0, 1e-5 if device.type == NAME else 1e-3
-        if wanted.is_floating_point():
-            off = relative * float(wanted.abs().max())
+        off = relative * float(wanted.abs().max()) if wanted.is_floating_point() else 0
         torch.testing.assert_close(found, wanted, rtol=relative, atol=off)
 
 
@@ -112,13 +124,13 @@ GRIDS = "w4-block32 w4-signed32 w2-block32-asymmetric w4-channel w4-lpbq32 w3-ch
     ],
 )
 def test_grids_and_solvers(scheme: str, solver: str, options: Any, device: torch.device) -> None:
-    x = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
-
     def compute(place: torch.device) -> Any:
-        model, calibration = built(place, "linear layers"), [{"input": row} for row in x]
-        qwlora.quantize_(model, scheme, solver, calibration=calibration, **options)
+        model = built(place, "layers")
+        qwlora.quantize_(model, scheme, solver, calibration=IDS, **options)
         assert {tensor.device for tensor in model.state_dict().values()} == {place}
-        return grids(model), model(x.to(place))
+        if place == CPU and scheme in ("w4-lpbq32", "w3-channel-asymmetric"):
+            assert torch._dynamo.explain(model)(IDS).graph_break_count == 0
+        return grids(model), model(IDS.to(place))
 
     compare(compute, device)
 
@@ -127,30 +139,20 @@ def test_grids_and_solvers(scheme: str, solver: str, options: Any, device: torch
 def test_architectures(architecture: str, device: torch.device) -> None:
     """Loss and gradients of an adapter on a packed base, with the losses that training uses."""
 
+    labels = IDS.clone()
+    labels[:, :4] = -100
+
     def compute(place: torch.device) -> Any:
-        model = adapted(place, architecture)
+        model, batch = adapted(place, architecture), moved({**BATCH, "labels": labels}, place)
         with qwlora.memory_saving(model):
-            loss = model(**moved(BATCH, place), labels=IDS.to(place)).loss
+            reset_counts()
+            loss = model(**batch).loss
             loss.backward()
+        if architecture != "Mixtral":  # whose experts are chosen on the CPU
+            assert COUNTS.synchronizations <= 1, "the host waits for the device once a step"
         return loss, [p.grad for p in model.parameters() if p.requires_grad]
 
     compare(compute, device)
-
-
-def test_a_training_step_waits_for_the_device_once(device: torch.device) -> None:
-    model, labels = adapted(device).train(), IDS.clone()
-    labels[:, :4] = -100
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.AdamW(parameters), moved({**BATCH, "labels": labels}, device)
-    with qwlora.memory_saving(model):
-        for _ in range(2):  # the first step sets up the optimizer
-            reset_counts()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    if device.type == NAME:
-        assert COUNTS.synchronizations <= 1
-        assert COUNTS.to_host <= 1
 
 
 def test_tuning_moments_starts_and_budget(device: torch.device) -> None:
@@ -192,26 +194,20 @@ def test_scores_generation_and_merging(device: torch.device, tmp_path: Path) -> 
         assert device_of(again).type == device_of(merged).type == place.type
         qwlora.export(base(place), "hf", folder / "hf", adapters={"first": folder / "adapter"})
     assert_same(computed[1], computed[0], device)
-    files = [sorted((tmp_path / p.type).rglob("*.safetensors")) for p in (CPU, device)]
-    assert len(files[0]) > 3
-    assert [f.read_bytes() for f in files[1]] == [f.read_bytes() for f in files[0]]
+    here, there = (sorted((tmp_path / p.type).rglob("*.safetensors")) for p in (CPU, device))
+    assert [f.read_bytes() for f in here] == [f.read_bytes() for f in there] != []
 
 
-@pytest.mark.parametrize(
-    "architecture", ["linear layers", pytest.param("llama", marks=pytest.mark.slow)]
-)
-def test_simulation_and_its_files(architecture: str, device: torch.device, tmp_path: Path) -> None:
-    computed, simulations = [], []
-    batch = BATCH if architecture == "llama" else {"input": torch.randn(4, 6, 32)}
+def test_simulation_and_its_files(device: torch.device, tmp_path: Path) -> None:
+    computed, simulations, batch = [], [], {"input_ids": IDS}
     for place in (CPU, device):
-        model = adapted(place) if architecture == "llama" else base(place, architecture)
+        model = base(place, "layers")
         simulation = qwlora.simulate(model, batch)
-        simulation.calibrate([batch, {name: tensor[:, :5] for name, tensor in batch.items()}])
+        simulation.calibrate([batch, {"input_ids": IDS[:, :5]}])
         simulations.append(simulation)
         found = {name: (e.scale, e.low_end) for name, e in simulation.encodings.items()}
-        sqnr, costs = layer_sqnr(simulation, [batch]), dict[str, float]()
-        if architecture == "llama":
-            costs = {one.name: one.cost for one in sensitivities(simulation, [batch])}
+        costs = {one.name: one.cost for one in sensitivities(simulation, [batch])}
+        sqnr = layer_sqnr(simulation, [batch])
         computed.append([found, costs, sqnr, simulation.outputs(batch)])
         simulation.save(tmp_path / place.type)
     assert_same(computed[1], computed[0], device)
@@ -219,10 +215,8 @@ def test_simulation_and_its_files(architecture: str, device: torch.device, tmp_p
     loaded = qwlora.load_simulation(tmp_path / CPU.type, model)
     assert_same(loaded.outputs(batch), computed[0][-1], device)
     qwlora.export(simulations[1], "onnx_each", tmp_path / "onnx")
-    rows = qwlora.verify(tmp_path / "onnx", simulations[1], [batch], layer_tokens=12)
-    assert rows
-    assert all(row.passed for row in rows)
-    assert device_of(simulations[1]).type == device.type
+    rows = qwlora.verify(tmp_path / "onnx", simulations[1], [batch])
+    assert [row for row in rows if not row.passed] == [] != rows
+    assert {p.data_ptr() for p in simulations[1].graph_module.parameters()} <= shared
     assert_same(simulations[0].to(device).outputs(batch), computed[0][-1], device)
     assert device_of(simulations[0].origin.model) == CPU, "the user's model stays where it is"
-    assert {p.data_ptr() for p in simulations[1].graph_module.parameters()} <= shared

@@ -26,13 +26,13 @@ from qwlora.recipe import Recipe, load_recipe
 from qwlora.system import machine
 from qwlora.system.machine import (
     SlowComputeWarning,
+    accelerator,
     auto_compute,
     configure_threads,
     has_bfloat16,
     peak_rss_bytes,
     reset_peak_rss,
     return_freed_memory,
-    training_device,
     usable_cores,
 )
 
@@ -43,7 +43,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd{} sve\nCPU part\t: 0xd40\n"
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What was found out about this machine, before and after."""
-    cached = (has_bfloat16, training_device, machine._nvidia_major)
+    cached = (has_bfloat16, accelerator, machine._nvidia_major)
     for function in cached:
         function.cache_clear()
     yield
@@ -53,8 +53,7 @@ def forget() -> Iterator[None]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.setattr(machine, "_cpu_has_bfloat16", lambda: has)
-    monkeypatch.setattr("qwlora.pipeline.plan.plan.training_device", lambda: "cpu")
-    monkeypatch.setattr("qwlora.pipeline.plan.preflight.training_device", lambda: "cpu")
+    monkeypatch.setattr(machine, "accelerator", lambda: "cpu")
     machine.has_bfloat16.cache_clear()
 
 
@@ -118,7 +117,7 @@ def test_an_nvidia_gpu_is_asked_through_its_driver(
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count, major))
     monkeypatch.setattr(machine, "_has_library", lambda name: name == library)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert training_device() == device
+    assert accelerator() == device
     if expected is not None:
         assert has_bfloat16("cuda") is expected
 
@@ -210,8 +209,8 @@ def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPa
 
 
 def test_deciding_imports_no_torch() -> None:
-    script = "import sys\nfrom qwlora.system.machine import auto_compute, training_device\n"
-    script += "auto_compute('cpu'), training_device()\nassert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom qwlora.system.machine import auto_compute, accelerator\n"
+    script += "auto_compute('cpu'), accelerator()\nassert 'torch' not in sys.modules\n"
     if sys.platform == "linux":
         subprocess.run([sys.executable, "-c", script], check=True)
 

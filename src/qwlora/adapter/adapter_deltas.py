@@ -66,7 +66,7 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
     for path, layer, base in _adapted_layers(model, adapter):
         if not isinstance(base, nn.Linear | Conv1D):
             continue
-        a, b = (f[adapter].weight.double().cpu() for f in (layer.lora_A, layer.lora_B))
+        a, b = (f[adapter].weight.cpu().double() for f in (layer.lora_A, layer.lora_B))
         squares = ((b.T @ b) * (a @ a.T)).sum()
         size = layer.scaling[adapter] * float(squares.clamp_min(0).sqrt())
         frozen = float(weight_out_in(base).norm())

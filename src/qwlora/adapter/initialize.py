@@ -42,7 +42,7 @@ from qwlora.adapter.attach import active_adapter
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.nn import PackedLinear
-from qwlora.system.device import device_of, moved
+from qwlora.system.device import device_of, exact_device, moved
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
@@ -130,7 +130,7 @@ def initialize_(
     reports = InitReports()
     for path in track(list(layers), "initializing the adapter", len(layers)):
         layer, moment = layers[path], moments[path] if init == "qera" else None
-        device = device_of(layer.get_base_layer())
+        device = exact_device(device_of(layer.get_base_layer()))
         measure = Measure(moved(moment, device))
         weight = weights(path).detach().to(device).float()
         difference = solver_difference(path, layer, weight, scales)
@@ -166,7 +166,7 @@ def solver_difference(
         before = before.to(scale.device)
         minimum = None if minimum is None else minimum.float() * (before.float() / scale.float())
         tensor = replace(tensor, parts=tensor.parts._replace(scale=before, minimum=minimum))
-    return weight - tensor.dequantize()
+    return weight - tensor.dequantize().to(weight.device)
 
 
 class Measure:

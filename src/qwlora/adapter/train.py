@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
+from qwlora.system.device import device_of
 from qwlora.system.machine import process_count
 from qwlora.system.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
@@ -125,7 +127,7 @@ def train_adapter(
     logs: Path | None = None,
     watch: Watch = lambda progress: None,
 ) -> TrainingReport:
-    """Train the active adapter of `model`, in place.
+    """Train the active adapter of `model`, in place and on its device.
 
     Checkpoints are written to `work`. If there is one already, training resumes from the last.
 
@@ -157,7 +159,7 @@ def train_adapter(
     if keeps_best and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
     last = checkpoints.last_checkpoint(work)
-    arguments = _arguments(settings, work, process_count())
+    arguments = _arguments(settings, work, process_count(), device_of(model))
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
     monitor = TrainingMonitor(track, settings.checkpoint_steps, vocabulary, watch)
 
@@ -230,7 +232,9 @@ def check_loggers(report_to: Sequence[str]) -> None:
             raise MissingExtraError(f"report_to {name!r}: {error}") from error
 
 
-def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:
+def _arguments(
+    settings: TrainingSettings, work: Path, processes: int, device: torch.device
+) -> TrainingArguments:
     if settings.batch_sequences % processes:
         raise TrainingError(
             f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} "
@@ -270,8 +274,8 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False if processes > 1 else None,
         # Buffers are the packed base, which never changes.
         ddp_broadcast_buffers=False if processes > 1 else None,
@@ -280,4 +284,7 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
     # and a copy does not have the replaced forward.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
+    # On the model's device. The Trainer and accelerate would take the first of the machine.
+    if processes == 1 and device.type != "cpu":
+        vars(arguments)["_setup_devices"] = PartialState().device = device
     return arguments

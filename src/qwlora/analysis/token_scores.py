@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
-from qwlora.system.device import device_of
+from qwlora.system.device import device_of, exact_device
 from qwlora.system.progress import Track, untracked
 
 COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
@@ -182,7 +182,8 @@ def _score_row(
 ) -> tuple[Tensor, ...]:
     """(nll,) or (nll, reference's nll, KL, same likeliest) of the tokens after `positions`, on the
     CPU."""
-    parts, device = [], logits.device
+    parts, device = [], exact_device(logits.device)
+    logits = logits.to(device)
     positions, targets = positions.to(device), targets.to(device)
     size = max(1, _AT_ONCE // logits.shape[-1])
     for at, expected in zip(positions.split(size), targets.split(size), strict=True):

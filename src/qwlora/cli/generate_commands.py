@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AdapterName, AsJson, Job
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Device, Job
 from qwlora.cli.terminal import ProgressDisplay, print_json
 from qwlora.system.stop_signals import number_of
 
@@ -89,6 +89,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     exact: Exact = False,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a model of a job."""
@@ -99,7 +100,7 @@ def generate(
         )
     from qwlora.pipeline.commands.open_job import JobModels
 
-    models = JobModels(job)
+    models = JobModels(job, device=device)
     if compare is None:
         names = [models.name(stage or "adapted", adapter)]
     else:
@@ -141,6 +142,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     exact: Exact = False,
+    device: Device = None,
 ) -> None:
     """Talk to a model of a job.
 
@@ -149,7 +151,7 @@ def chat(
     """
     from qwlora.pipeline.commands.open_job import JobModels
 
-    models = JobModels(job)
+    models = JobModels(job, device=device)
     name = models.name(stage or "adapted", adapter)
     models.check(name)
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids

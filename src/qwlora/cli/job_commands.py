@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import AdapterName, AsJson, Encodings, Job, KeepFloat, Name, Yes
+from qwlora.cli.shared_arguments import (
+    AdapterName,
+    AsJson,
+    Device,
+    Encodings,
+    Job,
+    KeepFloat,
+    Name,
+    Yes,
+)
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 
@@ -98,14 +107,14 @@ def push(
         print(send(upload, job, is_private=not public))
 
 
-def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
+def merge_check(job: Job, name: Name, device: Device = None, as_json: AsJson = False) -> None:
     """Measure what merging an adapter would lose.
 
     Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
     """
     from qwlora.pipeline.commands.open_job import open_job
 
-    opened, name = open_job(job, name)
+    opened, name = open_job(job, name, device=device)
     from qwlora.pipeline.commands.write_model import merge_verdict
 
     with ProgressDisplay(as_json) as display:
@@ -124,6 +133,7 @@ def merge(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create for the merged model.")],
+    device: Device = None,
 ) -> None:
     """Merge an adapter into its base.
 
@@ -134,7 +144,7 @@ def merge(
     from qwlora.pipeline.job.output_path import check_outside_data, new_folder
 
     with new_folder(out) as folder:
-        opened, name = open_job(job, name)
+        opened, name = open_job(job, name, device=device)
         context = opened.new_context()
         check_outside_data(out, context.recipe)
         from qwlora.pipeline.commands.write_model import merge_verdict, write_merged

@@ -33,7 +33,7 @@ from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate
 from qwlora.cli.job_commands import base_app, dump_layers, merge, merge_check, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
-from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
+from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
 from qwlora.cli.show_commands import inspect, simulate
 from qwlora.cli.terminal import (
     ProgressDisplay,
@@ -149,6 +149,7 @@ def _job_command(name: str) -> Callable[..., None]:
         ] = None,
         out: Out = None,
         changes: Changes = None,
+        device: Device = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
         replace: Annotated[
@@ -177,6 +178,8 @@ def _job_command(name: str) -> Callable[..., None]:
             raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
         check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
         path = recipe or out / "recipe.yaml"
+        if device is not None:
+            changes = [*(changes or ()), f"device={device}"]
         options = [str(path), "--out", str(out)]
         options += [part for change in changes or () for part in ("--set", change)]
         failure: VerificationError | None = None
@@ -244,6 +247,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
     ] = None,
     changes: Changes = None,
+    device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -251,7 +255,7 @@ def evaluate(
     if tasks is None:
         if models is not None or limit is not None:
             raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-        _job_command("evaluate")(recipe, out, changes, as_json, quiet)
+        _job_command("evaluate")(recipe, out, changes, device, as_json, quiet)
         return
     if recipe is None or out is not None or changes:
         raise typer.BadParameter(
@@ -261,7 +265,7 @@ def evaluate(
     from qwlora.pipeline.commands.open_job import evaluate_tasks
 
     with ProgressDisplay(quiet or as_json) as display:
-        scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
+        scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say, device)
     print_result(scores, score_lines(scores), as_json)
 
 

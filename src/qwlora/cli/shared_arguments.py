@@ -18,6 +18,14 @@ Changes = Annotated[
         help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|cpu|cuda[:N]|mps|xpu",
+        help="Where models compute. Default: the recipe's device, which is auto unless it is set: "
+        "an accelerator if torch can use one, else the CPU.",
+    ),
+]
 AdapterName = Annotated[
     str | None,
     typer.Option(

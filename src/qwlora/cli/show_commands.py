@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwlora.cli.adapter_commands import adapter_lines
-from qwlora.cli.shared_arguments import AdapterName, AsJson, Changes, Encodings, Job, KeepFloat
+from qwlora.cli.shared_arguments import (
+    AdapterName,
+    AsJson,
+    Changes,
+    Device,
+    Encodings,
+    Job,
+    KeepFloat,
+)
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
 from qwlora.errors import SourceError, size
 from qwlora.system import strict_json
@@ -154,6 +162,7 @@ def simulate(
     ] = False,
     adapter: AdapterName = None,
     changes: Changes = None,
+    device: Device = None,
     costs: Annotated[
         bool,
         typer.Option(
@@ -192,13 +201,13 @@ def simulate(
 
     with ProgressDisplay(as_json or not (costs or suggest is not None)) as display:
         if costs:
-            record = measure_costs(job, adapter, asked, display.track)
+            record = measure_costs(job, adapter, asked, display.track, device)
             lines = _cost_lines(record)
         elif suggest is not None:
-            record = suggest_bitwidths(job, adapter, asked, suggest, display.track)
+            record = suggest_bitwidths(job, adapter, asked, suggest, display.track, device)
             lines = _suggestion_lines(record)
         else:
-            name, log = explain_placement(job, adapter, asked)
+            name, log = explain_placement(job, adapter, asked, device)
             record, lines = {"adapter": name, **log.to_json()}, _lines(name, log, explain)
     print_result(record, lines, as_json)
 

@@ -79,6 +79,7 @@ class BaseWriter:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.digests: dict[str, str] = {}
         self._layers: dict[str, Any] = {}
+        self._device = "cpu"  # where the codes were; those of another device may differ
         self._waiting: dict[str, Tensor] = {}
         self._file_of: dict[str, str] = {}  # of each tensor in a shard
         self._bytes = 0  # of the tensors in shards
@@ -95,6 +96,7 @@ class BaseWriter:
             if tensor.is_meta:
                 continue
             full = f"{path}.{name}" if path else name
+            self._device = tensor.device.type if layout else self._device
             is_buffer = not layout and not isinstance(tensor, nn.Parameter)
             check_finite(full, tensor, allow_infinity=is_buffer)
             self.digests[full] = tensor_digest(full, layout, tensor)
@@ -137,6 +139,7 @@ class BaseWriter:
             "configuration": numbers_text(numbers),
             "source": source,
             "class": name,
+            "device": self._device,
             "layers": self._layers,
             "tensors": self.digests,
         }

@@ -35,6 +35,7 @@ from qwlora.formats.checkpoint import Checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.nn.frozen import check_finite
+from qwlora.system.device import CPU, moved
 from qwlora.system.progress import Track, untracked
 
 
@@ -162,17 +163,21 @@ def read_generation_config_(model: PreTrainedModel, folder: Path) -> None:
 class LazyModel:
     """A model on the meta device whose modules are loaded from a checkpoint when they are needed.
 
-    `model` is frozen and in evaluation mode. Changes made between `materialize_` and `release_`
-    persist: a layer that was replaced by a packed layer is not loaded or released again.
+    `model` is frozen and in evaluation mode; what is loaded is on `device`. Changes made between
+    `materialize_` and `release_` persist: a layer that was replaced by a packed layer is not loaded
+    or released again.
 
     Raises:
         SourceError: the configuration does not describe a causal language model, or tensors are
             missing or unknown (the message lists them).
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU):
+        self.checkpoint, self.device = checkpoint, device
         self.model = empty_model(checkpoint.config)
+        for module in self.model.modules():  # buffers that are in no file, such as frequencies
+            values = {n: b for n, b in module._buffers.items() if b is not None and not b.is_meta}
+            module._buffers.update(moved(values, device))
         read_generation_config_(self.model, checkpoint.path)
         self.aliases = tensor_names(self.model)
         first = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
@@ -255,6 +260,7 @@ class LazyModel:
             return
         value = self.checkpoint.read(self.stored[name])
         if isinstance(value, QuantizedTensor):
+            value = QuantizedTensor(value.codes.to(self.device), value.encoding.to(self.device))
             try:
                 pack_at_(self.model, name, value)
             except GridError as error:
@@ -272,4 +278,5 @@ class LazyModel:
                 "the model that config.json describes; download the model again"
             )
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
-        put_(self.model, aliases, value.to(torch.float32) if value.is_floating_point() else value)
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        put_(self.model, aliases, value.to(self.device, dtype))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, SourceError
 from qwlora.system.atomic import read_metadata, read_tensors, write_tensors
+from qwlora.system.device import CPU, moved
 
 _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 
@@ -114,8 +115,8 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class MomentStore(UserDict[str, LayerMoments]):
-    """R and G of many layers by canonical module path, in memory or in a folder with one file per
-    layer.
+    """R and G of many layers by canonical module path, in memory (of the CPU, since all layers
+    together are large) or in a folder with one file per layer.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -143,7 +144,7 @@ class MomentStore(UserDict[str, LayerMoments]):
         return cls(folder)
 
     def __setitem__(self, layer: str, moment: LayerMoments) -> None:
-        self.data[layer] = moment
+        self.data[layer] = moment = moved(moment, CPU)
         if self.folder is not None:
             self.data[layer] = file = self.folder / f"{layer}.safetensors"
             triangles = {

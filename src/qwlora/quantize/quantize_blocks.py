@@ -55,6 +55,7 @@ from qwlora.quantize.quantize_tensor import LayerReport, rounding_errors, solve_
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
+from qwlora.system.device import moved
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
@@ -223,7 +224,7 @@ class _BlockCache:
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
         if (stored := read_keyed(self._file, self._digest.hexdigest())) is None:
             return None
-        tensors, metadata = stored
+        tensors, metadata = moved(stored, next(iter(floats.values())).device)
         result = {}
         for name, record in json.loads(metadata["layers"]).items():
             parts = Parts(*(tensors.get(f"{name}/{part}") for part in Parts._fields))  # type: ignore[arg-type]

@@ -61,6 +61,7 @@ from qwlora.quantize.layer_rules import LayerRule, plan_layers
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.system.device import CPU
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.system.progress import Track, untracked
 
@@ -156,6 +157,7 @@ def quantize_checkpoint(
     solver: str = "search",
     *,
     shard_bytes: int = SHARD_BYTES,
+    device: torch.device = CPU,
     **options: Any,
 ) -> tuple[str, QuantizeReport]:
     """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
@@ -168,9 +170,10 @@ def quantize_checkpoint(
         scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
             nothing.
         shard_bytes: size of a shard, which is also held in memory.
+        device: where blocks are solved; it holds what memory held above, shards excepted.
         options: as for `quantize_`.
     """
-    lazy, writer = LazyModel(checkpoint), BaseWriter(Path(folder), shard_bytes)
+    lazy, writer = LazyModel(checkpoint, device), BaseWriter(Path(folder), shard_bytes)
     layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
     report = QuantizeReport(base_size(lazy.model), layers, chosen)
     return writer.finish(lazy.model, tokenizer, source), report
@@ -202,7 +205,7 @@ class InFiles:
         self.lazy, self.writer, self.model = lazy, writer, lazy.model
 
     def unchanged(self) -> InFiles:
-        return InFiles(LazyModel(self.lazy.checkpoint), None)
+        return InFiles(LazyModel(self.lazy.checkpoint, self.lazy.device), None)
 
     def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
         modules: dict[str, list[str]] = {}

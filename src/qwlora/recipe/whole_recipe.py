@@ -113,6 +113,10 @@ class Recipe(Section):
     """float: also train every adapter on the float model, with the same settings, text and seed,
     and compare with that: results and verdict then say what the integers cost. Takes about as long
     as training. Default: compare with the float model as loaded"""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
+    """where models compute: cpu, cuda, xpu or mps, also cuda:N and xpu:N. auto: an accelerator if
+    torch can use one, else cpu. Files are written and verified on the CPU; on mps and xpu, which
+    lack float64, the base is quantized and activations are calibrated there too"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """seed of the data split, the initialization of adapters and the order of training"""
     model: Model

@@ -7,14 +7,18 @@ needs to compute on a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from qwlora.errors import LESS_MEMORY, DeviceError, described
+from qwlora.system.machine import device_type, exact_type
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -30,6 +34,62 @@ def device_of(module: object) -> torch.device:
         if device.type != "meta":
             break
     return CPU if device is None else device
+
+
+def pick_device(key: str) -> torch.device:
+    """The device of `device` in a recipe. Of several GPUs, each process of a run has its own.
+
+    Raises:
+        DeviceError: this machine does not have it, or torch cannot use it.
+    """
+    kind = device_type(key)
+    if kind == "cpu":
+        return CPU
+    module: Any = getattr(torch, kind, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
+    number = key.partition(":")[2] or (os.environ.get("LOCAL_RANK", "0") if count > 1 else "0")
+    if int(number) >= count:
+        kinds = "has none" if not count else f"has {count}, numbered from 0"
+        raise DeviceError(
+            f"device: {key} was asked for, but the installed torch {kinds} of type {kind} on this "
+            "machine. Set device: auto (or --device auto) to use what there is, or install a build "
+            "of torch for it (docs/gpu.md)"
+        )
+    return torch.device(kind, int(number))
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where solvers and observers compute next to `device`; see `exact_type`."""
+    return device if exact_type(device.type) == device.type else CPU
+
+
+@contextmanager
+def memory_of(device: torch.device, what: str) -> Iterator[dict[str, Any]]:
+    """Measure the memory of another device than the CPU: afterwards, the dict has its type as
+    `device`, and, where torch counts it, `peak_device_bytes`.
+
+    Args:
+        what: needs the memory.
+
+    Raises:
+        DeviceError: the device is out of memory.
+    """
+    module: Any = getattr(torch, device.type)
+    counts = hasattr(module, "max_memory_allocated")
+    measured = dict[str, Any]()
+    if counts:
+        module.reset_peak_memory_stats(device)
+    try:
+        yield measured
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{what}: {device} is out of memory ({described(error)}). {LESS_MEMORY}, or set "
+            "device: cpu"
+        ) from error
+    if device != CPU:
+        measured["device"] = device.type
+    if counts:
+        measured["peak_device_bytes"] = module.max_memory_allocated(device)
 
 
 def moved(value: T, device: torch.device) -> T:

@@ -1,5 +1,8 @@
 """The machine: precision of its processor and accelerators, threads and memory.
 
+**Device.** `device: auto` is the accelerator that torch can use, else the CPU; `system/device.py`
+turns the key into a device of torch.
+
 **Precision.** `compute: auto` is bfloat16 if the device has instructions for it, else float32. A
 processor without bfloat16 instructions converts each operand instead, which made a layer seven
 times slower than float32. The decision does not import torch, because stage keys depend on it and a
@@ -66,13 +69,26 @@ def has_bfloat16(device: str) -> bool:
     if device in ("cuda", "xpu"):
         import torch
 
-        return bool(getattr(torch, device).is_bf16_supported(including_emulation=False))
+        module = getattr(torch, device)
+        return bool(module.is_available() and module.is_bf16_supported(including_emulation=False))
     return False
 
 
+def device_type(key: str) -> str:
+    """The torch type (cpu, cuda, ...) of `device` in a recipe: auto, or one with or without a
+    number."""
+    return accelerator() if key == "auto" else key.partition(":")[0]
+
+
+def exact_type(device: str) -> str:
+    """The type of the device that solvers and observers use next to one of type `device`: the same,
+    or the CPU, since they compute in float64, which MPS and most XPUs lack."""
+    return "cpu" if device in ("mps", "xpu") else device
+
+
 @cache
-def training_device() -> str:
-    """The type of the device that adapters are trained on: an accelerator if torch can use one."""
+def accelerator() -> str:
+    """The type of the accelerator that torch can use here; cpu if there is none."""
     if sys.platform == "linux" and not _has_library("torch_hip") and not _has_library("torch_xpu"):
         return "cuda" if _has_library("torch_cuda") and _nvidia_major() else "cpu"
     import torch

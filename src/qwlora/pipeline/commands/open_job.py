@@ -218,12 +218,14 @@ def open_job(
     adapter: str | None = None,
     changes: tuple[str, ...] = (),
     track: Track = untracked,
+    device: str | None = None,
 ) -> tuple[JobModels, str]:
     """An existing job, and the name of one of its trained adapters.
 
     Args:
         adapter: default: the first in the recipe.
         changes: changes to the job's recipe, not stored; see `load_recipe`.
+        device: another one than the recipe's.
 
     Raises:
         DirectoryError: there is no such job or trained adapter, or files of the adapter or the base
@@ -232,7 +234,7 @@ def open_job(
             the base and the adapters exist already.
         FingerprintError: the adapter was trained on a different base.
     """
-    job = JobModels(folder, changes, track)
+    job = JobModels(folder, changes, track, device)
     keys = {change: change.partition("=")[0] for change in changes}
     refused = [c for c, k in keys.items() if k.split(".")[0] != "simulation" and k not in _COUNTS]
     if refused:
@@ -260,6 +262,7 @@ def evaluate_tasks(
     limit: int | None = None,
     track: Track = untracked,
     say: Callable[[str], None] = lambda line: None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Score the models of the job in `folder` on tasks of lm-eval, and add the scores to its
     results: to those of the stage `made_by` of the model.
@@ -274,7 +277,7 @@ def evaluate_tasks(
     Returns:
         The key `tasks` of results.json.
     """
-    job = JobModels(folder)
+    job = JobModels(folder, device=device)
     chosen = _all_models(job, say) if models is None else job.named(models)
     for name in chosen:
         job.check(name)

@@ -52,13 +52,16 @@ STAGES = ("simulated", *(name for name, target in TARGETS.items() if target.is_s
 
 
 def explain_placement(
-    folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    device: str | None = None,
 ) -> tuple[str, Placement]:
     """The adapter's name and its placement log: which values are quantized, and why.
 
     Includes calibration results if the job is calibrated and there are no `changes`.
     """
-    job, name = open_job(folder, adapter, changes)
+    job, name = open_job(folder, adapter, changes, device=device)
     context, is_known = job.new_context(), not changes and job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else context.new_simulation(name)
     return name, simulation.explain()
@@ -69,6 +72,7 @@ def measure_costs(
     adapter: str | None = None,
     changes: tuple[str, ...] = (),
     track: Track = untracked,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity cost of each part of the simulation.
 
@@ -77,7 +81,7 @@ def measure_costs(
         `sensitivity`: the most expensive activations, cost in nats per token.
         `layer_sqnr_db`: the layers that differ most from the float graph.
     """
-    job, name = open_job(folder, adapter, changes, track)
+    job, name = open_job(folder, adapter, changes, track, device)
     context, calibrated = job.new_context(), not changes and job.is_calibrated(name)
     from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities
     from qwlora.analysis.token_scores import logits_of, perplexity
@@ -107,6 +111,7 @@ def suggest_bitwidths(
     changes: tuple[str, ...],
     share: float,
     track: Track = untracked,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
 
@@ -124,7 +129,7 @@ def suggest_bitwidths(
             trained through quantized activations (workflow qwa-lora).
     """
     narrow = f"simulation.activation_bitwidth={NARROW_BITS}"
-    job, name = open_job(folder, adapter, (*changes, narrow), track)
+    job, name = open_job(folder, adapter, (*changes, narrow), track, device)
     context = job.new_context()
     from qwlora.analysis.quantization_costs import suggest
 
@@ -222,7 +227,7 @@ def dump_layers(
         SourceError: the ids cannot be read, or are none of this model.
         CalibrationError: no activation is quantized.
     """
-    job, runtime = JobModels(folder, track=track), None
+    job, runtime = JobModels(folder, track=track, device="cpu"), None  # where the runtimes run
     if stage is None:
         targets = (name for name in job.recipe.export.targets if name in STAGES)
         stage = next(targets, "simulated")

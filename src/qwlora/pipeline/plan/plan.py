@@ -50,7 +50,7 @@ from qwlora.pipeline.job.digests import Digests
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
-from qwlora.system.machine import auto_compute, training_device
+from qwlora.system.machine import auto_compute, device_type, exact_type
 from qwlora.system.progress import Track, one_step, untracked
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import BASE, PROOF
@@ -72,7 +72,6 @@ SAMPLE = "quantize/sample"
 SAMPLED = ".qwlora/sampled"  # what the float model wrote: token ids by part of base.calibration
 SAMPLED_IDS = "ids.safetensors"  # in it
 _MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
-TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 # settings of an adapter that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
@@ -450,14 +449,15 @@ def resolve_compute(recipe: Recipe) -> Recipe:
     Results depend on it, so stage keys and the recipe in the directory hold the actual precision.
     """
     base, graph = recipe.base, recipe.workflow == "qwa-lora"  # the graph computes in float32 only
+    device = device_type(recipe.device)
     if base.tuning.steps and base.tuning.compute == "auto":
-        compute = {"compute": auto_compute(TUNING_DEVICE)}
+        compute = {"compute": auto_compute(exact_type(device))}
         base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
     adapters = list(recipe.adapters)
     for i, adapter in enumerate(adapters):
         if adapter.compute == "auto":
             is_fixed = graph or not adapter.steps
-            compute = {"compute": "float32" if is_fixed else auto_compute(training_device())}
+            compute = {"compute": "float32" if is_fixed else auto_compute(device)}
             adapters[i] = adapter.model_copy(update=compute)
     return recipe.model_copy(update={"base": base, "adapters": adapters})
 

@@ -21,7 +21,7 @@ from qwlora.formats.meta_model import LazyModel
 from qwlora.formats.model_source import fetch
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign, sampled_sequences
+from qwlora.pipeline.plan.plan import is_foreign, sampled_sequences
 from qwlora.pipeline.plan.target_table import (
     kept_grids,
     model_files,
@@ -31,7 +31,7 @@ from qwlora.pipeline.plan.target_table import (
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
-from qwlora.system.machine import slow_compute, training_device
+from qwlora.system.machine import device_type, exact_type, slow_compute
 from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
@@ -46,16 +46,17 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
     recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
     trained = [adapter for adapter in recipe.adapters if adapter.steps]
+    device = device_type(recipe.device)
     if "quantize" in verbs:
         target_table(recipe)
         if note := second_rounding(recipe):
             say(f"warning: {note}")
         if recipe.base.tuning.steps:
-            computing.append(("base.tuning", recipe.base.tuning.compute, TUNING_DEVICE))
+            computing.append(("base.tuning", recipe.base.tuning.compute, exact_type(device)))
     if "train" in verbs:
-        computing += [(f"adapter {a.name}", a.compute, training_device()) for a in trained]
-    for what, compute, device in computing:
-        if problem := slow_compute(compute, device):
+        computing += [(f"adapter {a.name}", a.compute, device) for a in trained]
+    for what, compute, kind in computing:
+        if problem := slow_compute(compute, kind):
             say(f"warning: {what}: {problem}")
     texts = context.all_texts()
     largest = max(text.data.largest_id() for text in texts.values())

@@ -65,10 +65,19 @@ class JobState:
 
     Args:
         changes: changes to the recipe, see `load_recipe`.
+        device: another one than the recipe's; no stage is stale for that.
     """
 
-    def __init__(self, folder: Path, changes: tuple[str, ...] = (), track: Track = untracked):
-        self.folder, self.recipe = folder, resolve_compute(job_recipe(folder, changes))
+    def __init__(
+        self,
+        folder: Path,
+        changes: tuple[str, ...] = (),
+        track: Track = untracked,
+        device: str | None = None,
+    ):
+        change = () if device is None else (f"device={device}",)
+        self.folder = folder
+        self.recipe = resolve_compute(job_recipe(folder, (*changes, *change)))
         self.texts, self.track = JobTexts(self.recipe, track), track
         self.directory = Directory.read(folder)
 

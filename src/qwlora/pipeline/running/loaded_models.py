@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -66,6 +66,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
+from qwlora.system.device import CPU, exact_device, memory_of, pick_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import read_canonical
@@ -126,6 +127,7 @@ class JobContext:
     """Lazily loaded inputs of the stages of one job directory.
 
     Attributes:
+        device: where models are loaded; see `stage`.
         rotation: what was rotated in the float model; set by `float_model`.
         why_loaded_whole: why the weights cannot be read tensor by tensor; set by `lazy`.
         on_training: called after each training step with a function that describes the progress.
@@ -138,9 +140,23 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
+        self.device = self._device = pick_device(recipe.device)
         self.rotation: RotationReport | None = None
         self.why_loaded_whole: str | None = None
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
+
+    @contextmanager
+    def stage(self, name: str, verb: str) -> Iterator[dict[str, Any]]:
+        """Load models on the device of a stage: the job's; but the CPU for files and their
+        runtimes, and for solvers and observers where the job's lacks float64. Yields what
+        `memory_of` measures."""
+        device = self._device
+        if verb not in ("train", "evaluate"):
+            device = CPU if verb in ("export", "verify") else exact_device(device)
+        if device != self.device:  # a simulation's graph has the device of its model
+            self.device, self._simulation, self._zero_adapter = device, None, None
+        with memory_of(self.device, name) as measured:
+            yield measured
 
     def step(self, description: str) -> AbstractContextManager[None]:
         return one_step(self.track, description)
@@ -229,7 +245,8 @@ class JobContext:
         ids = next(self._sequences(self.recipe.base_texts()))[None, :16].repeat(2, 1)
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.recipe.simulation.inputs == "embeddings":
-            embeddings = model.get_input_embeddings()(example.pop("input_ids")).detach()
+            ids_there = example.pop("input_ids").to(device_of(model))
+            embeddings = model.get_input_embeddings()(ids_there).detach()
             example = {"inputs_embeds": embeddings, **example}
             rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
             if "mrope_section" in rotary:  # positions of time, height and width
@@ -238,9 +255,9 @@ class JobContext:
 
     # Models
 
-    def float_model(self) -> PreTrainedModel:
+    def float_model(self, device: torch.device | None = None) -> PreTrainedModel:
         """The model before step 1, rotated if the recipe says so; kept in memory until
-        `take_float_model` or `base`."""
+        `take_float_model` or `base`. On `device`, by default that of the context."""
         if self._float_model is None:
             model = self.recipe.model
             with self.step("loading the model"):
@@ -249,11 +266,11 @@ class JobContext:
                 with self.step("rotating the model"):
                     self.rotation = rotate_(loaded, self.example_inputs(loaded), self.recipe.seed)
             self._float_model = loaded
-        return self._float_model
+        return self._float_model.to(device or self.device)  # type: ignore[arg-type] # hidden
 
-    def take_float_model(self) -> PreTrainedModel:
+    def take_float_model(self, device: torch.device | None = None) -> PreTrainedModel:
         """The float model, for a caller that modifies it; the context forgets it."""
-        model, self._float_model = self.float_model(), None
+        model, self._float_model = self.float_model(device), None
         return model
 
     @property
@@ -300,7 +317,8 @@ class JobContext:
     def load_base(self, folder: Path) -> PreTrainedModel:
         """The base in `folder`; runs the model's own code only if the recipe trusts it."""
         with self.step("loading the base"):
-            model = load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+            trusted = self.recipe.model.trust_remote_code
+            model = load_base(folder, device=self.device, trust_remote_code=trusted)
         model.name_or_path = ""  # PEFT would write the folder into every adapter
         return model
 
@@ -364,7 +382,7 @@ class JobContext:
         that were there before."""
         if self.recipe.base.solver == "keep" and self.recipe.model.encodings is None:
             return None
-        floats = self.take_float_model()
+        floats = self.take_float_model(CPU)
         return lambda path: weight_out_in(floats.get_submodule(path)).detach()
 
     def _loaded(self, folder: Path) -> PeftModel:

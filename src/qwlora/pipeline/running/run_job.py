@@ -231,10 +231,12 @@ class _Run:
             if stage.verb == "train":
                 announce(name)
             work = directory.work(name, stage.key)
-            results = RUN[stage.verb](self.context, stage, scratch, work)
+            with self.context.stage(name, stage.verb) as device_memory:
+                results = RUN[stage.verb](self.context, stage, scratch, work)
             wait_for_others()
             seconds = time.perf_counter() - began
-            results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
+            memory = {"peak_rss_bytes": peak_rss_bytes(), **device_memory}
+            results[TIMING] = {"started": started, **memory}
             if stage.artifact is not None:
                 results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
             record = Record(stage.key, seconds, results)
@@ -255,5 +257,6 @@ def _join_stages(context: Any, plan: list[Stage]) -> dict[str, Any]:
     for name in announced_stages():
         stage = by_name[name]
         work = Directory(context.path).work(name, stage.key)
-        RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
+        with context.stage(name, stage.verb):
+            RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
     return {}

@@ -141,6 +141,7 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
             **asdict(size),
             "bits_per_weight": size.bits_per_weight,
             "fingerprint": identity,
+            "device": context.device.type,
             "layers": {name: asdict(layer) for name, layer in report.layers.items()},
             **measured,
         }
@@ -160,7 +161,7 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
         calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
-        model = load_precomputed(model_files(context.recipe.model), track)
+        model = load_precomputed(model_files(context.recipe.model), track).to(context.device)
         if moments is not None and calibration is not None:
             observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))
@@ -182,6 +183,7 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
         arguments["budget"] = BitBudget(base.bits, base.bytes, schemes)
     if context.lazy is not None and not context.holds_float_model:
         checkpoint = context.lazy.checkpoint
+        arguments["device"] = context.device
         return quantize_checkpoint(
             checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
         )

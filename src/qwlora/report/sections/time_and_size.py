@@ -35,6 +35,8 @@ def view(job: Job, adapter: str) -> View | None:
             end, value = begin + times[name], seconds(times[name])
             if (memory := finite(done[name].get("peak_rss_bytes"))) is not None:
                 value += f", {size(memory)}"
+            if (memory := finite(done[name].get("peak_device_bytes"))) is not None:
+                value += f" + {size(memory)} of {done[name].get('device')}"
             of_job = percent(times[name] / total) if total else "0%"
             tooltip = f"{title}: {seconds(times[name])}, {of_job} of the job"
             color = "k-gain" if name == longest else "k-neu"

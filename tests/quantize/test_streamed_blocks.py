@@ -1,6 +1,7 @@
 """Quantizing from a checkpoint: the base that quantizing in memory makes, with a block in memory at
 a time where GPTQ needs whole ones."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def deep() -> PreTrainedModel:
     ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
     config = LlamaConfig(**sizes, **ids, num_attention_heads=4, tie_word_embeddings=True)
     return LlamaForCausalLM(config).eval()
+
+
+def test_two_blocks_at_most_are_there(
+    tmp_path: Path, tokens: Tensor, loaded_at_finish: list[str]
+) -> None:
+    gc.collect()
+    model = deep()
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    outside = model.model.embed_tokens.weight.nbytes + model.model.norm.weight.nbytes
+    checkpoint = Held(model)
+    from_files(checkpoint, tmp_path, calibration=tokens, shard_bytes=10_000)
+    assert [name for name in loaded_at_finish if not name.startswith("model.layers.7.")] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert checkpoint.most_alive <= outside + 2 * block + 20_000
+    assert checkpoint.most_alive < sum(p.nbytes for p in model.parameters()) / 2
 
 
 def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) -> None:

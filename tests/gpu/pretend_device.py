@@ -120,22 +120,8 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     COUNTS.synchronizations += name in SYNCHRONIZES
     device = kwargs.get("device")
     here, others = dict[int, PretendTensor](), list[torch.Tensor]()
-
-    def unwrapped(value: Any) -> Any:
-        kind = type(value)
-        if kind is PretendTensor:
-            here[id(value.raw)] = value
-            return value.raw
-        if kind is list or kind is tuple:
-            return kind(map(unwrapped, value))
-        if isinstance(value, torch.Tensor):
-            others.append(value)
-        elif kind is torch.device and value.type == NAME:
-            return CPU
-        return value
-
-    inside = [unwrapped(value) for value in args]
-    options = {key: unwrapped(value) for key, value in kwargs.items()}
+    inside = [_unwrapped(value, here, others) for value in args]
+    options = {key: _unwrapped(value, here, others) for key, value in kwargs.items()}
     if name in CROSSES_DEVICES:
         _count_copy(name, args, kwargs)
     elif name in INDEXES:  # numbers may be on the CPU; booleans must be counted first
@@ -165,13 +151,26 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0]
     if device is not None and torch.device(device).type != NAME:
         return result
+    return _wrapped(result, here)
 
-    def wrapped(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return here[id(value)] if id(value) in here else _wrap(value)
-        return type(value)(map(wrapped, value)) if type(value) in (list, tuple) else value
 
-    return wrapped(result)
+def _unwrapped(value: Any, here: dict[int, PretendTensor], others: list[torch.Tensor]) -> Any:
+    kind = type(value)
+    if kind is PretendTensor:
+        here[id(value.raw)] = value
+        return value.raw
+    if kind is list or kind is tuple:
+        return kind(_unwrapped(item, here, others) for item in value)
+    if isinstance(value, torch.Tensor):
+        others.append(value)
+    return CPU if kind is torch.device and value.type == NAME else value
+
+
+def _wrapped(value: Any, here: dict[int, PretendTensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return here[id(value)] if id(value) in here else _wrap(value)
+    is_several = type(value) in (list, tuple)
+    return type(value)(_wrapped(item, here) for item in value) if is_several else value
 
 
 def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.system.device import CPU, exact_device, memory_of, pick_device
+from qwlora.system.device import CPU, device_of, exact_device, memory_of, pick_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import read_canonical

@@ -161,7 +161,8 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
         calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
-        model = load_precomputed(model_files(context.recipe.model), track).to(context.device)
+        model: Any = load_precomputed(model_files(context.recipe.model), track)
+        model.to(context.device)
         if moments is not None and calibration is not None:
             observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))

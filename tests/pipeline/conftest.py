@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     fake = FakeJob(recipe_for(), tmp_path / "out")
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
-    context = SimpleNamespace(all_texts=dict)
+    context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
     monkeypatch.setattr(run_job, "new_context", lambda *arguments: context)
     monkeypatch.setattr("qwlora.pipeline.plan.preflight.preflight", lambda *arguments: None)
     return fake

@@ -173,11 +173,17 @@ def load_adapter(
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")
     with reading(folder, model):
         if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+            model.load_adapter(
+                str(folder), adapter_name, is_trainable=is_trainable, torch_device="cpu"
+            )
             adapted = model
         else:
             adapted = PeftModel.from_pretrained(
-                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
+                model,
+                str(folder),
+                adapter_name=adapter_name,
+                is_trainable=is_trainable,
+                torch_device="cpu",  # else PEFT reads to the first GPU, whatever the model's device
             )
     check_fit(folder, adapted, adapter_name)
     if (record := mergeable_record(folder)) is not None:

@@ -147,7 +147,7 @@ class ChunkedLoss(contextlib.ExitStack):
             assert labels is not None
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         hidden = self._captured[0].flatten(0, -2)
-        # The only wait for a GPU: what is known of the targets on the CPU takes none.
+        # The loss's only wait for a GPU: what is known of the targets on the CPU takes none.
         targets = targets.flatten().cpu()
         kept = (targets != kwargs.get("ignore_index", IGNORED)).nonzero()[:, 0]
         count, items = len(kept), kwargs.get("num_items_in_batch")

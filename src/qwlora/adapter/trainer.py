@@ -117,7 +117,7 @@ class AdapterTrainer(Trainer):
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
-        if not all(finite):  # `tolist` was the only wait for a GPU
+        if not all(finite):  # one wait for the loss and all gradients
             bad = [name for (name, _), good in zip(named, finite[1:], strict=True) if not good]
             where = f"; the first, from the top of the model, is that of {canonical_name(bad[-1])}"
             self._stop("a gradient is not finite", where)

@@ -105,7 +105,7 @@ class BlockRunner(ExitStack, Iterable[str]):
         options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
         device = device_of(model)
         self.batches = [
-            _Batch(partial(model, **moved(dict(batch), device), **options)) for batch in batches
+            _Batch(partial(model, **{**moved(dict(batch), device), **options})) for batch in batches
         ]
         for batch in self.batches:
             self.callback(batch.stop)

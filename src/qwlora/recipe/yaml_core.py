@@ -55,7 +55,7 @@ def dump_yaml(content: Any) -> str:
 
 
 def flow(value: Any) -> str:
-    """A value in one line, as it stands behind a key."""
+    """A value in one line, as written after a key."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 

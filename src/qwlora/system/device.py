@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def device_of(module: object) -> torch.device:
     """The device of the first tensor of `module` that has data; the meta device if none has any,
-    and the CPU if there are no tensors, as in a function in place of a model."""
+    and the CPU if there are no tensors, for example where a function replaces the model."""
     device = None
     tensors = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
     for tensor in tensors:
@@ -47,13 +47,15 @@ def pick_device(key: str) -> torch.device:
         return CPU
     module: Any = getattr(torch, kind, None)
     count = module.device_count() if module is not None and module.is_available() else 0
+    if key == "auto" and not count:
+        return CPU  # a GPU that the driver knows, but that this build of torch cannot use
     number = key.partition(":")[2] or (os.environ.get("LOCAL_RANK", "0") if count > 1 else "0")
     if int(number) >= count:
-        kinds = "has none" if not count else f"has {count}, numbered from 0"
+        there = f"{count} of type {kind}, numbered from 0" if count else f"none of type {kind}"
         raise DeviceError(
-            f"device: {key} was asked for, but the installed torch {kinds} of type {kind} on this "
-            "machine. Set device: auto (or --device auto) to use what there is, or install a build "
-            "of torch for it (docs/gpu.md)"
+            f"device: {key} needs {kind}:{number}, but torch finds {there} on this machine. Set "
+            "device: auto (or --device auto) to use what there is, or install a build of torch for "
+            "it (docs/gpu.md)"
         )
     return torch.device(kind, int(number))
 
@@ -101,7 +103,7 @@ def moved(value: T, device: torch.device) -> T:
 def on_cpu(*modules: nn.Module) -> Iterator[None]:
     """Within, the modules are on the CPU: for files, and for runtimes that compute there.
 
-    Afterwards they have their tensors again, not copies: those of a simulation are its model's.
+    A simulation has its own tensors again afterwards, not copies: they are its model's.
     """
     away = {m: device for m in modules if (device := device_of(m)).type not in ("cpu", "meta")}
     parts = {part for module in away for part in module.modules()}
@@ -111,8 +113,8 @@ def on_cpu(*modules: nn.Module) -> Iterator[None]:
             module.to(CPU)
         yield
     finally:
-        for module, device in away.items():
-            module.to(device)
         for part, parameters, buffers in tensors:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
+        for module, device in away.items():  # what is no parameter or buffer
+            module.to(device)

@@ -31,6 +31,7 @@ from qwlora.pipeline.plan.target_table import (
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
+from qwlora.system.device import pick_device
 from qwlora.system.machine import device_type, exact_type, slow_compute
 from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 from qwlora.targets.registry import TARGETS
@@ -47,6 +48,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
     trained = [adapter for adapter in recipe.adapters if adapter.steps]
     device = device_type(recipe.device)
+    if verbs - {"export", "verify"}:  # which compute on the CPU
+        pick_device(recipe.device)
     if "quantize" in verbs:
         target_table(recipe)
         if note := second_rounding(recipe):

@@ -67,6 +67,8 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     linear = {grid.scheme for grid in grids if not grid.of_embedding}
     if not refused["hf"] and (problem := vllm_problem(linear)):
         notes.append(f"hf: vLLM does not compute this base: {problem}")
+    if "gguf" in recipe.export.targets and "gguf" not in copying:
+        notes.append("gguf: `qwlora run` checks architecture and tokenizer before it quantizes")
     return rows, notes
 
 

@@ -127,7 +127,6 @@ class JobContext:
     """Lazily loaded inputs of the stages of one job directory.
 
     Attributes:
-        device: where models are loaded; see `stage`.
         rotation: what was rotated in the float model; set by `float_model`.
         why_loaded_whole: why the weights cannot be read tensor by tensor; set by `lazy`.
         on_training: called after each training step with a function that describes the progress.
@@ -140,22 +139,31 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
-        self.device = self._device = pick_device(recipe.device)
+        self._stage_device: torch.device | None = None
         self.rotation: RotationReport | None = None
         self.why_loaded_whole: str | None = None
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
+
+    @cached_property
+    def _job_device(self) -> torch.device:
+        return pick_device(self.recipe.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are loaded; see `stage`."""
+        return self._stage_device or self._job_device
 
     @contextmanager
     def stage(self, name: str, verb: str) -> Iterator[dict[str, Any]]:
         """Load models on the device of a stage: the job's; but the CPU for files and their
         runtimes, and for solvers and observers where the job's lacks float64. Yields what
         `memory_of` measures."""
-        device = self._device
+        device = CPU if verb in ("export", "verify") else self._job_device
         if verb not in ("train", "evaluate"):
-            device = CPU if verb in ("export", "verify") else exact_device(device)
-        if device != self.device:  # a simulation's graph has the device of its model
-            self.device, self._simulation, self._zero_adapter = device, None, None
-        with memory_of(self.device, name) as measured:
+            device = exact_device(device)
+        if device != self._stage_device:  # a simulation's graph has the device of its model
+            self._stage_device, self._simulation, self._zero_adapter = device, None, None
+        with memory_of(device, name) as measured:
             yield measured
 
     def step(self, description: str) -> AbstractContextManager[None]:
@@ -330,7 +338,9 @@ class JobContext:
         folder = adapter_folder(str(self.adapter(name).continue_from))
         model = self.take_float_model()
         with reading(folder, model):
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable).eval()
+            return PeftModel.from_pretrained(
+                model, str(folder), is_trainable=is_trainable, torch_device="cpu"
+            ).eval()
 
     def adapted(self, *names: str) -> PreTrainedModel | PeftModel:
         """`unmerged`; of a mergeable adapter, its merged base."""
@@ -343,7 +353,7 @@ class JobContext:
         for number, folder in enumerate(others, 1):
             check_adapter(folder, self.base_fingerprint)
             with reading(folder, model):
-                model.load_adapter(str(folder), adapter_name=f"{number}")
+                model.load_adapter(str(folder), adapter_name=f"{number}", torch_device="cpu")
         return model.eval()
 
     def untrained(self, adapter: Adapter, reference: bool = False) -> PeftModel:

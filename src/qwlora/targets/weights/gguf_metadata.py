@@ -64,20 +64,24 @@ _ONLY_IN = {"llama3": "llama", "longrope": "phi3"}  # rope_types of one architec
 
 
 def check_config(config: Any) -> None:
-    """Refuse, by an ExportError, a model that llama.cpp has not, or would compute differently."""
-    model_type, layers = config.model_type, config.num_hidden_layers
+    """Raise an ExportError if llama.cpp does not support a model or would compute it
+    differently."""
+    model_type = config.model_type
     kind = ARCHITECTURES.get(model_type)
     if kind is None:
         raise ExportError(
             f"GGUF files are written for the model types {listed(ARCHITECTURES, 9)}, and this is "
             f"{model_type}; give a GGUF file of the model as source"
         )
+    layers = config.num_hidden_layers
     fixed, problems = {**_FIXED.get(kind, _OTHERS)}, []
     if kind in _LARGEST:
         width = config.hidden_size // config.num_attention_heads
         fixed["query_pre_attn_scalar"] = width if layers == _LARGEST[kind] else config.head_dim
         if _period(config) is None:
-            problems.append("layer_types are not a window, and in every n-th layer none")
+            problems.append(
+                "layer_types do not repeat: sliding_attention, every n-th full_attention"
+            )
     if kind == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
         problems.append("attn_logit_softcapping or final_logit_softcapping is None")
     if kind == "smollm3":  # 1 in layers that rotate
@@ -96,7 +100,10 @@ def check_config(config: Any) -> None:
         elif unknown := [key for key in rope if key not in names and rope[key]]:
             problems.append(f"rope_type {rotation} has {listed(unknown)}")
     if problems:
-        raise ExportError(f"llama.cpp has no such {model_type}: {'; '.join(problems)}")
+        raise ExportError(
+            f"llama.cpp cannot run this {model_type} model: {'; '.join(problems)}. Use another "
+            "target, or a GGUF file as model.source"
+        )
 
 
 def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
@@ -112,8 +119,8 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
         writer.add_sliding_window_pattern(_period(config))
     elif 0 < (getattr(config, "sliding_window", 0) or 0) < config.max_position_embeddings:
         warnings.warn(
-            "llama.cpp attends to all earlier tokens, and this model to the last "
-            f"{config.sliding_window}: longer texts come out differently; limit its context (-c)",
+            f"this model attends to the last {config.sliding_window} tokens, llama.cpp to all: "
+            f"outputs differ beyond them. Limit its context: -c {config.sliding_window}",
             QwloraWarning,
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ llama.cpp has two kinds, both byte-pair encodings:
 
 `pre` is found by what the splitting does: a tokenizer that splits `PROBE` as a `pre` of llama.cpp
 does has that one. llama.cpp's converter compares a hash of the tokens of a text instead, which
-knows published vocabularies only, and names the same splits.
+recognizes only published vocabularies, and names the same splits.
 
 A score is minus the place of the first merge that makes the token: transformers makes merges from
 SentencePiece's scores, all splits of a token in a row. Where a text begins with a space or follows
@@ -53,7 +53,9 @@ _SPLITS = {
     "gpt-4o": (rf"{_CAPITAL}{_ENDING}?|{_CAPITALS}{_ENDING}?|\p{{N}}{{1,3}}|{_PATHS}",),
 }
 """What each `pre` of llama.cpp splits text by, one expression after the other."""
-_CONTROL = re.compile(r"<\|.*\|>|<unused\d+>|<pad>|<mask>")  # in llama.cpp, special or not
+_CONTROL = re.compile(
+    r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]"
+)  # in llama.cpp, special or not
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
@@ -91,15 +93,15 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
-            "a GGUF file is made with the model's tokenizer.json, and there is none: give a "
-            "tokenizer that has one, or a GGUF file of the model (tokenizer, gguf_file)"
+            "the model has no tokenizer.json, which GGUF files are made from. Add one to the "
+            "model's folder, or use a GGUF file as the source"
         )
     content = json.loads(backend.to_str())
     model, normalizer, splitting = content["model"], backend.normalizer, backend.pre_tokenizer
     text = PROBE if normalizer is None else normalizer.normalize_str(PROBE)
     if model["type"] != "BPE" or text.replace("\u2581", " ").strip() != PROBE.strip():
         raise ExportError(
-            f"llama.cpp has BPE tokenizers that do not change text first, and the model's is "
+            "llama.cpp supports only BPE tokenizers without normalization, and this one is "
             f"{model['type']} with the normalizer {content['normalizer']}; use another target"
         )
     if model.get("byte_fallback"):
@@ -133,5 +135,6 @@ def _tokens(content: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
             tokens[i] = text
             types[i] = gguf.TokenType.UNKNOWN if is_unknown else gguf.TokenType.CONTROL
         elif i < count:
-            tokens[i], types[i] = text.replace("\u2581", " "), gguf.TokenType.USER_DEFINED
+            shown = text.replace("\u2581", " ") if model.get("byte_fallback") else text
+            tokens[i], types[i] = shown, gguf.TokenType.USER_DEFINED
     return tokens, types

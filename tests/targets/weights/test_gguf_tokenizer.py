@@ -145,7 +145,7 @@ def changed(**parts: Any) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("tokenizer", "problem"),
     [
-        (None, "there is none"),
+        (None, "has no tokenizer.json"),
         (PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram())), "Unigram"),
         (changed(normalizer=normalizers.Lowercase()), "Lowercase"),
         (changed(pre_tokenizer=pre_tokenizers.Whitespace()), "Whitespace.*another target"),

@@ -94,7 +94,7 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
     if backend is None:
         raise ExportError(
             "the model has no tokenizer.json, which GGUF files are made from. Add one to the "
-            "model's folder, or use a GGUF file as the source"
+            "model's folder, or use a GGUF file as the source (tokenizer or gguf_file in Python)"
         )
     content = json.loads(backend.to_str())
     model, normalizer, splitting = content["model"], backend.normalizer, backend.pre_tokenizer

@@ -119,6 +119,12 @@ class Encoding:
         """The values of code 0."""
         return self.low_end if self.scheme.float_offset else self.low_end * self.scale
 
+    @property
+    def fits_float16(self) -> bool:
+        """Whether float16 holds every scale, and every float minimum, exactly."""
+        numbers = (self.scale, self.low_end) if self.scheme.float_offset else (self.scale,)
+        return all(torch.equal(values.half().float(), values.float()) for values in numbers)
+
     def __repr__(self) -> str:
         return f"Encoding({self.scheme}, scale {list(self.scale.shape)})"
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from qwlora.errors import listed
 from qwlora.formats import MLX_BITWIDTHS
-from qwlora.grid.scheme import Blocks, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, PerChannel, Scheme
 from qwlora.targets.npu.htp_limits import table_problem, weight_problem
 from qwlora.targets.target import OPSETS, LayerKind, Layout, Target
 
@@ -94,20 +94,18 @@ OPENVINO = FormatLimits(
     name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
 )
 VLLM = FormatLimits(name="vLLM", symmetric=(4, 8), zero_point=(4,), float_offset=())
-_VLLM_BLOCKS = (32, 64, 128)
 
 
 def vllm_problem(schemes: Collection[Scheme]) -> str | None:
     """Why vLLM computes no Linear layers of these schemes from a folder of `hf`; None if it does.
     Read in vLLM 0.33: its kernels of compressed-tensors weights with float activations."""
     for scheme in schemes:
-        blocks = scheme.granularity if isinstance(scheme.granularity, Blocks) else None
         if problem := VLLM.problem(scheme):
             return problem
-        if isinstance(scheme.granularity, PerTensor) or (
-            blocks and blocks.size not in _VLLM_BLOCKS
-        ):
-            return f"{scheme}: vLLM takes scales per channel or of blocks of {listed(_VLLM_BLOCKS)}"
+        match scheme.granularity:
+            case PerChannel() | Blocks(32 | 64 | 128):
+                continue
+        return f"{scheme}: vLLM takes scales per channel or of blocks of 32, 64, 128"
     if len(schemes) > 1:
         return "several schemes: vLLM fuses q, k and v, and gate and up, which need one scheme"
     return None

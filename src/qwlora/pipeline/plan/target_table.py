@@ -141,8 +141,6 @@ def kept_grids(recipe: Recipe) -> dict[Grid, str]:
         tensor = lazy.checkpoint.read(stored)
         if isinstance(tensor, QuantizedTensor):
             of_embedding = lazy.model.get_submodule(name.rpartition(".")[0]) is embedding
-            scheme, encoding = tensor.encoding.scheme, tensor.encoding
-            numbers = [encoding.scale] + [encoding.minimum] * scheme.float_offset
-            solver = None if all(n.half().float().equal(n) for n in numbers) else "keep"
-            grids.setdefault(Grid(scheme, solver, of_embedding), name)
+            solver = None if tensor.encoding.fits_float16 else "keep"
+            grids.setdefault(Grid(tensor.encoding.scheme, solver, of_embedding), name)
     return grids

@@ -253,8 +253,8 @@ class JobContext:
         ids = next(self._sequences(self.recipe.base_texts()))[None, :16].repeat(2, 1)
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.recipe.simulation.inputs == "embeddings":
-            ids_there = example.pop("input_ids").to(device_of(model))
-            embeddings = model.get_input_embeddings()(ids_there).detach()
+            on_device = example.pop("input_ids").to(device_of(model))
+            embeddings = model.get_input_embeddings()(on_device).detach()
             example = {"inputs_embeds": embeddings, **example}
             rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
             if "mrope_section" in rotary:  # positions of time, height and width
@@ -274,7 +274,7 @@ class JobContext:
                 with self.step("rotating the model"):
                     self.rotation = rotate_(loaded, self.example_inputs(loaded), self.recipe.seed)
             self._float_model = loaded
-        return self._float_model.to(device or self.device)  # type: ignore[arg-type] # hidden
+        return self._float_model.to(device or self.device)  # type: ignore[arg-type] # untyped
 
     def take_float_model(self, device: torch.device | None = None) -> PreTrainedModel:
         """The float model, for a caller that modifies it; the context forgets it."""

@@ -124,9 +124,8 @@ class Gguf(Backend):
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
             reader, writer = _copying(folder / BASE, floats)
-            dequantize = gguf.quants.dequantize
-            tensors = {t.name: (F32, dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-            _finish(writer, tensors)
+            values = gguf.quants.dequantize
+            _finish(writer, {t.name: (F32, values(t.data, t.tensor_type)) for t in reader.tensors})
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
 
     def model_problem(self, config: Any, tokenizer: Any) -> str | None:

@@ -82,7 +82,6 @@ class Hf(Backend):
         model, layers = exported.model, layers_to_write(exported.model)
         refuse("hf", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
         tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
-        scales = list[Tensor]()
         for name, layer in layers.items():
             if isinstance(layer, PackedEmbedding):
                 tensors[name] = layer.tensor.dequantize()
@@ -91,7 +90,6 @@ class Hf(Backend):
             parts = layer_tensors(layer.quantized)
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
             groups.setdefault(layer.scheme, []).append(path)
-            scales.append(layer.encoding.scale.float())
         if conflict := transformers_conflict(groups):
             raise ExportError(f"hf cannot hold this base: {conflict}")
         packed = {path for paths in groups.values() for path in paths}
@@ -112,7 +110,7 @@ class Hf(Backend):
             **({"dequantize": True} if len(groups) == 1 else {}),
         }
         changes: dict[str, Any] = {"quantization_config": settings}
-        if all(torch.equal(scale.half().float(), scale) for scale in scales):
+        if all(layers[f"{path}.weight"].encoding.fits_float16 for path in packed):
             changes["dtype"] = "float16"
         write_folder(model, exported.tokenizer, folder, tensors, changes)
 

@@ -78,7 +78,7 @@ def vllm(session: nox.Session) -> None:
 def attack(session: nox.Session) -> None:
     """Kills, full disks, hostile files; it forks, which is safe with one thread only."""
     _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn]")
-    table = ("--reliability", "docs/reliability.md")
+    table = ("--reliability", "docs/log/reliability.md")
     session.run("pytest", "-q", "-m", "attack", "tests/attack", *table, env=ONE_THREAD)
 
 
@@ -114,13 +114,13 @@ def aimet(session: nox.Session) -> None:
     shutil.rmtree(forms, ignore_errors=True)
     session.run("python", "tests/aimet/write_forms.py", forms, env=ONE_THREAD)
     read = ("-m", "pytest", "-q", "--confcutdir=tests/aimet", "tests/aimet/test_forms.py")
-    table = ("--forms", forms, "--forms-table", "docs/aimet-forms.md")
+    table = ("--forms", forms, "--forms-table", "docs/log/aimet-forms.md")
     session.run(".venv/bin/python", *read, "-m", "aimet", *table, external=True)
     simulations = _written_by_venv(session, "aimet/write_simulations.py", "aimet-simulations")
     checkpoints = _written_by_venv(session, "aimet/write_checkpoints.py", "aimet-checkpoints")
     guide = _written_by_venv(session, "aimet/write_guide.py", "aimet-guide")
     options = ("--simulations", simulations, "--checkpoints", checkpoints, "--guide", guide)
-    options = (*options, "--table", "docs/aimet-oracle.md")
+    options = (*options, "--table", "docs/log/aimet-oracle.md")
     _alone(
         session, "tests/aimet", "--ignore=tests/aimet/files", *options, env={"PYTHONPATH": "src"}
     )
@@ -132,7 +132,7 @@ def aimet_onnx(session: nox.Session) -> None:
     """Files of target `aimet` in aimet-onnx and AI Hub's client, without torch."""
     session.install(*AIMET_ONNX.split())
     files = _written_by_venv(session, "aimet/files/write_files.py", "aimet-files")
-    _alone(session, "tests/aimet/files", "--files", files, "--loaders-table", "docs/aimet-onnx.md")
+    _alone(session, "tests/aimet/files", "--files", files, "--loaders-table", "docs/log/aimet-onnx.md")
 
 
 @nox.session

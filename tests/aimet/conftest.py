@@ -1,4 +1,4 @@
-"""Collects the results of all comparisons; `--table FILE` writes them as docs/aimet-oracle.md."""
+"""Collects all comparisons; `--table FILE` writes them as docs/log/aimet-oracle.md."""
 
 from __future__ import annotations
 

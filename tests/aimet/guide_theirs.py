@@ -12,7 +12,7 @@ different, and why:
     residuals   AIMET rounds the input of OPT's first norm, but not the same value in the residual
                 stream; we round a value where it is computed. That quantizer is removed
     gradients   stay enabled for quantizers: AIMET then divides by scales as we do, see
-                docs/aimet-oracle.md
+                docs/log/aimet-oracle.md
     device      the CPU
 """
 

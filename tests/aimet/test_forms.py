@@ -1,9 +1,9 @@
 """Every form of encodings file that AIMET writes is read exactly, or refused with the reason.
 
 write_forms.py writes the folder with AIMET; this reads it in the environment of `make test`, and
-writes the table of docs/aimet-forms.md:
+writes the table of docs/log/aimet-forms.md:
 
-    pytest tests/aimet/test_forms.py -m aimet --forms FOLDER --forms-table docs/aimet-forms.md
+    pytest tests/aimet/test_forms.py -m aimet --forms FOLDER --forms-table docs/log/aimet-forms.md
 """
 
 from __future__ import annotations

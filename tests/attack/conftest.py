@@ -1,6 +1,6 @@
 """Attacks on the product: what is attacked is built once, and what held is counted.
 
-pytest tests/attack -m attack --reliability docs/reliability.md --attack-seed 20
+pytest tests/attack -m attack --reliability docs/log/reliability.md --attack-seed 20
 """
 
 from __future__ import annotations

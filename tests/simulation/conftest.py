@@ -13,7 +13,7 @@ import pytest
 OPTION = "--architectures"
 HEAD = """# Architectures
 
-Written by `pytest tests/simulation/test_architectures.py -m 'slow or not slow' {option} docs/architectures.md`; do not edit.
+Written by `pytest tests/simulation/test_architectures.py -m 'slow or not slow' {option} docs/log/architectures.md`; do not edit.
 torch {torch}, transformers {transformers}, diffusers {diffusers}, peft {peft}, onnxruntime {onnxruntime}, Python {python}, one thread; other programs ran
 beside it, so the seconds are upper ends.
 

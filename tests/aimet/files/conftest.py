@@ -1,4 +1,4 @@
-"""What each loader of aimet-onnx takes; `--loaders-table FILE` writes it as docs/aimet-onnx.md."""
+"""What aimet-onnx loads; `--loaders-table FILE` writes it as docs/log/aimet-onnx.md."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ format: .venv/ready
 docs/recipe.md: .venv/ready $(wildcard src/qwlora/recipe/*.py)
 	$(BIN)/python -m qwlora.recipe.reference > $@
 
-docs/cli.md: .venv/ready $(wildcard src/qwlora/cli/*.py)
-	$(BIN)/typer qwlora.cli.main utils docs --name qwlora --output $@
+docs/cli.md: .venv/ready docs/cli_page.py $(wildcard src/qwlora/cli/*.py)
+	$(BIN)/python docs/cli_page.py > $@
 
 docs/errors/index.md: .venv/ready src/qwlora/errors.py tests/docs/error_pages.py
 	cd tests && ../$(BIN)/python -m docs.error_pages ../docs/errors

@@ -67,7 +67,7 @@ def main() -> None:
         models = earlier_result("any_model").get("models", {}) | {kind: row}
         write_result("any_model", {"machine": machine_line(PACKAGES), "models": models})
     page = f"{table(models)}\n\n{machine_line(PACKAGES)}"
-    write_table("runtimes.md", "any_model.py", page)
+    write_table("log/runtimes.md", "any_model.py", page)
     print(page)
 
 

@@ -1,7 +1,7 @@
 """A model as graphs for Qualcomm's HTP, on its emulator: what is computed, and whether whole.
 
     python benchmarks/npu.py    SmolLM2-135M; writes benchmarks/results/npu-MODEL-w4-channel.json,
-                                and the table of all results into docs/runtimes.md
+                                and the table of all results into docs/log/runtimes.md
     python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
     python benchmarks/npu.py --targets aimet qairt    these rows only; those of qnn stay
     python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
@@ -107,7 +107,7 @@ def main() -> None:
     else:
         file.write_text(json.dumps(result, indent=1) + "\n")
         results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
-        write_table("runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
+        write_table("log/runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
 
 
 def calibrated(

@@ -8,6 +8,7 @@ A part begins with a comment, and ends with `<!-- end -->`:
     <!-- readme: top -->                    of README.md, what comes before the first section
     <!-- results: file.md -->               of benchmarks/results, without its title
     <!-- results: file.json -->             its numbers, as tables
+    <!-- results: file.md: w4* | float* --> only rows whose cells, joined by spaces, fit a pattern
     <!-- recipe: file.yaml -->              a file of recipes/
     <!-- example: file.py -->               a file of examples/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
@@ -19,6 +20,7 @@ As a hook of mkdocs, it fills in what the site alone has, and keeps the log out 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import inspect
 import json
 import re
@@ -127,8 +129,29 @@ def _title(page: str) -> str:
     return match[1] if match else page
 
 
-def results(name: str) -> str:
-    """A file of benchmarks/results as Markdown."""
+def results(what: str) -> str:
+    """A file of benchmarks/results as Markdown, whole or the rows that fit a pattern."""
+    name, _, patterns = what.partition(": ")
+    return (
+        _fitting(_whole_results(name), patterns.split(" | ")) if patterns else _whole_results(name)
+    )
+
+
+def _fitting(text: str, patterns: list[str]) -> str:
+    """`text` with those rows of its tables that fit a pattern; tables without any are left out."""
+    kept: list[str] = []
+    for block in text.split("\n\n"):
+        head, rows = block.split("\n")[:2], block.split("\n")[2:]
+        if not block.startswith("|"):
+            kept.append(block)
+            continue
+        cells = [(row, re.sub(r"[| ]+", " ", row).strip()) for row in rows]
+        fits = [row for row, text in cells if any(fnmatch.fnmatch(text, p) for p in patterns)]
+        kept += ["\n".join([*head, *fits])] if fits else []
+    return "\n\n".join(kept)
+
+
+def _whole_results(name: str) -> str:
     text = (RESULTS / name).read_text(encoding="utf-8")
     if name.endswith(".md"):
         return re.sub(r"^# .+\n", "", text).strip()

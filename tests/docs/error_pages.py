@@ -37,8 +37,6 @@ from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import Parity, at_most
 from targets.proofs import check_parity
 
-HEAD = "Generated from the code: `make docs/errors/index.md`.\n"
-
 
 class Page:
     """What the code cannot say.
@@ -243,7 +241,7 @@ def message_of(page: Page) -> tuple[type[QwloraError], str]:
 
 def pages() -> dict[str, str]:
     """The content of docs/errors by file name."""
-    rows = ["# Error messages\n", HEAD, inspect.cleandoc(INDEX), ""]
+    rows = ["# Error messages\n", inspect.cleandoc(INDEX), ""]
     rows += ["| class | means |", "|---|---|"]
     found = {}
     for kind, page in PAGES.items():
@@ -255,25 +253,23 @@ def pages() -> dict[str, str]:
         lines = [
             f"# {name}\n",
             f"{meaning}\n",
-            f"In Python, `qwlora.errors.{name}`, which is also a `{also.__name__}`.\n",
-            "A message looks like this:\n",
+            f"In Python `qwlora.errors.{name}`, also a `{also.__name__}`. For example:\n",
             "```text",
             message,
             "```\n",
             "| cause | what to do |",
             "|---|---|",
             *(f"| {cause} | {remedy} |" for cause, remedy in page.remedies),
-            "",
-            HEAD,
         ]
-        found[f"{name}.md"] = "\n".join(lines).rstrip() + "\n"
+        found[f"{name}.md"] = "\n".join(lines) + "\n"
     return {"index.md": "\n".join(rows).rstrip() + "\n", **found}
 
 
 INDEX = """
 Every error that QWLoRA raises on purpose is a `qwlora.errors.QwloraError`. The command line prints
 one message, on standard error, and ends with exit code 2 (1 if a verification failed). A message
-says what was found, where, and what to do. `--debug` prints the traceback too.
+says what was found, where, and what to do. `--debug` prints the traceback too. These pages are
+written from the code (`make docs/errors/index.md`).
 """
 
 

@@ -37,10 +37,8 @@ class Block:
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    """README.md and the pages, without those that tests, benchmarks and typer write and the log."""
-    names = "aimet-forms aimet-onnx aimet-oracle architectures cli reliability"
-    generated = names.split()
-    pages = [p for p in sorted((root / "docs").rglob("*.md")) if p.stem not in generated]
+    """README.md and the pages, without the log and the one that typer writes."""
+    pages = [p for p in sorted((root / "docs").rglob("*.md")) if p.stem != "cli"]
     return [root / "README.md", *(p for p in pages if "log" not in p.parts)]
 
 

@@ -63,12 +63,25 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def scheme_table() -> str:
-    """Which scheme each target holds exactly."""
-    rows: list[tuple[str, ...]] = [("grid", *TARGETS, "hf in vLLM")]
+    """Which schemes each target holds exactly. Blocks of 32, 64 and 128 are held alike."""
+    refusing: dict[tuple[str, str], str] = {}  # by kind of grid and bits
     for scheme in SCHEMES:
-        cells = ("no" if target.scheme_problem(scheme) else "yes" for target in TARGETS.values())
-        rows.append((short_name(scheme), *cells, "no" if vllm_problem([scheme]) else "yes"))
-    return table(rows)
+        names = [name for name, target in TARGETS.items() if target.scheme_problem(scheme)]
+        names += ["hf in vLLM"] if vllm_problem([scheme]) else []
+        form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
+        bits, *kind = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        found = ", ".join(names) or "none"
+        assert refusing.setdefault(("".join(kind), bits), found) == found, scheme
+    rows: dict[str, dict[str, list[str]]] = {}
+    for (kind, bits), names in refusing.items():
+        rows.setdefault(names, {}).setdefault(kind, []).append(bits)
+    grids = {
+        n: "; ".join(f"{kind} {', '.join(b)}" for kind, b in k.items()) for n, k in rows.items()
+    }
+    order = sorted(grids, key=lambda names: (names != "none", len(names)))
+    return table(
+        [("grid and its bits", "not held by"), *((grids[names], names) for names in order)]
+    )
 
 
 def outcome(architecture: str, name: str) -> str:

@@ -132,7 +132,9 @@ def aimet_onnx(session: nox.Session) -> None:
     """Files of target `aimet` in aimet-onnx and AI Hub's client, without torch."""
     session.install(*AIMET_ONNX.split())
     files = _written_by_venv(session, "aimet/files/write_files.py", "aimet-files")
-    _alone(session, "tests/aimet/files", "--files", files, "--loaders-table", "docs/log/aimet-onnx.md")
+    _alone(
+        session, "tests/aimet/files", "--files", files, "--loaders-table", "docs/log/aimet-onnx.md"
+    )
 
 
 @nox.session

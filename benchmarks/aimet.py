@@ -4,7 +4,7 @@
 
 `make benchmark-aimet` makes the environments and runs it. Each tool runs in its own process, on one
 thread (`aimet_theirs.py` is the other side). What is in OUT already is not run again. Writes
-benchmarks/results/aimet.json, and the table into docs/aimet-guide.md.
+benchmarks/results/aimet.json, and the table into docs/log/simulation.md.
 
 Both start from the same float weights and quantize them by their own min-max: 4 bits per channel,
 or LPBQ 64; head and embeddings 8 bits per tensor. The rounded weights are compared bit for bit.
@@ -434,7 +434,7 @@ def main() -> None:
     if options.source == SMOLLM2:
         results = earlier_result("aimet") | results
         write_result("aimet", results)
-        write_table("aimet-guide.md", "aimet.py", table(results, COMPARED_STEPS))
+        write_table("log/simulation.md", "aimet.py", table(results, COMPARED_STEPS))
     print(table(results, COMPARED_STEPS))
 
 

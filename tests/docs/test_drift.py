@@ -33,9 +33,8 @@ PYTHON = {
 
 
 def test_the_command_line_reference_is_up_to_date() -> None:
-    """typer writes its parts; older versions write other words around the same facts."""
     if Version(typer.__version__) < Version("0.29"):
-        pytest.skip("docs/cli.md is from typer 0.29 or newer")
+        pytest.skip("docs/cli.md is from typer 0.29 or newer, whose words are others")
     written = runpy.run_path(str(ROOT / "docs/cli_page.py"))["page"]()
     assert (ROOT / "docs/cli.md").read_text() == written, "make docs/cli.md"
 

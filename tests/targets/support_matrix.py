@@ -66,22 +66,19 @@ def scheme_table() -> str:
     """Which schemes each target holds exactly. Blocks of 32, 64 and 128 are held alike."""
     refusing: dict[tuple[str, str], str] = {}  # by kind of grid and bits
     for scheme in SCHEMES:
-        names = [name for name, target in TARGETS.items() if target.scheme_problem(scheme)]
-        names += ["hf in vLLM"] if vllm_problem([scheme]) else []
+        problems = {name: target.scheme_problem(scheme) for name, target in TARGETS.items()}
+        problems["hf in vLLM"] = vllm_problem([scheme])
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
         bits, *kind = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
-        found = ", ".join(names) or "none"
+        found = ", ".join(filter(problems.get, problems)) or "none"
         assert refusing.setdefault(("".join(kind), bits), found) == found, scheme
-    rows: dict[str, dict[str, list[str]]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for (kind, bits), names in refusing.items():
-        rows.setdefault(names, {}).setdefault(kind, []).append(bits)
-    grids = {
-        n: "; ".join(f"{kind} {', '.join(b)}" for kind, b in k.items()) for n, k in rows.items()
-    }
-    order = sorted(grids, key=lambda names: (names != "none", len(names)))
-    return table(
-        [("grid and its bits", "not held by"), *((grids[names], names) for names in order)]
-    )
+        grids = rows.setdefault(names, {})
+        grids[kind] = f"{grids[kind]}, {bits}" if kind in grids else f"{kind} {bits}"
+    order = sorted(rows, key=lambda names: (names != "none", len(names)))
+    cells = (("; ".join(rows[names].values()), names) for names in order)
+    return table([("grid and its bits", "not held by"), *cells])
 
 
 def outcome(architecture: str, name: str) -> str:

@@ -15,9 +15,8 @@ An adapter is merged in one of two ways:
     requantized   W_hat + dW rounded onto the base's grid: as small as the base, but an entry of the
                   delta below half a step is lost, and a larger one is rounded to whole steps
 
-`W_hat` are the dequantized weights of the base, never the original float weights. What requantizing
-costs in perplexity is measured in `pipeline/commands/write_model.py`. A mergeable adapter was
-trained on the requantized integers (`mergeable.py`), so both ways compute what was trained.
+`W_hat` are the dequantized weights of the base, never the original float weights. Of a mergeable
+adapter (`mergeable.py`), both ways compute what was trained.
 
 A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
 they need two weights (`untie_`).

@@ -6,16 +6,14 @@
 The grid is the base's own: scales and offsets stay, whatever they are (`PackedTensor.plus`). An
 untrained adapter (lora_B = 0) computes the base, bit for bit.
 
-r is what quantization left of the float weight, (W_float - W_hat) / s within +-1/2, in 4 bits. With
-it a small Delta moves the weights that were nearly rounded the other way, which costs little; the
-sum is then that of the float weights. Without the float model r is 0: only entries of Delta above
-half a step count (docs/log/training.md). Who merges needs the same float weights, which the
-adapter's record identifies by a digest.
+r is what quantization left of the float weight, (W_float - W_hat) / s within +-1/2, in 4 bits: a
+small Delta moves the weights that were nearly rounded the other way. Without the float model r is
+0: only entries of Delta above half a step count (docs/log/training.md). Who merges needs the same
+float weights, which the adapter's record identifies by a digest.
 
 Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
-adapter would, `dL/dDelta = (dL/dy)^T x`, for clamped entries too: leaving those out would need
-dL/dDelta itself, a third product as large as the layer's own. Few codes are at an end of the grid,
-and one that is pushed outward by mistake computes the same.
+adapter would, `dL/dDelta = (dL/dy)^T x`, for clamped entries too: leaving those out would need a
+third product as large as the layer's own.
 
     mergeable_(peft_model, weight=...)    before training
     merged_model(peft_model)              afterwards (`adapter_deltas.py`), or PEFT's

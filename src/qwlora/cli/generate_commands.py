@@ -39,8 +39,8 @@ StageName = Annotated[
     typer.Option(
         "--stage",
         help="float, base, adapted, simulated, or an export target such as onnx, which runs the "
-        "exported files. simulated and exported models run without a key-value cache: each token "
-        "runs the whole text again. Default: adapted.",
+        "exported files. simulated, and files that have no key-value cache, run the whole text "
+        "again for each token. Default: adapted.",
     ),
 ]
 Raw = Annotated[

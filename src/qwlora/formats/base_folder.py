@@ -11,19 +11,17 @@
 A model of diffusers has the config.json of its own library, and loads by `load_base`; for any other
 module there is none: the caller builds the float model.
 
-transformers warns about a quantization method that it does not know and goes on with random
-weights. So the weights are in a file that it does not look for, and `transformers_weights` in
-config.json, which it takes as a file name and refuses, says what to install.
-
 transformers loads the same model, with the same checks, in the dtype and on the devices that it
 chooses:
 
     import qwlora.hf
     model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
 
-It reads the tensors; `BaseCheckpoint` inserts the packed layers before that and compares every
-stored tensor with its digest. `save_pretrained` writes a base. Refused: quantizing a float model
-while it is loaded, offloading to disk, tensor parallelism. Written for transformers 5.24.
+Without that import it would warn of an unknown method and continue with random weights. So the
+weights are in a file that it does not look for, and `transformers_weights` in config.json, which it
+takes as a file name and refuses, says what to install. `save_pretrained` writes a base. Refused:
+quantizing a float model while it is loaded, offloading to disk, tensor parallelism. Written for
+transformers 5.24.
 """
 
 from __future__ import annotations

@@ -11,15 +11,14 @@ or, for a float-offset scheme (GGUF's Q4_1 and similar types), one `minimum` (fl
     quantize        q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
     dequantize      x_hat = q * scale + minimum
 
-There, zero need not be on the grid, and an integer offset cannot replace the minimum: rounding
-`minimum / scale` costs up to half a step. `offset` raises, so that no format writes a wrong one.
+There, zero need not be on the grid, and `offset` raises: rounding `minimum / scale` to an integer
+would cost up to half a step.
 
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside
                     the grid, 0 where it was clamped; scales get no gradient
 
-It divides and rounds half to even, as ONNX QuantizeLinear does; multiplying by a reciprocal would
-differ in the last code. Values narrower than float32 are computed in float32, and only the result
-is narrowed.
+It divides and rounds half to even, as ONNX QuantizeLinear does. Values narrower than float32 are
+computed in float32, and only the result is narrowed.
 
 The encoding of a min-max range, which always contains zero, so that zero is exact. The scale is
 AIMET's (aimet-torch 2.42, `MinMaxEncodingAnalyzer`), bit for bit:

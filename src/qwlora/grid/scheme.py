@@ -9,11 +9,9 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]   blocks of inputs, the last axis
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
-A new grid is a subclass of `Blocks` in a file of its own: `kind` is its name in short names and in
-records, `nearest` says which scales it allows, `is_free` whether solvers may choose each scale by
-itself, `is_signed` whether a scale may be negative, and `is_only_symmetric` whether it has no
-offsets. Solvers, packed layers, bases and fingerprints need no more, and formats that store one
-scale per block as a float hold it; other formats refuse what they do not name.
+A new grid is a subclass of `Blocks`: `kind` names it, `nearest` says which scales it allows,
+`is_free` whether solvers may choose each scale by itself, `is_signed` whether one may be negative,
+`is_only_symmetric` whether it has no offsets. Formats that store a float scale per block hold it.
 """
 
 from __future__ import annotations

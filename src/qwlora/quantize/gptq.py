@@ -6,12 +6,10 @@ error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
     column i   e = (w_i - w_hat_i) / U_ii;    w_j -= e U_ij for j > i
                H^-1 = U^T U,  U upper triangular
 
-The updates of a run of columns reach later columns in one matrix product. Each scale is the one
-with the least weighted error (`scale_search.py`)
+Each scale is the one with the least weighted error (`scale_search.py`)
 
     sum_i (w_i - w_hat_i)^2 / U_ii^2
 
-that is, with the share that column i's error has in the total once later columns compensate it.
 Scales of blocks are chosen when their first column is reached, from the weights as they are then;
 all others (tensor, channel, LPBQ) before any column is rounded.
 
@@ -19,10 +17,6 @@ With `activation_order` columns are visited in the order of falling diag R, and 
 chosen before any column is rounded. A column that no input reached (`R_ii = 0`) is rounded to
 nearest. If H is not positive definite in float32, the damping is raised tenfold until it is; the
 report says which damping was used.
-
-Matrices are transposed here, [in, out], so that a column of the weight is contiguous. Scales and
-offsets are rows for runs of columns that share them: [1, out] per channel, [in / size, out] in
-blocks.
 """
 
 from __future__ import annotations
@@ -40,6 +34,9 @@ from qwlora.grid.scheme import Blocks, PerChannel, Scheme
 from qwlora.grid.second_moments import factor_damped
 from qwlora.quantize.scale_search import search_scale, storable_scale
 
+# Matrices are transposed here, [in, out], so that a column of the weight is contiguous. Scales and
+# offsets are rows for runs of columns that share them: [1, out] per channel, [in / size, out] in
+# blocks.
 _RUN = 32  # columns between two updates of all that follow
 
 

@@ -6,18 +6,15 @@ closer to that of its float weights.
     u = n + clamp(W / s - n, -0.49, 0.49) + V,     |V| <= 1/2
     V <- V - rate (1 - i / steps) / steps * sign(dL / dV)     in step i, from V = 0
 
-n are the solver's codes plus offset, so V = 0 gives its weight; scales and offsets stay as they
-are. y and y_hat are the outputs of the float block and of the block on its codes, on the inputs
-that the quantized blocks before it give. The gradient of rounding is 1, and 0 where a code is
-clamped. A solver makes each layer's output right on its own; here the layers of a block compensate
-each other's errors. The codes that move are mostly those that GPTQ had moved away from the nearest.
+n are the solver's codes plus offset, so V = 0 gives its weight; scales and offsets stay. y and
+y_hat are the outputs of the float block and of the block on its codes, on the inputs that the
+quantized blocks before it give. The gradient of rounding is 1, and 0 where a code is clamped.
 
-Some batches are held out: the result are the codes with the least loss on them, the solver's own
-if none have less. Memory: five numbers per weight of the block, its activations for one batch, and
-y of all batches.
+The result are the codes with the least loss on held-out batches, the solver's own if none have
+less. Memory: five numbers per weight of the block, its activations for one batch, and y of all.
 
 Source: AutoRound (Cheng et al. 2023, https://arxiv.org/abs/2309.05516), which starts at the nearest
-codes and learns ranges as well. docs/log/solvers.md says what that gave here.
+codes and learns ranges as well (docs/log/solvers.md).
 """
 
 from __future__ import annotations

@@ -12,16 +12,10 @@ layer outside all lists. For each block, in the order of the forward pass:
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
 
-An interrupted quantization resumes after the last finished block. One safetensors file per block
-holds the packed tensors and the report of each layer. It is valid only if its key matches, a
-SHA-256 of everything that its result depends on:
-
-    calibration batches, revisions of layer statistics, learned rounding and second moments, whether
-    these are stored, and for this block and every block before it: float weights, assignments,
-    solver revisions
-
-Blocks depend on the ones before them, because their inputs come from quantized predecessors: hence
-the running hash. A block whose second moments were requested but are missing is recomputed.
+An interrupted quantization resumes after the last finished block: one safetensors file per block
+holds packed tensors and reports. Its key is a SHA-256 of everything that the result depends on: the
+calibration batches, revisions of solvers and statistics, float weights and assignments of this
+block and of every block before it.
 """
 
 from __future__ import annotations

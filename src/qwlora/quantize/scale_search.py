@@ -12,11 +12,9 @@ The search, which gptq uses too, finds the grid of each group with the least wei
 elsewhere (3 gives AIMET's SQNR rule).
 
 Candidates are fractions of the min-max range down to 0.3, and below as long as the error of some
-group falls: with one grid per tensor, few outliers can make a tenth of the range best. Then follow
-the best scale for the codes found, `sum h w n / sum h n^2` with `n = q + offset`, and the
-neighboring offsets of an asymmetric grid, as long as the error falls. Signed blocks are offered
-each candidate with both signs. Scales of blocks are rounded to float16 wherever float16 has its
-full precision, so that a packed layer stores them in half the space without loss.
+group falls. Then follow the best scale for the codes found, `sum h w n / sum h n^2` with
+`n = q + offset`, and the neighboring offsets of an asymmetric grid. Signed blocks try both signs.
+Scales of blocks are rounded to float16 wherever float16 has its full precision.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@
     W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
 
 g and h are the logits of the float and the quantized model; f is one number per scale and per
-channel of a norm, starting at zero, trained by AdamW with a cosine schedule. A solver makes each
-layer's output right on its own; here the layers learn to compensate each other's errors. Memory:
-both models, the activations of one sequence and some copies of its logits (at most 512 positions).
-Time: about that of training an adapter for as many steps.
+channel of a norm, starting at zero, trained by AdamW with a cosine schedule. Memory: both models,
+the activations of one sequence and some copies of its logits (at most 512 positions). Time: about
+that of training an adapter for as many steps.
 
 `tuned_parameters.py` says which scales and norms. Some sequences are held out: if the divergence on
 them, in float32, does not fall, the model is restored.

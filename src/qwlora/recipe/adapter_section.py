@@ -60,9 +60,8 @@ class Data(Section):
     chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
     """file with a Jinja chat template, used instead of the tokenizer's"""
     prompt_format: Literal["auto", "plain"] = "auto"
-    """prompts and completions, instructions and outputs: auto: as a user's and an assistant's
-    message, if the tokenizer has a chat template; plain: as running text, the completion after the
-    prompt"""
+    """of prompts and completions. auto: a user's and an assistant's message, if the tokenizer has a
+    chat template; plain: running text, the completion after the prompt"""
     turns: Literal["together", "apart"] = "together"
     """together: a conversation is one document; apart: every assistant message ends a document of
     its own"""
@@ -167,7 +166,7 @@ class Adapter(Section):
     """scale by alpha / sqrt(rank) instead of alpha / rank"""
     init: Literal["zero", "svd", "qera"] = "zero"
     """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
-    outputs (best; needs the float weights and second moments). Set by the preset"""
+    outputs (best; needs the float weights and second moments)"""
     init_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the ranks that carry the correction, rounded up; the rest are zero and free to
     learn. Default: 0.5, and 1 if base.weights has 2 bits"""
@@ -175,8 +174,7 @@ class Adapter(Section):
     """DoRA: train the norm of every output as well"""
     mergeable: bool = False
     """train on the integers that merging writes: `qwlora merge` then loses nothing. The adapter
-    cannot be switched: its integers are a base of their own, for targets that write a model for
-    each adapter (onnx_each, aimet) or as model.source of another recipe"""
+    cannot be switched; use it in onnx_each, aimet, or merged, as model.source of another recipe"""
     rank_pattern: dict[str, Rank] = {}
     """other ranks for some layers: end of the module path, or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}

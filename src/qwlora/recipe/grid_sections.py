@@ -61,9 +61,8 @@ class Model(Section):
     """with encodings of version 1.0.0 from unknown producers: whether blocks are listed by output
     channel or in the order of the tensor"""
     prefix: str | None = None
-    """with encodings: what every name has in front in the file and not in the model, or the other
-    way round (m. if it was exported through a module that has the model as its m). Default: the
-    one that makes most names agree"""
+    """with encodings: the prefix that names have in the file and not in the model, or the reverse
+    (m. if it was exported as another module's m). Default: the one that makes most names agree"""
 
 
 class Weights(Section):
@@ -75,8 +74,8 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, for smaller errors of layers at 2 to 4 bits, refused by qnn;
-    lpbq: AIMET's low-power blocks, whose scales are small integers times a channel scale"""
+    whose scales may be negative, for smaller errors at 2 to 4 bits, refused by qnn; lpbq: AIMET's
+    low-power blocks, small integers times a channel scale"""
     block_size: Count | None = None
     """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
 
@@ -174,13 +173,12 @@ class Gptq(Section):
     activation_order: bool = False
     """quantize the columns with the largest inputs first; scales are then chosen beforehand"""
     sweeps: NotNegative = 2
-    """passes of coordinate descent after GPTQ; each improves codes and scales one at a time. 4
-    instead of 2 gains about 2 percent of layer error for half as much time again"""
+    """passes of coordinate descent after GPTQ, over codes and scales. 4 instead of 2 gains about 2
+    percent of layer error for half as much time again"""
     rounding_steps: NotNegative = 0
-    """steps of learned rounding after GPTQ, two sequences each: moves codes of a block's layers by
-    one so that the block's output comes closer to the float block's, and keeps GPTQ's codes where
-    held-out sequences gain nothing. For bases of 2 and 3 bits; 200 steps take about four times as
-    long as gptq alone. 0 disables it"""
+    """steps of learned rounding after GPTQ, two sequences each: moves codes by one so that a
+    block's output comes closer to the float block's, if held-out sequences gain. For bases of 2 and
+    3 bits; 200 steps take about four times as long as gptq alone. 0 disables it"""
     rounding_rate: Annotated[float, Field(gt=0, le=2)] = 0.1
     """learned rounding moves a weight by at most half of this before it is rounded again, in steps
     of its grid"""
@@ -234,14 +232,14 @@ class Base(Section):
     rules: list[BaseRule] = []
     """exceptions for some layers; the first matching rule decides"""
     rotation: Literal["hadamard"] | None = None
-    """hadamard: rotate the float model first. It computes the same, with large values of a few
-    channels spread over all of them: for grids per channel and 8-bit activations. Models with
-    LayerNorm cannot be rotated; a tied head becomes a weight of its own"""
+    """hadamard: first spread large values of a few channels over all of them, which changes no
+    output: for grids per channel and 8-bit activations. Not for models with LayerNorm; a tied head
+    becomes a weight of its own"""
     bits: Annotated[float, Field(gt=0)] | None = None
     """bits per weight of all packed layers together, scales and offsets included. Layers that no
     rule names get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted
-    loss, from calibration text and among those that all export targets hold; base/rules.yaml has
-    the rules, to edit and reuse in place of bits. Default: base.weights for all"""
+    loss that all export targets hold; base/rules.yaml has the rules, to edit and reuse. Default:
+    base.weights for all"""
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(kB|MB|GB)$")] | None = None
     """in place of bits: the size of all packed layers together, 60MB or 1.5GB"""
     gptq: Gptq = Gptq()
@@ -254,8 +252,7 @@ class Base(Section):
     data.calibration_sequences"""
     calibration: list[CalibrationText] = Field([JOB], min_length=1, validate_default=True)
     """what these sequences, those of tuning and those of adapters for recovery are taken from, in
-    turn: [job, model, path/to/text]. A base that more adapters will be trained on should not be
-    calibrated on the first one's text alone"""
+    turn: [job, model, path/to/text]. Mix for a base that more adapters will be trained on"""
     calibrate_on: list[Name] = []
     """adapters whose text the base is calibrated on. Default: data.source, or the text of every
     adapter if that is not set"""
@@ -369,8 +366,8 @@ class SimulationSection(Section):
     rules: list[SimulationRule] = []
     """exceptions for some values; the first matching rule decides"""
     inputs: Literal["tokens", "embeddings"] = "tokens"
-    """what the graph takes. embeddings: of text and images, for the language model of a
-    vision-language model; the table of the tokens' embeddings is next to the files"""
+    """what the graph takes. embeddings: for the language model of a vision-language model; the
+    table of the tokens' embeddings is next to the files"""
     activation_bitwidth: Bitwidth = 16
     """bits of every activation. ONNX has 8 and 16"""
     activation_symmetric: bool = False
@@ -400,9 +397,8 @@ class SimulationSection(Section):
     Default: those of other activations"""
     base_activations: Literal["all", "adapter_only", "none"] = "all"
     """encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: every
-    activation; adapter_only: lora_A, lora_B and their outputs; everything else, also the sum with
-    the base layer's output, has one encoding for all adapters; none: one set for all adapters,
-    which are padded to one rank on the same layers"""
+    activation; adapter_only: lora_A, lora_B and their outputs, not the sum with the base layer's
+    output; none: one set for all adapters, which are padded to one rank on the same layers"""
 
     def lacking(self, target: Target) -> Iterator[str]:
         """The keys to change for a target whose graphs have a key-value cache: all of their values

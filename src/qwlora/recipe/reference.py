@@ -27,12 +27,9 @@ _SET = {  # the keys without a default, and their sections
 _PAGE = """\
 # Recipe reference
 
-Every key of a recipe, with its type, default and meaning. `qwlora init` writes a short recipe to
-start from, `qwlora check RECIPE` prints a recipe with all defaults filled in, and
-`--set base.weights.bitwidth=3` changes one value for one run. Recipes are YAML 1.2; unknown and
-repeated keys are errors.
-
-This page is generated from the code: `make docs/recipe.md`.
+`qwlora init` writes a short recipe to start from, `qwlora check RECIPE --full` prints yours with
+all defaults, and `--set base.weights.bitwidth=3` changes one value for one run. Recipes are YAML
+1.2; unknown and repeated keys are errors. Written from the code: `make docs/recipe.md`.
 
 ## Presets
 

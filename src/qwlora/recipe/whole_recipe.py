@@ -104,19 +104,17 @@ class Recipe(Section):
     """name of the job; an output directory belongs to one job"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """how much work goes into the base and the initialization of adapters. fast: solver search,
-    init zero; balanced: gptq, init qera; best: the same, with scales tuned for 512 steps. Keys that
-    the recipe sets itself win"""
+    init zero; balanced: gptq, init qera; best: also scales tuned for 512 steps. Keys that the
+    recipe sets itself win"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
     reference: Literal["float"] | None = None
-    """float: also train every adapter on the float model, with the same settings, text and seed,
-    and compare with that: results and verdict then say what the integers cost. Takes about as long
-    as training. Default: compare with the float model as loaded"""
+    """float: also train every adapter on the float model, with the same settings, text and seed:
+    results and verdict then say what the integers cost. Takes about as long as training"""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """where models compute: cpu, cuda, xpu or mps, also cuda:N and xpu:N. auto: an accelerator if
-    torch can use one, else cpu. Files are written and verified on the CPU; on mps and xpu, which
-    lack float64, the base is quantized and activations are calibrated there too"""
+    torch can use one, else cpu. Files are written and verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """seed of the data split, the initialization of adapters and the order of training"""
     model: Model

@@ -138,12 +138,13 @@ def results(what: str) -> str:
 
 
 def _fitting(text: str, patterns: list[str]) -> str:
-    """`text` with those rows of its tables that fit a pattern; tables without any are left out."""
+    """`text` with those rows of its tables that fit a pattern. Tables without any, and the machine,
+    which the file names, are left out."""
     kept: list[str] = []
     for block in text.split("\n\n"):
         head, rows = block.split("\n")[:2], block.split("\n")[2:]
         if not block.startswith("|"):
-            kept.append(block)
+            kept += [] if block.startswith("Machine: ") else [block]
             continue
         cells = [(row, re.sub(r"[| ]+", " ", row).strip()) for row in rows]
         fits = [row for row, text in cells if any(fnmatch.fnmatch(text, p) for p in patterns)]

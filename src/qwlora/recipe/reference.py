@@ -100,7 +100,7 @@ def _type(field: dict[str, Any]) -> str:
             name = reference.rpartition("/")[2]
             return f"[{name}](#{name.lower()})"
         case {"enum": values}:
-            return " \\| ".join(f"`{value}`" for value in values)
+            return ", ".join(f"`{value}`" for value in values)
         case {"const": value}:
             return f"`{value}`"
         case {"items": kind}:
@@ -108,7 +108,7 @@ def _type(field: dict[str, Any]) -> str:
         case {"additionalProperties": dict(kind)}:
             return f"text to {_type(kind)}"
         case {"type": "boolean"}:
-            return "`true` \\| `false`"
+            return "`true`, `false`"
         case {"type": kind}:
             return "text" if kind == "string" else str(kind)
     raise AssertionError(f"no name for the type {field}")

@@ -70,7 +70,7 @@ def scheme_table() -> str:
         problems["hf in vLLM"] = vllm_problem([scheme])
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
         bits, *kind = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
-        found = ", ".join(filter(problems.get, problems)) or "none"
+        found = ", ".join(name for name, problem in problems.items() if problem) or "none"
         assert refusing.setdefault(("".join(kind), bits), found) == found, scheme
     rows: dict[str, dict[str, str]] = {}
     for (kind, bits), names in refusing.items():

@@ -128,7 +128,6 @@ _FLOAT_FLOOR = -1000.0  # of the mask where scores are floats, as in Genie and a
 _PLACES = 64  # in the context, where the range of host inputs is measured
 _ACTIVATION_FUNCTION = r"(?i)GELU|SiLU|Swish|Activation"
 Batch = Mapping[str, Any]
-_SIXTEEN_BITS = Scheme(16, symmetric=False)
 _WEIGHT = Scheme(16)
 
 
@@ -419,22 +418,27 @@ def npu_form(
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
+    # what the graph adds is as wide as its widest activation: operators take one width
+    widths = [
+        graph.encodings[m.name].scheme.bitwidth for m in graph.marks if m.kind is Kind.ACTIVATION
+    ]
+    scheme = Scheme(max(widths, default=16), symmetric=False)
     is_float = largest_scaling is None and graph.has_float_activations
     if is_float:
         added = {}
     elif isinstance(sizes, CacheSizes):
-        added = _host_encodings(host, sizes)
+        added = _host_encodings(host, sizes, scheme)
     else:
-        added = _lifted_encodings(host, known, graph.encodings, floor)
+        added = _lifted_encodings(host, known, graph.encodings, floor, scheme)
     if scaling is not None:
-        added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0))
+        added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0), scheme)
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
     for name, encoding in added.items():
         marks[inputs[name]] = GraphValue(inputs[name], name, Kind.ACTIVATION)
         encodings[name] = encoding
     masks = {node for name, node in inputs.items() if name.startswith(MASK)}
     if not is_float:
-        _add_masked_scores_(program, masks, marks, encodings)
+        _add_masked_scores_(program, masks, marks, encodings, scheme)
         program = _fold_norm_weights_(program, marks, encodings)
         _refuse_float_values(program, marks)
     placed = in_graph_order(program, marks)
@@ -459,6 +463,7 @@ def _add_masked_scores_(
     masks: set[str],
     marks: dict[str, GraphValue],
     encodings: dict[str, Encoding],
+    scheme: Scheme,
 ) -> None:
     """The range of scores plus mask, which the simulation leaves float."""
     for node in calls(program):
@@ -479,7 +484,7 @@ def _add_masked_scores_(
         low, high = grid_ends(encoding)
         name = f"{marks[origin(scores[0]).name].name}.masked"
         marks[node.name] = GraphValue(node.name, name, Kind.ACTIVATION)
-        encodings[name] = _between(low + grid_ends(grid)[0], high)
+        encodings[name] = _between(low + grid_ends(grid)[0], high, scheme)
 
 
 def _fold_norm_weights_(
@@ -528,7 +533,7 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
         )
 
 
-def _host_encodings(host: QuantizedGraph, sizes: CacheSizes) -> dict[str, Encoding]:
+def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> dict[str, Encoding]:
     """The encoding of each float input that the host computes."""
     last = sizes.context - sizes.tokens
     ranges: dict[str, tuple[float, float]] = {}
@@ -541,7 +546,7 @@ def _host_encodings(host: QuantizedGraph, sizes: CacheSizes) -> dict[str, Encodi
         if name.startswith(COS):  # 1 at position 0, times what the model multiplies both with
             high = ranges[name][1]
             ranges[name] = ranges[name.replace(COS, SIN)] = -high, high
-    return {name: _between(low, high) for name, (low, high) in ranges.items()}
+    return {name: _between(low, high, scheme) for name, (low, high) in ranges.items()}
 
 
 def _lifted_encodings(
@@ -549,6 +554,7 @@ def _lifted_encodings(
     marks: Mapping[str, GraphValue],
     known: Mapping[str, Encoding],
     floor: float,
+    scheme: Scheme,
 ) -> dict[str, Encoding]:
     """The encoding of each float input that the host computes for a graph without a cache: the
     simulation's, or the range of a mask."""
@@ -563,12 +569,12 @@ def _lifted_encodings(
                 f"{place_of(node)} ({operator_of(node)}), which the host computes from {name}, has "
                 f"no encoding. Add a placement rule: {{match: {place_of(node)}, force: true}}"
             )
-        added[name] = encoding or _between(floor, 0.0)
+        added[name] = encoding or _between(floor, 0.0, scheme)
     return added
 
 
-def _between(low: float, high: float) -> Encoding:
-    return encoding_from_range(torch.tensor(low), torch.tensor(high), _SIXTEEN_BITS)
+def _between(low: float, high: float, scheme: Scheme) -> Encoding:
+    return encoding_from_range(torch.tensor(low), torch.tensor(high), scheme)
 
 
 def _evaluated(node: Node, source: Node, value: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ def _split_gemm_(model: Any, node: Any) -> None:
     weight = node.inputs[1].producer()
     if len(node.inputs) < 3 or not _has_four_bits(weight) or node.attributes.get_int("transA", 0):
         return
+    if not _reads_wide(node):
+        return
     if node.attributes.get_int("transB", 0):
         if len(weight.outputs[0].uses()) > 1:
             return
@@ -262,7 +264,7 @@ def _turn_(model: Any, stored: Any) -> None:
 def _repeat_scales_(model: Any, node: Any) -> None:
     """Give a 4-bit weight [in, out] with one scale, or one per channel, scales by block."""
     stored = node.inputs[1].producer()
-    if not _has_four_bits(stored):
+    if not _has_four_bits(stored) or not _reads_wide(node):
         return
     inputs, outputs = stored.inputs[0].shape
     scale = numbers(stored.inputs[1])
@@ -370,6 +372,8 @@ def _quantize_before_bias_(model: Any, node: Any) -> None:
         or quantize.op_type != "QuantizeLinear"
     ):
         return
+    if not _reads_wide(source):
+        return
     values, (low, high) = _dequantized(stored), _ends(quantize)
     low, high = low - max(float(values.max()), 0.0), high - min(float(values.min()), 0.0)
     wider = np.float32((high - low) / 65535)
@@ -391,7 +395,7 @@ def _widen_(model: Any, node: Any) -> None:
     is_eight = numbers(zero_point).dtype == np.uint8
     if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
         return
-    if producer.op_type == "Transpose" and _has_eight_bits(producer.inputs[0].producer()):
+    if not _reads_wide(producer):
         return
     name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
     grid = {
@@ -401,10 +405,16 @@ def _widen_(model: Any, node: Any) -> None:
     insert_rounding(model, value, name, constants(model, name, grid), [node])
 
 
-def _has_eight_bits(node: Any) -> bool:
-    """Whether a node dequantizes an activation of 8 bits."""
-    is_stored = node is not None and node.op_type == "DequantizeLinear"
-    return is_stored and numbers(node.inputs[2]).dtype == np.uint8
+def _reads_wide(node: Any) -> bool:
+    """Whether a node reads an activation of 16 bits, or a float value that is made of one."""
+    before = [value.producer() for value in node.inputs if value is not None]
+    return any(
+        numbers(source.inputs[2]).dtype == np.uint16
+        if source.op_type == "DequantizeLinear"
+        else _reads_wide(source)
+        for source in before
+        if source is not None
+    )
 
 
 def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:

@@ -8,8 +8,11 @@
 Each adds to benchmarks/results/genie.json; with `--layers 1 --count 4`, a smoke test, nothing does.
 
 The base is W4 (head and embeddings W8 per tensor), activations have 16 bits, keys and values 8;
-adapters have ranks 8 and 16, on different layers. A prompt longer than one piece of prefill is
-continued by
+adapters have ranks 8 and 16, on different layers. Two correct computations choose different tokens
+where the likeliest two are about equally likely, so nothing here is unsure of a token: the prompt,
+longer than one piece of prefill, is a pattern that the base goes on with, and each adapter learns to
+answer it with a text of its own, at strength 1 and 0.5, until every token of the answer leads by
+`SURE`. The prompt is continued by
 
     simulated    the simulation, without a cache
     cpu, htp     a program that does what Genie does (`tests/targets/npu/genie_runner.py`), with the
@@ -42,20 +45,23 @@ import torch
 from peft import LoraConfig
 
 from measuring import SMOLLM2, machine_line, write_result
-from npu import calibrated, tokens_of
+from npu import TEXTS, calibrated, tokens_of
 from qwlora import export
+from qwlora.formats.model_source import load_tokenizer
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.targets.npu.genie import to_values
 from targets.npu.genie_runner import Runner, compile_separately, in_genie
 from targets.proofs import with_strength
 
 CONFIGS = {
-    "first": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
-    "second": LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "o_proj"]),
+    "first": LoraConfig(r=8, lora_alpha=16, target_modules=["v_proj", "down_proj"]),
+    "second": LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "o_proj", "up_proj"]),
 }
 RUNS = [("first", 1.0), ("first", 0.5), ("first", 0.0), ("second", 1.0)]
 BUNDLE, SIMULATED, RESULT = "bundle", "simulated.safetensors", "result.json"
 PROMPT, PREFILL, CONTEXT = 48, 32, 128  # tokens; the prompt is one and a half pieces
+PATTERN = "0 1 0 1 "
+SURE = 3.0  # by how much the logit of an answer's token leads
 
 
 def main() -> None:
@@ -64,7 +70,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--count", type=int, default=64, help="generated tokens")
-    parser.add_argument("--steps", type=int, default=4, help="training steps of an adapter")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training steps of an adapter, at most"
+    )
     parser.add_argument("--decode", type=int, default=4, help="tokens one by one on the HTP")
     parser.add_argument("--runs", nargs="+", type=run_of, default=RUNS, metavar="ADAPTER,ALPHA")
     arguments = parser.parse_args()
@@ -81,15 +89,20 @@ def made(arguments: Any) -> None:
     """Write the bundle, run it on the CPU, and store the simulation's text and logits."""
     clock, folder = Clock(), arguments.folder
     folder.mkdir(parents=True)
-    simulations, tokenizer = calibrated(
-        SMOLLM2, "w4-channel", CONFIGS, arguments.layers, arguments.steps
-    )
+    tokenizer = load_tokenizer(SMOLLM2)
+    # as Genie begins
+    prompt = [tokenizer.bos_token_id, *tokenizer(PATTERN * PROMPT)["input_ids"][: PROMPT - 1]]
+
+    def train(model: Any, name: str) -> None:
+        answer = tokens_of(tokenizer, TEXTS[name])[0, : arguments.count]
+        clock(f"{name}: {answer_(model, name, prompt, answer.tolist(), arguments.steps)} steps")
+
+    shape = CONFIGS, arguments.layers, tokenizer
+    simulations = calibrated(SMOLLM2, "w4-channel", *shape, train)
     clock("calibrated")
     bundle, sizes = folder / BUNDLE, {"graphs": [PREFILL, 1], "context": [CONTEXT]}
     export(simulations, "qnn", bundle, tokenizer=tokenizer, layout="genie", **sizes)
     clock("exported")
-    text = tokens_of(tokenizer, ("for", "import"))[0, : PROMPT - 1].tolist()
-    prompt = [tokenizer.bos_token_id, *text]  # as Genie begins
     runs: dict[str, Any] = {}
     result = {"machine": machine_line(), **sizes, "prompt": prompt}
     result |= {"bytes": file_sizes(bundle), "runs": runs}
@@ -108,6 +121,29 @@ def made(arguments: Any) -> None:
         write_tensors(folder / SIMULATED, stored)
         save(result, arguments)
         clock(f"{key}: {runs[key]}")
+
+
+def answer_(model: Any, name: str, prompt: list[int], answer: list[int], limit: int) -> int:
+    """Train an adapter until it is sure of an answer to the prompt; returns the number of steps."""
+    layers = [module for module in model.modules() if name in getattr(module, "lora_A", ())]
+    parameters = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
+    optimizer, leads = torch.optim.AdamW(parameters, 1e-3), dict[float, float]()
+    ids, wanted = torch.tensor([prompt + answer]), torch.tensor(answer)[:, None]
+    for step in range(limit):
+        strength = 1.0 if step % 2 else 0.5
+        for layer in layers:
+            layer.set_scale(name, strength)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        others = logits.detach().scatter(1, wanted, -torch.inf).amax(1)
+        leads[strength] = float((logits.detach().gather(1, wanted)[:, 0] - others).min())
+        if step and min(leads.values()) > SURE:
+            break
+        torch.nn.functional.cross_entropy(logits, wanted[:, 0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in layers:
+        layer.set_scale(name, 1.0)
+    return step
 
 
 def on_htp(arguments: Any) -> None:

@@ -22,7 +22,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -80,12 +80,14 @@ def main() -> None:
     arguments = parser.parse_args()
     model_name = arguments.source.rpartition("/")[2].partition(".")[0].lower()
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    simulations, tokenizer = calibrated(
-        arguments.source,
-        arguments.weights,
-        dict.fromkeys(TEXTS, config),
-        arguments.layers,
-        arguments.steps,
+    tokenizer = load_tokenizer(arguments.source)
+
+    def train(model: Any, name: str) -> None:
+        train_(model, pieces(tokens_of(tokenizer, TEXTS[name]), arguments.steps))
+
+    configs = dict.fromkeys(TEXTS, config)
+    simulations = calibrated(
+        arguments.source, arguments.weights, configs, arguments.layers, tokenizer, train
     )
     held_out = tokens_of(tokenizer, ("for", "import"))[:, : arguments.tokens]
     graphs = [arguments.prefill, 1]
@@ -111,16 +113,20 @@ def main() -> None:
 
 
 def calibrated(
-    source: str, weights: str, configs: Mapping[str, LoraConfig], layers: int | None, steps: int
-) -> tuple[AdapterSimulations, Any]:
-    """Simulations of a model with adapters by name of their text, and its tokenizer."""
+    source: str,
+    weights: str,
+    configs: Mapping[str, LoraConfig],
+    layers: int | None,
+    tokenizer: Any,
+    train: Callable[[Any, str], None],
+) -> AdapterSimulations:
+    """Simulations of a model with adapters by name of their text, each trained by `train`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: Any = load_model(source)
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
-    tokenizer = load_tokenizer(source)
     rules = [LayerRule("*embed_tokens", Scheme(8)), LayerRule("lm_head", Scheme(8))]
     quantize_(model, parse_scheme(weights), "search", rules=rules)
     adapted: Any = None
@@ -131,14 +137,14 @@ def calibrated(
             adapted.add_adapter(name, config)
     for name in configs:
         adapted.set_adapter(name)
-        train_(adapted, pieces(tokens_of(tokenizer, TEXTS[name]), steps))
+        train(adapted, name)
     adapted.eval()
     calibration = [{"input_ids": tokens_of(tokenizer, texts)[:, :256]} for texts in TEXTS.values()]
     example = tokens_of(tokenizer, TEXTS["first"])[:, :16]
     inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
     simulations = simulate_adapters(adapted, inputs, SCHEMES, "none")
     simulations.calibrate(calibration)
-    return simulations, tokenizer
+    return simulations
 
 
 def exported(

@@ -186,7 +186,7 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path) -> N
 @pytest.mark.parametrize("share", ["5", "-0.1"])
 def test_a_share_is_between_zero_and_one(tmp_path: Path, share: str) -> None:
     message = refused("simulate", tmp_path, f"--suggest={share}")
-    assert "'--suggest': Input should be" in message
+    assert "'--suggest'" in message
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:

@@ -110,6 +110,25 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         assert remedy in str(found.value)
 
 
+def test_the_htp_takes_activations_of_8_bits_with_some_weights(recipe_for: Any) -> None:
+    simulation = {"activation_bitwidth": 8, "adapter_weights": {"granularity": "tensor"}}
+    simulation |= {"residual_adds": "quantize", "key_value_bitwidth": 8}
+    simulation |= {"symmetric_matmul_second_input": True, "base_activations": "none"}
+    norms = {"match": "*norm", "of": "weights", "bitwidth": 8, "symmetric": False}
+    export: dict[str, Any] = {"targets": ["qnn"]}
+    recipe = recipe_for(base={"weights": "w4-block32"}, simulation=simulation, export=export)
+    with pytest.raises(RecipeError) as found:
+        load_recipe(recipe)
+    assert "glob for the names of the norms" in str(found.value)
+    assert "base.weights: int4 symmetric per block 32: the HTP multiplies inputs" in str(
+        found.value
+    )
+    simulation["rules"] = [norms]
+    embeddings = {"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}
+    base = {"weights": "w4-channel", "rules": [embeddings]}
+    load_recipe(recipe_for(base=base, simulation=simulation, export=export))
+
+
 QAIRT = {"adapters": ADAPTERS, "simulation": {"residual_adds": "quantize"}}
 OTHER_LENGTH = [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}]
 AIMET = {"targets": ["aimet"], "graphs": {"tokens": [8, 1], "context": [32]}}

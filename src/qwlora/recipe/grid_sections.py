@@ -415,15 +415,22 @@ class SimulationSection(Section):
         wanted: dict[str, object] = {"policy": "npu", "residual_adds": "quantize"}
         if target.compilers:
             wanted |= {
-                "activation_bitwidth": 16,
                 "symmetric_matmul_second_input": True,
                 "key_value_bitwidth": 8,
                 "base_activations": "none",
             }
             if self.adapter_activation_bitwidth is not None:
-                wanted["adapter_activation_bitwidth"] = 16
+                wanted["adapter_activation_bitwidth"] = self.activation_bitwidth
             if (problem := input_problem(self.adapter_weights.scheme())) is not None:
                 yield f"simulation.adapter_weights: {problem}"
+            if self.activation_bitwidth == 8 and not any(
+                (rule.of, rule.bitwidth, rule.symmetric) == ("weights", 8, False)
+                for rule in self.rules
+            ):
+                yield (
+                    "add to simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: "
+                    "false}, where NORM is a glob for the names of the norms"
+                )
         for key, value in wanted.items():
             if getattr(self, key) != value:
                 yield f"set simulation.{key}: {flow(value)}"

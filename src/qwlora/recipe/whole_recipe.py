@@ -13,6 +13,7 @@ from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
+from qwlora.targets.npu.htp_limits import weight_problem
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
 from qwlora.targets.target_compatibility import Grid, comes_from, grid_problem, refusal
@@ -233,6 +234,10 @@ class Recipe(Section):
         for name, target in targets.items():
             if lacking := list(self.simulation.lacking(target)):
                 yield f"target {name}: {'; '.join(lacking)}; or remove it from export.targets"
+            if target.compilers and self.simulation.activation_bitwidth == 8:
+                for grid, key in self.base.grids().items():
+                    if not grid.of_embedding and (problem := weight_problem(grid.scheme, 8)):
+                        yield f"{key}: {problem}"
             held, bitwidths = target.activation_bitwidths, self.simulation.activation_bitwidths()
             wrong = [f"{key} {bits}" for key, bits in bitwidths.items() if bits not in held]
             if target.is_simulated and wrong:

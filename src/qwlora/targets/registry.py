@@ -160,7 +160,6 @@ TARGETS: dict[str, Target] = {
         backend_class="qwlora.targets.npu.qnn:Qnn",
         compilers=("onnxruntime_qnn", "qnn"),
         layout=Layout.CASES,
-        activation_bitwidths=(16,),
         cached_graphs=True,
         graph_layouts=("genie",),
         has_proof=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qwlora.errors import ExportError
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.kv_cache_graph import cache_sizes
+from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
@@ -62,6 +64,12 @@ def test_weights_that_the_htp_computes(name: str) -> None:
 )
 def test_weights_that_it_refuses_or_computes_wrongly(name: str, nearest: str) -> None:
     assert nearest in str(weight_problem(parse_scheme(name)))
+
+
+@pytest.mark.parametrize("name", ["w8-block16", "w4-lpbq16", "w16-channel"])
+def test_weights_that_it_does_not_multiply_with_inputs_of_8_bits(name: str) -> None:
+    assert weight_problem(parse_scheme(name)) is None
+    assert "give the layer's input 16 bits" in str(weight_problem(parse_scheme(name), 8))
 
 
 def test_tables_and_inputs_have_one_scale() -> None:
@@ -128,6 +136,22 @@ def test_every_adapter_computes_its_simulation(
         assert parity.figures["placement"].keys() == {*GRAPHS}
     else:
         assert "qwlora[qnn]" in parity.figures["not_run"]
+
+
+@pytest.mark.slow
+@EMULATED
+def test_activations_of_8_bits(is_emulated: bool, tmp_path: Path) -> None:
+    schemes = replace(SCHEMES, activations=Scheme(8, symmetric=False))
+    with pytest.raises(ExportError, match=r"input_layernorm.weight.*8 bits and an offset"):
+        export(simulated(Scheme(8), schemes), "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
+    norms = PlacementRule("*norm", of="weights", bitwidth=8, symmetric=False)
+    simulations = simulated(Scheme(8), replace(schemes, rules=[norms]))
+    export(simulations, "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
+    model = QnnModel(tmp_path / "base", tmp_path / "first", htp=is_emulated, profiles=tmp_path)
+    expected, other = (simulations[name].logits(IDS) for name in ("first", "second"))
+    assert sqnr(model.logits(IDS), expected) > 20 > 4 * sqnr(other, expected)
+    for place in model.placement().values() if is_emulated else ():
+        assert (place["partitions"], place["cpu_nodes"]) == (1, 0), place
 
 
 @pytest.mark.slow
@@ -212,7 +236,7 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
     bundle: tuple[Mapping[str, Simulation], Path],
 ) -> None:
     _, folder = bundle
-    switched = QnnModel(folder / "base", folder / "first", htp=True)
+    switched = QnnModel(folder / "base", folder / "first", htp=True, profiles=tmp_path / "profiles")
     found = {"before": switched.logits(IDS, steps=4)}
     for name in ("zero", "second", "first"):
         switched.use(folder / name)

@@ -1,7 +1,7 @@
 """What Qualcomm's HTP takes and computes correctly, checked before anything is written.
 
 Each kind of weight was tried as one product with onnxruntime-qnn 2.7 on its emulator (chip 57,
-architecture 75), with activations of 16 bits. Wrong means that it was accepted, and its result was
+architecture 75), with inputs of 16 bits. Wrong means that it was accepted, and its result was
 not that of ONNX Runtime on the CPU.
 
     2 bits              per block yes; per tensor and per channel wrong
@@ -10,8 +10,9 @@ not that of ONNX Runtime on the CPU.
     16 bits             symmetric per tensor and per channel: yes
     others              ONNX has no type for 3 and 5 to 7 bits but the next wider one
 
-With activations of 8 bits, blocks, LPBQ and 16-bit weights are refused. Tables of embeddings need
-one scale, as a Gather reads them, and so do lora_A and lora_B, which are inputs.
+With inputs of 8 bits, blocks and 16-bit weights are refused, and a norm whose weight has other than
+8 bits and an offset runs on the CPU. Tables of embeddings need one scale, as a Gather reads them,
+and so do lora_A and lora_B, which are inputs of the graph.
 
 The HTP rescales a product with s_x s_w / s_y, which must be greater than 2^-24.
 """
@@ -26,8 +27,8 @@ SMALLEST_RESCALE = 2.0**-24
 _BITS = (4, 8, 16)
 
 
-def weight_problem(scheme: Scheme) -> str | None:
-    """Why the HTP does not compute products with such a weight; None if it does."""
+def weight_problem(scheme: Scheme, input_bitwidth: int = 16) -> str | None:
+    """Why the HTP does not compute products of such a weight and an input; None if it does."""
     blocks = isinstance(scheme.granularity, Blocks)
     if scheme.float_offset or not scheme.symmetric:
         problem = "takes symmetric weights; the nearest is the same without asymmetric"
@@ -37,12 +38,26 @@ def weight_problem(scheme: Scheme) -> str | None:
         problem = "computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
     elif scheme.bitwidth == 16 and blocks:
         problem = "takes 16-bit weights per tensor or per channel; the nearest is w16-channel"
+    elif input_bitwidth == 8 and (blocks or scheme.bitwidth not in (4, 8)):
+        problem = "multiplies inputs of 8 bits with 4 or 8 bits per tensor or channel; or give the "
+        problem += "layer's input 16 bits"
     elif scheme.bitwidth not in (2, *_BITS):
         nearest = min(bits for bits in _BITS if bits > scheme.bitwidth)
         problem = f"has weights of 2, 4, 8 and 16 bits; the nearest has {nearest}"
     else:
         return None
     return f"{scheme}: the HTP {problem}"
+
+
+def factor_problem(scheme: Scheme, input_bitwidth: int) -> str | None:
+    """Why the HTP does not multiply activations with such a norm weight; None if it does."""
+    if input_bitwidth == 8 and (scheme.bitwidth != 8 or scheme.symmetric):
+        return (
+            f"{scheme}: the HTP multiplies activations of 8 bits with 8 bits and an offset. Add to "
+            "simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: false}; NORM is a "
+            "glob for the names of the norms"
+        )
+    return None
 
 
 def table_problem(scheme: Scheme) -> str | None:

@@ -50,11 +50,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from qwlora.errors import ExportError, MissingExtraError, listed
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.nodes import calls, operation
-from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
@@ -63,6 +64,7 @@ from qwlora.targets.npu.genie import GENIE, GenieLayout, read_weights
 from qwlora.targets.npu.htp_limits import (
     CHIP,
     SMALLEST_RESCALE,
+    factor_problem,
     input_problem,
     table_problem,
     weight_problem,
@@ -185,6 +187,13 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`."""
     nodes = {node.name: node for node in graph.program.graph.nodes}
     problems: dict[str, list[str]] = {}
+
+    def width(mark: GraphValue) -> int:
+        return min(_input_bitwidths(graph, nodes[mark.node]), default=16)
+
+    def is_factor(mark: GraphValue) -> bool:
+        return any("norm" in operation(u) or operation(u) == "mul" for u in nodes[mark.node].users)
+
     for mark in graph.marks:
         scheme = graph.encodings[mark.name].scheme
         problem = None
@@ -192,13 +201,24 @@ def refuse_graph(graph: QuantizedGraph) -> None:
             problem = input_problem(scheme)
         elif mark.kind is Kind.BASE:
             is_table = any(operation(user) == "embedding" for user in nodes[mark.node].users)
-            problem = table_problem(scheme) if is_table else weight_problem(scheme)
+            problem = table_problem(scheme) if is_table else weight_problem(scheme, width(mark))
+        elif mark.kind is Kind.PARAMETER and is_factor(mark):
+            problem = factor_problem(scheme, width(mark))
         if problem:
             problems.setdefault(problem, []).append(mark.name)
     problems |= _rescale_problems(graph)
     if problems:
         lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
         raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))
+
+
+def _input_bitwidths(graph: QuantizedGraph, weight: Node) -> set[int]:
+    """Of what operators read next to a weight; in a norm, where that has no grid, of the result."""
+    marks = {mark.node: mark for mark in graph.marks if mark.kind is Kind.ACTIVATION}
+    inputs = [node.name for user in weight.users for node in user.all_input_nodes]
+    results = [user.name for user in weight.users]
+    known = [n for n in inputs if n in marks] or [n for n in results if n in marks]
+    return {graph.encodings[marks[name].name].scheme.bitwidth for name in known}
 
 
 def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:

@@ -154,7 +154,7 @@ def test_models_without_keys_and_values_are_refused() -> None:
         capture_cached(Recurrent())
     with pytest.raises(CaptureError, match="BertForSequenceClassification returns no"):
         capture_cached(make("BERT, classification"))
-    with pytest.raises(CaptureError, match=r"past_key_values: .* key and a value"):
+    with pytest.raises(CaptureError, match="past_key_values"):
         capture_cached(transformers.MambaForCausalLM(MAMBA).eval())
     with pytest.raises(CaptureError, match="8 tokens in a context of 8"):
         CacheSizes(8, 8)

@@ -204,14 +204,16 @@ def encode_conversation(
         )
     plain_tools: Any = [dict(tool) for tool in tools] or None
     if _GENERATION.search(tokenizer.get_chat_template(tools=plain_tools)):
-        encoded: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
-            tools=plain_tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
+        # markers around nothing at the start of a text make some releases of transformers fail
+        with foreign_as(SourceError, f"{where}: the model's chat template refuses these messages"):
+            encoded: Any = tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=plain_tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
         in_loss = [bool(flag) for flag in encoded["assistant_masks"]]
         if last_only:
             end = max((i for i, flag in enumerate(in_loss) if flag), default=-1) + 1

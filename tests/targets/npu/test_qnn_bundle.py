@@ -142,10 +142,13 @@ def test_every_adapter_computes_its_simulation(
 @EMULATED
 def test_activations_of_8_bits(is_emulated: bool, tmp_path: Path) -> None:
     schemes = replace(SCHEMES, activations=Scheme(8, symmetric=False))
-    with pytest.raises(ExportError, match=r"input_layernorm.weight.*8 bits and an offset"):
+    with pytest.raises(ExportError) as refused:
         export(simulated(Scheme(8), schemes), "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
+    assert "input_layernorm.weight" in str(refused.value)
+    assert "lm_head.weight: int16 symmetric per channel: the HTP multi" in str(refused.value)
     norms = PlacementRule("*norm", of="weights", bitwidth=8, symmetric=False)
-    simulations = simulated(Scheme(8), replace(schemes, rules=[norms]))
+    head = PlacementRule("lm_head", of="weights", bitwidth=8)
+    simulations = simulated(Scheme(8), replace(schemes, rules=[norms, head]))
     export(simulations, "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
     model = QnnModel(tmp_path / "base", tmp_path / "first", htp=is_emulated, profiles=tmp_path)
     expected, other = (simulations[name].logits(IDS) for name in ("first", "second"))

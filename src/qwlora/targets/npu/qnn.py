@@ -191,19 +191,23 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     def width(mark: GraphValue) -> int:
         return min(_input_bitwidths(graph, nodes[mark.node]), default=16)
 
-    def is_factor(mark: GraphValue) -> bool:
-        return any("norm" in operation(u) or operation(u) == "mul" for u in nodes[mark.node].users)
+    def readers(mark: GraphValue, *operators: str) -> list[Node]:
+        return [user for user in nodes[mark.node].users if operation(user) in operators]
 
     for mark in graph.marks:
         scheme = graph.encodings[mark.name].scheme
         problem = None
         if mark.kind is Kind.ADAPTER:
             problem = input_problem(scheme)
+        elif mark.kind is Kind.ACTIVATION:
+            continue
         elif mark.kind is Kind.BASE:
-            is_table = any(operation(user) == "embedding" for user in nodes[mark.node].users)
+            is_table = bool(readers(mark, "embedding"))
             problem = table_problem(scheme) if is_table else weight_problem(scheme, width(mark))
-        elif mark.kind is Kind.PARAMETER and is_factor(mark):
+        elif readers(mark, "rms_norm", "layer_norm", "mul"):
             problem = factor_problem(scheme, width(mark))
+        elif any(user.args[1] is nodes[mark.node] for user in readers(mark, "linear", "matmul")):
+            problem = weight_problem(scheme, width(mark))
         if problem:
             problems.setdefault(problem, []).append(mark.name)
     problems |= _rescale_problems(graph)

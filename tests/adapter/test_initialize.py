@@ -193,7 +193,7 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
     ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32", "w3-signed32"],
 )
 def test_tuned_scales_are_not_corrected(scheme: str) -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     reference = copy.deepcopy(model)
     quantize_(model, scheme)
     ids = torch.randint(0, 250, (24, 32), generator=torch.Generator().manual_seed(0))

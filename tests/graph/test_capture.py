@@ -164,8 +164,8 @@ def test_axes_are_open_where_the_model_allows_it() -> None:
 ABOUT_EXPERTS = "ignore:The following (rank|alpha)_pattern keys"  # PEFT about fused experts that it wraps all the same
 
 
-def packed(name: str) -> nn.Module:
-    model = make(name)
+def packed(name: str, layers: int | None = None) -> nn.Module:
+    model = make(name, layers)
     quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -174,7 +174,7 @@ def packed(name: str) -> nn.Module:
 
 @pytest.mark.filterwarnings(ABOUT_EXPERTS)
 def test_capture_leaves_the_model_as_it_was() -> None:
-    model = packed("Qwen3-MoE")
+    model = packed("Qwen3-MoE", layers=1)
     config = model.get_base_model().config
     before = (config._attn_implementation, config._experts_implementation)
     assert before[0] == "sdpa"
@@ -185,9 +185,9 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     nodes = calls(captured.program)
     operators = Counter(operation(n) for n in nodes if "experts" in str(module_stack(n)))
-    # two products, and two weights with their adapters, in each of two layers
-    assert (operators["bmm"], operators["baddbmm"]) == (4, 4)
-    assert sum(operation(node) == "softmax" for node in nodes) >= 4
+    # two products, and two weights with their adapters; a softmax of the router, one of attention
+    assert (operators["bmm"], operators["baddbmm"]) == (2, 2)
+    assert sum(operation(node) == "softmax" for node in nodes) >= 2
     with pytest.raises(CaptureError, match="two or more"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
     assert (config._attn_implementation, config._experts_implementation) == before
@@ -208,7 +208,7 @@ def test_two_captures_of_a_model_have_the_same_nodes() -> None:
 
 
 def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:
-    model = packed("Llama")
+    model = packed("Llama", layers=1)
     captured = capture(model, inputs("Llama"))
     ids = torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
@@ -292,7 +292,7 @@ def test_a_cache_of_an_encoder_with_a_decoder_is_refused() -> None:
 
 
 def test_a_simulation_is_called_like_its_model() -> None:
-    model = packed("Llama")
+    model = packed("Llama", layers=1)
     simulation = simulate(model, inputs("Llama"))
     simulation.calibrate([inputs("Llama", seed) for seed in range(2)])
     batch = inputs("Llama")

@@ -84,7 +84,7 @@ def test_what_the_graph_would_hide_is_refused(kind: str, message: str) -> None:
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
     """PEFT adds the factors' product to the weight under autocast that is off: no activation, and on no grid of its own."""
-    model = make("Mixtral")
+    model = make("Mixtral", layers=1)
     quantize_(model, "w4-block32", "rtn")
     targets = {"target_modules": ["q_proj"]}
     targets["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

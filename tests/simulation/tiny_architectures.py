@@ -37,9 +37,14 @@ class Tiny:
     layer_mean_steps: float = 0.05
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, layers: int | None = None) -> nn.Module:
+    """The model; of a decoder, with its first `layers` only: a graph takes time by the layer."""
     torch.manual_seed(0)
-    return with_large_weights(ALL[name].model())
+    model: Any = with_large_weights(ALL[name].model())
+    if layers is not None:
+        del model.get_decoder().layers[layers:]
+        model.config.num_hidden_layers = layers
+    return model
 
 
 def with_large_weights(model: nn.Module) -> nn.Module:

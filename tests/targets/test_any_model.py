@@ -20,11 +20,10 @@ from qwlora.targets.onnx.onnx_runtime import (
 )
 from targets.any_models import batches, simulated
 
-FAST = ["cnn", "bert"]
-EACH = [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dit", "unet"))]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("bert", "dit", "unet")]
 
 
-@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("kind", ["cnn", *SLOW])
 def test_adapters_are_switched_in_one_onnx_session(kind: str, tmp_path: Path) -> None:
     made, tensors = simulated(kind), batches(kind)[0]
     qwlora.export(made, "onnx", tmp_path)
@@ -42,7 +41,7 @@ def test_adapters_are_switched_in_one_onnx_session(kind: str, tmp_path: Path) ->
     assert "Expand" not in {n.op_type for n in operators if kind == "cnn"}  # zeros as a bias
 
 
-@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("kind", ["cnn", "bert", *SLOW[1:]])
 def test_qairt_files_of_one_graph(kind: str, tmp_path: Path) -> None:
     made = simulated(kind, "adapter_only")
     with pytest.raises(ExportError, match=r"no causal language model.*Give `sample`"):

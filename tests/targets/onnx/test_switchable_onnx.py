@@ -65,13 +65,9 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
             assert np.array_equal(found, expected), name
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [Scheme(8, False, PerBlock(32), float_offset=True), Scheme(4, True, PerBlock(8))],
-    ids=str,
-)
-def test_a_scheme_that_matmul_nbits_has_not_is_refused(scheme: Scheme, tmp_path: Path) -> None:
-    assert TARGETS["genai"].scheme_problem(scheme) is not None
+def test_a_scheme_that_matmul_nbits_has_not_is_refused(tmp_path: Path) -> None:
+    scheme, small = Scheme(8, False, PerBlock(32), float_offset=True), Scheme(4, True, PerBlock(8))
+    assert None not in [TARGETS["genai"].scheme_problem(s) for s in (scheme, small)]
     with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*MatMulNBits"):
         target("genai").write_base(ExportedBase(base(scheme), None), tmp_path)
 

@@ -39,8 +39,7 @@ from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_a
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.qnn import QnnModel
-from qwlora.targets.proof.compare import perplexity
-from qwlora.targets.proof.reference import token_losses
+from qwlora.targets.proof.reference import perplexity, token_losses
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
 

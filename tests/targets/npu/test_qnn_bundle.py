@@ -24,8 +24,7 @@ from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.compare import compare_first
-from qwlora.targets.proof.reference import GRAPHS_NOISE
+from qwlora.targets.proof.reference import GRAPHS_NOISE, compare_first
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights.gguf import LlamaRuntime
 from simulation.tiny_architectures import inputs, make

@@ -19,9 +19,8 @@ from qwlora.pipeline.stages import file_stages
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, verdict
-from qwlora.targets.proof.compare import compare_first
 from qwlora.targets.proof.measure import measure_logits
-from qwlora.targets.proof.reference import make_reference
+from qwlora.targets.proof.reference import compare_first, make_reference
 
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)

@@ -27,23 +27,22 @@ from qwlora.targets.proof.checks import (
     only_finite,
     verdict,
 )
-from qwlora.targets.proof.compare import (
+from qwlora.targets.proof.compare import compare_layers, output_check, verify_outputs
+from qwlora.targets.proof.measure import compare_cache, switching
+from qwlora.targets.proof.reference import (
     AGREEMENT,
     LOGIT_DIFFERENCE,
     NOISE,
-    compare_layers,
+    check_reference,
     compare_logits,
     is_same,
     largest,
     logits_checks,
     lowest_agreement,
-    output_check,
+    make_reference,
     perplexity,
     perplexity_floor,
-    verify_outputs,
 )
-from qwlora.targets.proof.measure import compare_cache, switching
-from qwlora.targets.proof.reference import check_reference, make_reference
 from targets.proof.toy_runtime import TableRuntime
 
 NAN, INF = math.nan, math.inf

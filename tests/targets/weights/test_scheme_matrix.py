@@ -23,9 +23,9 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, short_name
-from qwlora.nn.replace import pack_at_
+from qwlora.nn.packed_layer import pack_at_
 from qwlora.targets.canonical_adapter import read_canonical
-from qwlora.targets.proof.compare import LOGIT_DIFFERENCE
+from qwlora.targets.proof.reference import LOGIT_DIFFERENCE
 from qwlora.targets.target import ExportedBase, Target
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights

@@ -36,8 +36,15 @@ from qwlora.targets.proof.checks import (
     only_finite,
     verdict,
 )
-from qwlora.targets.proof.compare import compare_first, compare_logits, is_same, is_told_apart
-from qwlora.targets.proof.reference import Logits, check_ids, check_reference
+from qwlora.targets.proof.reference import (
+    Logits,
+    check_ids,
+    check_reference,
+    compare_first,
+    compare_logits,
+    is_same,
+    is_told_apart,
+)
 from qwlora.targets.target import BASE, Runtime, Target
 
 DECODED = 16  # tokens

@@ -19,6 +19,7 @@ from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
 from qwlora.adapter.adapter_folder import load_adapter, save_adapter
 from qwlora.errors import CalibrationError, CaptureError, GridError
+from qwlora.formats.aimet_encodings.grids import write_graph_encodings
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind
@@ -35,7 +36,6 @@ from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
-from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.onnx.onnx import export_onnx
 from simulation.captured import batch as batch_of
 
@@ -224,7 +224,7 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
     simulations, entries = calibrated[mode], []
     for name, simulation in simulations.items():
         simulation.save(tmp_path / name)
-        write_encodings(simulation.graph(), tmp_path / name / "model.encodings")
+        write_graph_encodings(simulation.graph(), tmp_path / name / "model.encodings")
         written = json.loads((tmp_path / name / "model.encodings").read_text())
         encodings = load_encodings(tmp_path / name).items()
         saved = {n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes()) for n, e in encodings}

@@ -19,10 +19,9 @@ from qwlora import PerChannel, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.data.sequences import Sequences
 from qwlora.errors import ExportError
 from qwlora.formats.aimet_encodings import LpbqEncoding, read_encodings, validate
-from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
+from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of, write_graph_encodings
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
-from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.onnx.onnx import export_onnx
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.measure import measure_logits
@@ -195,7 +194,7 @@ def test_quant_scheme_names_the_observer_of_the_activations(
     bundle: tuple[Path, Simulation], tmp_path: Path, observer: str, quant_scheme: str
 ) -> None:
     graph = replace(bundle[1].graph(), observer=observer)
-    write_encodings(graph, tmp_path / "model.encodings")
+    write_graph_encodings(graph, tmp_path / "model.encodings")
     arguments = read_encodings(tmp_path / "model.encodings").quantizer_args
     assert arguments["quant_scheme"] == quant_scheme
 

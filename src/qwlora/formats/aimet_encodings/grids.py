@@ -24,11 +24,26 @@ A zero point shift of half a step is a float offset:
     here     x_hat = q * scale + minimum,  minimum = (offset + 0.5) * scale
 
 Both have the same codes. Values differ by the rounding of float32.
+
+The file of an exported ONNX model has the names of its tensors:
+
+    QDQ model      version 1.0.0, block scales in the order of the tensor ([in / block, out] for the
+                   weight of a MatMul), as in AIMET's own ONNX export
+    float model    as aimet-onnx reads it: 1.0.0 or 2.0.0. In 1.0.0, block scales are in one list,
+                   channel by channel, however the tensor is stored; the producer says so
+                   (`block_order`)
+
+If no activation of a float model has a grid, 1.0.0 says of each that it is a float of 16 bits;
+2.0.0 has no words for that. A weight with float offsets has no encoding in any file; its layer is
+listed in `excluded_layers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,16 +52,85 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import EncodingsFileError, GridError, SourceError
+from qwlora.formats.aimet_encodings.encodings_file import write_encodings
 from qwlora.formats.aimet_encodings.model import (
     BlockOrder,
+    EncodingsFile,
     Entry,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
     has_axes,
 )
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+
+# AIMET's names of observers that it also has; others keep ours, with underscores.
+_QUANT_SCHEMES = {
+    "min-max": "min_max",
+    "sqnr": "post_training_tf_enhanced",
+    "percentile": "post_training_percentile",
+}
+
+
+def write_graph_encodings(
+    graph: QuantizedGraph,
+    path: Path,
+    transposed: Collection[str] = (),
+    version: str = "1.0.0",
+    float_model: tuple[Mapping[str, Encoding], Collection[str], Sequence[str]] | None = None,
+) -> None:
+    """Write every encoding of an exported model, activations first.
+
+    Args:
+        transposed: names of the weights that are stored as [in, out].
+        version: 1.0.0, or 2.0.0 of a float model.
+        float_model: grids by name of the tensor; which of these are parameters; float tensors
+            without a grid. Default: a QDQ model, whose tensors are the marks of `graph`.
+    """
+    if float_model is None:
+        grids = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
+        parameters: Collection[str] = {m.name for m in graph.marks if m.kind is not Kind.ACTIVATION}
+        floats: Sequence[str] = ()
+    else:
+        grids, parameters, floats = float_model
+    order: BlockOrder = "tensor" if float_model is None else "channel"
+    excluded = [name for name, grid in grids.items() if grid.scheme.float_offset]
+    producer = {"package": "qwlora", "version": version_of("qwlora")}
+    sections: dict[str, Any] = {
+        "parameters": frozenset(parameters).difference(excluded),
+        "excluded_layers": tuple(name.removesuffix(".weight") for name in excluded),
+        "quantizer_args": _quantizer_args(graph),
+    }
+    entries: list[Entry] = [
+        entry_of(name, grids[name], version, name in transposed, order)
+        for name in sorted(grids, key=parameters.__contains__)
+        if name not in excluded
+    ]
+    file = EncodingsFile(
+        version,
+        (*entries, *(FloatEncoding(name, 16) for name in floats if version < "2")),
+        producer=producer | ({"block_order": order} if order == "channel" else {}),
+        **(sections if version < "2" else {}),
+    )
+    write_encodings(file, path)
+
+
+def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:
+    """AIMET's settings of a model: first activation grid, first base weight grid, observer."""
+    by_kind = {m.kind: graph.encodings[m.name].scheme for m in reversed(graph.marks)}
+    activation = by_kind.get(Kind.ACTIVATION)
+    weight = by_kind.get(Kind.BASE, by_kind.get(Kind.PARAMETER))
+    return {
+        "activation_bitwidth": activation.bitwidth if activation else 32,
+        "dtype": "int",
+        "is_symmetric": weight.symmetric if weight else True,
+        "param_bitwidth": weight.bitwidth if weight else 32,
+        "per_channel_quantization": weight is not None
+        and not isinstance(weight.granularity, PerTensor),
+        "quant_scheme": _QUANT_SCHEMES.get(graph.observer, graph.observer.replace("-", "_")),
+    }
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError, listed
+from qwlora.formats.aimet_encodings.grids import write_graph_encodings
 from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
@@ -90,7 +92,14 @@ class FloatOnnx:
     encodings: dict[str, Encoding] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
 
-    def float_tensors(self) -> list[str]:
+    def write_encodings(self, path: Path, version: str) -> None:
+        """Write every encoding of the model; see `write_graph_encodings`."""
+        parameters = self.encodings.keys() & self.model.graph.initializers.keys()
+        floats = self._float_tensors() if self.graph.has_float_activations else []
+        float_model = self.encodings, parameters, floats
+        write_graph_encodings(self.graph, path, self.transposed, version, float_model)
+
+    def _float_tensors(self) -> list[str]:
         """Names of the float inputs and computed values without an encoding."""
         computed = (output for node in self.model.graph for output in node.outputs)
         floats = require("onnx_ir", "onnx").DataType.FLOAT

@@ -66,7 +66,6 @@ from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import is_first_factor
 from qwlora.targets.npu import genie
-from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
 from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
 from qwlora.targets.npu.kv_cache_graphs import (
@@ -157,7 +156,7 @@ def _aimet_models(folder: Path) -> dict[str, FloatOnnxModel]:
 def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -> None:
     folder.mkdir(parents=True)
     _save(float_onnx.model, folder / MODEL_FILE, DATA_FILE, exported.opset)
-    write_encodings(float_onnx, folder / ENCODINGS_FILE, file_version=exported.encodings_version)
+    float_onnx.write_encodings(folder / ENCODINGS_FILE, exported.encodings_version)
 
 
 def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
@@ -263,7 +262,7 @@ def _write_graph(
             genie.refuse_other_positions(npu, base)
         _add_alpha_(float_onnx, count)
         encodings = folder / f"{graph}_{case}.encodings"
-        write_encodings(float_onnx, encodings, file_version=base.encodings_version)
+        float_onnx.write_encodings(encodings, base.encodings_version)
         model, stored = float_onnx.model, first if case == BASE else file
         differing = set(share_weights(model, stored) if stored.exists() else ()) - {*names}
         differing |= {n for n, e in fixed.items() if not e.equals(float_onnx.encodings.get(n))}

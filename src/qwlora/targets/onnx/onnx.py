@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 
 from qwlora.errors import CaptureError, ExportError, listed
+from qwlora.formats.aimet_encodings.grids import write_graph_encodings
 from qwlora.graph.graph_analysis import branch_nodes
 from qwlora.graph.nodes import operation, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
@@ -53,7 +54,6 @@ from qwlora.system.parameter_names import (
     is_factor_name,
     is_first_factor,
 )
-from qwlora.targets.npu.aimet_encodings import write_encodings
 from qwlora.targets.onnx.onnx_edits import (
     DATA_FILE,
     MODEL_FILE,
@@ -107,7 +107,7 @@ def export_onnx(
     folder.mkdir(parents=True, exist_ok=True)
     model, transposed = build_model(graph, metadata or {})
     save_graph(model, folder / MODEL_FILE)
-    write_encodings(graph, folder / ENCODINGS_FILE, transposed)
+    write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(graph, folder)
 
 
@@ -128,14 +128,14 @@ class Onnx(Backend):
             graph, reason = exported.simulation.graph(), str(error)
         base_activations = exported.updatable == "all"
         transposed = write_switchable(graph, folder, exported.metadata, base_activations)
-        write_encodings(graph, folder / ENCODINGS_FILE, transposed)
+        write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
         write_embeddings(exported.simulation, folder)
         return reason
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         graph = exported.simulation.graph()
-        write_encodings(graph, folder / ENCODINGS_FILE, write_adapter(graph, base, folder))
+        write_graph_encodings(graph, folder / ENCODINGS_FILE, write_adapter(graph, base, folder))
 
     def open(self, folder: Path, case: str) -> OnnxModel:
         runtime = OnnxModel(folder, switches=True)

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from measuring import earlier_result, machine_line, write_result
-from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
 from qwlora.grid.encoding import group_range, measure
-from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.scheme import PerBlock, PerChannel, RangeEstimator, Scheme
 
 REPEATS = 15

@@ -2,8 +2,8 @@
 
 Up to 4,096 values in a batch the sample is complete. There, up to 4 bits, the error of a grid is exact
 and AIMET's candidates are among ours: no error is larger than AIMET's by more than the rounding of a
-scale to float32. From 6 bits on the error is modeled (`grid/estimate_ranges.py`), and of more values there
-is a sample of 12,288 (`grid/activation_observer.py`); what that costs is bounded here.
+scale to float32. From 6 bits on the error is modeled (`grid/activation_ranges.py`), and of more values there
+is a sample of 12,288 (`grid/activation_ranges.py`); what that costs is bounded here.
 
 A percentile is not chosen for its error. What is compared is how far its range is from that of the
 sorted data.
@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
 from qwlora.grid.encoding import Encoding, encoding_from_range
-from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
 from qwlora.quantize.scale_search import search_scale
 

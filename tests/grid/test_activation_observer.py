@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.activation_observer import VALUES, VALUES_A_BATCH, SampleObserver
+from qwlora.grid.activation_ranges import VALUES, VALUES_A_BATCH, SampleObserver
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.activation_observer import VALUES, SampleObserver
-from qwlora.grid.encoding import Encoding, encoding_from_range, measure
-from qwlora.grid.estimate_ranges import (
+from qwlora.grid.activation_ranges import (
+    VALUES,
+    SampleObserver,
     WeightedPoints,
     estimate_ranges,
     least_error_grid,
     share_outside,
 )
+from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.scheme import ESTIMATORS, RangeEstimator, Scheme
 
 SHAPE = (2, 96, 384)
@@ -78,7 +79,7 @@ SMALL: dict[str, Callable[[], Tensor]] = {
 }
 
 
-# Up to 4 bits the error is exact. Beyond that it is modeled (estimate_ranges.py), and the model does not
+# Up to 4 bits the error is exact. Beyond that it is modeled (activation_ranges.py), and the model does not
 # know where the roundings of 600 values happen to cancel.
 ALLOWED = {2: 1e-6, 3: 1e-6, 4: 1e-6, 8: 0.06, 16: 0.13}
 

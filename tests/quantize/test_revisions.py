@@ -19,7 +19,7 @@ from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.activation_ranges import SampleObserver
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.grid.second_moments import SecondMoment
 from qwlora.quantize.quantize_blocks import observe_moments

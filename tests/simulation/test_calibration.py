@@ -12,7 +12,7 @@ from qwlora import PlacementRule, RangeEstimator, Scheme, Schemes
 from qwlora.errors import CalibrationError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
-from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.activation_ranges import SampleObserver
 from qwlora.grid.scheme import ESTIMATORS
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation, tokens_of

@@ -17,9 +17,8 @@ from qwlora.errors import CalibrationError, listed
 from qwlora.graph.nodes import OVERWRITABLE, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
-from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges, observed_ranges
 from qwlora.grid.encoding import Encoding, encoding_from_range, measure
-from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
 from qwlora.grid.scheme import PerChannel, PerTensor, RangeEstimator, Scheme, as_estimator
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.device import device_of

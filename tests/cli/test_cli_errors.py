@@ -13,8 +13,8 @@ import pytest
 
 from cli.command_line import qwlora, refused
 from qwlora.errors import SourceError, reading
+from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.meta_model import LazyModel
 
 
 @pytest.fixture

@@ -22,13 +22,12 @@ from transformers import AutoModelForCausalLM
 from cli.command_line import answered, qwlora, refused
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_adapter, load_base, merged_model, quantize_
-from qwlora.adapter.adapter_deltas import rounding_losses
+from qwlora.adapter.adapter_deltas import rounding_losses, unpack_
 from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
-from qwlora.nn.replace import unpack_
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.write_model import merge_effect, write_merged
 from qwlora.pipeline.job.output_path import check_target, new_folder

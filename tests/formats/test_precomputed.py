@@ -20,7 +20,7 @@ from formats.models import mixtral, read_integers
 from formats.packing import quantized
 from qwlora import fingerprint, load_base, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
-from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme

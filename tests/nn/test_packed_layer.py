@@ -15,9 +15,8 @@ from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
-from qwlora.nn.packed_layer import PackedEmbedding
+from qwlora.nn.packed_layer import PackedEmbedding, place_empty_
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.nn.replace import place_empty_
 
 SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),

@@ -27,10 +27,10 @@ from qwlora import (
     save_base,
     simulate,
 )
+from qwlora.adapter.adapter_deltas import unpack_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import GridError
 from qwlora.nn import packed_weights
-from qwlora.nn.replace import unpack_
 from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(16).view(2, 8)

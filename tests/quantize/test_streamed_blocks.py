@@ -15,7 +15,7 @@ from formats.test_precomputed import IDS, KINDS, Held, model_of
 from qwlora import fingerprint, load_base, quantize_
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.base_files import BaseWriter
-from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.checkpoint import LazyModel
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.quantize.layer_rules import LayerRule

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -41,8 +42,15 @@ from qwlora.adapter.mergeable import is_mergeable
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import QuantizedTensor, aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
-from qwlora.nn.packed_layer import with_tensor
-from qwlora.nn.replace import forget_ties_, pack_at_, restore_conv1d_, tie_weights_, unpack_
+from qwlora.nn.packed_layer import (
+    PackedParameter,
+    accelerate_hook,
+    forget_ties_,
+    pack_at_,
+    replacement_problem,
+    tie_weights_,
+    with_tensor,
+)
 from qwlora.system.parameter_names import canonical_name
 
 Into = Literal["float", "requantized"]
@@ -167,3 +175,51 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
         tie_weights_(merged)
     restore_conv1d_(merged)
     return merged.eval()
+
+
+class UnpackedConv1D(nn.Linear):
+    """A float layer that replaces a packed Conv1D, with the weight as [out, in]."""
+
+
+def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Replace every packed layer of `model` by its float class, in place, and return the packed
+    tensors by canonical name. Tied layers share one parameter. What replaced a Conv1D becomes an
+    `UnpackedConv1D`, because a PEFT layer may wrap it as a Linear; `restore_conv1d_` makes it a
+    Conv1D again. Fused experts and layers with a forward of their own are refused."""
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+    }
+    for name, layer in layers.items():
+        if isinstance(layer, PackedParameter):
+            raise MergeError(
+                f"{canonical_name(name)}: fused experts cannot be unpacked to floats, so nothing "
+                "can be merged into this model. Keep the adapter separate."
+            )
+        if problem := replacement_problem(layer):
+            raise MergeError(f"{canonical_name(name)} {problem}")
+    parameters: dict[int, nn.Parameter] = {}
+    packed = {}
+    for name, layer in layers.items():
+        key = layer.tensor.parts.packed.data_ptr()
+        if key not in parameters:
+            packed[f"{canonical_name(name)}.weight"] = quantized = layer.quantized
+            values = quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape)
+            parameters[key] = nn.Parameter(values, requires_grad=False)
+        conv1d = UnpackedConv1D if layer.was_conv1d else None
+        module = layer.to_layer(parameters[key], conv1d)
+        if hook := accelerate_hook(layer):
+            add_hook_to_module(module, hook)
+        model.set_submodule(name, module)
+    return packed
+
+
+def restore_conv1d_(model: nn.Module) -> None:
+    """Replace each `UnpackedConv1D` by a Conv1D. Call it after the adapters are removed."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, UnpackedConv1D):
+            conv1d = Conv1D(0, 0).train(linear.training)
+            conv1d.nf, conv1d.nx = linear.weight.shape
+            weight = linear.weight.detach().T.contiguous()
+            conv1d.weight = nn.Parameter(weight, requires_grad=False)
+            conv1d.bias = linear.bias
+            model.set_submodule(name, conv1d)

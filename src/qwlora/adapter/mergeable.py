@@ -40,8 +40,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import MergeError, TrainingError
 from qwlora.nn.fingerprint import update_digest
-from qwlora.nn.packed_layer import PackedLayer, is_packed, with_tensor
-from qwlora.nn.replace import replacement_problem
+from qwlora.nn.packed_layer import PackedLayer, is_packed, replacement_problem, with_tensor
 from qwlora.system.parameter_names import canonical_name
 
 

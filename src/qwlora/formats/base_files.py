@@ -41,9 +41,8 @@ from qwlora.nn.fingerprint import (
     tensor_digest,
 )
 from qwlora.nn.frozen import assert_frozen, check_finite, refuse_meta
-from qwlora.nn.packed_layer import packed_layers
+from qwlora.nn.packed_layer import packed_layers, place_empty_
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
-from qwlora.nn.replace import place_empty_
 from qwlora.system import strict_json
 from qwlora.system.atomic import files_in, replacing, replacing_files, write_text
 from qwlora.system.parameter_names import canonical_name, parameter_name

@@ -13,11 +13,10 @@ from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.formats.base_files import RECORD, BaseCheckpoint, save_as_base_
-from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.checkpoint import Checkpoint, LazyModel
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
 from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors, QweightTensors
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
-from qwlora.formats.meta_model import LazyModel
 from qwlora.formats.model_source import looked_for, quantization_of
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.system.progress import Track, untracked

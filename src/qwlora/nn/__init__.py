@@ -12,11 +12,11 @@ float delta into the codes.
 
 from qwlora.nn.packed_layer import PackedLayer as PackedLayer
 from qwlora.nn.packed_layer import PackedLinear as PackedLinear
+from qwlora.nn.packed_layer import is_packable as is_packable
 from qwlora.nn.packed_layer import is_packed as is_packed
+from qwlora.nn.packed_layer import pack_at_ as pack_at_
+from qwlora.nn.packed_layer import pack_module as pack_module
 from qwlora.nn.packed_layer import packed_weights as packed_weights
-from qwlora.nn.replace import is_packable as is_packable
-from qwlora.nn.replace import pack_at_ as pack_at_
-from qwlora.nn.replace import pack_module as pack_module
-from qwlora.nn.replace import tensor_out_in as tensor_out_in
-from qwlora.nn.replace import tie_weights_ as tie_weights_
-from qwlora.nn.replace import weight_out_in as weight_out_in
+from qwlora.nn.packed_layer import tensor_out_in as tensor_out_in
+from qwlora.nn.packed_layer import tie_weights_ as tie_weights_
+from qwlora.nn.packed_layer import weight_out_in as weight_out_in

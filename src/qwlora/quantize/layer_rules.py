@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError, lines, suggestion
 from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.nn import is_packable, tensor_out_in
-from qwlora.nn.replace import has_computed_weight, replacement_problem
+from qwlora.nn.packed_layer import has_computed_weight, replacement_problem
 from qwlora.quantize.solvers import SOLVERS, solver_named
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 

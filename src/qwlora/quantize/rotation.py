@@ -53,7 +53,7 @@ from qwlora.graph.nodes import (
     used_placeholders,
 )
 from qwlora.nn import packed_weights
-from qwlora.nn.replace import forget_ties_
+from qwlora.nn.packed_layer import forget_ties_
 from qwlora.quantize.tuned_parameters import gain_constant
 from qwlora.system.device import device_of, moved
 

@@ -7,7 +7,7 @@ import torch
 
 from formats.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
 from qwlora.errors import SourceError
-from qwlora.formats.gguf.blocks import TYPES, decode_blocks, to_quantized
+from qwlora.formats.gguf.gguf_checkpoint import TYPES, decode_blocks, to_quantized
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme, SignedBlock
 from qwlora.nn.packed_tensor import PackedTensor

@@ -43,11 +43,10 @@ from qwlora.errors import CaptureError, QwloraError, size
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, user_path
-from qwlora.grid.activation_observer import VALUES
+from qwlora.grid.activation_ranges import VALUES
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import weight_out_in
-from qwlora.nn.packed_layer import PackedLayer
-from qwlora.nn.replace import place_empty_, tie_weights_
+from qwlora.nn.packed_layer import PackedLayer, place_empty_, tie_weights_
 from qwlora.pipeline.plan.plan import (
     REFERENCE,
     SAMPLE,

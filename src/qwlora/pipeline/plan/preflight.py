@@ -16,8 +16,8 @@ from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.formats.base_files import read_record
+from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.huggingface.model_config import check_positions
-from qwlora.formats.meta_model import LazyModel
 from qwlora.formats.model_source import fetch
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme

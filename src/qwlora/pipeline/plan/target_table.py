@@ -97,8 +97,8 @@ def second_rounding(recipe: Recipe) -> str | None:
 
 
 def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
+    from qwlora.formats.checkpoint import LazyModel
     from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-    from qwlora.formats.meta_model import LazyModel
     from qwlora.quantize.layer_rules import plan_layers
     from qwlora.quantize.quantize_tensor import is_on_grid
 
@@ -131,7 +131,7 @@ def model_files(model: Model) -> Checkpoint:
 
 def kept_grids(recipe: Recipe) -> dict[Grid, str]:
     """The grids of the integers in the model's files, and one tensor that has each."""
-    from qwlora.formats.meta_model import LazyModel
+    from qwlora.formats.checkpoint import LazyModel
     from qwlora.grid.encoding import QuantizedTensor
 
     lazy = LazyModel(model_files(recipe.model))

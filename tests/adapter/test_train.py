@@ -33,8 +33,7 @@ from qwlora.adapter.train import (
     check_loggers,
     train_adapter,
 )
-from qwlora.adapter.trainer import divergence
-from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint, seal
+from qwlora.adapter.trainer import delete_newer, divergence, last_checkpoint, seal
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError, TrainingError
 

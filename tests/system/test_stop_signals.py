@@ -17,7 +17,7 @@ from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import Interrupted, TrainingSettings, train_adapter
-from qwlora.adapter.training_checkpoints import last_checkpoint
+from qwlora.adapter.trainer import last_checkpoint
 from qwlora.system.stop_signals import STOP_SIGNALS, on_stop_signal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -33,7 +33,6 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from qwlora.adapter import training_checkpoints as checkpoints
 from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
@@ -43,8 +42,14 @@ from qwlora.adapter.trainer import (
     AdapterTrainer,
     TrainingMonitor,
     Watch,
+    delete_newer,
     evaluations_of,
+    evaluations_without_improvement,
+    final_checkpoint,
+    last_checkpoint,
     losses_of,
+    read_state,
+    step_of,
 )
 from qwlora.adapter.training_step import RecoveryLoss, lean_steps, replaced_forward
 from qwlora.data.sequences import as_sequences
@@ -158,7 +163,7 @@ def train_adapter(
     keeps_best = settings.evaluation_steps is not None
     if keeps_best and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
-    last = checkpoints.last_checkpoint(work)
+    last = last_checkpoint(work)
     arguments = _arguments(settings, work, process_count(), device_of(model))
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
     monitor = TrainingMonitor(track, settings.checkpoint_steps, vocabulary, watch)
@@ -167,7 +172,7 @@ def train_adapter(
         return TrainingReport(
             steps=state.global_step,
             step_seconds=monitor.mean_step_seconds,
-            resumed_from_step=checkpoints.step_of(last) if last else 0,
+            resumed_from_step=step_of(last) if last else 0,
             trainable_parameters=trainable,
             losses=losses_of(state),
             evaluations=evaluations_of(state),
@@ -175,12 +180,10 @@ def train_adapter(
             base_bytes=monitor.base_bytes,
         )
 
-    if last and (
-        final := checkpoints.final_checkpoint(last, settings.steps, settings.patience, keeps_best)
-    ):
+    if last and (final := final_checkpoint(last, settings.steps, settings.patience, keeps_best)):
         with reading(final, model):  # training had ended, but the adapter was not saved
             set_peft_model_state_dict(model, load_file(final / WEIGHTS))
-        return report(checkpoints.read_state(last))
+        return report(read_state(last))
     with replaced_forward(model, training_graph, settings.loss == "chunked", process_count()):
         trainer = AdapterTrainer(
             model,
@@ -194,16 +197,14 @@ def train_adapter(
             # control flags too.
             stopping = EarlyStoppingCallback(settings.patience)
             if last:
-                stopping.early_stopping_patience_counter = (
-                    checkpoints.evaluations_without_improvement(last)
-                )
+                stopping.early_stopping_patience_counter = evaluations_without_improvement(last)
             trainer.add_callback(stopping)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and logs is not None:
                 callback.logging_dir = str(logs)
         trainer.accelerator.wait_for_everyone()  # until every process has found `last`
         if trainer.is_world_process_zero():
-            checkpoints.delete_newer(work, last)
+            delete_newer(work, last)
         if teacher is not None:
             teacher.to(arguments.device)  # type: ignore[arg-type] # hidden by transformers
         if training_graph is not None:

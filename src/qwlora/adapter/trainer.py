@@ -1,4 +1,4 @@
-"""The Trainer of transformers, extended for an adapter on a frozen base.
+"""The Trainer of transformers, extended for an adapter on a frozen base; and its checkpoints.
 
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
@@ -11,6 +11,9 @@
 
 The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
 what is replaced inside the model.
+
+A checkpoint gets the digests of all its files after the Trainer has written them (`seal`). A folder
+without them was interrupted, and one whose files differ is damaged: neither is resumed from.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 import signal
 import statistics
 import time
@@ -38,13 +42,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.adapter.adapter_folder import write_adapter
 from qwlora.adapter.fsdp import base_bytes, enable_fsdp_, whole_adapter
-from qwlora.adapter.training_checkpoints import last_good, seal
 from qwlora.adapter.training_step import RecoveryLoss
 from qwlora.data.sequences import IGNORED
-from qwlora.errors import TrainingError
+from qwlora.errors import TrainingError, reading
+from qwlora.formats import manifest
 from qwlora.graph.call_arguments import check_token_ids
+from qwlora.system.atomic import files_in
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track
 
@@ -315,3 +321,80 @@ def evaluations_of(state: TrainerState) -> list[list[float]]:
 def losses_of(state: TrainerState) -> list[float]:
     """The loss of every step so far, including those before an interruption."""
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+
+
+STATE = "trainer_state.json"
+DIGESTS = "digests.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the digests of the files of a complete checkpoint."""
+    manifest.write(checkpoint, DIGESTS, {}, files_in(checkpoint))
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint, if that of its best evaluation is complete too, or None.
+    Deletes nothing, because several processes call it and must find the same."""
+
+    def is_complete(checkpoint: Path) -> bool:
+        return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
+            checkpoint, DIGESTS
+        )
+
+    newest_first = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((c for c in newest_first if is_complete(c) and is_complete(_best(c) or c)), None)
+
+
+def delete_newer(work: Path, last: Path | None) -> None:
+    """Delete the checkpoints newer than `last`, which are incomplete or damaged. One process calls
+    it, after all of them have found `last`."""
+    for checkpoint in work.glob("checkpoint-*"):
+        if last is None or step_of(checkpoint) > step_of(last):
+            shutil.rmtree(checkpoint)
+
+
+def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
+    """The checkpoint with the final adapter if training had ended at `last`, else None: after all
+    steps, or after `patience` evaluations without improvement. With `keeps_best` the final adapter
+    is that of the best evaluation, not of the last step.
+    """
+    stopped_early = patience and evaluations_without_improvement(last) >= patience
+    if read_state(last).global_step < steps and not stopped_early:
+        return None
+    chosen = (_best(last) if keeps_best else None) or last
+    return chosen if (chosen / WEIGHTS).exists() else None
+
+
+def evaluations_without_improvement(checkpoint: Path) -> int:
+    """Number of evaluations in a row without improvement, up to `checkpoint`."""
+    callbacks: Any = read_state(checkpoint).stateful_callbacks  # a mapping, once it was stored
+    stopping = callbacks.get("EarlyStoppingCallback")
+    attributes = stopping["attributes"] if isinstance(stopping, dict) else {}
+    return int(attributes.get("early_stopping_patience_counter", 0))
+
+
+def last_good(work: Path) -> str:
+    """Where the newest complete checkpoint is, in words for an error message."""
+    complete = [c for c in work.glob("checkpoint-*") if (c / DIGESTS).exists()]
+    return (
+        f"the last good checkpoint is {max(complete, key=step_of)}"
+        if complete
+        else "no checkpoint has been written"
+    )
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The Trainer's state at `checkpoint`."""
+    with reading(checkpoint / STATE):
+        return TrainerState.load_from_json(str(checkpoint / STATE))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step after which `checkpoint` was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _best(checkpoint: Path) -> Path | None:
+    """The checkpoint of the best evaluation so far, which training may end with."""
+    step = read_state(checkpoint).best_global_step
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None

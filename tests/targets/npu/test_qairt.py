@@ -27,11 +27,15 @@ from qwlora.simulation.adapter_simulations import (
     simulate_adapters,
 )
 from qwlora.simulation.kv_cache_graph import CacheSizes, cache_sizes
-from qwlora.targets.canonical_adapter import CanonicalAdapter
+from qwlora.targets.canonical_adapter import (
+    CanonicalAdapter,
+    peft_names,
+    share_unaffected,
+    use_case_model,
+)
 from qwlora.targets.npu import float_targets
 from qwlora.targets.npu.float_onnx import float_graphs
 from qwlora.targets.npu.kv_cache_graphs import CachedGraphs
-from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph

@@ -15,8 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from qwlora.errors import ExportError
-from qwlora.targets.weights.gguf_metadata import add_metadata
-from qwlora.targets.weights.gguf_tokenizer import PROBE, add_tokenizer
+from qwlora.targets.weights.gguf_metadata import PROBE, add_metadata, add_tokenizer
 
 TEXT = topics["strings"] + topics["numbers"] + PROBE
 TEXTS = (PROBE, "Hello world", "def f(x):\n    return x ** 2  # 12345\n\n\n", "We'LL Ä́ ½x ٣٤٥", "x")

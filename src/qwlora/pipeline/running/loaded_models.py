@@ -70,8 +70,7 @@ from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.device import CPU, device_of, exact_device, memory_of, pick_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
 from qwlora.system.progress import Track, one_step
-from qwlora.targets.canonical_adapter import read_canonical
-from qwlora.targets.npu.use_case_adapters import peft_names, use_case_model
+from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
 from qwlora.targets.target import members
 
 

@@ -82,7 +82,7 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
-from qwlora.targets.npu.use_case_adapters import peft_names, share_unaffected
+from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
 _RULES_HEAD = """\

@@ -46,7 +46,6 @@ from transformers import activations
 from qwlora.errors import ExportError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.gguf.gguf_file import GgufFile
-from qwlora.formats.gguf.tensor_names import ARCHITECTURES, TensorNames
 from qwlora.grid.encoding import QuantizedTensor, spread
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
@@ -54,8 +53,14 @@ from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
 from qwlora.targets.registry import GGUF
 from qwlora.targets.target import Backend, ExportedBase, Runtime
-from qwlora.targets.weights.gguf_metadata import add_metadata, check_config
-from qwlora.targets.weights.gguf_tokenizer import add_tokenizer, check_tokenizer
+from qwlora.targets.weights.gguf_metadata import (
+    ARCHITECTURES,
+    TensorNames,
+    add_metadata,
+    add_tokenizer,
+    check_config,
+    check_tokenizer,
+)
 from qwlora.targets.weights.weights_folder import (
     as_float16,
     float_tensors,

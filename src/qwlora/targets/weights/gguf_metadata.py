@@ -1,4 +1,4 @@
-"""What a GGUF file says about a model: sizes, rotary positions, attention.
+"""What a GGUF file says about a model: tensor names, sizes, rotary positions, attention, tokenizer.
 
 llama.cpp reads these under the keys of the `gguf` package. The rest of an architecture is fixed in
 its code (activation, attention scale, layers without positions); `check_config` compares that with
@@ -10,20 +10,53 @@ the configuration, so that nothing is computed differently.
     llama3        rope_freqs.weight: what each frequency is divided by
     longrope      rope_factors_long.weight, rope_factors_short.weight, rope.scaling.attn_factor
 
-Source: `src/models/` of llama.cpp (b11739).
+Where the tensors of a Hugging Face model are in a GGUF file:
+
+    model.layers.N.self_attn.q_proj.weight  ->  blk.N.attn_q.weight, and the stored row of each row
+
+Names are those of the `gguf` package. llama.cpp rotates neighboring values of a head in the
+architectures `llama` and `smollm3`, and transformers rotates values that are half a head apart.
+There, the two halves of each head of q and k are stored interleaved:
+
+    row i of a head, i < d/2  ->  2 i            row d/2 + i  ->  2 i + 1
+
+The norms of Gemma multiply by 1 + weight; llama.cpp multiplies by what is stored, so 1 is added.
+
+The tokenizer is made from a model's tokenizer.json. llama.cpp has two kinds, both byte-pair
+encodings:
+
+    gpt2     tokens spell bytes (Llama 3, Qwen, SmolLM, Phi-4): merges, and `pre`, which names how
+             text is split into words first
+    llama    tokens spell text, other characters are tokens of one byte (Llama 2, Mistral, Gemma,
+             Phi-3; by SentencePiece): each token has a score, the best pair is merged first
+
+`pre` is found by what the splitting does: a tokenizer that splits `PROBE` as a `pre` of llama.cpp
+does has that one. llama.cpp's converter compares a hash of the tokens of a text instead, which
+recognizes only published vocabularies, and names the same splits.
+
+A score is minus the place of the first merge that makes the token: transformers makes merges from
+SentencePiece's scores, all splits of a token in a row. Where a text begins with a space or follows
+a special token, llama.cpp adds one more space, as SentencePiece does and transformers does not.
+
+Source: `src/models/` and `llama-vocab.cpp` of llama.cpp (b11739).
 """
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 import warnings
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwlora.errors import ExportError, QwloraWarning, listed
-from qwlora.formats.gguf.tensor_names import ARCHITECTURES
+from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.system.optional_packages import require
 
 gguf = require("gguf", "gguf")
@@ -160,3 +193,161 @@ def _period(config: Any) -> int | None:
     period = [*is_full, True].index(True) + 1
     is_regular = is_full == [i % period == 0 for i in range(1, len(is_full) + 1)]
     return period if is_regular and period > 1 else None
+
+
+PROBE = (
+    "Don't we'LL  see\n\n  HTTPServer at https://a.b/c?d=1;\n\tx += 12345678 // 3.50 \r\n"
+    "naïve Ärger, straße; İstanbul कि 東京タワー 2024年 ½ ٣٤ 🙂🙂 --- ...!!\n/\n 'quoted' end   "
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = rf"{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATHS = _SIGNS.replace(r"\n]*", r"\n/]*")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CAPITAL, _CAPITALS = (  # words that end where a capital follows
+    rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+)
+_SPLITS = {
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "qwen2": (rf"{_WORD}|\p{{N}}|{_SIGNS}",),
+    "llama-bpe": (rf"{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}",),
+    "tekken": (rf"{_CAPITAL}|{_CAPITALS}|\p{{N}}|{_PATHS}",),
+    "gpt-4o": (rf"{_CAPITAL}{_ENDING}?|{_CAPITALS}{_ENDING}?|\p{{N}}{{1,3}}|{_PATHS}",),
+}
+"""What each `pre` of llama.cpp splits text by, one expression after the other."""
+_CONTROL = re.compile(
+    r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]"
+)  # in llama.cpp, special or not
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
+    """Add a tokenizer to a writer, with a token for each of the `config.vocab_size` embeddings."""
+    kind, pre = check_tokenizer(tokenizer)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, types = _tokens(content, config.vocab_size)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+        special = gguf.SpecialVocab(folder, kind == "gpt2", n_vocab=config.vocab_size)
+    if kind == "gpt2":
+        special.merges = special.merges or ["! !"]  # llama.cpp wants one; this makes no token
+    else:
+        merges, ranks = content["model"]["merges"], dict[str, int]()
+        for rank, pair in enumerate(merges):
+            ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0] != "a")
+    ids, ends = tokenizer("a").input_ids, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    special.add_special_token = {"bos": ids[0] == ends[0], "eos": ids[-1] == ends[1]}
+    special.add_to_gguf(writer, quiet=True)
+
+
+def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
+    """The kind of a tokenizer, and its `pre`.
+
+    Raises:
+        ExportError: there is none, or llama.cpp has none that does the same.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            "the model has no tokenizer.json, which GGUF files are made from. Add one to the "
+            "model's folder, or use a GGUF file as the source (tokenizer or gguf_file in Python)"
+        )
+    content = json.loads(backend.to_str())
+    model, normalizer, splitting = content["model"], backend.normalizer, backend.pre_tokenizer
+    text = PROBE if normalizer is None else normalizer.normalize_str(PROBE)
+    if model["type"] != "BPE" or text.replace("\u2581", " ").strip() != PROBE.strip():
+        raise ExportError(
+            "llama.cpp supports only BPE tokenizers without normalization, and this one is "
+            f"{model['type']} with the normalizer {content['normalizer']}; use another target"
+        )
+    if model.get("byte_fallback"):
+        return "llama", "default"
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = None if splitting is None else splitting.pre_tokenize_str(PROBE)
+    for name, patterns in _SPLITS.items():
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        if pieces == pre_tokenizers.Sequence([*splits, spelling]).pre_tokenize_str(PROBE):
+            # llama-bpe takes words that are tokens as they are, smaug-bpe merges these too
+            is_smaug = name == "llama-bpe" and not model.get("ignore_merges")
+            return "gpt2", "smaug-bpe" if is_smaug else name
+    raise ExportError(
+        f"the model's tokenizer splits text as none of {', '.join(_SPLITS)} of llama.cpp does: "
+        f"{content['pre_tokenizer']}. Give a GGUF file as the model's source, or use another target"
+    )
+
+
+def _tokens(content: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
+    """The text and type of each token; embeddings without a token are unused."""
+    model, tokens = content["model"], [f"[PAD{i}]" for i in range(count)]
+    types = [gguf.TokenType.UNUSED] * count
+    for text, i in model["vocab"].items():
+        if i < count:
+            is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            tokens[i], types[i] = text, gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+    for token in content["added_tokens"]:
+        i, text = token["id"], token["content"]
+        if i < count and (token["special"] or _CONTROL.fullmatch(text)):
+            is_unknown = text == model.get("unk_token")
+            tokens[i] = text
+            types[i] = gguf.TokenType.UNKNOWN if is_unknown else gguf.TokenType.CONTROL
+        elif i < count:
+            shown = text.replace("\u2581", " ") if model.get("byte_fallback") else text
+            tokens[i], types[i] = shown, gguf.TokenType.USER_DEFINED
+    return tokens, types
+
+
+_SAME = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "smollm3")
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"} | dict(zip(_SAME, _SAME, strict=True))
+"""What GGUF calls the architecture of each model type of transformers."""
+
+
+class TensorNames:
+    """The names and orders of one architecture.
+
+    Args:
+        architecture: a value of `ARCHITECTURES`.
+        blocks: the number of layers.
+        heads: the heads of q, and those of k.
+    """
+
+    def __init__(self, architecture: str, blocks: int, heads: tuple[int, int]):
+        kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        self._names = gguf.get_tensor_name_map(kind, blocks)
+        self._architecture = architecture
+        self._heads = dict(zip(("q_proj", "k_proj"), heads, strict=True))
+
+    @classmethod
+    def of_file(cls, file: GgufFile) -> TensorNames:
+        """Those of a file that was written with these names."""
+        kind = file.architecture
+        heads = file.metadata[f"{kind}.attention.head_count"]
+        kv_heads = file.metadata.get(f"{kind}.attention.head_count_kv", heads)
+        return cls(kind, file.metadata[f"{kind}.block_count"], (heads, kv_heads))
+
+    def stored_rows(self, name: str, count: int) -> tuple[str, Int64[Tensor, " out"]]:
+        """The stored tensor of a parameter, and the stored row of each of its `count` rows; an
+        ExportError if the architecture has no such tensor."""
+        stored = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise ExportError(
+                f"llama.cpp's architecture {self._architecture} has no tensor for {name!r}; export "
+                "this model to another target"
+            )
+        rows = torch.arange(count)
+        heads = self._heads.get(name.split(".")[-2])
+        if heads and self._architecture in ("llama", "smollm3"):
+            rows = rows.view(heads, -1, 2).mT.flatten()
+        return stored, rows
+
+    def stored_values(self, name: str, values: Tensor) -> Tensor:
+        """A float parameter as it is stored, in order of its own rows."""
+        is_norm = self._architecture.startswith("gemma") and name.endswith("norm.weight")
+        return values.float() + 1 if is_norm else values

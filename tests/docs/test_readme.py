@@ -29,6 +29,14 @@ def test_a_walk_through_the_code_has_at_most_eight_files() -> None:
         assert len(set(re.findall(r"`(\w+/[\w/]+\.py)`", walk))) <= 8, walk.partition("\n")[0]
 
 
+def test_the_functions_that_a_walk_follows_are_where_it_says() -> None:
+    steps = re.findall(r"^\d\. `([\w/]+\.py)`: `(?:\w+\.)?(\w+)`", MAP, re.MULTILINE)
+    assert len(steps) > 15
+    for file, name in steps:
+        text = (ROOT / "src/qwlora" / file).read_text()
+        assert re.search(rf"^ *(def|class) {name}\b", text, re.MULTILINE), (file, name)
+
+
 def test_links_lead_somewhere_and_make_targets_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qwlora.errors import CalibrationError, suggestion
@@ -22,6 +22,8 @@ from qwlora.graph.graph_analysis import GraphAnalysis
 from qwlora.graph.nodes import base_name, buffer_names, module_of, operation, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.graph.value_traits import Decision, Trait
+from qwlora.grid.encoding import Encoding
+from qwlora.nn.packed_layer import packed_weights
 from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
 from qwlora.system.parameter_names import canonical_name, parameter_name
 
@@ -57,6 +59,12 @@ class Placement:
     def marks(self) -> list[GraphValue]:
         """The values that get an encoding."""
         return [value for value in self.values if value.decision is Decision.QUANTIZE]
+
+    def base_encodings(self, model: nn.Module) -> dict[str, Encoding]:
+        """Encodings of the packed weights of `model` that have a mark, by name."""
+        packed = packed_weights(model)
+        names = (mark.name for mark in self.marks if mark.kind is Kind.BASE)
+        return {name: packed[name].encoding for name in names}
 
     def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
         """Override the decision for these values: they get no encoding."""

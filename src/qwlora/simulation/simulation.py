@@ -41,7 +41,7 @@ from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import as_estimator
 from qwlora.nn.frozen import assert_frozen
-from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
+from qwlora.nn.packed_layer import packed_layers, unwrapped
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
     Mode,
@@ -131,10 +131,7 @@ class Simulation(nn.Module):
             raise CaptureError(
                 f"two values would have the name {duplicates[0]}; activate one adapter at a time"
             )
-        packed = packed_weights(origin.model)
-        self.base_encodings = {
-            mark.name: packed[mark.name].encoding for mark in self.marks if mark.kind is Kind.BASE
-        }
+        self.base_encodings = self.placement.base_encodings(origin.model)
         self.graph_module, self.quantizers, self.weights = insert_quantizers(
             captured.program, self.marks, origin.schemes, {} if frozen is None else frozen
         )

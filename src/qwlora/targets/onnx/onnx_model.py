@@ -42,7 +42,7 @@ from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
-from qwlora.nn.packed_layer import PackedLinear, packed_weights
+from qwlora.nn.packed_layer import PackedLinear
 from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
@@ -392,10 +392,10 @@ def base_graph(model: PreTrainedModel) -> Any:
         ExportError: an operator has no translation.
         CaptureError: the model has no graph with a cache.
     """
-    captured, packed = capture_cached(model), packed_weights(model)
-    placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names).marks
-    marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
-    encodings = {mark.name: packed[mark.name].encoding for mark in marks}
+    captured = capture_cached(model)
+    placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names)
+    marks = tuple(mark for mark in placed.marks if mark.kind is Kind.BASE)
+    encodings = placed.base_encodings(model)
     graph = QuantizedGraph(captured.program, captured.interface, marks, encodings)
     return build_model(graph, {})[0]
 

@@ -32,7 +32,7 @@ a key-value cache (`prompt_ar128_cl1024`, `token_ar1_cl1024`) share model.data, 
 lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
-(`use_case_adapters.py`). The input lora_alpha, [adapters of the largest use case], has the strength
+(`canonical_adapter.py`). The input lora_alpha, [adapters of the largest use case], has the strength
 of each adapter of the use case, from 0 to 1; at 1, the graph computes what was simulated:
 
     h = lora_alpha[place] * lora_A(x)        place of each rank; h keeps the grid of lora_A(x)

@@ -6,8 +6,8 @@ A base that comes from a GGUF file keeps its metadata, tokenizer, names and orde
 the architecture. Tensors that are what the file holds are copied as they are; if all are, base.gguf
 is the file itself, byte for byte.
 
-From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`, `gguf_tokenizer.py`,
-`tensor_names.py`. Float matrices become float16 or bfloat16 where that is exact, the rest float32.
+From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`. Float matrices
+become float16 or bfloat16 where that is exact, the rest float32.
 
     Q4_0, Q5_0, Q8_0   symmetric, 4, 5 and 8 bits     (code - 2^(b-1)) d
     Q4_1, Q5_1         float offset, 4 and 5 bits      code d + m

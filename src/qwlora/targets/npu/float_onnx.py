@@ -46,7 +46,6 @@ from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
-from qwlora.simulation.genie_layout import genie_layout
 from qwlora.simulation.kv_cache_graph import (
     NpuGraph,
     cached_graph,
@@ -55,6 +54,7 @@ from qwlora.simulation.kv_cache_graph import (
     npu_form,
 )
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.genie import genie_layout
 from qwlora.targets.npu.htp_rewrites import OPSET as NPU_OPSET
 from qwlora.targets.npu.kv_cache_graphs import graph_sizes
 from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, remove_unused, tensor_of

@@ -89,13 +89,13 @@ def write_graph_encodings(
         float_model: grids by name of the tensor; which of these are parameters; float tensors
             without a grid. Default: a QDQ model, whose tensors are the marks of `graph`.
     """
-    if float_model is None:
-        grids = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
-        parameters: Collection[str] = {m.name for m in graph.marks if m.kind is not Kind.ACTIVATION}
-        floats: Sequence[str] = ()
-    else:
+    grids: Mapping[str, Encoding] = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
+    parameters: Collection[str] = {m.name for m in graph.marks if m.kind is not Kind.ACTIVATION}
+    floats: Sequence[str] = ()
+    order: BlockOrder = "tensor"
+    if float_model is not None:
         grids, parameters, floats = float_model
-    order: BlockOrder = "tensor" if float_model is None else "channel"
+        order = "channel"
     excluded = [name for name, grid in grids.items() if grid.scheme.float_offset]
     producer = {"package": "qwlora", "version": version_of("qwlora")}
     sections: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""The comparison of a runtime with a simulation: layers, and outputs of any model. For logits, see
-`reference.py`.
+"""The comparison of a runtime with a simulation: layers, and outputs of any model. Logits
+are compared in `reference.py`.
 
     layers      each gets the simulation's own input, so errors cannot accumulate; differences are
                 in steps of its output grid

@@ -25,24 +25,6 @@ activations more coarsely than float32 (`Backend.rounding`).
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
 a bundle has the first BASE_SEQUENCES of all.
-
-Compared are log-probabilities of the likeliest tokens, the likeliest token, and perplexity. Where
-only float32 rounding may differ, a log-probability may differ by 2 LOGIT_DIFFERENCE of the largest
-logit (it is a logit minus a mean of logits), and the likeliest token of one token in a thousand.
-Where the reference has an `other` computation, that is a noise floor: no file can agree with a
-simulation better than two equally correct simulations agree with each other.
-
-    rounding    a log-probability may also differ by twice the largest difference of a logit
-    noise       a single one by any amount, but the root mean square only by NOISE times the floor's
-    perplexity  may differ by what the recipe allows, and by the floor on top. With d_t the
-                difference of two simulations in the log-likelihood of token t of n, the mean of
-                the d_t is within 1.96 sqrt(sum_t d_t^2) / n of zero in 95 % of samples
-
-The Kullback-Leibler divergence counts all tokens that are not among the likeliest as one:
-
-    KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
-
-NaN and infinity are never within a limit.
 """
 
 from __future__ import annotations
@@ -235,7 +217,25 @@ def compare_logits(
 ) -> Parity:
     """Compare a runtime's logits of the reference's sequences.
 
-    If only some tokens count for the loss, the logits that predict those are compared.
+    Compared are log-probabilities of the likeliest tokens, the likeliest token, and perplexity.
+    Where only float32 rounding may differ, a log-probability may differ by 2 LOGIT_DIFFERENCE
+    of the largest logit (it is a logit minus a mean of logits), and the likeliest token of one
+    token in a thousand. Where the reference has an `other` computation, that is a noise floor:
+    no file can agree with a simulation better than two equally correct simulations agree with
+    each other.
+
+        rounding    a log-probability may also differ by twice the largest difference of a logit
+        noise       a single one by any amount, the root mean square by NOISE times the floor's
+        perplexity  may differ by what the recipe allows, and by the floor on top. With d_t the
+                    difference of two simulations in the log-likelihood of token t of n, the mean
+                    of the d_t is within 1.96 sqrt(sum_t d_t^2) / n of zero in 95 % of samples
+
+    The Kullback-Leibler divergence counts all tokens that are not among the likeliest as one:
+
+        KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
+
+    NaN and infinity are never within a limit. If only some tokens count for the loss, the logits
+    that predict those are compared.
 
     Args:
         logits: of token ids [1, tokens].

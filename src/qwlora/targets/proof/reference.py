@@ -338,7 +338,7 @@ def perplexity_floor(squared_noise: float, tokens: int) -> float:
     that is too large for a number.
 
     Args:
-        squared_noise: sum over tokens of d_t^2; see the module.
+        squared_noise: sum over tokens of d_t^2; see `compare_logits`.
     """
     try:
         return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
@@ -386,7 +386,7 @@ def _rms(differences: Tensor) -> float:
 
 
 def _divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """KL of each row, in nats; see the module."""
+    """KL of each row, in nats; see `compare_logits`."""
     p, rest = expected.exp(), (1 - expected.exp().sum(-1)).clamp_min(0)
     other = (1 - found.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     tail = torch.where(rest > 0, rest * (rest.clamp_min(1e-300).log() - other.log()), 0.0)

@@ -235,7 +235,7 @@ def test_graphs_share_one_weight_file(
 @pytest.mark.slow
 @pytest.mark.client
 def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
-    bundle: tuple[Mapping[str, Simulation], Path],
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
 ) -> None:
     _, folder = bundle
     switched = QnnModel(folder / "base", folder / "first", htp=True, profiles=tmp_path / "profiles")

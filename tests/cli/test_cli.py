@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,10 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
 from cli.command_line import answered, refused
-from cli.command_line import qwlora as cli
 from conftest import byte_tokenizer
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def refused_run(recipe: Path, out: Path, *arguments: str) -> str:
@@ -115,25 +111,6 @@ def test_what_must_run_first_is_a_whole_command(recipe_for: Any, tmp_path: Path)
     message = refused("train", recipe, "--out", out, "--set", "seed=3")
     assert message.endswith(f"Run first: qwlora quantize {recipe} --out '{out}' --set seed=3\n")
     assert not out.exists()
-
-
-def test_json_is_the_only_output(recipe_for: Any, tmp_path: Path) -> None:
-    done = cli("run", recipe_for("one-layer llama"), "--out", tmp_path / "out", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "results.json").read_text())
-
-
-def test_a_failed_proof_names_the_limit(recipe_for: Any, tmp_path: Path) -> None:
-    limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
-    done = cli("run", recipe_for("one-layer llama"), "--out", tmp_path / "out", *limit)
-    assert done.returncode == 1
-    assert "limit: at most 1e-14 steps" in done.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    # the adapter's, or the base's if the adapter's layers are bit for bit equal
-    name, parity = next(p for p in results["parity"]["onnx"].items() if not p[1]["passed"])
-    assert re.search(rf"export/onnx/{name}: .*simulated", done.stderr)
-    assert all(problem in done.stderr for problem in parity["problems"])
-    assert "FAIL" in done.stdout
 
 
 def test_init_check_and_wrong_command_lines(tmp_path: Path) -> None:

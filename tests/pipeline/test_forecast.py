@@ -142,12 +142,13 @@ def test_learned_rounding_takes_memory(recipe: Recipe) -> None:
 
 
 def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = forecast.plan_job(load_recipe(recipe_path), Path())
+    targets = "export.targets=[hf]"  # quick to plan
+    found = forecast.plan_job(load_recipe(recipe_path, (targets,)), Path())
     largest = sorted(stage.peak for stage in found.stages)
     limit = int((largest[-1] + largest[-2]) / 2)
     monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
-    said = answered("plan", recipe_path)
+    said = answered("plan", recipe_path, "--set", targets)
     lines = [line for line in said.splitlines() if line.startswith("Does not fit")]
     assert len(lines) == 2
     assert found.largest.stage in lines[0]

@@ -23,6 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from cli.command_line import qwlora
 from conftest import EACH_ARCHITECTURE, Job, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
@@ -35,7 +36,6 @@ from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.simulate_job import dump_layers
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
@@ -59,7 +59,9 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[[
         sections["data"] = {"source": str(corpus), "sequence_tokens": 32}
         sections["verify"] = {"sequences": 4, "layer_tokens": 16}
         recipe = write_recipe(folder, folder / "model", corpus, **sections)
-        run(load_recipe(recipe), folder / "out")
+        done = qwlora("run", recipe, "--out", folder / "out", "--json")
+        assert done.returncode == 0, done.stderr
+        (folder / "printed.json").write_text(done.stdout + done.stderr)
         return folder / "out"
 
     return finished
@@ -100,6 +102,25 @@ def test_results_hold_the_contract(finished: Path) -> None:
     assert train["steps"] == 6
     assert min(train["trainable_parameters"], train["peak_rss_bytes"]) > 0
     assert set(results["stages"]) == {*VERBS} - {"calibrate-base"}
+
+
+def test_json_is_the_only_output_of_the_command(llama: Path) -> None:
+    printed = json.loads((llama.parent / "printed.json").read_text())
+    assert printed == json.loads((llama / "results.json").read_text())
+
+
+def test_a_failed_proof_names_the_limit(llama: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(llama, tmp_path / "out"))
+    limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
+    done = qwlora("run", out / "recipe.yaml", "--out", out, *limit)
+    assert done.returncode == 1
+    assert "limit: at most 1e-14 steps" in done.stderr
+    results = json.loads((out / "results.json").read_text())
+    # the adapter's, or the base's if the adapter's layers are bit for bit equal
+    name, parity = next(p for p in results["parity"]["onnx"].items() if not p[1]["passed"])
+    assert re.search(rf"export/onnx/{name}: .*simulated", done.stderr)
+    assert all(problem in done.stderr for problem in parity["problems"])
+    assert "FAIL" in done.stdout
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from conftest import Job, tiny_model
-from pipeline.conftest import stage_keys
+from pipeline.conftest import FakeJob, stage_keys
 from qwlora.errors import DirectoryError, RecipeError, TrainingError
 from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_activations
@@ -88,14 +88,14 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(job_for: Any, tmp_path: 
         assert written["lora_dropout"] == dropout
 
 
-def test_training_asks_for_the_calibration_first(job_for: Any) -> None:
-    job = job_for(workflow="qwa-lora")
-    job.run("quantize")
+def test_training_asks_for_the_calibration_first(job: FakeJob) -> None:
+    workflow = ["workflow=qwa-lora"]
+    job.run("quantize", changes=workflow)
     message = r"(?s)train needs calibrate-base, missing .*Run first: qwlora calibrate-base --out"
     with pytest.raises(DirectoryError, match=message):
-        job.run("train")
-    job.run("calibrate-base")
-    assert job.done == ["calibrate-base"]
+        job.run("train", changes=workflow)
+    job.run("calibrate-base", changes=workflow)
+    assert job.ran == ["calibrate-base"]
 
 
 def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:

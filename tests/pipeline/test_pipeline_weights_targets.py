@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cli.command_line import answered, qwlora, refused
 from conftest import Job, byte_tokenizer, flip_bit, reseal, write_recipe
-from qwlora import load_adapter, load_base
+from qwlora import fingerprint, load_adapter, load_base, load_precomputed, open_checkpoint
 from qwlora.errors import (
     DirectoryError,
     FingerprintError,
@@ -30,11 +31,13 @@ from qwlora.errors import (
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.plan.forecast import plan_job
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
+from qwlora.targets.npu.qairt_pipeline import RECIPE
 from qwlora.targets.proof.checks import is_so
 from qwlora.targets.proof.folder import current_proofs, proofs, record_digest, verify_bundle
 from qwlora.targets.proof.readme import write_readme
@@ -64,9 +67,15 @@ def finish(
     return run_job
 
 
+EVERYWHERE = [name for name, kind in TARGETS.items() if not kind.is_simulated]
+
+
 @pytest.fixture(scope="module")
 def job(finish: Any) -> Path:
-    return Path(finish("hf", "mlx"))
+    """A job for hf, mlx, and every runtime that is installed."""
+    installed = {name for name in EVERYWHERE if TARGETS[name].missing() is None}
+    base = {"weights": "w4-block32", "solver": "search"}
+    return Path(finish(*sorted({"hf", "mlx"} | installed), base=base))
 
 
 def test_the_base_is_written_once_and_every_adapter_beside_it(job: Path) -> None:
@@ -95,6 +104,27 @@ def test_what_transformers_loads_is_what_was_trained(job: Path) -> None:
         with torch.no_grad():
             expected, found = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
         assert float((found - expected).abs().max()) < 1e-4
+
+
+def test_the_files_for_qairts_pipeline_hold_the_base(job: Path, tmp_path: Path) -> None:
+    bundle, path = job / "export" / "qairt_pipeline", job / "recipe.yaml"
+    assert {p.name for p in bundle.iterdir()} == {"base", "first", "second", "proof", "README.md"}
+    assert '"second": {path: "./second"}' in (bundle / "README.md").read_text()
+    recipe = yaml.safe_load((bundle / "second" / RECIPE).read_text())
+    for place in (
+        recipe["model_id_or_path"],
+        recipe["features"]["lora"]["adapters"]["adapter"]["path"],
+    ):
+        assert (bundle / "second" / place).is_dir()  # QAIRT reads paths from the recipe's folder
+    settings = recipe["stages"]["quantization"]["technique_kwargs"]["lpbq"]
+    assert settings["quantsim_kwargs"] == {"default_param_bw": 4}
+    assert all(proof["passed"] for proof in proofs(bundle).values())
+    folder = bundle / "base"
+    stages = {stage.stage: stage for stage in plan_job(load_recipe(path), tmp_path).stages}
+    sizes = [p.stat().st_size for p in folder.iterdir() if p.name.startswith("model")]
+    assert stages["export/qairt_pipeline"].disk == pytest.approx(sum(sizes), rel=0.1)
+    read = load_precomputed(open_checkpoint(folder, folder / "model.encodings"))
+    assert fingerprint(read) == fingerprint(load_base(job / "base"))
 
 
 def test_a_second_run_skips_all_and_verifies_no_changed_file(job: Path, tmp_path: Path) -> None:
@@ -246,24 +276,10 @@ def test_a_readme_says_what_failed(
     assert not (copy / "export" / "hf" / "README.md").exists()
 
 
-EVERYWHERE = [name for name, kind in TARGETS.items() if not kind.is_simulated]
-
-
-@pytest.fixture(scope="module")
-def everywhere(finish: Any, job: Path) -> Path:
-    """A job for every runtime that is installed."""
-    targets = [name for name in EVERYWHERE if TARGETS[name].missing() is None]
-    if {*targets} <= {"hf", "mlx"}:
-        return job
-    return Path(finish(*targets, base={"weights": "w4-block32", "solver": "search"}))
-
-
 @pytest.mark.parametrize("name", with_clients(EVERYWHERE))
-def test_a_changed_bit_of_any_bundle_is_refused(
-    name: str, everywhere: Path, tmp_path: Path
-) -> None:
-    moved = bundle(everywhere, tmp_path, name)
-    gone = everywhere.rename(everywhere.with_name("gone"))
+def test_a_changed_bit_of_any_bundle_is_refused(name: str, job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path, name)
+    gone = job.rename(job.with_name("gone"))
     try:
         for proof in json.loads(answered("verify", moved, "--json")).values():
             assert proof["passed"]
@@ -279,7 +295,7 @@ def test_a_changed_bit_of_any_bundle_is_refused(
                         verify_bundle(moved)
             (moved / file).write_bytes(content)
     finally:
-        gone.rename(everywhere)
+        gone.rename(job)
 
 
 def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) -> None:

@@ -21,16 +21,11 @@ from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import pack_at_
 from qwlora.nn.packed_layer import packed_weights
-from qwlora.pipeline import VERBS
-from qwlora.pipeline.plan.forecast import plan_job
-from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
-from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.npu.qairt_pipeline import RECIPE
 from qwlora.targets.proof.contents import check_contents
-from qwlora.targets.proof.folder import verify_bundle
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
@@ -180,36 +175,6 @@ def test_the_lines_for_all_adapters_have_their_names_as_texts() -> None:
     assert lora["adapters"] == {name: {"path": f"./{name}"} for name in ("on", "1e3", "a.b")}
     for name, case in lora["use_cases"].items():
         assert (case["adapters"], case["lora_scaling"]) == ([name], [1.0])
-
-
-def test_a_job_writes_and_proves_a_bundle(recipe_for: Any, tmp_path: Path) -> None:
-    adapters = [{"name": name, "rank": 2, "steps": 2, "warmup_steps": 1} for name in ("a", "b")]
-    export = {"targets": ["qairt_pipeline"]}
-    path = recipe_for("one-layer llama", adapters=adapters, export=export)
-    run(load_recipe(path), tmp_path / "job", VERBS)
-    (planned,) = (
-        s
-        for s in plan_job(load_recipe(path), tmp_path).stages
-        if s.stage == "export/qairt_pipeline"
-    )
-    bundle = tmp_path / "job" / "export" / "qairt_pipeline"
-    assert {p.name for p in bundle.iterdir()} == {"base", "a", "b", "proof", "README.md"}
-    assert '"b": {path: "./b"}' in (bundle / "README.md").read_text()
-    recipe = yaml.safe_load((bundle / "b" / RECIPE).read_text())
-    for place in (
-        recipe["model_id_or_path"],
-        recipe["features"]["lora"]["adapters"]["adapter"]["path"],
-    ):
-        assert (bundle / "b" / place).is_dir()  # QAIRT reads paths from the recipe's folder
-    settings = recipe["stages"]["quantization"]["technique_kwargs"]["lpbq"]
-    assert settings["quantsim_kwargs"] == {"default_param_bw": 4}
-    assert all(proof["passed"] for proof in verify_bundle(bundle).values())
-    folder = bundle / "base"
-    sizes = [p.stat().st_size for p in folder.iterdir() if p.name.startswith("model")]
-    assert planned.disk == pytest.approx(sum(sizes), rel=0.1)
-    read = qwlora.load_precomputed(qwlora.open_checkpoint(folder, folder / "model.encodings"))
-    trained_on = qwlora.load_base(tmp_path / "job" / "base")
-    assert qwlora.fingerprint(read) == qwlora.fingerprint(trained_on)
 
 
 def check(folder: Path, part: str) -> None:

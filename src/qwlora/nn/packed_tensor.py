@@ -14,8 +14,10 @@ float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -211,12 +213,20 @@ class PackedTensor:
         if index is not None and isinstance(scheme.granularity, Blocks):  # each row has its own
             parts: Any = (None if part is None else part[index] for part in self.parts)
             chosen = PackedTensor(scheme, self.count, Parts(*parts))
+        flat = packed.reshape(-1, packed.shape[-1])
+        if has_kernel(packed.device):
+            from qwlora.nn.unpack_kernel import unpack_rows
+
+            numbers = [
+                None if part is None else self._broadcast(part, index, shape)
+                for part in chosen.parts[1:]
+            ]
+            return unpack_rows(scheme, flat, numbers, self.count, dtype).view(shape)
         low = chosen.parts.minimum
         if not scheme.symmetric and low is None:
             low = -cast(Tensor, chosen.zero_point).float()
         scale = self._broadcast(chosen.scale, index, shape)
         low = None if low is None else self._broadcast(low.float(), index, shape)
-        flat = packed.reshape(-1, packed.shape[-1])
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
@@ -252,6 +262,14 @@ class PackedTensor:
         if part.numel() == part.shape[-1]:
             return part.reshape(1, -1)
         return part.expand(*shape[:-1], part.shape[-1]).reshape(-1, part.shape[-1])
+
+
+@cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether `unpack_kernel.py` unpacks on `device`: Triton is installed, and compiles for it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:  # ROCm's type is cuda
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _of(part: Tensor | None, rows: slice) -> Tensor:

@@ -337,6 +337,24 @@ def test_every_problem_of_several_sections_is_listed_once(recipe_for: Any, tmp_p
     assert len(problems(recipe_for(), *changes, "base.calibrate_on=[x]")) == 3
 
 
+def test_paths_are_relative_to_the_folder_of_the_recipe(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    path = recipe_for()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    changes = ("data.source=texts", "adapters.0={name: a, continue_from: texts}")
+    recipe = load_recipe(path, changes)
+    assert recipe.data.source == recipe.adapters[0].continue_from == str(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("recipe.yaml"), changes).data.source == str(tmp_path / "texts")
+    (tmp_path / "elsewhere" / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (found,) = problems(path, "data.source=own")
+    assert f"looked for {tmp_path / 'own'}). Give elsewhere/own" in found
+
+
 def test_a_folder_without_a_slash_is_no_adapter_of_the_recipe(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,15 +66,28 @@ class Location:
         return not is_base and quantization_of(self.path)[0] is None
 
 
+_folder: ContextVar[Path | None] = ContextVar("folder of relative paths", default=None)
+
+
+@contextlib.contextmanager
+def relative_to(folder: Path | None) -> Iterator[None]:
+    """Paths that a user gives are relative to `folder` inside, not to the current directory."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
 def user_path(text: str) -> Path:
-    """The path `text`, with `~` and `~user` expanded. It need not exist.
+    """The path `text`, with `~` and `~user` expanded; see `relative_to`. It need not exist.
 
     Raises:
         SourceError: there is no such user, or no file system can hold such a path (too long, or
             with a null byte).
     """
     try:
-        path = Path(text).expanduser()
+        path = (_folder.get() or Path()) / Path(text).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (RuntimeError, OSError, ValueError) as error:

@@ -12,12 +12,14 @@ from pydantic import ValidationError
 
 from qwlora.data.rows import read_text
 from qwlora.errors import RecipeError, SourceError, suggestion
+from qwlora.formats.model_source import relative_to
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply `changes` and validate the result.
+    """Read a recipe, apply `changes` and validate the result. Relative paths in both are relative
+    to the recipe's folder.
 
     Args:
         changes: `section.key=value`, where value is YAML and a number selects an item of a list:
@@ -37,7 +39,8 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(
             source, ["is not a mapping of sections; `qwlora init` writes a recipe to start from"]
         )
-    return parse_recipe(content, source, changes)
+    with relative_to(path.parent):
+        return parse_recipe(content, source, changes)
 
 
 def parse_recipe(recipe: Mapping[str, Any], source: str, changes: tuple[str, ...] = ()) -> Recipe:

@@ -29,7 +29,9 @@ _PAGE = """\
 
 `qwlora init` writes a short recipe to start from, `qwlora check RECIPE --full` prints yours with
 all defaults, and `--set base.weights.bitwidth=3` changes one value for one run. Recipes are YAML
-1.2; unknown and repeated keys are errors. Written from the code: `make docs/recipe.md`.
+1.2; unknown and repeated keys are errors. Relative paths, also those of `--set`, are relative to
+the folder of the recipe; `--out` is relative to the current directory. Written from the code:
+`make docs/recipe.md`.
 
 ## Presets
 

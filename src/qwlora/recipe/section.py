@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
@@ -39,9 +40,14 @@ class Section(BaseModel):
 
 def located(text: str, check: Callable[[str], object]) -> str:
     """A path, hub id or module that `check` accepts, which raises SourceError. Paths are made
-    absolute, so that the resolved recipe does not depend on the current directory."""
-    check(text)
+    absolute, so that the resolved recipe can be anywhere."""
     path = user_path(text)
+    if Path(text).exists() and not path.exists():
+        raise SourceError(
+            f"{text!r} is in the current directory, but paths in a recipe are relative to its own "
+            f"folder{looked_for(text, path)}. Give {os.path.relpath(text, user_path('.'))}"
+        )
+    check(text)
     return str(path.absolute()) if path.exists() else text
 
 

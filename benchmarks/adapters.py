@@ -37,6 +37,7 @@ RECIPE = """name: product
 model: {{source: "{model}"}}
 data: {{sequence_tokens: 256}}
 preset: balanced
+evaluate: all
 base: {{weights: w4-block32, calibration_sequences: 32}}
 adapters:
   - {{name: python, steps: {steps}, data: {{source: "{python}"}}}}

@@ -75,7 +75,7 @@ def test_each_adapter_learns_its_text_and_is_measured_on_all(
     two_texts: Any, tmp_path: Path
 ) -> None:
     verbs = ("quantize", "train", "calibrate", "evaluate")
-    results = run(load_recipe(two_texts()), tmp_path / "out", verbs)
+    results = run(load_recipe(two_texts(evaluate="all")), tmp_path / "out", verbs)
     on = results["perplexity"]["on"]
     assert set(on) == set(results["texts"]) == {"words", "digits"}
     for name, other in (("words", "digits"), ("digits", "words")):
@@ -95,13 +95,26 @@ def test_each_adapter_learns_its_text_and_is_measured_on_all(
 
 def test_a_text_concerns_its_adapter(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:
     with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
-    before = stage_keys(two_texts(data=with_own_text))
-    content = yaml.safe_load(two_texts(data=with_own_text).read_text())
+    sections: dict[str, Any] = {"data": with_own_text, "evaluate": "all"}
+    before = stage_keys(path := two_texts(**sections))
+    content = yaml.safe_load(path.read_text())
     content["adapters"][1]["data"]["held_out"] = 0.4
-    path = two_texts(data=with_own_text, adapters=content["adapters"])
+    path = two_texts(**sections, adapters=content["adapters"])
     changed = {name for name, key in stage_keys(path).items() if before[name] != key}
     assert all("digits" in name for name in changed)
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
+
+
+def test_own_text_is_measured_by_default(two_texts: Any) -> None:
+    """The float model and the base on all texts, since each adapter is compared with them."""
+    names = [n for n in stage_keys(two_texts()) if n.startswith("evaluate/")]
+    kinds = ("float", "base")
+    assert {n for n in names if "/on/" in n} == {
+        f"evaluate/{k}/on/{t}" for k in kinds for t in ("words", "digits")
+    }
+    assert {n for n in names if "/on/" not in n} == {
+        f"evaluate/{k}/{t}" for k in ("adapted", "simulated") for t in ("words", "digits")
+    }
 
 
 def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import flip_bit
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.commands.manage_adapters import add_adapter
-from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.plan.plan import JobTexts, make_plan
@@ -90,6 +90,49 @@ def after(job: FakeJob, stage: str) -> list[str]:
     recipe = load_recipe(job.recipe)
     found = dependents(make_plan(recipe, JobTexts(recipe)), stage)
     return [name for name in ALL if name in found]
+
+
+WEIGHTS_ONLY = [  # files that hold no activations need no calibration and no simulation
+    "evaluate/float",
+    "quantize",
+    "evaluate/base",
+    "export/hf",
+    "export/mlx",
+    "train/first",
+    "evaluate/adapted/first",
+    *(f"{verb}/{name}/first" for name in ("hf", "mlx") for verb in ("export", "verify")),
+]
+
+
+def test_only_what_a_target_needs_runs(job: FakeJob) -> None:
+    job.run(changes=["export.targets=[hf, mlx]", "simulation.base_activations=adapter_only"])
+    assert job.ran == WEIGHTS_ONLY
+    job.run("calibrate", changes=["export.targets=[hf, mlx]"])
+    assert job.said[0].startswith("calibrate: nothing to do")
+    with pytest.raises(DirectoryError, match=r"no simulations: hf, mlx .* hold no activations"):
+        JobModels(job.out).check(ModelName("simulated", "first"))
+    job.run(changes=["export.targets=[hf, onnx]"])
+    assert job.ran == [name for name in ALL if name not in WEIGHTS_ONLY]
+    job.run(changes=["export.targets=[]"])
+    assert not job.ran
+
+
+def test_a_target_that_comes_back_is_current(job: FakeJob) -> None:
+    job.run()
+    job.run(changes=["export.targets=[hf]"])
+    job.run()
+    assert not job.ran
+    # not if what it read was made again meanwhile, or its files changed
+    job.run(changes=["export.targets=[hf]"])
+    damage(job.out / "adapters")
+    job.run(changes=["export.targets=[hf]"])
+    job.run()
+    assert job.ran == ["calibrate/_base", *ALL[5:6], *ALL[7:]]
+    job.run(changes=["export.targets=[hf]"])
+    damage(job.out / "export/onnx/first/weights.bin")
+    job.run(changes=["export.targets=[hf]"])
+    job.run()
+    assert job.ran == ["export/onnx/first", "verify/onnx/first"]
 
 
 def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:

@@ -262,6 +262,31 @@ def test_a_figure_has_one_source() -> None:
     assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
 
 
+def test_adapters_that_were_measured_on_their_own_text_only() -> None:
+    results = results_of("two")
+    for text, measured in results["perplexity"]["on"].items():
+        measured["adapted"] = {text: measured["adapted"][text]}
+    html = render(job_of("two", results))
+    section = html[html.index('<section id="adapters"') :]
+    assert "Each adapter was measured on its own text" in section
+    matrix = section[: section.index("</table>")]
+    assert "Own text" in matrix
+    assert 'class="nm"' not in matrix
+    for name in ("words", "digits"):
+        value, base = (results["perplexity"]["on"][name][k] for k in ("adapted", "base"))
+        change = shown_as.percent(value[name] / base - 1, sign=True)
+        assert f"<small>{change}</small>" in matrix
+
+
+def test_a_job_without_simulations_misses_none() -> None:
+    results = results_of("finished")
+    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr", "kl", "top1"):
+        del results[key]["simulated"]
+    job, missing = job_of("finished", results), "Simulated: not measured"
+    assert missing in render(job)
+    assert missing not in render(replace(job, is_simulated=False))
+
+
 def test_the_time_so_far_counts_earlier_runs() -> None:
     results = results_of("finished")
     parts = [part for verb in results["stages"].values() for part in verb["parts"].values()]

@@ -113,6 +113,10 @@ class Recipe(Section):
     reference: Literal["float"] | None = None
     """float: also train every adapter on the float model, with the same settings, text and seed:
     results and verdict then say what the integers cost. Takes about as long as training"""
+    evaluate: Literal["own", "all"] = "own"
+    """for adapters with texts of their own. own: measure each on its own text, and the float model
+    and the base on all; all: each also on the text of every other, N times N measurements for N
+    adapters"""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """where models compute: cpu, cuda, xpu or mps, also cuda:N and xpu:N. auto: an accelerator if
     torch can use one, else cpu. Files are written and verified on the CPU"""
@@ -337,6 +341,15 @@ class Recipe(Section):
                 "workflow qwa-lora: simulation.base_activations has no effect, since the base's "
                 "activations are calibrated before training, for all adapters; remove it"
             )
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether adapters are calibrated, and simulated: if a target holds activations, if they
+        are trained through activations (qwa-lora), or if there is no target, as a study of its
+        own."""
+        targets = self.export.targets
+        is_held = any(TARGETS[name].is_simulated for name in targets)
+        return is_held or not targets or self.workflow == "qwa-lora"
 
     def use_cases(self) -> list[str]:
         """`export.use_cases` with its default."""

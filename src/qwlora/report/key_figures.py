@@ -77,7 +77,7 @@ def _change(value: float | None) -> Markup | None:
 
 
 def _perplexity(job: Job, adapter: str) -> Tile:
-    kind = job.final_kind(adapter) or "simulated"
+    kind = job.final_kind(adapter) or [*job.kinds][-1]
     label = "Perplexity, simulated" if kind == "simulated" else "Perplexity, with adapter"
     value = job.shown(form.perplexity, *job.path(kind, adapter))
     against = job.reference(kind, adapter)

@@ -47,6 +47,7 @@ class Job:
         recipe_text: the file's text.
         name: of the job's folder, without its parents.
         stale: why the proof of an adapter's files is out of date, by (target, adapter).
+        is_simulated: whether the recipe asks for simulations.
     """
 
     results: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Job:
     recipe_text: str
     name: str
     stale: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    is_simulated: bool = True
 
     def get(self, *path: str) -> Any:
         """The value at `path` of the results; None if it is not there."""
@@ -121,6 +123,11 @@ class Job:
         """Size of the model in float32."""
         packed, floats = self.number("base", "weights"), self.number("base", "float_weights")
         return None if packed is None or floats is None else FLOAT_BYTES * (packed + floats)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Those of `KINDS` that the recipe asks for."""
+        return {k: words for k, words in KINDS.items() if self.is_simulated or k != "simulated"}
 
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""

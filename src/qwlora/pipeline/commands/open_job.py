@@ -120,6 +120,13 @@ class JobModels(JobState):
                 f"{listed(targets)}. Add {name.stage} there, then run: "
                 f"{command_line('export', self.folder)}"
             )
+        if name.stage == "simulated" and not self.recipe.is_simulated:
+            raise DirectoryError(
+                f"{job} has no simulations: {listed(targets)} in export.targets hold no "
+                "activations, so no adapter is calibrated. Use the adapter itself, or add a target "
+                f"with activations ({listed(n for n in TARGETS if TARGETS[n].is_simulated)}) to "
+                f"its recipe.yaml, then run: {command_line('calibrate', self.folder)}"
+            )
         if name.adapter is not None and name not in self.models(name.stage):
             known = [str(model.adapter) for model in self.models(name.stage)]
             kind = "use case" if name.is_use_case else "adapter"
@@ -137,12 +144,13 @@ class JobModels(JobState):
             raise DirectoryError(f"{job} has no {', '.join(missing)} yet. Run first: {commands}")
 
     def is_calibrated(self, adapter: str) -> bool:
-        """Whether an adapter is calibrated.
+        """Whether an adapter is calibrated, and the recipe still asks for it.
 
         Raises:
             DirectoryError: the calibration is of another recipe, adapter or base.
         """
-        if not (self.folder / "simulation" / adapter).is_dir():
+        folder = self.folder / "simulation" / adapter
+        if not (self.recipe.is_simulated and folder.is_dir()):
             return False
         self.require(f"calibrate/{adapter}")
         return True

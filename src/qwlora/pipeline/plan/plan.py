@@ -23,8 +23,10 @@ stages that it affects:
     verify/TARGET             the zero adapter
     calibrate/_use_cases      for targets that hold all use cases; then export, verify/TARGET/CASE
 
-With several texts, evaluate/MODEL/on/TEXT measures a model on the text of another adapter. Imports
-no torch, so that a run in which nothing changed ends at once.
+With several texts, evaluate/MODEL/on/TEXT measures the float model and the base on the text of each
+adapter, and with `evaluate: all` every adapter on the text of each other. If no target holds
+activations, nothing is calibrated (`Recipe.is_simulated`). Imports no torch, so that a run in which
+nothing changed ends at once.
 """
 
 from __future__ import annotations
@@ -181,8 +183,9 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         plan.add(f"export/{name}", plan.files(name), ZERO, artifact=artifact)
     for adapter in recipe.adapters:
         plan.evaluate("adapted", f"train/{adapter.name}", adapter=adapter)
-        plan.calibrate(adapter)
-        plan.evaluate("simulated", f"calibrate/{adapter.name}", adapter=adapter)
+        if recipe.is_simulated:
+            plan.calibrate(adapter)
+            plan.evaluate("simulated", f"calibrate/{adapter.name}", adapter=adapter)
         for name in targets:
             if name not in with_cases:
                 *base, stage = targets[name].stages(name, adapter.name)
@@ -218,7 +221,7 @@ class _Plan:
     def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
         self.recipe, self.texts, self.digests = recipe, texts, digests
         self.targets = {name: TARGETS[name] for name in recipe.export.targets}
-        self.shares = recipe.simulation.base_activations != "all"
+        self.shares = recipe.is_simulated and recipe.simulation.base_activations != "all"
         self.stages: dict[str, Stage] = {}
 
     def add(
@@ -376,7 +379,8 @@ class _Plan:
             reference = compared_with(recipe, kind, adapter)
             against = [reference] if reference else []
             self.add(stage, [*model, self.held_out(own)], *needs, *against, adapter=name)
-        texts = recipe.texts() if kind in ("float", "base", "adapted") else {}
+        kinds = {"float", "base", *(["adapted"] if recipe.evaluate == "all" else [])}
+        texts = recipe.texts() if kind in kinds else {}
         for text, data in texts.items() if len(texts) > 1 else ():
             if data != own:
                 measured = ["kl"] if is_compared(kind, text) else []

@@ -95,7 +95,8 @@ def job_of(
 ) -> Job:
     """A job as its report and its model cards read it."""
     content = recipe.model_dump(mode="json")
-    return Job(results, content, dump_yaml(content), folder.absolute().name, stale or {})
+    text, name = dump_yaml(content), folder.absolute().name
+    return Job(results, content, text, name, stale or {}, recipe.is_simulated)
 
 
 def write_results(

@@ -543,7 +543,7 @@ class JobContext:
             placements: placements of graphs that the caller captured anyway.
         """
         recipe, known = self.recipe, list(placements)
-        if self._rules_are_checked or not recipe.simulation.rules:
+        if self._rules_are_checked or not (recipe.is_simulated and recipe.simulation.rules):
             return
         new = [adapter for adapter in recipe.adapters if recipe.predecessor(adapter) is None]
         models: list[Callable[[], nn.Module]] = [

@@ -105,7 +105,7 @@ def run(
             return results
         with Directory.open(out, recipe, recipe_text, digests) as directory:
             job.stale = find_stale(plan, directory)
-            directory.drop(*(directory.records.keys() - {stage.name for stage in plan}))
+            directory.drop(*(n for n in job.unplanned(directory) if directory.problem(n, None)))
             return job.run(directory, asked, watch or (lambda stage, number, count: None))
     finally:
         digests.save()
@@ -133,6 +133,8 @@ class _Run:
     ) -> list[Stage]:
         """All checks of the directory; returns the stages of `verbs`."""
         asked = [stage for stage in self.plan if stage.verb in verbs]
+        if not asked:
+            self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
         self.stale = find_stale(self.plan, directory)
@@ -161,6 +163,21 @@ class _Run:
 
     def waiting(self, asked: list[Stage]) -> list[Stage]:
         return [s for s in asked if s.name in self.stale or s.name in self.always]
+
+    def unplanned(self, directory: Directory, after: Stage | None = None) -> list[str]:
+        """Names of records that are not of the plan, such as those of a target that the recipe no
+        longer has. They are current again when it comes back.
+
+        Args:
+            after: only those that may have read what this stage writes. Those of other adapters
+                have not.
+        """
+        names = [*(directory.records.keys() - {stage.name for stage in self.plan})]
+        if after is None or after.verb in ("export", "verify", "evaluate"):
+            return names if after is None else []
+        others = {a.name for a in self.recipe.adapters if after.adapter not in (None, a.name)}
+        parts = {name: set(name.split("/")) for name in names}
+        return [n for n in names if not parts[n] & others or after.adapter in parts[n]]
 
     def say_skipped(self, stage: Stage) -> None:
         self.say(f"{stage.name}: skipped, nothing it depends on has changed")
@@ -240,7 +257,8 @@ class _Run:
             if stage.artifact is not None:
                 results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
             record = Record(stage.key, seconds, results)
-            directory.commit(name, record, scratch, stage.artifact, follows)
+            readers = [*follows, *self.unplanned(directory, stage)]
+            directory.commit(name, record, scratch, stage.artifact, readers)
             directory.drop_work(name)
         for other in follows:
             if not self.stale.get(other, "").startswith("has not run"):

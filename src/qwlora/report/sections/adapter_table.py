@@ -18,25 +18,35 @@ def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     if len(job.adapters) < 2:
         return None
-    texts = list(job.section("perplexity", "on"))
-    # a single column if all have the same text
-    columns = {f"Text of {text}": text for text in texts} or {"Shared text": ""}
+    texts, is_own = list(job.section("perplexity", "on")), False
+    if texts and not _crosses(job, texts):
+        texts, is_own = [], True
+    # a single column if all have the same text, or each was measured on its own
+    only = "Own text" if is_own else "Shared text"
+    columns = {f"Text of {text}": text for text in texts} or {only: ""}
     matrix: list[dict[str, Cell]] = [
         {
             "Adapter": name or "none (packed base)",
             **{title: _cell(job, name, text) for title, text in columns.items()},
         }
-        for name in ("", *job.adapters)
+        for name in (*[""] * (not is_own), *job.adapters)
     ]
     rows = [_row(job, name, texts) for name in job.adapters]
     caption = "All adapters. Select a column heading to sort."
     return {
         "texts": texts,
+        "is_own": is_own,
         "matrix": Table("Perplexity, and change against the packed base.", matrix),
         "has_matrix": len(job.adapters) <= MOST_IN_MATRIX,
         "better": _better_than_own(job, texts),
         "table": Table(caption, rows, words=("Best text", "Worst text"), sortable=True),
     }
+
+
+def _crosses(job: Job, texts: list[str]) -> bool:
+    """Whether an adapter was measured on the text of another, see `evaluate` of the recipe."""
+    pairs = [(name, text) for name in job.adapters for text in texts if job.text_of(name) != text]
+    return any(job.number(*_path(name, text)) is not None for name, text in pairs)
 
 
 def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
@@ -50,7 +60,11 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
         "Parameters": job.shown(form.count, "train", name, "trainable_parameters"),
         "Time per step": job.shown(form.seconds, "train", name, "step_seconds"),
         "Perplexity, adapted": job.shown(perplexity, "perplexity", "adapted", name),
-        "Perplexity, simulated": job.shown(perplexity, "perplexity", "simulated", name),
+        **(
+            {"Perplexity, simulated": job.shown(perplexity, "perplexity", "simulated", name)}
+            if job.is_simulated
+            else {}
+        ),
         "Same token": job.shown(precise_percent, *same_token),
         "Worst layer, steps": job.shown(form.fixed, *job.worst_proof(name, "worst_layer_steps")),
         FILES.get(target, "Exported file"): job.shown(form.size, "export", target, name, "bytes"),
@@ -73,7 +87,8 @@ def _path(name: str, text: str) -> tuple[str, ...]:
 
 def _cell(job: Job, name: str, text: str) -> Cell:
     """A perplexity and its change against the packed base, colored."""
-    value, base = job.number(*_path(name, text)), job.number(*_path("", text))
+    of_base = _path("", text) if text else job.path("base", name)
+    value, base = job.number(*_path(name, text)), job.number(*of_base)
     shown = job.shown(perplexity, *_path(name, text))
     if value is None:
         return None

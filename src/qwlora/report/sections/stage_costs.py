@@ -9,7 +9,7 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Row, chart, figure
 from qwlora.report.number_format import TIMES, percent, perplexity, precise_percent, three_decimals
-from qwlora.report.results_view import KINDS, REFERENCES, Job, runtime
+from qwlora.report.results_view import REFERENCES, Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 
 
@@ -64,7 +64,7 @@ def _rows(job: Job, adapter: str) -> list[Row]:
             rows.append(Row(name, value, [part], detail=detail))
 
     before: float | None = None
-    for kind, title in KINDS.items():
+    for kind, title in job.kinds.items():
         after = job.perplexity(kind, adapter)
         if kind == "float" and after is None and job.perplexity("base", adapter) is not None:
             continue  # the model's files hold only integers
@@ -81,7 +81,7 @@ def _rows(job: Job, adapter: str) -> list[Row]:
 def _table(job: Job, adapter: str) -> Table:
     rows: list[dict[str, Cell]] = []
     has_reference = job.reference("adapted", adapter) == "reference"
-    kinds = {"reference": "Float LoRA", **KINDS} if has_reference else KINDS
+    kinds = {"reference": "Float LoRA", **job.kinds} if has_reference else job.kinds
     for kind, title in kinds.items():
         kl, stderr = (job.path(kind, adapter, key) for key in ("kl", "perplexity_stderr"))
         value = job.shown(three_decimals, *job.path(kind, adapter))

@@ -147,13 +147,15 @@ def test_exported_names_and_encodings_agree(finished: Path) -> None:
     onnx.checker.check_model(str(folder / "base" / "model.onnx"), full_check=True)
     graph = onnx.load(folder / "base" / "model.onnx").graph
     tensors = {o for node in graph.node for o in node.output} | {i.name for i in graph.initializer}
-    for name in ("base", "first"):
+    for name in ("first", "base"):
         encodings = json.loads((folder / name / "model.encodings").read_text())
         both = encodings["activation_encodings"] + encodings["param_encodings"]
         names = [entry["name"] for entry in both]
         assert encodings["version"] == "1.0.0"
         assert len(names) == len(set(names))
         assert set(names) <= tensors
+        if name == "first":  # the grids of the base's weights are next to the base alone
+            assert all(".lora_" in entry["name"] for entry in encodings["param_encodings"])
     # no weight of the model is left float: what is, are scales and constants of the code
     floats = [i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
     several = [i.name for i in floats if np.prod(i.dims) > 1]
@@ -183,8 +185,8 @@ def test_exported_integers_are_the_trained_integers(finished: Path) -> None:
 
 
 def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: Path) -> None:
-    folder = finished / "export" / "onnx" / "first"
-    model = load_adapter(load_base(finished / "base"), folder / "adapter").eval()
+    folder, calibrated = (finished / part for part in ("export/onnx/first", "simulation/first"))
+    model = load_adapter(load_base(finished / "base"), calibrated / "adapter").eval()
     parameters = {path: p.detach() for path, p in model.named_parameters()}
     factors = {canonical_name(path): p for path, p in parameters.items() if is_adapter_name(path)}
     document = json.loads((folder / "model.encodings").read_text())
@@ -195,7 +197,7 @@ def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: Pat
         scale = measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten()
         np.testing.assert_allclose(exported[name], scale, rtol=1e-6)
         assert any(torch.equal(tensor, factor) for tensor in trained)
-    assert load_simulation(finished / "simulation" / "first", model).encodings
+    assert load_simulation(calibrated, model).encodings
 
 
 def test_a_moved_bundle_is_proven_and_changed_files_are_named(llama: Path, tmp_path: Path) -> None:
@@ -264,12 +266,14 @@ def test_second_run_skips_everything_and_says_so(llama: Path) -> None:
 def test_directory_works_from_anywhere(
     job_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
 ) -> None:
+    changes = [f"data.source={os.path.relpath(corpus, tmp_path)}"]  # from the recipe's folder
     monkeypatch.chdir(corpus.parent)
-    job_for().run("quantize", changes=[f"data.source={corpus.name}"])
+    job_for().run("quantize", changes=changes)
     monkeypatch.chdir(tmp_path)
-    again = Job(Path("out/recipe.yaml"), Path("out"))
-    again.run("quantize")
-    assert again.said == ["quantize: skipped, nothing it depends on has changed"]
+    for recipe, changed in (("recipe.yaml", changes), ("out/recipe.yaml", [])):
+        again = Job(Path(recipe), Path("out"))
+        again.run("quantize", changes=changed)
+        assert again.said == ["quantize: skipped, nothing it depends on has changed"]
 
 
 @pytest.mark.slow

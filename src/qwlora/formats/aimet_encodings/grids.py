@@ -80,6 +80,7 @@ def write_graph_encodings(
     transposed: Collection[str] = (),
     version: str = "1.0.0",
     float_model: tuple[Mapping[str, Encoding], Collection[str], Sequence[str]] | None = None,
+    kinds: Collection[Kind] = tuple(Kind),
 ) -> None:
     """Write every encoding of an exported model, activations first.
 
@@ -88,9 +89,11 @@ def write_graph_encodings(
         version: 1.0.0, or 2.0.0 of a float model.
         float_model: grids by name of the tensor; which of these are parameters; float tensors
             without a grid. Default: a QDQ model, whose tensors are the marks of `graph`.
+        kinds: of the values of a QDQ model to write encodings of.
     """
-    grids: Mapping[str, Encoding] = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
-    parameters: Collection[str] = {m.name for m in graph.marks if m.kind is not Kind.ACTIVATION}
+    marks = [mark for mark in graph.marks if mark.kind in kinds]
+    grids: Mapping[str, Encoding] = {mark.name: graph.encodings[mark.name] for mark in marks}
+    parameters: Collection[str] = {m.name for m in marks if m.kind is not Kind.ACTIVATION}
     floats: Sequence[str] = ()
     order: BlockOrder = "tensor"
     if float_model is not None:

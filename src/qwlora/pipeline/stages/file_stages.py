@@ -71,10 +71,11 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         if holds_base and not target.cached_graphs:  # a program gives it text of any length
             context.tokenizer.save_pretrained(scratch)
         if adapter is not None:
-            shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
             record["adapter"] = adapter
             if target.has_base:
                 record["base"] = record_digest(bundle / BASE)
+            else:  # else its factors are in the file that the runtime loads
+                shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     if reason is not None:
         written[WITHOUT_CACHE] = record[WITHOUT_CACHE] = reason
     write_record(scratch, record)

@@ -5,7 +5,7 @@
     base/session_options.json           options without which results differ
     base/model.encodings
     NAME/adapter.onnx_adapter           what the adapter changes; a run applies it
-    NAME/model.encodings
+    NAME/model.encodings                of activations and factors; the base's weights have one grid
 
     NAME/model.onnx, model.onnx.data, session_options.json, model.encodings    of `onnx_each`
 
@@ -72,7 +72,7 @@ from qwlora.targets.onnx.onnx_runtime import (
     write_embeddings,
     write_session_options,
 )
-from qwlora.targets.proof.contents import ADAPTER_FILE, SIMULATED_ADAPTER, TOKENIZER, Contents
+from qwlora.targets.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
 from qwlora.targets.proof.reference import Reference
 from qwlora.targets.target import Backend, ExportedGraph
 
@@ -116,7 +116,7 @@ class Onnx(Backend):
 
     contents = Contents(
         base=(MODEL_FILE, DATA_FILE, ENCODINGS_FILE, OPTIONS_FILE, EMBEDDINGS_FILE, *TOKENIZER),
-        adapter=(ADAPTER_FILE, ENCODINGS_FILE, *SIMULATED_ADAPTER),
+        adapter=(ADAPTER_FILE, ENCODINGS_FILE),
         forms={OPTIONS_FILE: OPTIONS_FORM},
     )
 
@@ -135,7 +135,8 @@ class Onnx(Backend):
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         graph = exported.simulation.graph()
-        write_graph_encodings(graph, folder / ENCODINGS_FILE, write_adapter(graph, base, folder))
+        transposed, kinds = write_adapter(graph, base, folder), (Kind.ACTIVATION, Kind.ADAPTER)
+        write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed, kinds=kinds)
 
     def open(self, folder: Path, case: str) -> OnnxModel:
         runtime = OnnxModel(folder, switches=True)

@@ -64,6 +64,11 @@ class Export(Section):
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23. Lower it for tools with an
     older onnx; below 23, each RMSNorm becomes several primitive operators. Default: 23"""
+    embedding_bits: Literal[16, 32] | None = None
+    """bits of a number of embeddings and output heads that are no integers. 16: float16, else
+    bfloat16, where one holds all numbers exactly (the source had 16 bits or fewer), else float32.
+    32: float32. Default: 16 for the targets that hold it, which are all but aimet, qairt, qnn,
+    qairt_pipeline and mlx. For 8 bits, make them integers by a rule in base.rules"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
     configuration. Default: as ONNX Runtime takes them"""
@@ -249,6 +254,11 @@ class Recipe(Section):
                     f"{', '.join(wrong)}: {name} supports activations of "
                     f"{' or '.join(map(str, held))} bits; use one of these, or remove {name} from "
                     "export.targets"
+                )
+            if (bits := self.export.embedding_bits or 0) and bits not in target.embedding_bits:
+                yield (
+                    f"export.embedding_bits: {name} holds {target.embedding_bits[0]} bits only. "
+                    f"Remove embedding_bits, or {name} from export.targets"
                 )
             if taken := target.taken_names & names:
                 yield (

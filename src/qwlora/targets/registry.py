@@ -132,12 +132,13 @@ _simulated = partial(
 )
 
 TARGETS: dict[str, Target] = {
-    "onnx": _simulated(backend_class="qwlora.targets.onnx.onnx:Onnx"),
+    "onnx": _simulated(backend_class="qwlora.targets.onnx.onnx:Onnx", embedding_bits=(16, 32)),
     "onnx_each": _simulated(
         backend_class="qwlora.targets.onnx.onnx:OnnxEach",
         layout=Layout.EACH,
         has_proof=False,
         model_files="model.onnx*",
+        embedding_bits=(16, 32),
     ),
     "aimet": _simulated(
         backend_class="qwlora.targets.npu.float_targets:Aimet",
@@ -180,6 +181,7 @@ TARGETS: dict[str, Target] = {
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
+        embedding_bits=(16, 32),
         scheme_problem=NBITS.problem,
     ),
     "hf": Target(
@@ -187,6 +189,7 @@ TARGETS: dict[str, Target] = {
         extra="hf",
         packages=("compressed_tensors",),
         writes_float_embeddings=True,
+        embedding_bits=(16, 32),
         scheme_problem=COMPRESSED_TENSORS.problem,
         conflict=transformers_conflict,
         kind_problem=COMPRESSED_TENSORS.kind_problem,
@@ -198,6 +201,7 @@ TARGETS: dict[str, Target] = {
         writers=("gguf",),
         source_suffix=".gguf",
         has_float16_scales=True,
+        embedding_bits=(16,),
         scheme_problem=GGUF.problem,
         kind_problem=GGUF.kind_problem,
     ),
@@ -213,6 +217,7 @@ TARGETS: dict[str, Target] = {
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
         writers=(*_ONNX, "openvino", "openvino_tokenizers"),
+        embedding_bits=(16, 32),
         scheme_problem=OPENVINO.problem,
     ),
 }

@@ -109,6 +109,7 @@ class Target:
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         writes_floats: whether all weights are, as float32 next to their encodings.
+        embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
         scheme_problem, embedding_problem, kind_problem: why the files cannot hold integers of a
             scheme, of an embedding with it, or of a kind of layer; None if they can.
         conflict: why they cannot hold layers of all these schemes together.
@@ -132,6 +133,7 @@ class Target:
     has_float16_scales: bool = False
     writes_float_embeddings: bool = False
     writes_floats: bool = False
+    embedding_bits: tuple[int, ...] = (32,)
     scheme_problem: Callable[[Scheme], str | None] = _no_problem
     embedding_problem: Callable[[Scheme], str | None] | None = None
     conflict: Callable[[Collection[Scheme]], str | None] = _no_problem
@@ -226,11 +228,13 @@ class ExportedBase:
 
     Args:
         gguf_file: the file that the model came from, if it was a GGUF file.
+        embedding_bits: see `store_narrow`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     gguf_file: Path | None = None
+    embedding_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,7 @@ class ExportedGraph:
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
         layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
         tokenizer: of the model, for files that hold it.
+        embedding_bits: see `store_narrow`.
     """
 
     simulation: Simulation
@@ -260,6 +265,7 @@ class ExportedGraph:
     updatable: BaseActivations = "all"
     layout: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    embedding_bits: int = 16
 
 
 class Runtime(ABC):

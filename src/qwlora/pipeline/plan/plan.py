@@ -162,7 +162,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     plan.evaluate("base", "quantize")
     for name in bundles:
         if name not in switched:
-            plan.add(f"export/{name}", [], "quantize", artifact=f"export/{name}/{BASE}")
+            artifact = f"export/{name}/{BASE}"
+            plan.add(f"export/{name}", plan.files(name), "quantize", artifact=artifact)
     if recipe.workflow == "qwa-lora":
         ranges = plan.ranges(recipe.base_texts())
         plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
@@ -278,10 +279,11 @@ class _Plan:
 
     def files(self, target: str) -> list[Any]:
         """What exported files depend on besides what they hold: the versions of encodings files
-        and of ONNX's operators, unless they are the default, and the sizes and the layout of graphs
-        with a cache."""
+        and of ONNX's operators and the bits of embeddings, unless they are the default, and the
+        sizes and the layout of graphs with a cache."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
+        keys |= {"embedding_bits"} if len(TARGETS[target].embedding_bits) > 1 else set()
         version = export.model_dump(include=keys, exclude_defaults=True)
         layout = filter(None, [export.layout_of(target)])
         return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]

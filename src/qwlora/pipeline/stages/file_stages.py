@@ -92,8 +92,8 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
     if adapter is None:
         location = fetch(context.recipe.model.source)
         gguf_file = location.path if location.gguf_file else None
-        return ExportedBase(context.base(), context.tokenizer, gguf_file)
-
+        bits = context.recipe.export.embedding_bits or 16
+        return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     return read_canonical(context.path / "adapters" / adapter)
 
 
@@ -116,6 +116,7 @@ def _graph(
         recipe.simulation.base_activations,
         recipe.export.layout_of(target),
         context.tokenizer,
+        recipe.export.embedding_bits or 16,
     )
 
 

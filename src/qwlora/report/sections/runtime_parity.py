@@ -5,8 +5,8 @@ The checks of a single adapter are under the verdict.
 
 from __future__ import annotations
 
-from qwlora.report.number_format import fixed, precise_percent, three_decimals
-from qwlora.report.results_view import Job, runtime
+from qwlora.report.number_format import fixed, precise_percent, size, three_decimals
+from qwlora.report.results_view import BASE, Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
 
@@ -22,7 +22,10 @@ def view(job: Job, adapter: str) -> View | None:
     checks = []
     for target in job.targets:
         name, evidence = runtime(target), proof_evidence(job, target, adapter)
-        rows.append({"Runtime": name, **parity_cells(job, target, adapter)})
+        bundle = job.section("export", target)
+        owner = BASE if BASE in bundle else adapter  # whose files hold the base
+        base: Cell = job.shown(size, "export", target, owner, "bytes")
+        rows.append({"Runtime": name, **parity_cells(job, target, adapter), "Base": base})
         of_outcome[outcome_of(evidence)].append(target)
         of_kind[job.compared_with(target, adapter)].append(name)
         reasons[target] = str(job.get("parity", target, adapter, "not_run") or "not checked")

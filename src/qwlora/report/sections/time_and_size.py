@@ -75,7 +75,8 @@ def _sizes(job: Job) -> list[Row]:
     rows += [_size_bar(f"Adapter {name}", a) for name, a in adapters.items() if a is not None]
     for target in job.targets:
         if (base := job.number("export", target, "base", "bytes")) is not None:
-            rows.append(_size_bar(f"Base for {runtime(target)}", base, floats))
+            # floats may be stored in 16 bits
+            rows.append(_size_bar(f"Base for {runtime(target)}", base, min(floats, base - packed)))
         for name in job.adapters:
             if (exported := job.number("export", target, name, "bytes")) is not None:
                 title = FILES.get(target, runtime(target))

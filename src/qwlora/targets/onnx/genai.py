@@ -53,6 +53,7 @@ from qwlora.targets.onnx.onnx_edits import (
     remove_unused,
     replace_value,
     save_graph,
+    store_narrow,
     write_adapter_file,
 )
 from qwlora.targets.onnx.onnx_model import base_graph, linear_modules, matrix_products
@@ -133,6 +134,7 @@ class Genai(Backend):
         graph = base_graph(model)
         add_branches_(graph, model)
         matmul_nbits_(graph, model)
+        store_narrow(graph, exported.embedding_bits)
         save_graph(graph, folder / MODEL_FILE)
         write_onnx_adapter({}, folder / MODEL_FILE, folder / NO_ADAPTER)
         model.config.get_text_config().save_pretrained(folder)

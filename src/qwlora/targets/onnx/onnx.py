@@ -61,6 +61,7 @@ from qwlora.targets.onnx.onnx_edits import (
     load_graph,
     numbers,
     save_graph,
+    store_narrow,
     write_adapter_file,
 )
 from qwlora.targets.onnx.onnx_model import activation_arrays, build_model, weight_arrays
@@ -88,7 +89,10 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def export_onnx(
-    graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None
+    graph: QuantizedGraph,
+    folder: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    embedding_bits: int = 16,
 ) -> None:
     """Write everything that ONNX Runtime and AIMET's tools need into `folder`.
 
@@ -98,6 +102,7 @@ def export_onnx(
 
     Args:
         metadata: added to the metadata of the ONNX file.
+        embedding_bits: see `store_narrow`.
 
     Raises:
         ExportError: ONNX cannot express the graph (see `build_model`).
@@ -106,6 +111,7 @@ def export_onnx(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model, transposed = build_model(graph, metadata or {})
+    store_narrow(model, embedding_bits)
     save_graph(model, folder / MODEL_FILE)
     write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(graph, folder)
@@ -126,8 +132,8 @@ class Onnx(Backend):
             graph = cached_graph(exported.simulation, captured, quantize_past=False)
         except CaptureError as error:
             graph, reason = exported.simulation.graph(), str(error)
-        base_activations = exported.updatable == "all"
-        transposed = write_switchable(graph, folder, exported.metadata, base_activations)
+        base_activations, bits = exported.updatable == "all", exported.embedding_bits
+        transposed = write_switchable(graph, folder, exported.metadata, base_activations, bits)
         write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
         write_embeddings(exported.simulation, folder)
@@ -148,7 +154,8 @@ class OnnxEach(Backend):
     """A model for each adapter; ONNX Runtime runs it."""
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
-        export_onnx(exported.simulation.graph(), folder, exported.metadata)
+        bits = exported.embedding_bits
+        export_onnx(exported.simulation.graph(), folder, exported.metadata, bits)
         write_embeddings(exported.simulation, folder)
 
     def open(self, folder: Path, case: str) -> OnnxModel:
@@ -156,12 +163,17 @@ class OnnxEach(Backend):
 
 
 def write_switchable(
-    graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str], base_activations: bool
+    graph: QuantizedGraph,
+    folder: Path,
+    metadata: Mapping[str, str],
+    base_activations: bool,
+    embedding_bits: int = 16,
 ) -> set[str]:
     """Write the model of a zero adapter.
 
     Args:
         base_activations: the grids of activations that the base computes depend on the adapter.
+        embedding_bits: see `store_narrow`.
 
     Returns:
         names of the weights that are stored [in, out].
@@ -194,6 +206,7 @@ def write_switchable(
             array = np.take(array, [], axis)
         add_input(model, name, array, shape, known[name])
     model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
+    store_narrow(model, embedding_bits)
     save_graph(model, folder / MODEL_FILE)
     return transposed
 

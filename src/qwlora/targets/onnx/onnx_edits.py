@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.nn.packed_tensor import narrowest
 from qwlora.system.optional_packages import require
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+_LEAST_NARROWED = 2**14  # numbers of a matrix; others would save nothing worth a node
+_READERS = {"Gather", "Gemm", "MatMul", "Transpose"}  # of embeddings and weights, not of scales
 
 
 def load_graph(path: Path) -> Any:
@@ -29,6 +32,47 @@ def save_graph(model: Any, path: Path, data: str | None = DATA_FILE, smallest: i
             or stay where they are.
     """
     require("onnx_ir", "onnx").save(model, path, external_data=data, size_threshold_bytes=smallest)
+
+
+def store_narrow(model: Any, bits: int) -> None:
+    """Store embeddings and matrices of products that are floats in 16 bits where that is exact.
+
+    What is gathered from one is cast to float32 after it, so that a runtime keeps the table as it
+    is stored. Other readers get the matrix cast, which ONNX Runtime folds when it loads the model,
+    as it folds the transpose of a head.
+
+    Args:
+        bits: 16; 32 changes nothing.
+    """
+    ir = require("onnx_ir", "onnx")
+    import ml_dtypes
+
+    for name, value in [*model.graph.initializers.items()] if bits == 16 else ():
+        tensor, uses = value.const_value, list(value.uses())
+        is_matrix = {node.op_type for node, _ in uses} <= _READERS and len(tensor.shape) == 2
+        if not is_matrix or value.is_graph_input() or tensor.size < _LEAST_NARROWED:
+            continue
+        narrow = narrowest(tensor_of(value)) if tensor.dtype == ir.DataType.FLOAT else None
+        if narrow is None or narrow.dtype == torch.float32:
+            continue
+        kind = np.float16 if narrow.dtype == torch.float16 else ml_dtypes.bfloat16
+        stored, cast = constant(model, name, narrow.view(torch.int16).numpy().view(kind)), None
+        to = {"to": int(ir.DataType.FLOAT)}
+        for node, index in uses:
+            if node.op_type == "Gather":
+                node.replace_input_with(index, stored)
+                rows, called = node.outputs[0], node.outputs[0].name
+                rows.name = f"{called}.narrow"
+                wide = new_node("Cast", [rows], called, to)
+                replace_value(rows, wide.outputs[0])
+                wide.replace_input_with(0, rows)
+                rows.type = ir.TensorType(stored.dtype)
+                model.graph.insert_after(node, wide)
+                continue
+            if cast is None:
+                cast = new_node("Cast", [stored], f"{name}.wide", to)
+                model.graph.insert_before(model.graph[0], cast)
+            node.replace_input_with(index, cast.outputs[0])
 
 
 def numbers(value: Any) -> np.ndarray[Any, Any]:

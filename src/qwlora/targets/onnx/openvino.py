@@ -41,7 +41,7 @@ from qwlora.targets.canonical_adapter import (
     CanonicalAdapter,
     write_peft,
 )
-from qwlora.targets.onnx.onnx_edits import MODEL_FILE, save_graph
+from qwlora.targets.onnx.onnx_edits import MODEL_FILE, save_graph, store_narrow
 from qwlora.targets.onnx.onnx_model import base_graph, linear_modules, matrix_products
 from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.target import Backend, ExportedBase, Runtime
@@ -80,6 +80,7 @@ class Openvino(Backend):
         for node, path in matrix_products(graph, linear_modules(model)):
             node.name = path
             paths.add(path)
+        store_narrow(graph, exported.embedding_bits)
         with tempfile.TemporaryDirectory() as scratch:
             save_graph(graph, Path(scratch, MODEL_FILE))
             read = openvino.Core().read_model(Path(scratch, MODEL_FILE))

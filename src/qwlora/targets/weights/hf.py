@@ -37,6 +37,7 @@ from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights
 from qwlora.formats.meta_model import auto_class
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
+from qwlora.nn.packed_tensor import narrowest
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
 from qwlora.targets.registry import COMPRESSED_TENSORS, transformers_conflict
@@ -82,9 +83,15 @@ class Hf(Backend):
         model, layers = exported.model, layers_to_write(exported.model)
         refuse("hf", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
         tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
+
+        def stored(weight: Tensor) -> Tensor:
+            is_matrix = weight.ndim > 1 and weight.dtype == torch.float32
+            return narrowest(weight) if is_matrix and exported.embedding_bits == 16 else weight
+
+        tensors = {name: stored(tensor) for name, tensor in tensors.items()}
         for name, layer in layers.items():
             if isinstance(layer, PackedEmbedding):
-                tensors[name] = layer.tensor.dequantize()
+                tensors[name] = stored(layer.tensor.dequantize())
                 continue
             path = name.removesuffix(".weight")
             parts = layer_tensors(layer.quantized)

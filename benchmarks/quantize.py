@@ -67,17 +67,23 @@ def ours(weight: Tensor, x: Tensor, size: int, sweeps: int) -> tuple[Tensor, flo
     return found.dequantize(), time.process_time() - began
 
 
-def theirs(weight: Tensor, x: Tensor, size: int) -> tuple[Tensor, float]:
+def their_solver(weight: Tensor, x: Tensor, size: int) -> Any:
+    """gptqmodel's solver, which has seen the inputs."""
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight.data = weight.clone()
+    layer.weight.data = weight.clone()  # on its device
     config = {"bits": 4, "group_size": size, "desc_act": False, "act_group_aware": False}
     solver = GPTQ(layer, QuantizeConfig(**config, sym=True))
     solver.quantizer.configure(perchannel=True)
     solver.add_batch(x.unsqueeze(0), layer(x.unsqueeze(0)))
     solver.finalize_hessian()
+    return solver
+
+
+def theirs(weight: Tensor, x: Tensor, size: int) -> tuple[Tensor, float]:
+    solver = their_solver(weight, x, size)
     began = time.process_time()
     values, *_ = solver.quantize()
     return values.detach().float(), time.process_time() - began

@@ -397,22 +397,22 @@ def test_a_template_that_never_ends_is_stopped(marked: str) -> None:
         encode_conversation(TALK, with_template(template + marked))
 
 
-@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
 @pytest.mark.parametrize(
     "bomb",
     [
         "{{ '%020000000d' % 1 }}",
+        "{{ '%020000000d' % 1 }}{% generation %}{% endgeneration %}",
         "{% for m in messages %}{{ m.content * 40000000 }}{% endfor %}",
         "{{ 'x' | center(6000000000) }}",
         "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
         "{% endfor %}{{ n.s | length }}",
     ],
 )
-def test_a_template_that_renders_too_much_is_refused(bomb: str, marked: str) -> None:
+def test_a_template_that_renders_too_much_is_refused(bomb: str) -> None:
     """Before it is tokenized, and before it fills the memory."""
     expected = r"chat\.jsonl:7.*renders more than 1\d\d,\d\d\d characters.*data\.chat_template"
     with pytest.raises(SourceError, match=expected):
-        encode_conversation(TALK, with_template(bomb + marked))
+        encode_conversation(TALK, with_template(bomb))
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import EACH_ARCHITECTURE, tiny_model
 from qwlora.errors import CalibrationError
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.layer_statistics import Observed, observe
@@ -115,7 +115,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert (half - one).norm() < 0.05 * one.norm()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
     """From all derivatives of a block's output, and from many probes of the same three tokens."""
     model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])

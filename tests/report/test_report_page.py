@@ -145,12 +145,7 @@ def some(name: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     ("name", "depth"),
-    [
-        ("finished", 2),
-        pytest.param("finished", 9, marks=pytest.mark.slow),
-        ("two", 2),
-        ("failed", 2),
-    ],
+    [("two", 2), ("failed", 2), pytest.param("finished", 9, marks=pytest.mark.slow)],
 )
 def test_any_key_may_be_missing(name: str, depth: int) -> None:
     results = results_of(name)

@@ -6,7 +6,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_files import DECOMPRESSED_BITWIDTH, FILES, encodings, files
 
@@ -50,6 +50,7 @@ def is_held(e: Entry, source: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize(("source", "target"), [(a, b) for a in VERSIONS for b in VERSIONS])
+@settings(max_examples=25)  # for each of 16 pairs
 @given(st.data())
 def test_what_does_not_come_back_is_listed(source: str, target: str, data: st.DataObject) -> None:
     file, graph = data.draw(files(source))

@@ -23,6 +23,7 @@ AIMET = (
     "aimet-torch>=2.42,<2.43 transformers==4.49.* peft>=0.21,<0.22 pytest jaxtyping gguf "
     "safetensors pydantic>=2.11,<3"
 )
+OF_NODE = "onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11"
 AIMET_ONNX = "aimet-onnx>=2.42,<2.43 qai-hub>=0.56,<0.57 pytest"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers with several threads wait for each other
 OUT = Path("out").absolute()
@@ -51,10 +52,13 @@ def slow(session: nox.Session) -> None:
 @nox.session
 def clients(session: nox.Session) -> None:
     """The programs that exported files are for; here a test that is skipped is a failure."""
-    extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn"
+    extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn,web"
     others = ("trl>=1.16,<2", "qai-hub>=0.56,<0.57")
     _install(session, "-e", f".[{extras}]", *others)
-    session.run("pytest", "-q", "-m", "client", *session.posargs, env=ONE_THREAD)
+    place = session.virtualenv.location
+    session.run("npm", "install", "--prefix", place, *OF_NODE.split(), external=True)
+    environment = ONE_THREAD | {"NODE_PATH": f"{place}/node_modules"}
+    session.run("pytest", "-q", "-m", "client", *session.posargs, env=environment)
 
 
 @nox.session

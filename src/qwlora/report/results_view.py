@@ -23,6 +23,7 @@ RUNTIMES = {
     "gguf": "llama.cpp",
     "mlx": "MLX",
     "qnn": "HTP emulator",
+    "web": "ONNX Runtime Web",
 }  # others as they are
 FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
 KINDS = {

@@ -25,7 +25,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
@@ -94,6 +96,26 @@ class CanonicalAdapter:
             missing = self.rank - len(a)
             factors[module] = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
         return CanonicalAdapter(factors, self.base_fingerprint)
+
+    def inputs(self, none: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """The value of every adapter input of a graph: M.lora_A [in, r], M.lora_B [r, out].
+
+        Args:
+            none: the same of rank 0, which they stay where the adapter has nothing.
+
+        Raises:
+            ExportError: the graph has no input for a module.
+        """
+        if missing := [module for module in self.factors if f"{module}.lora_A" not in none]:
+            raise ExportError(
+                f"the exported base has no place for the adapter's {listed(missing)}: they are no "
+                "linear layers of the captured graph. Train the adapter without them"
+            )
+        return {**none} | {
+            f"{module}.lora_{half}": factor.t().contiguous().float().numpy()
+            for module, pair in self.factors.items()
+            for half, factor in zip("AB", pair, strict=True)
+        }
 
 
 def read_canonical(folder: Path) -> CanonicalAdapter:

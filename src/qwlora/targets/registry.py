@@ -15,6 +15,7 @@ from qwlora.targets.target import OPSETS, LayerKind, Layout, Target
 
 MLX_GROUPS = (128, 64, 32)
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
+WEB_LIBRARY = "onnxruntime-web@^1.30"
 _ANY = range(2, 17)
 
 
@@ -182,6 +183,14 @@ TARGETS: dict[str, Target] = {
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
         embedding_bits=(16, 32),
+        scheme_problem=NBITS.problem,
+    ),
+    "web": Target(
+        backend_class="qwlora.targets.onnx.web:Web",
+        extra="web",
+        packages=("onnx",),
+        writers=_ONNX,
+        node_packages=(WEB_LIBRARY,),
         scheme_problem=NBITS.problem,
     ),
     "hf": Target(

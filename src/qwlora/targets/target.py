@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError
-from qwlora.system.optional_packages import require
+from qwlora.system.optional_packages import node_package, require
 from qwlora.targets.proof.contents import Contents
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Target:
         extra: the extra of this package that installs `packages`.
         packages: modules that are imported to open the files.
         writers: modules that are imported to write them.
+        node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
         is_simulated: whether the files hold activations on grids; else weights and float adapters.
         activation_bitwidths: bitwidths of activations that they can express.
@@ -119,6 +120,7 @@ class Target:
     extra: str
     packages: tuple[str, ...]
     writers: tuple[str, ...] = ()
+    node_packages: tuple[str, ...] = ()
     compilers: tuple[str, str] | None = None
     layout: Layout = Layout.BUNDLE
     is_simulated: bool = False
@@ -186,6 +188,8 @@ class Target:
         missing one."""
         for package in self.writers if to_write else self.packages:
             require(package, self.extra)
+        for package in () if to_write else self.node_packages:
+            node_package(package)
 
     def parts(self, bundle: Path, name: str) -> dict[str, Path]:
         """The folders in a `bundle` with the files of an adapter or use case, by what they are."""
@@ -275,8 +279,10 @@ class Runtime(ABC):
         shipped: the same with the program's own settings, if those compute something else.
         switches: whether `use` and `decode` work; else the files are of one adapter or use case.
         has_layers: whether `run_layers` works.
+        process_bytes: most memory that a process of its own had so far.
     """
 
+    process_bytes = 0
     shipped: Runtime | None = None
     switches = False
     has_layers = False

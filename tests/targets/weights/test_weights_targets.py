@@ -120,8 +120,8 @@ OF_ONNX: list[Any] = [
     ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
 ]
 CASES = [(name, *case) for name in ("hf", "mlx") for case in WITHOUT_BIAS]
-CASES += [(name, *case) for name in ("genai", "openvino") for case in OF_ONNX]
-CASES += [("genai", "llama", "w2-channel", EMBEDDING)]
+CASES += [(name, *case) for name in ("genai", "openvino", "web") for case in OF_ONNX]
+CASES += [(name, "llama", "w2-channel", EMBEDDING) for name in ("genai", "web")]
 
 
 @pytest.mark.parametrize(("name", "architecture", "scheme", "rules"), with_clients(CASES))

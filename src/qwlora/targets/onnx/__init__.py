@@ -1,1 +1,1 @@
-"""Targets that ONNX Runtime or OpenVINO reads: onnx, onnx_each, genai, openvino."""
+"""Targets that ONNX Runtime or OpenVINO reads: onnx, onnx_each, genai, web, openvino."""

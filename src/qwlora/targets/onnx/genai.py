@@ -26,7 +26,6 @@ a model, and all captured graphs are fed alike: tokens, mask, positions, keys an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora.errors import ExportError, foreign_as, listed
+from qwlora.errors import ExportError, foreign_as
 from qwlora.grid.encoding import spread
 from qwlora.grid.packing import pack_words
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear
@@ -131,19 +130,18 @@ class Genai(Backend):
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         model = exported.model
-        graph = base_graph(model)
-        add_branches_(graph, model)
-        matmul_nbits_(graph, model)
-        store_narrow(graph, exported.embedding_bits)
+        graph = switchable_graph(exported)
         save_graph(graph, folder / MODEL_FILE)
-        write_onnx_adapter({}, folder / MODEL_FILE, folder / NO_ADAPTER)
+        write_adapter_file(defaults(graph), folder / NO_ADAPTER)
         model.config.get_text_config().save_pretrained(folder)
         config = _config(exported, {value.name: value.shape for value in graph.graph.inputs})
         write_text(folder / CONFIG_FILE, strict_json.dumps(config, indent=2) + "\n")
         write_settings(model, exported.tokenizer, folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        write_onnx_adapter(exported.factors, base / MODEL_FILE, folder / ADAPTER_FILE)
+        # onnxruntime-genai keeps what an earlier adapter of a generation set and this one does not
+        inputs = exported.inputs(defaults(load_graph(base / MODEL_FILE)))
+        write_adapter_file(inputs, folder / ADAPTER_FILE)
 
     def open(self, folder: Path, case: str) -> GenaiRuntime:
         return GenaiRuntime(folder)
@@ -187,6 +185,15 @@ def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
         },
         "search": {**_SEARCH, "max_length": positions},
     }
+
+
+def switchable_graph(exported: ExportedBase) -> Any:
+    """The graph of a base, with MatMulNBits and places for adapters; see the module."""
+    graph = base_graph(exported.model)
+    add_branches_(graph, exported.model)
+    matmul_nbits_(graph, exported.model)
+    store_narrow(graph, exported.embedding_bits)
+    return graph
 
 
 def add_branches_(graph: Any, model: PreTrainedModel) -> None:
@@ -239,32 +246,10 @@ def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
     remove_unused(graph)
 
 
-def write_onnx_adapter(
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], base: Path, path: Path
-) -> None:
-    """Write an `.onnx_adapter` file.
-
-    It has the factors of all layers, of rank 0 where the adapter has none: onnxruntime-genai keeps
-    what an earlier adapter of a generation set and the next one does not.
-
-    Args:
-        factors: see `CanonicalAdapter`.
-        base: the base's model.
-
-    Raises:
-        ExportError: the base has no place for a module.
-    """
-    inputs = load_graph(base).graph.inputs
-    values = {value.name: numbers(value) for value in inputs if value.const_value is not None}
-    if missing := [name for name in factors if f"{name}.lora_A" not in values]:
-        raise ExportError(
-            f"the exported base has no place for the adapter's {listed(missing)}: they are no "
-            "linear layers of the captured graph. Train the adapter without them"
-        )
-    for module, pair in factors.items():
-        for half, factor in zip("AB", pair, strict=True):
-            values[f"{module}.lora_{half}"] = factor.t().contiguous().float().numpy()
-    write_adapter_file(values, path)
+def defaults(graph: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The adapter inputs of a base's graph, of rank 0."""
+    inputs = [value for value in graph.graph.inputs if value.const_value is not None]
+    return {value.name: numbers(value) for value in inputs}
 
 
 def container_bits(bitwidth: int) -> int:

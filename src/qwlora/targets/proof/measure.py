@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwlora.system.atomic import total_bytes
 from qwlora.system.machine import peak_rss_bytes, processor_name, reset_peak_rss
+from qwlora.system.optional_packages import node_package
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import (
     LIMITS,
@@ -90,7 +91,7 @@ def measure(
     parity = measure_runtime(runtime, bundle / name, reference, limits, track)
     cost = {
         "load_seconds": load_seconds,
-        "peak_memory_bytes": peak_rss_bytes() - before,
+        "peak_memory_bytes": peak_rss_bytes() - before + runtime.process_bytes,
         "bytes": {
             "base": total_bytes((bundle / BASE).rglob("*")),
             "adapter": total_bytes((bundle / name).rglob("*")),
@@ -150,7 +151,7 @@ def client(target: Target) -> dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return versions
+    return versions | {p.rpartition("@")[0]: node_package(p)[1] for p in target.node_packages}
 
 
 def decoded(agreement: float, floor: float) -> Check:

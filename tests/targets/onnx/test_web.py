@@ -1,0 +1,257 @@
+"""Target `web`: the same data as genai, every factor an input, and the page in chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from conftest import byte_tokenizer
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError, MissingExtraError, SourceError
+from qwlora.nn import packed_weights
+from qwlora.system import optional_packages
+from qwlora.system.optional_packages import node_package
+from qwlora.targets.onnx.genai import operands
+from qwlora.targets.onnx.onnx_edits import DATA_FILE, MODEL_FILE
+from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, PAGE
+from qwlora.targets.proof.contents import check_contents
+from qwlora.targets.proof.folder import write_record
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.registry import TARGETS, WEB_LIBRARY
+from qwlora.targets.target import ExportedBase
+from targets.proofs import verify_weights
+from targets.weights.bundles import write_adapter, write_base
+from targets.weights.test_weights_targets import adapters, base, target
+
+IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
+PROMPT = "what was trained?"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+LIBRARIES = {  # of npm, which the page takes from a CDN
+    "onnxruntime-web": "1.30.0",
+    "@huggingface/tokenizers": "0.2.0",
+    "@huggingface/jinja": "0.5.11",
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("web")
+    model, tokenizer = base("w4-block32"), byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "base").mkdir()
+    target("web").write_base(ExportedBase(model, tokenizer), folder / "base")
+    adapted = adapters(model, folder / "trained")
+    for name in ("first", "second"):
+        write_adapter(target("web"), folder, name)
+    for name in ("base", "first", "second"):
+        write_record(folder / name, {"target": "web", "base_fingerprint": "of the base"})
+    return folder, adapted
+
+
+def test_the_graph_is_that_of_genai_without_defaults(
+    bundle: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = bundle
+    write_base(target("genai"), base("w4-block32"), tmp_path)
+    data = [(place / "base" / DATA_FILE).read_bytes() for place in (folder, tmp_path)]
+    assert data[0] == data[1]  # a server of both keeps one copy
+    shutil.copytree(folder / "trained", tmp_path / "trained")
+    web, genai = (
+        onnxruntime.InferenceSession(place / "base" / MODEL_FILE) for place in (folder, tmp_path)
+    )
+    ids = IDS[:1].numpy()
+    feeds = {"input_ids": ids, "attention_mask": ids * 0 + 1, "position_ids": ids * 0}
+    feeds["position_ids"] += range(ids.shape[1])
+    empty = {n: a for n, a in load_file(folder / "base" / NO_ADAPTER).items() if not a.size}
+    assert {i.name for i in web.get_inputs()} - {i.name for i in genai.get_inputs()} == {*empty}
+    for value in genai.get_inputs():
+        if value.name.startswith("past"):
+            sizes = [1, value.shape[1], 0, value.shape[3]]
+            feeds[value.name] = torch.zeros(sizes).numpy()
+    for name in (None, "first", "second"):
+        options = onnxruntime.RunOptions()
+        factors = empty if name is None else load_file(folder / name / ADAPTER)
+        if name is not None:
+            write_adapter(target("genai"), tmp_path, name)
+            loaded = onnxruntime.LoraAdapter()
+            loaded.Load(str(tmp_path / name / "adapter.onnx_adapter"))
+            options.add_active_adapter(loaded)
+        found = web.run(["logits"], feeds | factors)[0]
+        assert (found == genai.run(["logits"], feeds, options)[0]).all()
+
+
+def test_the_library_of_node_is_named_and_not_taken_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "node_modules" / "onnxruntime-web"
+    place.mkdir(parents=True)
+    (place / "package.json").write_text('{"version": "1.30.0"}')
+    monkeypatch.chdir(tmp_path)  # as in a downloaded bundle
+    monkeypatch.setattr(optional_packages, "_global_packages", lambda: ())
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.delenv("NODE_PATH", raising=False)
+    with pytest.raises(MissingExtraError, match="npm install --global onnxruntime-web"):
+        node_package(WEB_LIBRARY)
+    assert "npm install" in str(TARGETS["web"].missing())
+    assert TARGETS["web"].missing(to_write=True) is None
+    monkeypatch.setenv("NODE_PATH", str(tmp_path / "node_modules"))
+    assert node_package(WEB_LIBRARY) == (place, "1.30.0")
+
+
+@pytest.mark.parametrize("name", PAGE)
+def test_a_page_of_somebody_else_is_refused(name: str, tmp_path: Path) -> None:
+    source = resources.files("qwlora.targets").joinpath("onnx/web_files", name)
+    (tmp_path / name).write_text(source.read_text())
+    check_contents(target("web").contents, tmp_path, [name], is_base=True)
+    (tmp_path / name).write_text(source.read_text().replace("adapter", "elsewhere", 1))
+    with pytest.raises(SourceError, match=r"not the script that an export writes"):
+        check_contents(target("web").contents, tmp_path, [name], is_base=True)
+
+
+@pytest.mark.client
+def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, adapted = bundle
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
+    codes, data = operands(layer)[0]["codes"].tobytes(), (copy / "base" / DATA_FILE).read_bytes()
+    assert data.count(codes) == 1
+    wrong = bytes([codes[0] ^ 8]) + codes[1:]  # the first code, by half of its grid
+    (copy / "base" / DATA_FILE).write_bytes(data.replace(codes, wrong))
+    for place, is_right in ((folder, True), (copy, False)):
+        adapted.set_adapter("second")
+        runtime = target("web").open(place / "base", "base")
+        found = verify_weights(runtime, adapted, place / "second", as_sequences(IDS))
+        assert (found.problems == []) == is_right
+    assert runtime.process_bytes > 20e6
+
+
+@pytest.mark.client
+def test_files_that_the_library_refuses_are_named(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle[0], tmp_path / "copy"))
+    (copy / "base" / MODEL_FILE).write_bytes(b"no model")
+    with pytest.raises(ExportError, match=r"ONNX Runtime Web cannot run .*base"):
+        TARGETS["web"].open(copy)
+
+
+class Server(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def page(bundle: tuple[Path, Any]) -> Iterator[Any]:
+    """The page in chromium, at the address in the README; files of its CDN come from npm's."""
+    from playwright.sync_api import sync_playwright
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=bundle[0]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def library(route: Any) -> None:
+        found = re.fullmatch(r"https://cdn\.\w+\.net/npm/(.+)@([\d.]+)/(.+)", route.request.url)
+        assert found is not None, route.request.url
+        assert LIBRARIES[found[1]] == found[2]
+        file = node_package(f"{found[1]}@{found[2]}")[0] / found[3]
+        kinds = {".wasm": "application/wasm"}
+        headers = {"access-control-allow-origin": "*"}
+        headers["content-type"] = kinds.get(file.suffix, "text/javascript")
+        route.fulfill(body=file.read_bytes(), headers=headers)
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        opened = browser.new_page()
+        opened.route(lambda url: "127.0.0.1" not in url, library)
+        link = re.search(
+            r"\(http://localhost:8000(/\S+)\)", usage("web", "base", "first", True, "second")
+        )
+        assert link is not None
+        opened.goto(f"http://127.0.0.1:{server.server_port}{link[1]}")
+        opened.wait_for_function(
+            "!document.querySelector('button').disabled || !/^Load/.test(document.querySelector('[role=status]').textContent)",
+            timeout=300_000,
+        )
+        yield opened
+        browser.close()
+    server.shutdown()
+    server.server_close()
+
+
+ANSWER = """async () => {
+    document.querySelector("button").click();
+    const status = document.querySelector("[role=status]");
+    status.textContent = "";
+    while (!status.textContent) await new Promise((resolve) => setTimeout(resolve, 20));
+    return [document.querySelector("output").value, status.textContent];
+}"""
+LOGITS = """async ([ids, file]) => {
+    const ort = await import("onnxruntime-web/ort.wasm.min.mjs");
+    const { Model, readSafetensors } = await import("./model.mjs");
+    const read = async (path) => new Uint8Array(await (await fetch(path)).arrayBuffer());
+    window.opened ??= await Model.load(ort, read);
+    const { logits } = await opened.run(ids, readSafetensors(ort, await read(file)));
+    return Array.from(logits.data);
+}"""
+
+
+@pytest.mark.client
+def test_the_page_answers_and_switches_adapters(page: Any, bundle: tuple[Path, Any]) -> None:
+    _, adapted = bundle
+    assert page.inner_text("[role=status]") == "Ready"
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(f"user: {PROMPT}\n", return_tensors="pt")["input_ids"]
+    page.fill("textarea", PROMPT)
+    page.fill("[name=count]", "8")
+    answers, before = [], dict[str, list[float]]()
+    for name in ("", "first", "second", "", "first"):
+        with torch.no_grad():
+            if name:
+                adapted.set_adapter(name)
+                expected, tokens = adapted(input_ids=ids).logits, greedy(adapted, ids)
+            else:
+                with adapted.disable_adapter():
+                    expected, tokens = adapted(input_ids=ids).logits, greedy(adapted, ids)
+        page.select_option("select", label=name or "none")
+        answer, status = page.evaluate(ANSWER)
+        assert re.match(r"\d+ tokens, [\d.]+ a second", status)
+        assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
+        answers.append(answer)
+        file = f"../{name}/{ADAPTER}" if name else NO_ADAPTER
+        logits = page.evaluate(LOGITS, [ids[0].tolist(), file])
+        found = torch.tensor(logits).view_as(expected)
+        assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+        assert before.setdefault(name, logits) == logits  # bit for bit
+    assert len({*answers}) == 3
+
+
+def greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < 8:
+        whole = torch.cat([ids, torch.tensor([tokens], dtype=torch.int64)], dim=1)
+        tokens.append(int(model(input_ids=whole).logits[0, -1].argmax()))
+        if tokens[-1] == model.config.eos_token_id:
+            return tokens[:-1]
+    return tokens
+
+
+@pytest.mark.client
+def test_the_page_refuses_an_adapter_of_another_base(page: Any, bundle: tuple[Path, Any]) -> None:
+    record = bundle[0] / "second" / "qwlora.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "base_fingerprint": "another"}))
+    try:
+        page.select_option("select", label="second")
+        assert "another base" in page.evaluate(ANSWER)[1]
+    finally:
+        record.write_text(kept)

@@ -38,8 +38,8 @@ def node_package(package: str) -> tuple[Path, str]:
         MissingExtraError: there is none, or no node.
     """
     name = package.rpartition("@")[0]
-    known = filter(None, os.environ.get("NODE_PATH", "").split(os.pathsep))
-    for folder in (Path(place, name) for place in (*known, *_global_packages())):
+    known = (*os.environ.get("NODE_PATH", "").split(os.pathsep), *_global_packages())
+    for folder in (Path(place, name) for place in known if place):
         if shutil.which("node") and (folder / "package.json").is_file():
             return folder, str(json.loads((folder / "package.json").read_text())["version"])
     raise MissingExtraError(
@@ -52,5 +52,7 @@ def node_package(package: str) -> tuple[Path, str]:
 def _global_packages() -> tuple[str, ...]:
     if (npm := shutil.which("npm")) is None:
         return ()
-    found = subprocess.run([npm, "root", "--global"], capture_output=True, text=True, check=False)
+    command = [npm, "root", "--global"]
+    # npm reads settings in its current folder, which must not be ours
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=os.sep, check=False)
     return tuple(found.stdout.split("\n")[:1])

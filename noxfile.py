@@ -34,6 +34,13 @@ def _install(session: nox.Session, *arguments: str, without_dependencies: str = 
     session.install("--no-deps", *without_dependencies.split())
 
 
+def _packages_of_node(session: nox.Session) -> dict[str, str]:
+    """Install what target `web` runs with; the variable by which it is found."""
+    place = session.virtualenv.location
+    session.run("npm", "install", "--prefix", place, *OF_NODE.split(), external=True)
+    return {"NODE_PATH": f"{place}/node_modules"}
+
+
 def _two_workers(session: nox.Session, *arguments: str) -> None:
     workers = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     session.run("pytest", "-q", *workers, *arguments, env=ONE_THREAD)
@@ -55,9 +62,7 @@ def clients(session: nox.Session) -> None:
     extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn,web"
     others = ("trl>=1.16,<2", "qai-hub>=0.56,<0.57")
     _install(session, "-e", f".[{extras}]", *others)
-    place = session.virtualenv.location
-    session.run("npm", "install", "--prefix", place, *OF_NODE.split(), external=True)
-    environment = ONE_THREAD | {"NODE_PATH": f"{place}/node_modules"}
+    environment = ONE_THREAD | _packages_of_node(session)
     session.run("pytest", "-q", "-m", "client", *session.posargs, env=environment)
 
 
@@ -81,9 +86,10 @@ def vllm(session: nox.Session) -> None:
 @nox.session
 def attack(session: nox.Session) -> None:
     """Kills, full disks, hostile files; it forks, which is safe with one thread only."""
-    _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn]")
+    _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn,web]")
     table = ("--reliability", "docs/log/reliability.md")
-    session.run("pytest", "-q", "-m", "attack", "tests/attack", *table, env=ONE_THREAD)
+    environment = ONE_THREAD | _packages_of_node(session)
+    session.run("pytest", "-q", "-m", "attack", "tests/attack", *table, env=environment)
 
 
 @nox.session

@@ -191,6 +191,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx",),
         writers=_ONNX,
         node_packages=(WEB_LIBRARY,),
+        embedding_bits=(16, 32),
         scheme_problem=NBITS.problem,
     ),
     "hf": Target(

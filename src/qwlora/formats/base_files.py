@@ -27,7 +27,7 @@ from qwlora.formats import manifest
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import tensor_at, tensor_names
+from qwlora.formats.meta_model import put_, read_generation_config_, tensor_at, tensor_names
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import PackedLayer, is_packed, tie_weights_
@@ -218,8 +218,8 @@ class BaseCheckpoint(Checkpoint):
     """The base in `folder`.
 
     As a `Checkpoint`, so that another job can freeze the same integers again. Or to load it into a
-    model that was built without data: `place_packed_`, then all tensors of `verified`, then
-    `finish_`. Each tensor is compared with its digest in base.json when it is read.
+    model, by `load_into_`; transformers calls its parts. Each tensor is compared with its digest in
+    base.json when it is read.
 
     Args:
         folder: the base's folder.
@@ -314,6 +314,18 @@ class BaseCheckpoint(Checkpoint):
         if isinstance(error, ValidationError):
             reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
         return GridError(f"{self.where}: layer {layer!r} of {RECORD}: {reason}; quantize again")
+
+    def load_into_(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Load everything stored into a model without data; floats of it that are not part of a
+        packed weight become `dtype`."""
+        names = self.place_packed_(model)
+        for name, tensor in self.verified(model, check_configuration=True):
+            is_cast = tensor.is_floating_point() and name not in self.packed
+            put_(model, names[name], tensor.to(dtype) if is_cast else tensor)
+        if isinstance(model, PreTrainedModel):
+            read_generation_config_(model, self.path)
+        refuse_meta(model, SourceError)
+        self.finish_(model, dtype)
 
     def place_packed_(self, model: nn.Module) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.

@@ -51,9 +51,8 @@ from qwlora.formats.base_files import (
     write_base,
 )
 from qwlora.formats.manifest import FILES
-from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
+from qwlora.formats.meta_model import empty_model
 from qwlora.nn import PackedLayer
-from qwlora.nn.frozen import refuse_meta
 
 METHOD = "qwlora"
 
@@ -118,14 +117,7 @@ def load_base(
         model = _built(base, trust_remote_code)
     else:
         model.requires_grad_(False).eval()
-    names = base.place_packed_(model)
-    for name, tensor in base.verified(model, check_configuration=True):
-        is_cast = tensor.is_floating_point() and name not in base.packed
-        put_(model, names[name], tensor.to(dtype) if is_cast else tensor)
-    if isinstance(model, PreTrainedModel):
-        read_generation_config_(model, base.path)
-    refuse_meta(model, SourceError)
-    base.finish_(model, dtype)
+    base.load_into_(model, dtype)
     model.to(device)
     return model
 

@@ -170,8 +170,9 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     elif into == "requantized" and not is_exact:
         for tensor, quantized in packed.items():
             weight: Tensor = merged.get_parameter(tensor).detach()
-            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
-            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+            encoding = copy.deepcopy(quantized.encoding)  # not shared by layers that were tied
+            codes = encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            pack_at_(merged, tensor, QuantizedTensor(codes, encoding))
         tie_weights_(merged)
     restore_conv1d_(merged)
     return merged.eval()

@@ -156,14 +156,16 @@ DATA_MISTAKES = {
     "data.chat_template=/not/there.jinja": "'/not/there.jinja' does not exist. Give a file with a J",
     "data={text_column: a, messages_column: b}": "text_column and messages_column exclude each",
     "data.source=corpus/train.jsonl": "data.source: data source 'corpus/train.jsonl' does not exist "
-    f"(looked for {Path.cwd()}/corpus/train.jsonl). Give a file (text, .jsonl",
+    "(looked for FOLDER/corpus/train.jsonl). Give a file (text, .jsonl",
 }
 
 
 @pytest.mark.parametrize(("change", "message"), DATA_MISTAKES.items())
 def test_mistakes_in_data_are_named(recipe_for: Any, change: str, message: str) -> None:
+    recipe = recipe_for()
     with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_for(), (change,))
+        load_recipe(recipe, (change,))
+    message = message.replace("FOLDER", str(recipe.parent))
     assert any(message in problem for problem in caught.value.problems)
 
 

@@ -25,7 +25,7 @@ from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.recipe.yaml_core import flow
 from qwlora.simulation.placement_rules import PlacementRule
-from qwlora.targets.npu.htp_limits import input_problem
+from qwlora.targets.npu.htp_limits import NORM_REMEDY, input_problem
 from qwlora.targets.target import Target
 from qwlora.targets.target_compatibility import Grid
 
@@ -427,10 +427,7 @@ class SimulationSection(Section):
                 (rule.of, rule.bitwidth, rule.symmetric) == ("weights", 8, False)
                 for rule in self.rules
             ):
-                yield (
-                    "add to simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: "
-                    "false}, where NORM is a glob for the names of the norms"
-                )
+                yield NORM_REMEDY
         for key, value in wanted.items():
             if getattr(self, key) != value:
                 yield f"set simulation.{key}: {flow(value)}"

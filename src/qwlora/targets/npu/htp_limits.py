@@ -24,6 +24,10 @@ from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
 CHIP = {"soc_model": "57", "htp_arch": "75"}
 SMALLEST_RESCALE = 2.0**-24
+NORM_REMEDY = (
+    "add to simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: false}, where NORM "
+    "is a glob for the names of the norms"
+)
 _BITS = (4, 8, 16)
 
 
@@ -53,9 +57,8 @@ def factor_problem(scheme: Scheme, input_bitwidth: int) -> str | None:
     """Why the HTP does not multiply activations with such a norm weight; None if it does."""
     if input_bitwidth == 8 and (scheme.bitwidth != 8 or scheme.symmetric):
         return (
-            f"{scheme}: the HTP multiplies activations of 8 bits with 8 bits and an offset. Add to "
-            "simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: false}; NORM is a "
-            "glob for the names of the norms"
+            f"{scheme}: the HTP multiplies activations of 8 bits with 8 bits and an offset; "
+            f"{NORM_REMEDY}"
         )
     return None
 

@@ -188,8 +188,18 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     nodes = {node.name: node for node in graph.program.graph.nodes}
     problems: dict[str, list[str]] = {}
 
+    widths = {
+        mark.node: graph.encodings[mark.name].scheme.bitwidth
+        for mark in graph.marks
+        if mark.kind is Kind.ACTIVATION
+    }
+
     def width(mark: GraphValue) -> int:
-        return min(_input_bitwidths(graph, nodes[mark.node]), default=16)
+        """Of what operators read next to a weight; in a norm, where that has no grid, of the
+        result."""
+        users = list(nodes[mark.node].users)
+        inputs = [widths[n.name] for u in users for n in u.all_input_nodes if n.name in widths]
+        return min(inputs or [widths[u.name] for u in users if u.name in widths], default=16)
 
     def readers(mark: GraphValue, *operators: str) -> list[Node]:
         return [user for user in nodes[mark.node].users if operation(user) in operators]
@@ -214,15 +224,6 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     if problems:
         lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
         raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))
-
-
-def _input_bitwidths(graph: QuantizedGraph, weight: Node) -> set[int]:
-    """Of what operators read next to a weight; in a norm, where that has no grid, of the result."""
-    marks = {mark.node: mark for mark in graph.marks if mark.kind is Kind.ACTIVATION}
-    inputs = [node.name for user in weight.users for node in user.all_input_nodes]
-    results = [user.name for user in weight.users]
-    known = [n for n in inputs if n in marks] or [n for n in results if n in marks]
-    return {graph.encodings[marks[name].name].scheme.bitwidth for name in known}
 
 
 def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:

@@ -35,9 +35,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, core_model_loading
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -62,11 +66,7 @@ from qwlora.nn.packed_layer import pack_at_, tie_weights_
 from qwlora.system.device import CPU, moved
 from qwlora.system.progress import Track, untracked
 
-ROW_OPERATIONS = tuple(
-    getattr(core_model_loading, name)
-    for name in ("Chunk", "Concatenate", "MergeModulelist", "Split")
-    if hasattr(core_model_loading, name)  # transformers before 5.20 has no Split
-)
+ROW_OPERATIONS = (Chunk, Concatenate, MergeModulelist, Split)
 
 
 class Checkpoint(ABC):

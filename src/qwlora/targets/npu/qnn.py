@@ -187,7 +187,6 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`."""
     nodes = {node.name: node for node in graph.program.graph.nodes}
     problems: dict[str, list[str]] = {}
-
     widths = {
         mark.node: graph.encodings[mark.name].scheme.bitwidth
         for mark in graph.marks

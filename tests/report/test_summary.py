@@ -55,6 +55,14 @@ def test_every_name_in_the_table_is_there_once() -> None:
     assert dict(found)["verdict, onnx first"] == "PASS"
 
 
+def test_what_the_base_costs_on_another_text_is_said() -> None:
+    ratio = {"base": {"value": 1.0536, "stderr": 0.0031, "document_stderr": None}}
+    kl = {"base": {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}}
+    found = dict(rows(perplexity_ratio={"on": {"legal": ratio}}, kl={"on": {"legal": kl}}))
+    cost = "+5.4% ± 0.3% perplexity over float, KL 0.0912 ± 0.0021"
+    assert found["base on the text of legal"] == cost
+
+
 def test_distances_from_the_float_model_have_their_errors() -> None:
     base = {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}
     only = {"mean": 0.5, "stderr": None, "document_stderr": None, "p999": 1.5}

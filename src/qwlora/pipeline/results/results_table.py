@@ -66,10 +66,10 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
         values = (models | measured.get("adapted", {})).items()
         shown_values = ", ".join(f"{model} {value:.3f}" for model, value in values)
         yield f"perplexity on the text of {text}", shown_values
+    yield from base_costs(results)
     reference = results.get("reference", {})
     for what, ratio in _by_model(reference.get("perplexity_ratio", {})):
-        stderr = "" if ratio["stderr"] is None else f" ± {ratio['stderr']:.1%}"
-        yield f"over float LoRA, {what}", f"{ratio['value'] - 1:+.1%}{stderr}"
+        yield f"over float LoRA, {what}", _with_error(ratio["value"] - 1, ratio["stderr"], "+.1%")
     for origin, compared in (("float", results), ("float LoRA", reference)):
         agreements = dict(_by_model(compared.get("top1", {})))
         for what, kl in _by_model(compared.get("kl", {})):
@@ -112,6 +112,16 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     yield "seconds", f"{parts}; total {sum(seconds.values()):.0f}"
 
 
+def base_costs(results: dict[str, Any]) -> Iterator[Row]:
+    """What the base costs on texts other than its own, such as that of an adapter added later: a
+    base keeps the calibration that it has."""
+    for text, ratio in results.get("perplexity_ratio", {}).get("on", {}).items():
+        over = _with_error(ratio["base"]["value"] - 1, ratio["base"]["stderr"], "+.1%")
+        kl = results["kl"]["on"][text]["base"]
+        divergence = _with_error(kl["mean"], kl["stderr"], ".4f")
+        yield f"base on the text of {text}", f"{over} perplexity over float, KL {divergence}"
+
+
 def _by_model(figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What was measured of each model, with the model's words."""
     for kind, what in _KINDS.items():
@@ -122,7 +132,7 @@ def _by_model(figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _with_error(value: float, error: float | None, written: str) -> str:
-    return f"{value:{written}}" + ("" if error is None else f" ± {error:{written}}")
+    return f"{value:{written}}" + ("" if error is None else f" ± {error:{written.lstrip('+')}}")
 
 
 def _parity_rows(name: str, parity: dict[str, Any]) -> Iterator[Row]:

@@ -31,6 +31,7 @@ from qwlora.pipeline.results.results import (
     merge_results,
     write_results,
 )
+from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running import new_context
 from qwlora.pipeline.running.distributed import (
     announce,
@@ -222,12 +223,14 @@ class _Run:
             if stage.name in waiting:
                 watch(stage.name, 1 + waiting.index(stage.name), len(waiting))
             with status.failures():
-                seconds = self._run_stage(directory, stage, status)
-            self.say(f"{stage.name}: done in {seconds:.1f} s")
+                record = self._run_stage(directory, stage, status)
+            self.say(f"{stage.name}: done in {record.seconds:.1f} s")
+            for what, cost in base_costs(record.results):  # before its adapter is trained
+                self.say(f"{what}: {cost}")
         return status.end(self.stale)
 
-    def _run_stage(self, directory: Directory, stage: Stage, status: JobStatus) -> float:
-        """Run one stage, and mark those that read what it wrote; returns its seconds."""
+    def _run_stage(self, directory: Directory, stage: Stage, status: JobStatus) -> Record:
+        """Run one stage, and mark those that read what it wrote."""
         name, reason = stage.name, self.stale.get(stage.name, "has not run")
         self.say(f"{name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
         follows = dependents(self.plan, name)
@@ -264,7 +267,7 @@ class _Run:
             if not self.stale.get(other, "").startswith("has not run"):
                 self.stale[other] = f"reads {name}, which ran again"
         del self.stale[name]
-        return seconds
+        return record
 
 
 def _join_stages(context: Any, plan: list[Stage]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Generating text with SmolLM2-135M: the float model, and a packed base with an adapter, with and
-without torch's integer kernels. One thread.
+"""Generating text with SmolLM2-135M, one thread: the float model, a packed base with and without an
+adapter, exactly and with torch's integer kernels, and llama.cpp on the same integers (Q4_0), if its
+bindings are installed (extra `llamacpp`).
 
     python benchmarks/generate.py     prints a table and writes benchmarks/results/generate.json
     python benchmarks/generate.py --rounds 1 --tokens 4 --layers 2    a smoke test; writes nothing
@@ -7,18 +8,30 @@ without torch's integer kernels. One thread.
 The ways take turns in one process. Seconds are processor seconds of the one thread, so that other
 programs on the machine count little; a ratio is the median of the ratios of the rounds. `first` is
 the time to the first token, with a prompt of 32 tokens; `token` that of each further one, with the
-key-value cache. The adapter is a LoRA of rank 16 on every projection.
+key-value cache. `speed` is tokens per second over those of the float model, and over those of
+llama.cpp with or without the adapter, as the way has one. The adapter is a LoRA of rank 16 on every
+projection. "head" is the output head in 8 bits; with it, "base and adapter" is what `qwlora
+generate` runs. The head of llama.cpp's file has 8 bits, too (Q8_0).
 
-`agreement` is the share of 256 positions of held-out text at which bfloat16 kernels and exact
-products have the same likeliest token, when the model reads one token at a time.
+Each token needs all weights once, so `bytes` (of the weights as they are stored, the adapter in
+float32) over the speed at which one thread reads memory is the least time of a token.
+`share_of_bandwidth` is that time over the measured one.
+
+`agreement` is the share of 256 positions of held-out text at which the base with kernels, reading
+one token at a time, and exact products have the same likeliest token.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -27,11 +40,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from measuring import SMOLLM2, machine_line, ratio, write_result
-from qwlora import quantize_
-from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora import export, quantize_, save_adapter
+from qwlora.adapter.training_step import fuse_lora_
+from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
+from qwlora.nn.packed_layer import PackedLayer
 
 PROMPT_TOKENS, RANK = 32, 16
+LLAMA, LLAMA_ADAPTED = "llama.cpp, base", "llama.cpp, base and adapter"
+KERNELS = "base, kernels", "base, kernels, head"
+ADAPTED = "base and adapter, kernels", "base and adapter, kernels, head"
+Generate = Callable[[int], int]  # new tokens -> how many there are
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -40,17 +59,72 @@ def adapted(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
 
 
-def seconds_of(model: Any, ids: Tensor, tokens: int) -> tuple[float, float]:
+def with_kernels(model: Any, head: bool) -> Any:
+    use_few_row_kernels_(model, model.get_output_embeddings() if head else None)
+    fuse_lora_(model)
+    return model
+
+
+def generating(model: Any, ids: Tensor, count: int) -> int:
+    with torch.inference_mode():
+        length = {"min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+        mask = torch.ones_like(ids)
+        found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **length)
+    return found.shape[1] - ids.shape[1]
+
+
+def llama_ways(
+    packed: nn.Module, adapted: nn.Module, tokenizer: Any, ids: Tensor
+) -> tuple[dict[str, Generate], dict[str, int]]:
+    """llama.cpp on the files of target gguf, and the bytes of these; empty without its bindings."""
+    if importlib.util.find_spec("llama_cpp_py_sync") is None:
+        print("llama.cpp is left out: install the extra llamacpp")
+        return {}, {}
+    from qwlora.targets.weights.gguf import ADAPTER, BASE, LlamaRuntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, own = Path(scratch, "gguf"), Path(scratch, "a")
+        save_adapter(adapted, own)
+        source = {"tokenizer": tokenizer, "gguf_file": fetch(SMOLLM2).path}
+        export(packed, "gguf", folder, adapters={"a": own}, **source)
+        base, plain, both = folder / "base", *(LlamaRuntime(folder / "base" / BASE) for _ in "12")
+        both.use(folder / "a")
+        size, more = (base / BASE).stat().st_size, (folder / "a" / ADAPTER).stat().st_size
+    runtimes = {LLAMA: plain, LLAMA_ADAPTED: both}
+    ways = {n: lambda count, r=r: len(r.decode(ids, count)) for n, r in runtimes.items()}
+    return ways, {LLAMA: size, LLAMA_ADAPTED: size + more}
+
+
+def bytes_of(model: nn.Module, head: bool) -> int:
+    """Bytes of the weights that a token needs: all but the rows of the embedding."""
+    layers = {module for module in model.modules() if isinstance(module, PackedLayer)}
+    floats = {id(p): p for p in model.parameters()}  # the embedding is the head
+    output = next(p.numel() for n, p in model.named_parameters() if "embed_tokens" in n)
+    rounded = 3 * output if head else 0
+    return (
+        sum(layer.tensor.nbytes for layer in layers)
+        + sum(p.nbytes for p in floats.values())
+        - rounded
+    )
+
+
+def read_bytes_per_second() -> float:
+    """At which this thread reads memory: the best of some sums over 256 MB."""
+    numbers, seconds = torch.ones(2**26), []
+    for _ in range(5):
+        began = time.thread_time()
+        numbers.sum()
+        seconds.append(time.thread_time() - began)
+    return numbers.nbytes / min(seconds)
+
+
+def seconds_of(generate: Generate, tokens: int) -> tuple[float, float]:
     """Processor seconds to the first token, and of each further one."""
     spent = []
     for count in (1, tokens + 1):
         began = time.thread_time()
-        with torch.inference_mode():
-            length = {"min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
-            mask = torch.ones_like(ids)
-            found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **length)
+        assert generate(count) == count
         spent.append(time.thread_time() - began)
-        assert found.shape[1] == ids.shape[1] + count
     return spent[0], (spent[1] - spent[0]) / tokens
 
 
@@ -66,7 +140,9 @@ def likeliest(model: Any, ids: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--layers", type=int)
@@ -79,53 +155,64 @@ def main() -> None:
     tokenizer = load_tokenizer(SMOLLM2)
     text = tokenizer(topics["lambda"] + topics["class"] + topics["try"])["input_ids"]
     held_out = torch.tensor([text[:256]])
+    ids = held_out[:, :PROMPT_TOKENS]
     packed = copy.deepcopy(floats)
-    quantize_(packed, "w4-block64", "rtn")  # blocks of 32 are those of the file
-    with_kernels = copy.deepcopy(packed)
-    ways = {
+    quantize_(packed, "w4-signed32", "search")  # the blocks of Q4_0, with scales in float16
+    models = {
         "float": floats,
         "base, exact": packed,
-        "base, kernels": with_kernels,
+        **{n: with_kernels(copy.deepcopy(packed), "head" in n) for n in KERNELS},
         "base and adapter, exact": adapted(copy.deepcopy(packed)),
-        "base and adapter, kernels": adapted(copy.deepcopy(packed)),
+        **{n: with_kernels(adapted(copy.deepcopy(packed)), "head" in n) for n in ADAPTED},
     }
-    layers = use_few_row_kernels_(with_kernels)
-    use_few_row_kernels_(ways["base and adapter, kernels"])
+    sizes = {name: bytes_of(model, "head" in name) for name, model in models.items()}
+    ways: dict[str, Generate] = {n: partial(generating, m, ids) for n, m in models.items()}
+    llama, llama_sizes = llama_ways(packed, models["base and adapter, exact"], tokenizer, ids)
+    ways, sizes, reading = ways | llama, sizes | llama_sizes, read_bytes_per_second()
     first: dict[str, list[float]] = {name: [] for name in ways}
     token: dict[str, list[float]] = {name: [] for name in ways}
-    ids = held_out[:, :PROMPT_TOKENS]
     for turn in range(arguments.rounds + 1):
-        for name, model in ways.items():
-            one, more = seconds_of(model, ids, arguments.tokens)
+        for name, way in ways.items():
+            one, more = seconds_of(way, arguments.tokens)
             if turn:  # the first round warms up
                 first[name].append(one)
                 token[name].append(more)
-    rows = [
-        {
+    rows = []
+    for name in ways:
+        seconds = statistics.median(token[name])
+        row = {
             "way": name,
             "first_seconds": round(statistics.median(first[name]), 3),
-            "first_ratio": ratio(first, name, "float"),
-            "token_seconds": round(statistics.median(token[name]), 4),
-            "tokens_per_second": round(1 / statistics.median(token[name]), 2),
-            "token_ratio": ratio(token, name, "float"),
+            "token_seconds": round(seconds, 4),
+            "tokens_per_second": round(1 / seconds, 2),
+            "speed": ratio(token, "float", name),
+            "bytes": sizes[name],
+            "share_of_bandwidth": round(sizes[name] / reading / seconds, 3),
         }
-        for name in ways
-    ]
-    same = (likeliest(packed, held_out) == likeliest(with_kernels, held_out)).float().mean()
-    for row in rows:
-        print("  ".join(f"{value!s:>26}" for value in row.values()))
-    print(f"same likeliest token with kernels: {float(same):.4f}; {layers} layers")
-    if not arguments.layers:
-        content = {
-            "machine": machine_line(),
-            "prompt_tokens": PROMPT_TOKENS,
-            "new_tokens": arguments.tokens,
-            "rounds": arguments.rounds,
-            "layers_with_kernels": layers,
-            "agreement": round(float(same), 4),
-            "rows": rows,
-        }
-        write_result("generate", content)
+        if llama:
+            other = LLAMA_ADAPTED if "adapter" in name else LLAMA
+            row["speed_to_llama"] = ratio(token, other, name)
+        rows.append(row)
+        print("  ".join(f"{value!s:>31}" for value in row.values()))
+    with torch.inference_mode():
+        exact = packed(held_out).logits[0].argmax(-1)
+    same = {
+        name: round(float((exact == likeliest(models[name], held_out)).float().mean()), 4)
+        for name in KERNELS
+    }
+    print(f"same likeliest token: {same}; memory is read at {reading / 1e9:.1f} GB/s")
+    if arguments.layers:
+        return
+    content = {
+        "machine": machine_line(),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": arguments.tokens,
+        "rounds": arguments.rounds,
+        "read_bytes_per_second": round(reading),
+        "agreement": same,
+        "rows": rows,
+    }
+    write_result("generate", content)
 
 
 if __name__ == "__main__":

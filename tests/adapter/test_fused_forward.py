@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from qwlora.adapter.training_step import fused_lora
+from qwlora.adapter.training_step import fuse_lora_, fused_lora
 from qwlora.nn import PackedLinear
+from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.weight_view import LinearAddFunction
 from qwlora.quantize.quantize_model import quantize_
 
@@ -173,3 +174,19 @@ def test_forward_is_restored() -> None:
     with fused_lora(changed):
         pass
     assert [layer.__dict__.get("forward") for layer in changed.modules()] == before
+
+
+@torch.no_grad()
+def test_generating_keeps_the_kernels_for_few_rows(added: list[tuple[int, ...]]) -> None:
+    model = adapted_model().eval()
+    prompt, token = IDS[:1], IDS[:1, :3]
+    expected = [model(input_ids=ids).logits for ids in (prompt, token)]
+    fuse_lora_(model)
+    torch.testing.assert_close(model(input_ids=prompt).logits, expected[0])
+    layers = len(added)
+    assert layers > 0
+    kernels = use_few_row_kernels_(model)
+    logits = model(input_ids=token).logits
+    assert kernels == layers == len(added), "no weight is unpacked for few rows"
+    error = (logits - expected[1]).norm() / expected[1].norm()
+    assert 0 < error < 0.02

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from conftest import tiny_model
@@ -10,7 +12,7 @@ from qwlora import PackedLinear, quantize_
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import pack_module
-from qwlora.nn.few_row_kernels import ROWS, use_few_row_kernels_
+from qwlora.nn.few_row_kernels import EXACT, ROWS, use_few_row_kernels_
 from qwlora.nn.frozen import assert_frozen
 
 FITS = [
@@ -55,6 +57,28 @@ def test_few_rows_are_multiplied_in_bfloat16_and_others_exactly(scheme: Scheme) 
     error = (found - expected).norm() / (expected - layer.bias).norm()
     assert 0 < error < 0.01
     assert torch.equal(layer(many), exact)
+    assert torch.equal(layer.add_to(torch.ones_like(found), few), found + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [None, *FITS_NOT], ids=str)
+def test_a_head_without_a_kernel_has_8_bits_but_its_largest_logits(scheme: Scheme | None) -> None:
+    torch.manual_seed(0)
+    head = packed(scheme, outputs=320) if scheme else nn.Linear(192, 320)
+    few, many = torch.randn(2, ROWS // 2, 192), torch.randn(ROWS + 1, 192)
+    expected, exact = head(few), head(many)
+    assert use_few_row_kernels_(nn.Sequential(head), head=head) == 1
+    logits = head(few)
+    error = (logits - expected).norm() / (expected - head.bias).norm()
+    assert 0 < error < 0.015
+    best, where = expected.topk(EXACT // 2)
+    torch.testing.assert_close(logits.gather(-1, where), best)
+    assert torch.equal(head(many), exact)
+
+
+def test_a_head_that_an_adapter_wraps_stays_exact() -> None:
+    head = LoraLinear(nn.Linear(192, 48), "default", LoraConfig(r=2), r=2)
+    assert use_few_row_kernels_(nn.Sequential(head), head=head) == 0
 
 
 @torch.no_grad()

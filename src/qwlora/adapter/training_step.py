@@ -248,17 +248,26 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     several active adapters, merged or disabled adapters, layers with hooks or with a forward set on
     the instance, and traced graphs.
     """
-    layers: list[Any] = [
+    with contextlib.ExitStack() as stack:
+        for layer in _lora_layers(model):
+            stack.enter_context(replaced(layer, functools.partial(_fused_forward, layer)))
+        yield
+
+
+def fuse_lora_(model: nn.Module) -> None:
+    """`fused_lora` without an end, for a model that only generates text from then on."""
+    for layer in _lora_layers(model):
+        layer.forward = functools.partial(_fused_forward, layer)
+
+
+def _lora_layers(model: nn.Module) -> list[Any]:
+    return [
         m
         for m in model.modules()
         if type(m) is LoraLinear
         and "forward" not in m.__dict__
         and isinstance(m.base_layer, PackedLinear)
     ]
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced(layer, functools.partial(_fused_forward, layer)))
-        yield
 
 
 def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

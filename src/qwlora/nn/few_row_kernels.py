@@ -1,6 +1,6 @@
 """Products of a few rows with packed weights, by torch's own integer kernels for the CPU.
 
-    use_few_row_kernels_(model)
+    use_few_row_kernels_(model, head=model.get_output_embeddings())
     model.generate(ids)
 
 A product with one row of activations reads every weight once, so unpacking it first costs more than
@@ -14,49 +14,85 @@ They compute in bfloat16: activations, scales and zeros are rounded to 8 bits of
 of about 0.3 % of a product. So they are for generating text; neither evaluation nor a proof uses
 them. Products of more than ROWS rows (the prompt), and layers on other grids, stay exact. The codes
 are copied into the kernel's own order: another half byte per weight of the int4 kernel.
+
+A float output head has more bytes than all other weights of a small model. For few rows, a head
+whose grid fits no kernel, or that has none, is rounded to symmetric rows of 8 bits: a copy of one
+byte per weight, and an error of about 1 % of the logits. The EXACT largest logits are then computed
+again from the head's own rows, so that the likeliest token is the exact head's.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Blocks, PerChannel, Scheme
-from qwlora.nn.packed_layer import PackedLinear
+from qwlora.nn.packed_layer import PackedLinear, instance_calls
 
-ROWS = 16
+ROWS, EXACT = 16, 64
 _BLOCKS = (256, 128, 64, 32)  # what the int4 kernel supports
 _OUTPUTS = 16  # it computes this many outputs at once
+_INT8 = Scheme(8, granularity=PerChannel(0))  # what the int8 kernel supports
+_ROUNDED_AT_ONCE = 4096  # rows of a head, so that few of its floats are in memory twice
 
 Product = Callable[[Tensor], Tensor]  # bfloat16 [rows, in] -> [rows, out]
 
 
-def use_few_row_kernels_(model: nn.Module) -> int:
-    """Use the kernels in the packed linear layers of `model` that they fit, in place; returns their
-    number. The model is for inference from then on: `assert_frozen` refuses it."""
+def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int:
+    """Use the kernels in the packed linear layers of `model` that they fit, and in its output head,
+    in place; returns their number. The model is for inference from then on: `assert_frozen` refuses
+    it.
+
+    Args:
+        head: the output head. A head that an adapter or another module wraps stays exact.
+    """
     count = 0
-    for module in model.modules():
-        if not (isinstance(module, PackedLinear) and module.is_plain):
+    for layer in model.modules():
+        if not (isinstance(layer, PackedLinear) and layer.is_plain):
             continue
-        if module.tensor.parts.packed.device.type == "cpu":
-            product = _int4_product(module) or _int8_product(module)
-            if product is not None:
-                module.forward = functools.partial(  # type: ignore[method-assign]
-                    _forward, module, product
-                )
-                count += 1
+        if layer.tensor.parts.packed.device.type != "cpu":
+            continue
+        product = _int4_product(layer) or _int8_product(layer)
+        if product is not None:
+            layer.few_rows = partial(_few_rows, layer, product)
+        elif layer is head:
+            layer.few_rows = partial(_logits, layer, _rounded_product(layer))
+        count += layer.few_rows is not None
+    if type(head) is nn.Linear and head.weight.device.type == "cpu" and not instance_calls(head):
+        logits = partial(_logits, head, _rounded_product(head))
+        head.forward = partial(_forward, head, logits)  # type: ignore[method-assign]
+        count += 1
     return count
 
 
-def _forward(layer: PackedLinear, product: Product, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > ROWS or torch.is_grad_enabled():
-        return PackedLinear.forward(layer, x)
-    y = product(rows.to(torch.bfloat16)).to(x.dtype).view(*x.shape[:-1], -1)
+def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
+    """What `layer` computes; None for more than ROWS rows, or if gradients may be needed."""
+    if x.numel() > ROWS * x.shape[-1] or torch.is_grad_enabled():
+        return None
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    y = product(rows).to(x.dtype).view(*x.shape[:-1], -1)
     return y if layer.bias is None else y + layer.bias
+
+
+def _logits(head: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
+    """`_few_rows` of a rounded head, with the largest logits of the head itself."""
+    y = _few_rows(head, product, x)
+    if y is None:
+        return None
+    top = y.topk(min(EXACT, y.shape[-1])).indices
+    packed = isinstance(head, PackedLinear)
+    rows = head.tensor.dequantize(x.dtype, top) if packed else head.weight[top]
+    exact = (rows @ x.unsqueeze(-1)).squeeze(-1)
+    return y.scatter(-1, top, exact if head.bias is None else exact + head.bias[top])
+
+
+def _forward(head: nn.Linear, logits: Callable[[Tensor], Tensor | None], x: Tensor) -> Tensor:
+    y = logits(x)
+    return nn.Linear.forward(head, x) if y is None else y
 
 
 def _int4_product(layer: PackedLinear) -> Product | None:
@@ -89,9 +125,24 @@ def _int4_product(layer: PackedLinear) -> Product | None:
 
 def _int8_product(layer: PackedLinear) -> Product | None:
     """The int8 kernel with the layer's weight; None if it does not fit."""
-    scheme = layer.scheme
-    if scheme != Scheme(8, granularity=PerChannel(0)):
-        return None
-    codes = (layer.codes.to(torch.int16) + scheme.symmetric_offset).to(torch.int8)
-    scale = layer.encoding.scale.flatten().to(torch.bfloat16)
+    return _int8_kernel([layer.quantized]) if layer.scheme == _INT8 else None
+
+
+def _rounded_product(layer: nn.Linear) -> Product:
+    """The int8 kernel with the layer's weight rounded to its grid."""
+    parts = []
+    for start in range(0, layer.out_features, _ROUNDED_AT_ONCE):
+        rows = slice(start, start + _ROUNDED_AT_ONCE)
+        packed = isinstance(layer, PackedLinear)
+        weight = layer.tensor.dequantize(index=rows) if packed else layer.weight[rows].detach()
+        encoding = measure(weight.float(), _INT8)
+        parts.append(QuantizedTensor(encoding.quantize(weight), encoding))
+    return _int8_kernel(parts)
+
+
+def _int8_kernel(parts: list[QuantizedTensor]) -> Product:
+    """The int8 kernel with a weight in parts of some rows each."""
+    middle = _INT8.symmetric_offset
+    codes = torch.cat([(part.codes.to(torch.int16) + middle).to(torch.int8) for part in parts])
+    scale = torch.cat([part.encoding.scale for part in parts]).to(torch.bfloat16)
     return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, codes, scale)

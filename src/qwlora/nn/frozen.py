@@ -35,7 +35,11 @@ def assert_frozen(model: nn.Module) -> None:
             f"{type(unwrapped(model)).__name__} has no packed layer: its weights are floats. "
             "Call qwlora.quantize_ or qwlora.load_base first"
         )
-    patched = [name for name, layer in packed.items() if "forward" in instance_calls(layer)]
+    patched = [
+        name
+        for name, layer in packed.items()
+        if {"forward", "few_rows"} & set(instance_calls(layer))
+    ]
     if patched:
         raise GridError(
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "

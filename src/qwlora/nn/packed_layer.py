@@ -79,6 +79,7 @@ class PackedLayer(PackedWeightOwner):
     weight_shape: tuple[int, ...]  # of the float weight, as the layer's class has it
     count: int
     layout: str  # the scheme, as custom operators take it
+    few_rows: Callable[[Tensor], Tensor | None] | None  # `few_row_kernels.py`, for generating text
     was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
     _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
 
@@ -112,7 +113,7 @@ class PackedLayer(PackedWeightOwner):
     ) -> Self:
         tensor = source.tensor if isinstance(source, PackedLayer) else source
         self.scheme, self.count, self.layout = tensor.scheme, tensor.count, tensor.scheme.to_text()
-        self.weight_shape, self.compute_dtype = weight_shape, dtype
+        self.weight_shape, self.compute_dtype, self.few_rows = weight_shape, dtype, None
         if isinstance(source, PackedLayer):
             self._owner = (source,)
         else:
@@ -210,7 +211,8 @@ class PackedLayer(PackedWeightOwner):
 
 _ATTRIBUTES = (
     *Parts._fields,
-    *("scheme", "count", "layout", "weight_shape", "compute_dtype", "was_conv1d", "_owner"),
+    *("scheme", "count", "layout", "weight_shape", "compute_dtype", "few_rows", "was_conv1d"),
+    "_owner",
 )
 
 
@@ -223,7 +225,7 @@ def instance_calls(module: nn.Module) -> list[str]:
     """Attributes of the instance that change what a call of `module` computes; accelerate's hook
     around the class's own forward is none."""
     hooked = ("forward",) if accelerate_hook(module) is not None else ()
-    calls = ("forward", "_compiled_call_impl")
+    calls = ("forward", "few_rows", "_compiled_call_impl")
     return [n for n in calls if n not in hooked and module.__dict__.get(n) is not None]
 
 
@@ -263,12 +265,16 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
         if traced():
             y = linear(x, *self.operands)
             return y if self.bias is None else y + self.bias
+        if self.few_rows is not None and (y := self.few_rows(x)) is not None:
+            return y
         return LinearFunction.apply(x, self.bias, self.packed_weight)
 
     def add_to(
         self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]
     ) -> Float[Tensor, "*batch out"]:
         """y += x W_hat^T + b, in place."""
+        if self.few_rows is not None and (product := self.few_rows(x)) is not None:
+            return y.add_(product)
         return LinearAddFunction.apply(y, x, self.bias, self.packed_weight)
 
     @property

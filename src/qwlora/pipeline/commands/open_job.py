@@ -159,8 +159,8 @@ class JobModels(JobState):
         """Load a model.
 
         Args:
-            exact: compute as evaluation does; else packed layers may use torch's integer kernels,
-                see `nn/few_row_kernels.py`.
+            exact: compute as evaluation does; else packed layers and the output head may use
+                torch's integer kernels, see `nn/few_row_kernels.py`.
 
         Raises:
             SourceError: the float model cannot be loaded, or there is none.
@@ -173,12 +173,14 @@ class JobModels(JobState):
         context = self.new_context()
         if name.stage == "float":
             return context.float_model()
+        from qwlora.adapter.training_step import fuse_lora_
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
         # the `generate` of an adapter passes everything on to the model that it wraps
         model: Any = context.base() if name.adapter is None else context.adapted(name.adapter)
         if not exact:
-            use_few_row_kernels_(model)
+            use_few_row_kernels_(model, head=model.get_output_embeddings())
+            fuse_lora_(model)
         return cast("PreTrainedModel", model.eval())
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:

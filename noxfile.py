@@ -27,6 +27,7 @@ OF_NODE = "onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jin
 AIMET_ONNX = "aimet-onnx>=2.42,<2.43 qai-hub>=0.56,<0.57 pytest"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers with several threads wait for each other
 OUT = Path("out").absolute()
+WORKFLOWS, FORMS = "workflows/*.yml", "ISSUE_TEMPLATE/[!c]*.yml"  # not config.yml
 
 
 def _install(session: nox.Session, *arguments: str, without_dependencies: str = TEXT) -> None:
@@ -149,11 +150,17 @@ def aimet_onnx(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Wheel and sdist in dist/: equal when they are built twice, installed and run, with an SBOM.
+    """Wheel and sdist in dist/: equal when they are built twice, installed and run, with an SBOM;
+    and the workflows that do so are checked.
 
     `nox --session package -- 0.1.0` also refuses another version than that.
     """
-    session.install("build>=1.3,<2", "twine>=6.2,<8", "uv>=0.9", "cyclonedx-bom>=7,<8")
+    linters = ("check-jsonschema>=0.39,<1", "zizmor>=1.32,<2")
+    session.install("build>=1.3,<2", "twine>=6.2,<8", "uv>=0.9", "cyclonedx-bom>=7,<8", *linters)
+    workflows, forms = (sorted(map(str, Path(".github").glob(f))) for f in (WORKFLOWS, FORMS))
+    for schema, files in (("github-workflows", workflows), ("github-issue-forms", forms)):
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
+    session.run("zizmor", "--offline", "--min-severity", "medium", *workflows)
     scratch, commit = OUT / "package", ("git", "log", "-1", "--format=%ct")
     stamp = str(session.run(*commit, external=True, silent=True)).strip()
     for folder in (Path("dist"), scratch / "again"):

@@ -300,19 +300,31 @@ def test_trainer_refuses_to_train_the_integers(base: Path, tmp_path: Path) -> No
         Trainer(model, training_arguments(tmp_path))
 
 
+PAIR = {"prompt": "the grid", "chosen": " holds", "rejected": " is gone"}
+
+
 @pytest.mark.client
-def test_sft_trainer_of_trl_trains_an_adapter_on_a_base(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["SFT", "DPO"])
+def test_trainers_of_trl_train_an_adapter_on_a_base(
+    base: Path, tmp_path: Path, method: str
+) -> None:
     import trl
     from datasets import Dataset
 
-    trainer = trl.SFTTrainer(
+    rows = [{"text": text(seed, 12)} if method == "SFT" else PAIR for seed in range(8)]
+    settings = {"bf16": False, "max_length": 32, "logging_steps": 1, **TRAINING}
+    trainer = getattr(trl, f"{method}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(base),
-        args=trl.SFTConfig(str(tmp_path), bf16=False, max_length=32, **TRAINING),
-        train_dataset=Dataset.from_dict({"text": [text(seed, 12) for seed in range(8)]}),
+        args=getattr(trl, f"{method}Config")(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list(rows),
         processing_class=byte_tokenizer(),
         peft_config=ADAPTER,
     )
     check_training(trainer, tmp_path / "adapter")
+    if method == "DPO":  # the reference is the base: equal until the adapter has learned
+        margins = [row["rewards/margins"] for row in trainer.state.log_history[:-1]]
+        assert margins[0] == 0
+        assert margins[-1] > 0
 
 
 @pytest.mark.client

@@ -156,6 +156,23 @@ def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.Monke
     assert "--out" in lines[1]
 
 
+def test_a_bound_without_activations_runs_nothing(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = resolve_compute(load_recipe(recipe_path, ("export.targets=[hf]",)))
+    stages = make_plan(recipe, JobTexts(recipe, reads=False))
+    whole = forecast.estimate(recipe, stages, Path())
+    monkeypatch.setattr(forecast, "_traced", None)
+    bound = forecast.estimate(recipe, stages, Path(), counts_activations=False)
+    for stage, least in zip(whole.stages, bound.stages, strict=True):
+        own, fewer = (each.peak - each.memory["process"] for each in (stage, least))
+        assert 0 < fewer <= own, stage.stage
+        if stage.stage.startswith(("evaluate", "train")):
+            assert fewer < own, stage.stage
+    assert bound.disk == whole.disk
+    assert "at least" in bound.summary
+
+
 def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path: Path, tmp_path: Path) -> None:
     config = mixture().config
     config.architectures = ["MixtralForCausalLM"]

@@ -1,5 +1,6 @@
 """What each stage of a job will need, before it runs: peak memory and disk; and what does not fit.
-`qwlora plan` prints it, and `qwlora run` begins with it.
+`qwlora plan` prints it. `qwlora run` begins with what needs no run of the model: all of it without
+activations, a lower bound.
 
 Shapes come from the model's configuration, activations from running the model's own code on tensors
 that have shapes but no data (`TracedModels`), whatever the architecture. What stages hold at the
@@ -108,11 +109,13 @@ class Estimates:
     Args:
         memory_limit: bytes that the process may use; None if it is not known.
         disk_free: bytes free where the job is written; None if it is not known.
+        counts_activations: False if `memory` is a lower bound, without them.
     """
 
     stages: tuple[Forecast, ...]
     memory_limit: int | None
     disk_free: int | None
+    counts_activations: bool = True
 
     @property
     def disk(self) -> float:
@@ -125,10 +128,10 @@ class Estimates:
 
     @property
     def summary(self) -> str:
-        return (
-            f"estimate: peak memory {size(int(self.largest.peak))} in {self.largest.stage}, disk "
-            f"{size(int(self.disk))}"
-        )
+        peak, stage = size(int(self.largest.peak)), self.largest.stage
+        bound = f"at least {peak} in {stage}, and activations (`qwlora plan` counts them)"
+        memory = f"peak memory {peak} in {stage}" if self.counts_activations else bound
+        return f"estimate: {memory}, disk {size(int(self.disk))}"
 
     @property
     def problems(self) -> list[str]:
@@ -172,14 +175,16 @@ def estimate(
     out: Path,
     track: Track = untracked,
     holds_float_model: bool = False,
+    counts_activations: bool = True,
 ) -> Estimates:
     """Estimate `stages` of a recipe; see `plan_job`.
 
     Args:
         holds_float_model: whether this process has loaded the float model already.
+        counts_activations: False leaves them out, which is quick: the model's code does not run.
     """
     keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
-    forecaster = Forecaster(recipe, keeps_float_model=keeps)
+    forecaster = Forecaster(recipe, keeps, counts_activations)
     forecasts = [
         forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
     ]
@@ -196,7 +201,7 @@ def estimate(
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     with_process = (replace(f, memory={"process": process, **f.memory}) for f in forecasts)
-    return Estimates(tuple(with_process), memory_limit_bytes(), free)
+    return Estimates(tuple(with_process), memory_limit_bytes(), free, counts_activations)
 
 
 class Forecaster:
@@ -204,11 +209,14 @@ class Forecaster:
 
     Args:
         keeps_float_model: whether it is in memory when the base is quantized.
+        counts_activations: see `estimate`.
     """
 
-    def __init__(self, recipe: Recipe, keeps_float_model: bool = False):
+    def __init__(
+        self, recipe: Recipe, keeps_float_model: bool = False, counts_activations: bool = True
+    ):
         self.recipe, self._keeps_float_model = recipe, keeps_float_model
-        self.models = TracedModels(recipe)
+        self.models = TracedModels(recipe, counts_activations)
         location = fetch(recipe.model.source)
         self._is_gguf = location.gguf_file is not None
         self._files = [f.stat().st_size for f in location.files if f.suffix == ".safetensors"]
@@ -523,11 +531,16 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class TracedModels:
-    """Traces the models of a recipe; each run once."""
+    """Traces the models of a recipe; each run once.
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    Args:
+        runs_models: False runs nothing, so every run allocates nothing.
+    """
+
+    def __init__(self, recipe: Recipe, runs_models: bool = True):
+        self.recipe, self._runs_models = recipe, runs_models
         self._runs: dict[Any, TracedRun] = {}
+        self._trained: dict[str, int] = {}
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -606,7 +619,10 @@ class TracedModels:
         return int(shape[0]), int(shape[-1])
 
     def trained_values(self, adapter: Adapter) -> int:
-        return sum(p.numel() for p in self._attached(adapter).parameters() if p.requires_grad)
+        if adapter.name not in self._trained:
+            parameters = self._attached(adapter).parameters()
+            self._trained[adapter.name] = sum(p.numel() for p in parameters if p.requires_grad)
+        return self._trained[adapter.name]
 
     def forward(self, kind: str, tokens: int, adapter: Adapter | None = None) -> TracedRun:
         """An evaluation of one sequence.
@@ -616,6 +632,8 @@ class TracedModels:
                 captured: with attention as single operators.
         """
         key = (kind, tokens, adapter and adapter.name)
+        if not self._runs_models:
+            return TracedRun()
         if key not in self._runs:
             if kind in _ON_FLOAT:
                 model: nn.Module = copy.deepcopy(self.model)
@@ -633,6 +651,8 @@ class TracedModels:
         """One forward and backward pass, without the output head, of the base or of the float
         model."""
         key = ("training", adapter.name, tokens, rows, on_float)
+        if not self._runs_models:
+            return TracedRun()
         if key not in self._runs:
             model = self._attached(adapter, on_float)
             model.train()

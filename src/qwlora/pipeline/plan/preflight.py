@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.formats.base_files import read_record
 from qwlora.formats.checkpoint import LazyModel
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.encoding import QuantizedTensor
@@ -126,10 +128,16 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
     base = context.recipe.base
     if base.solver == "keep":
         lazy = LazyModel(model_files(context.recipe.model))
-        return lazy.model, lambda name: isinstance(
-            lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
+        return lazy.model, cache(  # reading a tensor decodes it
+            lambda name: isinstance(lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor)
         )
-    model = context.float_model() if context.lazy is None else context.lazy.model
+    location = fetch(context.recipe.model.source)
+    if context.lazy is not None:
+        model = context.lazy.model
+    elif location.gguf_file and base.rotation is None:  # the stages load it, which takes long
+        model = GgufCheckpoint(location.path, as_floats=True).model
+    else:
+        model = context.float_model()
     plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
     return model, plan.__contains__
 

@@ -311,8 +311,13 @@ class JobContext:
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device, without weights: to check whether an adapter fits it."""
-        config = None if self._float_model is None else self._float_model.config
-        return skeleton(self.recipe.model, config)
+        return skeleton(self.recipe.model, self._config)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        """Read once: from a GGUF file, that takes seconds."""
+        model = self.recipe.model
+        return load_config(model.source, model.trust_remote_code)
 
     @property
     def base_fingerprint(self) -> str:

@@ -184,7 +184,8 @@ class _Run:
         self.say(f"{stage.name}: skipped, nothing it depends on has changed")
 
     def prepare(self, waiting: list[Stage], estimates: bool) -> None:
-        """All checks of text and model, which need no writing, and the estimate."""
+        """All checks of text and model, which need no writing, and an estimate without activations:
+        to count these takes longer than some stages."""
         self.context = new_context(self.recipe, self.texts, self.out, self.track)
         from qwlora.pipeline.plan import preflight
 
@@ -197,7 +198,7 @@ class _Run:
 
         holds_float = self.context.holds_float_model
         try:
-            forecast = estimate(self.recipe, waiting, self.out, self.track, holds_float)
+            forecast = estimate(self.recipe, waiting, self.out, self.track, holds_float, False)
         except Exception as error:  # an estimate is no reason to stop a job
             self.say(f"no estimate of memory: {described(error)}")
         else:

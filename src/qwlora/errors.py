@@ -16,6 +16,7 @@
      ├── VerificationError  (RuntimeError)     an exported file computes something else
      ├── UploadError        (RuntimeError)     the hub refused an upload, or cannot be reached
      ├── NonFiniteError     (ArithmeticError)  a result is NaN or infinite
+     ├── DeviceError        (RuntimeError)     a device is missing, or has too little memory
      └── MissingExtraError  (ImportError)      an optional package is not installed
 
 Each class is also the builtin in parentheses, so callers may catch either. A message says what was
@@ -88,9 +89,12 @@ def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
     return f"; there are {listed(names, 20)}"
 
 
-def size(count_bytes: int) -> str:
-    """`12.3 MB`; below 0.1 MB `45.6 kB`. Both are decimal."""
-    return f"{count_bytes / 1e6:,.1f} MB" if count_bytes >= 1e5 else f"{count_bytes / 1e3:.1f} kB"
+def size(count_bytes: float) -> str:
+    """`45.6 kB`, `149.5 MB`, `1.9 GB`: decimal, one decimal."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count_bytes >= factor:
+            return f"{count_bytes / factor:,.1f} {unit}"
+    return f"{count_bytes / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:

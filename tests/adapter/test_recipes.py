@@ -127,9 +127,9 @@ def test_external_adapter_needs_unknown_base_accept(recipe_for: Any, tmp_path: P
         ("={name: a, steps: 0}", ": steps is 0, so nothing would be trained; set steps, or con"),
         (
             "={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
-            r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is no regular",
+            r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is not a regular",
         ),
-        (".target_modules='*.down_proj'", "_modules: '*.down_proj' is no regular expression"),
+        (".target_modules='*.down_proj'", "_modules: '*.down_proj' is not a regular expression"),
         (
             "={name: a, target_parameters: [experts.up], dropout: 0.1, dora: true, layers: [0]}",
             ": dropout, dora, layers: PEFT does not support this together with target_parameters",

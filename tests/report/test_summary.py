@@ -85,7 +85,7 @@ def test_distances_from_the_float_model_have_their_errors() -> None:
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0.0 kB"), (45_678, "45.7 kB"), (100_000, "0.1 MB"), (1_234_567_890, "1,234.6 MB")],
+    [(0, "0.0 kB"), (45_678, "45.7 kB"), (100_000, "100.0 kB"), (1_234_567_890, "1.2 GB")],
 )
 def test_sizes_do_not_round_to_nothing(count: int, words: str) -> None:
     assert size(count) == words

@@ -72,7 +72,7 @@ def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]
     """Name, shape and (with `read`) values of each tensor."""
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = file.get_tensor(name) if read else None
                 yield name, file.get_slice(name).get_shape(), tensor
     except (OSError, SafetensorError) as error:

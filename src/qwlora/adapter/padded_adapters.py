@@ -63,8 +63,8 @@ def _wrapped(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
     if missing and not isinstance(model, PeftModel):
         raise CaptureError(
             f"{listed(missing, 3)}: only other adapters change it, so this one is padded with "
-            "zeros there, and it is no LoRA layer. Attach another adapter that changes it, or let "
-            "PEFT load the adapter (PeftModel.from_pretrained)"
+            "zeros there, and it is not a LoRA layer. Attach another adapter that changes it, or "
+            "let PEFT load the adapter (PeftModel.from_pretrained)"
         )
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel) and missing:

@@ -79,9 +79,9 @@ def push(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Upload the base or an adapter to the hub.
+    """Upload the base or an adapter to the Hugging Face hub.
 
-    With its model card and its exported files, to the Hugging Face hub. Shows what would be
+    Its model card and its exported files go with it. Shows what would be
     uploaded and asks first. Uses the token of `hf auth login` or HF_TOKEN.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):

@@ -28,7 +28,7 @@ def check(
 ) -> None:
     """Validate a recipe and print what it and its preset set.
 
-    Then which targets hold the grids of its base.
+    It also says which targets hold the grids of its base.
     """
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
@@ -134,15 +134,15 @@ def _estimate_lines(estimates: Estimates) -> Iterator[str]:
     for stage in estimates.stages:
         parts = {name: count for name, count in stage.memory.items() if name != "process"}
         most = max(parts, key=lambda part: parts[part])
-        disk = size(int(stage.disk)) if stage.disk else ""
-        largest_part = f"{most}, {size(int(parts[most]))}"
-        rows.append((stage.stage, size(int(stage.peak)), disk, largest_part))
+        disk = size(stage.disk) if stage.disk else ""
+        largest_part = f"{most}, {size(parts[most])}"
+        rows.append((stage.stage, size(stage.peak), disk, largest_part))
     yield from table(rows)
     limit, free, largest = estimates.memory_limit, estimates.disk_free, estimates.largest
     of_limit = "" if limit is None else f" of {size(limit)}"
     of_free = "" if free is None else f" of {size(free)} free"
-    yield f"\nmemory  {size(int(largest.peak))}{of_limit}, in {largest.stage}"
-    yield f"disk    {size(int(estimates.disk))}{of_free}\n"
+    yield f"\nmemory  {size(largest.peak)}{of_limit}, in {largest.stage}"
+    yield f"disk    {size(estimates.disk)}{of_free}\n"
     yield from (f"Does not fit: {problem}" for problem in estimates.problems)
     if not estimates.problems:
         yield "Everything fits."

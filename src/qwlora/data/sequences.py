@@ -13,7 +13,7 @@ Tokens become sequences of equal length by one of three packings:
                 next sequence, and attends to those before it; the remainder at the end is dropped
     documents   whole documents packed into one sequence, each with its own positions from 0, so
                 that attention does not cross; the rest is padding
-    none        one document a sequence, padded to the longest
+    none        one document per sequence, padded to the longest
 
 Running text longer than a sequence is cut into pieces. Other documents are truncated at the end,
 and dropped if that leaves no loss token. Except with `join`, the first token of a document is never

@@ -5,7 +5,7 @@
                              that holds their values; in shards if large
       base.json              format, fingerprint, source, the numbers of the configuration, scheme
                              and shape of each packed layer, digests of each tensor and of the files
-                             below (`manifest.py`); written last, so a folder without it is no base
+                             below (`manifest.py`); written last: a folder without it is not a base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
 A model of diffusers has the config.json of its own library, and loads by `load_base`; for any other

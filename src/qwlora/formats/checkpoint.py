@@ -330,7 +330,7 @@ def _listed(names: list[str]) -> str:
     return f"{listed(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
 
 
-def origins(
+def find_origins(
     model: PreTrainedModel,
     stored: Mapping[str, tuple[int, ...]],
     where: str,
@@ -378,7 +378,7 @@ def origins(
     by_target: dict[str, Origin] = {}
     for first, parts in sources.items():
         converter = by_pattern.get(parts[0][1] or "")
-        convert = partial(_converted, model, first, converter, parts)
+        convert = partial(_parameters_of, model, first, converter, parts)
         empty = {name: torch.empty(stored[name], device="meta") for name, _ in parts}
         try:
             converted = convert(empty)
@@ -398,7 +398,7 @@ def origins(
     return by_target, [n for n in unknown if not any(re.search(part, n) for part in ignored)]
 
 
-def _converted(
+def _parameters_of(
     model: PreTrainedModel,
     target: str,
     converter: WeightConverter | None,

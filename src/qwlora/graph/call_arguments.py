@@ -62,7 +62,7 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
 def check_token_ids(
     arguments: Mapping[str, Any], model: nn.Module, error: type[QwloraError]
 ) -> None:
-    """Refuse token ids that are no integers [batch, tokens] or outside the vocabulary of `model`;
+    """Refuse token ids that are not integers [batch, tokens] or outside the vocabulary of `model`;
     arguments without `input_ids` pass."""
     ids = arguments.get("input_ids")
     if not isinstance(ids, Tensor):
@@ -207,7 +207,7 @@ class Structure:
 
 
 def _leaves(value: Any, path: str = "", stop_at: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Everything in `value` that is no mapping, tuple or list, or whose path is in `stop_at`."""
+    """Everything in `value` that is not a mapping, tuple or list, or whose path is in `stop_at`."""
     if path in stop_at or not isinstance(value, Mapping | tuple | list):
         yield path, value
         return

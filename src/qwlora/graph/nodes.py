@@ -161,7 +161,7 @@ def used_placeholders(program: ExportedProgram) -> set[str]:
 
 
 def stored_tensors(program: ExportedProgram) -> set[str]:
-    """Names of the placeholders that are no inputs: parameters, buffers and constants."""
+    """Names of the placeholders that are not inputs: parameters, buffers and constants."""
     specs = program.graph_signature.input_specs
     return {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
 

@@ -44,7 +44,7 @@ class Trait(StrEnum):
     ADAPTER_WEIGHT = "adapter-weight"
     # A weight, bias or norm of the base that step 1 left in float.
     PARAMETER = "parameter"
-    # Only moves values of another tensor (view, transpose, cat ...).
+    # Only moves values of another tensor (view, transpose, slice ...).
     DATA_MOVEMENT = "data-movement"
     # Keys and values of attention, which a key-value cache holds.
     KEY_OR_VALUE = "key-or-value"

@@ -308,7 +308,7 @@ def spread(
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times
-    a bfloat16 scale would not find its way back.
+    with a bfloat16 scale would not round back to the same code.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

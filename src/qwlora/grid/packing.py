@@ -11,7 +11,7 @@ planes of 1 bit start in the high bit, as in `numpy.packbits`. A row is padded w
 whole number of groups, where a group is the fewest codes that fill whole bytes in every plane. So a
 code costs exactly `bitwidth` bits, and rows share no bytes.
 
-Files of other tools have one stream of bits a row instead, in little-endian int32 words: code `i`
+Files of other tools have one stream of bits per row instead, in little-endian int32 words: code `i`
 occupies the bits `[i * bitwidth, (i + 1) * bitwidth)`, so a 3-bit code may cross a word boundary
 (`pack_words`). For 4 and 2 bits both layouts are the same.
 """

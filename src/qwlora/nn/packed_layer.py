@@ -81,7 +81,7 @@ class PackedLayer(PackedWeightOwner):
     layout: str  # the scheme, as custom operators take it
     few_rows: Callable[[Tensor], Tensor | None] | None  # `few_row_kernels.py`, for generating text
     was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
-    _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
+    _owner: tuple[PackedLayer] | None  # in a tuple, so that it is not a submodule
 
     @classmethod
     def from_layer(cls, module: nn.Module, source: PackedTensor | PackedLayer) -> Self:
@@ -223,7 +223,7 @@ def is_packed(module: nn.Module) -> TypeGuard[PackedLayer]:
 
 def instance_calls(module: nn.Module) -> list[str]:
     """Attributes of the instance that change what a call of `module` computes; accelerate's hook
-    around the class's own forward is none."""
+    around the class's own forward is not one."""
     hooked = ("forward",) if accelerate_hook(module) is not None else ()
     calls = ("forward", "few_rows", "_compiled_call_impl")
     return [n for n in calls if n not in hooked and module.__dict__.get(n) is not None]

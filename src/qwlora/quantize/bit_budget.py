@@ -81,7 +81,7 @@ def budget_rules(
     track: Track,
 ) -> list[LayerRule]:
     """Rules that give each matrix product its scheme. Layers that `rules` name keep theirs, and so
-    do tensors that are no matrix product, or that no batch reaches.
+    do tensors that are not factors of a matrix product, or that no batch reaches.
 
     Args:
         plan, blocks: as for `quantize_blocks_`, without a budget.

@@ -154,7 +154,7 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         if is_adapter_name(path) or isinstance(module, ParametrizationList):
             continue
         parameters: Mapping[str, object] = module._parameters
-        if has_computed_weight(module):  # from parameters that are no weights themselves
+        if has_computed_weight(module):  # from parameters that are not weights themselves
             parameters = {"weight": module}
         for key, parameter in parameters.items():
             name = f"{path}.{key}" if path else key

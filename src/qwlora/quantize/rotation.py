@@ -250,7 +250,7 @@ class _Stream:
             elif name == "layer_norm":
                 raise _cannot(f"{place_of(user)} is a LayerNorm, which subtracts the mean")
             elif "norm" in name or name in ("pow", "mean", "var_mean"):
-                raise _cannot(f"{place_of(user)} is no root mean square norm with a gain")
+                raise _cannot(f"{place_of(user)} is not a root mean square norm with a gain")
             elif not name.startswith("sym_size"):
                 raise _cannot(f"{name} of {place_of(user)} reads the residual stream")
 
@@ -313,7 +313,7 @@ class _Stream:
         if "@" in path or not is_own or own.shape != weight.meta["val"].shape:
             raise _cannot(
                 f"{place_of(node)} ({type(module).__name__}) reads or writes the residual stream, "
-                "and is no plain layer with one weight that runs once"
+                "and is not a plain layer with one weight that runs once"
             )
         return path
 

@@ -32,7 +32,7 @@ from qwlora.targets.target_compatibility import Grid
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
-JOB, MODEL = "job", "model"  # parts of base.calibration that are no source of text
+JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
 DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "lpbq": 64}
 WeightBitwidth = Literal[2, 3, 4, 5, 6, 7, 8]
 Bitwidth = Annotated[int, Field(ge=2, le=16)]

@@ -65,7 +65,7 @@ class Export(Section):
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23. Lower it for tools with an
     older onnx; below 23, each RMSNorm becomes several primitive operators. Default: 23"""
     embedding_bits: Literal[16, 32] | None = None
-    """bits of a number of embeddings and output heads that are no integers. 16: float16, else
+    """bits per value of embeddings and output heads that stay float. 16: float16, else
     bfloat16, where one holds all numbers exactly (the source had 16 bits or fewer), else float32.
     32: float32. Default: 16 for the targets that hold it, which are all but aimet, qairt, qnn,
     qairt_pipeline and mlx. For 8 bits, make them integers by a rule in base.rules"""

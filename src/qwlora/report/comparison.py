@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from qwlora.errors import size
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Row, chart, figure, shortened
 from qwlora.report.number_format import fixed, three_decimals
@@ -163,7 +164,7 @@ def _cost_table(names: list[str], jobs: Sequence[Job]) -> Table:
         {
             "Job": name,
             **{capitalized(v): job.shown(form.seconds, "stages", v, "seconds") for v in verbs},
-            "Packed layers": job.shown(form.size, "base", "bytes"),
+            "Packed layers": job.shown(size, "base", "bytes"),
         }
         for name, job in zip(names, jobs, strict=True)
     ]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from qwlora.errors import size
 from qwlora.report import number_format as form
-from qwlora.report.number_format import percent, precise_percent, size, tagged
-from qwlora.report.results_view import BASE, FILES, REFERENCES, Job, runtime
+from qwlora.report.number_format import percent, precise_percent, tagged
+from qwlora.report.results_view import FILES, REFERENCES, Job, runtime
+from qwlora.system.parameter_names import BASE
 
 PERPLEXITY = (
     "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "

@@ -91,14 +91,6 @@ def seconds(value: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def size(count_bytes: float) -> str:
-    """`45.6 kB`, `149.5 MB`, `1.9 GB`: decimal, one decimal."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count_bytes >= factor:
-            return f"{count_bytes / factor:,.1f} {unit}"
-    return f"{count_bytes / 1e3:.1f} kB"
-
-
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`, `a, b and 4 more`."""
     if len(names) > 4:

@@ -14,17 +14,8 @@ from markupsafe import Markup, escape
 
 from qwlora.report.number_format import Format, finite, tagged
 from qwlora.targets.proof.checks import Check
+from qwlora.targets.registry import TARGETS
 
-RUNTIMES = {
-    "onnx": "ONNX Runtime",
-    "onnx_each": "ONNX Runtime",
-    "hf": "transformers",
-    "qairt_pipeline": "transformers",
-    "gguf": "llama.cpp",
-    "mlx": "MLX",
-    "qnn": "HTP emulator",
-    "web": "ONNX Runtime Web",
-}  # others as they are
 FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
 KINDS = {
     "float": "Float model",
@@ -34,7 +25,6 @@ KINDS = {
 }  # of models that are evaluated, in the order of the stages
 # What models are compared with: the float model as loaded, or with the same adapter trained on it.
 REFERENCES = {"float": "the float model", "reference": "float LoRA"}
-BASE = "base"  # instead of the name of an adapter: the files without one
 FLOAT_BYTES = 4
 
 
@@ -259,7 +249,7 @@ def _at(content: Any, path: tuple[Any, ...]) -> Any:
 
 def runtime(target: str) -> str:
     """The runtime's name of an export target."""
-    return RUNTIMES.get(target, target)
+    return TARGETS[target].runtime or target
 
 
 def capitalized(text: str) -> str:

@@ -27,13 +27,13 @@ from qwlora.errors import duration
 from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
 from qwlora.report.results_view import (
-    BASE,
     Job,
     capitalized,
     code,
     runtime,
     without_folders,
 )
+from qwlora.system.parameter_names import BASE
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much

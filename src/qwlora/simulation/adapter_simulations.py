@@ -74,11 +74,10 @@ from qwlora.simulation.saved_simulation import (
 )
 from qwlora.simulation.simulation import Batches, Simulation, simulate
 from qwlora.system.device import device_of
-from qwlora.system.parameter_names import adapter_of, canonical_name
+from qwlora.system.parameter_names import BASE, adapter_of, canonical_name
 from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
-BASE = "base"
 _Weights = Mapping[str, Tensor]  # of an adapter, by path
 
 

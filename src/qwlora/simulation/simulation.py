@@ -182,7 +182,7 @@ class Simulation(nn.Module):
                 for every method that computes simulated values.
             CaptureError: see `Captured.bind`.
         """
-        arguments |= zip(self.inputs, first, strict=False)
+        arguments |= zip(self.inputs[: len(first)], first, strict=True)
         return self.captured.result_of(self._simulated(arguments))
 
     def calibrate(

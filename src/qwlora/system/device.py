@@ -116,5 +116,5 @@ def on_cpu(*modules: nn.Module) -> Iterator[None]:
         for part, parameters, buffers in tensors:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
-        for module, device in away.items():  # what is no parameter or buffer
+        for module, device in away.items():  # what is not a parameter or buffer
             module.to(device)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+BASE = "base"  # what the base is called where an adapter or a use case has its name
 _WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
 
 
@@ -99,7 +100,9 @@ def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
             if "*" in pattern
             else ""
         )
-        return f"{pattern!r} is no regular expression, which PEFT takes here: {error.msg}{remedy}"
+        return (
+            f"{pattern!r} is not a regular expression, which PEFT takes here: {error.msg}{remedy}"
+        )
     return None
 
 

@@ -1,1 +1,1 @@
-"""Write a simulation for real runtimes, and run what was written."""
+"""Write a simulation, or a base with its adapters, for real runtimes, and run what was written."""

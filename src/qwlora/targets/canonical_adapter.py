@@ -41,9 +41,9 @@ from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, mergeable_record
 from qwlora.errors import ExportError, SourceError, listed
 from qwlora.formats import manifest
 from qwlora.graph.graph_analysis import computed_from
-from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations
+from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.system import strict_json
-from qwlora.system.parameter_names import is_adapter_name
+from qwlora.system.parameter_names import BASE, is_adapter_name
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
 from qwlora.targets.target import NONE, members
 
@@ -123,7 +123,7 @@ def read_canonical(folder: Path) -> CanonicalAdapter:
 
     Raises:
         SourceError: its files cannot be read.
-        ExportError: it is mergeable, or holds something that is no pair of LoRA factors of a
+        ExportError: it is mergeable, or holds something that is not a pair of LoRA factors of a
             linear layer.
     """
     config, what = read_config(folder), f"adapter {str(folder)!r}"

@@ -30,6 +30,7 @@ from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.device import on_cpu
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
@@ -37,7 +38,7 @@ from qwlora.targets.proof.folder import RECORD, write_record
 from qwlora.targets.proof.measure import measure_runtime
 from qwlora.targets.proof.reference import least_noise, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime, size_problems
+from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Runtime, size_problems
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def export(
         gguf_file: of the base, if it came from one, for target gguf, which copies the rest of it.
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
             shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
-            that is no causal language model.
+            that is not a causal language model.
         graphs, context: of a causal language model, for targets aimet, qairt and qnn: new tokens
             in one call, and past and new tokens together. There is one graph for each pair of them.
             All share one copy of the weights, except in aimet, where each graph has a copy.

@@ -133,9 +133,14 @@ _simulated = partial(
 )
 
 TARGETS: dict[str, Target] = {
-    "onnx": _simulated(backend_class="qwlora.targets.onnx.onnx:Onnx", embedding_bits=(16, 32)),
+    "onnx": _simulated(
+        backend_class="qwlora.targets.onnx.onnx:Onnx",
+        runtime="ONNX Runtime",
+        embedding_bits=(16, 32),
+    ),
     "onnx_each": _simulated(
         backend_class="qwlora.targets.onnx.onnx:OnnxEach",
+        runtime="ONNX Runtime",
         layout=Layout.EACH,
         has_proof=False,
         model_files="model.onnx*",
@@ -160,6 +165,7 @@ TARGETS: dict[str, Target] = {
     ),
     "qnn": _simulated(
         backend_class="qwlora.targets.npu.qnn:Qnn",
+        runtime="HTP emulator",
         compilers=("onnxruntime_qnn", "qnn"),
         layout=Layout.CASES,
         cached_graphs=True,
@@ -171,6 +177,7 @@ TARGETS: dict[str, Target] = {
     ),
     "qairt_pipeline": Target(
         backend_class="qwlora.targets.npu.qairt_pipeline:QairtPipeline",
+        runtime="transformers",
         extra="hf",
         packages=("transformers", "peft"),
         writes_floats=True,
@@ -179,6 +186,7 @@ TARGETS: dict[str, Target] = {
     ),
     "genai": Target(
         backend_class="qwlora.targets.onnx.genai:Genai",
+        runtime="ONNX Runtime GenAI",
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
@@ -187,6 +195,7 @@ TARGETS: dict[str, Target] = {
     ),
     "web": Target(
         backend_class="qwlora.targets.onnx.web:Web",
+        runtime="ONNX Runtime Web",
         extra="web",
         packages=("onnx",),
         writers=_ONNX,
@@ -196,6 +205,7 @@ TARGETS: dict[str, Target] = {
     ),
     "hf": Target(
         backend_class="qwlora.targets.weights.hf:Hf",
+        runtime="transformers",
         extra="hf",
         packages=("compressed_tensors",),
         writes_float_embeddings=True,
@@ -206,6 +216,7 @@ TARGETS: dict[str, Target] = {
     ),
     "gguf": Target(
         backend_class="qwlora.targets.weights.gguf:Gguf",
+        runtime="llama.cpp",
         extra="llamacpp",
         packages=("gguf", "llama_cpp_py_sync"),
         writers=("gguf",),
@@ -217,6 +228,7 @@ TARGETS: dict[str, Target] = {
     ),
     "mlx": Target(
         backend_class="qwlora.targets.weights.mlx:Mlx",
+        runtime="MLX",
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
         scheme_problem=MLX.problem,
@@ -224,6 +236,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         backend_class="qwlora.targets.onnx.openvino:Openvino",
+        runtime="OpenVINO",
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
         writers=(*_ONNX, "openvino", "openvino_tokenizers"),

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError
 from qwlora.system.optional_packages import node_package, require
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.contents import Contents
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 
 OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
-BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
+PROOF = "proof"  # a folder of a bundle, next to BASE and those of adapters
 NONE, AND = "none", "+"  # use cases: no adapter; the names of several
 
 
@@ -93,6 +94,7 @@ class Target:
     Args:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
+        runtime: the program's name, for people; default: the target's.
         packages: modules that are imported to open the files.
         writers: modules that are imported to write them.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
@@ -119,6 +121,7 @@ class Target:
     backend_class: str
     extra: str
     packages: tuple[str, ...]
+    runtime: str = ""
     writers: tuple[str, ...] = ()
     node_packages: tuple[str, ...] = ()
     compilers: tuple[str, str] | None = None
@@ -251,7 +254,7 @@ class ExportedGraph:
         sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
             shapes, its values are golden inputs.
         encodings_version: of AIMET encodings files.
-        graphs: sizes of the graphs with a key-value cache. Empty for a model that is no causal
+        graphs: sizes of the graphs with a key-value cache. Empty for a model that is not a causal
             language model: one graph of the sample's shapes.
         opset: of the float models of targets aimet and qairt. Default: the newest that they need.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.

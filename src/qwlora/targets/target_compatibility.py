@@ -29,7 +29,7 @@ class Grid:
     """A grid of a base.
 
     Args:
-        solver: chooses its numbers; None if they exist already, keep if they are no float16.
+        solver: chooses its numbers; None if they exist already, keep if they are not float16.
         of_embedding: whether embeddings alone have it.
     """
 
@@ -68,7 +68,7 @@ def refusals(
         path, scheme = embedding
         reason = f"{path} stays float" if scheme is None else target.embedding_problem(scheme)
         rule = f"Add to base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
-        rule = "Quantize the model anew" if keeps else rule
+        rule = "Quantize the model again" if keeps else rule
         if reason:
             reasons.append(f"{reason}, and the HTP reads its rows with one scale. {rule}")
     return reasons

@@ -21,12 +21,12 @@ from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
 from qwlora.simulation.adapter_simulations import (
-    BASE,
     AdapterSimulations,
     BaseActivations,
     simulate_adapters,
 )
 from qwlora.simulation.kv_cache_graph import CacheSizes, cache_sizes
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import (
     CanonicalAdapter,
     peft_names,
@@ -340,11 +340,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor-renamed": (
         edit_weights("B.safetensors", rename),
-        rf"B\.safetensors: other .* is no weight of {PROMPT}_model\.onnx",
+        rf"B\.safetensors: other .* is not a weight of {PROMPT}_model\.onnx",
     ),
     "rank-changed": (
         edit_weights("B.safetensors", shrink),
-        rf"B\.safetensors: .*\[64, 4\] is no weight of {PROMPT}_model\.onnx",
+        rf"B\.safetensors: .*\[64, 4\] is not a weight of {PROMPT}_model\.onnx",
     ),
     "weights-cut": (
         lambda f: (f / "B.safetensors").write_bytes(b"x"),

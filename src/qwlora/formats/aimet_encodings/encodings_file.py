@@ -72,7 +72,7 @@ def write_encodings(file: EncodingsFile, path: Path | str, version: str | None =
 
     Raises:
         ConversionError: the version cannot express the content, or needs more; see `convert`.
-        EncodingsFileError: a field of the file is no JSON, or the path cannot be written.
+        EncodingsFileError: a field of the file is not JSON, or the path cannot be written.
     """
     text = to_text(file if version is None else convert(file, version))
     try:

@@ -100,7 +100,7 @@ class JsonEntry(Strict):
             if fields.get("enc_type") == "VECTOR" or "vector_dim" in fields:
                 raise ValueError(
                     "is vector quantization (VECTOR, of GPTVQ): its codes index a codebook, they "
-                    "are no integers on a grid. Quantize the layer per channel, per block or LPBQ"
+                    "are not integers on a grid. Quantize the layer per channel, per block or LPBQ"
                 )
             if isinstance(scale, dict) and "input_dtype" in scale:
                 raise ValueError(

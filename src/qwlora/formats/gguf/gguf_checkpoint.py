@@ -85,7 +85,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qwlora.errors import ExportError, QwloraWarning, SourceError, foreign_as, listed
-from qwlora.formats.checkpoint import MappedCheckpoint, Origin, origins
+from qwlora.formats.checkpoint import MappedCheckpoint, Origin, find_origins
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.meta_model import empty_model
 from qwlora.grid.encoding import Encoding, QuantizedTensor
@@ -244,12 +244,11 @@ class GgufCheckpoint(MappedCheckpoint):
         if all(
             part.get("rope_type", "default") == "default" for part in (parameters, *by_layer_type)
         ):
-            prefix = (
-                f"{file.architecture}.rope.scal"  # scaling.type, scaling.factor ..., scale_linear
-            )
-            scaling = {key: value for key, value in file.metadata.items() if key.startswith(prefix)}
-            kind = scaling.get(f"{prefix}ing.type", "linear")  # llama.cpp's own default
-            factor = scaling.get(f"{prefix}ing.factor", scaling.get(f"{prefix}e_linear", 0))
+            rope = f"{file.architecture}.rope."
+            keys = (f"{rope}scaling.", older := f"{rope}scale_linear")
+            scaling = {key: value for key, value in file.metadata.items() if key.startswith(keys)}
+            kind = scaling.get(f"{rope}scaling.type", "linear")  # llama.cpp's own default
+            factor = scaling.get(f"{rope}scaling.factor", scaling.get(older, 0))
             if kind != "none" and not (kind == "linear" and factor in (0, 1)):
                 unread = [f"{key} = {value}" for key, value in scaling.items()] + unread
         if unread:
@@ -318,10 +317,10 @@ def gguf_origins(
         SourceError, f"{where}: transformers cannot map the tensors of {architecture!r}"
     ):  # bad values can fail anywhere in a conversion
         if not is_gguf_arch_supported(architecture):
-            return _Processor(file, config, model).origins(file)
+            return _Processor(file, config, model).find_origins(file)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         mapping = get_gguf_conversion_mapping(architecture, model.config)
-        return origins(model, shapes, where, mapping)
+        return find_origins(model, shapes, where, mapping)
 
 
 class _Processor:
@@ -332,7 +331,7 @@ class _Processor:
         self.processor = kind(config=dict(config))
         self.mapping = get_gguf_hf_weights_map(_OuterModules(model), self.processor)
 
-    def origins(self, file: GgufFile) -> tuple[dict[str, Origin], list[str]]:
+    def find_origins(self, file: GgufFile) -> tuple[dict[str, Origin], list[str]]:
         """As `gguf_origins`."""
         sources: dict[str, list[str]] = {}
         unknown = []

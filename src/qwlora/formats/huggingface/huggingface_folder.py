@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError, SourceError
-from qwlora.formats.checkpoint import MappedCheckpoint, Origin, convert_quantized, origins
+from qwlora.formats.checkpoint import MappedCheckpoint, Origin, convert_quantized, find_origins
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import empty_model
@@ -174,7 +174,7 @@ class FolderCheckpoint(MappedCheckpoint):
         except SourceError as error:
             raise self._error(str(error)) from error
         stored = {name: self.stored.shape(name) for name in self.stored.names()}
-        by_target, unknown = origins(self.model, stored, repr(str(self.path)))
+        by_target, unknown = find_origins(self.model, stored, repr(str(self.path)))
         self._place_(by_target, [name for name in unknown if not self._is_empty_bias(name)])
         for origin in self.origins:
             module = self.model.get_submodule(origin.target.rpartition(".")[0])

@@ -7,8 +7,8 @@
     TARGET/NAME        exported files in their runtime, such as onnx/NAME
     qairt/CASE         a use case, such as qairt/NAME, qairt/NAME+NAME or qairt/none
 
-float, base and adapted use a key-value cache. A simulation is captured without one, and exported
-files are run without one, so there each new token runs the whole sequence again.
+float, base, adapted and exported files that have a key-value cache use it. A simulation is captured
+without one, so there each new token runs the whole sequence again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class JobModels(JobState):
         return new_context(self.recipe, self.texts, self.folder, self.track)
 
     def models(self, stage: str) -> list[ModelName]:
-        """The models of a stage other than `float` and `base`: one an adapter or use case."""
+        """The models of a stage other than `float` and `base`: one per adapter or use case."""
         adapters = [adapter.name for adapter in self.recipe.adapters]
         names = self.recipe.use_cases() if ModelName(stage).is_use_case else adapters
         return [ModelName(stage, name) for name in names]

@@ -128,10 +128,10 @@ class Estimates:
 
     @property
     def summary(self) -> str:
-        peak, stage = size(int(self.largest.peak)), self.largest.stage
+        peak, stage = size(self.largest.peak), self.largest.stage
         bound = f"at least {peak} in {stage}, and activations (`qwlora plan` counts them)"
         memory = f"peak memory {peak} in {stage}" if self.counts_activations else bound
-        return f"estimate: {memory}, disk {size(int(self.disk))}"
+        return f"estimate: {memory}, disk {size(self.disk)}"
 
     @property
     def problems(self) -> list[str]:
@@ -142,13 +142,13 @@ class Estimates:
                 most = max(stage.memory, key=lambda part: stage.memory[part])
                 remedy = " or ".join(stage.settings) or "a smaller model"
                 problems.append(
-                    f"{stage.stage} needs {size(int(stage.peak))}, and this machine has "
+                    f"{stage.stage} needs {size(stage.peak)}, and this machine has "
                     f"{size(self.memory_limit)}. Most of it is {most} "
-                    f"({size(int(stage.memory[most]))}). Less memory: {remedy}"
+                    f"({size(stage.memory[most])}). Less memory: {remedy}"
                 )
         if self.disk_free is not None and self.disk > self.disk_free:
             problems.append(
-                f"the job needs {size(int(self.disk))} of disk, and {size(self.disk_free)} are "
+                f"the job needs {size(self.disk)} of disk, and {size(self.disk_free)} are "
                 "free. Choose another --out, or free space"
             )
         return problems

@@ -53,9 +53,10 @@ from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
 from qwlora.system.machine import auto_compute, device_type, exact_type
+from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, one_step, untracked
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE, PROOF
+from qwlora.targets.target import PROOF
 
 ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
 
@@ -194,8 +195,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
                 needs = [*base, f"{source}/{adapter.name}"]
                 inputs = plan.files(name)
                 plan.add(stage, inputs, *needs, adapter=adapter.name, artifact=stage)
-                # a bundle is verified once its runtime is installed
-                missing = [targets[name].missing()] if name in bundles else []
+                # a proof is written once the runtime is installed
+                missing = [targets[name].missing()] if targets[name].has_proof else []
                 text = texts.key(recipe.data_of(adapter))
                 plan.verify(name, adapter.name, [text, *missing], adapter.name)
     for name in switched:  # last, so that a failure leaves nothing of the adapters undone

@@ -59,7 +59,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     if asked := [name for name in recipe.export.targets if refused[name]]:
         raise GridError(
             f"export.targets: {'; '.join(f'{name} cannot hold {refused[name]}' for name in asked)}"
-            ". Remove the target, or quantize the model anew"
+            ". Remove the target, or quantize the model again"
         )
     copying = [name for name, target in TARGETS.items() if is_copied(target, source, keeps)]
     rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))

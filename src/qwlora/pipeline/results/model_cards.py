@@ -25,10 +25,10 @@ from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.folder import MODEL_CLASS, WITHOUT_CACHE
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE
 
 # What was measured, its value, and the hub's name of the metric; None: it is of another model.
 Number = tuple[str, Any, str | None]

@@ -24,9 +24,10 @@ from qwlora.pipeline.results.model_cards import card_text
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.page import render, render_comparison
-from qwlora.report.results_view import BASE, Job
+from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.parameter_names import BASE
 
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"

@@ -62,13 +62,13 @@ from qwlora.pipeline.plan.plan import (
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, Model
-from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
+from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.device import CPU, device_of, exact_device, memory_of, pick_device
-from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
+from qwlora.system.parameter_names import BASE, canonical_name, is_factor_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
 from qwlora.targets.target import members

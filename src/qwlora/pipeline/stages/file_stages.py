@@ -19,6 +19,7 @@ from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
+from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import one_step
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.npu.kv_cache_graphs import has_graphs, most_tokens
@@ -47,7 +48,7 @@ from qwlora.targets.proof.reference import (
     simulated_logits,
 )
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE, ExportedBase, ExportedGraph, Target, members
+from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
 
 
 def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         written[MODEL_CLASS] = record[MODEL_CLASS] = type(exported.model).__name__
     if target.is_simulated:
         holds_base = adapter is None or not target.has_base
-        if holds_base and not target.cached_graphs:  # a program gives it text of any length
+        # Tools that compile graphs with a cache read no tokenizer.
+        if holds_base and not target.cached_graphs:
             context.tokenizer.save_pretrained(scratch)
         if adapter is not None:
             record["adapter"] = adapter
@@ -92,7 +94,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
     if adapter is None:
         location = fetch(context.recipe.model.source)
         gguf_file = location.path if location.gguf_file else None
-        bits = context.recipe.export.embedding_bits or 16
+        bits = context.recipe.export.embedding_bits or target.embedding_bits[0]
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     return read_canonical(context.path / "adapters" / adapter)
 
@@ -108,15 +110,15 @@ def _graph(
     sizes = recipe.export.graphs_of(target)
     return ExportedGraph(
         simulation,
-        {"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
-        context.sample(adapter or recipe.adapters[0].name),
-        recipe.export.encodings_version,
-        () if sizes is None else cache_sizes(sizes.tokens, sizes.context),
-        recipe.export.opset,
-        recipe.simulation.base_activations,
-        recipe.export.layout_of(target),
-        context.tokenizer,
-        recipe.export.embedding_bits or 16,
+        metadata={"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
+        sample=context.sample(adapter or recipe.adapters[0].name),
+        encodings_version=recipe.export.encodings_version,
+        graphs=() if sizes is None else cache_sizes(sizes.tokens, sizes.context),
+        opset=recipe.export.opset,
+        updatable=recipe.simulation.base_activations,
+        layout=recipe.export.layout_of(target),
+        tokenizer=context.tokenizer,
+        embedding_bits=recipe.export.embedding_bits or TARGETS[target].embedding_bits[0],
     )
 
 

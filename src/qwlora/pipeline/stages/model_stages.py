@@ -76,12 +76,13 @@ from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Adapter
 from qwlora.recipe.yaml_core import dump_yaml
-from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
+from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from qwlora.errors import size
 from qwlora.report import number_format as form
 from qwlora.report.number_format import percent, perplexity, precise_percent
 from qwlora.report.results_view import FILES, Job
@@ -67,7 +68,7 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
         ),
         "Same token": job.shown(precise_percent, *same_token),
         "Worst layer, steps": job.shown(form.fixed, *job.worst_proof(name, "worst_layer_steps")),
-        FILES.get(target, "Exported file"): job.shown(form.size, "export", target, name, "bytes"),
+        FILES.get(target, "Exported file"): job.shown(size, "export", target, name, "bytes"),
     }
     values = {
         text: (job.number(*_path(name, text)), job.number(*_path("", text))) for text in texts

@@ -14,7 +14,7 @@ KINDS = {
 PACKINGS = {
     "join": "joined into sequences",
     "documents": "whole documents packed into sequences",
-    "none": "one document a sequence",
+    "none": "one document per sequence",
 }
 ROWS = {
     "documents": "Documents",

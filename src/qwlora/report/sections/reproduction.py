@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.number_format import NOT_MEASURED, size
+from qwlora.errors import size
+from qwlora.report.number_format import NOT_MEASURED
 from qwlora.report.results_view import Job, without_folders
 from qwlora.report.sections import View, section
 

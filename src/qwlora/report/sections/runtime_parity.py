@@ -5,10 +5,12 @@ The checks of a single adapter are under the verdict.
 
 from __future__ import annotations
 
-from qwlora.report.number_format import fixed, precise_percent, size, three_decimals
-from qwlora.report.results_view import BASE, Job, runtime
+from qwlora.errors import size
+from qwlora.report.number_format import fixed, precise_percent, three_decimals
+from qwlora.report.results_view import Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
+from qwlora.system.parameter_names import BASE
 
 QUESTION = "Does each runtime compute what was trained?"
 

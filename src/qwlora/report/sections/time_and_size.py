@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from qwlora.errors import size
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Row, chart, figure
-from qwlora.report.number_format import finite, fixed, percent, seconds, size
+from qwlora.report.number_format import finite, fixed, percent, seconds
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
 from qwlora.report.sections import View, section
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from qwlora.errors import size
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, ticks
 from qwlora.report.number_format import count, finite, fixed, three_decimals
@@ -178,7 +179,7 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     facts: dict[str, Markup | str | None] = {
         "Steps": steps and steps + of_batch,
         "Time per step": job.shown(form.seconds, *live, "step_seconds"),
-        "Peak memory": job.shown(form.size, *memory),
+        "Peak memory": job.shown(size, *memory),
         "Trained parameters": parameters and parameters + share,
         "Learning rate": f"{rate:g}, {setting.get('schedule')}{warm_up}" if rate else None,
         "Precision": job.get(*path, "compute"),

@@ -1,1 +1,1 @@
-"""Targets for Qualcomm's NPU: aimet, qairt, qnn."""
+"""Targets for Qualcomm's NPU: aimet, qairt, qairt_pipeline, qnn."""

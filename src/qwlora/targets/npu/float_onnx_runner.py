@@ -148,7 +148,7 @@ class FloatOnnxModel(OnnxModel):
             value = model.graph.initializers.get(name)
             if value is None or tuple(value.shape) != array.shape:
                 raise ExportError(
-                    f"{self.weights}: {name} of shape {list(array.shape)} is no weight of "
+                    f"{self.weights}: {name} of shape {list(array.shape)} is not a weight of "
                     f"{self.model.name}. Copy the files again"
                 )
             value.const_value = require("onnx_ir", "onnx").tensor(array, name=name)

@@ -20,16 +20,16 @@ importer of Qualcomm's QAIRT:
     GRAPH_model.onnx, model.data    float model with LoRA branches, weights on their grids; LoRA
                                     weights are zeros, so by itself it computes the base
     GRAPH_base.encodings            its encodings
-    lora_weight_list.txt            names of the updatable initializers, one a line
+    lora_weight_list.txt            names of the updatable initializers, one per line
     CASE.safetensors                LoRA weights of a use case, by name of the initializer
     GRAPH_CASE.encodings            encodings of the whole graph for it
     GRAPH_lora_config.yaml          LoRA v2: use cases on one graph, switched one at a time
     GRAPH_lora_adaptor_list.yaml    the same files by use case
     golden/CASE/                    inputs, and the outputs that were computed of them
 
-Of a model that is no causal language model, GRAPH is `forward`, of the sample's shapes. Graphs with
-a key-value cache (`prompt_ar128_cl1024`, `token_ar1_cl1024`) share model.data, CASE.safetensors and
-lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
+Of a model that is not a causal language model, GRAPH is `forward`, of the sample's shapes. Graphs
+with a key-value cache (`prompt_ar128_cl1024`, `token_ar1_cl1024`) share model.data,
+CASE.safetensors and lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
 (`canonical_adapter.py`). The input lora_alpha, [adapters of the largest use case], has the strength
@@ -64,7 +64,7 @@ from qwlora.grid.scheme import Scheme
 from qwlora.simulation.adapter_simulations import BaseActivations
 from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.optional_packages import require
-from qwlora.system.parameter_names import is_first_factor
+from qwlora.system.parameter_names import BASE, is_first_factor
 from qwlora.targets.npu import genie
 from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
 from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
@@ -81,7 +81,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
 from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, save_graph
 from qwlora.targets.onnx.onnx_runtime import EMBEDDINGS_FILE, write_embeddings
 from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
-from qwlora.targets.target import BASE, Backend, ExportedGraph, members
+from qwlora.targets.target import Backend, ExportedGraph, members
 
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
 _SCRIPT, _LIST_FILE = "submit_aihub.py", "lora_weight_list.txt"
@@ -161,7 +161,7 @@ def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -
 
 def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
     """Write a model, and check an opset that was asked for."""
-    # every weight external: a stored model of more than 2 GB is no protobuf file
+    # every weight external: a stored model of more than 2 GB is not a protobuf file
     save_graph(model, path, data, smallest=64)
     if opset is not None:
         problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"

@@ -1,5 +1,5 @@
 """A folder of graphs with a key-value cache: written with golden outputs, and run in ONNX Runtime,
-prefill in pieces, then token by token. Of a model that is no causal language model there is one
+prefill in pieces, then token by token. Of a model that is not a causal language model there is one
 graph, `forward`, without a cache: what integers and masks decide, its host computes.
 
     graphs.json           sizes, files and grids of the graphs
@@ -57,8 +57,8 @@ def graph_sizes(exported: ExportedGraph) -> dict[str, CacheSizes | Batch]:
         return {f"{sizes.name}{suffix}": sizes for sizes in largest_first}
     if not exported.sample:
         raise ExportError(
-            "the model is no causal language model, and an NPU takes fixed shapes. Give `sample`: "
-            "one batch of its inputs, of the shapes that the graph will have"
+            "the model is not a causal language model, and an NPU takes fixed shapes. Give "
+            "`sample`: one batch of its inputs, of the shapes that the graph will have"
         )
     return {FORWARD: exported.sample}
 

@@ -16,7 +16,7 @@ An adapter's tensors are inputs of every graph, under these names, so a runtime 
 feeding others; `zero` computes the base alone. All adapters share one grid, and have one shape:
 zeros fill lower ranks, and layers that only others change (`adapter/padded_adapters.py`).
 
-A model that is no causal language model has one graph, `forward`, without a cache. Convolutions
+A model that is not a causal language model has one graph, `forward`, without a cache. Convolutions
 need 8-bit weights (a rule for `quantize_`): the CPU dequantizes those of 16 bits.
 
 Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
@@ -60,6 +60,7 @@ from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.npu.genie import GENIE, GenieLayout, read_weights
 from qwlora.targets.npu.htp_limits import (
     CHIP,
@@ -86,7 +87,7 @@ from qwlora.targets.onnx.onnx_runtime import (
     write_embeddings,
 )
 from qwlora.targets.proof.checks import Limits, Parity, at_most
-from qwlora.targets.target import BASE, NONE, Backend, ExportedGraph
+from qwlora.targets.target import NONE, Backend, ExportedGraph
 
 WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
 PROVIDER = "QNNExecutionProvider"

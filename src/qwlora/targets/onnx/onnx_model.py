@@ -233,7 +233,7 @@ class _Rewriter:
     """Replaces markers by QuantizeLinear and DequantizeLinear.
 
     Args:
-        parameters: names of the weights that are no operands of a matrix product.
+        parameters: names of the weights that are not operands of a matrix product.
     """
 
     def __init__(self, model: Any, parameters: set[str]):

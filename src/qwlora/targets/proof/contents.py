@@ -200,7 +200,7 @@ def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
 
 
 def _is_of(value: Any, form: Form) -> bool:
-    """Whether a value that is no container is of a form."""
+    """Whether a value that is not a container is of a form."""
     if isinstance(form, frozenset):
         return any(_is_of(value, choice) for choice in form)
     if isinstance(form, type | tuple):

@@ -25,11 +25,12 @@ from typing import Any
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError, listed
 from qwlora.formats import manifest
 from qwlora.system.atomic import files_in, read_tensors, write_tensors
+from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.contents import ADAPTER_FILE, check_contents, check_plain
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import BASE, PROOF
+from qwlora.targets.target import PROOF
 
 README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
@@ -243,7 +244,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         FingerprintError: see `check_files` and `check_complete`.
         MissingExtraError: the target's program is not installed.
         ExportError: it refuses the files.
-        SourceError: the folder is no bundle of a known target, holds what no export writes, or a
+        SourceError: the folder is not a bundle of a known target, holds what no export writes, or a
             proof cannot be read or proves nothing.
     """
     from qwlora.targets.proof.measure import measure, proven

@@ -26,6 +26,7 @@ from torch import Tensor
 from qwlora.system.atomic import total_bytes
 from qwlora.system.machine import peak_rss_bytes, processor_name, reset_peak_rss
 from qwlora.system.optional_packages import node_package
+from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import (
     LIMITS,
@@ -46,7 +47,7 @@ from qwlora.targets.proof.reference import (
     is_same,
     is_told_apart,
 )
-from qwlora.targets.target import BASE, Runtime, Target
+from qwlora.targets.target import Runtime, Target
 
 DECODED = 16  # tokens
 SWITCHES = 3  # measured; the fastest counts

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qwlora.errors import size
 from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.checks import shown
 from qwlora.targets.proof.folder import MODEL_CLASS, README, WITHOUT_CACHE
-from qwlora.targets.target import BASE
 
 
 def usage(
@@ -101,7 +101,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
 def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of all adapters as lines of Markdown."""
     lines = [
-        "Each file was run in the program and compared with the model that it is made of: the "
+        "Each file was run in the program and compared with the model that it was made from: the "
         "trained one, or its simulation where activations are on grids.",
         "",
         "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "

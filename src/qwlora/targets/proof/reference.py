@@ -377,7 +377,7 @@ def compare_first(
 
 
 def is_same(logits: Tensor, other: Tensor) -> bool:
-    """Whether two results are equal, also in where they hold NaN."""
+    """Whether two results are equal, including where both hold NaN."""
     return logits.allclose(other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -495,7 +495,7 @@ def _wrong_values(parts: Mapping[str, Tensor]) -> Iterator[str]:
             return
     total = parts["log_probs"].double().exp().sum(-1)
     if float(total.max()) > 1 + TOLERANCE or float(parts["losses"].min()) < -TOLERANCE:
-        yield "log_probs or losses are no log-probabilities"
+        yield "log_probs or losses are not log-probabilities"
     for name in ("top", "largest", "noise", "rounding", "other_losses"):
         if name in parts and bool((parts[name] < -TOLERANCE).any()):
             yield f"{name} holds negative numbers"

@@ -289,7 +289,7 @@ class LlamaRuntime(Runtime):
 
     Args:
         path: the file.
-        shipped: the file that `path` is a float32 copy of, opened; None if it is no copy.
+        shipped: the file that `path` is a float32 copy of, opened; None if it is not a copy.
 
     Raises:
         ExportError: llama.cpp refuses the file.

@@ -169,7 +169,7 @@ class SampleObserver:
                 "it was observed without a sample, which this observer needs; observe with the "
                 "same observers on both sides"
             )
-        vars(self).update(vars(self.to(other._ends[0].device)))
+        vars(self).update(vars(self.to(other._ends[0].device)))  # moves itself to that device
         self._ends += other._ends
         self.batches += other.batches
         self.count += other.count

@@ -131,7 +131,8 @@ class Quantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move encoding and observations to a device."""
         self.device = fn(torch.empty(0)).device
-        self.encoding, self.observer = self.encoding, self.observer.to(self.device)
+        self.encoding = self.encoding  # the setter moves it
+        self.observer = self.observer.to(self.device)
         return self
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@
      ├── FingerprintError   (ValueError)       an artifact belongs to another base, or was changed
      ├── DirectoryError     (OSError)          an output directory or file cannot be used
      ├── MergeError         (RuntimeError)     an adapter cannot be merged into packed integers
+     ├── ProcessError       (RuntimeError)     another process of the run failed
      ├── TrainingError      (RuntimeError)     training would change the base, or the loss diverged
      ├── CaptureError       (RuntimeError)     the captured graph computes something else
      ├── CalibrationError   (ValueError)       a tensor cannot be calibrated from its data
@@ -156,6 +157,10 @@ class MergeError(QwloraError, RuntimeError):
 
 class DeviceError(QwloraError, RuntimeError):
     """The device that `device` names is not there, or is out of memory."""
+
+
+class ProcessError(QwloraError, RuntimeError):
+    """Another process of the run failed or was stopped, so this one cannot finish its part."""
 
 
 class TrainingError(QwloraError, RuntimeError):

@@ -30,12 +30,19 @@ from qwlora.pipeline.commands.push import Upload, send
 from qwlora.pipeline.plan.stale_stages import job_recipe
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
-from qwlora.system import strict_json
+from qwlora.system import processes, strict_json
 from qwlora.system.device import pick_device
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import Parity, at_most
 from targets.proofs import check_parity
+
+
+def _lost_process() -> None:
+    alone = {"_state": {"group": None}, "_first_failure": lambda: ""}
+    closed = mock.patch("torch.distributed.barrier", side_effect=RuntimeError)
+    with mock.patch.multiple(processes, **alone), closed:
+        processes._collect("barrier")
 
 
 class Page:
@@ -171,6 +178,7 @@ PAGES = {
             "Install a build for it ([gpu.md](../gpu.md)), or set auto.",
         ),
     ),
+    errors.ProcessError: Page(_lost_process, ("another failed", "correct what its message says")),
     errors.TrainingError: Page(
         _trainable_base,
         ("float weights of the base are trainable", "set requires_grad to False on them"),

@@ -18,6 +18,7 @@ from qwlora.recipe import parse_recipe
 ROOT = Path(__file__).parents[2]
 # Programs that snippets may call. What they do with their arguments is theirs.
 PROGRAMS = {"make", "pip", "git", "cd", "hf", "vllm", "llama-cli", "mlx_lm.generate", "python"}
+PROGRAMS |= {"torchrun", "accelerate"}
 _FENCE = re.compile(r"^(`{3,})([\w-]*)[^\n]*\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`(qwlora [^`\n]+)`(?!`)")
 LANGUAGES = {"python", "shell", "yaml", "json", "text"}

@@ -18,6 +18,7 @@ document) as dependent, and clusters as independent:
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
 from qwlora.system.device import device_of, exact_device
+from qwlora.system.processes import gathered, is_mine
 from qwlora.system.progress import Track, untracked
 
 COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
@@ -130,17 +132,22 @@ def score_tokens(
     reference: Logits | None = None,
 ) -> TokenScores:
     """Score `logits(ids)` on the loss tokens of `sequences`, or on all tokens if it is a tensor of
-    ids.
+    ids. Processes that share a stage run different sequences, and get the scores of all.
 
     Args:
         reference: logits of the model to compare with; runs on each sequence after the other.
     """
     data = as_sequences(sequences)
-    parts: list[tuple[Tensor, ...]] = []
+    parts: dict[int, tuple[Tensor, ...]] = {}
     numbers: list[Tensor] = []
     documents: list[Tensor] = []
     for number, (ids, labels) in enumerate(track(data.rows(), description, len(data))):
         predicted = (labels[1:] != IGNORED).nonzero()[:, 0] + 1
+        numbers.append(torch.full_like(predicted, number))
+        if data.documents is not None:
+            documents.append(data.documents[number][predicted])
+        if not is_mine(number):
+            continue
         row, compared = logits(ids[None])[0], None
         if reference is not None:
             compared = reference(ids[None])[0]
@@ -154,11 +161,9 @@ def score_tokens(
                     f"held-out text is {total}, which gives no perplexity. Check the model's "
                     "weights, and what was trained or calibrated last"
                 )
-        parts.append(scores)
-        numbers.append(torch.full_like(predicted, number))
-        if data.documents is not None:
-            documents.append(data.documents[number][predicted])
-    nll, *against = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        parts[number] = scores
+    in_order = [part for _, part in sorted(ChainMap(*gathered(parts)).items())]
+    nll, *against = (torch.cat(columns) for columns in zip(*in_order, strict=True))
     return TokenScores(
         nll,
         torch.cat(numbers),

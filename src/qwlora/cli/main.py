@@ -56,6 +56,7 @@ from qwlora.errors import (
 )
 from qwlora.pipeline import VERBS
 from qwlora.system.machine import configure_threads
+from qwlora.system.processes import is_first_failure
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
 
@@ -345,5 +346,6 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"qwlora: {shortened(message, 20_000)}", file=sys.stderr)
+    if is_first_failure(message):
+        print(f"qwlora: {shortened(message, 20_000)}", file=sys.stderr)
     sys.exit(code)

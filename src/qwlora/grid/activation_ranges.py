@@ -19,7 +19,7 @@ smaller ones before it. So memory is constant, except for the ends of each batch
 estimator works on one pass over the data, for any grid. If all values fit, the sample is the data.
 
 Merging is exact for ends and tails. The denser of two samples is thinned to the density of the
-other.
+other. `PartialObserver` is exact for all, for processes that share the batches.
 
 Ranges are estimated for many activations at a time:
 
@@ -56,9 +56,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,6 +262,69 @@ class SampleObserver:
         sample = self.sample
         self._sample = [sample[_any_of(self._sample_count, keep).to(sample.device)]]
         self._sample_count = keep
+
+
+class PartialObserver(SampleObserver):
+    """Observes some of the batches after `before`; other processes observe the others.
+
+    Which values a sample keeps depends on the shapes of the batches alone. If all are alike, each
+    process knows where the values of the others belong, and has nan there. `complete` returns the
+    observer of one process with all batches, bit for bit.
+    """
+
+    def __init__(self, before: SampleObserver):
+        super().__init__(before.sampled)
+        vars(self).update(vars(before.to(before.ends.device)))
+        self._shapes = set[torch.Size]()
+        self._passed = 0  # batches of others that are still to be counted
+        self._tails_of: dict[int, tuple[Tensor, Sequence[float]]] = {}  # by number of the batch
+
+    def pass_over(self) -> None:
+        """Count a batch of another process."""
+        self._passed += 1
+
+    def update(self, x: Float[Tensor, "*shape"]) -> None:
+        self._shapes.add(x.shape)
+        self._count_passed(x.device)
+        super().update(x)
+
+    @property
+    def part(self) -> tuple[Any, ...]:
+        """What the other processes need for `complete`."""
+        self._count_passed(self.ends.device)
+        return self._shapes, self.ends, self.sample, self._tails_of
+
+    def complete(self, parts: Sequence[tuple[Any, ...]]) -> SampleObserver | None:
+        """The observer of all batches, from the parts of all processes; None if their shapes
+        differ."""
+        shapes, ends, samples, tails = zip(*parts, strict=True)
+        if len(self._shapes) > 1 or any(other != self._shapes for other in shapes):
+            return None
+        whole, device = SampleObserver(self.sampled), self.ends.device
+        vars(whole).update({key: value for key, value in vars(self).items() if key in vars(whole)})
+        known_ends, known_sample = (
+            reduce(lambda a, b: torch.where(a.isnan(), b, a), parts).to(device)
+            for parts in (ends, samples)
+        )
+        whole._ends = list(known_ends * known_ends.new_tensor([-1, 1]))  # low ends are negated
+        whole._sample = [known_sample]
+        for _, (values, bounds) in sorted(ChainMap(*tails).items()):
+            whole._add_tails(values.to(device), bounds)
+        return whole
+
+    def _count_passed(self, device: torch.device) -> None:
+        shape = next(iter(self._shapes), torch.Size([0]))
+        unknown = torch.full((), math.nan, device=device).expand(shape)
+        for _ in range(self._passed if unknown.numel() else 0):
+            self._ends.append(unknown.new_full((2,), math.nan))
+            self.batches += 1
+            self.count += unknown.numel()
+            if self.sampled:
+                self._take(unknown if unknown.ndim > 1 else unknown.reshape(-1, 1))
+        self._passed = 0
+
+    def _add_tails(self, tails: Float[Tensor, "2 values"], bounds: Sequence[float]) -> None:
+        self._tails_of[self.batches] = tails.float(), bounds
 
 
 def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

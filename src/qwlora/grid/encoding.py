@@ -266,6 +266,10 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         return f"QuantizedTensor({list(self.codes.shape)}, {self.encoding.scheme})"
 
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The tensor on a device."""
+        return QuantizedTensor(self.codes.to(device), self.encoding.to(device))
+
     def equals(self, other: QuantizedTensor) -> bool:
         """Whether both have the same codes on the same grid."""
         return torch.equal(self.codes, other.codes) and self.encoding.equals(other.encoding)

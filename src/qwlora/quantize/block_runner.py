@@ -29,6 +29,7 @@ from torch import nn
 from qwlora.errors import CalibrationError
 from qwlora.nn.temporary import replaced
 from qwlora.system.device import device_of, moved
+from qwlora.system.processes import is_mine, sharing_count
 
 HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 
@@ -89,7 +90,8 @@ class _Batch(threading.Thread):
 
 
 class BlockRunner(ExitStack, Iterable[str]):
-    """A model with gates before the modules named in `blocks`; use as a context manager."""
+    """A model with gates before the modules named in `blocks`; use as a context manager. Of `count`
+    batches, a process that shares a stage runs those with `numbers`."""
 
     def __init__(
         self, model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
@@ -104,8 +106,10 @@ class BlockRunner(ExitStack, Iterable[str]):
             self._gates[name].enter_context(replaced(module, self._gate(name, module)))
         options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
         device = device_of(model)
+        self.count, self.numbers = len(batches), own_batches(len(batches))
         self.batches = [
-            _Batch(partial(model, **{**moved(dict(batch), device), **options})) for batch in batches
+            _Batch(partial(model, **{**moved(dict(batches[number]), device), **options}))
+            for number in self.numbers
         ]
         for batch in self.batches:
             self.callback(batch.stop)
@@ -152,6 +156,16 @@ class BlockRunner(ExitStack, Iterable[str]):
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         return gate
+
+
+def own_batches(count: int) -> list[int]:
+    """Numbers of the batches that this process runs."""
+    if count < sharing_count():
+        raise CalibrationError(
+            f"{count} calibration sequences cannot be shared by {sharing_count()} processes. Use "
+            "more data, or fewer processes"
+        )
+    return [number for number in range(count) if is_mine(number)]
 
 
 def arguments_of(model: nn.Module) -> tuple[str, ...]:

@@ -9,6 +9,9 @@ layer outside all lists. For each block, in the order of the forward pass:
     2. solve its layers, and learn their rounding together if asked (`learned_rounding.py`)
     3. pack them and run it again, to compute the inputs of the next block
 
+Processes that share a stage run different batches. One adds a layer's moments, solves it and sends
+it to the others: that divides the work and memory of gptq, and gives all the same codes.
+
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
 
@@ -22,8 +25,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import MomentStore
+from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -49,8 +54,9 @@ from qwlora.quantize.quantize_tensor import LayerReport, rounding_errors, solve_
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
-from qwlora.system.device import moved
+from qwlora.system.device import CPU
 from qwlora.system.parameter_names import canonical_name
+from qwlora.system.processes import by_first, divided, gathered, is_mine, sharing_count
 from qwlora.system.progress import Track, untracked
 
 QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
@@ -72,35 +78,42 @@ def quantize_blocks_(
         blocks: names of these tensors by block, see `tensors_by_block`.
     """
     reports: dict[str, LayerReport] = {}
-    cache = None if work is None else _BlockCache(work, batches, moments)
+    cache = _BlockCache(work, batches, moments)
     with BlockRunner(model, blocks, batches) as runner:
         for path in track(runner, "quantizing", len(blocks)):
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
-            block = None if cache is None else cache.read(path, floats, plan)
+            device = next(iter(floats.values())).device
+            block = by_first(partial(cache.read, path, floats, plan))
             if block is None:
                 followed = [
                     name
                     for name in floats
                     if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
-                statistics, block = observe(model, path, followed, runner, moments is not None), {}
+                # gptq updates every weight of a row once for each of its columns
+                costs = {name: float(w.numel() * w.shape[-1]) for name, w in floats.items()}
+                processes, block, seen = divided(costs), QuantizedBlock(), dict[str, LayerMoments]()
+                statistics = observe(model, path, followed, runner, moments is not None, processes)
                 learned, inputs = rounding_settings(path, plan, list(floats)), dict[str, Tensor]()
-                for name in list(floats):
+                for name in [name for name in floats if is_mine(processes[name])]:
                     moment = statistics.pop(name).moment if name in statistics else None
                     second = None if moment is None else moment.input
                     block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
                     if moments is not None and moment is not None:
-                        moments[canonical_name(name).removesuffix(".weight")] = moment
+                        seen[canonical_name(name).removesuffix(".weight")] = moment
                     if second is not None and name in learned:
                         inputs[name] = second
+                block = _of_all(block, blocks[path])
+                if moments is not None:
+                    for part in gathered(seen, receiver=0):
+                        moments.update(part)
                 if learned:
                     _learn(model, path, block, learned, inputs, runner)
                 del inputs
-                if cache is not None:
-                    cache.write(block)
+                cache.write(block)
             del floats
             for name, (quantized, report) in block.items():
-                pack_at_(model, name, quantized)
+                pack_at_(model, name, quantized.to(device))
                 reports[canonical_name(name)] = report
     if missed := [canonical_name(n) for n in plan if canonical_name(n) not in reports]:
         raise CalibrationError(
@@ -108,6 +121,15 @@ def quantize_blocks_(
             "search, or keep: float."
         )
     return reports
+
+
+def _of_all(own: QuantizedBlock, names: Sequence[str]) -> QuantizedBlock:
+    """The tensors `names`, each from the process that has solved it."""
+    if sharing_count() == 1:
+        return own
+    parts = gathered({name: (tensor.to(CPU), report) for name, (tensor, report) in own.items()})
+    solved = ChainMap(*parts)
+    return {name: solved[name] for name in names}
 
 
 def _learn(
@@ -158,8 +180,11 @@ def observe_moments(
     blocks = tensors_by_block(model, packed)
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
-            for name, observed in observe(model, path, blocks[path], runner).items():
-                moments[canonical_name(name).removesuffix(".weight")] = observed.moment
+            processes = divided(dict.fromkeys(blocks[path], 1.0))
+            seen = observe(model, path, blocks[path], runner, processes=processes)
+            for part in gathered({name: of.moment for name, of in seen.items()}, receiver=0):
+                for name, moment in part.items():
+                    moments[canonical_name(name).removesuffix(".weight")] = moment
     return moments
 
 
@@ -193,11 +218,11 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
 
 
 class _BlockCache:
-    """Finished blocks in a folder. Call `read` for each block in model order; if that returns None,
-    quantize the block and `write` it."""
+    """Finished blocks in a folder, if there is one. Call `read` for each block in model order; if
+    that returns None, quantize the block and `write` it."""
 
     def __init__(
-        self, folder: Path, batches: Sequence[Mapping[str, Any]], moments: MomentStore | None
+        self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: MomentStore | None
     ):
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
@@ -213,12 +238,14 @@ class _BlockCache:
     ) -> QuantizedBlock | None:
         """The cached result of `block`, with these float tensors, or None if it must be computed. A
         damaged or outdated file counts as missing; the next `write` replaces it."""
+        if self.folder is None:
+            return None
         for name, tensor in floats.items():
             update_digest(self._digest, [name, plan[name], REVISIONS[plan[name].solver], tensor])
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
         if (stored := read_keyed(self._file, self._digest.hexdigest())) is None:
             return None
-        tensors, metadata = moved(stored, next(iter(floats.values())).device)
+        tensors, metadata = stored
         result = {}
         for name, record in json.loads(metadata["layers"]).items():
             parts = Parts(*(tensors.get(f"{name}/{part}") for part in Parts._fields))  # type: ignore[arg-type]
@@ -233,6 +260,8 @@ class _BlockCache:
 
     def write(self, block: QuantizedBlock) -> None:
         """Store the result of the block that was read last."""
+        if self.folder is None:
+            return
         tensors, records = dict[str, Tensor](), {}
         for name, (quantized, report) in block.items():
             packed = PackedTensor.from_quantized(quantized)

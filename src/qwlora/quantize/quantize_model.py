@@ -58,12 +58,14 @@ from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.bit_budget import BitBudget, budget_rules
+from qwlora.quantize.block_runner import own_batches
 from qwlora.quantize.layer_rules import LayerRule, plan_layers
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.system.device import CPU
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
+from qwlora.system.processes import by_first
 from qwlora.system.progress import Track, untracked
 
 
@@ -133,17 +135,9 @@ def quantize_(
             data, or a block cannot be differentiated.
     """
     model = model_to_pack(model)
+    source = InMemory(model)
     layers, chosen = _pack_(
-        InMemory(model),
-        scheme,
-        solver,
-        rules=rules,
-        settings=settings,
-        calibration=calibration,
-        moments=moments,
-        work=work,
-        budget=budget,
-        track=track,
+        source, scheme, solver, rules, settings, calibration, moments, work, budget, track
     )
     finish_packing_(model)
     return QuantizeReport(base_size(model), layers, chosen)
@@ -152,7 +146,7 @@ def quantize_(
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
+    folder: str | Path | None,
     source: str,
     scheme: Scheme | str | None,
     solver: str = "search",
@@ -168,16 +162,18 @@ def quantize_checkpoint(
         The fingerprint of the base, and how each tensor was quantized.
 
     Args:
+        folder: None in a process that shares the work, but does not write.
         scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
             nothing.
         shard_bytes: size of a shard, which is also held in memory.
         device: where blocks are solved; it holds what memory held above, shards excepted.
         options: as for `quantize_`.
     """
-    lazy, writer = LazyModel(checkpoint, device), BaseWriter(Path(folder), shard_bytes)
+    lazy = LazyModel(checkpoint, device)
+    writer = None if folder is None else BaseWriter(Path(folder), shard_bytes)
     layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
     report = QuantizeReport(base_size(lazy.model), layers, chosen)
-    return writer.finish(lazy.model, tokenizer, source), report
+    return writer.finish(lazy.model, tokenizer, source) if writer else "", report
 
 
 class InMemory:
@@ -294,16 +290,20 @@ def _pack_(
     check_base_finite(model)  # tensors that are still in files are checked when they are read
     if budget is not None and scheme is not None:
         usual = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-        budget = replace(budget, schemes=budget.schemes or similar_schemes(usual))
+        wanted = replace(budget, schemes=budget.schemes or similar_schemes(usual))
         batches, blocks = batches_of(calibration, model), tensors_by_block(model, plan)
-        floats = source.unchanged()
-        with floats.blocks(blocks, len(batches)):
-            chosen = budget_rules(floats.model, plan, rules, budget, blocks, batches, track)
+
+        def choose() -> list[LayerRule]:
+            floats = source.unchanged()
+            with floats.blocks(blocks, len(batches)):
+                return budget_rules(floats.model, plan, rules, wanted, blocks, batches, track)
+
+        chosen = by_first(choose)
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)
-        with source.blocks(blocks, len(batches)):
+        with source.blocks(blocks, len(own_batches(len(batches)))):
             reports = quantize_blocks_(model, plan, blocks, batches, moments, work, track)
     else:
         for name in source.modules(plan, track):

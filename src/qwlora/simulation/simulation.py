@@ -38,6 +38,7 @@ from qwlora.graph.capture import Captured, capture
 from qwlora.graph.nodes import MASKS, base_name
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
+from qwlora.grid.activation_ranges import PartialObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import as_estimator
 from qwlora.nn.frozen import assert_frozen
@@ -62,6 +63,7 @@ from qwlora.simulation.saved_simulation import (
 )
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
 from qwlora.system.device import device_of, moved
+from qwlora.system.processes import gathered, is_mine, joint, sharing_count
 from qwlora.system.progress import Track, untracked
 
 # Dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them; see
@@ -212,12 +214,22 @@ class Simulation(nn.Module):
         for quantizer in self.quantizers.values():
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         batches_before, tokens_before = self._batches, self._tokens
+        observed = [q for q in self.quantizers.values() if not q.fixed]
+        before, partial = [q.observer for q in observed], list[PartialObserver]()
+        if sharing_count() > 1:
+            batches, partial = list(batches), [PartialObserver(observer) for observer in before]
+            for quantizer, observer in zip(observed, partial, strict=True):
+                quantizer.observer = observer
         try:
             total = len(batches) if isinstance(batches, Collection) else None
-            for batch in track(batches, "calibrating", total):
+            for number, batch in enumerate(track(batches, "calibrating", total)):
                 arguments = as_arguments(batch, self.inputs)
                 check_token_ids(arguments, self.origin.model, CalibrationError)
-                self.graph_module(*self._bound(arguments))
+                if is_mine(number):
+                    self.graph_module(*self._bound(arguments))
+                else:
+                    for observer in partial:
+                        observer.pass_over()
                 self._batches += 1
                 self._tokens += tokens_of(arguments)
                 if tokens is not None and self._tokens - tokens_before >= tokens:
@@ -227,6 +239,15 @@ class Simulation(nn.Module):
                 quantizer.mode = Mode.SIMULATE
         if self._batches == batches_before:
             raise CalibrationError("calibration needs at least one batch, but got none")
+        if partial:
+            parts = zip(*gathered([observer.part for observer in partial]), strict=True)
+            whole = [o.complete(of_all) for o, of_all in zip(partial, parts, strict=True)]
+            for quantizer, known, earlier in zip(observed, whole, before, strict=True):
+                quantizer.observer = earlier if known is None or None in whole else known
+            if None in whole:  # batches of different shapes: each process runs all
+                self._batches, self._tokens = batches_before, tokens_before
+                with joint(False):
+                    self.observe(batches, track, tokens)
         for quantizer in self.quantizers.values():
             if not quantizer.fixed:
                 quantizer.encoding = None

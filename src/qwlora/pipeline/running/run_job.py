@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwlora.data.prepared_data import summary
@@ -33,16 +35,11 @@ from qwlora.pipeline.results.results import (
 )
 from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running import new_context
-from qwlora.pipeline.running.distributed import (
-    announce,
-    announced_stages,
-    is_first_process,
-    wait_for_others,
-)
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 
 Say = Callable[[str], None]
@@ -110,7 +107,7 @@ def run(
             return job.run(directory, asked, watch or (lambda stage, number, count: None))
     finally:
         digests.save()
-        announce(None)
+        end()
 
 
 class _Run:
@@ -249,12 +246,12 @@ class _Run:
         return_freed_memory()  # of the stages before
         reset_peak_rss()
         with as_directory_errors(directory.path), directory.scratch() as scratch:
-            if stage.verb == "train":
-                announce(name)
-            work = directory.work(name, stage.key)
-            with self.context.stage(name, stage.verb) as device_memory:
+            work, is_joint = directory.work(name, stage.key), stage.verb not in ("export", "verify")
+            with (
+                joint_stage(name, is_joint),
+                self.context.stage(name, stage.verb) as device_memory,
+            ):
                 results = RUN[stage.verb](self.context, stage, scratch, work)
-            wait_for_others()
             seconds = time.perf_counter() - began
             memory = {"peak_rss_bytes": peak_rss_bytes(), **device_memory}
             results[TIMING] = {"started": started, **memory}
@@ -276,9 +273,13 @@ def _join_stages(context: Any, plan: list[Stage]) -> dict[str, Any]:
     from qwlora.pipeline.stages import RUN
 
     by_name = {stage.name: stage for stage in plan}
-    for name in announced_stages():
+    for name in joined_stages():
         stage = by_name[name]
         work = Directory(context.path).work(name, stage.key)
-        with context.stage(name, stage.verb):
-            RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
+        with (
+            TemporaryDirectory() as unused,
+            context.stage(name, stage.verb),
+            warnings.catch_warnings(action="ignore"),  # the first process gives them
+        ):
+            RUN[stage.verb](context, stage, Path(unused), work)
     return {}

@@ -60,7 +60,6 @@ from qwlora.pipeline.plan.plan import (
     sampled_sequences,
 )
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
-from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
@@ -83,6 +82,7 @@ from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 from qwlora.system.parameter_names import BASE
+from qwlora.system.processes import is_first_process, joint
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
@@ -109,17 +109,22 @@ def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
 def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Step 1: quantize the base, and tune it if the recipe asks for it."""
     if stage.name == SAMPLE:
-        return _sample(context, scratch)
-    measured: dict[str, Any] = {}
-    if context.recipe.base.tuning.steps:
-        solved = work / "solved"
-        shutil.rmtree(solved, ignore_errors=True)
-        solved.mkdir(parents=True)
-        _, report = _write_base(context, solved, work)
-        identity, size, measured["tuning"] = _tune(context, solved, scratch, work)
-    else:
-        identity, report = _write_base(context, scratch, work)
-        size = report.size
+        return _sample(context, scratch) if is_first_process() else {}
+    recipe, measured = context.recipe, dict[str, Any]()
+    is_shared = is_calibrated(recipe) and not recipe.base.gptq.rounding_steps
+    folder = scratch if is_first_process() else None
+    if folder is not None and recipe.base.tuning.steps:
+        folder = work / "solved"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if folder is not None or is_shared:
+        with joint(is_shared):
+            identity, report = _write_base(context, folder, work)
+    if folder is None:
+        return {}
+    size = report.size
+    if recipe.base.tuning.steps:
+        identity, size, measured["tuning"] = _tune(context, folder, scratch, work)
     if (work / MOMENTS).is_dir():
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
@@ -149,8 +154,10 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     }
 
 
-def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
-    """Quantize and write the base.
+def _write_base(
+    context: JobContext, scratch: Path | None, work: Path
+) -> tuple[str, QuantizeReport]:
+    """Quantize and write the base; without `scratch`, only share in it.
 
     Uses the float model if it is in memory, otherwise its files, one block at a time if their
     format allows it.
@@ -160,19 +167,13 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
     calibration = None
     if is_calibrated(context.recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
-    moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
-    if base.solver == "keep":
-        model: Any = load_precomputed(model_files(context.recipe.model), track)
-        model.to(context.device)
-        if moments is not None and calibration is not None:
-            observe_moments(model, calibration, moments, track=track)
-        report = QuantizeReport(base_size(model))
-        return save_base(model, scratch, tokenizer, source=source), report
+    store = MomentStore() if scratch is None else MomentStore.resumed(work / MOMENTS)
+    moments = store if needs_moments(context.recipe) else None
     arguments: dict[str, Any] = {
         "rules": base.layer_rules(),
         "calibration": calibration,
         "moments": moments,
-        "work": work,
+        "work": None if scratch is None else work,
         "settings": {
             solver.name: solver.settings_of(getattr(base, solver.name).model_dump())
             for solver in SOLVERS.values()
@@ -183,15 +184,22 @@ def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, Qu
     if base.has_budget:
         schemes = context.recipe.budget_schemes()
         arguments["budget"] = BitBudget(base.bits, base.bytes, schemes)
-    if context.lazy is not None and not context.holds_float_model:
+    if base.solver == "keep":
+        model: Any = load_precomputed(model_files(context.recipe.model), track)
+        model.to(context.device)
+        if moments is not None and calibration is not None:
+            observe_moments(model, calibration, moments, track=track)
+        report = QuantizeReport(base_size(model))
+    elif context.lazy is not None and not context.holds_float_model:
         checkpoint = context.lazy.checkpoint
         arguments["device"] = context.device
         return quantize_checkpoint(
             checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
         )
-    model = context.take_float_model()
-    report = quantize_(model, scheme, base.solver, **arguments)
-    return save_base(model, scratch, tokenizer, source=source), report
+    else:
+        model = context.take_float_model()
+        report = quantize_(model, scheme, base.solver, **arguments)
+    return save_base(model, scratch, tokenizer, source=source) if scratch else "", report
 
 
 def _tune(
@@ -369,12 +377,9 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
         "unseen": list(report.unseen),
     }
     if context.recipe.simulation.base_activations != "all":
-        measured["perplexity_with_own_encodings"] = perplexity(
-            simulation.logits,
-            context.text(name).evaluation,
-            "perplexity, own encodings",
-            context.track,
-        )
+        text, what = context.text(name).evaluation, "perplexity, own encodings"
+        own = perplexity(simulation.logits, text, what, context.track)
+        measured["perplexity_with_own_encodings"] = own
     _apply_shared(context, simulation)
     measured |= encodings_summary(simulation)
     simulation.save(scratch)
@@ -403,13 +408,8 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     simulations.observe(**context.calibration(*names))
     simulations.freeze(allow_unseen=context.allow_unseen)
     save_encodings(simulations.shared, scratch)
-    return {
-        "sharing": {
-            "base_activations": shares,
-            "encodings": len(simulations.shared),
-            "captures": simulations.captures,
-        }
-    }
+    counts = {"encodings": len(simulations.shared), "captures": simulations.captures}
+    return {"sharing": {"base_activations": shares, **counts}}
 
 
 def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:

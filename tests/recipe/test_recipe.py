@@ -34,7 +34,7 @@ MISTAKES = {
         "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"
     ),
     "base.weights={granularity: channel, block_size: 32}": (
-        "base.weights: block_size needs granularity block, signed or lpbq, not channel; "
+        "base.weights: block_size needs granularity block, signed, bf16block, lpbq, not channel; "
         "remove block_size"
     ),
     "base={weights: w4-signed32, rules: [{match: '*', symmetric: false}]}": (

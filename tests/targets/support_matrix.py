@@ -23,7 +23,7 @@ from conftest import byte_tokenizer
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock, short_name
+from qwlora.grid.scheme import Bf16Block, PerBlock, PerChannel, Scheme, SignedBlock, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.registry import TARGETS, vllm_problem
@@ -44,7 +44,8 @@ SCHEMES = [
         for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
     ),
     *(
-        Scheme(bits, granularity=SignedBlock(size))
+        Scheme(bits, granularity=kind(size))
+        for kind in (SignedBlock, Bf16Block)
         for bits in (2, 3, 4, 5, 6, 8)
         for size in (32, 64, 128)
     ),
@@ -90,7 +91,8 @@ def outcome(architecture: str, name: str) -> str:
         folder = Path(scratch)
         for part in ("base", "trained", "adapter"):
             (folder / part).mkdir()
-        model, tokenizer = made(architecture), byte_tokenizer()
+        grid = "w4-bf16block32" if name == "executorch" else "w4-block32"
+        model, tokenizer = made(architecture, grid), byte_tokenizer()
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
         problem = target.backend.model_problem(model.config, tokenizer)
         if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
@@ -114,7 +116,7 @@ def outcome(architecture: str, name: str) -> str:
         return "no: more than rounding differs" if problems else "yes"
 
 
-def made(architecture: str) -> Any:
+def made(architecture: str, grid: str = "w4-block32") -> Any:
     """A tiny random model with 4-bit integers."""
     if architecture == "Gemma 3":  # mlx-lm asks for the sixth layer, the first with full attention
         torch.manual_seed(0)
@@ -122,7 +124,7 @@ def made(architecture: str) -> Any:
         model: Any = with_large_weights(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)))
     else:
         model = make(architecture)
-    quantize_(model, "w4-block32", solver="search")
+    quantize_(model, grid, solver="search")
     return model
 
 

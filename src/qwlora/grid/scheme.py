@@ -107,6 +107,20 @@ class SignedBlock(Blocks, kind="signed"):
 
 
 @dataclass(frozen=True)
+class Bf16Block(PerBlock, kind="bf16block"):
+    """Blocks whose scales are bfloat16, as XNNPACK stores them, without offsets. Whoever stores any
+    scales stores these."""
+
+    is_only_symmetric: ClassVar[bool] = True
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        return scale.bfloat16().to(scale.dtype)
+
+    def __str__(self) -> str:
+        return f"bfloat16 block {self.size}"
+
+
+@dataclass(frozen=True)
 class Lpbq(Blocks, kind="lpbq"):
     """AIMET's low-power blocks: each block scale is an integer in `[1, 2^scale_bitwidth]` times the
     float scale of its row.
@@ -197,7 +211,8 @@ class Scheme:
 
     @property
     def has_free_scales(self) -> bool:
-        """Whether a block may have any scale: solvers choose each alone and round it to float16."""
+        """Whether a block may have any scale: solvers choose each alone and round it to float16
+        at least."""
         return isinstance(self.granularity, Blocks) and self.granularity.is_free
 
     @property

@@ -228,7 +228,7 @@ def _refine(
             n, old = steps[block], grid.scale[row].clone()
             curvature = ((hessian[block, block] @ n) * n).sum(0)
             wanted = old + (n * gradient[block]).sum(0) / curvature
-            new = storable_scale(wanted) if is_free else wanted
+            new = scheme.nearest(storable_scale(wanted)) if is_free else wanted
             is_better = (new - wanted).abs() < (old - wanted).abs()
             new = torch.where(torch.isfinite(wanted) & (wanted * old > 0) & is_better, new, old)
             grid.scale[row] = new

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
 JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
-DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "lpbq": 64}
+DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "bf16block": 32, "lpbq": 64}
 WeightBitwidth = Literal[2, 3, 4, 5, 6, 7, 8]
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
-GranularityName = Literal["tensor", "channel", "block", "signed", "lpbq"]
+GranularityName = Literal["tensor", "channel", "block", "signed", "bf16block", "lpbq"]
 if TYPE_CHECKING:
     BaseSolver = str
 else:
@@ -74,10 +74,11 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, for smaller errors at 2 to 4 bits, refused by qnn; lpbq: AIMET's
-    low-power blocks, small integers times a channel scale"""
+    whose scales may be negative, for smaller errors at 2 to 4 bits, refused by qnn; bf16block:
+    blocks with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers
+    times a channel scale"""
     block_size: Count | None = None
-    """inputs per block. Default: 32 for block and signed, 64 for lpbq"""
+    """inputs per block. Default: 64 for lpbq, 32 for the others"""
 
     @model_validator(mode="before")
     @classmethod
@@ -120,10 +121,8 @@ def _symmetry_problems(granularity: GranularityName, symmetric: bool) -> Iterato
 
 def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
     if grid.granularity in ("tensor", "channel") and grid.block_size is not None:
-        yield (
-            f"block_size needs granularity block, signed or lpbq, not {grid.granularity}; "
-            "remove block_size"
-        )
+        having = ", ".join(DEFAULT_BLOCK_SIZES)
+        yield f"block_size needs granularity {having}, not {grid.granularity}; remove block_size"
 
 
 class BaseRule(Section):

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Bf16Block, Blocks, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
 from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.targets.target import LayerKind, Target
 
-_GRANULARITIES = (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel(), PerTensor())
+_SIZES = (32, 64, 128)
+# The last are named where no other is as near.
+_GRANULARITIES = *map(PerBlock, _SIZES), PerChannel(), PerTensor(), *map(Bf16Block, _SIZES)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def grid_problem(target: Target, grid: Grid) -> str | None:
 
 
 def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme:
-    """The scheme closest to `scheme` that all targets hold: each holds w4-block32."""
+    """The scheme closest to `scheme` that all targets hold: each holds w4-bf16block32."""
     asked = scheme.granularity
     granularities = [*_GRANULARITIES, asked]
     if isinstance(asked, Blocks):

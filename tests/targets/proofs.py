@@ -23,8 +23,8 @@ from qwlora.targets.proof.reference import (
     GRAPHS_NOISE,
     Logits,
     Reference,
-    logits_of,
     make_reference,
+    reference_of_trained,
     simulated_logits,
 )
 from qwlora.targets.target import Runtime
@@ -44,9 +44,7 @@ def verify_weights(
     rounding: AbstractContextManager[None] | None = None,
 ) -> Parity:
     """A runtime against the trained model."""
-    rounded = None if rounding is None else logits_of(model, rounding)
-    reference = make_reference(logits_of(model), sequences, rounded=rounded)
-    return measure_runtime(runtime, adapter, reference)
+    return measure_runtime(runtime, adapter, reference_of_trained(model, sequences, rounding))
 
 
 def verify_onnx(folder: Path, simulation: Reference, ids: Tensor, layer_tokens: int) -> Parity:

@@ -36,7 +36,7 @@ from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
 from qwlora.targets.proof.folder import RECORD, write_record
 from qwlora.targets.proof.measure import measure_runtime
-from qwlora.targets.proof.reference import least_noise, logits_of, make_reference
+from qwlora.targets.proof.reference import least_noise, reference_of_trained
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Runtime, size_problems
 
@@ -209,9 +209,7 @@ def verify(
             runtime, text = target.open(folder), as_sequences(_ids(batches))
             for adapter in filter(lambda name: (folder / name).is_dir(), made.peft_config):
                 made.set_adapter(adapter)
-                rounding = target.backend.rounding(made)
-                rounded = None if rounding is None else logits_of(made, rounding)
-                reference = make_reference(logits_of(made), text, rounded=rounded)
+                reference = reference_of_trained(made, text, target.backend.rounding(made))
                 parities[adapter] = measure_runtime(runtime, folder / adapter, reference, limits)
     return [
         replace(row, what=f"{adapter}: {row.what}")

@@ -431,5 +431,6 @@ class Backend(ABC):
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
         """Context manager that makes `model` round activations like the runtime. None if the
-        runtime computes in float32. Reentrant."""
+        runtime computes in float32. Reentrant. If the runtime cannot compute without, it has an
+        `other`: a context manager with rounding that is as valid."""
         return None

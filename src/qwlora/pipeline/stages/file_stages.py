@@ -43,8 +43,8 @@ from qwlora.targets.proof.reference import (
     Reference,
     first_sequences,
     least_noise,
-    logits_of,
     make_reference,
+    reference_of_trained,
     simulated_logits,
 )
 from qwlora.targets.registry import TARGETS
@@ -241,8 +241,7 @@ class _Verification:
         if not target.is_simulated:
             model = context.adapted(self.adapter)
             rounding = target.backend.rounding(model)
-            rounded = None if rounding is None else logits_of(model, rounding)
-            return model, None, make_reference(logits_of(model), self._text(), rounded=rounded)
+            return model, None, reference_of_trained(model, self._text(), rounding)
         if target.has_cases:
             simulation: Any = context.use_cases[self.adapter]
         elif self.adapter == BASE:

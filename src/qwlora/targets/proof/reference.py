@@ -17,11 +17,13 @@ computation gives, which is as valid:
     STATE.other_same      bool [n, t], whether its likeliest token is the same
     STATE.noise           float32 [n], root mean square of the differences of log-probabilities
     STATE.rounding        float32 [n], instead of `noise`: the largest difference of a logit
+    STATE.trained_losses  as losses; if the model rounds like the runtime, what it says without
 
 `noise` is that of simulations: there the last bit of one layer can become a whole step of a later
 one, so a single logit may differ by any amount. It is measured on few sequences and with float32
 alone, so it counts as no less than `least_noise`. `rounding` is that of a runtime that rounds
-activations more coarsely than float32 (`Backend.rounding`).
+activations more coarsely than float32 (`Backend.rounding`). If all that it computes is on that
+grid, the model rounds likewise, and `noise` is what else may differ.
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
 a bundle has the first BASE_SEQUENCES of all.
@@ -60,6 +62,9 @@ TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
 # Graphs for NPUs round more than a simulation: cosines, masked scores, sigmoids. This share of the
 # largest logit counts as noise, about 30 dB; docs/log/runtimes.md measures up to 0.0011.
 GRAPHS_NOISE = 0.002
+# Of activations of 8 bits, as a share of the largest logit: one of hundreds of a layer's inputs may
+# be on another step.
+LEAST_FLIP = 2.0**-12
 _OTHERS = ("other_losses", "other_same")
 Logits = Callable[[Tensor], Tensor]  # of token ids [1, tokens]
 
@@ -73,6 +78,14 @@ class Reference(Protocol):
     def values(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
     def graph(self) -> QuantizedGraph: ...
+
+
+@runtime_checkable
+class AlwaysRounded(Protocol):
+    """Rounding of a runtime that cannot compute without; `other` is as valid."""
+
+    @property
+    def other(self) -> AbstractContextManager[None]: ...
 
 
 @torch.no_grad()
@@ -171,6 +184,21 @@ def logits_of(
         return logits.float()
 
     return {"base": base, "adapter": whole}
+
+
+def reference_of_trained(
+    model: PeftModel, sequences: Sequences, rounding: AbstractContextManager[None] | None
+) -> dict[str, Tensor]:
+    """The reference that a base with an adapter gives, for a runtime with this `rounding` (see
+    `Backend.rounding`). If it is `AlwaysRounded`, the reference is what the model computes with it,
+    and the difference from the other one is the noise; else rounding is a tolerance."""
+    if isinstance(rounding, AlwaysRounded):
+        rounded, perturbed = logits_of(model, rounding), logits_of(model, rounding.other)
+        reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
+        exact = make_reference(logits_of(model), sequences)
+        return reference | {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
+    rounded = None if rounding is None else logits_of(model, rounding)
+    return make_reference(logits_of(model), sequences, rounded=rounded)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -286,6 +314,8 @@ def compare_logits(
     if last is None:
         figures["perplexity"] = perplexity(nll, counted)
         figures["reference_perplexity"] = perplexity(expected_nll, counted)
+        if (trained := reference.get(f"{state}.trained_losses")) is not None:
+            figures["trained_perplexity"] = perplexity(float(trained.sum()), counted)
     figures |= {"tokens": tokens, "sequences": len(rows)}
     figures |= _floor(reference, state, masks, part, counted)
     return Parity(figures, tuple(logits_checks(figures, limits, where)))
@@ -481,6 +511,8 @@ def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str
             "other_same": f"bool [{rows}, {tokens}]",
             bound: f"float32 [{rows}]",
         }
+    if f"{state}.trained_losses" in reference:
+        forms["trained_losses"] = forms["losses"]
     return {f"{state}.{name}": form for name, form in forms.items()}
 
 
@@ -489,8 +521,8 @@ def _wrong_values(parts: Mapping[str, Tensor]) -> Iterator[str]:
     if not parts["top"].numel():
         yield "top is empty"
         return
-    for name in ("log_probs", "losses", "largest"):
-        if not bool(parts[name].isfinite().all()):
+    for name in ("log_probs", "losses", "largest", "trained_losses"):
+        if name in parts and not bool(parts[name].isfinite().all()):
             yield f"{name} holds NaN or infinity"
             return
     total = parts["log_probs"].double().exp().sum(-1)

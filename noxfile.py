@@ -60,7 +60,7 @@ def slow(session: nox.Session) -> None:
 @nox.session
 def clients(session: nox.Session) -> None:
     """The programs that exported files are for; here a test that is skipped is a failure."""
-    extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn,web"
+    extras = "dev,executorch,genai,llamacpp,lm-eval,mlx,openvino,qnn,web"
     others = ("trl>=1.16,<2", "qai-hub>=0.56,<0.57")
     _install(session, "-e", f".[{extras}]", *others)
     environment = ONE_THREAD | _packages_of_node(session)

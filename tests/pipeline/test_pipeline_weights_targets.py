@@ -67,7 +67,7 @@ def finish(
     return run_job
 
 
-EVERYWHERE = [name for name, kind in TARGETS.items() if not kind.is_simulated]
+EVERYWHERE = [n for n, kind in TARGETS.items() if not kind.is_simulated and n != "executorch"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def job(finish: Any) -> Path:
     installed = {name for name in EVERYWHERE if TARGETS[name].missing() is None}
     base = {"weights": "w4-block32", "solver": "search"}
     return Path(finish(*sorted({"hf", "mlx"} | installed), base=base))
+
+
+@pytest.mark.client
+def test_a_job_for_executorch_is_proven(finish: Any, tmp_path: Path) -> None:
+    base = {"weights": "w4-bf16block32", "solver": "search"}
+    moved = bundle(finish("executorch", base=base), tmp_path, "executorch")
+    assert " without rounding), " in (moved / "README.md").read_text()
+    for proof in json.loads(answered("verify", moved, "--json")).values():
+        assert proof["passed"]
 
 
 def test_the_base_is_written_once_and_every_adapter_beside_it(job: Path) -> None:

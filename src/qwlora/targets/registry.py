@@ -9,7 +9,7 @@ from functools import partial
 
 from qwlora.errors import listed
 from qwlora.formats import MLX_BITWIDTHS
-from qwlora.grid.scheme import Blocks, PerChannel, Scheme
+from qwlora.grid.scheme import Bf16Block, Blocks, PerChannel, Scheme
 from qwlora.targets.npu.htp_limits import table_problem, weight_problem
 from qwlora.targets.target import OPSETS, LayerKind, Layout, Target
 
@@ -94,7 +94,27 @@ NBITS = FormatLimits(
 OPENVINO = FormatLimits(
     name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
 )
+XNNPACK = FormatLimits(
+    name="XNNPACK",
+    symmetric=range(2, 9),
+    zero_point=(),
+    float_offset=(),
+    block=32,
+    refused={LayerKind.OTHER: "has integers of linear layers and embeddings only"},
+)
 VLLM = FormatLimits(name="vLLM", symmetric=(4, 8), zero_point=(4,), float_offset=())
+
+
+def xnnpack_problem(scheme: Scheme) -> str | None:
+    """Why XNNPACK (of ExecuTorch 1.5) does not hold a scheme; None if it does: tried with one layer
+    of each."""
+    if (problem := XNNPACK.problem(scheme)) or not isinstance(scheme.granularity, Blocks):
+        return problem
+    if scheme.bitwidth > 4:
+        return f"{scheme}: XNNPACK has 4 bits in blocks; more have one scale for each channel"
+    if not isinstance(scheme.granularity, Bf16Block):
+        return f"{scheme}: XNNPACK rounds scales of blocks to bfloat16, which bf16block has"
+    return None
 
 
 def vllm_problem(schemes: Collection[Scheme]) -> str | None:
@@ -202,6 +222,16 @@ TARGETS: dict[str, Target] = {
         node_packages=(WEB_LIBRARY,),
         embedding_bits=(16, 32),
         scheme_problem=NBITS.problem,
+    ),
+    "executorch": Target(
+        backend_class="qwlora.targets.weights.executorch:Executorch",
+        runtime="ExecuTorch",
+        extra="executorch",
+        packages=("executorch",),
+        writers=("executorch",),
+        embedding_bits=(16, 32),
+        scheme_problem=xnnpack_problem,
+        kind_problem=XNNPACK.kind_problem,
     ),
     "hf": Target(
         backend_class="qwlora.targets.weights.hf:Hf",

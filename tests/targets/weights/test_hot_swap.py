@@ -33,7 +33,8 @@ def written(name: str, folder: Path) -> PeftModel:
         source = tiny_gguf(folder)
         model: Any = load_precomputed(open_checkpoint(source))
     else:
-        model = base("w4-block32", solver="search" if TARGETS[name].has_float16_scales else "rtn")
+        scheme = "w4-bf16block32" if name == "executorch" else "w4-block32"
+        model = base(scheme, solver="search" if TARGETS[name].has_float16_scales else "rtn")
     write_base(kind, model, folder, source)
     adapted = adapters(model, folder / "trained")
     for adapter in ("first", "second"):

@@ -118,7 +118,8 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
         canonical = read_canonical(folder / "trained")
         target.backend.write_adapter(canonical, folder / "base", folder / "adapter")
         runtime = target.open(folder)
-        parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS))
+        rounding = target.backend.rounding(adapted)
+        parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS), rounding)
         assert parity.problems == [], ", ".join(map(short_name, schemes))
 
 

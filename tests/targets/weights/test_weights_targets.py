@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ SCHEMES = [
 
 
 SCHEMES += [Scheme(4, True, PerBlock(16)), Scheme(4, True, Lpbq(32)), Scheme(7, True, PerBlock(32))]
+SCHEMES.append(parse_scheme("w4-bf16block32"))
 SCHEMES += [Scheme(bits, False, PerBlock(8 * bits), float_offset=True) for bits in (4, 8)]
 
 
@@ -122,6 +124,8 @@ OF_ONNX: list[Any] = [
 CASES = [(name, *case) for name in ("hf", "mlx") for case in WITHOUT_BIAS]
 CASES += [(name, *case) for name in ("genai", "openvino", "web") for case in OF_ONNX]
 CASES += [(name, "llama", "w2-channel", EMBEDDING) for name in ("genai", "web")]
+OF_XNNPACK: list[Any] = [("qwen3", "w4-bf16block32", MIXED), ("gpt2", "w3-channel", [])]
+CASES += [("executorch", *case) for case in (*OF_XNNPACK, ("opt", "w8-tensor", []))]
 
 
 @pytest.mark.parametrize(("name", "architecture", "scheme", "rules"), with_clients(CASES))
@@ -138,16 +142,17 @@ def test_the_runtime_computes_base_and_adapters(
         write_adapter(kind, tmp_path, adapter)
         folder = tmp_path / adapter
         adapted.set_adapter(adapter)
-        parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
+        parity = verify_weights(runtime, adapted, folder, as_sequences(IDS), kind.rounding(adapted))
         assert parity.problems == []
         assert parity.figures["exact"]["adapter"]["tokens"] == IDS.numel()
         runtime.use(folder)
         tokens = runtime.decode(IDS[:1], 4)  # with a cache
         whole = torch.cat([IDS[:1], torch.tensor([tokens])], dim=1)
-        with torch.no_grad():
+        with torch.no_grad(), kind.rounding(adapted) or nullcontext():
             likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
         assert tokens == likeliest.tolist()
-    wrong = verify_weights(runtime, adapted, tmp_path / "second", as_sequences(IDS))
+    second, rounding = tmp_path / "second", kind.rounding(adapted)
+    wrong = verify_weights(runtime, adapted, second, as_sequences(IDS), rounding)
     assert any("with the adapter" in problem for problem in wrong.problems)
 
 

@@ -1,1 +1,1 @@
-"""Targets that hold the base's integers and float adapters: hf, gguf, mlx."""
+"""Targets that hold the base's integers and float adapters: hf, gguf, mlx, executorch."""

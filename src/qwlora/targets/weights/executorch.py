@@ -1,0 +1,371 @@
+"""The `executorch` target: a program for ExecuTorch on the CPU of a phone, and adapters.
+
+    base/model.pte                the base with a key-value cache, and places for an adapter
+    base/none.safetensors         zeros of rank 1: the base alone
+    base/tokenizer.json, config.json, ...
+    NAME/adapter.safetensors      M.lora_A [in, r], M.lora_B [r, out] of every linear layer M
+
+`forward` takes tensors by position and returns the logits and the longer cache:
+
+    input_ids [1, t], attention_mask [1, p + t], position_ids [1, t]     int64; p past tokens
+    past_key_values.0.key, past_key_values.0.value, ...                  [1, heads, p, width]
+    the tensors of an adapter, in the alphabetical order of their names
+        -> logits [1, t, vocabulary], present.0.key, present.0.value, ...
+
+A call has 1 to `TOKENS` tokens and 0 to `PAST` past ones: ExecuTorch plans its memory for the most
+of them. Every rank is 1 to `RANK`; lora_A is transposed, and the scale is in lora_B. An adapter of
+rank 0 would be the natural one to switch off, but ExecuTorch's matrix product (1.5) fails on it.
+
+    y = W x  becomes  y = W x' + (x A) B       x' is x rounded to 8 bits for each token
+
+W x' is XNNPACK's product of a packed layer. It holds codes of 4 and 8 bits with one scale for each
+output, where others are stored exactly, too (2 and 3 bits in 4, 5 to 7 in 8); and blocks of 32 and
+multiples of it, of 4 bits only, whose scales it rounds to bfloat16: exact for `Bf16Block`. It has
+no offsets. Other layers are floats. Rows of a packed embedding are computed from its codes.
+
+XNNPACK always rounds x, so what the file computes is not what was trained. `Rounded` rounds alike
+in the trained model, and the file is compared with that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # makes torch.ops.quantized_decomposed
+from safetensors import numpy as arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.nn.functional import embedding, linear
+from transformers import PreTrainedModel
+
+from qwlora.errors import ExportError, foreign_as
+from qwlora.graph.capture import IDS, MASK, POSITIONS
+from qwlora.graph.nodes import module_of, operation
+from qwlora.grid.encoding import spread
+from qwlora.grid.scheme import Blocks
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear
+from qwlora.nn.packed_tensor import narrowest
+from qwlora.simulation.kv_cache_graph import capture_cached
+from qwlora.targets.canonical_adapter import CanonicalAdapter
+from qwlora.targets.onnx.onnx_model import linear_modules
+from qwlora.targets.proof.contents import TOKENIZER, Contents
+from qwlora.targets.registry import xnnpack_problem
+from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.weights_folder import refuse, write_settings
+
+MODEL, ADAPTER, NO_ADAPTER = "model.pte", "adapter.safetensors", "none.safetensors"
+TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
+# Of the example that torch.export sees: sizes that differ, none that may change is 1.
+_EXAMPLE = {"batch": 1, "tokens": 3, "past": 5, "context": 8, None: 2}
+Shapes = dict[str, tuple[int | None, int | None]]  # of the tensors of adapters; None: the rank
+
+
+class Executorch(Backend):
+    """XNNPACK's products; ExecuTorch runs it."""
+
+    contents = Contents(
+        base=(MODEL, NO_ADAPTER, "config.json", "generation_config.json", *TOKENIZER),
+        adapter=(ADAPTER,),
+    )
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        program, factors = switchable_program(exported.model, exported.embedding_bits)
+        lower(program, folder / MODEL)
+        none = {name: torch.zeros([n or 1 for n in sizes]) for name, sizes in factors.items()}
+        save_file(none, folder / NO_ADAPTER)
+        exported.model.config.get_text_config().save_pretrained(folder)
+        write_settings(exported.model, exported.tokenizer, folder)
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        if exported.rank > RANK:
+            raise ExportError(
+                f"the adapter has rank {exported.rank}, and the exported base takes up to {RANK}. "
+                "Train it with a smaller rank, or remove executorch from export.targets"
+            )
+        arrays.save_file(exported.inputs(arrays.load_file(base / NO_ADAPTER)), folder / ADAPTER)
+
+    def open(self, folder: Path, case: str) -> ExecutorchRuntime:
+        return ExecutorchRuntime(folder)
+
+    def rounding(self, model: nn.Module) -> Rounded:
+        return Rounded(model)
+
+
+def switchable_program(
+    model: PreTrainedModel, embedding_bits: int
+) -> tuple[ExportedProgram, Shapes]:
+    """The program of a base, see the module, and what adapters give it, in the order of the inputs.
+
+    Raises:
+        ExportError: XNNPACK cannot hold a layer.
+        CaptureError: the model has no graph with a cache.
+    """
+    captured = capture_cached(model)
+    module = captured.program.module(check_guards=False)
+    factors = _add_branches_(graph := module.graph, linear_modules(model).keys())
+    _hold_codes_(module, model)
+    _narrow_embeddings_(module, embedding_bits)
+    graph.eliminate_dead_code()
+    graph.set_codegen(CodeGen())  # inputs and outputs are as the graph has them
+    module = GraphModule(module, graph)  # without the checks of the inputs that it had
+    tokens, past = Dim.AUTO(min=1, max=TOKENS), Dim.AUTO(min=0, max=PAST)
+    axes = {IDS: {1: tokens}, MASK: {1: Dim.AUTO(min=1, max=PAST + TOKENS)}, POSITIONS: {1: tokens}}
+    shapes, example = list[dict[int, Any]](), list[Tensor]()
+    known: Any = captured.interface.shapes | factors
+    for name in (*captured.inputs, *factors):
+        tensor = torch.ones([_EXAMPLE.get(size, size) for size in known[name]])
+        example.append(tensor.long() if name in axes else tensor)
+        rank = {known[name].index(None): Dim.AUTO(min=1, max=RANK)} if name in factors else {}
+        shapes.append(axes.get(name) or rank or {2: past})
+    with foreign_as(ExportError, "torch.export cannot add adapters"), torch.no_grad():
+        program = torch.export.export(
+            module, tuple(example), dynamic_shapes=tuple(shapes), strict=False
+        )
+    return program, factors
+
+
+def _add_branches_(graph: Graph, linears: Collection[str]) -> Shapes:
+    """Add x A B to every linear layer; returns what adapters give, in the order of the inputs."""
+    products: list[tuple[str, Node, Any]] = []
+    shapes: Shapes = {}
+    for node in graph.nodes:
+        path = module_of(node)[0].partition("@")[0]  # without the number of the call
+        if operation(node) in ("linear", "addmm") and path in linears:
+            products.append((path, node, x := node.args[operation(node) == "addmm"]))
+            shapes[f"{path}.lora_A"] = x.meta["val"].shape[-1], None
+            shapes[f"{path}.lora_B"] = None, node.meta["val"].shape[-1]
+    inputs, last = dict[str, Node](), [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for number, name in enumerate(sorted(shapes)):
+        with graph.inserting_after(last):
+            last = inputs[name] = graph.placeholder(f"factor_{number}")
+    for path, node, x in products:
+        factors = (inputs[f"{path}.lora_{half}"] for half in "AB")
+        with graph.inserting_after(node):
+            total = graph.call_function(_plus_branch, (node, x, *factors))
+        node.replace_all_uses_with(total, lambda user, total=total: user is not total)
+    return {name: shapes[name] for name in inputs}
+
+
+def _plus_branch(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return y + (x @ a) @ b
+
+
+def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
+    """Let what reads a packed weight read its codes.
+
+    Raises:
+        ExportError: XNNPACK cannot hold a layer.
+    """
+    problems = list[str]()
+    for node in list(module.graph.nodes):
+        if operation(node) != "dequantize":
+            continue
+        path = str(node.args[0].target).removeprefix("model.").removesuffix(".packed")
+        layer: Any = model.get_submodule(path)
+        if problem := xnnpack_problem(layer.scheme):
+            problems.append(f"{path}: {problem}")
+            continue
+        codes, scale = _operands(layer)
+        for user in list(node.users):
+            match operation(user), user.args:
+                case "embedding", [_, Node() as ids, *_]:
+                    _replace_(module, user, _rows, ids, codes, scale)
+                case "linear", [Node() as x, weight, *bias] if weight is node:
+                    bits = 4 if layer.scheme.bitwidth <= 4 else 8
+                    numbers = codes, scale, torch.zeros_like(scale, dtype=torch.int64)
+                    _replace_(module, user, _product, x, *numbers, bits, *bias)
+                case name, _:
+                    problems.append(f"{path}: {name} reads it, and XNNPACK has linear layers only")
+    refuse("executorch", problems)
+
+
+def _replace_(module: GraphModule, node: Node, by: Callable[..., Tensor], *arguments: Any) -> None:
+    """Replace a node by a call of a function, whose tensors become buffers of the module."""
+    graph, inputs = module.graph, []
+    with graph.inserting_before(node):
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                name = f"constant_{len(module._buffers)}"
+                module.register_buffer(name, argument)
+                argument = graph.get_attr(name)
+            inputs.append(argument)
+        node.replace_all_uses_with(graph.call_function(by, tuple(inputs)))
+
+
+def _operands(layer: PackedLayer) -> tuple[Tensor, Tensor]:
+    """Codes around 0, and scales [out] or [out, blocks]."""
+    granularity, shape = layer.scheme.granularity, layer.tensor.shape
+    codes = (layer.codes.to(torch.int16) + layer.scheme.symmetric_offset).to(torch.int8)
+    if isinstance(granularity, Blocks):
+        return codes, layer.encoding.scale
+    return codes, spread(layer.encoding.scale, granularity, shape, shape[1]).flatten()
+
+
+def _product(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """W x', in the operators that XNNPACK's partitioner looks for."""
+    ops: Any = torch.ops.quantized_decomposed
+    ends = -(1 << bits - 1), (1 << bits - 1) - 1, torch.int8
+    if scale.ndim == 1:
+        weight = ops.dequantize_per_channel(codes, scale, zero, 0, *ends)
+    else:
+        block = codes.shape[1] // scale.shape[1]
+        weight = ops.dequantize_per_channel_group(codes, scale, zero, *ends, block, torch.float32)
+    step, middle = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+    of_x = step, middle, -128, 127, torch.int8
+    rounded = ops.dequantize_per_token(ops.quantize_per_token(x, *of_x), *of_x, torch.float32)
+    return linear(rounded, weight, bias)
+
+
+def _rows(ids: Tensor, table: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Rows of an embedding: of codes, or of floats in 16 bits."""
+    rows = embedding(ids, table).float()
+    if scale is None:
+        return rows
+    scale = embedding(ids, scale.view(len(scale), -1)).unsqueeze(-1)
+    return (rows.unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
+
+
+def _narrow_embeddings_(module: GraphModule, bits: int) -> None:
+    """Store embeddings that are floats in 16 bits where that is exact."""
+    for node in list(module.graph.nodes):
+        match operation(node), node.args:
+            case "embedding", [Node(op="get_attr") as table, Node() as ids, *_] if bits == 16:
+                stored = narrowest(operator.attrgetter(str(table.target))(module).detach())
+                if stored.dtype != torch.float32:
+                    _replace_(module, node, _rows, ids, stored)
+
+
+def lower(program: ExportedProgram, path: Path) -> None:
+    """Write a program for ExecuTorch: XNNPACK computes what is linear in constants.
+
+    Raises:
+        ExportError: ExecuTorch refuses it.
+    """
+    from executorch import exir
+    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    kinds, linears = ConfigPrecisionType, [LinearConfig, AddmmConfig]
+    partitioner = [
+        XnnpackPartitioner(config_precisions=kinds.DYNAMIC_QUANT, per_op_mode=True),
+        XnnpackPartitioner(linears, kinds.FP32, per_op_mode=True),
+    ]
+    checks = exir.EdgeCompileConfig(_check_ir_validity=False)
+    memory = exir.ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # inputs stay in place
+        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),  # for the largest sizes
+    )
+    with foreign_as(ExportError, "ExecuTorch cannot lower the graph"), torch.no_grad():
+        edge = exir.to_edge_transform_and_lower(program, None, partitioner, None, checks)
+        with path.open("wb") as file:
+            edge.to_executorch(memory).write_to_file(file)
+
+
+class ExecutorchRuntime(Runtime):
+    """The folder in ExecuTorch's own runtime for Python."""
+
+    switches = True
+
+    def __init__(self, folder: Path):
+        from executorch.runtime import Runtime as Library
+
+        self._known: dict[Path | None, list[Tensor]] = {None: _factors(folder / NO_ADAPTER)}
+        self._active: Path | None = None
+        with foreign_as(ExportError, f"ExecuTorch cannot load {str(folder)!r}"):
+            self._program = Library.get().load_program(folder / MODEL)
+            self._forward = self._program.load_method("forward")
+            about = self._forward.metadata
+            count = about.num_inputs() - len(self._known[None])
+            sizes = [about.input_tensor_meta(number).sizes() for number in range(count)]
+        self._tokens, self._past = sizes[0][1], sizes[3][2]
+        self._empty = [torch.zeros(1, heads, 0, width) for _, heads, _, width in sizes[3:]]
+
+    @property
+    def has_cache(self) -> bool:
+        return True
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None:
+            self._known[adapter] = self._known.get(adapter) or _factors(adapter / ADAPTER)
+        self._active = adapter
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.extend(ids, {})[0]
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        tokens, past = list[int](), dict[str, Tensor]()
+        while len(tokens) < count:
+            logits, past = self.extend(ids, past)
+            ids = logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+        return tokens
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        cache, parts = [*past.values()] or self._empty, []
+        for part in ids.split(self._tokens, dim=1):
+            length, new = cache[0].shape[2], part.shape[1]
+            if length > self._past:
+                raise ExportError(f"the program holds {self._past} past tokens; use a shorter text")
+            mask, positions = torch.ones(1, length + new), torch.arange(length, length + new)
+            inputs = [part.contiguous(), mask.long(), positions[None], *cache]
+            with foreign_as(ExportError, "ExecuTorch cannot run the program"):
+                outputs = self._forward.execute([*inputs, *self._known[self._active]])
+            logits, *cache = (output.clone() for output in outputs)  # the next call overwrites them
+            parts.append(logits)
+        return torch.cat(parts, 1), {str(number): tensor for number, tensor in enumerate(cache)}
+
+
+def _factors(file: Path) -> list[Tensor]:
+    """The tensors of an adapter, as inputs."""
+    tensors = load_file(file)
+    return [tensors[name] for name in sorted(tensors)]
+
+
+class Rounded:
+    """While it is open, packed linear layers of a model round what they multiply as XNNPACK does:
+
+        low = min(0, min x), high = max(0, max x) of each token,   s = (high - low) / 255
+        x' = (clamp(round(x / s) + z, -128, 127) - z) s
+
+    z is the integer nearest to -128 - low / s, or to 127 - high / s if low + high <= s. `other` is
+    as valid: every second value differs in its last bits, as if earlier layers had summed in
+    another order, so that some that are halfway between two steps get the other one.
+    """
+
+    def __init__(self, model: nn.Module, nudge: float = 0.0):
+        self._model, self._nudge, self._hooks = model, nudge, list[Any]()
+
+    @property
+    def other(self) -> Rounded:
+        return Rounded(self._model, 2.0**-22)
+
+    def __enter__(self) -> None:
+        layers = [module for module in self._model.modules() if isinstance(module, PackedLinear)]
+        self._hooks = [layer.register_forward_pre_hook(self._round) for layer in layers]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _round(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = inputs[0].float()
+        if self._nudge:
+            x = x * (1 + self._nudge * (torch.arange(x.shape[-1], device=x.device) % 2))
+        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        per_step = torch.where(high > low, 255 / (high - low), 1.0)
+        first, last = low * per_step, high * per_step
+        middle = torch.where(first + last > 1, -128 - first, 127 - last).clamp(-128, 127).round()
+        codes = ((x * per_step).round() + middle).clamp(-128, 127)
+        return ((codes - middle) / per_step).to(inputs[0].dtype)

@@ -1,0 +1,183 @@
+"""Target `executorch`: the graph that XNNPACK gets, its rounding, and the program in ExecuTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora import quantize_
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError
+from qwlora.grid.scheme import Bf16Block, PerBlock, PerChannel, Scheme, parse_scheme, short_name
+from qwlora.nn import packed_weights
+from qwlora.quantize.gptq import solve_gptq
+from qwlora.quantize.layer_rules import LayerRule
+from qwlora.quantize.scale_search import search_scale
+from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.proof.reference import logits_of
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target_compatibility import Grid, nearest, refusal
+from qwlora.targets.weights import executorch
+from qwlora.targets.weights.executorch import MODEL, RANK, Rounded
+from targets.proofs import verify_weights
+from targets.weights.bundles import write_adapter, write_base
+from targets.weights.test_weights_targets import adapters, target
+
+IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
+W8 = Scheme(8, True, PerChannel())
+SOME = [LayerRule(match=name, scheme=W8) for name in ("*.mlp.*", "*embed_tokens")]
+
+
+def base() -> Any:
+    """Blocks, channels, a packed embedding and the head on its codes."""
+    model: Any = tiny_model("llama", layers=1)
+    with torch.no_grad():  # else values of integers and norms of 1 are on ties of the rounding
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.8, 1.2)
+    quantize_(model, "w4-bf16block32", "search", rules=SOME)
+    return model
+
+
+@torch.no_grad()
+def test_the_program_computes_base_and_adapters_with_a_cache(tmp_path: Path) -> None:
+    model = base()
+    program, sizes = executorch.switchable_program(model, 16)
+    assert sizes["lm_head.lora_B"] == (None, 260)  # a tied head has its own place
+    adapted, run = adapters(model, tmp_path), program.module()
+    for adapter in (None, "first", "second", None):
+        inputs = {name: np.zeros([n or 1 for n in shape], "f4") for name, shape in sizes.items()}
+        if adapter is not None:
+            adapted.set_adapter(adapter)
+            inputs = read_canonical(tmp_path / adapter).inputs(inputs)
+        factors = [torch.from_numpy(inputs[name]) for name in sizes]
+        cache, parts = [torch.zeros(1, 2, 0, 16)] * 2, list[Tensor]()
+        for part in IDS[:1].split([9, 1, 6], dim=1):
+            past, new = cache[0].shape[2], part.shape[1]
+            mask, positions = torch.ones(1, past + new).long(), torch.arange(past, past + new)
+            logits, *cache = run(part, mask, positions[None], *cache, *factors)
+            parts.append(logits)
+        expected = logits_of(adapted, Rounded(adapted))["adapter" if adapter else "base"](IDS[:1])
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-3)
+
+
+def test_rounding_is_that_of_torchs_operators_and_is_undone() -> None:
+    model, seen = base(), list[Tensor]()
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
+    x[0, 0], x[1, 1], x[2, 2, 3] = 0, x[1, 1].abs(), -20
+    exact = layer(x)
+    with Rounded(model):
+        watching = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        layer(x)
+        watching.remove()
+    ops: Any = torch.ops.quantized_decomposed
+    numbers = (*ops.choose_qparams_per_token_asymmetric(x, torch.int8), -128, 127, torch.int8)
+    codes = ops.quantize_per_token(x, *numbers)
+    torch.testing.assert_close(seen[0], ops.dequantize_per_token(codes, *numbers, torch.float32))
+    assert torch.equal(layer(x), exact)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_solvers_choose_scales_that_are_bfloat16(bits: int) -> None:
+    scheme = parse_scheme(f"w{bits}-bf16block32")
+    assert scheme == Scheme(bits, granularity=Bf16Block(32)) == Scheme.from_json(scheme.to_json())
+    assert short_name(scheme) == f"w{bits}-bf16block32"
+    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(512, 128, generator=torch.Generator().manual_seed(1))
+    moment = inputs.T @ inputs / 512
+    errors = list[float]()
+    for grid in (scheme, Scheme(bits, granularity=PerBlock(32))):
+        searched, solved = search_scale(x, grid), solve_gptq(x, grid, moment)[0]
+        for scale in (searched.scale, solved.encoding.scale):
+            assert torch.equal(scale, scale.bfloat16().float()) == (grid == scheme)
+        for values in (searched.fake_quantize(x), solved.dequantize()):
+            errors.append(float(((x - values) @ moment * (x - values)).sum()))
+    assert errors[0] < 1.02 * errors[2]
+    assert errors[1] < 1.02 * errors[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "best"),
+    [
+        ("w4-block32", "bfloat16, which bf16block has", "w4-bf16block32"),
+        ("w8-bf16block32", "4 bits in blocks", "w8-channel"),
+        ("w4-channel-asymmetric", "no integer zero points", "w4-channel"),
+    ],
+)
+def test_what_xnnpack_rounds_is_refused(name: str, problem: str, best: str) -> None:
+    found = str(refusal([Grid(parse_scheme(name), "gptq")], {"executorch": TARGETS["executorch"]}))
+    assert problem in found
+    assert f"{best} instead of {name}" in found
+    assert nearest(parse_scheme(name), [TARGETS["executorch"]]) == parse_scheme(best)
+
+
+def test_a_rank_beyond_the_programs_is_refused(tmp_path: Path) -> None:
+    adapter = CanonicalAdapter({"up_proj": (torch.zeros(RANK + 1, 8), torch.zeros(8, 1))}, None)
+    with pytest.raises(ExportError, match=f"rank {RANK + 1}.* up to {RANK}"):
+        target("executorch").write_adapter(adapter, tmp_path, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("executorch")
+    write_base(target("executorch"), model := base(), folder)
+    adapted = adapters(model, folder / "trained")
+    for name in ("first", "second"):
+        write_adapter(target("executorch"), folder, name)
+    return folder, adapted
+
+
+@pytest.mark.client
+def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, adapted = bundle
+    program = (folder / "base" / MODEL).read_bytes()
+    layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
+    codes = (layer.codes.to(torch.int16) - 128).to(torch.int8).numpy().tobytes()
+    assert program.count(codes) == 1
+    wrong = bytes([codes[0] ^ 64]) + codes[1:]  # the first code, by a quarter of its grid
+    for content, is_right in ((program, True), (program.replace(codes, wrong), False)):
+        copy = Path(shutil.copytree(folder, tmp_path / str(is_right)))
+        (copy / "base" / MODEL).write_bytes(content)
+        adapted.set_adapter("second")
+        runtime, rounding = target("executorch").open(copy / "base", "base"), Rounded(adapted)
+        found = verify_weights(runtime, adapted, copy / "second", as_sequences(IDS), rounding)
+        assert (found.problems == []) == is_right
+        assert found.figures["exact"]["off_is_equal"]
+
+
+@pytest.mark.client
+def test_the_lines_of_the_readme_answer(
+    bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = bundle
+    runtime = target("executorch").open(folder / "base", "base")
+    prompt = byte_tokenizer()("Hello", return_tensors="pt").input_ids
+    monkeypatch.chdir(folder)
+    for name in (None, "first"):
+        code = usage("executorch", "base", name).partition("```python\n")[2].partition("```")[0]
+        loaded: dict[str, Any] = {}
+        exec(code, loaded)
+        runtime.use(None if name is None else folder / name)
+        assert loaded["tokens"] == runtime.decode(prompt, 32)
+
+
+@pytest.mark.client
+def test_files_of_another_model_are_refused(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle[0], tmp_path / "copy"))
+    file = copy / "first" / executorch.ADAPTER
+    save_file({name: torch.zeros(3, 3) for name in load_file(file)}, file)
+    with pytest.raises(ExportError, match="ExecuTorch cannot run the program"):
+        TARGETS["executorch"].open(copy, "first").logits(IDS[:1])
+    (copy / "base" / MODEL).write_bytes(b"no program")
+    with pytest.raises(ExportError, match="ExecuTorch cannot load"):
+        TARGETS["executorch"].open(copy)

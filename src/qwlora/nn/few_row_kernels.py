@@ -84,10 +84,16 @@ def _logits(head: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
     if y is None:
         return None
     top = y.topk(min(EXACT, y.shape[-1])).indices
-    packed = isinstance(head, PackedLinear)
-    rows = head.tensor.dequantize(x.dtype, top) if packed else head.weight[top]
+    rows = _rows(head, top, x.dtype)
     exact = (rows @ x.unsqueeze(-1)).squeeze(-1)
     return y.scatter(-1, top, exact if head.bias is None else exact + head.bias[top])
+
+
+def _rows(layer: nn.Linear, index: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some rows of a weight, as floats."""
+    if isinstance(layer, PackedLinear):
+        return layer.tensor.dequantize(dtype, index)
+    return layer.weight[index].detach()
 
 
 def _forward(head: nn.Linear, logits: Callable[[Tensor], Tensor | None], x: Tensor) -> Tensor:
@@ -133,8 +139,7 @@ def _rounded_product(layer: nn.Linear) -> Product:
     parts = []
     for start in range(0, layer.out_features, _ROUNDED_AT_ONCE):
         rows = slice(start, start + _ROUNDED_AT_ONCE)
-        packed = isinstance(layer, PackedLinear)
-        weight = layer.tensor.dequantize(index=rows) if packed else layer.weight[rows].detach()
+        weight = _rows(layer, rows)
         encoding = measure(weight.float(), _INT8)
         parts.append(QuantizedTensor(encoding.quantize(weight), encoding))
     return _int8_kernel(parts)

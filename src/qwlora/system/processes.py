@@ -128,7 +128,7 @@ def is_first_failure(message: str) -> bool:
 
 def _first_failure(own: str = "") -> str:
     """What the first process that failed has said; `own` if it is this one."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, not in __all__
 
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -16,14 +16,27 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from qwlora.grid.scheme import Bf16Block, Blocks, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import (
+    Bf16Block,
+    Blocks,
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+)
 from qwlora.grid.scheme import short_name as named
 from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.targets.target import LayerKind, Target
 
 _SIZES = (32, 64, 128)
 # The last are named where no other is as near.
-_GRANULARITIES = *map(PerBlock, _SIZES), PerChannel(), PerTensor(), *map(Bf16Block, _SIZES)
+_GRANULARITIES: tuple[Granularity, ...] = (
+    *map(PerBlock, _SIZES),
+    PerChannel(),
+    PerTensor(),
+    *map(Bf16Block, _SIZES),
+)
 
 
 @dataclass(frozen=True)

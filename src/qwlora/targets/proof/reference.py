@@ -81,7 +81,7 @@ class Reference(Protocol):
 
 
 @runtime_checkable
-class AlwaysRounded(Protocol):
+class AlwaysRounded(AbstractContextManager[None], Protocol):
     """Rounding of a runtime that cannot compute without; `other` is as valid."""
 
     @property
@@ -197,8 +197,8 @@ def reference_of_trained(
         reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
         exact = make_reference(logits_of(model), sequences)
         return reference | {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
-    rounded = None if rounding is None else logits_of(model, rounding)
-    return make_reference(logits_of(model), sequences, rounded=rounded)
+    tolerance = None if rounding is None else logits_of(model, rounding)
+    return make_reference(logits_of(model), sequences, rounded=tolerance)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def switchable_program(
     tokens, past = Dim.AUTO(min=1, max=TOKENS), Dim.AUTO(min=0, max=PAST)
     axes = {IDS: {1: tokens}, MASK: {1: Dim.AUTO(min=1, max=PAST + TOKENS)}, POSITIONS: {1: tokens}}
     shapes, example = list[dict[int, Any]](), list[Tensor]()
-    known: Any = captured.interface.shapes | factors
+    known: dict[str, Any] = {**captured.interface.shapes, **factors}
     for name in (*captured.inputs, *factors):
         tensor = torch.ones([_EXAMPLE.get(size, size) for size in known[name]])
         example.append(tensor.long() if name in axes else tensor)
@@ -149,7 +150,7 @@ def _add_branches_(graph: Graph, linears: Collection[str]) -> Shapes:
         factors = (inputs[f"{path}.lora_{half}"] for half in "AB")
         with graph.inserting_after(node):
             total = graph.call_function(_plus_branch, (node, x, *factors))
-        node.replace_all_uses_with(total, lambda user, total=total: user is not total)
+        node.replace_all_uses_with(total, partial(operator.is_not, total))
     return {name: shapes[name] for name in inputs}
 
 

@@ -106,8 +106,8 @@ _SUMMARY = {
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nRuns "
-    "every file; never skipped, even if nothing changed. With a folder of exported files as "
+    "verify": "Step 5: run the exported files and check their results.\n\nThey are compared with "
+    "what was trained. Runs every file; never skipped, even if nothing changed. With a folder of exported files as "
     "argument, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models, or score tasks.\n\nThe models are the float "
     "model, the base, adapters and simulations. With --tasks, scores of lm-eval instead, also of "

@@ -248,8 +248,8 @@ def _at(content: Any, path: tuple[Any, ...]) -> Any:
 
 
 def runtime(target: str) -> str:
-    """The runtime's name of an export target."""
-    return TARGETS[target].runtime or target
+    """The runtime's name of an export target; another name as it is."""
+    return (target in TARGETS and TARGETS[target].runtime) or target
 
 
 def capitalized(text: str) -> str:

@@ -107,8 +107,8 @@ _SUMMARY = {
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
     "verify": "Step 5: run the exported files and check their results.\n\nThey are compared with "
-    "what was trained. Runs every file; never skipped, even if nothing changed. With a folder of exported files as "
-    "argument, such as out/export/hf, repeats its proof on any machine.",
+    "what was trained. Runs every file; never skipped, even if nothing changed. With a folder "
+    "of exported files as argument, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models, or score tasks.\n\nThe models are the float "
     "model, the base, adapters and simulations. With --tasks, scores of lm-eval instead, also of "
     "exported files, in one table with standard errors; they are added to results.json and "

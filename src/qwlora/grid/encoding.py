@@ -266,6 +266,11 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         return f"QuantizedTensor({list(self.codes.shape)}, {self.encoding.scheme})"
 
+    @property
+    def signed_codes(self) -> Integer[Tensor, "*shape"]:
+        """Codes around 0, int8, of a symmetric grid of at most 8 bits."""
+        return (self.codes.to(torch.int16) + self.encoding.scheme.symmetric_offset).to(torch.int8)
+
     def to(self, device: torch.device) -> QuantizedTensor:
         """The tensor on a device."""
         return QuantizedTensor(self.codes.to(device), self.encoding.to(device))
@@ -312,7 +317,7 @@ def spread(
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times
-    with a bfloat16 scale would not round back to the same code.
+    a bfloat16 scale would not round back to the same code.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

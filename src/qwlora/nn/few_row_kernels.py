@@ -147,7 +147,6 @@ def _rounded_product(layer: nn.Linear) -> Product:
 
 def _int8_kernel(parts: list[QuantizedTensor]) -> Product:
     """The int8 kernel with a weight in parts of some rows each."""
-    middle = _INT8.symmetric_offset
-    codes = torch.cat([(part.codes.to(torch.int16) + middle).to(torch.int8) for part in parts])
+    codes = torch.cat([part.signed_codes for part in parts])
     scale = torch.cat([part.encoding.scale for part in parts]).to(torch.bfloat16)
     return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, codes, scale)

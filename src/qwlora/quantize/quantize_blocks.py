@@ -181,10 +181,13 @@ def observe_moments(
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
             processes = divided(dict.fromkeys(blocks[path], 1.0))
-            seen = observe(model, path, blocks[path], runner, processes=processes)
-            for part in gathered({name: of.moment for name, of in seen.items()}, receiver=0):
-                for name, moment in part.items():
-                    moments[canonical_name(name).removesuffix(".weight")] = moment
+            observed = observe(model, path, blocks[path], runner, processes=processes)
+            seen = {
+                canonical_name(name).removesuffix(".weight"): layer.moment
+                for name, layer in observed.items()
+            }
+            for part in gathered(seen, receiver=0):
+                moments.update(part)
     return moments
 
 

@@ -82,6 +82,10 @@ class Export(Section):
         """The layout of the graphs of a target."""
         return self.layout if self.layout in TARGETS[target].graph_layouts else None
 
+    def embedding_bits_of(self, target: str) -> int:
+        """The bits of embeddings that stay float, in the files of a target."""
+        return self.embedding_bits or TARGETS[target].embedding_bits[0]
+
     def graphs_of(self, target: str) -> Graphs | None:
         """The sizes of the graphs with a cache that a target writes; None if it writes none."""
         return (self.graphs or Graphs()) if TARGETS[target].cached_graphs else None

@@ -318,8 +318,21 @@ class Runtime(ABC):
         raise NotImplementedError
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
-        raise NotImplementedError
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache if
+        there is one."""
+        import torch
+
+        tokens, new = ids, ids
+        cache: Mapping[str, Tensor] = {}
+        for _ in range(count):
+            if self.has_cache:
+                logits, cache = self.extend(new, cache)
+            else:
+                logits = self.logits(tokens)
+            new = logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], dim=1)
+        answer: list[int] = tokens[0, -count:].tolist()
+        return answer
 
     def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""

@@ -195,7 +195,9 @@ class _Run:
 
         holds_float = self.context.holds_float_model
         try:
-            forecast = estimate(self.recipe, waiting, self.out, self.track, holds_float, False)
+            forecast = estimate(
+                self.recipe, waiting, self.out, self.track, holds_float, counts_activations=False
+            )
         except Exception as error:  # an estimate is no reason to stop a job
             self.say(f"no estimate of memory: {described(error)}")
         else:

@@ -94,7 +94,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
     if adapter is None:
         location = fetch(context.recipe.model.source)
         gguf_file = location.path if location.gguf_file else None
-        bits = context.recipe.export.embedding_bits or target.embedding_bits[0]
+        bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     return read_canonical(context.path / "adapters" / adapter)
 
@@ -118,7 +118,7 @@ def _graph(
         updatable=recipe.simulation.base_activations,
         layout=recipe.export.layout_of(target),
         tokenizer=context.tokenizer,
-        embedding_bits=recipe.export.embedding_bits or TARGETS[target].embedding_bits[0],
+        embedding_bits=recipe.export.embedding_bits_of(target),
     )
 
 

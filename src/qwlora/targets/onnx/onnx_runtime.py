@@ -122,17 +122,6 @@ class OnnxModel(Runtime):
         }
         return outputs["logits"], cache
 
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, new, cache = ids, ids, dict[str, Tensor]()
-        for _ in range(count):
-            if self.has_cache:
-                logits, cache = self.extend(new, cache)
-            else:
-                logits = self.logits(tokens)
-            new = logits[:, -1:].argmax(-1)
-            tokens = torch.cat([tokens, new], dim=1)
-        return tokens[0, -count:].tolist()
-
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ computation gives, which is as valid:
 one, so a single logit may differ by any amount. It is measured on few sequences and with float32
 alone, so it counts as no less than `least_noise`. `rounding` is that of a runtime that rounds
 activations more coarsely than float32 (`Backend.rounding`). If all that it computes is on that
-grid, the model rounds likewise, and `noise` is what else may differ.
+grid, the model rounds in the same way, and `noise` is what else may differ.
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
 a bundle has the first BASE_SEQUENCES of all.

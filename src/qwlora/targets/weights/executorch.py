@@ -203,7 +203,7 @@ def _replace_(module: GraphModule, node: Node, by: Callable[..., Tensor], *argum
 def _operands(layer: PackedLayer) -> tuple[Tensor, Tensor]:
     """Codes around 0, and scales [out] or [out, blocks]."""
     granularity, shape = layer.scheme.granularity, layer.tensor.shape
-    codes = (layer.codes.to(torch.int16) + layer.scheme.symmetric_offset).to(torch.int8)
+    codes = layer.quantized.signed_codes
     if isinstance(granularity, Blocks):
         return codes, layer.encoding.scale
     return codes, spread(layer.encoding.scale, granularity, shape, shape[1]).flatten()
@@ -304,14 +304,6 @@ class ExecutorchRuntime(Runtime):
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.extend(ids, {})[0]
-
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, past = list[int](), dict[str, Tensor]()
-        while len(tokens) < count:
-            logits, past = self.extend(ids, past)
-            ids = logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
-        return tokens
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, dict[str, Tensor]]:
         cache, parts = [*past.values()] or self._empty, []

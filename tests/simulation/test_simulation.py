@@ -55,6 +55,13 @@ def test_capture_refuses_what_it_cannot_prove() -> None:
         capture(model, inputs())
 
 
+def test_more_tensors_than_inputs_are_refused() -> None:
+    _, simulation = calibrated("llama")
+    tensors = list(inputs().values())
+    with pytest.raises(CaptureError, match=r"3 tensors are given by position, but there are 2"):
+        simulation(*tensors, tensors[0])
+
+
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architecture: str) -> None:
     model, simulation = calibrated(architecture)

@@ -184,7 +184,12 @@ class Simulation(nn.Module):
                 for every method that computes simulated values.
             CaptureError: see `Captured.bind`.
         """
-        arguments |= zip(self.inputs[: len(first)], first, strict=True)
+        if len(first) > len(self.inputs):
+            raise CaptureError(
+                f"{len(first)} tensors are given by position, but there are {len(self.inputs)} "
+                f"inputs ({', '.join(self.inputs)}). Give them by name"
+            )
+        arguments |= zip(self.inputs, first, strict=False)
         return self.captured.result_of(self._simulated(arguments))
 
     def calibrate(

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cli.command_line import answered, qwlora, refused
-from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
+from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_adapter, load_base, merged_model, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses, unpack_
 from qwlora.cli.job_commands import merge_lines
@@ -50,8 +50,8 @@ def adapted(architecture: str, size: float, **options: Any) -> Any:
 
 def with_adapter(architecture: str, rules: Sequence[LayerRule] = (), **options: Any) -> Any:
     """A quantized model with a random adapter."""
-    model = tiny_model(architecture)
-    quantize_(model, "w4-block32", rules=rules)
+    model = tiny_model(architecture, layers=1)
+    quantize_(model, "w4-block32", "rtn", rules=rules)
     torch.manual_seed(0)
     config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
@@ -68,9 +68,15 @@ def written_and_read(merged: Any, folder: Path) -> Any:
     return again
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
+    ("architecture", "options"),
+    [
+        ("llama", {"use_dora": True}),
+        ("gpt2", {"use_dora": True}),  # Conv1D
+        ("gpt2", {"use_rslora": True}),
+        ("opt", {"use_rslora": True}),
+        ("qwen3", {}),
+    ],
 )
 def test_merged_into_floats(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Once written and read again by transformers, too."""
@@ -80,7 +86,7 @@ def test_merged_into_floats(architecture: str, options: dict[str, Any], tmp_path
         merged = merged_model(model, "float")
         assert not any(is_packed(module) for module in merged.modules())
         assert {name: type(module) for name, module in merged.named_modules()} == {
-            n: type(m) for n, m in tiny_model(architecture).named_modules()
+            n: type(m) for n, m in tiny_model(architecture, layers=1).named_modules()
         }
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
         written_and_read(merged, tmp_path)
@@ -184,9 +190,10 @@ def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
 
 
 def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     kinds = {name: type(module) for name, module in model.named_modules()}
-    quantize_(model, "w4-block32", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
+    rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
+    quantize_(model, "w4-block32", "rtn", rules=rules)
     with torch.no_grad():
         expected = model(IDS).logits
         unpack_(model)
@@ -210,7 +217,7 @@ def job(
 ) -> Path:
     folder = tmp_path_factory.mktemp("merge")
     first = {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
-    model = checkpoints["llama"]
+    model = checkpoints["one-layer llama"]
     path = write_recipe(folder, model, corpus, adapters=[first], preset="balanced")
     run(load_recipe(path), folder / "out", ("quantize", "train"))
     return folder / "out"
@@ -235,7 +242,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert (again.returncode, again.stdout) == (2, "")  # before the verdict
     assert "is not empty" in again.stderr
     answered("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
-    assert len(packed_weights(load_base(tmp_path / "base"))) == 14
+    assert len(packed_weights(load_base(tmp_path / "base"))) == 7
 
 
 @pytest.mark.slow
@@ -315,7 +322,7 @@ def test_an_unusable_place_is_refused_before_the_verdict(job: Path, tmp_path: Pa
         check_target(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize(("into", "size"), [("float", "300k"), ("requantized", "16k")])
+@pytest.mark.parametrize(("into", "size"), [("float", "100k"), ("requantized", "16k")])
 def test_a_full_disk_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
     opened, _ = open_job(job)
     disk = mounted(f"size={size}")

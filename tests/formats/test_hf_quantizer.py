@@ -150,7 +150,7 @@ def in_a_new_process(code: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def test_without_qwlora_loading_stops_and_says_what_to_install(base: Path, tmp_path: Path) -> None:
+def test_loading_without_qwlora_says_what_to_install_and_import(base: Path, tmp_path: Path) -> None:
     save_adapter(adapted(load_base(base)), tmp_path)
     code = f"""
 from peft import AutoPeftModelForCausalLM
@@ -167,8 +167,12 @@ for load in (
         print("pip install qwlora" in str(error), "import qwlora.hf" in str(error))
     else:
         print("loaded")
+import qwlora.hf
+print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].mlp.up_proj))
 """
-    assert in_a_new_process(code).splitlines() == ["True True"] * 4
+    *refused, loaded = in_a_new_process(code).splitlines()
+    assert refused == ["True True"] * 4
+    assert "PackedLinear" in loaded
 
 
 def test_import_qwlora_hooks_nothing() -> None:
@@ -182,16 +186,15 @@ print(sys.meta_path == finders)
     assert in_a_new_process(code).splitlines() == ["[]", "True"]
 
 
-SLOW = (
-    "import transformers, qwlora.hf",
-    "import qwlora; qwlora.load_base({base!r})",
-    "import qwlora; qwlora.register_with_transformers()",
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        "import qwlora.hf",  # before transformers
+        "import qwlora; qwlora.load_base({base!r})",
+        "import qwlora; qwlora.register_with_transformers()",
+    ],
 )
-PREPARATIONS = ["import qwlora.hf"]
-PREPARATIONS += [pytest.param(preparation, marks=pytest.mark.slow) for preparation in SLOW]
-
-
-@pytest.mark.parametrize("preparation", PREPARATIONS)
 def test_transformers_loads_a_base_after(base: Path, preparation: str) -> None:
     code = f"""
 {preparation.format(base=str(base))}

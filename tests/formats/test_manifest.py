@@ -121,7 +121,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def base() -> Any:
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     quantize_(model, "w4-block32", "rtn")
     return model
 

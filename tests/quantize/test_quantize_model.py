@@ -362,22 +362,28 @@ def test_candidates_leave_out_adapters_and_what_is_packed() -> None:
         (torch.arange(8), r"of shape \[1\], but token ids are"),
     ],
 )
-@pytest.mark.parametrize("step", ["quantize", "moments", "tune", "simulate"])
+@pytest.mark.parametrize("step", ["quantize", "moments", "tune"])
 def test_unusable_calibration_data_is_named(calibration: Any, message: str, step: str) -> None:
-    model, data = tiny_model("llama").eval(), calibration
+    model = tiny_model("llama", layers=1)
     if step != "quantize":
-        quantize_(model, "w4-block32")
-    if step == "simulate":
-        if not torch.is_tensor(data) or data.ndim != 2:
-            pytest.skip("a simulation takes batches")
-        simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
-        data = [{"input_ids": row[None]} for row in data]
-        message = message.replace("sequence", "batch")
+        quantize_(model, "w4-block32", "rtn")
     use: Any = {
-        "quantize": lambda: quantize_(model, "w4-block32", "gptq", calibration=data),
-        "moments": lambda: observe_moments(model, data),
-        "tune": lambda: tune_(model, tiny_model("llama"), data),
-        "simulate": lambda: simulation.calibrate(data),
+        "quantize": lambda: quantize_(model, "w4-block32", "gptq", calibration=calibration),
+        "moments": lambda: observe_moments(model, calibration),
+        "tune": lambda: tune_(model, tiny_model("llama", layers=1), calibration),
     }
     with pytest.raises(CalibrationError, match=message):
         use[step]()
+
+
+def test_a_simulation_names_unusable_batches() -> None:
+    model = tiny_model("llama", layers=1)
+    quantize_(model, "w4-block32", "rtn")
+    simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
+    for batches, message in (
+        ([], "at least one batch, but got none"),
+        ([torch.full((1, 6), 260)], "260 to 260, but the model's vocabulary has 260 entries"),
+        ([torch.rand(1, 8)], "input_ids are torch.float32"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            simulation.calibrate([{"input_ids": ids} for ids in batches])

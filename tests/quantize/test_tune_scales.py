@@ -58,10 +58,10 @@ def ids(sequences: int = 48, tokens: int = 32) -> Tensor:
 
 
 def pair(
-    scheme: str = "w3-block32", architecture: str = "llama"
+    scheme: str = "w3-block32", architecture: str = "llama", layers: int = 2
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A quantized model and its float model."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=layers)
     teacher = copy.deepcopy(model)
     quantize_(model, scheme)
     return model, teacher
@@ -350,7 +350,7 @@ def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
 @pytest.mark.usefixtures("each_step_written")
 @pytest.mark.parametrize("stops_at", [1, 11])
 def test_interrupted_tuning_ends_with_the_same_bits(stops_at: int, tmp_path: Path) -> None:
-    solved, reference = pair()
+    solved, reference = pair(layers=1)
 
     def tuned(work: Path | None, stops: int | None = None, seed: int = 0) -> tuple[str, list[int]]:
         model, ran = copy.deepcopy(solved), list[int]()

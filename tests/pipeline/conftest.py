@@ -72,6 +72,6 @@ def trained(
     """A job with the trained adapters `first` and `second`. Tests change copies of it."""
     folder = tmp_path_factory.mktemp("trained")
     adapters = [{"name": name, **SETTINGS} for name in ("first", "second")]
-    path = write_recipe(folder, checkpoints["llama"], corpus, adapters=adapters)
+    path = write_recipe(folder, checkpoints["one-layer llama"], corpus, adapters=adapters)
     run_job.run(load_recipe(path), folder / "job", ("quantize", "train"))
     return folder / "job"

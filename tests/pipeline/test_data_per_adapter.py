@@ -74,7 +74,7 @@ def test_problems_are_located(two_texts: Any, data: dict[str, str] | None, probl
 def test_each_adapter_learns_its_text_and_is_measured_on_all(
     two_texts: Any, tmp_path: Path
 ) -> None:
-    verbs = ("quantize", "train", "calibrate", "evaluate")
+    verbs = ("quantize", "train", "evaluate")
     results = run(load_recipe(two_texts(evaluate="all")), tmp_path / "out", verbs)
     on = results["perplexity"]["on"]
     assert set(on) == set(results["texts"]) == {"words", "digits"}
@@ -86,7 +86,7 @@ def test_each_adapter_learns_its_text_and_is_measured_on_all(
         errors = results["perplexity_stderr"]
         assert errors["on"][name]["adapted"][name] == errors["adapted"][name]
     assert "base" not in results["perplexity"]  # the base has no text of its own
-    assert set(results["kl"]) == set(results["top1"]) == {"adapted", "simulated", "on"}
+    assert set(results["kl"]) == set(results["top1"]) == {"adapted", "on"}
     for name in ("words", "digits"):  # the cost of packing is known on the text of each adapter
         assert set(results["kl"]["on"][name]) == {"base"}
         assert 0 < results["kl"]["on"][name]["base"]["mean"] < 1

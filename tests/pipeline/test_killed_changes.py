@@ -137,7 +137,7 @@ def ran(job: Path) -> None:
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_kill_is_recovered(command: str, finished: Path, source: Path, tmp_path: Path) -> None:
-    """Repeated, it ends as if it had not been killed. Every fifth change; attack/test_sweeps.py: all."""
+    """Repeated, it ends as if it had not been killed. Every ninth change; attack/test_sweeps.py: all."""
     change, job = COMMANDS[command], tmp_path / "job"
 
     def fresh() -> Path:
@@ -150,7 +150,7 @@ def test_a_kill_is_recovered(command: str, finished: Path, source: Path, tmp_pat
     assert after != before
     readers = [listed, job_recipe, Directory.read, lambda j: Directory.read(j, job_recipe(j))]
     others = itertools.cycle(readers)
-    for number in itertools.count(1 + len(command) % 5, 5):
+    for number in itertools.count(1 + len(command) % 9, 9):
         fresh()
         with contextlib.suppress(Stopped), stopping(number):
             change(job, source)

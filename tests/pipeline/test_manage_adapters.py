@@ -101,6 +101,7 @@ def test_adding_an_existing_or_unusable_adapter_changes_nothing(job: Path) -> No
 
 def test_a_base_stays_calibrated_on_its_text(job_for: Any, corpus: Path, other_text: Path) -> None:
     made = job_for(
+        "one-layer llama",
         data={"sequence_tokens": 32},
         base={"solver": "gptq", "calibration_sequences": 4},
         adapters=[{"name": "first", "data": {"source": str(corpus)}, **SETTINGS}],
@@ -172,7 +173,7 @@ def test_a_name_that_is_taken_is_refused(job: Path) -> None:
 
 def test_a_continued_adapter_is_renamed_there_too_not_removed(job_for: Any) -> None:
     second = {"name": "second", "continue_from": "first", "steps": 2, "warmup_steps": 0}
-    made = job_for(adapters=[{"name": "first", **SETTINGS}, second])
+    made = job_for("one-layer llama", adapters=[{"name": "first", **SETTINGS}, second])
     made.run(*VERBS)
     with pytest.raises(DirectoryError, match="continued by second"):
         remove_adapter(made.out, "first")
@@ -266,7 +267,7 @@ def test_an_imported_adapter_is_used_as_it_is(job: Path, tmp_path: Path, layout:
         write_mlx(source)
     else:
         config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(tiny_model("llama"), config)
+        model = get_peft_model(tiny_model("llama", layers=1), config)
         model.save_pretrained(str(source), save_embedding_layers=False)
     before = files(job, "base", "adapters")
     import_adapter(job, "imported", str(source))

@@ -17,7 +17,7 @@ from qwlora.simulation.saved_simulation import load_activations
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "learning_rate": 5e-3}
-SECOND = {"name": "second", "rank": 2, "steps": 4, "warmup_steps": 0, "learning_rate": 5e-3}
+SECOND = {**FIRST, "name": "second", "warmup_steps": 0}  # of one structure, captured once
 TRAINED = ("quantize", "calibrate-base", "train")
 MEASURED = (*TRAINED, "calibrate", "evaluate")
 

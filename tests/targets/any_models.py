@@ -81,6 +81,12 @@ def dit_step(adapter: str, g: torch.Generator) -> tuple[Batch, Tensor]:
     }, noise
 
 
+def one_layer_bert() -> Any:
+    model: Any = make("BERT, classification")
+    del model.bert.encoder.layer[1:]
+    return model
+
+
 @dataclass(frozen=True)
 class Kind:
     """A model, the layers with LoRA, an example for an adapter with what it has to answer, and
@@ -95,7 +101,7 @@ class Kind:
 
 KINDS = {
     "cnn": Kind(Cnn, ["first", "second", "head"], classified_image),
-    "bert": Kind(lambda: make("BERT, classification"), ["query", "value"], classified_text),
+    "bert": Kind(one_layer_bert, ["query", "value"], classified_text),
     "dit": Kind(diffuser("SD3Transformer2DModel", **SD3), ["to_q", "to_v"], dit_step),
     "unet": Kind(
         diffuser("UNet2DConditionModel", **UNET, attention_head_dim=8),

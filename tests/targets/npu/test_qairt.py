@@ -49,7 +49,7 @@ SIZES = cache_sizes([8, 1], [32])
 GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 QAIRT = TARGETS["qairt"].backend
-V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
+V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"
 
 
 def adapter(model: Any, seed: int, rank: int, modules: list[str]) -> CanonicalAdapter:
@@ -72,7 +72,7 @@ ADAPTERS = {
 
 
 def simulated(mode: BaseActivations, schemes: Schemes = SCHEMES) -> AdapterSimulations:
-    model = make("Llama")
+    model = make("Llama", layers=1)
     quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", Scheme(8))])
     cased = use_case_model(model, ADAPTERS, CASES)
     made = simulate_adapters(cased, inputs("Llama"), schemes, mode)
@@ -223,7 +223,7 @@ def test_without_grids_of_activations_the_strength_is_a_float16(
 
 def test_the_lists_name_the_files(folder: Path) -> None:
     names = (folder / "lora_weight_list.txt").read_text().split()
-    assert names == [f"{m}.lora_{half}.weight" for m in (V, DOWN) for half in "AB"]
+    assert names == [f"{m}.lora_{half}.weight" for m in (DOWN, V) for half in "AB"]
     v2 = yaml.safe_load((folder / f"{TOKEN}_lora_config.yaml").read_text())["use_case"]
     assert [case["name"] for case in v2] == CASES
     assert v2[2] == {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -110,38 +109,6 @@ def test_missing_inputs_and_batches_are_named(bundle: Bundle) -> None:
         verify_onnx_outputs(*bundle, [])
     with pytest.raises(ExportError, match="pixel_values was not given"):
         OnnxModel(bundle[0]).run({})
-
-
-@pytest.mark.slow
-def test_exports_with_a_cache_decode_after_prefill(tmp_path: Path) -> None:
-    """Prefill and decode in ONNX Runtime, with one set of encodings, against one simulation."""
-    model = make("Llama")
-    quantize_(model, "w4-block32", "rtn")
-    ids = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
-    first, second = ids[:, :9], ids[:, 9:]
-    whole = {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}
-    prefill = simulate(model, whole)
-    prefill.calibrate([{"input_ids": ids}])
-    keys = [[f"{layer}.{part}" for part in ("key", "value")] for layer in range(2)]
-    present = prefill.outputs({"input_ids": first})
-    cache = [tuple(present[f"present.{key}"] for key in of_layer) for of_layer in keys]
-    follow = {"input_ids": second, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
-    decode = simulate(model, follow)
-    decode.restore(prefill.encodings)
-    begin: Any = {"input_ids": first}
-    for name, simulation, batch in (("prefill", prefill, begin), ("decode", decode, follow)):
-        export_onnx(simulation.graph(), tmp_path / name)
-        check_parity(verify_onnx_outputs(tmp_path / name, simulation, [batch]), name)
-    found = OnnxModel(tmp_path / "prefill").run(prefill.bind(begin))
-    runtime = OnnxModel(tmp_path / "decode")
-    expected = prefill.outputs({"input_ids": ids})["logits"]
-    for position in range(9, 14):  # a token at a time
-        state = {n.replace("present", "past_key_values"): t for n, t in found.items() if "." in n}
-        mask = torch.ones(2, position + 1, dtype=torch.int64)
-        step = {"input_ids": ids[:, position : position + 1], "attention_mask": mask}
-        found = runtime.run({**step, **state})
-        difference = (found["logits"][:, 0] - expected[:, position]).abs().max()
-        assert float(difference) < 0.01 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])

@@ -18,9 +18,11 @@ load_file = pytest.importorskip("safetensors.torch").load_file
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
 GRIDS = {  # bitwidth, symmetric, whether one scale a tensor, block
     "w4-tensor": (4, True, True, None),
+    "w8-tensor-asymmetric": (8, False, True, None),
     "w4-channel": (4, True, False, None),
     "w4-channel-asymmetric": (4, False, False, None),
     "w8-block16": (8, True, False, 16),
+    "w4-block16-asymmetric": (4, False, False, 16),
     "w4-lpbq16": (4, True, False, 16),
 }
 LOGITS = 1e-5  # of the largest

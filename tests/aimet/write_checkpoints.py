@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qwlora
 from qwlora.nn.packed_layer import packed_weights
 
-GRIDS = ("w4-tensor", "w4-channel", "w4-channel-asymmetric", "w8-block16", "w4-lpbq16")
+GRIDS = ("w4-tensor", "w8-tensor-asymmetric", "w4-channel", "w4-channel-asymmetric")
+GRIDS += ("w8-block16", "w4-block16-asymmetric", "w4-lpbq16")
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -41,6 +41,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from qwlora import quantize_  # noqa: E402
 from qwlora.formats import manifest  # noqa: E402
 from qwlora.formats.base_files import BaseWriter  # noqa: E402
 
@@ -101,6 +102,13 @@ def tiny_model(architecture: str, seed: int = 0, layers: int = 2) -> PreTrainedM
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model.eval()
+
+
+def packed_model(architecture: str = "llama", seed: int = 0, layers: int = 2) -> PreTrainedModel:
+    """`tiny_model` in four bits, rounded to nearest."""
+    model = tiny_model(architecture, seed, layers)
+    quantize_(model, "w4-block32", "rtn")
+    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

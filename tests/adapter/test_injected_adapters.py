@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 import qwlora
-from conftest import tiny_model
-from qwlora import quantize_, save_adapter, simulate, simulate_adapters
+from conftest import packed_model, tiny_model
+from qwlora import save_adapter, simulate, simulate_adapters
 from qwlora.adapter.adapter_deltas import rounding_losses
 from qwlora.adapter.attach import activate_, active_adapter, active_adapters
 from qwlora.errors import TrainingError
@@ -31,9 +31,7 @@ BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
 def base() -> Any:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", solver="rtn")
-    return model
+    return packed_model("llama", layers=1)
 
 
 def config() -> LoraConfig:

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conftest import byte_tokenizer, tiny_model
-from qwlora import fingerprint, load_adapter, load_base, quantize_, save_adapter, save_base
+from conftest import byte_tokenizer, packed_model
+from qwlora import fingerprint, load_adapter, load_base, save_adapter, save_base
 from qwlora.errors import FingerprintError, SourceError
 
 IDS = torch.arange(16).view(2, 8)
@@ -23,9 +23,7 @@ def lora() -> LoraConfig:
 
 
 def base() -> PreTrainedModel:
-    model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", "rtn")
-    return model
+    return packed_model("qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import qwlora
-from conftest import tiny_model
+from conftest import packed_model
 from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.nn.weight_view import LinearAddFunction
@@ -20,8 +20,7 @@ from qwlora.nn.weight_view import LinearAddFunction
 
 def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Tensor]:
     """Change of each adapter weight over three steps."""
-    model: Any = tiny_model("llama")
-    qwlora.quantize_(model, "w4-block32", "rtn")
+    model: Any = packed_model("llama")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

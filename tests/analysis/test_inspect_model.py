@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetModel
 from transformers.pytorch_utils import Conv1D
 
 from cli.command_line import answered, qwlora, refused
-from conftest import byte_tokenizer, reseal, tiny_model
+from conftest import byte_tokenizer, packed_model, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.formats.aimet_encodings.grids import entry_of
@@ -236,8 +236,7 @@ def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path) 
     out = answered("inspect", tmp_path)
     assert fingerprint(model)[:16] in out
     assert "a different base" not in out
-    other = tiny_model("llama", seed=1)
-    quantize_(other, "w4-block32", "rtn")
+    other = packed_model("llama", seed=1)
     save_base(other, folder, byte_tokenizer(), source="somewhere")
     assert "(a different base)" in answered("inspect", tmp_path)
     found = json.loads(answered("inspect", tmp_path, "--json"))

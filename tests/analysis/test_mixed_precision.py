@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_model
-from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
+from conftest import packed_model
+from qwlora import PlacementRule, Scheme, Schemes, simulate
 from qwlora.analysis.quantization_costs import (
     cumulative_costs,
     layer_sqnr,
@@ -78,8 +78,7 @@ def test_costs_fall_with_the_bitwidth_and_leave_the_simulation_as_it_was() -> No
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_costs_do_not_depend_on_what_may_be_trained(architecture: str) -> None:
-    model = tiny_model(architecture, layers=1)
-    quantize_(model, "w4-block32", solver="rtn")
+    model = packed_model(architecture, layers=1)
     made = simulate(model, BATCHES[0], Schemes(Scheme(4, symmetric=False)))
     made.calibrate(BATCHES)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -13,10 +13,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MllamaConfig
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, packed_model, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from formats.models import edit_json, edit_tensors
-from qwlora import load_precomputed, quantize_, save_base
+from qwlora import load_precomputed, save_base
 from qwlora.adapter.adapter_files import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
@@ -36,8 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def save_integers(folder: Path) -> Path:
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama")
     save_base(model, folder, byte_tokenizer(), source="somewhere")
     return folder
 

@@ -6,9 +6,9 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from conftest import tiny_model
+from conftest import packed_model
 from formats.packing import quantized
-from qwlora import PackedLinear, quantize_
+from qwlora import PackedLinear
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import pack_module
@@ -101,8 +101,7 @@ def test_gradients_pass_and_the_model_is_not_taken_for_a_frozen_one() -> None:
     use_few_row_kernels_(layer)
     assert torch.equal(layer(x), expected)
     assert layer(x).requires_grad
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     assert use_few_row_kernels_(model) == 7
     with pytest.raises(GridError):
         assert_frozen(model)

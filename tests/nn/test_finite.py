@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, packed_model, tiny_model
 from qwlora import quantize_
 from qwlora.analysis.token_scores import perplexity
 from qwlora.errors import CalibrationError, NonFiniteError
@@ -37,8 +37,7 @@ def with_nan(tensor: str, index: Any) -> PreTrainedModel:
 def test_no_nan_is_frozen(tensor: str, index: Any, found: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):
         quantize_(with_nan(tensor, index), "w4-block32", "rtn")
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama")
     model.get_parameter(tensor).data[index] = torch.nan
     (tmp_path / "base").mkdir()
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):

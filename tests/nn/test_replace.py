@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import PreTrainedModel
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, packed_model, tiny_model
 from qwlora import (
     PackedLinear,
     QwloraError,
@@ -46,9 +46,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.fixture
 def plain() -> PreTrainedModel:
-    model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", "rtn")
-    return model
+    return packed_model("qwen3")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import tiny_model
+from conftest import packed_model
 from pipeline.conftest import FakeJob
 from qwlora.adapter.adapter_deltas import adapter_updates
 from qwlora.adapter.attach import LoraShape, attach
@@ -26,7 +26,6 @@ from qwlora.errors import (
 )
 from qwlora.pipeline.results.results import read_job, rebuild_reports
 from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
-from qwlora.quantize.quantize_model import quantize_
 from qwlora.report.verdict import VerdictKind, verdict
 from qwlora.system.stop_signals import Stopped
 
@@ -250,8 +249,7 @@ def test_an_unknown_error_asks_for_a_report_without_paths_of_the_user() -> None:
 
 def test_updates_of_an_adapter() -> None:
     torch.manual_seed(0)
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     adapted = attach(model, LoraShape(rank=4, alpha=8.0), 0)
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():

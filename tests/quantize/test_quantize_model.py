@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from adapter.small_models import mixture
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, EACH_ARCHITECTURE, packed_model, tiny_model
 from formats.packing import packed_and_twin
 from qwlora import PackedLinear, fingerprint, observe_moments, quantize_, simulate, tune_
 from qwlora.errors import CalibrationError, GridError
@@ -111,7 +111,7 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
     assert off.square().mean() < further.square().mean()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_moments_are_of_inputs_that_quantized_parts_make(architecture: str) -> None:
     """Against a model whose first part alone is quantized."""
     ids, part = token_ids(8), first_list(tiny_model(architecture))
@@ -377,8 +377,7 @@ def test_unusable_calibration_data_is_named(calibration: Any, message: str, step
 
 
 def test_a_simulation_names_unusable_batches() -> None:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
     for batches, message in (
         ([], "at least one batch, but got none"),

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, packed_model, tiny_model
 from quantize.test_learned_rounding import LEARNED, of_sums
 from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
@@ -60,9 +60,7 @@ def learned() -> list[float]:
 
 
 def packed_llama() -> Any:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
-    return model
+    return packed_model("llama", layers=1)
 
 
 def observed_moments() -> list[float]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import VOCABULARY, Job, byte_tokenizer, tiny_model
+from conftest import VOCABULARY, Job, byte_tokenizer, packed_model, tiny_model
 from qwlora import load_base, quantize_, rotate_, save_base
 from qwlora.errors import CaptureError, RecipeError
 from qwlora.quantize.rotation import Rotation
@@ -152,9 +152,7 @@ class WithVision(nn.Module):
 
 
 def packed() -> Any:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
-    return model
+    return packed_model("llama", layers=1)
 
 
 def test_an_adapter_is_rotated_with_its_model() -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import qwlora
-from conftest import tiny_model
+from conftest import packed_model, tiny_model
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.arange(64).view(4, 16)
@@ -57,8 +57,7 @@ def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
 
 
 def quantized(adapter: bool = False) -> Any:
-    model: Any = tiny_model("llama", layers=1)
-    qwlora.quantize_(model, "w4-block32", solver="rtn")
+    model: Any = packed_model("llama", layers=1)
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     return model.eval()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import qwlora
-from conftest import tiny_model
+from conftest import packed_model, tiny_model
 from qwlora.errors import CaptureError, GridError, SourceError
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
@@ -39,8 +39,7 @@ def classifier(seed: int = 0) -> LlamaForSequenceClassification:
 @pytest.fixture(scope="module")
 def simulation() -> qwlora.Simulation:
     """Of a language model."""
-    model = tiny_model("llama", layers=1)
-    qwlora.quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     return qwlora.simulate(model, {"input_ids": IDS, "attention_mask": MASK})
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_model
-from qwlora import quantize_
+from conftest import packed_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import Interrupted, TrainingSettings, train_adapter
 from qwlora.adapter.trainer import last_checkpoint
@@ -127,8 +126,7 @@ def test_other_threads_leave_signals_alone() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_training_finishes_the_step_and_writes_a_checkpoint(number: int, tmp_path: Path) -> None:
     """Twice, as closed terminals do: only a second Ctrl-C does not wait for the checkpoint."""
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama")
     adapted = attach(model.requires_grad_(False), LoraShape(rank=4, alpha=8), seed=0)
     settings = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=5, seed=0)
 

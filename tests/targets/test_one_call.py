@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import qwlora
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, packed_model, tiny_model
 from qwlora.errors import ExportError, SourceError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -21,8 +21,7 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights
 
 def adapted(*names: str, seed: int = 1) -> Any:
     """A quantized base with adapters that differ."""
-    model = tiny_model("llama", layers=1)
-    qwlora.quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, LORA, names[0])
     for name in names[1:]:
@@ -64,8 +63,7 @@ def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:
 
 
 def test_a_base_with_float_adapters(tmp_path: Path) -> None:
-    model = tiny_model("llama", layers=1)
-    qwlora.quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     torch.manual_seed(1)
     with pytest.raises(ExportError, match=r"target hf takes the frozen base.*not Peft"):
         qwlora.export(get_peft_model(tiny_model("llama", layers=1), LORA), "hf", tmp_path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import tiny_model
-from qwlora import quantize_, simulate
+from conftest import packed_model
+from qwlora import simulate
 from qwlora.formats.aimet_encodings import convert, read_encodings, read_graph, validate
 from qwlora.targets.onnx.onnx import export_onnx
 
@@ -16,8 +16,7 @@ from qwlora.targets.onnx.onnx import export_onnx
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama", layers=1)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, config).eval()
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from conftest import byte_tokenizer, reseal, tiny_model
+from conftest import byte_tokenizer, packed_model, reseal, tiny_model
 from formats.models import edit_json
-from qwlora import load_base, quantize_, save_base
+from qwlora import load_base, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_model, load_tokenizer
@@ -59,8 +59,7 @@ def test_counts_are_checked_before_transformers_reads_them(
 
 
 def test_counts_of_a_base(tmp_path: Path, expanded: list[Any]) -> None:
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
+    model = packed_model("llama")
     save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     edit_json(tmp_path / "config.json", num_hidden_layers=MANY)
     reseal(tmp_path, "base.json")

@@ -14,22 +14,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import byte_tokenizer
 from qwlora import save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
-from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, short_name
-from qwlora.nn.packed_layer import pack_at_
-from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.reference import LOGIT_DIFFERENCE
-from qwlora.targets.target import ExportedBase, Target
+from qwlora.targets.target import Target
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
 from targets.support_matrix import SCHEMES, WEIGHTS
+from targets.weights.bundles import linears, pack_linears, quantized, write_adapter, write_base
 from targets.weights.test_gguf_target import float_model, tiny_gguf
 
 pytestmark = pytest.mark.slow
@@ -65,29 +61,6 @@ def model_for(
     return model.eval(), None
 
 
-def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [
-        (f"{path}.weight", module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path != "lm_head"
-    ]
-
-
-def quantized(weight: Tensor, scheme: Scheme, half: bool) -> QuantizedTensor:
-    """By minimum and maximum; `half`: with a scale and offset that are float16."""
-    encoding = measure(weight, scheme)
-    if half:
-        offset = encoding.minimum.half().float() if scheme.float_offset else encoding.offset
-        encoding = Encoding(scheme, encoding.scale.half().float(), offset)
-    return QuantizedTensor(encoding.quantize(weight), encoding)
-
-
-def pack(model: nn.Module, schemes: Sequence[Scheme], half: bool) -> None:
-    """Give each matrix one of the schemes, until every scheme has one."""
-    for (name, module), scheme in zip(linears(model), cycle(schemes), strict=False):
-        pack_at_(model, name, quantized(module.weight.detach(), scheme, half))
-
-
 def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
     """The schemes that one base can have together."""
     found: list[list[Scheme]] = []
@@ -106,17 +79,15 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
     held = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is None]
     for number, schemes in enumerate(groups(target, held)):
         folder = tmp_path / str(number)
-        for part in ("base", "trained", "adapter"):
-            (folder / part).mkdir(parents=True)
+        folder.mkdir()
         model, source = model_for(name, schemes, folder)
-        pack(model, schemes, target.has_float16_scales)
-        target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
+        pack_linears(model, cycle(schemes), target.has_float16_scales)
+        write_base(target.backend, model, folder, source)
         torch.manual_seed(1)
         shape = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         adapted = get_peft_model(model, shape).eval()
-        save_adapter(adapted, folder / "trained")
-        canonical = read_canonical(folder / "trained")
-        target.backend.write_adapter(canonical, folder / "base", folder / "adapter")
+        save_adapter(adapted, folder / "trained" / "adapter")
+        write_adapter(target.backend, folder, "adapter")
         runtime = target.open(folder)
         rounding = target.backend.rounding(adapted)
         parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS), rounding)
@@ -130,10 +101,9 @@ def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) ->
     if not lacking:
         pytest.skip("it holds every scheme")
     model, source = model_for(name, lacking, tmp_path)
-    pack(model, lacking, target.has_float16_scales)
-    (tmp_path / "base").mkdir()
+    pack_linears(model, cycle(lacking), target.has_float16_scales)
     with pytest.raises(ExportError, match=f"cannot hold {len(linears(model))} layers"):
-        target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), tmp_path / "base")
+        write_base(target.backend, model, tmp_path, source)
     assert list((tmp_path / "base").iterdir()) == []
 
 
@@ -142,7 +112,7 @@ def test_a_layer_whose_integers_are_off_by_one_is_noticed() -> None:
     """By the limit that runtimes keep, whichever layer and scheme it is."""
     model, _ = model_for("hf", SCHEMES)
     found = [
-        (module, quantized(module.weight.detach(), scheme, half=False))
+        (module, quantized(module.weight.detach(), scheme))
         for (_, module), scheme in zip(linears(model), cycle(SCHEMES), strict=False)
     ]
     for module, tensor in found:

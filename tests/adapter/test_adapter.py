@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from adapter.small_models import SMALL as SIZES
-from conftest import reseal, tiny_model
-from qwlora import fingerprint, load_adapter, quantize_, save_adapter
+from conftest import packed_model, reseal, tiny_model
+from qwlora import fingerprint, load_adapter, save_adapter
 from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.attach import (
     LoraShape,
@@ -37,9 +37,7 @@ UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
 
 
 def base(architecture: str = "llama") -> PreTrainedModel:
-    model = tiny_model(architecture)
-    quantize_(model, "w4-block32", "rtn")
-    return model.requires_grad_(False)
+    return packed_model(architecture).requires_grad_(False)
 
 
 def drawn(model: Any) -> Any:
@@ -191,8 +189,7 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
             loaded = load(base(), str(tmp_path), unknown_base="accept").eval()
         assert torch.equal(logits(loaded), logits(model))
     save_adapter(model, tmp_path)
-    other = tiny_model("llama", seed=1)
-    quantize_(other, "w4-block32", "rtn")
+    other = packed_model("llama", seed=1)
     with pytest.raises(FingerprintError, match=fingerprint(base())):
         attach_existing(other, str(tmp_path), "accept")  # a recorded base is always compared
 
@@ -268,37 +265,29 @@ def own_loop(model: Any, steps: int = 8) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_custom_loop_trains_on_a_packed_base(chunked: bool, tmp_path: Path) -> None:
-    peft = get_peft_model(base(), LoraConfig(r=4, target_modules="all-linear"))
-    identity = fingerprint(peft)
-    with ChunkedLoss(peft) if chunked else nullcontext():
-        losses = own_loop(peft)
-    assert losses[-1] < losses[0]
-    assert fingerprint(peft) == identity
-    save_adapter(peft, tmp_path)
-    assert isinstance(load_adapter(base(), tmp_path), PeftModel)
+def frozen() -> PreTrainedModel:
+    """A base of the user's own: floats on a grid."""
+    model = tiny_model("llama").requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
+            step = layer.weight.abs().max() / 7
+            layer.weight.copy_((layer.weight / step).round() * step)
+    return model
 
 
-def test_adapter_on_a_custom_frozen_base(tmp_path: Path) -> None:
-    def frozen() -> PreTrainedModel:
-        model = tiny_model("llama").requires_grad_(False)
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
-                step = layer.weight.abs().max() / 7
-                layer.weight.copy_((layer.weight / step).round() * step)
-        return model
-
-    model = get_peft_model(frozen(), LoraConfig(r=4, target_modules="all-linear"))
+@pytest.mark.parametrize(("make", "chunked"), [(base, False), (base, True), (frozen, False)])
+def test_custom_loop_trains_on_a_frozen_base(make: Any, chunked: bool, tmp_path: Path) -> None:
+    model = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear"))
     identity = fingerprint(model)
-    losses = own_loop(model)
+    with ChunkedLoss(model) if chunked else nullcontext():
+        losses = own_loop(model)
     assert losses[-1] < losses[0]
     assert fingerprint(model) == identity
     save_adapter(model, tmp_path)
-    loaded = load_adapter(frozen(), tmp_path).eval()
+    loaded = load_adapter(make(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model.eval()))
     with pytest.raises(FingerprintError):
-        load_adapter(base(), tmp_path)
+        load_adapter(frozen() if make is base else base(), tmp_path)
 
 
 SLOW_PATTERN = r"(.+)+\d\d\d!"

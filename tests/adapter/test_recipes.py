@@ -230,15 +230,12 @@ def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-@pytest.mark.parametrize(
-    ("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])]
-)
 @pytest.mark.parametrize("where", ["quantize", "base", "keep"])
 def test_refuses_a_start_that_saves_packed_layers(
-    recipe_for: Any, tmp_path: Path, architecture: str, layers: list[str], where: str
+    recipe_for: Any, tmp_path: Path, where: str
 ) -> None:
-    with_whole_layers(tmp_path / "start", architecture, layers)
-    path = recipe_for(architecture, adapters=[starting_from(tmp_path / "start", 2)])
+    with_whole_layers(tmp_path / "start", "llama", ["embed_tokens"])
+    path = recipe_for(adapters=[starting_from(tmp_path / "start", 2)])
     packed = "base.rules=[{match: lm_head, bitwidth: 8}]"
     if where != "quantize":
         run(load_recipe(path, (packed,)), tmp_path / "out", ("quantize",))
@@ -246,7 +243,7 @@ def test_refuses_a_start_that_saves_packed_layers(
     if where == "keep":
         changes, out = (f"model.source={out / 'base'}", "base.solver=keep"), tmp_path / "kept"
     before = sorted(tmp_path.rglob("*"))
-    message = rf"adapter a: .*_to_save hold .*{layers[0]} as floats.*{{match: .*{layers[0]}, "
+    message = r"adapter a: .*_to_save hold .*embed_tokens as floats.*{match: .*embed_tokens, "
     with pytest.raises(SourceError, match=message):
         run(load_recipe(path, changes), out, ("quantize", "train")[where == "base" :])
     assert sorted(tmp_path.rglob("*")) == before

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from conftest import byte_tokenizer, tiny_model
+from cli.command_line import qwlora
+from conftest import byte_tokenizer, packed_model
 from formats.models import edit_json
-from qwlora import load_adapter, load_base, load_simulation, quantize_, save_adapter, simulate
+from qwlora import Scheme, load_adapter, load_base, save_adapter
 from qwlora.errors import FingerprintError, NonFiniteError
 from qwlora.formats import manifest
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
+from qwlora.grid.encoding import measure
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.system.strict_json import dumps
 
@@ -121,9 +120,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def base() -> Any:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, "w4-block32", "rtn")
-    return model
+    return packed_model("llama", layers=1)
 
 
 def adapted() -> PeftModel:
@@ -158,28 +155,15 @@ def test_two_swapped_tokens_of_a_base_are_noticed(tmp_path: Path) -> None:
 
 
 def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
-    model = adapted()
-    simulation = simulate(model, {"input_ids": IDS})
-    simulation.calibrate([{"input_ids": IDS}])
-    simulation.save(tmp_path / "a")
-    save_encodings(dict(list(simulation.encodings.items())[:1]), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    save_encodings({"a": measure(torch.ones(2, 2), Scheme(8))}, tmp_path)
+    assert load_encodings(tmp_path).keys() == {"a"}
+    path = tmp_path / "simulation.encodings"
+    path.write_text(path.read_text().replace('"y_scale": ', '"y_scale":  '))
+    with pytest.raises(FingerprintError, match=r"n.encodings changed .* calibrate again"):
         load_encodings(tmp_path)
-        load_simulation(tmp_path / "a", model)
-    for where, load in (
-        (tmp_path, load_encodings),
-        (tmp_path / "a", load_encodings),
-        (tmp_path / "a", lambda folder: load_simulation(folder, model)),
-    ):
-        path = where / "simulation.encodings"
-        path.write_text(path.read_text().replace('"y_scale": ', '"y_scale":  '))
-        with pytest.raises(FingerprintError, match=r"n.encodings changed .* calibrate again"):
-            load(where)
 
 
 def test_the_command_line_says_in_one_line_that_an_adapter_is_unverified(tmp_path: Path) -> None:
     adapted().save_pretrained(str(tmp_path))
-    command = [sys.executable, "-m", "qwlora", "inspect", str(tmp_path)]
-    (line,) = subprocess.run(command, capture_output=True, check=True).stderr.splitlines()
-    assert line.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified".encode())
+    (line,) = qwlora("inspect", tmp_path).stderr.splitlines()
+    assert line.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified")

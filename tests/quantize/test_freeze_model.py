@@ -151,12 +151,3 @@ def test_a_file_of_a_wrapper_with_a_parameter_that_nobody_packs(tmp_path: Path) 
         assert packed_weights(model).keys() == encodings.keys()
         del model.table
         assert fingerprint(model) == expected
-
-
-def test_a_file_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    model, encodings = on_a_grid(Scheme(4, granularity=PerChannel()))
-    wrong = {n: Encoding(e.scheme, e.scale * 0.2, e.offset) for n, e in encodings.items()}
-    before = fingerprint(model)
-    with pytest.raises(GridError, match="14 weights cannot be frozen"):
-        freeze_(model, aimet_file(tmp_path, wrong))
-    assert fingerprint(model) == before

@@ -111,12 +111,6 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
     assert identity == fingerprint(model) == fingerprint(load_base(base))
 
 
-def test_integers_are_not_quantized_again(tmp_path: Path, tokens: Tensor) -> None:
-    checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
-    with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
-        from_files(checkpoint, tmp_path, calibration=tokens)
-
-
 def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:
     lazy = LazyModel(Held(tiny_model("llama")))
     first, second = "model.layers.0", "model.layers.1"

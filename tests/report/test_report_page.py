@@ -145,7 +145,10 @@ def some(name: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     ("name", "depth"),
-    [("two", 2), ("failed", 2), pytest.param("finished", 9, marks=pytest.mark.slow)],
+    [
+        ("two", 2),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("failed", 2), ("finished", 9))),
+    ],
 )
 def test_any_key_may_be_missing(name: str, depth: int) -> None:
     results = results_of(name)

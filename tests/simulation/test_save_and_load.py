@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from conftest import ARCHITECTURES, reseal, tiny_model
-from qwlora import PerBlock, PerChannel, Scheme, Schemes, load_simulation, quantize_, simulate
-from qwlora.errors import CalibrationError, CaptureError
+from conftest import ARCHITECTURES, packed_model, reseal, tiny_model
+from qwlora import PerBlock, PerChannel, Scheme, Schemes, load_simulation, simulate
+from qwlora.errors import CalibrationError, CaptureError, FingerprintError
 from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings, validate
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import QuantizedTensor, measure
@@ -200,8 +200,7 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
         with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
             load_simulation(tmp_path, other)
-    base = tiny_model("llama", layers=1)
-    quantize_(base, "w4-block32", "rtn")
+    base = packed_model("llama", layers=1)
     with pytest.raises(CalibrationError, match=r"this model's is \(none\)"):
         load_simulation(tmp_path, base)
 
@@ -225,6 +224,10 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     document = json.loads(text)
     document["encodings"] = [e for e in document["encodings"] if e["name"] != softmax]
     without = f"1 activations have no encoding, {softmax} first"
+    (tmp_path / "simulation.encodings").write_text(text.replace('"y_scale": ', '"y_scale":  '))
+    for load in (load_activations, lambda folder: load_simulation(folder, adapted())):
+        with pytest.raises(FingerprintError, match=r"n.encodings changed .* calibrate again"):
+            load(tmp_path)
     refused("simulation.encodings", json.dumps(document), without)
     refused("simulation.encodings", text[:-20], "cannot be read: ")
     refused("simulation.encodings", text.replace('"uint16"', '"float8e5m2"'), unreadable)

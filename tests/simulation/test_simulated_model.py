@@ -41,9 +41,9 @@ def test_calls_give_an_output_of_simulated_logits(pair: tuple[Simulation, PreTra
     simulation, model = pair
     own = simulation.origin.model.get_base_model()
     given = batch(3, 9, seed=4)
-    expected = simulation(**batch(3, 9, seed=4, positions=True)).logits.detach()
-    output = model(**given)
-    assert type(output) is type(own(**given))
+    called = simulation(**batch(3, 9, seed=4, positions=True))
+    expected, output = called.logits.detach(), model(**given)
+    assert type(output) is type(called) is type(own(**given))
     assert torch.equal(output.logits, expected)
     assert torch.equal(model(given["input_ids"]).logits, expected)  # as lm-eval calls it
     assert torch.equal(model(**given, return_dict=False)[0], expected)

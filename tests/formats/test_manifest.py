@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from cli.command_line import qwlora
 from conftest import byte_tokenizer, packed_model
 from formats.models import edit_json
 from qwlora import Scheme, load_adapter, load_base, save_adapter
@@ -165,5 +166,6 @@ def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
 
 def test_the_command_line_says_in_one_line_that_an_adapter_is_unverified(tmp_path: Path) -> None:
     adapted().save_pretrained(str(tmp_path))
-    (line,) = qwlora("inspect", tmp_path).stderr.splitlines()
-    assert line.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified")
+    command = [sys.executable, "-m", "qwlora", "inspect", str(tmp_path)]
+    (line,) = subprocess.run(command, capture_output=True, check=True).stderr.splitlines()
+    assert line.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified".encode())

@@ -74,14 +74,7 @@ def vllm(session: nox.Session) -> None:
     session.run("pip", "uninstall", "--yes", "torchaudio", "torchcodec")  # do not load beside it
     _written_by_venv(session, "vllm_files/write_files.py", "vllm-files")
     alone = ("--confcutdir=tests/vllm_files", "tests/vllm_files", "-W", "default")
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs in the process of the tests
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    session.run("pytest", "-q", *alone, "-m", "vllm", env=ONE_THREAD | environment)
+    session.run("pytest", "-q", *alone, "-m", "vllm", env=ONE_THREAD)
 
 
 @nox.session

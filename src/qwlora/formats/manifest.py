@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
         return [name]
     wanted = listed if only is None else {*only, name} & listed.keys()
     return [
-        file if file == name or (folder / file).exists() else f"{file} (missing)"
+        file if file == name or os.path.exists(folder / file) else f"{file} (missing)"
         for file in sorted(wanted)
         if listed[file] != (_record_digest(record) if file == name else _file_digest(folder / file))
     ]
@@ -128,5 +129,5 @@ def _file_digest(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # a name may be anything
         return None

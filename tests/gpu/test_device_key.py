@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from formats.test_precomputed import Held
 from gpu.pretend_device import COUNTS, CPU, NAME
@@ -19,6 +21,19 @@ from qwlora.pipeline.running import run_job
 from qwlora.recipe import load_recipe
 from qwlora.system import machine
 from qwlora.system.device import exact_device, memory_of, pick_device
+
+
+class Watched(Held):
+    """Notes which tensors are read while the main thread does something else."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self.ahead = set[str]()
+
+    def read(self, name: str) -> Any:
+        if current_thread() is not main_thread():
+            self.ahead.add(name)
+        return super().read(name)
 
 
 @pytest.fixture
@@ -49,8 +64,10 @@ def test_large_models_are_quantized_piece_by_piece(device: torch.device, tmp_pat
     assert 0 < memory["peak_device_bytes"] < whole / 2
     options = {"solver": "rtn", "calibration": IDS[:1], "moments": MomentStore(), "device": device}
     folders = [tmp_path / "first", tmp_path / "again"]  # the second reads the blocks in `work`
-    made = [from_files(Held(model), f, work=tmp_path / "work", **options) for f in folders]
+    read = Watched(model)
+    made = [from_files(read, f, work=tmp_path / "work", **options) for f in folders]
     assert made[0] == made[1]
+    assert {str(block) for block in range(1, 8)} <= {name.split(".")[2] for name in read.ahead}
     assert json.loads((folders[1] / "base.json").read_text())["device"] == device.type
     COUNTS.limit = COUNTS.allocated + whole // 2
     message = "^train/first: .*out of memory.*batch_sequences.*device: cpu"

@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -212,6 +213,8 @@ class LazyModel:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU):
         self.checkpoint, self.device = checkpoint, device
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: dict[str, Future[Tensor | QuantizedTensor]] = {}
         self.model = empty_model(checkpoint.config)
         for module in self.model.modules():  # buffers that are in no file, such as frequencies
             values = {n: b for n, b in module._buffers.items() if b is not None and not b.is_meta}
@@ -238,10 +241,19 @@ class LazyModel:
         Raises:
             SourceError: a tensor cannot be read, or its shape differs from its parameter's.
         """
-        names = [n for n in self.stored if any(is_below(a, path) for a in self._waiting(n))]
+        names = self._missing(path)
         for name in track(names, "reading", len(names)):
             self.load_(name)
         return self.model.get_submodule(path)
+
+    def read_ahead(self, path: str) -> None:
+        """Begin to read the tensors in module `path`, which is needed next, while the device
+        computes. Does nothing on the CPU, which has no time to spare."""
+        if self.device.type != CPU.type:
+            for name in self._missing(path):
+                if name not in self._ahead:
+                    read = partial(self.checkpoint.read, self.stored[name])
+                    self._ahead[name] = self._reader.submit(read)
 
     def load_outside_(self, paths: Collection[str]) -> None:
         """Load every tensor that is used outside the modules at `paths`, even if also used
@@ -286,6 +298,10 @@ class LazyModel:
     def _release_block_(self, path: str, *ignored: object) -> None:
         self.release_(path)
 
+    def _missing(self, path: str) -> list[str]:
+        """The names of the tensors in module `path` that have no data yet."""
+        return [n for n in self.stored if any(is_below(a, path) for a in self._waiting(n))]
+
     def _waiting(self, name: str) -> list[str]:
         """The names of a tensor that still exist in the model and have no data."""
         tensors = {alias: tensor_at(self.model, alias) for alias in self.aliases[name]}
@@ -296,7 +312,10 @@ class LazyModel:
         aliases = self._waiting(name)
         if not aliases:
             return
-        value = self.checkpoint.read(self.stored[name])
+        if ahead := self._ahead.pop(name, None):
+            value = ahead.result()
+        else:
+            value = self.checkpoint.read(self.stored[name])
         if isinstance(value, QuantizedTensor):
             value = QuantizedTensor(value.codes.to(self.device), value.encoding.to(self.device))
             try:

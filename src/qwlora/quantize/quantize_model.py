@@ -26,9 +26,9 @@ linear layer, an embedding, a layer's fused experts), what its solver needs, and
                everything else: at the end
 
 so that memory holds what is outside the blocks, one block as floats (two while batches move on)
-with its moments and the activations of a batch, one shard, and the hidden states of the batches. A
-tensor that is read both inside a block and elsewhere is kept to the end. A block that runs again
-after the next one is refused.
+with its moments and the activations of a batch, one shard, and the hidden states of the batches. If
+a device computes, the CPU reads the next block meanwhile. A tensor that is read both inside a block
+and elsewhere is kept to the end. A block that runs again after the next one is refused.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,8 @@ class InFiles:
                 self.lazy.materialize_(path)
                 for name in blocks[path]:
                     self._check_float(name)
+                if (following := dict(pairwise(blocks)).get(path)) is not None:
+                    self.lazy.read_ahead(following)
             arrivals[path] += 1
             if arrivals[path] == batches and len(visited) > 1:
                 block = visited[-2]

@@ -46,7 +46,7 @@ from conftest import byte_tokenizer, text, tiny_model
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running import new_context
+from qwlora.pipeline.stages import new_context
 from qwlora.recipe import parse_recipe
 from qwlora.system.progress import untracked
 

@@ -20,8 +20,8 @@ from qwlora.analysis.token_scores import clustered_error, logits_of, score_token
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import NonFiniteError
 from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 

@@ -14,6 +14,7 @@ from cli.command_line import answered, refused
 from qwlora.cli.show_commands import _suggestion_lines
 from qwlora.cli.terminal import group_similar, table
 from qwlora.errors import DirectoryError
+from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.running.run_job import run
@@ -76,7 +77,7 @@ def test_json_has_every_value_and_what_was_calibrated(job: Path) -> None:
     assert (softmax["kind"], softmax["observer"]) == ("activation", "sqnr")
     assert 0 <= softmax["high"] <= 1.01
     assert values["model.layers.1.self_attn.q_proj.weight"]["kind"] == "base"
-    _, changed = explain_placement(job, changes=("simulation.policy=weights-only",))
+    changed = explain_placement(*open_job(job, changes=("simulation.policy=weights-only",)))
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
@@ -84,12 +85,12 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
     ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "layers"
-    options = ("--stage", "simulated", "--ids", tmp_path / "ids.npy", "--out", out)
+    options = ("--model", "simulated", "--ids", tmp_path / "ids.npy", "--out", out)
     answered("dump-layers", job, *options)
     record = json.loads((out / "layers.json").read_text())
-    assert (record["stage"], record["use_case"], record["tokens"]) == ("simulated", "first", 5)
+    assert (record["model"], record["tokens"]) == ("simulated/first", 5)
     assert np.load(out / "inputs" / "input_ids.npy").tolist() == [ids.tolist()]
-    _, log = explain_placement(job)
+    log = explain_placement(*open_job(job))
     quantized = {v.name for v in log.values if v.kind == "activation" and v.grid}
     assert {layer["tensor"] for layer in record["layers"]} == quantized
     for layer in record["layers"]:
@@ -98,7 +99,7 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
         assert layer["runtime"] is None
 
 
-SIMULATED = ["--stage", "simulated"]
+SIMULATED = ["--model", "simulated"]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,9 @@ SIMULATED = ["--stage", "simulated"]
         ([1, 260], SIMULATED, "ids from 1 to 260; the model has 0 to 259"),
         ([], SIMULATED, "of integers [tokens]"),
         (None, SIMULATED, "Give a .npy file of integers"),
-        ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
+        ([1], ["--model", "first"], "'adapted/first' has no quantized activations; choose a"),
         ([1], [], "has no export/onnx/first yet. Run first: qwlora export"),
-        ([1], ["--adapter", "second"], "has no adapters/second, export/onnx/second yet"),
+        ([1], ["--model", "onnx/second"], "has no adapters/second, export/onnx/second yet"),
         ([1], [*SIMULATED, "--out", "here"], "'here' is not empty; choose another --out"),
     ],
 )
@@ -240,11 +241,11 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
     out = Path(shutil.copytree(job, tmp_path / "out"))
     Directory.read(out).drop("calibrate/first")  # as training leaves it
     with pytest.raises(DirectoryError, match=r"has not run\nRun first: qwlora calibrate"):
-        explain_placement(out)
+        explain_placement(*open_job(out))
     for folder in ("adapters", "simulation"):
         (out / folder / "first").rename(out / folder / "before")
     with pytest.raises(DirectoryError, match="has no adapter 'before'; there are first"):
-        explain_placement(out, "before")
+        explain_placement(*open_job(out, "before"))
 
 
 @pytest.mark.parametrize(

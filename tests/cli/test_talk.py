@@ -91,7 +91,7 @@ def chat_text(*turns: str) -> str:
 
 @pytest.mark.parametrize("stage", ["float", "base", "adapted"])
 def test_each_stage_answers_as_plain_transformers_does(job: Path, stage: str) -> None:
-    options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8, "--exact")
+    options = ("generate", job, PROMPT, "--models", stage, "--max-new-tokens", 8, "--exact")
     code, out, err = call(*options)
     assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
     assert "8 tokens: the first after" in err
@@ -121,7 +121,7 @@ def test_simulation_and_exported_files_answer_alike_and_base_differs(
 
     monkeypatch.setattr(OnnxModel, "extend", counted)
     names = "base,first,simulated/first,onnx/first,hf/first"
-    options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6, "--exact")
+    options = ("generate", job, PROMPT, "--models", names, "--max-new-tokens", 6, "--exact")
     answers = {a["model"]: a for a in json.loads(answered(*options, "--json"))["answers"]}
     assert list(answers) == ["base", "adapted/first", "simulated/first", "onnx/first", "hf/first"]
     assert answers["base"]["text"] != answers["adapted/first"]["text"]
@@ -169,16 +169,16 @@ def test_an_answer_ends_at_the_last_position(job: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        (("--adapter", "frist"), ("no adapter 'frist'", "did you mean first")),
-        (("--compare", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
-        (("--adapter", "second"), ("has no adapters/second yet", "qwlora train --out")),
+        (("--models", "adapted/frist"), ("no adapter 'frist'", "did you mean first")),
+        (("--models", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
+        (("--models", "second"), ("has no adapters/second yet", "qwlora train --out")),
         (
-            ("--adapter", "second", "--stage", "onnx"),
+            ("--models", "onnx/second"),
             ("no adapters/second, export/onnx/second", "train --out", "&& qwlora export --out"),
         ),
-        (("--stage", "simulatd"), ("no stage 'simulatd'", "did you mean simulated")),
-        (("--stage", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
-        (("--compare", "base", "--stage", "base"), ("--compare names its models itself",)),
+        (("--models", "simulatd"), ("no model or adapter 'simulatd'", "did you mean simulated")),
+        (("--models", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
+        (("--models", ","), ("no model is named",)),
     ],
 )
 def test_refuses_unknown_names(job: Path, options: tuple[str, ...], facts: tuple[str, ...]) -> None:
@@ -191,10 +191,10 @@ def test_refuses_unknown_names(job: Path, options: tuple[str, ...], facts: tuple
 def test_text_that_is_not_utf8_is_refused(job: Path) -> None:
     for raw in ([], ["--raw"]):
         for command, typed, place in (
-            (["generate", job, "caf\udce9"], "", 3),
-            (["chat", job], "hi\udcff\n", 2),
+            (["generate", job, "caf\udce9", "--models"], "", 3),
+            (["chat", job, "--model"], "hi\udcff\n", 2),
         ):
-            code, out, err = call(*command, "--stage", "base", *raw, typed=typed)
+            code, out, err = call(*command, "base", *raw, typed=typed)
             assert (code, out, "unexpected" in err) == (2, "", False)
             assert "the prompt is not UTF-8 text" in err
             assert f"in position {place}:" in err
@@ -206,12 +206,12 @@ def test_control_characters_are_escaped(job: Path, monkeypatch: pytest.MonkeyPat
         return Answer("\x1b]52;c;aGk=\x07 done", 1, 0.1, 0.1)
 
     monkeypatch.setattr("qwlora.analysis.generate_text.generate_text", answer)
-    options = ("generate", job, PROMPT, "--stage", "base")
+    options = ("generate", job, PROMPT, "--models", "base")
     assert call(*options)[1] == "\\x1b]52;c;aGk=\\x07 done\n"
-    assert "\x1b" not in call(*options[:3], "--compare", "base")[1]
+    assert "\x1b" not in call(*options[:3], "--models", "base,base")[1]
     out = call(*options, "--json")[1]
     assert json.loads(out)["answers"][0]["text"] == "\x1b]52;c;aGk=\x07 done"
-    assert call("chat", job, "--stage", "base", typed="hi")[1] == "\\x1b]52;c;aGk=\\x07 done\n"
+    assert call("chat", job, "--model", "base", typed="hi")[1] == "\\x1b]52;c;aGk=\\x07 done\n"
 
 
 def test_json_is_alone_whatever_libraries_print(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_json_is_alone_whatever_libraries_print(job: Path, monkeypatch: pytest.M
         return load(*arguments)
 
     monkeypatch.setattr(JobModels, "open", noisy)
-    options = ("generate", job, "the", "--stage", "base", "--raw", "--max-new-tokens", 2)
+    options = ("generate", job, "the", "--models", "base", "--raw", "--max-new-tokens", 2)
     _, out, err = call(*options, "--json")
     assert len(json.loads(out)["answers"]) == 1
     assert "banner" in err
@@ -249,18 +249,18 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     recipe["export"] = {"targets": ["qairt"], "use_cases": ["first+second", "none"]}
     recipe["simulation"] = {"residual_adds": "quantize"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    generate = ("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter")
+    generate = ("generate", tmp_path, PROMPT, "--models")
     message = ".* has no export/qairt yet. Run first: qwlora export --out .*\n"
-    assert re.fullmatch(message, refused(*generate, "none"))
+    assert re.fullmatch(message, refused(*generate, "qairt/none"))
     (tmp_path / "export" / "qairt").mkdir(parents=True)
-    assert re.fullmatch(".* has no use case 'second'.*\n", refused(*generate, "second"))
+    assert re.fullmatch(".* has no use case 'second'.*\n", refused(*generate, "qairt/second"))
     models = JobModels(tmp_path)
-    for adapter in (None, "first+second", "none"):
-        name = models.name("qairt", adapter)
+    for model in ("qairt", "qairt/first+second", "qairt/none"):
+        name = models.one_named(model)
         models.check(name)
         assert name.made_by == "export/qairt"
         assert models.tokenizer(name).chat_template == TEMPLATE
-    assert models.name("qairt", None).adapters == ["first", "second"]
+    assert models.one_named("qairt").adapters == ["first", "second"]
 
 
 def test_exported_files_of_another_adapter_are_not_run(job: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_exported_files_of_another_adapter_are_not_run(job: Path, tmp_path: Path
         file = copied / "export" / "onnx" / name
         content = file.read_bytes()
         file.write_bytes(content[::-1])
-        message = refused("generate", copied, PROMPT, "--stage", "onnx")
+        message = refused("generate", copied, PROMPT, "--models", "onnx")
         assert f"{file.name} has changed" in message
         file.write_bytes(content)
 

@@ -52,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A recipe of recipes/, with less of everything and nothing else changed."""
     monkeypatch.setattr(  # the tiny GGUF file has none
-        "qwlora.pipeline.running.loaded_models.load_tokenizer", lambda *arguments: byte_tokenizer()
+        "qwlora.pipeline.stages.job_context.load_tokenizer", lambda *arguments: byte_tokenizer()
     )
 
     def read(name: str) -> Recipe:

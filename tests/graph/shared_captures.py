@@ -25,7 +25,7 @@ from qwlora.nn.packed_layer import PackedLayer
 CALLERS = (
     "simulation.simulation",
     "simulation.adapter_simulations",
-    "pipeline.running.loaded_models",
+    "pipeline.stages.job_context",
 )
 # what decides about a graph, and is not in the text of a module
 NOT_SHOWN = ("config", "scaling", "active_adapters", "merged_adapters", "disable_adapters")

@@ -14,7 +14,7 @@ import pytest
 from conftest import Job, write_recipe
 from qwlora.pipeline.plan.plan import JobTexts, make_plan
 from qwlora.pipeline.running import run_job
-from qwlora.pipeline.stages import RUN
+from qwlora.pipeline.stages.stage_functions import RUN
 from qwlora.recipe import load_recipe
 
 
@@ -58,7 +58,7 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
         monkeypatch.setitem(RUN, verb, fake.stage)
     context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
     monkeypatch.setattr(run_job, "new_context", lambda *arguments: context)
-    monkeypatch.setattr("qwlora.pipeline.plan.preflight.preflight", lambda *arguments: None)
+    monkeypatch.setattr("qwlora.pipeline.running.preflight.preflight", lambda *arguments: None)
     return fake
 
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.forecast import Forecaster
-from qwlora.pipeline.plan.plan import JobTexts, Stage
-from qwlora.pipeline.running import new_context
-from qwlora.pipeline.running.loaded_models import in_turn
+from qwlora.pipeline.plan.plan import JobTexts
+from qwlora.pipeline.stages import new_context
+from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 

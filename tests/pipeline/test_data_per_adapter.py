@@ -130,7 +130,7 @@ def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus
 
 
 def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_path: Path) -> None:
-    from qwlora.pipeline.running import new_context
+    from qwlora.pipeline.stages import new_context
     from qwlora.system.progress import untracked
 
     recipe = load_recipe(two_texts())

@@ -27,8 +27,8 @@ from qwlora.pipeline.commands.manage_adapters import (
 )
 from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.stage_records import Record
-from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
+from qwlora.pipeline.job.stage_records import Record, Stage
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.results.results_table import adapter_card, card_lines, result_rows
 from qwlora.pipeline.running.run_job import run

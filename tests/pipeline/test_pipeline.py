@@ -361,7 +361,7 @@ def test_a_folder_is_quantized_without_the_whole_model(
     def refuse(source: str) -> None:
         raise AssertionError(f"{source} is loaded whole")
 
-    monkeypatch.setattr("qwlora.pipeline.running.loaded_models.load_model", refuse)
+    monkeypatch.setattr("qwlora.pipeline.stages.job_context.load_model", refuse)
     pairs = write_pairs(tmp_path / "data.jsonl")
     job = job_for(data={"source": str(pairs), "sequence_tokens": 64})
     job.run("quantize")

@@ -46,10 +46,10 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
     Args:
         least_sqnr: of any layer, in dB.
     """
-    answered("dump-layers", job, "--stage", stage, "--adapter", case)
+    answered("dump-layers", job, "--model", f"{stage}/{case}")
     folder = job / "layers" / stage / case
     record = json.loads((folder / "layers.json").read_text())
-    assert (record["stage"], record["use_case"]) == (stage, case)
+    assert record["model"] == f"{stage}/{case}"
     stored = onnx.load(graph, load_external_data=False).graph
     names = {name for node in stored.node for name in node.output} | {i.name for i in stored.input}
     layers = {}

@@ -22,9 +22,10 @@ from qwlora.adapter.train import Interrupted
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.forecast import Forecaster
-from qwlora.pipeline.plan.plan import JobTexts, Stage, resolve_compute
-from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.plan.plan import JobTexts, resolve_compute
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 

@@ -29,6 +29,8 @@ LEVELS = (
     {"hf", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Folders of the pipeline, lowest first.
+STEPS = ("job", "plan", "stages", "results", "running", "commands")
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
@@ -90,6 +92,14 @@ def test_no_circles() -> None:
 
 def test_imports_point_down() -> None:
     assert upward(import_graph(PACKAGE)) == []
+
+
+def test_folders_of_the_pipeline_import_lower_ones() -> None:
+    graph = {
+        name: targets for name, targets in import_graph(PACKAGE).items() if "pipeline." in name
+    }
+    places = {name: STEPS.index(name.split(".")[1]) for name in graph}
+    assert not [(a, b) for a in graph for b in graph[a] if places.get(b, 0) > places[a]]
 
 
 def test_every_module_has_a_level() -> None:

@@ -164,7 +164,9 @@ def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.Monk
 
 def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs, job = ("quantize", "train"), job_for()
-    monkeypatch.setattr("qwlora.pipeline.stages.RUN", {verb: lambda *_: {} for verb in verbs})
+    monkeypatch.setattr(
+        "qwlora.pipeline.stages.stage_functions.RUN", {verb: lambda *_: {} for verb in verbs}
+    )
 
     def said(*changes: str) -> list[str]:
         job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=True)

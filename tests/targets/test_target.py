@@ -21,7 +21,7 @@ import torch
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.formats import manifest
-from qwlora.pipeline.plan.plan import Stage
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.stages import file_stages
 from qwlora.recipe.whole_recipe import Export, Verify
 from qwlora.targets.proof.readme import usage

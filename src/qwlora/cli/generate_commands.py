@@ -1,8 +1,8 @@
 """`qwlora generate` and `qwlora chat`: text from the models of a job.
 
-    qwlora generate DIR "prompt"                          the first adapter
-    qwlora generate DIR "prompt" --compare base,NAME      several answers
-    qwlora chat DIR --adapter NAME                        a conversation; /reset and /exit
+    qwlora generate DIR "prompt"                         the first adapter
+    qwlora generate DIR "prompt" --models base,NAME      several answers
+    qwlora chat DIR --model NAME                         a conversation; /reset and /exit
 
 The answer goes to standard output, everything else to standard error.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AdapterName, AsJson, Device, Job
+from qwlora.cli.shared_arguments import AsJson, Device, Job, Model, Models
 from qwlora.cli.terminal import ProgressDisplay, print_json
 from qwlora.system.stop_signals import number_of
 
@@ -34,15 +34,6 @@ def _checked_temperature(value: float) -> float:
     return value
 
 
-StageName = Annotated[
-    str | None,
-    typer.Option(
-        "--stage",
-        help="float, base, adapted, simulated, or an export target such as onnx, which runs the "
-        "exported files. simulated, and files that have no key-value cache, run the whole text "
-        "again for each token. Default: adapted.",
-    ),
-]
 Raw = Annotated[
     bool,
     typer.Option(
@@ -74,16 +65,7 @@ Exact = Annotated[
 def generate(
     job: Job,
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
-    adapter: AdapterName = None,
-    stage: StageName = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL,MODEL,...",
-            help="Answer with several models: float, base, an adapter's name, or STAGE/NAME, for "
-            "example base,first,simulated/first.",
-        ),
-    ] = None,
+    models: Models = None,
     raw: Raw = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -93,31 +75,21 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a model of a job."""
-    if compare is not None and (adapter or stage):
-        raise typer.BadParameter(
-            "--compare names its models itself, for example base,simulated/first; remove "
-            "--adapter and --stage"
-        )
     from qwlora.pipeline.commands.open_job import JobModels
 
-    models = JobModels(job, device=device)
-    if compare is None:
-        names = [models.name(stage or "adapted", adapter)]
-    else:
-        names = models.named(compare)
-        if not names:
-            raise typer.BadParameter("--compare needs the names of models, for example base,first")
+    opened = JobModels(job, device=device)
+    names = opened.named(models)
     for name in names:
-        models.check(name)
+        opened.check(name)
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     sampling = Sampling(max_new_tokens, temperature, seed)
     answers = []
     for name in names:  # one model in memory at a time
-        model, tokenizer = _open(models, name, exact)
+        model, tokenizer = _open(opened, name, exact)
         is_raw = raw or not tokenizer.chat_template
         ids = prompt_ids(tokenizer, prompt if is_raw else [{"role": "user", "content": prompt}])
-        if compare is not None and not as_json:
+        if len(names) > 1 and not as_json:
             print(f"== {name}")
         write = (lambda text: None) if as_json else _write
         answer = generate_text(model, tokenizer, ids, sampling, write)
@@ -135,8 +107,7 @@ def generate(
 
 def chat(
     job: Job,
-    adapter: AdapterName = None,
-    stage: StageName = None,
+    model: Model = None,
     raw: Raw = False,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -151,12 +122,12 @@ def chat(
     """
     from qwlora.pipeline.commands.open_job import JobModels
 
-    models = JobModels(job, device=device)
-    name = models.name(stage or "adapted", adapter)
-    models.check(name)
+    opened = JobModels(job, device=device)
+    name = opened.one_named(model)
+    opened.check(name)
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
-    model, tokenizer = _open(models, name, exact)
+    loaded, tokenizer = _open(opened, name, exact)
     sampling = Sampling(max_new_tokens, temperature, seed)
     _say(f"{name}: /reset forgets the conversation, /exit ends it")
     is_raw = raw or not tokenizer.chat_template
@@ -174,7 +145,7 @@ def chat(
                 _write(part)
 
             try:
-                generate_text(model, tokenizer, ids, sampling, write)
+                generate_text(loaded, tokenizer, ids, sampling, write)
             except KeyboardInterrupt as interrupt:  # what was written so far counts
                 if number_of(interrupt) != signal.SIGINT:
                     raise
@@ -184,11 +155,11 @@ def chat(
 
 
 def _open(
-    models: JobModels, name: ModelName, exact: bool
+    job: JobModels, name: ModelName, exact: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _say(f"loading {name} ...")
     with ProgressDisplay(quiet=True):  # keeps what libraries print out of the answer
-        return models.open(name, exact), models.tokenizer(name)
+        return job.open(name, exact), job.tokenizer(name)
 
 
 def _read_line() -> str | None:

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwlora.cli.shared_arguments import (
-    AdapterName,
     AsJson,
     Device,
     Encodings,
@@ -176,12 +175,12 @@ def merge_lines(effect: Mapping[str, Any]) -> list[str]:
 
 def dump_layers(
     job: Job,
-    adapter: AdapterName = None,
-    stage: Annotated[
+    model: Annotated[
         str | None,
         typer.Option(
-            help="onnx, aimet, qairt, qnn, or simulated, which writes no values of a runtime. "
-            "Default: the first of these in export.targets."
+            help="A target with activations and an adapter or use case, such as onnx/first or "
+            "qairt/first+second; or simulated/first, without values of a runtime. A target alone "
+            "means its first. Default: the first of these targets in the recipe."
         ),
     ] = None,
     ids: Annotated[
@@ -194,9 +193,7 @@ def dump_layers(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder to write, new or empty. Default: layers/STAGE/NAME in the job."
-        ),
+        typer.Option(help="The folder to write, new or empty. Default: layers/MODEL in the job."),
     ] = None,
 ) -> None:
     """Write every layer's output, to compare with a device.
@@ -207,11 +204,11 @@ def dump_layers(
     from qwlora.pipeline.commands.simulate_job import dump_layers as dump
 
     with ProgressDisplay() as display:
-        folder, record = dump(job, stage, adapter, ids, out, display.track)
+        folder, record = dump(job, model, ids, out, display.track)
     both = sum(1 for layer in record["layers"] if layer["simulated"] and layer["runtime"])
     print(
-        f"{folder}: {len(record['layers'])} layers of {record['stage']}/{record['use_case']} for "
-        f"{record['tokens']} tokens, {both} of them simulated and from the runtime"
+        f"{folder}: {len(record['layers'])} layers of {record['model']} for {record['tokens']} "
+        f"tokens, {both} of them simulated and from the runtime"
     )
 
 

@@ -33,7 +33,7 @@ from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate
 from qwlora.cli.job_commands import base_app, dump_layers, merge, merge_check, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
-from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
+from qwlora.cli.shared_arguments import AsJson, Changes, Device, Models, Quiet
 from qwlora.cli.show_commands import inspect, simulate
 from qwlora.cli.terminal import (
     ProgressDisplay,
@@ -237,14 +237,7 @@ def evaluate(
             "a dataset of your own.",
         ),
     ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL,MODEL,...",
-            help="With --tasks: which models, for example base,first,simulated/first,onnx/first. "
-            "Default: all that the job has and whose runtime is installed.",
-        ),
-    ] = None,
+    models: Models = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
     ] = None,
@@ -272,7 +265,7 @@ def evaluate(
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
-    from qwlora.pipeline.running import quiet_libraries
+    from qwlora.pipeline.stages import quiet_libraries
     from qwlora.targets.proof.folder import verify_bundle
     from qwlora.targets.proof.readme import proof_table
 

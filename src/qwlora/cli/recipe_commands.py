@@ -31,7 +31,7 @@ def check(
     It also says which targets hold the grids of its base.
     """
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
-    from qwlora.pipeline.running import quiet_libraries
+    from qwlora.pipeline.stages import quiet_libraries
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.targets.registry import TARGETS
@@ -118,7 +118,7 @@ def plan(
     from qwlora.recipe import load_recipe
 
     content = load_recipe(recipe, tuple(changes or ()))
-    from qwlora.pipeline.running import quiet_libraries
+    from qwlora.pipeline.stages import quiet_libraries
 
     quiet_libraries()
     from qwlora.pipeline.plan.forecast import plan_job

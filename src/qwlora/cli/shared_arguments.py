@@ -26,11 +26,21 @@ Device = Annotated[
         "an accelerator if torch can use one, else the CPU.",
     ),
 ]
-AdapterName = Annotated[
+_NAMES = (
+    "float, base, an adapter's name, simulated/NAME, or exported files such as onnx/NAME; "
+    "simulated or onnx alone means the first. "
+)
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help=f"The model: {_NAMES}Default: the first adapter."),
+]
+Models = Annotated[
     str | None,
     typer.Option(
-        "--adapter",
-        help="An adapter, or a use case of qairt and qnn. Default: the first in the recipe.",
+        "--models",
+        metavar="MODEL,MODEL,...",
+        help=f"Which models: {_NAMES}Default: the first adapter; with --tasks, all that the job "
+        "has and whose runtime is installed.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]

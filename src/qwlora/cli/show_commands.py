@@ -28,7 +28,6 @@ import typer
 
 from qwlora.cli.adapter_commands import adapter_lines
 from qwlora.cli.shared_arguments import (
-    AdapterName,
     AsJson,
     Changes,
     Device,
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
     from qwlora.analysis.inspect_model import Inspection, TensorView
     from qwlora.graph.quantized_graph import GraphValue
     from qwlora.simulation.placement import Placement
+
+
+NARROW = "simulation.activation_bitwidth=8"  # where the search of --suggest starts
 
 
 def inspect(
@@ -160,7 +162,9 @@ def simulate(
             "line.",
         ),
     ] = False,
-    adapter: AdapterName = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter. Default: the first in the recipe.")
+    ] = None,
     changes: Changes = None,
     device: Device = None,
     costs: Annotated[
@@ -192,22 +196,21 @@ def simulate(
         raise typer.BadParameter(
             "--explain, --costs and --suggest exclude each other; give one at a time"
         )
-    asked = tuple(changes or ())
-    from qwlora.pipeline.commands.simulate_job import (
-        explain_placement,
-        measure_costs,
-        suggest_bitwidths,
-    )
+    from qwlora.pipeline.commands.open_job import open_job
 
+    asked = (*(changes or ()), *([] if suggest is None else [NARROW]))
     with ProgressDisplay(as_json or not (costs or suggest is not None)) as display:
+        opened, name = open_job(job, adapter, asked, display.track, device)
+        from qwlora.pipeline.commands import simulate_job
+
         if costs:
-            record = measure_costs(job, adapter, asked, display.track, device)
+            record = simulate_job.measure_costs(opened, name)
             lines = _cost_lines(record)
         elif suggest is not None:
-            record = suggest_bitwidths(job, adapter, asked, suggest, display.track, device)
+            record = simulate_job.suggest_bitwidths(opened, name, suggest)
             lines = _suggestion_lines(record)
         else:
-            name, log = explain_placement(job, adapter, asked, device)
+            log = simulate_job.explain_placement(opened, name)
             record, lines = {"adapter": name, **log.to_json()}, _lines(name, log, explain)
     print_result(record, lines, as_json)
 

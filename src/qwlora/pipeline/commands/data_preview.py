@@ -9,7 +9,7 @@ from typing import Any
 from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
 from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running import new_context
+from qwlora.pipeline.stages import new_context
 from qwlora.recipe import Recipe
 from qwlora.system.progress import Track, untracked
 

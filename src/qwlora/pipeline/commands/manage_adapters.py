@@ -24,7 +24,8 @@ from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.formats.model_source import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import CASES, JobTexts, Stage, make_plan, resolve_compute
+from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.plan.plan import CASES, JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import adapter_named
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.system.atomic import flush
@@ -82,7 +83,7 @@ def import_adapter(
     """
     from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
     from qwlora.adapter.attach import check_existing
-    from qwlora.pipeline.running.loaded_models import skeleton
+    from qwlora.pipeline.stages.job_context import skeleton
 
     command: list[str | None] = ["import", name, source, data, str(continues), *changes]
     with Directory.edit(folder) as (directory, recipe, finished):

@@ -7,6 +7,8 @@
     TARGET/NAME        exported files in their runtime, such as onnx/NAME
     qairt/CASE         a use case, such as qairt/NAME, qairt/NAME+NAME or qairt/none
 
+What is before the slash is the kind; alone, it means the first adapter or use case of the recipe.
+
 float, base, adapted and exported files that have a key-value cache use it. A simulation is captured
 without one, so there each new token runs the whole sequence again.
 """
@@ -26,7 +28,7 @@ from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.plan import has_float_model
 from qwlora.pipeline.plan.stale_stages import JobState, command_line, find_stale, run_line
 from qwlora.pipeline.results.results import last_status, write_results
-from qwlora.pipeline.running import new_context, quiet_libraries
+from qwlora.pipeline.stages import new_context, quiet_libraries
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import members
@@ -35,23 +37,23 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.pipeline.stages.job_context import JobContext
 
-STAGES = ("float", "base", "adapted", "simulated", *TARGETS)
+KINDS = ("float", "base", "adapted", "simulated", *TARGETS)
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
 
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model of a job: its stage, and its adapter or use case unless it is `float` or `base`."""
+    """A model of a job: its kind, and its adapter or use case unless it is `float` or `base`."""
 
-    stage: str
+    kind: str
     adapter: str | None = None
 
     @property
     def is_use_case(self) -> bool:
         """Whether `adapter` is a use case: none, one or several adapters."""
-        return self.stage in TARGETS and TARGETS[self.stage].has_cases
+        return self.kind in TARGETS and TARGETS[self.kind].has_cases
 
     @property
     def adapters(self) -> list[str]:
@@ -62,13 +64,13 @@ class ModelName:
     @property
     def made_by(self) -> str:
         """The stage that makes the model; of `float`, the one whose key covers its files."""
-        if self.stage in TARGETS:
-            return TARGETS[self.stage].stages(self.stage, str(self.adapter))[-1]
+        if self.kind in TARGETS:
+            return TARGETS[self.kind].stages(self.kind, str(self.adapter))[-1]
         made = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
-        return made.get(self.stage, "quantize")
+        return made.get(self.kind, "quantize")
 
     def __str__(self) -> str:
-        return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
+        return self.kind if self.adapter is None else f"{self.kind}/{self.adapter}"
 
 
 class JobModels(JobState):
@@ -78,65 +80,66 @@ class JobModels(JobState):
         """Nothing is loaded in it; what is, is released with it."""
         return new_context(self.recipe, self.texts, self.folder, self.track)
 
-    def models(self, stage: str) -> list[ModelName]:
-        """The models of a stage other than `float` and `base`: one per adapter or use case."""
+    def models(self, kind: str) -> list[ModelName]:
+        """The models of a kind: one per adapter or use case."""
+        if kind in ("float", "base"):
+            return [ModelName(kind)]
         adapters = [adapter.name for adapter in self.recipe.adapters]
-        names = self.recipe.use_cases() if ModelName(stage).is_use_case else adapters
-        return [ModelName(stage, name) for name in names]
+        names = self.recipe.use_cases() if ModelName(kind).is_use_case else adapters
+        return [ModelName(kind, name) for name in names]
 
-    def name(self, stage: str, adapter: str | None) -> ModelName:
-        """The model of a stage.
-
-        Args:
-            adapter: adapter or use case. Default: the first in the recipe.
-        """
-        if stage not in STAGES:
-            raise DirectoryError(f"there is no stage {stage!r}{suggestion(stage, STAGES)}")
-        if stage in ("float", "base"):
-            return ModelName(stage)
-        return self.models(stage)[0] if adapter is None else ModelName(stage, adapter)
-
-    def named(self, names: str) -> list[ModelName]:
-        """Models by their names, separated by commas; see the module's docstring."""
-        short = {str(model.adapter): model for model in self.models("adapted")}
-        short |= {name: ModelName(name) for name in ("float", "base")}
+    def named(self, names: str | None) -> list[ModelName]:
+        """Models by their names, separated by commas; see the module's docstring. Default: the
+        first adapter."""
+        adapters = {str(model.adapter): model for model in self.models("adapted")}
+        first = {kind: self.models(kind)[0] for kind in KINDS}
+        known = first | adapters | {kind: ModelName(kind) for kind in ("float", "base")}
         models = []
-        for name in _split(names):
-            stage, _, adapter = name.partition("/")
-            if name not in short and (not adapter or stage not in STAGES[2:]):
-                similar = suggestion(name, list(short))
+        for name in _split("adapted" if names is None else names):
+            kind, _, adapter = name.partition("/")
+            if name not in known and (not adapter or kind not in KINDS[2:]):
+                similar = suggestion(name, list(known))
                 raise DirectoryError(f"there is no model or adapter {name!r}{similar}")
-            models.append(short.get(name) or ModelName(stage, adapter))
+            models.append(known.get(name) or ModelName(kind, adapter))
+        if not models:
+            raise DirectoryError("no model is named; give for example base,first")
         return models
+
+    def one_named(self, name: str | None) -> ModelName:
+        """As `named`, for commands of one model."""
+        model, *others = self.named(name)
+        if others:
+            raise DirectoryError(f"{name!r} are several models; give one")
+        return model
 
     def check(self, name: ModelName) -> None:
         """Check that the model's files are there, before anything large is loaded."""
-        if name.stage == "float":
+        if name.kind == "float":
             return
         job, targets = f"{str(self.folder)!r}", self.recipe.export.targets
-        if name.stage in TARGETS and name.stage not in targets:
+        if name.kind in TARGETS and name.kind not in targets:
             raise DirectoryError(
-                f"{job} is not exported to {name.stage}: export.targets of its recipe.yaml has "
-                f"{listed(targets)}. Add {name.stage} there, then run: "
+                f"{job} is not exported to {name.kind}: export.targets of its recipe.yaml has "
+                f"{listed(targets)}. Add {name.kind} there, then run: "
                 f"{command_line('export', self.folder)}"
             )
-        if name.stage == "simulated" and not self.recipe.is_simulated:
+        if name.kind == "simulated" and not self.recipe.is_simulated:
             raise DirectoryError(
                 f"{job} has no simulations: {listed(targets)} in export.targets hold no "
                 "activations, so no adapter is calibrated. Use the adapter itself, or add a target "
                 f"with activations ({listed(n for n in TARGETS if TARGETS[n].is_simulated)}) to "
                 f"its recipe.yaml, then run: {command_line('calibrate', self.folder)}"
             )
-        if name.adapter is not None and name not in self.models(name.stage):
-            known = [str(model.adapter) for model in self.models(name.stage)]
+        if name.adapter is not None and name not in self.models(name.kind):
+            known = [str(model.adapter) for model in self.models(name.kind)]
             kind = "use case" if name.is_use_case else "adapter"
             raise DirectoryError(
                 f"{job} has no {kind} {name.adapter!r}{suggestion(name.adapter, known)}"
             )
         needed = {"base": "quantize", **{f"adapters/{a}": "train" for a in name.adapters}}
-        if name.stage == "simulated":
+        if name.kind == "simulated":
             needed[f"simulation/{name.adapter}"] = "calibrate"
-        elif name.stage in TARGETS:
+        elif name.kind in TARGETS:
             needed[name.made_by] = "export"
         if missing := [part for part in needed if not (self.folder / part).is_dir()]:
             verbs = dict.fromkeys(needed[part] for part in missing)
@@ -144,13 +147,13 @@ class JobModels(JobState):
             raise DirectoryError(f"{job} has no {', '.join(missing)} yet. Run first: {commands}")
 
     def is_calibrated(self, adapter: str) -> bool:
-        """Whether an adapter is calibrated, and the recipe still asks for it.
+        """Whether an adapter is calibrated, and the recipe, without changes, still asks for it.
 
         Raises:
             DirectoryError: the calibration is of another recipe, adapter or base.
         """
         folder = self.folder / "simulation" / adapter
-        if not (self.recipe.is_simulated and folder.is_dir()):
+        if self.changes or not (self.recipe.is_simulated and folder.is_dir()):
             return False
         self.require(f"calibrate/{adapter}")
         return True
@@ -168,10 +171,10 @@ class JobModels(JobState):
             ExportError: the runtime refuses the files.
         """
         self.check(name)
-        if name.stage in ("simulated", *TARGETS):
+        if name.kind in ("simulated", *TARGETS):
             return self._open_graph(name)
         context = self.new_context()
-        if name.stage == "float":
+        if name.kind == "float":
             return context.float_model()
         from qwlora.adapter.training_step import fuse_lora_
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
@@ -186,14 +189,14 @@ class JobModels(JobState):
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
         self.require(name.made_by)
         context = self.new_context()
-        if name.stage == "simulated":
+        if name.kind == "simulated":
             return context.simulation(str(name.adapter)).as_model()
         import torch
         from transformers.modeling_outputs import CausalLMOutput
 
         from qwlora.simulation.simulated_model import SimulatedModel
 
-        runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage, name.adapter)
+        runtime = TARGETS[name.kind].open(self.folder / "export" / name.kind, name.adapter)
         ids = torch.empty(1, 0, dtype=torch.int64)  # of the last call for one token
         cache: dict[str, Tensor] = {}
 
@@ -255,7 +258,7 @@ def open_job(
             f"{run_line(folder, *options)}"
         )
         raise RecipeError(str(folder / "recipe.yaml"), [problem])
-    model = job.name("adapted", adapter)
+    model = job.models("adapted")[0] if adapter is None else ModelName("adapted", adapter)
     job.check(model)
     name = str(model.adapter)
     job.require(model.made_by, f"adapter {name!r}", whatever_inputs=True)
@@ -334,15 +337,15 @@ def _split(names: str) -> list[str]:
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
     names = [ModelName("float")] if has_float_model(job.recipe) else []
     names.append(ModelName("base"))
-    for stage in ("adapted", "simulated", *job.recipe.export.targets):
-        names += job.models(stage)
+    for kind in ("adapted", "simulated", *job.recipe.export.targets):
+        names += job.models(kind)
     chosen = []
     for name in names:
         try:
             job.check(name)
         except DirectoryError:
             continue  # not made yet
-        target = TARGETS.get(name.stage)
+        target = TARGETS.get(name.kind)
         if target is not None and (missing := target.missing()):
             say(f"{name}: left out, {missing}")
         else:

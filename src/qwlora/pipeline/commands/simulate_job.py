@@ -5,17 +5,17 @@ every layer's output, as files to compare with a device:
     inputs/NAME.npy        every input of the files
     simulated/TENSOR.npy   what the simulation computes
     runtime/TENSOR.npy     what ONNX Runtime computes from the files, in one run
-    layers.json            stage, use case, and for each tensor: its name, type, shape and SHA-256
+    layers.json            the model, and for each tensor: its name, type, shape and SHA-256
 
 Values are real numbers on their grids, after quantization and dequantization. A tensor that only
 moves values of another one, or that only graphs with a key-value cache have, is not in the
 simulation. Of such graphs it is the first call of the one that reads the prompt; its scores reach
 over the whole context, so the simulation has none of their shape.
 
-Functions take `changes` to the job's recipe, see `load_recipe`, and raise:
+The first three take a job as `open_job` opens it, with the name of one of its adapters, and raise:
 
-    DirectoryError, RecipeError, FingerprintError    see `open_job`, `JobModels.is_calibrated`
-    CalibrationError                                 a rule has no effect
+    DirectoryError      see `JobModels.is_calibrated`
+    CalibrationError    a rule has no effect
 """
 
 from __future__ import annotations
@@ -23,57 +23,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
+from qwlora.analysis.quantization_costs import (
+    cumulative_costs,
+    layer_sqnr,
+    sensitivities,
+    suggest,
+)
+from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.data.sequences import Sequences
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
-from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
+from qwlora.pipeline.commands.open_job import JobModels, ModelName
 from qwlora.pipeline.job.output_path import check_target, new_folder
+from qwlora.pipeline.stages.job_context import JobContext, one_row
+from qwlora.simulation.placement import Placement
+from qwlora.simulation.simulation import Simulation
 from qwlora.system import strict_json
 from qwlora.system.progress import Track, untracked
+from qwlora.targets.npu.kv_cache_graphs import write_array
 from qwlora.targets.registry import TARGETS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwlora.data.sequences import Sequences
-    from qwlora.pipeline.running.loaded_models import JobContext
-    from qwlora.simulation.placement import Placement
-    from qwlora.simulation.simulation import Simulation
-    from qwlora.targets.target import Runtime
+from qwlora.targets.target import Runtime
 
 LISTED = 10
 SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
 SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
 NARROW_BITS, WIDE_BITS = 8, 16
-STAGES = ("simulated", *(name for name, target in TARGETS.items() if target.is_simulated))
+KINDS = ("simulated", *(name for name, target in TARGETS.items() if target.is_simulated))
 
 
-def explain_placement(
-    folder: Path,
-    adapter: str | None = None,
-    changes: tuple[str, ...] = (),
-    device: str | None = None,
-) -> tuple[str, Placement]:
-    """The adapter's name and its placement log: which values are quantized, and why.
+def explain_placement(job: JobModels, name: str) -> Placement:
+    """The adapter's placement log: which values are quantized, and why.
 
-    Includes calibration results if the job is calibrated and there are no `changes`.
+    Includes calibration results if the job is calibrated and its recipe was not changed.
     """
-    job, name = open_job(folder, adapter, changes, device=device)
-    context, is_known = job.new_context(), not changes and job.is_calibrated(name)
+    context, is_known = job.new_context(), job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else context.new_simulation(name)
-    return name, simulation.explain()
+    return simulation.explain()
 
 
-def measure_costs(
-    folder: Path,
-    adapter: str | None = None,
-    changes: tuple[str, ...] = (),
-    track: Track = untracked,
-    device: str | None = None,
-) -> dict[str, Any]:
+def measure_costs(job: JobModels, name: str) -> dict[str, Any]:
     """Measure the perplexity cost of each part of the simulation.
 
     Returns:
@@ -81,12 +76,8 @@ def measure_costs(
         `sensitivity`: the most expensive activations, cost in nats per token.
         `layer_sqnr_db`: the layers that differ most from the float graph.
     """
-    job, name = open_job(folder, adapter, changes, track, device)
-    context, calibrated = job.new_context(), not changes and job.is_calibrated(name)
-    from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities
-    from qwlora.analysis.token_scores import logits_of, perplexity
-
-    simulation = context.simulation(name) if calibrated else _calibrated(context, name)
+    context, is_known = job.new_context(), job.is_calibrated(name)
+    simulation = context.simulation(name) if is_known else _calibrated(context, name)
     evaluation = context.text(name).evaluation
     perplexities = {"base": perplexity(logits_of(context.base().eval()), evaluation, "perplexity")}
     perplexities |= cumulative_costs(
@@ -101,21 +92,17 @@ def measure_costs(
         "perplexity": perplexities,
         "sensitivity": [{**asdict(s), "cost": s.cost / tokens} for s in ranking],
         "layer_sqnr_db": dict(sorted(sqnr.items(), key=lambda item: item[1])[:LISTED]),
-        **({} if calibrated else _unshared(context)),
+        **({} if is_known else _unshared(context)),
     }
 
 
-def suggest_bitwidths(
-    folder: Path,
-    adapter: str | None,
-    changes: tuple[str, ...],
-    share: float,
-    track: Track = untracked,
-    device: str | None = None,
-) -> dict[str, Any]:
+def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]:
     """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
 
     The limit is (1 + share) * perplexity with float activations.
+
+    Args:
+        job: opened with activations of `NARROW_BITS` bits.
 
     Returns:
         `sequences`: number of evaluation sequences used for the search; `measured`, `limit` and
@@ -128,11 +115,7 @@ def suggest_bitwidths(
         CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was
             trained through quantized activations (workflow qwa-lora).
     """
-    narrow = f"simulation.activation_bitwidth={NARROW_BITS}"
-    job, name = open_job(folder, adapter, (*changes, narrow), track, device)
     context = job.new_context()
-    from qwlora.analysis.quantization_costs import suggest
-
     if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
             f"adapter {name!r} was trained through quantized activations (workflow qwa-lora), so "
@@ -191,21 +174,16 @@ def _calibrated(context: JobContext, name: str) -> Simulation:
 
 def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]:
     """The first tokens of each calibration sequence."""
-    from qwlora.pipeline.running.loaded_models import one_row
-
     return [one_row(ids) for ids in context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]]
 
 
 def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
-    from qwlora.analysis.token_scores import perplexity
-
     return perplexity(simulation.logits, evaluation, "perplexity, simulated")
 
 
 def dump_layers(
     folder: Path,
-    stage: str | None = None,
-    case: str | None = None,
+    model: str | None = None,
     ids_file: Path | None = None,
     out: Path | None = None,
     track: Track = untracked,
@@ -213,11 +191,10 @@ def dump_layers(
     """Write the layers of one model of a job.
 
     Args:
-        stage: one of `STAGES`. Default: the first of the recipe's targets that is one of them, or
-            `simulated`.
-        case: adapter or use case. Default: the first.
+        model: its name, of one of `KINDS`. Default: the first of the recipe's targets that is one
+            of them, or `simulated`, and of it the first adapter or use case.
         ids_file: a .npy file of token ids. Default: the first held-out sequence.
-        out: a new or empty folder. Default: layers/STAGE/CASE in the job.
+        out: a new or empty folder. Default: layers/MODEL in the job.
 
     Returns:
         the folder, and what layers.json holds.
@@ -228,22 +205,20 @@ def dump_layers(
         CalibrationError: no activation is quantized.
     """
     job, runtime = JobModels(folder, track=track, device="cpu"), None  # where the runtimes run
-    if stage is None:
-        targets = (name for name in job.recipe.export.targets if name in STAGES)
-        stage = next(targets, "simulated")
-    if stage not in STAGES:
+    targets = (target for target in job.recipe.export.targets if target in KINDS)
+    name = job.one_named(model or next(targets, "simulated"))
+    if name.kind not in KINDS:
         raise DirectoryError(
-            f"stage {stage!r} has no quantized activations; choose one of {', '.join(STAGES)}"
+            f"{str(name)!r} has no quantized activations; choose a model of {', '.join(KINDS)}"
         )
-    name = job.name(stage, case)
     job.check(name)
-    out = out or folder / "layers" / stage / str(name.adapter)
+    out = out or folder / "layers" / str(name)
     check_target(out)
     ids = None if ids_file is None else _read_ids(ids_file)
     job.require(name.made_by)
     context, adapter = job.new_context(), [*name.adapters, job.recipe.adapters[0].name][0]
-    if stage != "simulated":
-        runtime = TARGETS[stage].open(folder / "export" / stage, name.adapter)
+    if name.kind != "simulated":
+        runtime = TARGETS[name.kind].open(folder / "export" / name.kind, name.adapter)
     batch = _batch(context, adapter, ids, None if runtime is None else runtime.call_tokens)
     if name.is_use_case:
         simulation = context.use_cases[str(name.adapter)]
@@ -270,9 +245,6 @@ def _batch(
     context: JobContext, adapter: str, given: npt.NDArray[np.int64] | None, length: int | None
 ) -> dict[str, Tensor]:
     """Ids and mask of one sequence, padded on the right to `length`, that of the files."""
-    import torch
-    from torch.nn.functional import pad
-
     if given is None:
         ids = context.sample(adapter)["input_ids"][:, :length]
     else:
@@ -300,7 +272,6 @@ def _write(
     batch: Mapping[str, Tensor],
     folder: Path,
 ) -> dict[str, Any]:
-    from qwlora.targets.npu.kv_cache_graphs import write_array
     from qwlora.targets.onnx.onnx_model import OF_INPUT
 
     simulated = simulation.values(batch)
@@ -327,8 +298,7 @@ def _write(
             entry[part] = written and {k: v for k, v in written.items() if k != "name"}
         entries.append(entry)
     record = {
-        "stage": name.stage,
-        "use_case": name.adapter,
+        "model": str(name),
         "tokens": int(batch["attention_mask"].sum()),
         "inputs": [write_array(folder / "inputs", key, value) for key, value in inputs.items()],
         "layers": entries,

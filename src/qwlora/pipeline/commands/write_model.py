@@ -16,7 +16,7 @@ from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.quantize_model import BaseSize, base_size
 from qwlora.system.progress import Track, untracked
 

@@ -40,12 +40,12 @@ from qwlora.pipeline.job.output_path import (
 from qwlora.pipeline.job.stage_records import (
     FOLDER,
     Record,
+    Stage,
     is_unclaimed,
     read_owner,
     read_records,
     record_path,
 )
-from qwlora.pipeline.plan.plan import Stage
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.system.atomic import flush, write_text

@@ -1,4 +1,5 @@
-"""The record of each stage, in `.qwlora/records/STAGE.json`, and whose a directory is.
+"""The stages of a job, the record of each, in `.qwlora/records/STAGE.json`, and whose a directory
+is.
 
     key       of the inputs that the stage ran with; empty: it must run again
     seconds   that it took
@@ -28,6 +29,30 @@ from qwlora.system import strict_json
 FOLDER = ".qwlora/records"
 # what is in .qwlora/ before a job has written its recipe
 _BEFORE_RECIPE = {"lock", "records", "digests.json", ".digests.json.part"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: `verb` or `verb/...`; unique.
+        key: hash of everything the result depends on.
+        adapter: name of the adapter that the stage works on, if any.
+        artifact: the folder that the stage writes, relative to the job's directory.
+        needs: names of the stages whose results it reads.
+    """
+
+    name: str
+    key: str
+    adapter: str | None = None
+    artifact: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """The command that runs the stage."""
+        return self.name.partition("/")[0]
 
 
 @dataclass(frozen=True)

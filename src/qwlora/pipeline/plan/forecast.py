@@ -48,11 +48,11 @@ from qwlora.grid.activation_ranges import VALUES
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer, place_empty_, tie_weights_
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import (
     REFERENCE,
     SAMPLE,
     JobTexts,
-    Stage,
     compared_with,
     has_float_model,
     is_calibrated,
@@ -189,7 +189,7 @@ def estimate(
         forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
     ]
     # Resident memory of this process with what its stages import, after the runs without data.
-    importlib.import_module("qwlora.pipeline.plan.preflight")  # the Trainer and everything below
+    importlib.import_module("qwlora.pipeline.running.preflight")  # the Trainer and everything below
     for target in recipe.export.targets:
         TARGETS[target].missing()  # imports its packages
     gc.collect()

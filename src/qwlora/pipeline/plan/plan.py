@@ -36,7 +36,6 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -49,6 +48,7 @@ from qwlora.data import Documents, load_documents
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
@@ -79,30 +79,6 @@ _MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundred
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _IN_BLOCK = re.compile(r".+\.\d+\..+")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage.
-
-    Args:
-        name: `verb` or `verb/...`; unique.
-        key: hash of everything the result depends on.
-        adapter: name of the adapter that the stage works on, if any.
-        artifact: the folder that the stage writes, relative to the job's directory.
-        needs: names of the stages whose results it reads.
-    """
-
-    name: str
-    key: str
-    adapter: str | None = None
-    artifact: str | None = None
-    needs: tuple[str, ...] = ()
-
-    @property
-    def verb(self) -> str:
-        """The command that runs the stage."""
-        return self.name.partition("/")[0]
 
 
 class JobTexts:

@@ -18,7 +18,8 @@ from qwlora.errors import DirectoryError, RecipeError, suggestion
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
-from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
+from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.system.progress import Track, untracked
 
@@ -76,7 +77,7 @@ class JobState:
         device: str | None = None,
     ):
         change = () if device is None else (f"device={device}",)
-        self.folder = folder
+        self.folder, self.changes = folder, changes
         self.recipe = resolve_compute(job_recipe(folder, (*changes, *change)))
         self.texts, self.track = JobTexts(self.recipe, track), track
         self.directory = Directory.read(folder)

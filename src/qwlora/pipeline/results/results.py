@@ -17,8 +17,7 @@ from typing import Any
 from qwlora.errors import DirectoryError, QwloraWarning
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.job.stage_records import Record, read_record
-from qwlora.pipeline.plan.plan import Stage
+from qwlora.pipeline.job.stage_records import Record, Stage, read_record
 from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
 from qwlora.pipeline.results.model_cards import card_text
 from qwlora.recipe import Recipe

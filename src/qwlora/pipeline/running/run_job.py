@@ -23,8 +23,8 @@ from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors, check_outside_data
-from qwlora.pipeline.job.stage_records import Record, record_path
-from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
+from qwlora.pipeline.job.stage_records import Record, Stage, record_path
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import check_kept, check_needs, dependents, find_stale
 from qwlora.pipeline.results.results import (
     TIMING,
@@ -34,8 +34,8 @@ from qwlora.pipeline.results.results import (
     write_results,
 )
 from qwlora.pipeline.results.results_table import base_costs
-from qwlora.pipeline.running import new_context
 from qwlora.pipeline.running.job_status import JobStatus
+from qwlora.pipeline.stages import new_context
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
@@ -184,7 +184,7 @@ class _Run:
         """All checks of text and model, which need no writing, and an estimate without activations:
         to count these takes longer than some stages."""
         self.context = new_context(self.recipe, self.texts, self.out, self.track)
-        from qwlora.pipeline.plan import preflight
+        from qwlora.pipeline.running import preflight
 
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
@@ -241,7 +241,7 @@ class _Run:
         if self.context is None:
             self.context = new_context(self.recipe, self.texts, self.out, self.track)
         self.context.on_training = status.train
-        from qwlora.pipeline.stages import RUN
+        from qwlora.pipeline.stages.stage_functions import RUN
 
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         gc.collect()
@@ -272,7 +272,7 @@ class _Run:
 
 def _join_stages(context: Any, plan: list[Stage]) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
-    from qwlora.pipeline.stages import RUN
+    from qwlora.pipeline.stages.stage_functions import RUN
 
     by_name = {stage.name: stage for stage in plan}
     for name in joined_stages():

@@ -1,25 +1,39 @@
-"""What the stages of a job run; `plan/plan.py` says what they depend on.
-
-    function(context, stage, scratch, work)
-
-writes the artifact to `scratch` and returns the stage's part of results.json. Torch is imported
-only then. A stage keeps unfinished work in the folder `work`, and resumes from it after an
-interruption.
-"""
+"""What the stages of a job run (`stage_functions.py`), and the models that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qwlora.pipeline.stages import file_stages, model_stages
+from qwlora.system.machine import SlowComputeWarning
+from qwlora.system.progress import Track
 
-RUN: dict[str, Callable[..., dict[str, Any]]] = {
-    "quantize": model_stages.quantize,
-    "calibrate-base": model_stages.calibrate_base,
-    "train": model_stages.train,
-    "calibrate": model_stages.calibrate,
-    "export": file_stages.export,
-    "verify": file_stages.verify,
-    "evaluate": model_stages.evaluate,
-}
+if TYPE_CHECKING:
+    from qwlora.pipeline.plan.plan import JobTexts
+    from qwlora.pipeline.stages.job_context import JobContext
+    from qwlora.recipe import Recipe
+
+
+def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> JobContext:
+    """Make a job's context. Imports torch and transformers, and keeps them quiet."""
+    quiet_libraries()
+    from qwlora.pipeline.stages.job_context import JobContext
+
+    return JobContext(recipe, texts, out, track)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars, notices and deprecation warnings of other libraries."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for category in (FutureWarning, DeprecationWarning, SlowComputeWarning):
+        warnings.filterwarnings("ignore", category=category)  # preflight reports the last one
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+    for name in (*of_torch, "accelerate", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)

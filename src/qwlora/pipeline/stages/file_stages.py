@@ -14,8 +14,9 @@ from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.plan import ADAPTER, Stage
-from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.plan.plan import ADAPTER
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes

@@ -39,6 +39,7 @@ from qwlora.formats.model_source import fetch
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import (
     ADAPTER,
     CASES,
@@ -50,7 +51,6 @@ from qwlora.pipeline.plan.plan import (
     SHARED,
     SOLVER_SCALES,
     ZERO,
-    Stage,
     compared_with,
     is_calibrated,
     is_compared,
@@ -60,7 +60,7 @@ from qwlora.pipeline.plan.plan import (
     sampled_sequences,
 )
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
-from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_blocks import observe_moments

@@ -30,7 +30,7 @@ from qwlora.pipeline.plan.target_table import (
     second_rounding,
     target_table,
 )
-from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.device import pick_device

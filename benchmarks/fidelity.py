@@ -45,7 +45,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
-from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.encoding import measure
@@ -270,7 +270,8 @@ class Bench:
             shutil.rmtree(work)
 
     def perplexity(self, model: nn.Module, text: Any = None) -> float:
-        return perplexity(logits_of(model.eval()), self.held_out if text is None else text, "")
+        held_out = self.held_out if text is None else text
+        return score_tokens(logits_of(model.eval()), held_out, "").perplexity
 
 
 def nf4_(model: nn.Module) -> float:

@@ -98,15 +98,6 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes / 1e3:.1f} kB"
 
 
-def duration(seconds: float) -> str:
-    """`40 s`, `6 min`, `1 h 20 min`: rounded, for estimates."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, rest = divmod(minutes, 60)
-    return f"{minutes} min" if not hours else f"{hours} h {rest} min" if rest else f"{hours} h"
-
-
 LESS_MEMORY = (
     "Free memory, or use less: a smaller model, smaller data.sequence_tokens or "
     "adapters.batch_sequences, or gradient_checkpointing: true"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from conftest import VOCABULARY, tiny_model
-from qwlora.analysis.token_scores import perplexity
+from qwlora.analysis.token_scores import score_tokens
 from qwlora.data.sequences import (
     IGNORED,
     Sequences,
@@ -99,7 +99,7 @@ def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> No
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         found = float(model(**batch, use_cache=False, num_items_in_batch=loss_tokens).loss.detach())
         assert found == pytest.approx(total / loss_tokens, rel=1e-5)
-    found = perplexity(lambda ids: model(ids, use_cache=False).logits, padded, "")
+    found = score_tokens(lambda ids: model(ids, use_cache=False).logits, padded, "").perplexity
     assert found == pytest.approx(torch.tensor(total / loss_tokens).exp().item(), rel=1e-5)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from conftest import byte_tokenizer, packed_model, tiny_model
 from qwlora import quantize_
-from qwlora.analysis.token_scores import perplexity
+from qwlora.analysis.token_scores import score_tokens
 from qwlora.errors import CalibrationError, NonFiniteError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
@@ -78,4 +78,4 @@ def test_a_perplexity_that_is_no_number_names_what_was_measured(value: float, me
         return out
 
     with pytest.raises(NonFiniteError, match=f"perplexity, float: .*{message}"):
-        perplexity(logits, IDS + (IDS >= 12), "perplexity, float")
+        score_tokens(logits, IDS + (IDS >= 12), "perplexity, float")

@@ -13,8 +13,8 @@ from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
 from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.forecast import Forecaster
 from qwlora.pipeline.plan.plan import JobTexts
+from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe
@@ -108,12 +108,12 @@ def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
     base = {"solver": "gptq", "calibration": ["job", "model"]}
     recipe = load_recipe(recipe_for("one-layer llama", base=base))
-    forecast = Forecaster(recipe).stage(Stage("quantize/sample", ""))
+    memory, disk = Forecaster(recipe).needed(Stage("quantize/sample", ""))
     cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert forecast.memory["key-value cache"] == 2 * size  # it is copied when it grows
-    assert forecast.memory["float model"] > 0
-    assert forecast.disk == 8 * 16 * 32
+    assert memory["key-value cache"] == 2 * size  # it is copied when it grows
+    assert memory["float model"] > 0
+    assert disk == 8 * 16 * 32
 
 
 def test_a_text_that_is_not_there_is_named(recipe_for: Any) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 import yaml
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapter.small_models import mixture
-from cli.command_line import answered, qwlora, refused
+from cli.command_line import answered, qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.pipeline.plan import forecast
-from qwlora.pipeline.plan.forecast import TracedModels, TracedRun
+from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.running import forecast
+from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe
 
@@ -48,32 +48,11 @@ def recipe(recipe_path: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def models(recipe: Recipe) -> TracedModels:
-    return TracedModels(recipe)
+def models(recipe: Recipe) -> Forecaster:
+    return Forecaster(recipe)
 
 
-def test_the_peak_is_what_is_alive_together() -> None:
-    with FakeTensorMode(), torch.no_grad():
-        x, weight = torch.empty(8, 16), torch.empty(32, 16)
-        with (run := TracedRun()):
-            y = torch.nn.functional.linear(x, weight)  # 8 x 32
-            z = y.relu()  # beside y
-            del y
-            (z + z).sum()  # z, its double and the sum
-    assert run.peak == 4 * (2 * 8 * 32 + 1)
-    assert run.outputs == 4 * (3 * 8 * 32 + 1)
-
-
-def test_training_keeps_what_autograd_keeps() -> None:
-    with FakeTensorMode():
-        x, weight = torch.empty(8, 16), torch.empty(32, 16, requires_grad=True)
-        with (run := TracedRun()):
-            torch.nn.functional.linear(x, weight).exp().sum().backward()
-    # the exponential and its sum are kept, and the gradient of the sum comes to them
-    assert run.peak >= 4 * 2 * 8 * 32
-
-
-def test_packed_bytes_are_those_of_the_base(models: TracedModels) -> None:
+def test_packed_bytes_are_those_of_the_base(models: Forecaster) -> None:
     model = tiny_model("llama", layers=2)
     quantize_(model, "w4-block32", "search")
     size = base_size(model)
@@ -82,25 +61,28 @@ def test_packed_bytes_are_those_of_the_base(models: TracedModels) -> None:
     assert models.float_values == size.float_weights
 
 
-def test_an_adapter_has_as_many_values_as_pefts(models: TracedModels, recipe: Recipe) -> None:
+def test_an_adapter_has_as_many_values_as_pefts(models: Forecaster, recipe: Recipe) -> None:
     attached = attach(tiny_model("llama", layers=2), LoraShape(16, 32.0), 0)
     expected = sum(p.numel() for p in attached.parameters() if p.requires_grad)
-    assert models.trained_values(recipe.adapters[0]) == expected
+    assert models.trained["first"] == expected
 
 
-def test_an_evaluation_holds_its_logits(models: TracedModels) -> None:
-    run = models.forward("float", TOKENS)
-    assert run.peak >= 4 * TOKENS * 260
+def test_memory_grows_with_text_and_shrinks_with_checkpointing(recipe: Recipe) -> None:
+    def peak(tokens: int = TOKENS, rows: int = 1, **settings: Any) -> float:
+        data = recipe.data.model_copy(update={"sequence_tokens": tokens})
+        given = {"batch_sequences": rows, "init": "zero", **settings}
+        adapter = recipe.adapters[0].model_copy(update=given)
+        changed = recipe.model_copy(update={"data": data, "adapters": [adapter]})
+        memory, _ = Forecaster(changed).needed(Stage("train/first", "", "first"))
+        return memory["activations"]
+
+    assert peak(rows=4) == peak(tokens=4 * TOKENS) == 4 * peak()
+    assert peak(gradient_checkpointing=True) < peak()
 
 
-def test_checkpointing_keeps_less_and_computes_more(models: TracedModels, recipe: Recipe) -> None:
-    adapter = recipe.adapters[0]
-    plain = models.training(adapter, 64, 2)
-    checkpointing = {"name": "again", "gradient_checkpointing": True}
-    again = models.training(adapter.model_copy(update=checkpointing), 64, 2)
-    assert again.peak < plain.peak
-    assert again.operators > plain.operators
-    assert models.training(adapter, 64, 4).peak > 1.9 * plain.peak
+def test_an_evaluation_holds_its_logits(models: Forecaster) -> None:
+    memory, _ = models.needed(Stage("evaluate/float", ""))
+    assert memory["activations and logits"] >= 2 * 4 * TOKENS * 260
 
 
 def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) -> None:
@@ -132,12 +114,9 @@ def test_learned_rounding_takes_memory(recipe: Recipe) -> None:
     gptq = recipe.base.gptq.model_copy(update={"rounding_steps": 200})
     learning = recipe.model_copy(update={"base": recipe.base.model_copy(update={"gptq": gptq})})
     (stage,) = (s for s in make_plan(recipe, JobTexts(recipe, reads=False)) if s.verb == "quantize")
-    plain, learned = (forecast.Forecaster(r).stage(stage).memory for r in (recipe, learning))
-    assert {*learned} - {*plain} == {
-        "learned rounding of a block",
-        "float outputs of all calibration sequences",
-    }
-    block = max(sum(i * o for i, o in shapes) for shapes in TracedModels(recipe).blocks)
+    plain, learned = (Forecaster(r).needed(stage)[0] for r in (recipe, learning))
+    assert {*learned} - {*plain} == {"learned rounding of a block"}
+    block = max(sum(i * o for i, o in shapes) for shapes in Forecaster(recipe).blocks)
     assert learned["learned rounding of a block"] >= 4 * 4 * block
 
 
@@ -157,26 +136,10 @@ def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.Monke
     assert "--out" in lines[1]
 
 
-def test_a_bound_without_activations_runs_nothing(
-    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = resolve_compute(load_recipe(recipe_path, ("export.targets=[hf]",)))
-    stages = make_plan(recipe, JobTexts(recipe, reads=False))
-    whole = forecast.estimate(recipe, stages, Path())
-    monkeypatch.setattr(forecast, "_traced", None)
-    bound = forecast.estimate(recipe, stages, Path(), counts_activations=False)
-    for stage, least in zip(whole.stages, bound.stages, strict=True):
-        own, fewer = (each.peak - each.memory["process"] for each in (stage, least))
-        assert 0 < fewer <= own, stage.stage
-        if stage.stage.startswith(("evaluate", "train")):
-            assert fewer < own, stage.stage
-    assert bound.disk == whole.disk
-    assert "at least" in bound.summary
-
-
-def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path: Path, tmp_path: Path) -> None:
-    config = mixture().config
-    config.architectures = ["MixtralForCausalLM"]
-    config.save_pretrained(tmp_path)
-    said = refused("plan", recipe_path, "--set", f"model.source={tmp_path}")
-    assert "MixtralForCausalLM cannot run on tensors without data" in said
+def test_experts_are_counted_in_the_weights(recipe_path: Path, tmp_path: Path) -> None:
+    model = mixture()
+    model.config.architectures = ["MixtralForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    models = Forecaster(load_recipe(recipe_path, (f"model.source={tmp_path}",)))
+    assert models.values == sum(p.numel() for p in model.parameters())
+    assert models.packed_weights + models.float_values == models.values

@@ -29,9 +29,9 @@ from qwlora.errors import (
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.forecast import plan_job
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.running.forecast import plan_job
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors

@@ -30,7 +30,7 @@ from qwlora.errors import DirectoryError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.job.stage_records import read_record
+from qwlora.pipeline.job.stage_records import stored_record
 from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import read_job
@@ -294,7 +294,7 @@ def test_files_of_others_are_not_uploaded(job: Path) -> None:
 def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
     stage = "export/hf/first"  # and its folder
     file = job / ".qwlora" / "records" / f"{stage}.json"
-    record = read_record(file, stage)
+    record = stored_record(file, stage)
     assert record is not None
     ours = replace(record, files={**record.files, f"{stage}/{CARD}": ""})
     with edited(job / stage / CARD, "how to use it"):

@@ -23,8 +23,8 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
 from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.forecast import Forecaster
 from qwlora.pipeline.plan.plan import JobTexts, resolve_compute
+from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
@@ -147,7 +147,7 @@ def test_its_stages_hold_the_float_model_and_no_base(recipe_for: Any) -> None:
     forecaster = Forecaster(resolve_compute(recipe))
     values = 4 * sum(p.numel() for p in tiny_model("llama", layers=1).parameters())
     train, evaluate, adapted = (
-        forecaster.stage(Stage(name, "", "first")).memory
+        forecaster.needed(Stage(name, "", "first"))[0]
         for name in ("train/first/float", "evaluate/reference/first", "evaluate/adapted/first")
     )
     assert train["float model"] == evaluate["float model"] == values

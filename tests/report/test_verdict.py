@@ -306,7 +306,7 @@ def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
     results = {**running(37).results}
     results["run"]["training"]["step_seconds"] = 32.0
     found = verdict(job_of("finished", results))
-    assert str(found.below).startswith("About 12 min of training left. ")
+    assert str(found.below).startswith("About 12 min 16 s of training left. ")
 
 
 def test_a_recorded_failure_says_what_to_do() -> None:

@@ -172,16 +172,6 @@ def score_tokens(
     )
 
 
-def perplexity(
-    logits: Logits,
-    sequences: Sequences | Int64[Tensor, "count tokens"],
-    description: str,
-    track: Track = untracked,
-) -> float:
-    """The perplexity only; see `score_tokens`."""
-    return score_tokens(logits, sequences, description, track).perplexity
-
-
 def _score_row(
     logits: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor
 ) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from qwlora.errors import DirectoryError, foreign_as, size
 from qwlora.system.atomic import write_text
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.plan.forecast import Estimates
+    from qwlora.pipeline.running.forecast import Estimates
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 
@@ -121,8 +121,8 @@ def plan(
     from qwlora.pipeline.stages import quiet_libraries
 
     quiet_libraries()
-    from qwlora.pipeline.plan.forecast import plan_job
     from qwlora.pipeline.plan.target_table import second_rounding
+    from qwlora.pipeline.running.forecast import plan_job
 
     with ProgressDisplay(as_json) as display:
         estimates = plan_job(content, out, display.track)

@@ -23,7 +23,6 @@ from enum import Enum
 
 from markupsafe import Markup
 
-from qwlora.errors import duration
 from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
 from qwlora.report.results_view import (
@@ -374,7 +373,7 @@ def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
         sentence = f"Training of {who} is at step {count(step)} of {count(steps)}."
         progress = step / steps
         if step_seconds := job.number("run", "training", "step_seconds"):
-            left = duration((steps - step) * step_seconds)
+            left = form.seconds((steps - step) * step_seconds)
             below = f"About {left} of training left. {below}"
     else:
         sentence = f"Stage {stage or ''} is running{done}."

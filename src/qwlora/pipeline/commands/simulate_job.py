@@ -37,7 +37,7 @@ from qwlora.analysis.quantization_costs import (
     sensitivities,
     suggest,
 )
-from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data.sequences import Sequences
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.pipeline.commands.open_job import JobModels, ModelName
@@ -79,8 +79,8 @@ def measure_costs(job: JobModels, name: str) -> dict[str, Any]:
     context, is_known = job.new_context(), job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else _calibrated(context, name)
     evaluation = context.text(name).evaluation
-    perplexities = {"base": perplexity(logits_of(context.base().eval()), evaluation, "perplexity")}
-    perplexities |= cumulative_costs(
+    base = score_tokens(logits_of(context.base().eval()), evaluation, "perplexity")
+    perplexities = {"base": base.perplexity} | cumulative_costs(
         simulation, lambda: _simulated(simulation, evaluation), context.track
     )
     batches = _sensitivity_batches(context, name)
@@ -178,7 +178,7 @@ def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]
 
 
 def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
-    return perplexity(simulation.logits, evaluation, "perplexity, simulated")
+    return score_tokens(simulation.logits, evaluation, "perplexity, simulated").perplexity
 
 
 def dump_layers(

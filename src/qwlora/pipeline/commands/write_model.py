@@ -10,7 +10,7 @@ from typing import Any
 
 from qwlora.adapter.adapter_deltas import Into, merged_model, rounding_losses
 from qwlora.adapter.mergeable import is_mergeable
-from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.errors import SourceError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
@@ -69,7 +69,7 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
     evaluation = context.text(name).evaluation
 
     def measured(model: Any, what: str) -> float:
-        return perplexity(logits_of(model), evaluation, f"perplexity, {what}", track)
+        return score_tokens(logits_of(model), evaluation, f"perplexity, {what}", track).perplexity
 
     adapted = context.unmerged(name)
     if is_mergeable(adapted):

@@ -81,12 +81,12 @@ def read_records(job: Path) -> tuple[dict[str, Record], list[str]]:
     """Records by stage, and the stages whose record is damaged."""
     folder = job / FOLDER
     files = {str(f.relative_to(folder).with_suffix("")): f for f in sorted(folder.rglob("*.json"))}
-    records = {stage: read_record(file, stage) for stage, file in files.items()}
+    records = {stage: stored_record(file, stage) for stage, file in files.items()}
     damaged = [stage for stage, record in records.items() if record is None]
     return {stage: record for stage, record in records.items() if record is not None}, damaged
 
 
-def read_record(file: Path, stage: str) -> Record | None:
+def stored_record(file: Path, stage: str) -> Record | None:
     """The record of `stage` in `file`; None if it is missing or damaged."""
     content = unsealed(file)
     return Record(**content) if content and content.pop("stage", None) == stage else None

@@ -19,6 +19,8 @@ from qwlora.targets.target_compatibility import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qwlora.formats.checkpoint import Checkpoint
 
 _PROBED = 8  # tensors of a float checkpoint that are tested for a grid: one layer is enough to tell
@@ -50,7 +52,10 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
             f"reference: float trains adapters on the float model, but {model.source!r} holds "
             "integers only. Remove reference, or set model.source to the float model"
         )
-    grids = kept_grids(recipe) if keeps else recipe.base.grids()
+    grids = recipe.base.grids()
+    if keeps:
+        for name, grid in kept_layers(recipe)[1].items():
+            grids.setdefault(grid, name)
     source = location.path
     refused = {
         name: "; ".join(refusals(target, list(grids), source, keeps))
@@ -129,18 +134,18 @@ def model_files(model: Model) -> Checkpoint:
     )
 
 
-def kept_grids(recipe: Recipe) -> dict[Grid, str]:
-    """The grids of the integers in the model's files, and one tensor that has each."""
+def kept_layers(recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Grid]]:
+    """The model without weights, and the grid of each tensor that its files hold as integers, by
+    name. Reads all of them."""
     from qwlora.formats.checkpoint import LazyModel
     from qwlora.grid.encoding import QuantizedTensor
 
     lazy = LazyModel(model_files(recipe.model))
-    embedding = lazy.model.get_input_embeddings()
-    grids: dict[Grid, str] = {}
+    embedding, grids = lazy.model.get_input_embeddings(), dict[str, Grid]()
     for name, stored in lazy.stored.items():
         tensor = lazy.checkpoint.read(stored)
         if isinstance(tensor, QuantizedTensor):
             of_embedding = lazy.model.get_submodule(name.rpartition(".")[0]) is embedding
             solver = None if tensor.encoding.fits_float16 else "keep"
-            grids.setdefault(Grid(tensor.encoding.scheme, solver, of_embedding), name)
-    return grids
+            grids[name] = Grid(tensor.encoding.scheme, solver, of_embedding)
+    return lazy.model, grids

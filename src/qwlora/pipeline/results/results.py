@@ -17,7 +17,7 @@ from typing import Any
 from qwlora.errors import DirectoryError, QwloraWarning
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.job.stage_records import Record, Stage, read_record
+from qwlora.pipeline.job.stage_records import Record, Stage, stored_record
 from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
 from qwlora.pipeline.results.model_cards import card_text
 from qwlora.recipe import Recipe
@@ -147,7 +147,7 @@ def _harmless_bugs(file: Path) -> Iterator[None]:
 
 def last_status(folder: Path) -> dict[str, Any]:
     """The status that the last run wrote; empty if there is none, or it is damaged."""
-    record = read_record(folder / ".qwlora" / STATUS, "run")
+    record = stored_record(folder / ".qwlora" / STATUS, "run")
     return {} if record is None else record.results
 
 

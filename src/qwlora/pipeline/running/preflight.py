@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -17,16 +16,13 @@ from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.formats.base_files import read_record
-from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
-from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import is_foreign, sampled_sequences
 from qwlora.pipeline.plan.target_table import (
-    kept_grids,
-    model_files,
+    kept_layers,
     second_rounding,
     target_table,
 )
@@ -41,7 +37,7 @@ from qwlora.targets.target import LayerKind
 from qwlora.targets.target_compatibility import comes_from, refusals
 from qwlora.targets.weights.weights_folder import layer_kind
 
-Packed = Callable[[str], bool]  # whether the base packs the tensor of a name
+Packed = Mapping[str, Scheme | None]  # schemes by the names of tensors that the base packs
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
 
 
@@ -87,8 +83,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         model, packed = _unquantized(context)
     else:  # the existing base without weights
         layers = read_record(context.path / "base")["layers"]
-        model, packed = context.skeleton(), frozenset(map(parameter_name, layers)).__contains__
-        model.tie_weights()
+        model, packed = context.skeleton(), dict.fromkeys(map(parameter_name, layers))
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
@@ -124,13 +119,11 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
 
 
 def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
-    """The model before step 1, and which tensors will be packed."""
+    """The model before step 1, and what will be packed."""
     base = context.recipe.base
     if base.solver == "keep":
-        lazy = LazyModel(model_files(context.recipe.model))
-        return lazy.model, cache(  # reading a tensor decodes it
-            lambda name: isinstance(lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor)
-        )
+        model, grids = kept_layers(context.recipe)
+        return model, {name: grid.scheme for name, grid in grids.items()}
     location = fetch(context.recipe.model.source)
     if context.lazy is not None:
         model = context.lazy.model
@@ -139,7 +132,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
     else:
         model = context.float_model()
     plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
-    return model, plan.__contains__
+    return model, {name: assignment.scheme for name, assignment in plan.items()}
 
 
 def _check_layers(
@@ -152,12 +145,18 @@ def _check_layers(
         is_new: whether the base is not quantized yet.
     """
     recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
-    for tensor in filter(packed, find_tensors(model)):
+    tensors = find_tensors(model)
+    for tensor in (name for name in tensors if name in packed):
         kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
         kinds.setdefault(kind, []).append(tensor)
     targets = {name: TARGETS[name] for name in recipe.export.targets}
     reads_table = is_new and any(target.embedding_problem for target in targets.values())
-    embedding = _embedding(recipe, model) if reads_table else None
+    embedding: tuple[str, Scheme | None] | None = None
+    if reads_table:
+        table = model.get_input_embeddings()
+        path = next(name for name, module in model.named_modules() if module is table)
+        name = next((n for n, tensor in tensors.items() if path in tensor.paths), "")
+        embedding = path, packed.get(name)
     keeps, source = recipe.base.solver == "keep", fetch(recipe.model.source).path
     for name, target in targets.items():
         reasons = refusals(target, (), None, keeps, kinds, embedding)
@@ -171,17 +170,6 @@ def _check_layers(
             )
 
 
-def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | None]:
-    """Path of the embedding, and its scheme if it will be packed."""
-    base, embedding = recipe.base, model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    if base.solver == "keep":
-        return path, next((g.scheme for g in kept_grids(recipe) if g.of_embedding), None)
-    name = next((n for n, tensor in find_tensors(model).items() if path in tensor.paths), "")
-    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
-    return path, plan[name].scheme if name in plan else None
-
-
 def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
     is_sampled = sampled_sequences(context.recipe)  # which has not run yet
     if not is_sampled and (count := len(context.base_calibration_ids(2))) < 2:
@@ -190,7 +178,7 @@ def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -
             "more text, or remove base.tuning"
         )
     if not any(
-        type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight")
+        type(module) in (nn.Linear, Conv1D) and f"{path}.weight" in packed
         for path, module in model.named_modules()
     ):
         raise GridError(
@@ -203,7 +191,7 @@ def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None
     """Check that no adapter to continue contains a full copy of a layer that the base packs."""
     foreign = [adapter for adapter in recipe.adapters if is_foreign(recipe, adapter)]
     tensors = find_tensors(model).items() if foreign else ()
-    paths = [path for name, tensor in tensors if packed(name) for path in tensor.paths]
+    paths = [path for name, tensor in tensors if name in packed for path in tensor.paths]
     for adapter in foreign:
         source = str(adapter.continue_from)
         refuse_saved(adapter_folder(source), paths, f"adapter {adapter.name}: {source!r}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
 from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.meta_model import build_model
+from qwlora.formats.meta_model import empty_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
@@ -81,8 +80,7 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
         config: if it is known; default: read from the model's source.
     """
     config = config or load_config(model.source, model.trust_remote_code)
-    with init_empty_weights():
-        return build_model(config, model.trust_remote_code)
+    return empty_model(config, model.trust_remote_code)
 
 
 @dataclass(eq=False)

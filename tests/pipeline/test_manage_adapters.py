@@ -30,9 +30,10 @@ from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.stage_records import Record, Stage
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
-from qwlora.pipeline.results.results_table import adapter_card, card_lines, result_rows
+from qwlora.pipeline.results.results_table import adapter_card, card_lines, summary_rows
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.report import results_view
 
 VERBS = ("quantize", "train")
 
@@ -254,7 +255,8 @@ def test_training_without_success_is_said(losses: list[float], after: float, war
     train |= {"peak_rss_bytes": 1, "trainable_parameters": 1}
     perplexity = {"base": 5.0, "adapted": {"a": after}}
     results = {"recipe": "r", "stages": {}, "train": {"a": train}, "perplexity": perplexity}
-    found = [text for title, text in result_rows(results) if title == "warning"]
+    job = results_view.Job(results, {}, "", "r")
+    found = [text for title, text in summary_rows(job) if title == "Warning"]
     assert len(found) == bool(warning)
     assert all(warning in text for text in found)
 

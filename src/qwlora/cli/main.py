@@ -203,11 +203,10 @@ def _job_command(name: str) -> Callable[..., None]:
         if results and as_json:
             print_json(results)
         elif results:  # in a distributed run, only the first process has some
-            from qwlora.pipeline.results.results_table import closing_lines, print_summary
+            from qwlora.pipeline.results.results_table import print_summary
 
-            print_summary(results, console(width=120))
             with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
-                print("", *closing_lines(out), sep="\n")
+                print_summary(out, console(width=120))
         if failure is not None:
             raise failure
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from contextlib import nullcontext
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.encoding import sqnr_db
-from qwlora.pipeline.results.results_table import print_summary
+from qwlora.report.results_view import Job
+from qwlora.report.verdict import proof_evidence
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
@@ -169,12 +168,10 @@ def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
     found = only_finite(parity.figures) | verdict(parity.checks)
     strict_json.dumps(found)
     found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
-    results = {"recipe": "tiny", "parity": {"hf": {"first": found}}, "stages": {}}
-    console = Console(file=StringIO(), width=300)
-    print_summary(results, console)
-    table = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "perplexity not finite" in table
-    assert "FAIL" in table
+    results = {"recipe": "tiny", "parity": {"hf": {"first": found}}, "train": {"first": {}}}
+    job = Job(results, {}, "", "tiny")
+    said = [item.value for item in proof_evidence(job, "hf", "first")]
+    assert "not finite" in said
 
 
 def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:

@@ -1,4 +1,7 @@
-"""What the console shows of a job: the results table at the end of a run, and one adapter."""
+"""What the console shows of a job: the table at the end of a run, and one adapter.
+
+The table has the report's key figures and checks, which judges them: `report/verdict.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,108 +11,73 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from qwlora.errors import DirectoryError, size, suggestion
 from qwlora.pipeline.plan.stale_stages import run_line
 from qwlora.pipeline.results.results import REPORT, read_job
-from qwlora.report.verdict import verdict
-from qwlora.targets.proof.checks import Check, shown
+from qwlora.report.key_figures import tiles
+from qwlora.report.results_view import Job
+from qwlora.report.verdict import Outcome, verdict
 
 Row = tuple[str, str]
-
-# The kinds of models that are measured, and their words in the table; all but the first two are of
-# an adapter.
-_KINDS = {
-    "float": "float model",
-    "base": "frozen base",
-    "imported": "float model, imported",
-    "reference": "float LoRA",
-    "adapted": "after adapter",
-    "simulated": "simulated, adapter",
-}
+_KINDS = ("float", "base", "imported", "reference", "adapted", "simulated")  # of models
 
 
-def print_summary(results: dict[str, Any], console: Console) -> None:
-    """Print perplexity, sizes, times and parity, as far as they were measured."""
+def print_summary(out: Path, console: Console) -> None:
+    """Print the table of the job in `out`; then the verdict, where the report is, and what to do
+    next."""
+    job = read_job(out)
     table = Table(
-        title=results["recipe"], show_header=False, title_justify="left", box=None, pad_edge=False
+        title=job.title, show_header=False, title_justify="left", box=None, pad_edge=False
     )
-    for row in result_rows(results):
+    for row in summary_rows(job):
         table.add_row(*row)
     console.print()
     console.print(table)
-
-
-def closing_lines(out: Path) -> list[str]:
-    """The last lines of a run: the report's verdict, where the report is, and what to do next."""
-    job = read_job(out)
     ruling = verdict(job)
     lines = [f"verdict  {ruling.kind.label}. {ruling.sentence}", f"report   {out / REPORT}"]
     if job.state == "incomplete":
         lines.append(f"next     {run_line(out)}")
     elif job.state == "finished":
         lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
-    return lines
+    print("", *lines, sep="\n")
 
 
-def result_rows(results: dict[str, Any]) -> Iterator[Row]:
-    """The rows of the table: what was measured, and its value."""
-    perplexity = results.get("perplexity", {})
-    if results.get("trust_remote_code"):
+def summary_rows(job: Job) -> Iterator[Row]:
+    """The rows of the table; of the checks those that did not pass, and how many did."""
+    if job.get("trust_remote_code"):
         yield "trust_remote_code", "true: Python code from the model's folder was run"
-    for what, value in _by_model(perplexity):
-        yield f"perplexity, {what}", f"{value:.3f}"
-    for text, measured in perplexity.get("on", {}).items():
-        models = {kind: measured[kind] for kind in ("float", "base") if kind in measured}
-        values = (models | measured.get("adapted", {})).items()
-        shown_values = ", ".join(f"{model} {value:.3f}" for model, value in values)
-        yield f"perplexity on the text of {text}", shown_values
-    yield from base_costs(results)
-    reference = results.get("reference", {})
-    for what, ratio in _by_model(reference.get("perplexity_ratio", {})):
-        yield f"over float LoRA, {what}", _with_error(ratio["value"] - 1, ratio["stderr"], "+.1%")
-    for origin, compared in (("float", results), ("float LoRA", reference)):
-        agreements = dict(_by_model(compared.get("top1", {})))
-        for what, kl in _by_model(compared.get("kl", {})):
-            divergence = _with_error(kl["mean"], kl["stderr"], ".4f")
-            share = _with_error(agreements[what]["share"], agreements[what]["stderr"], ".2%")
-            yield f"KL from {origin}, {what}", f"{divergence}, same likeliest token {share}"
-    if base := results.get("base"):
+    for tile in tiles(job):
+        if tile.value is not None:
+            figure = f"{_plain(tile.value)} {tile.unit}".strip()
+            yield tile.label, "; ".join(filter(None, (figure, _plain(tile.note))))
+    if base := job.section("base"):
         yield (
-            "base",
+            "Base",
             f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
             f"fingerprint {base['fingerprint'][:16]}",
         )
-        if "float_weights" in base:
-            yield (
-                "",
-                f"{base['weights']:,} weights packed, {base['float_weights']:,} left float "
-                "(embeddings, norms, biases)",
-            )
         if "second_rounding" in base:
-            yield "warning", base["second_rounding"]
-    for name, train in results.get("train", {}).items():
-        yield from _training_rows(name, train, perplexity)
-    for target, adapters in results.get("export", {}).items():
-        for name, export in adapters.items():
-            yield f"size, {target} {name}", size(export["bytes"])
-    verdicts = list[Row]()
-    for target, adapters in results.get("parity", {}).items():
-        for name, parity in adapters.items():
-            outcome = "PASS"
-            if "not_run" in parity:
-                outcome = f"written, not run: {parity['not_run']}"
-            else:
-                yield from _parity_rows(f"{target} {name}", parity)
-                if problems := parity.get("problems"):
-                    outcome = f"FAIL: {'; '.join(problems)}"
-            verdicts.append((f"verdict, {target} {name}", outcome))
-    yield from verdicts
-    seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
+            yield "Warning", base["second_rounding"]
+    for name, train in job.section("train").items():
+        yield from _training_rows(name, train, job.section("perplexity"))
+    evidence = verdict(job).evidence
+    for item in evidence:
+        if item.outcome is not Outcome.PASSED:
+            limit = f" ({item.limit})" if item.limit else ""
+            yield item.outcome.word, f"{_plain(item.what)}: {_plain(item.value)}{limit}"
+    if passed := sum(item.outcome is Outcome.PASSED for item in evidence):
+        yield "Passed", f"{passed} check{'s' * (passed > 1)}"
+    seconds = {verb: stage["seconds"] for verb, stage in job.section("stages").items()}
     parts = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
-    yield "seconds", f"{parts}; total {sum(seconds.values()):.0f}"
+    yield "Seconds", f"{parts}; total {sum(seconds.values()):.0f}"
+
+
+def _plain(text: str | Markup) -> str:
+    return text.striptags() if isinstance(text, Markup) else text
 
 
 def base_costs(results: dict[str, Any]) -> Iterator[Row]:
@@ -122,37 +90,8 @@ def base_costs(results: dict[str, Any]) -> Iterator[Row]:
         yield f"base on the text of {text}", f"{over} perplexity over float, KL {divergence}"
 
 
-def _by_model(figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What was measured of each model, with the model's words."""
-    for kind, what in _KINDS.items():
-        if kind in ("float", "base"):
-            yield from [(what, figures[kind])] if kind in figures else []
-        else:
-            yield from ((f"{what} {name}", value) for name, value in figures.get(kind, {}).items())
-
-
 def _with_error(value: float, error: float | None, written: str) -> str:
     return f"{value:{written}}" + ("" if error is None else f" ± {error:{written.lstrip('+')}}")
-
-
-def _parity_rows(name: str, parity: dict[str, Any]) -> Iterator[Row]:
-    """How closely a runtime agrees with the simulation or with the trained model."""
-    yield (
-        f"parity {name}",
-        f"perplexity {shown(parity, 'perplexity', '.3f')} in the runtime, "
-        f"{shown(parity, 'reference_perplexity', '.3f')} {parity['of']} "
-        f"({parity['sequences']} sequences, {parity['tokens']:,} tokens)",
-    )
-    checks = [Check(**fields) for fields in parity["checks"]]
-    closest = max(checks, key=lambda check: check.share_of_limit)
-    yield "", f"{len(checks)} checks; closest to its limit: {closest.sentence}"
-    if "shipped_top1_agreement" in parity:
-        yield (
-            "",
-            f"with the runtime's own settings: perplexity "
-            f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
-            f"{parity['shipped_top1_agreement']:.2%}",
-        )
 
 
 def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> Iterator[Row]:
@@ -163,7 +102,7 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
     if losses:
         start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
         course = f", loss {start:.3f} to {end:.3f}" + (f" (means of {part})" if part > 1 else "")
-    yield f"training {name}", f"{train['steps']} steps{in_what}{course}"
+    yield f"Training {name}", f"{train['steps']} steps{in_what}{course}"
     yield (
         "",
         f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}, "
@@ -175,10 +114,10 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
         change = after / before - 1
         yield "", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"
         if change >= 0:
-            yield "warning", f"{name} is no better than the base on held-out text"
+            yield "Warning", f"{name} is no better than the base on held-out text"
     if len(losses) > 1 and end >= start:
         yield (
-            "warning",
+            "Warning",
             f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of {part} "
             "steps). Try a lower learning_rate, or more steps",
         )

@@ -290,16 +290,22 @@ class Forecaster:
         """Bytes of the inputs and outputs of each block's packed products."""
         return [float(FLOAT * tokens * sum(i + o for i, o in block)) for block in self.blocks]
 
+    @property
+    def _unpacked(self) -> float:
+        """The largest layer's weight as float32, which exists while the layer computes."""
+        return float(FLOAT * max(i * o for block in self.blocks for i, o in block))
+
     def _forward(self, tokens: int) -> float:
         """At the peak of a forward pass: what a block computes, or the logits."""
-        return max(self._logits(tokens), *self._products(tokens))
+        return max(self._logits(tokens), self._unpacked + max(self._products(tokens)))
 
     def _backward(self, tokens: int, compute: str, recomputes: bool = False) -> float:
         """At the peak of a forward and backward pass: what autograd keeps, without the head."""
         kept = [_KEPT[compute] * product for product in self._products(tokens)]
         if recomputes:  # the inputs of all blocks, and one block
-            return max(kept) + FLOAT * tokens * self.head_shape[1] * len(kept)
-        return sum(kept)
+            hidden = FLOAT * tokens * self.head_shape[1] * len(kept)
+            return self._unpacked + max(kept) + hidden
+        return self._unpacked + sum(kept)
 
     def _simulation(self) -> _Memory:
         """The base, and the captured graph of it and an adapter."""
@@ -347,9 +353,8 @@ class Forecaster:
                 disk += FLOAT / 2 * sum(i * i + o * o for block in self.blocks for i, o in block)
         else:
             # Layer by layer from the files, with candidates for the scales of each weight.
-            widest = max(i * o for block in self.blocks for i, o in block)
-            largest = FLOAT * max(math.prod(self.head_shape), 6 * widest)
-            memory = {"largest layer": float(largest)} | self._shard
+            largest = max(float(FLOAT * math.prod(self.head_shape)), 6 * self._unpacked)
+            memory = {"largest layer": largest} | self._shard
         if self._is_gguf or self._keeps_float_model:
             memory |= self._float
         if base.tuning.steps:

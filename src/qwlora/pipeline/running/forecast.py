@@ -64,7 +64,7 @@ _SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py
 # it: 26 operators of 60,000, in torch's program and in the simulation's module; in ONNX as many.
 _NODE_BYTES = 1_560_000
 _QUANTIZERS = 6  # of activations, for each packed matrix product
-# Counted on SmolLM2-135M and a Llama of 1.1 billion weights, see docs/log/plan.md: what autograd
+# Counted on SmolLM2-135M and a Llama of a billion weights, see docs/log/plan.md: what autograd
 # keeps, in inputs and outputs of the packed matrix products; and all results in a graph, in these
 # and in attention scores.
 _KEPT = {"float32": 1.1, "bfloat16": 0.8}

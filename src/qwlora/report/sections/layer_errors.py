@@ -24,7 +24,6 @@ from qwlora.report.results_view import Job, capitalized
 from qwlora.report.sections import Cell, Table, View, section
 
 MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
-MOST_KINDS = 60  # rows; those with the largest values
 MOST_LAYERS = 1000  # in the table
 MOST_TITLES = 2000  # above this, cells have no tooltip
 BINS = 8
@@ -63,25 +62,18 @@ class LayerGrid:
         cells: the largest value by (row, column), with its place.
         largest, worst: the cell of the largest value, and its place.
         low, median, high: of the cells.
-        left_out: number of kinds that have no row, since there are too many.
     """
 
     def __init__(self, placed: Sequence[tuple[Place, float]]):
         last = max(place.block for place, _ in placed)
         self.columns = range(0, last + 1, -(-(last + 1) // MOST_COLUMNS))
-        worst: dict[str, float] = {}
-        for place, value in placed:
-            worst[place.kind] = max(value, worst.get(place.kind, value))
-        kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
-        self.rows = [kind for kind in worst if kind in kept]
-        self.left_out = len(worst) - len(self.rows)
+        self.rows = list(dict.fromkeys(place.kind for place, _ in placed))
         numbers = {kind: number for number, kind in enumerate(self.rows)}
         self.cells: dict[tuple[int, int], tuple[float, Place]] = {}
         for place, value in placed:
-            if place.kind in kept:
-                cell = (numbers[place.kind], place.block // self.columns.step)
-                if cell not in self.cells or value > self.cells[cell][0]:
-                    self.cells[cell] = (value, place)
+            cell = (numbers[place.kind], place.block // self.columns.step)
+            if cell not in self.cells or value > self.cells[cell][0]:
+                self.cells[cell] = (value, place)
         self.largest = max(self.cells, key=lambda cell: self.cells[cell][0])
         values = sorted(value for value, _ in self.cells.values())
         self.low, self.median, self.high = values[0], values[len(values) // 2], values[-1]
@@ -168,10 +160,9 @@ def _map(
         )
     title = f"{measure.title} by layer and projection"
     places = {place: number for n, number in bits.items() if (place := place_of(n)) is not None}
-    left_out = f" The {count(grid.left_out)} kinds of layers with the smallest values are left out."
     return {
         "title": measure.title,
-        "what": measure.what + left_out * bool(grid.left_out),
+        "what": measure.what,
         "answer": answer,
         "figure": figure(lambda width: heat_map(grid, width, title, percent, places)),
         "low": percent(low),

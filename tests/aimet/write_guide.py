@@ -325,7 +325,7 @@ def prepare(key: str, folder: Path) -> None:
     recipe = parse_recipe(recipe_of(model, folder, "qw"), "the guide's data")
     data = new_context(recipe, JobTexts(recipe), folder, untracked).text(NAMES[0])
     texts = {
-        "training": data.data.train.input_ids[:STEPS],
+        "training": data.train.input_ids[:STEPS],
         "calibration": data.calibration_ids,
         "evaluation": data.evaluation.input_ids,
     }

@@ -17,7 +17,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.cli.main import app
 from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
-from qwlora.data.prepared_data import describe, summary
+from qwlora.data.prepared_data import summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
 from qwlora.pipeline.plan.plan import JobTexts
@@ -61,7 +61,7 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
     tokenizer.chat_template = TEMPLATE
     records = [Conversation(tuple(r["messages"])) for r in conversations(12)]
     data = prepare(Documents(tuple(records[:8]), tuple(records[8:])), tokenizer, Cutting(96))
-    assert data.packing == "documents"
+    assert data.describe()["packing"] == "documents"
     model = attach(tiny_model("llama"), LoraShape(rank=2, alpha=4.0), seed=0)
     inner_calls: list[dict[str, Any]] = []
     outer_calls: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     pairs = tuple(Completion(**pair) for pair in PAIRS)
     documents = Documents(pairs[:20], pairs[20:])
     prepared = prepare(documents, tokenizer, Cutting(96, prompt_format=prompt_format))
-    description = describe(documents, prepared)
+    description = prepared.describe()
     assert description["chat_template"] is (prompt_format == "auto")
     how = "with the chat template" if prompt_format == "auto" else "as plain text"
     assert summary(description).startswith(f"data (completions {how}, packing documents): ")

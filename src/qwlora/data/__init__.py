@@ -12,7 +12,7 @@ Importing this package imports neither torch nor transformers.
 from __future__ import annotations
 
 from qwlora.data.document import Completion, Conversation, Document, Documents, Text
-from qwlora.data.prepared_data import Cutting, Prepared, prepare
+from qwlora.data.prepared_data import Cutting, PreparedText, prepare
 from qwlora.data.read_source import Reading, load_documents, locate_documents
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "Cutting",
     "Document",
     "Documents",
-    "Prepared",
+    "PreparedText",
     "Reading",
     "Text",
     "load_documents",

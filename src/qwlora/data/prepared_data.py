@@ -22,53 +22,81 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How tokens become sequences.
+    """How tokens become sequences, and how many of these are read.
 
     Args:
         packing: join, documents or none; default: join for running text, else documents.
         turns: of a conversation: together or apart.
         prompt_format: of completions: auto (the chat template, if there is one) or plain.
+        evaluation_sequences, calibration_sequences: at most; default: all.
     """
 
     sequence_tokens: int
     packing: str | None = None
     turns: str = "together"
     prompt_format: str = "auto"
+    evaluation_sequences: int | None = None
+    calibration_sequences: int | None = None
 
     def packing_of(self, kind: str) -> str:
         """The packing of documents of `kind`."""
         return self.packing or ("join" if kind == "text" else "documents")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The data of one recipe for training, evaluation and calibration.
+@dataclass(frozen=True, eq=False)
+class PreparedText:
+    """Documents as sequences, for training, evaluation and calibration.
 
     Args:
         train, held_out: sequences; the held-out ones have no position_ids.
-        calibration_ids: int64 [count, tokens], concatenated training documents.
+        joined_ids: int64 [count, tokens], concatenated training documents.
         chat_template: whether a chat template rendered the documents.
     """
 
-    kind: str
-    packing: str
+    documents: Documents
+    cutting: Cutting
     train: Sequences
     held_out: Sequences
-    calibration_ids: Tensor
+    joined_ids: Tensor
     train_counts: Counts
     held_out_counts: Counts
     chat_template: bool
 
+    @property
+    def evaluation(self) -> Sequences:
+        """Held-out sequences that perplexity is measured on."""
+        most = self.cutting.evaluation_sequences
+        return self.held_out if most is None else self.held_out.first(most)
+
+    @property
+    def calibration_ids(self) -> Tensor:
+        """Token ids that activation ranges are measured on: int64 [count, tokens], no padding."""
+        return self.joined_ids[: self.cutting.calibration_sequences]
+
     def largest_id(self) -> int:
         """The largest token id."""
-        every = (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)
+        every = (self.train.input_ids, self.held_out.input_ids, self.joined_ids)
         return int(max(ids.max() for ids in every))
 
     def positions(self) -> int:
         """Positions of the longest sequence, or document where several share a sequence."""
         places = self.train.position_ids
         longest = self.train.input_ids.shape[1] if places is None else int(places.max()) + 1
-        return max(longest, self.held_out.input_ids.shape[1], self.calibration_ids.shape[1])
+        return max(longest, self.held_out.input_ids.shape[1], self.joined_ids.shape[1])
+
+    def describe(self) -> dict[str, Any]:
+        """The section `data` of results.json."""
+        of_source = ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
+        kind = self.documents.kind
+        return {
+            "kind": kind,
+            "chat_template": self.chat_template,
+            "packing": self.cutting.packing_of(kind),
+            **{key: getattr(self.documents, key) for key in of_source},
+            "train": asdict(self.train_counts),
+            "held_out": asdict(self.held_out_counts),
+            "evaluation": self.evaluation.counts(),
+        }
 
 
 def prepare(
@@ -76,7 +104,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     cutting: Cutting,
     track: Track = untracked,
-) -> Prepared:
+) -> PreparedText:
     """Tokenize and pack both parts.
 
     Raises:
@@ -100,9 +128,9 @@ def prepare(
     held_out, held_out_counts = cut_into_sequences(
         held_out_tokens, tokens, alone, start, padding, "held-out"
     )
-    return Prepared(
-        kind,
-        packing,
+    return PreparedText(
+        documents,
+        cutting,
         train,
         held_out,
         joined_ids(train_tokens, tokens, start, "training"),
@@ -111,17 +139,6 @@ def prepare(
         kind == "conversations"
         or (kind == "completions" and renders_pairs(tokenizer, cutting.prompt_format)),
     )
-
-
-def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
-    """The section `data` of results.json."""
-    of_source = ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
-    return {
-        **{key: getattr(prepared, key) for key in ("kind", "chat_template", "packing")},
-        **{key: getattr(documents, key) for key in of_source},
-        "train": asdict(prepared.train_counts),
-        "held_out": asdict(prepared.held_out_counts),
-    }
 
 
 def heading(description: dict[str, Any]) -> str:

@@ -101,7 +101,8 @@ class Data(Section):
 
     def cutting(self) -> Cutting:
         """How documents become sequences."""
-        return Cutting(self.sequence_tokens, self.packing, self.turns, self.prompt_format)
+        keys = [field.name for field in fields(Cutting)]
+        return Cutting(**{key: getattr(self, key) for key in keys})
 
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training

@@ -38,7 +38,7 @@ def preview(
         raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
     context = new_context(recipe, JobTexts(recipe, track), Path(), track)
     text = context.text(adapter or names[0])
-    train = text.data.train
+    train = text.train
     if not 0 <= sequence < len(train):
         raise SourceError(
             f"training sequence {sequence} does not exist; choose one from 0 to {len(train) - 1}"

@@ -60,8 +60,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         if problem := slow_compute(compute, kind):
             say(f"warning: {what}: {problem}")
     texts = context.all_texts()
-    largest = max(text.data.largest_id() for text in texts.values())
-    is_packed = any(text.data.train.position_ids is not None for text in texts.values())
+    largest = max(text.largest_id() for text in texts.values())
+    is_packed = any(text.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
         shapes = _adapter_shapes(context)
         if recipe.workflow == "qwa-lora" and is_packed:
@@ -84,7 +84,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     else:  # the existing base without weights
         layers = read_record(context.path / "base")["layers"]
         model, packed = context.skeleton(), dict.fromkeys(map(parameter_name, layers))
-    if note := check_positions(model, max(t.data.positions() for t in texts.values())):
+    if note := check_positions(model, max(t.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
         _check_layers(context, model, packed, "quantize" in verbs)

@@ -268,7 +268,7 @@ class _Verification:
         recipe = self.context.recipe
         names = {adapter.name for adapter in recipe.adapters}
         owner = next((n for n in members(self.adapter) if n in names), recipe.adapters[0].name)
-        held_out = self.context.text(owner).data.held_out.first(recipe.verify.sequences)
+        held_out = self.context.text(owner).held_out.first(recipe.verify.sequences)
         if (graphs := self._graphs()) is None:
             return held_out
         most, few = most_tokens(graphs), held_out.first(BASE_SEQUENCES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -33,9 +32,7 @@ from qwlora.adapter.attach import (
 )
 from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
-from qwlora.data import Documents, Prepared, prepare
-from qwlora.data.prepared_data import describe
-from qwlora.data.sequences import Sequences
+from qwlora.data import PreparedText, prepare
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
@@ -81,29 +78,6 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
     """
     config = config or load_config(model.source, model.trust_remote_code)
     return empty_model(config, model.trust_remote_code)
-
-
-@dataclass(eq=False)
-class PreparedText:
-    """The sequences of one data section."""
-
-    section: Data
-    documents: Documents
-    data: Prepared
-
-    @property
-    def evaluation(self) -> Sequences:
-        """Held-out sequences that perplexity is measured on."""
-        return self.data.held_out.first(self.section.evaluation_sequences)
-
-    @property
-    def calibration_ids(self) -> Tensor:
-        """Token ids that activation ranges are measured on: int64 [count, tokens], no padding."""
-        return self.data.calibration_ids[: self.section.calibration_sequences]
-
-    def describe(self) -> dict[str, Any]:
-        counts = describe(self.documents, self.data)
-        return {**counts, "evaluation": self.evaluation.counts()}
 
 
 def in_turn(
@@ -186,8 +160,7 @@ class JobContext:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = template
             documents = self.texts.documents(data)
-            sequences = prepare(documents, tokenizer, data.cutting(), self.track)
-            self._prepared[data] = PreparedText(data, documents, sequences)
+            self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
         return self._prepared[data]
 
     def text(self, adapter: str | None) -> PreparedText:
@@ -210,7 +183,7 @@ class JobContext:
 
     def _sequences(self, texts: Iterable[Data]) -> Iterator[Tensor]:
         """Sequences of token ids of several texts, which alternate."""
-        return in_turn([self.prepared(data).data.calibration_ids for data in texts])
+        return in_turn([self.prepared(data).joined_ids for data in texts])
 
     def base_calibration_ids(self, count: int) -> Tensor:
         """Token ids that the weights of the base are calibrated on: int64 [count, tokens], fewer if
@@ -244,7 +217,7 @@ class JobContext:
 
     def sample(self, adapter: str) -> dict[str, Tensor]:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
-        return one_row(self.text(adapter).data.held_out.input_ids[0])
+        return one_row(self.text(adapter).held_out.input_ids[0])
 
     def example_inputs(self, model: Any) -> dict[str, Tensor]:
         """Two sequences that a graph of `model` is captured from."""

@@ -292,7 +292,7 @@ def _train_adapter(
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), [])
     text = context.text(adapter.name)
-    if text.data.train.position_ids is not None:
+    if text.train.position_ids is not None:
         check_isolation(model)
     teacher = context.take_float_model() if adapter.objective == "recovery" else None
     graph, who, logs = None, adapter.name, context.path / "logs" / adapter.name
@@ -300,7 +300,7 @@ def _train_adapter(
         who, logs = f"{who} on the float model", logs / "float"
     elif context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
         graph = TrainingGraph(context.simulate(model.eval()))
-    sequences: TrainingData = text.data.train
+    sequences: TrainingData = text.train
     if recovers_on_base_text(context.recipe, adapter):
         count = adapter.steps * adapter.batch_sequences * adapter.accumulation_steps
         sequences = context.base_calibration_ids(count)

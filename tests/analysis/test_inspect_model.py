@@ -215,32 +215,32 @@ def test_encodings_belong_to_floats(
         (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
         (checkpoints["llama"], "--keep-float", "x"): "need --encodings",
         (checkpoints["llama"], "--block-order", "tensor"): "need --encodings",
-        (tmp_path, "--encodings", "x"): "has no config.json",
+        (tmp_path, "--encodings", "x"): "is quantized already (a base)",
     }.items():
         assert message in refused("inspect", *arguments)
 
 
-def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path) -> None:
+def test_adapters_are_listed_with_their_base(base: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = base
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     wrapped, place = get_peft_model(model, config), tmp_path / "adapters" / "first"
     save_adapter(wrapped, place)
-    record = json.loads(answered("inspect", place, "--json"))
+    (record,) = json.loads(answered("adapters", "list", place, "--json"))["adapters"]
     facts = [record[key] for key in ("kind", "rank", "alpha", "modules", "base")]
     assert facts == ["LoRA", 2, 4, 2 * model.config.num_hidden_layers, fingerprint(model)]
     sizes = [p.numel() for name, p in wrapped.named_parameters() if "lora_" in name]
     assert record["parameters"] == sum(sizes)
-    row = answered("inspect", place).splitlines()[1]
+    row = answered("adapters", "list", place).splitlines()[1]
     assert row.split()[1:4] == ["LoRA", "2", "4"]
     (tmp_path / ".qwlora").mkdir()
-    out = answered("inspect", tmp_path)
+    out = answered("adapters", "list", tmp_path)
     assert fingerprint(model)[:16] in out
     assert "a different base" not in out
     other = packed_model("llama", seed=1)
     save_base(other, folder, byte_tokenizer(), source="somewhere")
-    assert "(a different base)" in answered("inspect", tmp_path)
-    found = json.loads(answered("inspect", tmp_path, "--json"))
-    assert found["base"]["fingerprint"] == fingerprint(other)
+    assert "(a different base)" in answered("adapters", "list", tmp_path)
+    found = json.loads(answered("inspect", tmp_path, "--json"))  # of a job, its base
+    assert found["fingerprint"] == fingerprint(other)
 
 
 def test_whatever_else_is_refused_with_a_reason(
@@ -265,7 +265,7 @@ def test_whatever_else_is_refused_with_a_reason(
         (tmp_path / "text.txt",): r"is neither a folder nor a \.gguf file|is not a \.gguf file",
         (tmp_path / "empty",): "has no config.json",
         (tmp_path / "bad.gguf",): "bad.gguf",
-        (tmp_path / "half",): "adapter_model.safetensors cannot|adapter_model.safetensors.*no",
+        (tmp_path / "half",): "has no config.json",
         ("somebody/a-model-that-is-not-here",): "cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "no tensor name in common",

@@ -167,8 +167,14 @@ def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
         load_encodings(tmp_path)
 
 
-def test_the_command_line_says_in_one_line_that_an_adapter_is_unverified(tmp_path: Path) -> None:
-    adapted().save_pretrained(str(tmp_path))
-    command = [sys.executable, "-m", "qwlora", "inspect", str(tmp_path)]
-    (line,) = subprocess.run(command, capture_output=True, check=True).stderr.splitlines()
-    assert line.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified".encode())
+def test_the_command_line_gives_a_warning_in_one_line() -> None:
+    warn = "warnings.warn('a is unverified', manifest.UnverifiedWarning)"
+    lines = [
+        "import warnings",
+        "from qwlora.cli import main",
+        "from qwlora.formats import manifest",
+    ]
+    lines += [f"main.app = lambda *_, **options: {warn}", "main.main()"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stderr == b"qwlora: warning: a is unverified\n"

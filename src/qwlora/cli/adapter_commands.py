@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.terminal import print_result, table
-
-if TYPE_CHECKING:
-    from qwlora.adapter.adapter_files import AdapterReport
 
 app = typer.Typer(
     help="Add, import, show, rename, remove and check adapters.",
@@ -36,7 +32,10 @@ Folder = Annotated[
 
 @app.command("list")
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
-    """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
+    """List each adapter's type, size and base; one of another base than the job's is marked.
+
+    Exit code 2 if one cannot be read.
+    """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
     from qwlora.pipeline.job import journal
@@ -48,22 +47,17 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
             reports.append(adapter_report(adapter, folder))
         except QwloraError as error:
             unreadable.append(str(error))
-    lines = [*adapter_lines(reports, base), *([f"base {base[:16]}"] if base else [])]
-    record = {"base": base, "adapters": [asdict(report) for report in reports]}
-    print_result(record, lines if reports else [], as_json)
-    if unreadable:
-        raise SourceError("\n".join(unreadable))
-
-
-def adapter_lines(reports: Iterable[AdapterReport], base: str | None) -> list[str]:
-    """A table of adapters; one that was trained on another base than `base` is marked."""
     rows = [("adapter", "kind", "rank", "alpha", "layers", "parameters", "base")]
     for report in reports:
         other = " (a different base)" if base not in (None, report.base) else ""
         trained_on = "unknown" if report.base is None else f"{report.base[:16]}{other}"
         sizes = (str(report.rank), str(report.alpha), str(report.modules))
         rows.append((report.name, report.kind, *sizes, f"{report.parameters:,}", trained_on))
-    return list(table(rows))
+    lines = [*table(rows), *([f"base {base[:16]}"] if base else [])]
+    record = {"base": base, "adapters": [asdict(report) for report in reports]}
+    print_result(record, lines if reports else [], as_json)
+    if unreadable:
+        raise SourceError("\n".join(unreadable))
 
 
 @app.command()

@@ -1,9 +1,7 @@
-"""`qwlora inspect`: describe a model's files, an adapter or a job without loading the model.
+"""`qwlora inspect`: describe a model's files without loading the model.
 
     model or frozen base       shape, grid and bits per weight of every tensor, similar ones grouped
     float model + encodings    the grids that an AIMET encodings file gives it
-    adapter                    its size, and the base it was trained on
-    job directory              its base and adapters, and whether they belong together
 
 A model is a folder (float, GPTQ, AWQ, compressed-tensors, MLX), a .gguf file or package:NAME/PATH.
 
@@ -20,13 +18,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.adapter_commands import adapter_lines
 from qwlora.cli.shared_arguments import (
     AsJson,
     Changes,
@@ -53,7 +49,7 @@ def inspect(
         str,
         typer.Argument(
             help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
-            "package, a frozen base, an adapter, or a job's directory."
+            "package, a frozen base, or a job's directory for its base."
         ),
     ],
     against: Annotated[
@@ -75,53 +71,24 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, an adapter or a job.
+    """Describe a model's files. `adapters list` describes adapters.
 
     Shows shapes, grids, bits per weight and the fingerprint.
     """
-    path = Path(source)
     if encodings is None and (keep_float or block_order):
         raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
-    of_model = encodings is not None or against is not None
-    is_adapter = not of_model and (path / "adapter_config.json").is_file()
-    is_job = encodings is None and (path / ".qwlora").is_dir()
-    model: Inspection | None = None
-    if not is_adapter and (not is_job or (path / "base").is_dir()):
-        from qwlora.analysis.inspect_model import inspect_source
+    if (Path(source) / ".qwlora").is_dir():
+        source = str(Path(source) / "base")
+    from qwlora.analysis.inspect_model import inspect_source
 
-        model = inspect_source(
-            str(path / "base") if is_job else source,
-            against,
-            encodings=encodings,
-            keep_float=keep_float or (),
-            block_order=block_order,
-        )
-    lines = [] if model is None else list(_model_lines(model))
-    record: dict[str, Any] = {} if model is None else model.to_json()
-    if is_adapter:
-        (record,), lines = _adapters([path], None)
-    elif is_job:
-        folders = sorted(p.parent for p in path.glob("adapters/*/adapter_config.json"))
-        records, table_lines = _adapters(folders, model.fingerprint if model else None)
-        patterns = ("simulation/*", "export/*/*", "results.json")
-        files = sorted(str(p.relative_to(path)) for glob in patterns for p in path.glob(glob))
-        lines = [f"job directory {source}", *(lines or ["no base yet"]), *table_lines]
-        lines += [f"contains {file}" for file in files]
-        record = {"kind": "job directory", "source": source, "base": record or None}
-        record |= {"adapters": records, "artifacts": files}
-    print_result(record, lines, as_json)
-
-
-def _adapters(folders: Sequence[Path], base: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Adapters as JSON and in lines, compared with the fingerprint of the base next to them."""
-    from qwlora.adapter.adapter_files import adapter_report, check_files
-
-    reports = [adapter_report(folder, folder.parent) for folder in folders]
-    for folder in folders:
-        check_files(folder)
-    pairs = zip(folders, reports, strict=True)
-    records = [{"source": str(folder), **asdict(report)} for folder, report in pairs]
-    return records, adapter_lines(reports, base) if reports else []
+    model = inspect_source(
+        source,
+        against,
+        encodings=encodings,
+        keep_float=keep_float or (),
+        block_order=block_order,
+    )
+    print_result(model.to_json(), _model_lines(model), as_json)
 
 
 def _model_lines(inspection: Inspection) -> Iterator[str]:

@@ -30,7 +30,7 @@ from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.stage_records import Record, Stage
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
-from qwlora.pipeline.results.results_table import adapter_card, card_lines, summary_rows
+from qwlora.pipeline.results.results_table import summary_rows
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.report import results_view
@@ -229,21 +229,6 @@ def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
     shutil.rmtree(job / "adapters" / "first")
     with pytest.raises(DirectoryError, match=r"evaluate needs train/first"):
         made.run("evaluate")
-
-
-def test_the_card_of_an_adapter(job: Path) -> None:
-    card = adapter_card(job, "first")
-    results = json.loads((job / "results.json").read_text())
-    assert card["train"] == results["train"]["first"]
-    lines = "\n".join(card_lines(card))
-    assert f"{results['train']['first']['losses'][0]:.3f} to" in lines
-    assert results["base"]["fingerprint"][:16] in lines
-    with pytest.raises(DirectoryError, match="'frist'; did you mean first"):
-        adapter_card(job, "frist")
-    with pytest.raises(DirectoryError, match="is not a job directory"):
-        adapter_card(job / "base", "first")
-    (job / "results.json").write_text("{")
-    assert adapter_card(job, "first") == card
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`qwlora adapters`: add, import, list, show, rename, remove and check the adapters of a job.
+"""`qwlora adapters`: add, import, list, rename, remove and check the adapters of a job.
 
 No model is loaded.
 """
@@ -17,7 +17,7 @@ from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.terminal import print_result, table
 
 app = typer.Typer(
-    help="Add, import, show, rename, remove and check adapters.",
+    help="Add, import, list, rename, remove and check adapters.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -204,12 +204,3 @@ def remove(folder: Job, name: Name, yes: Yes = False) -> None:
 
     remove_adapter(folder, name, (lambda: None) if yes else confirm)
     print(f"removed {name}")
-
-
-@app.command()
-def show(folder: Job, name: Name, as_json: AsJson = False) -> None:
-    """Show an adapter's settings, text, losses, perplexities and size."""
-    from qwlora.pipeline.results.results_table import adapter_card, card_lines
-
-    card = adapter_card(folder, name)
-    print_result(card, card_lines(card), as_json)

@@ -1,11 +1,7 @@
-"""What the console shows of a job: the table at the end of a run, and one adapter.
-
-The table has the report's key figures and checks, which judges them: `report/verdict.py`.
-"""
+"""The table at the end of a run: the key figures and checks of the report, which judges them."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +11,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from qwlora.errors import DirectoryError, size, suggestion
+from qwlora.errors import size
 from qwlora.pipeline.plan.stale_stages import run_line
 from qwlora.pipeline.results.results import REPORT, read_job
 from qwlora.report.key_figures import tiles
@@ -23,7 +19,6 @@ from qwlora.report.results_view import Job
 from qwlora.report.verdict import Outcome, verdict
 
 Row = tuple[str, str]
-_KINDS = ("float", "base", "imported", "reference", "adapted", "simulated")  # of models
 
 
 def print_summary(out: Path, console: Console) -> None:
@@ -121,49 +116,3 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
             f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of {part} "
             "steps). Try a lower learning_rate, or more steps",
         )
-
-
-def adapter_card(folder: Path, name: str) -> dict[str, Any]:
-    """The parts of a job's results that concern an adapter, and the bytes of its weights."""
-    job = read_job(folder)
-    results, train = job.results, job.section("train")
-    if name not in train:
-        raise DirectoryError(
-            f"{str(folder)!r} has no trained adapter {name!r}{suggestion(name, list(train))}"
-        )
-    perplexities = {kind: job.perplexity(kind, name) for kind in _KINDS}
-    weights = folder / "adapters" / name / "adapter_model.safetensors"
-    return {
-        "name": name,
-        "base": job.get("base", "fingerprint"),
-        "train": train[name],
-        "data": results.get("texts", {}).get(name, results.get("data")),
-        "perplexity": {k: v for k, v in perplexities.items() if v is not None},
-        "on": {
-            text: measured["adapted"][name]
-            for text, measured in job.section("perplexity", "on").items()
-            if name in measured.get("adapted", {})
-        },
-        "bytes": weights.stat().st_size if weights.is_file() else None,
-    }
-
-
-def card_lines(card: dict[str, Any]) -> list[str]:
-    """The card as text."""
-    name, train, perplexity = card["name"], card["train"], card["perplexity"]
-    rows: list[Row] = [("base", (card["base"] or "unknown")[:16])]
-    rows += [
-        (key, json.dumps(value) if isinstance(value, dict | list) else str(value))
-        for key, value in train.get("settings", {}).items()
-    ]
-    if card["data"]:
-        counts = card["data"]["train"]
-        rows.append(
-            ("text", f"{counts['documents']:,} documents, {counts['tokens']:,} tokens to train on")
-        )
-    rows += _training_rows(name, train, {})
-    rows += [(f"perplexity, {kind}", f"{v:.3f}") for kind, v in perplexity.items()]
-    rows += [(f"on the text of {text}", f"{value:.3f}") for text, value in card["on"].items()]
-    rows += [] if card["bytes"] is None else [("size", size(card["bytes"]))]
-    width = max(len(key) for key, _ in rows)
-    return [name, *(f"  {key:{width}}  {value}" for key, value in rows)]

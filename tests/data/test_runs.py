@@ -106,7 +106,7 @@ def test_the_mask_is_shown(
     path = recipe_for(data=chat)
     app(["data", str(path)], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert re.search(r"loss tokens +\d", shown)
+    assert re.search(r"\d loss tokens; held out ", shown)
     _, _, example = shown.partition("loss tokens are in ⟦ ⟧")
     assert re.search(r"<\|user\|>", example.replace(" ", ""))
     assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1
@@ -191,7 +191,7 @@ def test_the_preview_says_how_pairs_are_rendered(
     Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
     app(["data", str(recipe_for(data=chat)), "--set", change], standalone_mode=False)
     heading, _, example = capsys.readouterr().out.partition("loss tokens are in ⟦ ⟧")
-    assert heading.startswith(f"{kind}, packing documents\n")
+    assert heading.startswith(f"data ({kind}, packing documents): training ")
     text = example.replace(" ", "").translate({ord("Ġ"): " ", ord("Ċ"): "\n"})
     assert first in re.sub(r"\d+", "N", text)
 

@@ -141,16 +141,11 @@ def prepare(
     )
 
 
-def heading(description: dict[str, Any]) -> str:
-    """The kind of the documents, how completions are rendered, and the packing."""
+def summary(description: dict[str, Any], name: str | None = None) -> str:
+    """The section `data` of results.json in one line; `name` tells several texts apart."""
     form = ""
     if description["kind"] == "completions":
         form = " with the chat template" if description["chat_template"] else " as plain text"
-    return f"{description['kind']}{form}, packing {description['packing']}"
-
-
-def summary(description: dict[str, Any], name: str | None = None) -> str:
-    """The same in one line; `name` tells several texts apart."""
     keys = [
         *("documents", "tokens", "sequences", "loss_tokens"),
         *("truncated_documents", "dropped_documents", "dropped_tokens"),
@@ -160,9 +155,12 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
         counts = {key: description[part][key] for key in keys}
         words = [f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items() if n]
         parts.append(f"{label} {', '.join(words)}")
-    if count := description["skipped_records"]:
-        parts.append(f"{count:,} empty records skipped")
-    if count := description["overlapping_documents"]:
-        parts.append(f"{count:,} training documents removed because they repeat held-out ones")
+    removed = {
+        "skipped_records": "empty records skipped",
+        "overlapping_documents": "training documents removed because they repeat held-out ones",
+        "overlapping_paragraphs": "training paragraphs removed because they are held out",
+    }
+    parts += [f"{n:,} {words}" for key, words in removed.items() if (n := description[key])]
     of = "data" if name is None else f"data of {name}"
-    return f"{of} ({heading(description)}): " + "; ".join(parts)
+    kind = f"{description['kind']}{form}, packing {description['packing']}"
+    return f"{of} ({kind}): " + "; ".join(parts)

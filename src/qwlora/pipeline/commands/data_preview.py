@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from qwlora.data.prepared_data import heading
+from qwlora.data.prepared_data import summary
 from qwlora.errors import SourceError
 from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.stages import new_context
@@ -65,20 +65,9 @@ def _run(tokenizer: Any, ids: list[int], in_loss: bool) -> dict[str, Any]:
 
 
 def format_preview(shown: dict[str, Any]) -> str:
-    """The counts as a table and the sequence as text, loss tokens between OPEN and CLOSE."""
-    data = shown["data"]
-    lines = [heading(data)]
-    lines += [
-        f"{data[key]:,} {key.replace('_', ' ')}"
-        for key in ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
-        if data[key]
-    ]
-    lines += ["", f"{'':22}{'training':>12}{'held out':>12}"]
-    lines += [
-        f"{key.replace('_', ' '):22}{value:>12,}{data['held_out'][key]:>12,}"
-        for key, value in data["train"].items()
-    ]
-    lines += ["", f"training sequence {shown['sequence']}; loss tokens are in {OPEN} {CLOSE}"]
+    """The counts in one line, and the sequence as text, loss tokens between OPEN and CLOSE."""
+    lines = [summary(shown["data"]), ""]
+    lines += [f"training sequence {shown['sequence']}; loss tokens are in {OPEN} {CLOSE}"]
     for runs in shown["documents"]:
         texts = (f"{OPEN}{r['text']}{CLOSE}" if r["in_loss"] else r["text"] for r in runs)
         lines += ["-" * 40, "".join(texts)]

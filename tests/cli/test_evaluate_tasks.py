@@ -1,4 +1,4 @@
-"""`qwlora evaluate DIR --tasks`: scores of lm-eval on a task file, without a network."""
+"""`qwlora score DIR TASK`: scores of lm-eval on a task file, without a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.command_line import answered, qwlora, refused
+from cli.command_line import answered, qwlora
 from conftest import WORDS, byte_tokenizer, tiny_model, write_recipe
 from qwlora.report.results_view import Job
 from qwlora.report.sections import task_scores
@@ -75,7 +75,7 @@ def plain_scores(job: Path, task_file: Path) -> dict[str, Any]:
 
 @pytest.mark.client
 def test_every_model_is_scored_the_float_model_as_by_lm_eval(job: Path, task_file: Path) -> None:
-    found = json.loads(answered("evaluate", job, "--tasks", task_file, "--json"))
+    found = json.loads(answered("score", job, task_file, "--json"))
     assert list(found) == ["float", "base", "adapted", "simulated", "onnx"]
     expected = plain_scores(job, task_file)
     score = found["float"][TASK]
@@ -96,8 +96,8 @@ def test_every_model_is_scored_the_float_model_as_by_lm_eval(job: Path, task_fil
 
 @pytest.mark.client
 def test_scores_are_a_table_and_stay_through_the_next_run(job: Path, task_file: Path) -> None:
-    options = ("--tasks", task_file, "--models", "base,first", "--limit", "4")
-    rows = [line.split() for line in answered("evaluate", job, *options).splitlines()]
+    options = (task_file, "--models", "base,first", "--limit", "4")
+    rows = [line.split() for line in answered("score", job, *options).splitlines()]
     assert rows[0] == ["task", "metric", "model", "value", "±", "stderr"]
     assert any("adapted/first" in row for row in rows)
     before = json.loads((job / "results.json").read_text())["tasks"]
@@ -107,17 +107,9 @@ def test_scores_are_a_table_and_stay_through_the_next_run(job: Path, task_file: 
 
 @pytest.mark.client
 def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) -> None:
-    done = qwlora("evaluate", job, "--tasks", "hellaswagg", "--models", "base")
+    done = qwlora("score", job, "hellaswagg", "--models", "base")
     assert done.returncode == 2
     assert "hellaswag" in done.stderr.replace("hellaswagg", "")
-    done = qwlora("evaluate", job, "--tasks", tmp_path / "none.yaml", "--models", "base")
+    done = qwlora("score", job, tmp_path / "none.yaml", "--models", "base")
     assert done.returncode == 2
     assert "none.yaml" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [(("--tasks", "x"), "DIR"), (("--models", "base", "--out", "x"), "--tasks"), ((), "--out")],
-)
-def test_a_wrong_call_says_how_to_call(arguments: tuple[str, ...], said: str) -> None:
-    assert said in refused("evaluate", *arguments)

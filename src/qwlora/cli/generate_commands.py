@@ -1,8 +1,9 @@
-"""`qwlora generate` and `qwlora chat`: text from the models of a job.
+"""`qwlora generate` and `qwlora chat`: text from the models of a job; `qwlora score`: their scores.
 
     qwlora generate DIR "prompt"                         the first adapter
     qwlora generate DIR "prompt" --models base,NAME      several answers
     qwlora chat DIR --model NAME                         a conversation; /reset and /exit
+    qwlora score DIR TASK,TASK                           tasks of lm-eval
 
 The answer goes to standard output, everything else to standard error.
 """
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Device, Job, Model, Models
-from qwlora.cli.terminal import ProgressDisplay, print_json
+from qwlora.cli.shared_arguments import AsJson, Device, Job, Model, Models, Quiet
+from qwlora.cli.terminal import ProgressDisplay, print_json, print_result, score_lines
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:
@@ -152,6 +153,34 @@ def chat(
             print(flush=True)
             text += "".join(parts)
             messages.append({"role": "assistant", "content": "".join(parts)})
+
+
+def score(
+    job: Job,
+    tasks: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK,TASK,...",
+            help="Tasks of lm-eval: names, or YAML files with a dataset of your own.",
+        ),
+    ],
+    models: Models = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task. Default: all.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the models of a job on tasks of lm-eval, exported files too.
+
+    Prints one table with standard errors, and adds the scores to results.json and report.html.
+    """
+    from qwlora.pipeline.commands.open_job import evaluate_tasks
+
+    with ProgressDisplay(quiet or as_json) as display:
+        scores = evaluate_tasks(job, tasks, models, limit, display.track, display.say, device)
+    print_result(scores, score_lines(scores), as_json)
 
 
 def _open(

@@ -30,10 +30,10 @@ import typer.core
 
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
-from qwlora.cli.generate_commands import chat, generate
+from qwlora.cli.generate_commands import chat, generate, score
 from qwlora.cli.job_commands import base_app, dump_layers, merge, merge_check, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
-from qwlora.cli.shared_arguments import AsJson, Changes, Device, Models, Quiet
+from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
 from qwlora.cli.show_commands import inspect, simulate
 from qwlora.cli.terminal import (
     ProgressDisplay,
@@ -41,7 +41,6 @@ from qwlora.cli.terminal import (
     print_json,
     print_result,
     safe_streams,
-    score_lines,
 )
 from qwlora.errors import (
     LESS_MEMORY,
@@ -109,10 +108,7 @@ _SUMMARY = {
     "verify": "Step 5: run the exported files and check their results.\n\nThey are compared with "
     "what was trained. Runs every file; never skipped, even if nothing changed. With a folder "
     "of exported files as argument, such as out/export/hf, repeats its proof on any machine.",
-    "evaluate": "Measure perplexity of all models, or score tasks.\n\nThe models are the float "
-    "model, the base, adapters and simulations. With --tasks, scores of lm-eval instead, also of "
-    "exported files, in one table with standard errors; they are added to results.json and "
-    "report.html.",
+    "evaluate": "Measure perplexity of the float model, the base, adapters and simulations.",
 }
 
 
@@ -173,11 +169,9 @@ def _job_command(name: str) -> Callable[..., None]:
         from qwlora.pipeline.running.run_job import run_file
 
         if out is None:
-            others = {
-                "verify": ", or a folder of exported files (with the folders base and proof)",
-                "evaluate": ", or DIR and --tasks",
-            }
-            raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
+            files = ", or a folder of exported files (with the folders base and proof)"
+            or_files = files if name == "verify" else ""
+            raise DirectoryError(f"{name} needs --out, the job's directory{or_files}")
         check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
         path = recipe or out / "recipe.yaml"
         if device is not None:
@@ -213,54 +207,8 @@ def _job_command(name: str) -> Callable[..., None]:
     return command
 
 
-for _name in ("run", *(verb for verb in VERBS if verb != "evaluate")):
+for _name in ("run", *VERBS):
     app.command(_name, help=_SUMMARY[_name])(_job_command(_name))
-
-
-@app.command(help=_SUMMARY["evaluate"])
-def evaluate(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RECIPE|DIR",
-            help="The recipe; with --tasks, a job's directory. Default: the recipe.yaml in the "
-            "job's directory.",
-        ),
-    ] = None,
-    out: Out = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,TASK,...",
-            help="Score the models of the job DIR on tasks of lm-eval: names, or YAML files with "
-            "a dataset of your own.",
-        ),
-    ] = None,
-    models: Models = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
-    ] = None,
-    changes: Changes = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """See `_SUMMARY`."""
-    if tasks is None:
-        if models is not None or limit is not None:
-            raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-        _job_command("evaluate")(recipe, out, changes, device, as_json, quiet)
-        return
-    if recipe is None or out is not None or changes:
-        raise typer.BadParameter(
-            "--tasks needs the job's directory as argument, without --out and --set: "
-            "qwlora evaluate DIR --tasks TASK"
-        )
-    from qwlora.pipeline.commands.open_job import evaluate_tasks
-
-    with ProgressDisplay(quiet or as_json) as display:
-        scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say, device)
-    print_result(scores, score_lines(scores), as_json)
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
@@ -279,7 +227,7 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
 
 _commands: tuple[Callable[..., None], ...] = (
     *(check, data, init, plan, inspect, merge_check, merge),
-    *(simulate, dump_layers, report, push, generate, chat),
+    *(simulate, dump_layers, report, push, generate, chat, score),
 )
 for _command in _commands:
     app.command()(_command)

@@ -39,8 +39,8 @@ Models = Annotated[
     typer.Option(
         "--models",
         metavar="MODEL,MODEL,...",
-        help=f"Which models: {_NAMES}Default: the first adapter; with --tasks, all that the job "
-        "has and whose runtime is installed.",
+        help=f"Which models: {_NAMES}Default: the first adapter; of `score`, all that the job has "
+        "and whose runtime is installed.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]

@@ -112,7 +112,7 @@ def test_commands_in_the_documentation_exist_with_their_options() -> None:
     [
         ("qwlora nun recipe.yaml --out out", "no command nun"),
         ("qwlora run recipe.yaml --outt out", "no option --outt"),
-        ("qwlora base import model.gguf", "out"),
+        ("qwlora import-base model.gguf", "out"),
         ("qwlora adapters rename out one", "new"),
         ("qwlora generate out hello --max-new-tokens many", "integer"),
         ("notaprogram x", "unknown program"),

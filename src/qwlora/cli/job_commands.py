@@ -1,9 +1,9 @@
 """Commands on a job that exists: `report`, `push`, `merge-check`, `merge` and `dump-layers`; and
-`base import`, which writes the integers of a quantized checkpoint as a base folder. It is the same
+`import-base`, which writes the integers of a quantized checkpoint as a base folder. It is the same
 as a recipe with `base.solver: keep`, without a job around it.
 
-    qwlora base import model-Q4_0.gguf --out base
-    qwlora base import float-model --encodings model.encodings --out base
+    qwlora import-base model-Q4_0.gguf --out base
+    qwlora import-base float-model --encodings model.encodings --out base
 """
 
 from __future__ import annotations
@@ -212,18 +212,7 @@ def dump_layers(
     )
 
 
-base_app = typer.Typer(
-    name="base", help="Make a base folder without a recipe.", no_args_is_help=True
-)
-
-
-@base_app.callback()
-def _base() -> None:
-    """Keeps `import` a subcommand while it is the only one."""
-
-
-@base_app.command("import")
-def import_(
+def import_base(
     source: Annotated[
         str,
         typer.Argument(
@@ -243,9 +232,9 @@ def import_(
     from qwlora.pipeline.job.output_path import new_folder
 
     with new_folder(out) as folder, ProgressDisplay() as display:
-        from qwlora.pipeline.commands.write_model import import_base
+        from qwlora.pipeline.commands import write_model
 
-        fingerprint, size = import_base(
+        fingerprint, size = write_model.import_base(
             source, folder, encodings, keep_float=keep_float or (), track=display.track
         )
     print(

@@ -5,7 +5,6 @@ No model is loaded.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,9 +31,10 @@ Folder = Annotated[
 
 @app.command("list")
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
-    """List each adapter's type, size and base; one of another base than the job's is marked.
+    """List each adapter's type, size and base.
 
-    Exit code 2 if one cannot be read.
+    One that was trained on another base than the job's is marked. Exit code 2 if one cannot be
+    read.
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
@@ -175,9 +175,9 @@ def import_(
 
 
 def _print_added(folder: Path, name: str, what_next: str) -> None:
-    recipe = folder / "recipe.yaml"
-    command = shlex.join(["qwlora", "run", str(recipe), "--out", str(folder)])
-    print(f"added {name} to {recipe}. {what_next}: {command}")
+    from qwlora.pipeline.plan.stale_stages import run_line
+
+    print(f"added {name} to {folder / 'recipe.yaml'}. {what_next}: {run_line(folder)}")
 
 
 @app.command()

@@ -172,9 +172,10 @@ def score(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score the models of a job on tasks of lm-eval, exported files too.
+    """Score the models of a job on tasks of lm-eval.
 
-    Prints one table with standard errors, and adds the scores to results.json and report.html.
+    Exported files too. Prints one table with standard errors, and adds the scores to results.json
+    and report.html.
     """
     from qwlora.pipeline.commands.open_job import evaluate_tasks
 

@@ -224,7 +224,7 @@ def import_base(
     encodings: Encodings = None,
     keep_float: KeepFloat = None,
 ) -> None:
-    """Write the integers of a quantized checkpoint as a base folder.
+    """Write a quantized checkpoint's integers as a base.
 
     The integers are kept bit for bit; nothing is rounded. The folder loads with
     AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.

@@ -108,7 +108,8 @@ _SUMMARY = {
     "verify": "Step 5: run the exported files and check their results.\n\nThey are compared with "
     "what was trained. Runs every file; never skipped, even if nothing changed. With a folder "
     "of exported files as argument, such as out/export/hf, repeats its proof on any machine.",
-    "evaluate": "Measure perplexity of the float model, the base, adapters and simulations.",
+    "evaluate": "Measure perplexity of all models.\n\nThe models are the float model, the base, "
+    "adapters and simulations.",
 }
 
 

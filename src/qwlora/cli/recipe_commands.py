@@ -10,7 +10,7 @@ import typer
 
 from qwlora.cli.shared_arguments import AsJson, Changes
 from qwlora.cli.terminal import ProgressDisplay, print_result, table
-from qwlora.errors import DirectoryError, foreign_as, size
+from qwlora.errors import DirectoryError, SourceError, foreign_as, size
 from qwlora.system.atomic import write_text
 
 if TYPE_CHECKING:
@@ -71,13 +71,24 @@ def data(
 
     Loss tokens are marked.
     """
-    from qwlora.pipeline.commands.data_preview import format_preview, preview
+    from qwlora.data.prepared_data import summary
+    from qwlora.pipeline.plan.plan import JobTexts
+    from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
 
     with ProgressDisplay(as_json) as display:
         chosen = load_recipe(recipe, tuple(changes or ()))
-        content = preview(chosen, sequence, adapter, display.track)
-    print_result(content, [format_preview(content)], as_json)
+        names = [a.name for a in chosen.adapters]
+        if adapter is not None and adapter not in names:
+            raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
+        context = new_context(chosen, JobTexts(chosen, display.track), Path(), display.track)
+        text = context.text(adapter or names[0])
+        documents = text.training_runs(sequence, context.tokenizer)
+    counts = text.describe()
+    lines = [summary(counts), "", f"training sequence {sequence}; loss tokens are in ⟦ ⟧"]
+    for runs in documents:
+        lines += ["-" * 40, "".join(f"⟦{r['text']}⟧" if r["in_loss"] else r["text"] for r in runs)]
+    print_result({"data": counts, "sequence": sequence, "documents": documents}, lines, as_json)
 
 
 def init(

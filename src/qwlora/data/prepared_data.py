@@ -7,10 +7,12 @@ Held-out documents never share a sequence, whatever the packing of the training 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import Documents
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
+from qwlora.errors import SourceError
 from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -97,6 +99,41 @@ class PreparedText:
             "held_out": asdict(self.held_out_counts),
             "evaluation": self.evaluation.counts(),
         }
+
+    def training_runs(
+        self, number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[dict[str, Any]]]:
+        """A training sequence to look at: for each of its documents, runs of tokens that are all in
+        the loss or not, {text, tokens, in_loss}.
+
+        Raises:
+            SourceError: there is no training sequence of this number.
+        """
+        from qwlora.data.sequences import IGNORED
+
+        if not 0 <= number < len(self.train):
+            raise SourceError(
+                f"training sequence {number} does not exist; choose one from 0 to "
+                f"{len(self.train) - 1}"
+            )
+        item = self.train[number]
+        ids, in_loss = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
+        positions = item["position_ids"].tolist() if "position_ids" in item else range(len(ids))
+        starts = [i for i, position in enumerate(positions) if position == 0]
+        documents = []
+        for start, stop in pairwise([*starts, len(ids)]):
+            end = stop  # without padding: tokens without loss at the end that repeat one id
+            while end - start > 1 and not in_loss[end - 1] and ids[end - 1] == ids[end - 2]:
+                end -= 1
+            if end - start == 1 < stop - start and not in_loss[start]:
+                continue  # it is all padding
+            runs = []
+            for is_in, places in groupby(range(start, end), key=in_loss.__getitem__):
+                run = [ids[i] for i in places]
+                text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+                runs.append({"text": text, "tokens": len(run), "in_loss": is_in})
+            documents.append(runs)
+        return documents
 
 
 def prepare(

@@ -164,17 +164,25 @@ def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
 
 
 def estimate(
-    recipe: Recipe, stages: Sequence[Stage], out: Path, track: Track = untracked
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    out: Path,
+    track: Track = untracked,
+    holds_float_model: bool = False,
 ) -> Estimates:
-    """Estimate `stages` of a recipe, in a process that holds no model yet; see `plan_job`."""
-    keeps = any(stage.name == "evaluate/float" for stage in stages)
+    """Estimate `stages` of a recipe; see `plan_job`.
+
+    Args:
+        holds_float_model: whether this process has loaded the float model already.
+    """
+    keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
     forecaster = Forecaster(recipe, keeps)
     needed = [forecaster.needed(stage) for stage in track(stages, "estimating", len(stages))]
     for target in recipe.export.targets:
         TARGETS[target].missing()  # imports its packages
     gc.collect()
     return_freed_memory()
-    process = float(rss_bytes())
+    process = float(rss_bytes()) - holds_float_model * FLOAT * forecaster.values
     folder, free = user_path(str(out)).absolute(), None
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

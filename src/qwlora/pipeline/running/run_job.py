@@ -181,21 +181,23 @@ class _Run:
         self.say(f"{stage.name}: skipped, nothing it depends on has changed")
 
     def prepare(self, waiting: list[Stage], estimates: bool) -> None:
-        """An estimate, and all checks of text and model, which need no writing."""
+        """All checks of text and model, which need no writing, and an estimate."""
         self.context = new_context(self.recipe, self.texts, self.out, self.track)
         from qwlora.pipeline.running import forecast, preflight
 
-        if estimates:
-            try:
-                found = forecast.estimate(self.recipe, waiting, self.out, self.track)
-            except Exception as error:  # an estimate is no reason to stop a job
-                self.say(f"no estimate of memory: {described(error)}")
-            else:
-                for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
-                    self.say(line)
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
+        if not estimates:
+            return
+        holds_float = self.context.holds_float_model
+        try:
+            found = forecast.estimate(self.recipe, waiting, self.out, self.track, holds_float)
+        except Exception as error:  # an estimate is no reason to stop a job
+            self.say(f"no estimate of memory: {described(error)}")
+        else:
+            for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
+                self.say(line)
 
     def run(self, directory: Directory, asked: list[Stage], watch: Watch) -> dict[str, Any]:
         """Run the stages `asked`, as far as they are not current."""

@@ -20,9 +20,9 @@ from qwlora import load_precomputed, save_base
 from qwlora.adapter.adapter_files import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
+from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.meta_model import auto_class
 from qwlora.formats.model_source import _downloaded_model, fetch, load_model, load_tokenizer, locate
 
 FILE = "model.safetensors"

@@ -15,8 +15,8 @@ from formats.models import edit_json, edit_tensors, read_floats, read_integers
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_files import BaseCheckpoint, BaseWriter
+from qwlora.formats.checkpoint import empty_model
 from qwlora.formats.huggingface.model_config import read_config
-from qwlora.formats.meta_model import empty_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.fingerprint import combined_fingerprint, config_numbers, tensor_digest

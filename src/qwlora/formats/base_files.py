@@ -24,10 +24,15 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from qwlora.errors import FingerprintError, GridError, SourceError, described, lines, listed
 from qwlora.formats import manifest
-from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.checkpoint import (
+    Checkpoint,
+    put_,
+    read_generation_config_,
+    tensor_at,
+    tensor_names,
+)
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import put_, read_generation_config_, tensor_at, tensor_names
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import PackedLayer, is_packed, tie_weights_

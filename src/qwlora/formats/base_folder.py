@@ -50,8 +50,8 @@ from qwlora.formats.base_files import (
     read_record,
     write_base,
 )
+from qwlora.formats.checkpoint import empty_model
 from qwlora.formats.manifest import FILES
-from qwlora.formats.meta_model import empty_model
 from qwlora.nn import PackedLayer
 
 METHOD = "qwlora"

@@ -274,7 +274,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     import torch
 
-    from qwlora.formats.meta_model import auto_class
+    from qwlora.formats.checkpoint import auto_class
 
     location = _readable(source)
     if not location.holds_floats:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora.errors import CalibrationError, GridError, listed
-from qwlora.formats.meta_model import blocks_of
+from qwlora.formats.checkpoint import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme

@@ -49,8 +49,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
-from qwlora.formats.checkpoint import Checkpoint, LazyModel
-from qwlora.formats.meta_model import is_below, put_, tensor_at
+from qwlora.formats.checkpoint import Checkpoint, LazyModel, is_below, put_, tensor_at
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore

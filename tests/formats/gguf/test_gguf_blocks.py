@@ -90,7 +90,7 @@ def test_a_constant_block_of_a_grid_with_minimum_has_its_minimum() -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_MINIMUM)
-def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> None:
+def test_a_negative_scale_with_a_minimum_is_off_by_float32_rounding_at_most(kind: str) -> None:
     raw = random_rows(kind, 4, 256)
     blocks, (first, second) = in_blocks(kind, raw), HALVES[kind]
     blocks[:, first : first + 2] = half(-0.25)
@@ -98,9 +98,7 @@ def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> Non
     assert equals_ggufs(kind, raw)
     blocks[:, first : first + 2] = half(-30000)
     blocks[:, second : second + 2] = half(6e-8)
-    facts = rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model"
-    with pytest.raises(SourceError, match=facts):
-        read(kind, raw)
+    torch.testing.assert_close(read(kind, raw).dequantize(), expected(kind, raw), rtol=2e-7, atol=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,6 +107,6 @@ def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> No
     for place in HALVES[kind]:
         raw = random_rows(kind, 4, 256)
         raw[1, place : place + 2] = half(number)
-        facts = rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or .*file is damaged"
+        facts = rf"tensor of {kind}: a (scale|minimum) is .*finite.*file is damaged"
         with pytest.raises(SourceError, match=facts):
             read(kind, raw)

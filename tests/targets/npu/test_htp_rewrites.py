@@ -16,7 +16,7 @@ from qwlora.errors import ExportError
 from qwlora.simulation.kv_cache_graph import npu_graph
 from qwlora.targets.npu.htp_rewrites import npu_onnx
 from qwlora.targets.npu.qnn import open_graph, placement
-from qwlora.targets.onnx.onnx_edits import save_graph
+from qwlora.targets.onnx.onnx_model import save_graph
 from qwlora.targets.onnx.onnx_runtime import open_model, run_session
 from targets.any_models import EIGHT_BITS, HTP
 from targets.proofs import sqnr

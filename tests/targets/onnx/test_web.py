@@ -25,7 +25,7 @@ from qwlora.nn import packed_weights
 from qwlora.system import optional_packages
 from qwlora.system.optional_packages import node_package
 from qwlora.targets.onnx.genai import operands
-from qwlora.targets.onnx.onnx_edits import DATA_FILE, MODEL_FILE
+from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE
 from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, PAGE
 from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.proof.folder import write_record

@@ -38,8 +38,8 @@ Quantized blocks are decoded into codes and scales, and become a `QuantizedTenso
 
 `d`, `m` and `dmin` are float16. `s` and `t` are one integer per block: signed in Q3_K and Q6_K,
 unsigned in the others. Products are rounded to float32 once, as in the `gguf` package and
-llama.cpp, so values are equal bit for bit. The only exception is the sign of zero: -0.0 becomes
-0.0.
+llama.cpp, so values are equal bit for bit. The only exceptions are the sign of zero (-0.0 becomes
+0.0) and negative scales with a minimum.
 
 In the simple types (block 32), the codes follow `d` and `m`:
 
@@ -54,9 +54,8 @@ GGUF allows negative and zero scales everywhere:
   its own codes are dropped.
 * Negative scale, symmetric: the tensor has signed blocks (`SignedBlock`), with its own codes and
   scales.
-* Negative scale, float minimum: the codes are reversed and the minimum becomes
-  `m + (2^bits - 1) * d` if this gives the same float32 values; otherwise the tensor is refused. No
-  quantizer writes such blocks.
+* Negative scale, float minimum: codes are counted from the other end (`quantized_of`). No quantizer
+  writes such blocks.
 
 Source of the types: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """
@@ -84,12 +83,16 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from qwlora.errors import ExportError, QwloraWarning, SourceError, foreign_as, listed
-from qwlora.formats.checkpoint import MappedCheckpoint, Origin, find_origins
+from qwlora.errors import ExportError, GridError, QwloraWarning, SourceError, foreign_as, listed
+from qwlora.formats.checkpoint import (
+    MappedCheckpoint,
+    Origin,
+    empty_model,
+    find_origins,
+    quantized_of,
+)
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
-from qwlora.formats.meta_model import empty_model
-from qwlora.grid.encoding import Encoding, QuantizedTensor
-from qwlora.grid.scheme import Blocks, PerBlock, Scheme, SignedBlock
+from qwlora.grid.encoding import QuantizedTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 CONSTANT_SCALE = 2.0**-14
@@ -488,7 +491,7 @@ def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:
 
 
 def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTensor:
-    """The quantized tensor with exactly these values.
+    """The quantized tensor with these values.
 
     Args:
         kind: the GGUF type.
@@ -496,40 +499,21 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
         what: the tensor and its type, for messages.
 
     Raises:
-        SourceError: a scale or minimum is not finite, or a negative scale cannot be converted
-            exactly.
+        SourceError: a scale or minimum is not finite.
     """
-    for part, name in zip(parts[1:], ("scale", "minimum"), strict=False):
-        if bad := int((~torch.isfinite(part)).sum()):
-            raise SourceError(
-                f"{what}: {bad} of {part.numel()} {name}s are nan or infinite. The file is "
-                "damaged; download it again"
-            )
     bitwidth, (codes, scale, *minimum) = TYPES[kind][0], parts
-    steps, middle, size = 2**bitwidth - 1, 2 ** (bitwidth - 1), codes.shape[-1] // scale.shape[-1]
-    codes = codes.unflatten(-1, (-1, size))
-    constant, negative = scale == 0, scale < 0
-    granularity: Blocks = PerBlock(size)
-    if minimum:
-        low_end = minimum[0].clone()
-        d, m = (part[negative].unsqueeze(-1) for part in (scale, low_end))
-        stored, low = codes[negative], d * steps + m
-        if not torch.equal(stored.float() * d + m, (steps - stored).float() * -d + low):
-            raise SourceError(
-                f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no "
-                "positive scale gives exactly the same values; "
-                "quantize the float model again with llama-quantize"
-            )
-        low_end[negative] = low.squeeze(-1)
-        codes, scale = torch.where(negative.unsqueeze(-1), steps - codes, codes), scale.abs()
-    else:
-        low_end = torch.full(scale.shape, -middle, dtype=torch.int32)
-        granularity = SignedBlock(size) if bool(negative.any()) else granularity
-    if bool(constant.any()):
-        codes = codes.masked_fill(constant.unsqueeze(-1), 0 if minimum else middle)
-    scale = scale.masked_fill(constant, CONSTANT_SCALE)
-    scheme = Scheme(bitwidth, not minimum, granularity, float_offset=bool(minimum))
-    return QuantizedTensor(codes.flatten(-2), Encoding(scheme, scale, low_end))
+    middle, is_constant = 2 ** (bitwidth - 1), scale == 0
+    if bool(is_constant.any()):
+        size = codes.shape[-1] // scale.shape[-1]
+        inside = is_constant.repeat_interleave(size, dim=-1)
+        codes = codes.masked_fill(inside, 0 if minimum else middle)
+        scale = scale.masked_fill(is_constant, CONSTANT_SCALE)
+    offset = torch.full(scale.shape, -middle, dtype=torch.int32)
+    try:
+        return quantized_of(bitwidth, codes, scale, *(minimum or [offset]))
+    except GridError as error:
+        problem = f"{what}: {error}. The file is damaged; download it again"
+        raise SourceError(problem) from error
 
 
 def _half(fields: Tensor, start: int) -> Tensor:

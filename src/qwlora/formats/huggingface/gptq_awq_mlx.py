@@ -15,7 +15,7 @@ activation order, the inputs of a group may be scattered; `PerBlock` needs conti
 such a layer is refused. Contiguous groups may be numbered in any order. Version 1 stores
 `zero - 1`, version 2 `zero`. For version 1, one is added to every field of a packed word, including
 carries into the next field, because the writers subtract it the same way (as does GPT-QModel).
-AutoRound writes negative scales (see `FormatReader.quantized`).
+AutoRound writes negative scales (see `quantized_of`).
 
 AWQ has 4 bits and groups in order. In `gemm`, nibble `n` of a word belongs to column
 `(0, 2, 4, 6, 1, 3, 5, 7)[n]` of its eight. In `gemv`, the groups are padded to whole words.
@@ -33,8 +33,7 @@ it stays float. For a Linear or Embedding [out, in]:
 
     W[o, i] = scales[o, g] * code[o, i] + biases[o, g],   g = i // group_size
 
-Codes of a group with a negative scale are counted from the other end (`FormatReader.quantized`),
-which changes no value but by the rounding of one float32 addition.
+Codes of a group with a negative scale are counted from the other end (`quantized_of`).
 
 Source: `mlx.core.quantize` and `mlx_lm.utils` of mlx 0.32 and mlx-lm 0.32. Modes other than
 `affine` (mxfp4, nvfp4, mxfp8) have no integers and are refused.

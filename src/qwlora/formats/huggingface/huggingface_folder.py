@@ -10,24 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError, SourceError
-from qwlora.formats.checkpoint import MappedCheckpoint, Origin, convert_quantized, find_origins
+from qwlora.formats.checkpoint import (
+    MappedCheckpoint,
+    Origin,
+    convert_quantized,
+    empty_model,
+    find_origins,
+    quantized_of,
+)
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import empty_model
-from qwlora.grid.encoding import Encoding, QuantizedTensor
-from qwlora.grid.scheme import (
-    Granularity,
-    PerBlock,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    SignedBlock,
-)
+from qwlora.grid.encoding import QuantizedTensor
 
 
 class FormatReader:
@@ -78,41 +75,13 @@ class FormatReader:
     def quantized(
         self, layer: str, bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor
     ) -> QuantizedTensor:
-        """A layer from its numbers. A symmetric one with a negative scale has signed blocks; in
-        others, codes of a group with a negative scale are counted from the other end:
-
-            code' = steps - code      offset' = -steps - offset
-            scale' = -scale           minimum' = minimum + steps * scale,  steps = 2^bitwidth - 1
-
-        Args:
-            codes: uint8 `[out, in]`.
-            scale: of any float type, `[out, groups]`, or `[]` for the whole tensor.
-            low_end: of the same shape: offsets (integers, AIMET's sign) or minimums (floats).
+        """`quantized_of` a layer.
 
         Raises:
             SourceError: a scale is zero or not finite, or an offset is out of range.
         """
-        scale, steps = scale.to(torch.float32), 2**bitwidth - 1
-        has_minimum = low_end.is_floating_point()
-        symmetric = not has_minimum and bool((low_end == -(2 ** (bitwidth - 1))).all())
-        granularity: Granularity = PerTensor()
-        if scale.ndim:
-            size = codes.shape[1] // scale.shape[1]
-            negative = scale < 0
-            is_signed = symmetric and bool(negative.any())
-            if bool(negative.any()) and not is_signed:
-                codes = torch.where(negative.repeat_interleave(size, dim=1), steps - codes, codes)
-                turned = low_end + scale * steps if has_minimum else -steps - low_end
-                low_end, scale = torch.where(negative, turned, low_end), scale.abs()
-            granularity = SignedBlock(size) if is_signed else PerBlock(size)
-            if scale.shape[1] == 1 and not (has_minimum or is_signed):
-                granularity, scale, low_end = PerChannel(0), scale.flatten(), low_end.flatten()
-        scheme = Scheme(bitwidth, symmetric, granularity, float_offset=has_minimum)
-        low_end = low_end.to(torch.float32 if has_minimum else torch.int32).contiguous()
         try:
-            return QuantizedTensor(
-                codes.contiguous(), Encoding(scheme, scale.contiguous(), low_end)
-            )
+            return quantized_of(bitwidth, codes, scale, low_end)
         except GridError as error:
             raise SourceError(f"{self.where(layer)}: {error}") from error
 

@@ -36,9 +36,8 @@ from qwlora.data import PreparedText, prepare
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
-from qwlora.formats.checkpoint import LazyModel
+from qwlora.formats.checkpoint import LazyModel, empty_model
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.meta_model import empty_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme

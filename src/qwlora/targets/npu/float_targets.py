@@ -66,8 +66,7 @@ from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE, is_first_factor
 from qwlora.targets.npu import genie
-from qwlora.targets.npu.float_onnx import FloatOnnx, float_graphs, to_float_onnx
-from qwlora.targets.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.targets.npu.float_onnx import FloatOnnx, FloatOnnxModel, float_graphs, to_float_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
     GOLDEN,
     CachedGraphs,
@@ -78,7 +77,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
     write_golden,
     write_graphs,
 )
-from qwlora.targets.onnx.onnx_edits import constant, new_node, numbers, save_graph
+from qwlora.targets.onnx.onnx_model import constant, new_node, numbers, save_graph
 from qwlora.targets.onnx.onnx_runtime import EMBEDDINGS_FILE, write_embeddings
 from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.targets.target import Backend, ExportedGraph, members

@@ -62,7 +62,7 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
 from qwlora.targets.npu.htp_limits import CHIP
-from qwlora.targets.onnx.onnx_edits import constant, numbers, remove_unused
+from qwlora.targets.onnx.onnx_model import constant, numbers, remove_unused
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
 from qwlora.targets.target import ExportedGraph
 

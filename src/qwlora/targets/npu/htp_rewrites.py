@@ -49,7 +49,8 @@ from qwlora.errors import ExportError
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import is_factor_name
-from qwlora.targets.onnx.onnx_edits import (
+from qwlora.targets.onnx.onnx_model import (
+    build_model,
     constant,
     constants,
     insert_rounding,
@@ -57,7 +58,6 @@ from qwlora.targets.onnx.onnx_edits import (
     numbers,
     remove_unused,
 )
-from qwlora.targets.onnx.onnx_model import build_model
 
 OPSET = 23  # the first with RMSNormalization
 CODES = ".codes"

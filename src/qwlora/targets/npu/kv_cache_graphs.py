@@ -39,8 +39,7 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
 from qwlora.targets.npu.genie import GENIE, to_codes, to_values, token_axis
-from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
-from qwlora.targets.onnx.onnx_model import build_model
+from qwlora.targets.onnx.onnx_model import build_model, load_graph, save_graph
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
 from qwlora.targets.target import ExportedGraph, Runtime
 

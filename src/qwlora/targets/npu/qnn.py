@@ -78,7 +78,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
     share_weights,
     write_graphs,
 )
-from qwlora.targets.onnx.onnx_edits import load_graph, save_graph
+from qwlora.targets.onnx.onnx_model import load_graph, save_graph
 from qwlora.targets.onnx.onnx_runtime import (
     OnnxModel,
     exposed,

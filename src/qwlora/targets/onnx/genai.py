@@ -41,12 +41,15 @@ from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.targets.canonical_adapter import CanonicalAdapter
-from qwlora.targets.onnx.onnx_edits import (
+from qwlora.targets.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
     add_input,
+    base_graph,
     constants,
+    linear_modules,
     load_graph,
+    matrix_products,
     new_node,
     numbers,
     remove_unused,
@@ -55,7 +58,6 @@ from qwlora.targets.onnx.onnx_edits import (
     store_narrow,
     write_adapter_file,
 )
-from qwlora.targets.onnx.onnx_model import base_graph, linear_modules, matrix_products
 from qwlora.targets.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
 from qwlora.targets.registry import NBITS, NBITS_BLOCKS
 from qwlora.targets.target import Backend, ExportedBase, Runtime

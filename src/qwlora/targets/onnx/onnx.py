@@ -54,17 +54,19 @@ from qwlora.system.parameter_names import (
     is_factor_name,
     is_first_factor,
 )
-from qwlora.targets.onnx.onnx_edits import (
+from qwlora.targets.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
+    activation_arrays,
     add_input,
+    build_model,
     load_graph,
     numbers,
     save_graph,
     store_narrow,
+    weight_arrays,
     write_adapter_file,
 )
-from qwlora.targets.onnx.onnx_model import activation_arrays, build_model, weight_arrays
 from qwlora.targets.onnx.onnx_runtime import (
     EMBEDDINGS_FILE,
     OPTIONS_FILE,

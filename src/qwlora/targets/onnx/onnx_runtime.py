@@ -39,8 +39,13 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors, write_text
 from qwlora.system.device import device_of
 from qwlora.system.optional_packages import require
-from qwlora.targets.onnx.onnx_edits import MODEL_FILE, load_graph, remove_unused, save_graph
-from qwlora.targets.onnx.onnx_model import activation_tensor
+from qwlora.targets.onnx.onnx_model import (
+    MODEL_FILE,
+    activation_tensor,
+    load_graph,
+    remove_unused,
+    save_graph,
+)
 from qwlora.targets.proof.contents import ADAPTER_FILE, misfits
 from qwlora.targets.target import Runtime
 

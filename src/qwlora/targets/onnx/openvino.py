@@ -41,8 +41,14 @@ from qwlora.targets.canonical_adapter import (
     CanonicalAdapter,
     write_peft,
 )
-from qwlora.targets.onnx.onnx_edits import MODEL_FILE, save_graph, store_narrow
-from qwlora.targets.onnx.onnx_model import base_graph, linear_modules, matrix_products
+from qwlora.targets.onnx.onnx_model import (
+    MODEL_FILE,
+    base_graph,
+    linear_modules,
+    matrix_products,
+    save_graph,
+    store_narrow,
+)
 from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import write_settings

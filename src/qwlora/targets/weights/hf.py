@@ -33,8 +33,8 @@ from transformers import AutoConfig
 
 from qwlora.adapter.adapter_files import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
+from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
-from qwlora.formats.meta_model import auto_class
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
 from qwlora.nn.packed_tensor import narrowest

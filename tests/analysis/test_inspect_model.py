@@ -21,8 +21,8 @@ from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, packed_model, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
+from qwlora.formats.aimet_encodings.documents import json_of
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme

@@ -26,8 +26,8 @@ from cli.command_line import qwlora
 from conftest import ARCHITECTURES, Job, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
+from qwlora.formats.aimet_encodings.documents import json_of
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme

@@ -23,8 +23,8 @@ import typer
 from qwlora.cli.shared_arguments import AsJson
 from qwlora.cli.terminal import print_json, table
 from qwlora.formats import aimet_encodings
+from qwlora.formats.aimet_encodings.documents import printable
 from qwlora.formats.aimet_encodings.encodings_file import finding_lines, to_text
-from qwlora.formats.aimet_encodings.json_fields import printable
 
 app = typer.Typer(
     name="encodings",

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
 from qwlora.errors import SourceError, foreign_as, listed, near_names, suggestion
-from qwlora.formats.aimet_encodings.json_fields import describe
+from qwlora.formats.aimet_encodings.documents import describe
 
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),

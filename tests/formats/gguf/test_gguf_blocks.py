@@ -98,7 +98,9 @@ def test_a_negative_scale_with_a_minimum_is_off_by_float32_rounding_at_most(kind
     assert equals_ggufs(kind, raw)
     blocks[:, first : first + 2] = half(-30000)
     blocks[:, second : second + 2] = half(6e-8)
-    torch.testing.assert_close(read(kind, raw).dequantize(), expected(kind, raw), rtol=2e-7, atol=0.1)
+    torch.testing.assert_close(
+        read(kind, raw).dequantize(), expected(kind, raw), rtol=2e-7, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,8 +13,8 @@ which needs torch, turns grids into entries and back.
 from __future__ import annotations
 
 from qwlora.formats.aimet_encodings.convert import Difference, convert, diff
+from qwlora.formats.aimet_encodings.documents import Finding
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings, validate, write_encodings
-from qwlora.formats.aimet_encodings.json_fields import Finding
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwlora.errors import ConversionError
-from qwlora.formats.aimet_encodings.json_fields import printable, shared_lines
+from qwlora.formats.aimet_encodings.documents import channel_shape, printable, shared_lines
 from qwlora.formats.aimet_encodings.model import (
     BLOCK_ORDERS,
     VERSIONS,
@@ -43,7 +43,6 @@ from qwlora.formats.aimet_encodings.model import (
     has_axes,
 )
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor
-from qwlora.formats.aimet_encodings.version_2 import channel_shape
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,20 @@ from pydantic import ValidationError
 
 from qwlora.errors import EncodingsFileError, described
 from qwlora.formats.aimet_encodings.convert import convert
-from qwlora.formats.aimet_encodings.json_fields import (
+from qwlora.formats.aimet_encodings.documents import (
+    Document2,
     Finding,
-    describe,
-    findings_of,
-    shared_lines,
-)
-from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
-from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
-from qwlora.formats.aimet_encodings.version_1 import (
     Section061,
     Section100,
     SectionsDocument,
+    describe,
+    findings_of,
     is_by_module,
+    shared_lines,
     without_modules,
 )
-from qwlora.formats.aimet_encodings.version_2 import Document2
+from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
+from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.system.atomic import write_text
 from qwlora.system.strict_json import distinct_keys
 

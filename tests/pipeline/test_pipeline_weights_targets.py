@@ -132,6 +132,8 @@ def test_a_second_run_skips_all_and_verifies_no_changed_file(job: Path, tmp_path
         copy.run("verify")
 
 
+ACTIVATED = {"alora_invocation": "A:"}
+WITHOUT_INVOCATION = [name for name in EVERYWHERE if not TARGETS[name].holds_invocation]
 TWO_GRIDS = {
     "weights": {"bitwidth": 4, "symmetric": False, "block_size": 32},
     "rules": [{"match": "*.mlp.*", "bitwidth": 8}],
@@ -146,6 +148,11 @@ TWO_GRIDS = {
         ("mlx", {}, {"weights": {"bitwidth": 7, "block_size": 32}}, "mlx cannot hold int7"),
         ("mlx", {}, {"weights": {"bitwidth": 4, "block_size": 16}}, "MLX has blocks of 32"),
         ("hf", {}, TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
+        ("hf", ACTIVATED | {"dora": True}, {}, "alora_invocation cannot be combined with dora"),
+        ("hf", ACTIVATED | {"mergeable": True}, {}, "invocation cannot be combined with mergeable"),
+        ("hf", ACTIVATED | {"objective": "recovery"}, {}, "invocation cannot be .* recovery"),
+        ("onnx", ACTIVATED, {}, "activated LoRA .*target onnx, a simulation computes all"),
+        *((n, ACTIVATED, {}, f"target {n} computes .* to hf or gguf") for n in WITHOUT_INVOCATION),
     ],
 )
 def test_what_a_target_cannot_hold_is_refused_at_once(

@@ -87,6 +87,7 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
     `entries` and of those `below` half a step, their `share`, and `rms_steps`, the root mean square
     of the delta in steps."""
     adapter = active_adapter(model)
+    _refuse_activated(model, adapter)
     losses = {}
     for path, layer, base in _adapted_layers(model, adapter):
         if isinstance(base, PackedLayer):
@@ -102,6 +103,14 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
                 "share": below / steps.numel(),
             }
     return losses
+
+
+def _refuse_activated(model: Any, adapter: str) -> None:
+    if vars(model.peft_config[adapter]).get("alora_invocation_tokens"):
+        raise MergeError(
+            f"adapter {adapter!r} is activated LoRA (alora_invocation_tokens): merged weights "
+            "would act on every token, also before its invocation. Keep the adapter separate"
+        )
 
 
 @torch.no_grad()
@@ -156,8 +165,9 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
 
     Raises:
         MergeError: the model has fused experts, unless the adapter is mergeable and `into` is
-            requantized; or it ties a layer with an adapter in code.
+            requantized; it ties a layer with an adapter in code; or the adapter is activated LoRA.
     """
+    _refuse_activated(adapted, active_adapter(adapted))
     is_exact = is_mergeable(adapted, [active_adapter(adapted)])
     packed = {} if is_exact else unpack_(adapted)
     for layers in untie_(adapted):

@@ -63,6 +63,8 @@ class LoraShape:
         rank_pattern, alpha_pattern: other ranks and alphas; the key is the end of a module name, or
             a regular expression for it.
         layers: numbers of the transformer layers that get an adapter; default: all.
+        alora_invocation_tokens: the adapter acts from their last occurrence in a sequence on, and
+            nowhere in a sequence without them (activated LoRA). On linear layers only.
     """
 
     rank: int
@@ -75,6 +77,7 @@ class LoraShape:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
     target_parameters: list[str] = field(default_factory=list)
+    alora_invocation_tokens: list[int] | None = None
 
     def config(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration of this shape for `model`. PEFT does not support `all-linear` with
@@ -95,6 +98,7 @@ class LoraShape:
             alpha_pattern=dict(self.alpha_pattern),
             layers_to_transform=self.layers,
             target_parameters=list(self.target_parameters) or None,
+            alora_invocation_tokens=self.alora_invocation_tokens,
             task_type="CAUSAL_LM",
         )
 
@@ -120,8 +124,9 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
             warnings.filterwarnings("ignore", "target_parameters=.* no parameter was matched")
             adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError, re.error) as error:
+        kind = "Activated LoRA (of linear layers)" if shape.alora_invocation_tokens else "LoRA"
         raise TrainingError(
-            f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}"
+            f"{kind} cannot be attached to target_modules {shape.target_modules!r}: {error}"
         ) from error
     _check_matches(adapted, shape)
     return adapted

@@ -105,6 +105,18 @@ class Sequences(Dataset[dict[str, Tensor]]):
             end = int((labels != IGNORED).nonzero().max()) + 1
             yield ids[:end], labels[:end]
 
+    def activated(self, tokens: Sequence[int]) -> Tensor:
+        """Whether a loss token follows the start of the last occurrence of `tokens`, which is where
+        activated LoRA starts: bool [count]."""
+        found = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        if (starts := found.shape[1] - len(tokens) + 1) > 0:
+            found[:, :starts] = True
+            for place, token in enumerate(tokens):
+                found[:, :starts] &= self.input_ids[:, place : place + starts] == token
+        count = found.sum(1, keepdim=True)
+        is_active = (count > 0) & (found.cumsum(1) == count)
+        return (is_active[:, :-1] & (self.labels[:, 1:] != IGNORED)).any(1)
+
     @property
     def loss_tokens(self) -> int:
         """Number of tokens that the loss is a mean over."""

@@ -225,6 +225,12 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         raise CaptureError(
             "the model is in training mode; call model.eval() first, the graph is for evaluation"
         )
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        if vars(config).get("alora_invocation_tokens"):
+            raise CaptureError(
+                "the model has activated LoRA (alora_invocation_tokens), which starts inside a "
+                "sequence, and a graph computes all tokens alike. Export it to hf or gguf"
+            )
     refuse_meta(model, CaptureError)
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
     tensors = _separate(tensors, rows=1 if static else 2)

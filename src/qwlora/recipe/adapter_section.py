@@ -20,6 +20,8 @@ from qwlora.recipe.section import Count, Name, NotNegative, Section, file, locat
 from qwlora.system.parameter_names import pattern_problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qwlora.adapter.attach import LoraShape
     from qwlora.adapter.train import TrainingSettings
 
@@ -108,7 +110,7 @@ class Data(Section):
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
 _SHAPE = {  # keys of `LoraShape`, whose module imports torch
     *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
-    *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers"),
+    *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "alora_invocation"),
 }
 _NOT_IN_GRAPH = {
     "objective recovery": "needs layer outputs, which the graph does not have; use text",
@@ -118,6 +120,7 @@ _NOT_IN_GRAPH = {
     "mergeable True": "computes other integers at each step, and the graph has the base's",
     "loss chunked": "needs an output head outside of the graph; use whole",
 }
+Invocation = Annotated[str, Field(min_length=1)] | Annotated[list[NotNegative], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
@@ -176,6 +179,10 @@ class Adapter(Section):
     mergeable: bool = False
     """train on the integers that merging writes: `qwlora merge` then loses nothing. The adapter
     cannot be switched; use it in onnx_each, aimet, or merged, as model.source of another recipe"""
+    alora_invocation: Invocation | None = None
+    """activated LoRA: the adapter acts from the last occurrence of this text, or of these token
+    ids, in a sequence on, so that adapters share the base's key-value cache of what comes before:
+    "<|im_start|>assistant\\n". Every training document needs it; for targets hf and gguf"""
     rank_pattern: dict[str, Rank] = {}
     """other ranks for some layers: end of the module path, or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -220,11 +227,15 @@ class Adapter(Section):
     checkpoint_steps: Count = 10
     """steps between checkpoints; an interrupted run resumes from the last one"""
 
-    def lora_shape(self) -> LoraShape:
-        """Which layers get an adapter and its size, in the form that `attach` takes."""
+    def lora_shape(self, tokenizer: PreTrainedTokenizerBase | None = None) -> LoraShape:
+        """The shape that `attach` takes; without a tokenizer, that of a plain adapter."""
         from qwlora.adapter.attach import LoraShape
 
-        return LoraShape(**{key: value for key, value in self if key in _SHAPE})
+        shape: dict[str, Any] = {key: value for key, value in self if key in _SHAPE}
+        tokens = shape.pop("alora_invocation")
+        if isinstance(tokens, str) and tokenizer is not None:
+            tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+        return LoraShape(**shape, alora_invocation_tokens=tokens if tokenizer is not None else None)
 
     def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
         """The settings in the form that `train_adapter` takes.
@@ -284,6 +295,13 @@ class Adapter(Section):
             yield (
                 f"mergeable cannot be combined with {', '.join(others)}: merged integers have no "
                 "place for it; remove one of them"
+            )
+        others = [k for k in ("dora", "mergeable", "target_parameters") if getattr(self, k)]
+        others += ["objective recovery"] if self.objective == "recovery" else []
+        if self.alora_invocation and others:
+            yield (
+                f"alora_invocation cannot be combined with {', '.join(others)}: these change every "
+                "token, or the base, and tokens before the invocation stay the base's; remove one"
             )
         if self.init != "zero" and (self.dora or continues):
             yield (

@@ -217,7 +217,6 @@ class Recipe(Section):
                 f"adapters {', '.join(needy)}: objective recovery and init svd or qera need the "
                 "float model, which base.solver: keep does not have; use objective text, init zero"
             )
-
         if self.base.rotation is not None:
             yield from self._rotation_problems()
 
@@ -282,6 +281,9 @@ class Recipe(Section):
                     "[onnx_each] or [aimet]; or merge (`qwlora merge`), and export the merged base "
                     "(qwlora.export, or as model.source)"
                 )
+        activated = [a.name for a in self.adapters if a.alora_invocation]
+        if activated and (problem := self.invocation_problem()):
+            yield f"adapters {', '.join(activated)}: activated LoRA {problem}"
         if self.base.solver != "keep" and (refused := refusal(self.base.grids(), targets)):
             yield f"base.weights, base.rules: {refused}; or remove a target from export.targets"
         elif self.base.has_budget:
@@ -289,6 +291,18 @@ class Recipe(Section):
             for name, target in targets.items():
                 if conflict := target.conflict(schemes):
                     yield f"base.bits, base.size: {name}: {conflict}. Use symmetric base.weights"
+
+    def invocation_problem(self) -> str | None:
+        """Why the recipe cannot have activated LoRA, as a predicate; None if it can."""
+        held = [name for name, target in TARGETS.items() if target.holds_invocation]
+        refused = [f"target {name}" for name in self.export.targets if name not in held]
+        refused += ["a simulation"] if self.is_simulated else []
+        if not refused:
+            return None
+        return (
+            f"(alora_invocation) starts inside a sequence, and {', '.join(refused)} computes all "
+            f"tokens alike. Set export.targets to {' or '.join(held)}, and workflow to qw-lora"
+        )
 
     def _use_case_problems(self) -> Iterator[str]:
         cases = self.use_cases()
@@ -422,6 +436,12 @@ class Recipe(Section):
     def predecessor(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""
         return next((a for a in self.adapters if a.name == adapter.continue_from), None)
+
+    def root(self, adapter: Adapter) -> Adapter:
+        """The first of the adapters in this recipe that `adapter` continues, or itself."""
+        while (first := self.predecessor(adapter)) is not None:
+            adapter = first
+        return adapter
 
 
 def _filled(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ PEFT_FORM: Form = {
     "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `adapter_files.py`
     "alpha_pattern": {OTHER_KEYS: NUMBER},
     "target_modules": [PLAIN],
+    "alora_invocation_tokens": [int],
 }
 
 
@@ -79,10 +80,12 @@ class CanonicalAdapter:
     Args:
         factors: A [r, in] and B [out, r], scaled, both float32.
         base_fingerprint: of the base that it was trained on; None if it does not record one.
+        invocation: of activated LoRA, the tokens from whose last occurrence on it acts.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
+    invocation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -95,7 +98,7 @@ class CanonicalAdapter:
         for module, (a, b) in self.factors.items():
             missing = self.rank - len(a)
             factors[module] = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
-        return CanonicalAdapter(factors, self.base_fingerprint)
+        return replace(self, factors=factors)
 
     def inputs(self, none: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """The value of every adapter input of a graph: M.lora_A [in, r], M.lora_B [r, out].
@@ -118,19 +121,25 @@ class CanonicalAdapter:
         }
 
 
-def read_canonical(folder: Path) -> CanonicalAdapter:
-    """The adapter in `folder`, which PEFT or `save_adapter` wrote.
+def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAdapter:
+    """The adapter in `folder`, which PEFT or `save_adapter` wrote (see `Target.holds_invocation`).
 
     Raises:
         SourceError: its files cannot be read.
         ExportError: it is mergeable, or holds something that is not a pair of LoRA factors of a
-            linear layer.
+            linear layer, or is activated LoRA, which the target does not hold.
     """
     config, what = read_config(folder), f"adapter {str(folder)!r}"
     if mergeable_record(folder) is not None:
         raise ExportError(
             f"{what} is mergeable: it was trained as merged integers, which its factors alone do "
             "not compute. Merge it (`qwlora merge`, qwlora.merged_model) and export the merged base"
+        )
+    invocation = tuple(config.get("alora_invocation_tokens") or ())
+    if invocation and not holds_invocation:
+        raise ExportError(
+            f"{what} is activated LoRA (alora_invocation_tokens in {CONFIG}), and the target would "
+            "apply it to every token. Export it to hf or gguf"
         )
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -158,7 +167,7 @@ def read_canonical(folder: Path) -> CanonicalAdapter:
         scaling = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
         factors[module] = (a, b * scaling)
     fingerprint = manifest.read(folder / FILE).get("base_fingerprint")
-    return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint))
+    return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint), invocation)
 
 
 def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = ()) -> None:
@@ -184,6 +193,8 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
         "alpha_pattern": others,
         "target_modules": sorted(ends or ranks),
     }
+    if adapter.invocation:
+        config["alora_invocation_tokens"] = [*adapter.invocation]
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 
 

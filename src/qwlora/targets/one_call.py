@@ -134,7 +134,8 @@ def export(
         else:
             model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
             base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
-            changes = {name: read_canonical(Path(path)) for name, path in (adapters or {}).items()}
+            folders, holds = (adapters or {}).items(), known.holds_invocation
+            changes = {name: read_canonical(Path(path), holds) for name, path in folders}
         (folder / BASE).mkdir()
         backend.write_base(base, folder / BASE)
         finish(folder / BASE, True)

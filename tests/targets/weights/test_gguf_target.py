@@ -178,12 +178,18 @@ def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
     return adapted.eval()
 
 
+INVOCATION: dict[str, Any] = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
+
+
 def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) -> None:
     model = load_precomputed(open_checkpoint(source))
     write_base(target(), model, tmp_path, source)
-    with_adapter(model, tmp_path / "trained/a", use_rslora=True)
+    with_adapter(model, tmp_path / "trained/a", use_rslora=True, **INVOCATION)
     canonical = write_adapter(target(), tmp_path, "a")
     reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
+    invocation = reader.fields["adapter.alora.invocation_tokens"]
+    assert invocation.contents() == [7, 8]
+    assert invocation.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
@@ -195,6 +201,23 @@ def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) 
         stored["blk.0.attn_q.weight.lora_b"], in_the_files_order(b.numpy(), HEADS)
     )
     assert len(stored) == 2 * len(canonical.factors)
+
+
+@pytest.mark.client
+def test_llama_cpp_activates_an_adapter_where_peft_does(source: Path, tmp_path: Path) -> None:
+    model: Any = quantized(source, Scheme(4, True, PerBlock(32)))
+    write_base(target(), model, tmp_path, source)
+    adapted = with_adapter(model, tmp_path / "trained/a", **INVOCATION)
+    write_adapter(target(), tmp_path, "a")
+    runtime = TARGETS["gguf"].open(tmp_path)
+    ids = torch.randint(9, 90, (4, 24), generator=torch.Generator().manual_seed(0))
+    ids[0, 4:6] = ids[0, 15:17] = ids[1, :2] = ids[2, -2:] = torch.tensor([7, 8])  # not in the last
+    parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
+    assert parity.problems == []
+    runtime.use(tmp_path / "a")
+    for row in ids.split(1):
+        generated = adapted.generate(input_ids=row, max_new_tokens=6, do_sample=False)
+        assert runtime.decode(row, 6) == generated[0, 24:].tolist()
 
 
 @pytest.mark.client

@@ -64,16 +64,14 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     is_packed = any(text.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
         shapes = _adapter_shapes(context)
+        _check_invocations(context)
         if recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
                 "sequence, and the graph cannot mask attention between them; use join or none"
             )
         for adapter in trained if recipe.workflow == "qwa-lora" else ():
-            root = adapter
-            while (first := recipe.predecessor(root)) is not None:
-                root = first
-            source = root.continue_from
+            source = recipe.root(adapter).continue_from
             if source and (dropout := read_config(adapter_folder(source)).get("lora_dropout")):
                 say(
                     f"adapter {adapter.name}: {source} has dropout {dropout:g}; "
@@ -209,7 +207,8 @@ def _adapter_shapes(context: JobContext) -> Shapes:
         check_loggers(adapter.report_to)
         try:
             if adapter.continue_from is None:
-                shapes[adapter.name] = check_shape(context.skeleton(), adapter.lora_shape())
+                shape = adapter.lora_shape(context.tokenizer)
+                shapes[adapter.name] = check_shape(context.skeleton(), shape)
             elif is_foreign(context.recipe, adapter):
                 shapes[adapter.name] = check_existing(
                     adapter.continue_from, adapter.unknown_base, context.skeleton()
@@ -235,6 +234,34 @@ def _adapter_shapes(context: JobContext) -> Shapes:
                     "them equal shapes, or use base_activations: adapter_only"
                 )
     return shapes
+
+
+def _check_invocations(context: JobContext) -> None:
+    """Check that activated LoRA, also such as continues one from files, has a place in the targets,
+    and that each of its training sequences is one document and trains it."""
+    recipe = context.recipe
+    for adapter in recipe.adapters:
+        root, text = recipe.root(adapter), context.text(adapter.name)
+        tokens = root.lora_shape(context.tokenizer).alora_invocation_tokens
+        if root.continue_from is not None:
+            tokens = read_config(adapter_folder(root.continue_from)).get("alora_invocation_tokens")
+        if not tokens:
+            continue
+        problem, is_trained = recipe.invocation_problem(), text.train.activated(tokens)
+        if adapter.gradient_checkpointing and adapter.evaluation_steps:
+            problem = "has gradient_checkpointing or evaluation_steps, not both; remove one"
+        elif adapter.steps and (packing := text.cutting.packing_of(text.documents.kind)) != "none":
+            problem = f"needs one document in a sequence: data.packing none, not {packing}"
+        elif adapter.steps and not is_trained.all():
+            count, first = int((~is_trained).sum()), int(is_trained.int().argmin())
+            problem = (
+                f"(alora_invocation: {tokens}) has nothing to learn from {count} of "
+                f"{len(is_trained)} training sequences, where no loss token follows it (see "
+                f"`qwlora data --sequence {first}`). Add it to each document, raise "
+                "data.sequence_tokens if it was cut off, or give the token ids that it has there"
+            )
+        if problem:
+            raise TrainingError(f"adapter {adapter.name}: activated LoRA {problem}")
 
 
 def _check_places(context: JobContext, shapes: Shapes) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qwlora.adapter.adapter_files import read_config
 from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
@@ -97,7 +98,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         gguf_file = location.path if location.gguf_file else None
         bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    return read_canonical(context.path / "adapters" / adapter)
+    return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
 
 
 def _graph(
@@ -198,6 +199,9 @@ class _Verification:
             }
             base = manifest.read(self.parts[BASE] / RECORD) if BASE in self.parts else {}
             self.record |= {key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base}
+            key, trained = "alora_invocation_tokens", self.context.path / "adapters" / self.adapter
+            if self.target.holds_invocation and (tokens := read_config(trained).get(key)):
+                self.record[key] = tokens
             if missing := self.target.missing():
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:

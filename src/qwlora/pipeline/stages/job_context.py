@@ -349,7 +349,7 @@ class JobContext:
             merges = adapter.mergeable and not reference
             weight = self.float_weight() if merges else None
             if source is None:
-                model = attach(whole, start.lora_shape(), seed)
+                model = attach(whole, start.lora_shape(self.tokenizer), seed)
             else:
                 model = attach_existing(whole, source, start.unknown_base, seed, weight)
             if merges:
@@ -476,8 +476,7 @@ class JobContext:
 
     def _ranks(self, adapter: Adapter) -> dict[str, int]:
         """Ranks of an adapter by path of the layer."""
-        while (predecessor := self.recipe.predecessor(adapter)) is not None:
-            adapter = predecessor
+        adapter = self.recipe.root(adapter)
         if adapter.continue_from is None:
             shapes = check_shape(self.skeleton(), adapter.lora_shape())
         else:

@@ -85,6 +85,11 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     if not has_cache:
         why = "The files have no key-value cache, so every token runs the whole sequence"
         parts.append(f"{why}: {some[WITHOUT_CACHE]}")
+    if activated := [name for name in names if records[name].get("alora_invocation_tokens")]:
+        parts.append(
+            f"Activated LoRA: {', '.join(activated)}. It acts from the last occurrence of its "
+            "invocation in the text on; use a program that knows it, such as PEFT or llama-server."
+        )
     sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
     rows = [f"| `{p}/` | {'base' if p == BASE else 'adapter'} | {n} |" for p, n in sizes.items()]
     stated = some["license"]

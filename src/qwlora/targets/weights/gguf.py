@@ -30,6 +30,7 @@ Source: `ggml-common.h`, and `llama-adapter.cpp` of llama.cpp (b11739).
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -113,6 +114,10 @@ class Gguf(Backend):
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         if exported.base_fingerprint is not None:
             writer.add_string("qwlora.base_fingerprint", exported.base_fingerprint)
+        if exported.invocation:
+            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+            key = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS
+            writer.add_key_value(key, [*exported.invocation], *kinds)
         tensors: Tensors = {}
         for module, (a, b) in sorted(exported.factors.items()):
             name, rows = names.stored_rows(f"{module}.weight", len(b))
@@ -323,26 +328,45 @@ class LlamaRuntime(Runtime):
                 raise ExportError(f"llama.cpp cannot load {file!r}: {self._reason()}")
             self._adapters[adapter] = found
         self._active = adapter
-        if self._context != self._ffi.NULL:
-            self._switch()
         if self.shipped is not None:
             self.shipped.use(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()
-        self._make_room(len(tokens))
-        found = torch.from_numpy(self._decode(tokens, 0))
+        found = torch.from_numpy(self._prefill(tokens, self._start(tokens), len(tokens)))
         return found.view(1, len(tokens), self._vocabulary)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, position, found = ids[0].tolist(), 0, list[int]()
-        self._make_room(len(tokens) + count)
-        while len(found) < count:
-            logits = self._decode(tokens, position)[-self._vocabulary :]
-            position += len(tokens)
-            tokens = [int(logits.argmax())]
-            found += tokens
-        return found
+        tokens, before, room = ids[0].tolist(), -1, ids.shape[1] + count
+        while len(tokens) < room:
+            if (start := self._start(tokens)) == before:
+                logits = self._decode(tokens[-1:], len(tokens) - 1)
+            else:  # the first of all, or an invocation is generated
+                before, logits = start, self._prefill(tokens, start, room)
+            tokens.append(int(logits[-self._vocabulary :].argmax()))
+        return tokens[-count:]
+
+    def _start(self, tokens: list[int]) -> int:
+        """Where the adapter starts to act, which llama.cpp leaves to the program for activated
+        LoRA: at the last occurrence of its invocation; beyond every token if there is none."""
+        llama, adapter = self._llama, self._adapters[self._active] if self._active else None
+        size = llama.llama_adapter_get_alora_n_invocation_tokens(adapter) if adapter else 0
+        if not size:
+            return 0
+        wanted = self._ffi.unpack(llama.llama_adapter_get_alora_invocation_tokens(adapter), size)
+        places = (i for i in range(len(tokens)) if tokens[i : i + size] == wanted)
+        return max(places, default=sys.maxsize)
+
+    def _prefill(self, tokens: list[int], start: int, room: int) -> Any:
+        """`_decode` of a sequence's first tokens, with the adapter from `start` on."""
+        self._make_room(room)
+        logits, position = list[Any](), 0
+        for part, adapter in ((tokens[:start], None), (tokens[start:], self._active)):
+            if part:
+                self._switch(adapter)
+                logits.append(self._decode(part, position))
+                position += len(part)
+        return np.concatenate(logits)
 
     def _decode(self, tokens: list[int], position: int) -> Any:
         """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
@@ -385,10 +409,9 @@ class LlamaRuntime(Runtime):
             llama.llama_free(context)
 
         self._context, self._tokens = self._ffi.gc(context, release), room
-        self._switch()
 
-    def _switch(self) -> None:
-        active = [] if self._active is None else [self._adapters[self._active]]
+    def _switch(self, adapter: Path | None) -> None:
+        active = [] if adapter is None else [self._adapters[adapter]]
         pointers = self._ffi.new("struct llama_adapter_lora *[]", active) if active else None
         status = self._llama.llama_set_adapters_lora(
             self._context,
@@ -397,4 +420,4 @@ class LlamaRuntime(Runtime):
             self._ffi.new("float[]", [1.0]) if active else self._ffi.NULL,
         )
         if status:
-            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")
+            raise ExportError(f"llama.cpp cannot use {adapter} (status {status})")

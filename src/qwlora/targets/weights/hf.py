@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import get_alora_offsets_for_forward
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -183,9 +184,16 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, cache = list[int](), None
-        while len(tokens) < count:
-            result = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
-        return tokens
+        tokens, new, cache = ids, ids, None
+        before: list[int] | None = None
+        while tokens.shape[1] < ids.shape[1] + count:
+            # Of activated LoRA, where it starts in the whole text: PEFT looks into `new` only.
+            is_adapted = isinstance(self._model, PeftModel)
+            of_start = get_alora_offsets_for_forward(self._model, tokens) if is_adapted else {}
+            start = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
+            if start != before:  # the first of all, or an invocation is generated
+                cache, new, before = None, tokens, start
+            result = self._model(input_ids=new, past_key_values=cache, use_cache=True, **of_start)
+            cache, new = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], 1)
+        return [int(token) for token in tokens[0, -count:]]

@@ -25,7 +25,7 @@ from vllm_files.vllm_on_cpu import HAS_OPERATOR, operator_of_cpu  # isort: skip
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-TOP, TOKENS = 64, 128  # log-probabilities of a token; tokens that are scored
+TOP, TOKENS = 64, 64  # log-probabilities of a token; tokens that are scored
 DECODED, TURNS = 16, 3
 
 
@@ -41,7 +41,7 @@ class Program:
             dtype="float32",
             skip_tokenizer_init=True,
             max_model_len=2 * TOKENS,
-            max_num_seqs=8,
+            max_num_seqs=TOKENS,
             max_logprobs=TOP,
             enforce_eager=True,
             enable_prefix_caching=False,
@@ -106,7 +106,7 @@ def distances(program: Program, reference: Mapping[str, Any], name: str | None) 
 
 def record(program: Program, bundle: Path, name: str) -> dict[str, Any]:
     """Figures of an adapter."""
-    reference = load_file(bundle / "qwlora" / name / "reference.safetensors")
+    reference = load_file(bundle / "proof" / name / "reference.safetensors")
     prompt = reference["ids"][0, :TOKENS].tolist()
     states = {"base": None, "adapter": name}
     figures = {state: distances(program, reference, of) for state, of in states.items()}

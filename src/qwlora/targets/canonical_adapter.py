@@ -184,7 +184,7 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
         metadata={"format": "pt"},
     )
     others = {re.escape(module): r for module, r in ranks.items() if r != adapter.rank}
-    config = {
+    config: dict[str, Any] = {
         **_FIXED,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
@@ -194,7 +194,7 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
         "target_modules": sorted(ends or ranks),
     }
     if adapter.invocation:
-        config["alora_invocation_tokens"] = [*adapter.invocation]
+        config["alora_invocation_tokens"] = adapter.invocation
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 
 

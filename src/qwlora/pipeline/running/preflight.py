@@ -207,8 +207,8 @@ def _adapter_shapes(context: JobContext) -> Shapes:
         check_loggers(adapter.report_to)
         try:
             if adapter.continue_from is None:
-                shape = adapter.lora_shape(context.tokenizer)
-                shapes[adapter.name] = check_shape(context.skeleton(), shape)
+                wanted = adapter.lora_shape(context.tokenizer)
+                shapes[adapter.name] = check_shape(context.skeleton(), wanted)
             elif is_foreign(context.recipe, adapter):
                 shapes[adapter.name] = check_existing(
                     adapter.continue_from, adapter.unknown_base, context.skeleton()

@@ -89,13 +89,15 @@ def test_without_a_terminal_lines_are_few(
         display.watch("train/a", 1, 1)
         for _ in display.track(range(10), "training", 10):
             time.sleep(0.1)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
+        steps = capsys.readouterr()
+        time.sleep(0.5)  # a stage without steps
+    assert steps.out == ""
+    lines = steps.err.splitlines()
     assert 1 <= len(lines) <= 2
     assert lines[0].startswith("train/a (1 of 1): ")
     assert "training" in lines[0]
     assert "left" in lines[0]
+    assert capsys.readouterr().err.startswith("train/a (1 of 1): 0:00:0")
 
 
 def test_quiet_shows_nothing(

@@ -156,7 +156,7 @@ class ProgressDisplay:
             transient=True,
             refresh_per_second=4,
         )
-        self._stage: tuple[TaskID, str] | None = None
+        self._stage: tuple[TaskID, str, float] | None = None  # and when it began
         self._ended = threading.Event()
         self._exit = contextlib.ExitStack()
 
@@ -181,7 +181,7 @@ class ProgressDisplay:
         row = self._progress.add_task(
             f"{number}/{count} {stage}", total=count, completed=number - 1, count="", left=""
         )
-        self._stage = row, f"{stage} ({number} of {count})"
+        self._stage = row, f"{stage} ({number} of {count})", time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
@@ -206,13 +206,17 @@ class ProgressDisplay:
             self._progress.remove_task(step)
 
     def _print_lines(self) -> None:
-        """Say what runs now, and the time left of it."""
+        """Say what runs now, and the time left of it, or how long the stage has run."""
         while not self._ended.wait(LINE_SECONDS):
             parts = [] if self._stage is None else [self._stage[1]]
             if steps := self._progress.tasks[len(parts) :]:
                 words = [steps[-1].description.strip(), steps[-1].fields["count"]]
                 line = " ".join(filter(None, words))
                 parts.append(", ".join(filter(None, [line, steps[-1].fields["left"]])))
+            elif self._stage is not None:
+                parts.append(
+                    f"{timedelta(seconds=round(time.monotonic() - self._stage[2]))} so far"
+                )
             if parts:
                 self.say(": ".join(parts))
 

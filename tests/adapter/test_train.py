@@ -61,7 +61,7 @@ def trained(work: Path, **settings: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("shape", [{}, {"dora": True, "target_modules": ["q_proj", "up_proj"]}])
 def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) -> None:
-    model = adapted(**shape)
+    model = adapted(layers=2, **shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     identity = fingerprint(model)
     report = train_adapter(model, IDS, SETTINGS, tmp_path)

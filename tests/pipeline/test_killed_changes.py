@@ -25,7 +25,7 @@ from qwlora.pipeline.commands.manage_adapters import (
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
+from qwlora.pipeline.commands.open_job import JobModels, ModelName, add_task_scores
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.journal import JOURNAL
 from qwlora.pipeline.job.stage_records import Record
@@ -89,7 +89,7 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         unfinished.mkdir(parents=True)
         (unfinished / "checkpoint").write_text("half")
     models = JobModels(job)
-    add_task_scores(models, models.name("adapted", "first"), {"first": {"acc": 1}})
+    add_task_scores(models, ModelName("adapted", "first"), {"first": {"acc": 1}})
     return job
 
 

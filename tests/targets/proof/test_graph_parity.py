@@ -100,7 +100,7 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     folder = tmp_path / "export" / "qairt"
     folder.mkdir(parents=True)
     (folder / "graphs.json").write_text(json.dumps({"graphs": graphs}))
-    held_out = SimpleNamespace(data=SimpleNamespace(held_out=Sequences(IDS, labels)))
+    held_out = SimpleNamespace(held_out=Sequences(IDS, labels))
     adapters, verify = [SimpleNamespace(name="first")], SimpleNamespace(sequences=8)
     recipe = SimpleNamespace(adapters=adapters, verify=verify)
     context: Any = SimpleNamespace(path=tmp_path, recipe=recipe, text=lambda name: held_out)

@@ -38,8 +38,8 @@ Quantized blocks are decoded into codes and scales, and become a `QuantizedTenso
 
 `d`, `m` and `dmin` are float16. `s` and `t` are one integer per block: signed in Q3_K and Q6_K,
 unsigned in the others. Products are rounded to float32 once, as in the `gguf` package and
-llama.cpp, so values are equal bit for bit. The only exceptions are the sign of zero (-0.0 becomes
-0.0) and negative scales with a minimum.
+llama.cpp, so values are equal bit for bit. The only exception is the sign of zero: -0.0 becomes
+0.0.
 
 In the simple types (block 32), the codes follow `d` and `m`:
 
@@ -54,8 +54,8 @@ GGUF allows negative and zero scales everywhere:
   its own codes are dropped.
 * Negative scale, symmetric: the tensor has signed blocks (`SignedBlock`), with its own codes and
   scales.
-* Negative scale, float minimum: codes are counted from the other end (`quantized_of`). No quantizer
-  writes such blocks.
+* Negative scale, float minimum: codes are counted from the other end (`quantized_of`) if this gives
+  the same float32 values; otherwise the tensor is refused. No quantizer writes such blocks.
 
 Source of the types: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """
@@ -491,7 +491,7 @@ def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:
 
 
 def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTensor:
-    """The quantized tensor with these values.
+    """The quantized tensor with exactly these values.
 
     Args:
         kind: the GGUF type.
@@ -499,21 +499,31 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
         what: the tensor and its type, for messages.
 
     Raises:
-        SourceError: a scale or minimum is not finite.
+        SourceError: a scale or minimum is not finite, or a negative scale cannot be converted
+            exactly.
     """
     bitwidth, (codes, scale, *minimum) = TYPES[kind][0], parts
-    middle, is_constant = 2 ** (bitwidth - 1), scale == 0
+    middle, is_constant, negative = 2 ** (bitwidth - 1), scale == 0, scale < 0
+    size = codes.shape[-1] // scale.shape[-1]
     if bool(is_constant.any()):
-        size = codes.shape[-1] // scale.shape[-1]
         inside = is_constant.repeat_interleave(size, dim=-1)
         codes = codes.masked_fill(inside, 0 if minimum else middle)
         scale = scale.masked_fill(is_constant, CONSTANT_SCALE)
     offset = torch.full(scale.shape, -middle, dtype=torch.int32)
     try:
-        return quantized_of(bitwidth, codes, scale, *(minimum or [offset]))
+        quantized = quantized_of(bitwidth, codes, scale, *(minimum or [offset]))
     except GridError as error:
         problem = f"{what}: {error}. The file is damaged; download it again"
         raise SourceError(problem) from error
+    if minimum and bool(negative.any()):
+        d, m = (part.repeat_interleave(size, dim=-1) for part in (scale, *minimum))
+        if not torch.equal(quantized.dequantize(), codes.float() * d + m):
+            raise SourceError(
+                f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no "
+                "positive scale gives exactly the same values; "
+                "quantize the float model again with llama-quantize"
+            )
+    return quantized
 
 
 def _half(fields: Tensor, start: int) -> Tensor:

@@ -67,7 +67,7 @@ def with_kernels(model: Any, head: bool) -> Any:
 
 def generating(model: Any, ids: Tensor, count: int) -> int:
     with torch.inference_mode():
-        length = {"min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+        length = {"max_new_tokens": count, "pad_token_id": 0}
         mask = torch.ones_like(ids)
         found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **length)
     return found.shape[1] - ids.shape[1]
@@ -149,6 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     floats: Any = load_model(SMOLLM2)
+    floats.generation_config.eos_token_id = None  # no token ends a text
     if arguments.layers:
         floats.model.layers = floats.model.layers[: arguments.layers]
         floats.config.num_hidden_layers = arguments.layers

@@ -255,9 +255,28 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 
 def fuse_lora_(model: nn.Module) -> None:
-    """`fused_lora` without an end, for a model that only generates text from then on."""
+    """`fused_lora` without an end, for a model that only generates text from then on, with the
+    adapter that is active now. The kernels for few rows (`nn/few_row_kernels.py`) leave so little
+    to do for a token that calls of PEFT's modules count; then it is two products:
+
+        y += (x A^T) (scaling B)^T
+    """
     for layer in _lora_layers(model):
         layer.forward = functools.partial(_fused_forward, layer)
+        if (adapter := _only_adapter(layer)) is not None and _is_plain(layer, adapter):
+            a, b = (factor[adapter].weight.detach().T for factor in (layer.lora_A, layer.lora_B))
+            factors = a, b * layer.scaling[adapter]
+            layer.forward = functools.partial(_generating_forward, layer, layer.base_layer, factors)
+
+
+def _generating_forward(
+    layer: Any, base: PackedLinear, factors: tuple[Tensor, Tensor], x: Tensor, **kwargs: Any
+) -> Tensor:
+    is_fast = not kwargs and base.few_rows is not None and x.dtype == factors[0].dtype
+    if not is_fast or (y := base.few_rows(x)) is None:  # type: ignore[misc] # it is not None
+        return _fused_forward(layer, x, **kwargs)
+    u = x.reshape(-1, x.shape[-1]) @ factors[0]
+    return torch.addmm(y.view(-1, y.shape[-1]), u, factors[1]).view(y.shape)
 
 
 def _lora_layers(model: nn.Module) -> list[Any]:
@@ -270,22 +289,27 @@ def _lora_layers(model: nn.Module) -> list[Any]:
     ]
 
 
-def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _only_adapter(layer: Any) -> str | None:
+    """The one active adapter of `layer`; None for several, and for merged or disabled ones."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    adapter, dtype = "".join(active[:1]), compute_dtype(x)
-    is_alone = len(active) == 1 and not (args or kwargs or layer.disable_adapters or layer.merged)
-    if is_alone and isinstance(layer.lora_variant.get(adapter), MergedIntegers):
-        return merged_forward(layer, adapter, x)
-    is_plain = is_alone and not (  # the equation above is all that `layer` computes
-        adapter in layer.lora_variant
-        or layer.lora_B[adapter].bias is not None
-        or not layer.base_layer.is_plain
-        or torch.compiler.is_compiling()
-        or x.ndim < 2
-        or dtype == x.dtype != layer.lora_A[adapter].weight.dtype
-    )
-    if not is_plain:
+    return None if len(active) != 1 or layer.disable_adapters or layer.merged else active[0]
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether the sum of `fused_lora` is all that `layer` computes with this adapter."""
+    has_more = adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
+    return layer.base_layer.is_plain and not has_more
+
+
+def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapter, dtype = _only_adapter(layer), compute_dtype(x)
+    if adapter is None or args or kwargs:
         return LoraLinear.forward(layer, x, *args, **kwargs)
+    if isinstance(layer.lora_variant.get(adapter), MergedIntegers):
+        return merged_forward(layer, adapter, x)
+    is_cast = dtype != x.dtype or dtype == layer.lora_A[adapter].weight.dtype
+    if not (_is_plain(layer, adapter) and is_cast and x.ndim >= 2) or torch.compiler.is_compiling():
+        return LoraLinear.forward(layer, x)
     x, lora_a, lora_b = x.to(dtype), layer.lora_A[adapter], layer.lora_B[adapter]
     u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
     return layer.base_layer.add_to(lora_b(u), x)

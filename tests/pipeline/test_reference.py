@@ -30,7 +30,8 @@ from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 
 VERBS = ("quantize", "train", "evaluate")
-SHORT = {"steps": 2, "warmup_steps": 0}
+EXACT = {"compute": "float32"}  # auto is bfloat16 on some processors, which rounds more
+SHORT = {"steps": 2, "warmup_steps": 0, **EXACT}
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,7 +51,7 @@ def lossless(recipe_for: Any, tmp_path: Path) -> Job:
     get_peft_model(model, lora).save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     peft = {"continue_from": str(tmp_path / "peft"), "unknown_base": "accept"}
     adapters = [
-        {"name": "first", "rank": 4, "dropout": 0.1, "steps": 4, "warmup_steps": 1},
+        {"name": "first", "rank": 4, "dropout": 0.1, "steps": 4, "warmup_steps": 1, **EXACT},
         {"name": "second", "continue_from": "first", **SHORT},
         {"name": "foreign", **peft, "steps": 0},
     ]

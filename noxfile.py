@@ -1,7 +1,7 @@
 """Tests that need an environment of their own: `nox --session clients`, or `make test-clients`.
 
-nox creates each environment in .nox and keeps it; with `--no-install` (`-N`) it installs nothing
-again. docs/testing.md says what each session tests.
+nox creates each environment in .nox and keeps it; with `-R` it installs nothing again.
+docs/testing.md says what each session tests.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ AIMET's own files (tests/formats/aimet_encodings/files) are compared with each o
 same simulation. tests/aimet/test_reader.py compares with aimet-torch itself.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -264,12 +265,26 @@ def test_a_file_of_another_producer_needs_the_order_of_its_blocks(tmp_path: Path
     scheme = Scheme(4, True, PerBlock(8))
     expected = {name: measure(value, scheme) for name, value in matrices(llama()).items()}
     entries = [entry_of(name, grid, "1.0.0", transposed=True) for name, grid in expected.items()]
-    producer = {"package": "aimet-onnx", "version": "2.42.0"}
+    producer = {"package": "another", "version": "1.0"}
     encodings = saved(tmp_path, entries, "1.0.0", llama(), producer=producer)
     with pytest.raises(EncodingsFileError, match=r"9 problems(.|\n)*flat list of blocks"):
         open_checkpoint(tmp_path, encodings)
     found = read_integers(open_checkpoint(tmp_path, encodings, block_order="tensor"), DOWN)
     assert torch.equal(found.encoding.scale, expected[DOWN].scale)
+
+
+def test_aimet_onnx_lists_blocks_by_channel(tmp_path: Path) -> None:
+    """The scales of one weight [in, out] that it exports in 1.0.0 and, nested, in 2.0.0."""
+    first, second = [0.0185714, 0.0675, 0.0914286], [0.1857143, 0.1357143, 0.0875]
+    by_channel = [scale for pair in zip(first, second, strict=True) for scale in pair]
+    entry = {"name": "fc.weight_0", "dtype": "INT", "bw": 4, "enc_type": "PER_BLOCK"}
+    entry |= {"is_sym": True, "block_size": 2, "offset": [-8.0] * 6, "scale": by_channel}
+    content = {"version": "1.0.0", "producer": {"package": "aimet-onnx", "version": "2.42.0"}}
+    content |= {"activation_encodings": [], "param_encodings": [entry]}
+    (tmp_path / "model.encodings").write_text(json.dumps(content))
+    model = nn.ModuleDict({"fc": nn.Linear(4, 3, bias=False)})
+    scale = matched_encodings(model, tmp_path / "model.encodings")["fc.weight"].scale
+    assert torch.equal(scale, torch.tensor([first, second]).T)
 
 
 def all_entries(model: PreTrainedModel) -> dict[str, Entry]:

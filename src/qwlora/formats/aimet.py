@@ -290,10 +290,11 @@ def _grid(
             f"Use fewer bits in AIMET, or set {_keeping(name)}"
         )
     is_conv1d, producer = _is_conv1d_weight(model, name), file.producer or {}
-    if block_order is None and producer.get("block_order") == "channel":
-        block_order = "channel"  # our own files for aimet-onnx
+    of_onnx = producer.get("package") == "aimet-onnx" and file.version == "1.0.0"
+    if block_order is None and (of_onnx or producer.get("block_order") == "channel"):
+        block_order = "channel"  # aimet-onnx, and our own files for it
     elif block_order is None and is_numbered:
-        block_order = "tensor"  # AIMET's ONNX exporter lists blocks in memory order
+        block_order = "tensor"  # aimet-torch's ONNX exporter lists blocks in memory order
     elif block_order is None and not is_conv1d and producer.get("package") == "aimet-torch":
         block_order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
     module = model.get_submodule(name.rpartition(".")[0])

@@ -282,11 +282,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             f"model {source!r} holds integers, so there is no float model to load. "
             "Keep the integers as they are (base.solver: keep), or give the float model"
         )
-    if location.gguf_file:
-        from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-
-        GgufCheckpoint(location.path, as_floats=True)  # refuses tensors that transformers skips
-    elif any(location.path.glob("*.safetensors*")):
+    if any(location.path.glob("*.safetensors*")):
         from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 
         SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
@@ -295,7 +291,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         auto_class(config),
         location,
         f"model {source!r}",
-        config=None if location.gguf_file else config,
+        config=config,
         dtype=torch.float32,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
@@ -345,6 +341,11 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
     from qwlora.formats.huggingface.model_config import use_default_implementations_
 
     location, trust = _readable(source), trust_remote_code
+    if location.gguf_file:
+        from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+
+        # refuses tensors that transformers skips, and knows more of the metadata
+        return GgufCheckpoint(location.path, as_floats=True).config
     config: PretrainedConfig = _from_pretrained(
         AutoConfig, location, f"model {source!r}", trust_remote_code=trust
     )

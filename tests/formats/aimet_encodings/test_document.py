@@ -49,6 +49,20 @@ def test_an_aimet_file_is_read_and_written_back(version: str, tmp_path: Path) ->
     assert len(lines) == len(file.encodings) + (10 if file.version < "2" else 6)
 
 
+def test_offsets_are_integers_also_where_aimet_onnx_writes_floats() -> None:
+    """Entries of `sim.export` of aimet-onnx 2.42.0."""
+    grid = {"offset": -33401.0, "scale": 0.0003704806509939822}
+    old = {**grid, "bitwidth": 16, "dtype": "int", "is_symmetric": "False"}
+    old |= {"max": 11.905025239040624, "min": -12.37442422385}
+    new = {"name": "a", "bw": 16, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": False}
+    new |= {key: [value] for key, value in grid.items()}
+    for version, entries, none in (("0.6.1", {"a": [old]}, {}), ("1.0.0", [new], [])):
+        sections = {"activation_encodings": entries, "param_encodings": none}
+        file, _ = parse({"version": version, **sections})
+        assert file is not None
+        assert file.by_name["a"].offset.tolist() == -33401  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("name", ["aimet-modules.json", "aimet-export-1.0.0_torch.encodings"])
 def test_aimets_files_by_module_are_read_as_0_6_1(name: str) -> None:
     """Whatever version they state; the same simulation as the exported files."""

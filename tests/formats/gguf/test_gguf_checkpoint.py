@@ -30,8 +30,13 @@ from formats.gguf_models import (
 from formats.models import read_floats
 from qwlora.errors import MissingExtraError, QwloraWarning, SourceError
 from qwlora.formats.checkpoint import Origin
-from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint, _OuterModules, find_reordering
-from qwlora.formats.model_source import load_model
+from qwlora.formats.gguf.gguf_checkpoint import (
+    LARGEST,
+    GgufCheckpoint,
+    _OuterModules,
+    find_reordering,
+)
+from qwlora.formats.model_source import load_config, load_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 
@@ -52,6 +57,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bloom": ("bloom", "bloom", BLOOM),  # q, k, v shuffled
     "qwen3moe": ("qwen3_moe", "qwen3_moe", {**UNTIED, **EXPERTS}),  # experts joined
     "mamba": ("mamba", "mamba", MAMBA),
+    "stablelm": ("stablelm", "stablelm", {**SMALL, "head_dim": None}),
 }
 
 
@@ -303,14 +309,32 @@ def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
         wanted = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
         found = GgufCheckpoint(path).config.to_dict()
         different = {key for key in wanted | found if wanted.get(key) != found.get(key)}
-        assert different <= {"_name_or_path", "dtype"}
+        assert different <= {"_name_or_path", "dtype", "query_pre_attn_scalar"}
         assert found["vocab_size"] == 96
+
+
+def test_settings_that_transformers_leaves_at_its_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As llama.cpp has them: Gemma 27B, known by its layers, has another scale of attention."""
+    monkeypatch.setitem(LARGEST, "gemma3", 3)
+    rotary = {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    rows: list[tuple[str, dict[str, Any], dict[str, Any], str, Any]] = [
+        ("gemma3", {}, {"head_dim": 32}, "query_pre_attn_scalar", 32),
+        ("gemma3", {}, {"num_hidden_layers": 3, "head_dim": 32}, "query_pre_attn_scalar", 64),
+        ("stablelm", {"rope.freq_base": 5e5, "rope.dimension_count": 32}, {}, "rope_parameters", rotary),
+        ("gpt2", {"context_length": 512}, {"n_positions": 512}, "n_positions", 512),
+        ("qwen3moe", {"expert_feed_forward_length": 512}, {"moe_intermediate_size": 512}, "moe_intermediate_size", 512),
+    ]  # fmt: skip
+    for arch, stored, changes, key, wanted in rows:
+        metadata = {f"{arch}.{name}": value for name, value in stored.items()}
+        path = file_of(tmp_path, arch, {}, metadata=metadata, **changes)
+        assert getattr(load_config(str(path)), key) == wanted
+    assert load_model(str(path)).config.moe_intermediate_size == 512
 
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4}
 MLP = dict(HEADS, num_key_value_heads=2, intermediate_size=64)
-
-
 MODELS = {
     "falcon": HEADS,
     "phi3": dict(MLP, pad_token_id=0),

@@ -46,6 +46,8 @@ def test_shards_and_a_missing_prefix(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert same(tmp_path / "shards", llama())
+    llama().save_pretrained(tmp_path / "shards")  # removes the shards, but not their index
+    assert same(tmp_path / "shards", llama())
     gpt2().transformer.save_pretrained(tmp_path / "headless")
     assert "h.0.ln_1.weight" in FolderCheckpoint(tmp_path / "headless").files
     assert same(tmp_path / "headless", gpt2())

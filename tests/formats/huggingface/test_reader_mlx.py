@@ -63,6 +63,7 @@ def edited(
     ("settings", "message"),
     [
         ({"mode": "mxfp4"}, "mxfp4.*affine"),
+        ({"model.embed_tokens": {"mode": "mxfp4"}}, "mxfp4' of 'model.embed_tokens' .*affine"),
         ({"bits": 7}, "bits 7.*2, 3, 4, 5, 6, 8"),
         ({"group_size": "64"}, "group_size '64'"),
         ({"bits": 8}, "8 bits in groups of 64: .*but the settings in config.json need"),
@@ -81,3 +82,11 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
     folder = edited(tmp_path, {}, {name: scales * float("nan")})
     with pytest.raises(SourceError, match=r"up_proj.* a scale is a finite positive number"):
         open_checkpoint(folder).read("model.layers.0.mlp.up_proj.weight")
+
+
+def test_stacked_experts_are_refused(tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.switch_mlp.up_proj"
+    parts = {"weight": torch.zeros(2, 8, 8, dtype=torch.uint32), "scales": torch.ones(2, 8, 1)}
+    tensors = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+    with pytest.raises(SourceError, match=r"\[2, 8, 8\].* experts that MLX has stacked"):
+        open_checkpoint(edited(tmp_path, {}, tensors))

@@ -108,8 +108,10 @@ def numbers_of(value: Any) -> Floats:
 
 
 def integers_of(value: Any) -> Integers:
-    """Integers of at most `MAX_INTEGER`: one, a list, or nested lists of equal lengths."""
-    integers = _rectangle(value, (int,), "integers")
+    """As `numbers_of`, integers of at most `MAX_INTEGER`; aimet-onnx writes -128 as -128.0."""
+    integers = _rectangle(value, (int, float), "integers")
+    if wrong := [item for item in integers.flat if item % 1]:
+        raise ValueError(f"contains {describe(wrong[0])}; integers are needed")
     for extreme in (integers.min(), integers.max()):
         if abs(extreme) > MAX_INTEGER:
             raise ValueError(f"contains {describe(extreme)}; the limit is {MAX_INTEGER}")

@@ -1,15 +1,7 @@
 """Read, write and validate encodings files.
 
-    read_encodings(path)           an EncodingsFile, or EncodingsFileError with every problem
-    write_encodings(file, path)    atomic, in the file's version or another, or ConversionError if
-                                   that version cannot express it
-    validate(file, onnx_path)      findings about a file, alone or compared with its model. An
-                                   `error` makes a runtime compute something else, or nothing. A
-                                   `warning` is legal but unusual, for example a tensor without an
-                                   encoding, which stays float
-
-Files are not trusted: reading takes time and memory proportional to the size, and raises only these
-errors.
+Files are not trusted: reading takes time and memory proportional to the size, and raises only
+EncodingsFileError.
 """
 
 from __future__ import annotations

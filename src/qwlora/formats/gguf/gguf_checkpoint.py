@@ -5,10 +5,10 @@ names.
     checkpoint.read("model.layers.0.mlp.down_proj.weight").dequantize()
 
 The dequantized values equal those of the `gguf` package bit for bit. Configuration and names come
-from the loading code of transformers, so every architecture that it supports can be read. What it
-does to values (reorder the rows of q and k, subtract one from norms, join experts) is also applied
-to integers, if it only moves rows or blocks. Tensors of type F32, F16 and BF16 are read as float32,
-those of type F64 as float64.
+from the loading code of transformers, so every architecture that it supports can be read. Settings
+that it leaves at its defaults are as llama.cpp has them. What it does to values (reorder the rows
+of q and k, subtract one from norms, join experts) is also applied to integers, if it only moves
+rows or blocks. Floats of type F32, F16 and BF16 are read as float32, those of F64 as float64.
 
 transformers has two kinds of conversions: for some architectures the same as for its own
 checkpoints (`integrations.gguf`), for the others a processor class per architecture
@@ -97,6 +97,14 @@ from qwlora.grid.encoding import QuantizedTensor
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 CONSTANT_SCALE = 2.0**-14
 _BLOCKS_AT_ONCE = 2**15
+# Metadata and settings that transformers' own tables lack.
+_UNREAD = {
+    "attention.key_length": "head_dim",
+    "context_length": "n_positions",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of Gemma 27B, whose attention scale differs
 _ROPE_FACTORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
 FIRST = 1000
 """The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""
@@ -191,11 +199,8 @@ class GgufCheckpoint(MappedCheckpoint):
             source: self.file.raw(source).view(dtype).view(self.file.tensors[source].shape)
             for source in origin.sources
         }
-        with foreign_as(
-            SourceError,
-            f"{self._what(origin)}: transformers' conversion of this tensor fails",
-            "download the file again",
-        ):
+        problem = f"{self._what(origin)}: transformers' conversion of this tensor fails"
+        with foreign_as(SourceError, problem, "download the file again"):
             return origin.convert(stored).to(torch.promote_types(dtype, torch.float32))
 
     def _integers(self, origin: Origin) -> QuantizedTensor:
@@ -214,8 +219,7 @@ class GgufCheckpoint(MappedCheckpoint):
         return to_quantized(kinds[origin.sources[0]], joined, what)
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
-        """The settings that transformers reads from the metadata, and the configuration made of
-        them."""
+        """What transformers reads from the metadata, and the configuration made of it."""
         architecture, tokens = self.file.architecture, self.file.metadata.get(TOKENS)
         what = "transformers cannot read a configuration from its metadata (architecture"
         with (
@@ -230,13 +234,24 @@ class GgufCheckpoint(MappedCheckpoint):
             settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
             if settings.get("vocab_size") == 0 and tokens:  # `without_contents` removed them
                 settings["vocab_size"] = tokens
-            kind, key = (
-                CONFIG_MAPPING[settings["model_type"]],
-                f"{architecture}.attention.key_length",
-            )
-            if hasattr(kind, "head_dim") and key in self.file.metadata:  # Qwen3: else 128
-                settings.setdefault("head_dim", self.file.metadata[key])
-            return settings, kind.from_dict(dict(settings))
+            kind, start = CONFIG_MAPPING[settings["model_type"]], f"{architecture}."
+            own = {k.removeprefix(start): v for k, v in self.file.metadata.items()}
+            for key in _UNREAD.keys() & own:
+                if hasattr(kind, _UNREAD[key]):
+                    settings.setdefault(_UNREAD[key], own[key])
+            config: Any = kind.from_dict(dict(settings))
+            heads = own.get("attention.head_count")
+            head = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+            rope = getattr(config, "rope_parameters", None) or {}
+            if "rope_theta" in rope:  # one for all layers
+                rope["rope_theta"] = own.get("rope.freq_base", rope["rope_theta"])
+                rotated = int(head * rope.get("partial_rotary_factor", 1))
+                if (width := own.get("rope.dimension_count", rotated)) != rotated:
+                    rope["partial_rotary_factor"] = width / head
+            if layers := LARGEST.get(architecture):
+                is_largest = config.num_hidden_layers == layers
+                config.query_pre_attn_scalar = config.hidden_size // heads if is_largest else head
+            return settings, config
 
     def _warn_of_positions(self) -> None:
         """Warn if the file scales positions and the configuration does not."""

@@ -218,22 +218,13 @@ class QweightTensors(FormatReader):
 
 
 class MlxTensors(FormatReader):
-    """The tensors of `files`; `settings` is the `quantization` section of config.json.
-
-    Raises:
-        SourceError: the mode is not affine.
-    """
+    """The tensors of `files`; `settings` is the `quantization` section of config.json."""
 
     label, parts, markers = "MLX", ("weight", "scales", "biases"), ("scales",)
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
         super().__init__(files)
         self.settings = settings
-        if (mode := settings.get("mode", "affine")) != "affine":
-            raise self.settings_error(
-                f"MLX mode {mode!r} is not supported, only affine, which has integers. Quantize "
-                "again with mlx_lm.convert -q --q-mode affine"
-            )
 
     def layer_shape(self, layer: str) -> tuple[int, ...]:
         _, group = self._layout(layer)
@@ -250,13 +241,15 @@ class MlxTensors(FormatReader):
         """Bitwidth and group size of a layer, after checking that its tensors fit them."""
         of_layer = self.settings.get(layer)
         settings = of_layer if isinstance(of_layer, Mapping) else self.settings
-        bitwidth, group = settings.get("bits"), settings.get("group_size")
-        if (
-            type(bitwidth) is not int
-            or type(group) is not int
-            or bitwidth not in MLX_BITWIDTHS
-            or group < 1
-        ):
+        bitwidth: Any = settings.get("bits")
+        group: Any = settings.get("group_size")
+        if (mode := settings.get("mode", "affine")) != "affine":
+            raise self.settings_error(
+                f"MLX mode {mode!r} of {layer!r} is not supported, only affine, which has "
+                "integers. Quantize again with mlx_lm.convert -q --q-mode affine"
+            )
+        are_integers = type(bitwidth) is type(group) is int
+        if not are_integers or bitwidth not in MLX_BITWIDTHS or group < 1:
             raise SourceError(
                 f"{self.where(layer)}: config.json gives it bits {bitwidth!r} and group_size "
                 f"{group!r}, but MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits and a whole "
@@ -264,8 +257,13 @@ class MlxTensors(FormatReader):
             )
         where = f"{self.where(layer)}, {bitwidth} bits in groups of {group}"
         weight = f"{layer}.weight"
-        stored = self.files.shape(weight) if weight in self.files else ()
-        rows, words = stored if len(stored) == 2 else (0, 0)
+        stored = self.files.shape(weight)
+        if len(stored) != 2:
+            raise SourceError(
+                f"{where}: the weight has shape {list(stored)}, but must be a matrix: experts that "
+                "MLX has stacked are not supported. Quantize the float model instead"
+            )
+        rows, words = stored
         groups = words * 32 // bitwidth // group
         self.files.check(weight, ("U32",), (rows, groups * group * bitwidth // 32), where)
         for part in ("scales", "biases"):

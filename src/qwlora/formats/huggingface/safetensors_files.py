@@ -1,7 +1,8 @@
 """The safetensors files of a Hugging Face folder, read through the `safetensors` library.
 
-The files are `model.safetensors`, or the shards in `model.safetensors.index.json`. If neither
-exists, the folder's only safetensors file or index is used, whatever its name (AutoGPTQ writes
+The files are `model.safetensors`, or else the shards in `model.safetensors.index.json`, as
+transformers reads them: a model saved over its shards leaves their index behind. If neither exists,
+the folder's only safetensors file or index is used, whatever its name (AutoGPTQ writes
 `gptq_model-4bit-128g.safetensors`).
 
 Opening reads the headers only; safetensors refuses truncated and malformed ones. `read` returns a
@@ -142,10 +143,10 @@ class SafetensorsFiles:
 def _files_of(folder: Path, single: str) -> list[Path]:
     """The file `single`, or the shards of its index, or else the only such file or index."""
     index = f"{single}.index.json"
-    if (folder / index).is_file():
-        return _shards(folder / index)
     if (folder / single).is_file():
         return [folder / single]
+    if (folder / index).is_file():
+        return _shards(folder / index)
     files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return _shards(files[0]) if files[0].suffix == ".json" else files

@@ -289,12 +289,8 @@ class CachedGraphs(Runtime):
         of_host = HOST_INPUTS[POSITIONS]
         arguments = {HOST_INPUTS[MASK]: mask, of_host: counted.expand(shapes.get(of_host, (1, -1)))}
         given = {EMBEDS: ids} if ids.is_floating_point() else embedded({IDS: ids}, self.folder)
-        padded = {
-            key: pad(
-                value if key == EMBEDS else value.int(), (0,) * 2 * (value.ndim - 2) + (0, missing)
-            )
-            for key, value in given.items()
-        }
+        given = {key: value if key == EMBEDS else value.int() for key, value in given.items()}
+        padded = {k: pad(v, (0,) * 2 * (v.ndim - 2) + (0, missing)) for k, v in given.items()}
         inputs = {
             **run_session(host, arguments),
             **padded,

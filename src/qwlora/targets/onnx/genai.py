@@ -72,8 +72,6 @@ EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bit
 _DOMAIN = "com.microsoft"
 CONFIG_FILE = "genai_config.json"
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
-
-
 _ID = (int, type(None))
 _FIXED = {  # what genai_config.json says of every model's decoder
     "filename": MODEL_FILE,

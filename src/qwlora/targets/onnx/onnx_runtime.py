@@ -115,11 +115,7 @@ class OnnxModel(Runtime):
     def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         before = next(iter(past.values())).shape[2] if past else 0
         count = before + ids.shape[1]
-        new = {
-            IDS: ids,
-            MASK: ids.new_ones(len(ids), count),
-        }
-        outputs = self.run({**new, **past})
+        outputs = self.run({IDS: ids, MASK: ids.new_ones(len(ids), count), **past})
         cache = {
             name.replace(PRESENT, PAST, 1): tensor
             for name, tensor in outputs.items()

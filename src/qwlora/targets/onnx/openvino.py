@@ -77,11 +77,8 @@ class Openvino(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        openvino, model, tokenizer = (
-            require("openvino", "openvino"),
-            exported.model,
-            exported.tokenizer,
-        )
+        openvino = require("openvino", "openvino")
+        model, tokenizer = exported.model, exported.tokenizer
         graph, paths = base_graph(model), set[str]()
         for node, path in matrix_products(graph, linear_modules(model)):
             node.name = path

@@ -56,6 +56,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwlora.errors import ExportError, QwloraWarning, listed
+from qwlora.formats.gguf.gguf_checkpoint import LARGEST
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.system.optional_packages import require
 
@@ -84,7 +85,6 @@ _FIXED: dict[str, dict[str, Any]] = {  # in llama.cpp's code
     "gemma2": {**_GEMMA, "tie_word_embeddings": True},
     "gemma3": {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
-_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of Gemma 27B, whose attention scale differs
 _ROPE = "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings"
 _ROTATIONS = {  # and what else llama.cpp has room for, by rope_type
     "default": (),
@@ -108,9 +108,9 @@ def check_config(config: Any) -> None:
         )
     layers = config.num_hidden_layers
     fixed, problems = {**_FIXED.get(kind, _OTHERS)}, []
-    if kind in _LARGEST:
+    if kind in LARGEST:
         width = config.hidden_size // config.num_attention_heads
-        fixed["query_pre_attn_scalar"] = width if layers == _LARGEST[kind] else config.head_dim
+        fixed["query_pre_attn_scalar"] = width if layers == LARGEST[kind] else config.head_dim
         if _period(config) is None:
             problems.append(
                 "layer_types do not repeat: sliding_attention, every n-th full_attention"
@@ -147,7 +147,7 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
     for key, name in _SIZES.items():
         if (value := getattr(config, name, None)) is not None:
             getattr(writer, f"add_{key}")(value)
-    if ARCHITECTURES[config.model_type] in _LARGEST:
+    if ARCHITECTURES[config.model_type] in LARGEST:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(_period(config))
     elif 0 < (getattr(config, "sliding_window", 0) or 0) < config.max_position_embeddings:

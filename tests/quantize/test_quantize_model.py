@@ -111,6 +111,16 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
     assert off.square().mean() < further.square().mean()
 
 
+def test_dropout_is_off_while_a_model_in_training_mode_is_quantized() -> None:
+    models = [tiny_model("opt"), tiny_model("opt").train()]  # a new model is in training mode
+    models[1].lm_head.eval()
+    for model in models:
+        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+    assert fingerprint(models[0]) == fingerprint(models[1])
+    in_evaluation = [path for path, m in models[1].named_modules() if not m.training]
+    assert in_evaluation == ["lm_head"]
+
+
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_moments_are_of_inputs_that_quantized_parts_make(architecture: str) -> None:
     """Against a model whose first part alone is quantized."""

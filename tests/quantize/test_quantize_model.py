@@ -295,6 +295,10 @@ def test_what_cannot_be_quantized_is_named() -> None:
     unknown = "solver 'magic' is not one of rtn, search"
     changes: list[tuple[dict[str, Any], str]] = [
         ({"scheme": "w4-block48"}, not_fitting),
+        (
+            {"rules": [LayerRule("*1.*down_proj", Scheme(12))]},
+            "1 of 14 .*\n.*12 bits are not packed",
+        ),
         ({"scheme": "int4"}, "scheme 'int4' is not understood"),
         ({"solver": "magic"}, unknown),
         ({"settings": {"magic": None}}, unknown),

@@ -332,10 +332,14 @@ def test_rules_that_cannot_be_followed_are_gathered() -> None:
 
 
 def test_a_layer_that_no_batch_reaches_is_named() -> None:
-    model = tiny_model("llama")
-    model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
-    with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight"):
-        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+    models = tiny_model("llama"), tiny_model("llama")
+    for model in models:
+        model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
+    with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight.*solver: search"):
+        quantize_(models[0], "w4-block32", "gptq", calibration=token_ids())
+    rules = [LayerRule("model.spare.0", Scheme(4), "search")]
+    quantize_(models[1], "w4-block32", "gptq", calibration=token_ids(), rules=rules)
+    assert isinstance(models[1].model.spare[0], PackedLinear)
 
 
 def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> None:

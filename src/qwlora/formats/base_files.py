@@ -342,12 +342,6 @@ class BaseCheckpoint(Checkpoint):
             SourceError: the tensors are not those of the model; the message lists them.
             GridError: a layer does not exist in the model, or has another shape.
         """
-        first = dict[nn.Module, str]()
-        others = {
-            path: first[module]
-            for path, module in model.named_modules(remove_duplicate=False)
-            if first.setdefault(module, path) != path
-        }
         for name, (scheme, shape) in self.layers.items():
             try:
                 layer = place_empty_(model, name, scheme)
@@ -355,8 +349,6 @@ class BaseCheckpoint(Checkpoint):
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
             except _UNUSABLE as error:
                 raise self._invalid(name, error) from error
-        for path, name in others.items():  # one module at several paths
-            model.set_submodule(path, model.get_submodule(name))
         if isinstance(model, PreTrainedModel):
             tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())

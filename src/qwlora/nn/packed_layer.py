@@ -586,7 +586,9 @@ def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
     if is_expert:
         return pack_parameter_(module, name, tensor)
     layer = pack_module(module, tensor)
-    model.set_submodule(path, layer)
+    for other, same in list(model.named_modules(remove_duplicate=False)):
+        if same is module:
+            model.set_submodule(other, layer)
     return layer
 
 

@@ -174,6 +174,8 @@ def test_what_cannot_be_followed_is_named() -> None:
     ):
         with pytest.raises(CalibrationError, match=message):
             observed(then, rows())
+    with pytest.raises(CalibrationError, match=r"0\.layer\.weight: the layer's input, or its"):
+        observed(nn.Identity(), rows() * torch.nan)
 
 
 def test_a_layer_that_returns_no_tensor_is_not_followed() -> None:

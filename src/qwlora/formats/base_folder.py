@@ -228,7 +228,7 @@ class QwloraQuantizer(HfQuantizer):
         del config.transformers_weights
         model.requires_grad_(False)
         name = model.name_or_path or ""
-        self._base.finish_(model, model.config.dtype)
+        self._base.finish_(model, config.dtype)
         if not Path(name).is_dir():
             model.name_or_path = name  # an id on the hub, which adapters should name
         del self._base  # open files; the model keeps the quantizer, and may be copied

@@ -122,6 +122,14 @@ def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_p
     assert check_trainable(loaded) == check_trainable(attach(base("qwen3"), KINDS[kind], seed=0))
 
 
+@pytest.mark.filterwarnings("ignore:.*A 1-D or zero-sized lora_A / lora_B tensor")
+def test_biases_of_an_adapter_are_loaded(tmp_path: Path) -> None:
+    settings = LoraConfig(r=4, target_modules="all-linear", lora_bias=True)
+    model = drawn(get_peft_model(base("opt"), settings))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(base("opt"), tmp_path).eval()), logits(model))
+
+
 def test_attach_follows_the_shape() -> None:
     weights = dict(attach(base(), KINDS["patterns"], seed=0).named_parameters())
     for layer, rank in (("0.self_attn.q_proj", 2), ("1.mlp.up_proj", 8), ("0.mlp.up_proj", 4)):

@@ -116,7 +116,7 @@ def test_merging_writes_the_integers_that_were_computed(base: str) -> None:
             parameter.data.normal_(std=0.1)
     expected, trained = rounded(peft), peft(IDS).logits
     with qwlora.memory_saving(peft, chunked_loss=False):
-        assert torch.equal(peft(IDS).logits, trained)
+        torch.testing.assert_close(peft(IDS).logits, trained)  # oneDNN sums in another order
     with peft.disable_adapter():
         assert torch.equal(peft(IDS).logits, alone)
     merged = qwlora.merged_model(peft)

@@ -27,7 +27,7 @@ from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.nn import is_packed, packed_weights
+from qwlora.nn import is_packed, packed_weights, tensor_out_in
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.write_model import merge_effect, write_merged
 from qwlora.pipeline.job.output_path import check_target, new_folder
@@ -166,12 +166,14 @@ def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) 
     assert small["recommendation"].startswith("Keep the adapter separate")
 
 
-def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:
-    model, twin = adapted("llama", 0.3), adapted("llama", 0.3)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_merged_onto_the_grid_it_is_the_float_merge_rounded(architecture: str) -> None:
+    model, twin = adapted(architecture, 0.3), adapted(architecture, 0.3)
     before = {name: layer.encoding.scale for name, layer in packed_weights(model).items()}
     merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
+    assert packed_weights(merged).keys() == before.keys()
     for name, layer in packed_weights(merged).items():
-        weight = floats.get_parameter(name)
+        weight = tensor_out_in(floats, name)
         assert torch.equal(layer.encoding.scale, before[name])
         step = layer.encoding.scale.repeat_interleave(32, dim=1)
         inside = (layer.codes > 0) & (layer.codes < 15)

@@ -174,3 +174,15 @@ def test_what_cannot_be_followed_is_named() -> None:
     ):
         with pytest.raises(CalibrationError, match=message):
             observed(then, rows())
+    with pytest.raises(CalibrationError, match=r"0\.layer\.weight: the layer's input, or its"):
+        observed(nn.Identity(), rows() * torch.nan)
+
+
+def test_a_layer_that_returns_no_tensor_is_not_followed() -> None:
+    class Router(nn.Linear):  # as Llama 4's
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    model = nn.Sequential(Router(8, 8))
+    with BlockRunner(model, ["0"], [{"input": rows()}]) as runner:
+        assert [observe(model, block, ["0.weight"], runner) for block in runner] == [{}]

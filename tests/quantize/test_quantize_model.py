@@ -111,6 +111,16 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
     assert off.square().mean() < further.square().mean()
 
 
+def test_dropout_is_off_while_a_model_in_training_mode_is_quantized() -> None:
+    models = [tiny_model("opt"), tiny_model("opt").train()]  # a new model is in training mode
+    models[1].lm_head.eval()
+    for model in models:
+        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+    assert fingerprint(models[0]) == fingerprint(models[1])
+    in_evaluation = [path for path, m in models[1].named_modules() if not m.training]
+    assert in_evaluation == ["lm_head"]
+
+
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_moments_are_of_inputs_that_quantized_parts_make(architecture: str) -> None:
     """Against a model whose first part alone is quantized."""
@@ -285,6 +295,10 @@ def test_what_cannot_be_quantized_is_named() -> None:
     unknown = "solver 'magic' is not one of rtn, search"
     changes: list[tuple[dict[str, Any], str]] = [
         ({"scheme": "w4-block48"}, not_fitting),
+        (
+            {"rules": [LayerRule("*1.*down_proj", Scheme(12))]},
+            "1 of 14 .*\n.*12 bits are not packed",
+        ),
         ({"scheme": "int4"}, "scheme 'int4' is not understood"),
         ({"solver": "magic"}, unknown),
         ({"settings": {"magic": None}}, unknown),
@@ -318,10 +332,14 @@ def test_rules_that_cannot_be_followed_are_gathered() -> None:
 
 
 def test_a_layer_that_no_batch_reaches_is_named() -> None:
-    model = tiny_model("llama")
-    model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
-    with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight"):
-        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+    models = tiny_model("llama"), tiny_model("llama")
+    for model in models:
+        model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
+    with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight.*solver: search"):
+        quantize_(models[0], "w4-block32", "gptq", calibration=token_ids())
+    rules = [LayerRule("model.spare.0", Scheme(4), "search")]
+    quantize_(models[1], "w4-block32", "gptq", calibration=token_ids(), rules=rules)
+    assert isinstance(models[1].model.spare[0], PackedLinear)
 
 
 def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> None:

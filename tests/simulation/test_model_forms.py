@@ -81,16 +81,20 @@ def test_a_model_of_any_class_is_loaded_into_the_one_that_the_caller_builds(tmp_
 
 def test_a_module_without_a_configuration_is_built_on_the_meta_device(tmp_path: Path) -> None:
     def build() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+        last = nn.Linear(10, 10)  # runs twice
+        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10), last, last
+        return nn.Sequential(*layers)
 
     model, image = build().eval(), torch.randn(2, 3, 6, 6)
     qwlora.quantize_(model, "w4-channel", "rtn")
+    assert model[4] is model[5]
     identity = qwlora.save_base(model, tmp_path)
     with torch.device("meta"):
         loaded = qwlora.load_base(tmp_path, model=build())
     assert qwlora.fingerprint(loaded) == identity
     assert torch.equal(loaded(image), model(image))
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    other = build()
+    other[0] = nn.Conv2d(3, 4, 3)
     with pytest.raises(SourceError, match=r"0\.weight is float \[8, 3, 3, 3\], not float \[4"):
         qwlora.load_base(tmp_path, model=other)
 

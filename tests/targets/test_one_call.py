@@ -71,7 +71,14 @@ def test_a_base_with_float_adapters(tmp_path: Path) -> None:
     qwlora.save_adapter(trained, tmp_path / "trained", adapter="first")
     base = trained.unload()
     folder, adapters = tmp_path / "bundle", {"first": tmp_path / "trained"}
+    three_bits = tiny_model("llama", layers=1)
+    qwlora.quantize_(three_bits, "w3-block32", "rtn")
+    with pytest.raises(ExportError, match="gguf cannot hold"):
+        qwlora.export(three_bits, "gguf", folder)
+    assert not [*folder.iterdir()]
     qwlora.export(base, "hf", folder, adapters, byte_tokenizer())
+    with pytest.raises(ExportError, match=r"bundle' has a base already\. Delete it"):
+        qwlora.export(base, "hf", folder, adapters)
     loaded = qwlora.load_adapter(base, tmp_path / "trained")
     loaded.add_adapter("other", LORA)  # which the folder does not have
     (folder / "default").symlink_to("first")

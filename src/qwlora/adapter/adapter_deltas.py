@@ -32,16 +32,16 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import active_adapter
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.mergeable import is_mergeable
-from qwlora.errors import MergeError
+from qwlora.errors import MergeError, foreign_as
 from qwlora.grid.encoding import QuantizedTensor, aligned, grouped
-from qwlora.nn import PackedLayer, weight_out_in
+from qwlora.nn import PackedLayer, tensor_out_in, weight_out_in
 from qwlora.nn.packed_layer import (
     PackedParameter,
     accelerate_hook,
@@ -174,17 +174,18 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
         tensors = [f"{layer}.weight" for layer in layers]
         if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
             packed |= dict.fromkeys(tensors, owner)
-    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=not is_exact)
+    with foreign_as(MergeError, "PEFT cannot merge this adapter"):
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=not is_exact)
     if is_exact and into == "float":
         unpack_(merged)
-    elif into == "requantized" and not is_exact:
+    restore_conv1d_(merged)
+    if into == "requantized" and not is_exact:
         for tensor, quantized in packed.items():
-            weight: Tensor = merged.get_parameter(tensor).detach()
+            weight = tensor_out_in(merged, tensor).detach()
             encoding = copy.deepcopy(quantized.encoding)  # not shared by layers that were tied
-            codes = encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            codes = encoding.quantize(weight.float())
             pack_at_(merged, tensor, QuantizedTensor(codes, encoding))
         tie_weights_(merged)
-    restore_conv1d_(merged)
     return merged.eval()
 
 

@@ -133,7 +133,8 @@ def content_problems(folder: Path) -> Iterator[str]:
         for first, second in (pair, pair[::-1]):
             for name in sorted(names):
                 partner = name.replace(f".{first}", f".{second}")
-                if f".{first}" in name and partner not in names:
+                is_factor = f".{first}" in name and not name.endswith(".bias")  # of lora_bias
+                if is_factor and partner not in names:
                     yield f"{name} has no matching {second}"
 
 

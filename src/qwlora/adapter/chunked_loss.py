@@ -66,7 +66,7 @@ from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
-from qwlora.nn.temporary import replaced
+from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of
 from qwlora.system.machine import return_freed_memory
 
@@ -204,21 +204,17 @@ class ChunkedLoss(contextlib.ExitStack):
 
         All processes use the same batch, so collective operations of a sharded model match.
         """
-        training = self._model.training
-        self._model.eval()
-        try:
-            with (
-                torch.random.fork_rng(devices=[]),
-                torch.autocast(self._device.type, enabled=False),
-            ):
-                torch.manual_seed(0)
-                ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
-                batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                batch |= {"use_cache": False, "return_dict": True}
-                self._compare_logits(batch)
-                self._compare_losses(batch)
-        finally:
-            self._model.train(training)
+        with (
+            evaluation_mode(self._model),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            torch.manual_seed(0)
+            ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
+            batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            batch |= {"use_cache": False, "return_dict": True}
+            self._compare_logits(batch)
+            self._compare_losses(batch)
 
     def _compare_logits(self, batch: dict[str, Any]) -> None:
         sent: list[Tensor] = []

@@ -39,6 +39,7 @@ from torch.utils.data import Dataset
 
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
+from qwlora.nn.temporary import evaluation_mode
 from qwlora.system.device import device_of, moved
 
 IGNORED = -100
@@ -327,16 +328,13 @@ def isolation_leak(model: Any) -> float | None:
     on, again = torch.arange(2 * count), torch.arange(count).repeat(2)
     inputs = {"input_ids": ids, "position_ids": torch.stack([on, on, again])}
     inputs = moved(inputs, device_of(model))
-    training = model.training
-    model.eval()
     try:
-        logits: Tensor = model(**inputs, use_cache=False).logits.float()
+        with evaluation_mode(model):
+            logits: Tensor = model(**inputs, use_cache=False).logits.float()
     except TypeError as error:
         if "position_ids" not in str(error):
             raise
         return None
-    finally:
-        model.train(training)
     alone, joined, apart = logits[0, :count], logits[1, count:], logits[2, count:]
     mixing = (joined - alone).norm()
     return float((apart - alone).norm() / mixing) if mixing > 0 else 0.0

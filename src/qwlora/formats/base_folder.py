@@ -162,7 +162,6 @@ class QwloraQuantizer(HfQuantizer):
 
     quantization_config: QwloraConfig
     _base: BaseCheckpoint
-    _dtype: torch.dtype
 
     @property
     def is_trainable(self) -> bool:
@@ -195,11 +194,9 @@ class QwloraQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
-        dtype: torch.dtype | None = None,
         checkpoint_files: Sequence[str] = (),
         **unused: Any,
     ) -> None:
-        self._dtype = dtype or torch.float32
         folder = _folder_of(Path(checkpoint_files[0]))
         self._base = base = BaseCheckpoint(folder, model.config)
         expected = base.record.get("class")
@@ -221,9 +218,6 @@ class QwloraQuantizer(HfQuantizer):
                 path, _, key = name.rpartition(".")
                 buffers = model.get_submodule(path)._buffers
                 buffers[key] = torch.empty_like(stored, device="meta")  # scales keep their dtype
-        for layer in model.modules():
-            if isinstance(layer, PackedLayer):
-                layer._is_hf_initialized = True
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         return []  # a base has the names of the model in memory
@@ -234,7 +228,7 @@ class QwloraQuantizer(HfQuantizer):
         del config.transformers_weights
         model.requires_grad_(False)
         name = model.name_or_path or ""
-        self._base.finish_(model, self._dtype)
+        self._base.finish_(model, config.dtype)
         if not Path(name).is_dir():
             model.name_or_path = name  # an id on the hub, which adapters should name
         del self._base  # open files; the model keeps the quantizer, and may be copied

@@ -45,13 +45,13 @@ class SecondMoment:
         w = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
-        if not bool(torch.isfinite(w.sum())):
+        scaled = rows * w.sqrt().unsqueeze(1)
+        if not bool(torch.isfinite(rows.square().sum())):  # first: then the gradient is not, too
+            raise CalibrationError("the layer's input, or its square, holds nan or infinity")
+        if not bool(torch.isfinite(w.sum() + scaled.square().sum())):
             raise CalibrationError(
                 "the gradient of the layer's output, or its square, holds nan or infinity"
             )
-        scaled = rows * w.sqrt().unsqueeze(1)
-        if not bool(torch.isfinite(scaled.square().sum())):
-            raise CalibrationError("the layer's input, or its square, holds nan or infinity")
         self.total.addmm_(scaled.T, scaled)
         self.weight += float(w.sum())
 

@@ -565,15 +565,14 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     if not (key == "weight" and is_packable(module)):
         return pack_parameter_(module, key, PackedTensor.from_quantized(quantized))
     weight = module._parameters["weight"]
-    tied = [
+    readers = [
         (other, reader)
-        for other, reader in model.named_modules()
-        if reader is not module and reader._parameters.get("weight") is weight
+        for other, reader in model.named_modules(remove_duplicate=False)
+        if reader._parameters.get("weight") is weight
     ]
     layer = pack_module(module, quantized)
-    model.set_submodule(path, layer)
-    for other, reader in tied:
-        model.set_submodule(other, pack_module(reader, layer))
+    for other, reader in readers:
+        model.set_submodule(other, layer if reader is module else pack_module(reader, layer))
     return layer
 
 
@@ -587,7 +586,9 @@ def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
     if is_expert:
         return pack_parameter_(module, name, tensor)
     layer = pack_module(module, tensor)
-    model.set_submodule(path, layer)
+    for other, same in list(model.named_modules(remove_duplicate=False)):
+        if same is module:
+            model.set_submodule(other, layer)
     return layer
 
 

@@ -27,6 +27,18 @@ def replaced(module: nn.Module, value: Any, name: str = "forward") -> Iterator[N
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then what is at a path has the mode that was there."""
+    training = [path for path, module in model.named_modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for path in training:
+            model.get_submodule(path).training = True
+
+
+@contextmanager
 def gradients_disabled(module: nn.Module) -> Iterator[None]:
     """Set `requires_grad` of every parameter of `module` to False inside the block."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

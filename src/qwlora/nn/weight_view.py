@@ -156,6 +156,7 @@ class WeightView(Tensor):
     """A view of a packed weight, or of one expert of it."""
 
     packed_weight: PackedWeight
+    _is_hf_initialized = True  # transformers initializes what a checkpoint does not have
 
     @staticmethod
     def __new__(cls, packed_weight: PackedWeight) -> WeightView:

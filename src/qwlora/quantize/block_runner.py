@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from qwlora.errors import CalibrationError
-from qwlora.nn.temporary import replaced
+from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of, moved
 from qwlora.system.processes import is_mine, sharing_count
 
@@ -98,6 +98,7 @@ class BlockRunner(ExitStack, Iterable[str]):
     ):
         super().__init__()
         self.model = model
+        self.enter_context(evaluation_mode(model))  # no dropout
         self._current: _Batch | None = None
         self._gates: dict[str, ExitStack] = {}  # of the blocks that were not visited yet
         for name in blocks:

@@ -25,6 +25,7 @@ from qwlora.errors import GridError, lines, suggestion
 from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.nn import is_packable, tensor_out_in
 from qwlora.nn.packed_layer import has_computed_weight, replacement_problem
+from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.quantize.solvers import SOLVERS, solver_named
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
@@ -128,7 +129,7 @@ def plan_layers(
             # a channel of a bank of experts is a row of one of them
             scheme = replace(scheme, granularity=PerBlock(shape[-1]))
         try:
-            scheme.scale_shape(shape)
+            PackedTensor.empty(scheme, shape)
         except GridError as error:
             problems.append(f"{canonical_name(name)}: {scheme} does not fit: {error}")
         plan[name] = replace(todo, scheme=scheme)

@@ -173,8 +173,10 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
     names = {module: name for name, module in products.items()}
 
     def record(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        if not isinstance(output, Tensor):  # no plain product, as Llama 4's router
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         calls.append((names[module], x.detach().clone(), output.requires_grad_()))
         return output.clone()

@@ -115,11 +115,16 @@ def quantize_blocks_(
             for name, (quantized, report) in block.items():
                 pack_at_(model, name, quantized.to(device))
                 reports[canonical_name(name)] = report
-    if missed := [canonical_name(n) for n in plan if canonical_name(n) not in reports]:
-        raise CalibrationError(
-            f"No calibration data reached {listed(missed)}. Add a rule for these layers: solver: "
-            "search, or keep: float."
-        )
+    unreached = [name for name in plan if canonical_name(name) not in reports]
+    for name in unreached:
+        weight = tensor_out_in(model, name)
+        if SOLVERS[plan[name].solver].needs_calibration or weight.is_meta:
+            raise CalibrationError(
+                f"No calibration data reached {listed(map(canonical_name, unreached))}. Add a rule "
+                "for these layers: solver: search, or keep: float."
+            )
+        quantized, reports[canonical_name(name)] = solve_tensor(name, weight, plan[name])
+        pack_at_(model, name, quantized)
     return reports
 
 

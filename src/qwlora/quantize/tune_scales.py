@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -39,7 +39,7 @@ from qwlora.nn.fingerprint import (
     remember_floats_,
     update_digest,
 )
-from qwlora.nn.temporary import gradients_disabled
+from qwlora.nn.temporary import evaluation_mode, gradients_disabled
 from qwlora.quantize.block_runner import arguments_of, held_out_count
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
@@ -147,7 +147,10 @@ def tune_(
     checkpoint = None
     if work is not None:
         checkpoint = work / "tuning.safetensors", _key(settings, batches, model, teacher)
-    with _evaluated(model), _evaluated(teacher):
+    with ExitStack() as stack:
+        for part in (model, teacher):
+            stack.enter_context(evaluation_mode(part))
+            stack.enter_context(gradients_disabled(part))
         before = _mean_divergence(model, teacher, held_out)
         with tuned.learning():
             resumed = _descend(tuned, model, teacher, training, settings, checkpoint, track)
@@ -184,19 +187,6 @@ def _key(
         inputs += [fingerprint(part), sorted({str(p.dtype) for p in part.parameters()})]
     update_digest(digest, inputs)
     return digest.hexdigest()
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters, inside the block."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with gradients_disabled(model):
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _descend(

@@ -29,6 +29,7 @@ from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import replacing_files
 from qwlora.system.device import on_cpu
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
@@ -115,8 +116,9 @@ def export(
         write_record(part, {"target": target})
 
     known.require_packages(to_write=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with on_cpu(*_modules(made)):
+    if (known.has_base or known.has_cases) and (folder / BASE).exists():
+        raise ExportError(f"{str(folder)!r} has a base already. Delete it, or use another folder")
+    with replacing_files(folder) as folder, on_cpu(*_modules(made)):
         if not (known.has_base or known.has_cases):
             simulation = _checked(made, Simulation, target, "one simulation")
             backend.write_adapter(exported(simulation), folder / BASE, folder)

@@ -392,6 +392,15 @@ def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
     refused(tmp_path, match=r"holds running text \(d.txt\) and records \(a.jsonl\)")
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "a.jsonl", RECORDS["text"])
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert without_place(read(tmp_path / "data")) == expected("text")
+
+
 def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
@@ -480,7 +489,7 @@ def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_pa
     names += " data.jsonl.dvc picture.png loader.py Thumbs.db data.csv.py data.jsonl.sha1"
     for name in names.split():
         (tmp_path / name).write_text("# about")
-    refused(tmp_path, match=r"no file of a supported kind .*, only .* and 7 more.*card")
+    refused(tmp_path, match=r"no file of a supported kind .*; it holds .* and 7 more.*card")
     write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text")
 

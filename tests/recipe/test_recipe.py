@@ -81,7 +81,7 @@ MISTAKES = {
     "base={solver: keep, bits: 3.5}": (
         "base: solver keep uses the integers unchanged; remove bits"
     ),
-    "seed": "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3",
+    "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
     "name.x=3": "--set name.x=3: name is a single value, not a section",
 }
@@ -182,6 +182,17 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Pat
     recipe = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    changed = load_recipe(tmp_path / "resolved.yaml", ("adapters.0.data.held_out=0.1",))
+    assert changed.data_of(changed.adapters[0]).held_out == 0.1  # its data is null in the file
+
+
+def test_the_example_of_set_works_with_the_starter_recipe(recipe_for: Any, tmp_path: Path) -> None:
+    (advice,) = problems(recipe_for(), "seed")
+    given = yaml.safe_load(recipe_for().read_text())
+    content = yaml.safe_load(starter_recipe()) | {"model": given["model"], "data": given["data"]}
+    (tmp_path / "starter.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(tmp_path / "starter.yaml", (advice.rpartition(" ")[2],))
+    assert recipe.base.weights.bitwidth == 3
 
 
 def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None:

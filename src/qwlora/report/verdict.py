@@ -272,7 +272,7 @@ def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
         return
     yield Evidence(
         Outcome.CAUTION,
-        f"Tokens on which {runtime(target)} was checked; raise verify.sequences",
+        f"Tokens checked in {runtime(target)} (set by verify.sequences)",
         tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
         f"{count(FEW_TOKENS)} or more expected",
         f"{'it was' if is_one else 'they were'} checked on {count(known[name])} tokens only",

@@ -38,9 +38,13 @@ class Series:
 
     @property
     def text(self) -> str:
-        """The source of its text."""
+        """The source of its text, and the counts of its held-out tokens: another split, length or
+        tokenizer makes others."""
         data = self.job.adapter_settings().get(self.adapter, {}).get("data") or {}
-        return str(data.get("source") or self.job.setting("data", "source"))
+        name = self.job.text_of(self.adapter)
+        counts = self.job.section(*(("texts", name) if name else ("data",)))
+        source = data.get("source") or self.job.setting("data", "source")
+        return str((source, counts.get("held_out"), counts.get("evaluation")))
 
 
 def comparison(jobs: Sequence[Job]) -> dict[str, Any]:

@@ -87,27 +87,6 @@ def test_something_has_to_be_so(value: bool) -> None:
     assert check.sentence == f"it is: {'yes' if value else 'no'}"
 
 
-@pytest.mark.parametrize(
-    ("check", "share"),
-    [
-        (at_most("it", 1.0, 4.0), 0.25),
-        (at_most("it", 4.0, 4.0), 1.0),
-        (at_most("it", 8.0, 4.0), 2.0),
-        (at_least("it", 8.0, 4.0), 0.5),
-        (at_least("it", 2.0, 4.0), 2.0),
-        (at_most("it", 0.0, 0.0), 0.0),
-        (at_most("it", 1.0, 0.0), INF),
-        (at_least("it", 0.0, 1.0), INF),
-        (at_most("it", NAN, 1.0), INF),
-        (at_least("it", INF, 1.0), 0.0),
-        (is_so("it", True), 0.0),
-        (is_so("it", False), INF),
-    ],
-)
-def test_how_much_of_a_limit_was_used(check: Check, share: float) -> None:
-    assert check.share_of_limit == share
-
-
 def test_a_check_is_read_as_it_was_written() -> None:
     number = at_most("it", 1.0, 2.0, "nats")
     for check in (number, at_least("it", 3.0, 2.0), is_so("it", False), is_so("it", True)):

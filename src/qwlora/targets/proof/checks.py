@@ -82,16 +82,6 @@ class Check:
             return False
         return math.isfinite(self.value) and math.isfinite(self.limit)
 
-    @property
-    def share_of_limit(self) -> float:
-        """How much of what is allowed was found: 1 at the limit."""
-        if isinstance(self.value, bool) or self.value is None or self.limit is None:
-            return 0.0 if self.passed else math.inf
-        part, whole = self.value, float(self.limit)
-        if self.bound == "at least":
-            part, whole = whole, part
-        return part / whole if whole else 0.0 if self.passed else math.inf
-
     def _written(self, value: float | None) -> str:
         if value is None:
             return "not finite"

@@ -25,13 +25,7 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
-from qwlora.report.results_view import (
-    Job,
-    capitalized,
-    code,
-    runtime,
-    without_folders,
-)
+from qwlora.report.results_view import Job, capitalized, code, runtime, without_folders
 from qwlora.system.parameter_names import BASE
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases

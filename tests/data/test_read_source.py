@@ -144,10 +144,10 @@ def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> No
     assert all(name in d.where for d in found)
 
 
-NOT_USABLE = "this is not JSON that can be used: "
+NOT_USABLE = " is not JSON that can be used: "
 EMPTY = " is empty. Remove the record, or set data.empty_records: skip"
 WRONG_LINES = [
-    ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
+    ('{"text": "a"', "this line is not JSON: Expecting ',' delimiter at character 13"),
     ("[", "Expecting value at character 2. A .jsonl file holds one whole object a line"),
     ('{"text": NaN}', f"{NOT_USABLE}NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "has the key 'text' twice in one object"),
@@ -333,11 +333,11 @@ WRONG_TABLES = [
     ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", ":2: this record has 3 fields, and the header 2"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
-    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}, perhaps data.text_column: txt"),
+    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column, "),
     ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', f":2: byte 11 of the line (0xe9) {UTF8}"),
     ("a.jsonl", b"\n", "holds no text: it has no records"),
-    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND} (data.text_column"),
+    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND}: data.text"),
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
@@ -379,6 +379,10 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     other, missing = Reading({"prompt": "question", "completion": "anser"}), Reading({"text": "x"})
     refused(path, other, match=r":1: there is no column 'anser' \(data.completion_column\); .* ans")
     refused(path, missing, match=r"no column 'x' \(data.text_column\); there are question, answer")
+    only = Reading({"prompt": "question"})  # which is like the missing name
+    refused(
+        path, only, match=r"no column 'completion' \(data.completion_column\); there are answer"
+    )
     refused(tmp_path / "a.txt", missing, match="has no columns; remove data.text_column")
 
 

@@ -307,7 +307,8 @@ def _strongest_fact(job: Job, is_proven: bool) -> str:
         if is_proven:
             return f"{plain}, {distance}"
         return f"The {'adapters are' if are_several else 'adapter is'} {distance}"
-    if overs or not gains or max(gains.values()) >= 0:
+    are_clear = all(e.outcome is Outcome.PASSED for n in job.adapters for e in _gain(job, n))
+    if overs or not gains or not are_clear:
         return plain
     gain = f"beats the float model by {percent(-max(gains.values()))}"
     who, more = ("the", "") if len(job.adapters) == 1 else ("every", " or more")

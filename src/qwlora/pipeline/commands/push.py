@@ -92,7 +92,7 @@ def prepared(
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
     needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
-    if reasons := [f"{name} {stale[name]}" for name in needed]:
+    if reasons := [f"{name}: {stale[name]}" for name in needed]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
             f"{run_line(folder)}"

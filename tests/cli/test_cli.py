@@ -29,7 +29,11 @@ def refused_run(recipe: Path, out: Path, *arguments: str) -> str:
     ("file", "content", "message"),
     [
         ("text.txt", b" \n", "holds no text"),
-        ("text.txt", b"a few words only", "training text has 13 tokens, but one sequence needs 32"),
+        (
+            "text.txt",
+            b"a few words only",
+            "text.txt': the training text has 13 tokens, but one sequence needs 32",
+        ),
         ("out/thesis.txt", b"x", "is not empty and was not made by qwlora"),
         ("out", b"x", "is a file; --out names a directory"),
     ],

@@ -68,7 +68,7 @@ def test_refuses_trainable_base_parameters() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"target_modules": ["no_such_layer"]}, r"attached to target_modules \['no_such_layer'\]"),
+        ({"target_modules": ["no_such_layer"]}, r"\['no_such_layer'\]: .* Its layers .* q_pr"),
         ({"target_modules": ["q_proj", "w_proj"]}, r"modules 'w_proj'\. Its layers .* q_proj, k"),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),

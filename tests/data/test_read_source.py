@@ -144,10 +144,10 @@ def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> No
     assert all(name in d.where for d in found)
 
 
-NOT_USABLE = "this is not JSON that can be used: "
+NOT_USABLE = " is not JSON that can be used: "
 EMPTY = " is empty. Remove the record, or set data.empty_records: skip"
 WRONG_LINES = [
-    ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
+    ('{"text": "a"', "this line is not JSON: Expecting ',' delimiter at character 13"),
     ("[", "Expecting value at character 2. A .jsonl file holds one whole object a line"),
     ('{"text": NaN}', f"{NOT_USABLE}NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "has the key 'text' twice in one object"),
@@ -333,11 +333,11 @@ WRONG_TABLES = [
     ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", ":2: this record has 3 fields, and the header 2"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
-    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}, perhaps data.text_column: txt"),
+    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column, "),
     ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', f":2: byte 11 of the line (0xe9) {UTF8}"),
     ("a.jsonl", b"\n", "holds no text: it has no records"),
-    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND} (data.text_column"),
+    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND}: data.text"),
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
@@ -379,6 +379,10 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     other, missing = Reading({"prompt": "question", "completion": "anser"}), Reading({"text": "x"})
     refused(path, other, match=r":1: there is no column 'anser' \(data.completion_column\); .* ans")
     refused(path, missing, match=r"no column 'x' \(data.text_column\); there are question, answer")
+    only = Reading({"prompt": "question"})  # which is like the missing name
+    refused(
+        path, only, match=r"no column 'completion' \(data.completion_column\); there are answer"
+    )
     refused(tmp_path / "a.txt", missing, match="has no columns; remove data.text_column")
 
 
@@ -390,6 +394,14 @@ def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
     refused(tmp_path, match=r"c.csv: this table has prompt\+completion, the files before it text")
     (tmp_path / "d.txt").write_text("text")
     refused(tmp_path, match=r"holds running text \(d.txt\) and records \(a.jsonl\)")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for folder, other in ("data", "elsewhere"), ("elsewhere", "data"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "more").symlink_to(tmp_path / other)
+    write_jsonl(tmp_path / "elsewhere" / "a.jsonl", RECORDS["text"])
+    assert without_place(read(tmp_path / "data")) == expected("text")
 
 
 def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
@@ -480,7 +492,7 @@ def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_pa
     names += " data.jsonl.dvc picture.png loader.py Thumbs.db data.csv.py data.jsonl.sha1"
     for name in names.split():
         (tmp_path / name).write_text("# about")
-    refused(tmp_path, match=r"no file of a supported kind .*, only .* and 7 more.*card")
+    refused(tmp_path, match=r"no file of a supported kind .*; it holds .* and 7 more.*card")
     write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text")
 

@@ -201,12 +201,14 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     pairs = tuple(Completion(**pair) for pair in PAIRS)
-    documents = Documents(pairs[:20], pairs[20:])
+    documents = Documents(pairs[:20], pairs[20:21])
     prepared = prepare(documents, tokenizer, Cutting(96, prompt_format=prompt_format))
     description = prepared.describe()
     assert description["chat_template"] is (prompt_format == "auto")
     how = "with the chat template" if prompt_format == "auto" else "as plain text"
     assert summary(description).startswith(f"data (completions {how}, packing documents): ")
+    assert "training 20 documents, " in summary(description)
+    assert "held out 1 document, " in summary(description)
 
 
 def test_keys_hold_the_prompt_format_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:

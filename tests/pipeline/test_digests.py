@@ -125,6 +125,7 @@ def test_retrained_model_is_new(
     before = keys(recipe, cache)
     weights = model / "model.safetensors"
     os.utime(weights, ns=(1, 1))
+    (model / ".DS_Store").write_text("of a file manager")
     assert keys(recipe, cache) == before
     content = weights.read_bytes()
     rewrite(weights, content[:-1] + bytes([content[-1] ^ 1]))
@@ -140,6 +141,8 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
     adapter = {"name": "first", "continue_from": str(source), "steps": 2, "warmup_steps": 0}
     recipe = recipe_for(adapters=[adapter])
     before = keys(recipe, cache)
+    (source / "README.md").write_text("a card")
+    assert keys(recipe, cache) == before
     rewrite(source / "adapter_model.safetensors", b"new")
     after = keys(recipe, cache)
     changed = {name for name in before if after[name] != before[name]}

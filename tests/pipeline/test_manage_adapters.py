@@ -211,6 +211,10 @@ def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job:
     (job / "adapters" / "first" / "adapter_model.safetensors").unlink()
     again(job)  # a damaged one needs no request
     assert files(job, "adapters") == after
+    recipe = (job / "recipe.yaml").read_text()
+    (job / "recipe.yaml").write_text(recipe.replace("  steps: 3", "  steps: 4"))
+    with pytest.raises(DirectoryError, match=r"first:\n  its recipe.yaml was edited, or a text"):
+        made.run(*VERBS)
 
 
 def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job: Path, tmp_path: Path) -> None:

@@ -275,10 +275,10 @@ def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     content["adapters"][0]["steps"] = 4
     with edited(job / "recipe.yaml", yaml.safe_dump(content)):
-        assert_unprepared(job, r"train/first its inputs changed.*qwlora run", "first")
+        assert_unprepared(job, r"train/first: its inputs changed.*qwlora run", "first")
         content["base"]["weights"] = "w8-channel"
         (job / "recipe.yaml").write_text(yaml.safe_dump(content))
-        assert_unprepared(job, r"quantize its inputs changed.*qwlora run")
+        assert_unprepared(job, r"quantize: its inputs changed.*qwlora run")
 
 
 def test_files_of_others_are_not_uploaded(job: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qwlora.errors import RecipeError
-from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe import Recipe, load_recipe, parse_recipe
 from qwlora.recipe.reference import full_recipe, recipe_reference, starter_recipe
 
 
@@ -81,7 +81,7 @@ MISTAKES = {
     "base={solver: keep, bits: 3.5}": (
         "base: solver keep uses the integers unchanged; remove bits"
     ),
-    "seed": "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3",
+    "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
     "name.x=3": "--set name.x=3: name is a single value, not a section",
 }
@@ -182,6 +182,8 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Pat
     recipe = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    changed = load_recipe(tmp_path / "resolved.yaml", ("adapters.0.data.held_out=0.1",))
+    assert changed.data_of(changed.adapters[0]).held_out == 0.1  # its data is null in the file
 
 
 def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None:
@@ -192,6 +194,8 @@ def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None
     assert Recipe.model_validate(content) == Recipe.model_validate(
         {"model": given["model"], "data": content["data"], "adapters": [{"name": "first"}]}
     )
+    (advice,) = problems(recipe_for(), "seed")  # its example works on the recipe that `init` writes
+    assert parse_recipe(content, "", (advice.rpartition(" ")[2],)).base.weights.bitwidth == 3
 
 
 def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
@@ -349,6 +353,9 @@ def test_paths_are_relative_to_the_folder_of_the_recipe(
     assert recipe.data.source == recipe.adapters[0].continue_from == str(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     assert load_recipe(Path("recipe.yaml"), changes).data.source == str(tmp_path / "texts")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")  # and its parent is not texts
+    for longer, same in ("elsewhere/../texts", "texts"), ("texts/link/../texts",) * 2:
+        assert load_recipe(path, (f"data.source={longer}",)).data.source == str(tmp_path / same)
     (tmp_path / "elsewhere" / "own").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (found,) = problems(path, "data.source=own")

@@ -301,6 +301,9 @@ def test_two_jobs_are_compared() -> None:
     assert "Do not ship" in html
     assert "tiny (failed) has the lowest perplexity" in html
     assert "different texts" in render_comparison([one, job_of("two")])
+    results = results_of("failed")  # as of another tokenizer
+    results["data"]["held_out"]["tokens"] += 1
+    assert "different tokens" in render_comparison([one, job_of("failed", results)])
     assert "verify.sequences" in html  # a line of the recipes that differs
     assert ">seed<" not in html  # and one that does not
     numbers = Page(html).numbers

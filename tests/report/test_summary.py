@@ -46,7 +46,7 @@ def test_the_course_of_training_is_of_means() -> None:
     train = {"steps": 10, "losses": [2.8, 3.0, *[2.7] * 6, 2.2, 3.2], "step_seconds": 1.0}
     train |= {"peak_rss_bytes": 10**9, "trainable_parameters": 5}
     found = rows(train={"first": train})
-    assert ("Training first", "10 steps, loss 2.900 to 2.700 (means of 2)") in found
+    assert ("Training first", "10 steps, loss 2.900 to 2.700 (means of 2 steps)") in found
     assert "Warning" not in dict(found)
 
 

@@ -299,6 +299,12 @@ def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None
     assert found.sentence.startswith("Both exported files compute what you trained, but ")
 
 
+def test_each_runtime_has_a_file_of_each_adapter() -> None:
+    parity = finished()["parity"]["onnx"]
+    found = judged(["onnx", "hf"], parity={"onnx": parity, "hf": parity})
+    assert found.sentence.startswith("Both exported files compute what you trained, and the ad")
+
+
 def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
     found = verdict(running(37))
     assert found.sentence == "Training of first is at step 37 of 60."

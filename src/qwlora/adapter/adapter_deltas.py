@@ -108,8 +108,8 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
 def _refuse_activated(model: Any, adapter: str) -> None:
     if vars(model.peft_config[adapter]).get("alora_invocation_tokens"):
         raise MergeError(
-            f"adapter {adapter!r} is activated LoRA (alora_invocation_tokens): merged weights "
-            "would act on every token, also before its invocation. Keep the adapter separate"
+            "the adapter is activated LoRA (alora_invocation_tokens): merged weights would act on "
+            "every token, also before its invocation. Keep the adapter separate"
         )
 
 

@@ -126,7 +126,8 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     except (ValueError, TypeError, re.error) as error:
         kind = "Activated LoRA (of linear layers)" if shape.alora_invocation_tokens else "LoRA"
         raise TrainingError(
-            f"{kind} cannot be attached to target_modules {shape.target_modules!r}: {error}"
+            f"{kind} cannot be attached to target_modules {shape.target_modules!r}: {error} "
+            f"{_known_names(model)}"
         ) from error
     _check_matches(adapted, shape)
     return adapted
@@ -153,20 +154,8 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules + parameters)
     ]
     if unmatched:
-        layers = [
-            canonical_name(name).rpartition(".")[2]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and not is_adapter_name(name)
-        ]
-        experts = {
-            re.sub(r"^.*?\.\d+\.", "", canonical_name(name))
-            for name, p in base.named_parameters()
-            if p.ndim == 3 and not is_adapter_name(name)
-        }
-        examples = list(dict.fromkeys(layers))[:8] or modules[:4]
         raise TrainingError(
-            f"the model does not have: {'; '.join(unmatched)}. Its layers are, for example, "
-            f"{', '.join(examples)}; its fused experts: {listed(sorted(experts))}"
+            f"the model does not have: {'; '.join(unmatched)}. {_known_names(base)}"
         )
     for path in parameters:
         owner = base.get_submodule(path.rpartition(".")[0])
@@ -176,6 +165,24 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
             raise TrainingError(
                 f"target_parameters: {path} belongs to a layer; name the layer in target_modules"
             )
+
+
+def _known_names(model: nn.Module) -> str:
+    """A sentence with names that an adapter's shape can have."""
+    layers = [
+        canonical_name(name).rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not is_adapter_name(name)
+    ]
+    experts = {
+        re.sub(r"^.*?\.\d+\.", "", canonical_name(name))
+        for name, p in model.named_parameters()
+        if p.ndim == 3 and not is_adapter_name(name)
+    }
+    return (
+        f"Its layers are, for example, {', '.join(list(dict.fromkeys(layers))[:8])}; its fused "
+        f"experts: {listed(sorted(experts))}"
+    )
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:

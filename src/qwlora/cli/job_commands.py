@@ -16,15 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import (
-    AsJson,
-    Device,
-    Encodings,
-    Job,
-    KeepFloat,
-    Name,
-    Yes,
-)
+from qwlora.cli.shared_arguments import AsJson, Device, Encodings, Job, KeepFloat, Name, Yes
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 

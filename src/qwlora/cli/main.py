@@ -35,13 +35,7 @@ from qwlora.cli.job_commands import dump_layers, import_base, merge, merge_check
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
 from qwlora.cli.show_commands import inspect, simulate
-from qwlora.cli.terminal import (
-    ProgressDisplay,
-    console,
-    print_json,
-    print_result,
-    safe_streams,
-)
+from qwlora.cli.terminal import ProgressDisplay, console, print_json, print_result, safe_streams
 from qwlora.errors import (
     LESS_MEMORY,
     DirectoryError,

@@ -39,6 +39,8 @@ def check(
     checked = load_recipe(recipe, tuple(changes or ()))
     quiet_libraries()
     rows, notes = target_table(checked)
+    if note := second_rounding(checked):
+        notes.append(f"warning: {note}")
     if full:
         print(dump_yaml(checked.model_dump(mode="json")), end="")
     else:
@@ -47,8 +49,6 @@ def check(
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
-    if note := second_rounding(checked):
-        notes.append(f"warning: {note}")
     for name in checked.export.targets:
         if missing := TARGETS[name].missing(to_write=True):
             notes.append(f"warning: export.targets: {name}: {missing}")

@@ -15,7 +15,7 @@ Changes = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
+        help="Override a key of the recipe, for example base.weights=w3-block32. May be repeated.",
     ),
 ]
 Device = Annotated[

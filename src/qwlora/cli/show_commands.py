@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import (
-    AsJson,
-    Changes,
-    Device,
-    Encodings,
-    Job,
-    KeepFloat,
-)
+from qwlora.cli.shared_arguments import AsJson, Changes, Device, Encodings, Job, KeepFloat
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
 from qwlora.errors import SourceError, size
 from qwlora.system import strict_json

@@ -190,14 +190,15 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
     parts = []
     for part, label in (("train", "training"), ("held_out", "held out")):
         counts = {key: description[part][key] for key in keys}
-        words = [f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items() if n]
+        named = {key.replace("_", " ").removesuffix("s" * (n == 1)): n for key, n in counts.items()}
+        words = [f"{n:,} {name}" for name, n in named.items() if n]
         parts.append(f"{label} {', '.join(words)}")
     removed = {
         "skipped_records": "empty records skipped",
         "overlapping_documents": "training documents removed because they repeat held-out ones",
         "overlapping_paragraphs": "training paragraphs removed because they are held out",
     }
-    parts += [f"{n:,} {words}" for key, words in removed.items() if (n := description[key])]
+    parts += [f"{words}: {n:,}" for key, words in removed.items() if (n := description[key])]
     of = "data" if name is None else f"data of {name}"
     kind = f"{description['kind']}{form}, packing {description['packing']}"
     return f"{of} ({kind}): " + "; ".join(parts)

@@ -13,7 +13,9 @@ folder in which nothing but the card can be read is refused, so that nobody trai
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -266,11 +268,10 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     def named(files: Iterable[Path], most: int = 1) -> str:
         return listed((file.relative_to(folder).as_posix() for file in files), most)
 
-    visible = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)
-    )
+    found = map(folder.joinpath, glob.glob("**", root_dir=folder, recursive=True))
+    # a link may lead to a folder that is reached without it
+    once = {(os.path.realpath(p.parent), p.name): p for p in sorted(found, reverse=True)}
+    visible = sorted(p for p in once.values() if p.is_file())
     texts = [p for p in visible if p.suffix.lower() in TEXT_SUFFIXES]
     records = [
         p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p.name != "dataset_infos.json"
@@ -282,8 +283,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     if not (files := sorted([*records, *unreadable, *texts])):
         raise SourceError(
             f"{where} holds no file of a supported kind ("
-            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}), only {named(visible, 4)}. Save its "
-            "records as one of these. To train on a dataset's card, name its file"
+            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}); it holds {named(visible, 4)}. Save "
+            "its records as one of these. To train on a dataset's card, name its file"
         )
     if split is not None:
         words = "|".join(map(re.escape, _SPLITS.get(split, (split,))))

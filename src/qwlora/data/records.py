@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
-from qwlora.errors import SourceError, foreign_as, listed, near_names, suggestion
+from qwlora.errors import SourceError, foreign_as, listed, suggestion
 from qwlora.formats.aimet_encodings.documents import describe
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -88,9 +88,10 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
         columns = _columns(kind, asked)
         for field, name in {**columns, **asked}.items():
             if name not in present and (field in KINDS[kind] or field in asked):
+                others = [column for column in present if column not in asked.values()]
                 raise SourceError(
                     f"{where}: there is no column {name!r} (data.{field}_column)"
-                    f"{suggestion(name, present)}"
+                    f"{suggestion(name, others)}"
                 )
         return columns
     complete = [columns for columns in _BY_NAME if set(_required(columns)) <= set(present)]
@@ -104,16 +105,10 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
             f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
             f"recipe ({keys})"
         )
-    guesses = [
-        f", perhaps data.{field}_column: {near}"
-        for fields in KINDS.values()
-        for field in fields
-        for near in near_names(field, present, 1)
-    ]
     raise SourceError(
         f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
         "completion, nor messages or conversations, nor instruction and output. Name them in the "
-        f"recipe{(guesses or [' (data.text_column and so on)'])[0]}"
+        "recipe: data.text_column, data.prompt_column and data.completion_column, or others"
     )
 
 

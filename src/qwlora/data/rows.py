@@ -78,7 +78,7 @@ def read_json(path: Path) -> Rows:
 
 def _parsed(text: str, path: Path, line: int | None) -> Any:
     """The value of `text`, which is the whole file, or its line number `line`."""
-    where = str(path) if line is None else f"{path}:{line}"
+    where, what = (path, "this") if line is None else (f"{path}:{line}", "this line")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
     except json.JSONDecodeError as error:
@@ -87,11 +87,11 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
             may = "a list of records, or " if path.suffix.lower() == ".json" else ""
             hint = f". A {path.suffix} file holds {may}one whole object a line"
         raise SourceError(
-            f"{path}:{line or error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at "
-            f"character {error.colno}{hint}"
+            f"{path}:{line or error.lineno}: {what} is not JSON: {error.msg.removesuffix(' at')} "
+            f"at character {error.colno}{hint}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
+        raise SourceError(f"{where}: {what} is not JSON that can be used: {error}") from error
 
 
 def _refuse_constant(name: str) -> Any:

@@ -43,8 +43,7 @@ class Location:
     Args:
         pretrained: the folder or hub id, as `from_pretrained` takes it.
         gguf_file: the name of the GGUF file in it, or None.
-        files: the model's local files, without its card; empty for a hub id that `fetch` has not
-            downloaded.
+        files: `content_files`; empty for a hub id that `fetch` has not downloaded.
     """
 
     pretrained: str
@@ -148,14 +147,19 @@ def locate(source: str) -> Location:
             if names := sorted(p.name for p in path.glob("*.gguf")):
                 remedy = f"give one of its files: {listed(names)}"
             raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
-        files = (p for p in path.iterdir() if p.is_file() and p.name != CARD)
-        return Location(str(path), None, tuple(sorted(files)))
+        return Location(str(path), None, tuple(content_files(path)))
     if path.suffix != ".gguf":
         raise SourceError(
             f"model file {source!r} is not a .gguf file. For a Hugging Face checkpoint, give its "
             "folder"
         )
     return Location(str(path.parent), path.name, (path,))
+
+
+def content_files(folder: Path) -> list[Path]:
+    """The files of a model or an adapter, without its card and hidden ones, such as .DS_Store."""
+    visible = (p for p in folder.iterdir() if p.name != CARD and not p.name.startswith("."))
+    return sorted(filter(Path.is_file, visible))
 
 
 def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:

@@ -60,19 +60,21 @@ def _change(content: dict[str, Any], change: str) -> str | None:
     """Apply one `a.b.c=value` in place; returns the problem, if there is one."""
     path, equals, value = change.partition("=")
     if not equals or not path:
-        return f"--set {change}: expected KEY=VALUE, for example base.weights.bitwidth=3"
+        return f"--set {change}: expected KEY=VALUE, for example base.weights=w3-block32"
     *parents, last = path.split(".")
     node: Any = content
     try:
         for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+            if isinstance(node, dict) and node.get(key) is None:  # null in a job's own recipe
+                node[key] = {}
+            node = node[int(key) if isinstance(node, list) else key]
         if isinstance(node, list):
             node[int(last)] = load_yaml(value)
         elif isinstance(node, dict):
             node[last] = load_yaml(value)
         else:
             return f"--set {change}: {'.'.join(parents)} is a single value, not a section"
-    except (ValueError, IndexError, AttributeError):
+    except (ValueError, IndexError, TypeError):
         return f"--set {change}: the recipe has no {path}"
     except yaml.YAMLError as error:
         return f"--set {change}: the value is not YAML: {error}"

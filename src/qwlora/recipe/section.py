@@ -40,7 +40,7 @@ class Section(BaseModel):
 
 def located(text: str, check: Callable[[str], object]) -> str:
     """A path, hub id or module that `check` accepts, which raises SourceError. Paths are made
-    absolute, so that the resolved recipe can be anywhere."""
+    absolute, so that the resolved recipe can be anywhere, and each has one spelling."""
     path = user_path(text)
     if Path(text).exists() and not path.exists():
         raise SourceError(
@@ -48,7 +48,11 @@ def located(text: str, check: Callable[[str], object]) -> str:
             f"folder{looked_for(text, path)}. Give {os.path.relpath(text, user_path('.'))}"
         )
     check(text)
-    return str(path.absolute()) if path.exists() else text
+    if not path.exists():
+        return text
+    plain = os.path.abspath(path)  # leads elsewhere where `..` follows a link
+    is_same = os.path.exists(plain) and os.path.samefile(plain, path)
+    return plain if is_same else str(path.absolute())
 
 
 def file(wanted: str, read: Callable[[Path], object] = Path.exists) -> AfterValidator:

@@ -38,9 +38,13 @@ class Series:
 
     @property
     def text(self) -> str:
-        """The source of its text."""
+        """The source of its text, and the counts of its held-out tokens: another split, length or
+        tokenizer makes others."""
         data = self.job.adapter_settings().get(self.adapter, {}).get("data") or {}
-        return str(data.get("source") or self.job.setting("data", "source"))
+        name = self.job.text_of(self.adapter)
+        counts = self.job.section(*(("texts", name) if name else ("data",)))
+        source = data.get("source") or self.job.setting("data", "source")
+        return str((source, counts.get("held_out"), counts.get("evaluation")))
 
 
 def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -53,14 +57,15 @@ def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
         for adapter in job.adapters
     ]
     measured: list[Any] = [s for s in series if s.perplexity is not None]
+    share_a_text = len({s.text for s in series}) == 1
     return {
         "title": f"{' and '.join(names[:2])}{' …' if len(names) > 2 else ''} · QWLoRA comparison",
         "verdicts": {name: verdict(job) for name, job in zip(names, jobs, strict=True)},
         "ranked": sorted(measured, key=lambda s: s.perplexity),
-        "share_a_text": _share_a_text(series),
+        "share_a_text": share_a_text,
         "stages": _stage_table(series),
         "stage_figure": _stage_figure(series),
-        "size_quality": _size_quality(series),
+        "size_quality": _size_quality(series) if share_a_text else None,
         "training": _training_figure(series),
         "smoothed": SMOOTHED,
         "parity": _parity_table(series),
@@ -77,10 +82,6 @@ def _names(jobs: Sequence[Job]) -> list[str]:
         for title, job in zip(titles, jobs, strict=True)
     ]
     return [f"{n}. {name}" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
-
-
-def _share_a_text(series: list[Series]) -> bool:
-    return len({s.text for s in series}) == 1
 
 
 def _stage_table(series: list[Series]) -> Table:
@@ -116,7 +117,7 @@ def _size_quality(series: list[Series]) -> dict[str, Any] | None:
     equals both in bits per packed weight, encodings included, and in perplexity."""
     numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s.name) for s in series]
     points = sorted((bits, value, name) for bits, value, name in numbers if bits and value)
-    if len({bits for bits, *_ in points}) < 2 or not _share_a_text(series):
+    if len({bits for bits, *_ in points}) < 2:
         return None
     best = points[:1]
     for point in points:

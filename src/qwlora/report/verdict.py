@@ -25,13 +25,7 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
-from qwlora.report.results_view import (
-    Job,
-    capitalized,
-    code,
-    runtime,
-    without_folders,
-)
+from qwlora.report.results_view import Job, capitalized, code, runtime, without_folders
 from qwlora.system.parameter_names import BASE
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
@@ -266,17 +260,16 @@ def _tokens(job: Job, target: str) -> dict[str, float]:
 
 
 def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
-    known = _tokens(job, target)
+    known, is_one = _tokens(job, target), _file_count(job) == 1
     name = min(known, key=lambda n: known[n], default="")
     if not known or known[name] >= FEW_TOKENS:
         return
     yield Evidence(
         Outcome.CAUTION,
-        f"Tokens on which {runtime(target)} was checked; raise verify.sequences",
+        f"Tokens checked in {runtime(target)} (set by verify.sequences)",
         tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
         f"{count(FEW_TOKENS)} or more expected",
-        f"{'it was' if len(known) == 1 else 'they were'} checked on "
-        f"{count(known[name])} tokens only",
+        f"{'it was' if is_one else 'they were'} checked on {count(known[name])} tokens only",
     )
 
 
@@ -296,13 +289,17 @@ def _unproven(job: Job) -> str:
     return ""
 
 
+def _file_count(job: Job) -> int:
+    """How many exported files there are: one for each adapter and runtime."""
+    return len(job.adapters) * len(job.targets)
+
+
 def _strongest_fact(job: Job, is_proven: bool) -> str:
-    adapters, gains = len(job.adapters), job.gains()
+    files, gains = _file_count(job), job.gains()
     few = {1: "The exported file computes", 2: "Both exported files compute"}
-    files = few.get(adapters, f"All {adapters} exported files compute")
     overs, plain = job.gains("reference"), "The job is finished"
     if is_proven:
-        plain = f"{files} what you trained"
+        plain = f"{few.get(files, f'All {files} exported files compute')} what you trained"
     if overs and max(overs.values()) <= MOST_OVER:
         most, are_several = max(overs.values()), len(overs) > 1
         side, bound = ("over", "at most ") if most > 0 else ("under", "at least ")
@@ -310,15 +307,16 @@ def _strongest_fact(job: Job, is_proven: bool) -> str:
         if is_proven:
             return f"{plain}, {distance}"
         return f"The {'adapters are' if are_several else 'adapter is'} {distance}"
-    if overs or not gains or max(gains.values()) >= 0:
+    are_clear = all(e.outcome is Outcome.PASSED for n in job.adapters for e in _gain(job, n))
+    if overs or not gains or not are_clear:
         return plain
     gain = f"beats the float model by {percent(-max(gains.values()))}"
+    who, more = ("the", "") if len(job.adapters) == 1 else ("every", " or more")
     if not is_proven:
-        who, more = ("The", "") if adapters == 1 else ("Every", " or more")
-        return f"{who} adapter {gain} on held-out text{more}"
-    if adapters == 1:
-        return f"{files} what you trained and {gain} on held-out text"
-    return f"{files} what you trained, and every adapter {gain} or more"
+        return f"{who.capitalize()} adapter {gain} on held-out text{more}"
+    if files == 1:
+        return f"{plain} and {gain} on held-out text"
+    return f"{plain}, and {who} adapter {gain}{more}"
 
 
 def _not_measured(job: Job) -> str:
@@ -348,7 +346,7 @@ def _failure(job: Job, evidence: tuple[Evidence, ...]) -> str:
         stage = job.get("error", "stage") or "unknown"
         return f"The job stopped in stage {stage}, so there is nothing to ship yet."
     item = next((f for f in failed if f.against), failed[0])
-    what = "The exported file does" if len(job.adapters) == 1 else "The exported files do"
+    what = "The exported file does" if _file_count(job) == 1 else "The exported files do"
     return f"{what} not match the simulation closely enough: {item.against or item.what}."
 
 

@@ -125,7 +125,7 @@ class JobModels(JobState):
             )
         if name.kind == "simulated" and not self.recipe.is_simulated:
             raise DirectoryError(
-                f"{job} has no simulations: {listed(targets)} in export.targets hold no "
+                f"{job} has no simulations: no target in export.targets ({listed(targets)}) holds "
                 "activations, so no adapter is calibrated. Use the adapter itself, or add a target "
                 f"with activations ({listed(n for n in TARGETS if TARGETS[n].is_simulated)}) to "
                 f"its recipe.yaml, then run: {command_line('calibrate', self.folder)}"

@@ -33,12 +33,7 @@ from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.plan.stale_stages import (
-    JobState,
-    adapter_named,
-    run_line,
-    upstream,
-)
+from qwlora.pipeline.plan.stale_stages import JobState, adapter_named, run_line, upstream
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
@@ -97,7 +92,7 @@ def prepared(
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
     needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
-    if reasons := [f"{name} {stale[name]}" for name in needed]:
+    if reasons := [f"{name}: {stale[name]}" for name in needed]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
             f"{run_line(folder)}"

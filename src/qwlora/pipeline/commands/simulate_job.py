@@ -31,12 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwlora.analysis.quantization_costs import (
-    cumulative_costs,
-    layer_sqnr,
-    sensitivities,
-    suggest,
-)
+from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities, suggest
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data.sequences import Sequences
 from qwlora.errors import CalibrationError, DirectoryError, SourceError

@@ -42,7 +42,7 @@ def merge_effect(
     kept = (base - merged) / gained if gained > 0 else None
     is_harmless = kept is not None and kept >= KEPT
     if kept is None:
-        advice = "There is nothing to merge: the adapter does not improve perplexity on this text."
+        advice = "There is nothing to merge."
     elif is_harmless:
         advice = "Merge, or keep the adapter separate to swap adapters."
     else:

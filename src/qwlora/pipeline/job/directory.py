@@ -32,11 +32,7 @@ from qwlora.errors import DirectoryError, RecipeError, listed
 from qwlora.formats.model_card import is_users_card, text_of
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.output_path import (
-    as_directory_errors,
-    check_output,
-    lock_folder,
-)
+from qwlora.pipeline.job.output_path import as_directory_errors, check_output, lock_folder
 from qwlora.pipeline.job.stage_records import (
     FOLDER,
     Record,

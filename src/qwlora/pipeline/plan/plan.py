@@ -45,7 +45,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwlora.data import Documents, load_documents
-from qwlora.formats.model_source import fetch
+from qwlora.formats.model_source import content_files, fetch
 from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.stage_records import Stage
@@ -252,7 +252,7 @@ class _Plan:
         """Files of an adapter to continue; of one on the hub its name in the recipe is enough."""
         folder = Path(source or "")
         is_local = source and folder.is_dir()
-        return self.contents(sorted(filter(Path.is_file, folder.iterdir()))) if is_local else []
+        return self.contents(content_files(folder)) if is_local else []
 
     def files(self, target: str) -> list[Any]:
         """What exported files depend on besides what they hold: the versions of encodings files

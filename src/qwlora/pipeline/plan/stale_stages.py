@@ -193,7 +193,8 @@ def check_kept(
         reasons = [f"{name}: {stale[name]}" for name in again]
         with contextlib.suppress(RecipeError):
             before, now = map(_trained_on, (load_recipe(directory.path / "recipe.yaml"), recipe))
-            reasons = _differences(before, now) or reasons
+            unseen = "its recipe.yaml was edited, or a text, the model's files or qwlora changed"
+            reasons = _differences(before, now) or [unseen]
         raise DirectoryError(
             f"{str(directory.path)!r} has adapters that were trained differently, "
             f"{', '.join(existing)}:\n"

@@ -11,12 +11,7 @@ from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
 from qwlora.recipe.grid_sections import Model
 from qwlora.targets.registry import TARGETS, vllm_problem
-from qwlora.targets.target_compatibility import (
-    Grid,
-    is_copied,
-    refusals,
-    table_rows,
-)
+from qwlora.targets.target_compatibility import Grid, is_copied, refusals, table_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -96,8 +96,8 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
     course, part = "", max(1, len(losses) // 5)
     if losses:
         start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
-        course = f", loss {start:.3f} to {end:.3f}" + (f" (means of {part})" if part > 1 else "")
-    yield f"Training {name}", f"{train['steps']} steps{in_what}{course}"
+        course = f"{start:.3f} to {end:.3f}" + (f" (means of {part} steps)" if part > 1 else "")
+    yield f"Training {name}", f"{train['steps']} steps{in_what}" + f", loss {course}" * bool(losses)
     yield (
         "",
         f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}, "
@@ -113,6 +113,6 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
     if len(losses) > 1 and end >= start:
         yield (
             "Warning",
-            f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of {part} "
-            "steps). Try a lower learning_rate, or more steps",
+            f"{name} did not learn: its loss went from {course}. Try a lower learning_rate, or "
+            "more steps",
         )

@@ -21,11 +21,7 @@ from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import is_foreign, sampled_sequences
-from qwlora.pipeline.plan.target_table import (
-    kept_layers,
-    second_rounding,
-    target_table,
-)
+from qwlora.pipeline.plan.target_table import kept_layers, second_rounding, target_table
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe

@@ -159,7 +159,11 @@ class JobContext:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = template
             documents = self.texts.documents(data)
-            self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
+            try:
+                self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
+            except SourceError as error:
+                place = f"data source {data.source!r}: " * (str(data.source) not in str(error))
+                raise SourceError(f"{place}{error}") from error
         return self._prepared[data]
 
     def text(self, adapter: str | None) -> PreparedText:

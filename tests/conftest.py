@@ -1,7 +1,5 @@
 """Tiny random models of several architectures, with a tokenizer of their own: nothing is downloaded."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc

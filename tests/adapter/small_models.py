@@ -1,7 +1,5 @@
 """Small models whose forward does something between the output head and the loss, or elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Activated LoRA acts from its invocation on, as in PEFT, and keeps the base's cache before it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

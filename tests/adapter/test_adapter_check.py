@@ -1,7 +1,5 @@
 """`qwlora adapters`: listing and checking."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The chunked loss against each model's own loss and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

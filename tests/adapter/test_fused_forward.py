@@ -1,7 +1,5 @@
 """Fused LoRA on packed layers: PEFT's numbers, and PEFT's forward for everything but plain LoRA."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

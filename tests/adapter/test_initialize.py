@@ -1,7 +1,5 @@
 """Initializations of an adapter are optimal, and do not change the base."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -204,7 +202,8 @@ def test_tuned_scales_are_not_corrected(scheme: str) -> None:
         return {path: product(layer) for path, layer in lora_layers(adapted).items()}
 
     solved = started(copy.deepcopy(model), None)
-    report = tune_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
+    settings = TuningSettings(steps=10, learning_rate=0.02, compute="float32")
+    report = tune_(model, reference, ids, settings)
     assert report.kept
     adapted = started(copy.deepcopy(model), report.solver_scales)
     unaware = started(copy.deepcopy(model), None)

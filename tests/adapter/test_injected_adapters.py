@@ -3,8 +3,6 @@
 transformers 5.24 refuses its own adapter methods on such models with every released PEFT.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters that merge without loss: what they compute, their gradients, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Sequence

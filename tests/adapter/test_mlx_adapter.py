@@ -1,7 +1,5 @@
 """Adapters in the layout of mlx-lm, converted to PEFT's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`save_adapter` never writes an adapter under the fingerprint of a base that nobody has."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

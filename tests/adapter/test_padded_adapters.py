@@ -1,7 +1,5 @@
 """Adapters of different ranks and layers in one shape."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

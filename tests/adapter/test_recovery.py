@@ -1,7 +1,5 @@
 """Recovery: the loss equals its definition and brings the model closer to the float model."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

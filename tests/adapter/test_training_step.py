@@ -1,7 +1,5 @@
 """`memory_saving` in a user's own loop: PEFT's results; nothing stays replaced afterwards."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Collects all comparisons; `--table FILE` writes them as docs/log/aimet-oracle.md."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version

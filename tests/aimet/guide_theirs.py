@@ -16,8 +16,6 @@ different, and why:
     device      the CPU
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

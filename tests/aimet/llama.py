@@ -5,8 +5,6 @@ AIMET's guides ask. Modules are named like our encodings (`self_attn.matmul_1`, 
 `q_proj.lora_A`). Operations are in the same order as in transformers and PEFT.
 """
 
-from __future__ import annotations
-
 import types
 from typing import Any
 

@@ -1,7 +1,5 @@
 """AIMET's quantizers for our schemes, and their comparison with our encodings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

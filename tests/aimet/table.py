@@ -1,7 +1,5 @@
 """The table of comparisons. Does not import AIMET, so pytest can collect it anywhere."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 
 

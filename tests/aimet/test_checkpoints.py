@@ -3,8 +3,6 @@
 write_checkpoints.py writes them with transformers 5; AIMET's tracer needs 4.49 or older.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ A percentile is not chosen for its error. What is compared is how far its range 
 sorted data.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

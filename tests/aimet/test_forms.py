@@ -6,8 +6,6 @@ writes the table of docs/log/aimet-forms.md:
     pytest tests/aimet/test_forms.py -m aimet --forms FOLDER --forms-table docs/log/aimet-forms.md
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path

@@ -7,8 +7,6 @@ quantize the same values. Where our policy places the quantizers, encodings of w
 too are equal, and the logits differ by the rounding of what AIMET leaves float.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """LPBQ encodings and learned-scale gradients equal AIMET's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

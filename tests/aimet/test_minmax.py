@@ -1,7 +1,5 @@
 """Min-max encodings of random tensors equal AIMET's, scale, offset and fake-quantized values."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Grids read from AIMET's files, of all exporters and versions, round as AIMET's quantizers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

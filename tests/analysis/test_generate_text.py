@@ -1,7 +1,5 @@
 """Text that a model writes by itself."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

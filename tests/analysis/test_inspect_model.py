@@ -1,7 +1,5 @@
 """`qwlora inspect`: sizes, grids and SQNR are right; any other input ends with code 2 and a reason."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What quantizers cost, where the loss comes from, and mixed precision under a limit."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import chain, combinations

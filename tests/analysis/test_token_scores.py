@@ -1,7 +1,5 @@
 """KL divergence, token agreement and standard errors equal those of plain transformers."""
 
-from __future__ import annotations
-
 import math
 from functools import reduce
 from operator import getitem

@@ -1,7 +1,5 @@
 """What happens to files: flipped bits, cuts, losses and swaps."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

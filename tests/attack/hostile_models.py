@@ -1,7 +1,5 @@
 """Model folders that somebody else made, and not with good intentions."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -7,8 +7,6 @@ qwa       workflow qwa-lora
 shared    two adapters, one set of encodings for both
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What was attacked and what held, and the page that says so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands that are killed, or that find the disk full."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Bundles that somebody else made: files changed, replaced and added, with digests that agree."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

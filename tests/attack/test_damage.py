@@ -1,7 +1,5 @@
 """Damaged and swapped files: each is noticed by what reads it, or harmless with a reason."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -6,8 +6,6 @@ infinite, negative or zero numbers. Whatever opens is read whole. What reads wel
 also written in every version that holds it.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import random

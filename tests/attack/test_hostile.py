@@ -1,7 +1,5 @@
 """Hostile models, adapters, recipes and data: one message, exit code 2, none of their code."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,8 +1,6 @@
 """Commands that are killed, or that find the disk full: nothing is half-written, and the next run ends
 the same, bit for bit."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import time

@@ -1,7 +1,5 @@
 """Two processes at once: one of them works, the other says so, and nothing of the first is lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

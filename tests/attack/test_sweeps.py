@@ -1,7 +1,5 @@
 """Commands that change a finished job, killed at every change of the disk that they make."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

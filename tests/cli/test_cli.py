@@ -1,7 +1,5 @@
 """The command line with wrong inputs: one clear message, the right exit code, nothing half-written."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Whatever is raised below the command line ends as one message, with the file that was read."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re

@@ -1,7 +1,5 @@
 """`qwlora score DIR TASK`: scores of lm-eval on a task file, without a network."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

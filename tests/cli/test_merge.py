@@ -1,7 +1,5 @@
 """Merging: the verdict against what PEFT computes, and the models that are written."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a person sees while a command runs, on a terminal and without one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pty

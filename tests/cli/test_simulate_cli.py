@@ -1,7 +1,5 @@
 """`qwlora simulate` and `qwlora dump-layers`: what they say of a job, and what they refuse."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`qwlora generate` and `qwlora chat`: every stage answers as transformers' own generate does."""
 
-from __future__ import annotations
-
 import fcntl
 import io
 import json

@@ -1,7 +1,5 @@
 """Which tokens of a conversation are in the loss. The oracle is transformers: a twin of each template with {% generation %} markers, and its own assistant mask."""
 
-from __future__ import annotations
-
 import json
 import re
 import resource

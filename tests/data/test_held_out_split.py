@@ -1,7 +1,5 @@
 """Documents: where they come from, how they are split, how they become sequences."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

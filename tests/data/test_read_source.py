@@ -1,7 +1,5 @@
 """Every format that documents come in, and a wrong twin of each with its error."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import re

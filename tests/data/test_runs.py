@@ -1,7 +1,5 @@
 """What reaches the Trainer, the command that shows it, and whole runs on records."""
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import pairwise

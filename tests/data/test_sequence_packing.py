@@ -1,7 +1,5 @@
 """Sequences: packed documents are as if alone, no loss token is lost uncounted, padding is not in the loss."""
 
-from __future__ import annotations
-
 import random
 from itertools import pairwise
 

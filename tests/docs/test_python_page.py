@@ -1,7 +1,5 @@
 """The code of docs/python.md runs, and its files compute what they should."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

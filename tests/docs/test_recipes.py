@@ -1,7 +1,5 @@
 """Every file in recipes/ runs as it is written, on a tiny model and little text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ The device cannot be removed from a process, and autograd makes its threads at t
 pass, for the devices known then: it needs a process of its own (`test_pretend_device.py`).
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`device` in a recipe and on the command line: which device it is, and what stages do with it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from threading import current_thread, main_thread

@@ -4,8 +4,6 @@ Integers are equal. Floats differ by what the order of a sum changes: relative t
 tensor, 1e-5 on the pretend device, whose products may see other strides, and 1e-3 on a GPU.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

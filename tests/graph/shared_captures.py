@@ -9,8 +9,6 @@ The first model of a structure is captured. Later ones get its graph over their 
 `rebound` compares the result with the model bit for bit, so a graph that does not fit fails.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any
 

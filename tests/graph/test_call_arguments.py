@@ -1,7 +1,5 @@
 """Nested arguments as flat tensors and back."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

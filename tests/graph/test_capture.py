@@ -1,7 +1,5 @@
 """Capture of any arguments and results, and the proof that it can fail."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """bfloat16 and float16 models: trained in their own type, simulated and exported in float32."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What runs under autocast or another gradient mode is in the graph like the rest; what cannot be is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A packed weight that one graph reads more than once: by a layer that runs again, or by an adapter that asks for its layer's weight."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

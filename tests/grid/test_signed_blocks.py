@@ -1,7 +1,5 @@
 """Symmetric blocks whose scales may be negative."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field

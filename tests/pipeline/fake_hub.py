@@ -6,8 +6,6 @@ GET  /api/models/ID/tree/main             POST /api/models/ID/commit/main
 GET, HEAD /ID/resolve/REVISION/FILE
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`base.calibration`: the job's text, other texts, and what the float model writes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

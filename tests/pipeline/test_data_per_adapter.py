@@ -1,7 +1,5 @@
 """Adapters with texts of their own: what each is trained, calibrated and measured on."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is found to have changed, and what is not read again."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What `qwlora plan` says before a job runs: counted from shapes, without weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

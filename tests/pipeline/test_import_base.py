@@ -1,7 +1,5 @@
 """`qwlora import-base`: other tools' integers become a base folder, bit for bit."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """report.html and the state of a run in results.json, over a job of fake stages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """Commands that change adapters and are killed at any change of the disk: the next command finishes
 or undoes what they began."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Adapters that are added, renamed and removed: nothing else of the job changes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The folder of a merged model. Nothing is merged here."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Directories: what a job may write to, replace and remove. No stage runs here."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Callable

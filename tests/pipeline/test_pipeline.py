@@ -1,7 +1,5 @@
 """The whole job on tiny models: every architecture, what is skipped, what is run again, what survives an interruption."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

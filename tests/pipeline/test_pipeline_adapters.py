@@ -1,7 +1,5 @@
 """Jobs of several adapters: what they share, and in which stages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A vision-language model by recipe: its language model takes embeddings, in files of every layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

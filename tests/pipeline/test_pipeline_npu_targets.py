@@ -1,7 +1,5 @@
 """Jobs that write the files of AI Hub and QAIRT."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Workflow qwa-lora by recipe: the base's activations are calibrated first, adapters are trained through them, and they stay."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

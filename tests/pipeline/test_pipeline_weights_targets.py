@@ -1,7 +1,5 @@
 """Jobs that export the base once and adapters beside it."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

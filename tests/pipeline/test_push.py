@@ -1,7 +1,5 @@
 """`qwlora push` against a hub on this machine, and the model cards that it uploads."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """`reference: float`: every adapter is trained on the float model too, and compared with that."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """A stage is current only if everything that it read is there and unchanged, all the way up."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What is refused or said about a recipe's model before anything is quantized."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A rotated model computes the same, has no channels of outliers, and is a base like any other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

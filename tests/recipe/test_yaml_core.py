@@ -1,7 +1,5 @@
 """Recipes follow YAML 1.2, and a key is given once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Jobs for the tests of the report: recorded runs, and jobs derived from them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """The report in Debian's chromium, headless: no error, no request, plots have data, tables sort."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The page: every number equals results.json, names are escaped, and any key may be missing."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The table at the end of a run, and sizes in it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

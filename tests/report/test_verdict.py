@@ -1,7 +1,5 @@
 """The verdict of the report: its rules, in their order, on both sides of every limit."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

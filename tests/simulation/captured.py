@@ -1,7 +1,5 @@
 """One small model that is captured once, for many simulations."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 from unittest import mock

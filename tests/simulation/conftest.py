@@ -1,7 +1,5 @@
 """What the whole job came to for each architecture is collected while the tests run; `--architectures FILE` writes it down."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Several adapters on one base: each alone computes what PEFT computes, and what is shared is one and the same."""
 
-from __future__ import annotations
-
 import copy
 import json
 from functools import partial

@@ -1,7 +1,5 @@
 """The whole job for models of every kind: step 1, adapter, two optimizer steps, capture, calibration, export, ONNX Runtime."""
 
-from __future__ import annotations
-
 import math
 import time
 import warnings

@@ -1,7 +1,5 @@
 """Graphs with a key-value cache on the encodings of a simulation of whole sequences."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

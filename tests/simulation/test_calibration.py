@@ -1,7 +1,5 @@
 """Calibration of a captured graph: in two halves, over processes, with other schemes, and what it reports."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Masked scores: no grid holds them beside the rest, so they stay float from where they meet the mask to the softmax, whatever lies between."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers as t

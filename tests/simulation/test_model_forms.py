@@ -1,7 +1,5 @@
 """Models and batches in the forms that users have them: classifiers, meta tensors, DataLoaders, labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

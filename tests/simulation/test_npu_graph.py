@@ -1,7 +1,5 @@
 """Graphs for an NPU: what the host computes, and that prefill and decode are the simulation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

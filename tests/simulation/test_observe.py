@@ -1,7 +1,5 @@
 """What a quantizer refuses, and that it may work in place."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Placement: policies, rules in front of them, and what they say about values."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

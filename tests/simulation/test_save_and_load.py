@@ -1,7 +1,5 @@
 """A simulation comes back from disk with the same bits, and only on the base and adapter that it was made from."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

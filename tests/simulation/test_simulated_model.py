@@ -1,7 +1,5 @@
 """The simulation behaves like the transformers model that it was made from."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

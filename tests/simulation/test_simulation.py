@@ -1,7 +1,5 @@
 """Capture, placement, calibration, simulation."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from pathlib import Path

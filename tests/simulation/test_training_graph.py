@@ -1,7 +1,5 @@
 """QWA-LoRA: the adapter learns through the fake-quantized graph, and nothing else does unless asked to."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tiny random models of many kinds and inputs for them. Only this file knows what they are called; the package does not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What is renamed was flushed to disk before."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

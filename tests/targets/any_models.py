@@ -1,7 +1,5 @@
 """Small models that are no causal language models, with two adapters trained on different data."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ They have the mark `client`, and a session of nox of the same name has all progr
 that is skipped is a failure (conftest.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Damage to the files in an exported folder, for tests that it is noticed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

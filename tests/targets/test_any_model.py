@@ -1,7 +1,5 @@
 """Models that are no causal language models, with adapters, to the targets of simulations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx

@@ -1,7 +1,5 @@
 """Which targets hold which grid: before anything runs, with the nearest scheme that would do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Embeddings and heads that are floats are stored in 16 bits where that is exact. The files are run:
 they compute the same bits as with float32, in less than two thirds of the space."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

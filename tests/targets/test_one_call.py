@@ -1,7 +1,5 @@
 """Export and verification in one call, of targets of every layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

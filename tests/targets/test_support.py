@@ -1,7 +1,5 @@
 """docs/support.md says what the code does."""
 
-from __future__ import annotations
-
 import pytest
 
 from targets.client_programs import TARGETS_OF_CLIENTS

@@ -3,8 +3,6 @@
 `toy_target.py` is all that a new target costs, if it has no proof and no lines for READMEs.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import re

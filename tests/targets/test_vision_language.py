@@ -1,7 +1,5 @@
 """The language model of a vision-language model: a graph of embeddings, in every target."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 from pathlib import Path

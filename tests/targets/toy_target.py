@@ -1,7 +1,5 @@
 """A target in one file: the metadata of a simulation as text. Its runtime refuses every file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from qwlora.errors import ExportError

@@ -1,7 +1,5 @@
 """vLLM on a CPU computes the files of target `hf`: the base, and two adapters in one batch."""
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator

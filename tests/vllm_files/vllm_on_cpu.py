@@ -1,14 +1,13 @@
 """vLLM in this process, on a CPU. Import it before vLLM, which reads the environment once.
 
-The wheel's operators need AVX-512. Without it, `_product` stands in for the product with 4-bit
-weights; it reads what vLLM made of our files.
+The wheel's product with 4-bit weights needs AVX-512, and does not take float32. There `_product`
+stands in for it; it reads what vLLM made of our files.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -33,11 +32,14 @@ HAS_OPERATOR = hasattr(torch.ops._C, "cpu_gemm_wna16")
 @contextmanager
 def operator_of_cpu() -> Iterator[None]:
     """The product as the wheel has it, or else ours."""
-    if HAS_OPERATOR:
+    own = operators.cpu_gemm_wna16
+
+    def product(input: Tensor, **others: Any) -> Tensor:
+        is_own = HAS_OPERATOR and input.dtype != torch.float32
+        return (own if is_own else _product)(input=input, **others)
+
+    with patch.object(operators, "cpu_gemm_wna16", product):
         yield
-    else:
-        with patch.object(operators, "cpu_gemm_wna16", _product):
-            yield
 
 
 def _product(

@@ -1,7 +1,5 @@
 """What aimet-onnx loads; `--loaders-table FILE` writes it as docs/log/aimet-onnx.md."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version

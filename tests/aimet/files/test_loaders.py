@@ -3,8 +3,6 @@
 Runs in an environment of its own (`make test-aimet`); collected elsewhere, it is skipped.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

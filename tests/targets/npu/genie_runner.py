@@ -1,8 +1,6 @@
 """A program that does what Qualcomm's Genie does with a bundle, Genie itself, and the tokens of a
 simulation to compare both with."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The `.aimet` folder: what AI Hub and aimet-onnx take, and what its files promise."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

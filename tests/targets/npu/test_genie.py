@@ -1,8 +1,6 @@
 """Bundles for Qualcomm's Genie: in Genie itself, in a runner that does what it does, and what is
 refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What graphs for the HTP have in place of operators that it does not take, without the HTP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which graph runs which tokens, where there are several sizes and contexts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """QAIRT's LoRA use cases as graphs with a key-value cache: what they compute, and damaged files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What QAIRT's pipeline takes: weights on their grids, their encodings, PEFT directories, a recipe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Bundles for Qualcomm's HTP: what they compute on CPU and emulator, and damaged files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

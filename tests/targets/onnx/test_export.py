@@ -1,7 +1,5 @@
 """The content of ONNX exports of language models, and the limits of their proof."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Exports of packed embeddings, tied heads and float offsets, run in ONNX Runtime."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

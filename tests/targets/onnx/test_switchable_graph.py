@@ -1,7 +1,5 @@
 """One session for a base and adapters of other layers, ranks and scalings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

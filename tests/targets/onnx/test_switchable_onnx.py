@@ -1,7 +1,5 @@
 """The base as ONNX with a cache and switchable adapters, in ONNX Runtime and onnxruntime-genai."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

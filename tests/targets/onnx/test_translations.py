@@ -1,7 +1,5 @@
 """Graphs of one structure are translated once, and the files are those of separate translations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from unittest import mock
 

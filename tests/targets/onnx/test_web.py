@@ -1,7 +1,5 @@
 """Target `web`: the same data as genai, every factor an input, and the page in chromium."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

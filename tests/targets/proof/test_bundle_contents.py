@@ -1,7 +1,5 @@
 """What may be in a bundle: somebody else's files are compared with what a target writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What `qwlora verify BUNDLE` decides, with a runtime that computes what a test wants."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

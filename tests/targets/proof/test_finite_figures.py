@@ -1,7 +1,5 @@
 """A runtime that computes NaN, infinity or far too large logits fails its proof, and says so."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from contextlib import nullcontext

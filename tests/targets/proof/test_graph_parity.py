@@ -1,7 +1,5 @@
 """What is measured of graphs with a key-value cache: figures, and tokens that count."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Every limit of a proof, on both sides: what passes, what does not, and what is no number."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a proof allows, and references that prove nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

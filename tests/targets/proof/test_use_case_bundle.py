@@ -1,7 +1,5 @@
 """Which files may be in a bundle of use cases."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exports of models other than language models, and the limits of their proof."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A runtime that knows the last token only: the next one's logits are a row of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

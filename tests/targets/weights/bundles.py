@@ -1,7 +1,5 @@
 """Bases packed on given grids, and the folders of their bundles: base, trained, adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Target `executorch`: the graph that XNNPACK gets, its rounding, and the program in ExecuTorch."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """GGUF files of models that came from no GGUF file: every family, read back and in llama.cpp."""
 
-from __future__ import annotations
-
 import re
 from itertools import cycle
 from pathlib import Path

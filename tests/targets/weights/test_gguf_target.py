@@ -1,7 +1,5 @@
 """The gguf target: bases and adapters as llama.cpp reads them."""
 
-from __future__ import annotations
-
 from itertools import cycle
 from pathlib import Path
 from typing import Any

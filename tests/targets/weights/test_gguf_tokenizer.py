@@ -1,7 +1,5 @@
 """Tokenizers in GGUF files: what is written, and how llama.cpp splits text with them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics

@@ -1,8 +1,6 @@
 """Adapters are switched in one session of a runtime: each computes, bit for bit, what it computes
 in a session of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

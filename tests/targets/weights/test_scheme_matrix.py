@@ -4,8 +4,6 @@ One tiny model has a layer of each scheme, so that a runtime is opened once for 
 target can hold together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path

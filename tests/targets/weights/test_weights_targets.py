@@ -1,8 +1,6 @@
 """Targets with the base's integers and adapters beside it: every scheme is held exactly or refused,
 and each runtime computes what was trained."""
 
-from __future__ import annotations
-
 import json
 import re
 from contextlib import nullcontext

@@ -46,7 +46,7 @@ def save_packed(folder: str) -> None:
 
     model = load_model(SMOLLM2)
     quantize_(model, "w4-block32", solver="rtn")
-    save_base(model, load_tokenizer(SMOLLM2), Path(folder), SMOLLM2)
+    save_base(model, folder, tokenizer=load_tokenizer(SMOLLM2))
 
 
 def serve_steps(folder: str) -> None:

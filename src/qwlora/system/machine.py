@@ -11,8 +11,8 @@ an NVIDIA GPU.
 
 **Threads.** By default OpenMP threads spin while they wait for each other. If other programs use
 the cores too, the thread that the others wait for may not be running while they use up its
-processor time: a training step of the demo takes many times longer than with one thread
-(`benchmarks/shared_cpu.py` measures it). With OMP_WAIT_POLICY=passive they sleep instead, in
+processor time: beside another program on two cores, a training step took twice as long as with
+one thread (`benchmarks/shared_cpu.py`). With OMP_WAIT_POLICY=passive they sleep instead, in
 GNU's OpenMP (torch's own packages for Linux) as in LLVM's and Intel's. torch also starts a thread
 for each physical core of the machine, even where a container or a job scheduler allows fewer. The
 number set here is that of the physical cores this process may use: its affinity mask, bounded by

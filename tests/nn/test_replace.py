@@ -193,6 +193,16 @@ def test_a_forward_that_was_set_on_a_packed_layer_is_refused_and_hooks_are_not(
         assert_frozen(plain)
 
 
+def test_copies_of_packed_layers_are_refused_since_they_cannot_be_trained(
+    plain: PreTrainedModel, tmp_path: Path
+) -> None:
+    saved = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
+    adapted = get_peft_model(plain, saved)
+    with pytest.raises(GridError, match=r"copied .*self_attn\.q_proj.*keep: float"):
+        save_adapter(adapted, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_training_simulation_and_saving_check_it(plain: PreTrainedModel, tmp_path: Path) -> None:
     adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["up_proj"]))
     layer = adapted.base_model.model.get_submodule(f"{UP}.base_layer")

@@ -26,8 +26,8 @@ def assert_frozen(model: nn.Module) -> None:
     """Check that `model` has packed layers and that each of them computes its codes.
 
     Raises:
-        GridError: the model has no packed layer, or a forward was set on packed layers; all such
-            layers are named.
+        GridError: the model has no packed layer, a forward was set on packed layers, or PEFT's
+            `modules_to_save` holds copies of them; all such layers are named.
     """
     packed = packed_layers(model)
     if not packed:
@@ -45,6 +45,11 @@ def assert_frozen(model: nn.Module) -> None:
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "
             "may not compute their codes. Delete it (`del layer.forward`), or use a forward hook"
             + "\n  ".join(["", *lines(patched)])
+        )
+    if copies := [name for name in packed if "modules_to_save" in name.split(".")]:
+        raise GridError(
+            f"PEFT's modules_to_save copied {listed(copies)}, but integers do not train. Leave "
+            "them out of modules_to_save, or keep them as floats in the base (rule keep: float)"
         )
 
 

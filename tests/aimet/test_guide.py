@@ -8,6 +8,7 @@ too are equal, and the logits differ by the rounding of what AIMET leaves float.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,12 @@ def is_input_of_an_adapter(item: Item) -> bool:
     return item[0].startswith("input of ") and item[0].endswith(".lora_A.0")
 
 
+def follows(item: Item) -> bool:
+    """Whether it is a value of an adapter that differs by what rounding makes of those inputs."""
+    scales = float(item[2][0]), float(item[3][0])
+    return ".lora_" in item[0] and math.isclose(*scales, rel_tol=1e-4)
+
+
 def differing(items: Iterable[Item]) -> tuple[list[str], int]:
     """Names of encodings that are not equal bit for bit, and the largest distance of scales."""
     found, most = [], 0
@@ -210,7 +217,7 @@ def test_encodings_of_activations_are_equal(pair: Pair, table: Table) -> None:
             row_of(item, pair.record["bits"]) for item in items if ".layers.1." not in item[1]
         ]
     if pair.record["workflow"] == "qwa":  # see table.py
-        every = [item for item in every if not is_input_of_an_adapter(item)]
+        every = [item for item in every if not (is_input_of_an_adapter(item) or follows(item))]
     assert differing(every)[0] == []
     for use in USES:  # nothing else is quantized here
         assert activations(pair.ours[use]) <= {

@@ -29,7 +29,7 @@ from qwlora import (
 )
 from qwlora.adapter.adapter_deltas import unpack_
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.errors import GridError
+from qwlora.errors import GridError, SourceError
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 
@@ -201,6 +201,14 @@ def test_copies_of_packed_layers_are_refused_since_they_cannot_be_trained(
     with pytest.raises(GridError, match=r"copied .*self_attn\.q_proj.*keep: float"):
         save_adapter(adapted, tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_settings_that_change_the_base_are_refused_by_name(
+    plain: PreTrainedModel, tmp_path: Path
+) -> None:
+    rows = LoraConfig(r=2, target_modules=["up_proj"], trainable_token_indices=[1])
+    with pytest.raises(SourceError, match=r"'default': .*trainable_token_indices: \[1\], .*rows"):
+        save_adapter(get_peft_model(plain, rows), tmp_path)
 
 
 def test_training_simulation_and_saving_check_it(plain: PreTrainedModel, tmp_path: Path) -> None:

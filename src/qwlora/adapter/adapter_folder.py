@@ -31,6 +31,7 @@ from qwlora.adapter.adapter_files import (
     check_pattern_times,
     mergeable_record,
     read_config,
+    unsupported_settings,
     weights_of,
 )
 from qwlora.adapter.mergeable import is_mergeable, mergeable_, remainders_digest
@@ -58,7 +59,7 @@ def save_adapter(
             `default` a folder of its own.
 
     Raises:
-        SourceError: the model has no such adapter.
+        SourceError: the model has no such adapter, or it has a setting that is not supported.
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
         FingerprintError: a float tensor of the base changed since the base was made or loaded, so
             the adapter belongs to no base that anybody has.
@@ -74,6 +75,10 @@ def save_adapter(
         raise SourceError(
             f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(names)}"
         )
+    for name in names if adapter is None else [adapter]:
+        config = cast(Any, model).peft_config[name].to_dict()
+        if problem := next(unsupported_settings(config), None):
+            raise SourceError(f"adapter {name!r}: {problem}")
     if packed_layers(model):
         assert_frozen(model)
     if base_fingerprint is None:

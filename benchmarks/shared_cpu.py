@@ -10,8 +10,8 @@ every projection, and take turns, one optimizer step of 512 tokens each:
     sleep         OMP_WAIT_POLICY=passive, what the command line sets
     one thread    OMP_NUM_THREADS=1, nothing to wait for
 
-They do so alone, and beside one and two processes that keep a core busy. `speed` is the median, over
-the rounds, of the seconds of `spin` over those of the way. Run it with nothing else on the machine.
+They do so alone, and beside one and two processes that keep a core busy. `speed` is the median of
+the rounds' ratios: seconds of `spin` over those of the way. Run it on an idle machine.
 """
 
 from __future__ import annotations

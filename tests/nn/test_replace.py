@@ -203,9 +203,7 @@ def test_copies_of_packed_layers_are_refused_since_they_cannot_be_trained(
     assert not [*tmp_path.iterdir()]
 
 
-def test_settings_that_change_the_base_are_refused_by_name(
-    plain: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_settings_that_change_the_base_are_refused(plain: PreTrainedModel, tmp_path: Path) -> None:
     rows = LoraConfig(r=2, target_modules=["up_proj"], trainable_token_indices=[1])
     with pytest.raises(SourceError, match=r"'default': .*trainable_token_indices: \[1\], .*rows"):
         save_adapter(get_peft_model(plain, rows), tmp_path)

@@ -91,14 +91,14 @@ def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings of PEFT's configuration of an adapter that are not supported, in words."""
     for key, (accepted, why) in _UNSUPPORTED.items():
         if (value := config.get(key)) not in accepted:
-            yield f"{CONFIG} has {key}: {value!r}, which is not supported ({why})"
+            yield f"{key}: {value!r}, which is not supported ({why})"
 
 
 def content_problems(folder: Path) -> Iterator[str]:
     """What is wrong with the configuration and the weights in `folder`, in words: damaged weights,
     settings that are not supported."""
     config = read_config(folder)
-    yield from unsupported_settings(config)
+    yield from (f"{CONFIG} has {setting}" for setting in unsupported_settings(config))
     if tokens := config.get("alora_invocation_tokens"):
         are_ids = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
         if not are_ids or config.get("task_type") != "CAUSAL_LM":

@@ -70,15 +70,14 @@ def save_adapter(
         raise SourceError(
             f"{type(model).__name__} has no adapter to save; attach one with peft.get_peft_model"
         )
-    names = list(cast(Any, model).peft_config)
-    if adapter is not None and adapter not in names:
+    configs = cast(Any, model).peft_config
+    if adapter is not None and adapter not in configs:
         raise SourceError(
-            f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(names)}"
+            f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(configs)}"
         )
-    for name in names if adapter is None else [adapter]:
-        config = cast(Any, model).peft_config[name].to_dict()
-        if problem := next(unsupported_settings(config), None):
-            raise SourceError(f"adapter {name!r}: {problem}")
+    for name in configs if adapter is None else [adapter]:
+        if problem := next(unsupported_settings(configs[name].to_dict()), None):
+            raise SourceError(f"adapter {name!r}: its configuration has {problem}")
     if packed_layers(model):
         assert_frozen(model)
     if base_fingerprint is None:

@@ -256,8 +256,7 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 def fuse_lora_(model: nn.Module) -> None:
     """`fused_lora` without an end, for a model that only generates text from then on, with the
-    adapter that is active now. The kernels for few rows (`nn/few_row_kernels.py`) leave so little
-    to do for a token that calls of PEFT's modules count; then it is two products:
+    adapter that is active now. For few rows, where calls of PEFT's modules cost time, it computes
 
         y += (x A^T) (scaling B)^T
     """
@@ -272,8 +271,8 @@ def fuse_lora_(model: nn.Module) -> None:
 def _generating_forward(
     layer: Any, base: PackedLinear, factors: tuple[Tensor, Tensor], x: Tensor, **kwargs: Any
 ) -> Tensor:
-    is_fast = not kwargs and base.few_rows is not None and x.dtype == factors[0].dtype
-    if not is_fast or (y := base.few_rows(x)) is None:  # type: ignore[misc] # it is not None
+    few_rows = base.few_rows if x.dtype == factors[0].dtype and not kwargs else None
+    if few_rows is None or (y := few_rows(x)) is None:
         return _fused_forward(layer, x, **kwargs)
     u = x.reshape(-1, x.shape[-1]) @ factors[0]
     return torch.addmm(y.view(-1, y.shape[-1]), u, factors[1]).view(y.shape)

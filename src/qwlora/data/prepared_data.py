@@ -190,8 +190,8 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
     parts = []
     for part, label in (("train", "training"), ("held_out", "held out")):
         counts = {key: description[part][key] for key in keys}
-        named = {key.replace("_", " ").removesuffix("s" * (n == 1)): n for key, n in counts.items()}
-        words = [f"{n:,} {name}" for name, n in named.items() if n]
+        named = {k.removesuffix("s") if n == 1 else k: n for k, n in counts.items() if n}
+        words = [f"{n:,} {key.replace('_', ' ')}" for key, n in named.items()]
         parts.append(f"{label} {', '.join(words)}")
     removed = {
         "skipped_records": "empty records skipped",

@@ -48,8 +48,8 @@ def assert_frozen(model: nn.Module) -> None:
         )
     if copies := [name for name in packed if "modules_to_save" in name.split(".")]:
         raise GridError(
-            f"PEFT's modules_to_save copied {listed(copies)}, but integers do not train. Leave "
-            "them out of modules_to_save, or keep them as floats in the base (rule keep: float)"
+            f"PEFT's modules_to_save copied {listed(copies)}, whose integers cannot be trained. "
+            "Leave these out, or keep them as floats in the base, by a rule with keep: float"
         )
 
 

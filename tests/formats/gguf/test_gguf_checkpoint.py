@@ -319,13 +319,14 @@ def test_settings_that_transformers_leaves_at_its_defaults(
     """As llama.cpp has them: Gemma 27B, known by its layers, has another scale of attention."""
     monkeypatch.setitem(LARGEST, "gemma3", 3)
     rotary = {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    turned, experts = {"rope.freq_base": 5e5, "rope.dimension_count": 32}, "moe_intermediate_size"
     rows: list[tuple[str, dict[str, Any], dict[str, Any], str, Any]] = [
         ("gemma3", {}, {"head_dim": 32}, "query_pre_attn_scalar", 32),
         ("gemma3", {}, {"num_hidden_layers": 3, "head_dim": 32}, "query_pre_attn_scalar", 64),
-        ("stablelm", {"rope.freq_base": 5e5, "rope.dimension_count": 32}, {}, "rope_parameters", rotary),
+        ("stablelm", turned, {}, "rope_parameters", rotary),
         ("gpt2", {"context_length": 512}, {"n_positions": 512}, "n_positions", 512),
-        ("qwen3moe", {"expert_feed_forward_length": 512}, {"moe_intermediate_size": 512}, "moe_intermediate_size", 512),
-    ]  # fmt: skip
+        ("qwen3moe", {"expert_feed_forward_length": 512}, {experts: 512}, experts, 512),
+    ]
     for arch, stored, changes, key, wanted in rows:
         metadata = {f"{arch}.{name}": value for name, value in stored.items()}
         path = file_of(tmp_path, arch, {}, metadata=metadata, **changes)

@@ -97,7 +97,8 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
     if losses:
         start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
         course = f"{start:.3f} to {end:.3f}" + (f" (means of {part} steps)" if part > 1 else "")
-    yield f"Training {name}", f"{train['steps']} steps{in_what}" + f", loss {course}" * bool(losses)
+    loss = f", loss {course}" if losses else ""
+    yield f"Training {name}", f"{train['steps']} steps{in_what}{loss}"
     yield (
         "",
         f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}, "

@@ -162,8 +162,9 @@ class JobContext:
             try:
                 self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
             except SourceError as error:
-                place = f"data source {data.source!r}: " * (str(data.source) not in str(error))
-                raise SourceError(f"{place}{error}") from error
+                if str(data.source) in str(error):
+                    raise
+                raise SourceError(f"data source {data.source!r}: {error}") from error
         return self._prepared[data]
 
     def text(self, adapter: str | None) -> PreparedText:

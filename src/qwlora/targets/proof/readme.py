@@ -107,8 +107,8 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of all adapters as lines of Markdown."""
     lines = [
         "Each file was run in the program and compared with the model that it was made from: the "
-        "trained one, or its simulation where activations are on grids. `none` is the base; its "
-        "perplexity is of fewer tokens, so it is no measure of what an adapter gains.",
+        "trained one, or its simulation where activations are on grids. `none` is the base: with "
+        "fewer tokens than an adapter's, its perplexity says nothing of what the adapter gains.",
         "",
         "| adapter | settings | tokens | perplexity, expected and here | KL | same likeliest token "
         "| log-probability off by, at most | tokens per second, prompt and new | switch |",

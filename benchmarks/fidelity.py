@@ -62,6 +62,8 @@ HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 QERA = ("qera-inputs", "qera")
 STARTS = ("svd", *QERA)
+# grids whose best base and adapter are trained with three seeds
+BEST = ("w4-block32", "w4-channel", "w3-block64", "w3-channel", "w2-block32-asymmetric")
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 
@@ -76,6 +78,7 @@ class Row:
     recovery: bool = False
     share: float = 0.5  # of the ranks, which init corrects with
     tuned: int = 0  # steps
+    seeds: int = 1  # of the adapter and of the order of its text
 
     @property
     def base(self) -> str:
@@ -83,7 +86,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.base} {self.init}{' in all ranks' if self.share == 1 else ''}{' recovery' if self.recovery else ''}"
+        return f"{self.base} {self.init}{' in all ranks' if self.share == 1 else ''}{' recovery' if self.recovery else ''}{f' {self.seeds} seeds' if self.seeds > 1 else ''}"
 
 
 class Subject(NamedTuple):
@@ -128,6 +131,11 @@ SUBJECTS = {
             Row("gptq", "w4-block32-asymmetric", "qera-inputs", share=1.0),
             Row("gptq", "w2-block32-asymmetric", "qera-inputs"),
             *(Row("gptq", "w2-block32-asymmetric", init, True, 1.0) for init in QERA),
+            Row("float", seeds=3),
+            *(
+                Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, 3)
+                for scheme in BEST
+            ),
         ),
     ),
     # sequences half as long, since its vocabulary is five times as large
@@ -192,7 +200,16 @@ class Bench:
         result["layers_worse_than_rtn"] = self.worse
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
-        adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
+        runs = [self.adapter(model, row, seed) for seed in range(row.seeds)]
+        for key in runs[0]:
+            result[key] = sum(run[key] for run in runs) / len(runs)
+        if row.seeds > 1:
+            result["runs"] = runs
+        return result | {"seconds": time.perf_counter() - began}
+
+    def adapter(self, base: nn.Module, row: Row, seed: int) -> dict[str, float]:
+        """Perplexities of an adapter of `row` on the row's base."""
+        adapted = attach(copy.deepcopy(base), LoraShape(rank=16, alpha=32.0), seed=seed)
         of_inputs = row.init == "qera-inputs"
         initialize_(
             adapted,
@@ -205,15 +222,15 @@ class Bench:
             share=row.share,
             solver_scales=None if of_inputs else self.solver_scales,
         )
-        result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
+        result = {"start": self.base_perplexity if row.init == "zero" else self.perplexity(adapted)}
         if row.recovery:
-            self.train(adapted, teacher=self.reference)
+            self.train(adapted, seed, teacher=self.reference)
             result["recovered"] = self.perplexity(adapted)
-        self.train(adapted)
+        self.train(adapted, seed)
         result["end"] = self.perplexity(adapted)
         if row.tuned or row.solver == "float":
             result["end_all"] = self.perplexity(adapted, self.all_held_out)
-        return result | {"seconds": time.perf_counter() - began}
+        return result
 
     def weight(self, path: str) -> torch.Tensor:
         return weight_out_in(self.reference.get_submodule(path)).detach()
@@ -258,8 +275,8 @@ class Bench:
                 for layer in report.layers.values()
             )
 
-    def train(self, model: PeftModel, teacher: nn.Module | None = None) -> None:
-        order = 0 if teacher is None else 1  # recovery sees other sequences than what follows it
+    def train(self, model: PeftModel, seed: int, teacher: nn.Module | None = None) -> None:
+        order = seed if teacher is None else 100 + seed  # recovery sees them in another order
         settings = TrainingSettings(
             self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE
         )
@@ -304,9 +321,10 @@ def read(file: Path) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """All rows, in Markdown."""
-    reference = results.get("float float zero", {})
     rows = []
     for name, row in results.items():
+        of_seeds = f" {row['seeds']} seeds" if row.get("seeds", 1) > 1 else ""
+        reference = results.get(f"float float zero{of_seeds}", {})
         cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:
             ratios = [

@@ -10,7 +10,6 @@ A part begins with a comment, and ends with `<!-- end -->`:
     <!-- results: file.json -->             its numbers, as tables
     <!-- results: file.md: w4* | float* --> only rows whose cells, joined by spaces, fit a pattern
     <!-- recipe: file.yaml -->              a file of recipes/
-    <!-- example: file.py -->               a file of examples/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
     <!-- docstring: NAME: 1-3 5 -->         only these paragraphs of it, equations counted too
     <!-- api: qwlora.errors.GridError -->   the first paragraph of a docstring; on the site, all
@@ -49,7 +48,6 @@ def filled(markdown: str) -> str:
         "readme": readme_top,
         "results": results,
         "recipe": recipe,
-        "example": example,
         "docstring": docstring,
         "api": summary,
     }
@@ -101,12 +99,6 @@ def _docstring(name: str) -> str:
 @cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def example(name: str) -> str:
-    """A file of examples/ as a block of code."""
-    text = (ROOT / "examples" / name).read_text(encoding="utf-8").rstrip()
-    return f"```python\n{text}\n```"
 
 
 def recipe(name: str) -> str:

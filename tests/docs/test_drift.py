@@ -26,7 +26,6 @@ PYTHON = {
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
-    "fingerprint.md": (1, "tests/docs/test_fingerprint_page.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),
 }

@@ -10,8 +10,8 @@ A part begins with a comment, and ends with `<!-- end -->`:
     <!-- results: file.json -->             its numbers, as tables
     <!-- results: file.md: w4* | float* --> only rows whose cells, joined by spaces, fit a pattern
     <!-- recipe: file.yaml -->              a file of recipes/
-    <!-- example: file.py -->               a file of examples/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
+    <!-- docstring: NAME: 1-3 5 -->         only these paragraphs of it, equations counted too
     <!-- api: qwlora.errors.GridError -->   the first paragraph of a docstring; on the site, all
 
 As a hook of mkdocs, it fills in what the site alone has, and keeps the log out of the search.
@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _PART = re.compile(r"<!-- (\w+): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -47,7 +48,6 @@ def filled(markdown: str) -> str:
         "readme": readme_top,
         "results": results,
         "recipe": recipe,
-        "example": example,
         "docstring": docstring,
         "api": summary,
     }
@@ -59,9 +59,14 @@ def filled(markdown: str) -> str:
     return _PART.sub(part, markdown)
 
 
-def docstring(name: str) -> str:
-    """The docstring of a module or class as Markdown."""
+def docstring(what: str) -> str:
+    """The docstring of a module or class as Markdown, whole or the paragraphs that are numbered."""
+    name, _, numbers = what.partition(": ")
     text = re.split(r"\n\n(?:Args|Returns|Raises|Warns):\n", _docstring(name))[0]
+    if numbers:
+        ranges = [(int(first), int(last or first)) for first, last in _RANGE.findall(numbers)]
+        paragraphs = text.split("\n\n")
+        text = "\n\n".join(p for first, last in ranges for p in paragraphs[first - 1 : last])
     blocks = re.sub(r"^(?:    .*\n|\n(?=    ))+", _fenced, f"{text}\n", flags=re.MULTILINE)
     return blocks.strip()
 
@@ -94,12 +99,6 @@ def _docstring(name: str) -> str:
 @cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def example(name: str) -> str:
-    """A file of examples/ as a block of code."""
-    text = (ROOT / "examples" / name).read_text(encoding="utf-8").rstrip()
-    return f"```python\n{text}\n```"
 
 
 def recipe(name: str) -> str:

@@ -22,11 +22,10 @@ from qwlora import errors
 CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
 PYTHON = {
-    "python.md": (4, "tests/docs/test_python_page.py"),
+    "python.md": (3, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
-    "fingerprint.md": (1, "tests/docs/test_fingerprint_page.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),
 }
@@ -88,7 +87,7 @@ def test_parts_of_pages_are_what_other_files_say() -> None:
     pages = {page: page.read_text() for page in (ROOT / "docs").rglob("*.md")}
     old = [page.name for page, text in pages.items() if filled(text) != text]
     assert old == [], "python docs/page_parts.py"
-    assert sum(text.count("<!-- end -->") for text in pages.values()) > 100
+    assert sum(text.count("<!-- end -->") for text in pages.values()) > 80
     assert [
         page.name for page, text in pages.items() if re.search(r"^(:::|\{\{) ", text, re.M)
     ] == []

@@ -1,4 +1,4 @@
-"""The code of docs/python.md runs, and its files compute what they should."""
+"""The code of docs/python.md and of an exported README runs, and computes what it should."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from conftest import byte_tokenizer, tiny_model
 from docs.snippets import ROOT
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.targets.proof.readme import usage
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 PAGE = (ROOT / "docs/python.md").read_text()
@@ -37,18 +38,19 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
     names: dict[str, Any] = {}
     for code in examples("The result of a job"):
         exec(compile(code, "python.md", "exec"), names)
+    readme = usage("onnx", "out/export/onnx/base", "out/export/onnx/support")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), names)
     start = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
-    assert [
-        line.startswith(start) and len(line) > len(start)
-        for line in capsys.readouterr().out.splitlines()
-    ] == [True, True]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.startswith(start) and line != start for line in printed] == [True, True, False]
     with torch.no_grad():
         ids = names["inputs"]["input_ids"]
         adapted = qwlora.load_adapter(qwlora.load_base("out/base"), "out/adapters/support").eval()
         assert torch.equal(names["base"](ids).logits, qwlora.load_base("out/base")(ids).logits)
         assert torch.equal(names["adapted"](ids).logits, adapted(ids).logits)
     tokens = torch.from_numpy(names["ids"])
-    assert tokens.shape[1] == ids.shape[1] + 20
+    assert tokens.shape[1] == len(names["tokenizer"]("Hello").input_ids) + 20
     expected = names["simulation"].logits(tokens[:, :-1])[:, -1:]  # of the whole sequence
     assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(
         expected.abs().max()

@@ -229,6 +229,22 @@ def test_a_recipe_that_lacks_an_adapter_of_the_job_is_refused(job: Path, tmp_pat
     assert "third" in (job / "recipe.yaml").read_text()
 
 
+def test_a_job_generates_without_its_text_and_what_needs_that_names_it(job: Path) -> None:
+    content = yaml.safe_load((job / "recipe.yaml").read_text())
+    content["data"]["source"] = "/moved/text"
+    content["model"]["source"] = "/moved/model"
+    (job / "recipe.yaml").write_text(yaml.safe_dump(content))
+    asked = ["generate", str(job), "a", "--models", "base,first", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    for command in (["report"], ["merge-check", "first"], ["run"]):
+        name, *more = command
+        arguments = [str(job / "recipe.yaml"), "--out"] if name == "run" else []
+        result = CliRunner().invoke(app, [name, *arguments, str(job), *more])
+        assert result.exit_code != 0
+        assert "/moved/text" in str(result.exception) + result.output
+
+
 def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
     made = Job(job / "recipe.yaml", job)
     assert made.run("evaluate")["perplexity"].keys() == {"float", "base", "adapted"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qwlora.pipeline.job.directory import Directory, check_job
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.recipe import Adapter, Recipe, load_recipe
+from qwlora.recipe.section import must_exist
 from qwlora.system.progress import Track, untracked
 
 
@@ -102,10 +104,12 @@ class JobState:
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of an existing job."""
+    """The recipe of an existing job. Texts and a model that it names may be missing."""
     journal.finish(folder)
     check_job(folder)
-    return load_recipe(folder / "recipe.yaml", changes)
+    context = copy_context()
+    context.run(must_exist.set, False)
+    return context.run(load_recipe, folder / "recipe.yaml", changes)
 
 
 def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:

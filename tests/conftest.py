@@ -26,6 +26,8 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")  # stays installed: mod
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402 (after the import hook)
 from transformers import (  # noqa: E402
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -93,6 +95,10 @@ def tiny_model(architecture: str, seed: int = 0, layers: int = 2) -> PreTrainedM
             sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128} | positions
             heads = {"num_hidden_layers": layers, "num_attention_heads": 4}
             model = OPTForCausalLM(OPTConfig(**sizes, **heads, **ids))
+        case "falcon":  # its linear layers are of a class of its own
+            sizes = {"hidden_size": 64, "ffn_hidden_size": 128, "num_hidden_layers": layers}
+            heads = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}
+            model = FalconForCausalLM(FalconConfig(**sizes, **heads, **positions, **ids))
         case _:
             raise AssertionError(architecture)
     with torch.no_grad():

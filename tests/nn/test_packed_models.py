@@ -1,6 +1,7 @@
 """Packed layers in models: PEFT's own LoRA, experts, torch.compile, checkpointing, generation. The twin is a float model that holds the same values."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +238,15 @@ def test_experts_survive_state_dicts_and_refuse_writes() -> None:
     twin.model.layers[0].mlp.experts.packed_parameters.down_proj.packed.zero_()
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("falcon"), lambda: experts("mixtral")])
+def test_layers_of_generated_classes_can_be_pickled(make: Any, tmp_path: Path) -> None:
+    model, _ = packed_and_twin(make(), "w4-block16")
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert fingerprint(again) == fingerprint(model)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

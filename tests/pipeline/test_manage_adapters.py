@@ -16,7 +16,7 @@ from conftest import Job, text, tiny_model
 from pipeline.conftest import SETTINGS
 from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
-from qwlora.errors import DirectoryError, RecipeError, SourceError
+from qwlora.errors import DirectoryError, ExportError, RecipeError, SourceError
 from qwlora.pipeline.commands.manage_adapters import (
     add_adapter,
     import_adapter,
@@ -215,13 +215,34 @@ def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job:
         made.run(*VERBS)
 
 
-def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load((job / "recipe.yaml").read_text())
+def test_a_recipe_that_lacks_an_adapter_of_the_job_is_refused(job: Path, tmp_path: Path) -> None:
+    original = Path(shutil.copy(job / "recipe.yaml", tmp_path / "original.yaml"))
+    content = yaml.safe_load(original.read_text())
     shorter = tmp_path / "shorter.yaml"
     shorter.write_text(yaml.safe_dump({**content, "adapters": content["adapters"][:1]}))
     with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
         run(load_recipe(shorter), job, VERBS)
     assert "second" in (job / "recipe.yaml").read_text()
+    add_adapter(job, "third")  # which is never trained
+    with pytest.raises(DirectoryError, match=r"adapters third.*adapters remove .* third"):
+        run(load_recipe(original), job, VERBS)
+    assert "third" in (job / "recipe.yaml").read_text()
+
+
+def test_a_job_generates_without_its_text_and_what_needs_that_names_it(job: Path) -> None:
+    content = yaml.safe_load((job / "recipe.yaml").read_text())
+    content["data"]["source"] = "/moved/text"
+    content["model"]["source"] = "/moved/model"
+    (job / "recipe.yaml").write_text(yaml.safe_dump(content))
+    asked = ["generate", str(job), "a", "--models", "base,first", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    for command in (["report"], ["merge-check", "first"], ["run"]):
+        name, *more = command
+        arguments = [str(job / "recipe.yaml"), "--out"] if name == "run" else []
+        result = CliRunner().invoke(app, [name, *arguments, str(job), *more])
+        assert result.exit_code != 0
+        assert "/moved/text" in str(result.exception) + result.output
 
 
 def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
@@ -274,6 +295,19 @@ def test_an_imported_adapter_is_used_as_it_is(job: Path, tmp_path: Path, layout:
         assert results["kl"]["imported"]["imported"]["mean"] > 1e-4
     shutil.rmtree(source)  # it is the job's own by now
     assert load_adapter(load_base(job / "base"), job / "adapters" / "imported")
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+def test_an_import_that_a_target_of_the_job_cannot_hold_changes_nothing(
+    job: Path, tmp_path: Path
+) -> None:
+    recipe = (job / "recipe.yaml").read_text()
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama", layers=1), config)
+    model.save_pretrained(str(tmp_path / "elsewhere"), save_embedding_layers=False)
+    with pytest.raises(ExportError, match=r"adapter imported.*magnitude.*onnx_each"):
+        import_adapter(job, "imported", str(tmp_path / "elsewhere"))
+    assert (job / "recipe.yaml").read_text() == recipe
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")

@@ -337,6 +337,7 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
         model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
     with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight.*solver: search"):
         quantize_(models[0], "w4-block32", "gptq", calibration=token_ids())
+    assert not packed_weights(models[0]), "it was left half packed"
     rules = [LayerRule("model.spare.0", Scheme(4), "search")]
     quantize_(models[1], "w4-block32", "gptq", calibration=token_ids(), rules=rules)
     assert isinstance(models[1].model.spare[0], PackedLinear)

@@ -333,8 +333,15 @@ def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
         parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
         if parent is None or issubclass(kind, Conv1D):
             return parent
-        KINDS[kind] = type(f"Packed{kind.__name__}", (kind, parent), {})
+        members = {"__reduce__": lambda self: (_empty, (packed_class, kind), self.__getstate__())}
+        KINDS[kind] = type(f"Packed{kind.__name__}", (kind, parent), members)
     return KINDS[kind]
+
+
+def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
+    """For pickle, which finds no generated class by its name: it is made again."""
+    kind = make(*arguments)
+    return kind.__new__(kind)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -450,8 +457,9 @@ def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
         weight: Tensor = folder._modules[name].weight
         return weight
 
-    readers = {name: property(partial(read, name=name)) for name in names}
-    return type(f"Packed{kind.__name__}", (_WithPackedParameters, kind), readers)
+    members: dict[str, Any] = {name: property(partial(read, name=name)) for name in names}
+    members["__reduce__"] = lambda m: (_empty, (_class_with, kind, names), m.__getstate__())
+    return type(f"Packed{kind.__name__}", (_WithPackedParameters, kind), members)
 
 
 def is_packable(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -79,17 +79,28 @@ def quantize_blocks_(
     """
     reports: dict[str, LayerReport] = {}
     cache = _BlockCache(work, batches, moments)
+    calibrated = {name for name in plan if SOLVERS[plan[name].solver].needs_calibration}
+
+    def unreached(reached: Collection[str]) -> list[str]:
+        names = [name for name in plan if canonical_name(name) not in reached]
+        for name in names:
+            if name in calibrated or tensor_out_in(model, name).is_meta:
+                raise CalibrationError(
+                    f"No calibration data reached {listed(map(canonical_name, names))}. Add a rule "
+                    "for these layers: solver: search, or keep: float."
+                )
+        return names
+
+    if not any(tensor_out_in(model, name).is_meta for name in plan):  # refuse before packing
+        with BlockRunner(model, blocks, batches[: sharing_count()]) as runner:
+            unreached({canonical_name(name) for path in runner for name in blocks[path]})
     with BlockRunner(model, blocks, batches) as runner:
         for path in track(runner, "quantizing", len(blocks)):
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
             device = next(iter(floats.values())).device
             block = by_first(partial(cache.read, path, floats, plan))
             if block is None:
-                followed = [
-                    name
-                    for name in floats
-                    if moments is not None or SOLVERS[plan[name].solver].needs_calibration
-                ]
+                followed = [name for name in floats if moments is not None or name in calibrated]
                 # gptq updates every weight of a row once for each of its columns
                 costs = {name: float(w.numel() * w.shape[-1]) for name, w in floats.items()}
                 processes, block, seen = divided(costs), QuantizedBlock(), dict[str, LayerMoments]()
@@ -115,16 +126,10 @@ def quantize_blocks_(
             for name, (quantized, report) in block.items():
                 pack_at_(model, name, quantized.to(device))
                 reports[canonical_name(name)] = report
-    unreached = [name for name in plan if canonical_name(name) not in reports]
-    for name in unreached:
-        weight = tensor_out_in(model, name)
-        if SOLVERS[plan[name].solver].needs_calibration or weight.is_meta:
-            raise CalibrationError(
-                f"No calibration data reached {listed(map(canonical_name, unreached))}. Add a rule "
-                "for these layers: solver: search, or keep: float."
-            )
-        quantized, reports[canonical_name(name)] = solve_tensor(name, weight, plan[name])
+    for name in unreached(reports):
+        quantized, report = solve_tensor(name, tensor_out_in(model, name), plan[name])
         pack_at_(model, name, quantized)
+        reports[canonical_name(name)] = report
     return reports
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -15,6 +16,9 @@ from qwlora.formats.model_source import looked_for, user_path
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+
+# Whether paths and ids that a recipe names are checked. Those of a job may have been moved since.
+must_exist: ContextVar[bool] = ContextVar("must_exist", default=True)
 
 
 class Section(BaseModel):
@@ -47,7 +51,8 @@ def located(text: str, check: Callable[[str], object]) -> str:
             f"{text!r} is in the current directory, but paths in a recipe are relative to its own "
             f"folder{looked_for(text, path)}. Give {os.path.relpath(text, user_path('.'))}"
         )
-    check(text)
+    if must_exist.get():
+        check(text)
     if not path.exists():
         return text
     plain = os.path.abspath(path)  # leads elsewhere where `..` follows a link

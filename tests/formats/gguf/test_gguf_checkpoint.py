@@ -318,12 +318,15 @@ def test_settings_that_transformers_leaves_at_its_defaults(
 ) -> None:
     """As llama.cpp has them: Gemma 27B, known by its layers, has another scale of attention."""
     monkeypatch.setitem(LARGEST, "gemma3", 3)
+    phi3 = ("phi3", "phi3", {**UNTIED, "pad_token_id": 0})
+    monkeypatch.setitem(ARCHITECTURES, "phi3", phi3)
     rotary = {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}
     turned, experts = {"rope.freq_base": 5e5, "rope.dimension_count": 32}, "moe_intermediate_size"
     rows: list[tuple[str, dict[str, Any], dict[str, Any], str, Any]] = [
         ("gemma3", {}, {"head_dim": 32}, "query_pre_attn_scalar", 32),
         ("gemma3", {}, {"num_hidden_layers": 3, "head_dim": 32}, "query_pre_attn_scalar", 64),
         ("stablelm", turned, {}, "rope_parameters", rotary),
+        ("phi3", {}, {}, "pad_token_id", None),  # the default is no token of a small vocabulary
         ("gpt2", {"context_length": 512}, {"n_positions": 512}, "n_positions", 512),
         ("qwen3moe", {"expert_feed_forward_length": 512}, {experts: 512}, experts, 512),
     ]

@@ -52,9 +52,11 @@ def adapters(model: Any, folder: Path) -> PeftModel:
     """Two adapters, one with rsLoRA and patterns, in folders of their own."""
     torch.manual_seed(0)
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    known = ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
+    known = ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2", "dense_h_to_4h")
     some = [name for name in known if name in names]
-    wide = next(name for name in ("up_proj", "c_fc", "fc2") if name in names)
+    if not model.config.tie_word_embeddings:
+        some.append("lm_head")
+    wide = next(name for name in ("up_proj", "c_fc", "fc2", "dense_h_to_4h") if name in names)
     patterns = {"rank_pattern": {wide: 3}, "alpha_pattern": {wide: 5, some[-1]: 1}}
     random: Any = {"init_lora_weights": False}
     a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **random)
@@ -117,6 +119,7 @@ OF_ONNX: list[Any] = [
     ("llama", "w4-block32", []),
     ("qwen3", "w4-block32-asymmetric", MIXED),
     ("gpt2", "w3-block64-asymmetric", []),
+    ("falcon", "w4-block32", [LayerRule(match="*.self_attention.dense", scheme=None)]),
     ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
 ]
 CASES = [(name, *case) for name in ("hf", "mlx") for case in WITHOUT_BIAS]

@@ -239,10 +239,21 @@ class GgufCheckpoint(MappedCheckpoint):
             for key in _UNREAD.keys() & own:
                 if hasattr(kind, _UNREAD[key]):
                     settings.setdefault(_UNREAD[key], own[key])
+            period = own.get("attention.sliding_window_pattern")  # others list their layers
+            if isinstance(period, int) and hasattr(kind, "layer_types"):
+                kinds = "sliding_attention", "full_attention"
+                numbers = range(1, own["block_count"] + 1)
+                settings["layer_types"] = [kinds[i % period == 0] for i in numbers]
             config: Any = kind.from_dict(dict(settings))
+            if (getattr(config, "pad_token_id", None) or 0) >= getattr(
+                config, "vocab_size", math.inf
+            ):
+                config.pad_token_id = None  # transformers' default for Phi-3
             heads = own.get("attention.head_count")
             head = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
             rope = getattr(config, "rope_parameters", None) or {}
+            if "sliding_attention" in rope and (local := own.get("rope.freq_base_swa")):
+                rope["sliding_attention"]["rope_theta"] = local
             if "rope_theta" in rope:  # one for all layers
                 rope["rope_theta"] = own.get("rope.freq_base", rope["rope_theta"])
                 rotated = int(head * rope.get("partial_rotary_factor", 1))

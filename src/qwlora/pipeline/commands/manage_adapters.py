@@ -80,9 +80,11 @@ def import_adapter(
 
     Raises:
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
+        ExportError, TrainingError: a target of the job cannot hold it.
     """
     from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
     from qwlora.adapter.attach import check_existing
+    from qwlora.pipeline.running.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
 
     command: list[str | None] = ["import", name, source, data, str(continues), *changes]
@@ -90,7 +92,7 @@ def import_adapter(
         if finished == command:
             return
         if not (is_mlx := is_mlx_adapter(path := user_path(source))):
-            check_existing(source, "accept", skeleton(recipe.model))
+            shapes = check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
         if not continues:
             entry["steps"] = 0
@@ -111,13 +113,14 @@ def import_adapter(
                         f"(SHA-256 {now[:16]}); move it away, then import again"
                     )
                 try:
-                    check_existing(str(scratch), "accept", skeleton(recipe.model))
+                    shapes = check_existing(str(scratch), "accept", skeleton(recipe.model))
                 except SourceError as error:
                     raise SourceError(str(error).replace(str(scratch), source)) from error
                 imported = {"continue_from": str(folder.absolute() / place)}
                 *others, adapter = changed.adapters
                 adapters = [*others, adapter.model_copy(update=imported)]
                 changed = changed.model_copy(update={"adapters": adapters})
+            check_places(changed, {name: shapes}, skeleton(recipe.model))
             _check_kept(*_plans(folder, recipe, changed), folder)
             directory.change(command, changed, moves=moves)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qwlora.pipeline.job.directory import Directory, check_job
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.recipe import Adapter, Recipe, load_recipe
+from qwlora.recipe.section import must_exist
 from qwlora.system.progress import Track, untracked
 
 
@@ -102,10 +104,12 @@ class JobState:
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of an existing job."""
+    """The recipe of an existing job. Texts and a model that it names may be missing."""
     journal.finish(folder)
     check_job(folder)
-    return load_recipe(folder / "recipe.yaml", changes)
+    context = copy_context()
+    context.run(must_exist.set, False)
+    return context.run(load_recipe, folder / "recipe.yaml", changes)
 
 
 def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
@@ -173,14 +177,19 @@ def check_kept(
     stale: Mapping[str, str],
 ) -> None:
     """Check that no stage that is about to run replaces an adapter trained with other settings, and
-    that the recipe has every adapter that was trained in the directory.
+    that the recipe has every adapter that was trained in the directory, or added to it.
 
     An adapter whose files are missing or damaged is trained again with the same settings, which
     replaces nothing.
     """
     folder, names = directory.path / "adapters", {adapter.name for adapter in recipe.adapters}
-    others = [name for name in directory.trained_adapters() if name not in names]
-    if lost := [name for name in others if (folder / name).is_dir()]:
+    before: Recipe | None = None
+    with contextlib.suppress(RecipeError):
+        before = load_recipe(directory.path / "recipe.yaml")
+    known = [adapter.name for adapter in before.adapters] if before else []
+    added = known if names < {*known} else []  # else they were renamed before they were trained
+    trained = [name for name in directory.trained_adapters() if (folder / name).is_dir()]
+    if lost := [name for name in dict.fromkeys(trained + added) if name not in names]:
         raise DirectoryError(
             f"{str(directory.path)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
             f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
@@ -191,10 +200,9 @@ def check_kept(
     replaced = sorted(names if "quantize" in again else {n for n in names if f"train/{n}" in again})
     if existing := [name for name in replaced if (folder / name).is_dir()]:
         reasons = [f"{name}: {stale[name]}" for name in again]
-        with contextlib.suppress(RecipeError):
-            before, now = map(_trained_on, (load_recipe(directory.path / "recipe.yaml"), recipe))
+        if before is not None:
             unseen = "its recipe.yaml was edited, or a text, the model's files or qwlora changed"
-            reasons = _differences(before, now) or [unseen]
+            reasons = _differences(_trained_on(before), _trained_on(recipe)) or [unseen]
         raise DirectoryError(
             f"{str(directory.path)!r} has adapters that were trained differently, "
             f"{', '.join(existing)}:\n"

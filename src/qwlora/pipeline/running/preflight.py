@@ -84,7 +84,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         _check_layers(context, model, packed, "quantize" in verbs)
     if "train" in verbs:
         _check_saved(recipe, model, packed)
-        _check_places(context, shapes)
+        check_places(recipe, shapes, context.skeleton())
     if "export" in verbs:
         for name in recipe.export.targets:
             TARGETS[name].require_packages(to_write=True)
@@ -260,10 +260,9 @@ def _check_invocations(context: JobContext) -> None:
             raise TrainingError(f"adapter {adapter.name}: activated LoRA {problem}")
 
 
-def _check_places(context: JobContext, shapes: Shapes) -> None:
+def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> None:
     """Check that adapters have nothing but LoRA factors, and of linear layers only, if a target has
     no place for more. The recipe says some of the same of adapters that are not from elsewhere."""
-    recipe = context.recipe
     targets = [name for name in recipe.export.targets if TARGETS[name].holds_factors_only]
     floats = [name for name in targets if not TARGETS[name].is_simulated]
     other_target = "use export.targets: [onnx_each], which writes a model for each adapter"
@@ -277,7 +276,7 @@ def _check_places(context: JobContext, shapes: Shapes) -> None:
             )
     if not floats:
         return
-    kinds = {path: layer_kind(module) for path, module in context.skeleton().named_modules()}
+    kinds = {path: layer_kind(module) for path, module in skeleton.named_modules()}
     linear = {p for p, kind in kinds.items() if kind in (LayerKind.LINEAR, LayerKind.CONV1D)}
     for name, weights in shapes.items():
         paths = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in weights}

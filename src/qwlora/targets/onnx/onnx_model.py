@@ -43,7 +43,6 @@ from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
-from qwlora.nn.packed_layer import PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.simulation.placement import place
@@ -400,24 +399,18 @@ def matrix_products(graph: Any, modules: Any) -> Iterator[tuple[Any, str]]:
     """Nodes that multiply with the weight of a module, and the path of the module."""
     for node in graph.graph:
         if node.op_type in ("MatMul", "Gemm"):
-            value, producer = node.inputs[1], node.inputs[1].producer()
-            if producer is not None and producer.op_type == "Transpose":
-                value = producer.inputs[0]
+            value = node.inputs[1]  # a weight may be transposed, after a view of the same shape
+            while (origin := value.producer()) and origin.op_type in ("Transpose", "Reshape"):
+                value = origin.inputs[0]
             path, is_weight, _ = str(value.name).rpartition(".weight")
-            short = path.removeprefix("model.model.")
-            for name in (path, f"model.{short}", short):
-                if is_weight and name in modules:
-                    yield node, name
-                    break
+            names = path, path.removeprefix("model.")  # floats have the captured name
+            if is_weight and (known := [name for name in names if name in modules]):
+                yield node, known[0]
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers by path, packed or not."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
-    }
+    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
 def load_graph(path: Path) -> Any:

@@ -79,10 +79,10 @@ class Openvino(Backend):
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         openvino = require("openvino", "openvino")
         model, tokenizer = exported.model, exported.tokenizer
-        graph, paths = base_graph(model), set[str]()
+        graph, paths = base_graph(model), dict[str, str]()
         for node, path in matrix_products(graph, linear_modules(model)):
             node.name = path
-            paths.add(path)
+            paths |= {path: path, node.outputs[0].name: path}
         store_narrow(graph, exported.embedding_bits)
         with tempfile.TemporaryDirectory() as scratch:
             save_graph(graph, Path(scratch, MODEL_FILE))
@@ -105,16 +105,14 @@ class Openvino(Backend):
         return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
 
 
-def _name_products(model: Any, paths: set[str]) -> None:
-    """Give the name of a module to its product where the bias after it took the name (Gemm)."""
+def _name_products(model: Any, paths: dict[str, str]) -> None:
+    """Give products the paths of their modules, by the names of products and outputs: a bias (Gemm)
+    or the model's output has taken the name of some."""
     for node in model.get_ops():
-        name = node.get_friendly_name()
-        if name in paths and node.get_type_name() != "MatMul":
-            node.set_friendly_name(f"{name}/bias")
-    for node in model.get_ops():
-        path = node.get_friendly_name().removesuffix("/WithoutBiases")  # OpenVINO's own word
-        if path in paths:
-            node.set_friendly_name(path)
+        name = node.get_friendly_name().removesuffix("/WithoutBiases")  # OpenVINO's own word
+        if (path := paths.get(name)) is not None:
+            is_product = node.get_type_name() == "MatMul"
+            node.set_friendly_name(path if is_product else f"{path}/bias")
 
 
 def _keep_state(openvino: Any, model: Any) -> None:

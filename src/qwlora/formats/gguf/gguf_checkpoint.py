@@ -245,9 +245,8 @@ class GgufCheckpoint(MappedCheckpoint):
                 numbers = range(1, own["block_count"] + 1)
                 settings["layer_types"] = [kinds[i % period == 0] for i in numbers]
             config: Any = kind.from_dict(dict(settings))
-            if (getattr(config, "pad_token_id", None) or 0) >= getattr(
-                config, "vocab_size", math.inf
-            ):
+            padding = getattr(config, "pad_token_id", None)
+            if padding is not None and padding >= getattr(config, "vocab_size", math.inf):
                 config.pad_token_id = None  # transformers' default for Phi-3
             heads = own.get("attention.head_count")
             head = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)

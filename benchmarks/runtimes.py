@@ -69,6 +69,7 @@ def recipe(texts: Path) -> dict[str, Any]:
             },
         ],
         "export": {"targets": list(TARGETS)},
+        "verify": {"sequences": 4},  # MLX computes on one core
     }
 
 

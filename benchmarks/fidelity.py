@@ -7,6 +7,7 @@ bitsandbytes' NF4, the helper of AIMET's guide (per-tensor int4), and the float 
 are trained on the same sequences in the same order.
 
     svd, qera      half of the ranks carry the correction, or all of them
+    3 seeds        means over three seeds of the adapter and of the order of its text
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -86,7 +87,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.base} {self.init}{' in all ranks' if self.share == 1 else ''}{' recovery' if self.recovery else ''}{f' {self.seeds} seeds' if self.seeds > 1 else ''}"
+        words = [self.base, self.init]
+        if self.share == 1:
+            words.append("in all ranks")
+        if self.recovery:
+            words.append("recovery")
+        if self.seeds > 1:
+            words.append(f"{self.seeds} seeds")
+        return " ".join(words)
 
 
 class Subject(NamedTuple):
@@ -189,7 +197,7 @@ class Bench:
         self.base_key = ""
 
     def run(self, row: Row) -> dict[str, Any]:
-        model = self.base(row)
+        self.base(row)
         began = time.perf_counter()
         result: dict[str, Any] = {
             **asdict(row),
@@ -200,16 +208,16 @@ class Bench:
         result["layers_worse_than_rtn"] = self.worse
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
-        runs = [self.adapter(model, row, seed) for seed in range(row.seeds)]
+        runs = [self.adapter(row, seed) for seed in range(row.seeds)]
         for key in runs[0]:
             result[key] = sum(run[key] for run in runs) / len(runs)
         if row.seeds > 1:
             result["runs"] = runs
         return result | {"seconds": time.perf_counter() - began}
 
-    def adapter(self, base: nn.Module, row: Row, seed: int) -> dict[str, float]:
+    def adapter(self, row: Row, seed: int) -> dict[str, float]:
         """Perplexities of an adapter of `row` on the row's base."""
-        adapted = attach(copy.deepcopy(base), LoraShape(rank=16, alpha=32.0), seed=seed)
+        adapted = attach(self.base(row), LoraShape(rank=16, alpha=32.0), seed=seed)
         of_inputs = row.init == "qera-inputs"
         initialize_(
             adapted,

@@ -13,7 +13,7 @@ results/runtimes.json.
 --vllm also runs hf's files in vLLM, by PYTHON of an environment that has it (see vllm_cpu.py).
 --own also measures what the runtimes' own tools make of the float model at 4 bits.
 
-Takes about half an hour on two cores.
+Takes about an hour on two cores; MLX and the export to ExecuTorch are most of it.
 """
 
 from __future__ import annotations

@@ -82,7 +82,11 @@ MISTAKES = {
         "base: solver keep uses the integers unchanged; remove bits"
     ),
     "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
-    "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
+    **{
+        change: f"--set {change}: the recipe has no {change.split('=')[0]}. Members of a list have "
+        "numbers from 0, adapters also names: adapters.0.rank=8, adapters.NAME.rank=8"
+        for change in ("adapters.7.rank=3", "adapters.fist.rank=3")
+    },
     "name.x=3": "--set name.x=3: name is a single value, not a section",
 }
 
@@ -104,6 +108,11 @@ def test_each_mistake_is_named(recipe_for: Any, change: str, message: str) -> No
 )
 def test_keys_without_effect_are_allowed(recipe_for: Any, changes: tuple[str, ...]) -> None:
     load_recipe(recipe_for(), changes)
+
+
+def test_an_adapter_is_set_by_its_name(recipe_for: Any) -> None:
+    recipe = load_recipe(recipe_for(), ("adapters.first.rank=3", "adapters.0.steps=7"))
+    assert (recipe.adapters[0].rank, recipe.adapters[0].steps) == (3, 7)
 
 
 def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:

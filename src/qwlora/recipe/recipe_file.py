@@ -67,18 +67,26 @@ def _change(content: dict[str, Any], change: str) -> str | None:
         for key in parents:
             if isinstance(node, dict) and node.get(key) is None:  # null in a job's own recipe
                 node[key] = {}
-            node = node[int(key) if isinstance(node, list) else key]
-        if isinstance(node, list):
-            node[int(last)] = load_yaml(value)
-        elif isinstance(node, dict):
-            node[last] = load_yaml(value)
-        else:
+            node = node[_place(node, key)]
+        if not isinstance(node, dict | list):
             return f"--set {change}: {'.'.join(parents)} is a single value, not a section"
+        node[_place(node, last)] = load_yaml(value)
     except (ValueError, IndexError, TypeError):
-        return f"--set {change}: the recipe has no {path}"
+        return (
+            f"--set {change}: the recipe has no {path}. Members of a list have numbers from 0, "
+            "adapters also names: adapters.0.rank=8, adapters.NAME.rank=8"
+        )
     except yaml.YAMLError as error:
         return f"--set {change}: the value is not YAML: {error}"
     return None
+
+
+def _place(node: Any, key: str) -> Any:
+    """Where `node` has `key`: in a list, the number of the member of this name, or with it."""
+    if not isinstance(node, list):
+        return key
+    names = [member.get("name") if isinstance(member, dict) else None for member in node]
+    return names.index(key) if key in names else int(key)
 
 
 def _describe(error: ValidationError) -> Iterator[str]:

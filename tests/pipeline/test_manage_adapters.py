@@ -220,13 +220,21 @@ def test_a_recipe_that_lacks_an_adapter_of_the_job_is_refused(job: Path, tmp_pat
     content = yaml.safe_load(original.read_text())
     shorter = tmp_path / "shorter.yaml"
     shorter.write_text(yaml.safe_dump({**content, "adapters": content["adapters"][:1]}))
-    with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
-        run(load_recipe(shorter), job, VERBS)
+    for replace in (False, True):
+        with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
+            run(load_recipe(shorter), job, VERBS, replace=replace)
     assert "second" in (job / "recipe.yaml").read_text()
     add_adapter(job, "third")  # which is never trained
     with pytest.raises(DirectoryError, match=r"adapters third.*adapters remove .* third"):
         run(load_recipe(original), job, VERBS)
     assert "third" in (job / "recipe.yaml").read_text()
+    content = yaml.safe_load((job / "recipe.yaml").read_text())
+    content["data"]["source"] = "/moved/text"  # the recipe of the command says where it is now
+    text = yaml.safe_dump(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (job / "recipe.yaml").write_text(f"{text}# Written by qwlora: {digest}\n")
+    with pytest.raises(DirectoryError, match=r"adapters third.*adapters remove .* third"):
+        run(load_recipe(original), job, VERBS)
 
 
 def test_a_job_generates_without_its_text_and_what_needs_that_names_it(job: Path) -> None:

@@ -107,6 +107,10 @@ def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
     """The recipe of an existing job. Texts and a model that it names may be missing."""
     journal.finish(folder)
     check_job(folder)
+    return _stored_recipe(folder, changes)
+
+
+def _stored_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
     context = copy_context()
     context.run(must_exist.set, False)
     return context.run(load_recipe, folder / "recipe.yaml", changes)
@@ -175,9 +179,11 @@ def check_kept(
     directory: Directory,
     recipe: Recipe,
     stale: Mapping[str, str],
+    replace: bool,
 ) -> None:
-    """Check that no stage that is about to run replaces an adapter trained with other settings, and
-    that the recipe has every adapter that was trained in the directory, or added to it.
+    """Check that the recipe has every adapter that was trained in the directory, or added to it,
+    and, unless `replace`, that no stage that is about to run replaces one trained with other
+    settings.
 
     An adapter whose files are missing or damaged is trained again with the same settings, which
     replaces nothing.
@@ -185,7 +191,7 @@ def check_kept(
     folder, names = directory.path / "adapters", {adapter.name for adapter in recipe.adapters}
     before: Recipe | None = None
     with contextlib.suppress(RecipeError):
-        before = load_recipe(directory.path / "recipe.yaml")
+        before = _stored_recipe(directory.path)
     known = [adapter.name for adapter in before.adapters] if before else []
     added = known if names < {*known} else []  # else they were renamed before they were trained
     trained = [name for name in directory.trained_adapters() if (folder / name).is_dir()]
@@ -195,6 +201,8 @@ def check_kept(
             f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
             f"qwlora adapters remove {directory.path} {lost[0]}"
         )
+    if replace:
+        return
     records = directory.records
     again = [s.name for s in waiting if s.name in records and records[s.name].key != s.key]
     replaced = sorted(names if "quantize" in again else {n for n in names if f"train/{n}" in again})

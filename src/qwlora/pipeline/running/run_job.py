@@ -143,8 +143,7 @@ class _Run:
                     asked.remove(stage)
         waiting = self.waiting(asked)
         check_needs(self.plan, waiting, verbs, self.out, self.stale, command)
-        if not replace:
-            check_kept(waiting, directory, self.recipe, self.stale)
+        check_kept(waiting, directory, self.recipe, self.stale, replace)
         if waiting and not directory.is_writable:
             first = waiting[0].name
             raise DirectoryError(

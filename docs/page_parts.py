@@ -152,12 +152,12 @@ def _fitting(text: str, patterns: list[str]) -> str:
     for block in text.split("\n\n"):
         head, rows = block.split("\n")[:2], block.split("\n")[2:]
         if not block.startswith("|"):
-            kept += [] if block.startswith("Machine: ") else [block]
+            kept += [re.sub(r"^Machine: .*\n?", "", block, flags=re.MULTILINE).rstrip()]
             continue
         cells = [(row, re.sub(r"[| ]+", " ", row).strip()) for row in rows]
         fits = [row for row, text in cells if any(fnmatch.fnmatch(text, p) for p in patterns)]
         kept += ["\n".join([*head, *fits])] if fits else []
-    return "\n\n".join(kept)
+    return "\n\n".join(filter(None, kept))
 
 
 def _whole_results(name: str) -> str:

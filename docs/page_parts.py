@@ -5,16 +5,17 @@ and a page still reads without building the site.
 
 A part begins with a comment, and ends with `<!-- end -->`:
 
-    <!-- readme: top -->                    of README.md, what comes before the first section
     <!-- results: file.md -->               of benchmarks/results, without its title
     <!-- results: file.json -->             its numbers, as tables
     <!-- results: file.md: w4* | float* --> only rows whose cells, joined by spaces, fit a pattern
+    <!-- results: file.md [way; seconds] --> only these columns
     <!-- recipe: file.yaml -->              a file of recipes/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
     <!-- docstring: NAME: 1-3 5 -->         only these paragraphs of it, equations counted too
     <!-- api: qwlora.errors.GridError -->   the first paragraph of a docstring; on the site, all
 
-As a hook of mkdocs, it fills in what the site alone has, and keeps the log out of the search.
+As a hook of mkdocs, it fills in what the site alone has, and keeps the log out of the search:
+`<!-- readme -->` is what README.md says before its first section.
 """
 
 from __future__ import annotations
@@ -39,18 +40,13 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     """The page as the site has it; mkdocs calls this."""
     if page.file.src_uri.startswith("log/"):
         page.meta["search"] = {"exclude": True}
+    markdown = markdown.replace("<!-- readme -->", readme_top())
     return re.sub(r"<!-- api: (.+?) -->\n.*?<!-- end -->", r"::: \1", markdown, flags=re.DOTALL)
 
 
 def filled(markdown: str) -> str:
     """The page with its parts written again."""
-    kinds = {
-        "readme": readme_top,
-        "results": results,
-        "recipe": recipe,
-        "docstring": docstring,
-        "api": summary,
-    }
+    kinds = {"results": results, "recipe": recipe, "docstring": docstring, "api": summary}
 
     def part(match: re.Match[str]) -> str:
         text = kinds[match[1]](match[2])
@@ -107,7 +103,7 @@ def recipe(name: str) -> str:
     return f"```yaml\n{text}\n```"
 
 
-def readme_top(_: str) -> str:
+def readme_top() -> str:
     """What README.md says before its first section, with links that work from a page of docs."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
     return site_links(text.partition("\n")[2].strip())
@@ -129,11 +125,24 @@ def _title(page: str) -> str:
 
 
 def results(what: str) -> str:
-    """A file of benchmarks/results as Markdown, whole or the rows that fit a pattern."""
+    """A file of benchmarks/results as Markdown, whole or some rows and columns of it."""
     name, _, patterns = what.partition(": ")
-    return (
-        _fitting(_whole_results(name), patterns.split(" | ")) if patterns else _whole_results(name)
-    )
+    name, _, columns = name.removesuffix("]").partition(" [")
+    text = _whole_results(name)
+    if patterns:
+        text = _fitting(text, patterns.split(" | "))
+    if columns:
+        text = "\n\n".join(_narrowed(block, columns.split("; ")) for block in text.split("\n\n"))
+    return text
+
+
+def _narrowed(block: str, columns: list[str]) -> str:
+    """`block`, of a table only these columns."""
+    if not block.startswith("|"):
+        return block
+    head, _, *rows = (re.split(r" *(?<!\\)\| *", line)[1:-1] for line in block.split("\n"))
+    kept = [head.index(column) for column in columns]
+    return _table(columns, [[row[i].replace("\\|", "|") for i in kept] for row in rows])
 
 
 def _fitting(text: str, patterns: list[str]) -> str:
@@ -143,12 +152,12 @@ def _fitting(text: str, patterns: list[str]) -> str:
     for block in text.split("\n\n"):
         head, rows = block.split("\n")[:2], block.split("\n")[2:]
         if not block.startswith("|"):
-            kept += [] if block.startswith("Machine: ") else [block]
+            kept += [re.sub(r"^Machine: .*\n?", "", block, flags=re.MULTILINE).rstrip()]
             continue
         cells = [(row, re.sub(r"[| ]+", " ", row).strip()) for row in rows]
         fits = [row for row, text in cells if any(fnmatch.fnmatch(text, p) for p in patterns)]
         kept += ["\n".join([*head, *fits])] if fits else []
-    return "\n\n".join(kept)
+    return "\n\n".join(filter(None, kept))
 
 
 def _whole_results(name: str) -> str:

@@ -115,7 +115,7 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class MomentStore(UserDict[str, LayerMoments]):
-    """R and G of many layers by canonical module path, in memory (of the CPU, since all layers
+    """R and G of many layers by canonical module path. In memory (of the CPU, since all layers
     together are large) or in a folder with one file per layer.
     """
 

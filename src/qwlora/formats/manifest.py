@@ -4,8 +4,9 @@
     SHA-256}}
 
 The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
-simulation. Its `files` has the SHA-256 of each file that is checked, by path relative to the folder,
-and under its own name that of all its other fields. To accept an edited file, delete its entry.
+simulation. Its `files` has the SHA-256 of each file that is checked, by path relative to the
+folder, and under its own name that of all its other fields. To accept an edited file, delete its
+entry.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def outcome(architecture: str, name: str) -> str:
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
         problem = target.backend.model_problem(model.config, tokenizer)
         if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
-            return f"no: {problems[0].partition(': one')[0]}"
+            return _no(problems[0].partition(": one")[0])
         try:
             target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
             adapted = with_adapter(model)
@@ -111,9 +111,13 @@ def outcome(architecture: str, name: str) -> str:
             )
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
-            return f"no: {first.rpartition(': ')[2]}"
+            return _no(first.rpartition(": ")[2])
         problems = found.problems
         return "no: more than rounding differs" if problems else "yes"
+
+
+def _no(problem: str) -> str:
+    return f"no: {problem.partition(', and this is')[0]}"
 
 
 def made(architecture: str, grid: str = "w4-block32") -> Any:
@@ -147,10 +151,15 @@ def written(heading: str) -> str:
 
 def cell(architecture: str, name: str) -> str:
     """What the page says about an architecture and a target."""
-    rows = [line.strip("| ").split(" | ") for line in written("Architectures").splitlines()]
-    header = next(row for row in rows if row[0] == "architecture")
-    row = next(row for row in rows if row[0] == architecture)
-    return row[header.index(name)]
+    text = written("Architectures")
+    assert architecture in text
+    assert f"`{name}`" in text
+    for architectures, reason in re.findall(
+        rf"^\| (.+) in `{name}` \| (.+) \|$", text, re.MULTILINE
+    ):
+        if architecture in architectures.split(", "):
+            return f"no: {reason}"
+    return "yes"
 
 
 def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
@@ -160,14 +169,17 @@ def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
 
 
 def _architecture_table() -> str:
-    rows: list[tuple[str, ...]] = [("architecture", *WEIGHTS)]
+    """What does not run, and why. Stops at what is only true of this machine."""
+    refused: dict[tuple[str, str], list[str]] = {}
     for architecture in ARCHITECTURES:
-        cells: list[Any] = []
         for name in WEIGHTS:
-            cells.append(outcome(architecture, name))
-            print(architecture, name, cells[-1], flush=True)
-        rows.append((architecture, *cells))
-    return table(rows)
+            result = outcome(architecture, name)
+            print(architecture, name, result, flush=True)
+            if result.startswith("no: "):
+                refused.setdefault((name, result[4:]), []).append(architecture)
+            assert result == "yes" or result.startswith("no: "), name
+    cells = ((f"{', '.join(a)} in `{name}`", reason) for (name, reason), a in refused.items())
+    return table([("does not run", "because"), *cells])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ recipe_reference()    docs/recipe.md, which `make docs/recipe.md` writes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -32,7 +33,7 @@ all defaults, and `--set base.weights=w3-block32` changes one value for one run.
 1.2; unknown and repeated keys are errors. Relative paths, also those of `--set`, are relative to
 the folder of the recipe; `--out` is relative to the current directory.
 
-Each key is followed by the values that it takes, with the default in bold.
+Defaults are bold.
 """
 
 
@@ -77,8 +78,19 @@ def recipe_reference() -> str:
             if key in section.get("required", ()):
                 values += ", required"
             meaning = " ".join(field.get("description", "").split()).replace("*", "\\*")
-            page += f"- `{key}` ({values}){': ' if meaning else ''}{meaning}\n"
+            page += f"- `{key}`{_joined(values, meaning)}\n"
     return page
+
+
+def _joined(values: str, meaning: str) -> str:
+    """The values in parentheses, or marked where `meaning` names each of them."""
+    marked = meaning
+    for value in values.split(", "):
+        name = re.escape(value.strip("*`"))
+        marked, count = re.subn(rf"(?<!\S){name}: ", f"{value}: ", marked, count=1)
+        if not (count and "`" in value):
+            return f" ({values}){': ' if meaning else ''}{meaning}"
+    return f": {marked}"
 
 
 def _values(field: dict[str, Any], default: Any = None) -> str:

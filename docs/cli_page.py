@@ -59,7 +59,7 @@ def _command(text: str) -> Command:
     assert usage is not None, text
     heading, _, description = text[: usage.start()].strip().partition("\n\n")
     call = "" if "COMMAND" in usage[1] else usage[1].partition(" [OPTIONS]")[2].strip()
-    items = re.findall(r"^\* `(?!--help)[^`]+`: .*", text, re.MULTILINE)
+    items = re.findall(r"^\* `(?!--help|--show-completion)[^`]+`: .*", text, re.MULTILINE)
     arguments = re.compile(
         r"^(\* `)(?!-)(\S+) <[\w\[\]]+>(.*?)(?:  \[required\])?$"
     )  # as in `call`

@@ -70,9 +70,11 @@ def scheme_table() -> str:
         problems = {name: target.scheme_problem(scheme) for name, target in TARGETS.items()}
         problems["hf in vLLM"] = vllm_problem([scheme])
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
-        bits, *kind = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        bits, kind, _ = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        kind = kind if scheme.symmetric else "asymmetric"  # blocks and channels are held alike
+        kind = "float offset" if scheme.float_offset else kind
         found = ", ".join(name for name, problem in problems.items() if problem) or "none"
-        assert refusing.setdefault(("".join(kind), bits), found) == found, scheme
+        assert refusing.setdefault((kind, bits), found) == found, scheme
     rows: dict[str, dict[str, str]] = {}
     for (kind, bits), names in refusing.items():
         grids = rows.setdefault(names, {})

@@ -18,8 +18,8 @@ A share of each layer's ranks corrects; the others keep PEFT's default and are f
 scales were tuned after the solver, W_hat is the solver's result: tuned layers compensate for one
 another, and a correction would undo that. R and G are of the model before quantization.
 
-Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution is qera
-with G = 1; also that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475).
+With G = 1 it is the exact solution of QERA (https://arxiv.org/abs/2410.06040), and that of CLoQ
+(https://arxiv.org/abs/2501.18475).
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def convert(
 ) -> None:
     """Convert a file to another version.
 
-    If that would lose information, nothing is written and the losses are listed; see --lossy.
+    If that would lose information, nothing is written and the losses are listed.
     """
     graph = aimet_encodings.read_graph(onnx) if onnx is not None else None
     source = aimet_encodings.read_encodings(file)

@@ -30,8 +30,7 @@ def report(
 ) -> None:
     """Rebuild report.html of jobs; compare several.
 
-    Needed only after files or the recipe changed: results that no longer belong to them are left
-    out.
+    Needed only after files or the recipe changed: older results are left out.
     """
     from qwlora.pipeline.results.results import rebuild_reports
 
@@ -62,7 +61,7 @@ def push(
         str | None,
         typer.Option(
             help="License for the model card, as the hub writes it (apache-2.0). Default: for a "
-            "base, what the model's files state; else unknown."
+            "base, what the model's files state."
         ),
     ] = None,
     yes: Yes = False,
@@ -178,7 +177,7 @@ def dump_layers(
     """Write every layer's output, to compare with a device.
 
     From the simulation, and from the exported files in ONNX Runtime on the CPU. layers.json lists
-    the tensors, with the names that they and their encodings have in the files.
+    the tensors, with their names and those of their encodings in the files.
     """
     from qwlora.pipeline.commands.simulate_job import dump_layers as dump
 
@@ -205,8 +204,8 @@ def import_base(
 ) -> None:
     """Write a quantized checkpoint's integers as a base.
 
-    Nothing is rounded. The folder loads with from_pretrained after `import qwlora.hf`, and as
-    model.source of a recipe.
+    Nothing is rounded. The folder can be model.source of a recipe, and loads with from_pretrained
+    after `import qwlora.hf`.
     """
     from qwlora.pipeline.job.output_path import new_folder
 

@@ -145,8 +145,8 @@ def _job_command(name: str) -> Callable[..., None]:
             bool,
             typer.Option(
                 "--replace",
-                help="Train adapters again that exist with other settings. The old ones stay until "
-                "the new ones are finished.",
+                help="Train adapters again that exist with other settings. Old ones stay until new "
+                "ones are finished.",
             ),
         ] = False,
     ) -> None:

@@ -114,8 +114,7 @@ def simulate(
         bool,
         typer.Option(
             "--explain",
-            help="List every value with its grid and the rule that decided; similar ones share a "
-            "line.",
+            help="List every value with its grid and the rule that decided.",
         ),
     ] = False,
     adapter: Annotated[str | None, typer.Option(help="An adapter. Default: the first.")] = None,

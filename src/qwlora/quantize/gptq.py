@@ -1,5 +1,5 @@
-"""Round a weight column by column; the columns that are still float compensate the error (Frantar
-et al. 2022, https://arxiv.org/abs/2210.17323).
+"""Round a weight column by column; the columns that are still float compensate the error
+(https://arxiv.org/abs/2210.17323).
 
     minimize   tr((W - W_hat) H (W - W_hat)^T)
                H = R + damping * mean(diag R) * I,    R = E[w x x^T]  (grid/second_moments.py)

@@ -4,7 +4,7 @@
     search    the encoding with the least squared error in each group
     sqnr      the same, with clipped weights counted three times (AIMET's enhanced rule)
 
-The search, which gptq uses too, finds for each group
+The search, which gptq uses too, finds for each group of weights w
 
     the scale and offset with the least    sum_j h_j c_j (w_j - w_hat_j)^2
 

@@ -27,11 +27,8 @@ if TYPE_CHECKING:
 
 
 class Data(Section):
-    """Training, calibration and evaluation text, and how it becomes sequences.
-
-    It is the base's text, and the default of every adapter's. If `source` is not set, every adapter
-    has its own, and the base is calibrated on all of them.
-    """
+    """Training, calibration and evaluation text, and how it becomes sequences: the base's text, and
+    the default of every adapter's."""
 
     source: Annotated[str, AfterValidator(partial(located, check=locate_documents))] | None = None
     """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them or one
@@ -43,7 +40,7 @@ class Data(Section):
     """configuration of a hub dataset that has several"""
     text_column: str | None = None
     """column with running text. Default: columns named text, prompt and completion, messages,
-    conversations (ShareGPT), or instruction and output (Alpaca) are recognized"""
+    conversations (ShareGPT), or instruction and output (Alpaca)"""
     prompt_column: str | None = None
     """column with the prompt, not trained on"""
     completion_column: str | None = None
@@ -54,7 +51,7 @@ class Data(Section):
     instruction_column: str | None = None
     """column with Alpaca's instruction, not trained on"""
     input_column: str | None = None
-    """column with what the instruction is about, which may be empty; not trained on"""
+    """column with what the instruction is about, not trained on; may be empty"""
     output_column: str | None = None
     """column with the answer to the instruction, trained on"""
     empty_records: Literal["error", "skip"] = "error"
@@ -67,9 +64,9 @@ class Data(Section):
     turns: Literal["together", "apart"] = "together"
     """together: a conversation is one document; apart: every assistant message ends a document"""
     packing: Literal["join", "documents", "none"] | None = None
-    """join: concatenate and cut anywhere; documents: pack whole documents into one sequence,
-    attention masked between them; none: one document per sequence, padded. Default: join for
-    running text, documents otherwise"""
+    """join: concatenate and cut anywhere, the default for running text; documents: pack whole
+    documents into one sequence, attention masked between them, the default otherwise; none: one
+    document per sequence, padded"""
     sequence_tokens: Annotated[int, Field(ge=8)] = 512
     """tokens per sequence"""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -146,9 +143,8 @@ class Adapter(Section):
     data: Data | None = None
     """its own text; keys that are not set here come from the data section"""
     continue_from: Annotated[str, AfterValidator(_start)] | None = None
-    """trained adapter to continue: the name of one listed before this one, a PEFT folder,
-    package:NAME/PATH or a hub id. Its shape and dropout are kept (no dropout in workflow
-    qwa-lora)"""
+    """trained adapter to continue: one listed before this one, a PEFT folder, package:NAME/PATH or
+    a hub id. Its shape and dropout are kept (no dropout in workflow qwa-lora)"""
     objective: Literal["text", "recovery"] = "text"
     """text: predict the next token; recovery: match the float model as well, as a start for other
     adapters"""
@@ -164,7 +160,7 @@ class Adapter(Section):
     target_modules: str | list[str] = "all-linear"
     """layers that get an adapter: module names, or a regular expression over whole paths"""
     target_parameters: list[str] = []
-    """fused experts that get an adapter too, by the end of their names: mlp.experts.down_proj"""
+    """fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead"""
     init: Literal["zero", "svd", "qera"] = "zero"
@@ -177,14 +173,14 @@ class Adapter(Section):
     dora: bool = False
     """DoRA: also train the norm of every output"""
     mergeable: bool = False
-    """train on the integers that merging writes, so that `qwlora merge` loses nothing. The adapter
-    cannot be switched; use it in onnx_each, aimet, or merged, as model.source of another recipe"""
+    """train on the integers that merging writes, so that `qwlora merge` loses nothing. Cannot be
+    switched; for onnx_each, aimet, or merged, as model.source of another recipe"""
     alora_invocation: Invocation | None = None
-    """activated LoRA: the adapter acts from the last occurrence of this text, or of these token
-    ids, in a sequence on, so that adapters share the base's key-value cache of what comes before:
+    """activated LoRA: the adapter acts from the last occurrence of this text (or these token ids)
+    in a sequence on, so that adapters share the base's key-value cache before it:
     "<|im_start|>assistant\\n". Every training document needs it; for targets hf and gguf"""
     rank_pattern: dict[str, Rank] = {}
-    """other ranks for some layers: end of the module path, or a regular expression"""
+    """other ranks for some layers, by the end of the module path or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """other alphas for some layers, as in rank_pattern"""
     layers: list[NotNegative] | None = None

@@ -58,8 +58,8 @@ class Model(Section):
     """with encodings: globs of parameters or layers that stay float, even if the file has
     entries for them"""
     block_order: Literal["channel", "tensor"] | None = None
-    """with encodings of version 1.0.0 from unknown producers: whether blocks are listed by output
-    channel or in the order of the tensor"""
+    """with encodings of version 1.0.0 from unknown producers: order of the blocks, by output
+    channel or as in the tensor"""
     prefix: str | None = None
     """with encodings: prefix that names have in the file and not in the model, or the reverse (m.
     if it was exported as another module's m). Default: the one that makes most names agree"""
@@ -171,15 +171,15 @@ class Gptq(Section):
     layer error for half as much time again"""
     rounding_steps: NotNegative = 0
     """steps of learned rounding after GPTQ, two sequences each: moves codes by one to bring a
-    block's output closer to the float block's, if held-out sequences gain. For bases of 2 and 3
-    bits; 200 steps take about four times as long as gptq alone"""
+    block's output closer to the float block's, if held-out sequences gain. For 2 and 3 bits; 200
+    steps take about four times as long as gptq alone"""
     rounding_rate: Annotated[float, Field(gt=0, le=2)] = 0.1
     """learned rounding moves a weight by at most half of this many steps of its grid before it is
     rounded again"""
 
 
 class Tuning(Section):
-    """Train scales and norms. The float model stays in memory meanwhile."""
+    """The float model stays in memory during tuning."""
 
     steps: NotNegative = 0
     """tuning steps of one sequence each, none repeated until all are used. 512 take 25 minutes for
@@ -223,13 +223,12 @@ class Base(Section):
     rules: list[BaseRule] = []
     """exceptions for some layers; the first that matches decides"""
     rotation: Literal["hadamard"] | None = None
-    """hadamard: first spread large values of a few channels over all of them, which changes no
-    output: for grids per channel and 8-bit activations. Not for models with LayerNorm; unties a
-    tied head"""
+    """hadamard: first spread large values of a few channels over all of them, for grids per channel
+    and 8-bit activations. Changes no output. Not for models with LayerNorm; unties a tied head"""
     bits: Annotated[float, Field(gt=0)] | None = None
     """bits per weight of all packed layers together, scales and offsets included. Layers without a
     rule get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted loss that
-    all export targets hold; base/rules.yaml has them as rules, to edit and reuse"""
+    all export targets hold; base/rules.yaml has them as rules to reuse"""
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(kB|MB|GB)$")] | None = None
     """in place of bits: the size of all packed layers, such as 60MB or 1.5GB"""
     gptq: Gptq = Gptq()
@@ -314,8 +313,8 @@ class SimulationRule(Section):
     """An exception for some values of the graph. Keys that are not set stay as in simulation."""
 
     match: str
-    """glob over module paths, with an operator after the path where needed: lm_head,
-    *.self_attn.softmax, *.lora_A.weight"""
+    """glob over module paths, if needed with an operator: lm_head, *.self_attn.softmax,
+    *.lora_A.weight"""
     keep: Literal["float"] | None = None
     """leave these values as they are"""
     bitwidth: Bitwidth | None = None
@@ -353,8 +352,8 @@ class SimulationSection(Section):
     rules: list[SimulationRule] = []
     """exceptions for some values; the first that matches decides"""
     inputs: Literal["tokens", "embeddings"] = "tokens"
-    """what the graph takes. embeddings: for the language model of a vision-language model; its
-    table of token embeddings is written next to the files"""
+    """what the graph takes. embeddings: for the language model of a vision-language model; the
+    table of token embeddings is next to the files"""
     activation_bitwidth: Bitwidth = 16
     """bits of every activation. ONNX has 8 and 16"""
     activation_symmetric: bool = False
@@ -366,8 +365,8 @@ class SimulationSection(Section):
     calibration_tokens: Count | None = None
     """stop calibration after this many tokens"""
     unseen: Literal["error", "float"] = "error"
-    """what to do with a value that no calibration data reached, such as an expert that no token
-    chose"""
+    """what to do with values that no calibration data reached, such as those of an expert that no
+    token chose"""
     residual_adds: Literal["float", "quantize"] = "float"
     """quantize: also give x + f(x) a grid, for NPUs without float; costs accuracy, as its range is
     wide"""

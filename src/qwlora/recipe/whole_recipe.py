@@ -35,8 +35,8 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 class Graphs(Section):
     """Graphs with a key-value cache, for targets qnn, aimet and qairt: one for each pair of tokens
-    and context. All share one copy of the weights, except in aimet: AI Hub needs a copy in each
-    graph's folder."""
+    and context. All share one copy of the weights, but aimet has a copy in each graph's folder, for
+    AI Hub."""
 
     tokens: list[int] = [128, 1]
     """new tokens in one call: many to read prompts, 1 to generate"""
@@ -57,17 +57,15 @@ class Export(Section):
     """version of the encodings files of targets aimet and qairt"""
     use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = None
     """for targets qairt and qnn: what the runtime can switch to: an adapter's name, several joined
-    by a plus sign for all of them at once, or none for the base. Default: each adapter alone, and
-    none"""
+    by a plus sign, or none for the base. Default: each adapter alone, and none"""
     graphs: Graphs | None = None
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
     with an older onnx; below 23, each RMSNorm becomes several operators"""
     embedding_bits: Literal[16, 32] | None = None
     """bits per value of embeddings and output heads that stay float. 16: float16, else bfloat16,
-    where one holds all numbers exactly (the source had 16 bits or fewer), else float32. Default:
-    16, but 32 for aimet, qairt, qnn, qairt_pipeline and mlx, which hold no other. For 8 bits, use a
-    rule in base.rules"""
+    where one holds all numbers exactly, else float32. Default: 16, but 32 for aimet, qairt, qnn,
+    qairt_pipeline and mlx, which hold no other. For 8 bits, use a rule in base.rules"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
     Default: for ONNX Runtime"""
@@ -103,7 +101,7 @@ class Verify(Section):
     layer_steps: Annotated[float, Field(gt=0)] = 2.0
     """largest allowed difference of a layer output, in quantization steps"""
     layer_mean_steps: Annotated[float, Field(gt=0)] = 0.05
-    """largest allowed mean difference of a layer output, in quantization steps"""
+    """the same for the mean difference"""
 
 
 class Recipe(Section):
@@ -119,8 +117,8 @@ class Recipe(Section):
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
     reference: Literal["float"] | None = None
-    """float: also train every adapter on the float model, with the same settings, text and seed, so
-    that results say what the integers cost. Takes about as long as training"""
+    """float: also train every adapter on the float model, all else equal, so that results say what
+    the integers cost. Takes about as long as training"""
     evaluate: Literal["own", "all"] = "own"
     """for adapters with texts of their own. own: measure each on its own text, the float model and
     the base on all; all: also each on the text of every other, N times N measurements"""

@@ -20,8 +20,7 @@ Device = Annotated[
     str | None,
     typer.Option(
         metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where models compute. Default: the recipe's device. auto: an accelerator if torch "
-        "can use one, else the CPU.",
+        help="Where models compute. Default: the recipe's device.",
     ),
 ]
 Model = Annotated[

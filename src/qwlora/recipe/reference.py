@@ -30,10 +30,8 @@ _PAGE = """\
 
 `qwlora init` writes a short recipe to start from, `qwlora check RECIPE --full` prints yours with
 all defaults, and `--set base.weights=w3-block32` changes one value for one run. Recipes are YAML
-1.2; unknown and repeated keys are errors. Relative paths, also those of `--set`, are relative to
-the folder of the recipe; `--out` is relative to the current directory.
-
-Defaults are bold.
+1.2. Paths, also those of `--set`, are relative to the recipe's folder; `--out` is relative to the
+current directory. Defaults are bold.
 """
 
 

@@ -98,7 +98,7 @@ def outcome(architecture: str, name: str) -> str:
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
         problem = target.backend.model_problem(model.config, tokenizer)
         if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
-            return _no(problems[0].partition(": one")[0])
+            return f"no: {re.split(': one|, and this is', problems[0])[0]}"
         try:
             target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
             adapted = with_adapter(model)
@@ -113,13 +113,9 @@ def outcome(architecture: str, name: str) -> str:
             )
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
-            return _no(first.rpartition(": ")[2])
+            return f"no: {first.rpartition(': ')[2]}"
         problems = found.problems
         return "no: more than rounding differs" if problems else "yes"
-
-
-def _no(problem: str) -> str:
-    return f"no: {problem.partition(', and this is')[0]}"
 
 
 def made(architecture: str, grid: str = "w4-block32") -> Any:
@@ -154,14 +150,9 @@ def written(heading: str) -> str:
 def cell(architecture: str, name: str) -> str:
     """What the page says about an architecture and a target."""
     text = written("Architectures")
-    assert architecture in text
-    assert f"`{name}`" in text
-    for architectures, reason in re.findall(
-        rf"^\| (.+) in `{name}` \| (.+) \|$", text, re.MULTILINE
-    ):
-        if architecture in architectures.split(", "):
-            return f"no: {reason}"
-    return "yes"
+    assert {architecture, f"`{name}`"} <= {*re.findall(r"`\w+`|[A-Z][\w-]+(?: 3)?", text)}
+    rows = re.findall(rf"^\| (.+) in `{name}` \| (.+) \|$", text, re.MULTILINE)
+    return next((f"no: {why}" for who, why in rows if architecture in who.split(", ")), "yes")
 
 
 def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
@@ -171,16 +162,13 @@ def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
 
 
 def _architecture_table() -> str:
-    """What does not run, and why. Stops at what is only true of this machine."""
     refused: dict[tuple[str, str], list[str]] = {}
     for architecture in ARCHITECTURES:
         for name in WEIGHTS:
-            result = outcome(architecture, name)
-            print(architecture, name, result, flush=True)
-            if result.startswith("no: "):
-                refused.setdefault((name, result[4:]), []).append(architecture)
-            assert result == "yes" or result.startswith("no: "), name
-    cells = ((f"{', '.join(a)} in `{name}`", reason) for (name, reason), a in refused.items())
+            print(architecture, name, result := outcome(architecture, name), flush=True)
+            if result != "yes":
+                refused.setdefault((name, result.removeprefix("no: ")), []).append(architecture)
+    cells = ((f"{', '.join(a)} in `{name}`", why) for (name, why), a in refused.items())
     return table([("does not run", "because"), *cells])
 
 

@@ -174,7 +174,7 @@ class Adapter(Section):
     """DoRA: also train the norm of every output"""
     mergeable: bool = False
     """train on the integers that merging writes, so that `qwlora merge` loses nothing. Cannot be
-    switched; for onnx_each, aimet, or merged, as model.source of another recipe"""
+    switched: use it in onnx_each, aimet, or merged, as model.source of another recipe"""
     alora_invocation: Invocation | None = None
     """activated LoRA: the adapter acts from the last occurrence of this text (or these token ids)
     in a sequence on, so that adapters share the base's key-value cache before it:

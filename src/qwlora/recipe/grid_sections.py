@@ -126,7 +126,7 @@ def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
 
 
 class BaseRule(Section):
-    """An exception for some layers. Keys that are not set stay as in base."""
+    """An exception for some layers. Keys that are not set are those of base."""
 
     match: str
     """glob over module paths: *.down_proj, model.layers.0.*, lm_head"""
@@ -310,10 +310,10 @@ class AdapterWeights(Section):
 
 
 class SimulationRule(Section):
-    """An exception for some values of the graph. Keys that are not set stay as in simulation."""
+    """An exception for some values of the graph. Keys that are not set are those of simulation."""
 
     match: str
-    """glob over module paths, if needed with an operator: lm_head, *.self_attn.softmax,
+    """glob over module paths, followed by an operator where needed: lm_head, *.self_attn.softmax,
     *.lora_A.weight"""
     keep: Literal["float"] | None = None
     """leave these values as they are"""

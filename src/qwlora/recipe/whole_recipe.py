@@ -110,7 +110,7 @@ class Recipe(Section):
     name: Name = "qwlora"
     """name of the job"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
-    """effort for the base and the start of adapters; keys that the recipe sets win. fast:
+    """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
     base.solver search, init zero; balanced: gptq, init qera; best: the same and base.tuning with
     512 steps"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
@@ -126,7 +126,7 @@ class Recipe(Section):
     """where models compute: cpu, cuda, xpu, mps, cuda:N or xpu:N. auto: an accelerator if torch can
     use one, else cpu. Files are written and verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """seed of the data split, the start of adapters and the order of training"""
+    """seed of the data split, the initialization of adapters and the order of training"""
     model: Model
     data: Data = Data()
     base: Base = Base()

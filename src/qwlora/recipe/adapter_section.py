@@ -202,8 +202,8 @@ class Adapter(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """largest norm of the gradient; 0 disables clipping"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the forward and backward pass; auto: bfloat16 if the device has instructions for
-    it (never in workflow qwa-lora). Weights and optimizer stay float32"""
+    """precision of the forward and backward pass; auto: bfloat16 if the device has it (never in
+    workflow qwa-lora). Weights and optimizer stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: about a quarter of the memory for 15 percent more
     time"""

@@ -61,8 +61,8 @@ class Model(Section):
     """with encodings of version 1.0.0 from unknown producers: order of the blocks, by output
     channel or as in the tensor"""
     prefix: str | None = None
-    """with encodings: prefix that names have in the file and not in the model, or the reverse (m.
-    if it was exported as another module's m). Default: the one that makes most names agree"""
+    """with encodings: prefix that names have in the file and not in the model, or the reverse.
+    Default: the one that makes most names agree"""
 
 
 class Weights(Section):
@@ -74,9 +74,9 @@ class Weights(Section):
     """true: the offset is fixed at the middle code; false: every scale has its own offset"""
     granularity: GranularityName = "block"
     """what one scale covers: the tensor, an output channel, or a block of inputs. signed: blocks
-    whose scales may be negative, for smaller errors at 2 to 4 bits, refused by qnn; bf16block:
-    blocks with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers
-    times a channel scale"""
+    with scales of either sign, for smaller errors at 2 to 4 bits, refused by qnn; bf16block: blocks
+    with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a
+    channel scale"""
     block_size: Count | None = None
     """inputs per block. Default: 64 for lpbq, else 32"""
 
@@ -187,8 +187,7 @@ class Tuning(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
     """peak learning rate of AdamW, relative to the tuned value"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the forward and backward pass; auto: bfloat16 if the processor has instructions
-    for it"""
+    """precision of the forward and backward pass; auto: bfloat16 if the processor has it"""
 
 
 class CalibrationText(Section):
@@ -365,8 +364,7 @@ class SimulationSection(Section):
     calibration_tokens: Count | None = None
     """stop calibration after this many tokens"""
     unseen: Literal["error", "float"] = "error"
-    """what to do with values that no calibration data reached, such as those of an expert that no
-    token chose"""
+    """what to do with values that no calibration data reached, such as those of an unused expert"""
     residual_adds: Literal["float", "quantize"] = "float"
     """quantize: also give x + f(x) a grid, for NPUs without float; costs accuracy, as its range is
     wide"""

@@ -9,17 +9,27 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from typer.cli import app
 from typer.testing import CliRunner
 
 SHARED = 2  # commands that have an option or an argument of the same words
-HEAD = """
+HEAD = """\
 ## Shared arguments and options
 
-Commands below name these without repeating what they mean.
+Each command lists its arguments, required ones in braces, and which of these options it has.
 
 """
+
+
+class Command(NamedTuple):
+    """A command, or a group of commands, which has no `call`."""
+
+    heading: str
+    description: str
+    call: str
+    items: list[str]
 
 
 def page() -> str:
@@ -29,35 +39,45 @@ def page() -> str:
         options = ("--name", "qwlora", "--output", str(file))
         ended = CliRunner().invoke(app, ["qwlora.cli.main", "utils", "docs", *options])
         assert ended.exit_code == 0, ended.output
-        first, *commands = re.split(r"\n(?=##+ )", file.read_text(encoding="utf-8"))
-    counted = Counter(line for text in commands for line in _items(text) if "--help" not in line)
-    commonest = {_name(line): line for line, _ in reversed(counted.most_common())}  # of each name
-    shared = [line for line in counted if counted[line] >= SHARED and line in commonest.values()]
-    parts = [_condensed(first, []) + HEAD + "\n".join(shared) + "\n"]
-    return "\n".join([*parts, *(_condensed(text, shared) for text in commands)])
+        texts = re.split(r"\n(?=##+ )", file.read_text(encoding="utf-8"))
+    first, *commands = map(_command, texts)
+    counted = Counter(item for command in commands for item in command.items)
+    commonest = {_name(item): item for item, _ in reversed(counted.most_common())}  # of each name
+    shared = [item for item in counted if counted[item] >= SHARED and item in commonest.values()]
+    stages = [command for command in commands if command.call == commands[0].call]
+    names = (command.heading.replace("## `qwlora ", "`") for command in stages)
+    texts = (command.description.replace("\n\n", " ") for command in stages)
+    listed = [f"* {name}: {text}" for name, text in zip(names, texts, strict=True)]
+    together = Command("## All stages, or one", "\n".join(listed), *commands[0][2:])
+    parts = [_section(first, []), HEAD + "\n".join(shared) + "\n"]
+    return "\n".join([*parts, *(_section(c, shared) for c in [together, *commands[len(stages) :]])])
 
 
-def _items(text: str) -> list[str]:
-    return re.findall(r"^\* `[^`]+`: .*", text, re.MULTILINE)
+def _command(text: str) -> Command:
+    text = text.partition("\n**Commands**:")[0]  # typer cuts their descriptions off
+    usage = re.search(r"\*\*Usage\*\*:\n\n```console\n\$ (.*)\n```\n", text)
+    assert usage is not None, text
+    heading, _, description = text[: usage.start()].strip().partition("\n\n")
+    call = "" if "COMMAND" in usage[1] else usage[1].partition(" [OPTIONS]")[2].strip()
+    items = re.findall(r"^\* `(?!--help|--show-completion)[^`]+`: .*", text, re.MULTILINE)
+    arguments = re.compile(
+        r"^(\* `)(?!-)(\S+) <[\w\[\]]+>(.*?)(?:  \[required\])?$"
+    )  # as in `call`
+    return Command(heading, description, call, [arguments.sub(r"\1\2\3", item) for item in items])
 
 
 def _name(item: str) -> str:
     return re.split(r"[` ]+", item)[1]
 
 
-def _condensed(text: str, shared: list[str]) -> str:
-    """A command's heading, usage on one line, description, and what it alone has."""
-    text = text.partition("\n**Commands**:")[0]  # typer cuts their descriptions off
-    usage = re.search(r"\*\*Usage\*\*:\n\n```console\n\$ (.*)\n```\n", text)
-    assert usage is not None, text
-    heading, _, description = text[: usage.start()].strip().partition("\n\n")
-    own = [line for line in _items(text) if line not in shared and "`--help`" not in line]
-    also = [_name(line) for line in _items(text) if line in shared]
-    call = "" if "COMMAND" in usage[1] else f"`{usage[1].replace(' [OPTIONS]', '')}`"
-    paragraphs = [heading, call, description, "\n".join(own)]
-    if flags := [f"`{flag}`" for flag in also if flag.startswith("--")]:
-        paragraphs.append(f"Shared: {', '.join(flags)}.")
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
+def _section(command: Command, shared: list[str]) -> str:
+    """Heading, description, usage on one line, and the items that the command alone has."""
+    also = [_name(item) for item in command.items if item in shared]
+    usage = [command.call, *(f"[{name}]" for name in also if name.startswith("--"))]
+    call = f"`{' '.join(usage).strip()}`" if command.call else ""
+    own = [item for item in command.items if item not in shared]
+    parts = [command.heading, command.description, call, "\n".join(own)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ A part begins with a comment, and ends with `<!-- end -->`:
     <!-- recipe: file.yaml -->              a file of recipes/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
     <!-- docstring: NAME: 1-3 5 -->         only these paragraphs of it, equations counted too
-    <!-- api: qwlora.errors.GridError -->   the first paragraph of a docstring; on the site, all
+    <!-- api: qwlora -->                    the first sentence of the docstring of each name that is
+                                            listed; on the site, all of it
 
 As a hook of mkdocs, it fills in what the site alone has, and keeps the log out of the search:
 `<!-- readme -->` is what README.md says before its first section.
@@ -33,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_LISTED = re.compile(r"^- `(\w+)`", re.MULTILINE)
 _PART = re.compile(r"<!-- (\w+): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -41,15 +43,24 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     if page.file.src_uri.startswith("log/"):
         page.meta["search"] = {"exclude": True}
     markdown = markdown.replace("<!-- readme -->", readme_top())
-    return re.sub(r"<!-- api: (.+?) -->\n.*?<!-- end -->", r"::: \1", markdown, flags=re.DOTALL)
+
+    def references(match: re.Match[str]) -> str:
+        homes = (_home(f"{match[1]}.{name}") for name in _LISTED.findall(match[0]))
+        return "\n\n".join(f"::: {home}" for home in homes)
+
+    return re.sub(r"<!-- api: (\S+) -->\n.*?<!-- end -->", references, markdown, flags=re.DOTALL)
 
 
 def filled(markdown: str) -> str:
     """The page with its parts written again."""
-    kinds = {"results": results, "recipe": recipe, "docstring": docstring, "api": summary}
+    kinds = {"results": results, "recipe": recipe, "docstring": docstring}
 
     def part(match: re.Match[str]) -> str:
-        text = kinds[match[1]](match[2])
+        if match[1] == "api":
+            names = _LISTED.findall(match[0])
+            text = "\n".join(f"- `{name}`: {summary(f'{match[2]}.{name}')}" for name in names)
+        else:
+            text = kinds[match[1]](match[2])
         return f"<!-- {match[1]}: {match[2]} -->\n{text}\n<!-- end -->"
 
     return _PART.sub(part, markdown)
@@ -72,9 +83,19 @@ def _fenced(match: re.Match[str]) -> str:
 
 
 def summary(name: str) -> str:
-    """Name and first paragraph of the docstring of a function or class."""
-    first = _docstring(name).partition("\n\n")[0].replace("\n", " ")
-    return f"**`{name.rpartition('.')[2]}`** {first}".rstrip()
+    """The first sentence of the docstring of a function or class."""
+    paragraph = _docstring(_home(name)).partition("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
+
+
+def _home(name: str) -> str:
+    """`name`, or of what `qwlora` imports from one of its modules, the name there."""
+    package, _, last = name.rpartition(".")
+    if package == "qwlora":
+        for node in ast.walk(_tree(ROOT / "src/qwlora/__init__.py")):
+            if isinstance(node, ast.ImportFrom) and any(n.name == last for n in node.names):
+                return f"{node.module}.{last}"
+    return name
 
 
 def _docstring(name: str) -> str:

@@ -70,7 +70,7 @@ def test_every_error_class_has_a_page_in_the_navigation() -> None:
 
 def test_every_public_name_is_in_the_api_reference() -> None:
     page = (ROOT / "docs/api.md").read_text()
-    listed = set(re.findall(r"^<!-- api: qwlora\.[\w.]+\.(\w+) -->$", page, re.MULTILINE))
+    listed = set(re.findall(r"^- `(\w+)`: \S", page, re.MULTILINE))
     assert {*qwlora.__all__} <= listed <= {*qwlora.__all__, *qwlora.formats.aimet_encodings.__all__}
 
 
@@ -87,7 +87,7 @@ def test_parts_of_pages_are_what_other_files_say() -> None:
     pages = {page: page.read_text() for page in (ROOT / "docs").rglob("*.md")}
     old = [page.name for page, text in pages.items() if filled(text) != text]
     assert old == [], "python docs/page_parts.py"
-    assert sum(text.count("<!-- end -->") for text in pages.values()) > 90
+    assert sum(text.count("<!-- end -->") for text in pages.values()) > 30
     assert [
         page.name for page, text in pages.items() if re.search(r"^(:::|\{\{) ", text, re.M)
     ] == []

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save
 from torch import nn
 
-from docs.snippets import ROOT, blocks
+from docs.snippets import ROOT
 from formats.models import gpt2, llama, mixtral
 from qwlora import PerBlock, PerTensor, Scheme, fingerprint, save_base
 from qwlora.formats.base_files import BaseWriter
@@ -27,6 +27,7 @@ from qwlora.nn.packed_layer import packed_layers
 
 READER = ROOT / "examples/read_base.py"
 PAGE = ROOT / "docs/fingerprint.md"
+VECTORS: dict[str, Any] = json.loads((ROOT / "docs/fingerprint-vectors.json").read_text())
 reader = runpy.run_path(str(READER))
 
 
@@ -102,12 +103,7 @@ def test_the_page_names_the_reader_and_the_keys_that_are_left_out() -> None:
     assert all(f"`{key}`" in PAGE.read_text() for key in VOLATILE)
 
 
-def vectors() -> dict[str, Any]:
-    (found,) = [json.loads(b.text) for b in blocks(PAGE) if b.language == "json"]
-    return found
-
-
-@pytest.mark.parametrize("vector", vectors()["tensors"], ids=lambda v: v["name"])
+@pytest.mark.parametrize("vector", VECTORS["tensors"], ids=lambda v: v["name"])
 def test_vectors_of_tensors(vector: dict[str, Any], tmp_path: Path) -> None:
     stored = np.frombuffer(bytes.fromhex(vector["bytes"]), vector["numpy"])
     kind = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
@@ -120,24 +116,23 @@ def test_vectors_of_tensors(vector: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_vector_of_a_base(tmp_path: Path) -> None:
-    page = vectors()
     tensors = {
         vector["name"]: np.frombuffer(bytes.fromhex(vector["bytes"]), vector["numpy"]).reshape(
             vector["shape"]
         )
-        for vector in page["tensors"]
+        for vector in VECTORS["tensors"]
     }
     (tmp_path / "base.safetensors").write_bytes(save(tensors))
-    layer = {"shape": [2, 4], **json.loads(page["tensors"][0]["grid"])}
-    record = {"configuration": page["configuration"], "layers": {"proj": layer}}
+    layer = {"shape": [2, 4], **json.loads(VECTORS["tensors"][0]["grid"])}
+    record = {"configuration": VECTORS["configuration"], "layers": {"proj": layer}}
     (tmp_path / "base.json").write_text(json.dumps(record))
-    assert reader["fingerprint"](tmp_path) == page["fingerprint"]
-    digests = {vector["name"]: vector["digest"] for vector in page["tensors"]}
-    numbers = json.loads(page["configuration"])
-    assert combined_fingerprint(digests, numbers) == page["fingerprint"]
+    assert reader["fingerprint"](tmp_path) == VECTORS["fingerprint"]
+    digests = {vector["name"]: vector["digest"] for vector in VECTORS["tensors"]}
+    numbers = json.loads(VECTORS["configuration"])
+    assert combined_fingerprint(digests, numbers) == VECTORS["fingerprint"]
 
 
-@pytest.mark.parametrize("vector", vectors()["packing"], ids=lambda v: f"{v['bitwidth']} bits")
+@pytest.mark.parametrize("vector", VECTORS["packing"], ids=lambda v: f"{v['bitwidth']} bits")
 def test_vectors_of_packing(vector: dict[str, Any]) -> None:
     bitwidth, numbers = vector["bitwidth"], vector["codes"]
     stored = np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8)[None]

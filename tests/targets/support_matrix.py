@@ -70,9 +70,11 @@ def scheme_table() -> str:
         problems = {name: target.scheme_problem(scheme) for name, target in TARGETS.items()}
         problems["hf in vLLM"] = vllm_problem([scheme])
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
-        bits, *kind = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        bits, kind, _ = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        kind = kind if scheme.symmetric else "asymmetric"  # blocks and channels are held alike
+        kind = "float offset" if scheme.float_offset else kind
         found = ", ".join(name for name, problem in problems.items() if problem) or "none"
-        assert refusing.setdefault(("".join(kind), bits), found) == found, scheme
+        assert refusing.setdefault((kind, bits), found) == found, scheme
     rows: dict[str, dict[str, str]] = {}
     for (kind, bits), names in refusing.items():
         grids = rows.setdefault(names, {})
@@ -96,7 +98,7 @@ def outcome(architecture: str, name: str) -> str:
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
         problem = target.backend.model_problem(model.config, tokenizer)
         if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
-            return f"no: {problems[0].partition(': one')[0]}"
+            return f"no: {re.split(': one|, and this is', problems[0])[0]}"
         try:
             target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
             adapted = with_adapter(model)
@@ -147,10 +149,10 @@ def written(heading: str) -> str:
 
 def cell(architecture: str, name: str) -> str:
     """What the page says about an architecture and a target."""
-    rows = [line.strip("| ").split(" | ") for line in written("Architectures").splitlines()]
-    header = next(row for row in rows if row[0] == "architecture")
-    row = next(row for row in rows if row[0] == architecture)
-    return row[header.index(name)]
+    text = written("Architectures")
+    assert {architecture, f"`{name}`"} <= {*re.findall(r"`\w+`|[A-Z][\w-]+(?: 3)?", text)}
+    rows = re.findall(rf"^\| (.+) in `{name}` \| (.+) \|$", text, re.MULTILINE)
+    return next((f"no: {why}" for who, why in rows if architecture in who.split(", ")), "yes")
 
 
 def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
@@ -160,14 +162,14 @@ def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
 
 
 def _architecture_table() -> str:
-    rows: list[tuple[str, ...]] = [("architecture", *WEIGHTS)]
+    refused: dict[tuple[str, str], list[str]] = {}
     for architecture in ARCHITECTURES:
-        cells: list[Any] = []
         for name in WEIGHTS:
-            cells.append(outcome(architecture, name))
-            print(architecture, name, cells[-1], flush=True)
-        rows.append((architecture, *cells))
-    return table(rows)
+            print(architecture, name, result := outcome(architecture, name), flush=True)
+            if result != "yes":
+                refused.setdefault((name, result.removeprefix("no: ")), []).append(architecture)
+    cells = ((f"{', '.join(a)} in `{name}`", why) for (name, why), a in refused.items())
+    return table([("does not run", "because"), *cells])
 
 
 if __name__ == "__main__":

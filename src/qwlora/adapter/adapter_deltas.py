@@ -160,8 +160,8 @@ def _shared_weight(module: nn.Module) -> int | None:
 
 
 def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedModel:
-    """Merge the active adapter and return the model; see the module. Destroys `adapted`. Weights
-    that were tied to a layer with an adapter are untied.
+    """Merge the active adapter and return the model. Destroys `adapted`. Weights that were tied to
+    a layer with an adapter are untied. See the module.
 
     Raises:
         MergeError: the model has fused experts, unless the adapter is mergeable and `into` is

@@ -1,10 +1,8 @@
-"""An adapter on disk: a plain PEFT directory, plus `qwlora.json`: which base it was trained on,
-whether it is mergeable (`mergeable.py`), and the SHA-256 of its weights and configuration
-(`manifest.py`).
+"""An adapter on disk: a PEFT directory, plus `qwlora.json`: the fingerprint of its base, whether it
+is mergeable (`mergeable.py`), and digests of its files (`manifest.py`).
 
-PEFT alone can load it (`PeftModel.from_pretrained`) and ignores the extra file. `load_adapter`
-reads that file first and refuses another base. An adapter saved by PEFT has no such file; it is
-loaded only if the caller accepts an unknown base.
+PEFT alone can load it, and ignores the extra file. `load_adapter` refuses another base, and an
+adapter without that file unless the caller accepts an unknown base.
 """
 
 from __future__ import annotations

@@ -10,17 +10,16 @@
     U S V^T = svd(K^T D L)                   (K = L = 1 for svd)
     B = K^-T U_k S_k C / sqrt(s),            A = C^-1 V_k^T L^-1 / sqrt(s)
 
-C is diagonal and balances B and A: each column of B is as long as the same row of A L. Where inputs
-are so large that a step of Adam would move outputs further through A (sqrt(tr R) |B|) than through
-B (sqrt(out) |A L|), C makes B sqrt(out / tr R) times as long, so that both move them equally far.
+C is diagonal and makes each column of B as long as the same row of A L; or, where a step of Adam
+would move outputs further through A (sqrt(tr R) |B|) than through B (sqrt(out) |A L|),
+sqrt(out / tr R) times as long.
 
 A share of each layer's ranks corrects; the others keep PEFT's default and are free for training. If
 scales were tuned after the solver, W_hat is the solver's result: tuned layers compensate for one
 another, and a correction would undo that. R and G are of the model before quantization.
 
-Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040). Its exact solution, which is
-also that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475), is qera with G = 1, where
-all outputs of a layer count equally.
+With G = 1 it is the exact solution of QERA (https://arxiv.org/abs/2410.06040), and that of CLoQ
+(https://arxiv.org/abs/2501.18475).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ The grid is the base's own: scales and offsets stay, whatever they are (`PackedT
 untrained adapter (lora_B = 0) computes the base, bit for bit.
 
 r is what quantization left of the float weight, (W_float - W_hat) / s within +-1/2, in 4 bits: a
-small Delta moves the weights that were nearly rounded the other way. Without the float model r is
-0: only entries of Delta above half a step count (docs/log/training.md). Who merges needs the same
-float weights, which the adapter's record identifies by a digest.
+small Delta moves weights that were nearly rounded the other way. Without the float model r is 0,
+and only entries of Delta above half a step count (docs/log/training.md). Merging needs the same
+float weights; the adapter records their digest.
 
 Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
 adapter would, `dL/dDelta = (dL/dy)^T x`, for clamped entries too: leaving those out would need a

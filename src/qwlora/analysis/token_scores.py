@@ -8,8 +8,7 @@ Natural logarithms, over the whole vocabulary. Both models run on one sequence a
 log-softmax, in float32, on a part of it: besides the models, memory holds the logits of one
 sequence from each. Sums over tokens are float64.
 
-A mean over tokens has a standard error that takes the tokens of one cluster (a sequence, or a
-document) as dependent, and clusters as independent:
+The standard error of a mean takes tokens of one cluster (a sequence or a document) as dependent:
 
     mean   = 1/n sum_t x_t
     error  = 1/n sqrt(G / (G - 1) sum_g (sum_{t in g} (x_t - mean))^2)      G clusters, n tokens

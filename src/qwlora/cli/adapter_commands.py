@@ -24,7 +24,7 @@ app = typer.Typer(
 Folder = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR", help="A job's directory, a folder of adapters, or the folder of one adapter."
+        metavar="DIR", help="A job's directory, a folder of adapters, or one adapter's folder."
     ),
 ]
 
@@ -33,8 +33,7 @@ Folder = Annotated[
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """List each adapter's type, size and base.
 
-    One that was trained on another base than the job's is marked. Exit code 2 if one cannot be
-    read.
+    Those of another base than the job's are marked. Exit code 2 if one cannot be read.
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
@@ -72,10 +71,8 @@ def check(
 ) -> None:
     """Check the files of every adapter and its base.
 
-    Every adapter must be present, unmodified, finite, and trained on this base.
-
-    Exit code 2 if a file was modified after it was saved, 1 for any other problem.
-    An adapter that does not record its base passes, unless --needs-base is given.
+    Every adapter must be present, unmodified, finite, and trained on this base. Exit code 2 if a
+    file was modified after it was saved, 1 for any other problem.
     """
     from qwlora.adapter.adapter_files import (
         CONFIG,
@@ -130,7 +127,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one of its settings, for example steps=100 or data.held_out=0.1.",
+        help="Change one of its settings, such as steps=100 or data.held_out=0.1.",
     ),
 ]
 
@@ -184,7 +181,7 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
 def rename(
     folder: Job, old: Name, new: Annotated[str, typer.Argument(help="The new name.")]
 ) -> None:
-    """Rename an adapter of a job, with its files and results. Nothing is computed again."""
+    """Rename an adapter of a job, with its files and results."""
     from qwlora.pipeline.commands.manage_adapters import rename_adapter
 
     rename_adapter(folder, old, new)

@@ -28,24 +28,18 @@ from qwlora.formats.aimet_encodings.encodings_file import finding_lines, to_text
 
 app = typer.Typer(
     name="encodings",
-    help="Show, validate, convert and compare AIMET encodings files.",
+    help="Show, validate, convert and compare AIMET encodings files. Versions: 0.6.1, 1.0.0, "
+    "2.0.0, 2.1.0.",
     no_args_is_help=True,
 )
 
-File = Annotated[
-    Path, typer.Argument(help="An encodings file of version 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")
-]
-Model = Annotated[
-    Path | None, typer.Option("--onnx", help="The ONNX model that the encodings belong to.")
-]
+File = Annotated[Path, typer.Argument(help="An encodings file.")]
+Model = Annotated[Path | None, typer.Option("--onnx", help="The ONNX model of the encodings.")]
 
 
 @app.command()
 def show(file: File, as_json: AsJson = False) -> None:
-    """List the encodings in a file, one per line.
-
-    JSON has the same fields for every version.
-    """
+    """List the encodings in a file. JSON has the same fields for every version."""
     content = aimet_encodings.read_encodings(file)
     if as_json:
         print_json(_plain(content))
@@ -64,12 +58,7 @@ def show(file: File, as_json: AsJson = False) -> None:
 
 @app.command()
 def validate(file: File, onnx: Model = None) -> None:
-    """List the problems in a file.
-
-    With --onnx, also checks it against its model.
-
-    Exit code 1 if there is an error.
-    """
+    """List the problems in a file; exit code 1 if there is an error."""
     findings = aimet_encodings.validate(file, onnx)
     for line in finding_lines(findings):
         print(line)
@@ -85,12 +74,10 @@ def convert(
     file: File,
     version: Annotated[
         str,
-        typer.Option(
-            "--to", metavar="VERSION", help="Target version: 0.6.1, 1.0.0, 2.0.0 or 2.1.0."
-        ),
+        typer.Option("--to", metavar="VERSION", help="Version to write."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write. Default: print to standard output.")
+        Path | None, typer.Option("--out", help="File to write. Default: standard output.")
     ] = None,
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Drop what the target version cannot store.")
@@ -107,14 +94,14 @@ def convert(
     block_order: Annotated[
         aimet_encodings.BlockOrder | None,
         typer.Option(
-            help="How version 1.0.0 orders block scales, which it does not store: by output "
-            "channel, or in the order of the tensor."
+            help="Order of block scales in version 1.0.0, which does not store it: by output "
+            "channel, or as in the tensor."
         ),
     ] = None,
 ) -> None:
     """Convert a file to another version.
 
-    If that would lose information, nothing is written and the losses are listed; see --lossy.
+    If that would lose information, nothing is written and the losses are listed.
     """
     graph = aimet_encodings.read_graph(onnx) if onnx is not None else None
     source = aimet_encodings.read_encodings(file)

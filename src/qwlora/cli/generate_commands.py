@@ -37,9 +37,7 @@ def _checked_temperature(value: float) -> float:
 
 Raw = Annotated[
     bool,
-    typer.Option(
-        "--raw", help="Continue the text as it is, without the model's chat template, if any."
-    ),
+    typer.Option("--raw", help="Continue the text without the model's chat template."),
 ]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
@@ -49,7 +47,7 @@ Temperature = Annotated[
     typer.Option(
         "--temperature",
         callback=_checked_temperature,
-        help="0: always the likeliest token. Above 0: sample; 1 is the model's own distribution.",
+        help="0: the likeliest token; above 0: sample; 1: the model's own distribution.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the samples.")]
@@ -57,8 +55,8 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute exactly as evaluation does. Default: products with packed weights may use "
-        "bfloat16, which is several times as fast.",
+        help="Compute exactly as evaluation does, not with products in bfloat16, which are several "
+        "times as fast.",
     ),
 ]
 
@@ -161,7 +159,7 @@ def score(
         str,
         typer.Argument(
             metavar="TASK,TASK,...",
-            help="Tasks of lm-eval: names, or YAML files with a dataset of your own.",
+            help="Names of tasks, or YAML files with a dataset of your own.",
         ),
     ],
     models: Models = None,
@@ -174,8 +172,7 @@ def score(
 ) -> None:
     """Score the models of a job on tasks of lm-eval.
 
-    Exported files too. Prints one table with standard errors, and adds the scores to results.json
-    and report.html.
+    Exported files too. Adds the scores to results.json and report.html.
     """
     from qwlora.pipeline.commands.open_job import evaluate_tasks
 

@@ -25,16 +25,12 @@ def report(
     jobs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Job directories.")],
     out: Annotated[
         Path,
-        typer.Option(
-            help="The page that compares several jobs. It replaces an older one of qwlora."
-        ),
+        typer.Option(help="The page that compares several jobs."),
     ] = Path("comparison.html"),
 ) -> None:
     """Rebuild report.html of jobs; compare several.
 
-    `qwlora run` keeps report.html up to date by itself. Rebuild it after files or the recipe
-    changed: results that no longer belong to them are left out. For several jobs, also writes a
-    page that shows them side by side.
+    Needed only after files or the recipe changed: older results are left out.
     """
     from qwlora.pipeline.results.results import rebuild_reports
 
@@ -49,7 +45,7 @@ def push(
         typer.Option(
             "--to",
             metavar="OWNER/NAME",
-            help="The repository on the hub. Created if it does not exist.",
+            help="The repository on the hub, created if needed.",
         ),
     ],
     adapter: Annotated[
@@ -64,16 +60,16 @@ def push(
     license: Annotated[
         str | None,
         typer.Option(
-            help="License for the model card, as the hub writes it, for example apache-2.0. "
-            "Default: for a base, what the model's files state; otherwise unknown."
+            help="License for the model card, as the hub writes it (apache-2.0). Default: for a "
+            "base, what the model's files state."
         ),
     ] = None,
     yes: Yes = False,
 ) -> None:
     """Upload the base or an adapter to the Hugging Face hub.
 
-    Its model card and its exported files go with it. Shows what would be
-    uploaded and asks first. Uses the token of `hf auth login` or HF_TOKEN.
+    With its model card and exported files. Lists the files and asks first. Uses the token of
+    `hf auth login` or HF_TOKEN.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
@@ -99,10 +95,7 @@ def push(
 
 
 def merge_check(job: Job, name: Name, device: Device = None, as_json: AsJson = False) -> None:
-    """Measure what merging an adapter would lose.
-
-    Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
-    """
+    """Measure what merging an adapter into integers would lose."""
     from qwlora.pipeline.commands.open_job import open_job
 
     opened, name = open_job(job, name, device=device)
@@ -118,19 +111,12 @@ def merge(
     name: Name,
     into: Annotated[
         Literal["float", "requantized"],
-        typer.Option(
-            help="float: write a float model; requantized: round the merged weights back onto the "
-            "base's grid."
-        ),
+        typer.Option(help="float: a float model; requantized: rounded to the base's grid."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to create for the merged model.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
     device: Device = None,
 ) -> None:
-    """Merge an adapter into its base.
-
-    Reports what that loses. The merge starts from the dequantized base, never from the original
-    float weights.
-    """
+    """Merge an adapter into its dequantized base. Also prints what that loses."""
     from qwlora.pipeline.commands.open_job import open_job
     from qwlora.pipeline.job.output_path import check_outside_data, new_folder
 
@@ -170,17 +156,17 @@ def dump_layers(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A target with activations and an adapter or use case, such as onnx/first or "
-            "qairt/first+second; or simulated/first, without values of a runtime. A target alone "
-            "means its first. Default: the first of these targets in the recipe."
+            help="A target with activations and its adapter or use case, such as onnx/first or "
+            "qairt/first+second, or simulated/first. A target alone means its first. Default: the "
+            "first such target."
         ),
     ] = None,
     ids: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Token ids, a .npy file of integers [tokens]. Shorter sequences than the files "
-            "take are padded on the right. Default: the first held-out sequence of the job.",
+            help="Token ids, a .npy file of integers [tokens], padded on the right to the length "
+            "that the files take. Default: the first held-out sequence.",
         ),
     ] = None,
     out: Annotated[
@@ -190,8 +176,8 @@ def dump_layers(
 ) -> None:
     """Write every layer's output, to compare with a device.
 
-    What the simulation computes, and what ONNX Runtime computes from the exported files on the CPU.
-    layers.json lists the tensors, with the names that they and their encodings have in the files.
+    From the simulation, and from the exported files in ONNX Runtime on the CPU. layers.json lists
+    the tensors, with their names and those of their encodings in the files.
     """
     from qwlora.pipeline.commands.simulate_job import dump_layers as dump
 
@@ -209,7 +195,7 @@ def import_base(
         str,
         typer.Argument(
             help="A .gguf file, a GPTQ, AWQ, compressed-tensors or MLX folder, or, with "
-            "--encodings, a float checkpoint. A path or a hub id, as for model.source."
+            "--encodings, a float checkpoint; as in model.source."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
@@ -218,8 +204,8 @@ def import_base(
 ) -> None:
     """Write a quantized checkpoint's integers as a base.
 
-    The integers are kept bit for bit; nothing is rounded. The folder loads with
-    AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.
+    Nothing is rounded. The folder can be model.source of a recipe, and loads with from_pretrained
+    after `import qwlora.hf`.
     """
     from qwlora.pipeline.job.output_path import new_folder
 

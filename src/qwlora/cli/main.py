@@ -71,10 +71,9 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="qwlora",
     cls=_Commands,
-    help="Fine-tune LoRA adapters on the exact quantized weights you deploy: freeze a model to "
-    "integers, train adapters on those integers, calibrate activations, export for a runtime, and "
-    "verify the exported files.\n\nExit codes: 0 done; 1 verification failed, or a check found a "
-    "problem; 2 any other error; 128 + n stopped by signal n (130: Ctrl-C).",
+    help="Fine-tune LoRA adapters on the exact quantized weights you deploy.\n\nExit codes: 0 "
+    "done; 1 verification failed, or a check found a problem; 2 any other error; 128 + n stopped "
+    "by signal n (130: Ctrl-C).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -82,9 +81,7 @@ app = typer.Typer(
 
 Out = Annotated[
     Path | None,
-    typer.Option(
-        help="The job's directory: receives the base, adapters, exports and results.json."
-    ),
+    typer.Option(help="The job's directory, where everything is written."),
 ]
 # Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
 _PROGRESS_OF_OTHERS = (
@@ -99,11 +96,10 @@ _SUMMARY = {
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and check their results.\n\nThey are compared with "
-    "what was trained. Runs every file; never skipped, even if nothing changed. With a folder "
-    "of exported files as argument, such as out/export/hf, repeats its proof on any machine.",
-    "evaluate": "Measure perplexity of all models.\n\nThe models are the float model, the base, "
-    "adapters and simulations.",
+    "verify": "Step 5: run the exported files and check their results.\n\nCompares them with what "
+    "was trained; never skipped. With a folder of exported files as argument, such as "
+    "out/export/hf, repeats its proof on any machine.",
+    "evaluate": "Measure perplexity of all models and simulations.",
 }
 
 
@@ -137,7 +133,7 @@ def _job_command(name: str) -> Callable[..., None]:
             Path | None,
             typer.Argument(
                 metavar="RECIPE",
-                help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
+                help="The recipe. Default: recipe.yaml in the job's directory.",
             ),
         ] = None,
         out: Out = None,
@@ -149,8 +145,8 @@ def _job_command(name: str) -> Callable[..., None]:
             bool,
             typer.Option(
                 "--replace",
-                help="Train adapters again that exist with other settings. The old one stays in "
-                "place until the new one is finished.",
+                help="Train adapters again that exist with other settings. Old ones stay until new "
+                "ones are finished.",
             ),
         ] = False,
     ) -> None:

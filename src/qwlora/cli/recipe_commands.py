@@ -16,19 +16,19 @@ from qwlora.system.atomic import write_text
 if TYPE_CHECKING:
     from qwlora.pipeline.running.forecast import Estimates
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe.")]
 
 
 def check(
     recipe: RecipeFile,
     changes: Changes = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Print every key, those with a default too.")
+        bool, typer.Option("--full", help="Print every key, including defaults.")
     ] = False,
 ) -> None:
     """Validate a recipe and print what it and its preset set.
 
-    It also says which targets hold the grids of its base.
+    Also prints which targets hold the grids of its base.
     """
     from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.pipeline.stages import quiet_libraries
@@ -59,18 +59,13 @@ def check(
 def data(
     recipe: RecipeFile,
     changes: Changes = None,
-    sequence: Annotated[
-        int, typer.Option(help="Number of the training sequence to show, counted from 0.")
-    ] = 0,
+    sequence: Annotated[int, typer.Option(help="Number of the sequence, from 0.")] = 0,
     adapter: Annotated[
         str | None, typer.Option(help="Whose text. Default: the first adapter's.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Summarize a recipe's data and show a training sequence.
-
-    Loss tokens are marked.
-    """
+    """Summarize a recipe's data and show a training sequence."""
     from qwlora.data.prepared_data import summary
     from qwlora.pipeline.plan.plan import JobTexts
     from qwlora.pipeline.stages import new_context
@@ -115,16 +110,13 @@ def plan(
     changes: Changes = None,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Where the job would be written; its free space is compared with the need."
-        ),
+        typer.Option(help="Where the job would be written, for its free space."),
     ] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and disk of a recipe's stages.
 
-    Says whether the job fits this machine. Reads the model's configuration and headers, no weights,
-    except a few to tell whether they were rounded before.
+    Says whether the job fits this machine. Reads hardly any weights.
     """
     from qwlora.recipe import load_recipe
 

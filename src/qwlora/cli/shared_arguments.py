@@ -7,44 +7,41 @@ from typing import Annotated
 
 import typer
 
-Job = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.")
-]
+Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the recipe, for example base.weights=w3-block32. May be repeated.",
+        help="Override a key of the recipe, such as base.weights=w3-block32. Repeatable.",
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where models compute. Default: the recipe's device, which is auto unless it is set: "
-        "an accelerator if torch can use one, else the CPU.",
+        help="Where models compute. Default: the recipe's device.",
     ),
 ]
-_NAMES = (
-    "float, base, an adapter's name, simulated/NAME, or exported files such as onnx/NAME; "
-    "simulated or onnx alone means the first. "
-)
 Model = Annotated[
     str | None,
-    typer.Option("--model", help=f"The model: {_NAMES}Default: the first adapter."),
+    typer.Option(
+        "--model",
+        help="The model, named as for `qwlora generate --models`. Default: the first adapter.",
+    ),
 ]
 Models = Annotated[
     str | None,
     typer.Option(
         "--models",
         metavar="MODEL,MODEL,...",
-        help=f"Which models: {_NAMES}Default: the first adapter; of `score`, all that the job has "
-        "and whose runtime is installed.",
+        help="float, base, an adapter's name, simulated/NAME, or exported files such as onnx/NAME; "
+        "simulated or onnx alone means the first. Default: the first adapter; of `score`, all "
+        "whose runtime is installed.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; print the results only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Encodings = Annotated[
@@ -57,7 +54,6 @@ KeepFloat = Annotated[
     list[str] | None,
     typer.Option(
         metavar="GLOB",
-        help="With --encodings: parameters or layers that stay float, like model.keep_float in a "
-        "recipe. May be repeated.",
+        help="With --encodings: parameters or layers that stay float. Repeatable.",
     ),
 ]

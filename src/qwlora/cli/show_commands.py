@@ -41,8 +41,8 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
-            "package, a frozen base, or a job's directory for its base."
+            help="A model's folder or .gguf file, package:NAME/PATH, a frozen base, or a job's "
+            "directory."
         ),
     ],
     against: Annotated[
@@ -58,16 +58,12 @@ def inspect(
     block_order: Annotated[
         Literal["channel", "tensor"] | None,
         typer.Option(
-            help="With --encodings: how a file of version 1.0.0 orders blocks, like "
-            "model.block_order in a recipe."
+            help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model's files. `adapters list` describes adapters.
-
-    Shows shapes, grids, bits per weight and the fingerprint.
-    """
+    """Show shapes, grids and fingerprint of a model's files."""
     if encodings is None and (keep_float or block_order):
         raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
     if (Path(source) / ".qwlora").is_dir():
@@ -118,20 +114,17 @@ def simulate(
         bool,
         typer.Option(
             "--explain",
-            help="List every value with its grid and the rule that decided; similar ones share a "
-            "line.",
+            help="List every value with its grid and the rule that decided.",
         ),
     ] = False,
-    adapter: Annotated[
-        str | None, typer.Option(help="An adapter. Default: the first in the recipe.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="An adapter. Default: the first.")] = None,
     changes: Changes = None,
     device: Device = None,
     costs: Annotated[
         bool,
         typer.Option(
             "--costs",
-            help="Measure how much perplexity each part of the simulation costs, and list the most "
+            help="Measure the perplexity that each part of the simulation costs, and list the most "
             "expensive activations.",
         ),
     ] = False,
@@ -141,17 +134,13 @@ def simulate(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Find the activations that need 16 bits, the rest having 8, for perplexity to "
-            "rise by at most this share over float activations (0.05 is 5 %), measured on a few "
-            "held-out sequences.",
+            help="Find which activations need 16 bits instead of 8 for perplexity to rise by at "
+            "most this share over float activations (0.05: 5 %), on a few held-out sequences.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which values the simulation quantizes, and why.
-
-    Prints counts by default. --explain lists every value; --costs and --suggest measure perplexity.
-    """
+    """Show which values the simulation quantizes, and why."""
     if explain + costs + (suggest is not None) > 1:
         raise typer.BadParameter(
             "--explain, --costs and --suggest exclude each other; give one at a time"

@@ -3,9 +3,9 @@
     base/
       base.safetensors       packed codes, scales and offsets; float tensors in the narrowest type
                              that holds their values; in shards if large
-      base.json              format, fingerprint, source, the numbers of the configuration, scheme
-                             and shape of each packed layer, digests of each tensor and of the files
-                             below (`manifest.py`); written last: a folder without it is not a base
+      base.json              format, fingerprint, source, configuration, scheme and shape of each
+                             packed layer, digests of tensors and files; written last: a folder
+                             without it is not a base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
 A model of diffusers has the config.json of its own library, and loads by `load_base`; for any other

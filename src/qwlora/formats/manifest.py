@@ -4,10 +4,9 @@
     SHA-256}}
 
 The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
-simulation. Its `files` lists the files that were written together, by path relative to the folder.
-The record's own entry is the digest of all its other fields. Files that are not listed (README.md,
-notes) are not checked. To accept an edited file, delete its entry from `files`. A folder without a
-record is from another tool and cannot be checked.
+simulation. Its `files` has the SHA-256 of each file that is checked, by path relative to the
+folder, and under its own name that of all its other fields. To accept an edited file, delete its
+entry.
 """
 
 from __future__ import annotations

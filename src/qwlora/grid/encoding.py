@@ -1,12 +1,12 @@
 """The measured grid of a tensor: quantize, dequantize, fake-quantize, and its min-max range.
 
-An encoding holds one `scale` (float32, > 0; for signed blocks of either sign) and one `offset`
+An encoding holds one `scale` (float32, > 0; in signed blocks of either sign) and one `offset`
 (integer, AIMET's sign) per tensor, channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
     dequantize      x_hat = (q + offset) * scale
 
-or, for a float-offset scheme (GGUF's Q4_1 and similar types), one `minimum` (float32):
+or, for a float-offset scheme (such as GGUF's Q4_1), one `minimum` (float32):
 
     quantize        q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
     dequantize      x_hat = q * scale + minimum
@@ -20,17 +20,16 @@ would cost up to half a step.
 It divides and rounds half to even, as ONNX QuantizeLinear does. Values narrower than float32 are
 computed in float32, and only the result is narrowed.
 
-The encoding of a min-max range, which always contains zero, so that zero is exact. The scale is
-AIMET's (aimet-torch 2.42, `MinMaxEncodingAnalyzer`), bit for bit:
+The encoding of a min-max range, which always contains zero. The scale is AIMET's, bit for bit
+(aimet-torch 2.42, `MinMaxEncodingAnalyzer`):
 
     asymmetric   scale = (max - min) / steps,  offset = round(min / scale)
     symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
                  offset = -2^(bitwidth - 1)
 
-with `steps = 2^bitwidth - 1`: the smallest symmetric grid that clips at neither end. At 2 bits
-AIMET divides the positive end by 2 instead of 1 and accepts the clipping. A range that float32
-cannot tell from zero gets the smallest scale, `min(eps, 0.01 / steps)`. Only the range of a
-float-offset grid need not contain zero: code 0 is the lowest value, the last code the highest.
+with `steps = 2^bitwidth - 1`. The symmetric grid clips at neither end; AIMET's clips at 2 bits,
+where it divides max by 2 instead of 1. A range that float32 cannot tell from zero gets the smallest
+scale, `min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
 
 @dataclass(frozen=True)
 class RangeEstimator:
-    """How the range of an activation is chosen from what an observer kept (`activation_ranges.py`).
+    """How the range of an activation is chosen from what an observer kept.
 
     min-max         the lowest and the highest value
     percentile      leaves (100 - percentile) % of the values outside at either end

@@ -1,11 +1,10 @@
-"""Second moments of a layer's input and of the gradient at its output: the statistics that gptq and
-the qera initialization share.
+"""Second moments of a layer's input and of the gradient at its output, for gptq and qera.
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
     G = sum_t g_t g_t^T / sum_t 1                [out, out]
 
-`w_t` is how much token t matters (1 by default), `g_t` how much each output matters;
-`quantize/layer_statistics.py` computes both. An error E of the weight costs about `tr(G E R E^T)`.
+`w_t` is how much token t matters (1 by default), `g_t` how much each output matters
+(`quantize/layer_statistics.py`). An error E of the weight costs about `tr(G E R E^T)`.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class MomentStore(UserDict[str, LayerMoments]):
-    """R and G of many layers by canonical module path, in memory (of the CPU, since all layers
+    """R and G of many layers by canonical module path. In memory (of the CPU, since all layers
     together are large) or in a folder with one file per layer.
     """
 

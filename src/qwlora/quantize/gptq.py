@@ -1,17 +1,13 @@
-"""GPTQ: round a weight column by column, and let the columns that are still float compensate the
-error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+"""Round a weight column by column; the columns that are still float compensate the error
+(https://arxiv.org/abs/2210.17323).
 
     minimize   tr((W - W_hat) H (W - W_hat)^T)
                H = R + damping * mean(diag R) * I,    R = E[w x x^T]  (grid/second_moments.py)
     column i   e = (w_i - w_hat_i) / U_ii;    w_j -= e U_ij for j > i
                H^-1 = U^T U,  U upper triangular
 
-Each scale is the one with the least weighted error (`scale_search.py`)
-
-    sum_i (w_i - w_hat_i)^2 / U_ii^2
-
-Scales of blocks are chosen when their first column is reached, from the weights as they are then;
-all others (tensor, channel, LPBQ) before any column is rounded.
+Each scale has the least `sum_i (w_i - w_hat_i)^2 / U_ii^2` (`scale_search.py`). Scales of blocks
+are chosen when their first column is reached, all others before any column is rounded.
 
 With `activation_order` columns are visited in the order of falling diag R, and all scales are
 chosen before any column is rounded. A column that no input reached (`R_ii = 0`) is rounded to

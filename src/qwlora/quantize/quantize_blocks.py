@@ -173,8 +173,8 @@ def observe_moments(
     *,
     track: Track = untracked,
 ) -> MomentStore:
-    """Second moments of the packed linear layers of a quantized model, for adapter initializations
-    that need them when the base was quantized elsewhere. See `quantize_` for `calibration`.
+    """Second moments of the packed linear layers of a quantized model. Adapter initializations need
+    them if the base was quantized elsewhere. See `quantize_` for `calibration`.
 
     Args:
         moments: where they are stored. Default: in memory.

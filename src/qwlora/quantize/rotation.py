@@ -135,8 +135,7 @@ class _Plan:
 
 @torch.no_grad()
 def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) -> RotationReport:
-    """Rotate the residual stream and the heads of a float model in place, before anything else is
-    done to it.
+    """Rotate the residual stream and the heads of a float model in place. Do it first.
 
     Args:
         example_inputs: as for `simulate`. Every weight must have a part in what they compute.

@@ -4,12 +4,12 @@
     search    the encoding with the least squared error in each group
     sqnr      the same, with clipped weights counted three times (AIMET's enhanced rule)
 
-The search, which gptq uses too, finds the grid of each group with the least weighted squared error:
+The search, which gptq uses too, finds for each group of weights w
 
-    minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2
+    the scale and offset with the least    sum_j h_j c_j (w_j - w_hat_j)^2
 
-`h_j >= 0` is the importance of input j; `c_j` is `clipping_penalty` where the grid clips w_j and 1
-elsewhere (3 gives AIMET's SQNR rule).
+`h_j >= 0` is the importance of input j; `c_j` is `clipping_penalty` (3 for sqnr) where the grid
+clips w_j, else 1.
 
 Candidates are fractions of the min-max range down to 0.3, and below as long as the error of some
 group falls. Then follow the best scale for the codes found, `sum h w n / sum h n^2` with

@@ -108,8 +108,8 @@ def tune_(
     work: Path | None = None,
     track: Track = untracked,
 ) -> TuningReport:
-    """Tune the scales of the packed linear layers and the weights of the norms in `model`, in
-    place, so that its logits approach those of `teacher`.
+    """Tune scales of packed linear layers and weights of norms in place, to match the logits of
+    `teacher`.
 
     Args:
         teacher: the float model.

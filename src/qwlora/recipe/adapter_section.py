@@ -27,58 +27,54 @@ if TYPE_CHECKING:
 
 
 class Data(Section):
-    """Training, calibration and evaluation text, and how it becomes sequences.
-
-    It is the base's text, and the default of every adapter's. If `source` is not set, every adapter
-    has its own, and the base is calibrated on all of them.
-    """
+    """Training, calibration and evaluation text, and how it becomes sequences: the base's text, and
+    the default of every adapter's."""
 
     source: Annotated[str, AfterValidator(partial(located, check=locate_documents))] | None = None
-    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them, a folder
+    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them or one
     from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"""
     split: str | None = None
-    """which split to use. Default: train for datasets; for a folder, all files, or those named
-    after the split"""
+    """the split of a dataset (default: train), or the files of a folder that are named after it
+    (default: all)"""
     subset: str | None = None
     """configuration of a hub dataset that has several"""
     text_column: str | None = None
     """column with running text. Default: columns named text, prompt and completion, messages,
-    conversations (ShareGPT), or instruction and output (Alpaca) are recognized"""
+    conversations (ShareGPT), or instruction and output (Alpaca)"""
     prompt_column: str | None = None
-    """column with the prompt, which is not trained on"""
+    """column with the prompt, not trained on"""
     completion_column: str | None = None
-    """column with the completion, which is trained on"""
+    """column with the completion, trained on"""
     messages_column: str | None = None
-    """column with conversations, lists of {role, content} or of ShareGPT's {from, value}; only the
+    """column with conversations: lists of {role, content} or ShareGPT's {from, value}; only the
     assistant's messages are trained on"""
     instruction_column: str | None = None
-    """column with the instruction of Alpaca's records; not trained on"""
+    """column with Alpaca's instruction, not trained on"""
     input_column: str | None = None
-    """column with what the instruction is about, which may be empty; not trained on"""
+    """column with what the instruction is about, not trained on; may be empty"""
     output_column: str | None = None
-    """column with the answer to the instruction, which is trained on"""
+    """column with the answer to the instruction, trained on"""
     empty_records: Literal["error", "skip"] = "error"
     """what to do with an empty record"""
     chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
-    """file with a Jinja chat template, used instead of the tokenizer's"""
+    """file with a Jinja chat template, in place of the tokenizer's"""
     prompt_format: Literal["auto", "plain"] = "auto"
-    """of prompts and completions. auto: a user's and an assistant's message, if the tokenizer has a
-    chat template; plain: running text, the completion after the prompt"""
+    """auto: prompts and completions become chat messages, if the tokenizer has a chat template;
+    plain: they are running text"""
     turns: Literal["together", "apart"] = "together"
-    """together: a conversation is one document; apart: every assistant message ends a document of
-    its own"""
+    """together: a conversation is one document; apart: every assistant message ends a document"""
     packing: Literal["join", "documents", "none"] | None = None
-    """join: concatenate and cut anywhere; documents: pack whole documents into one sequence,
-    attention masked between them; none: one document per sequence, padded. Default: join for
-    running text, documents otherwise"""
+    """join: concatenate and cut anywhere, the default for running text; documents: pack whole
+    documents into one sequence, attention masked between them, the default otherwise; none: one
+    document per sequence, padded"""
     sequence_tokens: Annotated[int, Field(ge=8)] = 512
-    """tokens per sequence, in training and evaluation"""
+    """tokens per sequence"""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """share of the documents kept from training for evaluation"""
+    """share of the documents held out for evaluation"""
     evaluation_sequences: Count = 16
-    """held-out sequences that perplexity is measured on, at most"""
+    """held-out sequences to measure perplexity on, at most"""
     calibration_sequences: Count = 8
-    """training sequences that activation ranges are measured on, at most. Weights have
+    """training sequences to measure activation ranges on, at most; for weights:
     base.calibration_sequences"""
 
     def problems(self) -> Iterator[str]:
@@ -140,57 +136,57 @@ def _start(text: str) -> str:
 
 
 class Adapter(Section):
-    """Step 2: one adapter: its shape, initialization and training."""
+    """Step 2: an adapter."""
 
     name: Name
     """name of the adapter and of its folder"""
     data: Data | None = None
-    """its own text: any keys of the data section, which gives the defaults of the others"""
+    """its own text; keys that are not set here come from the data section"""
     continue_from: Annotated[str, AfterValidator(_start)] | None = None
-    """trained adapter to continue training: the name of one listed before this one, a PEFT folder,
-    package:NAME/PATH or a hub id. Its shape and dropout are kept (no dropout in workflow qwa-lora).
-    Default: a new adapter"""
+    """trained adapter to continue: one listed before this one, a PEFT folder, package:NAME/PATH or
+    a hub id. Its shape and dropout are kept (no dropout in workflow qwa-lora)"""
     objective: Literal["text", "recovery"] = "text"
-    """text: the next token; recovery: match the float model as well, to be continued by other
+    """text: predict the next token; recovery: match the float model as well, as a start for other
     adapters"""
     unknown_base: Literal["refuse", "accept"] = "refuse"
-    """accept: continue_from may be an adapter that does not record which base it was trained on,
-    such as one that PEFT saved"""
+    """accept: continue_from may be an adapter without a record of its base, such as one that PEFT
+    saved"""
     rank: Rank = 16
     """inner dimension of lora_B @ lora_A"""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """the adapter is scaled by alpha / rank"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """dropout before lora_A during training"""
+    """dropout before lora_A"""
     target_modules: str | list[str] = "all-linear"
     """layers that get an adapter: module names, or a regular expression over whole paths"""
     target_parameters: list[str] = []
-    """fused experts that get an adapter too, by the end of their names: mlp.experts.down_proj"""
+    """fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"""
     rslora: bool = False
-    """scale by alpha / sqrt(rank) instead of alpha / rank"""
+    """scale by alpha / sqrt(rank) instead"""
     init: Literal["zero", "svd", "qera"] = "zero"
     """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
-    outputs (best; needs the float weights and second moments)"""
+    outputs (best; needs the float weights and second moments). Default: that of preset, but zero
+    with base.solver: keep, and for adapters with dora, mergeable or continue_from"""
     init_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """share of the ranks that carry the correction, rounded up; the rest are zero and free to
-    learn. Default: 0.5, and 1 if base.weights has 2 bits"""
+    """share of the ranks that carry the correction, rounded up; the rest start at zero. Default:
+    0.5; 1 if base.weights has 2 bits"""
     dora: bool = False
-    """DoRA: train the norm of every output as well"""
+    """DoRA: also train the norm of every output"""
     mergeable: bool = False
-    """train on the integers that merging writes: `qwlora merge` then loses nothing. The adapter
-    cannot be switched; use it in onnx_each, aimet, or merged, as model.source of another recipe"""
+    """train on the integers that merging writes, so that `qwlora merge` loses nothing. Cannot be
+    switched: use it in onnx_each, aimet, or merged, as model.source of another recipe"""
     alora_invocation: Invocation | None = None
-    """activated LoRA: the adapter acts from the last occurrence of this text, or of these token
-    ids, in a sequence on, so that adapters share the base's key-value cache of what comes before:
+    """activated LoRA: the adapter acts from the last occurrence of this text (or these token ids)
+    in a sequence on, so that adapters share the base's key-value cache before it:
     "<|im_start|>assistant\\n". Every training document needs it; for targets hf and gguf"""
     rank_pattern: dict[str, Rank] = {}
-    """other ranks for some layers: end of the module path, or a regular expression"""
+    """other ranks for some layers, by the end of the module path or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """other alphas for some layers, written like rank_pattern"""
+    """other alphas for some layers, as in rank_pattern"""
     layers: list[NotNegative] | None = None
     """numbers of the transformer layers that get an adapter. Default: all"""
     steps: NotNegative = 60
-    """optimizer steps, at most. 0 with continue_from uses that adapter as it is"""
+    """optimizer steps, at most; 0 uses the adapter of continue_from unchanged"""
     batch_sequences: Count = 1
     """sequences per forward pass, over all processes"""
     accumulation_steps: Count = 1
@@ -206,26 +202,26 @@ class Adapter(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """largest norm of the gradient; 0 disables clipping"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the forward and backward pass; auto: bfloat16 if the device has instructions for
-    it (never in workflow qwa-lora), else float32. Weights and optimizer stay float32"""
+    """precision of the forward and backward pass; auto: bfloat16 if the device has it (never in
+    workflow qwa-lora). Weights and optimizer stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: about a quarter of the memory for 15 percent more
     time"""
     loss: Literal["chunked", "whole"] | None = None
-    """chunked: never holds the logits of a whole batch; whole: the model's own loss. Default:
-    chunked, whole with workflow qwa-lora"""
+    """chunked: never holds the logits of a whole batch; whole: the model's own loss, the default in
+    workflow qwa-lora"""
     evaluation_steps: Count | None = None
     """steps between evaluations on held-out text; the best adapter is kept. Default: no
     evaluation"""
     patience: Count | None = None
-    """stop after this many evaluations without improvement; needs evaluation_steps"""
+    """stop after this many evaluations without improvement"""
     divergence: Literal["stop", "ignore"] = "stop"
-    """stop: end with an error if the loss stays far above its first value; ignore: keep going. A
-    loss that is not finite always stops"""
+    """stop: end with an error if the loss stays far above its first value; ignore: keep going,
+    unless the loss is no longer finite"""
     report_to: list[str] = []
-    """loggers, by their transformers names: tensorboard, wandb, mlflow"""
+    """loggers, by their names in transformers: tensorboard, wandb, mlflow"""
     checkpoint_steps: Count = 10
-    """steps between checkpoints; an interrupted run resumes from the last one"""
+    """steps between checkpoints, from which an interrupted run resumes"""
 
     def lora_shape(self, tokenizer: PreTrainedTokenizerBase | None = None) -> LoraShape:
         """The shape that `attach` takes; without a tokenizer, that of a plain adapter."""

@@ -47,22 +47,22 @@ class Model(Section):
     """The model to freeze."""
 
     source: Annotated[str, AfterValidator(partial(located, check=locate))]
-    """a checkpoint folder, a .gguf file, package:NAME/PATH for a file inside an installed package,
-    or a hub id (owner/name, owner/name/FILE.gguf)"""
+    """a checkpoint folder, a .gguf file, package:NAME/PATH for a file in an installed package, or a
+    hub id (owner/name, owner/name/FILE.gguf)"""
     trust_remote_code: bool = False
-    """run Python code from the model's folder, if its files name some (auto_map); whoever wrote it
-    can then do whatever you can"""
+    """run Python code from the model's folder, if its files name some (auto_map); it can do
+    whatever you can"""
     encodings: Annotated[str, file("the .encodings or .json file that AIMET wrote")] | None = None
     """an AIMET encodings file for the float weights in source; needs base.solver: keep"""
     keep_float: list[str] = []
-    """with encodings: globs of parameters or layers that stay float, whether or not the file has an
-    entry for them"""
+    """with encodings: globs of parameters or layers that stay float, even if the file has
+    entries for them"""
     block_order: Literal["channel", "tensor"] | None = None
-    """with encodings of version 1.0.0 from unknown producers: whether blocks are listed by output
-    channel or in the order of the tensor"""
+    """with encodings of version 1.0.0 from unknown producers: order of the blocks, by output
+    channel or as in the tensor"""
     prefix: str | None = None
-    """with encodings: the prefix that names have in the file and not in the model, or the reverse
-    (m. if it was exported as another module's m). Default: the one that makes most names agree"""
+    """with encodings: prefix that names have in the file and not in the model, or the reverse.
+    Default: the one that makes most names agree"""
 
 
 class Weights(Section):
@@ -71,14 +71,14 @@ class Weights(Section):
     bitwidth: WeightBitwidth = 4
     """bits per weight"""
     symmetric: bool = True
-    """true: the offset is fixed at the middle code; false: every scale has an offset of its own"""
+    """true: the offset is fixed at the middle code; false: every scale has its own offset"""
     granularity: GranularityName = "block"
-    """what one scale covers: the tensor, an output channel, or a block of inputs; signed: blocks
-    whose scales may be negative, for smaller errors at 2 to 4 bits, refused by qnn; bf16block:
-    blocks with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers
-    times a channel scale"""
+    """what one scale covers: the tensor, an output channel, or a block of inputs. signed: blocks
+    with scales of either sign, for smaller errors at 2 to 4 bits, refused by qnn; bf16block: blocks
+    with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a
+    channel scale"""
     block_size: Count | None = None
-    """inputs per block. Default: 64 for lpbq, 32 for the others"""
+    """inputs per block. Default: 64 for lpbq, else 32"""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,22 +126,17 @@ def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
 
 
 class BaseRule(Section):
-    """An exception for some layers: keep them float, or give them another grid or solver."""
+    """An exception for some layers. Keys that are not set are those of base."""
 
     match: str
     """glob over module paths: *.down_proj, model.layers.0.*, lm_head"""
     keep: Literal["float"] | None = None
-    """float: leave these layers as they are"""
+    """leave these layers as they are"""
     solver: SolverName | None = None
-    """default: the solver of base"""
     bitwidth: WeightBitwidth | None = None
-    """default: that of base.weights"""
     symmetric: bool | None = None
-    """default: that of base.weights"""
     granularity: GranularityName | None = None
-    """default: that of base.weights"""
     block_size: Count | None = None
-    """default: that of base.weights"""
 
     def problems(self) -> Iterator[str]:
         changes = list(self.model_dump(exclude={"match", "keep"}, exclude_none=True))
@@ -172,31 +167,27 @@ class Gptq(Section):
     activation_order: bool = False
     """quantize the columns with the largest inputs first; scales are then chosen beforehand"""
     sweeps: NotNegative = 2
-    """passes of coordinate descent after GPTQ, over codes and scales. 4 instead of 2 gains about 2
-    percent of layer error for half as much time again"""
+    """passes of coordinate descent over codes and scales after GPTQ. 4 gains about 2 percent of
+    layer error for half as much time again"""
     rounding_steps: NotNegative = 0
-    """steps of learned rounding after GPTQ, two sequences each: moves codes by one so that a
-    block's output comes closer to the float block's, if held-out sequences gain. For bases of 2 and
-    3 bits; 200 steps take about four times as long as gptq alone. 0 disables it"""
+    """steps of learned rounding after GPTQ, two sequences each: moves codes by one to bring a
+    block's output closer to the float block's, if held-out sequences gain. For 2 and 3 bits; 200
+    steps take about four times as long as gptq alone"""
     rounding_rate: Annotated[float, Field(gt=0, le=2)] = 0.1
-    """learned rounding moves a weight by at most half of this before it is rounded again, in steps
-    of its grid"""
+    """learned rounding moves a weight by at most half of this many steps of its grid before it is
+    rounded again"""
 
 
 class Tuning(Section):
-    """Train scales and norms against the float model's logits.
-
-    The float model stays in memory meanwhile.
-    """
+    """The float model stays in memory during tuning."""
 
     steps: NotNegative = 0
-    """number of tuning steps; one sequence per step, none repeated until all are used. 0 disables
-    tuning; 512 takes 25 minutes for SmolLM2-135M on one core with bfloat16, 46 without"""
+    """tuning steps of one sequence each, none repeated until all are used. 512 take 25 minutes for
+    SmolLM2-135M on one core with bfloat16, 46 without"""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
     """peak learning rate of AdamW, relative to the tuned value"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the forward and backward pass; auto: bfloat16 if the processor has instructions
-    for it, else float32"""
+    """precision of the forward and backward pass; auto: bfloat16 if the processor has it"""
 
 
 class CalibrationText(Section):
@@ -205,12 +196,12 @@ class CalibrationText(Section):
     text: Annotated[
         str, AfterValidator(lambda t: t if t in (JOB, MODEL) else located(t, locate_documents))
     ]
-    """job: the training text of the job, see calibrate_on; model: what the float model writes by
-    itself after a random first token; anything else: a source, as in data.source"""
+    """job: the job's training text, see calibrate_on; model: what the float model writes after a
+    random first token; anything else: a source, as in data.source"""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """how many of the sequences, relative to the other parts"""
+    """number of sequences, relative to the other parts"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """of text: model. Name it several times for several temperatures"""
+    """of text: model. List it several times for several temperatures"""
 
     @model_validator(mode="before")
     @classmethod
@@ -224,37 +215,34 @@ class Base(Section):
     solver: BaseSolver = "gptq"
     """gptq: minimizes the error of layer outputs on calibration text; search: range with the least
     squared weight error; sqnr: the same, clipping weighs three times; rtn: min-max range, rounded
-    to nearest; keep: take the integers that the model files already hold"""
+    to nearest; keep: the integers that the model files already hold"""
     weights: Weights = Weights()
     """grid of every Linear weight: a short name (w4-block32, w4-signed32, w4-channel, w4-lpbq64,
-    w3-block64, w8-channel, w2-block32-asymmetric) or the keys below"""
+    w8-channel, w2-block32-asymmetric) or keys"""
     rules: list[BaseRule] = []
-    """exceptions for some layers; the first matching rule decides"""
+    """exceptions for some layers; the first that matches decides"""
     rotation: Literal["hadamard"] | None = None
-    """hadamard: first spread large values of a few channels over all of them, which changes no
-    output: for grids per channel and 8-bit activations. Not for models with LayerNorm; a tied head
-    becomes a weight of its own"""
+    """hadamard: first spread large values of a few channels over all of them, for grids per channel
+    and 8-bit activations. Changes no output. Not for models with LayerNorm; unties a tied head"""
     bits: Annotated[float, Field(gt=0)] | None = None
-    """bits per weight of all packed layers together, scales and offsets included. Layers that no
-    rule names get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted
-    loss that all export targets hold; base/rules.yaml has the rules, to edit and reuse. Default:
-    base.weights for all"""
+    """bits per weight of all packed layers together, scales and offsets included. Layers without a
+    rule get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted loss that
+    all export targets hold; base/rules.yaml has them as rules to reuse"""
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(kB|MB|GB)$")] | None = None
-    """in place of bits: the size of all packed layers together, 60MB or 1.5GB"""
+    """in place of bits: the size of all packed layers, such as 60MB or 1.5GB"""
     gptq: Gptq = Gptq()
-    """settings of the gptq solver"""
     tuning: Tuning = Tuning()
-    """train the scales of linear layers and the weights of norms together, after every layer is
-    solved; codes do not change"""
+    """after every layer is solved, train scales of linear layers and weights of norms together to
+    match the float model's logits; codes do not change"""
     calibration_sequences: Count = 32
-    """training sequences that gptq and init qera use, at most. Weights only: activation ranges have
+    """training sequences for gptq and init qera, at most; for activation ranges:
     data.calibration_sequences"""
     calibration: list[CalibrationText] = Field([JOB], min_length=1, validate_default=True)
-    """what these sequences, those of tuning and those of adapters for recovery are taken from, in
+    """what these sequences, and those of tuning and of adapters for recovery, are taken from, in
     turn: [job, model, path/to/text]. Mix for a base that more adapters will be trained on"""
     calibrate_on: list[Name] = []
-    """adapters whose text the base is calibrated on. Default: data.source, or the text of every
-    adapter if that is not set"""
+    """adapters whose text the base is calibrated on. Default: data.source, or else the text of
+    every adapter"""
 
     def layer_rules(self) -> list[LayerRule]:
         """The rules as `quantize_` takes them."""
@@ -303,7 +291,7 @@ class Base(Section):
 
 
 class AdapterWeights(Section):
-    """The grid of lora_A and lora_B. There is no block granularity: blocks seldom divide a rank."""
+    """The grid of lora_A and lora_B."""
 
     bitwidth: Annotated[int, Field(ge=4, le=16)] = 8
     """bits per weight"""
@@ -321,28 +309,25 @@ class AdapterWeights(Section):
 
 
 class SimulationRule(Section):
-    """An exception for some values of the graph: keep them float, or give them another grid."""
+    """An exception for some values of the graph. Keys that are not set are those of simulation."""
 
     match: str
-    """glob over module paths, with an operator after the path where needed: lm_head,
-    *.self_attn.softmax, *.lora_A.weight"""
+    """glob over module paths, followed by an operator where needed: lm_head, *.self_attn.softmax,
+    *.lora_A.weight"""
     keep: Literal["float"] | None = None
-    """float: leave these values as they are"""
+    """leave these values as they are"""
     bitwidth: Bitwidth | None = None
-    """default: that of the simulation"""
     symmetric: bool | None = None
-    """default: that of the simulation"""
     minimum: float | None = None
-    """fixed lower end of the range, whatever is observed"""
+    """fixed lower end of the range"""
     maximum: float | None = None
     """fixed upper end; a softmax may be fixed to 0 and 1"""
     observer: EstimatorName | None = None
-    """default: that of the simulation"""
     force: bool = False
     """quantize matching values even where the policy would not"""
     of: Literal["activations", "weights"] | None = None
-    """restrict the rule to activations or to weights. Default: a rule with keep applies to both,
-    one with a grid to activations"""
+    """restrict the rule to activations or weights. Default: both if it has keep, else
+    activations"""
 
     def problems(self) -> Iterator[str]:
         try:
@@ -361,12 +346,13 @@ class SimulationSection(Section):
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = "npu"
     """npu: every computed value except norm internals, masks and residual additions; matmul-inputs:
-    only what matrix products read; weights-only: no activations; an NPU computes them in float16"""
+    only what matrix products read; weights-only: no activations, which an NPU computes in
+    float16"""
     rules: list[SimulationRule] = []
-    """exceptions for some values; the first matching rule decides"""
+    """exceptions for some values; the first that matches decides"""
     inputs: Literal["tokens", "embeddings"] = "tokens"
     """what the graph takes. embeddings: for the language model of a vision-language model; the
-    table of the tokens' embeddings is next to the files"""
+    table of token embeddings is next to the files"""
     activation_bitwidth: Bitwidth = 16
     """bits of every activation. ONNX has 8 and 16"""
     activation_symmetric: bool = False
@@ -376,28 +362,26 @@ class SimulationSection(Section):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """for observer percentile: share of the values inside the range"""
     calibration_tokens: Count | None = None
-    """stop calibration after this many tokens. Default: all of data.calibration_sequences"""
+    """stop calibration after this many tokens"""
     unseen: Literal["error", "float"] = "error"
-    """what to do with a value that no calibration data reached, such as an expert that no token
-    chose"""
+    """what to do with values that no calibration data reached, such as those of an unused expert"""
     residual_adds: Literal["float", "quantize"] = "float"
-    """quantize: give x + f(x) an encoding, for NPUs without float. Costs accuracy: the residual
-    stream has a wide range"""
+    """quantize: also give x + f(x) a grid, for NPUs without float; costs accuracy, as its range is
+    wide"""
     symmetric_matmul_second_input: bool = False
-    """give the second operand of an activation-by-activation product a symmetric grid; Qualcomm HTP
-    needs it at 16 bits"""
+    """symmetric grid for the second operand of a product of two activations; Qualcomm HTP needs it
+    at 16 bits"""
     key_value_bitwidth: Literal[8, 16] | None = None
-    """bits of the keys and values of attention, on a symmetric grid, as a key-value cache on an NPU
-    holds them. Default: those of other activations"""
+    """bits of the keys and values of attention, on a symmetric grid, as in an NPU's key-value
+    cache. Default: as other activations"""
     adapter_weights: AdapterWeights = AdapterWeights()
-    """grid of lora_A and lora_B"""
     adapter_activation_bitwidth: Bitwidth | None = None
-    """bits of what lora_A and lora_B compute, before it is added to the base layer's output.
-    Default: those of other activations"""
+    """bits of what lora_A and lora_B compute, before the base layer's output is added. Default: as
+    other activations"""
     base_activations: Literal["all", "adapter_only", "none"] = "all"
     """encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: every
-    activation; adapter_only: lora_A, lora_B and their outputs, not the sum with the base layer's
-    output; none: one set for all adapters, which are padded to one rank on the same layers"""
+    activation; adapter_only: lora_A, lora_B and their outputs before the base layer's is added;
+    none: one set for all adapters, padded to one rank on the same layers"""
 
     def lacking(self, target: Target) -> Iterator[str]:
         """The keys to change for a target whose graphs have a key-value cache: all of their values

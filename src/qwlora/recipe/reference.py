@@ -7,6 +7,7 @@ recipe_reference()    docs/recipe.md, which `make docs/recipe.md` writes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -29,18 +30,8 @@ _PAGE = """\
 
 `qwlora init` writes a short recipe to start from, `qwlora check RECIPE --full` prints yours with
 all defaults, and `--set base.weights=w3-block32` changes one value for one run. Recipes are YAML
-1.2; unknown and repeated keys are errors. Relative paths, also those of `--set`, are relative to
-the folder of the recipe; `--out` is relative to the current directory. Written from the code:
-`make docs/recipe.md`.
-
-## Presets
-
-| preset | sets |
-|---|---|
-"""
-_BELOW_PRESETS = """
-Keys set in the recipe override the preset. `init: qera` is not applied to adapters with
-`dora` or `continue_from`, nor with `base.solver: keep`.
+1.2. Paths, also those of `--set`, are relative to the recipe's folder; `--out` is relative to the
+current directory. Defaults are bold.
 """
 
 
@@ -75,45 +66,57 @@ def _keys(section: type[BaseModel], path: str, indent: str) -> Iterator[str]:
 
 
 def recipe_reference() -> str:
-    """The page as Markdown: the presets, and a table for each section of the JSON schema."""
+    """The page as Markdown: a list for each section of the JSON schema."""
     schema = Recipe.model_json_schema()
-    page = _PAGE + "".join(f"| `{name}` | `{flow(sets)}` |\n" for name, sets in PRESETS.items())
-    page += _BELOW_PRESETS
+    page = _PAGE
     for name, section in {"Recipe": schema, **schema["$defs"]}.items():
         page += f"\n## {name}\n\n{section['description']}\n\n"
-        page += "| key | type | default | meaning |\n|---|---|---|---|\n"
         for key, field in section["properties"].items():
-            kind, default = _type(field), field.get("default")
-            shown = "required" if key in section.get("required", ()) else ""
-            if key == "init":
-                shown = "by preset"
-            elif default is not None and "$ref" not in field:
-                shown = f"`{flow(default)}`"
-            meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
-            page += f"| `{key}` | {kind} | {shown} | {meaning} |\n"
+            values = _values(field, "by preset" if key == "init" else field.get("default"))
+            if key in section.get("required", ()):
+                values += ", required"
+            meaning = " ".join(field.get("description", "").split()).replace("*", "\\*")
+            page += f"- `{key}`{_joined(values, meaning)}\n"
     return page
 
 
-def _type(field: dict[str, Any]) -> str:
+def _joined(values: str, meaning: str) -> str:
+    """The values in parentheses, or marked where `meaning` names each of them."""
+    marked = meaning
+    for value in values.split(", "):
+        name = re.escape(value.strip("*`"))
+        marked, count = re.subn(rf"(?<!\S){name}: ", f"{value}: ", marked, count=1)
+        if not (count and "`" in value):
+            return f" ({values}){': ' if meaning else ''}{meaning}"
+    return f": {marked}"
+
+
+def _values(field: dict[str, Any], default: Any = None) -> str:
+    """The values that a key can have, with the default in bold."""
+    bold = f"**`{flow(default)}`**"
     match field:
-        case {"anyOf": kinds}:
-            return " or ".join(_type(kind) for kind in kinds if kind != {"type": "null"})
+        case {"enum": values}:
+            return ", ".join(bold if v == default else f"`{flow(v)}`" for v in values)
+        case {"type": "boolean"}:
+            return _values({"enum": [True, False]}, default)
+        case {"type": "integer" | "number"} if default is not None:
+            return bold
+        case {"const": value}:
+            return f"`{value}`"
         case {"$ref": str(reference)}:
             name = reference.rpartition("/")[2]
             return f"[{name}](#{name.lower()})"
-        case {"enum": values}:
-            return ", ".join(f"`{value}`" for value in values)
-        case {"const": value}:
-            return f"`{value}`"
+        case {"anyOf": kinds}:
+            values = " or ".join(_values(kind) for kind in kinds if kind != {"type": "null"})
         case {"items": kind}:
-            return f"list of {_type(kind)}"
+            values = f"list of {_values(kind)}{'s' if kind.get('type') == 'integer' else ''}"
         case {"additionalProperties": dict(kind)}:
-            return f"text to {_type(kind)}"
-        case {"type": "boolean"}:
-            return "`true`, `false`"
+            values = f"text to {_values(kind)}"
         case {"type": kind}:
-            return "text" if kind == "string" else str(kind)
-    raise AssertionError(f"no name for the type {field}")
+            values = "text" if kind == "string" else str(kind)
+        case _:
+            raise AssertionError(f"no name for the type {field}")
+    return f"{values}, {bold}" if default else values
 
 
 if __name__ == "__main__":

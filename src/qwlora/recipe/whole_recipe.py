@@ -34,12 +34,12 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """For targets qnn, aimet and qairt: sizes of the graphs with a key-value cache, in tokens.
-    There is one graph for each pair of a number of tokens and a context. All share one copy of the
-    weights, except in aimet: AI Hub needs a copy in each graph's folder."""
+    """Graphs with a key-value cache, for targets qnn, aimet and qairt: one for each pair of tokens
+    and context. All share one copy of the weights, but aimet has a copy in each graph's folder, for
+    AI Hub."""
 
     tokens: list[int] = [128, 1]
-    """new tokens in one call: a large number to read prompts, 1 to generate"""
+    """new tokens in one call: many to read prompts, 1 to generate"""
     context: list[int] = [1024]
     """past and new tokens together: what the key-value cache and one call hold"""
 
@@ -51,27 +51,24 @@ class Export(Section):
     """Step 4: the files to write."""
 
     targets: list[TargetName] = ["onnx"]
-    """runtimes to write files for. Default: `onnx`, or `onnx_each` for adapters that cannot be
-    switched (DoRA, experts)"""
+    """runtimes to write files for. Default with adapters that cannot be switched (dora, mergeable,
+    target_parameters): onnx_each"""
     encodings_version: Literal["1.0.0", "2.0.0"] = "1.0.0"
     """version of the encodings files of targets aimet and qairt"""
     use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = None
-    """for targets qairt and qnn: what the runtime can switch to. An adapter's name, several joined
-    by a plus sign for all of them at once, or none for the base. Default: each adapter alone, and
-    none"""
+    """for targets qairt and qnn: what the runtime can switch to: an adapter's name, several joined
+    by a plus sign, or none for the base. Default: each adapter alone, and none"""
     graphs: Graphs | None = None
-    """sizes of the graphs with a key-value cache, for targets qnn, aimet and qairt"""
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
-    """for targets aimet and qairt: opset of the ONNX models, 17 to 23. Lower it for tools with an
-    older onnx; below 23, each RMSNorm becomes several primitive operators. Default: 23"""
+    """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
+    with an older onnx; below 23, each RMSNorm becomes several operators"""
     embedding_bits: Literal[16, 32] | None = None
-    """bits per value of embeddings and output heads that stay float. 16: float16, else
-    bfloat16, where one holds all numbers exactly (the source had 16 bits or fewer), else float32.
-    32: float32. Default: 16 for the targets that hold it, which are all but aimet, qairt, qnn,
-    qairt_pipeline and mlx. For 8 bits, make them integers by a rule in base.rules"""
+    """bits per value of embeddings and output heads that stay float. 16: float16, else bfloat16,
+    where one holds all numbers exactly, else float32. Default: 16, but 32 for aimet, qairt, qnn,
+    qairt_pipeline and mlx, which hold no other. For 8 bits, use a rule in base.rules"""
     layout: Literal["genie"] | None = None
-    """for targets qairt and qnn: genie writes the graphs as Qualcomm's Genie takes them, with its
-    configuration. Default: as ONNX Runtime takes them"""
+    """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
+    Default: for ONNX Runtime"""
 
     def problems(self) -> Iterator[str]:
         if self.layout and not any(map(self.layout_of, self.targets)):
@@ -99,43 +96,41 @@ class Verify(Section):
     layer_tokens: Annotated[int, Field(ge=2)] = 128
     """tokens for the layer-by-layer comparison"""
     perplexity_difference: Annotated[float, Field(gt=0, le=1)] = 0.003
-    """largest allowed relative difference from the perplexity of the simulation; what rounding
-    alone explains in 95 % of samples of this size is allowed on top"""
+    """largest allowed relative difference from the simulation's perplexity, on top of what rounding
+    alone explains in 95 % of samples of this size"""
     layer_steps: Annotated[float, Field(gt=0)] = 2.0
     """largest allowed difference of a layer output, in quantization steps"""
     layer_mean_steps: Annotated[float, Field(gt=0)] = 0.05
-    """largest allowed mean difference of a layer output, in quantization steps"""
+    """the same for the mean difference"""
 
 
 class Recipe(Section):
-    """The whole recipe file."""
+    """The whole file."""
 
     name: Name = "qwlora"
-    """name of the job; an output directory belongs to one job"""
+    """name of the job"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
-    """how much work goes into the base and the initialization of adapters. fast: solver search,
-    init zero; balanced: gptq, init qera; best: also scales tuned for 512 steps. Keys that the
-    recipe sets itself win"""
+    """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
+    base.solver search, init zero; balanced: gptq, init qera; best: the same and base.tuning with
+    512 steps"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
     reference: Literal["float"] | None = None
-    """float: also train every adapter on the float model, with the same settings, text and seed:
-    results and verdict then say what the integers cost. Takes about as long as training"""
+    """float: also train every adapter on the float model, all else equal, so that results say what
+    the integers cost. Takes about as long as training"""
     evaluate: Literal["own", "all"] = "own"
-    """for adapters with texts of their own. own: measure each on its own text, and the float model
-    and the base on all; all: each also on the text of every other, N times N measurements for N
-    adapters"""
+    """for adapters with texts of their own. own: measure each on its own text, the float model and
+    the base on all; all: also each on the text of every other, N times N measurements"""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
-    """where models compute: cpu, cuda, xpu or mps, also cuda:N and xpu:N. auto: an accelerator if
-    torch can use one, else cpu. Files are written and verified on the CPU"""
+    """where models compute: cpu, cuda, xpu, mps, cuda:N or xpu:N. auto: an accelerator if torch can
+    use one, else cpu. Files are written and verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """seed of the data split, the initialization of adapters and the order of training"""
     model: Model
     data: Data = Data()
     base: Base = Base()
     adapters: list[Adapter] = Field(min_length=1)
-    """one base, many adapters"""
     simulation: SimulationSection = SimulationSection()
     export: Export = Export()
     verify: Verify = Verify()

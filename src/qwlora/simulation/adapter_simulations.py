@@ -164,9 +164,9 @@ def simulate_adapters(
     adapters: Collection[str] | None = None,
     activation_encodings: Mapping[str, Encoding] | None = None,
 ) -> AdapterSimulations:
-    """Simulate each adapter of `model` (a `PeftModel`, or a model after
-    `peft.inject_adapter_in_model`) alone, and "base".
+    """Simulate each adapter of `model` alone, and "base".
 
+    `model` is a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
     Active adapters and trainable parameters are restored afterwards. A placement rule only needs to
     apply to one of the adapters.
 

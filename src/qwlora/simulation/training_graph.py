@@ -38,7 +38,7 @@ _aten = torch.ops.aten
 
 
 class TrainingGraph(nn.Module):
-    """A differentiable graph; see the module's docstring.
+    """A graph to train an adapter through quantized activations; see the module.
 
     Args:
         simulation: of base and adapter with the base's `activation_encodings`, not calibrated. It

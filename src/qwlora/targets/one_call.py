@@ -167,9 +167,10 @@ def verify(
     limits: Limits = LIMITS,
     layer_tokens: int = 128,
 ) -> list[Check]:
-    """Run the files of `export` in their runtime, and compare them with what they were made
-    of: logits and perplexity of language models, all outputs of others, and every layer where the
-    runtime gives its value. Adapters that the folder does not have are left out.
+    """Run the files of `export` in their runtime, and compare them with what they were made of.
+
+    Compares logits and perplexity of language models, all outputs of others, and every layer where
+    the runtime gives its value. Adapters that the folder does not have are left out.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.

@@ -7,10 +7,9 @@
     DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/simulation/_base/      the same of a zero adapter (target onnx)
     DIR/export/TARGET/NAME/    files for a runtime
-    DIR/results.json           measurements (see docs/results.md)
+    DIR/results.json           measurements
     DIR/report.html            the same for people
-    DIR/.qwlora/               records of stages, checkpoints, lock; adapters trained on the float
-                               model (`reference: float`)
+    DIR/.qwlora/               records of stages, checkpoints, lock, float adapters for reference
 
 Artifacts are written to a scratch folder, flushed to disk and moved into place together with their
 record (`journal.py`), so they are never incomplete and never without it.

@@ -6,9 +6,9 @@ is.
     results   its part of results.json
     files     SHA-256 by path of each file that it wrote
 
-A directory with records belongs to the job whose recipe is there. A file in it is the job's, and
-may be replaced, if a record lists it. A record has a checksum; a damaged one says only that its
-stage ran once, and whatever is in its artifact counts as the job's.
+A directory with records belongs to the job whose recipe is there, which may replace the files that
+a record lists. A record has a checksum; a damaged one says only that its stage ran once, and
+whatever is in its artifact counts as the job's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The comparison of a runtime with a simulation: layers, and outputs of any model. Logits
 are compared in `reference.py`.
 
-    layers      each gets the simulation's own input, so errors cannot accumulate; differences are
-                in steps of its output grid
+    layers      each gets the simulation's own input; differences are in steps of its output grid
     outputs     of a model that is not a language model: signal to noise,
 
         SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x expected, x_hat from the files

@@ -254,11 +254,11 @@ def compare_logits(
 
         rounding    a log-probability may also differ by twice the largest difference of a logit
         noise       a single one by any amount, the root mean square by NOISE times the floor's
-        perplexity  may differ by what the recipe allows, and by the floor on top. With d_t the
-                    difference of two simulations in the log-likelihood of token t of n, the mean
-                    of the d_t is within 1.96 sqrt(sum_t d_t^2) / n of zero in 95 % of samples
+        perplexity  by what the recipe allows plus exp(1.96 sqrt(sum_t d_t^2) / n) - 1, which 95 %
+                    of samples stay below: d_t is the difference of two simulations in the
+                    log-likelihood of token t of n
 
-    The Kullback-Leibler divergence counts all tokens that are not among the likeliest as one:
+    The divergence counts all tokens that are not among the likeliest as one:
 
         KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
 

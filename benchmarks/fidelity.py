@@ -8,6 +8,7 @@ are trained on the same sequences in the same order.
 
     svd, qera      half of the ranks carry the correction, or all of them
     3 seeds        means over three seeds of the adapter and of the order of its text
+    recovery       60 steps of recovery first, so twice as many in all; the float model has a row too
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -64,7 +65,7 @@ COMPUTE = "bfloat16"
 QERA = ("qera-inputs", "qera")
 STARTS = ("svd", *QERA)
 # grids whose best base and adapter are trained with three seeds
-BEST = ("w4-block32", "w4-channel", "w3-block64", "w3-channel", "w2-block32-asymmetric")
+BEST = ("w4-channel", "w3-block64", "w3-channel", "w2-block32-asymmetric")
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 
@@ -140,6 +141,7 @@ SUBJECTS = {
             Row("gptq", "w2-block32-asymmetric", "qera-inputs"),
             *(Row("gptq", "w2-block32-asymmetric", init, True, 1.0) for init in QERA),
             Row("float", seeds=3),
+            Row("float", recovery=True, seeds=3),  # what the steps of recovery teach by themselves
             *(
                 Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, 3)
                 for scheme in BEST

@@ -60,9 +60,8 @@ def _command(text: str) -> Command:
     heading, _, description = text[: usage.start()].strip().partition("\n\n")
     call = "" if "COMMAND" in usage[1] else usage[1].partition(" [OPTIONS]")[2].strip()
     items = re.findall(r"^\* `(?!--help|--show-completion)[^`]+`: .*", text, re.MULTILINE)
-    arguments = re.compile(
-        r"^(\* `)(?!-)(\S+) <[\w\[\]]+>(.*?)(?:  \[required\])?$"
-    )  # as in `call`
+    # arguments as in `call`, without their type
+    arguments = re.compile(r"^(\* `)(?!-)(\S+) <[\w\[\]]+>(.*?)(?:  \[required\])?$")
     return Command(heading, description, call, [arguments.sub(r"\1\2\3", item) for item in items])
 
 

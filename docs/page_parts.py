@@ -42,7 +42,8 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     """The page as the site has it; mkdocs calls this."""
     if page.file.src_uri.startswith("log/"):
         page.meta["search"] = {"exclude": True}
-    markdown = markdown.replace("<!-- readme -->", readme_top())
+    if "<!-- readme -->" in markdown:
+        markdown = markdown.replace("<!-- readme -->", readme_top())
 
     def references(match: re.Match[str]) -> str:
         homes = (_home(f"{match[1]}.{name}") for name in _LISTED.findall(match[0]))

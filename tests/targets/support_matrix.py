@@ -70,7 +70,7 @@ def scheme_table() -> str:
         problems = {name: target.scheme_problem(scheme) for name, target in TARGETS.items()}
         problems["hf in vLLM"] = vllm_problem([scheme])
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
-        bits, kind, _ = re.fullmatch(form, short_name(scheme)).groups("")  # type: ignore[union-attr]
+        ((bits, kind, _),) = re.findall(f"^{form}$", short_name(scheme))
         kind = kind if scheme.symmetric else "asymmetric"  # blocks and channels are held alike
         kind = "float offset" if scheme.float_offset else kind
         found = ", ".join(name for name, problem in problems.items() if problem) or "none"

@@ -101,7 +101,7 @@ class Verify(Section):
     layer_steps: Annotated[float, Field(gt=0)] = 2.0
     """largest allowed difference of a layer output, in quantization steps"""
     layer_mean_steps: Annotated[float, Field(gt=0)] = 0.05
-    """the same for the mean difference"""
+    """largest allowed mean difference of a layer output, in quantization steps"""
 
 
 class Recipe(Section):

@@ -8,7 +8,7 @@ are trained on the same sequences in the same order.
 
     svd, qera      half of the ranks carry the correction, or all of them
     3 seeds        means over three seeds of the adapter and of the order of its text
-    recovery       60 steps of recovery first, so twice as many in all; the float model has a row too
+    recovery       60 steps of recovery first, twice as many in all; the float model has a row too
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -219,7 +219,7 @@ class Bench:
 
     def adapter(self, row: Row, seed: int) -> dict[str, float]:
         """Perplexities of an adapter of `row` on the row's base."""
-        adapted = attach(self.base(row), LoraShape(rank=16, alpha=32.0), seed=seed)
+        adapted = attach(copy.deepcopy(self.base(row)), LoraShape(rank=16, alpha=32.0), seed=seed)
         of_inputs = row.init == "qera-inputs"
         initialize_(
             adapted,
@@ -246,7 +246,8 @@ class Bench:
         return weight_out_in(self.reference.get_submodule(path)).detach()
 
     def base(self, row: Row) -> nn.Module:
-        """A copy of a row's base; the last one is kept, for rows that differ in their initialization, and for tuning."""
+        """A row's base. The last one is kept, for rows that differ in their initialization, and to
+        be tuned."""
         if self.base_key != row.base:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
@@ -260,7 +261,7 @@ class Bench:
                 self.round_(model, row)
             self.quantize_seconds = time.perf_counter() - began
             self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base
-        return copy.deepcopy(self.kept)
+        return self.kept
 
     def round_(self, model: nn.Module, row: Row) -> None:
         """Make the row's base of the float model, in place."""

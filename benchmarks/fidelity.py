@@ -1,6 +1,7 @@
 """How much perplexity a frozen base loses, and how much of it 60 LoRA steps recover.
 
-    python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...]
+    python benchmarks/fidelity.py [--model smollm2|gemma3|smollm2-scaled|smollm2-code]
+                                  [--only SUBSTRING ...]
 
 Rows: solver x bitwidth x granularity x initialization of the adapter, with and without tuning. Also
 bitsandbytes' NF4, the helper of AIMET's guide (per-tensor int4), and the float model with LoRA. All
@@ -22,6 +23,9 @@ A finished row is in the result file and is not computed again. Delete the file 
 table is next to it, as Markdown. SmolLM2 has a width of 576, which 128 does not divide, so its
 blocks have 192 weights where others have 128.
 
+smollm2-scaled computes what SmolLM2 does with weights that lie on no grid, see `scale_channels_`;
+SmolLM2's own come from a Q4_1 file. smollm2-code is calibrated, trained and measured on code.
+
 `reference: float` in a recipe compares one adapter in the same way; here, rows share the moments
 and the bases that a job would compute for each.
 """
@@ -32,6 +36,7 @@ import argparse
 import copy
 import json
 import shutil
+import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +45,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from measuring import SMOLLM2, machine_line, markdown
 from qwlora.adapter.attach import LoraShape, attach
@@ -48,7 +53,8 @@ from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.data import load_documents
+from qwlora.data import Documents, Text, load_documents
+from qwlora.data.document import split_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
@@ -65,7 +71,7 @@ COMPUTE = "bfloat16"
 QERA = ("qera-inputs", "qera")
 STARTS = ("svd", *QERA)
 # grids whose best base and adapter are trained with three seeds
-BEST = ("w4-channel", "w3-block64", "w3-channel", "w2-block32-asymmetric")
+BEST = ("w4-block32", "w4-channel", "w3-block64", "w3-channel", "w2-block32-asymmetric")
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 
@@ -109,6 +115,8 @@ class Subject(NamedTuple):
         tuned: initializations by steps of tuning, by grid.
         also: further rows.
         without: names of rows that were not run.
+        is_code: the text is Python's asyncio, not Python's documentation.
+        is_scaled: see `scale_channels_`.
     """
 
     source: str
@@ -120,7 +128,17 @@ class Subject(NamedTuple):
     tuned: dict[str, dict[int, tuple[str, ...]]] = {}
     also: tuple[Row, ...] = ()
     without: tuple[str, ...] = ()
+    is_code: bool = False
+    is_scaled: bool = False
 
+
+def best(scheme: str, seeds: int = 1) -> Row:
+    """The best base and adapter of a grid."""
+    return Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, seeds)
+
+
+# what other weights and another text change, one seed
+ELSEWHERE = (Row("float"), Row("float", recovery=True), *map(best, ("w4-block32", "w3-block64")))
 
 SUBJECTS = {
     "smollm2": Subject(
@@ -142,12 +160,11 @@ SUBJECTS = {
             *(Row("gptq", "w2-block32-asymmetric", init, True, 1.0) for init in QERA),
             Row("float", seeds=3),
             Row("float", recovery=True, seeds=3),  # what the steps of recovery teach by themselves
-            *(
-                Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, 3)
-                for scheme in BEST
-            ),
+            *(best(scheme, seeds=3) for scheme in BEST),
         ),
     ),
+    "smollm2-scaled": Subject(SMOLLM2, 256, (), also=ELSEWHERE, is_scaled=True),
+    "smollm2-code": Subject(SMOLLM2, 256, (), also=ELSEWHERE, is_code=True),
     # sequences half as long, since its vocabulary is five times as large
     "gemma3": Subject(
         gemma_file(),
@@ -164,7 +181,7 @@ SUBJECTS = {
 def rows(subject: Subject) -> list[Row]:
     """Those of one base one after another. The initialization takes half of the ranks, and at 2
     bits all of them."""
-    made = [Row("float"), Row("nf4", "nf4-block64")]
+    made = [Row("float"), Row("nf4", "nf4-block64")] if subject.granularities else []
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
         for granularity in subject.granularities:
             scheme = f"w{bitwidth}-{granularity}{tail}"
@@ -187,8 +204,10 @@ class Bench:
 
     def __init__(self, subject: Subject, steps: int, learning_rate: float):
         self.reference = load_model(subject.source)
+        if subject.is_scaled:
+            scale_channels_(self.reference)
         tokenizer = load_tokenizer(subject.source)
-        documents = load_documents(TEXT, 0.2, 0)
+        documents = code() if subject.is_code else load_documents(TEXT, 0.2, 0)
         self.training = concatenated_ids(documents.train, tokenizer, subject.tokens, "training")
         self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
         self.all_held_out = concatenated_ids(
@@ -242,7 +261,7 @@ class Bench:
             result["end_all"] = self.perplexity(adapted, self.all_held_out)
         return result
 
-    def weight(self, path: str) -> torch.Tensor:
+    def weight(self, path: str) -> Tensor:
         return weight_out_in(self.reference.get_submodule(path)).detach()
 
     def base(self, row: Row) -> nn.Module:
@@ -266,7 +285,7 @@ class Bench:
     def round_(self, model: nn.Module, row: Row) -> None:
         """Make the row's base of the float model, in place."""
         self.moments, self.bits, self.worse = MomentStore(), 32.0, 0
-        self.solver_scales: dict[str, torch.Tensor] = {}
+        self.solver_scales: dict[str, Tensor] = {}
         if row.solver == "nf4":
             self.bits = nf4_(model)
         elif row.solver == "seed":
@@ -300,6 +319,43 @@ class Bench:
     def perplexity(self, model: nn.Module, text: Any = None) -> float:
         held_out = self.held_out if text is None else text
         return score_tokens(logits_of(model.eval()), held_out, "").perplexity
+
+
+def code() -> Documents:
+    """The source of Python's asyncio, a document for each file."""
+    files = sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py"))
+    return split_documents([Text(file.read_text(), file.name) for file in files], 0.2, 0)
+
+
+@torch.no_grad()
+def scale_channels_(model: nn.Module) -> None:
+    """Multiply every input of a Llama's layers by a random factor in 0.8 to 1.25 that the norm or
+    the layer before divides by, in place. The function stays, and no block of weights is on the
+    grid of the file that it was read from."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(count: int) -> Tensor:
+        return 1.25 ** torch.empty(count).uniform_(-1, 1, generator=generator)
+
+    for block in model.model.layers:  # type: ignore[union-attr, operator]
+        attention, mlp = block.self_attn, block.mlp  # type: ignore[union-attr]
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate_up = [mlp.gate_proj, mlp.up_proj]
+        for norm, layers in (
+            (block.input_layernorm, qkv),  # type: ignore[union-attr]
+            (block.post_attention_layernorm, gate_up),  # type: ignore[union-attr]
+        ):
+            factor = factors(len(norm.weight))  # type: ignore[arg-type]
+            norm.weight /= factor
+            for layer in layers:
+                layer.weight *= factor
+        heads = factors(len(attention.v_proj.weight)).view(-1, attention.head_dim)
+        attention.v_proj.weight /= heads.view(-1, 1)
+        groups = attention.num_key_value_groups  # query heads that share a value head
+        attention.o_proj.weight *= heads.repeat_interleave(groups, 0).flatten()
+        factor = factors(len(mlp.up_proj.weight))
+        mlp.up_proj.weight /= factor[:, None]
+        mlp.down_proj.weight *= factor
 
 
 def nf4_(model: nn.Module) -> float:

@@ -1,5 +1,6 @@
 """`base.calibration`: the job's text, other texts, and what the float model writes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from pipeline.conftest import stage_keys
+from qwlora.adapter.train import train_adapter
+from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import JobTexts
@@ -50,7 +53,7 @@ def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> Non
     assert written.shape == (3, 32)
     places = [int((row == written).all(1).any()) for row in ids]
     assert places == [0, 1, 0, 1, 0, 1, 0, 0]
-    digits = [any(map(str.isdigit, context.tokenizer.decode(row))) for row in ids]
+    digits = [any(map(str.isdigit, context.tokenizer.decode(row[0]))) for row in ids]
     assert [d for d, p in zip(digits, places, strict=True) if not p] == [0, 1, 0, 1, 0]
     assert len(context.calibration()["batches"]) == 4  # of activations: the job's text alone
     job.run("quantize")
@@ -84,6 +87,18 @@ def test_text_is_written_only_where_something_reads_it(recipe_for: Any, numbers:
     )
 
 
+def test_the_chat_template_of_the_job_renders_other_texts_too(
+    recipe_for: Any, numbers: Path, corpus: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    data = {"source": str(corpus), "chat_template": str(template)}
+    recipe, keys = recipe_for(base={**GPTQ, "calibration": [str(numbers)]}, data=data), []
+    for line in ("a", "b"):
+        template.write_text(line)
+        keys.append(stage_keys(recipe)["quantize"])
+    assert keys[0] != keys[1]
+
+
 def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -100,7 +115,28 @@ def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         job.run("quantize", "train")
     written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["1"]
-    assert torch.equal(seen[0][1::2], written[:2])
+    assert torch.equal(seen[0].input_ids[1::2], written[:2])
+
+
+def test_few_short_records_are_one_short_sequence(
+    job_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For gptq, tuning and recovery, next to longer sequences of another text."""
+    pairs = [{"prompt": f"{i} ", "completion": "abc"} for i in range(3)]  # 6 tokens with the end
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    seen = []
+
+    def recorded(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(sequences)
+        return train_adapter(model, sequences, *arguments, **options)
+
+    monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", recorded)
+    back = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
+    base = {**GPTQ, "calibration": ["job", "model"], "tuning": {"steps": 1}}
+    data = {"source": str(tmp_path / "few.jsonl"), "sequence_tokens": 32}
+    job = job_for("one-layer llama", base=base, adapters=[back], data=data)
+    assert job.run("quantize", "train")["train"]["back"]["steps"] == 2
+    assert (seen[0].labels != IGNORED).sum(1).tolist() == [12, 32]
 
 
 def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:

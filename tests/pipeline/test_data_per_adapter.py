@@ -133,7 +133,7 @@ def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_pat
 
     recipe = load_recipe(two_texts())
     context = new_context(recipe, JobTexts(recipe), tmp_path, untracked)
-    found = context.tokenizer.batch_decode(context.base_calibration_ids(5))
+    found = [context.tokenizer.decode(row[0]) for row in context.base_calibration_ids(5)]
     assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
     shared = [batch["input_ids"] for batch in context.calibration("words", "digits")["batches"]]
     assert len(shared) == 6

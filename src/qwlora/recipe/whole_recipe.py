@@ -417,7 +417,8 @@ class Recipe(Section):
         """The texts of a part of `base.calibration`; none if the float model writes it."""
         if part.text in (JOB, MODEL):
             return self.base_texts() if part.text == JOB else []
-        return [Data(source=part.text, sequence_tokens=self.data.sequence_tokens)]
+        shared = self.data.model_dump(include={"sequence_tokens", "chat_template"})
+        return [Data(source=part.text, **shared)]
 
     def budget_schemes(self) -> list[Scheme]:
         """The schemes that `base.bits` chooses from: those that all targets hold."""

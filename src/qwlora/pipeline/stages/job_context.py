@@ -189,9 +189,9 @@ class JobContext:
         """Sequences of token ids of several texts, which alternate."""
         return in_turn([self.prepared(data).joined_ids for data in texts])
 
-    def base_calibration_ids(self, count: int) -> Tensor:
-        """Token ids that the weights of the base are calibrated on: int64 [count, tokens], fewer if
-        there are not as many."""
+    def base_calibration_ids(self, count: int) -> list[Tensor]:
+        """Token ids that the weights of the base are calibrated on: `count` times int64
+        [1, tokens], fewer if there are not as many; few short records make a short sequence."""
         recipe, parts = self.recipe, self.recipe.base.calibration
         file = self.path / SAMPLED / SAMPLED_IDS
         sampled = load_file(file) if sampled_sequences(recipe) else {}
@@ -199,7 +199,7 @@ class JobContext:
         for number, ids in sampled.items():
             texts[int(number)] = iter(ids)
         rows = in_turn(texts, [part.weight for part in parts])
-        return torch.stack(list(islice(rows, count)))
+        return [row[None] for row in islice(rows, count)]
 
     def calibration(self, *adapters: str) -> dict[str, Any]:
         """Arguments of `Simulation.observe`: batches, and when to stop.

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qwlora.adapter.adapter_deltas import adapter_updates
 from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
@@ -31,7 +32,7 @@ from qwlora.adapter.train import TrainingData, TrainingReport, train_adapter
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
-from qwlora.data.sequences import check_isolation
+from qwlora.data.sequences import IGNORED, Sequences, check_isolation
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
@@ -303,7 +304,8 @@ def _train_adapter(
     sequences: TrainingData = text.train
     if recovers_on_base_text(context.recipe, adapter):
         count = adapter.steps * adapter.batch_sequences * adapter.accumulation_steps
-        sequences = context.base_calibration_ids(count)
+        rows = [batch[0] for batch in context.base_calibration_ids(count)]
+        sequences = Sequences(pad_sequence(rows, True), pad_sequence(rows, True, IGNORED))
     return train_adapter(
         model,
         sequences,

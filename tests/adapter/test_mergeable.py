@@ -71,6 +71,7 @@ def bases() -> dict[str, Any]:
     made["float offset"] = in_a_float_offset
     made["input channels"] = lambda: quantized(Scheme(4, True, PerChannel(1)))
     made["gpt2"] = lambda: quantized("w4-block32", "gpt2")
+    made["falcon"] = lambda: quantized("w4-block32", "falcon")
     made["bfloat16"] = lambda: quantized("w4-block32").to(torch.bfloat16)
     return made
 
@@ -126,7 +127,10 @@ def test_merging_writes_the_integers_that_were_computed(base: str) -> None:
     assert changed == [name for name in found if "lm_head" not in name]
 
 
-@pytest.mark.parametrize("base", in_lanes("w3-block32-asymmetric", slow=["w4-block32", "gpt2"]))
+STRAIGHT = in_lanes("w3-block32-asymmetric", "falcon", slow=["w4-block32", "gpt2"])
+
+
+@pytest.mark.parametrize("base", STRAIGHT)
 def test_gradients_are_straight_through(base: str) -> None:
     """Those of y = W' x with W' = Q(W + Delta) + Delta - Delta.detach(), by autograd."""
     peft = adapted(bases()[base](), 0.1)

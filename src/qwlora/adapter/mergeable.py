@@ -130,7 +130,7 @@ def remainders_digest(model: nn.Module, adapter: str) -> str | None:
 def _problem(layer: LoraLayer, adapter: str) -> str | None:
     """Why this layer's adapter cannot be merged into integers; None if it can."""
     if isinstance(layer, ParamWrapper):
-        return "holds fused experts. Remove them from target_parameters"
+        return "holds fused experts. Name linear layers in target_modules, and no experts"
     if not isinstance(layer.lora_variant.get(adapter), MergedIntegers | None):
         return "has DoRA or another variant of LoRA. Attach a plain adapter"
     if isinstance(layer.lora_dropout[adapter], nn.Dropout):
@@ -197,7 +197,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.detach()  # not a view for autograd: Falcon adds to it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,12 +87,15 @@ def test_text_is_written_only_where_something_reads_it(recipe_for: Any, numbers:
     )
 
 
-def test_the_chat_template_of_the_job_renders_other_texts_too(
-    recipe_for: Any, numbers: Path, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("solver", ["gptq", "search"])
+def test_a_base_has_the_chat_template_of_the_job(
+    recipe_for: Any, numbers: Path, corpus: Path, tmp_path: Path, solver: str
 ) -> None:
+    """It renders other texts too, and exported files have the base's."""
     template = tmp_path / "template.jinja"
     data = {"source": str(corpus), "chat_template": str(template)}
-    recipe, keys = recipe_for(base={**GPTQ, "calibration": [str(numbers)]}, data=data), []
+    base = {"solver": solver, "calibration": [str(numbers)]}
+    recipe, keys = recipe_for(base=base, data=data), []
     for line in ("a", "b"):
         template.write_text(line)
         keys.append(stage_keys(recipe)["quantize"])

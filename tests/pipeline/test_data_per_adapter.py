@@ -103,6 +103,20 @@ def test_a_text_concerns_its_adapter(two_texts: Any, texts: dict[str, Path], cor
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
 
 
+def test_ranges_of_the_base_are_of_as_many_sequences_as_the_data_section_says(
+    two_texts: Any, texts: dict[str, Path]
+) -> None:
+    own = {"calibration_sequences": 2}
+    adapters = [{"name": n, "data": {"source": str(p), **own}} for n, p in texts.items()]
+    keys = [
+        stage_keys(two_texts(adapters=adapters, data={"calibration_sequences": count}))
+        for count in (3, 4)
+    ]
+    changed = {name for name, key in keys[0].items() if keys[1][name] != key}
+    assert "calibrate/_base" in changed
+    assert not {"quantize", "calibrate/words"} & changed
+
+
 def test_own_text_is_measured_by_default(two_texts: Any) -> None:
     """The float model and the base on all texts, since each adapter is compared with them."""
     names = [n for n in stage_keys(two_texts()) if n.startswith("evaluate/")]
@@ -123,6 +137,9 @@ def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus
     assert sources() == [words, digits]
     assert sources(base={"calibrate_on": ["digits"]}) == [digits]
     assert sources(data={"source": str(corpus)}) == [str(corpus)]
+    own = {"source": words}, {"source": words, "evaluation_sequences": 2}
+    same = [{"name": f"a{i}", "data": data} for i, data in enumerate(own)]
+    assert sources(adapters=same) == [words]
     with pytest.raises(RecipeError, match=r"base\.calibrate_on: there is no adapter third"):
         sources(base={"calibrate_on": ["third"]})
 

@@ -405,20 +405,20 @@ class Recipe(Section):
         return self.data if self.data.source is not None else texts[0] if len(texts) == 1 else None
 
     def base_texts(self) -> list[Data]:
-        """The texts that the base is calibrated on, cut into sequences as the data section says."""
+        """The texts that the base is calibrated on, cut as the data section says."""
         if self.base.calibrate_on:
             texts = [self.data_of(name) for name in self.base.calibrate_on]
         else:
             texts = [self.data] if self.data.source is not None else list(self.texts().values())
-        length = {"sequence_tokens": self.data.sequence_tokens}
-        return list(dict.fromkeys(data.model_copy(update=length) for data in texts))
+        keys = {"sequence_tokens", "evaluation_sequences", "calibration_sequences"}
+        cut = self.data.model_dump(include=keys)
+        return list(dict.fromkeys(data.model_copy(update=cut) for data in texts))
 
     def calibration_texts(self, part: CalibrationText) -> list[Data]:
         """The texts of a part of `base.calibration`; none if the float model writes it."""
         if part.text in (JOB, MODEL):
             return self.base_texts() if part.text == JOB else []
-        shared = self.data.model_dump(include={"sequence_tokens", "chat_template"})
-        return [Data(source=part.text, **shared)]
+        return [Data(source=part.text, sequence_tokens=self.data.sequence_tokens)]
 
     def budget_schemes(self) -> list[Scheme]:
         """The schemes that `base.bits` chooses from: those that all targets hold."""

@@ -227,11 +227,8 @@ class _Plan:
     @cached_property
     def calibration(self) -> list[Any]:
         """The texts that the base is calibrated on; what the model writes is a stage of its own."""
-        keys = []
-        for part in self.recipe.base.calibration:
-            texts = self.recipe.calibration_texts(part)
-            keys.append([part.weight, [self.texts.key(data) for data in texts]])
-        return keys
+        parts = [(p.weight, self.recipe.calibration_texts(p)) for p in self.recipe.base.calibration]
+        return [[weight, [self.texts.key(data) for data in texts]] for weight, texts in parts]
 
     def sample(self) -> None:
         recipe, parts = self.recipe, self.recipe.base.calibration
@@ -282,18 +279,16 @@ class _Plan:
         observed: list[Any] | None = None
         if is_calibrated(recipe):
             observed = [self.calibration, recipe.seed, REVISIONS["layer_statistics"]]
-        budget: list[Any] | None = None
-        if base.has_budget:
-            budget = [REVISIONS["bit_budget"], *map(str, recipe.budget_schemes())]
+        budget = [REVISIONS["bit_budget"], *map(str, recipe.budget_schemes())]
         encodings: list[Any] | None = None
         if model.encodings is not None:
             file = Path(model.encodings)
             settings = (model.keep_float, model.block_order, model.prefix)
             encodings = [*self.contents([file]), *settings]
-        tuning: list[Any] | None = None
-        if base.tuning.steps:
-            revision = REVISIONS["tune_scales"]
-            tuning = [base.tuning.model_dump(), self.calibration, recipe.seed, revision]
+        revision = REVISIONS["tune_scales"]
+        tuning = [base.tuning.model_dump(), self.calibration, recipe.seed, revision]
+        # of the tokenizer in the base, and so in exported files
+        template = recipe.data.read_template() if self.texts.reads else None
         inputs = [
             self.model,
             encodings,
@@ -302,10 +297,11 @@ class _Plan:
             moments and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
             base.gptq.rounding_steps and REVISIONS["learned_rounding"],
-            budget,
-            tuning,
+            budget if base.has_budget else None,
+            tuning if base.tuning.steps else None,
+            *([] if template is None else [template]),
         ]
-        reads = bool(observed or tuning) and SAMPLE in self.stages
+        reads = bool(observed or base.tuning.steps) and SAMPLE in self.stages
         self.add("quantize", inputs, *[SAMPLE] * reads, artifact="base")
 
     def learns(self, adapter: Adapter, start: Adapter) -> list[Any]:

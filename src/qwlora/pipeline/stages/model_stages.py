@@ -13,7 +13,7 @@ that has the same adapter, trained on it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,7 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if (work / MOMENTS).is_dir():
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
-    if context.rotation is not None:
-        rotated = context.rotation
+    if (rotated := context.rotation) is not None:
         measured["rotation"] = {
             "width": rotated.width,
             "heads": len(rotated.heads),
@@ -221,8 +220,7 @@ def _tune(
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)
-    measured = asdict(replace(report, solver_scales={}))  # these are in a file, not in the results
-    del measured["solver_scales"]
+    measured = {key: value for key, value in vars(report).items() if key != "solver_scales"}
     return identity, base_size(model), measured
 
 

@@ -132,6 +132,20 @@ def test_a_target_that_comes_back_is_current(job: FakeJob) -> None:
     assert job.ran == ["export/onnx/first", "verify/onnx/first"]
 
 
+CHANGES = {
+    "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16, now 8"),
+    "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets: \['onnx'\], now"),
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_change_elsewhere_that_adapters_depend_on_is_named(job: FakeJob, setting: str) -> None:
+    change, named = CHANGES[setting]
+    job.run(changes=[setting])
+    with pytest.raises(DirectoryError, match=f"(?s)trained differently, first.*{named}"):
+        job.run(changes=[setting, change])
+
+
 def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
     job.run()
     shutil.rmtree(job.out / "base")

@@ -223,6 +223,8 @@ def check_kept(
 def _trained_on(recipe: Recipe) -> dict[str, Any]:
     """The settings that adapters depend on; those of an adapter by its name."""
     sections = {"model", "base", "data", "seed", "workflow"}
+    sections |= {"simulation"} if recipe.workflow == "qwa-lora" else set()
+    sections |= {"export"} if recipe.base.has_budget else set()  # targets limit its schemes
     adapters = {adapter.name: adapter.model_dump(mode="json") for adapter in recipe.adapters}
     return {**recipe.model_dump(mode="json", include=sections), **adapters}
 

@@ -130,7 +130,7 @@ def tune_(
         settings = replace(settings, compute=auto_compute(device.type))
     tuned = Tunable(model)
     if not tuned.layers:
-        raise GridError("no linear layer of the model is packed; quantize it before tuning scales")
+        raise GridError("no layer of class Linear or Conv1D is packed; quantize before tuning")
     of_teacher = {id(parameter) for parameter in teacher.parameters()}
     if shared := [name for name, norm in tuned.norms.items() if id(norm.weight) in of_teacher]:
         raise CalibrationError(

@@ -250,8 +250,8 @@ def _check_kept(
     kept = [s for s in before if s.verb in ("quantize", "calibrate-base", "train")]
     if differ := [s.name for s in kept if keys.get(s.name, s.key) != s.key and s.adapter != gone]:
         problem = (
-            f"this would change {', '.join(differ)}, which exist already. Use the same init, or a "
-            "new directory"
+            f"this would change {', '.join(differ)}, which exist already: whether an adapter has "
+            "init qera decides what the base stores. Keep that as it is, or use a new directory"
         )
         raise RecipeError(str(folder / "recipe.yaml"), [problem])
 

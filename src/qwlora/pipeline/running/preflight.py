@@ -169,15 +169,15 @@ def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -
     if not is_sampled and (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
-            "more text, or remove base.tuning"
+            "more text, or set base.tuning.steps: 0"
         )
     if not any(
         type(module) in (nn.Linear, Conv1D) and f"{path}.weight" in packed
         for path, module in model.named_modules()
     ):
         raise GridError(
-            "base.tuning trains the scales of packed linear layers, but the recipe packs none; "
-            "remove base.tuning"
+            "base.tuning trains the scales of packed layers of class Linear or Conv1D, but the "
+            "recipe packs none; set base.tuning.steps: 0"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PhiConfig
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
@@ -23,9 +23,11 @@ from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, pa
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS, vllm_problem
 from qwlora.targets.target import Backend, ExportedBase
+from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
 from targets.weights.bundles import pack_linears, write_adapter, write_base
@@ -155,6 +157,34 @@ def test_the_runtime_computes_base_and_adapters(
     second, rounding = tmp_path / "second", kind.rounding(adapted)
     wrong = verify_weights(runtime, adapted, second, as_sequences(IDS), rounding)
     assert any("with the adapter" in problem for problem in wrong.problems)
+
+
+PART = {"rope_theta": 5e3, "rope_type": "default", "partial_rotary_factor": 0.25}
+LONG = {"rope_theta": 5e3, "rope_type": "longrope", "factor": 8.0, "short_factor": [1.0] * 8}
+LONG |= {"long_factor": [1 + i / 3 for i in range(8)], "original_max_position_embeddings": 16}
+WINDOWS = {"sliding_attention": {"rope_theta": 1e3, "rope_type": "default"}}
+WINDOWS |= {"full_attention": {"rope_theta": 5e3, "rope_type": "linear", "factor": 8.0}}
+GEMMA = {**DECODER, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8}
+ROTATIONS = {
+    "part": PhiConfig(**DECODER, rope_parameters=PART),
+    "longrope": Phi3Config(**DECODER, rope_parameters=LONG, original_max_position_embeddings=16),
+    "windows": Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=16, rope_parameters=WINDOWS),
+}
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_mlx_rotates_as_the_model_does(name: str, tmp_path: Path) -> None:
+    kind, model = target("mlx"), AutoModelForCausalLM.from_config(ROTATIONS[name])
+    with_large_weights(model)
+    quantize_(model, "w4-block32")
+    write_base(kind, model, tmp_path)
+    files = [path.name for path in (tmp_path / "base").iterdir()]
+    check_contents(kind.contents, tmp_path / "base", files, is_base=True)
+    with torch.no_grad():
+        expected = model(input_ids=IDS[:1]).logits
+    found = kind.open(tmp_path / "base", "base").logits(IDS[:1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.max()))
 
 
 def test_the_lines_of_the_readme_load_a_base_of_several_schemes(

@@ -59,6 +59,7 @@ from qwlora.errors import ExportError, QwloraWarning, listed
 from qwlora.formats.gguf.gguf_checkpoint import LARGEST
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.system.optional_packages import require
+from qwlora.targets.weights.weights_folder import rotations
 
 gguf = require("gguf", "gguf")
 _SIZES = {  # what GGUF calls the settings of transformers
@@ -123,7 +124,7 @@ def check_config(config: Any) -> None:
         found = getattr(config, key, value)
         if found != value and (found or value):
             problems.append(f"{key} is {found}, not {value}")
-    whole, local = _rope(config)
+    whole, local = rotations(config)
     for rope in (whole, local):
         rotation = rope.get("rope_type", "default")
         is_held = rotation == "default" or (rope is not local and rotation in _ROTATIONS)
@@ -157,7 +158,7 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
             QwloraWarning,
             stacklevel=3,
         )
-    rope, local = _rope(config)
+    rope, local = rotations(config)
     rotation, width = rope.get("rope_type"), int(head_dim * rope.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -179,12 +180,6 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
         f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
         for kind in ("long", "short")
     }
-
-
-def _rope(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rotary settings of layers with full attention, and of those with a window if these differ."""
-    settings = config.rope_parameters
-    return settings.get("full_attention", settings), settings.get("sliding_attention", {})
 
 
 def _period(config: Any) -> int | None:

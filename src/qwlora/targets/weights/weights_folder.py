@@ -20,7 +20,10 @@ from qwlora.system import strict_json
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, known_settings
 from qwlora.targets.target import LayerKind
 
-ROPE_FORM = {"rope_theta": NUMBER, "rope_scaling": {"rope_type": PLAIN, OTHER_KEYS: object}}
+ROPE_FORM = {
+    "rope_scaling": {"rope_type": PLAIN, "type": PLAIN, OTHER_KEYS: object},
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), NUMBER),
+}
 
 
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
@@ -96,16 +99,23 @@ def refuse(target: str, problems: list[str]) -> None:
         raise ExportError(f"{target} cannot hold {len(problems)} layers of this base:\n  {shown}")
 
 
+def rotations(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rotary settings of layers with full attention, and of those with a window if these differ."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return settings.get("full_attention", settings), settings.get("sliding_attention", {})
+
+
 def rope_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Rotary settings for the top level of config.json, where mlx-lm 0.32 and transformers 4 read
-    them, and else silently take a theta of 10000; transformers 5 writes rope_parameters."""
-    parameters = getattr(model.config, "rope_parameters", None)
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return {}
-    rope: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
-    if parameters.get("rope_type", "default") != "default":
-        rope["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return rope
+    them, and else silently take their defaults; transformers 5 writes rope_parameters."""
+    (whole, local), top = rotations(model.config), ("rope_theta", "partial_rotary_factor")
+    settings = {key: whole[key] for key in top if key in whole}
+    if (kind := whole.get("rope_type", "default")) != "default":
+        scaling = {key: value for key, value in whole.items() if key not in top}
+        settings["rope_scaling"] = {**scaling, "type": kind}  # "type" in older releases
+    if local:
+        settings["rope_local_base_freq"] = local["rope_theta"]
+    return settings
 
 
 def write_folder(

@@ -381,6 +381,10 @@ def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: 
         ({"bias": "lora_only"}, "bias: 'lora_only', which is not supported"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: .* repeats layers"),
         ({"use_qalora": True}, "use_qalora: True, which is not supported"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights: .* changes the base's weights",
+        ),
         ({"alora_invocation_tokens": [7]}, r"\[7\], which PEFT applies only .* set these"),
         ({"alora_invocation_tokens": "7", "task_type": "CAUSAL_LM"}, "tokens: '7', which PEFT"),
     ],

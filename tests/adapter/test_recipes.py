@@ -249,10 +249,16 @@ def test_refuses_a_start_that_saves_packed_layers(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings(
+    "ignore::qwlora.formats.manifest.UnverifiedWarning", "ignore::peft.utils.warning.PeftWarning"
+)
 @pytest.mark.parametrize(
     ("given", "found"),
-    [({"modules_to_save": ["lm_head"]}, r"lm_head\.weight"), ({"use_dora": True}, "magnitude")],
+    [
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight"),
+        ({"use_dora": True}, "magnitude"),
+        ({"lora_bias": True}, r"lora_B\.bias"),
+    ],
 )
 def test_what_cannot_be_switched_is_refused_before_training(
     recipe_for: Any, tmp_path: Path, given: dict[str, Any], found: str

@@ -41,6 +41,10 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bdlora": ((None, False), "its factors are block-diagonal"),
     "arrow_config": ((None,), "it routes tokens between adapters"),
     "kasa_config": ((None,), "it changes the base's weights"),
+    "init_lora_weights": (
+        (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+        "it changes the base's weights; save it with path_initial_model_for_weight_conversion",
+    ),
 }
 # Keys of adapter_config.json that hold regular expressions, and what PEFT makes of one.
 _PATTERNS = {

@@ -27,7 +27,7 @@ from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.device import pick_device
 from qwlora.system.machine import device_type, exact_type, slow_compute
-from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
+from qwlora.system.parameter_names import is_factor_name, parameter_name
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
 from qwlora.targets.target_compatibility import comes_from, refusals
@@ -214,7 +214,7 @@ def _adapter_shapes(context: JobContext) -> Shapes:
     if context.recipe.simulation.base_activations == "none":
         experts = any(adapter.target_parameters for adapter in context.recipe.adapters)
         fixed = {  # others are padded
-            name: {n: s for n, s in own.items() if experts or not is_factor_name(canonical_name(n))}
+            name: {n: s for n, s in own.items() if experts or not is_factor_name(n)}
             for name, own in shapes.items()
         }
         (first, known), *others = fixed.items()
@@ -267,12 +267,12 @@ def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> N
     floats = [name for name in targets if not TARGETS[name].is_simulated]
     other_target = "use export.targets: [onnx_each], which writes a model for each adapter"
     for adapter in recipe.adapters if targets else ():
-        names = map(canonical_name, shapes.get(adapter.name, ()))
-        if others := [name for name in names if not is_factor_name(name)]:
+        others = [name for name in shapes.get(adapter.name, ()) if not is_factor_name(name)]
+        if others:
             raise ExportError(
                 f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
                 f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
-                f"DoRA and modules_to_save, or {other_target}"
+                f"DoRA, lora_bias and modules_to_save, or {other_target}"
             )
     if not floats:
         return

@@ -8,11 +8,19 @@ from typing import Any
 import gguf
 import pytest
 from gguf import TokenType
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, QwloraWarning
 from qwlora.targets.weights.gguf_metadata import PROBE, add_metadata, add_tokenizer
 
 TEXT = topics["strings"] + topics["numbers"] + PROBE
@@ -82,6 +90,19 @@ def spelling_text() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def dropping_spaces() -> PreTrainedTokenizerFast:
+    """A tokenizer like that of Phi-3, which drops white space after its special tokens."""
+    tokenizer = Tokenizer.from_str(spelling_text().backend_tokenizer.to_str())
+    prepend, replace = normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer, tokenizer.normalizer = None, normalizers.Sequence([prepend, replace])
+    special = {"<|endoftext|>": False, "</s>": True, "<|user|>": True, "<|end|>": True}
+    tokenizer.add_special_tokens(
+        [AddedToken(name, rstrip=drops, normalized=False) for name, drops in special.items()]
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def write(tokenizer: Any, path: Path, rows: int = 620) -> Path:
@@ -155,21 +176,32 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
         write(tokenizer, tmp_path / "vocabulary.gguf")
 
 
+def test_spaces_that_llama_cpp_keeps_are_a_warning(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(spelling_bytes("gpt-2").backend_tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True)])
+    tokenizer.post_processor = None
+    with pytest.warns(QwloraWarning, match=r"drops spaces next to <\|user\|>"):
+        write(PreTrainedTokenizerFast(tokenizer_object=tokenizer), tmp_path / "vocabulary.gguf")
+
+
 @pytest.mark.client
-@pytest.mark.parametrize("kind", [*SPLITS, "text"])
+@pytest.mark.parametrize("kind", [*SPLITS, "text", "phi-3"])
 def test_llama_cpp_splits_text_the_same(kind: str, tmp_path: Path) -> None:
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
-    tokenizer = spelling_text() if kind == "text" else spelling_bytes(kind)
+    others = {"text": spelling_text, "phi-3": dropping_spaces}
+    tokenizer = others[kind]() if kind in others else spelling_bytes(kind)
     llama, ffi = get_lib(), get_ffi()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = True
     file = str(write(tokenizer, tmp_path / "vocabulary.gguf", 800)).encode()
     model = llama.llama_model_load_from_file(file, parameters)
     assert model != ffi.NULL
-    for text in TEXTS:
+    for text in (*TEXTS, "<|user|>\nHello<|end|>\n<|user|> x")[: None if kind == "phi-3" else -1]:
         content, ids = text.encode(), ffi.new("int32_t[]", 2000)
         vocabulary = llama.llama_model_get_vocab(model)
-        count = llama.llama_tokenize(vocabulary, content, len(content), ids, 2000, True, False)
+        count = llama.llama_tokenize(
+            vocabulary, content, len(content), ids, 2000, True, kind == "phi-3"
+        )
         assert list(ids[0:count]) == tokenizer(text).input_ids
     llama.llama_model_free(model)

@@ -216,6 +216,8 @@ _CONTROL = re.compile(
     r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]"
 )  # in llama.cpp, special or not
 
+_KEEPING = {"<unk>", "<s>", "<|endoftext|>"}  # tokens of Phi-3 that keep the spaces after them
+
 
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
     """Add a tokenizer to a writer, with a token for each of the `config.vocab_size` embeddings."""
@@ -238,6 +240,17 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
             ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0] != "a")
+    added = content["added_tokens"]
+    names, cutting = {t["content"] for t in added}, {t["content"] for t in added if t["rstrip"]}
+    if names >= {*_KEEPING, "</s>"} and cutting == names - _KEEPING:
+        writer.add_name("phi-3")  # by which llama.cpp cuts off the spaces after the same tokens
+    elif cutting := cutting.union(t["content"] for t in added if t["lstrip"]):
+        warnings.warn(
+            f"the tokenizer drops spaces next to {listed(sorted(cutting))}, llama.cpp keeps them: "
+            "leave them out of prompts and of the chat template",
+            QwloraWarning,
+            stacklevel=3,
+        )
     ids, ends = tokenizer("a").input_ids, (tokenizer.bos_token_id, tokenizer.eos_token_id)
     special.add_special_token = {"bos": ids[0] == ends[0], "eos": ids[-1] == ends[1]}
     special.add_to_gguf(writer, quiet=True)

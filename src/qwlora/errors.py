@@ -282,7 +282,7 @@ def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator
         yield
     except QwloraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # mlx-lm exits where it lacks a package
         if is_out_of_memory(error) or is_out_of_space(error):
             raise
         raise kind(f"{what}: {described(error)}{f'; {remedy}' if remedy else ''}") from error

@@ -237,7 +237,7 @@ RANK_3 = b'{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (WEIGHTS, b"cut short", r"adapter_model.safetensors cannot be read \(.*\); copy it again"),
+        (WEIGHTS, b"cut short", r"adapter_model.safetensors cannot be read: .*; copy it again"),
         (WEIGHTS, None, r"has no adapter_model.safetensors"),
         (CONFIG, b"{", r"adapter_config.json cannot be read"),
         (CONFIG, RANK_3, "adapter_config.json asks for rank 3, but the weights have at most 2"),

@@ -4,13 +4,14 @@ import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cli.command_line import qwlora, refused
-from qwlora.errors import SourceError, reading
+from qwlora.errors import SourceError, foreign_as, reading
 from qwlora.formats.checkpoint import LazyModel
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 
@@ -105,6 +106,14 @@ def test_impossible_configurations_name_the_model(
     if "spiral" in str(entries):
         assert "rope_type is 'spiral', and transformers knows axial, default, " in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_exits_is_an_error() -> None:  # as mlx-lm does for OLMo
+    with (
+        pytest.raises(SourceError, match="mlx-lm: SystemExit: 1"),
+        foreign_as(SourceError, "mlx-lm"),
+    ):
+        sys.exit(1)
 
 
 def test_a_damaged_generation_config_is_named(checkpoints: dict[str, Path], model: Path) -> None:

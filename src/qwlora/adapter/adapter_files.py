@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwlora.errors import FingerprintError, QwloraError, SourceError, listed
+from qwlora.errors import FingerprintError, QwloraError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_source import downloaded, looked_for, source_path
@@ -30,6 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 FILE = "qwlora.json"
 MLX_WEIGHTS = "adapters.safetensors"
+_COPY = "copy it again, or train it again"
 
 # Keys of adapter_config.json whose values, other than these, would change what an adapter computes
 # without a word: PEFT skips some of them on packed layers, and others change the frozen base.
@@ -59,30 +60,21 @@ _PATTERNS = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter in `folder`."""
-    try:
+    what = f"adapter {str(folder)!r}: {CONFIG}"
+    with foreign_as(SourceError, f"{what} cannot be read", _COPY):
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r}: {CONFIG} cannot be read ({error}); copy it again, or train "
-            "it again"
-        ) from error
     if not isinstance(config, dict):
-        raise SourceError(f"adapter {str(folder)!r}: {CONFIG} is not a mapping")
+        raise SourceError(f"{what} is not a mapping")
     return config
 
 
 def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
     """Name, shape and (with `read`) values of each tensor."""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                tensor = file.get_tensor(name) if read else None
-                yield name, file.get_slice(name).get_shape(), tensor
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); copy it again from "
-            "where it came, or train it again"
-        ) from error
+    what = f"adapter {str(folder)!r}: {WEIGHTS} cannot be read"
+    with foreign_as(SourceError, what, _COPY), safe_open(folder / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            tensor = file.get_tensor(name) if read else None
+            yield name, file.get_slice(name).get_shape(), tensor
 
 
 def check_contents(folder: Path) -> None:
@@ -214,17 +206,12 @@ def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
 
 def base_of(folder: Path) -> str:
     """Fingerprint of the base that the adapter in `folder` was trained on."""
-    try:
-        fingerprint = json.loads((folder / FILE).read_text())["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read "
-            f"({error}). If PEFT saved it and you know its base, set unknown_base: accept. Saving "
-            "with qwlora.save_adapter records the base"
-        ) from error
+    fingerprint = manifest.read(folder / FILE).get("base_fingerprint")
     if not isinstance(fingerprint, str):
         raise SourceError(
-            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {fingerprint!r})"
+            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} is missing, "
+            "unreadable, or without a base_fingerprint. If PEFT saved it and you know its base, "
+            "set unknown_base: accept. Saving with qwlora.save_adapter records the base"
         )
     return fingerprint
 
@@ -336,15 +323,12 @@ def convert_mlx_adapter(source: Path, target: Path) -> None:
     Modules have the names that transformers gives them.
     """
     what = f"adapter {str(source)!r}"
-    try:
-        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    with foreign_as(SourceError, f"{what}: {CONFIG} of mlx-lm cannot be read", _COPY):
+        config = read_config(source)
         kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
         scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    with foreign_as(SourceError, f"{what}: {MLX_WEIGHTS} cannot be read", _COPY):
         tensors = load_file(source / MLX_WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{what}: {CONFIG} of mlx-lm cannot be read ({error!r})") from error
-    except SafetensorError as error:
-        raise SourceError(f"{what}: {MLX_WEIGHTS} cannot be read ({error})") from error
     if kind != "lora":
         raise SourceError(f"{what} is of mlx-lm's type {kind}; only lora can be imported")
     factors, ranks = _factors(tensors, what)

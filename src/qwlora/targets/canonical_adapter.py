@@ -31,14 +31,20 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, mergeable_record, read_config
-from qwlora.errors import ExportError, SourceError, listed
+from qwlora.adapter.adapter_files import (
+    CONFIG,
+    FILE,
+    WEIGHTS,
+    mergeable_record,
+    read_config,
+    weights_of,
+)
+from qwlora.errors import ExportError, listed
 from qwlora.formats import manifest
 from qwlora.graph.graph_analysis import computed_from
 from qwlora.simulation.adapter_simulations import AdapterSimulations
@@ -141,13 +147,9 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
             f"{what} is activated LoRA (alora_invocation_tokens in {CONFIG}), and the target would "
             "apply it to every token. Export it to hf or gguf"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{what}: {WEIGHTS} cannot be read ({error}); copy it again") from error
     halves: dict[str, dict[str, Tensor]] = {}
     other = []
-    for name, tensor in tensors.items():
+    for name, _, tensor in weights_of(folder, read=True):
         match = _FACTOR.fullmatch(name)
         if match is None or tensor.ndim != 2:
             other.append(name)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -33,7 +32,7 @@ from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
 from qwlora.data.sequences import IGNORED, Sequences, check_isolation
-from qwlora.errors import FingerprintError, SourceError
+from qwlora.errors import FingerprintError, SourceError, foreign_as
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch
@@ -339,13 +338,9 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
 def solver_scales(base: Path) -> dict[str, Tensor]:
     """Scales of the base in a folder before tuning, by layer; empty if it was not tuned."""
     path = base / SOLVER_SCALES
-    try:
+    what = f"base {str(base)!r}: {path.name} cannot be read"
+    with foreign_as(SourceError, what, "delete it and quantize again"):
         return load_file(path) if path.exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"base {str(base)!r}: {path.name} cannot be read ({error}); delete it and quantize "
-            "again"
-        ) from error
 
 
 def calibrate_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_card import marked
 from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import Blocks, PerChannel
-from qwlora.nn.packed_layer import PackedLayer, PackedLinear
+from qwlora.nn.packed_layer import PackedLinear
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, TOKENIZER, Contents
 from qwlora.targets.registry import AIMET_WEIGHTS
@@ -61,8 +61,11 @@ class QairtPipeline(Hf):
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         model, layers = exported.model, files.layers_to_write(exported.model)
-        problems = [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))]
-        files.refuse("qairt_pipeline", problems)
+        kinds = {
+            name: AIMET_WEIGHTS.kind_problem(files.layer_kind(m)) for name, m in layers.items()
+        }
+        problems = {n: kinds[n] or AIMET_WEIGHTS.problem(m.scheme) for n, m in layers.items()}
+        files.refuse("qairt_pipeline", [f"{n}: {p}" for n, p in problems.items() if p])
         tensors, changed, codes = dict[str, Tensor](), 0, 0
         for name, layer in layers.items():
             tensors[name] = values = layer.tensor.dequantize()
@@ -120,8 +123,3 @@ def _listed(encoding: Encoding, form: str) -> Encoding:
         return encoding
     scheme = replace(encoding.scheme, granularity=PerChannel())
     return Encoding(scheme, encoding.scale.flatten(), encoding.offset.flatten())
-
-
-def _problem(layer: PackedLayer) -> str | None:
-    kind_problem = AIMET_WEIGHTS.kind_problem(files.layer_kind(layer))
-    return kind_problem or AIMET_WEIGHTS.problem(layer.scheme)

@@ -215,7 +215,6 @@ _SPLITS = {
 _CONTROL = re.compile(
     r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]"
 )  # in llama.cpp, special or not
-
 _KEEPING = {"<unk>", "<s>", "<|endoftext|>"}  # tokens of Phi-3 that keep the spaces after them
 
 
@@ -240,11 +239,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
             ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0] != "a")
-    added = content["added_tokens"]
-    names, cutting = {t["content"] for t in added}, {t["content"] for t in added if t["rstrip"]}
-    if names >= {*_KEEPING, "</s>"} and cutting == names - _KEEPING:
+    added = {token["content"]: token for token in content["added_tokens"]}
+    cutting = {name for name, token in added.items() if token["rstrip"]}
+    if {*added} >= {*_KEEPING, "</s>"} and cutting == {*added} - _KEEPING:
         writer.add_name("phi-3")  # by which llama.cpp cuts off the spaces after the same tokens
-    elif cutting := cutting.union(t["content"] for t in added if t["lstrip"]):
+    elif cutting := cutting.union(name for name, token in added.items() if token["lstrip"]):
         warnings.warn(
             f"the tokenizer drops spaces next to {listed(sorted(cutting))}, llama.cpp keeps them: "
             "leave them out of prompts and of the chat template",

@@ -168,12 +168,16 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
         write(tokenizer, tmp_path / "vocabulary.gguf")
 
 
-def test_spaces_that_llama_cpp_keeps_are_a_warning(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_str(spelling_bytes("gpt-2").backend_tokenizer.to_str())
-    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True)])
+@pytest.mark.parametrize("key", ["lstrip", "rstrip", "single_word", "chat template"])
+def test_spaces_that_llama_cpp_treats_otherwise_are_a_warning(key: str, tmp_path: Path) -> None:
+    is_text = key == "chat template"
+    plain = spelling_text() if is_text else spelling_bytes("gpt-2")
+    tokenizer = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken("<|user|>", **({} if is_text else {key: True}))])
     tokenizer.post_processor = None
-    with pytest.warns(QwloraWarning, match=r"drops spaces next to <\|user\|>"):
-        write(PreTrainedTokenizerFast(tokenizer_object=tokenizer), tmp_path / "vocabulary.gguf")
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="a" * is_text)
+    with pytest.warns(QwloraWarning, match=r"spaces next to .*<\|user\|>"):
+        write(whole, tmp_path / "vocabulary.gguf")
 
 
 @pytest.mark.client

@@ -212,9 +212,8 @@ _SPLITS = {
     "gpt-4o": (rf"{_CAPITAL}{_ENDING}?|{_CAPITALS}{_ENDING}?|\p{{N}}{{1,3}}|{_PATHS}",),
 }
 """What each `pre` of llama.cpp splits text by, one expression after the other."""
-_CONTROL = re.compile(
-    r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]"
-)  # in llama.cpp, special or not
+# in llama.cpp, special or not
+_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 _KEEPING = {"<unk>", "<s>", "<|endoftext|>"}  # tokens of Phi-3 that keep the spaces after them
 
 
@@ -240,13 +239,15 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0] != "a")
     added = {token["content"]: token for token in content["added_tokens"]}
-    cutting = {name for name, token in added.items() if token["rstrip"]}
-    if {*added} >= {*_KEEPING, "</s>"} and cutting == {*added} - _KEEPING:
+    odd = {name for name, t in added.items() if t["rstrip"] or t["lstrip"] or t["single_word"]}
+    splitting = content["pre_tokenizer"] or {}
+    if tokenizer.chat_template and splitting.get("prepend_scheme") == "first":
+        odd = {*added}  # llama.cpp puts a space after each of them, the tokenizer none
+    if {*added} >= {*_KEEPING, "</s>"} and odd == {*added} - _KEEPING:
         writer.add_name("phi-3")  # by which llama.cpp cuts off the spaces after the same tokens
-    elif cutting := cutting.union(name for name, token in added.items() if token["lstrip"]):
+    elif odd:
         warnings.warn(
-            f"the tokenizer drops spaces next to {listed(sorted(cutting))}, llama.cpp keeps them: "
-            "leave them out of prompts and of the chat template",
+            f"spaces next to {listed(sorted(odd))} are other tokens in llama.cpp: send token ids",
             QwloraWarning,
             stacklevel=3,
         )

@@ -16,8 +16,8 @@ are trained on the same sequences in the same order.
 
 Columns: stored bits per weight; perplexity of the base, of the adapter before the first step
 ("start") and after the last ("end"); the end over that of float LoRA; the same on all held-out
-text, if it was measured; seconds on one thread. Training computes in bfloat16 (autocast), everything else
-in float32. A base with a perplexity above 1,000 is not trained.
+text, if it was measured; seconds on one thread. Training computes in bfloat16 (autocast),
+everything else in float32. A base with a perplexity above 1,000 is not trained.
 
 A finished row is in the result file and is not computed again. Delete the file to start over. The
 table is next to it, as Markdown. SmolLM2 has a width of 576, which 128 does not divide, so its

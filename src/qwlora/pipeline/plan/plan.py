@@ -275,33 +275,34 @@ class _Plan:
         recipe, base, model = self.recipe, self.recipe.base, self.recipe.model
         named = {base.solver, *(rule.solver for rule in base.rules)}
         solvers = [name for name in SOLVERS if name in named]
-        moments = needs_moments(recipe)
         observed: list[Any] | None = None
         if is_calibrated(recipe):
             observed = [self.calibration, recipe.seed, REVISIONS["layer_statistics"]]
-        budget = [REVISIONS["bit_budget"], *map(str, recipe.budget_schemes())]
+        budget: list[Any] | None = None
+        if base.has_budget:
+            budget = [REVISIONS["bit_budget"], *map(str, recipe.budget_schemes())]
         encodings: list[Any] | None = None
         if model.encodings is not None:
-            file = Path(model.encodings)
             settings = (model.keep_float, model.block_order, model.prefix)
-            encodings = [*self.contents([file]), *settings]
-        revision = REVISIONS["tune_scales"]
-        tuning = [base.tuning.model_dump(), self.calibration, recipe.seed, revision]
-        # of the tokenizer in the base, and so in exported files
-        template = recipe.data.read_template() if self.texts.reads else None
+            encodings = [*self.contents([Path(model.encodings)]), *settings]
+        tuning: list[Any] | None = None
+        if base.tuning.steps:
+            revision = REVISIONS["tune_scales"]
+            tuning = [base.tuning.model_dump(), self.calibration, recipe.seed, revision]
+        template = recipe.data.read_template() if self.texts.reads else None  # exported too
         inputs = [
             self.model,
             encodings,
             base.model_dump(exclude={"tuning", "calibrate_on", "calibration"}),
             observed,
-            moments and REVISIONS["second_moments"],
+            needs_moments(recipe) and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
             base.gptq.rounding_steps and REVISIONS["learned_rounding"],
-            budget if base.has_budget else None,
-            tuning if base.tuning.steps else None,
+            budget,
+            tuning,
             *([] if template is None else [template]),
         ]
-        reads = bool(observed or base.tuning.steps) and SAMPLE in self.stages
+        reads = bool(observed or tuning) and SAMPLE in self.stages
         self.add("quantize", inputs, *[SAMPLE] * reads, artifact="base")
 
     def learns(self, adapter: Adapter, start: Adapter) -> list[Any]:

@@ -267,8 +267,7 @@ def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> N
     floats = [name for name in targets if not TARGETS[name].is_simulated]
     other_target = "use export.targets: [onnx_each], which writes a model for each adapter"
     for adapter in recipe.adapters if targets else ():
-        others = [name for name in shapes.get(adapter.name, ()) if not is_factor_name(name)]
-        if others:
+        if others := [n for n in shapes.get(adapter.name, ()) if not is_factor_name(n)]:
             raise ExportError(
                 f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
                 f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "

@@ -246,11 +246,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
     if {*added} >= {*_KEEPING, "</s>"} and odd == {*added} - _KEEPING:
         writer.add_name("phi-3")  # by which llama.cpp cuts off the spaces after the same tokens
     elif odd:
-        warnings.warn(
-            f"spaces next to {listed(sorted(odd))} are other tokens in llama.cpp: send token ids",
-            QwloraWarning,
-            stacklevel=3,
-        )
+        problem = f"llama.cpp reads spaces next to {listed(sorted(odd))} unlike the tokenizer"
+        remedy = "send it token ids instead of text"
+        warnings.warn(f"{problem}; {remedy}", QwloraWarning, stacklevel=3)
     ids, ends = tokenizer("a").input_ids, (tokenizer.bos_token_id, tokenizer.eos_token_id)
     special.add_special_token = {"bos": ids[0] == ends[0], "eos": ids[-1] == ends[1]}
     special.add_to_gguf(writer, quiet=True)

@@ -10,6 +10,8 @@ are trained on the same sequences in the same order.
     svd, qera      half of the ranks carry the correction, or all of them
     3 seeds        means over three seeds of the adapter and of the order of its text
     recovery       60 steps of recovery first, twice as many in all; the float model has a row too
+    mixed          as `calibration: [job, model]` of a recipe: the base, and recovery, also see text
+                   that the float model writes, in turn with the text, at most 128 sequences
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -40,6 +42,8 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +56,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
+from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data import Documents, Text, load_documents
 from qwlora.data.document import split_documents
@@ -60,6 +65,7 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
+from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
@@ -87,10 +93,13 @@ class Row:
     share: float = 0.5  # of the ranks, which init corrects with
     tuned: int = 0  # steps
     seeds: int = 1  # of the adapter and of the order of its text
+    mixed: bool = False
 
     @property
     def base(self) -> str:
-        return f"{self.solver} {self.scheme}{f' tuned {self.tuned}' if self.tuned else ''}"
+        words = [self.solver, self.scheme]
+        words += ["mixed"] * self.mixed + [f"tuned {self.tuned}"] * (self.tuned > 0)
+        return " ".join(words)
 
     @property
     def name(self) -> str:
@@ -132,9 +141,9 @@ class Subject(NamedTuple):
     is_scaled: bool = False
 
 
-def best(scheme: str, seeds: int = 1) -> Row:
+def best(scheme: str, seeds: int = 1, mixed: bool = False) -> Row:
     """The best base and adapter of a grid."""
-    return Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, seeds)
+    return Row("gptq", scheme, "qera", True, 1.0 if scheme[1] == "2" else 0.5, 512, seeds, mixed)
 
 
 SUBJECTS = {
@@ -158,6 +167,10 @@ SUBJECTS = {
             Row("float", seeds=3),
             Row("float", recovery=True, seeds=3),  # what the steps of recovery teach by themselves
             *(best(scheme, seeds=3) for scheme in BEST),
+            Row("gptq", "w4-signed32", "qera"),
+            Row("gptq", "w4-signed32", "qera", tuned=512),
+            Row("gptq", "w4-signed32", "qera", tuned=512, mixed=True),
+            *(best("w4-signed32", mixed=mixed) for mixed in (False, True)),
         ),
     ),
     "smollm2-scaled": Subject(
@@ -215,10 +228,10 @@ class Bench:
         self.reference = load_model(subject.source)
         if subject.is_scaled:
             scale_channels_(self.reference)
-        tokenizer = load_tokenizer(subject.source)
+        self.tokenizer = tokenizer = load_tokenizer(subject.source)
         documents = code() if subject.is_code else load_documents(TEXT, 0.2, 0)
         self.training = concatenated_ids(documents.train, tokenizer, subject.tokens, "training")
-        self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
+        self.calibration_count = CALIBRATION_TOKENS // subject.tokens
         self.all_held_out = concatenated_ids(
             documents.held_out, tokenizer, subject.tokens, "held-out"
         )
@@ -262,12 +275,24 @@ class Bench:
         )
         result = {"start": self.base_perplexity if row.init == "zero" else self.perplexity(adapted)}
         if row.recovery:
-            self.train(adapted, seed, teacher=self.reference)
+            texts = self.texts(row, self.steps) if row.mixed else self.training
+            self.train(adapted, seed, texts, teacher=self.reference)
             result["recovered"] = self.perplexity(adapted)
-        self.train(adapted, seed)
+        self.train(adapted, seed, self.training)
         result["end"] = self.perplexity(adapted)
         result["end_all"] = self.perplexity(adapted, self.all_held_out)
         return result
+
+    def texts(self, row: Row, count: int) -> Tensor:
+        """Sequences that the base of a row is made on, `count` at most."""
+        if not row.mixed:
+            return self.training[:count]
+        return torch.stack([*islice(in_turn([self.training, self.sampled]), count)])
+
+    @cached_property
+    def sampled(self) -> Tensor:
+        """What the float model writes."""
+        return sample_sequences(self.reference, self.tokenizer, 128, self.training.shape[1])
 
     def weight(self, path: str) -> Tensor:
         return weight_out_in(self.reference.get_submodule(path)).detach()
@@ -279,7 +304,7 @@ class Bench:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
-                texts = self.training[: row.tuned + HELD_OUT_SEQUENCES]
+                texts = self.texts(row, row.tuned + HELD_OUT_SEQUENCES)
                 self.solver_scales = tune_(
                     model, self.reference, texts, TuningSettings(row.tuned, compute=COMPUTE)
                 ).solver_scales
@@ -304,7 +329,7 @@ class Bench:
                 model,
                 row.scheme,
                 row.solver,
-                calibration=self.calibration if gptq else None,
+                calibration=self.texts(row, self.calibration_count) if gptq else None,
                 moments=self.moments if gptq else None,
             )
             self.bits = base_size(model).bits_per_weight
@@ -313,14 +338,16 @@ class Bench:
                 for layer in report.layers.values()
             )
 
-    def train(self, model: PeftModel, seed: int, teacher: nn.Module | None = None) -> None:
+    def train(
+        self, model: PeftModel, seed: int, texts: Tensor, teacher: nn.Module | None = None
+    ) -> None:
         order = seed if teacher is None else 100 + seed  # recovery sees them in another order
         settings = TrainingSettings(
             self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE
         )
         work = Path(tempfile.mkdtemp())
         try:
-            train_adapter(model, self.training, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]
+            train_adapter(model, texts, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]
         finally:
             shutil.rmtree(work)
 

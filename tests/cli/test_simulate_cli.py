@@ -54,7 +54,7 @@ def test_alike_values_are_one_line(job: Path) -> None:
         "model.layers.*.self_attn.softmax 2 LlamaAttention quantize int8 asymmetric per tensor, percentile computes new values; rule '*.softmax'",
         "model.layers.*.input_layernorm.mul 2 LlamaRMSNorm float inside LlamaRMSNorm, which is one operation",
         "model.layers.*.input_layernorm.mul 2 LlamaRMSNorm quantize int16 asymmetric per tensor, sqnr output of LlamaRMSNorm",
-        "model.layers.*.self_attn.q_proj.weight 2 PackedLinear quantize int4 symmetric per block 32 a packed weight of the base",
+        "model.layers.*.self_attn.q_proj.weight 2 PackedLinear quantize int4 symmetric per signed block 32 a packed weight of the base",
         "model.layers.*.self_attn.q_proj.lora_A.weight 2 quantize int8 symmetric per channel a weight of the adapter",
         "lm_head.linear 1 Linear float rule 'lm_head'",
     ):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from qwlora.errors import RecipeError
+from qwlora.grid.scheme import PerBlock, Scheme, short_name
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
 from qwlora.recipe.reference import full_recipe, recipe_reference, starter_recipe
 
@@ -37,7 +38,7 @@ MISTAKES = {
         "base.weights: block_size needs granularity block, signed, bf16block, lpbq, not channel; "
         "remove block_size"
     ),
-    "base={weights: w4-signed32, rules: [{match: '*', symmetric: false}]}": (
+    "base.rules=[{match: '*', granularity: signed, symmetric: false}]": (
         "base: rules.0: granularity signed is always symmetric; remove symmetric: false, or use "
         "block"
     ),
@@ -182,7 +183,7 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
 
 def test_setting_one_value_keeps_the_other_defaults(recipe_for: Any) -> None:
     recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3",))
-    assert str(recipe.base.weights.scheme()) == "int3 symmetric per block 32"
+    assert str(recipe.base.weights.scheme()) == "int3 symmetric per signed block 32"
     channel = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
     assert str(channel.base.weights.scheme()) == "int4 symmetric per channel"
 
@@ -228,6 +229,7 @@ def test_recipe_reference_is_up_to_date() -> None:
 def test_presets_fill_in_what_the_recipe_does_not_set(recipe_for: Any) -> None:
     best = load_recipe(recipe_for(preset="best"))
     assert (best.base.solver, best.base.tuning.steps) == ("gptq", 512)
+    assert [part.text for part in best.base.calibration] == ["job", "model"]
     assert [adapter.init for adapter in best.adapters] == ["qera"]
     own = load_recipe(recipe_for(preset="best"), ("base.solver=rtn", "adapters.0.init=zero"))
     assert (own.base.solver, own.base.tuning.steps, own.adapters[0].init) == ("rtn", 512, "zero")
@@ -263,6 +265,32 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
 def test_weights_take_a_short_name(recipe_for: Any, name: str, scheme: str) -> None:
     recipe = load_recipe(recipe_for(), (f"base.weights={name}",))
     assert str(recipe.base.weights.scheme()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "name"),
+    [
+        ("{}", "[onnx, genai, web, hf, gguf, mlx, openvino]", "w4-signed32"),
+        ("{}", "[hf, qairt_pipeline]", "w4-block32"),
+        ("{weights: {block_size: 64}}", "[]", "w4-signed64"),
+        ("{weights: {symmetric: false}}", "[onnx]", "w4-block32-asymmetric"),
+        ("{weights: {granularity: block}}", "[onnx]", "w4-block32"),
+        ("{rules: [{match: '*', bitwidth: 8}]}", "[gguf]", "w4-signed32"),
+        ("{weights: w4-bf16block32}", "[executorch]", "w4-bf16block32"),
+    ],
+)
+def test_scales_have_signs_where_all_runtimes_take_them(
+    recipe_for: Any, base: str, targets: str, name: str
+) -> None:
+    recipe = load_recipe(recipe_for(), (f"base={base}", f"export.targets={targets}"))
+    assert short_name(recipe.base.weights.scheme()) == name
+
+
+def test_a_rule_without_symmetry_takes_signed_blocks_to_blocks(recipe_for: Any) -> None:
+    recipe = load_recipe(recipe_for(), ("base.rules=[{match: '*', symmetric: false}]",))
+    assert short_name(recipe.base.weights.scheme()) == "w4-signed32"
+    (rule,) = recipe.base.layer_rules()
+    assert rule.scheme == Scheme(4, False, PerBlock(32))
 
 
 @pytest.mark.parametrize(

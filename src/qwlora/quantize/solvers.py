@@ -101,7 +101,8 @@ REVISIONS = {
     "bit_budget": 1,
     "learned_rounding": 1,
     "sampled_text": 1,
-    "tune_scales": 3,  # 2: norms are tuned as well; 3: the solver's scales are kept
+    # 2: norms are tuned as well; 3: the solver's scales are kept; 4: sequences are shuffled
+    "tune_scales": 4,
     # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
     "initialize_adapter": 4,
     "activation_samples": 2,  # 2: smaller

@@ -142,6 +142,9 @@ def tune_(
         raise CalibrationError(
             "tuning scales takes at least two sequences: one is held out to check whether it helped"
         )
+    # shuffled, since the last ones of a mixture of texts can all be of one text
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(settings.seed))
+    batches = [batches[i] for i in order]
     count = len(batches) - held_out_count(len(batches))
     training, held_out = batches[:count], batches[count:]
     checkpoint = None

@@ -72,11 +72,12 @@ class Weights(Section):
     """bits per weight"""
     symmetric: bool = True
     """true: the offset is fixed at the middle code; false: every scale has its own offset"""
-    granularity: GranularityName = "block"
+    granularity: GranularityName = "signed"
     """what one scale covers: the tensor, an output channel, or a block of inputs. signed: blocks
-    with scales of either sign, for smaller errors at 2 to 4 bits, refused by qnn; bf16block: blocks
-    with bfloat16 scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a
-    channel scale"""
+    with scales of either sign, for smaller errors at 2 to 4 bits; bf16block: blocks with bfloat16
+    scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a channel scale.
+    Default: block for asymmetric grids, executorch and Qualcomm's targets, which have no signed
+    scales"""
     block_size: Count | None = None
     """inputs per block. Default: 64 for lpbq, else 32"""
 
@@ -92,8 +93,10 @@ class Weights(Section):
                 name, size = scheme.granularity.kind, scheme.granularity.size
             content = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
             content |= {"granularity": name, "block_size": size}
+        if isinstance(content, dict) and content.get("symmetric") is False:
+            content = {"granularity": "block", **content}
         if isinstance(content, dict) and content.get("block_size") is None:
-            default = DEFAULT_BLOCK_SIZES.get(str(content.get("granularity", "block")))
+            default = DEFAULT_BLOCK_SIZES.get(str(content.get("granularity", "signed")))
             return {**content, "block_size": default}
         return content
 
@@ -151,10 +154,11 @@ class BaseRule(Section):
         if self.keep is not None:
             return None
         changes = self.model_dump(exclude={"match", "keep", "solver"}, exclude_none=True)
-        whole = base.model_dump()
-        if changes.get("granularity", whole["granularity"]) != whole["granularity"]:
+        whole, own = base.model_dump(), base.granularity
+        no_blocks = own in ("tensor", "channel") and "block_size" in changes
+        if changes.get("granularity", own) != own:
             whole["block_size"] = None
-        elif "block_size" in changes and whole["granularity"] in ("tensor", "channel"):
+        elif no_blocks or (own == "signed" and self.symmetric is False):
             whole["granularity"] = "block"
         return Weights(**whole | changes).scheme()
 
@@ -286,7 +290,10 @@ class Base(Section):
         for number, rule in enumerate(self.rules):
             granularity = rule.granularity or self.weights.granularity
             symmetric = self.weights.symmetric if rule.symmetric is None else rule.symmetric
-            for problem in () if rule.keep else _symmetry_problems(granularity, symmetric):
+            is_block = rule.granularity is None and granularity == "signed"  # where asymmetric
+            for problem in (
+                () if rule.keep or is_block else _symmetry_problems(granularity, symmetric)
+            ):
                 yield f"rules.{number}: {problem}"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.grid.scheme import Scheme, similar_schemes
+from qwlora.grid.scheme import Scheme, SignedBlock, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
@@ -26,7 +26,10 @@ else:
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"base": {"solver": "search"}, "adapter": {"init": "zero"}},
     "balanced": {"base": {"solver": "gptq"}, "adapter": {"init": "qera"}},
-    "best": {"base": {"solver": "gptq", "tuning": {"steps": 512}}, "adapter": {"init": "qera"}},
+    "best": {
+        "base": {"solver": "gptq", "calibration": [JOB, MODEL], "tuning": {"steps": 512}},
+        "adapter": {"init": "qera"},
+    },
 }
 
 
@@ -111,8 +114,8 @@ class Recipe(Section):
     """name of the job"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
-    base.solver search, init zero; balanced: gptq, init qera; best: the same and base.tuning with
-    512 steps"""
+    base.solver search, init zero; balanced: gptq, init qera; best: the same, with base.calibration
+    [job, model] and 512 steps of base.tuning"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
@@ -140,7 +143,8 @@ class Recipe(Section):
     def _fill_in(cls, content: Any) -> Any:
         """Fill in what follows from other keys: the preset's values, the keys of the data section
         that an adapter's own data does not set, target `onnx_each` for adapters that `onnx` cannot
-        switch. What has the wrong type is left to the validation."""
+        switch, positive scales for targets without signed ones. What has the wrong type is left to
+        the validation."""
         if not isinstance(content, dict):
             return content
         adapters = content.get("adapters")
@@ -149,6 +153,9 @@ class Recipe(Section):
         preset = PRESETS.get(str(content.get("preset", "balanced")))
         is_typed = isinstance(adapters, list) and all(isinstance(s, dict) for s in sections)
         if preset is None or not is_typed or not all(isinstance(a, dict) for a in adapters or ()):
+            return content
+        rules, targets = base.get("rules") or [], export.get("targets") or []
+        if not (isinstance(rules, list) and isinstance(targets, list)):
             return content
         keeps, names = base.get("solver") == "keep", [a.get("name") for a in adapters or ()]
         filled = []
@@ -163,7 +170,11 @@ class Recipe(Section):
             filled.append(adapter)
         if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
-        base = base if keeps else _filled(base, preset["base"])
+        if not keeps:
+            base = _filled(base, preset["base"])
+            weights = base.get("weights") or {}
+            if isinstance(weights, dict) and not _take_signed(targets, [weights, *rules]):
+                base["weights"] = {"granularity": "block", **weights}
         return {**content, "base": base, "adapters": filled, "export": export}
 
     def problems(self) -> Iterator[str]:
@@ -438,6 +449,14 @@ class Recipe(Section):
         while (first := self.predecessor(adapter)) is not None:
             adapter = first
         return adapter
+
+
+def _take_signed(targets: list[Any], grids: list[Any]) -> bool:
+    """Whether signed blocks of the bitwidths of `grids` reach all runtimes as they are."""
+    bits = [grid.get("bitwidth") for grid in grids if isinstance(grid, dict)]
+    schemes = [Scheme(b, granularity=SignedBlock(32)) for b in range(2, 9) if b in (4, *bits)]
+    chosen = [target for name, target in TARGETS.items() if name in targets]
+    return not any(t.is_for_htp or any(map(t.scheme_problem, schemes)) for t in chosen)
 
 
 def _filled(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,7 @@ TARGETS: dict[str, Target] = {
         cached_graphs=True,
         opsets=OPSETS,
         model_files="*.aimet/*",
+        is_for_htp=True,
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
     "qairt": _simulated(
@@ -181,6 +182,7 @@ TARGETS: dict[str, Target] = {
         graph_layouts=("genie",),
         opsets=OPSETS,
         reserved=frozenset({"none", "base", "model", "host"}),
+        is_for_htp=True,
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
     "qnn": _simulated(
@@ -192,6 +194,7 @@ TARGETS: dict[str, Target] = {
         graph_layouts=("genie",),
         has_proof=False,
         reserved=frozenset({"none", "base", "zero"}),
+        is_for_htp=True,
         scheme_problem=weight_problem,
         embedding_problem=table_problem,
     ),
@@ -201,6 +204,7 @@ TARGETS: dict[str, Target] = {
         extra="hf",
         packages=("transformers", "peft"),
         writes_floats=True,
+        is_for_htp=True,
         scheme_problem=AIMET_WEIGHTS.problem,
         kind_problem=AIMET_WEIGHTS.kind_problem,
     ),

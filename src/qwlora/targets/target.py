@@ -112,6 +112,8 @@ class Target:
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         writes_floats: whether all weights are, as float32 next to their encodings.
+        is_for_htp: whether they are compiled for Qualcomm's HTP, which has no signed scales;
+            encodings files hold these as asymmetric grids.
         holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
         scheme_problem, embedding_problem, kind_problem: why the files cannot hold integers of a
@@ -139,6 +141,7 @@ class Target:
     has_float16_scales: bool = False
     writes_float_embeddings: bool = False
     writes_floats: bool = False
+    is_for_htp: bool = False
     holds_invocation: bool = False
     embedding_bits: tuple[int, ...] = (32,)
     scheme_problem: Callable[[Scheme], str | None] = _no_problem

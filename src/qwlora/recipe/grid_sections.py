@@ -288,12 +288,10 @@ class Base(Section):
         if self.solver == "keep" and changes:
             yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"
         for number, rule in enumerate(self.rules):
-            granularity = rule.granularity or self.weights.granularity
+            own = "block" if self.weights.granularity == "signed" else self.weights.granularity
+            granularity = rule.granularity or own  # which asymmetric rules make of signed
             symmetric = self.weights.symmetric if rule.symmetric is None else rule.symmetric
-            is_block = rule.granularity is None and granularity == "signed"  # where asymmetric
-            for problem in (
-                () if rule.keep or is_block else _symmetry_problems(granularity, symmetric)
-            ):
+            for problem in () if rule.keep else _symmetry_problems(granularity, symmetric):
                 yield f"rules.{number}: {problem}"
 
 

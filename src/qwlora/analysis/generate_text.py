@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwlora.data.tokenization import render, start_tokens
 from qwlora.errors import NonFiniteError, SourceError, foreign_as
+from qwlora.graph.capture import cache_argument
 from qwlora.system.device import device_of, moved
 from qwlora.system.progress import Track, untracked
 
@@ -134,7 +135,7 @@ def sample_sequences(
     first = torch.tensor(words)[torch.randint(len(words), (count, 1), generator=generator)]
     begun = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), first], 1)
     written, steps = list[Tensor](), tokens - begun.shape[1]
-    device = device_of(model)
+    device, cached = device_of(model), cache_argument(model)
     for ids in moved(begun, device).split(SAMPLED_AT_ONCE):
         new, cache = ids, dict[str, Any]()
         for _ in track(range(steps), "sampling text", steps):
@@ -148,10 +149,10 @@ def sample_sequences(
             # drawn on the CPU, so that the seed gives the same text on every device
             new = torch.multinomial(odds.cpu(), 1, generator=generator).to(device)
             ids = torch.cat([ids, new], 1)
-            if (kept := getattr(result, "past_key_values", None)) is None:
+            if (kept := getattr(result, cached, None)) is None:
                 new = ids  # a model without such a cache reads the whole text again
             else:
-                cache = {"past_key_values": kept}
+                cache = {cached: kept}
         written.append(ids.cpu())
     return torch.cat(written)
 

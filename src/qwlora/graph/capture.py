@@ -190,7 +190,7 @@ class FlatModel(nn.Module):
     def __init__(self, model: nn.Module, arguments: Structure):
         super().__init__()
         self.model, self.arguments = model, arguments
-        self.cache_argument = CACHE if CACHE in _parameters(model) else PAST
+        self.cache_argument = cache_argument(model)
 
     def result(self, *tensors: Tensor) -> Any:
         """The model's result in its own type."""
@@ -315,6 +315,11 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
             "(use_cache=False, no past_key_values): each call then computes all decoder tokens"
         )
     return completed
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache, in the arguments and the output of a model."""
+    return CACHE if CACHE in _parameters(model) else PAST
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

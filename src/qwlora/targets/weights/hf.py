@@ -36,6 +36,7 @@ from qwlora.adapter.adapter_files import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
+from qwlora.graph.capture import cache_argument
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
 from qwlora.nn.packed_tensor import narrowest
@@ -184,7 +185,7 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, new, cache = ids, ids, None
+        tokens, new, cache, cached = ids, ids, None, cache_argument(self._model)
         before: list[int] | None = None
         while tokens.shape[1] < ids.shape[1] + count:
             # Of activated LoRA, where it starts in the whole text: PEFT looks into `new` only.
@@ -193,7 +194,7 @@ class TransformersRuntime(Runtime):
             start = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
             if start != before:  # the first of all, or an invocation is generated
                 cache, new, before = None, tokens, start
-            result = self._model(input_ids=new, past_key_values=cache, use_cache=True, **of_start)
-            cache, new = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            result = self._model(input_ids=new, use_cache=True, **{cached: cache}, **of_start)
+            cache, new = getattr(result, cached), result.logits[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, new], 1)
         return [int(token) for token in tokens[0, -count:]]

@@ -177,6 +177,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: model_of("Qwen3Moe", **EXPERTS),
         r"model\.layers\.0\.mlp.* reads the norm model\.layers\.0\.post_attention_layernorm",
     ),
+    "experts whose tokens are counted": (
+        lambda: model_of("JetMoe", kv_channels=12, num_local_experts=4, num_key_value_heads=2),
+        r"large tensors of model\.layers\.0\S+ are.*set base\.rotation: null",
+    ),
     "vision": (WithVision, r"the example inputs do not reach vision\.bias, vision\.weight"),
     "half precision": (
         lambda: tiny_model("llama", layers=1).to(torch.bfloat16),

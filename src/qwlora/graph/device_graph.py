@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import EMBEDS, IDS, MASK, POSITIONS
@@ -290,11 +291,17 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
         _fuse_(node)
-        if node.target is operator.getitem and base_name(operator_of(node)) in _SPLITS:
-            _slice_(node)
-        elif operation(node) == "cat":
-            parts = [part for part in node.args[0] if part.meta["val"].numel()]
-            node.args = (parts, *node.args[1:])
+        try:
+            if node.target is operator.getitem and base_name(operator_of(node)) in _SPLITS:
+                _slice_(node)
+            elif operation(node) == "cat":
+                parts = [part for part in node.args[0] if part.meta["val"].numel()]
+                node.args = (parts, *node.args[1:])
+        except GuardOnDataDependentSymNode as error:
+            raise CaptureError(
+                f"values decide how large tensors of {place_of(node)} are (data-dependent): the "
+                "model cannot be rotated (set base.rotation: null) or have a cache in files"
+            ) from error
     graph.eliminate_dead_code()
     return with_graph(program, graph)
 

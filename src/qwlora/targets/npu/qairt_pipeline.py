@@ -38,7 +38,6 @@ from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.nn.packed_layer import PackedLinear
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, TOKENIZER, Contents
-from qwlora.targets.registry import AIMET_WEIGHTS
 from qwlora.targets.target import ExportedBase
 from qwlora.targets.weights import weights_folder as files
 from qwlora.targets.weights.hf import Hf, TransformersRuntime
@@ -60,12 +59,7 @@ class QairtPipeline(Hf):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, files.layers_to_write(exported.model)
-        kinds = {
-            name: AIMET_WEIGHTS.kind_problem(files.layer_kind(m)) for name, m in layers.items()
-        }
-        problems = {n: kinds[n] or AIMET_WEIGHTS.problem(m.scheme) for n, m in layers.items()}
-        files.refuse("qairt_pipeline", [f"{n}: {p}" for n, p in problems.items() if p])
+        model, layers = exported.model, files.held_layers("qairt_pipeline", exported.model)
         tensors, changed, codes = dict[str, Tensor](), 0, 0
         for name, layer in layers.items():
             tensors[name] = values = layer.tensor.dequantize()

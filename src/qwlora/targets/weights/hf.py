@@ -38,19 +38,13 @@ from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
 from qwlora.graph.capture import cache_argument
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
+from qwlora.nn.packed_layer import PackedEmbedding, PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
-from qwlora.targets.registry import COMPRESSED_TENSORS, transformers_conflict
-from qwlora.targets.target import Backend, ExportedBase, LayerKind, Runtime
-from qwlora.targets.weights.weights_folder import (
-    float_tensors,
-    layer_kind,
-    layers_to_write,
-    refuse,
-    write_folder,
-)
+from qwlora.targets.registry import transformers_conflict
+from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.weights_folder import float_tensors, held_layers, write_folder
 
 _METHOD = {
     "quant_method": "compressed-tensors",
@@ -82,8 +76,7 @@ class Hf(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, layers_to_write(exported.model)
-        refuse("hf", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
+        model, layers = exported.model, held_layers("hf", exported.model)
         tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
 
         def stored(weight: Tensor) -> Tensor:
@@ -133,13 +126,6 @@ class Hf(Backend):
         runtime = TransformersRuntime(model.eval())
         runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
         return runtime
-
-
-def _problem(layer: PackedLayer) -> str | None:
-    kind = layer_kind(layer)
-    problem = COMPRESSED_TENSORS.kind_problem(kind)
-    has_integers = kind is LayerKind.LINEAR
-    return problem or (COMPRESSED_TENSORS.problem(layer.scheme) if has_integers else None)
 
 
 class TransformersRuntime(Runtime):

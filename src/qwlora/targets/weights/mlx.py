@@ -20,7 +20,6 @@ quantized.
 
 from __future__ import annotations
 
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from torch import Tensor
 from qwlora.errors import ExportError, foreign_as
 from qwlora.grid.encoding import spread
 from qwlora.grid.packing import pack_words
-from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system import strict_json
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import (
@@ -44,14 +42,13 @@ from qwlora.targets.proof.contents import (
     TOKENIZER,
     Contents,
 )
-from qwlora.targets.registry import MLX, MLX_GROUPS
+from qwlora.targets.registry import MLX_GROUPS
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import (
     ROPE_FORM,
     float_tensors,
+    held_layers,
     largest_group,
-    layer_kind,
-    layers_to_write,
     refuse,
     rope_settings,
     width_problem,
@@ -79,10 +76,11 @@ class Mlx(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, layers_to_write(exported.model)
-        refuse("mlx", [f"{name}: {p}" for name, layer in layers.items() if (p := _problem(layer))])
+        model, layers = exported.model, held_layers("mlx", exported.model)
+        widths = ((name, width_problem(layer, MLX_GROUPS)) for name, layer in layers.items())
+        refuse("mlx", [f"{name}: {problem}" for name, problem in widths if problem])
         tensors = {name: tensor.float() for name, tensor in float_tensors(model).items()}
-        layouts: dict[str, tuple[int, int]] = {}
+        layouts: dict[str, dict[str, int]] = {}
         for name, layer in layers.items():
             path, group = name.removesuffix(".weight"), largest_group(layer, MLX_GROUPS)
             assert group is not None
@@ -93,11 +91,10 @@ class Mlx(Backend):
             )
             words = pack_words(layer.codes, layer.scheme.bitwidth).view(torch.uint32)
             tensors |= {name: words, f"{path}.scales": scales, f"{path}.biases": biases}
-            layouts[path] = (group, layer.scheme.bitwidth)
-        common = Counter(layouts.values()).most_common(1)[0][0]
-        quantization = {**_settings(common), "mode": "affine"} | {
-            path: _settings(layout) for path, layout in layouts.items() if layout != common
-        }
+            layouts[path] = {"group_size": group, "bits": layer.scheme.bitwidth}
+        common = max(grids := [*layouts.values()], key=grids.count)
+        others = {path: layout for path, layout in layouts.items() if layout != common}
+        quantization = {**common, "mode": "affine", **others}
         changes = {"quantization": quantization, "quantization_config": quantization}
         changes |= rope_settings(model)
         write_folder(model, exported.tokenizer, folder, tensors, changes)
@@ -126,15 +123,6 @@ class Mlx(Backend):
 
         module = f"mlx_lm.models.{MODEL_REMAPPING.get(config.model_type, config.model_type)}"
         return None if find_spec(module) else f"mlx-lm has no model type {config.model_type}"
-
-
-def _settings(layout: tuple[int, int]) -> dict[str, int]:
-    return {"group_size": layout[0], "bits": layout[1]}
-
-
-def _problem(layer: PackedLayer) -> str | None:
-    problem = MLX.kind_problem(layer_kind(layer)) or MLX.problem(layer.scheme)
-    return problem or width_problem(layer, MLX_GROUPS)
 
 
 class MlxRuntime(Runtime):

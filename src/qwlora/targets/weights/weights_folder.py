@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, lines
 from qwlora.grid.scheme import Blocks
-from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
+from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, known_settings
+from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
 
 ROPE_FORM = {
@@ -29,6 +30,23 @@ ROPE_FORM = {
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
     """Packed layers by the name of their weight, without output heads that share an embedding."""
     return {name: layer for name, layer in packed_weights(model).items() if not layer.is_tied}
+
+
+def held_layers(name: str, model: PreTrainedModel) -> dict[str, PackedLayer]:
+    """`layers_to_write`, if target `name` holds integers of their kinds and schemes.
+
+    Raises:
+        ExportError: it does not; all layers are listed.
+    """
+    target, layers, problems = TARGETS[name], layers_to_write(model), list[str]()
+    for path, layer in layers.items():
+        problem = target.kind_problem(layer_kind(layer))
+        if not (isinstance(layer, PackedEmbedding) and target.writes_float_embeddings):
+            problem = problem or target.scheme_problem(layer.scheme)
+        if problem:
+            problems.append(f"{path}: {problem}")
+    refuse(name, problems)
+    return layers
 
 
 def layer_kind(module: nn.Module) -> LayerKind:

@@ -96,7 +96,7 @@ def outcome(architecture: str, name: str) -> str:
         grid = "w4-bf16block32" if name == "executorch" else "w4-block32"
         model, tokenizer = made(architecture, grid), byte_tokenizer()
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
-        problem = target.backend.model_problem(model.config, tokenizer)
+        problem = target.backend.model_problem(model, tokenizer)
         if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
             return f"no: {re.split(': one|, and this is', problems[0])[0]}"
         try:

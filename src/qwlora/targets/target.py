@@ -442,9 +442,9 @@ class Backend(ABC):
             case: the use case, where these are together.
         """
 
-    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
-        """Why the runtime cannot run a model of this configuration of transformers, and tokenizer;
-        None if it can, or if that is unknown because it is not installed."""
+    def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
+        """Why the runtime cannot run a model of this class and configuration, with or without
+        weights, and tokenizer; None if it can, or if the runtime is not installed."""
         return None
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:

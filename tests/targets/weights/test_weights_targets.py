@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Phi
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, QwloraWarning
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
@@ -185,6 +185,37 @@ def test_mlx_rotates_as_the_model_does(name: str, tmp_path: Path) -> None:
         expected = model(input_ids=IDS[:1]).logits
     found = kind.open(tmp_path / "base", "base").logits(IDS[:1])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.max()))
+
+
+OTHERS = {
+    "gpt_neox": "cannot build gpt_neox: .*'rotary_pct'",
+    "gptj": r"other weights, or names of them, in gptj: model\.h\.0\.attn\.k_proj\.weight",
+    "glm": "rotates 16 values of a head in glm, and not 8",
+    "olmo": "cannot build olmo",
+    "nanochat": r"other weights.* in nanochat: model\.embed_tokens",
+    "opt": "cannot build opt: Model type opt not supported",
+    "falcon_h1": r"other weights.* in falcon_h1: .*\.down_proj\.weight",  # loading scales codes
+}
+
+
+@pytest.mark.client
+def test_what_mlx_lm_computes_otherwise_is_refused() -> None:
+    def problem(kind: str, **settings: Any) -> str:
+        config = AutoConfig.for_model(kind, **{**DECODER, "head_dim": 16, **settings})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return str(target("mlx").model_problem(model, None))
+
+    for kind, reason in OTHERS.items():
+        assert re.search(reason, problem(kind)), problem(kind)
+    for kind in ("llama", "glm4", "phi"):
+        assert problem(kind) == "None", problem(kind)
+    griffin = {"num_hidden_layers": 3, "num_key_value_heads": 1}  # rotates a half, as mlx-lm does
+    assert problem("recurrent_gemma", **griffin) == "None"
+    # in gemma2, mlx-lm lets all layers attend to all tokens
+    with pytest.warns(QwloraWarning, match="last 8 tokens, in mlx-lm to all"):
+        assert problem("gemma2", sliding_window=8) == "None"
+    assert problem("gemma3_text", sliding_window=8, num_hidden_layers=6) == "None"
 
 
 def test_the_lines_of_the_readme_load_a_base_of_several_schemes(

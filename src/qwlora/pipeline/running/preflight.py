@@ -155,7 +155,7 @@ def _check_layers(
     for name, target in targets.items():
         reasons = refusals(target, (), None, keeps, kinds, embedding)
         if not (target.is_simulated or comes_from(target, source)):
-            problem = target.backend.model_problem(model.config, context.tokenizer)
+            problem = target.backend.model_problem(model, context.tokenizer)
             reasons += filter(None, [problem])
         if reasons:
             raise GridError(

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from transformers import activations
+from transformers import PreTrainedModel, activations
 
 from qwlora.errors import ExportError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -138,9 +138,9 @@ class Gguf(Backend):
             _finish(writer, {t.name: (F32, values(t.data, t.tensor_type)) for t in reader.tensors})
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
 
-    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
+    def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         try:
-            check_config(config)
+            check_config(model.config)
             check_tokenizer(tokenizer)
         except ExportError as error:
             return str(error)

@@ -59,7 +59,7 @@ from qwlora.errors import ExportError, QwloraWarning, listed
 from qwlora.formats.gguf.gguf_checkpoint import LARGEST
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.system.optional_packages import require
-from qwlora.targets.weights.weights_folder import rotations
+from qwlora.targets.weights.weights_folder import rotations, warn_of_window
 
 gguf = require("gguf", "gguf")
 _SIZES = {  # what GGUF calls the settings of transformers
@@ -151,13 +151,8 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
     if ARCHITECTURES[config.model_type] in LARGEST:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(_period(config))
-    elif 0 < (getattr(config, "sliding_window", 0) or 0) < config.max_position_embeddings:
-        warnings.warn(
-            f"this model attends to the last {config.sliding_window} tokens, llama.cpp to all: "
-            f"outputs differ beyond them. Limit its context: -c {config.sliding_window}",
-            QwloraWarning,
-            stacklevel=3,
-        )
+    else:
+        warn_of_window(config, "llama.cpp", "Limit its context: -c {}")
     rope, local = rotations(config)
     rotation, width = rope.get("rope_type"), int(head_dim * rope.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(width)

@@ -20,6 +20,7 @@ quantized.
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from qwlora.errors import ExportError, foreign_as
+from qwlora.errors import ExportError, foreign_as, listed
 from qwlora.grid.encoding import spread
 from qwlora.grid.packing import pack_words
 from qwlora.system import strict_json
@@ -43,14 +45,17 @@ from qwlora.targets.proof.contents import (
     Contents,
 )
 from qwlora.targets.registry import MLX_GROUPS
-from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.target import Backend, ExportedBase, LayerKind, Runtime
 from qwlora.targets.weights.weights_folder import (
     ROPE_FORM,
     float_tensors,
     held_layers,
     largest_group,
+    layer_kind,
+    layers_to_write,
     refuse,
     rope_settings,
+    warn_of_window,
     width_problem,
     write_folder,
 )
@@ -116,13 +121,48 @@ class Mlx(Backend):
     def open(self, folder: Path, case: str) -> MlxRuntime:
         return MlxRuntime(folder)
 
-    def model_problem(self, config: Any, tokenizer: Any) -> str | None:
+    def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         if find_spec("mlx") is None or find_spec("mlx_lm") is None:
             return None
-        from mlx_lm.utils import MODEL_REMAPPING
+        try:
+            with foreign_as(ExportError, f"mlx-lm cannot build {model.config.model_type}"):
+                return _difference(model)
+        except ExportError as error:
+            return str(error).partition("\n")[0]
 
-        module = f"mlx_lm.models.{MODEL_REMAPPING.get(config.model_type, config.model_type)}"
-        return None if find_spec(module) else f"mlx-lm has no model type {config.model_type}"
+
+def _difference(model: PreTrainedModel) -> str | None:
+    """What mlx-lm's model of the same configuration lacks or has otherwise, as far as modules and
+    parameters show; None if nothing. MLX computes an array when it is read: none is here."""
+    import mlx.core as mx
+    from mlx.nn import RoPE
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+    from mlx_lm.utils import _get_classes
+
+    config = model.config.to_diff_dict() | rope_settings(model)
+    with redirect_stdout(None):  # some say which package they lack, and exit
+        model_class, settings = _get_classes(config)
+    other, kind = model_class(settings.from_dict(config)), config["model_type"]
+    widths = {module.dims for module in other.modules() if isinstance(module, RoPE)}
+    rotated = {2 * m.inv_freq.numel() for m in model.modules() if hasattr(m, "inv_freq")}
+    if rotated and widths - rotated:
+        return f"mlx-lm rotates {max(widths)} values of a head in {kind}, and not {max(rotated)}"
+    tensors = float_tensors(model) | {n: m.weight for n, m in layers_to_write(model).items()}
+    linear = {f"{p}.weight" for p, m in model.named_modules() if layer_kind(m) is LayerKind.LINEAR}
+    arrays = {  # linear layers have integers, with which mlx-lm must not compute as it loads them
+        name: mx.zeros(tuple(tensor.shape), mx.uint32 if name in linear else mx.float32)
+        for name, tensor in tensors.items()
+    }
+    loaded = other.sanitize(arrays) if hasattr(other, "sanitize") else arrays
+    found = {name: (array.shape, array.dtype == mx.uint32) for name, array in loaded.items()}
+    parameters = dict(tree_flatten(other.parameters()))
+    wanted = {name: (array.shape, name in linear) for name, array in parameters.items()}
+    if names := sorted({name for name, _ in found.items() ^ wanted.items()}):
+        return f"mlx-lm has other weights, or names of them, in {kind}: {listed(names, 3)}"
+    if not any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(other)):
+        warn_of_window(model.config, "mlx-lm", "Keep prompt and answer within {} tokens")
+    return None
 
 
 class MlxRuntime(Runtime):

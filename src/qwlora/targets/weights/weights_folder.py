@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import ExportError, lines
+from qwlora.errors import ExportError, QwloraWarning, lines
 from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
@@ -134,6 +135,18 @@ def rope_settings(model: PreTrainedModel) -> dict[str, Any]:
     if local:
         settings["rope_local_base_freq"] = local["rope_theta"]
     return settings
+
+
+def warn_of_window(config: Any, program: str, remedy: str) -> None:
+    """Warn if layers attend to a window that sequences can exceed, and in `program` to all tokens.
+    `remedy` may have a {} for the window's size."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if "sliding_attention" in kinds and 0 < window < config.max_position_embeddings:
+        where = f"layers of this model attend to the last {window} tokens, in {program} to all"
+        text = f"{where}: outputs differ beyond them. {remedy.format(window)}"
+        warnings.warn(text, QwloraWarning, stacklevel=4)
 
 
 def write_folder(

@@ -145,7 +145,8 @@ def _difference(model: PreTrainedModel) -> str | None:
         model_class, settings = _get_classes(config)
     other, kind = model_class(settings.from_dict(config)), config["model_type"]
     widths = {module.dims for module in other.modules() if isinstance(module, RoPE)}
-    rotated = {2 * m.inv_freq.numel() for m in model.modules() if hasattr(m, "inv_freq")}
+    buffers = [(name.rpartition(".")[2], each) for name, each in model.named_buffers()]
+    rotated = {2 * each.numel() for name, each in buffers if name == "inv_freq"}
     if rotated and widths - rotated:
         return f"mlx-lm rotates {max(widths)} values of a head in {kind}, and not {max(rotated)}"
     tensors = float_tensors(model) | {n: m.weight for n, m in layers_to_write(model).items()}

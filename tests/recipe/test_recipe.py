@@ -206,6 +206,8 @@ def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None
     )
     (advice,) = problems(recipe_for(), "seed")  # its example works on the recipe that `init` writes
     assert parse_recipe(content, "", (advice.rpartition(" ")[2],)).base.weights.bitwidth == 3
+    for_htp = parse_recipe(content, "", ("export.targets=[qairt_pipeline]",))
+    assert short_name(for_htp.base.weights.scheme()) == "w4-block32"
 
 
 def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
@@ -274,21 +276,15 @@ def test_weights_take_a_short_name(recipe_for: Any, name: str, scheme: str) -> N
         ("{}", "[hf, qairt_pipeline]", "w4-block32"),
         ("{weights: {block_size: 64}}", "[]", "w4-signed64"),
         ("{weights: {symmetric: false}}", "[onnx]", "w4-block32-asymmetric"),
-        ("{weights: {granularity: block}}", "[onnx]", "w4-block32"),
-        ("{rules: [{match: '*', bitwidth: 8}]}", "[gguf]", "w4-signed32"),
-        ("{weights: w4-bf16block32}", "[executorch]", "w4-bf16block32"),
     ],
 )
-def test_scales_have_signs_where_all_runtimes_take_them(
-    recipe_for: Any, base: str, targets: str, name: str
-) -> None:
+def test_signed_is_the_default(recipe_for: Any, base: str, targets: str, name: str) -> None:
     recipe = load_recipe(recipe_for(), (f"base={base}", f"export.targets={targets}"))
     assert short_name(recipe.base.weights.scheme()) == name
 
 
 def test_a_rule_without_symmetry_takes_signed_blocks_to_blocks(recipe_for: Any) -> None:
     recipe = load_recipe(recipe_for(), ("base.rules=[{match: '*', symmetric: false}]",))
-    assert short_name(recipe.base.weights.scheme()) == "w4-signed32"
     (rule,) = recipe.base.layer_rules()
     assert rule.scheme == Scheme(4, False, PerBlock(32))
 

@@ -7,6 +7,7 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], PerTensor()           -> scale []
     weight [A, B], PerChannel(axis=0)    -> scale [A]
     weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]   blocks of inputs, the last axis
+    weight [A, B], SignedBlock(32)       -> scale [A, B / 32]   the same, of either sign
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
 A new grid is a subclass of `Blocks`: `kind` names it, `nearest` says which scales it allows,

@@ -76,8 +76,7 @@ class Weights(Section):
     """what one scale covers: the tensor, an output channel, or a block of inputs. signed: blocks
     with scales of either sign, for smaller errors at 2 to 4 bits; bf16block: blocks with bfloat16
     scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a channel scale.
-    Default: block for asymmetric grids, executorch and Qualcomm's targets, which have no signed
-    scales"""
+    Default: block for asymmetric grids and Qualcomm's targets, which have no signed scales"""
     block_size: Count | None = None
     """inputs per block. Default: 64 for lpbq, else 32"""
 
@@ -149,10 +148,8 @@ class BaseRule(Section):
             yield "the rule changes nothing; set keep: float, or a bitwidth, granularity or solver"
         yield from _size_problems(self)
 
-    def scheme(self, base: Weights) -> Scheme | None:
-        """The scheme for matching layers; None if they stay float."""
-        if self.keep is not None:
-            return None
+    def changed(self, base: Weights) -> dict[str, Any]:
+        """The keys of base.weights for matching layers."""
         changes = self.model_dump(exclude={"match", "keep", "solver"}, exclude_none=True)
         whole, own = base.model_dump(), base.granularity
         no_blocks = own in ("tensor", "channel") and "block_size" in changes
@@ -160,7 +157,11 @@ class BaseRule(Section):
             whole["block_size"] = None
         elif no_blocks or (own == "signed" and self.symmetric is False):
             whole["granularity"] = "block"
-        return Weights(**whole | changes).scheme()
+        return whole | changes
+
+    def scheme(self, base: Weights) -> Scheme | None:
+        """The scheme for matching layers; None if they stay float."""
+        return None if self.keep is not None else Weights(**self.changed(base)).scheme()
 
 
 class Gptq(Section):
@@ -288,10 +289,8 @@ class Base(Section):
         if self.solver == "keep" and changes:
             yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"
         for number, rule in enumerate(self.rules):
-            own = "block" if self.weights.granularity == "signed" else self.weights.granularity
-            granularity = rule.granularity or own  # which asymmetric rules make of signed
-            symmetric = self.weights.symmetric if rule.symmetric is None else rule.symmetric
-            for problem in () if rule.keep else _symmetry_problems(granularity, symmetric):
+            keys = rule.changed(self.weights)
+            for problem in _symmetry_problems(keys["granularity"], keys["symmetric"]):
                 yield f"rules.{number}: {problem}"
 
 
@@ -306,11 +305,8 @@ class AdapterWeights(Section):
     """one scale per tensor, or per row"""
 
     def scheme(self) -> Scheme:
-        return Scheme(
-            self.bitwidth,
-            self.symmetric,
-            PerChannel(0) if self.granularity == "channel" else PerTensor(),
-        )
+        granularity: Granularity = PerChannel(0) if self.granularity == "channel" else PerTensor()
+        return Scheme(self.bitwidth, self.symmetric, granularity)
 
 
 class SimulationRule(Section):

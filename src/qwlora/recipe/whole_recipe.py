@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.grid.scheme import Scheme, SignedBlock, similar_schemes
+from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
@@ -143,8 +143,8 @@ class Recipe(Section):
     def _fill_in(cls, content: Any) -> Any:
         """Fill in what follows from other keys: the preset's values, the keys of the data section
         that an adapter's own data does not set, target `onnx_each` for adapters that `onnx` cannot
-        switch, positive scales for targets without signed ones. What has the wrong type is left to
-        the validation."""
+        switch, scales above zero for Qualcomm's HTP. What has the wrong type is left to the
+        validation."""
         if not isinstance(content, dict):
             return content
         adapters = content.get("adapters")
@@ -153,9 +153,6 @@ class Recipe(Section):
         preset = PRESETS.get(str(content.get("preset", "balanced")))
         is_typed = isinstance(adapters, list) and all(isinstance(s, dict) for s in sections)
         if preset is None or not is_typed or not all(isinstance(a, dict) for a in adapters or ()):
-            return content
-        rules, targets = base.get("rules") or [], export.get("targets") or []
-        if not (isinstance(rules, list) and isinstance(targets, list)):
             return content
         keeps, names = base.get("solver") == "keep", [a.get("name") for a in adapters or ()]
         filled = []
@@ -170,11 +167,11 @@ class Recipe(Section):
             filled.append(adapter)
         if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
-        if not keeps:
-            base = _filled(base, preset["base"])
-            weights = base.get("weights") or {}
-            if isinstance(weights, dict) and not _take_signed(targets, [weights, *rules]):
-                base["weights"] = {"granularity": "block", **weights}
+        targets, defaults = export.get("targets"), preset["base"]
+        for_htp = [name for name, target in TARGETS.items() if target.is_for_htp]
+        if isinstance(targets, list) and any(name in targets for name in for_htp):
+            defaults = {**defaults, "weights": {"granularity": "block"}}
+        base = base if keeps else _filled(base, defaults)
         return {**content, "base": base, "adapters": filled, "export": export}
 
     def problems(self) -> Iterator[str]:
@@ -254,7 +251,7 @@ class Recipe(Section):
                 yield f"target {name}: {'; '.join(lacking)}; or remove it from export.targets"
             if target.compilers and self.simulation.activation_bitwidth == 8:
                 for grid, key in self.base.grids().items():
-                    if not grid.of_embedding and (problem := weight_problem(grid.scheme, 8)):
+                    if problem := weight_problem(grid.scheme, 8):
                         yield f"{key}: {problem}"
             held, bitwidths = target.activation_bitwidths, self.simulation.activation_bitwidths()
             wrong = [f"{key} {bits}" for key, bits in bitwidths.items() if bits not in held]
@@ -449,14 +446,6 @@ class Recipe(Section):
         while (first := self.predecessor(adapter)) is not None:
             adapter = first
         return adapter
-
-
-def _take_signed(targets: list[Any], grids: list[Any]) -> bool:
-    """Whether signed blocks of the bitwidths of `grids` reach all runtimes as they are."""
-    bits = [grid.get("bitwidth") for grid in grids if isinstance(grid, dict)]
-    schemes = [Scheme(b, granularity=SignedBlock(32)) for b in range(2, 9) if b in (4, *bits)]
-    chosen = [target for name, target in TARGETS.items() if name in targets]
-    return not any(t.is_for_htp or any(map(t.scheme_problem, schemes)) for t in chosen)
 
 
 def _filled(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -52,10 +52,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
         for name, grid in kept_layers(recipe)[1].items():
             grids.setdefault(grid, name)
     source = location.path
-    refused = {
-        name: "; ".join(refusals(target, list(grids), source, keeps))
-        for name, target in TARGETS.items()
-    }
+    refused = {n: "; ".join(refusals(t, grids, source, keeps)) for n, t in TARGETS.items()}
     if asked := [name for name in recipe.export.targets if refused[name]]:
         raise GridError(
             f"export.targets: {'; '.join(f'{name} cannot hold {refused[name]}' for name in asked)}"

@@ -15,7 +15,7 @@ from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.forecast import Forecaster
+from qwlora.pipeline.running.forecast import Forecaster, plan_job
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe
@@ -151,6 +151,7 @@ def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
     assert memory["key-value cache"] == 2 * size  # it is copied when it grows
     assert memory["float model"] > 0
     assert disk == 8 * 16 * 32
+    assert "base.calibration: [job]" in str(plan_job(recipe, Path()))
 
 
 def test_a_text_that_is_not_there_is_named(recipe_for: Any) -> None:

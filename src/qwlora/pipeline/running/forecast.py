@@ -76,6 +76,7 @@ _ON_FLOAT = ("float", "imported", REFERENCE)  # kinds of models that hold no int
 _KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
 # Keys of the recipe that make a stage need less memory.
 _LESS = {
+    SAMPLE: ("base.calibration: [job]",),
     "quantize": ("base.tuning.steps: 0", "base.solver: search with adapters[].init: zero"),
     "train": ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens"),
     "calibrate": ("simulation.calibration_tokens", "data.sequence_tokens"),
@@ -191,7 +192,7 @@ def estimate(
             stage.name,
             {"process": process, **memory},
             disk,
-            _LESS.get(stage.verb, ("data.sequence_tokens",)),
+            _LESS.get(stage.name) or _LESS.get(stage.verb, ("data.sequence_tokens",)),
         )
         for stage, (memory, disk) in zip(stages, needed, strict=True)
     )

@@ -289,6 +289,12 @@ def test_a_rule_without_symmetry_takes_signed_blocks_to_blocks(recipe_for: Any) 
     assert rule.scheme == Scheme(4, False, PerBlock(32))
 
 
+def test_a_rule_with_other_blocks_keeps_their_size(recipe_for: Any) -> None:
+    base = "base={weights: w4-signed64, rules: [{match: '*', granularity: block}]}"
+    (rule,) = load_recipe(recipe_for(), (base,)).base.layer_rules()
+    assert rule.scheme == Scheme(4, granularity=PerBlock(64))
+
+
 @pytest.mark.parametrize(
     ("targets", "bitwidths"),
     [("[onnx]", {2, 3, 4, 5, 6, 7, 8}), ("[mlx, hf]", {2, 3, 4, 5, 6, 8}), ("[gguf]", {4, 5, 8})],

@@ -12,6 +12,7 @@ FOREIGN = {
     "torch": "_schema groups max_memory_allocated max_norm num_embeddings",
     "peft": "active_adapters base_layer disable_adapters get_base_model peft_config scaling",
     "click": "format_message",
+    "mlx-lm": "sanitize",
     "diffusers": "save_config save_pretrained",
     "yaml": "CSafeDumper",
     "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config default_config_fields dim distributed_config "

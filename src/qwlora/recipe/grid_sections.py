@@ -153,7 +153,8 @@ class BaseRule(Section):
         changes = self.model_dump(exclude={"match", "keep", "solver"}, exclude_none=True)
         whole, own = base.model_dump(), base.granularity
         no_blocks = own in ("tensor", "channel") and "block_size" in changes
-        if changes.get("granularity", own) != own:
+        new = changes.get("granularity", own)
+        if new != own and not {"tensor", "channel", "lpbq"}.isdisjoint((new, own)):
             whole["block_size"] = None
         elif no_blocks or (own == "signed" and self.symmetric is False):
             whole["granularity"] = "block"

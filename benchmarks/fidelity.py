@@ -167,6 +167,7 @@ SUBJECTS = {
             Row("float", seeds=3),
             Row("float", recovery=True, seeds=3),  # what the steps of recovery teach by themselves
             *(best(scheme, seeds=3) for scheme in BEST),
+            Row("search", "w4-signed32"),
             Row("gptq", "w4-signed32", "qera"),
             Row("gptq", "w4-signed32", "qera", tuned=512),
             Row("gptq", "w4-signed32", "qera", tuned=512, mixed=True),

@@ -69,15 +69,12 @@ def test_text_is_written_only_where_something_reads_it(recipe_for: Any, numbers:
 
     gptq = keys("base.solver=gptq")
     assert "quantize/sample" not in keys("base.solver=rtn")
-    recovery = keys("base.solver=rtn", "adapters.0.objective=recovery")
+    rtn = ("base.solver=rtn", "adapters.0.objective=recovery")
+    on_job, recovery = keys(*rtn), keys(*rtn, "base.calibration=[model]")
+    assert "quantize/sample" not in on_job
     assert "quantize/sample" in recovery
-    assert recovery["quantize"] == keys("base.solver=rtn")["quantize"]
-    assert (
-        recovery["train/first"]
-        != stage_keys(recipe_for(), "base.solver=rtn", "adapters.0.objective=recovery")[
-            "train/first"
-        ]
-    )
+    assert recovery["quantize"] == on_job["quantize"]
+    assert recovery["train/first"] != on_job["train/first"]
     for change, both in (("seed=1", True), (f"base.calibration=[model, {numbers}]", False)):
         changed = keys("base.solver=gptq", change)
         assert (changed["quantize/sample"] != gptq["quantize/sample"]) or not both
@@ -102,7 +99,9 @@ def test_a_base_has_the_chat_template_of_the_job(
     assert keys[0] != keys[1]
 
 
-def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_trains_on_it_without_the_job(
+    job_for: Any, numbers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def train_adapter(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
@@ -113,12 +112,15 @@ def test_recovery_trains_on_it(job_for: Any, monkeypatch: pytest.MonkeyPatch) ->
     adapters = [
         {"name": "first", "objective": "recovery", "rank": 2, "steps": 4, "warmup_steps": 0}
     ]
-    base = {"solver": "rtn", "calibration": ["job", "model"]}
+    base = {"solver": "rtn", "calibration": ["model", str(numbers)]}
     job = job_for("one-layer llama", base=base, adapters=adapters)
     with pytest.raises(KeyboardInterrupt):
         job.run("quantize", "train")
-    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["1"]
-    assert torch.equal(seen[0].input_ids[1::2], written[:2])
+    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["0"]
+    assert torch.equal(seen[0].input_ids[::2], written[:2])
+    with pytest.raises(KeyboardInterrupt):
+        job.run("quantize", "train", changes=["base.calibration=[job, model]"])
+    assert not (seen[1].input_ids[:, None] == written).all(-1).any()
 
 
 def test_few_short_records_are_one_short_sequence(
@@ -135,7 +137,8 @@ def test_few_short_records_are_one_short_sequence(
 
     monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", recorded)
     back = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
-    base = {**GPTQ, "calibration": ["job", "model"], "tuning": {"steps": 1}}
+    texts = [str(tmp_path / "few.jsonl"), "model"]
+    base = {**GPTQ, "calibration": texts, "tuning": {"steps": 1}}
     data = {"source": str(tmp_path / "few.jsonl"), "sequence_tokens": 32}
     job = job_for("one-layer llama", base=base, adapters=[back], data=data)
     assert job.run("quantize", "train")["train"]["back"]["steps"] == 2

@@ -244,8 +244,9 @@ class Base(Section):
     """training sequences for gptq and init qera, at most; for activation ranges:
     data.calibration_sequences"""
     calibration: list[CalibrationText] = Field([JOB], min_length=1, validate_default=True)
-    """what these sequences, and those of tuning and of adapters for recovery, are taken from, in
-    turn: [job, model, path/to/text]. Mix for a base that more adapters will be trained on"""
+    """what these sequences, and those of tuning, are taken from, in turn: [job, model,
+    path/to/text]. Mix for a base that more adapters will be trained on. Adapters for recovery learn
+    from the job's text, or from these if job is none of them"""
     calibrate_on: list[Name] = []
     """adapters whose text the base is calibrated on. Default: data.source, or else the text of
     every adapter"""

@@ -483,9 +483,9 @@ def sampled_sequences(recipe: Recipe) -> dict[int, int]:
 
 def recovers_on_base_text(recipe: Recipe, adapter: Adapter) -> bool:
     """Whether an adapter for recovery is trained on the text that the base is calibrated on: if it
-    has none of its own, and that is more than the text of the job."""
+    has none of its own, and the job's is no part of that."""
     is_general = adapter.objective == "recovery" and adapter.data is None
-    return is_general and any(part.text != JOB for part in recipe.base.calibration)
+    return is_general and all(part.text != JOB for part in recipe.base.calibration)
 
 
 def is_compared(kind: str, other: str) -> bool:

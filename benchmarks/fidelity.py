@@ -10,8 +10,8 @@ are trained on the same sequences in the same order.
     svd, qera      half of the ranks carry the correction, or all of them
     3 seeds        means over three seeds of the adapter and of the order of its text
     recovery       60 steps of recovery first, twice as many in all; the float model has a row too
-    mixed          as `calibration: [job, model]` of a recipe: the base, and recovery, also see text
-                   that the float model writes, in turn with the text, at most 128 sequences
+    mixed          the base (as with `base.calibration: [job, model]`) and recovery also see what
+                   the float model writes, in turn with the text, at most 128 sequences
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere

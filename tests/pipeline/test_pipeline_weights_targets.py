@@ -166,7 +166,7 @@ def test_what_a_target_cannot_hold_is_refused_at_once(
     [
         ("gpt2", "hf", r"target hf cannot hold .*gpt2.*Conv1D.*c_attn\.weight"),
         ("opt", "gguf", "target gguf cannot hold .*model types .*this is opt"),
-        pytest.param("opt", "mlx", "mlx-lm has no model type opt", marks=pytest.mark.client),
+        pytest.param("opt", "mlx", "Model type opt not supported", marks=pytest.mark.client),
     ],
 )
 def test_a_model_is_refused_early(

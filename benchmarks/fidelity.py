@@ -346,9 +346,9 @@ class Bench:
         settings = TrainingSettings(
             self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE
         )
-        work = Path(tempfile.mkdtemp())
+        work, copied = Path(tempfile.mkdtemp()), copy.deepcopy(teacher)
         try:
-            train_adapter(model, texts, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]
+            train_adapter(model, texts, settings, work, teacher=copied)  # type: ignore[arg-type]
         finally:
             shutil.rmtree(work)
 

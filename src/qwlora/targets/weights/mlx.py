@@ -53,10 +53,8 @@ from qwlora.targets.weights.weights_folder import (
     largest_group,
     layer_kind,
     layers_to_write,
-    refuse,
     rope_settings,
     warn_of_window,
-    width_problem,
     write_folder,
 )
 
@@ -81,9 +79,7 @@ class Mlx(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, held_layers("mlx", exported.model)
-        widths = ((name, width_problem(layer, MLX_GROUPS)) for name, layer in layers.items())
-        refuse("mlx", [f"{name}: {problem}" for name, problem in widths if problem])
+        model, layers = exported.model, held_layers("mlx", exported.model, MLX_GROUPS)
         tensors = {name: tensor.float() for name, tensor in float_tensors(model).items()}
         layouts: dict[str, dict[str, int]] = {}
         for name, layer in layers.items():

@@ -33,8 +33,11 @@ def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return {name: layer for name, layer in packed_weights(model).items() if not layer.is_tied}
 
 
-def held_layers(name: str, model: PreTrainedModel) -> dict[str, PackedLayer]:
-    """`layers_to_write`, if target `name` holds integers of their kinds and schemes.
+def held_layers(
+    name: str, model: PreTrainedModel, sizes: Sequence[int] = ()
+) -> dict[str, PackedLayer]:
+    """`layers_to_write`, if target `name` holds integers of their kinds and schemes, in blocks of
+    one of `sizes`, if given.
 
     Raises:
         ExportError: it does not; all layers are listed.
@@ -44,7 +47,7 @@ def held_layers(name: str, model: PreTrainedModel) -> dict[str, PackedLayer]:
         problem = target.kind_problem(layer_kind(layer))
         if not (isinstance(layer, PackedEmbedding) and target.writes_float_embeddings):
             problem = problem or target.scheme_problem(layer.scheme)
-        if problem:
+        if problem := problem or (width_problem(layer, sizes) if sizes else None):
             problems.append(f"{path}: {problem}")
     refuse(name, problems)
     return layers

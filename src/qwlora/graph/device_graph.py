@@ -300,7 +300,7 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
         except GuardOnDataDependentSymNode as error:
             raise CaptureError(
                 f"values decide how large tensors of {place_of(node)} are (data-dependent): the "
-                "model cannot be rotated (set base.rotation: null) or have a cache in files"
+                "model cannot be rotated (set base.rotation: null), and has no graphs with a cache"
             ) from error
     graph.eliminate_dead_code()
     return with_graph(program, graph)

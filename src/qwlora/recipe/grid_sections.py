@@ -154,7 +154,7 @@ class BaseRule(Section):
         whole, own = base.model_dump(), base.granularity
         no_blocks = own in ("tensor", "channel") and "block_size" in changes
         new = changes.get("granularity", own)
-        if new != own and not {"tensor", "channel", "lpbq"}.isdisjoint((new, own)):
+        if DEFAULT_BLOCK_SIZES.get(new) != DEFAULT_BLOCK_SIZES.get(own):
             whole["block_size"] = None
         elif no_blocks or (own == "signed" and self.symmetric is False):
             whole["granularity"] = "block"

@@ -43,6 +43,14 @@ def test_a_package_that_writing_needs_is_asked_for_before_training(
     assert not (job.out / "adapters").exists()
 
 
+def test_what_the_htp_does_not_compute_is_said_of_its_encodings(recipe_for: Any) -> None:
+    changes = ("export.targets=[aimet, qairt, onnx]", "simulation.residual_adds=quantize")
+    for weights, said in (("w4-signed32", True), ("w4-block32", False)):
+        recipe = load_recipe(recipe_for(), (*changes, f"base.weights={weights}"))
+        notes = "\n".join(target_table(recipe)[1])
+        assert bool(re.search(r"warning: aimet, qairt: .*HTP takes positive scales", notes)) == said
+
+
 def test_kept_scales_that_are_no_float16_are_refused(recipe_for: Any, tmp_path: Path) -> None:
     quantize_(model := tiny_model("llama", layers=1), "w4-block32", "rtn")
     (tmp_path / "kept").mkdir()

@@ -10,6 +10,7 @@ from qwlora.errors import GridError, SourceError
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
 from qwlora.recipe.grid_sections import Model
+from qwlora.targets.npu.htp_limits import weight_problem
 from qwlora.targets.registry import TARGETS, vllm_problem
 from qwlora.targets.target_compatibility import Grid, is_copied, refusals, table_rows
 
@@ -64,6 +65,9 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     linear = {grid.scheme for grid in grids if not grid.of_embedding}
     if not refused["hf"] and (problem := vllm_problem(linear)):
         notes.append(f"hf: vLLM does not compute this base: {problem}")
+    if names := ", ".join(n for n in recipe.export.targets if TARGETS[n].is_for_htp):
+        found = sorted(filter(None, map(weight_problem, linear)))
+        notes += [f"warning: {names}: {problem}" for problem in found]
     if "gguf" in recipe.export.targets and "gguf" not in copying:
         notes.append("gguf: `qwlora run` checks architecture and tokenizer before it quantizes")
     return rows, notes

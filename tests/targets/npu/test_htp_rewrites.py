@@ -45,7 +45,8 @@ class Moved(nn.Module):
         self.out = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.interpolate(self.first(self.norm(x)), scale_factor=2.0, mode="nearest")
+        (only,) = self.norm(x).split(12, dim=1)  # all channels
+        x = nn.functional.interpolate(self.first(only), scale_factor=2.0, mode="nearest")
         tokens = torch.relu(self.enlarged(x) + self.shortcut(x)).flatten(2).mT
         image: Tensor = self.out(tokens.reshape(-1, 8, 8, 8).permute(0, 3, 1, 2).contiguous())
         return image

@@ -80,6 +80,18 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("divides", [False, True])
+def test_accumulated_batches_are_one_batch(tmp_path: Path, divides: bool) -> None:
+    losses = []
+    for batch, accumulated in ((3, 1), (1, 4)):  # the text has only three of four
+        model, teacher = pair("llama")
+        model.get_base_model().accepts_loss_kwargs = not divides  # then the Trainer divides
+        settings = TrainingSettings(1, 5e-3, batch, 0, "constant", 30, 0, accumulated)
+        work = tmp_path / str(batch)
+        losses += train_adapter(model, IDS[:1].repeat(3, 1), settings, work, teacher=teacher).losses
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["chunked", pytest.param("whole", marks=pytest.mark.slow)])
 def test_recovery_gets_closer_to_the_float_model(loss: str, tmp_path: Path) -> None:
     distances = {}

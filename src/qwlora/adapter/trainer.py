@@ -95,8 +95,8 @@ class AdapterTrainer(Trainer):
         if self.recovery is None:
             return loss
         distance = self.recovery.distance(inputs)
-        if model.training:
-            distance = distance / self.args.gradient_accumulation_steps
+        if model.training and self.model_accepts_loss_kwargs:  # else the Trainer divides both
+            distance = distance / self.current_gradient_accumulation_steps
         return (loss[0] + distance, *loss[1:]) if isinstance(loss, tuple) else loss + distance
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -375,12 +375,9 @@ def evaluations_without_improvement(checkpoint: Path) -> int:
 
 def last_good(work: Path) -> str:
     """Where the newest complete checkpoint is, in words for an error message."""
-    complete = [c for c in work.glob("checkpoint-*") if (c / DIGESTS).exists()]
-    return (
-        f"the last good checkpoint is {max(complete, key=step_of)}"
-        if complete
-        else "no checkpoint has been written"
-    )
+    if complete := [c for c in work.glob("checkpoint-*") if (c / DIGESTS).exists()]:
+        return f"the last good checkpoint is {max(complete, key=step_of)}"
+    return "no checkpoint has been written"
 
 
 def read_state(checkpoint: Path) -> TrainerState:

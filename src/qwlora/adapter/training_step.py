@@ -32,9 +32,9 @@ What each row relies on beyond the documented interfaces of torch 2.13, transfor
     4  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
     5  torch: precision "medium" selects oneDNN on CPUs
 
-`trainer.AdapterTrainer` relies on these parts of transformers' Trainer: `_loss_shifts_labels`,
-`_load_from_checkpoint`, `_load_best_model`, `_save`, `create_accelerator_and_postprocess` and
-`autocast_smart_context_manager`. `train.py` sets `TrainingArguments._n_gpu`.
+`trainer.AdapterTrainer` relies on transformers' Trainer: `_loss_shifts_labels`, `_save`,
+`model_accepts_loss_kwargs`, `current_gradient_accumulation_steps`, `autocast_smart_context_manager`
+and `create_accelerator_and_postprocess`. `train.py` sets `TrainingArguments._n_gpu`.
 """
 
 from __future__ import annotations

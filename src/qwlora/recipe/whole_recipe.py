@@ -191,11 +191,11 @@ class Recipe(Section):
             yield f"base.calibrate_on: {unknown}"
         names = [a.name for a in self.adapters]
         for i, adapter in enumerate(self.adapters):
+            first = self.predecessor(adapter)
             if adapter.continue_from in names[i:]:
-                yield (
-                    f"adapter {adapter.name} continues {adapter.continue_from}, which must be "
-                    "listed before it"
-                )
+                yield f"adapter {adapter.name} continues {adapter.continue_from}: list that first"
+            elif first is not None and first.mergeable and not adapter.mergeable:
+                yield f"adapter {adapter.name} continues {first.name}: set mergeable: true, too"
         yield from self._base_problems()
         yield from self._target_problems()
         yield from self._use_case_problems()

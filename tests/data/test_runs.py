@@ -198,6 +198,7 @@ def test_the_preview_says_how_pairs_are_rendered(
 def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"pad_token": "<later>"})  # than the model's embedding
     pairs = tuple(Completion(**pair) for pair in PAIRS)
     documents = Documents(pairs[:20], pairs[20:21])
     prepared = prepare(documents, tokenizer, Cutting(96, prompt_format=prompt_format))
@@ -207,6 +208,8 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     assert summary(description).startswith(f"data (completions {how}, packing documents): ")
     assert "training 20 documents, " in summary(description)
     assert "held out 1 document, " in summary(description)
+    assert prepared.train_counts.padding_tokens
+    assert prepared.largest_id() < tokenizer.pad_token_id
 
 
 def test_keys_hold_the_prompt_format_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:

@@ -152,8 +152,7 @@ def prepare(
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start = start_tokens(tokenizer) if kind == "text" else []
     tokens = cutting.sequence_tokens
-    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    padding = next((i for i in ends if i is not None), 0)
+    padding = tokenizer.eos_token_id or 0  # a model may lack the padding token of its tokenizer
     train_tokens, held_out_tokens = (
         encode_documents(part, tokenizer, cutting.turns, cutting.prompt_format, track)
         for part in (documents.train, documents.held_out)

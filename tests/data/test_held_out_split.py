@@ -43,6 +43,14 @@ def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) 
     assert 0.2 <= len(documents.held_out[0].text) / len(text) <= 0.25
 
 
+def test_a_document_with_most_of_the_text_is_trained_on(tmp_path: Path) -> None:
+    for name, count in (("book", 40), ("notes", 4)):
+        (tmp_path / f"{name}.txt").write_text(paragraphs(name, count))
+    for seed in range(4):
+        (only,) = load_documents(str(tmp_path), 0.2, seed).train
+        assert only.where.endswith("book.txt")
+
+
 def concatenated_ids(texts: list[str], tokenizer: Any, count: int, part: str) -> Any:
     return joined_ids(encode_documents(texts, tokenizer), count, start_tokens(tokenizer), part)
 

@@ -132,17 +132,18 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
                 f"the field {missing[0]!r} is missing{suggestion(missing[0], record)}. The records "
                 f"before it have {'+'.join(needed)}, and a source holds one kind"
             )
+        if nulls := [name for name in needed if record[name] is None]:
+            raise EmptyRecordError(f"{nulls[0]!r} is null")
         if name := columns.get("messages"):
             tools = _tools(record.get(columns[TOOLS])) if TOOLS in columns else ()
             return Conversation(_messages(record[name], name), where, tools)
         values = {
             field: _string(record[name], name)
             for field, name in columns.items()
-            if name in needed or record.get(name) is not None
+            if record.get(name) is not None
         }
-        for field, value in values.items():
-            if not value.strip() and columns[field] in needed:
-                raise EmptyRecordError(f"{columns[field]!r} is empty")
+        if empty := [name for name in needed if not record[name].strip()]:
+            raise EmptyRecordError(f"{empty[0]!r} is empty")
     match values:
         case {"text": text}:
             return Text(text, where)

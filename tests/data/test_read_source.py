@@ -383,7 +383,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     refused(
         path, only, match=r"no column 'completion' \(data.completion_column\); there are answer"
     )
-    refused(tmp_path / "a.txt", missing, match="has no columns; remove data.text_column")
+    refused(tmp_path / "a.txt", missing, match="has no columns; set data.text_column to null")
 
 
 def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
 def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", RECORDS["text"])
     for source in (str(tmp_path / "train.jsonl"), "python:string:ascii_letters"):
-        refused(source, Reading(split="train"), match=r"has no splits; remove data.split: train")
+        refused(source, Reading(split="train"), match=r"has no splits, but data.split is 'train'")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
     message = "named after the split 'train'.*there are a.txt. Correct data.split, or"
@@ -513,7 +513,7 @@ def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"a": parts["train"], "b": parts["test"]}).save_to_disk(str(neither))
     refused(neither, match=r"it has several splits. Set data.split to one of a, b")
     parts["train"].save_to_disk(str(one))
-    refused(one, Reading(split="train"), match=r"has no splits; remove data.split: train")
+    refused(one, Reading(split="train"), match=r"has no splits, but data.split is 'train'")
 
 
 def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
     is_file = not is_module and not path.is_dir() and (path.exists() or not _is_hub_id(source))
     if how.split is not None and (is_module or is_file):
         raise SourceError(
-            f"data source {source!r} has no splits; remove data.split: {how.split} from the recipe"
+            f"data source {source!r} has no splits, but data.split is {how.split!r}: set it to null"
         )
     if is_module:
         reader.add_texts(_strings_of_module(source), f"data source {source!r}")
@@ -182,8 +182,7 @@ class _Reader:
     def add_texts(self, texts: Sequence[Text], where: str) -> None:
         for column in self.reading.columns:
             raise SourceError(
-                f"{where} is running text and has no columns; remove data.{column}_column from the "
-                "recipe"
+                f"{where} is running text and has no columns; set data.{column}_column to null"
             )
         self.documents += texts
 

@@ -213,7 +213,7 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
             )
         loaded, source = loaded[wanted], f"{source}[{wanted}]"
     elif split is not None:
-        raise SourceError(f"{source} has no splits; remove data.split: {split} from the recipe")
+        raise SourceError(f"{source} has no splits, but data.split is {split!r}: set it to null")
     return list(loaded.column_names), lambda wanted: _numbered(
         loaded.select_columns(list(wanted)), source
     )

@@ -132,10 +132,8 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that the tokenizer puts before every text, such as BOS."""
     bare = _ids("a", tokenizer)
     full: list[int] = tokenizer("a")["input_ids"]
-    for at in range(len(full) - len(bare) + 1):
-        if full[at : at + len(bare)] == bare:
-            return full[:at]
-    return []
+    places = range(len(full) - len(bare) + 1)
+    return next((full[:at] for at in places if full[at : at + len(bare)] == bare), [])
 
 
 def _prompt_and_completion(

@@ -143,7 +143,8 @@ def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
 
 def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     """Their files have its name."""
-    changes = ("export.targets=[qairt]", "simulation.residual_adds=quantize")
+    cases = "export.use_cases=[first,first+second,none]"
+    changes = ("export.targets=[qairt]", "simulation.residual_adds=quantize", cases)
     recipe = load_recipe(job / "recipe.yaml", changes)
     stages = [s for s in plan_of(recipe) if s.name in ("calibrate/_use_cases", "export/qairt")]
     for stage in stages:
@@ -151,7 +152,9 @@ def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
             (scratch / "first.encodings").write_text("{}")
             directory.commit(stage.name, Record(stage.key, 1.0), scratch, stage.artifact, ())
     rename_adapter(job, "first", "one")
-    stale = find_stale(plan_of(load_recipe(job / "recipe.yaml")), Directory.read(job))
+    changed = load_recipe(job / "recipe.yaml")
+    assert changed.export.use_cases == ["one", "one+second", "none"]
+    stale = find_stale(plan_of(changed), Directory.read(job))
     assert [stale.get(stage.name) for stage in stages] == ["its inputs changed since it ran"] * 2
     assert "train/one" not in stale
 

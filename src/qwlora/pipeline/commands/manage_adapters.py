@@ -31,6 +31,7 @@ from qwlora.recipe import Recipe, parse_recipe
 from qwlora.system.atomic import flush
 from qwlora.targets.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import AND
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
 
@@ -137,11 +138,12 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         adapter_named(recipe, old, folder)
         content = recipe.model_dump(mode="json")
         for adapter in content["adapters"]:
-            for key in ("name", "continue_from"):
-                if adapter[key] == old:
-                    adapter[key] = new
+            adapter.update({k: new for k in ("name", "continue_from") if adapter[k] == old})
         names = recipe.base.calibrate_on
         content["base"]["calibrate_on"] = [new if name == old else name for name in names]
+        if (cases := recipe.export.use_cases) is not None:
+            parts = ([new if n == old else n for n in case.split(AND)] for case in cases)
+            content["export"]["use_cases"] = [*map(AND.join, parts)]
         changed = _parsed(folder, content)
         before, after = _plans(folder, recipe, changed)
         together = {name for name, target in TARGETS.items() if target.has_cases}  # names inside

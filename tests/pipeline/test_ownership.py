@@ -266,9 +266,10 @@ def test_an_output_in_the_data_is_refused(recipe_for: Any, tmp_path: Path, name:
     data = tmp_path / "data"
     data.mkdir()
     (data / "text.txt").write_text("a text")
-    recipe = load_recipe(recipe_for(data={"source": str(data)}))
-    with pytest.raises(DirectoryError, match=r"is inside the data folder .*outside"):
-        run(recipe, data / name)
+    for sections in ({"data": {"source": str(data)}}, {"base": {"calibration": [str(data)]}}):
+        recipe = load_recipe(recipe_for(**sections))
+        with pytest.raises(DirectoryError, match=r"is inside the data folder .*outside"):
+            run(recipe, data / name)
     assert contents(data) == {"text.txt": b"a text"}
 
 

@@ -81,15 +81,15 @@ def check_output(path: Path) -> bool:
 
 
 def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not inside the folder that a recipe reads its data from: the next run
-    would read the job's files as data."""
+    """Check that `path` is not in a folder of text: the next run would read the job's files."""
     target = os.path.realpath(path)
-    for data in (recipe.data, *recipe.texts().values()):
+    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
+    for data in (recipe.data, *recipe.texts().values(), *parts):
         folder = os.path.realpath(os.path.expanduser(data.source or ""))
         if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
             raise DirectoryError(
-                f"{_shown(path)} is inside the data folder {data.source!r} (data.source), so its "
-                "own files would be read as data. Choose an --out outside of it."
+                f"{_shown(path)} is inside the data folder {data.source!r}, so its own files "
+                "would be read as data. Choose an --out outside of it."
             )
 
 

@@ -140,6 +140,13 @@ def test_sequences_beyond_the_positions(job_for: Any, tmp_path: Path, is_quantiz
     assert kept(tmp_path) == before
 
 
+def test_text_of_the_base_beyond_the_positions(job_for: Any, corpus: Path) -> None:
+    own = {"source": str(corpus), "sequence_tokens": 32}  # the data section has 512
+    adapters = [{"name": "first", "data": own}]
+    with pytest.raises(SourceError, match="512 tokens, but GPT2LMHeadModel has positions for 128"):
+        job_for("gpt2", preset="balanced", data={}, adapters=adapters).run("quantize")
+
+
 def test_sequences_longer_than_rotary_positions_are_spoken_of(job_for: Any) -> None:
     job = job_for()
     job.run("quantize", changes=["data.sequence_tokens=160"])

@@ -20,7 +20,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import is_foreign, sampled_sequences
+from qwlora.pipeline.plan.plan import is_calibrated, is_foreign, sampled_sequences
 from qwlora.pipeline.plan.target_table import kept_layers, second_rounding, target_table
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
@@ -55,9 +55,12 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     for what, compute, kind in computing:
         if problem := slow_compute(compute, kind):
             say(f"warning: {what}: {problem}")
-    texts = context.all_texts()
-    largest = max(text.largest_id() for text in texts.values())
-    is_packed = any(text.train.position_ids is not None for text in texts.values())
+    texts = [*context.all_texts().values()]
+    is_read = "quantize" in verbs and (is_calibrated(recipe) or recipe.base.tuning.steps)
+    for part in recipe.base.calibration if is_read else ():  # cut as the data section says
+        texts += map(context.prepared, recipe.calibration_texts(part))
+    largest = max(text.largest_id() for text in texts)
+    is_packed = any(text.train.position_ids is not None for text in texts)
     if "train" in verbs:
         shapes = _adapter_shapes(context)
         _check_invocations(context)
@@ -78,7 +81,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     else:  # the existing base without weights
         layers = read_record(context.path / "base")["layers"]
         model, packed = context.skeleton(), dict.fromkeys(map(parameter_name, layers))
-    if note := check_positions(model, max(t.positions() for t in texts.values())):
+    if note := check_positions(model, max(t.positions() for t in texts)):
         say(note)
     if verbs & {"quantize", "export"}:
         _check_layers(context, model, packed, "quantize" in verbs)

@@ -123,6 +123,7 @@ def test_the_reference_depends_on_training_and_not_on_the_base(recipe_for: Any) 
     assert not own & changed("base.solver=rtn")
     assert "train/first" in changed("adapters.0.init=svd")
     assert not own & changed("adapters.0.init=svd", "adapters.0.init_share=1")
+    assert not changed("adapters.0.divergence=ignore")  # training that diverged is resumed
     for change in ("adapters.0.steps=7", "seed=1", "data.sequence_tokens=16"):
         assert own <= changed(change)
 

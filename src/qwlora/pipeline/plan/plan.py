@@ -75,8 +75,8 @@ SAMPLE = "quantize/sample"
 SAMPLED = ".qwlora/sampled"  # what the float model wrote: token ids by part of base.calibration
 SAMPLED_IDS = "ids.safetensors"  # in it
 _MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
-# settings of an adapter that do not change the result
-_WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
+# settings of an adapter that do not change the result; the text itself is an input
+_WITHOUT_EFFECT = {"checkpoint_steps", "divergence", "report_to", "data"}
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _IN_BLOCK = re.compile(r".+\.\d+\..+")
 

@@ -1,6 +1,6 @@
 """Two LoRA styles on one frozen diffusion transformer: trained, exported, switched, drawn.
 
-    pip install 'qwlora[onnx]' diffusers          and, for the HTP's emulator, 'qwlora[qnn]'
+    pip install '.[onnx]' diffusers          in a clone; for the HTP's emulator, also '.[qnn]'
     python examples/two_styles.py OUT [--steps 200]
 
 The transformer is SD3's class of diffusers with tiny sizes and random weights, and it draws in one

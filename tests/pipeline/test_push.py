@@ -90,6 +90,15 @@ def test_cards_have_what_the_hub_reads(job: Path) -> None:
     assert f"| Perplexity | {perplexity:.2f} |" in (job / "adapters/first" / CARD).read_text()
 
 
+def test_a_card_has_the_shape_of_the_adapter_that_is_continued(job: Path) -> None:
+    both = "adapters=[{name: root, rank: 4}, {name: next, continue_from: root}]"
+    card = card_text(read_job(job), load_recipe(job / "recipe.yaml", (both,)), "next")
+    assert "(rank 4, alpha 32)" in card
+    foreign = "adapters=[{name: old, continue_from: adapters/first, steps: 0}]"
+    card = card_text(read_job(job), load_recipe(job / "recipe.yaml", (foreign,)), "old")
+    assert "A LoRA adapter, imported for the frozen integers" in card
+
+
 def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'bsd.\n\n## Proof\n\n| all | passed |\n\n<iframe src="x">'
     origin = ModelCardInfo("n <b>\n# n", None, text, stated_in="README.md")

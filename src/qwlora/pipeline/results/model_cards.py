@@ -146,11 +146,11 @@ def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
 
 
 def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], list[Number]]:
-    adapter = next(a for a in recipe.adapters if a.name == name)
-    amount = (job.section("texts", name) or job.section("data")).get("train", {})
+    root = recipe.root(next(a for a in recipe.adapters if a.name == name))  # whose shape it has
+    text = job.text_of(name) or name
+    amount = (job.section("texts", text) or job.section("data")).get("train", {})
     return {
-        "rank": adapter.rank,
-        "alpha": f"{adapter.alpha:g}",
+        "shape": "" if root.continue_from else f" (rank {root.rank}, alpha {root.alpha:g})",
         "steps": job.get("train", name, "steps"),
         "documents": amount.get("documents"),
         "loss_tokens": amount.get("loss_tokens"),

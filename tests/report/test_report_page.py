@@ -220,6 +220,14 @@ def test_plots_hold_every_value() -> None:
         assert f"<title>{name}: " in html
 
 
+def test_training_of_an_adapter_that_continues_another_did_not_start_at_the_base() -> None:
+    results = results_of("two")
+    assert "Yes: held-out loss fell" in render(job_of("two", results))
+    for train in results["train"].values():
+        train["settings"]["continue_from"] = "old"
+    assert "held-out loss fell" not in render(job_of("two", results))
+
+
 def test_a_page_of_many_layers_is_bounded() -> None:
     html = render(many_layers(1000))
     assert len(html.encode()) < 1.5e6

@@ -76,7 +76,8 @@ def course(job: Job, adapter: str) -> Course | None:
     # held-out loss before and after training: the logarithms of two perplexities
     ends = dict[int, float]()
     before, after = job.perplexity("base", adapter), job.perplexity("adapted", adapter)
-    if has_ends and before and job.get("train", adapter, "settings", "init") in (None, "zero"):
+    starts = {"init", "continue_from"} & job.section("train", adapter, "settings").keys()
+    if has_ends and before and not starts:  # else it did not start as the base
         ends[0] = math.log(before)
     if has_ends and after:
         ends[steps] = math.log(after)

@@ -1,4 +1,4 @@
-"""How do I get this again? The command, what identifies base and adapter, versions, the recipe."""
+"""How do I get this again? The command, what identifies the base, versions, the recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def view(job: Job, adapter: str) -> View | None:
         "command": without_folders(job.command),
         "codes": {
             "Base fingerprint": job.get("base", "fingerprint") or NOT_MEASURED,
-            **{f"Adapter {name}": job.get("train", name, "fingerprint") for name in job.adapters},
             "Model": without_folders(str(source)) if source else "",
         },
         "facts": {

@@ -42,7 +42,7 @@ MISTAKES = {
         "base: rules.0: granularity signed is always symmetric; remove symmetric: false, or use "
         "block"
     ),
-    "adapters.0.warmup_steps=6": "adapters.0: warmup_steps (6) must be fewer than steps (6)",
+    "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.name=../x": (
         "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')"
     ),

@@ -305,6 +305,6 @@ class Adapter(Section):
                 f"remove {'continue_from' if continues else 'dora'}"
             )
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
-            yield f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})"
+            yield f"lower warmup_steps ({self.warmup_steps}) below steps ({self.steps})"
         if self.patience is not None and self.evaluation_steps is None:
             yield "patience counts evaluations, but there are none; set evaluation_steps"

@@ -7,7 +7,7 @@
                      adapter with the fingerprint of its base
     simulate         step 3: capture a graph and calibrate activation and adapter encodings
     export           step 4: write the files for a runtime
-    verify           step 5: run these files and compare them with the simulation
+    verify           step 5: run these files and compare them with what was trained
 
 Names are imported on first use: importing this package imports neither torch nor transformers.
 `import qwlora.hf` makes transformers' `from_pretrained` load the folders that `save_base` writes.

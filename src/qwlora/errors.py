@@ -202,7 +202,7 @@ def _report(heading: str, items: Sequence[str]) -> str:
 
 
 class VerificationError(QwloraError, RuntimeError):
-    """A runtime's results differ from the simulation by more than the recipe allows.
+    """A runtime's results differ from what was trained by more than the recipe allows.
 
     Args:
         problems: a sentence for each limit that is exceeded; a part of the message.

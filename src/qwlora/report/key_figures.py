@@ -30,7 +30,7 @@ PACKING = "How much worse the model got when its weights became integers, before
 SIZE = "Graph and weights; where the base has files of its own, what each further adapter costs."
 SAME_TOKEN = (
     "Same likeliest token: how often two models would pick the same next word. Here: exported file "
-    "against simulation."
+    "against what it was made of."
 )
 
 _SHORT = {"float": "float", "reference": "float LoRA"}

@@ -329,7 +329,7 @@ def _not_measured(job: Job) -> str:
 def _below(job: Job, kind: VerdictKind) -> str | Markup:
     if kind is VerdictKind.NOT_PROVEN:
         return Markup(
-            "Check the files with {}. It runs every file and compares it with the simulation."
+            "Check the files with {}. It runs every file and compares it with what was trained."
         ).format(job.verb_command("verify"))
     places = []
     for target in job.targets:
@@ -347,7 +347,7 @@ def _failure(job: Job, evidence: tuple[Evidence, ...]) -> str:
         return f"The job stopped in stage {stage}, so there is nothing to ship yet."
     item = next((f for f in failed if f.against), failed[0])
     what = "The exported file does" if _file_count(job) == 1 else "The exported files do"
-    return f"{what} not match the simulation closely enough: {item.against or item.what}."
+    return f"{what} not compute what was trained: {item.against or item.what}."
 
 
 def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:

@@ -1,10 +1,12 @@
 """Adapters that are added, renamed and removed: nothing else of the job changes."""
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
+from cli import command_line
 from conftest import Job, text, tiny_model
 from pipeline.conftest import SETTINGS
 from qwlora import load_adapter, load_base
@@ -188,6 +191,12 @@ def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
     before = files(job, "base", "adapters/second")
     answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "first"])
     assert "--yes" in str(answer.exception)
+    for said in ("n\n", ""):  # no, and Ctrl-D
+        with mock.patch("sys.stdin", io.StringIO(said)) as stdin:
+            stdin.isatty = lambda: True
+            done = command_line.qwlora("adapters", "remove", job, "first")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "nothing was changed" in done.stderr
     remove_adapter(job, "first")
     assert not (job / "adapters" / "first").exists()
     assert files(job, "base", "adapters") == before

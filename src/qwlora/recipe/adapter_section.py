@@ -70,7 +70,7 @@ class Data(Section):
     sequence_tokens: Annotated[int, Field(ge=8)] = 512
     """tokens per sequence"""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """share of the documents held out for evaluation"""
+    """share of all characters held out for evaluation, in whole documents"""
     evaluation_sequences: Count = 16
     """held-out sequences to measure perplexity on, at most"""
     calibration_sequences: Count = 8

@@ -202,6 +202,7 @@ def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_pa
     found = ModelCard(first.files[CARD].decode()).data.to_dict()
     assert (found["license"], found["base_model"]) == ("mit", "me/base")
     assert found["base_model_relation"] == "adapter"
+    assert b"### transformers" in first.files[CARD]
     config = json.loads(first.files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "me/base"
     secret = str(job.parent).encode()
@@ -276,6 +277,7 @@ def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
             with prepared(job, "me/it", adapter) as upload:
                 assert not any(name.startswith("hf/") for name in upload.files)
                 assert any("verify/hf/first" in note for note in upload.notes)
+                assert "### transformers" not in upload.files[CARD].read_text()
 
 
 def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:

@@ -102,7 +102,7 @@ def prepared(
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as temporary:
         scratch = Path(temporary)
         if adapter is None:
-            artifact, hub = "base", Repositories(repository, license=license)
+            artifact, hub = "base", Repositories(repository, license=license, exports=exports)
             unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
             written = _recorded(directory, "quantize", "base")
             files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
@@ -110,7 +110,7 @@ def prepared(
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
             files = _adapter_files(directory, scratch, adapter, base)
-            hub = Repositories(base, repository, license)
+            hub = Repositories(base, repository, license, exports)
             if base is None:
                 notes.append(
                     "the base is not on the hub yet, so the adapter cannot link to it. Push it "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
@@ -44,11 +44,13 @@ class Repositories:
     Args:
         base, adapter: hub ids, as far as there are any.
         license: as the user states it; overrides that of the model.
+        exports: what is uploaded of targets, by path in the repository.
     """
 
     base: str | None = None
     adapter: str | None = None
     license: str | None = None
+    exports: Collection[str] = ()
 
 
 def card_text(
@@ -118,7 +120,7 @@ def card_text(
         "text": None if text is None else shown_text(text),
         "fingerprint": job.get("base", "fingerprint"),
         "downloads": {folder: hub_id for folder, hub_id in wanted.items() if hub_id},
-        "runtimes": list(_runtimes(job, adapter, hub is not None)),
+        "runtimes": list(_runtimes(job, adapter, hub)),
         "license": escaped(origin.license or ""),
         "stated_in": origin.stated_in,
         "stated_license": known.license and escaped(known.license),
@@ -147,8 +149,7 @@ def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
 
 def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], list[Number]]:
     root = recipe.root(next(a for a in recipe.adapters if a.name == name))  # whose shape it has
-    text = job.text_of(name) or name
-    amount = (job.section("texts", text) or job.section("data")).get("train", {})
+    amount = (job.section("texts", job.text_of(name) or "") or job.section("data")).get("train", {})
     return {
         "shape": "" if root.continue_from else f" (rank {root.rank}, alpha {root.alpha:g})",
         "steps": job.get("train", name, "steps"),
@@ -167,15 +168,15 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
     ]
 
 
-def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str, ...]]:
+def _runtimes(job: Job, adapter: str | None, hub: Repositories | None) -> Iterator[tuple[str, ...]]:
     """For each target: its runtime, how to load the files, and of an adapter their proof."""
     for target in job.targets:
         known = TARGETS[target]
-        if known.has_cases and on_hub:  # base and adapters together are not uploaded
+        if hub and not any(name.startswith(f"{target}/") for name in hub.exports):
             continue
-        base = f"base/{target}" if on_hub else f"export/{target}/base"
+        base = f"base/{target}" if hub else f"export/{target}/base"
         folder = f"export/{target}" if known.has_cases else base
-        exported = f"{adapter}/{target}" if on_hub else f"export/{target}/{adapter}"
+        exported = f"{adapter}/{target}" if hub else f"export/{target}/{adapter}"
         written = job.section("export", target, BASE)
         has_cache, of_base = WITHOUT_CACHE not in written, written.get(MODEL_CLASS, "")
         if lines := usage(target, folder, adapter and exported, has_cache, kind=of_base):

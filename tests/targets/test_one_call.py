@@ -79,6 +79,8 @@ def test_a_base_with_float_adapters(tmp_path: Path) -> None:
         qwlora.export(base, "hf", folder, adapters)
     loaded = qwlora.load_adapter(base, tmp_path / "trained")
     loaded.add_adapter("other", LORA)  # which the folder does not have
+    with pytest.raises(SourceError, match="bundle' has no adapter default, other"):
+        qwlora.verify(folder, loaded, IDS)
     (folder / "default").symlink_to("first")
     assert passed(qwlora.verify(folder, loaded, IDS))
 

@@ -181,7 +181,7 @@ def verify(
         what was measured, with limits. The files compute what they should if every row passed.
 
     Raises:
-        SourceError: the folder holds no files of `export`.
+        SourceError: the folder holds no files of `export`, or none of the adapters.
         MissingExtraError: the runtime is not installed.
         VerificationError, ExportError: the files contradict each other, or the runtime refuses
             them.
@@ -215,6 +215,9 @@ def verify(
                 made.set_adapter(adapter)
                 reference = reference_of_trained(made, text, target.backend.rounding(made))
                 parities[adapter] = measure_runtime(runtime, folder / adapter, reference, limits)
+    if not parities:
+        names = listed(made if isinstance(made, AdapterSimulations) else made.peft_config)
+        raise SourceError(f"{str(folder)!r} has no adapter {names}; give them the folder's names")
     return [
         replace(row, what=f"{adapter}: {row.what}")
         for adapter, parity in parities.items()

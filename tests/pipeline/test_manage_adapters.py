@@ -275,7 +275,11 @@ def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
 
 @pytest.mark.parametrize(
     ("losses", "after", "warning"),
-    [([3, 2], 4.0, ""), ([2, 3], 4.0, "did not learn"), ([3, 2], 6.0, "no better than the base")],
+    [
+        *(([3, 2], 4.0, ""), ([2, 3], 4.0, "")),
+        ([2] * 5 + [3] * 5, 4.0, "did not learn"),
+        ([3, 2], 6.0, "no better than the base"),
+    ],
 )
 def test_training_without_success_is_said(losses: list[float], after: float, warning: str) -> None:
     train = {"steps": 2, "step_seconds": 1.0, "losses": losses}

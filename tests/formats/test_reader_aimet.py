@@ -391,6 +391,15 @@ def test_what_stays_float(tmp_path: Path) -> None:
         assert torch.equal(read_floats(checkpoint, name), llama().get_parameter(name))
     with pytest.raises(EncodingsFileError, match=r"a float of 8 bits.*set model.keep_float: "):
         opened(tmp_path, [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2])
+    with pytest.raises(EncodingsFileError, match=r"'\*.down_prj' matches no .* mean .*down_proj"):
+        AimetCheckpoint(tmp_path, path, keep_float=["*.down_proj", "*.down_prj"])
+
+
+def test_a_tied_parameter_stays_float_by_any_of_its_names(tmp_path: Path) -> None:
+    path = saved(tmp_path, all_entries(llama(tied=True)).values(), "1.0.0", llama(tied=True))
+    read_integers(AimetCheckpoint(tmp_path, path), "model.embed_tokens.weight")
+    for glob in ("lm_head*", "model.embed_tokens"):
+        read_floats(AimetCheckpoint(tmp_path, path, keep_float=[glob]), "model.embed_tokens.weight")
 
 
 def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ one warning.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ from qwlora.errors import (
     SourceError,
     listed,
     near_names,
+    suggestion,
 )
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
@@ -144,9 +145,9 @@ def matched_encodings(
             not in the file (`"m."`). Default: the one with which most names agree.
 
     Raises:
-        EncodingsFileError: the file cannot be read, several prefixes fit alike, the weight of a
-            Linear layer has no entry, or an entry does not fit its parameter. All problems are
-            listed.
+        EncodingsFileError: the file cannot be read, several prefixes fit alike, a glob matches
+            nothing, the weight of a Linear layer has no entry, or an entry does not fit its
+            parameter. All problems are listed.
 
     Warns:
         QwloraWarning: the entries of parameters that the model does not have.
@@ -160,18 +161,20 @@ def matched_encodings(
     grids: dict[str, tuple[str, Encoding | None]] = {}  # with the name of the entry
     unknown: list[str] = []
     problems: list[str] = []
-
-    def is_kept(name: str) -> bool:
-        layer = name.rpartition(".")[0]
-        return any(fnmatch.fnmatchcase(n, glob) for n in (name, layer) for glob in keep_float)
-
+    kept = set[int]()  # identities, since a tied parameter has several names
+    paths = [(path, id(p)) for n, p in parameters.items() for path in (n, n.rpartition(".")[0])]
+    for glob in keep_float:
+        kept |= (matched := {key for path, key in paths if fnmatchcase(path, glob)})
+        if not matched:
+            near = suggestion(glob, dict(paths))
+            problems.append(f"keep_float: {glob!r} matches no parameter or layer{near}")
     for entry in file.encodings:
         for name, is_numbered in _readings(entry.name):
             parameter = parameters.get(added + name.removeprefix(removed))
             if parameter is None or (is_numbered and parameter.ndim != 2):
                 continue
             first = first_names[id(parameter)]
-            if is_kept(first):
+            if id(parameter) in kept:
                 break
             grid = None
             try:
@@ -187,10 +190,10 @@ def matched_encodings(
             break
         else:
             unknown += [entry.name] if entry.name in named else []
-    for name in first_names.values():
+    for key, name in first_names.items():
         layer, _, leaf = name.rpartition(".")
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
-        excluded = name in grids or is_kept(name) or layer in excluded_layers
+        excluded = name in grids or key in kept or layer in excluded_layers
         if is_linear and leaf == "weight" and not excluded:
             problems.append(
                 f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
@@ -202,16 +205,15 @@ def matched_encodings(
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
         unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _readings(n))]
     if unknown:
-        known = list(first_names.values())
-        near = [f"{name!r}{_near(name, known)}" for name in unknown[:10]]
+        near = [f"{n!r}{_near(n, list(first_names.values()))}" for n in unknown[:10]]
         warnings.warn(
             f"{path}: the model has no parameter for {len(unknown)} of {len(named)} entries, which "
             f"change nothing: {listed([*near, *unknown[10:]], 10)}",
             QwloraWarning,
             stacklevel=2,
         )
-    in_order = ((name, grids[name][1]) for name in first_names.values() if name in grids)
-    return {name: grid for name, grid in in_order if grid is not None}
+    in_order = (name for name in first_names.values() if name in grids)
+    return {name: grid for name in in_order if (grid := grids[name][1]) is not None}
 
 
 def _readings(name: str) -> Iterator[tuple[str, bool]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import GridError, QwloraWarning, lines, listed, suggestion
 from qwlora.formats.aimet import matched_encodings
+from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.nn import pack_at_, tensor_out_in
 from qwlora.nn.packed_tensor import PackedTensor
@@ -34,6 +35,7 @@ def freeze_(
     grids: Mapping[str, Encoding | QuantizedTensor] | str | Path,
     *,
     keep_float: Sequence[str] = (),
+    block_order: BlockOrder | None = None,
     prefix: str | None = None,
 ) -> nn.Module:
     """Replace weights by packed layers on a given grid, in place; returns `model`.
@@ -46,9 +48,7 @@ def freeze_(
     Args:
         grids: an AIMET encodings file, or an encoding or integers by the weight's name, in the
             layout [out, in] of a Linear layer.
-        keep_float, prefix: with an encodings file: globs of parameters or layers that stay float,
-            and what every name has in front in the file alone, or in the model alone, if that is
-            ambiguous.
+        keep_float, block_order, prefix: with an encodings file, as in `open_checkpoint`.
 
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
@@ -62,7 +62,7 @@ def freeze_(
     inner = model_to_pack(model)
     known = find_tensors(inner)
     if isinstance(grids, str | Path):
-        encodings = matched_encodings(inner, grids, keep_float, prefix=prefix)
+        encodings = matched_encodings(inner, grids, keep_float, block_order, prefix)
         # a vector's values already lie on its grid, and it has no packed layer
         encodings = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
         if others := sorted(encodings.keys() - known):

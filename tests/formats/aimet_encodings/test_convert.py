@@ -206,6 +206,13 @@ def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
     assert convert(new, "2.0.0") == old
 
 
+def test_blocks_that_0_6_1_lists_as_channels_do_not_become_channels() -> None:
+    pytest.importorskip("onnx")
+    old, graph = read_encodings(FILES / "aimet-0.6.1.encodings"), read_graph(FILES / "model.onnx")
+    with pytest.raises(ConversionError, match=r"block.weight_0: its channel axis: .* 12 scales"):
+        convert(old, "1.0.0", graph=graph)
+
+
 def test_aimets_1_0_0_converts_to_its_2_0_0() -> None:
     """AIMET wrote both files; its two simulations differ only in float8 weights and biases."""
     pytest.importorskip("onnx")

@@ -99,10 +99,13 @@ def convert(
     lacking: list[tuple[str, str]] = []
     kept: dict[str, Entry] = {}
     for entry in file.encodings:
-        shape, axis = target.tensor(entry).shape, entry.axis
-        if axis is not None and axis < 0 and shape is not None and -axis <= len(shape):
-            entry = entry.replace(axis=axis % len(shape))
+        tensor, axis = target.tensor(entry), entry.axis
+        if axis is not None and axis < 0 and tensor.shape and -axis <= len(tensor.shape):
+            entry = entry.replace(axis=axis % len(tensor.shape))
         try:
+            is_list = file.version == "0.6.1" < version and entry.granularity == "channel"
+            if is_list and tensor.channel_axis is not None:  # of channels, or of blocks
+                _channel_axis(tensor, entry.scale.size)
             projected = _project(entry, target)
         except _Lacking as need:
             lacking.append((entry.name, str(need)))
@@ -166,17 +169,12 @@ def _flat(entry: IntegerEncoding | LpbqEncoding, target: _Target) -> Entry | Non
     is_legacy = target.version == "0.6.1"
     if isinstance(entry, IntegerEncoding):
         one = entry.granularity == "tensor" or (is_legacy and entry.scale.size == 1)
+        channel, size = target.tensor(entry).channel_axis, None if is_legacy else entry.block_size
         scale, offset = (
-            _in_order(values, entry, target.tensor(entry).channel_axis, target)
+            _in_order(values, entry, channel, target).reshape(() if one else -1)
             for values in (entry.scale, entry.offset)
         )
-        return entry.replace(
-            scale=scale.reshape(() if one else -1),
-            offset=offset.reshape(() if one else -1),
-            signed=None,
-            axis=None,
-            block_size=None if is_legacy else entry.block_size,
-        )
+        return entry.replace(scale=scale, offset=offset, signed=None, axis=None, block_size=size)
     if is_legacy:
         return None
     decompressed = entry.decompressed_bitwidth or target.decompressed_bitwidth

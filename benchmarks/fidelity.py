@@ -167,6 +167,7 @@ SUBJECTS = {
             Row("float", seeds=3),
             Row("float", recovery=True, seeds=3),  # what the steps of recovery teach by themselves
             *(best(scheme, seeds=3) for scheme in BEST),
+            replace(best("w2-block32-asymmetric"), tuned=1024),
             Row("search", "w4-signed32"),
             Row("gptq", "w4-signed32", "qera"),
             Row("gptq", "w4-signed32", "qera", tuned=512),
@@ -178,14 +179,21 @@ SUBJECTS = {
         SMOLLM2,
         tokens=256,
         granularities=(),
-        also=(Row("float"), Row("float", recovery=True), best("w4-block32")),
+        also=(
+            *(Row("float", recovery=recovery) for recovery in (False, True)),
+            *(best(scheme) for scheme in ("w4-block32", "w3-block64")),
+        ),
         is_scaled=True,
     ),
     "smollm2-code": Subject(
         SMOLLM2,
         tokens=256,
         granularities=(),
-        also=(Row("float"), *(Row("gptq", s, "qera") for s in ("w4-block32", "w3-block64"))),
+        also=(
+            *(Row("float", recovery=recovery) for recovery in (False, True)),
+            *(Row("gptq", s, "qera") for s in ("w4-block32", "w4-signed32", "w3-block64")),
+            *(best(scheme) for scheme in ("w4-signed32", "w3-block64")),
+        ),
         is_code=True,
     ),
     # sequences half as long, since its vocabulary is five times as large

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cli.command_line import qwlora
+from cli.command_line import answered, qwlora
 from conftest import ARCHITECTURES, Job, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
@@ -419,6 +419,10 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert packed.keys() == grids.keys()
     assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
+    options = ("--encodings", encodings, "--keep-float", "*.up_proj", "--block-order", "tensor")
+    given = (*options, "--prefix", "m.", "--out", tmp_path / "base")
+    said = answered("import-base", checkpoints["llama"], *given)
+    assert f"fingerprint {fingerprint(load_base(tmp_path / 'out' / 'base'))}" in said
 
 
 def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:

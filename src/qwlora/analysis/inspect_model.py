@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
-from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
@@ -101,9 +100,7 @@ class Inspection:
 def inspect_source(
     source: str,
     against: str | None = None,
-    encodings: Path | None = None,
-    keep_float: Sequence[str] = (),
-    block_order: BlockOrder | None = None,
+    **reading: Any,
 ) -> Inspection:
     """Describe `source`: a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
@@ -111,10 +108,9 @@ def inspect_source(
         source: a path, or `package:NAME/PATH`.
         against: another source, usually the float model, to compute the SQNR of every common
             tensor. Reads both in full, one tensor at a time.
-        encodings, keep_float, block_order: an AIMET encodings file for the float model in `source`;
-            see `open_checkpoint`.
+        reading: how `open_checkpoint` reads `source`, such as with an AIMET encodings file.
     """
-    files = _open(fetch(source).path, encodings, keep_float, block_order)
+    files = _open(fetch(source).path, **reading)
     views = _views(files)
     if against is not None:
         reference = _open(fetch(against).path)
@@ -146,19 +142,14 @@ class _ModelFiles:
     fingerprint: str | None = None
 
 
-def _open(
-    path: Path,
-    encodings: Path | None = None,
-    keep_float: Sequence[str] = (),
-    block_order: BlockOrder | None = None,
-) -> _ModelFiles:
+def _open(path: Path, **reading: Any) -> _ModelFiles:
     schemes: dict[str, tuple[Scheme, tuple[int, ...]]] = {}
     fingerprint, reader = None, None
     try:
-        reader = open_checkpoint(path, encodings, keep_float=keep_float, block_order=block_order)
+        reader = open_checkpoint(path, **reading)
     except SourceError:
         is_config = path.is_dir() and (path / "config.json").is_file()
-        if encodings is not None or not is_config or quantization_of(path)[0] is not None:
+        if reading.get("encodings") or not is_config or quantization_of(path)[0] is not None:
             raise
     if reader is None:  # not a language model; its headers can still be shown
         kind, files = "float checkpoint", SafetensorsFiles(path)

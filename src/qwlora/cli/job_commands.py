@@ -16,7 +16,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Device, Encodings, Job, KeepFloat, Name, Yes
+from qwlora.cli.shared_arguments import (
+    AsJson,
+    BlockOrder,
+    Device,
+    Encodings,
+    Job,
+    KeepFloat,
+    Name,
+    Prefix,
+    Yes,
+    reading,
+)
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 
@@ -201,6 +212,8 @@ def import_base(
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     encodings: Encodings = None,
     keep_float: KeepFloat = None,
+    block_order: BlockOrder = None,
+    prefix: Prefix = None,
 ) -> None:
     """Write a quantized checkpoint's integers as a base.
 
@@ -209,12 +222,11 @@ def import_base(
     """
     from qwlora.pipeline.job.output_path import new_folder
 
+    read = reading(encodings, keep_float, block_order, prefix)
     with new_folder(out) as folder, ProgressDisplay() as display:
         from qwlora.pipeline.commands import write_model
 
-        fingerprint, size = write_model.import_base(
-            source, folder, encodings, keep_float=keep_float or (), track=display.track
-        )
+        fingerprint, size = write_model.import_base(source, folder, track=display.track, **read)
     print(
         f"wrote {out}: {size.weights:,} packed weights with {size.bits_per_weight:.2f} bits each, "
         f"{size.float_weights:,} float, fingerprint {fingerprint}"

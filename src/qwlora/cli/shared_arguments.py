@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+
+from qwlora.errors import SourceError
 
 Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory.")]
 Changes = Annotated[
@@ -57,3 +59,26 @@ KeepFloat = Annotated[
         help="With --encodings: parameters or layers that stay float. Repeatable.",
     ),
 ]
+BlockOrder = Annotated[
+    Literal["channel", "tensor"] | None,
+    typer.Option(
+        help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="With --encodings: what only its names start with, as model.prefix."
+    ),
+]
+
+
+def reading(
+    encodings: Encodings, keep_float: KeepFloat, block_order: BlockOrder, prefix: Prefix
+) -> dict[str, Any]:
+    """The arguments of `open_checkpoint` that options set."""
+    others = {"keep_float": keep_float or (), "block_order": block_order, "prefix": prefix}
+    if encodings is None and any(others.values()):
+        options = "--keep-float, --block-order and --prefix"
+        raise SourceError(f"{options} need --encodings; add it, or remove them")
+    return {"encodings": encodings, **others}

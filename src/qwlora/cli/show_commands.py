@@ -19,13 +19,23 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Changes, Device, Encodings, Job, KeepFloat
+from qwlora.cli.shared_arguments import (
+    AsJson,
+    BlockOrder,
+    Changes,
+    Device,
+    Encodings,
+    Job,
+    KeepFloat,
+    Prefix,
+    reading,
+)
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
-from qwlora.errors import SourceError, size
+from qwlora.errors import size
 from qwlora.system import strict_json
 
 if TYPE_CHECKING:
@@ -55,28 +65,17 @@ def inspect(
     ] = None,
     encodings: Encodings = None,
     keep_float: KeepFloat = None,
-    block_order: Annotated[
-        Literal["channel", "tensor"] | None,
-        typer.Option(
-            help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
-        ),
-    ] = None,
+    block_order: BlockOrder = None,
+    prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
     """Show shapes, grids and fingerprint of a model's files."""
-    if encodings is None and (keep_float or block_order):
-        raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
     if (Path(source) / ".qwlora").is_dir():
         source = str(Path(source) / "base")
     from qwlora.analysis.inspect_model import inspect_source
 
-    model = inspect_source(
-        source,
-        against,
-        encodings=encodings,
-        keep_float=keep_float or (),
-        block_order=block_order,
-    )
+    read = reading(encodings, keep_float, block_order, prefix)
+    model = inspect_source(source, against, **read)
     print_result(model.to_json(), _model_lines(model), as_json)
 
 

@@ -4,7 +4,7 @@ of what that loses, and the integers of a quantized checkpoint as a base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,10 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
 def import_base(
     source: str,
     folder: Path,
-    encodings: Path | None = None,
     *,
-    keep_float: Sequence[str] = (),
+    encodings: Path | None = None,
     track: Track = untracked,
+    **reading: Any,
 ) -> tuple[str, BaseSize]:
     """Write the integers of `source` to `folder`; returns the base's fingerprint and size.
 
@@ -109,7 +109,7 @@ def import_base(
         source: a checkpoint, as `model.source` of a recipe takes it.
         folder: an empty folder.
         encodings: AIMET encodings of a float checkpoint whose weights lie on their grid.
-        keep_float: with `encodings`, globs of parameters or layers that stay float.
+        reading: further arguments of `open_checkpoint`.
     """
     location = fetch(source)
     if encodings is None and location.holds_floats and not location.gguf_file:
@@ -117,7 +117,7 @@ def import_base(
             f"model {source!r} is a float model, which has no integers to import. Give the AIMET "
             "encodings that its weights lie on with --encodings, or quantize it: qwlora init"
         )
-    checkpoint = open_checkpoint(location.path, encodings, keep_float=keep_float)
+    checkpoint = open_checkpoint(location.path, encodings, **reading)
     tokenizer = load_tokenizer(source)
     model = load_precomputed(checkpoint, track)
     return save_base(model, folder, tokenizer, source=public_name(source)), base_size(model)

@@ -3,11 +3,13 @@ quantized: which targets hold the grids of the base, and whether its integers ar
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.model_source import fetch
+from qwlora.grid.scheme import Scheme
 from qwlora.recipe import Recipe
 from qwlora.recipe.grid_sections import Model
 from qwlora.targets.npu.htp_limits import weight_problem
@@ -65,12 +67,17 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     linear = {grid.scheme for grid in grids if not grid.of_embedding}
     if not refused["hf"] and (problem := vllm_problem(linear)):
         notes.append(f"hf: vLLM does not compute this base: {problem}")
-    if names := ", ".join(n for n in recipe.export.targets if TARGETS[n].is_for_htp):
-        found = sorted(filter(None, map(weight_problem, linear)))
-        notes += [f"warning: {names}: {problem}" for problem in found]
+    notes += [f"warning: {note}" for note in htp_notes(recipe, linear)]
     if "gguf" in recipe.export.targets and "gguf" not in copying:
         notes.append("gguf: `qwlora run` checks architecture and tokenizer before it quantizes")
     return rows, notes
+
+
+def htp_notes(recipe: Recipe, schemes: Collection[Scheme]) -> list[str]:
+    """Which of these schemes of weights the HTP does not compute, if files for it are written."""
+    names = ", ".join(name for name in recipe.export.targets if TARGETS[name].is_for_htp)
+    problems = sorted(filter(None, map(weight_problem, schemes)))
+    return [f"{names}: {problem}" for problem in problems if names]
 
 
 def second_rounding(recipe: Recipe) -> str | None:

@@ -21,7 +21,12 @@ from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import is_calibrated, is_foreign, sampled_sequences
-from qwlora.pipeline.plan.target_table import kept_layers, second_rounding, target_table
+from qwlora.pipeline.plan.target_table import (
+    htp_notes,
+    kept_layers,
+    second_rounding,
+    target_table,
+)
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
@@ -85,6 +90,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         say(note)
     if verbs & {"quantize", "export"}:
         _check_layers(context, model, packed, "quantize" in verbs)
+        schemes = {*filter(None, packed.values()), *(grid.scheme for grid in recipe.base.grids())}
+        for note in htp_notes(recipe, schemes):
+            say(f"warning: {note}")
     if "train" in verbs:
         _check_saved(recipe, model, packed)
         check_places(recipe, shapes, context.skeleton())

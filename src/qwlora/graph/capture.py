@@ -88,8 +88,8 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 @dataclass(frozen=True)
 class Captured:
     """A graph, its inputs and outputs, and how they map to the model's arguments and result. An
-    output with the name of an input is called `out_NAME`, since tensor names in a file are
-    unique. A graph of embeddings has the module that makes them of token ids."""
+    output with the name of an input or a parameter is called `out_NAME`, since tensor names in a
+    file are unique. A graph of embeddings has the module that makes them of token ids."""
 
     program: ExportedProgram
     interface: Interface
@@ -248,7 +248,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         with foreign_as(CaptureError, f"torch.export cannot capture {kind}"), _fixed_sizes(kind):
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
-        names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
+        taken = {*arguments.names, *(canonical_name(n) for n, _ in model.named_parameters())}
+        names = tuple(f"out_{name}" if name in taken else name for name in result.names)
         floats = [n for n, t in zip(names, outputs, strict=True) if t.is_floating_point()]
         if not floats:
             raise CaptureError(

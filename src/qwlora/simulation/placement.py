@@ -149,20 +149,18 @@ def _decided(value: GraphValue, policy: Policy, rules: Sequence[PlacementRule]) 
 def _graph_values(
     program: ExportedProgram, analysis: GraphAnalysis, input_names: Mapping[str, str]
 ) -> Iterator[GraphValue]:
-    """Every floating-point parameter in use, input and computed value, in graph order."""
+    """Every floating-point parameter, input and computed value that is read, in graph order."""
     values: list[GraphValue] = []
     buffers, stored_weights = buffer_names(program), set[str]()
     for node in program.graph.nodes:
         tensor = node.meta.get("val")
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not node.users:
             continue
         traits, owner = analysis.traits(node), analysis.owner(node)
         name, kind, operator = "", Kind.ACTIVATION, operator_of(node)
         path, module_class = module_of(node)
         module = canonical_name(path)
         if (parameter := analysis.parameters.get(node.name)) is not None:
-            if not node.users:
-                continue
             kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
             name, operator = canonical_name(parameter), "weight"
             module = name.rpartition(".")[0]

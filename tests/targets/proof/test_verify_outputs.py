@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwlora import Scheme, Schemes, Simulation, export, quantize_, simulate, verify
 from qwlora.errors import ExportError, VerificationError
+from qwlora.formats.aimet_encodings import validate
 from qwlora.targets.onnx.onnx import export_onnx
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.compare import compare_layers
@@ -72,6 +73,45 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
     options.unlink()
     careless = verify_onnx_outputs(tmp_path, simulation, batches, has_to_pass=False)
     assert careless.figures["sqnr"]["output"] < faithful.figures["sqnr"]["output"] - 10
+
+
+class Outputs(nn.Module):
+    """Outputs that are one tensor, an input, a parameter or called like an operator, and values that are written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(8, 8), nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, add: Tensor, ids: Tensor, unused: Tensor) -> dict[str, Tensor]:
+        y = self.first(add + 1)
+        both = torch.zeros(*y.shape[:-1], 16)
+        both[..., ::2], both[..., 1::2] = y, 2 * y
+        scaled = y * self.scale.exp()
+        result = {"mean": scaled.mean(1), "y": y, "same": y, "both": both, "ids": ids}
+        return {**result, "scale": self.scale}
+
+
+@pytest.mark.parametrize("target", ["onnx_each", "aimet"])
+def test_every_output_is_in_the_files_under_its_name(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Outputs().eval().requires_grad_(False)
+    quantize_(model, "w8-channel", "rtn")
+    floats = {"add": torch.randn(2, 4, 8), "unused": torch.randn(2, 4)}
+    batch = {**floats, "ids": torch.randint(0, 9, (2, 4))}
+    simulation = simulate(model, batch)
+    assert "unused" not in {value.name for value in simulation.placement.values}
+    simulation.calibrate([batch])
+    if target == "aimet":
+        with pytest.raises(ExportError, match="Give `sample`"):
+            export(simulation, target, tmp_path)
+    export(simulation, target, tmp_path, sample=batch)
+    rows = verify(tmp_path, simulation, [batch])
+    assert all(row.passed for row in rows)
+    outputs = [row.what.rpartition(" ")[2] for row in rows if "of output" in row.what]
+    assert outputs == ["mean", "y", "same", "both", "out_ids", "out_scale"]
+    (path,) = tmp_path.rglob("model.onnx")
+    findings = validate(path.with_name("model.encodings"), path)
+    assert [found for found in findings if found.severity == "error"] == []
 
 
 def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(bundle: Bundle) -> None:

@@ -167,10 +167,11 @@ class FloatOnnx:
             for user in turned:
                 user.outputs[0].replace_all_uses_with(initializer)
                 self.model.graph.remove(user, safe=True)
-        if len(turned) < len(readers):
-            node.outputs[0].replace_all_uses_with(self._stored(name, values))
+        if turned and len(turned) == len(readers):
+            self.model.graph.remove(node, safe=True)
+        else:
+            replace_marker(self.model, node, self._stored(name, values))
             self.encodings[name] = encoding
-        self.model.graph.remove(node, safe=True)
 
     def _stored(self, name: str, values: Tensor) -> Any:
         return constant(self.model, name, values.detach().contiguous().numpy())

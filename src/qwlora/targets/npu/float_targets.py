@@ -110,8 +110,8 @@ class Aimet(Backend):
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         """Write a `.aimet` folder for each graph, or one for a model without a cache, and the files
         next to them."""
-        npus = {}
-        for name in graph_sizes(exported) if exported.graphs else ():
+        npus, names = {}, graph_sizes(exported)  # which refuses a missing sample
+        for name in names if exported.graphs else ():
             ((_, float_onnx, npus[name]),) = float_graphs({"": exported}, name)
             _write_model(float_onnx, exported, folder / f"{name}.aimet")
         if npus:

@@ -54,6 +54,7 @@ _LEAST_NARROWED = 2**14  # numbers of a matrix; others would save nothing worth 
 _READERS = {"Gather", "Gemm", "MatMul", "Transpose"}  # of embeddings and weights, not of scales
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
 TRANSLATIONS_KEPT = 8
+_aten = torch.ops.aten
 _translations_by_structure: dict[str, Any] = {}  # without tensors; the last one was used last
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 OF_INPUT = ".dequantized"  # of a quantized input's name: its value on its grid
@@ -104,7 +105,8 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
 
 
 def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
-    """A copy of the program in which every mark is a node; tensors are shared."""
+    """A copy of the program in which every mark and every output is a node of its own; tensors are
+    shared."""
     copied = copy.deepcopy(graph.program.graph)
     nodes = {node.name: node for node in copied.nodes}
     last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
@@ -112,6 +114,13 @@ def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
         node = nodes[mark.node]
         place = last_input if node.op == "placeholder" else node
         insert_after(node, partial(_marker, mark.name), place)
+    output, results = copied.output_node(), list[Node]()
+    with copied.inserting_before(output):
+        for node in output.args[0]:
+            is_own = node.op != "placeholder" and node not in results
+            results.append(node if is_own else copied.call_function(_aten.clone.default, (node,)))
+            results[-1].meta = dict(node.meta)
+    output.args = (tuple(results),)
     return with_graph(graph.program, copied)
 
 
@@ -160,6 +169,10 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
 
     ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with paths of this machine
     _remove_zero_biases_(exported.model)
+    named = {*graph.interface.inputs, *graph.interface.outputs}
+    for value in (output for node in exported.model.graph for output in node.outputs):
+        if value.name in named and not value.is_graph_output():  # the operator is called alike
+            value.name = f"{value.name}.computed"
     return exported.model
 
 

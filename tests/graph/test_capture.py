@@ -147,6 +147,38 @@ class Positions(nn.Module):
         return x + self.table + y.sum(1, keepdim=True)
 
 
+def test_encoder_layers_of_torch_are_captured() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    captured = capture(layer, {"src": torch.randn(2, 6, 32)})
+    assert "scaled_dot_product_attention" in map(operation, calls(captured.program))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class OneRow(nn.Module):
+    """Of a single row, it makes a vector."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(0) @ x.new_ones(8) * len(x)
+
+
+def test_a_model_of_one_row_is_captured_with_one() -> None:
+    captured = capture(OneRow().eval(), {"x": torch.randn(1, 5, 8)})
+    assert captured.interface.shapes == {"x": (1, "x.1", 8), "output": ("x.1",)}
+
+
+class Odd(nn.Module):
+    """Another computation for odd sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] % 2 else x + 1
+
+
+def test_another_computation_of_odd_sizes_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"differs from the module at .*11, 3\]\].*branches on"):
+        capture(Odd().eval(), {"x": torch.randn(2, 12, 4)})
+
+
 def test_axes_are_open_where_the_model_allows_it() -> None:
     branch = capture(Branch().eval(), {"x": torch.randn(2, 12, 4)})
     # proved on the path that was captured, with 11

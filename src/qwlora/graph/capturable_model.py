@@ -1,6 +1,7 @@
 """The form in which a model is captured: float32, with attention and experts as separate operators.
 
-    attention         "eager": two matrix products and a softmax; the others are one operator
+    attention         "eager": two matrix products and a softmax; the others, and the fast path of
+                      nn.MultiheadAttention and nn.TransformerEncoderLayer, are one operator
     experts           "batched_mm": one node per product; the default is one opaque operator, and
                       "eager" loops over data, which cannot be captured
     packed weights    the same codes, scales and offsets, in the same memory
@@ -34,11 +35,13 @@ _CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 @contextmanager
 def visible_implementations(model: nn.Module) -> Iterator[None]:
-    """Within, transformers models inside `model` use the implementations that can be captured."""
+    """Within, attention and experts inside `model` use implementations that can be captured."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     configs = {id(model.config): model.config for model in models}.values()
     before = [(c, key, vars(c)[key]) for c in configs for key in _CHOICES if key in vars(c)]
+    is_fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         inside: set[int] = set()
         for each in models:
             if id(each) not in inside:  # the outer model sets it for its inner models
@@ -48,6 +51,7 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
                 each.set_experts_implementation(EXPERTS)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
         for config, key, choice in before:
             setattr(config, key, choice)
 

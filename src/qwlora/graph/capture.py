@@ -35,7 +35,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ from transformers.cache_utils import Cache
 from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
-from qwlora.graph.capture_check import Axes, check_graph
+from qwlora.graph.capture_check import BATCH, Axes, Tensors, check_graph
 from qwlora.graph.nodes import (
     buffer_names,
     calls,
@@ -212,8 +212,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         example_inputs: tensors become inputs of the graph; numbers, strings and None become
             constants. `past_key_values` is a cache, or a pair of keys and values [batch, heads,
             tokens, width] for each layer. At least two tokens, because torch.export makes a size of
-            1 a constant; a single row is duplicated. `labels` of transformers models are ignored:
-            the graph ends at the logits.
+            1 a constant; a single row is duplicated where the model takes two. `labels` of
+            transformers models are ignored: the graph ends at the logits.
         static: every size is fixed to that of the example, which may then be 1.
 
     Raises:
@@ -232,8 +232,21 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
                 "sequence, and a graph computes all tokens alike. Export it to hf or gguf"
             )
     refuse_meta(model, CaptureError)
-    arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
-    tensors = _separate(tensors, rows=1 if static else 2)
+    arguments, given = Structure.of(_completed(model, example_inputs), PAST)
+    one, two = (_separate(given, rows) for rows in (1, 2))
+    if not static and [t.shape for t in one] != [t.shape for t in two]:
+        with suppress(CaptureError):
+            captured = _captured(model, arguments, two, static)
+            if _takes_rows(captured):
+                return captured
+    return _captured(model, arguments, one, static)
+
+
+def _takes_rows(captured: Captured) -> bool:
+    return any(BATCH in shape for shape in captured.interface.shapes.values())
+
+
+def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: bool) -> Captured:
     ids = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
     if not (static or arguments.cached) and any(t.shape[1] < 2 for t in ids):
         raise CaptureError(
@@ -279,7 +292,8 @@ def rebound(
 ) -> Captured:
     """`captured` with `program`, the same graph over other tensors; refused if its outputs differ
     from those of `model`."""
-    tensors = _separate(Structure.of(_completed(model, example_inputs), PAST)[1], rows=2)
+    given = Structure.of(_completed(model, example_inputs), PAST)[1]
+    tensors = _separate(given, rows=1 + _takes_rows(captured))
     axes = Axes.of(program, captured.arguments.names, tensors)
     with in_float32(model), visible_implementations(model), torch.no_grad():
         flat = FlatModel(model, captured.arguments).eval()
@@ -362,7 +376,7 @@ def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
     return ids if isinstance(ids, Tensor) else None
 
 
-def _separate(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+def _separate(tensors: Tensors, rows: int) -> Tensors:
     """Copies, because export merges inputs that are one tensor; a single row becomes `rows`."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
@@ -399,8 +413,9 @@ def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> Expo
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is _aten.cat.default:
-            node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
+        elif node.target is _aten.cat.default:  # it ignores empty vectors, whatever other shapes
+            parts = [n for n in node.args[0] if n.meta["val"].ndim != 1 or n.meta["val"].shape[0]]
+            node.args = (parts, *node.args[1:])
         elif (order := _new_order(node)) is not None:
             node.target, node.args = _aten.permute.default, (node.all_input_nodes[0], order)
     _dequantize_once_(graph, flat)
@@ -495,12 +510,6 @@ def _new_order(node: Node) -> list[int] | None:
     before, _, after = str(node.args[0]).replace(" ", "").partition("->")
     is_order = len(before) == len(set(before)) and sorted(before) == sorted(after)
     return [before.index(axis) for axis in after] if is_order else None
-
-
-def _is_empty(node: Node) -> bool:
-    """Whether a node is an empty vector, which torch.cat ignores whatever the other shapes."""
-    value = node.meta["val"]
-    return bool(value.ndim == 1 and value.shape[0] == 0)
 
 
 def _inline_(graph: Graph, owner: GraphModule) -> None:

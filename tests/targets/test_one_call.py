@@ -45,6 +45,8 @@ def test_one_simulation(simulation: qwlora.Simulation, tmp_path: Path) -> None:
     assert passed(rows)
     assert any("layer" in row.what for row in rows)
     assert any("perplexity" in row.what for row in rows)
+    with pytest.raises(SourceError, match=r"batches are not token ids.*of one length"):
+        qwlora.verify(tmp_path, simulation, [BATCH, {"input_ids": IDS[:, 1:]}])
     other = qwlora.simulate(adapted("first", seed=2), BATCH)
     other.calibrate([BATCH])
     assert not passed(qwlora.verify(tmp_path, other, IDS))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import ExportError, SourceError, listed, suggestion
+from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
@@ -181,7 +181,8 @@ def verify(
         what was measured, with limits. The files compute what they should if every row passed.
 
     Raises:
-        SourceError: the folder holds no files of `export`, or none of the adapters.
+        SourceError: the folder has no files of `export`, or none of an adapter of `made`; or
+            `batches` are not token ids of one length, where they have to be.
         MissingExtraError: the runtime is not installed.
         VerificationError, ExportError: the files contradict each other, or the runtime refuses
             them.
@@ -226,6 +227,6 @@ def verify(
 
 
 def _ids(batches: Any) -> Tensor:
-    if isinstance(batches, Tensor):
-        return batches.cpu()
-    return torch.cat([batch["input_ids"] for batch in batches]).cpu()
+    with foreign_as(SourceError, "batches are not token ids [count, tokens] of one length"):
+        ids = [batches] if isinstance(batches, Tensor) else [b["input_ids"] for b in batches]
+        return torch.cat(ids).cpu()

@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import qwlora
@@ -70,6 +71,30 @@ def test_the_htp_runs_the_whole_graph(kind: str, tmp_path: Path) -> None:
         found.append(next(iter(model.run(inputs).values())))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
+
+
+class Shared(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(self.layer(x)))
+
+
+@pytest.mark.parametrize("target", ["onnx", "qairt"])
+def test_an_adapter_of_a_layer_that_is_called_twice(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Shared().eval().requires_grad_(False)
+    qwlora.quantize_(model, "w8-channel", solver="rtn")
+    lora = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    batch = {"x": torch.randn(2, 4, 16)}
+    made = qwlora.simulate_adapters(get_peft_model(model, lora, "first").eval(), batch)
+    made.calibrate([batch])
+    qwlora.export(made, target, tmp_path, sample=batch)
+    assert all(row.passed for row in qwlora.verify(tmp_path, made, [batch]))
 
 
 class ConstantBias(nn.Module):

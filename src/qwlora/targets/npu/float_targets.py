@@ -309,8 +309,7 @@ def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
         strength.shape, strength.type = ir.Shape([rank]), floats
         if ALPHA in encodings:
             encodings[strength.name] = encodings[ALPHA]
-    for factor in factors:
-        ((node, _),) = model.graph.initializers[factor].uses()
+    for node in (n for name in factors for n in model.graph.initializers[name].consumers()):
         (value,) = node.outputs
         product = new_node("Mul", [value, strength], f"{value.name}.{ALPHA}")
         product.name, (scaled,) = f"{product.name}.mul", product.outputs

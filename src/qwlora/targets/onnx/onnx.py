@@ -284,7 +284,7 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
             values[path] = weights[placeholder].cpu().numpy()
         if not is_first_factor(path):
             while not (operation(node) == "mul" and isinstance(node.args[1], int | float)):
-                (node,) = node.users
+                node = next(iter(node.users))  # of each call of the layer: alike
             factor = np.array([node.args[1]], np.float32)
             values[f"{path.partition('.lora_')[0]}{_SCALING}"] = factor
     return values
@@ -312,11 +312,12 @@ def _scaling(factor: Any) -> Any:
     Args:
         factor: the initializer of lora_B.
     """
-    (node,) = factor.consumers()
-    while node.op_type != "Mul":
-        (node,) = node.outputs[0].consumers()
-    value = require("onnx_ir", "onnx").val("scaling")
-    node.replace_input_with(1, value)
+    value, readers = require("onnx_ir", "onnx").val("scaling"), [*factor.consumers()]
+    for node in readers:  # a layer that is called twice has two
+        if node.op_type == "Mul":
+            node.replace_input_with(1, value)
+        else:
+            readers += node.outputs[0].consumers()
     return value
 
 

@@ -130,9 +130,15 @@ class QuantizedGraph:
             object.__setattr__(self, "program", program_on_cpu(self.program))
 
     @property
+    def activation_bitwidths(self) -> list[int]:
+        """Of all activations that have an encoding."""
+        names = (mark.name for mark in self.marks if mark.kind is Kind.ACTIVATION)
+        return [self.encodings[name].scheme.bitwidth for name in names]
+
+    @property
     def has_float_activations(self) -> bool:
         """Whether no activation has an encoding."""
-        return all(mark.kind is not Kind.ACTIVATION for mark in self.marks)
+        return not self.activation_bitwidths
 
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:

@@ -419,10 +419,7 @@ def npu_form(
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
     # what the graph adds is as wide as its widest activation: operators take one width
-    widths = [
-        graph.encodings[m.name].scheme.bitwidth for m in graph.marks if m.kind is Kind.ACTIVATION
-    ]
-    scheme = Scheme(max(widths, default=16), symmetric=False)
+    scheme = Scheme(max(graph.activation_bitwidths, default=16), symmetric=False)
     is_float = largest_scaling is None and graph.has_float_activations
     if is_float:
         added = {}

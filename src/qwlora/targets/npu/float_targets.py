@@ -126,15 +126,10 @@ class Aimet(Backend):
             float_onnx.model.metadata_props.update(exported.metadata)
             _write_model(float_onnx, exported, folder / "model.aimet")
             write_golden(folder / GOLDEN, inputs, simulation.outputs(sample))
-        graph = float_onnx.graph
-        widths = (
-            graph.encodings[mark.name].scheme.bitwidth
-            for mark in graph.marks
-            if mark.kind is Kind.ACTIVATION
-        )
         templates = _HERE / "aimet_templates"
         script = (templates / f"{_SCRIPT}.template").read_text()
-        full_type = "w8a16" if max(widths, default=16) > 8 else "int8"
+        widest = max(float_onnx.graph.activation_bitwidths, default=16)
+        full_type = "w8a16" if widest > 8 else "int8"
         (folder / _SCRIPT).write_text(script.replace("@FULL_TYPE@", full_type))
         readme = templates / f"{'README.graphs' if npus else 'README'}.md.template"
         (folder / "README.md").write_text(marked(readme.read_text()))

@@ -33,7 +33,7 @@ from torch import Tensor
 from qwlora.errors import ExportError, SourceError, foreign_as, listed
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.graph.capture import EMBEDS, IDS, MASK, PAST, POSITIONS, PRESENT, token_places
-from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors, write_text
@@ -173,10 +173,7 @@ def _rows(path: Path, _: int) -> Tensor:
 
 def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
     """Write the options for `add_session_config_entry` that a session of `graph` needs."""
-    eight_bits = any(
-        mark.kind is Kind.ACTIVATION and graph.encodings[mark.name].scheme.bitwidth <= 8
-        for mark in graph.marks
-    )
+    eight_bits = min(graph.activation_bitwidths, default=16) <= 8
     options = SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if eight_bits else {})
     write_text(folder / OPTIONS_FILE, strict_json.dumps(options, indent=1) + "\n")
 

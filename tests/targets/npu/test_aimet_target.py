@@ -157,18 +157,6 @@ def test_the_graph_has_fixed_shapes_and_nothing_of_this_machine(folder: Path) ->
     assert b"site-packages" not in path.read_bytes()
 
 
-def test_shorter_sequences_are_padded_and_longer_ones_refused(
-    folder: Path, lpbq: Simulation
-) -> None:
-    model: Any = AIMET.open(folder, "")
-    shorter = {name: tensor[:, :7] for name, tensor in SAMPLE.items()}
-    found, expected = model.run(shorter)["logits"], lpbq.outputs(shorter)["logits"]
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
-    with pytest.raises(ExportError, match=r"24 tokens.*12"):
-        model.run({name: tensor.repeat(1, 2) for name, tensor in SAMPLE.items()})
-
-
 def test_golden_files_hold_the_sample_and_its_simulated_outputs(
     folder: Path, lpbq: Simulation
 ) -> None:

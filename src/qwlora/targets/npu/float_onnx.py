@@ -33,7 +33,6 @@ other. Everything comes from the delivered files: each activation entry of integ
 QuantizeLinear and a DequantizeLinear after its tensor; parameters are checked to lie on the grid
 of their entry, so rounding them would change nothing. What is a float16 on the device is a float32
 here. Nothing of the simulation is read. Other damage is found by the digests of the files.
-Sequences shorter than the fixed shape are padded on the right and masked; their outputs are cut.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from typing import Any
 
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwlora.errors import (
     EncodingsFileError,
@@ -60,7 +59,7 @@ from qwlora.errors import (
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of, write_graph_encodings
 from qwlora.formats.aimet_encodings.model import EncodingsFile
-from qwlora.graph.capture import IDS, MASK
+from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
@@ -420,24 +419,6 @@ class FloatOnnxModel(OnnxModel):
         values = values.T if transposed else values
         layout = TensorLayout(tuple(values.shape), transposed, 0, "channel")
         return grid_of(self.file.by_name[name], layout, self.file.version), values
-
-    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shapes = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
-        tokens, padded = None, dict(tensors)
-        for name in tensors.keys() & shapes.keys():
-            count, size = tensors[name].shape[-1], shapes[name][-1]
-            if count > size:
-                raise ExportError(
-                    f"{self.model}: input {name} has {count} tokens, but the graph was written for "
-                    f"{size}"
-                )
-            if count < size:
-                tokens, padded[name] = count, nn.functional.pad(tensors[name], (0, size - count))
-        outputs = super().run(padded)
-        return {name: value[:, :tokens] for name, value in outputs.items()} if tokens else outputs
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.run({IDS: ids, MASK: torch.ones_like(ids)})["logits"]
 
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]

@@ -166,8 +166,8 @@ def matched_encodings(
     for glob in keep_float:
         kept |= (matched := {key for path, key in paths if fnmatchcase(path, glob)})
         if not matched:
-            near = suggestion(glob, dict(paths))
-            problems.append(f"keep_float: {glob!r} matches no parameter or layer{near}")
+            known = suggestion(glob, dict(paths))
+            problems.append(f"keep_float: {glob!r} matches no parameter or layer{known}")
     for entry in file.encodings:
         for name, is_numbered in _readings(entry.name):
             parameter = parameters.get(added + name.removeprefix(removed))

@@ -157,6 +157,12 @@ def test_the_graph_has_fixed_shapes_and_nothing_of_this_machine(folder: Path) ->
     assert b"site-packages" not in path.read_bytes()
 
 
+def test_inputs_of_another_size_are_refused(folder: Path) -> None:
+    shorter = {name: tensor[:, :7] for name, tensor in SAMPLE.items()}
+    with pytest.raises(ExportError, match=r"input_ids[\s\S]*7 Expected: 12"):
+        AIMET.open(folder, "").run(shorter)
+
+
 def test_golden_files_hold_the_sample_and_its_simulated_outputs(
     folder: Path, lpbq: Simulation
 ) -> None:

@@ -103,9 +103,9 @@ def convert(
         if axis is not None and axis < 0 and tensor.shape and -axis <= len(tensor.shape):
             entry = entry.replace(axis=axis % len(tensor.shape))
         try:
-            is_list = file.version == "0.6.1" < version and entry.granularity == "channel"
-            if is_list and tensor.channel_axis is not None:  # of channels, or of blocks
-                _channel_axis(tensor, entry.scale.size)
+            is_list = file.version == "0.6.1" < version and tensor.channel_axis is not None
+            if is_list and isinstance(entry, IntegerEncoding) and entry.granularity == "channel":
+                _channel_axis(tensor, entry.scale.size)  # refuses a list of blocks
             projected = _project(entry, target)
         except _Lacking as need:
             lacking.append((entry.name, str(need)))

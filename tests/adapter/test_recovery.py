@@ -119,10 +119,10 @@ def test_one_recovery_starts_two_adapters(job_for: Any) -> None:
 
 def test_refuses_a_later_start_and_recovery_without_floats(recipe_for: Any) -> None:
     later = [{"name": "one", "continue_from": "two"}, {"name": "two"}]
-    with pytest.raises(RecipeError, match="one continues two: list that first"):
+    with pytest.raises(RecipeError, match="one continues two: list it first"):
         load_recipe(recipe_for(adapters=later))
     merging = [{"name": "one", "mergeable": True}, {"name": "two", "continue_from": "one"}]
-    with pytest.raises(RecipeError, match="two continues one: set mergeable: true, too"):
+    with pytest.raises(RecipeError, match="two continues one, which is mergeable: set"):
         load_recipe(recipe_for(adapters=merging))
     back = [{"name": "back", "objective": "recovery"}]
     with pytest.raises(RecipeError, match=r"back: objective recovery .* need the float model"):

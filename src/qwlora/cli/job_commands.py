@@ -26,7 +26,7 @@ from qwlora.cli.shared_arguments import (
     Name,
     Prefix,
     Yes,
-    reading,
+    reading_options,
 )
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
@@ -222,11 +222,11 @@ def import_base(
     """
     from qwlora.pipeline.job.output_path import new_folder
 
-    read = reading(encodings, keep_float, block_order, prefix)
+    options = reading_options(encodings, keep_float, block_order, prefix)
     with new_folder(out) as folder, ProgressDisplay() as display:
         from qwlora.pipeline.commands import write_model
 
-        fingerprint, size = write_model.import_base(source, folder, track=display.track, **read)
+        fingerprint, size = write_model.import_base(source, folder, track=display.track, **options)
     print(
         f"wrote {out}: {size.weights:,} packed weights with {size.bits_per_weight:.2f} bits each, "
         f"{size.float_weights:,} float, fingerprint {fingerprint}"

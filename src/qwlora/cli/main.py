@@ -255,7 +255,7 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 def _message(error: BaseException) -> str:
     if type(error).__name__ == "Abort":  # wraps EOFError, which a truncated file raises too
-        error = error.__cause__ or QwloraError("not confirmed, so nothing was changed")
+        error = error.__cause__ or QwloraError("not confirmed: nothing was changed")
     if isinstance(error, QwloraError):
         return str(error)
     if usage := getattr(error, "format_message", None):  # a usage error of click

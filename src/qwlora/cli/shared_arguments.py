@@ -68,12 +68,13 @@ BlockOrder = Annotated[
 Prefix = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help="With --encodings: what only its names start with, as model.prefix."
+        metavar="TEXT",
+        help="With --encodings: what its names alone, or the model's, start with, as model.prefix.",
     ),
 ]
 
 
-def reading(
+def reading_options(
     encodings: Encodings, keep_float: KeepFloat, block_order: BlockOrder, prefix: Prefix
 ) -> dict[str, Any]:
     """The arguments of `open_checkpoint` that options set."""

@@ -32,7 +32,7 @@ from qwlora.cli.shared_arguments import (
     Job,
     KeepFloat,
     Prefix,
-    reading,
+    reading_options,
 )
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
 from qwlora.errors import size
@@ -74,8 +74,8 @@ def inspect(
         source = str(Path(source) / "base")
     from qwlora.analysis.inspect_model import inspect_source
 
-    read = reading(encodings, keep_float, block_order, prefix)
-    model = inspect_source(source, against, **read)
+    options = reading_options(encodings, keep_float, block_order, prefix)
+    model = inspect_source(source, against, **options)
     print_result(model.to_json(), _model_lines(model), as_json)
 
 

@@ -144,7 +144,8 @@ class Documents:
 def split_documents(
     documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
 ) -> Documents:
-    """Hold out the share `held_out` of all characters: at least one document, none with over half.
+    """Hold out the share `held_out` of all characters: at least one document, and none with more
+    than both that share and half of all.
 
     A single text is split by position, at the end of a paragraph if one is near.
 
@@ -166,7 +167,8 @@ def split_documents(
         return _without_overlap(parts[:1], parts[1:], skipped)
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
-    wanted = held_out * (total := sum(d.characters for d in shuffled))
+    total = sum(d.characters for d in shuffled)
+    wanted = held_out * total
     shuffled.sort(key=lambda d: d.characters > max(wanted, total / 2))  # last: trained on
     count, characters = 1, shuffled[0].characters
     while characters < wanted and count < len(shuffled) - 1:

@@ -51,7 +51,7 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 class EmptyRecordError(SourceError):
-    """A record has the right fields, but they are empty."""
+    """A record has the right fields, but one is empty or null."""
 
 
 Columns = dict[str, str]
@@ -116,7 +116,7 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
     """The document in `record`.
 
     Raises:
-        EmptyRecordError: the record is empty.
+        EmptyRecordError: the record, or a field it needs, is empty or null.
         SourceError: a field is missing or has the wrong type, or a message is malformed.
     """
     with _named(where):

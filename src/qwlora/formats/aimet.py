@@ -162,11 +162,12 @@ def matched_encodings(
     unknown: list[str] = []
     problems: list[str] = []
     kept = set[int]()  # identities, since a tied parameter has several names
-    paths = [(path, id(p)) for n, p in parameters.items() for path in (n, n.rpartition(".")[0])]
+    places = [(n, id(p)) for name, p in parameters.items() for n in (name, name.rpartition(".")[0])]
     for glob in keep_float:
-        kept |= (matched := {key for path, key in paths if fnmatchcase(path, glob)})
+        matched = {key for place, key in places if fnmatchcase(place, glob)}
+        kept |= matched
         if not matched:
-            known = suggestion(glob, dict(paths))
+            known = suggestion(glob, [place for place, _ in places if place])
             problems.append(f"keep_float: {glob!r} matches no parameter or layer{known}")
     for entry in file.encodings:
         for name, is_numbered in _readings(entry.name):

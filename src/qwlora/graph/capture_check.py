@@ -142,7 +142,9 @@ def check_graph(
         raise _refusal(program, module, tensors, difference)
     fixed = set(axes.symbols)
     for number, (places, smaller) in enumerate(axes.trials(tensors)):
-        if number > 1 and not fixed.intersection(places):  # odd sizes may have another graph
+        if number % 2 == 0:  # of a half and one less both or neither: odd sizes may differ
+            is_proven = fixed.isdisjoint(places)
+        if is_proven:
             continue
         try:
             expected = module(*smaller)

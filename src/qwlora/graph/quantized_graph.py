@@ -131,7 +131,7 @@ class QuantizedGraph:
 
     @property
     def activation_bitwidths(self) -> list[int]:
-        """Of all activations that have an encoding."""
+        """The bitwidth of each activation that has an encoding."""
         names = (mark.name for mark in self.marks if mark.kind is Kind.ACTIVATION)
         return [self.encodings[name].scheme.bitwidth for name in names]
 

@@ -55,7 +55,7 @@ class Data(Section):
     output_column: str | None = None
     """column with the answer to the instruction, trained on"""
     empty_records: Literal["error", "skip"] = "error"
-    """what to do with an empty record"""
+    """what to do with a record that is empty or null"""
     chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
     """file with a Jinja chat template, in place of the tokenizer's"""
     prompt_format: Literal["auto", "plain"] = "auto"

@@ -193,9 +193,12 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             first = self.predecessor(adapter)
             if adapter.continue_from in names[i:]:
-                yield f"adapter {adapter.name} continues {adapter.continue_from}: list that first"
+                yield f"adapter {adapter.name} continues {adapter.continue_from}: list it first"
             elif first is not None and first.mergeable and not adapter.mergeable:
-                yield f"adapter {adapter.name} continues {first.name}: set mergeable: true, too"
+                yield (
+                    f"adapter {adapter.name} continues {first.name}, which is mergeable: set "
+                    "mergeable: true for both"
+                )
         yield from self._base_problems()
         yield from self._target_problems()
         yield from self._use_case_problems()

@@ -181,7 +181,7 @@ def verify(
         what was measured, with limits. The files compute what they should if every row passed.
 
     Raises:
-        SourceError: the folder has no files of `export`, or none of an adapter of `made`; or
+        SourceError: the folder has no files of `export`, or no adapter of `made`; or
             `batches` are not token ids of one length, where they have to be.
         MissingExtraError: the runtime is not installed.
         VerificationError, ExportError: the files contradict each other, or the runtime refuses

@@ -98,13 +98,14 @@ def convert(
     lost: list[tuple[str, str]] = []
     lacking: list[tuple[str, str]] = []
     kept: dict[str, Entry] = {}
+    from_list = (file.version, version) == ("0.6.1", "1.0.0")  # of channels, or of blocks
     for entry in file.encodings:
         tensor, axis = target.tensor(entry), entry.axis
         if axis is not None and axis < 0 and tensor.shape and -axis <= len(tensor.shape):
             entry = entry.replace(axis=axis % len(tensor.shape))
         try:
-            is_list = file.version == "0.6.1" < version and tensor.channel_axis is not None
-            if is_list and isinstance(entry, IntegerEncoding) and entry.granularity == "channel":
+            is_seen = from_list and tensor.channel_axis is not None
+            if is_seen and isinstance(entry, IntegerEncoding) and entry.granularity == "channel":
                 _channel_axis(tensor, entry.scale.size)  # refuses a list of blocks
             projected = _project(entry, target)
         except _Lacking as need:

@@ -138,7 +138,8 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         adapter_named(recipe, old, folder)
         content = recipe.model_dump(mode="json")
         for adapter in content["adapters"]:
-            adapter.update({k: new for k in ("name", "continue_from") if adapter[k] == old})
+            for key in ("name", "continue_from"):
+                adapter[key] = new if adapter[key] == old else adapter[key]
         names = recipe.base.calibrate_on
         content["base"]["calibrate_on"] = [new if name == old else name for name in names]
         if (cases := recipe.export.use_cases) is not None:

@@ -465,12 +465,17 @@ def is_calibrated(recipe: Recipe) -> bool:
     return is_read or any(solver.needs_calibration for solver in solvers)
 
 
+def reads_base_text(recipe: Recipe) -> bool:
+    """Whether quantizing or tuning the base needs calibration text."""
+    return is_calibrated(recipe) or recipe.base.tuning.steps > 0
+
+
 def sampled_sequences(recipe: Recipe) -> dict[int, int]:
     """How many sequences the float model writes for each part of `base.calibration`, by its number;
     none if nothing reads them."""
     base, adapters = recipe.base, recipe.adapters
-    is_read = is_calibrated(recipe) or base.tuning.steps
-    if not is_read and not any(recovers_on_base_text(recipe, adapter) for adapter in adapters):
+    recovers = any(recovers_on_base_text(recipe, adapter) for adapter in adapters)
+    if not recovers and not reads_base_text(recipe):
         return {}
     wanted = max(base.calibration_sequences, base.tuning.steps)
     share = wanted / sum(part.weight for part in base.calibration)

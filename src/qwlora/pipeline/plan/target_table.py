@@ -76,8 +76,9 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
 def htp_notes(recipe: Recipe, schemes: Collection[Scheme]) -> list[str]:
     """Which of these schemes of weights the HTP does not compute, if files for it are written."""
     names = ", ".join(name for name in recipe.export.targets if TARGETS[name].is_for_htp)
-    problems = sorted(filter(None, map(weight_problem, schemes)))
-    return [f"{names}: {problem}" for problem in problems if names]
+    bits = recipe.simulation.activation_bitwidth
+    problems = filter(None, (weight_problem(s, bits) for s in schemes if names))
+    return [f"{names}: {problem}" for problem in sorted(problems)]
 
 
 def second_rounding(recipe: Recipe) -> str | None:

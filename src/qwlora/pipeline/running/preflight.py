@@ -20,7 +20,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import is_calibrated, is_foreign, sampled_sequences
+from qwlora.pipeline.plan.plan import is_foreign, reads_base_text, sampled_sequences
 from qwlora.pipeline.plan.target_table import (
     htp_notes,
     kept_layers,
@@ -61,7 +61,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         if problem := slow_compute(compute, kind):
             say(f"warning: {what}: {problem}")
     texts = [*context.all_texts().values()]
-    is_read = "quantize" in verbs and (is_calibrated(recipe) or recipe.base.tuning.steps)
+    is_read = "quantize" in verbs and reads_base_text(recipe)
     for part in recipe.base.calibration if is_read else ():  # cut as the data section says
         texts += map(context.prepared, recipe.calibration_texts(part))
     largest = max(text.largest_id() for text in texts)
@@ -90,7 +90,11 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         say(note)
     if verbs & {"quantize", "export"}:
         _check_layers(context, model, packed, "quantize" in verbs)
-        schemes = {*filter(None, packed.values()), *(grid.scheme for grid in recipe.base.grids())}
+        schemes = {grid.scheme for grid in recipe.base.grids() if not grid.of_embedding}
+        table = model.get_input_embeddings()
+        for name, scheme in packed.items():
+            if scheme is not None and model.get_submodule(name.rpartition(".")[0]) is not table:
+                schemes.add(scheme)
         for note in htp_notes(recipe, schemes):
             say(f"warning: {note}")
     if "train" in verbs:

@@ -284,7 +284,7 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
             values[path] = weights[placeholder].cpu().numpy()
         if not is_first_factor(path):
             while not (operation(node) == "mul" and isinstance(node.args[1], int | float)):
-                node = next(iter(node.users))  # of each call of the layer: alike
+                node = next(iter(node.users))  # every call of the layer has the same scaling
             factor = np.array([node.args[1]], np.float32)
             values[f"{path.partition('.lora_')[0]}{_SCALING}"] = factor
     return values

@@ -1,5 +1,4 @@
-"""The `hf` target: a compressed-tensors folder and PEFT directories, for transformers, vLLM and
-SGLang.
+"""The `hf` target: a compressed-tensors folder and PEFT directories, for transformers and vLLM.
 
     transformers   AutoModelForCausalLM.from_pretrained("base"), or AutoModelForImageTextToText
                    PeftModel.from_pretrained(model, "NAME")

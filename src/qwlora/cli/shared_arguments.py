@@ -69,7 +69,7 @@ Prefix = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="With --encodings: what its names alone, or the model's, start with, as model.prefix.",
+        help="With --encodings: what only its names, or the model's, start with; see model.prefix.",
     ),
 ]
 

@@ -97,11 +97,7 @@ class Inspection:
         return content | {"tensors": [tensor.to_json() for tensor in self.tensors]}
 
 
-def inspect_source(
-    source: str,
-    against: str | None = None,
-    **reading: Any,
-) -> Inspection:
+def inspect_source(source: str, against: str | None = None, **reading: Any) -> Inspection:
     """Describe `source`: a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
     Args:

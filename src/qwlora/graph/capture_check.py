@@ -85,9 +85,9 @@ class Axes:
                 labels.setdefault(symbol, label)
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
-    def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], Tensors]]:
-        """Smaller inputs and the axes that were cut, to half their size or by one, but no less than
-        two tokens or one row: all groups of axes, then each one, then pairs."""
+    def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], list[Tensors]]]:
+        """Axes, and the inputs with these cut to half their size and by one, but no less than two
+        tokens or one row: all groups of axes, then each one, then pairs."""
         by_size: dict[tuple[bool, int], list[AxisIndex]] = {}  # the batch first
         for place, symbol in self.symbols.items():
             key = self.labels[symbol] != BATCH, self.sizes[place[0]][place[1]]
@@ -96,7 +96,7 @@ class Axes:
         choices = [groups] if len(groups) > 1 else []
         choices += [list(chosen) for count in (1, 2) for chosen in combinations(groups, count)]
         for chosen in choices:
-            places = [place for group in chosen for place in group]
+            places, smaller_inputs = [place for group in chosen for place in group], []
             for halved in (True, False):
                 cut = list(tensors)
                 for index, axis in places:
@@ -104,7 +104,8 @@ class Axes:
                     least = 1 if self.labels[self.symbols[index, axis]] == BATCH else 2
                     smaller = max(least, size // 2 if halved else size - 1)
                     cut[index] = cut[index].narrow(axis, 0, smaller)
-                yield places, tuple(cut)
+                smaller_inputs.append(tuple(cut))
+            yield places, smaller_inputs
 
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
@@ -141,22 +142,20 @@ def check_graph(
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         raise _refusal(program, module, tensors, difference)
     fixed = set(axes.symbols)
-    for number, (places, smaller) in enumerate(axes.trials(tensors)):
-        if number % 2 == 0:  # of a half and one less both or neither: odd sizes may differ
-            is_proven = fixed.isdisjoint(places)
-        if is_proven:
-            continue
-        try:
-            expected = module(*smaller)
-        except Exception:  # models raise anything for a size they do not support
-            continue
-        try:
-            difference = _difference(expected, graph(*smaller), outputs)
-        except Exception:  # torch.export's assumptions do not hold, or an operator fails
-            continue
-        if difference:
-            raise _refusal(program, module, smaller, difference)
-        fixed.difference_update(places)
+    for places, smaller_inputs in axes.trials(tensors):
+        # all of them if one axis is not proven yet: a model may compute odd sizes otherwise
+        for smaller in () if fixed.isdisjoint(places) else smaller_inputs:
+            try:
+                expected = module(*smaller)
+            except Exception:  # models raise anything for a size they do not support
+                continue
+            try:
+                difference = _difference(expected, graph(*smaller), outputs)
+            except Exception:  # torch.export's assumptions do not hold, or an operator fails
+                continue
+            if difference:
+                raise _refusal(program, module, smaller, difference)
+            fixed.difference_update(places)
     return fixed
 
 

@@ -183,5 +183,7 @@ class FolderCheckpoint(MappedCheckpoint):
     def _is_empty_bias(self, name: str) -> bool:
         """Whether a stored bias that the model lacks is all zeros; GPTQ tools write one for every
         layer."""
-        value = self.stored.read(name) if name.endswith(".bias") else None
+        if not name.endswith(".bias"):
+            return False
+        value = self.stored.read(name)
         return isinstance(value, Tensor) and not bool(value.any())

@@ -139,7 +139,8 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         content = recipe.model_dump(mode="json")
         for adapter in content["adapters"]:
             for key in ("name", "continue_from"):
-                adapter[key] = new if adapter[key] == old else adapter[key]
+                if adapter[key] == old:
+                    adapter[key] = new
         names = recipe.base.calibrate_on
         content["base"]["calibrate_on"] = [new if name == old else name for name in names]
         if (cases := recipe.export.use_cases) is not None:

@@ -312,12 +312,13 @@ def _scaling(factor: Any) -> Any:
     Args:
         factor: the initializer of lora_B.
     """
-    value, readers = require("onnx_ir", "onnx").val("scaling"), [*factor.consumers()]
-    for node in readers:  # a layer that is called twice has two
+    value, pending = require("onnx_ir", "onnx").val("scaling"), [*factor.consumers()]
+    while pending:  # a layer that is called twice has two products
+        node = pending.pop()
         if node.op_type == "Mul":
             node.replace_input_with(1, value)
         else:
-            readers += node.outputs[0].consumers()
+            pending += node.outputs[0].consumers()
     return value
 
 

@@ -76,7 +76,7 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
 
 
 class Outputs(nn.Module):
-    """Outputs that are an input, a parameter, one tensor twice or named `mean`; values set in place."""
+    """Outputs: an input, a parameter, one tensor twice, one named `mean`; values set in place."""
 
     def __init__(self) -> None:
         super().__init__()

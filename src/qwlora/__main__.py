@@ -1,6 +1,14 @@
 """Runs the command line: `python -m qwlora`."""
 
-from qwlora.cli.main import main
+import os
+import sys
+
+# `python -m` puts the current folder first, where a stranger's recipe may lie next to a module with
+# the name of an optional package.
+if sys.path[:1] == [os.getcwd()]:
+    del sys.path[0]
+
+from qwlora.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -24,6 +24,7 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_source import downloaded, looked_for, source_path
 from qwlora.system import strict_json
+from qwlora.system.regular_files import check_readable
 from qwlora.system.time_limit import SECONDS, time_limit
 
 WEIGHTS = "adapter_model.safetensors"
@@ -61,6 +62,7 @@ _PATTERNS = {
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter in `folder`."""
     what = f"adapter {str(folder)!r}: {CONFIG}"
+    check_readable(folder)
     with foreign_as(SourceError, f"{what} cannot be read", _COPY):
         config = json.loads((folder / CONFIG).read_text())
     if not isinstance(config, dict):

@@ -13,8 +13,8 @@ folder in which nothing but the card can be read is refused, so that nobody trai
 
 from __future__ import annotations
 
+import ast
 import glob
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +41,7 @@ from qwlora.data.rows import (
     read_text,
 )
 from qwlora.errors import SourceError, foreign_as, listed
-from qwlora.formats.model_source import looked_for, user_path
+from qwlora.formats.model_source import installed_module, looked_for, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (
@@ -88,15 +88,7 @@ def locate_documents(source: str) -> None:
         SourceError: it does not.
     """
     if source.startswith("python:"):
-        module_name, _, attribute = source.removeprefix("python:").partition(":")
-        try:
-            exists = bool(attribute) and importlib.util.find_spec(module_name) is not None
-        except (ImportError, ValueError):
-            exists = False
-        if not exists:
-            raise SourceError(
-                f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
-            )
+        _constant_of_module(source)
     elif not user_path(source).exists() and not _is_hub_id(source):
         raise SourceError(
             f"data source {source!r} does not exist{looked_for(source, user_path(source))}. Give "
@@ -212,11 +204,35 @@ class _Reader:
                 self.skipped += 1
 
 
-def _strings_of_module(source: str) -> list[Text]:
+def _constant_of_module(source: str) -> Any:
+    """The value of a constant in the source code of an installed module, which is not run: a recipe
+    may be a stranger's, and importing a module runs code of it."""
     module_name, _, attribute = source.removeprefix("python:").partition(":")
-    what = f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
-    with foreign_as(SourceError, what):
-        value = getattr(importlib.import_module(module_name), attribute)
+    spec = installed_module(module_name)
+    loader: Any = spec and spec.loader
+    with foreign_as(SourceError, f"data source {source!r} cannot be read"):
+        code = loader.get_source(spec.name) if hasattr(loader, "get_source") else None
+        tree = ast.parse(code or "")
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == attribute]
+    stored = [name for name in names if isinstance(name.ctx, ast.Store)]
+    values = [
+        statement.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign | ast.AnnAssign)
+        and any(name in ast.iter_child_nodes(statement) for name in stored)
+    ]
+    if len(stored) != 1 or not values:  # also if it is assigned twice, or changed by `+=`
+        raise SourceError(
+            f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module whose "
+            "source code assigns a constant to ATTRIBUTE once. Modules are not run; save what they "
+            "compute as a text file"
+        )
+    with foreign_as(SourceError, f"data source {source!r} is no constant", "save it as a file"):
+        return ast.literal_eval(values[0] or "")
+
+
+def _strings_of_module(source: str) -> list[Text]:
+    value = _constant_of_module(source)
     if isinstance(value, str):
         return [Text(value, source)]
     texts = list(value.values()) if isinstance(value, Mapping) else value

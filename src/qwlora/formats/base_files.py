@@ -51,6 +51,7 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.system import strict_json
 from qwlora.system.atomic import files_in, replacing, replacing_files, write_text
 from qwlora.system.parameter_names import canonical_name, parameter_name
+from qwlora.system.regular_files import check_readable
 from qwlora.system.strict_json import read_object
 
 STEM = "base"
@@ -474,6 +475,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         SourceError: it is missing, unreadable, or has another format version.
     """
+    check_readable(folder)
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
     record = read_object(folder / RECORD)

@@ -6,7 +6,8 @@
 The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
 simulation. Its `files` has the SHA-256 of each file that is checked, by path relative to the
 folder, and under its own name that of all its other fields. To accept an edited file, delete its
-entry.
+entry. A record may be a stranger's: entries that lead out of the folder, or to a link, a pipe or a
+device, count as changed and are not opened.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from qwlora.errors import FingerprintError, QwloraWarning
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.regular_files import is_inside, is_special
 
 FILES = "files"
 
@@ -95,8 +97,8 @@ def check(
 
 
 def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) -> list[str]:
-    """The listed files that are missing or differ from their digests; empty if there is no
-    record."""
+    """The listed files that are missing, differ from their digests, or are no files of the folder;
+    empty if there is no record."""
     if not (folder / name).exists():
         return []
     record = read(folder / name)
@@ -104,15 +106,22 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
     if not isinstance(listed, dict):
         return [name]
     wanted = listed if only is None else {*only, name} & listed.keys()
-    return [
-        file if file == name or os.path.exists(folder / file) else f"{file} (missing)"
-        for file in sorted(wanted)
-        if listed[file] != (_record_digest(record) if file == name else _file_digest(folder / file))
-    ]
+    changed = list[str]()
+    for file in sorted(wanted):
+        if not is_inside(folder, file):
+            changed.append(f"{file!r} (not a regular file in this folder; it was not opened)")
+        elif listed[file] != (
+            _record_digest(record) if file == name else _file_digest(folder / file)
+        ):
+            is_there = file == name or os.path.exists(folder / file)
+            changed.append(file if is_there else f"{file} (missing)")
+    return changed
 
 
 def read(path: Path) -> dict[str, Any]:
     """A record; empty if there is none, or it cannot be read."""
+    if is_special(path):
+        return {}
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -14,16 +14,19 @@ can report a missing model before anything else is loaded.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import SourceError, listed, shortened
+from qwlora.system.regular_files import check_readable, is_special
 from qwlora.system.strict_json import read_object
 
 if TYPE_CHECKING:
@@ -82,8 +85,8 @@ def user_path(text: str) -> Path:
     """The path `text`, with `~` and `~user` expanded; see `relative_to`. It need not exist.
 
     Raises:
-        SourceError: there is no such user, or no file system can hold such a path (too long, or
-            with a null byte).
+        SourceError: there is no such user; no file system can hold such a path (too long, or with a
+            null byte); or a pipe, a socket or a device is there.
     """
     try:
         path = (_folder.get() or Path()) / Path(text).expanduser()
@@ -94,6 +97,8 @@ def user_path(text: str) -> Path:
         raise SourceError(
             f"{shortened(repr(text), 200)} is not a path that can be used: {reason}"
         ) from error
+    if is_special(path):
+        check_readable(path)
     return path
 
 
@@ -101,6 +106,24 @@ def looked_for(text: str, path: Path) -> str:
     """` (looked for ABSOLUTE PATH)`, for a message about `text`; empty if it is that path."""
     absolute = str(path.absolute())
     return "" if absolute == text else f" (looked for {absolute})"
+
+
+def installed_module(name: str) -> ModuleSpec | None:
+    """Where the installed module `name` is, or None. Nothing is imported, parent packages included.
+
+    The folders of the script and of the working directory do not count: `python -m` puts one of
+    them on `sys.path`, and a stranger's recipe is often there, with other files of theirs.
+    """
+    own = {os.path.realpath(place) for place in (".", os.path.dirname(sys.argv[0]))}
+    places: Sequence[str] | None
+    places = [place for place in sys.path if place and os.path.realpath(place) not in own]
+    spec = None
+    for part in name.split("."):
+        if not part.isidentifier() or places is None:
+            return None
+        spec = PathFinder.find_spec(part, places)
+        places = spec and spec.submodule_search_locations
+    return spec
 
 
 def source_path(source: str) -> Path:
@@ -115,7 +138,7 @@ def source_path(source: str) -> Path:
         return user_path(source)
     name, _, rest = source.removeprefix("package:").partition("/")
     module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    spec = installed_module(module)
     paths = [Path(folder, rest) for folder in (spec and spec.submodule_search_locations) or ()]
     if not paths:
         raise SourceError(
@@ -135,6 +158,7 @@ def locate(source: str) -> Location:
     on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
     if on_hub and not path.exists():
         return Location(on_hub[1], on_hub[2], ())
+    check_readable(path)
     if not path.exists():
         raise SourceError(
             f"model {source!r} does not exist{looked_for(source, path)}. Give a folder with "

@@ -44,6 +44,7 @@ from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.simulation.placement import Placement
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.atomic import replacing_files
+from qwlora.system.regular_files import check_readable
 
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
 INPUTS = "example_inputs.safetensors"
@@ -154,6 +155,7 @@ def load_activations(folder: Path) -> dict[str, Encoding]:
 def read_record(folder: Path) -> Record:
     """`simulation.json`."""
     try:
+        check_readable(folder)
         return Record.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error

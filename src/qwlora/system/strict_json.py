@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import NonFiniteError, SourceError, shortened
+from qwlora.system.regular_files import check_readable
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: the file cannot be read, is not a JSON object, or a key occurs twice.
     """
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct_keys)
     except (OSError, ValueError, RecursionError) as error:

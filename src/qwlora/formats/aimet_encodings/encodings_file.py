@@ -31,6 +31,7 @@ from qwlora.formats.aimet_encodings.documents import (
 from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.system.atomic import write_text
+from qwlora.system.regular_files import check_readable
 from qwlora.system.strict_json import distinct_keys
 
 DOCUMENTS: dict[str, type[SectionsDocument[Any] | Document2]] = {
@@ -137,6 +138,7 @@ def load_json(path: Path | str) -> Any:
     """
     content = b""
     try:
+        check_readable(Path(path))
         content = Path(path).read_bytes()
         return json.loads(content, object_pairs_hook=distinct_keys)
     except (OSError, ValueError, RecursionError) as error:

@@ -1,0 +1,74 @@
+"""Whether files of a folder that somebody else made may be opened.
+
+Reading a pipe or a device may never end, and a link or a path with `..` may lead to a file of the
+user's that is then copied or uploaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from stat import S_ISDIR, S_ISLNK, S_ISREG
+
+from qwlora.errors import SourceError
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path leads to a pipe, a socket or a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # missing, or no path at all
+        return False
+    return not S_ISREG(mode) and not S_ISDIR(mode)
+
+
+def check_readable(path: Path) -> None:
+    """Check a file, or a folder and the files in it, before other libraries read them.
+
+    Links are followed: files of a user, and of the hub's cache, may be links.
+
+    Raises:
+        SourceError: one of them is a pipe, a socket or a device.
+    """
+    for entry in (path, *(path.iterdir() if path.is_dir() else ())):
+        if is_special(entry):
+            raise SourceError(
+                f"{str(entry)!r} is a pipe, a socket or a device, whose content may never end. "
+                "Save its content as a regular file"
+            )
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse links, pipes, sockets and devices in a folder and below it. Hidden entries of the
+    folder itself are ignored, since nothing reads them.
+
+    Raises:
+        SourceError: there is one.
+    """
+    for place, folders, files in os.walk(folder):
+        if place == str(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files = [name for name in files if not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in (*folders, *files)):
+            mode = os.lstat(path).st_mode
+            if not S_ISDIR(mode) and not S_ISREG(mode):
+                kind = "a link" if S_ISLNK(mode) else "not a regular file"
+                raise SourceError(
+                    f"{path!r} is {kind}; only regular files are accepted here. Copy the folder "
+                    "with the files that links point to, for example with `cp -rL`"
+                )
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether `name` is a relative path without `..`, and no link or special file is there.
+
+    Nothing has to be there. Links of the hub's cache, `snapshots/REVISION/FILE` to `blobs/HASH`,
+    are accepted.
+    """
+    if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        return False
+    root, real = os.path.realpath(folder), os.path.realpath(folder / name)
+    is_own = real == os.path.join(root, os.path.normpath(name))
+    blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
+    is_cached = os.path.basename(os.path.dirname(root)) == "snapshots"
+    return (is_own or (is_cached and os.path.dirname(real) == blobs)) and not is_special(Path(real))

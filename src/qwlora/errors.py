@@ -269,7 +269,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_out_of_space(error: BaseException) -> bool:
     """Whether a disk was full. Native writers (safetensors, onnx) say so in their text only."""
-    return getattr(error, "errno", None) in _FULL_DISK or "No space left" in str(error)
+    is_said = any(words in str(error) for words in ("No space left", "quota exceeded"))
+    return is_said or getattr(error, "errno", None) in _FULL_DISK
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def verify(
 
     with on_cpu(*_modules(made)):
         if isinstance(made, Simulation):
-            return list(of_simulation(target.backend.open(folder, ""), made).checks)
+            return list(of_simulation(target.open(folder, ""), made).checks)
         if isinstance(made, AdapterSimulations):
             for adapter, simulation in made.items():
                 if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):

@@ -14,19 +14,22 @@ against the registry before anything heavy is loaded, so nothing here imports to
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError
+from qwlora.system.atomic import files_in
 from qwlora.system.optional_packages import node_package, require
 from qwlora.system.parameter_names import BASE
-from qwlora.targets.proof.contents import Contents
+from qwlora.system.regular_files import check_plain
+from qwlora.targets.proof.contents import Contents, check_contents
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -215,11 +218,17 @@ class Target:
     def open(self, bundle: Path, name: str | None = None) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
 
+        Everything that opens exported files does it here, so this is where they are checked: before
+        the runtime sees them, and each adapter before the runtime switches to it.
+
         Args:
             bundle: folder of the target.
-            name: None: the base alone, if it has a folder of its own.
+            name: None: the base alone, if it has a folder of its own. Empty: files of an adapter by
+                itself are in `bundle`.
 
         Raises:
+            SourceError: there is a link, a pipe or a device, or a file, or a key or value in one,
+                that the target does not write.
             MissingExtraError: a package of the runtime is missing.
             VerificationError: the files contradict each other; every problem names its file.
             ExportError: the runtime refuses them.
@@ -227,11 +236,26 @@ class Target:
         self.require_packages()
         if not self.has_base:
             files = self.parts(bundle, str(name))["files"]
+            self._check(files, is_base=False)
             return self.backend.open(files, str(name))
+        self._check(bundle / BASE, is_base=True)
         runtime = self.backend.open(bundle / BASE, BASE)
+        runtime.check = cache(partial(self._check, is_base=False))
         if name not in (None, BASE):
             runtime.use(bundle / str(name))
         return runtime
+
+    def _check(self, folder: Path, is_base: bool) -> None:
+        """Compare the files of a base, an adapter or all use cases with what the target writes."""
+        check_plain(folder)
+        ignored = (f"{PROOF}/", ".") if self.has_cases else ()  # of the bundle: see `folder.py`
+        files = [
+            file
+            for file in files_in(folder)
+            if not file.startswith(ignored)
+            and not re.fullmatch(r"\..*\.part", Path(file).name)  # of a killed writer
+        ]
+        check_contents(self.backend.contents, folder, files, is_base)
 
 
 @dataclass(frozen=True)
@@ -288,12 +312,14 @@ class Runtime(ABC):
         switches: whether `use` and `decode` work; else the files are of one adapter or use case.
         has_layers: whether `run_layers` works.
         process_bytes: most memory that a process of its own had so far.
+        check: called with the folder of an adapter before the first switch to it.
     """
 
     process_bytes = 0
     shipped: Runtime | None = None
     switches = False
     has_layers = False
+    check: Callable[[Path], None] | None = None
 
     @property
     def has_cache(self) -> bool:
@@ -318,8 +344,15 @@ class Runtime(ABC):
         """Switch to the adapter in a folder, or to none. Adapters stay loaded.
 
         Raises:
+            SourceError: see `Target.open`.
             ExportError: the runtime refuses it.
         """
+        if adapter is not None and self.check is not None:
+            self.check(adapter)
+        self.switch_to(adapter)
+
+    def switch_to(self, adapter: Path | None) -> None:
+        """`use`, in the runtime."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor, count: int) -> list[int]:

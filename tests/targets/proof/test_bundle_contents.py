@@ -16,9 +16,10 @@ from onnx import helper
 from conftest import tiny_model
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_model
+from qwlora.system.regular_files import check_plain
 from qwlora.system.time_limit import time_limit
 from qwlora.targets.onnx.onnx_runtime import read_session_options
-from qwlora.targets.proof.contents import check_contents, check_plain, known_settings, misfits
+from qwlora.targets.proof.contents import check_contents, known_settings, misfits
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights.hf import TransformersRuntime
 from targets.damage import edit_json

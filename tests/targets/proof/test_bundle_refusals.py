@@ -81,10 +81,10 @@ class Runtime(TableRuntime):
         self.forgets, self.wrong = forgets, wrong
         self.decoded: list[tuple[int, int]] = []
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         if self.state and adapter is None and not self.forgets:
             self.tables[""] = self.tables[""] + 1e-6
-        super().use(adapter)
+        super().switch_to(adapter)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         self.decoded.append((ids.shape[1], count))

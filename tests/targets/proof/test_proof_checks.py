@@ -430,8 +430,8 @@ class Session(TableRuntime):
         self.leaks, self.uses = leaks, 0
         self.ran: list[tuple[str, int]] = []  # state and tokens of each call of `extend`
 
-    def use(self, adapter: Path | None) -> None:
-        super().use(adapter)
+    def switch_to(self, adapter: Path | None) -> None:
+        super().switch_to(adapter)
         self.uses += 1
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:

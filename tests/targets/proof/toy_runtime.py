@@ -23,7 +23,7 @@ class TableRuntime(Runtime):
     def __init__(self, tables: Mapping[str, Tensor]):
         self.tables, self.state = dict(tables), ""
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         self.state = adapter.name if adapter else ""
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:

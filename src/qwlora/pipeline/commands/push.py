@@ -39,6 +39,7 @@ from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.regular_files import check_plain, is_inside
 from qwlora.targets.registry import TARGETS
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
@@ -76,14 +77,19 @@ def prepared(
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
 
+    A job may be from somebody else: a link in it could lead to any file of the user's, such as a
+    key, and upload it.
+
     Args:
         folder: the job's directory.
         license: of the adapter or base, as the hub writes it; default: see `model_cards`.
 
     Raises:
+        SourceError: there is a link, a pipe or a device in the job.
         DirectoryError: what is asked for is not there, incomplete, changed, or of another recipe
-            than the one that is there now.
+            than the one that is there now; or a record lists a file outside of the job.
     """
+    check_plain(folder)
     state = JobState(folder)
     recipe, directory, stale = state.recipe, state.directory, state.stale()
     job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
@@ -192,10 +198,15 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:
     """The files that a stage wrote, by path in its artifact. What others put there is not one."""
-    prefix = f"{artifact}/"
+    prefix, listed_files = f"{artifact}/", directory.records[stage].files
+    if outside := [file for file in listed_files if not is_inside(directory.path, file)]:
+        raise DirectoryError(
+            f"{str(directory.path)!r}: the record of {stage} lists {outside[0]!r}, which is no "
+            "regular file of the job. Nothing was uploaded; run the stage again"
+        )
     return {
         file.removeprefix(prefix): directory.path / file
-        for file in directory.records[stage].files
+        for file in listed_files
         if file.startswith(prefix) and not file.endswith(f"/{CARD}")
     }
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,18 @@ from qwlora.recipe import Recipe
 from qwlora.system.atomic import move_into_place
 
 _FULL_BYTES = 64 * 1024
-_UNWRITABLE = (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+_ANOTHER = "Fix this or choose another --out"
+_LOCKS = "The file system cannot lock files; choose an --out on a local disk"  # NFS without lockd
+_DISK = "The disk or the connection to it failed; check it, or choose another --out"
+_UNWRITABLE = {
+    **dict.fromkeys((errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY), _ANOTHER),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _ANOTHER),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.EMLINK, errno.ELOOP), _ANOTHER),
+    **dict.fromkeys((errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS), _LOCKS),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _DISK),
+    errno.EFBIG: "A file would be larger than `ulimit -f` or the file system allows; raise the "
+    "limit, or choose another --out",
+}
 _LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
 
@@ -42,12 +54,12 @@ def as_directory_errors(path: Path) -> Iterator[None]:
                 f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
                 "some space and run again"
             ) from error
-        is_of_path = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
-        if file_being_read(error) is None and (
-            is_of_path or getattr(error, "errno", None) in _UNWRITABLE
-        ):
+        # safetensors writes in Rust, whose errors have the number in their text only
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        if file_being_read(error) is None and code in _UNWRITABLE:
             raise DirectoryError(
-                f"{str(path)!r} cannot be written: {error}. Fix this or choose another --out"
+                f"{str(path)!r} cannot be written: {error}. {_UNWRITABLE[code]}"
             ) from error
         raise
 

@@ -79,7 +79,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
 )
 from qwlora.targets.onnx.onnx_model import constant, new_node, numbers, save_graph
 from qwlora.targets.onnx.onnx_runtime import EMBEDDINGS_FILE, write_embeddings
-from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
+from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.targets.target import Backend, ExportedGraph, members
 
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
@@ -103,6 +103,7 @@ class Aimet(Backend):
             "submit_aihub.py",
             *GOLDEN_FILES,
             *SIMULATED_ADAPTER,
+            *TOKENIZER,
         ),
         scripts={"submit_aihub.py": "npu/aimet_templates/submit_aihub.py.template"},
     )
@@ -180,7 +181,7 @@ class Qairt(Backend):
             EMBEDDINGS_FILE,
             *GOLDEN_FILES,
             *genie.FORMS,
-            genie.TOKENIZER,
+            *TOKENIZER,
         ),
         forms=genie.FORMS,
     )

@@ -61,7 +61,7 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE
-from qwlora.targets.npu.genie import GENIE, GenieLayout, read_weights
+from qwlora.targets.npu.genie import FORMS, GENIE, GenieLayout, read_weights
 from qwlora.targets.npu.htp_limits import (
     CHIP,
     SMALLEST_RESCALE,
@@ -72,6 +72,7 @@ from qwlora.targets.npu.htp_limits import (
 )
 from qwlora.targets.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
+    GRAPHS,
     CachedGraphs,
     graph_sizes,
     read_graphs,
@@ -80,6 +81,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
 )
 from qwlora.targets.onnx.onnx_model import load_graph, save_graph
 from qwlora.targets.onnx.onnx_runtime import (
+    EMBEDDINGS_FILE,
     OnnxModel,
     exposed,
     open_model,
@@ -87,6 +89,7 @@ from qwlora.targets.onnx.onnx_runtime import (
     write_embeddings,
 )
 from qwlora.targets.proof.checks import Limits, Parity, at_most
+from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.target import NONE, Backend, ExportedGraph
 
 WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
@@ -120,6 +123,18 @@ class OnnxLayout:
 
 class Qnn(Backend):
     """QDQ graphs; the HTP's emulator runs them, and ONNX Runtime on the CPU."""
+
+    contents = Contents(
+        adapter=(
+            *(f"{BASE}/{name}" for name in ("*.onnx", WEIGHTS, GRAPHS, EMBEDDINGS_FILE)),
+            f"{BASE}/{DEVICE}/*",
+            f"*/{ADAPTER}",
+            "*/*.raw",  # layout genie
+            *FORMS,
+            *TOKENIZER,
+        ),
+        compiled=(f"{BASE}/{DEVICE}/",),
+    )
 
     def write_cases(
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
@@ -350,9 +365,9 @@ class QnnModel(CachedGraphs):
         files = {n: base / str(graph["qdq"]) for n, graph in read_graphs(base)["graphs"].items()}
         places = {name: profiles / name if profiles else None for name in files}
         super().__init__(base, {n: QnnGraph(file, htp, places[n]) for n, file in files.items()})
-        self.use(adapter)
+        self.switch_to(adapter)
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         self.adapter = adapter or self.folder.parent / ZERO
         if self.has_genie_layout:
             weights = read_weights(self.adapter, self.adapter_inputs)

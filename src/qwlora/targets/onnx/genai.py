@@ -297,7 +297,7 @@ class GenaiRuntime(Runtime):
         self._known: dict[Path, str] = {}
         self._active: Path | None = None
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         if adapter is not None and adapter not in self._known:
             name = f"{len(self._known)}"
             with foreign_as(ExportError, f"onnxruntime-genai cannot load {str(adapter)!r}"):

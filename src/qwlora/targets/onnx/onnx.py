@@ -75,7 +75,7 @@ from qwlora.targets.onnx.onnx_runtime import (
     write_embeddings,
     write_session_options,
 )
-from qwlora.targets.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
+from qwlora.targets.proof.contents import ADAPTER_FILE, SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.targets.proof.reference import Reference
 from qwlora.targets.target import Backend, ExportedGraph
 
@@ -154,6 +154,8 @@ class Onnx(Backend):
 
 class OnnxEach(Backend):
     """A model for each adapter; ONNX Runtime runs it."""
+
+    contents = replace(Onnx.contents, adapter=(*Onnx.contents.base, *SIMULATED_ADAPTER))
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         bits = exported.embedding_bits

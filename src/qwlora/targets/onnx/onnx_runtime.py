@@ -91,7 +91,7 @@ class OnnxModel(Runtime):
         """The `onnx_ir.Model`, with QuantizeLinear and DequantizeLinear."""
         return load_graph(self.folder / MODEL_FILE)
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         if adapter is not None and adapter not in self._adapters:
             file, runtime = adapter / ADAPTER_FILE, require("onnxruntime", "onnx")
             with foreign_as(ExportError, f"ONNX Runtime cannot load {str(file)!r}"):

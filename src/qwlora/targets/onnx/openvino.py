@@ -173,7 +173,7 @@ class OpenvinoRuntime(Runtime):
         self._pipeline: Any = None
         self._active: Path | None = None
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         """Switch to an adapter's folder, or to none. Adapters stay loaded."""
         import openvino_genai as genai
 
@@ -195,7 +195,7 @@ class OpenvinoRuntime(Runtime):
             self._pipeline = None  # which knows its adapters from the beginning
         self._active = adapter
         if self.shipped is not None:
-            self.shipped.use(adapter)
+            self.shipped.switch_to(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         request = self._compiled.create_infer_request()  # with an empty state

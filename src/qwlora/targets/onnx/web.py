@@ -99,7 +99,7 @@ class WebRuntime(Runtime):
         weakref.finalize(self, self._node.communicate)  # ends it
         self._ask(torch.zeros(1, 1, dtype=torch.int64), 1)
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         self._adapter = self._none if adapter is None else adapter.absolute() / ADAPTER
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:

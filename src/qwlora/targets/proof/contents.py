@@ -8,6 +8,7 @@ what the target's own writer writes:
     files     glob patterns, relative to the folder of a base or an adapter
     forms     by file name: what its JSON may hold, see `misfits`
     ONNX      no tensor data outside the file next to it, no compiled context of an accelerator
+    lists     of graphs and shards name files of the folder itself
 
 `config.json` has other keys for each architecture. Keys that the architecture's configuration class
 does not define may hold numbers only, in what is written (`known_settings`) and in what is read.
@@ -22,11 +23,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
 from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.optional_packages import require
+from qwlora.system.strict_json import distinct_keys
 
 Form = Any  # see `misfits`
 NUMBER = (int, float)
@@ -72,7 +73,7 @@ CODE_KEYS = frozenset(
         "model_file",
     }
 )
-_AGAIN = "Copy the bundle again from whoever exported it; nothing in it was run"
+_AGAIN = "Export again, or copy it again from whoever exported it; nothing in it was run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class Contents:
         base, adapter: glob patterns of files; `*` does not match `/`. Files that hold base and
             adapter together are those of `adapter`.
         forms: of JSON files, by name.
+        compiled: folders of files for an accelerator, which nothing here opens.
         settings: forms of keys that this target adds to config.json.
         scripts: files that a user runs; the template of each in `qwlora/targets`, whose words in
             `@...@` stand for one word of letters, digits and hyphens.
@@ -91,29 +93,9 @@ class Contents:
     base: tuple[str, ...] = ()
     adapter: tuple[str, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict)
+    compiled: tuple[str, ...] = ()
     settings: Mapping[str, Form] = field(default_factory=dict)
     scripts: Mapping[str, str] = field(default_factory=dict)
-
-
-def check_plain(bundle: Path) -> None:
-    """Refuse links, pipes, sockets and devices in a bundle. Hidden entries next to its folders are
-    ignored, since nothing reads them.
-
-    Raises:
-        SourceError: there is one.
-    """
-    for folder, folders, files in os.walk(bundle):
-        if folder == str(bundle):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files = [name for name in files if not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in (*folders, *files)):
-            mode = os.lstat(path).st_mode
-            if not S_ISDIR(mode) and not S_ISREG(mode):
-                kind = "a link" if S_ISLNK(mode) else "not a regular file"
-                raise SourceError(
-                    f"{path!r} is {kind}; a bundle holds regular files only. Copy it with the "
-                    "files that links point to, for example with `cp -rL`"
-                )
 
 
 def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_base: bool) -> None:
@@ -133,7 +115,8 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
     paths = {file: PurePosixPath("/", file) for file in files}
     if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(
-            f"{str(folder)!r} holds {listed(unknown)}, which no export writes there. {_AGAIN}"
+            f"{str(folder)!r} holds {listed(unknown)}, which no export writes there. "
+            f"Remove what you added. {_AGAIN}"
         )
     for file in files:
         path = folder / file
@@ -145,7 +128,7 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
             pattern = re.sub("@[A-Z_]+@", "[a-z0-9-]+", re.escape(text))
             if not re.fullmatch(pattern, path.read_text(encoding="utf-8", errors="replace")):
                 problems = ["it is not the script that an export writes"]
-        elif path.suffix == ".onnx":
+        elif path.suffix == ".onnx" and not file.startswith(contents.compiled):
             problems = list(onnx_problems(path))
         if problems:
             raise SourceError(f"{str(path)!r}: {listed(problems)}. {_AGAIN}")
@@ -153,7 +136,8 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
 
 def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     with foreign_as(SourceError, f"{str(path)!r} cannot be read"):
-        content = json.loads(path.read_text())
+        # a key twice: one reader takes the first value, another the last
+        content = json.loads(path.read_text(), object_pairs_hook=distinct_keys)
     values = list(_values(content))
     for key, value in values:
         if key in CODE_KEYS and value is not None:
@@ -161,9 +145,12 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     if (form := contents.forms.get(path.name)) is not None:
         yield from misfits(content, form)
     elif path.name == "graphs.json":
-        for _, value in values:
-            if isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
-                yield f"{_short(value)} leads out of the folder"
+        for key, value in values:
+            if isinstance(value, str) and ("/" in value or value == "..") and key != "compiled":
+                yield f"{_short(value)} is no file of the folder"
+    elif path.name.endswith(".index.json"):
+        names = frozenset(p.name for p in path.parent.glob("*.safetensors"))
+        yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: names}})
     elif path.name in ("config.json", "generation_config.json"):
         yield from _unknown_text(content, contents.settings)
 

@@ -27,8 +27,9 @@ from qwlora.formats import manifest
 from qwlora.system.atomic import files_in, read_tensors, write_tensors
 from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
+from qwlora.system.regular_files import check_plain
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.contents import ADAPTER_FILE, check_contents, check_plain
+from qwlora.targets.proof.contents import ADAPTER_FILE
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import PROOF
 
@@ -193,13 +194,11 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Compare base, adapter and proof of a bundle with their digests, with each other, and with
-    what the target writes.
+    """Compare base, adapter and proof of a bundle with their digests and with each other.
 
     Raises:
         FingerprintError: a file was changed, added or removed, or base and adapter are not those
             of the proof; or the proof is that of another adapter.
-        SourceError: see `check_contents`.
     """
     proof = bundle / PROOF / name
     _check_sealed(proof, PROOF_RECORD, files_in(proof), "verify the job again")
@@ -219,7 +218,6 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
                 f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
                 "whole bundle again, or verify the job again"
             )
-        check_contents(target.backend.contents, folder, files, part == BASE)
 
 
 def _check_sealed(folder: Path, name: str, files: Sequence[str], remedy: str) -> None:

@@ -297,7 +297,7 @@ class ExecutorchRuntime(Runtime):
     def has_cache(self) -> bool:
         return True
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         if adapter is not None:
             self._known[adapter] = self._known.get(adapter) or _factors(adapter / ADAPTER)
         self._active = adapter

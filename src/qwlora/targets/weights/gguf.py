@@ -320,7 +320,7 @@ class LlamaRuntime(Runtime):
         vocabulary = self._llama.llama_model_get_vocab(self._model)
         self._vocabulary = self._llama.llama_vocab_n_tokens(vocabulary)
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         if adapter is not None and adapter not in self._adapters:
             file = str(adapter / ADAPTER)
             found = self._llama.llama_adapter_lora_init(self._model, file.encode())
@@ -329,7 +329,7 @@ class LlamaRuntime(Runtime):
             self._adapters[adapter] = found
         self._active = adapter
         if self.shipped is not None:
-            self.shipped.use(adapter)
+            self.shipped.switch_to(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()

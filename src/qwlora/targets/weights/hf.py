@@ -140,7 +140,7 @@ class TransformersRuntime(Runtime):
         self._model = model  # a PeftModel from the first adapter on
         self._known: dict[Path, str] = {}
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         """See `Runtime.use`.
 
         Raises:

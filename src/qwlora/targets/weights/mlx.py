@@ -177,7 +177,7 @@ class MlxRuntime(Runtime):
         with foreign_as(ExportError, f"mlx-lm cannot load {str(folder)!r}"):
             self._model: Any = load_model(folder)[0]
 
-    def use(self, adapter: Path | None) -> None:
+    def switch_to(self, adapter: Path | None) -> None:
         from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
 
         self._model = remove_lora_layers(self._model)

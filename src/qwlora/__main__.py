@@ -8,7 +8,7 @@ import sys
 if sys.path[:1] == [os.getcwd()]:
     del sys.path[0]
 
-from qwlora.cli.main import main  # noqa: E402
+from qwlora.cli.main import main
 
 if __name__ == "__main__":
     main()

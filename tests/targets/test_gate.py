@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,11 @@ def test_no_runtime_opens_what_no_export_writes(
     for folder in dict.fromkeys(parts):
         attack(folder)
         opened.clear()
+        is_switch = folder.name == "second" and known.has_base  # while another adapter is open
+        name = "second" if folder.name == "second" else "first"
+        act = partial(runtime.use, folder) if is_switch else partial(known.open, tmp_path, name)
         with pytest.raises(SourceError, match=str(folder)):
-            if folder.name == "second" and known.has_base:  # while another adapter is open
-                runtime.use(folder)
-            else:
-                known.open(tmp_path, "second" if folder.name == "second" else "first")
+            act()
         assert not any(place == folder for place in opened)
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()

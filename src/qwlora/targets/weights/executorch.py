@@ -30,6 +30,7 @@ in the trained model, and the file is compared with that.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # makes torch.ops.quantized_decomposed
 from safetensors import numpy as arrays
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -54,14 +55,15 @@ from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
+from qwlora.system.isolated import Isolated
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.registry import xnnpack_problem
 from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER
 from qwlora.targets.weights.weights_folder import refuse, write_settings
 
-MODEL, ADAPTER, NO_ADAPTER = "model.pte", "adapter.safetensors", "none.safetensors"
 TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
 # Of the example that torch.export sees: sizes that differ, none that may change is 1.
 _EXAMPLE = {"batch": 1, "tokens": 3, "past": 5, "context": 8, None: 2}
@@ -274,56 +276,42 @@ def lower(program: ExportedProgram, path: Path) -> None:
             edge.to_executorch(memory).write_to_file(file)
 
 
+class _Cache(dict[str, Tensor]):
+    """The number of a cache in the process of the program, which drops it when this goes."""
+
+
 class ExecutorchRuntime(Runtime):
-    """The folder in ExecuTorch's own runtime for Python."""
+    """The folder in ExecuTorch's own runtime for Python, in a process of its own."""
 
     switches = True
 
     def __init__(self, folder: Path):
-        from executorch.runtime import Runtime as Library
-
-        self._known: dict[Path | None, list[Tensor]] = {None: _factors(folder / NO_ADAPTER)}
-        self._active: Path | None = None
-        with foreign_as(ExportError, f"ExecuTorch cannot load {str(folder)!r}"):
-            self._program = Library.get().load_program(folder / MODEL)
-            self._forward = self._program.load_method("forward")
-            about = self._forward.metadata
-            count = about.num_inputs() - len(self._known[None])
-            sizes = [about.input_tensor_meta(number).sizes() for number in range(count)]
-        self._tokens, self._past = sizes[0][1], sizes[3][2]
-        self._empty = [torch.zeros(1, heads, 0, width) for _, heads, _, width in sizes[3:]]
+        kind = "qwlora.targets.weights.executorch_program:Program"
+        self._program = Isolated(kind, folder.absolute() / MODEL)
+        self._adapter: str | None = None
+        self._dropped = list[int]()
 
     @property
     def has_cache(self) -> bool:
         return True
 
+    @property
+    def process_bytes(self) -> int:  # type: ignore[override]
+        return self._program.peak_bytes
+
     def switch_to(self, adapter: Path | None) -> None:
-        if adapter is not None:
-            self._known[adapter] = self._known.get(adapter) or _factors(adapter / ADAPTER)
-        self._active = adapter
+        self._adapter = None if adapter is None else str(adapter.absolute())
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.extend(ids, {})[0]
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        cache, parts = [*past.values()] or self._empty, []
-        for part in ids.split(self._tokens, dim=1):
-            length, new = cache[0].shape[2], part.shape[1]
-            if length > self._past:
-                raise ExportError(f"the program holds {self._past} past tokens; use a shorter text")
-            mask, positions = torch.ones(1, length + new), torch.arange(length, length + new)
-            inputs = [part.contiguous(), mask.long(), positions[None], *cache]
-            with foreign_as(ExportError, "ExecuTorch cannot run the program"):
-                outputs = self._forward.execute([*inputs, *self._known[self._active]])
-            logits, *cache = (output.clone() for output in outputs)  # the next call overwrites them
-            parts.append(logits)
-        return torch.cat(parts, 1), {str(number): tensor for number, tensor in enumerate(cache)}
-
-
-def _factors(file: Path) -> list[Tensor]:
-    """The tensors of an adapter, as inputs."""
-    tensors = load_file(file)
-    return [tensors[name] for name in sorted(tensors)]
+        known = {"past": int(past.get("number", 0)), "adapter": self._adapter}
+        dropped, self._dropped[:] = [*self._dropped], []
+        values, tensors = self._program.call("extend", {"ids": ids}, **known, dropped=dropped)
+        cache = _Cache(number=torch.tensor(number := values["cache"]))
+        weakref.finalize(cache, self._dropped.append, number).atexit = False
+        return tensors["logits"], cache
 
 
 class Rounded:

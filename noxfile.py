@@ -80,7 +80,7 @@ def vllm(session: nox.Session) -> None:
 @nox.session
 def attack(session: nox.Session) -> None:
     """Kills, full disks, hostile files; it forks, which is safe with one thread only."""
-    _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn,web]")
+    _install(session, "-e", ".[dev,executorch,genai,llamacpp,mlx,openvino,qnn,web]")
     table = ("--reliability", "docs/log/reliability.md")
     environment = ONE_THREAD | _packages_of_node(session)
     session.run("pytest", "-q", "-m", "attack", "tests/attack", *table, env=environment)

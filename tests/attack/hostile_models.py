@@ -98,6 +98,16 @@ def header(text: str, length: int | None = None, file: str = WEIGHTS) -> Attack:
     return write(file, struct.pack("<Q", len(data) if length is None else length) + data)
 
 
+def pipe(file: str) -> Attack:
+    """Replace a file by a pipe that nobody writes to."""
+
+    def attack(folder: Path, marker: Path) -> None:
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+
+    return attack
+
+
 def _loop(folder: Path, marker: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to(folder / WEIGHTS)
@@ -163,6 +173,9 @@ MODELS: dict[str, Attack] = {
     "architectures is a number": edit("config.json", architectures=5, model_type=7),
     "model_type is a list": edit("config.json", model_type=["llama"]),
     "model_type is missing": write("config.json", "{}"),
+    "config.json is a pipe": pipe("config.json"),
+    "the tokenizer is a pipe": pipe("tokenizer.json"),
+    "the weights are a pipe": pipe("model.safetensors"),
     "config.json is deep": write("config.json", f'{{"a": {DEEP}}}'),
     "config.json is a list": write("config.json", "[1, 2]"),
     "config.json is empty": write("config.json", ""),

@@ -63,6 +63,19 @@ SECTIONS = {
         "Held: one message, exit code 2, no traceback, nothing written, within a minute, and no "
         "code from the input has run.",
     ),
+    "folders": (
+        "Strange folders and the Python API",
+        "`load_base`, `load_adapter`, `load_simulation`, `read_encodings` and `verify` read folders "
+        "in which one file is a pipe, or a link to a device. Held: an exception of QWLoRA within a "
+        "minute.",
+    ),
+    "records": (
+        "Records of somebody else",
+        "The record of a base, an adapter, a simulation or an exported base lists a device, a pipe, "
+        "or a file outside of its folder, with a digest of its own that agrees. Held: it is "
+        "refused, by the Python API with an exception of QWLoRA and by the command line with one "
+        "message.",
+    ),
     "fuzz": (
         "Random damage to models and encodings files",
         "A model in every format that QWLoRA reads, a base, and AIMET's encodings files are broken "

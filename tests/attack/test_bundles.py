@@ -70,17 +70,21 @@ def bundles(warm: None, place: Path, one_layer: Path, corpus: Path) -> dict[str,
     folder.mkdir()
     # gguf needs a model from a GGUF file, executorch grids of its own
     targets = [name for name in PROVEN if name not in ("gguf", "executorch")]
-    sections: dict[str, Any] = {
-        "export": {"targets": targets},
-        "simulation": {"residual_adds": "quantize"},  # aimet and qairt have graphs with a cache
+    jobs: dict[str, tuple[list[str], dict[str, Any]]] = {
+        # aimet and qairt have graphs with a cache
+        "job": (targets, {"simulation": {"residual_adds": "quantize"}}),
+        "executorch": (["executorch"], {"base": {"weights": "w4-bf16block32", "solver": "search"}}),
     }
-    recipe = write_recipe(folder / "recipe.yaml", one_layer, corpus, **sections)
-    for verb in ("quantize", "train", "calibrate", "export", "verify"):
-        ended = qwlora(verb, recipe, "--out", folder / "job", timeout=1800)
-        assert not ended.code, ended.err
+    for job, (names, sections) in jobs.items():
+        sections = {**sections, "export": {"targets": names}}
+        recipe = write_recipe(folder / f"{job}.yaml", one_layer, corpus, **sections)
+        for verb in ("quantize", "train", "calibrate", "export", "verify"):
+            ended = qwlora(verb, recipe, "--out", folder / job, timeout=1800)
+            assert not ended.code, ended.err
     ended = python(lambda: _write_gguf(folder / "gguf"), folder / "logs")
     assert not ended.code, ended.err
-    return {"gguf": folder / "gguf"} | {name: folder / "job" / "export" / name for name in targets}
+    written = {name: folder / job / "export" / name for job, (ns, _) in jobs.items() for name in ns}
+    return {"gguf": folder / "gguf", **written}
 
 
 def _write_gguf(bundle: Path) -> None:

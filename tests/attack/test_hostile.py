@@ -176,6 +176,12 @@ RECIPES: dict[str, str | bytes] = {
     "a key that is a list": GOOD + "? [a, b]\n: 1\n",
     "a key that is a number": GOOD + "7: 1\n",
     "infinity": _adapter("alpha: .inf"),
+    "text of a device": GOOD.replace("DATA", "/dev/zero"),
+    "a model of a device": GOOD.replace("MODEL", "/dev/zero"),
+    "an adapter of a device": _adapter("continue_from: /dev/zero"),
+    "a module that opens a browser": GOOD.replace("DATA", '"python:antigravity:webbrowser"'),
+    "a module of the process": GOOD.replace("DATA", '"python:__main__:x"'),
+    "a package of the process": GOOD.replace("MODEL", '"package:__main__/x"'),
     "two documents": GOOD + "---\n" + GOOD,
     "empty": "",
     "a scalar": "hello",
@@ -354,6 +360,8 @@ def _arrow_bomb(path: Path) -> None:
 
 
 DATA: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
+    "a pipe": ("a.txt", os.mkfifo),
+    "a link to a device": ("a.jsonl", lambda path: path.symlink_to("/dev/zero")),
     "text that is not UTF-8": ("a.txt", b"the grid \xff\xfe holds " * 50),
     "JSON lines that are not UTF-8": ("a.jsonl", b'{"text": "\xff\xfe"}\n' * 20),
     "JSON lines that are deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000),

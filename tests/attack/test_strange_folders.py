@@ -1,0 +1,124 @@
+"""Folders that somebody else made, read by the Python API, and records that list strange files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwlora
+from qwlora.formats import manifest
+from qwlora.formats.aimet_encodings import read_encodings
+
+from .jobs import Job, fresh
+from .record import Record
+from .victims import command, inside, python, start
+
+pytestmark = pytest.mark.attack
+SECONDS = 60.0  # until it must be refused
+
+
+def _adapted(job: Path) -> Any:
+    base = qwlora.load_base(job / "base")
+    return qwlora.load_adapter(base, job / "adapters" / "first", unknown_base="accept")
+
+
+def _verify(job: Path) -> None:
+    qwlora.verify(job / "export" / "onnx", _adapted(job), torch.ones(1, 8, dtype=torch.int64))
+
+
+# by name: the folder that is attacked, its record, what reads it, and the command that does
+CALLS: dict[str, tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = {
+    "load_base": (
+        "base",
+        "base.json",
+        lambda job: qwlora.load_base(job / "base"),
+        ("merge-check", ".", "first"),
+    ),
+    "load_adapter": ("adapters/first", "qwlora.json", _adapted, ("merge-check", ".", "first")),
+    "load_simulation": (
+        "simulation/first",
+        "simulation.json",
+        lambda job: qwlora.load_simulation(job / "simulation" / "first", _adapted(job)),
+        ("verify", "--out", "."),
+    ),
+    "verify": ("export/onnx/base", "qwlora.json", _verify, ("verify", "export/onnx")),
+}
+LISTED = ("/dev/zero", "/dev/stdin", "/etc/hostname", "../../../outside", "a/../../x", "pipe", "\0")
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+FILES: dict[str, Callable[[Path], None]] = {"a pipe": _pipe, "a link to a device": _device}
+
+
+def test_pipes_and_devices_are_refused(qwa: Job, record: Record, tmp_path: Path) -> None:
+    trials = [
+        (call, file.name, how)
+        for call, (folder, *_) in CALLS.items()
+        for file in sorted((qwa.finished / folder).iterdir())
+        if file.is_file()
+        for how in FILES
+    ]
+
+    def attack(trial: tuple[str, str, str], own: Path) -> list[tuple[str, str, str]]:
+        call, name, how = trial
+        job, (folder, _, read, _) = fresh(qwa.finished, own / "job"), CALLS[call]
+        FILES[how](job / folder / name)
+        ended = python(lambda: read(job), own / "logs")
+        return [(f"{call}: {how}", _problem(ended), f"{call}: {name}: {how}")]
+
+    record.attack("folders", trials, attack, tmp_path)
+
+
+def test_pipes_of_encodings_are_refused(qwa: Job, record: Record, tmp_path: Path) -> None:
+    def attack(how: str, own: Path) -> list[tuple[str, str, str]]:
+        file = fresh(qwa.finished / "simulation", own / "copy") / "first" / "simulation.encodings"
+        FILES[how](file)
+        ended = python(lambda: read_encodings(file), own / "logs")
+        return [(f"read_encodings: {how}", _problem(ended), how)]
+
+    record.attack("folders", FILES, attack, tmp_path)
+
+
+@pytest.mark.parametrize("by", ["python", "command"])
+def test_records_that_list_files_elsewhere_are_refused(
+    qwa: Job, record: Record, tmp_path: Path, by: str
+) -> None:
+    trials = [(call, listed) for call in CALLS for listed in LISTED]
+
+    def attack(trial: tuple[str, str], own: Path) -> list[tuple[str, str, str]]:
+        call, listed = trial
+        job, (folder, name, read, arguments) = fresh(qwa.finished, own / "job"), CALLS[call]
+        (own / "outside").write_text("mine")
+        os.mkfifo(job / folder / "pipe")
+        content = json.loads((job / folder / name).read_text())
+        content[manifest.FILES][listed] = "0" * 64
+        (job / folder / name).write_text(manifest.text(content, name))
+        if listed != "pipe":  # one of these may stand in a folder that nobody reads
+            (job / folder / "pipe").unlink()
+        if by == "python":
+            ended = python(lambda: read(job), own / "logs")
+        else:
+            ended = start(inside(job, command(*arguments)), own / "logs").wait()
+        shutil.rmtree(job)
+        return [(f"{call}: records", _problem(ended), f"{by}: {call}: {listed!r}")]
+
+    record.attack("records", trials, attack, tmp_path)
+
+
+def _problem(ended: Any) -> str:
+    late = f"took {ended.seconds:.0f} s" if ended.seconds > SECONDS else ""
+    return "; ".join(filter(None, [ended.refused(), late]))

@@ -9,6 +9,8 @@ from tokenizers import processors
 
 from conftest import byte_tokenizer
 from qwlora.data import Completion, load_documents, locate_documents
+from qwlora.data.document import Text
+from qwlora.data.read_source import Reading, read_documents
 from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 from qwlora.errors import SourceError
@@ -82,8 +84,39 @@ def test_sources_in_python_modules() -> None:
     ):
         with pytest.raises(SourceError, match=message):
             locate_documents(source)
-    with pytest.raises(SourceError, match="is a dict; it must be a string"):
-        load_documents("python:sys:modules", 0.2, 0)
+
+
+MODULE = """
+open("ran", "w").close()
+TEXT = "the grid holds. " * 9
+PLAIN: str = "the grid holds"
+LATER = "one"
+LATER += " two"
+COUNTS = {"a": 1}
+"""
+
+
+@pytest.mark.parametrize("name", ["theirs", "theirs_too.deep.texts"])
+def test_a_module_is_read_and_not_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = (tmp_path / "site" / Path(*name.split("."))).with_suffix(".py")
+    file.parent.mkdir(parents=True)
+    for package in file.parents[: name.count(".")]:
+        (package / "__init__.py").write_text(MODULE)
+    file.write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (document,) = read_documents(f"python:{name}:PLAIN", Reading())[0]
+    assert document == Text("the grid holds", f"python:{name}:PLAIN")
+    refusals = {"TEXT": "no constant", "LATER": "once", "absent": "once", "COUNTS": "is a dict"}
+    for attribute, problem in refusals.items():
+        with pytest.raises(SourceError, match=problem):
+            read_documents(f"python:{name}:{attribute}", Reading())
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.chdir(tmp_path / "site")  # where a stranger's recipe could be
+    with pytest.raises(SourceError, match="is not python:MODULE:ATTRIBUTE of an installed"):
+        locate_documents(f"python:{name}:PLAIN")
 
 
 def test_what_is_no_text_is_named(tmp_path: Path) -> None:

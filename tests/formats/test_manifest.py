@@ -44,6 +44,12 @@ def edit_alpha(folder: Path) -> None:
     (folder / "record.json").write_text(record.replace("1.5", "2.5"))
 
 
+def relink(file: Path) -> None:
+    """Replace a file by a link to the same content."""
+    file.rename(file.parent.with_name("elsewhere"))
+    file.symlink_to(file.parent.with_name("elsewhere"))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -52,7 +58,12 @@ def edit_alpha(folder: Path) -> None:
         (edit_alpha, r"record.json changed"),
         # names that no file can have
         (lambda f: edit_json(f / "record.json", files={"[" * 300: "0"}), r"\[{300} \(missing\)"),
-        (lambda f: edit_json(f / "record.json", files={"a\0b": "0"}), "a\0b \\(missing\\)"),
+        # names that lead elsewhere, or to what may never end
+        *(
+            (lambda f, n=name: edit_json(f / "record.json", files={n: "0"}), rf"'.*{end}' \(not a")
+            for name, end in (("a\0b", "b"), ("/dev/zero", "zero"), ("../x/weights", "weights"))
+        ),
+        (lambda f: relink(f / "weights"), r"'weights' \(not a regular file"),
     ],
 )
 def test_a_changed_file_is_named_with_the_remedy(

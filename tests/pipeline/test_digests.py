@@ -146,3 +146,12 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
     changed = {name for name in before if after[name] != before[name]}
     assert "train/first" in changed
     assert "quantize" not in changed
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_what_may_never_end_has_no_digest(path: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for file in (tmp_path / path, tmp_path / "link"):
+        assert Digests().content(file) is None
+        assert Digests(file).content(__file__)  # its cache

@@ -1,5 +1,6 @@
 """Directories: what a job may write to, replace and remove. No stage runs here."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 import qwlora.pipeline.job.directory as directory_module
 from cli.command_line import refused
@@ -15,7 +17,7 @@ from qwlora.errors import DirectoryError
 from qwlora.formats import manifest
 from qwlora.formats.model_card import marked
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.output_path import check_output, lock_folder
+from qwlora.pipeline.job.output_path import as_directory_errors, check_output, lock_folder
 from qwlora.pipeline.job.stage_records import Record, is_unclaimed, read_owner
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
@@ -313,3 +315,24 @@ def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, out: Path
     with Directory.open(out, recipe):
         pass
     assert {path.name for path in (out / ".qwlora").iterdir()} == {"lock", "records"}
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOLCK, "No locks available"), "cannot lock files.*local disk"),
+        (OSError(errno.EOPNOTSUPP, "Operation not supported"), "cannot lock files"),
+        (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "ulimit -f"),
+        (OSError(errno.EIO, "Input/output error"), "disk or the connection to it failed"),
+        (SafetensorError("Read-only file system (os error 30)"), "another --out"),
+        (SafetensorError("Disk quota exceeded (os error 122)"), "no space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left"),
+    ],
+)
+def test_what_a_disk_refuses_has_a_remedy(error: Exception, remedy: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(DirectoryError, match=f"{tmp_path.name}.*{remedy}"),
+        as_directory_errors(tmp_path),
+    ):
+        raise error

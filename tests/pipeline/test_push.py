@@ -1,5 +1,6 @@
 """`qwlora push` against a hub on this machine, and the model cards that it uploads."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -24,11 +25,11 @@ from cli.command_line import qwlora as command
 from conftest import write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
-from qwlora.errors import DirectoryError, UploadError
+from qwlora.errors import DirectoryError, QwloraError, SourceError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.job.stage_records import stored_record
+from qwlora.pipeline.job.stage_records import sealed, stored_record, unsealed
 from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import read_job
@@ -298,6 +299,31 @@ def test_files_of_others_are_not_uploaded(job: Path) -> None:
         for adapter in (None, "first"):
             with prepared(job, "me/it", adapter) as upload:
                 assert not any("secret" in name or ".env" in name for name in upload.files)
+
+
+@pytest.mark.parametrize("name", ["base/README.md", "adapters/first/qwlora.json", "export/hf/x"])
+def test_a_link_out_of_the_job_is_not_uploaded(name: str, job: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(job, tmp_path / "job"))
+    (tmp_path / "key").write_text("PRIVATE KEY")
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(tmp_path / "key")
+    with pytest.raises(SourceError, match=f"{name}' is a link"), prepared(copied, "me/it", None):
+        pass
+
+
+def test_a_record_that_lists_a_file_elsewhere_uploads_nothing(job: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(job, tmp_path / "job"))
+    (tmp_path / "key").write_text("PRIVATE KEY")
+    file, listed = copied / ".qwlora/records/quantize.json", "base/../../key"
+    record = unsealed(file)
+    assert record is not None
+    record["files"][listed] = hashlib.sha256(b"PRIVATE KEY").hexdigest()
+    file.write_text(sealed(record))
+    with (
+        pytest.raises(QwloraError, match=re.escape(listed)),
+        prepared(copied, "me/it", None),
+    ):
+        pass
 
 
 def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:

@@ -135,7 +135,7 @@ def _built(base: BaseCheckpoint, trust_remote_code: bool) -> nn.Module:
     what = f"{base.where} is a {name} of diffusers, which cannot be imported"
     with foreign_as(SourceError, what, "pip install diffusers"):
         kind = getattr(importlib.import_module(DIFFUSERS), str(name), None)
-    if kind is None:
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise SourceError(
             f"diffusers has no class {name!r}, of which {base.where} is; install the version that "
             "the model was saved with"

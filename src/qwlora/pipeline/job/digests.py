@@ -21,6 +21,7 @@ from typing import BinaryIO
 from qwlora.pipeline.job.stage_records import sealed, unsealed
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
+from qwlora.system.regular_files import is_special
 
 # Files written less than this ago are not cached: a second write within the same tick of the file
 # system's clock (up to 2 s) would leave the stamps unchanged.
@@ -45,8 +46,11 @@ class Digests:
         }
 
     def content(self, path: str | Path) -> str | None:
-        """SHA-256 of a file's content, as hex digits; None if it cannot be read."""
+        """SHA-256 of a file's content, as hex digits; None if it cannot be read, or is a pipe or a
+        device: the record of a stranger's job may list one."""
         path = os.path.abspath(path)
+        if is_special(Path(path)):
+            return None
         try:
             with open(path, "rb") as file:
                 before = _stamps(file)

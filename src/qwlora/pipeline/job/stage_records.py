@@ -25,6 +25,7 @@ import yaml
 from qwlora.errors import DirectoryError
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system import strict_json
+from qwlora.system.regular_files import is_special
 
 FOLDER = ".qwlora/records"
 # what is in .qwlora/ before a job has written its recipe
@@ -99,6 +100,8 @@ def sealed(content: dict[str, Any]) -> str:
 
 def unsealed(file: Path) -> dict[str, Any] | None:
     """The content of a file that `sealed` made; None if it is missing or damaged."""
+    if is_special(file):
+        return None
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
         return content if content.pop("sha256") == _checksum(content) else None

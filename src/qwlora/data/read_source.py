@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +210,9 @@ def _constant_of_module(source: str) -> Any:
     may be a stranger's, and importing a module runs code of it."""
     module_name, _, attribute = source.removeprefix("python:").partition(":")
     spec = installed_module(module_name)
-    loader: Any = spec and spec.loader
     with foreign_as(SourceError, f"data source {source!r} cannot be read"):
-        code = loader.get_source(spec.name) if hasattr(loader, "get_source") else None
-        tree = ast.parse(code or "")
+        is_source = spec is not None and isinstance(spec.loader, InspectLoader)
+        tree = ast.parse((is_source and spec.loader.get_source(spec.name)) or "")
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == attribute]
     stored = [name for name in names if isinstance(name.ctx, ast.Store)]
     values = [

@@ -1,8 +1,5 @@
-"""Whether files of a folder that somebody else made may be opened.
-
-Reading a pipe or a device may never end, and a link or a path with `..` may lead to a file of the
-user's that is then copied or uploaded.
-"""
+"""Which files of a folder that somebody else made may be opened: reading a pipe or a device may
+never end, and a link may lead to a file of the user's that is then copied or uploaded."""
 
 from __future__ import annotations
 
@@ -15,20 +12,15 @@ from qwlora.errors import SourceError
 
 def is_special(path: Path) -> bool:
     """Whether a path leads to a pipe, a socket or a device."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # missing, or no path at all
-        return False
-    return not S_ISREG(mode) and not S_ISDIR(mode)
+    return os.path.exists(path) and not path.is_file() and not path.is_dir()
 
 
 def check_readable(path: Path) -> None:
-    """Check a file, or a folder and the files in it, before other libraries read them.
-
-    Links are followed: files of a user, and of the hub's cache, may be links.
+    """Refuse a file, or a folder with a file, that `is_special`. Links are followed: files of a
+    user, and of the hub's cache, may be links.
 
     Raises:
-        SourceError: one of them is a pipe, a socket or a device.
+        SourceError: it is.
     """
     for entry in (path, *(path.iterdir() if path.is_dir() else ())):
         if is_special(entry):
@@ -60,15 +52,11 @@ def check_plain(folder: Path) -> None:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether `name` is a relative path without `..`, and no link or special file is there.
-
-    Nothing has to be there. Links of the hub's cache, `snapshots/REVISION/FILE` to `blobs/HASH`,
-    are accepted.
-    """
-    if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+    """Whether `name` is a relative path without `..`, and no link or special file is there; nothing
+    has to be. Links of the hub's cache, `snapshots/REVISION/FILE` to `blobs/HASH`, are accepted."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
         return False
-    root, real = os.path.realpath(folder), os.path.realpath(folder / name)
-    is_own = real == os.path.join(root, os.path.normpath(name))
-    blobs = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
-    is_cached = os.path.basename(os.path.dirname(root)) == "snapshots"
-    return (is_own or (is_cached and os.path.dirname(real) == blobs)) and not is_special(Path(real))
+    root, real = folder.resolve(), (folder / path).resolve()
+    is_cached = root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs"
+    return (is_cached or real == root / path) and not is_special(real)

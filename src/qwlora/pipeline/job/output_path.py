@@ -21,17 +21,17 @@ from qwlora.recipe import Recipe
 from qwlora.system.atomic import move_into_place
 
 _FULL_BYTES = 64 * 1024
-_ANOTHER = "Fix this or choose another --out"
+_UNWRITABLE = (
+    *(errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+)
 _LOCKS = "The file system cannot lock files; choose an --out on a local disk"  # NFS without lockd
 _DISK = "The disk or the connection to it failed; check it, or choose another --out"
-_UNWRITABLE = {
-    **dict.fromkeys((errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY), _ANOTHER),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _ANOTHER),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.EMLINK, errno.ELOOP), _ANOTHER),
-    **dict.fromkeys((errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS), _LOCKS),
+_REMEDIES = {
+    **dict.fromkeys(_UNWRITABLE, "Fix this or choose another --out"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), _LOCKS),
     **dict.fromkeys((errno.EIO, errno.ESTALE), _DISK),
-    errno.EFBIG: "A file would be larger than `ulimit -f` or the file system allows; raise the "
-    "limit, or choose another --out",
+    errno.EFBIG: "It is larger than `ulimit -f` or the file system allows; raise the limit",
 }
 _LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
@@ -57,9 +57,9 @@ def as_directory_errors(path: Path) -> Iterator[None]:
         # safetensors writes in Rust, whose errors have the number in their text only
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else getattr(error, "errno", None)
-        if file_being_read(error) is None and code in _UNWRITABLE:
+        if file_being_read(error) is None and code in _REMEDIES:
             raise DirectoryError(
-                f"{str(path)!r} cannot be written: {error}. {_UNWRITABLE[code]}"
+                f"{str(path)!r} cannot be written: {error}. {_REMEDIES[code]}"
             ) from error
         raise
 

@@ -55,13 +55,12 @@ from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
-from qwlora.system.isolated import Isolated
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.registry import xnnpack_problem
 from qwlora.targets.target import Backend, ExportedBase, Runtime
-from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER
+from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER, Program
 from qwlora.targets.weights.weights_folder import refuse, write_settings
 
 TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
@@ -276,28 +275,18 @@ def lower(program: ExportedProgram, path: Path) -> None:
             edge.to_executorch(memory).write_to_file(file)
 
 
-class _Cache(dict[str, Tensor]):
+class _Cache(dict[str, int]):
     """The number of a cache in the process of the program, which drops it when this goes."""
 
 
 class ExecutorchRuntime(Runtime):
-    """The folder in ExecuTorch's own runtime for Python, in a process of its own."""
+    """The folder in ExecuTorch's own runtime for Python."""
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
-        kind = "qwlora.targets.weights.executorch_program:Program"
-        self._program = Isolated(kind, folder.absolute() / MODEL)
+        self._program, self._dropped = Program(folder), list[int]()
         self._adapter: str | None = None
-        self._dropped = list[int]()
-
-    @property
-    def has_cache(self) -> bool:
-        return True
-
-    @property
-    def process_bytes(self) -> int:  # type: ignore[override]
-        return self._program.peak_bytes
 
     def switch_to(self, adapter: Path | None) -> None:
         self._adapter = None if adapter is None else str(adapter.absolute())
@@ -305,13 +294,13 @@ class ExecutorchRuntime(Runtime):
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.extend(ids, {})[0]
 
-    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        known = {"past": int(past.get("number", 0)), "adapter": self._adapter}
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         dropped, self._dropped[:] = [*self._dropped], []
-        values, tensors = self._program.call("extend", {"ids": ids}, **known, dropped=dropped)
-        cache = _Cache(number=torch.tensor(number := values["cache"]))
+        known = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}
+        logits, number = self._program.extend(ids, **known)
+        cache, self.process_bytes = _Cache(number=number), self._program.peak_bytes
         weakref.finalize(cache, self._dropped.append, number).atexit = False
-        return tensors["logits"], cache
+        return logits, cache
 
 
 class Rounded:

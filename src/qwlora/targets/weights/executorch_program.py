@@ -1,31 +1,127 @@
-"""A program of target `executorch` in ExecuTorch's own runtime for Python.
+"""Programs of target `executorch` in ExecuTorch's own runtime for Python, in a process of its own.
 
-Runs in a process of its own (`Isolated`): of 60 programs with one damaged word, several ended the
-process. GenAI, llama.cpp, OpenVINO and MLX run in the caller's: none of their files, damaged in the
-same ways, ended it (docs/log/reliability.md).
+ExecuTorch trusts its programs: one damaged word can end the process by a signal. So `Program`
+starts one that the caller survives. It is no sandbox: what takes it over has the user's rights.
+Both ends send JSON and safetensors, no pickle. Other targets run in the caller's process: none of
+their files, damaged in the same ways, ended it (docs/log/reliability.md).
 """
 
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from qwlora.errors import ExportError, foreign_as
+from qwlora.errors import ExportError, described, foreign_as
+from qwlora.system.machine import peak_rss_bytes
 
 MODEL, ADAPTER, NO_ADAPTER = "model.pte", "adapter.safetensors", "none.safetensors"
+_SECONDS = 600.0  # of one call; loading a program of several GB takes the longest
+# With the caller's modules, but not those of the current folder, which may be a stranger's.
+_START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; "
+_START += "serve(*sys.argv[2:])"
 
 
 class Program:
-    """The program of a base, with adapters and caches. Caches stay here: for a long text, they are
-    larger than all else that is sent.
+    """The program in a folder.
 
-    Args:
-        file: of the program.
+    Attributes:
+        peak_bytes: most memory that its process had so far.
+
+    Raises:
+        ExportError: ExecuTorch refuses it, or ended by it.
     """
+
+    def __init__(self, folder: Path):
+        self._file, self.peak_bytes = folder.absolute() / MODEL, 0
+        self._pipe, theirs = Pipe()
+        path = json.dumps([place for place in sys.path if place])
+        command = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno()), str(self._file)]
+        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with theirs:  # Ctrl-C is for the caller alone
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
+            )
+        weakref.finalize(self, _end, self._process, self._pipe)
+        self._answer()
+
+    def extend(self, ids: Tensor, **values: Any) -> tuple[Tensor, int]:
+        """See `_Loaded.extend`.
+
+        Raises:
+            ExportError: ExecuTorch refuses it, ended by it, or took 10 minutes.
+        """
+        answer, tensors = self._answer(values, {"ids": ids})
+        return tensors["logits"], answer["cache"]
+
+    def _answer(self, values: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Any:
+        try:
+            if tensors is not None:
+                _send(self._pipe, values, tensors)
+            if not self._pipe.poll(_SECONDS):
+                self._process.kill()
+            answer, tensors = _receive(self._pipe)
+        except (EOFError, OSError) as error:
+            raise ExportError(
+                f"{str(self._file)!r} ended ExecuTorch's process (exit code "
+                f"{self._process.wait()}; -N: signal N). The file is damaged, or memory is short: "
+                "export it again"
+            ) from error
+        if "error" in answer:
+            raise ExportError(answer["error"])
+        self.peak_bytes = answer["peak_bytes"]
+        return answer, tensors
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Any) -> None:
+    process.kill()
+    process.wait()
+    pipe.close()
+
+
+def _send(pipe: Any, values: Any, tensors: Mapping[str, Tensor]) -> None:
+    pipe.send_bytes(json.dumps(values).encode())
+    pipe.send_bytes(save(dict(tensors)))
+
+
+def _receive(pipe: Any) -> tuple[Any, dict[str, Tensor]]:
+    return json.loads(pipe.recv_bytes()), load(pipe.recv_bytes())
+
+
+def serve(descriptor: str, file: str) -> None:
+    """Answer a `Program` until it closes the pipe."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of memory
+    pipe, loaded = Connection(int(descriptor)), None
+    values, tensors = dict[str, Any](), dict[str, Tensor]()
+    while True:
+        answer, logits = dict[str, Any](), dict[str, Tensor]()
+        try:
+            if loaded is None:
+                loaded = _Loaded(Path(file))
+            else:
+                logits["logits"], answer["cache"] = loaded.extend(**tensors, **values)
+        except Exception as error:
+            answer["error"] = described(error)
+        try:
+            _send(pipe, {**answer, "peak_bytes": peak_rss_bytes()}, logits)
+            values, tensors = _receive(pipe)
+        except (EOFError, OSError):
+            return
+
+
+class _Loaded:
+    """The program of a base, with adapters and caches. Caches stay here: for a long text, they are
+    larger than all else that is sent."""
 
     def __init__(self, file: Path):
         from executorch.runtime import Runtime
@@ -43,12 +139,11 @@ class Program:
         self._caches, self._made = {0: empty}, 0
 
     def extend(
-        self, tensors: dict[str, Tensor], past: int, adapter: str | None, dropped: list[int]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self, ids: Tensor, past: int, adapter: str | None, dropped: list[int]
+    ) -> tuple[Tensor, int]:
         """Logits of new tokens, and the number of the cache with them.
 
         Args:
-            tensors: `ids` [1, tokens].
             past: number of a cache; 0: none.
             adapter: folder of the adapter; None: the base alone.
             dropped: numbers of caches that are no longer needed.
@@ -56,7 +151,7 @@ class Program:
         file = self._none if adapter is None else Path(adapter, ADAPTER)
         factors = self._factors[file] = self._factors.get(file) or _factors(file)
         cache, parts = self._caches[past], list[Tensor]()
-        for part in tensors["ids"].split(self._tokens, dim=1):
+        for part in ids.split(self._tokens, dim=1):
             length, new = cache[0].shape[2], part.shape[1]
             if length > self._past:
                 raise ExportError(f"the program holds {self._past} past tokens; use a shorter text")
@@ -70,7 +165,7 @@ class Program:
             del self._caches[number]
         self._made += 1
         self._caches[self._made] = cache
-        return {"cache": self._made}, {"logits": torch.cat(parts, 1)}
+        return torch.cat(parts, 1), self._made
 
 
 def _factors(file: Path) -> list[Tensor]:

@@ -211,8 +211,9 @@ def _constant_of_module(source: str) -> Any:
     module_name, _, attribute = source.removeprefix("python:").partition(":")
     spec = installed_module(module_name)
     with foreign_as(SourceError, f"data source {source!r} cannot be read"):
-        is_source = spec is not None and isinstance(spec.loader, InspectLoader)
-        tree = ast.parse((is_source and spec.loader.get_source(spec.name)) or "")
+        loader = spec.loader if spec else None
+        code = loader.get_source(spec.name) if spec and isinstance(loader, InspectLoader) else None
+        tree = ast.parse(code or "")
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == attribute]
     stored = [name for name in names if isinstance(name.ctx, ast.Store)]
     values = [

@@ -134,8 +134,9 @@ def _built(base: BaseCheckpoint, trust_remote_code: bool) -> nn.Module:
         )
     what = f"{base.where} is a {name} of diffusers, which cannot be imported"
     with foreign_as(SourceError, what, "pip install diffusers"):
-        kind = getattr(importlib.import_module(DIFFUSERS), str(name), None)
-    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        kind: Any = getattr(importlib.import_module(DIFFUSERS), str(name), None)
+        is_model = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if not is_model:
         raise SourceError(
             f"diffusers has no class {name!r}, of which {base.where} is; install the version that "
             "the model was saved with"

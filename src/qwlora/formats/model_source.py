@@ -115,14 +115,11 @@ def installed_module(name: str) -> ModuleSpec | None:
     them on `sys.path`, and a stranger's recipe is often there, with other files of theirs.
     """
     own = {os.path.realpath(place) for place in (".", os.path.dirname(sys.argv[0]))}
-    places: Sequence[str] | None
     places = [place for place in sys.path if place and os.path.realpath(place) not in own]
     spec = None
     for part in name.split("."):
-        if not part.isidentifier() or places is None:
-            return None
-        spec = PathFinder.find_spec(part, places)
-        places = spec and spec.submodule_search_locations
+        spec = PathFinder.find_spec(part, places) if part.isidentifier() else None
+        places = [*((spec and spec.submodule_search_locations) or ())]
     return spec
 
 

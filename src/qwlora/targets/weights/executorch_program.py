@@ -47,8 +47,8 @@ class Program:
         self._pipe, theirs = Pipe()
         path = json.dumps([place for place in sys.path if place])
         command = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno()), str(self._file)]
-        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        with theirs:  # Ctrl-C is for the caller alone
+        nowhere: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with theirs:  # a new session, since Ctrl-C is for the caller alone
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
             )
@@ -102,7 +102,7 @@ def serve(descriptor: str, file: str) -> None:
     """Answer a `Program` until it closes the pipe."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of memory
     pipe, loaded = Connection(int(descriptor)), None
-    values, tensors = dict[str, Any](), dict[str, Tensor]()
+    values, tensors = dict[str, Any](), dict[str, Any]()
     while True:
         answer, logits = dict[str, Any](), dict[str, Tensor]()
         try:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 import sys
 import time
@@ -368,6 +369,19 @@ def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
     write_saved(tmp_path / "saved", RECORDS["text"])
     (tmp_path / "saved" / file).write_text("{")
     refused(tmp_path / "saved", match="saved: this folder has .*, but datasets cannot load it: ")
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "../mine.arrow", "pipe"])
+def test_a_saved_dataset_lists_files_of_its_folder(tmp_path: Path, file: str) -> None:
+    saved = tmp_path / "saved"
+    write_saved(saved, RECORDS["text"])
+    (saved / "data-00000-of-00001.arrow").rename(tmp_path / "mine.arrow")
+    os.mkfifo(saved / "pipe")
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": file}]}))
+    refused(saved, match=r"saved/(pipe' is a pipe|state\.json' lists)")
+    (saved / "pipe").unlink()
+    refused(saved, match=r"state\.json' lists|datasets cannot load it")
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:

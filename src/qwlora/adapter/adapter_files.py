@@ -62,8 +62,8 @@ _PATTERNS = {
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter in `folder`."""
     what = f"adapter {str(folder)!r}: {CONFIG}"
-    check_readable(folder)
     with foreign_as(SourceError, f"{what} cannot be read", _COPY):
+        check_readable(folder)
         config = json.loads((folder / CONFIG).read_text())
     if not isinstance(config, dict):
         raise SourceError(f"{what} is not a mapping")

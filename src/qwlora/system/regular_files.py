@@ -58,5 +58,5 @@ def is_inside(folder: Path, name: str) -> bool:
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         return False
     root, real = folder.resolve(), (folder / path).resolve()
-    is_cached = root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs"
-    return (is_cached or real == root / path) and not is_special(real)
+    cached = (p.parent / "blobs" for p in root.parents if p.name == "snapshots")
+    return (real == root / path or real.parent in cached) and not is_special(real)

@@ -1,7 +1,6 @@
 """What may be in a bundle: somebody else's files are compared with what a target writes."""
 
 import json
-import os
 import re
 from functools import partial
 from importlib import resources
@@ -16,7 +15,6 @@ from onnx import helper
 from conftest import tiny_model
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_model
-from qwlora.system.regular_files import check_plain
 from qwlora.system.time_limit import time_limit
 from qwlora.targets.onnx.onnx_runtime import read_session_options
 from qwlora.targets.proof.contents import check_contents, known_settings, misfits
@@ -159,21 +157,6 @@ def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> No
         path.write_text(changed)
         with pytest.raises(SourceError, match=r"submit_aihub\.py.* not the script"):
             check(tmp_path, "aimet/adapter")
-
-
-@pytest.mark.parametrize("kind", ["link", "folder link", "pipe"])
-def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    (bundle / "base").mkdir(parents=True)
-    (bundle / ".cache").mkdir()
-    (bundle / ".cache" / "x").symlink_to("/nowhere")
-    check_plain(bundle)
-    if kind == "pipe":
-        os.mkfifo(bundle / "base" / "x")
-    else:
-        (bundle / "base" / "x").symlink_to("/etc" if kind == "folder link" else "/etc/passwd")
-    with pytest.raises(SourceError, match=r"base/x' is (a link|not a regular file)"):
-        check_plain(bundle)
 
 
 def model_of(operator: str, **attributes: Any) -> onnx.ModelProto:

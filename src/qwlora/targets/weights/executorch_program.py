@@ -148,6 +148,8 @@ class _Loaded:
             adapter: folder of the adapter; None: the base alone.
             dropped: numbers of caches that are no longer needed.
         """
+        for number in dropped:
+            del self._caches[number]
         file = self._none if adapter is None else Path(adapter, ADAPTER)
         factors = self._factors[file] = self._factors.get(file) or _factors(file)
         cache, parts = self._caches[past], list[Tensor]()
@@ -161,8 +163,6 @@ class _Loaded:
                 outputs = self._forward.execute(inputs)
             logits, *cache = (output.clone() for output in outputs)  # the next call overwrites them
             parts.append(logits)
-        for number in dropped:
-            del self._caches[number]
         self._made += 1
         self._caches[self._made] = cache
         return torch.cat(parts, 1), self._made

@@ -75,7 +75,7 @@ def test_caches_are_kept_by_their_owners(folder: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot run the program.*0x12"):
         runtime.logits(torch.tensor([[8]]))
     assert runtime.logits(ids[:, :1]).item() == 1  # it goes on
-    number = runtime._program._process.pid
+    number = runtime._process.pid
     del runtime
     gc.collect()
     with pytest.raises(ProcessLookupError):
@@ -89,6 +89,19 @@ def test_a_crash_is_an_error_that_names_the_file(number: int, folder: Path) -> N
     for ids in ([[9]], [[1]]):  # and later calls
         with pytest.raises(ExportError, match=rf"{MODEL}'.*exit code -{int(number)};"):
             runtime.logits(torch.tensor(ids))
+
+
+def test_an_interrupted_call_does_not_answer_the_next_one(folder: Path) -> None:
+    runtime, before = ExecutorchRuntime(folder), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.logits(torch.tensor([[7]]))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ExportError, match=rf"{MODEL}'.*exit code -9"):
+        runtime.logits(torch.tensor([[1]]))
 
 
 def test_what_hangs_or_cannot_be_loaded_is_an_error(

@@ -30,7 +30,6 @@ in the trained model, and the file is compared with that.
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -59,8 +58,13 @@ from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import TOKENIZER, Contents
 from qwlora.targets.registry import xnnpack_problem
-from qwlora.targets.target import Backend, ExportedBase, Runtime
-from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER, Program
+from qwlora.targets.target import Backend, ExportedBase
+from qwlora.targets.weights.executorch_program import (
+    ADAPTER,
+    MODEL,
+    NO_ADAPTER,
+    ExecutorchRuntime,
+)
 from qwlora.targets.weights.weights_folder import refuse, write_settings
 
 TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
@@ -273,34 +277,6 @@ def lower(program: ExportedProgram, path: Path) -> None:
         edge = exir.to_edge_transform_and_lower(program, None, partitioner, None, checks)
         with path.open("wb") as file:
             edge.to_executorch(memory).write_to_file(file)
-
-
-class _Cache(dict[str, int]):
-    """The number of a cache in the process of the program, which drops it when this goes."""
-
-
-class ExecutorchRuntime(Runtime):
-    """The folder in ExecuTorch's own runtime for Python."""
-
-    switches = has_cache = True
-
-    def __init__(self, folder: Path):
-        self._program, self._dropped = Program(folder), list[int]()
-        self._adapter: str | None = None
-
-    def switch_to(self, adapter: Path | None) -> None:
-        self._adapter = None if adapter is None else str(adapter.absolute())
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.extend(ids, {})[0]
-
-    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        dropped, self._dropped[:] = [*self._dropped], []
-        known = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}
-        logits, number = self._program.extend(ids, **known)
-        cache, self.process_bytes = _Cache(number=number), self._program.peak_bytes
-        weakref.finalize(cache, self._dropped.append, number).atexit = False
-        return logits, cache
 
 
 class Rounded:

@@ -1,9 +1,9 @@
-"""Programs of target `executorch` in ExecuTorch's own runtime for Python, in a process of its own.
+"""ExecuTorch's own runtime for Python, in a process of its own.
 
-ExecuTorch trusts its programs: one damaged word can end the process by a signal. So `Program`
-starts one that the caller survives. It is no sandbox: what takes it over has the user's rights.
-Both ends send JSON and safetensors, no pickle. Other targets run in the caller's process: none of
-their files, damaged in the same ways, ended it (docs/log/reliability.md).
+It trusts its programs: one damaged word can end the process by a signal, which the caller survives
+here. It is no sandbox: what takes the process over has the user's rights. Both ends send JSON and
+safetensors, no pickle. Other targets run in the caller's process: none of their files, damaged in
+the same ways, ended it (docs/log/reliability.md).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qwlora.errors import ExportError, described, foreign_as
 from qwlora.system.machine import peak_rss_bytes
+from qwlora.targets.target import Runtime
 
 MODEL, ADAPTER, NO_ADAPTER = "model.pte", "adapter.safetensors", "none.safetensors"
 _SECONDS = 600.0  # of one call; loading a program of several GB takes the longest
@@ -32,18 +33,17 @@ _START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name
 _START += "serve(*sys.argv[2:])"
 
 
-class Program:
-    """The program in a folder.
+class _Cache(dict[str, int]):
+    """The number of a cache in the process of the program, which drops it when this goes."""
 
-    Attributes:
-        peak_bytes: most memory that its process had so far.
 
-    Raises:
-        ExportError: ExecuTorch refuses it, or ended by it.
-    """
+class ExecutorchRuntime(Runtime):
+    """The program and the adapters in a folder."""
+
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
-        self._file, self.peak_bytes = folder.absolute() / MODEL, 0
+        self._file, self._adapter, self._dropped = folder.absolute() / MODEL, "", list[int]()
         self._pipe, theirs = Pipe()
         path = json.dumps([place for place in sys.path if place])
         command = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno()), str(self._file)]
@@ -55,16 +55,26 @@ class Program:
         weakref.finalize(self, _end, self._process, self._pipe)
         self._answer()
 
-    def extend(self, ids: Tensor, **values: Any) -> tuple[Tensor, int]:
-        """See `_Loaded.extend`.
+    def switch_to(self, adapter: Path | None) -> None:
+        self._adapter = "" if adapter is None else str(adapter.absolute())
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.extend(ids, {})[0]
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        dropped, self._dropped[:] = [*self._dropped], []
+        known = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}
+        answer, tensors = self._answer(known, {"ids": ids.contiguous()})
+        cache = _Cache(number=answer["cache"])
+        weakref.finalize(cache, self._dropped.append, cache["number"]).atexit = False
+        return tensors["logits"], cache
+
+    def _answer(self, values: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Any:
+        """What `_Program.extend` returns, or that there is a program.
 
         Raises:
             ExportError: ExecuTorch refuses it, ended by it, or took 10 minutes.
         """
-        answer, tensors = self._answer(values, {"ids": ids})
-        return tensors["logits"], answer["cache"]
-
-    def _answer(self, values: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Any:
         try:
             if tensors is not None:
                 _send(self._pipe, values, tensors)
@@ -77,9 +87,12 @@ class Program:
                 f"{self._process.wait()}; -N: signal N). The file is damaged, or memory is short: "
                 "export it again"
             ) from error
+        except BaseException:  # interrupted: the next question would get this answer
+            self._process.kill()
+            raise
         if "error" in answer:
             raise ExportError(answer["error"])
-        self.peak_bytes = answer["peak_bytes"]
+        self.process_bytes = answer["peak_bytes"]
         return answer, tensors
 
 
@@ -99,7 +112,7 @@ def _receive(pipe: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def serve(descriptor: str, file: str) -> None:
-    """Answer a `Program` until it closes the pipe."""
+    """Answer the caller until it closes the pipe."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of memory
     pipe, loaded = Connection(int(descriptor)), None
     values, tensors = dict[str, Any](), dict[str, Any]()
@@ -107,7 +120,7 @@ def serve(descriptor: str, file: str) -> None:
         answer, logits = dict[str, Any](), dict[str, Tensor]()
         try:
             if loaded is None:
-                loaded = _Loaded(Path(file))
+                loaded = _Program(Path(file))
             else:
                 logits["logits"], answer["cache"] = loaded.extend(**tensors, **values)
         except Exception as error:
@@ -119,17 +132,17 @@ def serve(descriptor: str, file: str) -> None:
             return
 
 
-class _Loaded:
+class _Program:
     """The program of a base, with adapters and caches. Caches stay here: for a long text, they are
     larger than all else that is sent."""
 
     def __init__(self, file: Path):
-        from executorch.runtime import Runtime
+        from executorch.runtime import Runtime as Library
 
         self._none = file.with_name(NO_ADAPTER)
         self._factors = {self._none: _factors(self._none)}
         with foreign_as(ExportError, f"ExecuTorch cannot load {str(file)!r}"):
-            self._program = Runtime.get().load_program(file)
+            self._program = Library.get().load_program(file)
             self._forward = self._program.load_method("forward")
             about = self._forward.metadata
             count = about.num_inputs() - len(self._factors[self._none])
@@ -139,18 +152,18 @@ class _Loaded:
         self._caches, self._made = {0: empty}, 0
 
     def extend(
-        self, ids: Tensor, past: int, adapter: str | None, dropped: list[int]
+        self, ids: Tensor, past: int, adapter: str, dropped: list[int]
     ) -> tuple[Tensor, int]:
         """Logits of new tokens, and the number of the cache with them.
 
         Args:
             past: number of a cache; 0: none.
-            adapter: folder of the adapter; None: the base alone.
+            adapter: folder of the adapter; empty: the base alone.
             dropped: numbers of caches that are no longer needed.
         """
         for number in dropped:
             del self._caches[number]
-        file = self._none if adapter is None else Path(adapter, ADAPTER)
+        file = Path(adapter, ADAPTER) if adapter else self._none
         factors = self._factors[file] = self._factors.get(file) or _factors(file)
         cache, parts = self._caches[past], list[Tensor]()
         for part in ids.split(self._tokens, dim=1):

@@ -108,6 +108,10 @@ OPTIONS = "model/decoder/session_options"
         ("onnx/base", "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
         ("aimet/adapter", "graphs.json", {}, "graphs/decode/host", "../../other.onnx"),
         ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "/etc/passwd"),
+        ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "proof/first/x.onnx"),
+        ("aimet/adapter", "graphs.json", {}, "graphs/decode/model", ".."),
+        ("qairt/adapter", "graphs.json", {}, "graphs", {".hidden": {}}),
+        ("qairt/adapter", "graphs.json", {}, "graphs", {"../other": {}}),
     ],
 )
 def test_a_value_that_no_export_writes_is_refused(

@@ -145,9 +145,13 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     if (form := contents.forms.get(path.name)) is not None:
         yield from misfits(content, form)
     elif path.name == "graphs.json":
-        for key, value in values:
-            if isinstance(value, str) and ("/" in value or value == "..") and key != "compiled":
-                yield f"{_short(value)} is no file of the folder"
+        names = [value for key, value in values if key != "compiled" and isinstance(value, str)]
+        match content:
+            case {"graphs": dict(graphs)}:
+                names += graphs  # files are named after them
+        for name in names:
+            if "/" in name or name.startswith("."):  # hidden files are not checked
+                yield f"{_short(name)} is no file of the folder"
     elif path.name.endswith(".index.json"):
         names = frozenset(p.name for p in path.parent.glob("*.safetensors"))
         yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: names}})

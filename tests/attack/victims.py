@@ -5,6 +5,8 @@ The parent must have a single thread when it forks: run the suite with OMP_NUM_T
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import os
@@ -296,3 +298,21 @@ def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder:
 def seeds(base: int, *names: str) -> random.Random:
     """A generator of its own for an attack, the same whatever else runs."""
     return random.Random("/".join([str(base), *names]))
+
+
+def failing_at_change(action: Callable[[], None], folder: Path, number: int) -> bool:
+    """Run `action`, whose nth change to `folder` fails as on a full disk. Whether it got there.
+
+    For a process of its own: the interpreter keeps the hook. What the action does afterwards to
+    undo its changes succeeds.
+    """
+    count = itertools.count(1)
+
+    def fail() -> None:
+        if next(count) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    _watch(folder, fail)
+    with contextlib.suppress(Exception):
+        action()
+    return next(count) > number

@@ -26,7 +26,7 @@ from .victims import failing_at_change, seeds, start
 pytestmark = pytest.mark.attack
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS}
-STEPS = 12  # operators at which a call is made to fail, of those that it runs
+FILES, STEPS = 16, 8  # changes and operators at which each call fails, of those that it makes
 
 
 def adapted(base: Any, *modules: str, seed: int = 1) -> Any:
@@ -95,7 +95,7 @@ def writes(warm: None) -> dict[str, tuple[Call | None, Call]]:
 
 
 def test_a_full_disk_leaves_folders_as_they_were(
-    writes: dict[str, tuple[Call | None, Call]], record: Record, tmp_path: Path
+    writes: dict[str, tuple[Call | None, Call]], record: Record, seed: int, tmp_path: Path
 ) -> None:
     def prepared(name: str, work: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
@@ -106,34 +106,30 @@ def test_a_full_disk_leaves_folders_as_they_were(
         return work / "folder"
 
     def run(name: str, moment: int, work: Path, into: Path) -> None:
+        """Fail at a change; 0: at none."""
         warnings.simplefilter("ignore")
         folder = prepared(name, work)
         before = content(folder)
         with contextlib.chdir(work):
-            came = failing_at_change(writes[name][1], folder, moment)
-        after = content(folder)
-        into.write_text(json.dumps([came, before, after]))
+            changes = failing_at_change(writes[name][1], folder, moment)
+        into.write_text(json.dumps([changes, before, content(folder)]))
 
     def attack(name: str, folder: Path) -> list[tuple[str, str, str]]:
-        rows, moment, made = [], 0, list[Any]()
-        while True:
-            moment += 1
-            into = folder / "result.json"
-            into.unlink(missing_ok=True)
-            work = folder / "work"
+        rows, into, work = list[tuple[str, str, str]](), folder / "result.json", folder / "work"
+        moments = [0]
+        while moments:
+            moment = moments.pop(0)
             ended = start(lambda: run(name, moment, work, into), folder / "logs").wait()  # noqa: B023
             if ended.code:
                 return [*rows, (name, f"crashed: {ended.err[-300:]}", f"change {moment}")]
-            came, before, after = json.loads(into.read_text())
-            made.append((before, after))
-            if not came:  # the last run was not disturbed: the result of the call
-                break
-        for number, (before, after) in enumerate(made[:-1], 1):
+            changes, before, after = json.loads(into.read_text())
+            if not moment:
+                whole = after
+                moments = seeds(seed, name).sample(range(1, changes + 1), min(changes, FILES))
+                continue
             # what cannot be deleted of the scratch folder is no reason to undo the call
-            problem = (
-                "" if after in (before, made[-1][1]) else f"{sorted(after)} of {sorted(before)}"
-            )
-            rows.append((name, problem, f"full disk at change {number}"))
+            problem = "" if after in (before, whole) else f"{sorted(after)} of {sorted(before)}"
+            rows.append((name, problem, f"full disk at change {moment} of {changes}"))
         return rows
 
     record.attack("python", writes, attack, tmp_path)

@@ -300,19 +300,21 @@ def seeds(base: int, *names: str) -> random.Random:
     return random.Random("/".join([str(base), *names]))
 
 
-def failing_at_change(action: Callable[[], None], folder: Path, number: int) -> bool:
-    """Run `action`, whose nth change to `folder` fails as on a full disk. Whether it got there.
+def failing_at_change(action: Callable[[], None], folder: Path, number: int) -> int:
+    """Run `action`, whose nth change to `folder` fails as on a full disk; n = 0: none does. How
+    many changes it made.
 
     For a process of its own: the interpreter keeps the hook. What the action does afterwards to
     undo its changes succeeds.
     """
-    count = itertools.count(1)
+    made: list[None] = []
 
     def fail() -> None:
-        if next(count) == number:
+        made.append(None)
+        if len(made) == number:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     _watch(folder, fail)
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(*[OSError] if number else []):
         action()
-    return next(count) > number
+    return len(made)

@@ -12,6 +12,8 @@ from torch import nn
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
 from qwlora.errors import CalibrationError, FingerprintError, SourceError
+from qwlora.formats.base_files import replacing_base
+from qwlora.nn import is_packed
 
 X = torch.linspace(-1, 1, 2 * 32).view(2, 32)
 
@@ -174,8 +176,16 @@ def test_a_base_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
     assert qwlora.fingerprint(qwlora.load_base(tmp_path)) == qwlora.fingerprint(second)
 
 
-def test_tensors_and_layers_of_the_record_are_sorted(tmp_path: Path) -> None:
-    qwlora.save_base(packed_model("llama"), tmp_path)
-    record = json.loads((tmp_path / "base.json").read_text())
-    for key in ("tensors", "layers"):
-        assert list(record[key]) == sorted(record[key])
+def test_a_record_is_the_same_in_whatever_order_modules_are_written(tmp_path: Path) -> None:
+    model = packed_model("falcon")
+    names = [name for name, _ in model.model.named_children()]
+    for folder, order in (("a", names), ("b", names[::-1])):
+        with replacing_base(tmp_path / folder) as writer:
+            for name in order:
+                writer.add(model.model.get_submodule(name), f"model.{name}")
+            writer.add(model.lm_head, "lm_head")
+            writer.finish(model, None, "x")
+    records = [(tmp_path / folder / "base.json").read_bytes() for folder in "ab"]
+    assert records[0] == records[1]
+    layers = list(json.loads(records[0])["layers"])
+    assert layers == [p for p, m in model.named_modules() if is_packed(m)]

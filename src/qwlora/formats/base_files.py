@@ -125,9 +125,8 @@ class BaseWriter:
                 self._write_shard_()
             stored = stored.detach().cpu().contiguous()
             # safetensors refuses tensors that overlap: a head made of the embedding's values
-            pointers = {other.untyped_storage().data_ptr() for other in self._waiting.values()}
-            is_shared = stored.untyped_storage().data_ptr() in pointers
-            self._waiting[full] = stored.clone() if is_shared else stored
+            overlaps = any(_overlap(stored, other) for other in self._waiting.values())
+            self._waiting[full] = stored.clone() if overlaps else stored
         for below, layer in base_modules(module):
             if _is_stored(layer) and not layer.tensor.parts.packed.is_meta:
                 self._layers[".".join(filter(None, (path, below)))] = {
@@ -153,7 +152,7 @@ class BaseWriter:
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder)
         files = set(files_in(self.folder)).difference(shards)
-        settings = base_settings(model)
+        settings, modules = base_settings(model), base_modules(model)
         identity = combined_fingerprint(self.digests, settings)
         record = {
             "format": FORMAT,
@@ -162,8 +161,9 @@ class BaseWriter:
             "source": source,
             "class": name,
             "device": self._device,
-            # sorted, since blocks that an interrupted run left are added in another order
-            "layers": dict(sorted(self._layers.items())),
+            # in an order of their own, since what an interrupted run left is added in another one:
+            # layers as in the model, since PEFT names the factors of experts by that order
+            "layers": {path: self._layers[path] for path, _ in modules if path in self._layers},
             "tensors": dict(sorted(self.digests.items())),
         }
         if library != TRANSFORMERS:
@@ -219,8 +219,9 @@ def write_base(
     with replacing_base(Path(folder)) as writer:
         writer.add(base)
         identity = writer.finish(base, tokenizer, source)
-        written = BaseCheckpoint(writer.folder)
-        if written.record["class"] is not None and written.library != BY_CALLER:
+        record = read_record(writer.folder)
+        if record.get("library") != BY_CALLER and "trust_remote_code" not in record:
+            written = BaseCheckpoint(writer.folder)
             written.where = f"{type(base).__name__} cannot be loaded from what save_base writes"
             written.place_packed_(written.skeleton())
     remember_base_(base, writer.digests)
@@ -242,6 +243,12 @@ def _class_of(model: nn.Module) -> tuple[str, str | None]:
     if kinds[0].__module__.startswith(f"{DIFFUSERS}.") and hasattr(model, "save_config"):
         return DIFFUSERS, kinds[0].__name__
     return BY_CALLER, kinds[0].__name__
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two contiguous tensors have bytes in common."""
+    begins = one.data_ptr(), other.data_ptr()
+    return begins[0] < begins[1] + other.nbytes and begins[1] < begins[0] + one.nbytes
 
 
 def _is_remote(kind: type) -> bool:
@@ -441,7 +448,7 @@ class BaseCheckpoint(Checkpoint):
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
             with foreign_as(SourceError, f"{self.where}: configuration of {RECORD} is not JSON"):
-                old = flat(json.loads(self.record["configuration"]))
+                old = flat(json.loads(str(self.record.get("configuration"))))
             changed = listed(differences(old, flat(base_settings(model))), 3)
             raise FingerprintError(
                 f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}. Settings "
@@ -550,8 +557,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"base {str(folder)!r} has format {stated!r}, but this version reads {FORMAT}; "
             "quantize again, with the same version of qwlora"
         )
-    texts = dict.fromkeys(("fingerprint", "source", "configuration"), str)
-    kinds = {**texts, "layers": dict, "tensors": dict}
+    kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
         raise SourceError(
             f"base {str(folder)!r}: missing or malformed in {RECORD}: {' and '.join(wrong)}; "

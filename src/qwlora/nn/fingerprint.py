@@ -321,18 +321,16 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Wrappers are told by their class: a module of the user's may have a part called base_layer.
     """
-    seen: set[nn.Module] = set()
+    yield from _walk(model, "", set())
 
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        module = _without_wrappers(unwrapped(module))
-        if module in seen:
-            return
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    module = _without_wrappers(unwrapped(module))
+    if module not in seen:
         seen.add(module)
         yield path, module
         for name, child in module.named_children():
-            yield from walk(child, f"{path}.{name}" if path else name)
-
-    yield from walk(model, "")
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:

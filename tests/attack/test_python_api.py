@@ -52,7 +52,9 @@ def simulation(model: Any) -> Any:
 def content(folder: Path) -> dict[str, str]:
     """Digests of the files that a reader sees."""
     return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files_in(folder)
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in files_in(folder)
+        if not name.startswith(".")
     }
 
 
@@ -152,9 +154,11 @@ class Failing(TorchDispatchMode):
 
 def model_state(model: Any) -> Any:
     """What a caller can see of a model: its modules, modes, tensors and outputs."""
-    inner = getattr(model, "origin", None)
-    if inner is not None:
-        return sorted(model.encodings) if model.encodings else []
+    if isinstance(model, qwlora.Simulation):
+        return {
+            name: (q.observer.batches, q.encoding and q.encoding.scale.tolist())
+            for name, q in model.quantizers.items()
+        }
     modules = [(path, type(m).__name__, m.training) for path, m in model.named_modules()]
     tensors = [(name, p.requires_grad) for name, p in model.named_parameters()]
     with torch.no_grad():

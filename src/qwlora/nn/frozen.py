@@ -62,7 +62,6 @@ def assert_frozen(model: nn.Module) -> None:
 @contextmanager
 def packing(model: nn.Module) -> Iterator[None]:
     """Note on `model` if the block raises after it packed a layer: half of it has a new grid."""
-    refuse_half_quantized(model)
     before = len(packed_layers(model))
     try:
         yield

@@ -55,7 +55,13 @@ from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_base_
-from qwlora.nn.frozen import assert_frozen, check_base_finite, packing, refuse_meta
+from qwlora.nn.frozen import (
+    assert_frozen,
+    check_base_finite,
+    packing,
+    refuse_half_quantized,
+    refuse_meta,
+)
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.bit_budget import BitBudget, budget_rules
 from qwlora.quantize.block_runner import own_batches
@@ -329,6 +335,7 @@ def model_to_pack(model: nn.Module) -> nn.Module:
         )
     model = unwrapped(model)
     refuse_meta(model, GridError)
+    refuse_half_quantized(model)
     return model
 
 

@@ -62,7 +62,9 @@ def replacing_files(
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(
+            prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True
+        ) as scratch:
             new, old = Path(scratch, "new"), Path(scratch, "old")
             new.mkdir()
             yield new

@@ -83,6 +83,13 @@ SECTIONS = {
         "pieces, NaN and infinite numbers. Then they are read whole. Held: they are read, or "
         "refused with an exception of QWLoRA.",
     ),
+    "python": (
+        "Calls of the Python API that fail",
+        "A disk is full at each change that a call makes to it, one after the other; or an error "
+        "or Ctrl-C hits a random operator of torch. Held: the folder or the model is what it was "
+        "before, and the same call then succeeds; of a call that packs layers one by one, every "
+        "later call says that it failed.",
+    ),
     "races": (
         "Races of two processes",
         "Two processes start within 0.3 s of each other. Held: exit codes 0 and 2 only, exactly "

@@ -5,6 +5,8 @@ The parent must have a single thread when it forks: run the suite with OMP_NUM_T
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import os
@@ -296,3 +298,23 @@ def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder:
 def seeds(base: int, *names: str) -> random.Random:
     """A generator of its own for an attack, the same whatever else runs."""
     return random.Random("/".join([str(base), *names]))
+
+
+def failing_at_change(action: Callable[[], None], folder: Path, number: int) -> int:
+    """Run `action`, whose nth change to `folder` fails as on a full disk; n = 0: none does. How
+    many changes it made.
+
+    For a process of its own: the interpreter keeps the hook. What the action does afterwards to
+    undo its changes succeeds.
+    """
+    made: list[None] = []
+
+    def fail() -> None:
+        made.append(None)
+        if len(made) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    _watch(folder, fail)
+    with contextlib.suppress(*[OSError] if number else []):
+        action()
+    return len(made)

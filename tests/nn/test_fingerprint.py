@@ -12,9 +12,14 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock
 from qwlora.nn import pack_module
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,
+    base_settings,
     base_tensors,
+    changed_since,
     fingerprint,
     keep_fingerprint_,
+    remember_base_,
+    tensor_digest,
+    tensor_digests,
 )
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.parameter_names import adapter_of, is_adapter_name
@@ -273,3 +278,152 @@ def test_a_kept_fingerprint_ends_with_the_first_change():
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == identity
     model.model.norm.weight.data[0] += 1
     assert fingerprint(model) != identity
+
+
+class Gated(nn.Module):
+    """A module of the user's, with a number of its own."""
+
+    def __init__(self, factor: float = 0.5, names: tuple[str, ...] = ("a",)):
+        super().__init__()
+        self.linear, self.factor, self.names = nn.Linear(8, 8), factor, names
+        self._calls = 0
+
+    def forward(self, x):
+        self._calls += 1
+        return self.linear(x) * self.factor
+
+
+def seeded(*modules):
+    """The modules in a row; those of equal shapes have equal tensors."""
+    model = nn.Sequential(*modules).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                values = (torch.arange(tensor.numel()) + len(name)).view_as(tensor).sin()
+                tensor.copy_(values + (1.5 if "var" in name else 0.1))
+    return model
+
+
+ROW, IMAGE, ROWS = (
+    torch.linspace(-2, 3, 16).view(2, 8),
+    torch.randn(1, 4, 9, 9),
+    torch.randn(2, 3, 8),
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "x"),
+    [
+        (nn.LayerNorm(8), nn.LayerNorm(8, eps=0.25), ROW),
+        (nn.GroupNorm(2, 4), nn.GroupNorm(4, 4), IMAGE),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5), IMAGE),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), IMAGE),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), IMAGE),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dilation=2), IMAGE),
+        (nn.AvgPool2d(3), nn.AvgPool2d(3, stride=1), IMAGE),
+        (nn.ReLU(), nn.GELU(), ROW),
+        (nn.GELU(), nn.GELU(approximate="tanh"), ROW),
+        (nn.LeakyReLU(), nn.LeakyReLU(0.5), ROW),
+        (nn.MultiheadAttention(8, 1), nn.MultiheadAttention(8, 2), (ROWS, ROWS, ROWS)),
+        (
+            nn.TransformerEncoderLayer(8, 2, 16),
+            nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"),
+            ROWS,
+        ),
+        (Gated(), Gated(0.75), ROW),
+        (nn.Sequential(nn.Tanh(), Gated()), nn.Sequential(nn.Sigmoid(), Gated()), ROW),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@torch.no_grad()
+def test_settings_of_modules_count_if_they_change_outputs(one, other, x):
+    models = [seeded(one), seeded(other)]
+    inputs = x if isinstance(x, tuple) else (x,)
+    apart = [m[0](*inputs) for m in models]
+    apart = [y[0] if isinstance(y, tuple) else y for y in apart]
+    assert apart[0].shape != apart[1].shape or not torch.equal(*apart)
+    assert fingerprint(models[0]) != fingerprint(models[1])
+    assert fingerprint(models[0]) == fingerprint(copy.deepcopy(models[0]))
+
+
+INERT = {
+    "dropout": lambda m: setattr(m[1], "p", 0.75),
+    "another class of dropout": lambda m: m.__setitem__(1, nn.Identity()),
+    "in place": lambda m: setattr(m[2], "inplace", True),
+    "the momentum of statistics": lambda m: setattr(m[3], "momentum", 0.5),
+    "training mode": lambda m: m.train(),
+    "a private attribute": lambda m: setattr(m[0], "_calls", 7),
+    "an attribute without a value": lambda m: setattr(m[0], "cache", None),
+    "a container": lambda m: setattr(m, "extra", nn.ModuleList()),
+}
+
+
+@pytest.mark.parametrize("change", INERT.values(), ids=INERT)
+def test_settings_that_change_no_output_do_not_count(change):
+    model = seeded(Gated(), nn.Dropout(0.5), nn.ReLU(), nn.BatchNorm1d(8))
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) == before
+
+
+def test_wrappers_are_not_part_of_the_base():
+    model = seeded(Gated(), nn.LayerNorm(8, eps=0.25))
+    before, names = fingerprint(model), set(base_tensors(model))
+    for wrapped in (nn.DataParallel(model), torch.compile(model)):
+        assert fingerprint(wrapped) == before
+        assert set(base_tensors(wrapped)) == names
+    inside = nn.Sequential(torch.compile(Gated()), nn.LayerNorm(8))
+    assert set(base_tensors(inside)) == names
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=["1"])
+    assert fingerprint(peft.get_peft_model(model, config)) == before
+
+
+def test_parts_with_the_names_of_wrappers_are_part_of_the_base():
+    for name in ("base_layer", "lora_gate", "modules_to_save", "original_module"):
+        model = seeded(nn.Module())
+        model[0].add_module(name, nn.Linear(4, 4))
+        model[0].register_parameter("bias", nn.Parameter(torch.zeros(4)))
+        before = fingerprint(model)
+        assert {f"0.{name}.weight", f"0.{name}.bias", "0.bias"} == set(base_tensors(model))
+        model[0].get_submodule(name).bias.data[1] += 1
+        assert fingerprint(model) != before, name
+
+
+def test_every_outermost_configuration_counts():
+    def parts(**changes):
+        model = nn.ModuleDict({"vision": llama(), "text": llama(**changes)})
+        return nn.ModuleDict({"towers": model, "norm": nn.LayerNorm(4)})
+
+    one = fingerprint(parts())
+    assert fingerprint(parts()) == one
+    assert fingerprint(parts(rms_norm_eps=0.5)) != one
+    assert fingerprint(parts(use_cache=False)) == one
+    alone, wrapped = llama(), llama()
+    # a model of transformers alone hashes its configuration as it is, so fingerprints stay
+    assert base_settings(alone) == base_settings(nn.DataParallel(wrapped))
+    assert "hidden_size" in base_settings(alone)
+
+
+@pytest.mark.parametrize("part", ["0", "0.linear", ""])
+def test_changes_of_a_part_that_was_remembered_are_named(part):
+    model = nn.Sequential(Gated(), nn.LayerNorm(8))
+    remember_base_(model.get_submodule(part))
+    assert changed_since(model, tensor_digests(model)) == []
+    model[0].linear.bias.data[0] += 1
+    model[0].factor = 0.25
+    model[1].eps = 0.5
+    wanted = {
+        "": ["0.linear.bias", "0.factor: 0.5 -> 0.25", "1.eps: default -> 0.5"],
+        "0": ["0.linear.bias", "0.factor: 0.5 -> 0.25"],
+        "0.linear": ["0.linear.bias"],
+    }
+    assert changed_since(model, tensor_digests(model)) == wanted[part]
+    remember_base_(model)  # of the whole, which is now what counts
+    assert changed_since(model, tensor_digests(model)) == []
+
+
+def test_vectors_that_are_not_contiguous_are_hashed_by_value():
+    values = torch.arange(8.0)
+    for strided in (values[::2], values[:1].expand(4), values.flip(0)):
+        assert tensor_digest("x", "", strided) == tensor_digest("x", "", strided.clone())

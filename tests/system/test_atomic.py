@@ -1,5 +1,6 @@
 """What is renamed was flushed to disk before."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -83,7 +84,11 @@ def test_an_interrupted_write_leaves_the_old(tmp_path: Path, is_folder: bool) ->
     assert files_in(tmp_path) == ["a"]
 
 
-def test_the_record_of_a_folder_is_written_last(tmp_path: Path, calls: list[str]) -> None:
+def test_the_record_of_a_folder_is_written_last(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, replace = list[Path](), Path.replace
+    monkeypatch.setattr(Path, "replace", lambda p, to: (targets.append(to), replace(p, to))[1])
     for name in ("a", "record", "kept"):
         (tmp_path / name).write_text("old")
     with replacing_files(tmp_path, last="record") as scratch:
@@ -91,8 +96,9 @@ def test_the_record_of_a_folder_is_written_last(tmp_path: Path, calls: list[str]
         for name in ("record", "z", "below/b", "a"):
             (scratch / name).write_text("new")
         assert (tmp_path / "record").read_text() == "old"
-    flushed = [name for name in calls if name in ("a", "b", "record", "z")]
-    assert flushed == ["a", "b", "z", "record"]
+    # all are on disk before the first is moved; the old record goes first, the new one comes last
+    assert {"a", "b", "record", "z"} <= set(calls[: calls.index("rename")])
+    assert [t.name for t in targets] == ["record", "a", "a", "b", "z", "record"]
     found = {name: (tmp_path / name).read_text() for name in files_in(tmp_path)}
     assert found == {**dict.fromkeys(("a", "below/b", "record", "z"), "new"), "kept": "old"}
 
@@ -141,3 +147,41 @@ def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     for name in ("a.safetensors", "folder/b.safetensors"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_files_are_put_back_if_one_cannot_be_moved(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "record", "old", "mine"):
+        (tmp_path / name).write_text("old")
+    before, moves, replace = files_in(tmp_path), itertools.count(1), Path.replace
+
+    def fails_once(path: Path, target: Path) -> Path:
+        if next(moves) == number:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    def write() -> None:
+        with replacing_files(tmp_path, last="record", obsolete=["old", "gone"]) as scratch:
+            (scratch / "below").mkdir()
+            for name in ("record", "a", "below/record", "below/b"):
+                (scratch / name).write_text("new")
+
+    monkeypatch.setattr(Path, "replace", fails_once)
+    if number < 8:  # three old files are moved away, four new ones in
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert files_in(tmp_path) == before
+        assert {(tmp_path / name).read_text() for name in before} == {"old"}
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+    else:
+        write()
+        assert files_in(tmp_path) == ["a", "below/b", "below/record", "mine", "record"]
+        assert (tmp_path / "mine").read_text() == "old"
+
+
+def test_a_folder_that_was_created_for_nothing_goes(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), replacing_files(tmp_path / "new" / "below"):
+        raise OSError("full")
+    assert not (tmp_path / "new").exists()

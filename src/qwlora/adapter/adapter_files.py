@@ -87,9 +87,24 @@ def check_contents(folder: Path) -> None:
 
 def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings of PEFT's configuration of an adapter that are not supported, in words."""
+    kind = config.get("peft_type")
+    if (kind := str(getattr(kind, "value", kind))) != "LORA":
+        yield f"peft_type: {kind}; only LORA is supported"
+        return
     for key, (accepted, why) in _UNSUPPORTED.items():
         if (value := config.get(key)) not in accepted:
             yield f"{key}: {value!r}, which is not supported ({why})"
+
+
+def check_settings(configs: Mapping[str, Any]) -> None:
+    """Refuse adapters, PEFT's configurations by name, that `save_adapter` would not write.
+
+    Raises:
+        SourceError: one is not LoRA, or has a setting that is not supported.
+    """
+    for name, config in configs.items():
+        if problem := next(unsupported_settings(config.to_dict()), None):
+            raise SourceError(f"adapter {name!r}: its configuration has {problem}")
 
 
 def content_problems(folder: Path) -> Iterator[str]:

@@ -27,17 +27,19 @@ from qwlora.adapter.adapter_files import (
     check_adapter,
     check_contents,
     check_pattern_times,
+    check_settings,
     mergeable_record,
     read_config,
-    unsupported_settings,
     weights_of,
 )
 from qwlora.adapter.mergeable import is_mergeable, mergeable_, remainders_digest
 from qwlora.errors import FingerprintError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
-from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
+from qwlora.nn.fingerprint import changed_since, fingerprint_of, remember_base_, tensor_digests
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
+from qwlora.nn.temporary import structure
+from qwlora.system.atomic import replacing_files
 
 FORMAT = 1
 
@@ -59,8 +61,8 @@ def save_adapter(
     Raises:
         SourceError: the model has no such adapter, or it has a setting that is not supported.
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
-        FingerprintError: a float tensor of the base changed since the base was made or loaded, so
-            the adapter belongs to no base that anybody has.
+        FingerprintError: a float tensor or a setting of the base changed since the base was made or
+            loaded, so the adapter belongs to no base that anybody has.
     """
     folder = Path(folder)
     model = unwrapped(model)
@@ -73,29 +75,26 @@ def save_adapter(
         raise SourceError(
             f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(configs)}"
         )
-    for name in configs if adapter is None else [adapter]:
-        if problem := next(unsupported_settings(configs[name].to_dict()), None):
-            raise SourceError(f"adapter {name!r}: its configuration has {problem}")
+    check_settings(configs if adapter is None else {adapter: configs[adapter]})
     if packed_layers(model):
         assert_frozen(model)
     if base_fingerprint is None:
         digests = tensor_digests(model)
-        if moved := changed_floats(model, digests):
+        if moved := changed_since(model, digests):
             raise FingerprintError(
-                f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
-                f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "
-                "optimizer moved them, give it only parameters with requires_grad, and train again "
-                "on a fresh base; if the change is intended, save this base first "
-                "(qwlora.save_base)"
+                f"{len(moved)} float tensors or settings of the base changed since it was "
+                f"quantized or loaded: {listed(moved)}. An adapter fits only the base that it was "
+                "trained on. If the optimizer moved them, give it only parameters with "
+                "requires_grad, and train again on a fresh base; if the change is intended, save "
+                "this base first (qwlora.save_base)"
             )
         base_fingerprint = fingerprint_of(digests, model)
-    for old in folder.rglob(FILE):
-        old.unlink()  # never an old statement next to new weights
     record = {"format": FORMAT, "base_fingerprint": base_fingerprint}
-    for name, written in write_adapter(model, folder, adapter=adapter).items():
-        digest = {"remainders": remainders_digest(model, name)}
-        stated = {"mergeable": digest} if is_mergeable(model, [name]) else {}
-        manifest.write(written, FILE, record | stated, (CONFIG, WEIGHTS))
+    with replacing_files(folder, last=FILE) as scratch:
+        for name, written in write_adapter(model, scratch, adapter=adapter).items():
+            digest = {"remainders": remainders_digest(model, name)}
+            stated = {"mergeable": digest} if is_mergeable(model, [name]) else {}
+            manifest.write(written, FILE, record | stated, (CONFIG, WEIGHTS))
 
 
 def write_adapter(
@@ -150,7 +149,8 @@ def load_adapter(
     adapter_name: str = "default",
     weight: Callable[[str], Tensor] | None = None,
 ) -> PeftModel:
-    """Attach the adapter in `folder` to the base `model`, or to a model with other adapters.
+    """Attach the adapter in `folder` to the base `model`, or to a model with other adapters. If it
+    raises, `model` stays as it was.
 
     Args:
         adapter_name: its name in the model. A model that has adapters keeps its active one.
@@ -166,10 +166,40 @@ def load_adapter(
     Warns:
         UnverifiedWarning: its files have no digests: PEFT saved it.
     """
-    folder = Path(folder)
+    folder, restore = Path(folder), structure(model)
+    try:
+        digests = tensor_digests(model)
+        check_adapter(folder, fingerprint_of(digests, model), unknown_base)
+        remember_base_(model, digests)
+        return _attached(model, folder, is_trainable, adapter_name, weight)
+    except BaseException:
+        restore()
+        raise
+
+
+def check_loadable(
+    model: PreTrainedModel, folders: Iterable[Path], unknown_base: str = "refuse"
+) -> None:
+    """Refuse each adapter that `load_adapter` would refuse on the base `model`, which is unchanged
+    afterwards."""
     digests = tensor_digests(model)
-    check_adapter(folder, fingerprint_of(digests, model), unknown_base)
-    remember_floats_(model, digests)
+    identity, restore = fingerprint_of(digests, model), structure(model)
+    for folder in folders:
+        check_adapter(folder, identity, unknown_base)
+        try:
+            _attached(model, folder, False, "default", None)
+        finally:
+            restore()
+
+
+def _attached(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    is_trainable: bool,
+    adapter_name: str,
+    weight: Callable[[str], Tensor] | None,
+) -> PeftModel:
+    """The model with the adapter in `folder`, which `check_adapter` accepts."""
     check_contents(folder)
     packed = [name.removesuffix(".weight") for name in packed_weights(model)]
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")

@@ -50,11 +50,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from qwlora.adapter.adapter_files import check_settings
 from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
 from qwlora.adapter.mergeable import MergedIntegers, merged_forward
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.nn import PackedLinear
+from qwlora.nn.packed_layer import unwrapped
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
 from qwlora.system.device import device_of
@@ -214,7 +216,11 @@ def memory_saving(
             would cast them to float32 first.
         chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
             see `ChunkedLoss`. False for a loss of your own, which needs the logits.
+
+    Raises:
+        SourceError: an adapter is not LoRA, or has a setting with which it could not be saved.
     """
+    check_settings(getattr(unwrapped(model), "peft_config", None) or {})
     with replaced_forward(model, None, chunked_loss), lean_steps(model, autocast):
         yield
 

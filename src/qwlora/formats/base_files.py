@@ -9,23 +9,36 @@ A float tensor is copied only if another dtype is requested.
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from qwlora.errors import FingerprintError, GridError, SourceError, described, lines, listed
+from qwlora.errors import (
+    FingerprintError,
+    GridError,
+    SourceError,
+    described,
+    foreign_as,
+    lines,
+    listed,
+)
 from qwlora.formats import manifest
 from qwlora.formats.checkpoint import (
     Checkpoint,
+    empty_model,
     put_,
     read_generation_config_,
     tensor_at,
@@ -37,20 +50,23 @@ from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import PackedLayer, is_packed, tie_weights_
 from qwlora.nn.fingerprint import (
+    base_modules,
+    base_settings,
     base_tensors,
     combined_fingerprint,
-    config_numbers,
+    differences,
+    flat,
     keep_fingerprint_,
-    numbers_text,
-    remember_floats_,
+    remember_base_,
+    settings_text,
     tensor_digest,
 )
 from qwlora.nn.frozen import assert_frozen, check_finite, refuse_meta
 from qwlora.nn.packed_layer import packed_layers, place_empty_
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.system import strict_json
-from qwlora.system.atomic import files_in, replacing, replacing_files, write_text
-from qwlora.system.parameter_names import canonical_name, parameter_name
+from qwlora.system.atomic import files_in, replacing_files, write_text
+from qwlora.system.parameter_names import parameter_name
 from qwlora.system.regular_files import check_readable
 from qwlora.system.strict_json import read_object
 
@@ -76,8 +92,10 @@ class BaseWriter:
         base.safetensors                               all fits into `shard_bytes`
         base-00001.safetensors ... and an index file   otherwise
 
-    At most one shard is in memory; a larger tensor gets its own file. Creating a `BaseWriter`
-    deletes an earlier base from the folder.
+    At most one shard is in memory; a larger tensor gets its own file.
+
+    Args:
+        folder: an empty folder, see `replacing_base`.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
@@ -88,9 +106,6 @@ class BaseWriter:
         self._waiting: dict[str, Tensor] = {}
         self._file_of: dict[str, str] = {}  # of each tensor in a shard
         self._bytes = 0  # of the tensors in shards
-        for name in (RECORD, WEIGHTS, INDEX, f"{STEM}-*.safetensors", f".{STEM}*.part"):
-            for file in folder.glob(name):
-                file.unlink()
 
     def add(self, module: nn.Module, path: str = "") -> None:
         """Add the tensors of the module at `path` in the model, except those without data.
@@ -109,10 +124,13 @@ class BaseWriter:
             waiting = sum(other.nbytes for other in self._waiting.values())
             if self._waiting and waiting + stored.nbytes > self.shard_bytes:
                 self._write_shard_()
-            self._waiting[full] = stored.detach().cpu().contiguous()
-        for below, layer in module.named_modules(prefix=path):
+            stored = stored.detach().cpu().contiguous()
+            # safetensors refuses tensors that overlap: a head made of the embedding's values
+            overlaps = any(_overlap(stored, other) for other in self._waiting.values())
+            self._waiting[full] = stored.clone() if overlaps else stored
+        for below, layer in base_modules(module):
             if _is_stored(layer) and not layer.tensor.parts.packed.is_meta:
-                self._layers[canonical_name(below)] = {
+                self._layers[".".join(filter(None, (path, below)))] = {
                     "shape": list(layer.tensor.shape),
                     **layer.scheme.to_json(),
                 }
@@ -127,26 +145,27 @@ class BaseWriter:
             total = {"total_size": self._bytes}
             index = {"metadata": total, "weight_map": dict(sorted(self._file_of.items()))}
             write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
-        library, name = _class_of(model)
-        with replacing_files(self.folder) as scratch:
-            if isinstance(model, PreTrainedModel):
-                _write_config(model, scratch, weights)
-            elif library == DIFFUSERS:
-                model.save_config(scratch)  # type: ignore[operator]
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            files = files_in(scratch)
-        numbers = config_numbers(model)
-        identity = combined_fingerprint(self.digests, numbers)
+        shards, (library, name) = files_in(self.folder), _class_of(model)
+        if isinstance(model, PreTrainedModel):
+            _write_config(model, self.folder, weights)
+        elif library == DIFFUSERS:
+            model.save_config(self.folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.folder)
+        files = set(files_in(self.folder)).difference(shards)
+        settings, modules = base_settings(model), base_modules(model)
+        identity = combined_fingerprint(self.digests, settings)
         record = {
             "format": FORMAT,
             "fingerprint": identity,
-            "configuration": numbers_text(numbers),
+            "configuration": settings_text(settings),
             "source": source,
             "class": name,
             "device": self._device,
-            "layers": self._layers,
-            "tensors": self.digests,
+            # in an order of their own, since what an interrupted run left is added in another one:
+            # layers as in the model, since PEFT names the factors of experts by that order
+            "layers": {path: self._layers[path] for path, _ in modules if path in self._layers},
+            "tensors": dict(sorted(self.digests.items())),
         }
         if library != TRANSFORMERS:
             record["library"] = library
@@ -158,10 +177,7 @@ class BaseWriter:
 
     def _write_shard_(self, name: str | None = None) -> None:
         name = name or f"{STEM}-{len({*self._file_of.values()}) + 1:05}.safetensors"
-        with replacing(self.folder / name) as scratch:
-            save_file(self._waiting, scratch, metadata={"format": "pt"})
-            # safetensors creates files that only their owner can read
-            scratch.chmod(self.folder.stat().st_mode & 0o666)
+        save_file(self._waiting, self.folder / name, metadata={"format": "pt"})
         self._file_of |= dict.fromkeys(self._waiting, name)
         self._bytes += sum(tensor.nbytes for tensor in self._waiting.values())
         self._waiting = {}
@@ -181,6 +197,16 @@ def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
         model.generation_config.save_pretrained(scratch)
 
 
+@contextmanager
+def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[BaseWriter]:
+    """A writer whose files replace those of the base in `folder`, with its tokenizer, when the
+    block ends; if the block raises, the old base stays. See `replacing_files`."""
+    old = {file.name for file in folder.glob(f"{STEM}-*.safetensors")} | {WEIGHTS, INDEX}
+    old |= set(manifest.listed_files(folder, RECORD))
+    with replacing_files(folder, RECORD, old) as scratch:
+        yield BaseWriter(scratch, shard_bytes)
+
+
 def write_base(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -190,12 +216,17 @@ def write_base(
     """Write a base; see `base_folder.save_base`."""
     assert_frozen(model)
     refuse_meta(model, SourceError)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    writer = BaseWriter(Path(folder))
-    writer.add(model)
-    identity = writer.finish(model, tokenizer, source)
-    remember_floats_(model, writer.digests)
-    save_as_base_(model, source, Path(folder))
+    _, base = next(base_modules(model))
+    with replacing_base(Path(folder)) as writer:
+        writer.add(base)
+        identity = writer.finish(base, tokenizer, source)
+        record = read_record(writer.folder)
+        if record.get("library") != BY_CALLER and "trust_remote_code" not in record:
+            written = BaseCheckpoint(writer.folder)
+            written.where = f"{type(base).__name__} cannot be loaded from what save_base writes"
+            written.place_packed_(written.skeleton())
+    remember_base_(base, writer.digests)
+    save_as_base_(base, source, Path(folder))
     return identity
 
 
@@ -213,6 +244,12 @@ def _class_of(model: nn.Module) -> tuple[str, str | None]:
     if kinds[0].__module__.startswith(f"{DIFFUSERS}.") and hasattr(model, "save_config"):
         return DIFFUSERS, kinds[0].__name__
     return BY_CALLER, kinds[0].__name__
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two contiguous tensors have bytes in common."""
+    begins = one.data_ptr(), other.data_ptr()
+    return begins[0] < begins[1] + other.nbytes and begins[1] < begins[0] + one.nbytes
 
 
 def _is_remote(kind: type) -> bool:
@@ -273,6 +310,36 @@ class BaseCheckpoint(Checkpoint):
         self.stored: dict[str, list[str]] = {}
         for name in self.files.names():
             self.stored.setdefault(parts.get(name, name), []).append(name)
+
+    def skeleton(self, trust_remote_code: bool = False) -> nn.Module:
+        """The float model of the base, without data.
+
+        Raises:
+            SourceError: it is of a class that is neither of transformers nor of diffusers, or that
+                the installed version does not have.
+        """
+        name = self.record.get("class")
+        if self.library == TRANSFORMERS:
+            return empty_model(self.config, trust_remote_code, name)
+        if self.library != DIFFUSERS:
+            raise SourceError(
+                f"{self.where} is of class {name}, which is neither of transformers nor of "
+                "diffusers. Build the float model, also on the meta device, and give it: "
+                "load_base(..., model=)"
+            )
+        what = f"{self.where} is a {name} of diffusers, which cannot be imported"
+        with foreign_as(SourceError, what, "pip install diffusers"):
+            kind: Any = getattr(importlib.import_module(DIFFUSERS), str(name), None)
+            is_model = isinstance(kind, type) and issubclass(kind, nn.Module)
+        if not is_model:
+            raise SourceError(
+                f"diffusers has no class {name!r}, of which {self.where} is; install the version "
+                "that the model was saved with"
+            )
+        what = f"{self.where}: diffusers cannot build a {name} from config.json"
+        with foreign_as(SourceError, what), init_empty_weights(include_buffers=False):
+            model: nn.Module = kind.from_config(kind.load_config(self.path))
+        return model.requires_grad_(False).eval()
 
     def names(self) -> list[str]:
         return list(self.stored)
@@ -382,9 +449,17 @@ class BaseCheckpoint(Checkpoint):
             yield name, self._checked(name, layouts[name])
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
+            with foreign_as(SourceError, f"{self.where}: configuration of {RECORD} is not JSON"):
+                old = flat(json.loads(str(self.record.get("configuration"))))
+            changed = listed(differences(old, flat(base_settings(model))), 3)
             raise FingerprintError(
-                f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}: config.json "
-                "or its fingerprint changed after saving. Copy it again, or quantize again"
+                f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}. Settings "
+                f"that changed after saving: {changed or 'none, so the fingerprint did'}. "
+                + (
+                    "Build the float model as it was when the base was saved"
+                    if self.library == BY_CALLER
+                    else "Copy the base again, or quantize again"
+                )
             )
 
     def finish_(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -403,18 +478,19 @@ class BaseCheckpoint(Checkpoint):
                     raise self._invalid(name, error) from error
         digests = dict(self.digests)
         for name, (layout, tensor) in base_tensors(model).items():
-            # stored floats are float32 or narrower, and digests are of their float32 values
-            is_cast = tensor.is_floating_point() and tensor.dtype != torch.float32
-            if is_cast and not layout and not tensor.is_meta:
+            if layout or tensor.is_meta or not tensor.is_floating_point():
+                continue
+            # digests of stored floats are of their float32 values, or of their float64 values
+            if tensor.dtype != torch.float32 or self.files.dtype(name) == "F64":
                 digests[name] = tensor_digest(name, layout, tensor)
-        remember_floats_(model, digests)
-        now = combined_fingerprint(digests, config_numbers(model))
+        remember_base_(model, digests)
+        now = combined_fingerprint(digests, base_settings(model))
         if now != self.record["fingerprint"] == self._identity(model):
             keep_fingerprint_(model, now, self.record["fingerprint"])
         save_as_base_(model, self.record["source"], self.path)
 
     def _identity(self, model: nn.Module) -> str:
-        return combined_fingerprint(self.digests, config_numbers(model))
+        return combined_fingerprint(self.digests, base_settings(model))
 
 
 def _kind(tensor: Tensor | None) -> str:

@@ -26,13 +26,11 @@ transformers 5.24.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,17 +38,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qwlora.errors import SourceError, foreign_as
+from qwlora.errors import SourceError
 from qwlora.formats.base_files import (
-    DIFFUSERS,
     RECORD,
-    TRANSFORMERS,
     WEIGHTS,
     BaseCheckpoint,
     read_record,
     write_base,
 )
-from qwlora.formats.checkpoint import empty_model
 from qwlora.formats.manifest import FILES
 from qwlora.nn import PackedLayer
 
@@ -114,37 +109,12 @@ def load_base(
     register_with_transformers()
     base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
     if model is None:
-        model = _built(base, trust_remote_code)
+        model = base.skeleton(trust_remote_code)
     else:
         model.requires_grad_(False).eval()
     base.load_into_(model, dtype)
     model.to(device)
     return model
-
-
-def _built(base: BaseCheckpoint, trust_remote_code: bool) -> nn.Module:
-    """The model of a base without data."""
-    name = base.record.get("class")
-    if base.library == TRANSFORMERS:
-        return empty_model(base.config, trust_remote_code, name)
-    if base.library != DIFFUSERS:
-        raise SourceError(
-            f"{base.where} is of class {name}, which is neither of transformers nor of diffusers. "
-            "Build the float model, also on the meta device, and give it: load_base(..., model=)"
-        )
-    what = f"{base.where} is a {name} of diffusers, which cannot be imported"
-    with foreign_as(SourceError, what, "pip install diffusers"):
-        kind: Any = getattr(importlib.import_module(DIFFUSERS), str(name), None)
-        is_model = isinstance(kind, type) and issubclass(kind, nn.Module)
-    if not is_model:
-        raise SourceError(
-            f"diffusers has no class {name!r}, of which {base.where} is; install the version that "
-            "the model was saved with"
-        )
-    what = f"{base.where}: diffusers cannot build a {name} from config.json"
-    with foreign_as(SourceError, what), init_empty_weights(include_buffers=False):
-        model: nn.Module = kind.from_config(kind.load_config(base.path))
-    return model.requires_grad_(False).eval()
 
 
 class QwloraConfig(QuantizationConfigMixin):

@@ -18,7 +18,7 @@ from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
 from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors, QweightTensors
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.model_source import looked_for, quantization_of
-from qwlora.nn.fingerprint import remember_floats_
+from qwlora.nn.fingerprint import remember_base_
 from qwlora.system.progress import Track, untracked
 
 METHODS: dict[str, Callable[..., FormatReader]] = {
@@ -92,6 +92,6 @@ def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTra
     """
     lazy = LazyModel(checkpoint)
     lazy.materialize_(track=track)
-    remember_floats_(lazy.model)
+    remember_base_(lazy.model)
     save_as_base_(lazy.model)
     return lazy.model

@@ -1,36 +1,51 @@
 """The fingerprint of a base: SHA-256 over everything in it that changes a number.
 
-    fingerprint = sha256(numbers of the configuration, then name and digest of each tensor by name)
+    fingerprint = sha256(settings, then name and digest of each tensor by name)
     digest      = sha256(name, its scheme as JSON if it is packed, kind and shape, its values)
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
 Floats are hashed as float32 values, so bfloat16 and float32 copies of the same numbers have the
-same digest. Buffers that are not persistent (rotary frequencies, masks) follow from the
-configuration. That is hashed without keys that do not change logits (`VOLATILE`) and without values
-that equal the default of their class, so that a new key in a library version does not change the
-fingerprint.
+same digest; float64 values as they are.
+
+Settings are what a computation depends on besides tensors:
+
+    a model of transformers or diffusers     its configuration, which covers all modules inside
+    several of them in one module            the configuration of each outermost one, by path
+    any other module, by path                its class, if torch.nn has it, and the numbers, texts
+                                             and lists among its attributes (eps, stride, padding)
+
+Settings that change no output are left out (`VOLATILE`, `INERT`), and so are values that equal the
+default of their class, so that a new key in a library version does not change the fingerprint.
 
 So two bases have the same fingerprint exactly if they have the same codes, scales, offsets,
-remaining floats and configuration under the same names. Adapters and devices do not change it. A
-base that was loaded in a dtype that cannot hold its floats keeps its fingerprint
-(`keep_fingerprint_`) until it is changed.
+remaining floats and settings under the same names. Adapters and devices do not change it. A base
+that was loaded in a dtype that cannot hold its floats keeps its fingerprint (`keep_fingerprint_`)
+until it is changed.
 
-Limitation: token ids of padding, start and end are volatile, because trainers set them to the
-tokenizer's. In the few encoders that count positions from the padding id they would matter.
+What it cannot see: the code of a module's forward, and functions, tensors and other objects in its
+attributes; attributes that begin with an underscore; buffers that are not persistent (rotary
+frequencies, masks), which usually follow from settings; an attribute of a module that a
+configuration covers, changed without changing the configuration. Token ids of padding, start and
+end are volatile, because trainers set them to the tokenizer's. In the few encoders that count
+positions from the padding id they would matter.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import container, dropout
 
-from qwlora.nn.packed_layer import is_packed, unwrapped
-from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter_name
+from qwlora.nn.packed_layer import PACKED_ATTRIBUTES, PackedLayer, is_packed, unwrapped
+from qwlora.system.parameter_names import adapter_of, canonical_name
 
 VOLATILE = frozenset(
     (
@@ -43,9 +58,24 @@ VOLATILE = frozenset(
         *("initializer_range", "init_std"),  # of randomly initialized weights
     )
 )
+# Attributes of plain modules that change no output of a forward in evaluation mode, or that follow
+# from the shapes of its tensors.
+INERT = frozenset(
+    (
+        *("training", "dropout", "inplace", "momentum", "gradient_checkpointing"),
+        *("padding_idx", "scale_grad_by_freq", "sparse"),  # of the gradient of an embedding
+        *("name_or_path", "hf_device_map"),
+        *("in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape"),
+        *("in_channels", "out_channels", "num_features", "num_channels"),
+    )
+)
+# Classes of torch.nn whose tensors say what they compute.
+_OF_TENSORS = (nn.Module, nn.Identity, nn.Linear, nn.Embedding)
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
-_FLOATS = "_float_digests"
+_BEFORE = "_base_before_training"
+# The child that a wrapper of PEFT holds: a layer, a copied module, a model, a tuner.
+_WRAPPED = ("base_layer", "original_module", "model", "base_model")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -55,7 +85,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
     """`fingerprint` of `model`, whose tensors have these digests (see `tensor_digests`)."""
-    now = combined_fingerprint(digests, config_numbers(model))
+    now = combined_fingerprint(digests, base_settings(model))
     kept = _remembered(model, _KEPT)
     return kept[1] if kept is not None and kept[0] == now else now
 
@@ -90,32 +120,44 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     model.__dict__[_KEPT] = (now, identity)
 
 
-def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Store digests of the float tensors of `model`, so that `changed_floats` finds those that
-    change; `digests` of all tensors, if they are known. Packed layers need none: nothing trains
-    integers."""
-    inner = unwrapped(model)
-    inner = getattr(inner, "get_base_model", lambda: inner)()
-    inner.__dict__[_FLOATS] = {
+def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
+    """Remember the floats and settings of `model`, so that `changed_since` finds what changes;
+    `digests` of all tensors, if they are known. Packed layers need none: nothing trains integers.
+
+    Kept by the outermost module of the base, which may later become a part of another model.
+    """
+    floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
         for name, tensor in _float_tensors(model).items()
     }
+    _, root = next(base_modules(model))
+    for module in root.modules():
+        vars(module).pop(_BEFORE, None)
+    vars(root)[_BEFORE] = floats, flat(base_settings(model))
 
 
-def changed_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """Names of the float tensors whose digests, now `digests`, changed since `remember_floats_`;
-    empty if that was never called. Tensors that were cast to a narrower dtype since are omitted:
-    their previous values are unknown."""
-    before = _remembered(model, _FLOATS)
-    if before is None:
-        return []
-    now = _float_tensors(model)
-    changed = now.keys() - before.keys()
-    for name, (digest, dtype) in before.items():
-        is_narrower = name in now and now[name].dtype.itemsize < dtype.itemsize
-        if digests.get(name) != digest and not is_narrower:
-            changed.add(name)
-    return sorted(changed)
+def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
+    """What changed in the base since `remember_base_`: names of float tensors, whose digests are
+    now `digests`, and settings with their old and new values. Nothing if that was never called.
+
+    Tensors that were cast to a narrower dtype since are omitted: their previous values are unknown.
+    """
+    memories = {path: module for path, module in base_modules(model) if _BEFORE in vars(module)}
+    changed: list[str] = []
+    for path, part in memories.items():
+        floats, settings = vars(part)[_BEFORE]
+        prefix = f"{path}." if path else ""
+        # a part that was quantized later has a memory of its own, which counts
+        later = tuple(f"{p.removeprefix(prefix)}." for p in memories if p != path)
+        now, known = _float_tensors(part), tensor_digests(part) if path else digests
+        names = now.keys() - floats.keys()
+        for name, (digest, dtype) in floats.items():
+            is_narrower = name in now and now[name].dtype.itemsize < dtype.itemsize
+            if known.get(name) != digest and not is_narrower:
+                names.add(name)
+        lines = sorted(names) + differences(settings, flat(base_settings(part)))
+        changed += [f"{prefix}{line}" for line in lines if not line.startswith(later)]
+    return changed
 
 
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -133,19 +175,36 @@ def _remembered(model: nn.Module, key: str) -> Any:
     return next((state[key] for state in states if key in state), None)
 
 
-def combined_fingerprint(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
+def combined_fingerprint(digests: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
-    numbers (see `config_numbers`)."""
-    total = hashlib.sha256(numbers_text(numbers).encode())
+    settings (see `base_settings`)."""
+    total = hashlib.sha256(settings_text(settings).encode())
     for name, digest in sorted(digests.items()):
         total.update(f"\0{name}\0{digest}".encode())
     return total.hexdigest()
 
 
-def numbers_text(numbers: Mapping[str, Any]) -> str:
-    """The JSON text of a configuration's numbers that is hashed. base.json holds it, because other
-    libraries write the same numbers in other ways (1e-05, 0.00001) or have other defaults."""
-    return json.dumps(numbers, sort_keys=True, default=str)
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """The JSON text of settings that is hashed. base.json holds it, because other libraries write
+    the same numbers in other ways (1e-05, 0.00001) or have other defaults."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def flat(settings: Any, path: str = "") -> dict[str, str]:
+    """Nested settings as text by dotted path."""
+    if isinstance(settings, Mapping) and settings:
+        parts = (flat(value, f"{path}.{key}".strip(".")) for key, value in settings.items())
+        return {key: value for part in parts for key, value in part.items()}
+    return {path: settings_text(settings)}
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """`path: old -> new` for each value of two `flat` settings that differs."""
+    return [
+        f"{path}: {old.get(path, 'default')} -> {new.get(path, 'default')}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
@@ -163,7 +222,8 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
         kind = torch.promote_types(kind, torch.float32)
     digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
     for chunk in tensor.detach().flatten().split(_CHUNK):
-        digest.update(chunk.cpu().to(kind).view(torch.uint8).numpy().data)
+        # a slice or an expanded vector has strides of its own, which `view` refuses
+        digest.update(chunk.cpu().to(kind).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -175,10 +235,70 @@ def update_digest(digest: Any, things: Iterable[Any]) -> None:
         )
 
 
-def config_numbers(model: nn.Module) -> dict[str, Any]:
-    """What the configuration of `model` says about its computation; empty if it has none."""
-    configs = (module.__dict__.get("config") for module in model.modules())
-    return next((_numbers(config) for config in configs if hasattr(config, "to_dict")), {})
+def base_settings(model: nn.Module) -> dict[str, Any]:
+    """What the computation of `model` depends on besides tensors; see the module."""
+    settings: dict[str, Any] = {}
+    covered = None  # prefix of the paths inside the last module that has a configuration
+    for path, module in base_modules(model):
+        if covered is not None and path.startswith(covered):
+            continue
+        if (own := _configuration(module)) is not None:
+            if not path:
+                return own
+            covered = f"{path}."
+        else:
+            own = _attributes(module)
+        if own:
+            settings[path] = own
+    return settings
+
+
+def _configuration(module: nn.Module) -> dict[str, Any] | None:
+    """Settings from the configuration of a model of transformers or diffusers; None without one."""
+    if hasattr(type(module), "config_class") and hasattr(vars(module).get("config"), "to_dict"):
+        return _numbers(vars(module)["config"])
+    if not hasattr(type(module), "register_to_config"):
+        return None
+    defaults = inspect.signature(type(module)).parameters
+    return {
+        key: value
+        for key, value in cast(Any, module).config.items()
+        if not key.startswith("_") and not (key in defaults and value == defaults[key].default)
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Settings of a module without a configuration: the class that torch.nn has for it and its
+    arguments, and all public attributes of a class from elsewhere."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
+    kind = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
+    if kind.__module__ == dropout.__name__:
+        return {}
+    arguments = inspect.signature(kind).parameters
+    is_known = kind in _OF_TENSORS or kind.__module__ == container.__name__
+    settings: dict[str, Any] = {} if is_known else {"class": kind.__name__}
+    is_torchs = kinds[0] is kind
+    left_out = VOLATILE | INERT | set(PACKED_ATTRIBUTES if isinstance(module, PackedLayer) else ())
+    for key, value in vars(module).items():
+        if key.startswith("_") or key in left_out or (is_torchs and key not in arguments):
+            continue
+        if isinstance(value, FunctionType | BuiltinFunctionType) and key in arguments:
+            value = value.__name__  # an activation
+        elif value is None or not _is_setting(value):
+            continue
+        default = getattr(arguments.get(key), "default", None)
+        if value != getattr(default, "__name__", default):
+            settings[key] = value
+    return settings
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a value is a number, a text, or a collection of them."""
+    if isinstance(value, Mapping):
+        return all(map(_is_setting, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, str | Number)
 
 
 def _numbers(config: Any) -> dict[str, Any]:
@@ -195,18 +315,46 @@ def _numbers(config: Any) -> dict[str, Any]:
     return numbers
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of everything in the base, as they are without wrappers of PEFT,
+    torch.compile and data parallelism; each module once, the outermost first.
+
+    Wrappers are told by their class: a module of the user's may have a part called base_layer.
+    """
+    yield from _walk(model, "", set())
+
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    module = _without_wrappers(unwrapped(module))
+    if module not in seen:
+        seen.add(module)
+        yield path, module
+        for name, child in module.named_children():
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    while any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+        inner = (module._modules.get(name) for name in _WRAPPED)
+        wrapped = next((child for child in inner if child is not None), None)
+        if wrapped is None:
+            break
+        module = unwrapped(wrapped)
+    return module
+
+
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
     modules is listed once."""
     tensors: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
-    for path, module in unwrapped(model).named_modules():
+    for path, module in base_modules(model):
         layout = module.scheme.to_text() if is_packed(module) else ""
         for key, tensor in (module._parameters | module._buffers).items():
-            name = f"{path}.{key}" if path else key
-            if key in module._non_persistent_buffers_set or is_adapter_name(name):
+            if key in module._non_persistent_buffers_set:
                 continue
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                tensors[canonical_name(name)] = layout if key in module._buffers else "", tensor
+                name = f"{path}.{key}" if path else key
+                tensors[name] = layout if key in module._buffers else "", tensor
     return tensors

@@ -12,6 +12,8 @@ computes cannot be known, so it is refused; forward hooks are fine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -21,14 +23,18 @@ from qwlora.errors import CalibrationError, GridError, QwloraError, lines, liste
 from qwlora.nn.fingerprint import base_tensors
 from qwlora.nn.packed_layer import instance_calls, packed_layers, unwrapped
 
+_HALF = "_half_quantized"  # an attribute of a model on which `packing` failed
+
 
 def assert_frozen(model: nn.Module) -> None:
     """Check that `model` has packed layers and that each of them computes its codes.
 
     Raises:
-        GridError: the model has no packed layer, a forward was set on packed layers, or PEFT's
-            `modules_to_save` holds copies of them; all such layers are named.
+        GridError: the model has no packed layer, quantizing it failed halfway, a forward was set on
+            packed layers, or PEFT's `modules_to_save` holds copies of them; all such layers are
+            named.
     """
+    refuse_half_quantized(model)
     packed = packed_layers(model)
     if not packed:
         raise GridError(
@@ -50,6 +56,31 @@ def assert_frozen(model: nn.Module) -> None:
         raise GridError(
             f"PEFT's modules_to_save copied {listed(copies)}, whose integers cannot be trained. "
             "Leave these out, or keep them as floats in the base, by a rule with keep: float"
+        )
+
+
+@contextmanager
+def packing(model: nn.Module) -> Iterator[None]:
+    """Note on `model` if the block raises after it packed a layer: half of it has a new grid."""
+    before = len(packed_layers(model))
+    try:
+        yield
+    except BaseException:
+        if len(packed_layers(model)) > before:
+            vars(model)[_HALF] = True
+        raise
+
+
+def refuse_half_quantized(model: nn.Module) -> None:
+    """Refuse a model on which `packing` failed.
+
+    Raises:
+        GridError: it did.
+    """
+    if any(_HALF in vars(module) for module in model.modules()):
+        raise GridError(
+            f"quantizing this {type(unwrapped(model)).__name__} failed halfway: some of its layers "
+            "are packed, the others are not. Load the float model again"
         )
 
 

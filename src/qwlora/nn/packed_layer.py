@@ -86,7 +86,7 @@ class PackedLayer(PackedWeightOwner):
     @classmethod
     def from_layer(cls, module: nn.Module, source: PackedTensor | PackedLayer) -> Self:
         """A layer with the attributes of `module`, on a packed tensor or tied to a packed layer."""
-        if taken := [name for name in ("tensor", *_ATTRIBUTES) if hasattr(module, name)]:
+        if taken := [name for name in ("tensor", *PACKED_ATTRIBUTES) if hasattr(module, name)]:
             raise GridError(
                 f"{type(module).__name__} already has an attribute {taken[0]!r}, where a packed "
                 "layer stores its codes"
@@ -102,7 +102,7 @@ class PackedLayer(PackedWeightOwner):
         kind = kind or next(k for k in plain if issubclass(k, nn.Module))
         module = kind.__new__(kind)
         module.__dict__.update(_state(self))
-        for name in ("weight", *_ATTRIBUTES):
+        for name in ("weight", *PACKED_ATTRIBUTES):
             module._buffers.pop(name, None)
             module.__dict__.pop(name, None)
         module._parameters = {"weight": weight, **module._parameters}
@@ -209,7 +209,7 @@ class PackedLayer(PackedWeightOwner):
         return f"{super().extra_repr()}, {self.scheme}" + (", tied" if self.is_tied else "")
 
 
-_ATTRIBUTES = (
+PACKED_ATTRIBUTES = (
     *Parts._fields,
     *("scheme", "count", "layout", "weight_shape", "compute_dtype", "few_rows", "was_conv1d"),
     "_owner",
@@ -587,8 +587,8 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
 def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
     """Put a packed layer with buffers on the meta device at `path`, its module path in a packed
     model, to load with `load_state_dict(assign=True)`."""
-    module_path, is_expert, name = path.rpartition(f".{FOLDER}.")
-    module = model.get_submodule(module_path if is_expert else path)
+    module_path, is_expert, name = f".{path}".rpartition(f".{FOLDER}.")
+    module = model.get_submodule(module_path.strip(".") if is_expert else path)
     weight = parameter_out_in(module, name) if is_expert else weight_out_in(module)
     tensor = PackedTensor.empty(scheme, tuple(weight.shape))
     if is_expert:

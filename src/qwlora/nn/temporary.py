@@ -6,7 +6,7 @@ in another way, without running the module's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,3 +49,32 @@ def gradients_disabled(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_()
+
+
+def structure(model: nn.Module) -> Callable[[], None]:
+    """A function that puts back all modules, parameters and attributes of `model` as they are now.
+
+    Values of tensors are not copied. Dicts, lists and sets keep their identity, since handles of
+    hooks refer to them.
+    """
+    states = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    containers: list[tuple[Any, Any]] = [
+        (value, value.copy())
+        for *_, state in states
+        for value in state.values()
+        if isinstance(value, dict | list | set)
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for module, kind, state in states:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(content, list) else container.update(content)
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
+
+    return restore

@@ -22,6 +22,7 @@ from qwlora.formats.aimet import matched_encodings
 from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.nn import pack_at_, tensor_out_in
+from qwlora.nn.frozen import packing
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.quantize.layer_rules import find_tensors
 from qwlora.quantize.quantize_model import finish_packing_, model_to_pack
@@ -53,7 +54,8 @@ def freeze_(
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
         GridError: a name is not a weight that can be packed, a weight lies off its grid (named,
-            with the distance in steps), or integers do not fit it. The model is unchanged.
+            with the distance in steps), or integers do not fit it. The model is unchanged; or a
+            packed layer would not compute its codes (see `assert_frozen`): load the model again.
 
     Warns:
         QwloraWarning: an encodings file has entries of parameters that the model does not have, or
@@ -95,9 +97,10 @@ def freeze_(
         raise GridError(f"{len(problems)} weights cannot be frozen:\n  {shown}")
     if not packed:
         raise GridError("there is nothing to freeze: no weight is named")
-    for name, quantized in packed.items():
-        pack_at_(inner, name, quantized)
-    finish_packing_(inner)
+    with packing(inner):
+        for name, quantized in packed.items():
+            pack_at_(inner, name, quantized)
+        finish_packing_(inner)
     return model
 
 

@@ -17,8 +17,8 @@ activations of one batch in the block, and the hidden states of all batches.
 
 An interrupted quantization resumes after the last finished block: one safetensors file per block
 holds packed tensors and reports. Its key is a SHA-256 of everything that the result depends on: the
-calibration batches, revisions of solvers and statistics, float weights and assignments of this
-block and of every block before it.
+calibration batches, revisions of solvers and statistics, the model's settings and its tensors
+outside all blocks, all tensors and the assignments of this block and of every block before it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
-from qwlora.nn.fingerprint import update_digest
+from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.quantize.block_runner import BlockRunner, arguments_of
 from qwlora.quantize.gptq import GptqSettings
@@ -78,7 +78,7 @@ def quantize_blocks_(
         blocks: names of these tensors by block, see `tensors_by_block`.
     """
     reports: dict[str, LayerReport] = {}
-    cache = _BlockCache(work, batches, moments)
+    cache = _BlockCache(work, model, blocks, batches, moments)
     calibrated = {name for name in plan if SOLVERS[plan[name].solver].needs_calibration}
 
     def unreached(reached: Collection[str]) -> list[str]:
@@ -98,7 +98,7 @@ def quantize_blocks_(
         for path in track(runner, "quantizing", len(blocks)):
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
             device = next(iter(floats.values())).device
-            block = by_first(partial(cache.read, path, floats, plan))
+            block = by_first(partial(cache.read, path, {name: plan[name] for name in floats}))
             if block is None:
                 followed = [name for name in floats if moments is not None or name in calibrated]
                 # gptq updates every weight of a row once for each of its columns
@@ -235,26 +235,39 @@ class _BlockCache:
     that returns None, quantize the block and `write` it."""
 
     def __init__(
-        self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: MomentStore | None
+        self,
+        folder: Path | None,
+        model: nn.Module,
+        blocks: Collection[str],
+        batches: Sequence[Mapping[str, Any]],
+        moments: MomentStore | None,
     ):
-        self.folder, self.moments = folder, moments
+        self.folder, self.model, self.moments = folder, model, moments
         self._digest, self._file = hashlib.sha256(), Path()
+        if folder is None:
+            return
         revisions = [
             REVISIONS["layer_statistics"],
             REVISIONS["learned_rounding"],
             moments is not None and REVISIONS["second_moments"],
         ]
-        update_digest(self._digest, [*revisions, *named_inputs(batches)])
+        settings = settings_text(base_settings(model))
+        update_digest(self._digest, [*revisions, settings, *named_inputs(batches)])
+        inside = tuple(f"{block}." for block in blocks)
+        for name, (_, tensor) in base_tensors(model).items():
+            # of a checkpoint larger than memory, what no block has read yet has no values
+            if not name.startswith(inside) and not tensor.is_meta:
+                update_digest(self._digest, [name, tensor])
 
-    def read(
-        self, block: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]
-    ) -> QuantizedBlock | None:
-        """The cached result of `block`, with these float tensors, or None if it must be computed. A
+    def read(self, block: str, plan: Mapping[str, Assignment]) -> QuantizedBlock | None:
+        """The cached result of `block`, whose tensors are in `plan`; None if it must be computed. A
         damaged or outdated file counts as missing; the next `write` replaces it."""
         if self.folder is None:
             return None
-        for name, tensor in floats.items():
-            update_digest(self._digest, [name, plan[name], REVISIONS[plan[name].solver], tensor])
+        for name, (_, tensor) in base_tensors(self.model.get_submodule(block)).items():
+            update_digest(self._digest, [name, tensor])
+        for name, todo in plan.items():
+            update_digest(self._digest, [name, todo, REVISIONS[todo.solver]])
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
         if (stored := read_keyed(self._file, self._digest.hexdigest())) is None:
             return None

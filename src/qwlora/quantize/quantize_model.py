@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -48,14 +48,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import GridError, SourceError, listed
-from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
+from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, replacing_base, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint, LazyModel, is_below, put_, tensor_at
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
-from qwlora.nn.fingerprint import remember_floats_
-from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
+from qwlora.nn.fingerprint import remember_base_
+from qwlora.nn.frozen import (
+    assert_frozen,
+    check_base_finite,
+    packing,
+    refuse_half_quantized,
+    refuse_meta,
+)
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.bit_budget import BitBudget, budget_rules
 from qwlora.quantize.block_runner import own_batches
@@ -133,13 +139,17 @@ def quantize_(
             nothing, there is nothing to quantize, or a budget cannot be met.
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
             data, or a block cannot be differentiated.
+
+    If it raises after the first layer was packed, layers that were packed stay so, and the model is
+    refused by every later call: load it again.
     """
     model = model_to_pack(model)
-    source = InMemory(model)
-    layers, chosen = _pack_(
-        source, scheme, solver, rules, settings, calibration, moments, work, budget, track
-    )
-    finish_packing_(model)
+    with packing(model):
+        layers, chosen = _pack_(
+            *(InMemory(model), scheme, solver, rules, settings),
+            *(calibration, moments, work, budget, track),
+        )
+        finish_packing_(model)
     return QuantizeReport(base_size(model), layers, chosen)
 
 
@@ -170,10 +180,10 @@ def quantize_checkpoint(
         options: as for `quantize_`.
     """
     lazy = LazyModel(checkpoint, device)
-    writer = None if folder is None else BaseWriter(Path(folder), shard_bytes)
-    layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
-    report = QuantizeReport(base_size(lazy.model), layers, chosen)
-    return writer.finish(lazy.model, tokenizer, source) if writer else "", report
+    with nullcontext() if folder is None else replacing_base(Path(folder), shard_bytes) as writer:
+        layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
+        report = QuantizeReport(base_size(lazy.model), layers, chosen)
+        return writer.finish(lazy.model, tokenizer, source) if writer else "", report
 
 
 class InMemory:
@@ -325,6 +335,7 @@ def model_to_pack(model: nn.Module) -> nn.Module:
         )
     model = unwrapped(model)
     refuse_meta(model, GridError)
+    refuse_half_quantized(model)
     return model
 
 
@@ -338,7 +349,7 @@ def finish_packing_(model: nn.Module) -> None:
             forget_gguf_(model)
         save_as_base_(model)
     assert_frozen(model)
-    remember_floats_(model)
+    remember_base_(model)
 
 
 def base_size(model: nn.Module) -> BaseSize:

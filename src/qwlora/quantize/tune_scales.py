@@ -36,7 +36,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,
     fingerprint,
-    remember_floats_,
+    remember_base_,
     update_digest,
 )
 from qwlora.nn.temporary import evaluation_mode, gradients_disabled
@@ -167,7 +167,7 @@ def tune_(
             if not kept:
                 tuned.restore_(old)
     if kept:
-        remember_floats_(model)  # norms were tuned
+        remember_base_(model)  # norms were tuned
     layers, norms = len(tuned.layers), len(tuned.norms)
     return TuningReport(layers, norms, before, after, kept, resumed, scales if kept else {})
 

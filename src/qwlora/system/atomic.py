@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,26 +43,55 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_files(folder: Path, last: str | None = None) -> Iterator[Path]:
+def replacing_files(
+    folder: Path, last: str | None = None, obsolete: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield a scratch folder; when the block ends, its files replace those of `folder`.
 
+    If the block raises, or a file cannot be moved, `folder` stays as it was. If the process is
+    killed while files are moved, `folder` has no `last`.
+
     Args:
-        last: the file that says that the others are complete. The old one is deleted before any
-            file is replaced, and the new one is moved after all others.
+        last: the name of the file that says that the others next to it are complete. The old one
+            is moved away before any other file, and the new one is put in place after all others.
+        obsolete: old files, relative to `folder`, that are deleted unless they are replaced.
 
     Raises:
         OSError: a file cannot be flushed or renamed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
-        yield Path(scratch)
-        files = files_in(Path(scratch))
-        if last is not None:
-            (folder / last).unlink(missing_ok=True)
-            files.sort(key=lambda file: file == last)
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            move_into_place(Path(scratch, file), folder / file)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True
+        ) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            yield new
+            flush(new)
+            files = sorted(files_in(new), key=lambda file: Path(file).name == last)
+            replaced = [f for f in {*files, *obsolete} if os.path.lexists(folder / f)]
+            replaced.sort(key=lambda file: Path(file).name != last)
+            moves = [(folder / file, old / file) for file in replaced]
+            moves += [(new / file, folder / file) for file in files]
+            above = {parent for file in files for parent in (folder / file).parents}
+            created += sorted((p for p in above if not p.exists()), key=str, reverse=True)
+            try:
+                for source, target in moves:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    source.replace(target)
+            except BaseException:  # Ctrl-C may come between a move and the next line: look at files
+                for source, target in reversed(moves):
+                    if os.path.lexists(target) and not os.path.lexists(source):
+                        target.replace(source)
+                raise
+            for parent in {(folder / file).parent for file in files}:
+                flush_folder(parent)
+    except BaseException:
+        for path in created:
+            with contextlib.suppress(OSError):  # it is not empty, or was not created
+                path.rmdir()
+        raise
 
 
 def files_in(folder: Path) -> list[str]:

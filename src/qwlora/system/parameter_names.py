@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a job and of an adapter, whose folder has it
 BASE = "base"  # what the base is called where an adapter or a use case has its name
 _WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
 
@@ -81,8 +82,8 @@ def parameter_name(path: str) -> str:
     model.layers.0.mlp.experts.packed_parameters.down_proj   -> model.layers.0.mlp.experts.down_proj
     """
     name = canonical_name(path)
-    owner, folder, last = name.rpartition(f".{FOLDER}.")
-    return f"{owner}.{last}" if folder else f"{name}.weight"
+    owner, folder, last = f".{name}".rpartition(f".{FOLDER}.")
+    return f"{owner}.{last}".strip(".") if folder else f"{name}.weight"
 
 
 def pattern_problem(pattern: str, is_end: bool = False) -> str | None:

@@ -11,6 +11,7 @@ Targets qairt and qnn hold base and adapters together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qwlora.adapter.adapter_folder import check_loadable
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
@@ -31,15 +33,28 @@ from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import replacing_files
 from qwlora.system.device import on_cpu
-from qwlora.system.parameter_names import BASE
+from qwlora.system.parameter_names import BASE, NAME_PATTERN
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
-from qwlora.targets.proof.folder import RECORD, write_record
+from qwlora.targets.proof.folder import (
+    MODEL_CLASS,
+    RECORD,
+    WITHOUT_CACHE,
+    record_digest,
+    write_record,
+)
 from qwlora.targets.proof.measure import measure_runtime
 from qwlora.targets.proof.reference import least_noise, reference_of_trained
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Runtime, size_problems
+from qwlora.targets.target import (
+    NONE,
+    ExportedBase,
+    ExportedGraph,
+    Runtime,
+    Target,
+    size_problems,
+)
 
 T = TypeVar("T")
 
@@ -64,7 +79,9 @@ def export(
             onnx_each and aimet, what `simulate_adapters` returns for onnx, qairt and qnn. For the
             other targets, the frozen base without an adapter.
         target: a name that `export.targets` of a recipe can have.
-        adapters: folders of trained adapters by name, for targets that take a base.
+        adapters: folders of trained adapters by name, for targets that take a base. Each must be
+            one that `load_adapter` takes on this base; one that PEFT saved, which does not record
+            its base, is taken with a warning.
         tokenizer: saved next to the base, or in its file.
         gguf_file: of the base, if it came from one, for target gguf, which copies the rest of it.
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
@@ -80,8 +97,13 @@ def export(
 
     Raises:
         ExportError: there is no such target, it takes something else than `made`, its files
-            cannot hold it, or `graphs`, `context` or `opset` are out of range.
+            cannot hold it, `graphs`, `context` or `opset` are out of range, or an adapter's name
+            is that of another file.
+        SourceError, FingerprintError: `load_adapter` refuses an adapter.
         MissingExtraError: a package that writes the files is missing.
+
+    Warns:
+        UnverifiedWarning: an adapter does not record its base.
     """
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
@@ -94,57 +116,89 @@ def export(
     if layout not in (None, *known.graph_layouts):
         has = listed(known.graph_layouts)
         raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")
-    backend = known.backend
-
-    def exported(simulation: Simulation) -> ExportedGraph:
-        metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
-        has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
-        sizes = cache_sizes(graphs, context) if has_cache else ()
-        return ExportedGraph(
-            simulation,
-            metadata,
-            sample or {},
-            graphs=sizes,
-            opset=opset,
-            layout=layout,
-            tokenizer=tokenizer,
-        )
-
-    def finish(part: Path, with_tokenizer: bool) -> None:
-        if tokenizer is not None and with_tokenizer and known.is_simulated:
-            tokenizer.save_pretrained(part)
-        write_record(part, {"target": target})
-
     known.require_packages(to_write=True)
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} has a base already. Delete it, or use another folder")
-    with replacing_files(folder) as folder, on_cpu(*_modules(made)):
-        if not (known.has_base or known.has_cases):
-            simulation = _checked(made, Simulation, target, "one simulation")
-            backend.write_adapter(exported(simulation), folder / BASE, folder)
-            finish(folder, True)
-            return
-        base: Any
-        if known.is_simulated:
-            together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
-            changes: dict[str, Any] = {name: exported(together[name]) for name in together}
-            base = replace(changes.pop(BASE), updatable=together.base_activations)
-            if known.has_cases:
-                backend.write_cases(base, {**changes, NONE: base}, folder)
-                finish(folder, True)
-                return
+    backend, sources = known.backend, {name: Path(path) for name, path in (adapters or {}).items()}
+    if known.is_simulated and sources:
+        raise ExportError(
+            f"target {target} takes simulations, which hold their adapters; leave out adapters="
+        )
+    if not (known.has_base or known.has_cases):
+        made = _checked(made, Simulation, target, "one simulation")
+    elif known.is_simulated:
+        made = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
+        _check_names(known, made.keys() - {BASE})
+    else:
+        made = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
+        _check_names(known, sources)
+    with on_cpu(*_modules(made)):
+        if isinstance(made, PreTrainedModel):
+            check_loadable(made, sources.values(), "accept")
+            base_model: nn.Module = made
         else:
-            model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
-            base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
-            folders, holds = (adapters or {}).items(), known.holds_invocation
-            changes = {name: read_canonical(Path(path), holds) for name, path in folders}
-        (folder / BASE).mkdir()
-        backend.write_base(base, folder / BASE)
-        finish(folder / BASE, True)
-        for name, change in changes.items():
-            (folder / name).mkdir()
-            backend.write_adapter(change, folder / BASE, folder / name)
-            finish(folder / name, False)
+            one = made if isinstance(made, Simulation) else made[BASE]
+            base_model = one.origin.model
+        identity = fingerprint(base_model)
+
+        def exported(simulation: Simulation) -> ExportedGraph:
+            has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
+            return ExportedGraph(
+                simulation,
+                {"qwlora.base_fingerprint": identity},
+                sample or {},
+                graphs=cache_sizes(graphs, context) if has_cache else (),
+                opset=opset,
+                layout=layout,
+                tokenizer=tokenizer,
+            )
+
+        def finish(part: Path, is_adapter: bool = False, **facts: Any) -> None:
+            if tokenizer is not None and known.is_simulated and not is_adapter:
+                tokenizer.save_pretrained(part)
+            record = {"target": target, "base_fingerprint": identity, **facts}
+            write_record(part, {key: value for key, value in record.items() if value is not None})
+
+        with replacing_files(folder) as folder:
+            if isinstance(made, Simulation):
+                backend.write_adapter(exported(made), folder / BASE, folder)
+                finish(folder)
+                return
+            base: Any
+            if isinstance(made, AdapterSimulations):
+                changes: dict[str, Any] = {name: exported(made[name]) for name in made}
+                base = replace(changes.pop(BASE), updatable=made.base_activations)
+                if known.has_cases:
+                    cases = {**changes, NONE: base}
+                    backend.write_cases(base, cases, folder)
+                    finish(folder, use_cases=list(cases))
+                    return
+                class_name = None
+            else:
+                base = ExportedBase(made, tokenizer, None if gguf_file is None else Path(gguf_file))
+                holds = known.holds_invocation
+                changes = {name: read_canonical(path, holds) for name, path in sources.items()}
+                class_name = type(made).__name__
+            (folder / BASE).mkdir()
+            reason = backend.write_base(base, folder / BASE)
+            facts: dict[str, Any] = {MODEL_CLASS: class_name, WITHOUT_CACHE: reason}
+            finish(folder / BASE, **facts)
+            of = record_digest(folder / BASE) if known.is_simulated else None
+            for name, change in changes.items():
+                (folder / name).mkdir()
+                backend.write_adapter(change, folder / BASE, folder / name)
+                finish(folder / name, is_adapter=True, base=of)
+
+
+def _check_names(target: Target, names: Collection[str]) -> None:
+    """Refuse adapters whose folder could not be created, or would be that of something else."""
+    taken = {name for name in names if name.lower() in target.taken_names}
+    if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
+        raise ExportError(
+            f"adapters cannot be called {listed(map(repr, wrong))}: a name is letters, digits, - "
+            f"and _, and {listed(sorted(target.taken_names), 9) or 'none'} are other folders of "
+            "the export. Use other names"
+        )
 
 
 def _modules(made: Any) -> list[nn.Module]:

@@ -58,9 +58,12 @@ def test_counts_are_checked_before_transformers_reads_them(
     assert not expanded
 
 
-def test_counts_of_a_base(tmp_path: Path, expanded: list[Any]) -> None:
-    model = packed_model("llama")
-    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
+@pytest.fixture
+def base(tmp_path: Path) -> None:
+    save_base(packed_model("llama"), tmp_path, byte_tokenizer(), source="somewhere")
+
+
+def test_counts_of_a_base(base: None, tmp_path: Path, expanded: list[Any]) -> None:
     edit_json(tmp_path / "config.json", num_hidden_layers=MANY)
     reseal(tmp_path, "base.json")
     for opening in (load_base, open_checkpoint, lambda folder: inspect_source(str(folder))):

@@ -59,7 +59,7 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     target, bundle = TARGETS[name], context.path / "export" / name
     if target.has_cases:
         return {"export": {name: _write_cases(context, target, name, scratch)}}
-    record, reason = {"base_fingerprint": context.base_fingerprint}, None
+    record, reason = {"target": name, "base_fingerprint": context.base_fingerprint}, None
     exported = _exported(context, target, name, adapter)
     with context.step(f"writing files for {adapter or BASE}"):
         if adapter is None:
@@ -75,7 +75,6 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         if holds_base and not target.cached_graphs:
             context.tokenizer.save_pretrained(scratch)
         if adapter is not None:
-            record["adapter"] = adapter
             if target.has_base:
                 record["base"] = record_digest(bundle / BASE)
             else:  # else its factors are in the file that the runtime loads
@@ -134,7 +133,8 @@ def _write_cases(
     }
     base = cases.pop(BASE)
     target.backend.write_cases(base, cases, scratch)
-    record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(cases)}
+    identity = context.base_fingerprint
+    record = {"target": name, "base_fingerprint": identity, "use_cases": list(cases)}
     write_record(scratch, record)
     sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}
     sizes = {BASE: total_bytes(scratch.rglob("*")) - sum(sizes.values()), **sizes}

@@ -1,0 +1,193 @@
+"""Bases of any module: what is saved loads again, or is refused before the old base goes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import qwlora
+from conftest import byte_tokenizer, packed_model, tiny_model
+from formats.models import mixtral
+from qwlora.errors import CalibrationError, FingerprintError, SourceError
+from qwlora.formats.base_files import replacing_base
+from qwlora.nn import is_packed
+
+X = torch.linspace(-1, 1, 2 * 32).view(2, 32)
+
+
+class Row(nn.Module):
+    """Two linear layers around something of the test's."""
+
+    def __init__(self, middle: nn.Module | None = None, last: float = 1e-5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.middle = middle or nn.Identity()
+        self.norm = nn.LayerNorm(32, eps=last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.last(torch.tanh(self.middle(self.first(x)))))
+
+
+class Inside(nn.Module):
+    """A part that is called like one of PEFT's, and a parameter of the same name as the part's."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.add_module(name, nn.Linear(32, 32))
+        self.part, self.bias = name, nn.Parameter(torch.ones(32) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.part)(x) + self.bias
+
+
+class Experts(nn.Module):
+    """A 3-D parameter of the module that is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.out = nn.Parameter(torch.randn(3, 32, 32) / 6), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(x @ self.mix.sum(0)))
+
+
+class Tied(nn.Module):
+    """Values that two parameters share without being one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = (nn.Linear(32, 32) for _ in range(3))
+        self.two.weight = nn.Parameter(self.one.weight.data)
+        self.one.bias = nn.Parameter(torch.randn(64)[::2])
+        self.last.bias = nn.Parameter(torch.ones(1).expand(32))
+        self.register_buffer("mean", torch.full((32,), 0.1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.two(torch.tanh(self.one(x - self.mean.float())))))
+
+
+class Shared(nn.Module):
+    """A layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.again = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.again(torch.tanh(self.one(x)))))
+
+
+MODELS: dict[str, tuple[Any, list[Any]]] = {
+    "a layer called lora_head": (lambda: Row(Inside("lora_head")), []),
+    "a part called base_layer": (lambda: Row(Inside("base_layer")), []),
+    "a part called original_module": (lambda: Row(Inside("original_module")), []),
+    "a 3-D parameter of the root": (Experts, []),
+    "data parallelism": (lambda: nn.DataParallel(Row()), []),
+    "one storage, strides and float64": (Tied, [qwlora.LayerRule("one", None)]),
+    "one storage, packed": (Tied, []),
+    "a layer under two names": (Shared, []),
+}
+
+
+@pytest.mark.parametrize(("make", "rules"), MODELS.values(), ids=MODELS)
+def test_what_is_saved_is_loaded(make: Any, rules: Any, tmp_path: Path) -> None:
+    model = make().eval()
+    qwlora.quantize_(model, "w4-block16", "rtn", rules=rules)
+    identity = qwlora.save_base(model, tmp_path / "base")
+    loaded = qwlora.load_base(tmp_path / "base", model=getattr(make(), "module", make()))
+    with torch.no_grad():
+        assert torch.equal(loaded(X), model(X))
+    assert qwlora.fingerprint(loaded) == qwlora.fingerprint(model) == identity
+    inner = getattr(model, "module", model)
+    target = next(n for n, m in inner.named_modules() if isinstance(m, nn.Linear))
+    config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    trained = get_peft_model(inner, config).eval()
+    qwlora.save_adapter(trained, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(qwlora.load_adapter(loaded, tmp_path / "adapter")(X), trained(X))
+
+
+def test_a_float_model_with_other_settings_is_refused(tmp_path: Path) -> None:
+    model = Row().eval()
+    qwlora.quantize_(model, "w4-block16", "rtn")
+    qwlora.save_base(model, tmp_path)
+    facts = r"norm\.eps: default -> 0\.5\. Build the float model as it was"
+    with pytest.raises(FingerprintError, match=facts):
+        qwlora.load_base(tmp_path, model=Row(last=0.5))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def nan(model: Any) -> None:
+    model.model.norm.weight.data[3] = torch.nan
+
+
+def extra_layer(model: Any) -> None:
+    model.extra = nn.Linear(4, 4)
+
+
+def dropped_layer(model: Any) -> None:
+    del model.model.layers[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "fact"),
+    [
+        (nan, CalibrationError, "model.norm.weight contains 1 values"),
+        (extra_layer, SourceError, r"Llama.*cannot be loaded.*\n  extra.bias is not in the model"),
+        (dropped_layer, SourceError, r"model.layers.1.input_layernorm.weight is missing"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded_is_refused_and_the_old_one_stays(
+    spoil: Any, error: Any, fact: str, tmp_path: Path
+) -> None:
+    qwlora.save_base(packed_model("llama"), tmp_path / "old", byte_tokenizer())
+    before, bad = files(tmp_path), tiny_model("llama")
+    qwlora.quantize_(bad, "w3-block32", "rtn")
+    spoil(bad)
+    for folder in ("old", "new/below"):
+        with pytest.raises(error, match=fact):
+            qwlora.save_base(bad, tmp_path / folder)
+    assert files(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_base_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
+    first, second = packed_model("llama", layers=2), packed_model("llama", layers=1)
+    qwlora.save_base(first, tmp_path, byte_tokenizer())
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "base-00007.safetensors").write_text("of a larger one")
+    old = set(files(tmp_path))
+    qwlora.save_base(second, tmp_path)
+    tokenizer = {name for name in old if "token" in name}
+    assert tokenizer
+    assert set(files(tmp_path)) == old - tokenizer - {"base-00007.safetensors"}
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert qwlora.fingerprint(qwlora.load_base(tmp_path)) == qwlora.fingerprint(second)
+
+
+def test_a_record_is_the_same_in_whatever_order_modules_are_written(tmp_path: Path) -> None:
+    model = mixtral()
+    qwlora.quantize_(model, "w4-block16", "rtn")
+    names = [name for name, _ in model.model.named_children()]
+    for folder, order in (("a", names), ("b", names[::-1])):
+        with replacing_base(tmp_path / folder) as writer:
+            for name in order:
+                writer.add(model.model.get_submodule(name), f"model.{name}")
+            writer.add(model.lm_head, "lm_head")
+            writer.finish(model, None, "x")
+    records = [(tmp_path / folder / "base.json").read_bytes() for folder in "ab"]
+    assert records[0] == records[1]
+    layers = list(json.loads(records[0])["layers"])
+    assert layers == [p for p, m in model.named_modules() if is_packed(m)]

@@ -61,7 +61,7 @@ def theirs(x: Tensor, scheme: Scheme, analyzer, **options) -> Encoding:
 
 
 def ours(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_sample)
+    observer = SampleObserver(estimator.needs_histogram)
     for batch in batches:
         observer.update(batch)
     low, high = estimate_ranges([observer], scheme, estimator)

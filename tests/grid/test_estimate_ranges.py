@@ -23,7 +23,7 @@ SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}
 
 
 def estimated(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_sample)
+    observer = SampleObserver(estimator.needs_histogram)
     for x in batches:
         observer.update(x)
     low, high = estimate_ranges([observer], scheme, estimator)

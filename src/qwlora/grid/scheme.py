@@ -356,8 +356,8 @@ class RangeEstimator:
             raise CalibrationError(f"percentile {self.percentile} is not in (50, 100]")
 
     @property
-    def needs_sample(self) -> bool:
-        """Whether the estimator reads a sample of the values, not only their extremes."""
+    def needs_histogram(self) -> bool:
+        """Whether the estimator reads a histogram of the values, not only their extremes."""
         return self.name != "min-max"
 
     @property

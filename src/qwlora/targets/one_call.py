@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
-from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
@@ -97,7 +96,8 @@ def export(
     backend = known.backend
 
     def exported(simulation: Simulation) -> ExportedGraph:
-        metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
+        simulation.check_unchanged()
+        metadata = {"qwlora.base_fingerprint": simulation.origin.base_fingerprint}
         has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
         sizes = cache_sizes(graphs, context) if has_cache else ()
         return ExportedGraph(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from measuring import earlier_result, machine_line, write_result
-from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
 from qwlora.grid.encoding import group_range, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, RangeEstimator, Scheme
 
@@ -56,12 +56,12 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     rows = x.view(-1, x.shape[-1])
     larger = 1.1 * rows
     minmax, per_channel = MinMaxObserver(), PerChannelMinMaxObserver(ch_axis=0)
-    ours, theirs = SampleObserver(True), HistogramObserver()
+    ours, theirs = RangeObserver(True), HistogramObserver()
     ours.update(rows)
     theirs(rows)
 
     def our_growth() -> None:
-        observer = SampleObserver(True)
+        observer = RangeObserver(True)
         observer.update(rows)
         observer.update(larger)
 

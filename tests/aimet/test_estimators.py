@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
 from qwlora.quantize.scale_search import search_scale
@@ -61,7 +61,7 @@ def theirs(x: Tensor, scheme: Scheme, analyzer, **options) -> Encoding:
 
 
 def ours(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_histogram)
+    observer = RangeObserver(estimator.needs_histogram)
     for batch in batches:
         observer.update(batch)
     low, high = estimate_ranges([observer], scheme, estimator)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.activation_ranges import VALUES, VALUES_A_BATCH, SampleObserver
+from qwlora.grid.activation_ranges import VALUES, VALUES_A_BATCH, RangeObserver
 
 
 @pytest.fixture(autouse=True)
@@ -13,15 +13,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def observed(batches: list[Tensor]) -> SampleObserver:
-    observer = SampleObserver(True)
+def observed(batches: list[Tensor]) -> RangeObserver:
+    observer = RangeObserver(True)
     for x in batches:
         observer.update(x)
     return observer
 
 
 def test_a_sample_is_small_and_every_value_had_the_same_chance() -> None:
-    observer = SampleObserver(True)
+    observer = RangeObserver(True)
     for i in range(60):
         observer.update(torch.arange(64.0).expand(3, 120, 64) + 1000 * i)
         assert len(observer.sample) <= VALUES
@@ -104,8 +104,8 @@ def test_halves_merge() -> None:
     left, right = observed(few[:2]), observed(few[2:])
     left.merge(right)
     assert torch.equal(left.sample, torch.cat(few).flatten())
-    left.merge(SampleObserver(False))  # saw nothing
-    ends_only = SampleObserver(False)
+    left.merge(RangeObserver(False))  # saw nothing
+    ends_only = RangeObserver(False)
     ends_only.update(few[0])
     with pytest.raises(CalibrationError, match="observed without a sample"):
         left.merge(ends_only)

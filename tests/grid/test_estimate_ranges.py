@@ -9,7 +9,7 @@ from torch import Tensor
 from qwlora.errors import CalibrationError
 from qwlora.grid.activation_ranges import (
     VALUES,
-    SampleObserver,
+    RangeObserver,
     WeightedPoints,
     estimate_ranges,
     least_error_grid,
@@ -23,7 +23,7 @@ SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}
 
 
 def estimated(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_histogram)
+    observer = RangeObserver(estimator.needs_histogram)
     for x in batches:
         observer.update(x)
     low, high = estimate_ranges([observer], scheme, estimator)
@@ -195,7 +195,7 @@ def test_all_zero_and_one_value(name: str, bitwidth: int, symmetric: bool) -> No
 def test_many_tensors_at_once_are_each_on_its_own() -> None:
     scheme, observers = Scheme(4, False), []
     for seed in range(5):
-        observer = SampleObserver(True)
+        observer = RangeObserver(True)
         observer.update(gaussian(7, (1 + seed % 2) * VALUES // 8, seed=seed) + seed)
         observers.append(observer)
     for name in ESTIMATORS:

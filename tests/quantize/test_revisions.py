@@ -19,7 +19,7 @@ from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.grid.activation_ranges import SampleObserver
+from qwlora.grid.activation_ranges import RangeObserver
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.grid.second_moments import SecondMoment
 from qwlora.quantize.quantize_blocks import observe_moments
@@ -90,7 +90,7 @@ def initialized() -> list[float]:
 
 
 def sampled() -> list[float]:
-    observer = SampleObserver(sampled=True)
+    observer = RangeObserver(sampled=True)
     for i in range(3):
         observer.update(random(64, 512) * (i + 1))
     sample, tails = observer.sample, observer.tails

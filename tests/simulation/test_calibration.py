@@ -10,7 +10,7 @@ from qwlora import PlacementRule, RangeEstimator, Scheme, Schemes
 from qwlora.errors import CalibrationError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
-from qwlora.grid.activation_ranges import SampleObserver
+from qwlora.grid.activation_ranges import RangeObserver
 from qwlora.grid.scheme import ESTIMATORS
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation, tokens_of
@@ -139,7 +139,7 @@ def test_constants_and_what_saw_nothing_are_named(whole: Simulation) -> None:
     made = simulation()
     made.observe(BATCHES)
     name = "model.layers.0.mlp.mul"
-    made.quantizers[name].observer = SampleObserver(False)  # as of an expert that no token chose
+    made.quantizers[name].observer = RangeObserver(False)  # as of an expert that no token chose
     with pytest.raises(CalibrationError, match=f"1 activations saw no data: {name}.* other bat"):
         made.freeze()
     report = made.freeze(allow_unseen=True)

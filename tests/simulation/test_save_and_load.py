@@ -232,7 +232,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     record = (tmp_path / "simulation.json").read_text()
     for damaged in (
         "{}",
-        record.replace('"format": 3', '"format": 2'),
+        record.replace('"format": 4', '"format": 3'),
         record.replace('"schemes"', '"plans"'),
         record.replace('"bitwidth": 16', '"bitwidth": 17'),
     ):

@@ -109,7 +109,7 @@ class SimulationSource:
 class Record(BaseModel):
     """`simulation.json`."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     base_fingerprint: str
     adapter_fingerprint: str | None
     ranks: dict[str, int]

@@ -392,7 +392,7 @@ class Simulation(nn.Module):
         not adapter weights are ignored."""
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
-            if name in encodings:
+            if name in encodings and not self.weights[name].encoding.has_same_grid(encodings[name]):
                 encoding = encodings[name].to(weight.device)
                 self.weights[name] = FrozenWeight(weight, encoding)
                 self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
@@ -410,7 +410,7 @@ class Simulation(nn.Module):
         """
         _refuse_unknown(encodings, self.marks)
         for name, encoding in self._weight_encodings.items():
-            if name not in encodings or not encoding.equals(encodings[name]):
+            if name not in encodings or not encoding.has_same_grid(encodings[name]):
                 raise CalibrationError(
                     f"the encoding of {name} does not match the weight's values. Calibrate again"
                 )

@@ -56,8 +56,12 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import smallest_scale
 from qwlora.grid.scheme import RangeEstimator, Scheme
 
-HISTOGRAM_BYTES = 12 * 2**12  # of most activations
+# Measured: normal values and softmax use 4,400 bins, half of them after relu, x^5 19,000.
+HISTOGRAM_BYTES = 12 * 5_000
 _BINS = 2**16
+_VALUES_AT_ONCE = (
+    2**18
+)  # so that their bits stay in a cache: 25 M values at once take 4 times longer
 _OBSERVERS_AT_ONCE = 16  # more gain nothing, and need more memory
 _MOST_EXACT_STEPS = 31
 # Lookups per chunk: fits a processor's cache and stays below the size that torch parallelizes.
@@ -91,8 +95,10 @@ class RangeObserver:
             return
         x, counts = x.detach(), None
         if self.has_histogram:
-            bits = x.to(torch.bfloat16).flatten().view(torch.int16).to(torch.int32)
-            counts = torch.bincount(bits.bitwise_and_(_BINS - 1), minlength=_BINS)
+            counts = torch.zeros(_BINS, dtype=torch.int64, device=x.device)
+            for part in x.flatten().split(_VALUES_AT_ONCE):
+                bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+                counts += torch.bincount(bits.bitwise_and_(_BINS - 1), minlength=_BINS)
         # two passes, faster than torch.aminmax
         self._add(1, x.amin().float(), x.amax().float(), counts)
 

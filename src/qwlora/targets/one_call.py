@@ -80,6 +80,7 @@ def export(
     Raises:
         ExportError: there is no such target, it takes something else than `made`, its files
             cannot hold it, or `graphs`, `context` or `opset` are out of range.
+        CalibrationError: the base or an adapter has changed since it was simulated.
         MissingExtraError: a package that writes the files is missing.
     """
     if target not in TARGETS:
@@ -96,7 +97,6 @@ def export(
     backend = known.backend
 
     def exported(simulation: Simulation) -> ExportedGraph:
-        simulation.check_unchanged()
         metadata = {"qwlora.base_fingerprint": simulation.origin.base_fingerprint}
         has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
         sizes = cache_sizes(graphs, context) if has_cache else ()
@@ -118,6 +118,8 @@ def export(
     known.require_packages(to_write=True)
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} has a base already. Delete it, or use another folder")
+    if isinstance(made, Simulation | AdapterSimulations):
+        made.check_unchanged()
     with replacing_files(folder) as folder, on_cpu(*_modules(made)):
         if not (known.has_base or known.has_cases):
             simulation = _checked(made, Simulation, target, "one simulation")

@@ -72,7 +72,7 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
 
     per_tensor, sampled = "MinMaxObserver", "HistogramObserver"
     read = f"one read of the tensor (sum), {name}: the least that min-max can cost"
-    sample = f"sample (percentile, squared error, SQNR), {name}"
+    histogram = f"histogram (percentile, squared error, SQNR), {name}"
     group, rows_minmax = partial(group_range, rows), partial(minmax, rows)
     cases: list[Case] = [
         (read, per_tensor, rows.sum, rows_minmax),
@@ -83,8 +83,8 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             partial(group, channel),
             partial(per_channel, rows),
         ),
-        (sample, sampled, partial(ours.update, rows), partial(theirs, rows)),
-        (f"sample, {name}, two batches, the second wider", sampled, our_growth, their_growth),
+        (histogram, sampled, partial(ours.update, rows), partial(theirs, rows)),
+        (f"histogram, {name}, two batches, the second wider", sampled, our_growth, their_growth),
     ]
     for estimator in ("sqnr", "squared-error", "percentile"):
         solve = partial(estimate_ranges, [ours], scheme, RangeEstimator(estimator))

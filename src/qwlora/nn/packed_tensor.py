@@ -302,7 +302,7 @@ def narrowest(
     return numbers.to(torch.float32)
 
 
-def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+def compute_dtype(x: Any, dtype: torch.dtype | None = None) -> torch.dtype:
     """The dtype of a product of a packed weight with `x`: autocast's, or `dtype`, by default that
     of `x`."""
     if not isinstance(x, Tensor) and dtype is not None:

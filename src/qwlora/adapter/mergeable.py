@@ -231,7 +231,7 @@ def _merged_by_peft(layer: Any, adapters: list[str]) -> PackedLayer:
     wide_layer = copy.deepcopy(layer, {id(base): wide}).double()
     wide_layer.merge(safe_merge=True, adapter_names=adapters)
     merged = with_tensor(base, base.tensor.plus(wide.weight.view(weight.shape) - weight))
-    if getattr(wide, "bias", None) is not None:
+    if wide._parameters.get("bias") is not None:
         merged.bias = nn.Parameter(wide.bias.detach().to(base.bias.dtype), requires_grad=False)
     return merged
 

@@ -117,7 +117,7 @@ class AdapterSimulations(dict[str, Simulation]):
         """See `Simulation.check_unchanged`."""
         base = fingerprint(next(iter(self.values())).origin.model)  # hashed once for all
         for simulation in self.values():
-            simulation.origin.check_unchanged(base)
+            simulation.check_unchanged(base)
 
     @contextlib.contextmanager
     def _restored_on_error(self) -> Iterator[None]:

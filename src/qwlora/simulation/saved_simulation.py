@@ -89,22 +89,6 @@ class SimulationSource:
         inputs = dict(example_inputs)
         return cls(model, inputs, schemes, base, adapter, adapters, ranks or {})
 
-    def check_unchanged(self, base_fingerprint: str | None = None) -> None:
-        """Refuse if the base, or an adapter that the model still has, was changed. Hashes the base,
-        unless its fingerprint is given."""
-        base = base_fingerprint or fingerprint(self.model)
-        adapter = adapter_fingerprint(self.model, self.adapters)
-        for what, now, before in (
-            ("base", base, self.base_fingerprint),
-            (f"adapter {', '.join(self.adapters)}", adapter, self.adapter_fingerprint),
-        ):
-            if now is not None and now != before:
-                raise CalibrationError(
-                    f"the {what} of {type(self.model).__name__} has changed since it was simulated "
-                    f"(its fingerprint was {before}, and is {now}). Simulate it again "
-                    "(qwlora.simulate), then calibrate"
-                )
-
 
 class Record(BaseModel):
     """`simulation.json`."""

@@ -40,6 +40,7 @@ from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import as_estimator
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, unwrapped
 from qwlora.simulation.fake_quantizer import (
@@ -203,15 +204,28 @@ class Simulation(nn.Module):
             self.observe(batches, track, tokens)
             return self.freeze(allow_unseen)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, base_fingerprint: str | None = None) -> None:
         """Refuse to calibrate or export if the base or the adapter has changed since `simulate`:
         weights would keep their old grids, and files hold neither the old nor the new adapter.
+
+        Args:
+            base_fingerprint: of the base as it is now. Default: hashed, 2 s for 1 GB.
 
         Raises:
             CalibrationError: a fingerprint differs. An adapter that the model no longer has counts
                 as unchanged: the simulation has its own tensors of it.
         """
-        self.origin.check_unchanged()
+        model, adapters = self.origin.model, self.origin.adapters
+        base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model, adapters)
+        for what, now, before in (
+            ("base", base, self.origin.base_fingerprint),
+            (f"adapter {', '.join(adapters)}", adapter, self.origin.adapter_fingerprint),
+        ):
+            if now is not None and now != before:
+                raise CalibrationError(
+                    f"the {what} of {type(model).__name__} has changed since it was simulated (its "
+                    f"fingerprint was {before}, and is {now}). Simulate it again (qwlora.simulate)"
+                )
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:

@@ -221,6 +221,7 @@ def test_functions_of_kernels(call: str) -> None:
     )
 
 
+OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 EXPERTS: dict[str, Callable[[Tensor], Any]] = {
     "an expert": lambda w: w[2] + 0,
     "the last": lambda w: w[-1] + 0,
@@ -232,6 +233,15 @@ EXPERTS: dict[str, Callable[[Tensor], Any]] = {
     "uint8": lambda w: w[torch.tensor(1, dtype=torch.uint8)],
     "matmul": lambda w: floats(5, 32) @ w[1].T,
     "transposed": lambda w: w.transpose(-1, -2) + 0,
+    **{
+        f"grouped, {what}": lambda w, x=x: F.grouped_mm(x, w.mT, offs=OFFSETS)
+        for what, x in {
+            "float32": floats(5, 32),
+            "no rows": floats(0, 32),
+            "too wide": floats(5, 36),
+            "bfloat16": floats(5, 32).bfloat16(),
+        }.items()
+    },
 }
 
 

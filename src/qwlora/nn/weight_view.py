@@ -130,7 +130,7 @@ class GroupedMatmulFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offs: Tensor, weight: PackedWeight) -> Tensor:
         ctx.weight, ctx.ends = weight, offs.tolist()
-        return _by_group(x.to(compute_dtype(x, weight.owner.compute_dtype)), ctx.ends, weight)
+        return _by_group(x.to(compute_dtype(x)), ctx.ends, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -313,6 +313,8 @@ def _grouped(
     if weight.ndim != 3 or weight.packed_weight.index is not None or x.ndim != 2 or offs is None:
         return NotImplemented
     if bias is not None or out_dtype is not None:
+        return NotImplemented
+    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # for torch to refuse
         return NotImplemented
     return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 

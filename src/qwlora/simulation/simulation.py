@@ -209,7 +209,7 @@ class Simulation(nn.Module):
         weights would keep their old grids, and files hold neither the old nor the new adapter.
 
         Args:
-            base_fingerprint: of the base as it is now. Default: hashed, 2 s for 1 GB.
+            base_fingerprint: of the base as it is now. Default: hashed, 0.6 s for 1 GB.
 
         Raises:
             CalibrationError: a fingerprint differs. An adapter that the model no longer has counts

@@ -8,7 +8,7 @@ of rank 16 on every projection, 1 x 512 tokens, one thread.
 `plain` is the captured graph without quantizers. The ways take turns in one process and a ratio is
 the median of the ratios of the rounds, in processor seconds of the one thread, as are all other
 seconds. There are two kinds of calibration pass: min-max needs the ends of each batch, the other
-estimators a sample too. What an estimator does once, after all passes, is its `freeze_seconds`.
+estimators count all values, too. What an estimator does once, after all passes, is its `freeze_seconds`.
 Peaks are of processes of their own (`measuring.py`). AIMET's phases are in `aimet.py`.
 """
 
@@ -40,9 +40,9 @@ from qwlora.formats.model_source import load_model
 TOKENS, RANK, SCALING = 512, 16, 2.0
 ESTIMATORS = {
     "ends": ("min-max",),
-    "sample": ("percentile", "squared-error", "sqnr"),
+    "histogram": ("percentile", "squared-error", "sqnr"),
 }
-LIMITS = {"observe ends": 1.12, "observe a sample": 1.2, "simulate": 1.3}
+LIMITS = {"observe ends": 1.12, "observe a histogram": 1.3, "simulate": 1.3}
 ONCE_SECONDS, CAPTURE_SECONDS = 1.0, 60.0
 
 
@@ -53,7 +53,7 @@ def measure_ours(
     tensors = tuple(inputs.values())
     parts: dict[str, Any] = {}
     capture_seconds = []
-    for kind, observer in (("ends", "min-max"), ("sample", "sqnr")):
+    for kind, observer in (("ends", "min-max"), ("histogram", "sqnr")):
         began = time.thread_time()
         parts[kind] = simulate(model, inputs, Schemes(observer=observer))
         capture_seconds.append(round(time.thread_time() - began, 1))
@@ -63,7 +63,7 @@ def measure_ours(
         "plain": ("plain", lambda part: part(*tensors)),
         "simulate": ("ends", lambda part: part(*tensors)),
         "observe ends": ("ends", lambda part: part.observe([inputs])),
-        "observe a sample": ("sample", lambda part: part.observe([inputs])),
+        "observe a histogram": ("histogram", lambda part: part.observe([inputs])),
     }
     peaks = {way: peak_of(parts, kind, run) for way, (kind, run) in ways.items()}
     timed = seconds_of_turns(
@@ -107,8 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rounds = "a sample is thinned more often in the first few batches than later"
-    parser.add_argument("--rounds", type=int, default=11, help=rounds)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--layers", type=int, help="only the first layers of the model")
     options = parser.parse_args()
     torch.set_num_threads(1)

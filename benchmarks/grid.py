@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from measuring import earlier_result, machine_line, write_result
-from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
 from qwlora.grid.encoding import group_range, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, RangeEstimator, Scheme
 
@@ -56,12 +56,12 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     rows = x.view(-1, x.shape[-1])
     larger = 1.1 * rows
     minmax, per_channel = MinMaxObserver(), PerChannelMinMaxObserver(ch_axis=0)
-    ours, theirs = SampleObserver(True), HistogramObserver()
+    ours, theirs = RangeObserver(True), HistogramObserver()
     ours.update(rows)
     theirs(rows)
 
     def our_growth() -> None:
-        observer = SampleObserver(True)
+        observer = RangeObserver(True)
         observer.update(rows)
         observer.update(larger)
 
@@ -72,7 +72,7 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
 
     per_tensor, sampled = "MinMaxObserver", "HistogramObserver"
     read = f"one read of the tensor (sum), {name}: the least that min-max can cost"
-    sample = f"sample (percentile, squared error, SQNR), {name}"
+    histogram = f"histogram (percentile, squared error, SQNR), {name}"
     group, rows_minmax = partial(group_range, rows), partial(minmax, rows)
     cases: list[Case] = [
         (read, per_tensor, rows.sum, rows_minmax),
@@ -83,8 +83,8 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             partial(group, channel),
             partial(per_channel, rows),
         ),
-        (sample, sampled, partial(ours.update, rows), partial(theirs, rows)),
-        (f"sample, {name}, two batches, the second wider", sampled, our_growth, their_growth),
+        (histogram, sampled, partial(ours.update, rows), partial(theirs, rows)),
+        (f"histogram, {name}, two batches, the second wider", sampled, our_growth, their_growth),
     ]
     for estimator in ("sqnr", "squared-error", "percentile"):
         solve = partial(estimate_ranges, [ours], scheme, RangeEstimator(estimator))

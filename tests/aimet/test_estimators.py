@@ -1,9 +1,8 @@
 """The product's estimators against AIMET's, every error measured on the data itself.
 
-Up to 4,096 values in a batch the sample is complete. There, up to 4 bits, the error of a grid is exact
-and AIMET's candidates are among ours: no error is larger than AIMET's by more than the rounding of a
-scale to float32. From 6 bits on the error is modeled (`grid/activation_ranges.py`), and of more values there
-is a sample of 12,288 (`grid/activation_ranges.py`); what that costs is bounded here.
+Up to 4 bits the error of a grid is exact but for the place of a value in its bin of the histogram, and
+AIMET's candidates are among ours. From 6 bits on the error is modeled (`grid/activation_ranges.py`); what
+that costs is bounded here.
 
 A percentile is not chosen for its error. What is compared is how far its range is from that of the
 sorted data.
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
 from qwlora.quantize.scale_search import search_scale
@@ -61,7 +60,7 @@ def theirs(x: Tensor, scheme: Scheme, analyzer, **options) -> Encoding:
 
 
 def ours(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_sample)
+    observer = RangeObserver(estimator.needs_histogram)
     for batch in batches:
         observer.update(batch)
     low, high = estimate_ranges([observer], scheme, estimator)
@@ -88,14 +87,14 @@ def note(table: Table, what: str, ratios: list[float], allowed: float) -> None:
 
 
 NAMES = {"sqnr": "SQNR (gamma 3)", "squared-error": "squared error (AIMET: SQNR with gamma 1)"}
-EXACT = 1 + 1e-6
+EXACT = 1.015
 # up to 4 bits, 6 and 8 bits, 16 bits
 BITS = [((2, 3, 4), EXACT), ((6, 8), 1.03), ((16,), 1.05)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("bits", "allowed"), BITS)
-def test_error_on_a_complete_sample(bits, allowed, name, table: Table):
+def test_error_on_few_values(bits, allowed, name, table: Table):
     ratios = [
         error_ratio([x], scheme, name)
         for x in datasets().values()
@@ -106,8 +105,8 @@ def test_error_on_a_complete_sample(bits, allowed, name, table: Table):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_error_on_a_sample(name, table: Table):
-    """524,288 values in 8 batches, of which a sample of 12,288 and the tails are kept."""
+def test_error_on_many_values(name, table: Table):
+    """524,288 values in 8 batches."""
     ratios = [
         error_ratio(list(x.view(8, 128, 512)), scheme, name)
         for x in datasets(1024).values()
@@ -119,7 +118,7 @@ def test_error_on_a_sample(name, table: Table):
 
 @pytest.mark.parametrize("percentile", [99.0, 99.9])
 def test_percentile(percentile, table: Table):
-    """Ours is the encoding of the sorted data's range, to the last bit; AIMET's that of bin edges."""
+    """Ours is the range of the sorted data, within half a bin of 2^-7; AIMET's that of bin edges."""
     widths = []
     for x in datasets().values():
         for scheme in SCHEMES:
@@ -130,15 +129,14 @@ def test_percentile(percentile, table: Table):
             ascending = x.flatten().sort().values
             outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)
             exact = encoding_from_range(ascending[outside], ascending[-1 - outside], scheme)
-            assert torch.equal(mine.scale, exact.scale)
-            assert torch.equal(mine.offset, exact.offset)
+            assert float(mine.scale) == pytest.approx(float(exact.scale), rel=2**-8)
             bin_width = (ascending[-1] - ascending[0]) / 2048
             difference = (aimet.scale - exact.scale).abs().double() * scheme.steps / bin_width
             widths.append(float(difference))
     widths.sort()
     table.notes.append(
-        f"**percentile {percentile}**, {len(widths)} cases: our scale and offset are those of the "
-        "sorted data's range in every one, bit for bit. AIMET takes an edge of one of its 2,048 "
+        f"**percentile {percentile}**, {len(widths)} cases: our scale is that of the "
+        "sorted data's range within 0.4 % in every one. AIMET takes an edge of one of its 2,048 "
         f"bins: the width of its range is off by a median of {widths[len(widths) // 2]:.2f} of its "
         f"bins and at most {widths[-1]:.2f} (allowed 4)."
     )

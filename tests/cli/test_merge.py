@@ -14,7 +14,8 @@ import onnx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cli.command_line import answered, qwlora, refused
@@ -32,6 +33,7 @@ from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
+from qwlora.system.parameter_names import canonical_name
 from simulation.tiny_architectures import make
 
 IDS = torch.arange(40).view(2, 20)
@@ -176,6 +178,104 @@ def test_merged_onto_the_grid_it_is_the_float_merge_rounded(architecture: str) -
         step = layer.encoding.scale.repeat_interleave(32, dim=1)
         inside = (layer.codes > 0) & (layer.codes < 15)
         assert ((layer.quantized.dequantize() - weight).abs() <= step * 0.501)[inside].all()
+
+
+def merged_in_float64(layer: Any, kind: str) -> Tensor:
+    """Codes of the base's own grid nearest to W_hat and the active adapters, from the definitions of LoRA and DoRA."""
+    base = layer.get_base_layer()
+    grid, codes = base.encoding, base.codes.double()
+    scale = grid.scale.double().repeat_interleave(32, 1)
+    values = (codes + grid.offset.double().repeat_interleave(32, 1)) * scale
+    delta = sum(
+        layer.lora_B[name].weight.double()
+        @ layer.lora_A[name].weight.double()
+        * layer.scaling[name]
+        for name in layer.active_adapters
+    )
+    if kind == "dora":
+        (name,) = layer.active_adapters
+        whole = values + delta
+        magnitude = layer.lora_magnitude_vector[name].weight.double()
+        delta = whole * (magnitude / whole.norm(dim=1))[:, None] - values
+    return (codes + (delta / scale).round()).clamp(0, grid.scheme.steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["w8-block32-asymmetric", "w4-block32", "w5-signed32"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "bias", "two"])
+@torch.no_grad()
+def test_codes_are_rounded_once_in_float64(kind: str, scheme: str, dtype: torch.dtype) -> None:
+    model = tiny_model("opt", layers=1)
+    quantize_(model, scheme, "rtn")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(
+        kind, {}
+    )
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "fc1"], **options)
+    wrapped = get_peft_model(model, config).eval()
+    if kind == "two":
+        wrapped.add_adapter("second", config)
+        wrapped.base_model.set_adapter(["default", "second"])
+    wrapped.to(dtype)
+    layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+    expected = {canonical_name(n): merged_in_float64(m, kind) for n, m in layers.items()}
+    biases = {
+        canonical_name(n): m.base_layer.bias.double()
+        + (m.lora_B["default"].bias.double() * m.scaling["default"] if kind == "bias" else 0)
+        for n, m in layers.items()
+    }
+    before = {n: layer.codes for n, layer in packed_weights(wrapped).items()}
+    merged = merged_model(wrapped)
+    for name, layer in packed_weights(merged).items():
+        path = name.removesuffix(".weight")
+        if path not in expected:
+            assert torch.equal(layer.codes, before[name])
+            continue
+        assert int((layer.codes != before[name]).sum()) > 100
+        # at a tie of two codes, sums in another order may choose the other
+        assert int((layer.codes != expected[path]).sum()) <= 1
+        assert layer.compute_dtype == layer.bias.dtype == dtype
+        torch.testing.assert_close(layer.bias, biases[path].to(dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_untrained_adapter_changes_no_code(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = tiny_model("gpt2", layers=1)
+    quantize_(model, "w7-block32-asymmetric", "rtn")
+    model.to(dtype)
+    before = {name: layer.codes for name, layer in packed_weights(model).items()}
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))
+    merged = packed_weights(merged_model(wrapped))
+    # the magnitude of DoRA is a norm in the model's dtype
+    most = 0.02 if options and dtype != torch.float32 else 0.0
+    assert merged.keys() == before.keys()
+    for name, layer in merged.items():
+        assert float((layer.codes != before[name]).float().mean()) <= most, name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_adapter_that_is_not_finite_is_refused_before_anything_changes(bad: float) -> None:
+    model = with_adapter("llama", target_modules=["q_proj", "down_proj"])
+    before = {name: layer.codes for name, layer in packed_weights(model).items()}
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    layer.lora_B["default"].weight.data[3, 1] = bad
+    with pytest.raises(MergeError, match=r"down_proj\.lora_B.* not finite"):
+        merged_model(model)
+    assert all(torch.equal(p.codes, before[n]) for n, p in packed_weights(model).items())
+
+
+def test_layers_next_to_fused_experts_are_merged_into_codes() -> None:
+    model = make("Mixtral")
+    quantize_(model, "w4-block32", "rtn")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    layers = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
+    with torch.no_grad():
+        expected = [merged_in_float64(layer, "lora") for layer in layers]
+    merged = [m for n, m in packed_weights(merged_model(wrapped)).items() if "q_proj" in n]
+    for layer, codes in zip(merged, expected, strict=True):
+        assert int((layer.codes != codes).sum()) <= 1
 
 
 def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:

@@ -1,111 +1,107 @@
-"""Which values an observer keeps, and how two observers merge."""
+"""What an observer keeps of all values: exact ends, and the bin of every value."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from grid.strategies import thorough
 from qwlora.errors import CalibrationError
-from qwlora.grid.activation_ranges import VALUES, VALUES_A_BATCH, SampleObserver
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
+from qwlora.grid.scheme import RangeEstimator, Scheme
+
+BIN = 2.0**-8  # how far a value may be from the number of its bin, relative
+SUBNORMAL = float(torch.finfo(torch.bfloat16).smallest_normal)
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-def observed(batches: list[Tensor]) -> SampleObserver:
-    observer = SampleObserver(True)
+def observed(batches: list[Tensor]) -> RangeObserver:
+    observer = RangeObserver(True)
     for x in batches:
         observer.update(x)
     return observer
 
 
-def test_a_sample_is_small_and_every_value_had_the_same_chance() -> None:
-    observer = SampleObserver(True)
-    for i in range(60):
-        observer.update(torch.arange(64.0).expand(3, 120, 64) + 1000 * i)
-        assert len(observer.sample) <= VALUES
-        assert observer.tails.shape[1] <= 2**11
-    observer.update(torch.empty(0, 64))
-    assert (observer.batches, observer.count) == (60, 60 * 3 * 120 * 64)
-    of_batch = torch.bincount((observer.sample / 1000).long(), minlength=60) / len(observer.sample)
-    assert float(of_batch.max()) < 3 / 60
-    assert float(of_batch[:30].sum()) == pytest.approx(0.5, abs=0.06)
-    of_column = torch.bincount((observer.sample % 1000).long(), minlength=64) / len(observer.sample)
-    assert float((of_column - 1 / 64).abs().max()) < 0.5 / 64
+def state(observer: RangeObserver) -> list[object]:
+    tensors = (observer.low, observer.high, observer.patterns, observer.counts)
+    return [observer.batches, *(None if t is None else t.tolist() for t in tensors)]
 
 
-@pytest.mark.parametrize("shape", [(30_000,), (2, 20_000), (1, 4, 500, 500), (50, 3, 7, 100), ()])
-def test_one_batch_gives_no_more_than_its_share(shape: tuple[int, ...]) -> None:
-    observer = observed([torch.randn(shape)])
-    assert len(observer.sample) <= VALUES_A_BATCH
-    assert observer.is_complete == (observer.count <= VALUES_A_BATCH)
-    if not observer.is_complete:
-        assert len(observer.sample) > VALUES_A_BATCH / 8
+lists = hnp.arrays(
+    np.float32,
+    st.integers(1, 60),
+    elements=st.one_of(
+        st.floats(-(2.0**100), 2.0**100, width=32),
+        st.floats(-1, 1, width=32),
+        st.sampled_from([0.0, -0.0]),
+    ),
+).map(torch.from_numpy)
 
 
-@pytest.mark.parametrize("shape", [(1, 400, 64), (2, 300_000), (4000, 5, 2, 3), (200_000,)])
-def test_a_batch_after_a_short_one_gives_no_more_than_its_share(shape: tuple[int, ...]) -> None:
-    observer = observed([torch.randn(1, 2, shape[-1] % 100 + 1)])
-    assert observer.is_complete
-    most = 0
-    for i in range(1, 41):
-        before = observer.count
-        observer.update(torch.randn(shape) + 100 * i)
-        most = max(most, int(((observer.sample - 100 * i).abs() < 50).sum()))
-        assert len(observer.sample) <= VALUES
-        assert observer.count == before + torch.Size(shape).numel()
-    assert VALUES_A_BATCH / 8 < most <= VALUES_A_BATCH
-    stride = observer.row_stride * observer.column_stride
-    assert len(observer.sample) == pytest.approx(observer.count / stride, rel=0.2)
-    of_batch = torch.bincount((observer.sample / 100).round().long(), minlength=41)[1:]
-    assert float(of_batch[:20].sum() / len(observer.sample)) == pytest.approx(0.5, abs=0.1)
+@thorough
+@given(lists, st.sampled_from([50.1, 60.0, 95.0, 99.99, 100.0]))
+@example(torch.tensor([1.001, 1.002, 1.003]), 100.0)
+@example(torch.tensor([-0.0, 0.0, 1e-45]), 60.0)
+@example(torch.cat([torch.full((999,), 1e-20), torch.ones(1)]), 99.0)
+def test_a_percentile_is_that_of_all_values_within_half_a_bin(x: Tensor, percentile: float) -> None:
+    estimator = RangeEstimator("percentile", percentile)
+    low, high = estimate_ranges([observed([x])], Scheme(16, False), estimator)
+    ascending = x.double().sort().values
+    outside = math.floor(len(x) * (100 - percentile) / 100 + 1e-9)
+    for end, exact in ((low, ascending[outside]), (high, ascending[-1 - outside])):
+        if outside == 0:
+            assert float(end) == float(exact)
+        assert float(end) == pytest.approx(float(exact), rel=BIN, abs=SUBNORMAL)
 
 
-def test_a_sample_does_not_depend_on_how_values_lie_in_memory() -> None:
-    batches = [torch.randn(3, 70, 4, 80) for _ in range(3)]
-    turned = [x.transpose(1, 2) for x in batches]
-    assert not turned[0].is_contiguous()
-    plain = observed([x.contiguous() for x in turned])
-    assert torch.equal(observed(turned).sample, plain.sample)
+@thorough
+@given(st.lists(lists, min_size=1, max_size=4), st.randoms())
+def test_order_and_merging_change_no_bit(batches: list[Tensor], random) -> None:
+    whole = observed(batches)
+    assert int(whole.counts.sum()) == sum(map(len, batches))
+    assert float(whole.low) == min(float(x.min()) for x in batches)  # type: ignore[arg-type]
+    assert float(whole.high) == max(float(x.max()) for x in batches)  # type: ignore[arg-type]
+    random.shuffle(batches)
+    parts = [observed([x]).to(torch.device("cpu")) for x in batches]
+    together = RangeObserver(True)
+    for part in [RangeObserver(True), *parts]:
+        before = state(part)
+        together.merge(part)
+        assert state(part) == before
+    assert state(together) == state(observed(batches)) == state(whole)
 
 
-def test_tails_hold_what_lies_beyond_their_bounds() -> None:
-    batches = [torch.randn(4, 300, 80) for _ in range(40)]
-    for x in batches:
-        x[1, 7, :60] = 30 + torch.randn(60)  # one row far out
-    observer, every = observed(batches), torch.cat(batches).flatten()
-    for tail, values, bound in zip(observer.tails, (-every, every), observer.bounds, strict=True):
-        found, expected = tail[tail >= bound], values[values >= bound]
-        assert float(found.max()) == float(expected.max())
-        assert 0.98 * len(expected) < len(found) <= len(expected)
-        assert len(found) > 500
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_and_layouts_are_observed_like_their_float32_values(
+    dtype: torch.dtype,
+) -> None:
+    x = (torch.randn(3, 7, 20, generator=torch.Generator().manual_seed(0)) * 50).to(dtype)
+    expected = state(observed([x.float().contiguous()]))
+    for same in (x, x.mT, x.transpose(0, 1).requires_grad_(), torch.stack([x, x], -1)[..., 0]):
+        assert state(observed([same])) == expected
 
 
-def test_halves_merge() -> None:
-    batches = [torch.randn(2, 100, 200) * (1 + i) for i in range(8)]
-    whole, first, second = observed(batches), observed(batches[:6]), observed(batches[6:])
-    assert first.row_stride * first.column_stride > second.row_stride * second.column_stride
-    restored = second.to(torch.device("cpu"))
-    for one, other in ((first, restored), (observed(batches[6:]), observed(batches[:6]))):
-        one.merge(other)
-        assert (one.batches, one.count) == (whole.batches, whole.count)
-        assert torch.equal(one.ends.sort(0).values, whole.ends.sort(0).values)
-        bounds = torch.maximum(one.bounds, whole.bounds)
-        for side in (0, 1):
-            far = [o.tails[side][o.tails[side] >= bounds[side]].sort().values for o in (one, whole)]
-            assert torch.equal(*far)
-            assert len(far[0]) > 50
-        stride = one.row_stride * one.column_stride
-        assert len(one.sample) == pytest.approx(one.count / stride, rel=0.1)
-        exact = float(torch.cat(batches).square().mean())
-        assert float(one.sample.square().mean()) == pytest.approx(exact, rel=0.1)
-    few = [torch.randn(10, 10) for _ in range(4)]
-    left, right = observed(few[:2]), observed(few[2:])
-    left.merge(right)
-    assert torch.equal(left.sample, torch.cat(few).flatten())
-    left.merge(SampleObserver(False))  # saw nothing
-    ends_only = SampleObserver(False)
-    ends_only.update(few[0])
-    with pytest.raises(CalibrationError, match="observed without a sample"):
-        left.merge(ends_only)
+def test_nothing_is_no_batch_and_a_number_is_one() -> None:
+    empty = observed([torch.empty(0, 64)])
+    assert state(empty) == [0, None, None, [], []]
+    assert state(observed([torch.tensor(0.3)]))[:1] == [1]
+
+
+def test_memory_does_not_grow_with_the_data() -> None:
+    generator = torch.Generator().manual_seed(0)
+    observer = observed([torch.randn(64, 500, generator=generator) for _ in range(40)])
+    assert observer.patterns.nbytes + observer.counts.nbytes < 60_000
+
+
+def test_an_observer_without_a_histogram_cannot_add_to_one() -> None:
+    ends = RangeObserver(False)
+    ends.update(torch.ones(3))
+    whole = observed([torch.zeros(2)])
+    with pytest.raises(CalibrationError, match="observed without a histogram"):
+        whole.merge(ends)
+    ends.merge(whole)
+    assert (ends.batches, float(ends.low or 0), float(ends.high or 0)) == (2, 0.0, 1.0)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding, aligned, grouped, measure
-from qwlora.grid.scheme import BITWIDTHS, Blocks, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import (
+    BITWIDTHS,
+    Blocks,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+)
 
 from .strategies import brief, cases, matrices, schemes_for, thorough
 
@@ -231,3 +239,17 @@ def test_one_offset_for_all_groups_gives_what_many_give():
     uniform = Encoding(scheme, scale, torch.full_like(offset, -3)).fake_quantize(x)
     assert torch.equal(mixed[:3], uniform[:3])
     assert not torch.equal(mixed[3], uniform[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("float_offset", [False, True])
+@given(case=cases(range(2, 9)))
+@brief
+def test_narrow_values_get_the_codes_of_their_float32_values(case, float_offset, dtype):
+    x, scheme = case
+    if float_offset and not isinstance(scheme.granularity, SignedBlock):
+        scheme = Scheme(scheme.bitwidth, False, scheme.granularity, float_offset=True)
+    narrow = x.to(dtype)
+    encoding = measure(x, scheme)
+    assert torch.equal(encoding.quantize(narrow), encoding.quantize(narrow.float()))
+    assert measure(narrow, scheme).equals(measure(narrow.float(), scheme))

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.activation_ranges import (
-    VALUES,
-    SampleObserver,
+    RangeObserver,
     WeightedPoints,
     estimate_ranges,
     least_error_grid,
@@ -23,7 +22,7 @@ SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}
 
 
 def estimated(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
-    observer = SampleObserver(estimator.needs_sample)
+    observer = RangeObserver(estimator.needs_histogram)
     for x in batches:
         observer.update(x)
     low, high = estimate_ranges([observer], scheme, estimator)
@@ -79,9 +78,9 @@ SMALL: dict[str, Callable[[], Tensor]] = {
 }
 
 
-# Up to 4 bits the error is exact. Beyond that it is modeled (activation_ranges.py), and the model does not
-# know where the roundings of 600 values happen to cancel.
-ALLOWED = {2: 1e-6, 3: 1e-6, 4: 1e-6, 8: 0.06, 16: 0.13}
+# Up to 4 bits the error is exact but for the place of a value in its bin. Beyond that it is modeled
+# (activation_ranges.py), and the model does not know where the roundings of 600 values happen to cancel.
+ALLOWED = {2: 0.015, 3: 0.015, 4: 0.015, 8: 0.06, 16: 0.13}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -118,7 +117,7 @@ LARGE: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("data", list(LARGE))
-def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
+def test_bins_cost_little_against_all_values(data: str) -> None:
     torch.manual_seed(0)
     batches = [LARGE[data]() for _ in range(3)]
     x = torch.cat(batches).flatten()
@@ -131,7 +130,7 @@ def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
             scale, offset = least_error_grid(points, low, high, scheme, gamma)
             least = float(exact_errors(x, scale, offset, scheme.steps, gamma))
             found = error(estimated(batches, scheme, RangeEstimator(name)), x, gamma)
-            assert found <= 1.05 * least
+            assert found <= 1.03 * least
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -141,25 +140,29 @@ def test_min_max_is_exact(symmetric: bool) -> None:
     assert estimated(batches, scheme, RangeEstimator()).equals(measure(torch.cat(batches), scheme))
 
 
-@pytest.mark.parametrize("shape", [(16,), (5, 30), (1, 4, 8, 9)])
-@pytest.mark.parametrize("percentile", [60.0, 95.0, 99.9, 100.0])
-def test_a_percentile_of_all_data_is_exact(shape: tuple[int, ...], percentile: float) -> None:
-    batches = [gaussian(*shape, seed=i) for i in range(4)]
-    scheme = Scheme(8, symmetric=False)
-    ascending = torch.cat([x.flatten() for x in batches]).sort().values
-    outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)
-    exact = encoding_from_range(ascending[outside], ascending[-1 - outside], scheme)
-    assert estimated(batches, scheme, RangeEstimator("percentile", percentile)).equals(exact)
-
-
-def test_a_percentile_of_a_sample_is_near_that_of_the_data() -> None:
+@pytest.mark.parametrize("bitwidth", [4, 8, 16])
+@pytest.mark.parametrize("data", list(LARGE))
+def test_the_range_of_a_percentile_is_off_by_half_a_bin(data: str, bitwidth: int) -> None:
     torch.manual_seed(0)
-    batches = [LARGE["heavy"]() for _ in range(4)]
-    x, scheme = torch.cat(batches), Scheme(16, symmetric=False)
+    batches = [LARGE[data]() for _ in range(4)]
+    ascending = torch.cat(batches).flatten().sort().values
     for percentile in (99.0, 99.9, 99.99):
+        outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)
+        scheme = Scheme(bitwidth, symmetric=False)
+        exact = encoding_from_range(ascending[outside], ascending[-1 - outside], scheme)
         found = estimated(batches, scheme, RangeEstimator("percentile", percentile))
-        outside = float((x > float(found.scale * (found.offset + 65535))).float().mean())
-        assert outside == pytest.approx(1 - percentile / 100, rel=0.25)
+        assert float(found.scale) == pytest.approx(float(exact.scale), rel=2**-8)
+
+
+def test_one_large_row_of_many_narrows_no_percentile() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(128, 512) for _ in range(8)]
+    for x in batches:
+        x[5] *= 30
+    ascending = torch.cat(batches).flatten().sort().values
+    found = estimated(batches, Scheme(8, False), RangeEstimator("percentile", 99.9))
+    exact = float(ascending[-1 - len(ascending) // 1000] - ascending[len(ascending) // 1000])
+    assert float(found.scale) * 255 == pytest.approx(exact, rel=2**-8)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +198,8 @@ def test_all_zero_and_one_value(name: str, bitwidth: int, symmetric: bool) -> No
 def test_many_tensors_at_once_are_each_on_its_own() -> None:
     scheme, observers = Scheme(4, False), []
     for seed in range(5):
-        observer = SampleObserver(True)
-        observer.update(gaussian(7, (1 + seed % 2) * VALUES // 8, seed=seed) + seed)
+        observer = RangeObserver(True)
+        observer.update(gaussian(7, (1 + seed % 2) * 1500, seed=seed) + seed)
         observers.append(observer)
     for name in ESTIMATORS:
         together = torch.stack(estimate_ranges(observers, scheme, RangeEstimator(name)))

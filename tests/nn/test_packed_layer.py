@@ -265,6 +265,31 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_module(module, quantized(module.weight, "w4-channel"))
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *SCHEMES,
+        Scheme(8, granularity=PerChannel(0)),
+        Scheme(8, False, PerChannel(0)),
+        Scheme(8, False, PerBlock(16)),
+        Scheme(8, False, PerTensor(), True),
+    ],
+    ids=str,
+)
+def test_a_layer_shares_no_number_with_what_it_was_made_of_or_gives(scheme: Scheme) -> None:
+    module = nn.Linear(96, 40)
+    found = quantized(module.weight * 1.1, scheme)
+    layer = pack_module(module, found)
+    expected = layer.tensor.dequantize()
+    grid, tensor = layer.encoding, layer.tensor
+    given = [found.codes, found.encoding.scale, found.encoding.low_end]
+    read = [layer.codes, layer.quantized.codes, grid.scale, grid.low_end, tensor.scale]
+    read += [part for part in (tensor.zero_point,) if part is not None]
+    for numbers in [*given, *read]:
+        numbers.zero_()
+    assert torch.equal(layer.tensor.dequantize(), expected)
+
+
 @pytest.mark.parametrize("bitwidth", [4, 8])
 def test_signed_codes_are_refused_and_the_remedy_packs_them_right(bitwidth: int) -> None:
     half = 2 ** (bitwidth - 1)

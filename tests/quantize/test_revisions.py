@@ -19,8 +19,8 @@ from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.grid.activation_ranges import SampleObserver
-from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
+from qwlora.grid.scheme import Lpbq, PerBlock, RangeEstimator, Scheme
 from qwlora.grid.second_moments import SecondMoment
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
@@ -89,12 +89,13 @@ def initialized() -> list[float]:
     return [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_" in name]
 
 
-def sampled() -> list[float]:
-    observer = SampleObserver(sampled=True)
+def ranged() -> list[float]:
+    observer = RangeObserver(has_histogram=True)
     for i in range(3):
         observer.update(random(64, 512) * (i + 1))
-    sample, tails = observer.sample, observer.tails
-    return [float(sample.sum()), float(tails.sum()), float(sample.numel())]
+    names = ("percentile", "squared-error", "sqnr")
+    found = [estimate_ranges([observer], Scheme(8, False), RangeEstimator(n, 99.0)) for n in names]
+    return [float(end) for ends in found for end in ends]
 
 
 def written() -> list[float]:
@@ -120,7 +121,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "sampled_text": (1, [172, 120, 115, 150, 251, 191, 33, 33], written),
     "tune_scales": (4, [0.0065848, 0.0065477], tuned),
     "initialize_adapter": (4, [0.87175, 0.59711], initialized),
-    "activation_samples": (2, [-183.28, 1282.3, 12288.0], sampled),
+    "activation_ranges": (3, [-5.75, 5.75, -11.354, 11.090, -12.201, 11.549], ranged),
     "token_scores": (2, [386.71, 0.0074511, 0.66667], scored),
 }
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from qwlora import PlacementRule, RangeEstimator, Scheme, Schemes
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
-from qwlora.grid.activation_ranges import SampleObserver
+from qwlora.grid.activation_ranges import RangeObserver
 from qwlora.grid.scheme import ESTIMATORS
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation, tokens_of
@@ -53,6 +53,98 @@ def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
         made.calibrate(nothing)
     if isinstance(nothing, list):
         assert encodings(made) == before
+
+
+def states(made: Simulation) -> list[Any]:
+    """All that observing and freezing change."""
+    found: list[Any] = [encodings(made), made._tokens, made._batches, *made.placement.values]
+    for quantizer in made.quantizers.values():
+        observer = quantizer.observer
+        tensors = (observer.low, observer.high, observer.patterns, observer.counts)
+        found += [quantizer.mode, observer.batches]
+        found += [None if t is None else t.tolist() for t in tensors]
+    return found
+
+
+def broken(kind: type[BaseException]) -> Any:
+    """Two batches, then an exception while the third runs."""
+    yield from BATCHES[:2]
+    raise kind("stop")
+
+
+WRONG_IDS = {**BATCHES[1], "input_ids": BATCHES[1]["input_ids"] + 10_000}
+
+
+@pytest.mark.parametrize("observer", ["min-max", "sqnr"])
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["observed", "frozen"])
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        (lambda: broken(RuntimeError), RuntimeError),
+        (lambda: broken(KeyboardInterrupt), KeyboardInterrupt),
+        (lambda: [BATCHES[1], WRONG_IDS], CalibrationError),
+        (lambda: [BATCHES[1], {"ids": IDS}], CaptureError),
+        (lambda: [BATCHES[1], None], Exception),
+        (lambda: [], CalibrationError),
+    ],
+    ids=["error", "Ctrl-C", "ids", "names", "type", "none"],
+)
+def test_a_failed_observation_changes_nothing(
+    observer: str, is_frozen: bool, batches: Any, error: type[BaseException]
+) -> None:
+    made = simulation(Schemes(observer=observer))
+    made.observe(BATCHES[:1])
+    if is_frozen:
+        made.freeze()
+    before = states(made)
+    for call in (made.observe, made.calibrate):
+        with pytest.raises(error):
+            call(batches())
+        assert states(made) == before
+
+
+def test_an_exception_inside_the_graph_changes_nothing(whole: Simulation) -> None:
+    made = simulation()
+    middle = list(made.quantizers.values())[len(made.quantizers) // 2]
+
+    def stop(*_: Any) -> None:
+        raise MemoryError
+
+    hook = middle.register_forward_pre_hook(stop)
+    before = states(made)
+    with pytest.raises(MemoryError):
+        made.observe(BATCHES)
+    assert states(made) == before
+    hook.remove()
+    assert made.calibrate(BATCHES).batches == 4
+    assert encodings(made) == encodings(whole)
+
+
+def test_a_calibration_that_cannot_be_frozen_changes_nothing(whole: Simulation) -> None:
+    made = simulation()
+    name = "model.layers.0.mlp.mul"
+    hook = made.quantizers[name].register_forward_pre_hook(lambda _, x: (x[0] * torch.nan,))
+    before = states(made)
+    with pytest.raises(CalibrationError, match=f"{name}, .*the observed range is not finite"):
+        made.calibrate(BATCHES)
+    assert states(made) == before
+    hook.remove()
+    made.calibrate(BATCHES)
+    assert encodings(made) == encodings(whole)
+
+
+def test_an_estimator_that_needs_more_than_was_observed_can_observe_again(
+    whole: Simulation,
+) -> None:
+    made, direct = simulation(), simulation(Schemes(observer="sqnr"))
+    made.observe(BATCHES[:2])
+    for quantizer in made.quantizers.values():
+        quantizer.estimator = RangeEstimator("sqnr")
+    with pytest.raises(CalibrationError, match="Observe again"):
+        made.freeze()
+    made.calibrate(BATCHES)
+    direct.calibrate(BATCHES)
+    assert encodings(made) == encodings(direct) != encodings(whole)
 
 
 @pytest.mark.parametrize("observer", ESTIMATORS)
@@ -139,7 +231,7 @@ def test_constants_and_what_saw_nothing_are_named(whole: Simulation) -> None:
     made = simulation()
     made.observe(BATCHES)
     name = "model.layers.0.mlp.mul"
-    made.quantizers[name].observer = SampleObserver(False)  # as of an expert that no token chose
+    made.quantizers[name].observer = RangeObserver(False)  # as of an expert that no token chose
     with pytest.raises(CalibrationError, match=f"1 activations saw no data: {name}.* other bat"):
         made.freeze()
     report = made.freeze(allow_unseen=True)

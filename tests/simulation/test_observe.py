@@ -22,7 +22,7 @@ def test_quantizer_says_what_it_cannot_do() -> None:
         quantizer(torch.ones(2))
     quantizer.observer.update(torch.ones(2))
     quantizer.estimator = RangeEstimator("sqnr")
-    with pytest.raises(CalibrationError, match=r"it was observed without a sample.* sqnr"):
+    with pytest.raises(CalibrationError, match=r"it was observed without a histogram.* sqnr"):
         estimate_encodings([quantizer])
     for bad in (torch.nan, 3e38):
         quantizer = Quantizer("it", Scheme(8, symmetric=False))

@@ -16,8 +16,9 @@ from qwlora.errors import CalibrationError, CaptureError, FingerprintError
 from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings, validate
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import QuantizedTensor, measure
+from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerTensor, RangeEstimator
 from qwlora.nn import pack_at_
-from qwlora.simulation.placement_rules import PlacementRule
+from qwlora.simulation.placement_rules import POLICIES, PlacementRule, Policy
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import adapted_layer as adapted
@@ -79,6 +80,35 @@ def test_it_comes_back_with_the_same_bits(
         assert again.encodings[name].scheme == encoding.scheme
         assert again.encodings[name].equals(encoding)
     assert again.placement.values == simulation.placement.values
+
+
+GRANULARITIES = [
+    *(PerTensor(), PerChannel(0), PerChannel(1), PerChannel(-1)),
+    *(kind(4) for kind in Blocks.KINDS.values()),
+    Lpbq(4, 2),
+]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+def test_schemes_of_every_granularity_come_back(tmp_path: Path, granularity: Granularity) -> None:
+    grid = Scheme(6, granularity=granularity)
+    only_symmetric = isinstance(granularity, Blocks) and granularity.is_only_symmetric
+    schemes = Schemes(
+        adapter_weights=grid,
+        parameters=replace(grid, bitwidth=8, symmetric=only_symmetric),
+        rules=[PlacementRule("*embed_tokens*", bitwidth=5, of="weights"), *RULED.rules],
+        observer=RangeEstimator("percentile", 99.5),
+        policy=Policy("mine", POLICIES["npu"].rules),
+    )
+    simulation = calibrated(adapted(), schemes)
+    simulation.save(tmp_path)
+    again = load_simulation(tmp_path, adapted())
+    assert again.origin.schemes == schemes
+    assert repr(again.origin.schemes) == repr(schemes)
+    assert str(again.origin.schemes.adapter_weights) == str(grid)
+    assert_equal_logits(again, simulation)
+    for name, encoding in simulation.encodings.items():
+        assert again.encodings[name].equals(encoding)
 
 
 def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Path) -> None:
@@ -232,9 +262,11 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     record = (tmp_path / "simulation.json").read_text()
     for damaged in (
         "{}",
-        record.replace('"format": 3', '"format": 2'),
+        record.replace('"format": 4', '"format": 3'),
         record.replace('"schemes"', '"plans"'),
         record.replace('"bitwidth": 16', '"bitwidth": 17'),
+        record.replace('"block_size"', '"size"'),
+        record.replace('"block_size": null', '"block_size": 4, "kind": "hexagon"'),
     ):
         refused("simulation.json", damaged, unreadable)
     refused("example_inputs.safetensors", b"0", unreadable)

@@ -36,19 +36,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.attach import active_adapter
+from qwlora.adapter.attach import active_adapter, active_adapters
 from qwlora.adapter.chunked_loss import causal_model
-from qwlora.adapter.mergeable import is_mergeable
+from qwlora.adapter.mergeable import is_mergeable, merge_into_codes_
 from qwlora.errors import MergeError, foreign_as
-from qwlora.grid.encoding import QuantizedTensor, aligned, grouped
-from qwlora.nn import PackedLayer, tensor_out_in, weight_out_in
+from qwlora.grid.encoding import aligned, grouped
+from qwlora.nn import PackedLayer, weight_out_in
 from qwlora.nn.packed_layer import (
     PackedParameter,
     accelerate_hook,
     forget_ties_,
-    pack_at_,
     replacement_problem,
-    tie_weights_,
     with_tensor,
 )
 from qwlora.system.parameter_names import canonical_name
@@ -164,28 +162,21 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     a layer with an adapter are untied. See the module.
 
     Raises:
-        MergeError: the model has fused experts, unless the adapter is mergeable and `into` is
-            requantized; it ties a layer with an adapter in code; or the adapter is activated LoRA.
+        MergeError: the adapter is on fused experts, or `into` is float and the model has some; it
+            ties a layer with an adapter in code; the adapter is activated LoRA, or not finite.
     """
     _refuse_activated(adapted, active_adapter(adapted))
-    is_exact = is_mergeable(adapted, [active_adapter(adapted)])
-    packed = {} if is_exact else unpack_(adapted)
-    for layers in untie_(adapted):
-        tensors = [f"{layer}.weight" for layer in layers]
-        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
-            packed |= dict.fromkeys(tensors, owner)
+    names = active_adapters(adapted)
+    is_exact = is_mergeable(adapted, names)
+    if into == "float" and not is_exact:
+        unpack_(adapted)
+    untie_(adapted)
+    merge_into_codes_(adapted, names)  # nothing, if all is unpacked
     with foreign_as(MergeError, "PEFT cannot merge this adapter"):
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=not is_exact)
-    if is_exact and into == "float":
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if into == "float" and is_exact:
         unpack_(merged)
     restore_conv1d_(merged)
-    if into == "requantized" and not is_exact:
-        for tensor, quantized in packed.items():
-            weight = tensor_out_in(merged, tensor).detach()
-            encoding = copy.deepcopy(quantized.encoding)  # not shared by layers that were tied
-            codes = encoding.quantize(weight.float())
-            pack_at_(merged, tensor, QuantizedTensor(codes, encoding))
-        tie_weights_(merged)
     return merged.eval()
 
 
@@ -193,11 +184,11 @@ class UnpackedConv1D(nn.Linear):
     """A float layer that replaces a packed Conv1D, with the weight as [out, in]."""
 
 
-def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Replace every packed layer of `model` by its float class, in place, and return the packed
-    tensors by canonical name. Tied layers share one parameter. What replaced a Conv1D becomes an
-    `UnpackedConv1D`, because a PEFT layer may wrap it as a Linear; `restore_conv1d_` makes it a
-    Conv1D again. Fused experts and layers with a forward of their own are refused."""
+def unpack_(model: nn.Module) -> None:
+    """Replace every packed layer of `model` by its float class, in place. Tied layers share one
+    parameter. What replaced a Conv1D becomes an `UnpackedConv1D`, because a PEFT layer may wrap it
+    as a Linear; `restore_conv1d_` makes it a Conv1D again. Fused experts and layers with a forward
+    of their own are refused."""
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }
@@ -210,19 +201,16 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
         if problem := replacement_problem(layer):
             raise MergeError(f"{canonical_name(name)} {problem}")
     parameters: dict[int, nn.Parameter] = {}
-    packed = {}
     for name, layer in layers.items():
         key = layer.tensor.parts.packed.data_ptr()
         if key not in parameters:
-            packed[f"{canonical_name(name)}.weight"] = quantized = layer.quantized
-            values = quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape)
+            values = layer.tensor.dequantize(layer.compute_dtype).view(layer.weight_shape)
             parameters[key] = nn.Parameter(values, requires_grad=False)
         conv1d = UnpackedConv1D if layer.was_conv1d else None
         module = layer.to_layer(parameters[key], conv1d)
         if hook := accelerate_hook(layer):
             add_hook_to_module(module, hook)
         model.set_submodule(name, module)
-    return packed
 
 
 def restore_conv1d_(model: nn.Module) -> None:

@@ -29,19 +29,27 @@ place of its own sum, merging included, and the attributes of its layers.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 
-from qwlora.errors import MergeError, TrainingError
+from qwlora.errors import MergeError, TrainingError, listed
 from qwlora.nn.fingerprint import update_digest
-from qwlora.nn.packed_layer import PackedLayer, is_packed, replacement_problem, with_tensor
-from qwlora.system.parameter_names import canonical_name
+from qwlora.nn.packed_layer import (
+    PackedLayer,
+    accelerate_hook,
+    is_packed,
+    replacement_problem,
+    with_tensor,
+)
+from qwlora.system.parameter_names import FOLDER, adapter_of, canonical_name
 
 
 class MergedIntegers(LoraVariant):
@@ -166,8 +174,66 @@ def merged_forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _merged_layer(layer: Any, adapter: str) -> PackedLayer:
     """The base layer with the codes q'."""
-    base, remainder = layer.get_base_layer(), layer.lora_variant[adapter].remainder
+    base, variant = layer.get_base_layer(), layer.lora_variant.get(adapter)
+    remainder = variant.remainder if variant else None
     return with_tensor(base, base.tensor.plus(*_factors(layer, adapter), remainder))
+
+
+@torch.no_grad()
+def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
+    """Replace each layer of PEFT with one of these adapters on a packed layer by a packed layer
+    with the merged codes, in place.
+
+    Raises:
+        MergeError: before anything is changed: an adapter has values that are not finite, is on
+            fused experts, or on a layer with a forward of its own, or two of them are mergeable.
+    """
+    merging: dict[str, tuple[Any, list[str]]] = {}
+    for path, layer in model.named_modules():
+        names = [name for name in adapters if isinstance(layer, LoraLayer) and name in layer.r]
+        if not names:
+            continue
+        base, place = layer.get_base_layer(), canonical_name(path)
+        if FOLDER in base._modules:
+            raise MergeError(
+                f"{place}: an adapter on fused experts cannot be merged. Keep the adapter separate"
+            )
+        if not is_packed(base):
+            continue
+        if problem := replacement_problem(base):
+            raise MergeError(f"{place} {problem}")
+        if len(names) > 1 and is_mergeable(layer, names):
+            raise MergeError(f"{place}: {listed(names)} are mergeable. Activate one of them")
+        for name, factor in layer.named_parameters():
+            if adapter_of(name) in names and not bool(torch.isfinite(factor).all()):
+                raise MergeError(f"{place}.{name} has values that are not finite. Train it again")
+        merging[path] = layer, names
+    for path, (layer, names) in merging.items():
+        base, name = layer.get_base_layer(), names[0]
+        is_plain = isinstance(layer.lora_variant.get(name), MergedIntegers | None)
+        has_more = layer.lora_bias.get(name) or getattr(base, "groups", 1) > 1
+        if len(names) == 1 and is_plain and not has_more:
+            merged = _merged_layer(layer, name)
+        else:
+            merged = _merged_by_peft(layer, names)
+        if hook := accelerate_hook(base):
+            add_hook_to_module(merged, hook)
+        model.set_submodule(path, merged)
+
+
+def _merged_by_peft(layer: Any, adapters: list[str]) -> PackedLayer:
+    """The base layer with the codes nearest to what PEFT merges in float64: DoRA, biases, groups,
+    several adapters."""
+    base = layer.get_base_layer()
+    weight = base.tensor.dequantize().double()
+    parameter = nn.Parameter(weight.view(base.weight_shape), requires_grad=False)
+    wide = copy.deepcopy(base.to_layer(parameter, nn.Linear if base.was_conv1d else None))
+    wide_layer = copy.deepcopy(layer, {id(base): wide}).double()
+    wide_layer.merge(safe_merge=True, adapter_names=adapters)
+    merged = with_tensor(base, base.tensor.plus(wide.weight.view(weight.shape) - weight))
+    if wide._parameters.get("bias") is not None:
+        merged.bias = nn.Parameter(wide.bias.detach().to(base.bias.dtype), requires_grad=False)
+    return merged
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:

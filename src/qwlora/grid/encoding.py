@@ -140,7 +140,7 @@ class Encoding:
         nan is refused."""
         x_grouped, scale, low_end = self._grouped(x)
         if self.scheme.float_offset:
-            codes = torch.div(x_grouped - low_end, scale).round_()
+            codes = torch.div(_wide(x_grouped) - low_end, scale).round_()
         else:
             codes = torch.div(_wide(x_grouped), scale).round_().sub_(low_end)
         codes.clamp_(0, self.scheme.steps)
@@ -213,6 +213,19 @@ class Encoding:
         offset = torch.where(self.scale < 0, turned, self.offset)
         scheme = Scheme(self.scheme.bitwidth, False, PerBlock(granularity.size))
         return Encoding(scheme, self.scale.abs(), offset)
+
+    def has_same_grid(self, other: Encoding) -> bool:
+        """Whether both have the same values, also if an encodings file has lost which kind of
+        blocks they were, or which end codes were counted from."""
+
+        def plain(encoding: Encoding) -> Encoding:
+            encoding = encoding.with_positive_scales()
+            scheme, granularity = encoding.scheme, encoding.scheme.granularity
+            if isinstance(granularity, Blocks):
+                scheme = replace(scheme, granularity=PerBlock(granularity.size))
+            return replace(encoding, scheme=scheme)
+
+        return plain(self).equals(plain(other))
 
     def check_fit(self, x: Tensor) -> None:
         """Refuse a tensor (of values, or of codes) that needs another number of scales."""

@@ -53,12 +53,12 @@ def packed_row_bytes(count: int, bitwidth: int) -> int:
 
 
 def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*rows bytes"]:
-    """Pack the last axis."""
+    """Pack the last axis into a new tensor."""
     group = _group(bitwidth)
     if codes.numel() and int(codes.max()) >= 2**bitwidth:
         raise GridError(f"code {int(codes.max())} does not fit in {bitwidth} bits")
     if bitwidth == 8:
-        return codes.contiguous()
+        return codes.to(torch.uint8, copy=True, memory_format=torch.contiguous_format)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % group))
     planes, place = [], 0
     for width in planes_of(bitwidth):
@@ -74,14 +74,14 @@ def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*
 def unpack(
     packed: UInt8[Tensor, "*rows bytes"], bitwidth: int, count: int
 ) -> UInt8[Tensor, "*rows count"]:
-    """Undo `pack` for rows of `count` codes.
+    """Undo `pack` for rows of `count` codes; returns a new tensor.
 
     Each plane is widened, one byte to the word of its codes, and a few operations on whole words
     move each code to a separate byte.
     """
     _group(bitwidth)
     if bitwidth == 8:
-        return packed
+        return packed.clone()
     codes, begin, place = None, 0, 0
     for width in planes_of(bitwidth):
         end = begin + packed.shape[-1] * width // bitwidth

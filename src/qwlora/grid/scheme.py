@@ -268,20 +268,26 @@ class Scheme:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
-        """Undo `to_json`."""
-        granularity: Granularity
-        if record["block_size"] is not None:
-            kind = record.get("kind", "lpbq" if "scale_bitwidth" in record else "block")
-            if kind not in Blocks.KINDS:
-                raise GridError(f"blocks of kind {kind!r} are not known here")
-            blocks = Blocks.KINDS[kind]
-            more = {f.name: record[f.name] for f in fields(blocks) if f.name in record}
-            granularity = blocks(record["block_size"], **more)
-        else:
-            granularity = PerTensor() if record["axis"] is None else PerChannel(record["axis"])
-        return cls(
-            record["bitwidth"], record["symmetric"], granularity, record.get("float_offset", False)
-        )
+        """Undo `to_json`.
+
+        Raises:
+            GridError: entries are missing, of another type, or contradict each other.
+        """
+        try:
+            bitwidth, symmetric, size = (record[k] for k in ("bitwidth", "symmetric", "block_size"))
+            granularity: Granularity
+            if size is not None:
+                kind = record.get("kind", "lpbq" if "scale_bitwidth" in record else "block")
+                if kind not in Blocks.KINDS:
+                    raise GridError(f"blocks of kind {kind!r} are not known here")
+                blocks = Blocks.KINDS[kind]
+                more = {f.name: record[f.name] for f in fields(blocks) if f.name in record}
+                granularity = blocks(size, **more)
+            else:
+                granularity = PerTensor() if record["axis"] is None else PerChannel(record["axis"])
+        except (KeyError, TypeError) as error:
+            raise GridError(f"{record} is not a scheme as Scheme.to_json gives it") from error
+        return cls(bitwidth, symmetric, granularity, record.get("float_offset", False))
 
     def __str__(self) -> str:
         kind = (
@@ -356,8 +362,8 @@ class RangeEstimator:
             raise CalibrationError(f"percentile {self.percentile} is not in (50, 100]")
 
     @property
-    def needs_sample(self) -> bool:
-        """Whether the estimator reads a sample of the values, not only their extremes."""
+    def needs_histogram(self) -> bool:
+        """Whether the estimator reads a histogram of the values, not only their extremes."""
         return self.name != "min-max"
 
     @property

@@ -75,7 +75,7 @@ dequantize = _operator(
 gather = _operator(
     "gather",
     "Tensor index, ",
-    lambda weight, index: weight.dequantize(index=index),
+    lambda weight, index: weight.embedding(index),
     lambda codes, index: (*index.shape, *codes[1:]),
     keeps_dtype=False,
 )

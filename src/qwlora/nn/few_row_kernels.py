@@ -70,10 +70,13 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
 
 
 def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
-    """What `layer` computes; None for more than ROWS rows, or if gradients may be needed."""
-    if x.numel() > ROWS * x.shape[-1] or torch.is_grad_enabled():
+    """What `layer` computes; None for no rows or more than ROWS, if gradients may be needed, and
+    for what torch refuses."""
+    dtype = layer.compute_dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
+    fits = isinstance(x, Tensor) and x.dtype == dtype and x.shape[-1:] == (layer.in_features,)
+    if not (fits and 0 < x.numel() <= ROWS * x.shape[-1]) or torch.is_grad_enabled():
         return None
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     y = product(rows).to(x.dtype).view(*x.shape[:-1], -1)
     return y if layer.bias is None else y + layer.bias
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
@@ -90,16 +90,19 @@ def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
     return kept[1] if kept is not None and kept[0] == now else now
 
 
-def adapter_fingerprint(model: nn.Module) -> str | None:
-    """SHA-256 over the active adapters of `model`: each weight by name, without the adapter's name,
-    and the scaling of each branch. None without an adapter."""
-    if not hasattr(model, "peft_config") or any(
-        getattr(module, "disable_adapters", False) is True for module in model.modules()
-    ):
+def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = None) -> str | None:
+    """SHA-256 over these adapters of `model` (default: the active ones): each weight by name,
+    without the adapter's name, and the scaling of each branch. None without an adapter."""
+    if not hasattr(model, "peft_config"):
         return None
-    # transformers 5.24 has a method of this name that refuses every released PEFT: layers are asked
-    stated = (getattr(module, "active_adapters", None) for module in model.modules())
-    active = {name for names in stated if isinstance(names, list) for name in names}
+    if adapters is None:
+        if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+            return None
+        # transformers 5.24 has a method of this name that refuses every released PEFT: layers are
+        # asked
+        stated = (getattr(module, "active_adapters", None) for module in model.modules())
+        adapters = {name for names in stated if isinstance(names, list) for name in names}
+    active = set(adapters)
     digests = {
         canonical_name(path): tensor_digest(canonical_name(path), "", p)
         for path, p in model.named_parameters()

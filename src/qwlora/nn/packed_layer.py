@@ -261,7 +261,8 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if torch.compiler.is_exporting():
-            return nn.functional.linear(x, dequantize(*self.operands).to(x.dtype), self.bias)
+            weight = dequantize(*self.operands).to(self.compute_dtype)
+            return nn.functional.linear(x, weight, self.bias)
         if traced():
             y = linear(x, *self.operands)
             return y if self.bias is None else y + self.bias
@@ -298,7 +299,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
             )
         if traced():
             return gather(index, *self.operands).to(self.compute_dtype)
-        return self.tensor.dequantize(self.compute_dtype, index)
+        return self.tensor.embedding(index, self.compute_dtype)
 
 
 class _PackedConv(PackedLayer):
@@ -344,18 +345,19 @@ def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
     return kind.__new__(kind)
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones included, by its canonical path."""
+def packed_layers(model: nn.Module, every_path: bool = False) -> dict[str, PackedLayer]:
+    """Every packed layer of `model`, tied ones included, by its canonical path: the first of a
+    module that has several, or `every_path`."""
     return {
         canonical_name(path): module
-        for path, module in unwrapped(model).named_modules()
+        for path, module in unwrapped(model).named_modules(remove_duplicate=not every_path)
         if is_packed(module)
     }
 
 
-def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
+def packed_weights(model: nn.Module, every_path: bool = False) -> dict[str, PackedLayer]:
     """`packed_layers` by the canonical names of their float tensors."""
-    return {parameter_name(path): layer for path, layer in packed_layers(model).items()}
+    return {parameter_name(path): layer for path, layer in packed_layers(model, every_path).items()}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 from qwlora.grid.encoding import Encoding, QuantizedTensor, aligned, grouped
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
@@ -58,8 +59,8 @@ class PackedTensor:
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:
-        """Pack `quantized`, without loss. Refuses bitwidths above 8, codes that do not fit, and
-        LPBQ scales that are not integers times their row's scale."""
+        """Pack a copy of `quantized`, without loss. Refuses bitwidths above 8, codes that do not
+        fit, and LPBQ scales that are not integers times their row's scale."""
         codes, encoding = quantized.codes, quantized.encoding
         scheme, scale = encoding.scheme, encoding.scale
         block_scale = zero_point = minimum = None
@@ -67,13 +68,13 @@ class PackedTensor:
             scale, integers = scheme.granularity.split(scale)
             block_scale = pack((integers - 1).byte(), scheme.granularity.scale_bitwidth)
         if scheme.float_offset:
-            minimum = narrowest(encoding.minimum)
+            minimum = narrowest(encoding.minimum.clone())
         elif not scheme.symmetric:
             zero_point = (-encoding.offset).byte()
             if isinstance(scheme.granularity, Blocks):
                 zero_point = pack(zero_point, scheme.bitwidth)
         packed = pack(codes, scheme.bitwidth)
-        parts = Parts(packed, narrowest(scale), block_scale, zero_point, minimum)
+        parts = Parts(packed, narrowest(scale.clone()), block_scale, zero_point, minimum)
         return cls(scheme, codes.shape[-1], parts)
 
     @classmethod
@@ -116,8 +117,9 @@ class PackedTensor:
 
     @property
     def scale(self) -> Tensor:
-        """float32, of the granularity's shape."""
-        scale, block_scale = self.parts.scale.float(), self.parts.block_scale
+        """float32, of the granularity's shape; a copy."""
+        scale = self.parts.scale.to(torch.float32, copy=True)
+        block_scale = self.parts.block_scale
         if block_scale is None:
             return scale
         granularity = self.scheme.granularity
@@ -139,14 +141,14 @@ class PackedTensor:
         """-offset as uint8, of the granularity's shape; asymmetric integer grids only."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
         if zero_point is None or not isinstance(granularity, Blocks):
-            return zero_point
+            return None if zero_point is None else zero_point.clone()
         return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
 
     @property
     def encoding(self) -> Encoding:
         """The grid, in float32."""
         minimum = self.parts.minimum
-        low_end = self.offset if minimum is None else minimum.float()
+        low_end = self.offset if minimum is None else minimum.to(torch.float32, copy=True)
         return Encoding(self.scheme, self.scale, low_end)
 
     @property
@@ -164,11 +166,14 @@ class PackedTensor:
                 unpacked.
         """
         packed = self.parts.packed if index is None else self.parts.packed[index]
-        if isinstance(packed, FakeTensor):  # without values: a run that only counts bytes
-            return packed.new_empty((*packed.shape[:-1], self.count), dtype=dtype)
-        if packed.ndim == 1:
-            return self._rows(packed.unsqueeze(0), index, dtype).squeeze(0)
-        return self._rows(packed, index, dtype)
+        return self._values(packed, index, dtype)
+
+    def embedding(
+        self, index: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
+    ) -> Tensor:
+        """`F.embedding` of the values: `dequantize` of these rows, for a matrix. What torch refuses
+        is refused, as negative or boolean numbers."""
+        return self._values(F.embedding(index, self.parts.packed, padding_idx), index, dtype)
 
     def remainder(self, weight: Tensor) -> Tensor:
         """What rounding left of `weight` [rows, count], of a matrix: packed codes c of 4 bits for
@@ -180,9 +185,11 @@ class PackedTensor:
         codes = steps.mul_(16).round_().add_(8).clamp_(0, 15).to(torch.uint8)
         return pack(codes.view(self.shape), 4)
 
-    def plus(self, left: Tensor, right: Tensor, remainder: Tensor | None = None) -> PackedTensor:
+    def plus(
+        self, left: Tensor, right: Tensor | None = None, remainder: Tensor | None = None
+    ) -> PackedTensor:
         """The nearest tensor of the same grid to this one plus `left @ right`, [rows, rank] and
-        [rank, count]; of a matrix.
+        [rank, count], or plus `left` [rows, count]; of a matrix.
 
             codes = clamp(codes + round_half_even(r + left @ right / scale), 0, 2^bitwidth - 1)
 
@@ -192,10 +199,10 @@ class PackedTensor:
         """
         packed, shape = torch.empty_like(self.parts.packed), self.shape
         scale = self._broadcast(self.scale.double(), None, shape)
-        left, right = left.double(), right.double()
+        left, right = left.double(), None if right is None else right.double()
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(packed), step)):
-            codes = left[rows] @ right
+            codes = left[rows].clone() if right is None else left[rows] @ right
             grouped(codes, self.scheme.granularity).div_(_of(scale, rows))
             if remainder is not None:
                 sixteenths = unpack(remainder[rows].to(codes.device), 4, self.count)
@@ -205,9 +212,14 @@ class PackedTensor:
             packed[rows] = pack(codes.to(torch.uint8), self.scheme.bitwidth)
         return replace(self, parts=self.parts._replace(packed=packed))
 
-    def _rows(
+    def _values(
         self, packed: Tensor, index: Tensor | slice | int | None, dtype: torch.dtype
     ) -> Tensor:
+        """The values of `packed`, which are those at `index`."""
+        if isinstance(packed, FakeTensor):  # without values: a run that only counts bytes
+            return packed.new_empty((*packed.shape[:-1], self.count), dtype=dtype)
+        if packed.ndim == 1:
+            return self._values(packed.unsqueeze(0), index, dtype).squeeze(0)
         scheme, shape = self.scheme, (*packed.shape[:-1], self.count)
         chosen = self
         if index is not None and isinstance(scheme.granularity, Blocks):  # each row has its own
@@ -230,7 +242,9 @@ class PackedTensor:
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
-            codes = unpack(flat[rows], scheme.bitwidth, self.count)
+            codes = flat[rows]
+            if scheme.bitwidth < 8:  # unpack would copy 8 bits, which takes 16 % longer
+                codes = unpack(codes, scheme.bitwidth, self.count)
             wide = values[rows]
             if dtype != torch.float32:
                 wide = torch.empty(codes.shape, device=codes.device)
@@ -288,8 +302,11 @@ def narrowest(
     return numbers.to(torch.float32)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product of a packed weight with `x`: autocast's, or that of `x`."""
+def compute_dtype(x: Any, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a product of a packed weight with `x`: autocast's, or `dtype`, by default that
+    of `x`."""
+    if not isinstance(x, Tensor) and dtype is not None:
+        return dtype  # for torch to refuse
     kind = x.device.type
     is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
+    return torch.get_autocast_dtype(kind) if is_cast else dtype or x.dtype

@@ -61,6 +61,16 @@ class PackedWeight:
     index: Tensor | int | None = None
     transposed: bool = False
 
+    def unpacked_for(self, x: Tensor) -> Tensor:
+        """The float values for a product with `x`, in the dtype that a float weight would have:
+        torch refuses an `x` of another."""
+        return self.unpacked(compute_dtype(x, self.owner.compute_dtype))
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the codes have fewer axes, as those of a convolution."""
+        return len(self.owner.tensor.shape) != len(self.shape) + (self.index is not None)
+
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The float values."""
         values = self.owner.tensor.dequantize(dtype, self.index)
@@ -85,8 +95,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
-        ctx.weight, ctx.dtype = weight, compute_dtype(x)
-        return F.linear(x, weight.unpacked(ctx.dtype), bias)
+        ctx.weight = weight
+        return F.linear(x, weight.unpacked_for(x), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -119,8 +129,8 @@ class GroupedMatmulFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offs: Tensor, weight: PackedWeight) -> Tensor:
-        ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), compute_dtype(x)
-        return _by_group(x.to(ctx.dtype), ctx.ends, weight)
+        ctx.weight, ctx.ends = weight, offs.tolist()
+        return _by_group(x.to(compute_dtype(x)), ctx.ends, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -131,7 +141,7 @@ def _gradients(
     gradient: Tensor, weight: PackedWeight, of_x: bool, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_x = gradient @ weight.unpacked(gradient.dtype) if of_x else None
-    return grad_x, gradient.flatten(0, -2).sum(0) if of_bias else None
+    return grad_x, gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
 
 
 def _by_group(x: Tensor, ends: list[int], weight: PackedWeight) -> Tensor:
@@ -257,22 +267,29 @@ def _matrix(weight: Any, *others: Any) -> PackedWeight | None:
     return weight.packed_weight if isinstance(weight, WeightView) and weight.ndim == 2 else None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    packed = _matrix(weight, x, bias)
-    return NotImplemented if packed is None else LinearFunction.apply(x, bias, packed)
+# Handlers name their parameters as torch does, for calls by name.
 
 
-def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
-    packed = _matrix(weight, x)
-    if packed is None or kwargs or x.ndim < 2:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    packed = _matrix(weight, input, bias)
+    return NotImplemented if packed is None else LinearFunction.apply(input, bias, packed)
+
+
+def _matmul(input: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
+    packed = _matrix(other, input)
+    if packed is None or kwargs or input.ndim < 2:
         return NotImplemented
-    return LinearFunction.apply(x, None, packed.transpose())
+    return LinearFunction.apply(input, None, packed.transpose())
+
+
+def _mm(input: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
+    return _matmul(input, mat2, **kwargs) if input.ndim == 2 else NotImplemented
 
 
 def _embedding(
-    index: Tensor,
+    input: Tensor,
     weight: Tensor,
-    padding_idx: Any = None,
+    padding_idx: int | None = None,
     max_norm: float | None = None,
     *_: Any,
     **__: Any,
@@ -280,7 +297,7 @@ def _embedding(
     packed = _matrix(weight)
     if packed is None or packed.transposed or packed.index is not None or max_norm is not None:
         return NotImplemented
-    return packed.owner.tensor.dequantize(weight.dtype, index)
+    return packed.owner.tensor.embedding(input, weight.dtype, padding_idx)
 
 
 def _grouped(
@@ -297,24 +314,26 @@ def _grouped(
         return NotImplemented
     if bias is not None or out_dtype is not None:
         return NotImplemented
+    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # for torch to refuse
+        return NotImplemented
     return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def convolve(
-        x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if not isinstance(weight, WeightView) or isinstance(x, WeightView):
+        if not isinstance(weight, WeightView) or isinstance(input, WeightView):
             return NotImplemented
 
         def run(x: Tensor, bias: Tensor | None) -> Tensor:
-            values = weight.packed_weight.unpacked(compute_dtype(x))
+            values = weight.packed_weight.unpacked_for(x)
             return function(x, values, bias, *args, **kwargs)
 
         if not torch.is_grad_enabled():
-            return run(x, bias)
+            return run(input, bias)
         # backward computes the product again, so that autograd does not keep the values
-        result: Tensor = checkpoint(run, x, bias, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = checkpoint(run, input, bias, use_reentrant=False, preserve_rng_state=False)
         return result
 
     return convolve
@@ -322,33 +341,36 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _select(view: Tensor, index: Any) -> Tensor:
     """An expert by its number, or several experts by a tensor of numbers."""
-    if not isinstance(view, WeightView) or view.ndim != 3 or view.packed_weight.index is not None:
+    if not isinstance(view, WeightView) or view.ndim != 3 or view.packed_weight.is_folded:
         return NotImplemented
     is_tensor = isinstance(index, Tensor) and not isinstance(index, WeightView)
     if is_tensor and index.ndim and index.dtype in (torch.int32, torch.int64):
         values = view.packed_weight.owner.tensor.dequantize(view.dtype, index)
         return values.mT if view.packed_weight.transposed else values
     is_number = isinstance(index, int) and not isinstance(index, bool)
-    if is_tensor and not index.ndim:
-        is_number = not index.is_floating_point() and index.dtype != torch.bool
+    if is_number and not -len(view) <= index < len(view):
+        return NotImplemented
+    if is_tensor and not index.ndim:  # uint8 and bool are masks
+        is_number = not index.is_floating_point() and index.dtype not in (torch.uint8, torch.bool)
     return WeightView(view.packed_weight.expert(index)) if is_number else NotImplemented
 
 
-def _transpose(view: Tensor, first: int = -2, second: int = -1) -> Tensor:
-    if not isinstance(view, WeightView) or view.ndim not in (2, 3):
+def _transpose(input: Tensor, dim0: int = -2, dim1: int = -1) -> Tensor:
+    if not isinstance(input, WeightView) or input.packed_weight.is_folded:
         return NotImplemented
-    if {first % view.ndim, second % view.ndim} != {view.ndim - 2, view.ndim - 1}:
+    if {dim0, dim1} not in ({-2, -1}, {input.ndim - 2, input.ndim - 1}):
         return NotImplemented
-    return WeightView(view.packed_weight.transpose())
+    return WeightView(input.packed_weight.transpose())
 
 
-def _transpose_matrix(view: Tensor) -> Tensor:
-    return _transpose(view) if view.ndim == 2 else NotImplemented
+def _transpose_matrix(input: Tensor) -> Tensor:
+    return _transpose(input) if input.ndim == 2 else NotImplemented
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm), _mm),
     F.embedding: _embedding,
     # F.grouped_mm calls it, and only this one goes through __torch_function__
     torch._grouped_mm: _grouped,

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -107,9 +107,24 @@ class AdapterSimulations(dict[str, Simulation]):
         *,
         shared: Mapping[str, Encoding] | None = None,
     ) -> None:
-        """`observe`, then `freeze`."""
-        self.observe(batches, track)
-        self.freeze(shared=shared)
+        """`observe`, then `freeze`. If either raises, encodings and observations stay as they
+        were; masks that `freeze` found are float."""
+        with self._restored_on_error():
+            self.observe(batches, track)
+            self.freeze(shared=shared)
+
+    def check_unchanged(self) -> None:
+        """See `Simulation.check_unchanged`."""
+        base = fingerprint(next(iter(self.values())).origin.model)  # hashed once for all
+        for simulation in self.values():
+            simulation.check_unchanged(base)
+
+    @contextlib.contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for simulation in self.values():
+                stack.enter_context(simulation.restored_on_error())
+            yield
 
     def observe(
         self,
@@ -117,23 +132,27 @@ class AdapterSimulations(dict[str, Simulation]):
         track: Track = untracked,
         tokens: int | None = None,
     ) -> None:
-        """Run calibration data through every adapter.
+        """Run calibration data through every adapter. If it raises, all simulations stay as they
+        were.
 
         Args:
             batches: for all adapters, or by adapter.
             tokens: see `Simulation.observe`.
 
         Raises:
-            CalibrationError: an adapter got no batch.
+            CalibrationError: an adapter got no batch; or see `Simulation.check_unchanged`.
         """
-        for name, simulation in self.items():
-            own = batches.get(name, ()) if isinstance(batches, Mapping) else batches
-            simulation.observe(own, track, tokens)
+        self.check_unchanged()
+        with self._restored_on_error():
+            for name, simulation in self.items():
+                own = batches.get(name, ()) if isinstance(batches, Mapping) else batches
+                simulation.observe_unchecked(own, track, tokens)
 
     def freeze(
         self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
-        """Set all encodings: each adapter's own, then the shared ones.
+        """Set all encodings: each adapter's own, then the shared ones. If it raises, encodings of
+        activations stay as they were; masks that it found are float.
 
         Args:
             allow_unseen: see `Simulation.freeze`.
@@ -144,13 +163,14 @@ class AdapterSimulations(dict[str, Simulation]):
             CalibrationError: an activation saw no data, shared values differ in shape between
                 adapters, or one has no encoding in `shared`.
         """
-        for simulation in self.values():
-            simulation.freeze(allow_unseen)
-        if shared is None:
-            shared = shared_encodings(self.values(), self.base_activations)
-        self.shared = dict(shared)
-        for simulation in self.values():
-            apply_shared_encodings(simulation, self.shared, self.base_activations)
+        with self._restored_on_error():
+            for simulation in self.values():
+                simulation.freeze(allow_unseen)
+            if shared is None:
+                shared = shared_encodings(self.values(), self.base_activations)
+            for simulation in self.values():
+                apply_shared_encodings(simulation, shared, self.base_activations)
+            self.shared = dict(shared)
 
     def __repr__(self) -> str:
         return f"AdapterSimulations of {', '.join(self)}: {next(iter(self.values()), 'none')!r}"
@@ -213,14 +233,15 @@ def simulate_adapters(
             captures += 1
         return Simulation(captured, origin, frozen, activation_encodings)
 
-    with restored_adapters(model), in_float32(model), contextlib.ExitStack() as padding:
+    base = fingerprint(model)
+    with restored_adapters(model), contextlib.ExitStack() as changes:
         origins = {}
         ranks = common_ranks(model, names) if base_activations == "none" else {}
         for name in names:
             activate_(model, [name])
-            source = SimulationSource.of(model, example_inputs, schemes)
-            origins[name] = replace(source, ranks=ranks)
-        padding.enter_context(padded_adapters(model, names, ranks))
+            origins[name] = SimulationSource.of(model, example_inputs, schemes, ranks, base)
+        changes.enter_context(in_float32(model))
+        changes.enter_context(padded_adapters(model, names, ranks))
         for name, origin in origins.items():
             activate_(model, [name])
             weights = _weights(model, name)
@@ -229,8 +250,7 @@ def simulate_adapters(
             simulations[name] = simulated(origin, graphs)
             first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
-            # the model's own adapter is disabled, not removed, and would be in the fingerprint
-            origin = SimulationSource(model, dict(example_inputs), schemes, None, ranks)
+            origin = SimulationSource.of(model, example_inputs, schemes, ranks, base)
             zeros = ((s, weights, _zeros(weights)) for s, weights in first.values())
             simulations[BASE] = simulated(origin, zeros)
     if asked is None or asked.unused_rules == "refuse":

@@ -17,7 +17,7 @@ from qwlora.errors import CalibrationError, listed
 from qwlora.graph.nodes import OVERWRITABLE, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
-from qwlora.grid.activation_ranges import SampleObserver, estimate_ranges, observed_ranges
+from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges, observed_ranges
 from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.scheme import PerChannel, PerTensor, RangeEstimator, Scheme, as_estimator
 from qwlora.simulation.placement_rules import Schemes
@@ -55,7 +55,7 @@ class Quantizer(nn.Module):
         self.name, self.estimator = name, estimator or RangeEstimator()
         self.minimum, self.maximum, self.in_place = minimum, maximum, in_place
         self.mode = Mode.SIMULATE
-        self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
+        self.observer = self._new_observer()
         self.device = torch.device("cpu")
         self.fixed = False  # its encoding is of an earlier calibration, and stays
         self._encoding: Encoding | None = None
@@ -92,6 +92,17 @@ class Quantizer(nn.Module):
     def is_pinned(self) -> bool:
         """Whether both ends of the range are fixed, so that it needs no data."""
         return self.minimum is not None and self.maximum is not None
+
+    def _new_observer(self) -> RangeObserver:
+        return RangeObserver(self.estimator.needs_histogram and not self.is_pinned)
+
+    def observe(self) -> RangeObserver:
+        """Observe what passes from now on in a new `observer`. Returns a copy of the one before to
+        merge it into; an empty one if that lacks a histogram that the estimator needs by now."""
+        before, self.observer = self.observer, self._new_observer()
+        self.mode = Mode.OBSERVE
+        is_enough = before.has_histogram or not self.observer.has_histogram
+        return before.to(self.device) if is_enough else self._new_observer()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.OBSERVE:
@@ -181,11 +192,11 @@ def _estimated(
 ) -> tuple[Tensor, Tensor]:
     """Low and high ends of what these quantizers observed."""
     observers = [q.observer for q in quantizers]
-    without = [q.name for q in quantizers if not q.observer.sampled]
-    if estimator.needs_sample and without:
+    without = [q.name for q in quantizers if not q.observer.has_histogram]
+    if estimator.needs_histogram and without:
         raise CalibrationError(
-            f"{without[0]} was observed without a sample, which observer {estimator.name} needs. "
-            "Observe again."
+            f"{without[0]} was observed without a histogram, which observer {estimator.name} "
+            "needs. Observe again"
         )
     low, high = observed_ranges(observers)
     if bad := (~torch.isfinite(high - low)).nonzero().flatten().tolist():

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
@@ -27,6 +27,9 @@ from qwlora.grid.scheme import BITWIDTHS, PerChannel, RangeEstimator, Scheme, as
 
 # What to do about a user's rule without effect in a graph; it may be for another graph of the job.
 UnusedRules = Literal["refuse", "allow"]
+
+# pydantic cannot tell one class of granularity from another
+_Scheme = Annotated[Scheme, PlainValidator(Scheme.from_json), PlainSerializer(Scheme.to_json)]
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,9 @@ class Schemes:
             None: like other activations.
     """
 
-    activations: Scheme = Scheme(16, symmetric=False)
-    adapter_weights: Scheme = Scheme(8, granularity=PerChannel(0))
-    parameters: Scheme = Scheme(16, granularity=PerChannel(0))
+    activations: _Scheme = Scheme(16, symmetric=False)
+    adapter_weights: _Scheme = Scheme(8, granularity=PerChannel(0))
+    parameters: _Scheme = Scheme(16, granularity=PerChannel(0))
     quantize_residual_adds: bool = False
     policy: str | Policy = "npu"
     rules: Sequence[PlacementRule] = ()

@@ -54,32 +54,47 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from. The fingerprint is of the active adapter at that time,
-    before it was padded to `ranks` (`adapter/padded_adapters.py`); None if there was none, or for a
-    zero adapter."""
+    """What a simulation was made from.
+
+    Args:
+        base_fingerprint, adapter_fingerprint: of the base and of the active adapter at that time,
+            before it was padded to `ranks` (`adapter/padded_adapters.py`). The second is None if
+            there was no adapter, and for a zero adapter.
+        adapters: names of the adapters that were active.
+    """
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
     schemes: Schemes
+    base_fingerprint: str
     adapter_fingerprint: str | None
+    adapters: tuple[str, ...]
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes
+        cls,
+        model: nn.Module,
+        example_inputs: Mapping[str, Any],
+        schemes: Schemes,
+        ranks: Mapping[str, int] | None = None,
+        base_fingerprint: str | None = None,
     ) -> SimulationSource:
         if is_mergeable(model, active := active_adapters(model)):
             raise CaptureError(
                 f"adapter {', '.join(active)} was trained as merged integers, and a simulation has "
                 "a branch for it. Merge it first: qwlora.merged_model(model)"
             )
-        return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+        base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model)
+        adapters = () if adapter is None else tuple(active)
+        inputs = dict(example_inputs)
+        return cls(model, inputs, schemes, base, adapter, adapters, ranks or {})
 
 
 class Record(BaseModel):
     """`simulation.json`."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     base_fingerprint: str
     adapter_fingerprint: str | None
     ranks: dict[str, int]
@@ -106,7 +121,7 @@ def write_simulation(
         for name, argument in arguments.template.items()
     }
     record = Record(
-        base_fingerprint=fingerprint(origin.model),
+        base_fingerprint=origin.base_fingerprint,
         adapter_fingerprint=origin.adapter_fingerprint,
         ranks=dict(origin.ranks),
         inputs=inputs,

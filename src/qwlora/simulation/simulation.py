@@ -38,9 +38,9 @@ from qwlora.graph.capture import Captured, capture
 from qwlora.graph.nodes import MASKS, base_name
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
-from qwlora.grid.activation_ranges import PartialObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import as_estimator
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, unwrapped
 from qwlora.simulation.fake_quantizer import (
@@ -62,8 +62,8 @@ from qwlora.simulation.saved_simulation import (
     write_simulation,
 )
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
-from qwlora.system.device import device_of, moved
-from qwlora.system.processes import gathered, is_mine, joint, sharing_count
+from qwlora.system.device import CPU, device_of, moved
+from qwlora.system.processes import gathered, is_mine
 from qwlora.system.progress import Track, untracked
 
 # Dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them; see
@@ -199,66 +199,96 @@ class Simulation(nn.Module):
         tokens: int | None = None,
         allow_unseen: bool = False,
     ) -> CalibrationReport:
-        """`observe`, then `freeze`."""
-        self.observe(batches, track, tokens)
-        return self.freeze(allow_unseen)
+        """`observe`, then `freeze`. If either raises, the simulation stays as it was."""
+        with self.restored_on_error():
+            self.observe(batches, track, tokens)
+            return self.freeze(allow_unseen)
 
-    @torch.no_grad()
+    def check_unchanged(self, base_fingerprint: str | None = None) -> None:
+        """Refuse to calibrate or export if the base or the adapter has changed since `simulate`:
+        weights would keep their old grids, and files hold neither the old nor the new adapter.
+
+        Args:
+            base_fingerprint: of the base as it is now. Default: hashed, 0.6 s for 1 GB.
+
+        Raises:
+            CalibrationError: a fingerprint differs. An adapter that the model no longer has counts
+                as unchanged: the simulation has its own tensors of it.
+        """
+        model, adapters = self.origin.model, self.origin.adapters
+        base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model, adapters)
+        for what, now, before in (
+            ("base", base, self.origin.base_fingerprint),
+            (f"adapter {', '.join(adapters)}", adapter, self.origin.adapter_fingerprint),
+        ):
+            if now is not None and now != before:
+                raise CalibrationError(
+                    f"the {what} of {type(model).__name__} has changed since it was simulated (its "
+                    f"fingerprint was {before}, and is {now}). Simulate it again (qwlora.simulate)"
+                )
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """If the block raises, restore encodings, observations and modes of activations."""
+        before = [(q, q.observer, q.scheme, q.encoding, q.mode) for q in self.quantizers.values()]
+        counts = self._batches, self._tokens
+        try:
+            yield
+        except BaseException:  # Ctrl-C too
+            self._batches, self._tokens = counts
+            for quantizer, observer, scheme, encoding, mode in before:
+                quantizer.observer, quantizer.mode = observer, mode
+                quantizer.scheme = scheme  # which removes the encoding
+                quantizer.encoding = encoding
+            raise
+
     def observe(
         self, batches: Batches, track: Track = untracked, tokens: int | None = None
     ) -> None:
-        """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones.
+        """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones. If it
+        raises, the simulation stays as it was.
 
         Args:
             batches: see `Batches`.
             tokens: stop after the batch that reaches this number of tokens.
 
         Raises:
-            CalibrationError: there was no batch.
+            CalibrationError: there was no batch; or see `check_unchanged`.
         """
+        self.check_unchanged()
+        with self.restored_on_error():
+            self.observe_unchecked(batches, track, tokens)
+
+    @torch.no_grad()
+    def observe_unchecked(self, batches: Batches, track: Track, tokens: int | None) -> None:
+        """`observe` without `check_unchanged`; leaves quantizers observing where it raises."""
         for quantizer in self.quantizers.values():
-            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
-        batches_before, tokens_before = self._batches, self._tokens
+            quantizer.mode = Mode.SIMULATE  # of those that are fixed
         observed = [q for q in self.quantizers.values() if not q.fixed]
-        before, partial = [q.observer for q in observed], list[PartialObserver]()
-        if sharing_count() > 1:
-            batches, partial = list(batches), [PartialObserver(observer) for observer in before]
-            for quantizer, observer in zip(observed, partial, strict=True):
-                quantizer.observer = observer
-        try:
-            total = len(batches) if isinstance(batches, Collection) else None
-            for number, batch in enumerate(track(batches, "calibrating", total)):
-                arguments = as_arguments(batch, self.inputs)
-                check_token_ids(arguments, self.origin.model, CalibrationError)
-                if is_mine(number):
-                    self.graph_module(*self._bound(arguments))
-                else:
-                    for observer in partial:
-                        observer.pass_over()
-                self._batches += 1
-                self._tokens += tokens_of(arguments)
-                if tokens is not None and self._tokens - tokens_before >= tokens:
-                    break
-        finally:
-            for quantizer in self.quantizers.values():
-                quantizer.mode = Mode.SIMULATE
-        if self._batches == batches_before:
+        earlier = [quantizer.observe() for quantizer in observed]
+        batch_count = token_count = 0
+        total = len(batches) if isinstance(batches, Collection) else None
+        for number, batch in enumerate(track(batches, "calibrating", total)):
+            arguments = as_arguments(batch, self.inputs)
+            check_token_ids(arguments, self.origin.model, CalibrationError)
+            if is_mine(number):
+                self.graph_module(*self._bound(arguments))
+            batch_count += 1
+            token_count += tokens_of(arguments)
+            if tokens is not None and token_count >= tokens:
+                break
+        if not batch_count:
             raise CalibrationError("calibration needs at least one batch, but got none")
-        if partial:
-            parts = zip(*gathered([observer.part for observer in partial]), strict=True)
-            whole = [o.complete(of_all) for o, of_all in zip(partial, parts, strict=True)]
-            for quantizer, known, earlier in zip(observed, whole, before, strict=True):
-                quantizer.observer = earlier if known is None or None in whole else known
-            if None in whole:  # batches of different shapes: each process runs all
-                self._batches, self._tokens = batches_before, tokens_before
-                with joint(False):
-                    self.observe(batches, track, tokens)
-        for quantizer in self.quantizers.values():
-            if not quantizer.fixed:
-                quantizer.encoding = None
+        parts = zip(*gathered([q.observer.to(CPU) for q in observed]), strict=True)
+        for quantizer, before, of_all in zip(observed, earlier, parts, strict=True):
+            for part in of_all:
+                before.merge(part)
+            quantizer.observer, quantizer.encoding, quantizer.mode = before, None, Mode.SIMULATE
+        self._batches += batch_count
+        self._tokens += token_count
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
-        """Set missing encodings from all observed data.
+        """Set missing encodings from all observed data. If it raises, none is set.
 
         Masks are left float: values beyond 1e30, or infinite results of operators that apply masks,
         unless a rule fixed that end of the range.
@@ -272,7 +302,6 @@ class Simulation(nn.Module):
         """
         operators = {value.name: base_name(value.operator) for value in self.marks}
         masks = [n for n, q in self.quantizers.items() if q.is_mask(operators[n] in MASKS)]
-        self._drop(masks, _MASK)
         unseen = [
             name
             for name, q in self.quantizers.items()
@@ -284,8 +313,12 @@ class Simulation(nn.Module):
                 "add a rule with keep: float, or set allow_unseen=True (recipe: simulation.unseen: "
                 "float)"
             )
+        left_float = {*masks, *unseen}
+        quantized = [q for name, q in self.quantizers.items() if name not in left_float]
+        with self.restored_on_error():
+            estimate_encodings([q for q in quantized if q.encoding is None])
+        self._drop(masks, _MASK)
         self._drop(unseen, _UNSEEN)
-        estimate_encodings([q for q in self.quantizers.values() if q.encoding is None])
         constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)
         left = self._left_float(_UNSEEN), self._left_float(_MASK)
         return CalibrationReport(self._tokens, self._batches, constants, *left)
@@ -373,7 +406,7 @@ class Simulation(nn.Module):
         not adapter weights are ignored."""
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
-            if name in encodings:
+            if name in encodings and not self.weights[name].encoding.has_same_grid(encodings[name]):
                 encoding = encodings[name].to(weight.device)
                 self.weights[name] = FrozenWeight(weight, encoding)
                 self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
@@ -391,7 +424,7 @@ class Simulation(nn.Module):
         """
         _refuse_unknown(encodings, self.marks)
         for name, encoding in self._weight_encodings.items():
-            if name not in encodings or not encoding.equals(encodings[name]):
+            if name not in encodings or not encoding.has_same_grid(encodings[name]):
                 raise CalibrationError(
                     f"the encoding of {name} does not match the weight's values. Calibrate again"
                 )
@@ -514,7 +547,8 @@ class Simulation(nn.Module):
         return SimulatedModel(self, transformers_model(self.origin.model))
 
     def save(self, folder: str | Path) -> None:
-        """Write the simulation to `folder`; see `saved_simulation.py`."""
+        """Write the simulation to `folder`; see `saved_simulation.py` and `check_unchanged`."""
+        self.check_unchanged()
         encodings = {n: e for n, e in self.encodings.items() if n not in self.base_encodings}
         write_simulation(Path(folder), self.origin, self.explain(), encodings, self.dropped)
 
@@ -566,7 +600,7 @@ def simulate(
             QwloraWarning,
             stacklevel=2,
         )
-    source = replace(SimulationSource.of(model, example_inputs, schemes), ranks=ranks or {})
+    source = SimulationSource.of(model, example_inputs, schemes, ranks)
     with padded_adapters(model, active_adapters(model), source.ranks):
         captured = capture(model, example_inputs)
     simulation = Simulation(captured, source, activation_encodings=activation_encodings)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_folder import check_loadable
+from qwlora.adapter.attach import adapter_names
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
@@ -55,8 +56,6 @@ from qwlora.targets.target import (
     Target,
     size_problems,
 )
-
-T = TypeVar("T")
 
 
 def export(
@@ -100,46 +99,27 @@ def export(
             cannot hold it, `graphs`, `context` or `opset` are out of range, or an adapter's name
             is that of another file.
         SourceError, FingerprintError: `load_adapter` refuses an adapter.
+        CalibrationError: the base or an adapter has changed since it was simulated.
         MissingExtraError: a package that writes the files is missing.
 
     Warns:
         UnverifiedWarning: an adapter does not record its base.
     """
-    if target not in TARGETS:
-        raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
-    if problems := list(size_problems(graphs, context)):
-        raise ExportError(f"graphs, context: {'; '.join(problems)}")
-    known, folder = TARGETS[target], Path(folder)
-    if opset is not None and opset not in known.opsets:
-        has = listed(known.opsets, 9)
-        raise ExportError(f"target {target} has no opset {opset} (it has: {has}). Leave it out")
-    if layout not in (None, *known.graph_layouts):
-        has = listed(known.graph_layouts)
-        raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")
+    known = _checked_target(target, graphs, context, opset, layout)
+    sources = {name: Path(path) for name, path in (adapters or {}).items()}
+    _check_made(known, target, made, sources)
     known.require_packages(to_write=True)
+    backend, folder = known.backend, Path(folder)
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} has a base already. Delete it, or use another folder")
-    backend, sources = known.backend, {name: Path(path) for name, path in (adapters or {}).items()}
-    if known.is_simulated and sources:
-        raise ExportError(
-            f"target {target} takes simulations, which hold their adapters; leave out adapters="
-        )
-    if not (known.has_base or known.has_cases):
-        made = _checked(made, Simulation, target, "one simulation")
-    elif known.is_simulated:
-        made = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
-        _check_names(known, made.keys() - {BASE})
-    else:
-        made = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
-        _check_names(known, sources)
     with on_cpu(*_modules(made)):
         if isinstance(made, PreTrainedModel):
             check_loadable(made, sources.values(), "accept")
-            base_model: nn.Module = made
+            identity = fingerprint(made)
         else:
-            one = made if isinstance(made, Simulation) else made[BASE]
-            base_model = one.origin.model
-        identity = fingerprint(base_model)
+            made.check_unchanged()
+            first = made if isinstance(made, Simulation) else made[BASE]
+            identity = first.origin.base_fingerprint
 
         def exported(simulation: Simulation) -> ExportedGraph:
             has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
@@ -159,45 +139,76 @@ def export(
             record = {"target": target, "base_fingerprint": identity, **facts}
             write_record(part, {key: value for key, value in record.items() if value is not None})
 
-        with replacing_files(folder) as folder:
+        with replacing_files(folder, last=RECORD) as scratch:
             if isinstance(made, Simulation):
-                backend.write_adapter(exported(made), folder / BASE, folder)
-                finish(folder)
+                backend.write_adapter(exported(made), scratch / BASE, scratch)
+                finish(scratch)
                 return
             base: Any
-            if isinstance(made, AdapterSimulations):
-                changes: dict[str, Any] = {name: exported(made[name]) for name in made}
-                base = replace(changes.pop(BASE), updatable=made.base_activations)
-                if known.has_cases:
-                    cases = {**changes, NONE: base}
-                    backend.write_cases(base, cases, folder)
-                    finish(folder, use_cases=list(cases))
-                    return
-                class_name = None
-            else:
+            if isinstance(made, PreTrainedModel):
                 base = ExportedBase(made, tokenizer, None if gguf_file is None else Path(gguf_file))
-                holds = known.holds_invocation
-                changes = {name: read_canonical(path, holds) for name, path in sources.items()}
-                class_name = type(made).__name__
-            (folder / BASE).mkdir()
-            reason = backend.write_base(base, folder / BASE)
-            facts: dict[str, Any] = {MODEL_CLASS: class_name, WITHOUT_CACHE: reason}
-            finish(folder / BASE, **facts)
-            of = record_digest(folder / BASE) if known.is_simulated else None
+                holds, model_class = known.holds_invocation, type(made).__name__
+                changes: Any = {name: read_canonical(path, holds) for name, path in sources.items()}
+            else:
+                model_class, changes = None, {name: exported(made[name]) for name in made}
+                base = replace(changes.pop(BASE), updatable=made.base_activations)
+            if known.has_cases:
+                cases = {**changes, NONE: base}
+                backend.write_cases(base, cases, scratch)
+                finish(scratch, use_cases=list(cases))
+                return
+            (scratch / BASE).mkdir()
+            reason = backend.write_base(base, scratch / BASE)
+            finish(scratch / BASE, False, **{MODEL_CLASS: model_class, WITHOUT_CACHE: reason})
+            of = record_digest(scratch / BASE) if known.is_simulated else None
             for name, change in changes.items():
-                (folder / name).mkdir()
-                backend.write_adapter(change, folder / BASE, folder / name)
-                finish(folder / name, is_adapter=True, base=of)
+                (scratch / name).mkdir()
+                backend.write_adapter(change, scratch / BASE, scratch / name)
+                finish(scratch / name, True, base=of)
 
 
-def _check_names(target: Target, names: Collection[str]) -> None:
-    """Refuse adapters whose folder could not be created, or would be that of something else."""
-    taken = {name for name in names if name.lower() in target.taken_names}
+def _checked_target(
+    target: str, graphs: Sequence[int], context: Sequence[int], opset: int | None, layout: Any
+) -> Target:
+    """The target called `target`, if it has such graphs."""
+    if target not in TARGETS:
+        raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
+    if problems := list(size_problems(graphs, context)):
+        raise ExportError(f"graphs, context: {'; '.join(problems)}")
+    known = TARGETS[target]
+    if opset is not None and opset not in known.opsets:
+        has = listed(known.opsets, 9)
+        raise ExportError(f"target {target} has no opset {opset} (it has: {has}). Leave it out")
+    if layout not in (None, *known.graph_layouts):
+        has = listed(known.graph_layouts)
+        raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")
+    return known
+
+
+def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]) -> None:
+    """Check that a target takes `made` with these adapters."""
+    kind: type = PreTrainedModel
+    wanted, names = "the frozen base, without an adapter", set(adapters)
+    if not (known.has_base or known.has_cases):
+        kind, wanted, names = Simulation, "one simulation", set()
+    elif known.is_simulated:
+        kind, wanted = AdapterSimulations, "what simulate_adapters returns"
+        names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set()
+    if not isinstance(made, kind):
+        raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
+    if attached := adapter_names(made):
+        raise ExportError(
+            f"the base has adapters: {listed(attached)}. Unload them (model.unload()), save them "
+            "with qwlora.save_adapter, and pass their folders as adapters="
+        )
+    if adapters and known.is_simulated:
+        raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
+    taken = {name for name in names if name.lower() in known.taken_names}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
         raise ExportError(
             f"adapters cannot be called {listed(map(repr, wrong))}: a name is letters, digits, - "
-            f"and _, and {listed(sorted(target.taken_names), 9) or 'none'} are other folders of "
-            "the export. Use other names"
+            f"and _, and the export has other files called {listed(sorted(known.taken_names), 9)}. "
+            "Use other names"
         )
 
 
@@ -206,12 +217,6 @@ def _modules(made: Any) -> list[nn.Module]:
     if isinstance(made, AdapterSimulations):
         return list(made.values())
     return [made] if isinstance(made, nn.Module) else []
-
-
-def _checked(made: Any, kind: type[T], target: str, wanted: str) -> T:
-    if not isinstance(made, kind):
-        raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
-    return made
 
 
 def verify(

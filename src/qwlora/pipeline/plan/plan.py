@@ -267,8 +267,8 @@ class _Plan:
         section = self.recipe.simulation
         counts = [[self.texts.key(text), text.calibration_sequences] for text in texts]
         observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
-        sampled = any(RangeEstimator(observer).needs_sample for observer in observers)
-        revision = [REVISIONS["activation_samples"]] if sampled else []
+        counted = any(RangeEstimator(observer).needs_histogram for observer in observers)
+        revision = [REVISIONS["activation_ranges"]] if counted else []
         return [section.model_dump(), counts, *revision]
 
     def quantize(self) -> None:

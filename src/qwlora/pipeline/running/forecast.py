@@ -30,7 +30,7 @@ from qwlora.analysis.generate_text import SAMPLED_AT_ONCE
 from qwlora.errors import size
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.model_source import fetch, user_path
-from qwlora.grid.activation_ranges import VALUES
+from qwlora.grid.activation_ranges import HISTOGRAM_BYTES
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer, place_empty_, tie_weights_
@@ -431,8 +431,8 @@ class Forecaster:
     def _calibrate(self, stage: Stage) -> tuple[_Memory, float]:
         memory, tokens = self._simulation(), self._text(stage).sequence_tokens
         memory["activations"] = self._forward(tokens) + self._logits(tokens)
-        samples = FLOAT * VALUES * _QUANTIZERS * sum(map(len, self.blocks))
-        memory["samples of activations"] = float(samples)
+        histograms = HISTOGRAM_BYTES * _QUANTIZERS * sum(map(len, self.blocks))
+        memory["histograms of activations"] = float(histograms)
         return memory, 2 * FLOAT * self.trained[self._adapter(stage).name]
 
     def _export(self, stage: Stage) -> tuple[_Memory, float]:

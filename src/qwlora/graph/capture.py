@@ -44,13 +44,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.numbers import int_oo
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
-from qwlora.graph.capture_check import BATCH, Axes, Tensors, check_graph
+from qwlora.graph.capture_check import BATCH, Axes, Tensors, check_graph, limited_axes
 from qwlora.graph.nodes import (
     buffer_names,
     calls,
@@ -143,7 +144,26 @@ class Captured:
                     f"input {name} has shape {list(tensor.shape)}; the graph takes [{expected}]. "
                     "For another size, capture again"
                 )
+        self._check_ranges(tensors)
         return tensors
+
+    def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse sizes that the model does not take, such as more tokens than it has positions."""
+        graph = self.program.graph
+        values = {n.name: n.meta["val"] for n in graph.nodes if n.op == "placeholder"}
+        placeholders = self.program.graph_signature.user_inputs
+        for name, placeholder, tensor in zip(self.inputs, placeholders, tensors, strict=True):
+            for axis, (size, given) in enumerate(zip(values[placeholder].shape, tensor.shape)):
+                if isinstance(size, int) or size.node.expr not in self.program.range_constraints:
+                    continue
+                allowed = self.program.range_constraints[size.node.expr]
+                least = int(allowed.lower) if allowed.lower > 2 else 1  # 2 is torch.export's least
+                if not least <= given <= allowed.upper:
+                    most = "more" if allowed.upper == int_oo else allowed.upper
+                    raise CaptureError(
+                        f"input {name} has shape {list(tensor.shape)}; the graph takes {least} to "
+                        f"{most} along axis {axis}. For another size, capture again"
+                    )
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
         positions: Any = given.get(POSITIONS)
@@ -276,6 +296,7 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
         except (CaptureError, RuntimeError):  # another order of a sum, or no view without copies
             cleaned = _clean(program, flat, keep_layout=True)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
+        fixed |= limited_axes(program, cleaned, flat, tensors, axes, names)
     if EMBEDS in arguments.names:
         _refuse_lost_adapters(cleaned, type(_unwrapped(model)).__name__)
     sizes = axes.shapes(cleaned, names, fixed)

@@ -111,7 +111,7 @@ def test_verify_leaves_the_callers_model_as_it_is(tmp_path: Path) -> None:
     before = state()
     assert passed(qwlora.verify(folder, model, IDS))
     assert state() == before
-    with pytest.raises(SourceError, match="range from 509 to 754.*260 entries"):
+    with pytest.raises(SourceError, match=r"range from 509 to 754.*260 entries"):
         qwlora.verify(folder, model, IDS + 500)
     (folder / "first/adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(qwlora.QwloraError, match="first"):

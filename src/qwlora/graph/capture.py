@@ -150,13 +150,16 @@ class Captured:
     def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
         """Refuse sizes that the model does not take, such as more tokens than it has positions."""
         graph = self.program.graph
-        values = {n.name: n.meta["val"] for n in graph.nodes if n.op == "placeholder"}
-        placeholders = self.program.graph_signature.user_inputs
-        for name, placeholder, tensor in zip(self.inputs, placeholders, tensors, strict=True):
-            for axis, (size, given) in enumerate(zip(values[placeholder].shape, tensor.shape)):
-                if isinstance(size, int) or size.node.expr not in self.program.range_constraints:
+        values = {
+            self.input_names.get(n.name): n.meta["val"] for n in graph.find_nodes(op="placeholder")
+        }
+        ranges = {
+            str(symbol): allowed for symbol, allowed in self.program.range_constraints.items()
+        }
+        for name, tensor in zip(self.inputs, tensors, strict=True):
+            for axis, given in enumerate(tensor.shape):
+                if (allowed := ranges.get(str(values[name].shape[axis]))) is None:
                     continue
-                allowed = self.program.range_constraints[size.node.expr]
                 least = int(allowed.lower) if allowed.lower > 2 else 1  # 2 is torch.export's least
                 if not least <= given <= allowed.upper:
                     most = "more" if allowed.upper == int_oo else allowed.upper

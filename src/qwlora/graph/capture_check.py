@@ -241,7 +241,7 @@ def limited_axes(
     limited = set[AxisIndex]()
     for places, trials in axes.broken(exported, tensors):
         for inputs in trials:
-            try:  # models raise anything for a size they do not support, and graphs, which is as good
+            try:  # models raise anything for a size they do not support; a graph may, too
                 if inputs and not _difference(module(*inputs), graph(*inputs), outputs):
                     continue
             except Exception:

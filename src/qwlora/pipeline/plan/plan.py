@@ -418,6 +418,7 @@ class _Plan:
     def verify(self, target: str, name: str, inputs: list[Any], adapter: str | None) -> None:
         kind = self.targets[target]
         inputs = [self.recipe.verify.model_dump(), *inputs]
+        inputs += [self.recipe.export.proof, self.recipe.seed] if kind.has_proof else []
         artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
         needs = kind.stages(target, name)
         self.add(f"verify/{target}/{name}", inputs, *needs, adapter=adapter, artifact=artifact)

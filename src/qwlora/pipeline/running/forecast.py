@@ -449,6 +449,8 @@ class Forecaster:
             return self._base | {"files": stored}, stored
         memory = self._simulation()
         memory["encodings as text"] = float(_SCALE_BYTES * self.scales)
+        if target.has_golden and self.recipe.export.proof != "held_out":
+            memory |= self._float  # generates the golden inputs
         disk = 24 * self.scales
         if target.needs_zero_adapter and stage.adapter is not None:
             return memory, disk + 2 * FLOAT * self.trained[self._adapter(stage).name]

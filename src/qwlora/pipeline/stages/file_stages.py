@@ -17,7 +17,7 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import ADAPTER
-from qwlora.pipeline.stages.job_context import JobContext
+from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
@@ -111,10 +111,13 @@ def _graph(
 ) -> ExportedGraph:
     recipe = context.recipe
     sizes = recipe.export.graphs_of(target)
+    sample = context.sample(adapter or recipe.adapters[0].name)
+    if TARGETS[target].has_golden and recipe.export.proof != "held_out":
+        sample = one_row(context.generated_ids[0])
     return ExportedGraph(
         simulation,
         metadata={"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
-        sample=context.sample(adapter or recipe.adapters[0].name),
+        sample=sample,
         encodings_version=recipe.export.encodings_version,
         graphs=() if sizes is None else cache_sizes(sizes.tokens, sizes.context),
         opset=recipe.export.opset,

@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy.numbers import int_oo
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -149,23 +148,16 @@ class Captured:
 
     def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
         """Refuse sizes that the model does not take, such as more tokens than it has positions."""
-        graph = self.program.graph
-        values = {
-            self.input_names.get(n.name): n.meta["val"] for n in graph.find_nodes(op="placeholder")
-        }
-        ranges = {
-            str(symbol): allowed for symbol, allowed in self.program.range_constraints.items()
-        }
-        for name, tensor in zip(self.inputs, tensors, strict=True):
-            for axis, given in enumerate(tensor.shape):
-                if (allowed := ranges.get(str(values[name].shape[axis]))) is None:
-                    continue
-                least = int(allowed.lower) if allowed.lower > 2 else 1  # 2 is torch.export's least
-                if not least <= given <= allowed.upper:
-                    most = "more" if allowed.upper == int_oo else allowed.upper
+        ranges = {str(symbol): known for symbol, known in self.program.range_constraints.items()}
+        inputs = {n.name: n for n in self.program.graph.find_nodes(op="placeholder")}
+        for tensor, (placeholder, name) in zip(tensors, self.input_names.items(), strict=True):
+            for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
+                known, size = ranges.get(symbol), tensor.shape[axis]
+                # torch.export states 2 where it assumes nothing
+                if known and not (known.lower <= max(size, 2) and size <= known.upper):
                     raise CaptureError(
-                        f"input {name} has shape {list(tensor.shape)}; the graph takes {least} to "
-                        f"{most} along axis {axis}. For another size, capture again"
+                        f"input {name} has shape {list(tensor.shape)}; the model takes "
+                        f"{known.lower} to {known.upper} along axis {axis}"
                     )
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:

@@ -121,55 +121,26 @@ class Axes:
                 smaller_inputs.append(tuple(cut))
             yield places, smaller_inputs
 
-    def broken(
-        self, program: ExportedProgram, tensors: Tensors
-    ) -> Iterator[tuple[list[AxisIndex], list[Tensors | None]]]:
-        """Axes of one name, and the inputs with sizes that break a note of torch.export about them;
-        None instead of inputs beyond a limit that are too large to try."""
-        most = {str(s): allowed.upper for s, allowed in program.range_constraints.items()}
-        by_label: dict[str, list[AxisIndex]] = {}
-        for place, symbol in self.symbols.items():
-            by_label.setdefault(self.labels[symbol], []).append(place)
-        for label, places in by_label.items():
+    def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
+        """The nearest sizes of axes, on both sides, for which each note of torch.export about them
+        does not hold."""
 
-            def written(match: re.Match[str], places: list[AxisIndex] = places) -> str:
-                index, axis = map(int, match.groups())
-                return "n" if (index, axis) in places else str(self.sizes[index][axis])
+        def written(match: re.Match[str]) -> str:
+            index, axis = map(int, match.groups())
+            return "n" if (index, axis) in places else str(self.sizes[index][axis])
 
-            size, tried = self.sizes[places[0][0]][places[0][1]], set[int]()
-            for note in {_SIZE.sub(written, note) for note in program._guards_code}:
-                if not re.search(r"\bn\b", note):
-                    continue
-                run = eval(f"lambda n: {note}", {**SYMPY_INTERP})  # as torch.export does
-
-                def holds(n: int, run: Any = run) -> bool:
-                    with suppress(ZeroDivisionError):
-                        return bool(run(n))
-                    return False
-
-                named = {int(n) + more for n in re.findall(r"\b\d+", note) for more in (0, 1, 2)}
-                wrong = [n for n in sorted({*range(1, _SIZES), *named} - {0}) if not holds(n)]
-                above = [n for n in wrong if n > size]
-                tried.update([n for n in wrong if n < size][-2:], above[:2])
-            trials = [self._resized(tensors, places, n) for n in sorted(tried)]
-            # A limit of the batch was one of strides in every model that was tried.
-            is_limited = label != BATCH and any(
-                most.get(self.symbols[place], int_oo) != int_oo for place in places
-            )
-            yield places, [inputs for inputs in trials if inputs or is_limited]
-
-    @staticmethod
-    def _resized(tensors: Tensors, places: list[AxisIndex], size: int) -> Tensors | None:
-        """The inputs with `size` along some axes; None if that is too much to compute."""
-        inputs = list(tensors)
-        for index, axis in places:
-            before = tensors[index]
-            growth = size / before.shape[axis]
-            if growth > _GROWTH and growth * before.numel() * size > _WORK:
-                return None
-            rows = torch.arange(size, device=before.device) % before.shape[axis]
-            inputs[index] = before.index_select(axis, rows)
-        return tuple(inputs)
+        size, found = self.sizes[places[0][0]][places[0][1]], set[int]()
+        for note in {_SIZE.sub(written, note) for note in notes}:
+            if not re.search(r"\bn\b", note):
+                continue
+            holds = eval(f"lambda n: {note}", {**SYMPY_INTERP})  # as torch.export does
+            named = {int(n) + more for n in re.findall(r"\b\d+", note) for more in (0, 1, 2)}
+            wrong = list[int]()
+            for n in sorted({*range(1, _SIZES), *named} - {0}):
+                with suppress(ZeroDivisionError):
+                    wrong += [] if holds(n) else [n]
+            found.update([n for n in wrong if n < size][-2:], [n for n in wrong if n > size][:2])
+        return sorted(found)
 
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
@@ -238,16 +209,30 @@ def limited_axes(
         exported: what torch.export made, with its notes; `program` is the cleaned one.
     """
     graph = rebuilt(program, range_constraints={}).module(check_guards=False)
-    limited = set[AxisIndex]()
-    for places, trials in axes.broken(exported, tensors):
-        for inputs in trials:
-            try:  # models raise anything for a size they do not support; a graph may, too
-                if inputs and not _difference(module(*inputs), graph(*inputs), outputs):
-                    continue
-            except Exception:
-                continue
-            limited.update(places)
-            break
+    most = {str(symbol): known.upper for symbol, known in exported.range_constraints.items()}
+    limited, by_label = set[AxisIndex](), dict[str, list[AxisIndex]]()
+    for place, symbol in axes.symbols.items():
+        by_label.setdefault(axes.labels[symbol], []).append(place)
+    for label, places in by_label.items():
+        for size in axes.breaking(exported._guards_code, places):
+            inputs, work = [*tensors], 0.0
+            for index, axis in places:
+                before = tensors[index]
+                growth = size / before.shape[axis]
+                work += growth * before.numel() * size if growth > _GROWTH else 0
+                if work <= _WORK:
+                    rows = torch.arange(size, device=before.device) % before.shape[axis]
+                    inputs[index] = before.index_select(axis, rows)
+            if work > _WORK:
+                # A limit of the batch was one of strides in every model that was tried.
+                is_same = label == BATCH or size <= most.get(axes.symbols[places[0]], int_oo)
+            else:
+                is_same = True
+                with suppress(Exception):  # models, and graphs, raise anything for some sizes
+                    is_same = not _difference(module(*inputs), graph(*inputs), outputs)
+            if not is_same:
+                limited.update(places)
+                break
     return limited
 
 

@@ -206,18 +206,16 @@ class GgufCheckpoint(MappedCheckpoint):
             known = self.file.tensors.get(stored)
             return stored, matrix if known is None else matrix.view(known.shape)
         origin, whole = self._origins_of(name)[0], values.double().reshape(-1)
-        source, shift = origin.sources[0], torch.zeros_like(whole)
-        with foreign_as(ExportError, f"{self._what(origin)} cannot be replaced"):
-            shift = origin.convert({source: shift}).reshape(-1)
-            order = origin.convert({source: torch.arange(len(whole)).double()}).reshape(-1) - shift
+        source = origin.sources[0]
+        remedy = "export this base to another target"
+        with foreign_as(ExportError, f"{self._what(origin)} cannot be replaced", remedy):
+            shift = origin.convert({source: torch.zeros_like(whole)})
+            order = origin.convert({source: torch.arange(len(whole)).double()}) - shift
             vector = torch.empty_like(whole)
             vector[order.long()] = whole - shift
-            again = origin.convert({source: vector}).reshape(-1)
-        if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
-            raise ExportError(
-                f"{self._what(origin)} cannot be replaced: the file stores other numbers than the "
-                "model has. Export this base to another target"
-            )
+            again = origin.convert({source: vector})
+            if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
+                raise ValueError("it stores other numbers than the model has")
         return source, vector
 
     def _kinds(self, origin: Origin) -> dict[str, str]:

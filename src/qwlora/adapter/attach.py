@@ -302,15 +302,15 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def restored_adapters(model: nn.Module) -> Iterator[None]:
     """Restore active and disabled adapters and trainable parameters on exit."""
-    active, name_of_peft = active_adapters(model), getattr(model, "active_adapter", None)
+    active, first = active_adapters(model), isinstance(model, PeftModel) and model.active_adapter
     disabled = [layer for layer in _layers(model) if layer.disable_adapters]
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         yield
     finally:
         activate_(model, active)
-        if isinstance(model, PeftModel):  # the first that `activate_` names may be another
-            model.active_adapter = name_of_peft
+        if first:  # of a PeftModel, and maybe not the first of `active`
+            model.active_adapter = first
         for layer in disabled:
             layer.enable_adapters(False)
         for name, p in model.named_parameters():

@@ -99,7 +99,12 @@ def _write_gguf(bundle: Path) -> None:
     ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(5))
     of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / "first")}
     known = {"target": "gguf", "adapter": "first", "of": of, "model": "tiny", "license": None}
-    known |= {"grids": {}, "base_fingerprint": "0" * 64, "limits": {"perplexity_difference": 0.01}}
+    known |= {
+        "grids": {},
+        "base_fingerprint": "0" * 64,
+        "text": "generated",
+        "limits": {"perplexity_difference": 0.01},
+    }
     proof = bundle / "proof" / "first"
     proof.mkdir(parents=True)
     write_proof(proof, make_reference(logits_of(adapted), Sequences(ids, ids.clone())), known)

@@ -1,6 +1,7 @@
 """Capture of any arguments and results, and the proof that it can fail."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -179,10 +180,46 @@ def test_another_computation_of_odd_sizes_is_refused() -> None:
         capture(Odd().eval(), {"x": torch.randn(2, 12, 4)})
 
 
+class Sized(nn.Module):
+    """Branches on sizes; `positions` is the largest number of tokens."""
+
+    def __init__(self, is_other: Callable[[Tensor, Tensor], bool], positions: int = 100) -> None:
+        super().__init__()
+        self.linear, self.is_other = nn.Linear(4, 4), is_other
+        self.register_buffer("positions", torch.randn(positions, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.linear(x) + self.positions[: x.shape[1]]
+        return (2 * z if self.is_other(x, y) else z).sum(1) + y.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("is_other", "shapes"),
+    [
+        (lambda x, y: x.shape[1] > 20, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
+        (lambda x, y: x.shape[1] < 6, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
+        (lambda x, y: x.shape[1] == 13, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
+        (lambda x, y: x.shape[1] // 4 == 3, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
+        (lambda x, y: x.shape[0] > 6, {"x": (3, "x.1", 4), "y": (3, "y.1", 4)}),
+        (lambda x, y: x.shape[1] < y.shape[1], {"x": ("batch", 8, 4), "y": ("batch", 5, 4)}),
+        (lambda x, y: x.numel() > 3000, {"x": (3, "x.1", 4), "y": (3, "y.1", 4)}),
+    ],
+)
+def test_an_axis_is_fixed_where_the_graph_holds_for_some_sizes_only(
+    is_other: Callable[[Tensor, Tensor], bool], shapes: dict[str, Any]
+) -> None:
+    """The largest of 100 positions is none of these: the model itself takes no more."""
+    example = {"x": torch.randn(3, 8, 4), "y": torch.randn(3, 5, 4)}
+    captured = capture(Sized(is_other).eval(), example)
+    assert {name: captured.interface.shapes[name] for name in example} == shapes
+    for tokens in (101, 7 if shapes["x"][1] == 8 else 102):
+        with pytest.raises(CaptureError, match=rf"input x has shape \[3, {tokens}, 4\]"):
+            captured.bind({**example, "x": torch.randn(3, tokens, 4)})
+
+
 def test_axes_are_open_where_the_model_allows_it() -> None:
     branch = capture(Branch().eval(), {"x": torch.randn(2, 12, 4)})
-    # proved on the path that was captured, with 11
-    assert branch.interface.shapes["x"] == ("batch", "x.1", "x.2")
+    assert branch.interface.shapes["x"] == ("batch", 12, "x.2")
     positions = capture(Positions().eval(), {"x": torch.randn(2, 8, 4), "y": torch.randn(2, 9, 4)})
     assert positions.interface.shapes == {
         "x": ("batch", 8, 4),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from cli.command_line import answered, qwlora, refused
 from conftest import Job, byte_tokenizer, flip_bit, reseal, write_recipe
@@ -223,6 +224,36 @@ def test_the_reference_is_what_the_trained_model_says(job: Path) -> None:
     expected = logits.log_softmax(-1)[0].topk(64)
     torch.testing.assert_close(reference["adapter.log_probs"][0], expected.values)
     assert torch.equal(reference["adapter.top"][0].long(), expected.indices)
+
+
+def test_held_out_text_leaves_the_job_only_if_asked_for(
+    job: Path, tmp_path: Path, corpus: Path
+) -> None:
+    """Figures of the job are of held-out text, whatever ships."""
+    copy = Path(shutil.copytree(job, tmp_path / "job"))
+    folder, parities, shipped = copy / "export/hf", [], {}
+    for text in ("held_out", "none", "generated"):
+        recipe = load_recipe(copy / "recipe.yaml", ("export.targets=[hf]", f"export.proof={text}"))
+        run(recipe, copy, VERBS)
+        found = json.loads((copy / "results.json").read_text())["parity"]["hf"]["first"]
+        parities.append({key: found[key] for key in ("perplexity", "tokens", "kl_divergence")})
+        file, readme = folder / "proof/first/reference.safetensors", folder / "README.md"
+        assert file.exists() == (text != "none")
+        assert ("contains this text" in readme.read_text()) == (text == "held_out")
+        if text == "none":
+            with pytest.raises(SourceError, match="no text to run"):
+                verify_bundle(folder)
+            continue
+        assert not any(proof["problems"] for proof in verify_bundle(folder).values())
+        shipped[text] = read_tensors(file)[0]["ids"]
+    assert parities[0] == parities[1] == parities[2]
+    before, _ = read_tensors(job / "export/hf/proof/first/reference.safetensors")
+    assert torch.equal(shipped["generated"], before["ids"])
+    tokenizer = AutoTokenizer.from_pretrained(copy / "base")
+    source = "".join(file.read_text() for file in corpus.iterdir())
+    for text, ids in shipped.items():
+        words = tokenizer.decode(ids[0, 1:13]).replace(" ", "").replace("Ġ", " ")
+        assert (words in source) == (text == "held_out")
 
 
 def test_an_edited_readme_is_kept(job: Path, tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_pa
 def test_an_adapter_without_its_base_on_the_hub_says_so(job: Path, hub: FakeHub) -> None:
     said = answered("push", job, "--adapter", "first", "--to", "me/first", "--yes")
     assert "note: the base is not on the hub yet" in said
+    assert "data: these files name the source of your text" in said
     config = json.loads(hub.repositories["me/first"].files["adapter_config.json"])
     assert not config["base_model_name_or_path"]
 

@@ -87,6 +87,38 @@ def test_a_base_with_float_adapters(tmp_path: Path) -> None:
     assert passed(qwlora.verify(folder, loaded, IDS))
 
 
+def test_verify_leaves_the_callers_model_as_it_is(tmp_path: Path) -> None:
+    """In training mode with dropout, with another adapter or none active; also if it raises."""
+    model = adapted("first", "second")
+    for name in ("first", "second"):
+        qwlora.save_adapter(model, tmp_path / name, adapter=name)
+    folder, folders = tmp_path / "bundle", {n: tmp_path / n for n in ("first", "second")}
+    qwlora.export(packed_model("llama", layers=1), "hf", folder, folders, byte_tokenizer())
+    for path, module in model.named_modules():
+        module.training = path.endswith(("q_proj", "lora_dropout.first"))
+        if "lora_dropout" in path and isinstance(module, torch.nn.ModuleDict):
+            module["first"] = torch.nn.Dropout(0.5)
+    model.set_adapter("second")
+    model.base_model.disable_adapter_layers()
+
+    def state() -> Any:
+        layers = [m for m in model.modules() if hasattr(m, "disable_adapters")]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        training = [path for path, module in model.named_modules() if module.training]
+        switched = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+        return model.active_adapter, switched, trained, training
+
+    before = state()
+    assert passed(qwlora.verify(folder, model, IDS))
+    assert state() == before
+    with pytest.raises(SourceError, match=r"range from 509 to 754.*260 entries"):
+        qwlora.verify(folder, model, IDS + 500)
+    (folder / "first/adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(qwlora.QwloraError, match="first"):
+        qwlora.verify(folder, model, IDS)
+    assert state() == before
+
+
 def test_what_does_not_fit_is_refused(simulation: qwlora.Simulation, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"there is no target 'onyx'.*onnx"):
         qwlora.export(simulation, "onyx", tmp_path)

@@ -301,13 +301,18 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def restored_adapters(model: nn.Module) -> Iterator[None]:
-    """Restore active adapters and trainable parameters on exit."""
-    active = active_adapters(model)
+    """Restore active and disabled adapters and trainable parameters on exit."""
+    active, first = active_adapters(model), isinstance(model, PeftModel) and model.active_adapter
+    disabled = [layer for layer in _layers(model) if layer.disable_adapters]
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         yield
     finally:
         activate_(model, active)
+        if first:  # of a PeftModel, and maybe not the first of `active`
+            model.active_adapter = first
+        for layer in disabled:
+            layer.enable_adapters(False)
         for name, p in model.named_parameters():
             p.requires_grad_(trainable[name])
 

@@ -85,6 +85,7 @@ def push(
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
     from qwlora.pipeline.commands.push import prepared, send
+    from qwlora.pipeline.results.model_cards import QUOTED
 
     with prepared(job, repository, adapter, license) as upload:
         kind = "public" if public else "private"
@@ -98,6 +99,7 @@ def push(
             print(f"  {name} is deleted there: an earlier upload of this job")
         for note in upload.notes:
             print(f"note: {note}")
+        print(f"data: {QUOTED}")
         if not yes:
             if not sys.stdin.isatty():
                 raise UploadError("nothing was uploaded; confirm with --yes")

@@ -67,7 +67,7 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.system import strict_json
 from qwlora.system.atomic import files_in, replacing_files, write_text
 from qwlora.system.parameter_names import parameter_name
-from qwlora.system.regular_files import check_readable
+from qwlora.system.regular_files import check_readable, is_inside
 from qwlora.system.strict_json import read_object
 
 STEM = "base"
@@ -202,7 +202,7 @@ def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[Bas
     """A writer whose files replace those of the base in `folder`, with its tokenizer, when the
     block ends; if the block raises, the old base stays. See `replacing_files`."""
     old = {file.name for file in folder.glob(f"{STEM}-*.safetensors")} | {WEIGHTS, INDEX}
-    old |= set(manifest.listed_files(folder, RECORD))
+    old |= {file for file in manifest.listed_files(folder, RECORD) if is_inside(folder, file)}
     with replacing_files(folder, RECORD, old) as scratch:
         yield BaseWriter(scratch, shard_bytes)
 

@@ -50,7 +50,7 @@ from transformers.cache_utils import Cache
 from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
-from qwlora.graph.capture_check import BATCH, Axes, Tensors, check_graph
+from qwlora.graph.capture_check import BATCH, Axes, Tensors, check_graph, limited_axes
 from qwlora.graph.nodes import (
     buffer_names,
     calls,
@@ -143,7 +143,22 @@ class Captured:
                     f"input {name} has shape {list(tensor.shape)}; the graph takes [{expected}]. "
                     "For another size, capture again"
                 )
+        self._check_ranges(tensors)
         return tensors
+
+    def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse sizes that the model does not take, such as more tokens than it has positions."""
+        ranges = {str(symbol): known for symbol, known in self.program.range_constraints.items()}
+        inputs = {n.name: n for n in self.program.graph.find_nodes(op="placeholder")}
+        for tensor, (placeholder, name) in zip(tensors, self.input_names.items(), strict=True):
+            for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
+                known, size = ranges.get(symbol), tensor.shape[axis]
+                # torch.export states 2 where it assumes nothing
+                if known and not (known.lower <= max(size, 2) and size <= known.upper):
+                    raise CaptureError(
+                        f"input {name} has shape {list(tensor.shape)}; the model takes "
+                        f"{known.lower} to {known.upper} along axis {axis}"
+                    )
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
         positions: Any = given.get(POSITIONS)
@@ -276,6 +291,7 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
         except (CaptureError, RuntimeError):  # another order of a sum, or no view without copies
             cleaned = _clean(program, flat, keep_layout=True)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
+        fixed |= limited_axes(program, cleaned, flat, tensors, axes, names)
     if EMBEDS in arguments.names:
         _refuse_lost_adapters(cleaned, type(_unwrapped(model)).__name__)
     sizes = axes.shapes(cleaned, names, fixed)

@@ -17,10 +17,16 @@ symbol. Symbols are named
 
 Axes with different symbols may still depend on each other in the model (a mask and its text), so
 axes with equal sizes in the example are varied together.
+
+Where the model branches on a size, torch.export follows the example's branch and notes for which
+sizes it is taken (`x.size()[1] <= 10`). Most notes are about strides and change nothing. So sizes
+are tried for which a note does not hold: the smallest and the largest around the example's. If the
+both run and the graph differs, or if that is too much to compute, the axis is fixed.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -32,14 +38,22 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.numbers import int_oo
 
 from qwlora.errors import CaptureError
 from qwlora.graph.nodes import module_stack
+from qwlora.graph.quantized_graph import rebuilt
 
 BATCH, TOKENS, PAST = "batch", "tokens", "past"
 Tensors = tuple[Tensor, ...]
 AxisIndex = tuple[int, int]  # (index of an input, axis)
+_SIZES = 4096  # up to which sizes are looked for that break a note, besides the numbers in it
+_SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+# An axis may grow that much in a trial, or more if values times size stay below: in attention, the
+# work grows with both.
+_GROWTH, _WORK = 4, 2**24
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,27 @@ class Axes:
                 smaller_inputs.append(tuple(cut))
             yield places, smaller_inputs
 
+    def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
+        """The nearest sizes of axes, on both sides, for which each note of torch.export about them
+        does not hold."""
+
+        def written(match: re.Match[str]) -> str:
+            index, axis = map(int, match.groups())
+            return "n" if (index, axis) in places else str(self.sizes[index][axis])
+
+        size, found = self.sizes[places[0][0]][places[0][1]], set[int]()
+        for note in {_SIZE.sub(written, note) for note in notes}:
+            if not re.search(r"\bn\b", note):
+                continue
+            holds = eval(f"lambda n: {note}", {**SYMPY_INTERP})  # as torch.export does
+            named = {int(n) + more for n in re.findall(r"\b\d+", note) for more in (0, 1, 2)}
+            wrong = list[int]()
+            for n in sorted({*range(1, _SIZES), *named} - {0}):
+                with suppress(ZeroDivisionError):
+                    wrong += [] if holds(n) else [n]
+            found.update([n for n in wrong if n < size][-2:], [n for n in wrong if n > size][:2])
+        return sorted(found)
+
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
@@ -157,6 +192,48 @@ def check_graph(
                 raise _refusal(program, module, smaller, difference)
             fixed.difference_update(places)
     return fixed
+
+
+def limited_axes(
+    exported: ExportedProgram,
+    program: ExportedProgram,
+    module: nn.Module,
+    tensors: Tensors,
+    axes: Axes,
+    outputs: Sequence[str],
+) -> set[AxisIndex]:
+    """The axes that have the example's size only, because for other sizes the module computes
+    something else than the graph.
+
+    Args:
+        exported: what torch.export made, with its notes; `program` is the cleaned one.
+    """
+    graph = rebuilt(program, range_constraints={}).module(check_guards=False)
+    most = {str(symbol): known.upper for symbol, known in exported.range_constraints.items()}
+    limited, by_label = set[AxisIndex](), dict[str, list[AxisIndex]]()
+    for place, symbol in axes.symbols.items():
+        by_label.setdefault(axes.labels[symbol], []).append(place)
+    for label, places in by_label.items():
+        for size in axes.breaking(exported._guards_code, places):
+            inputs, work = [*tensors], 0.0
+            for index, axis in places:
+                before = tensors[index]
+                growth = size / before.shape[axis]
+                work += growth * before.numel() * size if growth > _GROWTH else 0
+                if work <= _WORK:
+                    rows = torch.arange(size, device=before.device) % before.shape[axis]
+                    inputs[index] = before.index_select(axis, rows)
+            if work > _WORK:
+                # A limit of the batch was one of strides in every model that was tried.
+                is_same = label == BATCH or size <= most.get(axes.symbols[places[0]], int_oo)
+            else:
+                is_same = True
+                with suppress(Exception):  # models, and graphs, raise anything for some sizes
+                    is_same = not _difference(module(*inputs), graph(*inputs), outputs)
+            if not is_same:
+                limited.update(places)
+                break
+    return limited
 
 
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +15,7 @@ from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.npu.htp_limits import weight_problem
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
-from qwlora.targets.target_compatibility import Grid, comes_from, grid_problem, refusal
+from qwlora.targets.target_compatibility import Grid, grid_problem, refusal
 
 if TYPE_CHECKING:
     TargetName = str
@@ -69,6 +68,11 @@ class Export(Section):
     """bits per value of embeddings and output heads that stay float. 16: float16, else bfloat16,
     where one holds all numbers exactly, else float32. Default: 16, but 32 for aimet, qairt, qnn,
     qairt_pipeline and mlx, which hold no other. For 8 bits, use a rule in base.rules"""
+    proof: Literal["generated", "held_out", "none"] = "generated"
+    """text in the proof/ of each bundle, with which qwlora verify BUNDLE runs the files again, and
+    in golden/ of aimet and qairt. generated: by the float model, or the base if there is none;
+    held_out: of your data, as token ids; none: none in proof/, so the bundle cannot be verified
+    without the job. The job itself always verifies on held-out text"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
     Default: for ONNX Runtime"""
@@ -235,12 +239,6 @@ class Recipe(Section):
             yield (
                 f"continue_from: {', '.join(map(str, starts))} was trained on the model as it is, "
                 "and does not fit a rotated one; remove base.rotation, or train a new adapter"
-            )
-        source = Path(self.model.source)
-        if copies := [name for name in self.export.targets if comes_from(TARGETS[name], source)]:
-            yield (
-                f"targets {', '.join(copies)}: they take norms and embeddings from the model's "
-                "file, where they are not rotated; remove base.rotation or these targets"
             )
 
     def _target_problems(self) -> Iterator[str]:

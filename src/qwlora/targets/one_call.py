@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_folder import check_loadable
-from qwlora.adapter.attach import adapter_names
+from qwlora.adapter.attach import adapter_names, restored_adapters
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
+from qwlora.graph.call_arguments import check_token_ids
 from qwlora.nn.fingerprint import fingerprint
+from qwlora.nn.temporary import evaluation_mode
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
@@ -229,7 +231,8 @@ def verify(
     """Run the files of `export` in their runtime, and compare them with what they were made of.
 
     Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Adapters that the folder does not have are left out.
+    the runtime gives its value. Adapters that the folder does not have are left out. A model is run
+    in evaluation mode; afterwards its mode and its active adapter are what they were.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.
@@ -271,10 +274,14 @@ def verify(
                     parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
         else:
             runtime, text = target.open(folder), as_sequences(_ids(batches))
-            for adapter in filter(lambda name: (folder / name).is_dir(), made.peft_config):
-                made.set_adapter(adapter)
-                reference = reference_of_trained(made, text, target.backend.rounding(made))
-                parities[adapter] = measure_runtime(runtime, folder / adapter, reference, limits)
+            check_token_ids({"input_ids": text.input_ids}, made, SourceError)
+            with evaluation_mode(made), restored_adapters(made):
+                made.base_model.enable_adapter_layers()
+                for adapter in filter(lambda name: (folder / name).is_dir(), made.peft_config):
+                    made.set_adapter(adapter)
+                    reference = reference_of_trained(made, text, target.backend.rounding(made))
+                    run = measure_runtime(runtime, folder / adapter, reference, limits)
+                    parities[adapter] = run
     if not parities:
         names = listed(made if isinstance(made, AdapterSimulations) else made.peft_config)
         raise SourceError(f"{str(folder)!r} has no adapter {names}; give them the folder's names")

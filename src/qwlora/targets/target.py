@@ -160,6 +160,11 @@ class Target:
         return backend
 
     @property
+    def has_golden(self) -> bool:
+        """Whether the files hold an input and its outputs, to compare a device with."""
+        return bool(self.opsets)
+
+    @property
     def has_base(self) -> bool:
         """Whether the base has a folder of its own, so that a runtime switches adapters."""
         return self.layout is Layout.BUNDLE

@@ -105,9 +105,11 @@ def prove(
 ) -> None:
     """Write the proof of an adapter that is there."""
     of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / name)}
-    record = {"target": "hf", "adapter": name, "of": of, "limits": {"perplexity_difference": LIMIT}}
+    record = {"target": "hf", "adapter": name, "of": of, "text": "generated"}
+    record["limits"] = {"perplexity_difference": LIMIT}
     (bundle / "proof" / name).mkdir(parents=True, exist_ok=True)
-    write_proof(bundle / "proof" / name, reference or says(TEXT), {**record, **changes})
+    ships = None if changes == {"text": "none"} else reference or says(TEXT)
+    write_proof(bundle / "proof" / name, ships, {**record, **changes})
 
 
 def says(text: Sequences, other: Tensor | None = None) -> dict[str, Tensor]:
@@ -259,6 +261,8 @@ def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) 
         ({"limits": {"perplexity_difference": "0.003"}}, r"limits\.perplexity_difference"),
         ({"limits": {"perplexity_difference": 0}}, r"limits\.perplexity_difference 0,"),
         ({"limits": {"perplexity_difference": 1.001}}, r"limits\.perplexity_difference 1.001,"),
+        ({"text": None}, "text None, not generated"),
+        ({"text": "none", "notes": []}, "no digests of itself"),  # but it has a reference
         ({"of": None}, " of"),
         ({"of": {}}, "is not the one that the proof"),
         ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
@@ -275,6 +279,17 @@ def test_other_proofs_are_refused(change: dict[str, Any], message: str, bundle: 
 def test_a_proof_that_is_no_record_is_refused(content: str, bundle: Path) -> None:
     write(bundle, "proof/second/proof.json", content)
     with pytest.raises(SourceError, match=r"proof/second/proof\.json"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_that_ships_no_text_says_so(bundle: Path) -> None:
+    """Its files are compared with their digests all the same."""
+    shutil.rmtree(bundle / "proof/second")
+    prove(bundle, "second", text="none")
+    with pytest.raises(SourceError, match=r"proof/ of second has no text.*export.proof: none"):
+        verify_bundle(bundle)
+    write(bundle, "second/adapter_config.json", "{}")
+    with pytest.raises(FingerprintError, match="second"):
         verify_bundle(bundle)
 
 

@@ -30,7 +30,13 @@ def bundle(tmp_path: Path) -> Path:
     for case in ("first", "second"):
         proof = folder / "proof" / case
         proof.mkdir(parents=True)
-        record = {"target": "qairt", "adapter": case, "of": of, "limits": limits}
+        record = {
+            "target": "qairt",
+            "adapter": case,
+            "of": of,
+            "limits": limits,
+            "text": "held_out",
+        }
         write_proof(proof, {"ids": torch.zeros(1, 1)}, record)
     return folder
 

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from conftest import byte_tokenizer
 from formats.gguf_models import metadata_of, stored_shapes, write_file
@@ -21,7 +27,8 @@ from qwlora.formats.model_source import load_model, locate
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
-from qwlora.nn import packed_weights
+from qwlora.nn import pack_at_, packed_weights
+from qwlora.quantize.rotation import rotate_
 from qwlora.targets.proof.reference import logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedBase
@@ -93,6 +100,66 @@ def test_integers_of_a_gguf_file_are_that_file(source: Path, tmp_path: Path) -> 
         target().write_base(ExportedBase(model, None), tmp_path)
     target().write_base(ExportedBase(model, None, source), tmp_path)
     assert (tmp_path / BASE).read_bytes() == source.read_bytes()
+
+
+def changed_floats(model: PreTrainedModel) -> set[str]:
+    """Change every other float tensor by a little; returns their names."""
+    names = [n for n, p in model.named_parameters() if p.is_floating_point()][::2]
+    with torch.no_grad():
+        for number, name in enumerate(names):
+            values = model.get_parameter(name)
+            values.add_(torch.randn_like(values) / (10 + number))
+    return {*names}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_floats_that_are_not_the_files_are_written(architecture: str, tmp_path: Path) -> None:
+    """As tuning leaves them: norms (Gemma's are stored with 1 added), biases, an embedding of
+    integers that is float now. All others keep their bytes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}[architecture]
+    config: Any = kind(**sizes, tie_word_embeddings=True)
+    config.head_dim = 16
+    source = write_file(
+        tmp_path / "source.gguf",
+        architecture,
+        {**metadata_of(architecture, config, architecture), "tokenizer.ggml.model": "no_vocab"},
+        stored_shapes(architecture, config),
+        lambda name, shape: "Q8_0" if len(shape) > 1 else "F32",
+    )
+    checkpoint = GgufCheckpoint(source)
+    model: Any = type(checkpoint.model)(checkpoint.config).eval()
+    model.load_state_dict(load_model(str(source)).state_dict(), strict=False)
+    packed = load_precomputed(open_checkpoint(source))
+    for name, layer in packed_weights(packed).items():
+        if ".layers." in name:
+            pack_at_(model, name, layer.quantized)
+    changed = changed_floats(model)
+    assert "model.embed_tokens.weight" in changed
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    again = GgufCheckpoint(tmp_path / BASE)
+    for name, values in model.named_parameters():
+        if values.is_floating_point():
+            found = again.read(name)
+            numbers = found.dequantize() if isinstance(found, QuantizedTensor) else found
+            torch.testing.assert_close(numbers, values.detach(), rtol=2**-22, atol=2**-22)
+    touched = {stored for name in changed for stored in again.stored_names(name)}
+    before, after = (
+        {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+        for path in (source, tmp_path / BASE)
+    )
+    assert {name for name in before if before[name] != after[name]} == touched
+
+
+def test_a_rotated_base_of_a_gguf_file_is_written_whole(source: Path, tmp_path: Path) -> None:
+    """Its norms are 1, its embedding is rotated, and its head is no longer tied."""
+    model: Any = float_model(source)
+    rotate_(model, {"input_ids": torch.arange(12)[None]})
+    quantize_(model, "w4-block32", "search")
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    again = load_precomputed(open_checkpoint(tmp_path / BASE))
+    assert fingerprint(again) == fingerprint(model)
 
 
 HELD = [*(Scheme(bits, True, PerBlock(32)) for bits in (4, 5, 8)), Scheme(4, True, PerBlock(64))]

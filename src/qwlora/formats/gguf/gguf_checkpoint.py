@@ -171,12 +171,15 @@ class GgufCheckpoint(MappedCheckpoint):
         return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
 
     def stored_rows(self, name: str, count: int = 0) -> tuple[str, Int64[Tensor, " out"]]:
-        """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
+        """The stored tensor of a matrix [out, in], and the stored row of each of its rows. A head
+        that the file ties to the embedding has `output.weight`, where llama.cpp looks for one.
 
         Raises:
             SourceError: there is no such parameter.
             ExportError: it is stored in several tensors, transposed, or with its columns moved.
         """
+        if name not in self._origins and name in self.model.state_dict():
+            return "output.weight", torch.arange(count)
         origin = self._origins_of(name)[0]
         shapes = [self.file.tensors[source].shape for source in origin.sources]
         order = find_reordering(origin, shapes, 1, self._what(origin))
@@ -186,6 +189,34 @@ class GgufCheckpoint(MappedCheckpoint):
                 "rows, so nothing can be put in its place"
             )
         return origin.sources[0], order.rows.flatten()
+
+    def stored_values(self, name: str, values: Tensor) -> tuple[str, Tensor]:
+        """The stored tensor of a float parameter, and what it has to hold to be read as `values`.
+        The conversion is probed: it may reorder rows, and add numbers to the values of a vector, as
+        for Gemma's norms.
+
+        Raises:
+            SourceError: there is no such parameter.
+            ExportError: the conversion does something else; see also `stored_rows`.
+        """
+        if values.ndim > 1:
+            stored, rows = self.stored_rows(name, values.shape[:-1].numel())
+            matrix = torch.empty_like(values.flatten(0, -2))
+            matrix[rows] = values.flatten(0, -2)
+            known = self.file.tensors.get(stored)
+            return stored, matrix if known is None else matrix.view(known.shape)
+        origin, whole = self._origins_of(name)[0], values.double().reshape(-1)
+        source = origin.sources[0]
+        remedy = "export this base to another target"
+        with foreign_as(ExportError, f"{self._what(origin)} cannot be replaced", remedy):
+            shift = origin.convert({source: torch.zeros_like(whole)})
+            order = origin.convert({source: torch.arange(len(whole)).double()}) - shift
+            vector = torch.empty_like(whole)
+            vector[order.long()] = whole - shift
+            again = origin.convert({source: vector})
+            if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
+                raise ValueError("it stores other numbers than the model has")
+        return source, vector
 
     def _kinds(self, origin: Origin) -> dict[str, str]:
         return {source: self.file.tensors[source].kind for source in origin.sources}

@@ -253,14 +253,16 @@ class _Plan:
 
     def files(self, target: str) -> list[Any]:
         """What exported files depend on besides what they hold: the versions of encodings files
-        and of ONNX's operators and the bits of embeddings, unless they are the default, and the
-        sizes and the layout of graphs with a cache."""
+        and of ONNX's operators and the bits of embeddings, unless they are the default, the sizes
+        and the layout of graphs with a cache, and whose text golden inputs are."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
         keys |= {"embedding_bits"} if len(TARGETS[target].embedding_bits) > 1 else set()
         version = export.model_dump(include=keys, exclude_defaults=True)
-        layout = filter(None, [export.layout_of(target)])
-        return [*version.values(), *([] if graphs is None else [graphs.model_dump()]), *layout]
+        more = [export.layout_of(target)]
+        more += [export.proof] if TARGETS[target].has_golden else []
+        sizes = [] if graphs is None else [graphs.model_dump()]
+        return [*version.values(), *sizes, *filter(None, more)]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:
         """Activation ranges that are measured on `texts`."""
@@ -418,6 +420,7 @@ class _Plan:
     def verify(self, target: str, name: str, inputs: list[Any], adapter: str | None) -> None:
         kind = self.targets[target]
         inputs = [self.recipe.verify.model_dump(), *inputs]
+        inputs += [self.recipe.export.proof, self.recipe.seed] if kind.has_proof else []
         artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
         needs = kind.stages(target, name)
         self.add(f"verify/{target}/{name}", inputs, *needs, adapter=adapter, artifact=artifact)

@@ -33,6 +33,13 @@ from qwlora.targets.registry import TARGETS
 # What was measured, its value, and the hub's name of the metric; None: it is of another model.
 Number = tuple[str, Any, str | None]
 
+# What uploaded files say of the user's data; docs/data.md has all places.
+QUOTED = (
+    "these files name the source of your text (its last path component, or its id on the hub), and "
+    "hold its numbers of documents and tokens, perplexities on it, your chat template and the "
+    "invocation of activated LoRA, and statistics of it in weights and activation ranges. Only "
+    "golden/ holds text: generated, or held-out with export.proof: held_out"
+)
 _TEMPLATES = Path(__file__).parent / "cards"
 _known_origin = cache(origin_of)
 

@@ -57,6 +57,7 @@ from qwlora.system.machine import memory_limit_bytes, return_freed_memory, rss_b
 from qwlora.system.parameter_names import FOLDER
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import Target
 
 FLOAT = 4  # bytes
 _SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py
@@ -448,6 +449,8 @@ class Forecaster:
             return self._base | {"files": stored}, stored
         memory = self._simulation()
         memory["encodings as text"] = float(_SCALE_BYTES * self.scales)
+        if target.has_golden and self.recipe.export.proof != "held_out":
+            memory |= self._float  # generates the golden inputs
         disk = 24 * self.scales
         if target.needs_zero_adapter and stage.adapter is not None:
             return memory, disk + 2 * FLOAT * self.trained[self._adapter(stage).name]
@@ -464,6 +467,13 @@ class Forecaster:
 
     def _verify(self, stage: Stage) -> tuple[_Memory, float]:
         target = TARGETS[stage.name.split("/")[1]]
+        running = self._run_files(stage, target)
+        if not target.has_proof or self.recipe.export.proof != "generated":
+            return running, 0.0
+        writing = self._simulation() | self._float if target.is_simulated else self._float
+        return max(running, writing, key=lambda memory: sum(memory.values())), 0.0
+
+    def _run_files(self, stage: Stage, target: Target) -> _Memory:
         tokens = self._text(stage).sequence_tokens
         logits = self._logits(tokens)
         if not target.is_simulated:
@@ -471,7 +481,7 @@ class Forecaster:
             if target.writes_floats:
                 exported = float(FLOAT * (self.packed_weights + self.float_values))
             parts = {"exported model": exported, "activations and logits": 3 * logits}
-            return self._base | parts, 0.0
+            return self._base | parts
         memory = self._simulation()
         simulation, by_layer_tokens = sum(memory.values()), self.recipe.verify.layer_tokens
         compared = min(tokens, by_layer_tokens)
@@ -490,4 +500,4 @@ class Forecaster:
         memory[part] = max(by_layer, whole) - stored
         if target.needs_zero_adapter and stage.adapter is not None:
             memory["simulation of the base"] = simulation
-        return memory, 0.0
+        return memory

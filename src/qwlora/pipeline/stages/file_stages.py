@@ -17,7 +17,7 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.stage_records import Stage
 from qwlora.pipeline.plan.plan import ADAPTER
-from qwlora.pipeline.stages.job_context import JobContext
+from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
@@ -31,6 +31,7 @@ from qwlora.targets.proof.compare import compare_layers
 from qwlora.targets.proof.folder import (
     MODEL_CLASS,
     RECORD,
+    TEXT,
     WITHOUT_CACHE,
     current_proofs,
     is_of_base,
@@ -109,10 +110,13 @@ def _graph(
 ) -> ExportedGraph:
     recipe = context.recipe
     sizes = recipe.export.graphs_of(target)
+    sample = context.sample(adapter or recipe.adapters[0].name)
+    if TARGETS[target].has_golden and recipe.export.proof != "held_out":
+        sample = one_row(context.generated_ids[0])
     return ExportedGraph(
         simulation,
         metadata={"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
-        sample=context.sample(adapter or recipe.adapters[0].name),
+        sample=sample,
         encodings_version=recipe.export.encodings_version,
         graphs=() if sizes is None else cache_sizes(sizes.tokens, sizes.context),
         opset=recipe.export.opset,
@@ -186,11 +190,17 @@ class _Verification:
             layer_steps=section.layer_steps,
             layer_mean_steps=section.layer_mean_steps,
         )
-        model, simulation, reference = self._reference()
+        text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
+        has_proof = self.target.has_proof and self.adapter != BASE
+        if has_proof and ships == "generated":  # before other models are in memory
+            ids = self.context.generated_ids[:, : text.input_ids.shape[1]].contiguous()
+            texts.append(Sequences(ids, ids.clone()))
+        model, simulation, (reference, *generated) = self._references(text, *texts)
         missing, results = None, dict[str, Any]()
-        if self.target.has_proof and self.adapter != BASE:
+        if has_proof:
             self.record = {
                 "target": self.name,
+                TEXT: ships,
                 "adapter": self.adapter,
                 **facts(model, self.context.recipe.model.source),
                 "base_fingerprint": self.context.base_fingerprint,
@@ -212,7 +222,8 @@ class _Verification:
             if "not_run" in parity.figures and results["passed"]:
                 del results["passed"]
         if self.record:
-            write_proof(scratch, first_sequences(reference, BASE_SEQUENCES), self.record)
+            shipped = generated[0] if generated else first_sequences(reference, BASE_SEQUENCES)
+            write_proof(scratch, None if ships == "none" else shipped, self.record)
         return results
 
     def _run(
@@ -239,14 +250,16 @@ class _Verification:
             parity = parity.extended({}, *switching(runtime, adapter, others, ids))
         return parity
 
-    def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
+    def _references(
+        self, *texts: Sequences
+    ) -> tuple[Any, Reference | None, list[dict[str, Tensor]]]:
         """The model that the files were made of, its simulation if there is one, and what it says
-        about held-out text."""
+        about texts."""
         context, target = self.context, self.target
         if not target.is_simulated:
             model = context.adapted(self.adapter)
             rounding = target.backend.rounding(model)
-            return model, None, reference_of_trained(model, self._text(), rounding)
+            return model, None, [reference_of_trained(model, text, rounding) for text in texts]
         if target.has_cases:
             simulation: Any = context.use_cases[self.adapter]
         elif self.adapter == BASE:
@@ -257,14 +270,13 @@ class _Verification:
         if target.has_base and self.adapter != BASE:
             # released as soon as another simulation is captured
             states["base"] = simulated_logits(context.zero_adapter())
-        reference = make_reference(
-            {state: logits for state, (logits, _) in states.items()},
-            self._text(),
-            {state: perturbed for state, (_, perturbed) in states.items()},
-            least_noise=least_noise(context.schemes, target.cached_graphs),
+        logits, perturbed = (
+            {state: both[number] for state, both in states.items()} for number in (0, 1)
         )
+        least = least_noise(context.schemes, target.cached_graphs)
+        references = [make_reference(logits, text, perturbed, None, least) for text in texts]
         model = None if self.adapter == BASE else simulation.origin.model
-        return model, simulation, reference
+        return model, simulation, references
 
     def _text(self) -> Sequences:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of

@@ -2,8 +2,8 @@
 
     base/                     the base's integers; qwlora.json lists the digests of its files
     NAME/                     an adapter; the same
-    proof/NAME/               reference.safetensors (`reference.py`), and proof.json with figures,
-                              checks and the digests of both qwlora.json
+    proof/NAME/               reference.safetensors (`reference.py`) unless `export.proof` is none,
+                              and proof.json with figures, checks and digests of both qwlora.json
     README.md                 what it is, how to run it, what was proven
 
 Targets that hold base and adapter together have no base/, and targets of use cases no NAME/ either:
@@ -38,6 +38,7 @@ RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and d
 # In a base's record: why the files have no key-value cache; the model's class in transformers.
 WITHOUT_CACHE, MODEL_CLASS = "without_cache", "model_class"
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
+TEXT, TEXTS = "text", ("generated", "held_out", "none")  # of the reference: `export.proof`
 FORMAT = 1
 
 
@@ -47,10 +48,14 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     manifest.write(folder, RECORD, record, set(files_in(folder)) - {README})
 
 
-def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Write the reference and the record of one adapter into `folder`."""
-    write_tensors(folder / REFERENCE, dict(reference))
-    manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, [REFERENCE])
+def write_proof(
+    folder: Path, reference: Mapping[str, Any] | None, record: Mapping[str, Any]
+) -> None:
+    """Write the reference, if there is one, and the record of one adapter into `folder`."""
+    if reference is not None:
+        write_tensors(folder / REFERENCE, dict(reference))
+    files = [] if reference is None else [REFERENCE]
+    manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, files)
 
 
 def renamed_proof(path: Path, name: str) -> str:
@@ -140,6 +145,7 @@ def _read_proof(path: Path) -> dict[str, Any]:
     listed_files = manifest.listed_files(folder, PROOF_RECORD)
     changed = manifest.changed_files(folder, PROOF_RECORD, only=())
     limits, of, form = record.get("limits"), record.get("of"), record.get("format")
+    text = record.get(TEXT)
     limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
     is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
     needed = {
@@ -149,7 +155,10 @@ def _read_proof(path: Path) -> dict[str, Any]:
             is_limit
         ),
         "no of": isinstance(of, dict),
-        f"no digests of itself and of {REFERENCE}": listed_files == [PROOF_RECORD, REFERENCE],
+        f"{TEXT} {text!r}, not {listed(TEXTS)}": text in TEXTS,
+        f"no digests of itself and of {REFERENCE}": (
+            listed_files == [PROOF_RECORD, *[REFERENCE] * (text != "none")]
+        ),
         "changed after saving": not changed,
     }
     if problem := next((problem for problem, holds in needed.items() if not holds), None):
@@ -262,6 +271,12 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
     check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
+    if silent := [name for name, record in records.items() if record.get(TEXT) == "none"]:
+        raise SourceError(
+            f"the files in {str(bundle)!r} are those that were proven, but they cannot be run again"
+            f" here: {PROOF}/ of {listed(silent)} has no text to run, since the job that exported "
+            "them has export.proof: none. Set it to generated, and run the job again"
+        )
     results = {}
     for name, record in track(records.items(), "verifying", len(records)):
         target = TARGETS[record["target"]]

@@ -16,7 +16,17 @@ from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.checks import shown
-from qwlora.targets.proof.folder import MODEL_CLASS, README, WITHOUT_CACHE
+from qwlora.targets.proof.folder import MODEL_CLASS, README, TEXT, WITHOUT_CACHE
+
+_AGAIN = "With it, `qwlora verify .` runs the files again, on any machine that has the program."
+_CONTENTS = {  # by `export.proof`
+    "generated": "The figures are of held-out text. `proof/` contains none of it, but text "
+    f"that the model generated. {_AGAIN}",
+    "held_out": "The figures are of held-out text of the data. `proof/` contains this text as "
+    f"token ids, which anyone can read. {_AGAIN}",
+    "none": "The figures are of held-out text. `proof/` contains no text, so the files can be "
+    "verified again by the job only.",
+}
 
 
 def usage(
@@ -97,7 +107,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     parts += [
         "\n".join(["| folder | what | size |", "|---|---|---|", *rows]),
         "## Proof\n\n" + "\n".join(proof_table(records)),
-        "`qwlora verify .` repeats this, on any machine that has the program.",
+        *map(_CONTENTS.__getitem__, sorted({record[TEXT] for record in records.values()})),
         f"## License\n\nThat of the base model{of_base}.",
     ]
     write_text(bundle / README, marked("\n\n".join(parts)))

@@ -26,7 +26,7 @@ activations more coarsely than float32 (`Backend.rounding`). If all that it comp
 grid, the model rounds in the same way, and `noise` is what else may differ.
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
-a bundle has the first BASE_SEQUENCES of all.
+a bundle has the first BASE_SEQUENCES of all, or as many of generated text (`export.proof`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ NOISE = 4.0
 SLOW_STEPS = 4  # tokens that a program gets one by one if it takes seconds for each
 TOP = 64
 BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
+PROOF_TOKENS = 128  # of generated text in a bundle: a token takes a model of 135M 30 ms
 STATES = ("base", "adapter")
 TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
 # Graphs for NPUs round more than a simulation: cosines, masked scores, sigmoids. This share of the

@@ -3,8 +3,9 @@
     llama-cli -m base/base.gguf --lora NAME/adapter.gguf
 
 A base that comes from a GGUF file keeps its metadata, tokenizer, names and orders of rows, whatever
-the architecture. Tensors that are what the file holds are copied as they are; if all are, base.gguf
-is the file itself, byte for byte.
+the architecture. Tensors whose numbers the base has are copied as they are, all others are written:
+integers, and floats that tuning or a rotation changed. If all are copied, base.gguf is the file
+itself, byte for byte.
 
 From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`. Float matrices
 become float16 or bfloat16 where that is exact, the rest float32.
@@ -93,17 +94,22 @@ class Gguf(Backend):
         if (source := exported.gguf_file) is None:
             _write_new(exported, folder / BASE)
             return
-        checkpoint, layers = GgufCheckpoint(source), layers_to_write(exported.model)
-        for name, layer in list(layers.items()):
-            stored = checkpoint.read(name)
-            if isinstance(stored, QuantizedTensor) and stored.equals(layer.quantized):
-                del layers[name]
-        blocks = _all_blocks(layers, checkpoint)
-        if not blocks:
+        checkpoint = GgufCheckpoint(source)
+        layers = {
+            name: layer
+            for name, layer in layers_to_write(exported.model).items()
+            if not _is_stored(checkpoint, name, layer.quantized)
+        }
+        tensors = _all_blocks(layers, checkpoint)
+        for name, values in float_tensors(exported.model).items():
+            if not _is_stored(checkpoint, name, values):
+                stored, changed = checkpoint.stored_values(name, values)
+                tensors[stored] = _float_type(changed)
+        if not tensors:
             shutil.copyfile(source, folder / BASE)
             return
         reader, writer = _copying(source, folder / BASE)
-        _finish(writer, {t.name: (t.tensor_type, t.data) for t in reader.tensors} | blocks)
+        _finish(writer, {t.name: (t.tensor_type, t.data) for t in reader.tensors} | tensors)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         file = GgufFile(base / BASE)
@@ -165,13 +171,29 @@ def _write_new(exported: ExportedBase, path: Path) -> None:
     for name, values in float_tensors(model).items():
         stored, rows = names.stored_rows(name, len(values))
         floats[stored] = _in_order(names.stored_values(name, values), rows)
-    for name, values in floats.items():
-        tensors[name] = F32, values.float().numpy()
-        for dtype, half in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
-            short = values.to(dtype)
-            if values.ndim > 1 and torch.equal(short.float(), values.float()):
-                tensors[name] = gguf.GGMLQuantizationType[half], short.view(torch.uint8).numpy()
-    _finish(writer, tensors)
+    _finish(writer, tensors | {name: _float_type(values) for name, values in floats.items()})
+
+
+def _is_stored(checkpoint: GgufCheckpoint, name: str, value: Tensor | QuantizedTensor) -> bool:
+    """Whether a file has the integers, or the numbers, of a base's tensor."""
+    if name not in checkpoint.names():  # a head of its own, which the file ties to the embedding
+        return False
+    stored = checkpoint.read(name)
+    if isinstance(value, QuantizedTensor):
+        return isinstance(stored, QuantizedTensor) and stored.equals(value)
+    # integers that stayed float in the base, such as an embedding of type Q8_0
+    numbers = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+    return numbers.shape == value.shape and bool((numbers == value.cpu()).all())
+
+
+def _float_type(values: Tensor) -> tuple[Any, Any]:
+    """The type of a float tensor, and its numbers or bytes: the shortest exact type of a matrix."""
+    values = values.cpu().contiguous()
+    for dtype, half in ((torch.float16, "F16"), (torch.bfloat16, "BF16")):
+        short = values.to(dtype)
+        if values.ndim > 1 and torch.equal(short.float(), values.float()):
+            return gguf.GGMLQuantizationType[half], short.view(torch.uint8).numpy()
+    return F32, values.float().numpy()
 
 
 def _all_blocks(layers: Mapping[str, PackedLayer], names: TensorNames | GgufCheckpoint) -> Tensors:

@@ -198,7 +198,7 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
         names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set()
     if not isinstance(made, kind):
         raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
-    if attached := adapter_names(made):
+    if isinstance(made, PreTrainedModel) and (attached := adapter_names(made)):
         raise ExportError(
             f"the base has adapters: {listed(attached)}. Unload them (model.unload()), save them "
             "with qwlora.save_adapter, and pass their folders as adapters="

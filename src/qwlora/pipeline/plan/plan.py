@@ -260,9 +260,13 @@ class _Plan:
         keys |= {"embedding_bits"} if len(TARGETS[target].embedding_bits) > 1 else set()
         version = export.model_dump(include=keys, exclude_defaults=True)
         more = [export.layout_of(target)]
-        more += [export.proof] if TARGETS[target].has_golden else []
         sizes = [] if graphs is None else [graphs.model_dump()]
-        return [*version.values(), *sizes, *filter(None, more)]
+        golden = self.shipped() if TARGETS[target].has_golden else []
+        return [*version.values(), *sizes, *filter(None, more), *golden]
+
+    def shipped(self) -> list[Any]:
+        """Which text is next to exported files."""
+        return [self.recipe.export.proof, self.recipe.seed, REVISIONS["sampled_text"]]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:
         """Activation ranges that are measured on `texts`."""
@@ -420,7 +424,7 @@ class _Plan:
     def verify(self, target: str, name: str, inputs: list[Any], adapter: str | None) -> None:
         kind = self.targets[target]
         inputs = [self.recipe.verify.model_dump(), *inputs]
-        inputs += [self.recipe.export.proof, self.recipe.seed] if kind.has_proof else []
+        inputs += self.shipped() if kind.has_proof else []
         artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
         needs = kind.stages(target, name)
         self.add(f"verify/{target}/{name}", inputs, *needs, adapter=adapter, artifact=artifact)

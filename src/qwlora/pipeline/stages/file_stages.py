@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwlora.adapter.adapter_files import read_config
@@ -52,6 +53,8 @@ from qwlora.targets.proof.reference import (
 )
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
+
+INVOCATION = "alora_invocation_tokens"  # in an adapter's configuration, and in a proof
 
 
 def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -193,7 +196,10 @@ class _Verification:
         text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory
-            ids = self.context.generated_ids[:, : text.input_ids.shape[1]].contiguous()
+            ids, starts = self.context.generated_ids, torch.tensor(self._invocation())
+            # in front of the text, so that the adapter acts on it
+            ids = torch.cat([starts.long().expand(len(ids), -1), ids], 1)
+            ids = ids[:, : text.input_ids.shape[1]].contiguous()
             texts.append(Sequences(ids, ids.clone()))
         model, simulation, (reference, *generated) = self._references(text, *texts)
         missing, results = None, dict[str, Any]()
@@ -209,9 +215,8 @@ class _Verification:
             }
             base = manifest.read(self.parts[BASE] / RECORD) if BASE in self.parts else {}
             self.record |= {key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base}
-            key, trained = "alora_invocation_tokens", self.context.path / "adapters" / self.adapter
-            if self.target.holds_invocation and (tokens := read_config(trained).get(key)):
-                self.record[key] = tokens
+            if tokens := self._invocation():
+                self.record[INVOCATION] = tokens
             if missing := self.target.missing():
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:
@@ -225,6 +230,13 @@ class _Verification:
             shipped = generated[0] if generated else first_sequences(reference, BASE_SEQUENCES)
             write_proof(scratch, None if ships == "none" else shipped, self.record)
         return results
+
+    def _invocation(self) -> list[int]:
+        """The tokens that start an activated LoRA; else none."""
+        if not self.target.holds_invocation or self.adapter == BASE:
+            return []
+        trained = self.context.path / "adapters" / self.adapter
+        return read_config(trained).get(INVOCATION) or []
 
     def _run(
         self, simulation: Reference | None, reference: dict[str, Tensor], limits: Limits

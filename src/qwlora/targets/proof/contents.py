@@ -153,8 +153,8 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
             if "/" in name or name.startswith("."):  # hidden files are not checked
                 yield f"{_short(name)} is no file of the folder"
     elif path.name.endswith(".index.json"):
-        names = frozenset(p.name for p in path.parent.glob("*.safetensors"))
-        yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: names}})
+        shards = frozenset(p.name for p in path.parent.glob("*.safetensors"))
+        yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: shards}})
     elif path.name in ("config.json", "generation_config.json"):
         yield from _unknown_text(content, contents.settings)
 

@@ -26,6 +26,7 @@ PYTHON = {
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
+    "results.md": (1, "tests/docs/test_python_page.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),
 }
@@ -112,7 +113,7 @@ def test_commands_in_the_documentation_exist_with_their_options() -> None:
     [
         ("qwlora nun recipe.yaml --out out", "no command nun"),
         ("qwlora run recipe.yaml --outt out", "no option --outt"),
-        ("qwlora import-base model.gguf", "out"),
+        ("qwlora merge out first --into float", "out"),
         ("qwlora adapters rename out one", "new"),
         ("qwlora generate out hello --max-new-tokens many", "integer"),
         ("notaprogram x", "unknown program"),

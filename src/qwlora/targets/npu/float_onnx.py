@@ -56,6 +56,7 @@ from qwlora.errors import (
     foreign_as,
     listed,
 )
+from qwlora.formats.aimet_encodings.documents import printable
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of, write_graph_encodings
 from qwlora.formats.aimet_encodings.model import EncodingsFile, FloatEncoding
@@ -385,20 +386,21 @@ class FloatOnnxModel(OnnxModel):
     def problems(self) -> list[str]:
         """Promises that the two files break: an entry names no tensor or is in the wrong section;
         if there is none, parameters that are not on the grid of their entry."""
-        where, stored = self.encodings.name, self.graph.initializers
+        where, initializers = self.encodings.name, self.graph.initializers
         computed = {output.name for node in self.graph for output in node.outputs}
         computed |= {value.name for value in self.graph.inputs}
         try:
-            file = self.file
+            entries, parameters = self.file.by_name, self.file.parameters
         except EncodingsFileError as error:
             return [f"{where}: {error}"]
         problems = []
-        for name in file.by_name:
-            if name not in stored and name not in computed:
-                problems.append(f"{where}: {name} is not the name of a tensor in {self.model.name}")
-            elif file.parameters is not None and (name in file.parameters) != (name in stored):
+        for name in entries:
+            if name not in initializers and name not in computed:
+                unknown = f"{printable(name)} is not the name of a tensor in {self.model.name}"
+                problems.append(f"{where}: {unknown}")
+            elif parameters is not None and (name in parameters) != (name in initializers):
                 kinds = ("an activation", "a parameter")
-                said, kind = kinds[name in file.parameters], kinds[name in stored]
+                said, kind = kinds[name in parameters], kinds[name in initializers]
                 problems.append(f"{where}: {name} is listed as {said}, but is {kind} of the graph")
         if problems:
             return problems

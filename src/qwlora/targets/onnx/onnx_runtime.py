@@ -219,12 +219,12 @@ def open_session(
         return runtime.InferenceSession(str(path), options, providers=providers)
 
 
-def open_model(model: Any, entries: Mapping[str, str]) -> Any:
+def open_model(model: Any, entries: Mapping[str, str], is_optimized: bool = True) -> Any:
     """A session of an `onnx_ir.Model` on the CPU; see `open_session`."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, MODEL_FILE)
         save_graph(model, path)
-        return open_session(path, entries)
+        return open_session(path, entries, is_optimized)
 
 
 def run_session(

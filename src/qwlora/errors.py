@@ -179,17 +179,12 @@ class EncodingsFileError(QwloraError, ValueError):
 
 
 class ConversionError(QwloraError, ValueError):
-    """A conversion would lose `lost`, or needs `lacking`, which the file does not contain."""
+    """A conversion would lose `lost`, or needs what the file does not contain."""
 
-    def __init__(self, what: str, lost: Sequence[str], lacking: Sequence[str]):
-        self.lost, self.lacking = tuple(lost), tuple(lacking)
-        parts = [what]
-        if lacking:
-            parts.append(_report("needed, but not in this file:", lacking))
-        if lost:
-            heading = "would be lost (--lossy, or lossy=True, accepts that):"
-            parts.append(_report(heading, lost))
-        super().__init__("\n".join(parts))
+    def __init__(self, what: str, lost: Sequence[str] = ()):
+        self.lost = tuple(lost)
+        heading = f"{what}\nwould be lost (--lossy, or lossy=True, accepts that):"
+        super().__init__(_report(heading, lost) if lost else what)
 
 
 def _counted(problems: Sequence[str]) -> str:

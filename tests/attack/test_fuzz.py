@@ -31,7 +31,6 @@ from qwlora.formats.aimet_encodings import (
     EncodingsFile,
     convert,
     read_encodings,
-    validate,
     write_encodings,
 )
 from qwlora.formats.aimet_encodings.grids import entry_of
@@ -188,7 +187,6 @@ def make_encodings(folder: Path) -> None:
 
 def use_encodings(folder: Path) -> None:
     for path in sorted(folder.glob("*.encodings")):
-        validate(path)
         file = read_encodings(path)
         for version in ("0.6.1", "1.0.0", "2.0.0", "2.1.0"):
             try:

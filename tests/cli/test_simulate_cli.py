@@ -1,11 +1,10 @@
-"""`qwlora simulate` and `qwlora dump-layers`: what they say of a job, and what they refuse."""
+"""`qwlora simulate`: what it says of a job, and what it refuses."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cli.command_line import answered, refused
@@ -77,56 +76,6 @@ def test_json_has_every_value_and_what_was_calibrated(job: Path) -> None:
     assert values["model.layers.1.self_attn.q_proj.weight"]["kind"] == "base"
     changed = explain_placement(*open_job(job, changes=("simulation.policy=weights-only",)))
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
-
-
-def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
-    ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
-    np.save(tmp_path / "ids.npy", ids)
-    out = tmp_path / "layers"
-    options = ("--model", "simulated", "--ids", tmp_path / "ids.npy", "--out", out)
-    answered("dump-layers", job, *options)
-    record = json.loads((out / "layers.json").read_text())
-    assert (record["model"], record["tokens"]) == ("simulated/first", 5)
-    assert np.load(out / "inputs" / "input_ids.npy").tolist() == [ids.tolist()]
-    log = explain_placement(*open_job(job))
-    quantized = {v.name for v in log.values if v.kind == "activation" and v.grid}
-    assert {layer["tensor"] for layer in record["layers"]} == quantized
-    for layer in record["layers"]:
-        value = np.load(out / "simulated" / layer["simulated"]["file"])
-        assert list(value.shape) == layer["simulated"]["shape"]
-        assert layer["runtime"] is None
-
-
-SIMULATED = ["--model", "simulated"]
-
-
-@pytest.mark.parametrize(
-    ("ids", "arguments", "said"),
-    [
-        ([1.5], SIMULATED, "it holds float64 [1]. Give a .npy file of integers"),
-        ([[1], [2]], SIMULATED, "it holds int64 [2, 1]. Give a .npy"),
-        ([1, 260], SIMULATED, "ids from 1 to 260; the model has 0 to 259"),
-        ([], SIMULATED, "of integers [tokens]"),
-        (None, SIMULATED, "Give a .npy file of integers"),
-        ([1], ["--model", "first"], "'adapted/first' has no quantized activations; choose a"),
-        ([1], [], "has no export/onnx/first yet. Run first: qwlora export"),
-        ([1], ["--model", "onnx/second"], "has no adapters/second, export/onnx/second yet"),
-        ([1], [*SIMULATED, "--out", "here"], "'here' is not empty; choose another --out"),
-    ],
-)
-def test_layers_that_cannot_be_written_leave_nothing(
-    ids: Any, arguments: list[str], said: str, job: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "here" / "mine").mkdir(parents=True)
-    if ids is None:
-        (tmp_path / "ids.npy").write_text("text")
-    else:
-        np.save(tmp_path / "ids.npy", np.array(ids))
-    before = sorted(tmp_path.rglob("*")), sorted(job.glob("*"))
-    if "--out" not in arguments:
-        arguments = [*arguments, "--out", "made"]
-    assert said in refused("dump-layers", job, "--ids", "ids.npy", *arguments, cwd=tmp_path)
-    assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
 def test_costs_are_switched_on_one_by_one(job: Path) -> None:

@@ -100,11 +100,12 @@ def _in_training_mode() -> None:
 
 
 def _lossy() -> None:
-    entry = {"bw": 4, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": True, "name": "w"}
-    content = {"version": "1.0.0", "activation_encodings": [], "excluded_layers": ["norm"]}
-    content["param_encodings"] = [{**entry, "scale": [0.5], "offset": [-8]}]
+    entry = {"bw": 4, "dtype": "INT", "is_sym": True, "name": "w"}
+    blocks = {"enc_type": "PER_BLOCK", "block_size": 32, "scale": [0.5, 0.25], "offset": [-8, -8]}
+    content: dict[str, Any] = {"version": "1.0.0", "activation_encodings": []}
+    content["param_encodings"] = [{**entry, **blocks}]
     Path("model.encodings").write_text(json.dumps(content))
-    convert(read_encodings("model.encodings"), "2.0.0")
+    convert(read_encodings("model.encodings"), "0.6.1")
 
 
 def _bad_encodings() -> None:
@@ -211,7 +212,7 @@ PAGES = {
     errors.ConversionError: Page(
         _lossy,
         ("the other version has no such field", "`--lossy` accepts the loss"),
-        ("the file does not have what is needed", "give the model with `--onnx`"),
+        ("the file does not have what is needed", "export the model again, in the other version"),
     ),
     errors.VerificationError: Page(
         _wrong_layer,

@@ -1,9 +1,12 @@
-"""The code of docs/python.md and of an exported README runs, and computes what it should."""
+"""The code of docs/python.md, docs/results.md and an exported README runs, and computes what it
+should."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +41,15 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
     names: dict[str, Any] = {}
     for code in examples("The result of a job"):
         exec(compile(code, "python.md", "exec"), names)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.DOTALL)
+    exec(compile(code, "results.md", "exec"), {})
+    layers = names["simulation"].values(names["inputs"])
+    assert {path.stem for path in Path("layers/simulated").iterdir()} == layers.keys()
+    for name, value in layers.items():
+        assert np.array_equal(np.load(f"layers/simulated/{name}.npy"), value.numpy())
+    record = json.loads(Path("layers/layers.json").read_text())
+    assert record["simulated"] == {name: list(value.shape) for name, value in layers.items()}
+    assert record["inputs"]["input_ids"] == list(names["inputs"]["input_ids"].shape)
     readme = usage("onnx", "out/export/onnx/base", "out/export/onnx/support")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(compile(code, "README.md", "exec"), names)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cli.command_line import answered, qwlora
+from cli.command_line import qwlora
 from conftest import ARCHITECTURES, Job, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
@@ -32,7 +32,6 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.commands.simulate_job import dump_layers
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
@@ -241,17 +240,6 @@ def test_the_lines_in_the_readme_generate(llama: Path, monkeypatch: pytest.Monke
     assert names["cache"]["past_key_values.0.key"].shape[2] == ids.shape[1] - 1
 
 
-def test_dumped_layers_are_those_of_the_adapters_session(llama: Path, tmp_path: Path) -> None:
-    folder, record = dump_layers(llama, "onnx", out=tmp_path / "layers")
-    both = [layer for layer in record["layers"] if layer["simulated"] and layer["runtime"]]
-    assert len(both) == len(record["layers"])
-    for layer in both:
-        files = (folder / part / layer[part]["file"] for part in ("simulated", "runtime"))
-        simulated, ran = map(np.load, files)
-        assert np.abs(simulated - ran).mean() <= 0.01 * np.abs(simulated).mean()
-    assert any(".lora_B." in layer["tensor"] and simulated.any() for layer in both)
-
-
 def test_second_run_skips_everything_and_says_so(llama: Path) -> None:
     out, again = llama, ("results.json", "report.html", "recipe.yaml")
     files = [p for p in out.rglob("*") if p.is_file() and ".qwlora" not in p.parts]
@@ -419,10 +407,6 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert packed.keys() == grids.keys()
     assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
-    options = ("--encodings", encodings, "--keep-float", "*.up_proj", "--block-order", "tensor")
-    given = (*options, "--prefix", "m.", "--out", tmp_path / "base")
-    said = answered("import-base", checkpoints["llama"], *given)
-    assert f"fingerprint {fingerprint(load_base(tmp_path / 'out' / 'base'))}" in said
 
 
 def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:

@@ -1,20 +1,16 @@
 """Jobs that write the files of AI Hub and QAIRT."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 
-from cli.command_line import answered
 from conftest import flip_bit
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
 from qwlora.formats import manifest
-from qwlora.grid.encoding import sqnr_db
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.results.results_table import summary_rows
@@ -28,44 +24,6 @@ ADAPTERS = [
     for name, rank in (("first", 2), ("second", 3))
 ]
 CASES = ["first", "second", "first+second", "none"]
-
-
-def sqnr(found: Any, expected: Any) -> float:
-    signal, noise = (np.square(x.astype(np.float64)).sum() for x in (expected, found - expected))
-    return sqnr_db(float(signal), float(noise))
-
-
-def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> dict[str, Any]:
-    """What the runtime computes of each layer, after `qwlora dump-layers`: every tensor is one of
-    the exported graph, and those that the simulation has are near it.
-
-    Args:
-        least_sqnr: of any layer, in dB.
-    """
-    answered("dump-layers", job, "--model", f"{stage}/{case}")
-    folder = job / "layers" / stage / case
-    record = json.loads((folder / "layers.json").read_text())
-    assert record["model"] == f"{stage}/{case}"
-    stored = onnx.load(graph, load_external_data=False).graph
-    names = {name for node in stored.node for name in node.output} | {i.name for i in stored.input}
-    layers = {}
-    for layer in record["layers"]:
-        assert layer["tensor"] in names
-        values = {}
-        for part in ("simulated", "runtime"):
-            if layer[part] is not None:
-                path = folder / part / layer[part]["file"]
-                values[part] = np.load(path)
-                assert list(values[part].shape) == layer[part]["shape"]
-                assert hashlib.sha256(path.read_bytes()).hexdigest() == layer[part]["sha256"]
-        if "simulated" in values:
-            layers[layer["tensor"]] = values["runtime"]
-            assert sqnr(values["runtime"], values["simulated"]) > least_sqnr, layer["tensor"]
-    for each in record["inputs"]:
-        assert list(np.load(folder / "inputs" / each["file"]).shape) == each["shape"]
-    assert len(layers) > 60
-    assert "lm_head.linear" in layers
-    return layers
 
 
 EMBEDDING = {"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}
@@ -231,16 +189,9 @@ def test_a_job_writes_graphs_for_the_htp(
         else:
             assert "qwlora[qnn]" in case["not_run"]
     assert len({case["reference_perplexity"] for case in found.values()}) == 4
-    graph = job / "export/qnn/base/prompt_ar8_cl32.onnx"
-    layers = {c: dumped(job, graph, "qnn", c, least_sqnr=40) for c in ("first", "none")}
-    assert any(not np.array_equal(layers["first"][n], layers["none"][n]) for n in layers["none"])
-    graph = job / "export/aimet/first/prompt_ar8_cl32.aimet/model.onnx"
-    assert dumped(job, graph, "aimet", "first", least_sqnr=40).keys() == layers["first"].keys()
-    document = json.loads((graph.parent / "model.encodings").read_text())
+    graph = job / "export/aimet/first/prompt_ar8_cl32.aimet"
+    document = json.loads((graph / "model.encodings").read_text())
     assert document["version"] == "2.0.0"
-    graph = job / "export/qairt/prompt_ar8_cl32_model.onnx"
-    joined = dumped(job, graph, "qairt", "first+second", least_sqnr=35)
-    assert joined.keys() == layers["none"].keys()
     record = json.loads((job / "export/qnn/base/graphs.json").read_text())
     assert {graph["context"] for graph in record["graphs"].values()} == {32}
     assert results["export"]["qnn"].keys() == {"base", *CASES}

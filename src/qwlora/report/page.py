@@ -1,6 +1,6 @@
-"""Renders report.html of a job, and the page that compares several jobs.
+"""Renders report.html of a job.
 
-Both are single files: styles, script and drawings are inside, and a Content-Security-Policy makes
+It is a single file: styles, script and drawings are inside, and a Content-Security-Policy makes
 the browser itself refuse any request. Every name is escaped (jinja2's autoescape; `Drawing`).
 """
 
@@ -12,7 +12,6 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwlora.report import number_format
-from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
 from qwlora.report.number_format import NOT_MEASURED, count, finite
 from qwlora.report.results_view import Job, without_folders
@@ -77,11 +76,6 @@ def _views(job: Job, adapter: str, chosen: Sequence[ReportSection], suffix: str 
     """What sections show of an adapter; with an empty name, of the whole job."""
     drawn = (section.drawn(job, adapter, f"{section.id}{suffix}") for section in chosen)
     return [view for view in drawn if view is not None]
-
-
-def render_comparison(jobs: Sequence[Job]) -> str:
-    """The page that compares jobs side by side."""
-    return _environment().get_template("comparison.html").render(**comparison(jobs))
 
 
 def _patience(job: Job) -> float:

@@ -331,11 +331,6 @@ class Runtime(ABC):
         """Whether `extend` works: keys and values of earlier tokens are inputs."""
         return False
 
-    @property
-    def call_tokens(self) -> int | None:
-        """Tokens of one call, if the files have a fixed number."""
-        return None
-
     @abstractmethod
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens], none of them masked.
@@ -393,17 +388,6 @@ class Runtime(ABC):
         Args:
             values: the simulated value of each quantized activation.
             tensors: every input of the model by name.
-        """
-        raise NotImplementedError
-
-    def layers(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """One call on the CPU: its inputs by name, and every quantized activation by name of its
-        tensor in the files.
-
-        Args:
-            tensors: inputs of the simulation, padded on the right to `call_tokens` tokens.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Write the golden files of these tests, files/*.encodings and files/model.onnx, with aimet-torch.
+"""Write the golden files of these tests, files/*.encodings, with aimet-torch.
 
     python tests/formats/aimet_encodings/make_aimet_files.py       by hand, in an environment with aimet-torch
 
@@ -68,9 +68,8 @@ def main() -> None:
             names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
             path = str(Path(directory) / "model.onnx")
             sim.onnx.export((x,), path, dynamo=False, encoding_version=version, **names)
-            for file in Path(directory).iterdir():
-                is_graph = file.suffix != ".encodings"
-                shutil.copy(file, FILES / (file.name if is_graph else f"aimet-{version}.encodings"))
+            for file in Path(directory).glob("*.encodings"):
+                shutil.copy(file, FILES / f"aimet-{version}.encodings")
     quantsim.encoding_version = "1.0.0"
     sim, x = simulation(float8=False)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,7 +1,4 @@
-"""Random encodings files of each version, and their graphs.
-
-Weights are [out, in] and read by a Conv: channels on axis 0, blocks on axis 1.
-"""
+"""Random encodings files of each version: channels on axis 0, blocks on axis 1."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,9 @@ from qwlora.formats.aimet_encodings import (
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
-    OnnxTensor,
 )
 
 FILES = Path(__file__).parent / "files"
-DECOMPRESSED_BITWIDTH = 8
 
 names = st.text(min_size=1, max_size=8)
 positive = st.floats(2.0**-20, 2.0**10, width=32)
@@ -33,14 +28,13 @@ def arrays(draw: Any, shape: tuple[int, ...], values: st.SearchStrategy[Any], dt
 
 
 @st.composite
-def encodings(draw: Any, version: str, name: str = "w") -> tuple[Entry, OnnxTensor]:
-    """An encoding with the fields of `version`, and its tensor."""
+def encodings(draw: Any, version: str, name: str = "w") -> Entry:
+    """An encoding with the fields of `version`."""
     is_flat, has_blocks = version < "2", version != "0.6.1"
     channels, blocks, size = (draw(st.integers(1, most)) for most in (3, 3, 4))
-    tensor = OnnxTensor(draw(st.booleans()), (channels, blocks * size), 0, 1)
     kind = draw(st.sampled_from(["integer"] * 3 + ["float"] + ["lpbq"] * has_blocks))
     if kind == "lpbq":
-        return draw(lpbq(version, name, channels, blocks, size)), tensor
+        return draw(lpbq(version, name, channels, blocks, size))
     granularity = draw(st.sampled_from(["tensor", "channel"] + ["block"] * has_blocks))
     if version == "0.6.1" and channels == 1:
         granularity = "tensor"
@@ -50,11 +44,11 @@ def encodings(draw: Any, version: str, name: str = "w") -> tuple[Entry, OnnxTens
     if not is_flat and granularity != "tensor":
         layout["axis"] = 1 if granularity == "block" else draw(st.sampled_from([0, -2]))
     if kind == "float" and is_flat:
-        return FloatEncoding(name, draw(st.sampled_from([8, 16, 32]))), tensor
+        return FloatEncoding(name, draw(st.sampled_from([8, 16, 32])))
     scale = arrays(draw, shape, positive, float)
     if kind == "float":
         dtype = draw(st.sampled_from(sorted(FLOAT_FORMATS)))
-        return FloatEncoding(name, FLOAT_FORMATS[dtype], dtype, scale, **layout), tensor
+        return FloatEncoding(name, FLOAT_FORMATS[dtype], dtype, scale, **layout)
     bitwidth, shift = draw(st.integers(1, 16)), draw(st.sampled_from([0.0, 0.0, 0.5]))
     center, lowest = -(2 ** (bitwidth - 1)), -(2**bitwidth - 1)
     offset = np.full(shape, center)
@@ -64,7 +58,7 @@ def encodings(draw: Any, version: str, name: str = "w") -> tuple[Entry, OnnxTens
     if not is_flat:
         symmetric, signed = bool((offset == center).all()), symmetric
     grid = IntegerEncoding(name, bitwidth, scale, offset, symmetric, signed, **layout)
-    return grid.replace(zero_point_shift=shift), tensor
+    return grid.replace(zero_point_shift=shift)
 
 
 @st.composite
@@ -80,18 +74,17 @@ def lpbq(draw: Any, version: str, name: str, channels: int, blocks: int, size: i
 
 
 @st.composite
-def files(draw: Any, version: str) -> tuple[EncodingsFile, dict[str, OnnxTensor]]:
-    """A file with any of the version's fields, and a matching graph."""
+def files(draw: Any, version: str) -> EncodingsFile:
+    """A file with any of the version's fields."""
     chosen = draw(st.lists(names, unique=True, max_size=4))
-    some = [draw(encodings(version, name)) for name in chosen]
-    graph = {encoding.name: tensor for encoding, tensor in some}
+    some = tuple(draw(encodings(version, name)) for name in chosen)
     fields: dict[str, Any] = {
         "producer": draw(st.none() | st.just({"package": "qwlora", "version": "1"}))
     }
     if version < "2":
-        fields["parameters"] = frozenset(name for name in graph if graph[name].parameter)
+        fields["parameters"] = frozenset(name for name in chosen if draw(st.booleans()))
         fields["excluded_layers"] = draw(st.none() | st.lists(names, max_size=2).map(tuple))
         values = st.booleans() | st.integers() | st.floats(-10, 10) | st.text()
         settings = st.dictionaries(names, values, max_size=2)
         fields["quantizer_args"] = draw(st.none() | settings)
-    return EncodingsFile(version, tuple(e for e, _ in some), **fields), graph
+    return EncodingsFile(version, some, **fields)

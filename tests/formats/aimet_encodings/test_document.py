@@ -94,20 +94,22 @@ def test_aimets_files_by_module_are_read_as_0_6_1(name: str) -> None:
 )
 def test_a_malformed_module_is_named(module: Any, message: str) -> None:
     other = {"activation_encodings": {"block": {"output": {}}, "fc": module}}
-    file, findings = parse({**other, "param_encodings": {}})
+    file, problems = parse({**other, "param_encodings": {}})
     assert file is None
-    assert any(message in str(finding) for finding in findings)
+    assert any(message in problem for problem in problems)
 
 
 def test_parameters_alone_are_a_file_as_after_adaround() -> None:
     items = GOLDEN["0.6.1"]["param_encodings"]
-    file, findings = parse({"param_encodings": items})
-    assert not findings
+    file, problems = parse({"param_encodings": items})
+    assert not problems
     assert file is not None
     assert file.parameters == items.keys() == file.by_name.keys()
     vectors = {"fc.weight": [items["channel.weight"][0] | {"vector_dim": 2, "index_bw": 6}]}
-    _, findings = parse({"param_encodings": vectors})
-    assert [str(f).partition(" (")[0] for f in findings] == ["fc.weight: is vector quantization"]
+    _, problems = parse({"param_encodings": vectors})
+    assert [problem.partition(" (")[0] for problem in problems] == [
+        "fc.weight: is vector quantization"
+    ]
 
 
 def test_aimets_files_have_the_same_grids_in_every_version() -> None:
@@ -167,9 +169,9 @@ def test_a_changed_file_is_refused_or_written_back(version: str, data: st.DataOb
                 del target[last]
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took this place away
-    file, findings = parse(document)
-    assert (file is None) == bool(findings)
-    assert all(finding.message and len(str(finding)) < 1000 for finding in findings)
+    file, problems = parse(document)
+    assert (file is None) == bool(problems)
+    assert all(0 < len(problem) < 1000 for problem in problems)
     if file is not None:
         assert parse(to_document(file)) == (file, [])
 
@@ -313,16 +315,16 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
 def test_a_bad_field_is_named(
     entry: tuple[str, str, str], fields: dict[str, Any], message: str
 ) -> None:
-    file, findings = parse(changed(*entry, **fields))
+    file, problems = parse(changed(*entry, **fields))
     assert file is None
-    assert any(re.search(f"^{entry[2]}[:,] {message}", str(finding)) for finding in findings)
+    assert any(re.search(f"^{entry[2]}[:,] {message}", problem) for problem in problems)
 
 
 def test_every_problem_is_reported_at_once() -> None:
     document = changed("1.0.0", "activation_encodings", "x", scale=[-1.0], bw=0)
     document["param_encodings"].append({"name": "new"})
     document["mystery"] = 1
-    problems = "\n".join(map(str, parse(document)[1]))
+    problems = "\n".join(parse(document)[1])
     for part in ("x: bitwidth is 0", "new, bw: is missing", "new, dtype: is missing"):
         assert part in problems
     assert "file, mystery: is not a field" in problems
@@ -332,15 +334,15 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_a_repeated_name_is_refused(section: str) -> None:
     document = copy.deepcopy(GOLDEN["1.0.0"])
     document[section].append(document["activation_encodings"][0])
-    file, findings = parse(document)
+    file, problems = parse(document)
     assert file is None
-    assert [str(f) for f in findings] == ["file: 'x': two encodings have this name"]
+    assert problems == ["file: 'x': two encodings have this name"]
 
 
 def test_control_characters_in_names_are_escaped() -> None:
-    _, findings = parse({"version": "2.0.0", "encodings": [{"name": "\x1b[31m" + "a" * 10_000}]})
-    assert "\x1b" not in str(findings[0])
-    assert len(str(findings[0])) < 300
+    _, problems = parse({"version": "2.0.0", "encodings": [{"name": "\x1b[31m" + "a" * 10_000}]})
+    assert "\x1b" not in problems[0]
+    assert len(problems[0]) < 300
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -111,9 +111,6 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     version: str, folder: Path, llama: Simulation, tmp_path: Path
 ) -> None:
     files = folder if version == "1.0.0" else written(llama, tmp_path, version)
-    batch = {"input_ids": IDS[:, :8], "attention_mask": IDS[:, :8] > 0}
-    graphs = AIMET.open(files, "").layers(batch)[1]
-    assert len(graphs) > 150
     known: dict[str, Any] = {}
     for name in GRAPHS:
         entries = entries_of(files / f"{name}.aimet")

@@ -17,11 +17,10 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model
 from qwlora import Schemes, Simulation, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
-from qwlora.formats.aimet_encodings import validate
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.targets.npu.float_onnx import to_float_onnx
+from qwlora.targets.npu.float_onnx import FloatOnnxModel, to_float_onnx
 from qwlora.targets.proof.compare import verify_language_model
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
@@ -106,17 +105,55 @@ def test_stored_weights_give_the_codes_of_the_base_again(
             assert torch.equal(codes, layer.tensor.codes), path
 
 
+def move(record: Any, source: str, target: str) -> None:
+    record[target].append(record[source].pop(0))
+
+
+def of_lora(record: Any) -> Any:
+    return next(e for e in record[PARAMETERS] if e["name"].endswith("lora_A.weight"))
+
+
+def stretch(entry: Any) -> None:
+    entry["scale"] = [1.1 * scale for scale in entry["scale"]]
+
+
+def shorten(entry: Any) -> None:
+    entry |= {key: entry[key][:-1] for key in ("scale", "offset")}
+
+
+PARAMETERS, ACTIVATIONS = "param_encodings", "activation_encodings"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda r: r[PARAMETERS][0].update(name="w"), "w is not the name of a tensor in model."),
+        (lambda r: r[ACTIVATIONS][0].update(name="x"), "x is not the name of a tensor in model."),
+        (lambda r: move(r, PARAMETERS, ACTIVATIONS), "as an activation, but is a parameter"),
+        (lambda r: move(r, ACTIVATIONS, PARAMETERS), "as a parameter, but is an activation"),
+        (lambda r: r[ACTIVATIONS][0].update(bw=0), "bitwidth is 0"),
+        (lambda r: stretch(of_lora(r)), "lora_A.weight is not on the grid of its entry"),
+        (lambda r: shorten(of_lora(r)), "has 3 scales, but axis 0 of [4, "),
+    ],
+)
+def test_an_entry_that_does_not_fit_the_model_is_a_problem(
+    change: Callable[[Any], None], problem: str, copied: Path
+) -> None:
+    path = copied / "model.aimet" / "model.encodings"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    problems = FloatOnnxModel(path.with_name("model.onnx"), path).problems()
+    assert any(problem in line for line in problems), problems
+
+
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
 def test_every_entry_names_a_tensor_and_blocks_are_in_aimets_order(
     version: str, lpbq: Simulation, tmp_path: Path
 ) -> None:
     files = written(lpbq, tmp_path, version) / "model.aimet"
     document = json.loads((files / "model.encodings").read_text())
-    assert not [
-        f
-        for f in validate(files / "model.encodings", files / "model.onnx")
-        if f.severity == "error"
-    ]
+    assert FloatOnnxModel(files / "model.onnx", files / "model.encodings").problems() == []
     graph = onnx.load(files / "model.onnx", load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
     name, scales = "model.layers.0.mlp.up_proj.weight", 64 // 32

@@ -3,8 +3,6 @@
     read_encodings(path)             strict; an error lists every problem
     write_encodings(file, path)      atomic
     convert(file, version)           lossless, or an error that lists what would be lost
-    diff(a, b, tolerance)            also across versions
-    validate(file, onnx_path)        findings, in the file alone or compared with the model's graph
 
 `docs/encodings.md` shows the four versions next to each other. `grids.py`,
 which needs torch, turns grids into entries and back.
@@ -12,9 +10,8 @@ which needs torch, turns grids into entries and back.
 
 from __future__ import annotations
 
-from qwlora.formats.aimet_encodings.convert import Difference, convert, diff
-from qwlora.formats.aimet_encodings.documents import Finding
-from qwlora.formats.aimet_encodings.encodings_file import read_encodings, validate, write_encodings
+from qwlora.formats.aimet_encodings.convert import convert
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings, write_encodings
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
@@ -25,24 +22,17 @@ from qwlora.formats.aimet_encodings.model import (
     IntegerEncoding,
     LpbqEncoding,
 )
-from qwlora.formats.aimet_encodings.onnx_tensors import OnnxTensor, read_graph
 
 __all__ = [
     "FLOAT_FORMATS",
     "VERSIONS",
     "BlockOrder",
-    "Difference",
     "EncodingsFile",
     "Entry",
-    "Finding",
     "FloatEncoding",
     "IntegerEncoding",
     "LpbqEncoding",
-    "OnnxTensor",
     "convert",
-    "diff",
     "read_encodings",
-    "read_graph",
-    "validate",
     "write_encodings",
 ]

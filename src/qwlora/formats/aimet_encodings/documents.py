@@ -55,7 +55,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
@@ -200,28 +199,12 @@ class Document(Strict):
     producer: dict[Literal["package", "version", "block_order"], Name] | None = None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem of a file.
-
-    Args:
-        severity: `error`: a runtime computes something else, or nothing; `warning`: legal, but
-            unusual.
-        where: name of the encoding, or the section of the file.
-        field: of the encoding, or "".
-    """
-
-    severity: Literal["error", "warning"]
-    where: str
-    field: str
-    message: str
-
-    def __str__(self) -> str:
-        place = printable(self.where) + (f", {printable(self.field)}" if self.field else "")
-        return f"{place}: {self.message}"
+def problem_line(where: str, field: str, message: str) -> str:
+    """A problem of an encoding or a section, and of its field if that is not empty, in one line."""
+    return f"{printable(where)}{f', {printable(field)}' if field else ''}: {message}"
 
 
-def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Finding]:
+def problem_lines(error: ValidationError, document: dict[str, Any]) -> Iterator[str]:
     """The problems that pydantic found in `document`, by entry and field."""
     for problem in error.errors(include_url=False):
         section, *keys = problem["loc"]
@@ -238,7 +221,7 @@ def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Fi
             f"item {key}" if isinstance(key, int) else key for key in keys if key not in _KINDS
         )
         for message in _messages(dict(problem)):
-            yield Finding("error", where, field, message)
+            yield problem_line(where, field, message)
 
 
 def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
@@ -253,7 +236,7 @@ def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
     return (f"is {describe(value)}; {problem['msg'].replace('Input should', 'it must')}",)
 
 
-def shared_lines(problems: Iterable[tuple[str, str]], what: str = "encodings") -> list[str]:
+def shared_lines(problems: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each (name, problem); equal problems of more than three names share one."""
     names_of: dict[str, list[str]] = {}
     for name, problem in problems:
@@ -263,7 +246,7 @@ def shared_lines(problems: Iterable[tuple[str, str]], what: str = "encodings") -
         if len(names) <= 3:
             lines += [f"{name}: {problem}" for name in names]
         else:
-            lines.append(f"{len(names)} {what} ({', '.join(names[:3])} ...): {problem}")
+            lines.append(f"{len(names)} encodings ({', '.join(names[:3])} ...): {problem}")
     return lines
 
 

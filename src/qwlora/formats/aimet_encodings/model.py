@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,6 @@ FLOAT_FORMATS = {
 
 # Order of a flat list of block scales: as the tensor is stored, or channel by channel.
 BlockOrder = Literal["channel", "tensor"]
-BLOCK_ORDERS: tuple[BlockOrder, ...] = get_args(BlockOrder)
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

@@ -1,6 +1,4 @@
-"""Models that commands write to a folder: an adapter of a job merged into its base, with a measure
-of what that loses, and the integers of a quantized checkpoint as a base.
-"""
+"""An adapter of a job merged into its base, and a measure of what that loses."""
 
 from __future__ import annotations
 
@@ -11,14 +9,9 @@ from typing import Any
 from qwlora.adapter.adapter_deltas import Into, merged_model, rounding_losses
 from qwlora.adapter.mergeable import is_mergeable
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.errors import SourceError
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.model_card import public_name
-from qwlora.formats.model_source import fetch, load_tokenizer
-from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.pipeline.stages.job_context import JobContext
-from qwlora.quantize.quantize_model import BaseSize, base_size
-from qwlora.system.progress import Track, untracked
+from qwlora.system.progress import Track
 
 KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
 
@@ -93,31 +86,3 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
         context.tokenizer.save_pretrained(folder)
     else:
         save_base(merged, folder, context.tokenizer, source=context.recipe.model.source)
-
-
-def import_base(
-    source: str,
-    folder: Path,
-    *,
-    encodings: Path | None = None,
-    track: Track = untracked,
-    **reading: Any,
-) -> tuple[str, BaseSize]:
-    """Write the integers of `source` to `folder`; returns the base's fingerprint and size.
-
-    Args:
-        source: a checkpoint, as `model.source` of a recipe takes it.
-        folder: an empty folder.
-        encodings: AIMET encodings of a float checkpoint whose weights lie on their grid.
-        reading: further arguments of `open_checkpoint`.
-    """
-    location = fetch(source)
-    if encodings is None and location.holds_floats and not location.gguf_file:
-        raise SourceError(
-            f"model {source!r} is a float model, which has no integers to import. Give the AIMET "
-            "encodings that its weights lie on with --encodings, or quantize it: qwlora init"
-        )
-    checkpoint = open_checkpoint(location.path, encodings, **reading)
-    tokenizer = load_tokenizer(source)
-    model = load_precomputed(checkpoint, track)
-    return save_base(model, folder, tokenizer, source=public_name(source)), base_size(model)

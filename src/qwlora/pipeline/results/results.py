@@ -22,7 +22,7 @@ from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
 from qwlora.pipeline.results.model_cards import card_text
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
-from qwlora.report.page import render, render_comparison
+from qwlora.report.page import render
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
@@ -31,7 +31,6 @@ from qwlora.system.parameter_names import BASE
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
-PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 
 
 def collect_results(
@@ -177,26 +176,10 @@ def read_job(folder: Path) -> Job:
     return job_of(folder, state.recipe, results, changed)
 
 
-def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[Path]:
-    """Write the report of each job, and for several jobs the page that compares them.
-
-    Args:
-        page: the page that compares; needed for several jobs. It replaces an older one.
-
-    Returns:
-        The files that were written.
-    """
-    if page is not None and page.exists():
-        with page.open(encoding="utf-8", errors="replace") as file:
-            if PAGE_MARK not in file.read(2000):
-                raise DirectoryError(
-                    f"{str(page)!r} exists and is not a page of qwlora. Give another --out"
-                )
-    jobs = [read_job(folder) for folder in folders]
-    pages = [(folder / REPORT, render(job)) for folder, job in zip(folders, jobs, strict=True)]
-    if page is not None:
-        pages.append((page, render_comparison(jobs)))
-    for path, text in pages:
+def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
+    """Write the report of each job; returns the files."""
+    pages = {folder / REPORT: render(read_job(folder)) for folder in folders}
+    for path, text in pages.items():
         with as_directory_errors(path.parent):
             write_text(path, text)
-    return [path for path, _ in pages]
+    return [*pages]

@@ -56,9 +56,10 @@ from qwlora.errors import (
     foreign_as,
     listed,
 )
-from qwlora.formats import aimet_encodings as files
+from qwlora.formats.aimet_encodings.documents import printable
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of, write_graph_encodings
-from qwlora.formats.aimet_encodings.model import EncodingsFile
+from qwlora.formats.aimet_encodings.model import EncodingsFile, FloatEncoding
 from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
@@ -375,22 +376,33 @@ class FloatOnnxModel(OnnxModel):
 
     @cached_property
     def file(self) -> EncodingsFile:
-        return files.read_encodings(self.encodings)
+        return read_encodings(self.encodings)
 
     @cached_property
-    def graph(self) -> dict[str, files.OnnxTensor]:
-        return files.read_graph(self.model)
+    def graph(self) -> Any:
+        """The graph of the model's file, unchanged."""
+        return load_graph(self.model).graph
 
     def problems(self) -> list[str]:
-        """Promises that the two files break: an entry names no tensor, is in the wrong section or
-        does not fit the tensor's shape; if there is none, parameters that are not on the grid of
-        their entry."""
-        where = self.encodings.name
+        """Promises that the two files break: an entry names no tensor or is in the wrong section;
+        if there is none, parameters that are not on the grid of their entry."""
+        where, initializers = self.encodings.name, self.graph.initializers
+        computed = {output.name for node in self.graph for output in node.outputs}
+        computed |= {value.name for value in self.graph.inputs}
         try:
-            findings = files.validate(self.encodings, self.model)
+            entries, parameters = self.file.by_name, self.file.parameters
         except EncodingsFileError as error:
             return [f"{where}: {error}"]
-        if problems := [f"{where}: {found}" for found in findings if found.severity == "error"]:
+        problems = []
+        for name in entries:
+            if name not in initializers and name not in computed:
+                unknown = f"{printable(name)} is not the name of a tensor in {self.model.name}"
+                problems.append(f"{where}: {unknown}")
+            elif parameters is not None and (name in parameters) != (name in initializers):
+                kinds = ("an activation", "a parameter")
+                said, kind = kinds[name in parameters], kinds[name in initializers]
+                problems.append(f"{where}: {name} is listed as {said}, but is {kind} of the graph")
+        if problems:
             return problems
         for name, stored in self.parameters().items():
             file = self.weights if self.weights and name in self.replaced else self.model
@@ -409,13 +421,16 @@ class FloatOnnxModel(OnnxModel):
     def parameters(self) -> dict[str, Tensor]:
         """The encoded initializers by name; read again in every call."""
         initializers = self._load_float().graph.initializers
-        names = (e.name for e in self.file.encodings if self.graph[e.name].parameter)
+        names = [name for name in self.file.by_name if name in self.graph.initializers]
         with foreign_as(ExportError, f"the weights of {str(self.model)!r} cannot be read"):
             return {name: tensor_of(initializers[name]) for name in names}
 
     def grid(self, name: str, values: Tensor) -> tuple[Encoding, Tensor]:
         """Grid and values of a parameter, both of the tensor as [..., out, in]."""
-        transposed = values.ndim == 2 and self.graph[name].channel_axis == 1
+        readers = self.graph.initializers[name].uses()
+        transposed = values.ndim == 2 and any(
+            node.op_type == "MatMul" and position == 1 for node, position in readers
+        )
         values = values.T if transposed else values
         layout = TensorLayout(tuple(values.shape), transposed, 0, "channel")
         return grid_of(self.file.by_name[name], layout, self.file.version), values
@@ -454,7 +469,7 @@ class FloatOnnxModel(OnnxModel):
         values = {output.name: output for node in model.graph for output in node.outputs}
         values |= {value.name: value for value in model.graph.inputs}
         for entry in self.file.encodings:
-            if self.graph[entry.name].parameter or isinstance(entry, files.FloatEncoding):
+            if entry.name not in values or isinstance(entry, FloatEncoding):
                 continue
             name, value = entry.name, values[entry.name]
             encoding = grid_of(entry, TensorLayout((1,)), self.file.version)

@@ -200,10 +200,6 @@ class CachedGraphs(Runtime):
         inputs = self.graphs[self.names[0]]["inputs"]
         self.fixed = {name: torch.ones(inputs[name]) for name in inputs if name == ALPHA}
 
-    @property
-    def call_tokens(self) -> int:
-        return self.tokens[self.names[0]]
-
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         """See `Runtime`. A graph without room for all the tokens that it takes would drop the first
         ones of the cache, also if some are padding; it is not called."""
@@ -266,7 +262,6 @@ class CachedGraphs(Runtime):
         ids: Tensor,
         past: int,
         cache: dict[str, Tensor],
-        session: Any = None,
         positions: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One call of a graph: its inputs and its outputs, by name.
@@ -277,7 +272,6 @@ class CachedGraphs(Runtime):
             past: tokens before.
             cache: keys and values, valid ones on the right, at least as many as the graph takes.
                 Those of the new tokens are put into it.
-            session: another one of the graph.
             positions: of the new tokens, [1, tokens], or [3, 1, tokens] where an image is among
                 them. Default: counted.
         """
@@ -297,7 +291,7 @@ class CachedGraphs(Runtime):
             **{key: _last(value, self._axis(key), sizes.past) for key, value in cache.items()},
             **self.fixed,
         }
-        session = session or self.models[name].session
+        session = self.models[name].session
         inputs = {each.name: inputs[each.name] for each in session.get_inputs()}
         grids = self.graphs[name]["encodings"] if self.has_genie_layout else {}
         for wave in (COS, SIN) if self.has_genie_layout else ():
@@ -349,12 +343,3 @@ class CachedGraphs(Runtime):
             call = self.call(name, ids[:, past : past + count], past, cache)
             write_golden(self.folder / GOLDEN / case / name, *call)
             past += count
-
-    def layers(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """One call of the largest graph, with an empty cache; see `Runtime`."""
-        name, count = self.names[0], int(tensors[MASK].sum())
-        tokens = tensors[IDS if IDS in tensors else EMBEDS]
-        ids, session = tokens[:, :count], self.models[name].open_layers()
-        return self.call(name, ids, 0, self.empty_cache(), session)

@@ -79,12 +79,10 @@ from qwlora.targets.npu.kv_cache_graphs import (
     share_weights,
     write_graphs,
 )
-from qwlora.targets.onnx.onnx_model import load_graph, save_graph
+from qwlora.targets.onnx.onnx_model import save_graph
 from qwlora.targets.onnx.onnx_runtime import (
     EMBEDDINGS_FILE,
     OnnxModel,
-    exposed,
-    open_model,
     open_session,
     write_embeddings,
 )
@@ -346,9 +344,6 @@ class QnnGraph(OnnxModel):
     @cached_property
     def session(self) -> Any:
         return open_graph(self.file, self.htp, self.profile)
-
-    def open_layers(self) -> Any:
-        return open_model(exposed(load_graph(self.file)), {}, is_optimized=False)
 
 
 class QnnModel(CachedGraphs):

@@ -135,15 +135,6 @@ class OnnxModel(Runtime):
         computed = run_session(session, {**tensors, **simulated}, self._options)
         return dict(zip(values, computed.values(), strict=True))
 
-    def layers(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        return tensors, run_session(self.open_layers(), tensors, self._options)
-
-    def open_layers(self) -> Any:
-        """A session whose outputs are the quantized activations."""
-        return open_model(exposed(self.load()), self.session_options)
-
 
 def write_embeddings(simulation: Simulation, folder: Path) -> None:
     """Write the embedding of each token of a model whose graph takes embeddings, float32
@@ -194,19 +185,6 @@ def read_session_options(folder: Path) -> dict[str, str]:
     if problems := list(misfits(options, OPTIONS_FORM)):
         raise SourceError(f"{str(path)!r}: {listed(problems)}; {again}")
     return options
-
-
-def exposed(model: Any) -> Any:
-    """A QDQ model, changed in place: its outputs are now its quantized activations."""
-    ir = require("onnx_ir", "onnx")
-    model.graph.outputs.clear()
-    for node in model.graph:
-        codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" else None
-        if codes is not None and codes.op_type == "QuantizeLinear":
-            value = node.outputs[0]
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-            model.graph.outputs.append(value)
-    return model
 
 
 def open_session(

@@ -66,9 +66,8 @@ from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.pipeline.stages.job_context import in_turn
-from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_model import base_size, quantize_
-from qwlora.quantize.tune_scales import TuningSettings, tune_
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from sources import concatenated_ids, gemma_file
 
 TEXT = "python:pydoc_data.topics:topics"

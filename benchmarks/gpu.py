@@ -11,7 +11,7 @@ these, the model included. `time` and `memory` are ratios to bitsandbytes' (goal
 
 gptq: seconds a layer from weight and second moment to codes, 4 bits in blocks of 64 without sweeps, against gptqmodel's solver if it is installed.
 
-unpack: a weight of 8192 x 8192 at each bitwidth to bfloat16, by the Triton kernel and by torch's operations: bytes read and written a second, next to those of
+unpack: a weight of 8192 x 8192 at each bitwidth to bfloat16, by torch.compile and by torch's operations: bytes read and written a second, next to those of
 a copy. demo: recipes/demo.yaml from an empty directory, seconds of each stage.
 
 A comparison that needs another package or a GPU is left out where that is missing, and the output says so.
@@ -213,8 +213,8 @@ def unpack(machine: Machine) -> list[dict[str, Any]]:
     there = torch.empty(size, size, dtype=torch.bfloat16, device=machine.device)
     copied = 2 * there.nbytes / machine.seconds(there.clone)
     ways = {"torch": False}
-    if machine.can("the Triton kernel", "triton"):
-        ways["triton"] = True
+    if machine.can("compiled unpacking", "triton"):
+        ways["compiled"] = True
     for bits in range(2, 9):
         scheme = parse_scheme(f"w{bits}-block32")
         encoding = measure(weight, scheme)
@@ -222,8 +222,8 @@ def unpack(machine: Machine) -> list[dict[str, Any]]:
         parts = (part if part is None else part.to(machine.device) for part in packed.parts)
         packed = PackedTensor(scheme, size, Parts(*parts))
         row: dict[str, Any] = {"bits": bits, "copy": round(copied / 1e9, 1)}
-        for name, has_kernel in ways.items():
-            with mock.patch.object(packed_tensor, "has_kernel", lambda device, h=has_kernel: h):
+        for name, is_compiled in ways.items():
+            with mock.patch.object(packed_tensor, "compiles", lambda device, c=is_compiled: c):
                 seconds = machine.seconds(partial(packed.dequantize, torch.bfloat16))
             row[name] = round((packed.nbytes + there.nbytes) / seconds / 1e9, 1)
         print({**row, "unit": "GB/s"}, flush=True)

@@ -118,7 +118,6 @@ GRIDS = "w4-block32 w4-signed32 w2-block32-asymmetric w4-channel w4-lpbq32 w3-ch
         ("w4-signed32", "search", {}),
         ("w2-block32-asymmetric", "sqnr", {}),
         ("w4-block32", "gptq", {"settings": {"gptq": GptqSettings(sweeps=1)}}),
-        ("w2-channel", "gptq", {"settings": {"gptq": GptqSettings(0, rounding_steps=4)}}),
     ],
 )
 def test_grids_and_solvers(scheme: str, solver: str, options: Any, device: torch.device) -> None:

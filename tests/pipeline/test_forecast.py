@@ -13,7 +13,7 @@ from cli.command_line import answered, qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.plan.plan import resolve_compute
 from qwlora.pipeline.running import forecast
 from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.quantize.quantize_model import base_size, quantize_
@@ -106,16 +106,6 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
     found = {stage.stage: stage for stage in forecast.plan_job(recipe, Path()).stages}
     assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}
     assert all(stage.peak > 0 for stage in found.values())
-
-
-def test_learned_rounding_takes_memory(recipe: Recipe) -> None:
-    gptq = recipe.base.gptq.model_copy(update={"rounding_steps": 200})
-    learning = recipe.model_copy(update={"base": recipe.base.model_copy(update={"gptq": gptq})})
-    (stage,) = (s for s in make_plan(recipe, JobTexts(recipe, reads=False)) if s.verb == "quantize")
-    plain, learned = (Forecaster(r).needed(stage)[0] for r in (recipe, learning))
-    assert {*learned} - {*plain} == {"learned rounding of a block"}
-    block = max(sum(i * o for i, o in shapes) for shapes in Forecaster(recipe).blocks)
-    assert learned["learned rounding of a block"] >= 4 * 4 * block
 
 
 def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from conftest import byte_tokenizer, packed_model, tiny_model
-from quantize.test_learned_rounding import LEARNED, of_sums
 from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
@@ -50,13 +49,6 @@ def budgeted() -> list[float]:
     model = tiny_model("llama", layers=1)
     layers = quantize_(model, "w4-block32", "rtn", calibration=ids(), budget=BitBudget(4.0)).layers
     return [float(layer.scheme.removeprefix("int")[0]) for layer in layers.values()]
-
-
-def learned() -> list[float]:
-    layer = of_sums("w3-block32", LEARNED)[1].layers["blocks.0.linear.weight"]
-    assert layer.moved is not None
-    assert layer.block_loss is not None
-    return [layer.moved, layer.block_loss]
 
 
 def packed_llama() -> Any:
@@ -117,7 +109,6 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "layer_statistics": (2, [63.998, 1.2683], observed_moments),
     "second_moments": (2, [11.515, 6.0762], second_moment),
     "bit_budget": (1, [4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 4.0], budgeted),
-    "learned_rounding": (1, [0.034180, 0.86759], learned),
     "sampled_text": (1, [172, 120, 115, 150, 251, 191, 33, 33], written),
     "tune_scales": (4, [0.0065848, 0.0065477], tuned),
     "initialize_adapter": (4, [0.87175, 0.59711], initialized),

@@ -14,17 +14,18 @@ float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from qwlora.errors import QwloraWarning
 from qwlora.grid.encoding import Encoding, QuantizedTensor, aligned, grouped
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.scheme import Blocks, Lpbq, Scheme
@@ -226,37 +227,35 @@ class PackedTensor:
             parts: Any = (None if part is None else part[index] for part in self.parts)
             chosen = PackedTensor(scheme, self.count, Parts(*parts))
         flat = packed.reshape(-1, packed.shape[-1])
-        if has_kernel(packed.device):
-            from qwlora.nn.unpack_kernel import unpack_rows
-
-            numbers = [
-                None if part is None else self._broadcast(part, index, shape)
-                for part in chosen.parts[1:]
-            ]
-            return unpack_rows(scheme, flat, numbers, self.count, dtype).view(shape)
         low = chosen.parts.minimum
         if not scheme.symmetric and low is None:
             low = -cast(Tensor, chosen.zero_point).float()
         scale = self._broadcast(chosen.scale, index, shape)
         low = None if low is None else self._broadcast(low.float(), index, shape)
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
+        # A GPU may round `code * scale + minimum` once, the CPU rounds twice.
+        if compiles(packed.device) and not scheme.float_offset:
+            try:
+                # `data` and no_grad: the bases of views, and whether gradients are recorded, would
+                # be compiled again
+                tensors = (None if x is None else x.data for x in (values, flat, scale, low))
+                with torch.no_grad():
+                    _compiled(scheme)(*tensors)
+                return values.view(shape)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _NO_COMPILER.add(packed.device)
+                reason = " ".join(str(error).partition("\n\n")[0].split())
+                warnings.warn(
+                    f"torch.compile fails on {packed.device} ({reason}), so weights are unpacked "
+                    "by torch's operations, which is slower. Install Triton and a C compiler, or "
+                    "set TORCH_COMPILE_DISABLE=1 to hide this warning",
+                    QwloraWarning,
+                    stacklevel=2,
+                )
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
-            codes = flat[rows]
-            if scheme.bitwidth < 8:  # unpack would copy 8 bits, which takes 16 % longer
-                codes = unpack(codes, scheme.bitwidth, self.count)
-            wide = values[rows]
-            if dtype != torch.float32:
-                wide = torch.empty(codes.shape, device=codes.device)
-            wide.copy_(codes)
-            blocks = grouped(wide, scheme.granularity)
-            if scheme.float_offset:
-                blocks.mul_(_of(scale, rows)).add_(_of(low, rows))
-            else:
-                blocks.add_(scheme.symmetric_offset if low is None else _of(low, rows))
-                blocks.mul_(_of(scale, rows))
-            if wide.dtype != dtype:
-                values[rows] = wide
+            numbers = _of(scale, rows), None if low is None else _of(low, rows)
+            _write_values(scheme, values[rows], flat[rows], *numbers)
         return values.view(shape)
 
     def _broadcast(
@@ -278,16 +277,58 @@ class PackedTensor:
         return part.expand(*shape[:-1], part.shape[-1]).reshape(-1, part.shape[-1])
 
 
+def _write_values(
+    scheme: Scheme, values: Tensor, packed: Tensor, scale: Tensor, low: Tensor | None
+) -> None:
+    """Write the values of `packed` rows. They do not depend on who compiles this, except with float
+    offsets: code plus offset is exact in float32, so only the product rounds, and then the
+    conversion to the dtype of `values`."""
+    wide = values
+    if values.dtype != torch.float32:
+        wide = torch.empty(values.shape, device=values.device)
+    codes = packed
+    if scheme.bitwidth < 8:  # unpack would copy 8 bits, which takes 16 % longer
+        codes = unpack(packed, scheme.bitwidth, values.shape[-1])
+    wide.copy_(codes)
+    blocks = grouped(wide, scheme.granularity)
+    offset = scheme.symmetric_offset if low is None else low
+    if scheme.float_offset:
+        blocks.mul_(scale).add_(offset)
+    else:
+        blocks.add_(offset).mul_(scale)
+    if values.dtype != torch.float32:
+        values.copy_(wide)
+
+
+class _ValueWriter(nn.Module):
+    """`_write_values` for a scheme. A module, because torch.compile takes a module's integers as
+    constants, and unpacking depends on the bitwidth."""
+
+    def __init__(self, scheme: Scheme):
+        super().__init__()
+        self.scheme = scheme
+
+    def forward(self, *tensors: Any) -> None:
+        _write_values(self.scheme, *tensors)
+
+
 @cache
-def has_kernel(device: torch.device) -> bool:
-    """Whether `unpack_kernel.py` unpacks on `device`: Triton is installed, and compiles for it."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:  # ROCm's type is cuda
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
+def _compiled(scheme: Scheme) -> Callable[..., None]:
+    # Dtypes, single rows and equal sizes are compiled apart. Torch's limit is 8 for all schemes;
+    # what exceeds a limit is not compiled.
+    options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 32}
+    return torch.compile(_ValueWriter(scheme), dynamic=True, **options)
 
 
-def _of(part: Tensor | None, rows: slice) -> Tensor:
-    assert part is not None
+_NO_COMPILER: set[torch.device] = set()  # where torch.compile has failed
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether weights on `device` are unpacked by compiled kernels."""
+    return device.type == "cuda" and device not in _NO_COMPILER  # ROCm's type is cuda too
+
+
+def _of(part: Tensor, rows: slice) -> Tensor:
     return part[rows] if part.ndim and len(part) > 1 else part
 
 

@@ -31,13 +31,6 @@ from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of, moved
 from qwlora.system.processes import is_mine, sharing_count
 
-HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
-
-
-def held_out_count(sequences: int) -> int:
-    """How many of the sequences, the last ones, check what is learned on the others."""
-    return min(HELD_OUT_SEQUENCES, max(1, sequences // 4))
-
 
 class _Stop(BaseException):
     """Raised in a paused batch to end it."""
@@ -134,18 +127,14 @@ class BlockRunner(ExitStack, Iterable[str]):
             self._gates.pop(place).close()
             yield place
 
-    def repeat(self, which: Iterable[int] | None = None) -> Iterator[Any]:
+    def repeat(self) -> Iterator[Any]:
         """Run the block that all batches have arrived at, one batch after the other, and stay
         before it. Yields the result for each batch, with gradients if the caller has enabled them.
-
-        Args:
-            which: numbers of the batches; default: all.
         """
         self._current = None
-        for number in range(len(self.batches)) if which is None else which:
-            repeat = self.batches[number].repeat
-            assert repeat is not None
-            yield repeat()
+        for batch in self.batches:
+            assert batch.repeat is not None
+            yield batch.repeat()
 
     def _gate(self, name: str, module: nn.Module) -> Callable[..., Any]:
         inner = module.forward

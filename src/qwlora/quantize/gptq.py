@@ -44,25 +44,17 @@ class GptqSettings:
         damping: added to the diagonal of R, as a share of its mean.
         activation_order: quantize the columns with the largest inputs first.
         sweeps: passes of coordinate descent afterwards, see `_refine`.
-        rounding_steps: of learned rounding, once a block is solved; 0 for none. See
-            `learned_rounding.py`.
-        rounding_rate: its rate; the farthest that V can move is half of it.
     """
 
     damping: float = 0.01
     activation_order: bool = False
     sweeps: int = 2
-    rounding_steps: int = 0
-    rounding_rate: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:
             raise GridError(f"damping {self.damping} is not a finite number of at least 0")
-        if not 0 < self.rounding_rate < math.inf:
-            raise GridError(f"rounding_rate {self.rounding_rate} is not a finite number above 0")
-        for name in ("sweeps", "rounding_steps"):
-            if getattr(self, name) < 0:
-                raise GridError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.sweeps < 0:
+            raise GridError(f"sweeps is {self.sweeps}; it must be at least 0")
 
 
 def solve_gptq(

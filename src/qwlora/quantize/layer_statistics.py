@@ -129,9 +129,9 @@ def _gradients(
         "and init zero or svd."
     )
     try:
-        for y in tensors_in(result):
+        for y in _tensors_in(result):
             if y.requires_grad:
-                length = token_lengths(y)  # the probe is r / |y|
+                length = _token_lengths(y)  # the probe is r / |y|
                 r = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
                 probe = (r.to(length) / length).to(y)
                 gradients = torch.autograd.grad(
@@ -146,7 +146,7 @@ def _gradients(
     )
 
 
-def token_lengths(y: Tensor) -> Tensor:
+def _token_lengths(y: Tensor) -> Tensor:
     """|y_t| of each token [..., 1], float32; at least a tenth of their median."""
     length = y.detach().float().norm(dim=-1, keepdim=True)
     usual = length[length > 0]
@@ -154,14 +154,14 @@ def token_lengths(y: Tensor) -> Tensor:
     return length.maximum(shortest)
 
 
-def tensors_in(result: Any) -> Iterator[Tensor]:
+def _tensors_in(result: Any) -> Iterator[Tensor]:
     """Tensors in a nested result, including the fields of dataclasses."""
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
-                yield from tensors_in(getattr(leaf, field.name))
+                yield from _tensors_in(getattr(leaf, field.name))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ layer outside all lists. For each block, in the order of the forward pass:
 
     1. run it as it is on every batch and collect each layer's second moments
     (`layer_statistics.py`)
-    2. solve its layers, and learn their rounding together if asked (`learned_rounding.py`)
+    2. solve its layers
     3. pack them and run it again, to compute the inputs of the next block
 
 Processes that share a stage run different batches. One adds a layer's moments, solves it and sends
@@ -27,7 +27,7 @@ import hashlib
 import json
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,9 @@ from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.quantize.block_runner import BlockRunner, arguments_of
-from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import observe
-from qwlora.quantize.learned_rounding import learn_rounding, rounding_settings
-from qwlora.quantize.quantize_tensor import LayerReport, rounding_errors, solve_tensor
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
@@ -105,22 +103,16 @@ def quantize_blocks_(
                 costs = {name: float(w.numel() * w.shape[-1]) for name, w in floats.items()}
                 processes, block, seen = divided(costs), QuantizedBlock(), dict[str, LayerMoments]()
                 statistics = observe(model, path, followed, runner, moments is not None, processes)
-                learned, inputs = rounding_settings(path, plan, list(floats)), dict[str, Tensor]()
                 for name in [name for name in floats if is_mine(processes[name])]:
                     moment = statistics.pop(name).moment if name in statistics else None
-                    second = None if moment is None else moment.input
-                    block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
+                    inputs = None if moment is None else moment.input
+                    block[name] = solve_tensor(name, floats.pop(name), plan[name], inputs)
                     if moments is not None and moment is not None:
                         seen[canonical_name(name).removesuffix(".weight")] = moment
-                    if second is not None and name in learned:
-                        inputs[name] = second
                 block = _of_all(block, blocks[path])
                 if moments is not None:
                     for part in gathered(seen, receiver=0):
                         moments.update(part)
-                if learned:
-                    _learn(model, path, block, learned, inputs, runner)
-                del inputs
                 cache.write(block)
             del floats
             for name, (quantized, report) in block.items():
@@ -140,30 +132,6 @@ def _of_all(own: QuantizedBlock, names: Sequence[str]) -> QuantizedBlock:
     parts = gathered({name: (tensor.to(CPU), report) for name, (tensor, report) in own.items()})
     solved = ChainMap(*parts)
     return {name: solved[name] for name in names}
-
-
-def _learn(
-    model: nn.Module,
-    path: str,
-    block: QuantizedBlock,
-    learned: Mapping[str, GptqSettings],
-    inputs: Mapping[str, Tensor],
-    runner: BlockRunner,
-) -> None:
-    """Replace the tensors in `learned` of a solved block by those with learned codes.
-
-    Args:
-        inputs: the second moment of each one's input.
-    """
-    solved = {name: quantized for name, (quantized, _) in block.items()}
-    better, loss = learn_rounding(model, path, solved, learned, runner)
-    for name, quantized in better.items():
-        moved = float((quantized.codes != solved[name].codes).float().mean())
-        errors: dict[str, Any] = rounding_errors(
-            tensor_out_in(model, name), quantized, inputs.get(name)
-        )
-        report = replace(block[name][1], moved=moved, block_loss=loss, **errors)
-        block[name] = quantized, report
 
 
 def observe_moments(
@@ -248,7 +216,6 @@ class _BlockCache:
             return
         revisions = [
             REVISIONS["layer_statistics"],
-            REVISIONS["learned_rounding"],
             moments is not None and REVISIONS["second_moments"],
         ]
         settings = settings_text(base_settings(model))

@@ -56,8 +56,6 @@ class LayerReport:
     damping: float | None = None  # that made the second moment positive definite (gptq)
     second_rounding: float | None = None
     weight_error: float | None = None  # `|W - W_hat|^2 / |W|^2`; None for zeros
-    moved: float | None = None  # share of codes that learned rounding moved
-    block_loss: float | None = None  # of its block, over that of the solver's codes, held out
 
 
 def solve_tensor(
@@ -70,26 +68,17 @@ def solve_tensor(
         quantized, report = SOLVERS[todo.solver].solve(weight, todo.scheme, moment, todo.settings)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
-    report |= rounding_errors(weight, quantized, moment)
+    difference, energy = weight - quantized.dequantize(), float(weight.square().sum())
+    if energy:
+        report["weight_error"] = float(difference.square().sum()) / energy
+    if moment is not None:
+        whole = output_energy(weight, moment)
+        report["error"] = output_energy(difference, moment) / whole
+        rounded = measure(weight, todo.scheme).fake_quantize(weight)
+        report["rtn_error"] = output_energy(weight - rounded, moment) / whole
     if was_on_grid and (relative := math.sqrt(report.get("weight_error", 0))) > _SAME_GRID:
         report["second_rounding"] = relative
     return quantized, LayerReport(str(todo.scheme), todo.solver, **report)
-
-
-def rounding_errors(
-    weight: Tensor, quantized: QuantizedTensor, moment: Tensor | None
-) -> dict[str, float]:
-    """`weight_error`, and with R `error` and `rtn_error`, of a layer's report."""
-    errors, weight = dict[str, float](), weight.detach().float()
-    difference, energy = weight - quantized.dequantize(), float(weight.square().sum())
-    if energy:
-        errors["weight_error"] = float(difference.square().sum()) / energy
-    if moment is not None:
-        whole = output_energy(weight, moment)
-        errors["error"] = output_energy(difference, moment) / whole
-        rounded = measure(weight, quantized.encoding.scheme).fake_quantize(weight)
-        errors["rtn_error"] = output_energy(weight - rounded, moment) / whole
-    return errors
 
 
 def is_on_grid(weight: Tensor, bitwidth: int) -> bool:

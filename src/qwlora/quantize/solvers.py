@@ -99,7 +99,6 @@ REVISIONS = {
     "layer_statistics": 2,  # 2: tokens are weighted
     "second_moments": 2,  # 2: moments of outputs as well
     "bit_budget": 1,
-    "learned_rounding": 1,
     "sampled_text": 1,
     # 2: norms are tuned as well; 3: the solver's scales are kept; 4: sequences are shuffled
     "tune_scales": 4,

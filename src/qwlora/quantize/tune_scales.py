@@ -40,7 +40,7 @@ from qwlora.nn.fingerprint import (
     update_digest,
 )
 from qwlora.nn.temporary import evaluation_mode, gradients_disabled
-from qwlora.quantize.block_runner import arguments_of, held_out_count
+from qwlora.quantize.block_runner import arguments_of
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
@@ -50,6 +50,7 @@ from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
+HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
 _WARMUP = 5  # steps
@@ -145,7 +146,7 @@ def tune_(
     # shuffled, since the last ones of a mixture of texts can all be of one text
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(settings.seed))
     batches = [batches[i] for i in order]
-    count = len(batches) - held_out_count(len(batches))
+    count = len(batches) - min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4))
     training, held_out = batches[:count], batches[count:]
     checkpoint = None
     if work is not None:

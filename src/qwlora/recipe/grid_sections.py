@@ -175,13 +175,6 @@ class Gptq(Section):
     sweeps: NotNegative = 2
     """passes of coordinate descent over codes and scales after GPTQ. 4 gains about 2 percent of
     layer error for half as much time again"""
-    rounding_steps: NotNegative = 0
-    """steps of learned rounding after GPTQ, two sequences each: moves codes by one to bring a
-    block's output closer to the float block's, if held-out sequences gain. For 2 and 3 bits; 200
-    steps take about four times as long as gptq alone"""
-    rounding_rate: Annotated[float, Field(gt=0, le=2)] = 0.1
-    """learned rounding moves a weight by at most half of this many steps of its grid before it is
-    rounded again"""
 
 
 class Tuning(Section):

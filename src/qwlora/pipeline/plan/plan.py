@@ -303,7 +303,6 @@ class _Plan:
             observed,
             needs_moments(recipe) and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
-            base.gptq.rounding_steps and REVISIONS["learned_rounding"],
             budget,
             tuning,
             *([] if template is None else [template]),

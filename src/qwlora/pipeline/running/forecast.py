@@ -384,22 +384,15 @@ class Forecaster:
         inner, out = max(shape for block in self.blocks for shape in block)
         # Inputs and outputs of a block's products, their gradients, and copies of both.
         copies = max(sum(2 * i + 4 * o for i, o in block) for block in self.blocks)
-        weights = [[i * o for i, o in block] for block in self.blocks]
-        hidden = count * tokens * self.head_shape[1]
         values = {
-            "hidden states of all calibration sequences": hidden,
+            "hidden states of all calibration sequences": count * tokens * self.head_shape[1],
             "second moments of a block": squares,
             "solver of the largest layer": 4 * inner**2 + 6 * inner * out,
             "activations of a block": tokens * copies,
         }
         if not self._is_gguf:
-            floats = self.values - self.packed_weights
-            values["float blocks"] = floats + 2 * max(map(sum, weights))
-        if base.gptq.rounding_steps:
-            # The float block's outputs; the weights, their gradients, u and its start, and what a
-            # step makes of the largest layer.
-            steps = max(4 * sum(block) + 4 * max(block) for block in weights)
-            values["learned rounding of a block"] = hidden + steps
+            block = max(sum(i * o for i, o in block) for block in self.blocks)
+            values["float blocks"] = self.values - self.packed_weights + 2 * block
         return {name: float(FLOAT * number) for name, number in values.items()} | self._shard
 
     def _train(self, stage: Stage) -> tuple[_Memory, float]:

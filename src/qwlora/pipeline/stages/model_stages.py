@@ -62,7 +62,6 @@ from qwlora.pipeline.plan.plan import (
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.bit_budget import BitBudget
-from qwlora.quantize.block_runner import HELD_OUT_SEQUENCES
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
     BaseSize,
@@ -72,7 +71,7 @@ from qwlora.quantize.quantize_model import (
     quantize_checkpoint,
 )
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.quantize.tune_scales import TuningSettings, tune_
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from qwlora.recipe import Adapter
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
@@ -111,7 +110,7 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if stage.name == SAMPLE:
         return _sample(context, scratch) if is_first_process() else {}
     recipe, measured = context.recipe, dict[str, Any]()
-    is_shared = is_calibrated(recipe) and not recipe.base.gptq.rounding_steps
+    is_shared = is_calibrated(recipe)
     folder = scratch if is_first_process() else None
     if folder is not None and recipe.base.tuning.steps:
         folder = work / "solved"

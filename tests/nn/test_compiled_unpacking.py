@@ -74,13 +74,15 @@ def test_compiled_values_have_the_bits_of_torchs_operations(backend: str) -> Non
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU counts as a GPU."""
     monkeypatch.setattr(packed_tensor, "_NO_COMPILER", set())
     is_compiled = lambda device: device not in packed_tensor._NO_COMPILER  # noqa: E731
     monkeypatch.setattr(packed_tensor, "compiles", is_compiled)
     torch.compiler.reset()
     packed_tensor._compiled.cache_clear()
+    yield
+    packed_tensor._compiled.cache_clear()  # it holds graphs of a test's backend
 
 
 def graphs_for(monkeypatch: pytest.MonkeyPatch, backend: Any) -> list[Any]:

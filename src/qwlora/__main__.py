@@ -3,8 +3,8 @@
 import os
 import sys
 
-# `python -m` puts the current folder first, where a stranger's recipe may lie next to a module with
-# the name of an optional package.
+# `python -m` puts the current folder first on sys.path. Next to a stranger's recipe, it may hold a
+# module with the name of an optional package.
 if sys.path[:1] == [os.getcwd()]:
     del sys.path[0]
 

@@ -179,11 +179,11 @@ class EncodingsFileError(QwloraError, ValueError):
 
 
 class ConversionError(QwloraError, ValueError):
-    """A conversion would lose `lost`, or needs what the file does not contain."""
+    """A conversion would lose the content in `lost`, or needs content that the file lacks."""
 
     def __init__(self, what: str, lost: Sequence[str] = ()):
         self.lost = tuple(lost)
-        heading = f"{what}\nwould be lost (--lossy, or lossy=True, accepts that):"
+        heading = f"{what} would lose this (accept it with --lossy, or lossy=True):"
         super().__init__(_report(heading, lost) if lost else what)
 
 

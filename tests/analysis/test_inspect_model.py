@@ -211,8 +211,8 @@ def test_encodings_belong_to_floats(
     for arguments, message in {
         (base[0], "--encodings", "x"): "is quantized already (a base)",
         (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
-        (checkpoints["llama"], "--keep-float", "x"): "need --encodings",
-        (checkpoints["llama"], "--block-order", "tensor"): "need --encodings",
+        (checkpoints["llama"], "--keep-float", "x"): "only with --encodings",
+        (checkpoints["llama"], "--block-order", "tensor"): "only with --encodings",
         (tmp_path, "--encodings", "x"): "is quantized already (a base)",
     }.items():
         assert message in refused("inspect", *arguments)

@@ -79,8 +79,8 @@ def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
 def test_sources_in_python_modules() -> None:
     assert load_documents("python:pydoc_data.topics:topics", 0.2, 0).train
     for source, message in (
-        ("python:no_such_module_here:x", "is not python:MODULE:ATTRIBUTE of an installed module"),
-        ("python:pydoc_data.topics", "is not python:MODULE:ATTRIBUTE"),
+        ("python:no_such_module_here:x", "python:MODULE:ATTRIBUTE needs an installed module"),
+        ("python:pydoc_data.topics", "python:MODULE:ATTRIBUTE needs"),
     ):
         with pytest.raises(SourceError, match=message):
             locate_documents(source)
@@ -109,13 +109,13 @@ def test_a_module_is_read_and_not_run(
     monkeypatch.syspath_prepend(tmp_path / "site")
     (document,) = read_documents(f"python:{name}:PLAIN", Reading())[0]
     assert document == Text("the grid holds", f"python:{name}:PLAIN")
-    refusals = {"TEXT": "no constant", "LATER": "once", "absent": "once", "COUNTS": "is a dict"}
+    refusals = {"TEXT": "not a constant", "LATER": "once", "absent": "once", "COUNTS": "is a dict"}
     for attribute, problem in refusals.items():
         with pytest.raises(SourceError, match=problem):
             read_documents(f"python:{name}:{attribute}", Reading())
     assert not (tmp_path / "ran").exists()
     monkeypatch.chdir(tmp_path / "site")  # where a stranger's recipe could be
-    with pytest.raises(SourceError, match="is not python:MODULE:ATTRIBUTE of an installed"):
+    with pytest.raises(SourceError, match="python:MODULE:ATTRIBUTE needs an installed"):
         locate_documents(f"python:{name}:PLAIN")
 
 

@@ -212,7 +212,7 @@ PAGES = {
     errors.ConversionError: Page(
         _lossy,
         ("the other version has no such field", "`--lossy` accepts the loss"),
-        ("the file does not have what is needed", "export the model again, in the other version"),
+        ("the file lacks what the other version needs", "export the model again in that version"),
     ),
     errors.VerificationError: Page(
         _wrong_layer,

@@ -101,7 +101,7 @@ def test_an_observer_without_a_histogram_cannot_add_to_one() -> None:
     ends = RangeObserver(False)
     ends.update(torch.ones(3))
     whole = observed([torch.zeros(2)])
-    with pytest.raises(CalibrationError, match="observed without a histogram"):
+    with pytest.raises(CalibrationError, match="an observer without a histogram"):
         whole.merge(ends)
     ends.merge(whole)
     assert (ends.batches, float(ends.low or 0), float(ends.high or 0)) == (2, 0.0, 1.0)

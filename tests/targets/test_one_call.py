@@ -77,7 +77,7 @@ def test_a_base_with_float_adapters(tmp_path: Path) -> None:
         qwlora.export(three_bits, "gguf", folder)
     assert not folder.exists()
     qwlora.export(base, "hf", folder, adapters, byte_tokenizer())
-    with pytest.raises(ExportError, match=r"bundle' has a base already\. Delete it"):
+    with pytest.raises(ExportError, match=r"bundle' already has a base\. Delete it"):
         qwlora.export(base, "hf", folder, adapters)
     loaded = qwlora.load_adapter(base, tmp_path / "trained")
     loaded.add_adapter("other", LORA)  # which the folder does not have

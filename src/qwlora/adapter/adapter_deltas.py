@@ -162,8 +162,8 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     a layer with an adapter are untied. See the module.
 
     Raises:
-        MergeError: the adapter is on fused experts, or `into` is float and the model has some; it
-            ties a layer with an adapter in code; the adapter is activated LoRA, or not finite.
+        MergeError: the adapter is activated LoRA, has non-finite values or is on fused experts; the
+            model's code ties an adapted layer; or `into` is float and the model has fused experts.
     """
     _refuse_activated(adapted, active_adapter(adapted))
     names = active_adapters(adapted)
@@ -171,7 +171,7 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     if into == "float" and not is_exact:
         unpack_(adapted)
     untie_(adapted)
-    merge_into_codes_(adapted, names)  # nothing, if all is unpacked
+    merge_into_codes_(adapted, names)  # no-op if nothing is packed
     with foreign_as(MergeError, "PEFT cannot merge this adapter"):
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     if into == "float" and is_exact:
@@ -185,10 +185,10 @@ class UnpackedConv1D(nn.Linear):
 
 
 def unpack_(model: nn.Module) -> None:
-    """Replace every packed layer of `model` by its float class, in place. Tied layers share one
-    parameter. What replaced a Conv1D becomes an `UnpackedConv1D`, because a PEFT layer may wrap it
-    as a Linear; `restore_conv1d_` makes it a Conv1D again. Fused experts and layers with a forward
-    of their own are refused."""
+    """Replace every packed layer of `model` with a layer of its float class, in place. Tied layers
+    share one parameter. A former Conv1D becomes an `UnpackedConv1D`, because PEFT may wrap it as a
+    Linear; `restore_conv1d_` makes it a Conv1D again. Fused experts and layers with an overridden
+    forward are refused."""
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }

@@ -97,10 +97,10 @@ def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_settings(configs: Mapping[str, Any]) -> None:
-    """Refuse adapters, PEFT's configurations by name, that `save_adapter` would not write.
+    """Refuse adapters that `save_adapter` would not write. `configs`: PEFT's, by adapter name.
 
     Raises:
-        SourceError: one is not LoRA, or has a setting that is not supported.
+        SourceError: an adapter is not LoRA, or has an unsupported setting.
     """
     for name, config in configs.items():
         if problem := next(unsupported_settings(config.to_dict()), None):

@@ -61,8 +61,8 @@ def save_adapter(
     Raises:
         SourceError: the model has no such adapter, or it has a setting that is not supported.
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
-        FingerprintError: a float tensor or a setting of the base changed since the base was made or
-            loaded, so the adapter belongs to no base that anybody has.
+        FingerprintError: a float tensor or a setting of the base changed since it was quantized or
+            loaded, so the adapter would fit no saved base.
     """
     folder = Path(folder)
     model = unwrapped(model)
@@ -84,8 +84,8 @@ def save_adapter(
             raise FingerprintError(
                 f"{len(moved)} float tensors or settings of the base changed since it was "
                 f"quantized or loaded: {listed(moved)}. An adapter fits only the base that it was "
-                "trained on. If the optimizer moved them, give it only parameters with "
-                "requires_grad, and train again on a fresh base; if the change is intended, save "
+                "trained on. If the optimizer changed them, pass it only parameters with "
+                "requires_grad and train again on a fresh base. If the change is intended, save "
                 "this base first (qwlora.save_base)"
             )
         base_fingerprint = fingerprint_of(digests, model)
@@ -149,8 +149,8 @@ def load_adapter(
     adapter_name: str = "default",
     weight: Callable[[str], Tensor] | None = None,
 ) -> PeftModel:
-    """Attach the adapter in `folder` to the base `model`, or to a model with other adapters. If it
-    raises, `model` stays as it was.
+    """Attach the adapter in `folder` to the base `model`, or to a model with other adapters. On an
+    error, `model` is unchanged.
 
     Args:
         adapter_name: its name in the model. A model that has adapters keeps its active one.
@@ -180,8 +180,8 @@ def load_adapter(
 def check_loadable(
     model: PreTrainedModel, folders: Iterable[Path], unknown_base: str = "refuse"
 ) -> None:
-    """Refuse each adapter that `load_adapter` would refuse on the base `model`, which is unchanged
-    afterwards."""
+    """Raise what `load_adapter` would raise for any of these adapters on the base `model`. `model`
+    is unchanged afterwards."""
     digests = tensor_digests(model)
     identity, restore = fingerprint_of(digests, model), structure(model)
     for folder in folders:
@@ -199,7 +199,7 @@ def _attached(
     adapter_name: str,
     weight: Callable[[str], Tensor] | None,
 ) -> PeftModel:
-    """The model with the adapter in `folder`, which `check_adapter` accepts."""
+    """`model` with the adapter in `folder`, which `check_adapter` has accepted."""
     check_contents(folder)
     packed = [name.removesuffix(".weight") for name in packed_weights(model)]
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")

@@ -301,7 +301,7 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def restored_adapters(model: nn.Module) -> Iterator[None]:
-    """Restore active and disabled adapters and trainable parameters on exit."""
+    """On exit, restore which adapters are active or disabled, and which parameters train."""
     active, first = active_adapters(model), isinstance(model, PeftModel) and model.active_adapter
     disabled = [layer for layer in _layers(model) if layer.disable_adapters]
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -309,7 +309,7 @@ def restored_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         activate_(model, active)
-        if first:  # of a PeftModel, and maybe not the first of `active`
+        if first:  # PeftModel only; may differ from the first of `active`
             model.active_adapter = first
         for layer in disabled:
             layer.enable_adapters(False)

@@ -181,12 +181,12 @@ def _merged_layer(layer: Any, adapter: str) -> PackedLayer:
 
 @torch.no_grad()
 def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
-    """Replace each layer of PEFT with one of these adapters on a packed layer by a packed layer
-    with the merged codes, in place.
+    """Merge these adapters into the codes of packed layers, in place: each PEFT layer around one
+    becomes a packed layer.
 
     Raises:
-        MergeError: before anything is changed: an adapter has values that are not finite, is on
-            fused experts, or on a layer with a forward of its own, or two of them are mergeable.
+        MergeError: an adapter has non-finite values, is on fused experts or on a layer with an
+            overridden forward, or two adapters are mergeable. The model is unchanged.
     """
     merging: dict[str, tuple[Any, list[str]]] = {}
     for path, layer in model.named_modules():
@@ -203,10 +203,10 @@ def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
         if problem := replacement_problem(base):
             raise MergeError(f"{place} {problem}")
         if len(names) > 1 and is_mergeable(layer, names):
-            raise MergeError(f"{place}: {listed(names)} are mergeable. Activate one of them")
+            raise MergeError(f"{place}: {listed(names)} are mergeable: activate one at a time")
         for name, factor in layer.named_parameters():
             if adapter_of(name) in names and not bool(torch.isfinite(factor).all()):
-                raise MergeError(f"{place}.{name} has values that are not finite. Train it again")
+                raise MergeError(f"{place}.{name} has non-finite values. Train the adapter again")
         merging[path] = layer, names
     for path, (layer, names) in merging.items():
         base, name = layer.get_base_layer(), names[0]
@@ -222,8 +222,8 @@ def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
 
 
 def _merged_by_peft(layer: Any, adapters: list[str]) -> PackedLayer:
-    """The base layer with the codes nearest to what PEFT merges in float64: DoRA, biases, groups,
-    several adapters."""
+    """The base layer with the codes nearest to PEFT's own merge in float64, for DoRA, biases,
+    groups and several adapters."""
     base = layer.get_base_layer()
     weight = base.tensor.dequantize().double()
     parameter = nn.Parameter(weight.view(base.weight_shape), requires_grad=False)

@@ -218,7 +218,7 @@ def memory_saving(
             see `ChunkedLoss`. False for a loss of your own, which needs the logits.
 
     Raises:
-        SourceError: an adapter is not LoRA, or has a setting with which it could not be saved.
+        SourceError: an adapter is not LoRA, or has a setting that `save_adapter` does not support.
     """
     check_settings(getattr(unwrapped(model), "peft_config", None) or {})
     with replaced_forward(model, None, chunked_loss), lean_steps(model, autocast):

@@ -143,8 +143,8 @@ def sample_sequences(
             odds = (result.logits[:, -1].float() / temperature).softmax(-1)
             if not bool(odds.isfinite().all()):
                 raise NonFiniteError(
-                    "the model's next-token probabilities are not finite, so it cannot write text. "
-                    "Check its weights, or use your own text: base.calibration: [job], "
+                    "the model's next-token probabilities are not finite, so it cannot generate "
+                    "text. Check its weights, or use your own text: base.calibration: [job], "
                     "export.proof: held_out"
                 )
             # drawn on the CPU, so that the seed gives the same text on every device

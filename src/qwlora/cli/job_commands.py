@@ -1,4 +1,4 @@
-"""Commands on a job that exists: `report`, `push`, `merge-check` and `merge`."""
+"""Commands for an existing job: `report`, `push`, `merge-check` and `merge`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from qwlora.errors import UploadError, size
 def report(
     jobs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Job directories.")],
 ) -> None:
-    """Rebuild report.html of jobs.
+    """Rebuild the report.html of each job.
 
-    Needed only after files or the recipe changed: older results are left out.
+    Needed only after files or the recipe changed. Outdated results are left out.
     """
     from qwlora.pipeline.results.results import rebuild_reports
 

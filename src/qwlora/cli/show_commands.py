@@ -69,15 +69,15 @@ def inspect(
     block_order: Annotated[
         Literal["channel", "tensor"] | None,
         typer.Option(
-            help="With --encodings of version 1.0.0: the order of blocks, as model.block_order."
+            help="With --encodings of version 1.0.0: the order of blocks; see model.block_order."
         ),
     ] = None,
     prefix: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="With --encodings: what only its names, or the model's, start with; see "
-            "model.prefix.",
+            help="With --encodings: prefix of names that only the file, or only the model, has; "
+            "see model.prefix.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -90,7 +90,7 @@ def inspect(
     options = {"keep_float": keep_float or (), "block_order": block_order, "prefix": prefix}
     if encodings is None and any(options.values()):
         names = "--keep-float, --block-order and --prefix"
-        raise SourceError(f"{names} need --encodings; add it, or remove them")
+        raise SourceError(f"{names} work only with --encodings. Add it, or remove them")
     model = inspect_source(source, against, encodings=encodings, **options)
     print_result(model.to_json(), _model_lines(model), as_json)
 

@@ -206,8 +206,8 @@ class _Reader:
 
 
 def _constant_of_module(source: str) -> Any:
-    """The value of a constant in the source code of an installed module, which is not run: a recipe
-    may be a stranger's, and importing a module runs code of it."""
+    """The value of a constant, read from the source code of an installed module. The module is not
+    imported, because that runs its code, and the recipe may be a stranger's."""
     module_name, _, attribute = source.removeprefix("python:").partition(":")
     spec = installed_module(module_name)
     with foreign_as(SourceError, f"data source {source!r} cannot be read"):
@@ -222,13 +222,13 @@ def _constant_of_module(source: str) -> Any:
         if isinstance(statement, ast.Assign | ast.AnnAssign)
         and any(name in ast.iter_child_nodes(statement) for name in stored)
     ]
-    if len(stored) != 1 or not values:  # also if it is assigned twice, or changed by `+=`
+    if len(stored) != 1 or not values:  # a second assignment or `+=` counts too
         raise SourceError(
-            f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module whose "
-            "source code assigns a constant to ATTRIBUTE once. Modules are not run; save what they "
-            "compute as a text file"
+            f"data source {source!r}: python:MODULE:ATTRIBUTE needs an installed module whose "
+            "source code assigns a constant to ATTRIBUTE exactly once. Modules are not run; save "
+            "what they compute as a text file"
         )
-    with foreign_as(SourceError, f"data source {source!r} is no constant", "save it as a file"):
+    with foreign_as(SourceError, f"data source {source!r} is not a constant", "save it as a file"):
         return ast.literal_eval(values[0] or "")
 
 

@@ -203,7 +203,7 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
             check_readable(state.parent)
             files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
             if outside := [file for file in files if not is_inside(state.parent, file)]:
-                raise SourceError(f"{str(state)!r} lists {outside[0]!r}, no file of its folder")
+                raise SourceError(f"{str(state)!r} lists {outside[0]!r}, not a file of its folder")
         loaded = (
             datasets.load_from_disk(source)
             if is_saved

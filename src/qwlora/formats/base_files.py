@@ -92,7 +92,7 @@ class BaseWriter:
         base.safetensors                               all fits into `shard_bytes`
         base-00001.safetensors ... and an index file   otherwise
 
-    At most one shard is in memory; a larger tensor gets its own file.
+    At most one shard is in memory. A tensor larger than a shard gets its own file.
 
     Args:
         folder: an empty folder, see `replacing_base`.
@@ -125,7 +125,7 @@ class BaseWriter:
             if self._waiting and waiting + stored.nbytes > self.shard_bytes:
                 self._write_shard_()
             stored = stored.detach().cpu().contiguous()
-            # safetensors refuses tensors that overlap: a head made of the embedding's values
+            # safetensors refuses overlapping tensors, such as a head on the embedding's storage
             overlaps = any(_overlap(stored, other) for other in self._waiting.values())
             self._waiting[full] = stored.clone() if overlaps else stored
         for below, layer in base_modules(module):
@@ -162,8 +162,8 @@ class BaseWriter:
             "source": source,
             "class": name,
             "device": self._device,
-            # in an order of their own, since what an interrupted run left is added in another one:
-            # layers as in the model, since PEFT names the factors of experts by that order
+            # A resumed run adds layers in another order, so they are sorted: layers as in the model
+            # (PEFT names the factors of experts in that order), tensors by name.
             "layers": {path: self._layers[path] for path, _ in modules if path in self._layers},
             "tensors": dict(sorted(self.digests.items())),
         }
@@ -199,8 +199,8 @@ def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
 
 @contextmanager
 def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[BaseWriter]:
-    """A writer whose files replace those of the base in `folder`, with its tokenizer, when the
-    block ends; if the block raises, the old base stays. See `replacing_files`."""
+    """Yield a writer. When the block ends, its files replace the base in `folder`, tokenizer
+    included; if the block raises, the old base stays. See `replacing_files`."""
     old = {file.name for file in folder.glob(f"{STEM}-*.safetensors")} | {WEIGHTS, INDEX}
     old |= {file for file in manifest.listed_files(folder, RECORD) if is_inside(folder, file)}
     with replacing_files(folder, RECORD, old) as scratch:
@@ -315,26 +315,26 @@ class BaseCheckpoint(Checkpoint):
         """The float model of the base, without data.
 
         Raises:
-            SourceError: it is of a class that is neither of transformers nor of diffusers, or that
-                the installed version does not have.
+            SourceError: its class is not from transformers or diffusers, or the installed version
+                does not have it.
         """
         name = self.record.get("class")
         if self.library == TRANSFORMERS:
             return empty_model(self.config, trust_remote_code, name)
         if self.library != DIFFUSERS:
             raise SourceError(
-                f"{self.where} is of class {name}, which is neither of transformers nor of "
-                "diffusers. Build the float model, also on the meta device, and give it: "
+                f"{self.where} is of class {name}, which is not from transformers or diffusers. "
+                "Build the float model (the meta device is enough) and pass it: "
                 "load_base(..., model=)"
             )
-        what = f"{self.where} is a {name} of diffusers, which cannot be imported"
+        what = f"{self.where} is a {name} from diffusers, which cannot be imported"
         with foreign_as(SourceError, what, "pip install diffusers"):
             kind: Any = getattr(importlib.import_module(DIFFUSERS), str(name), None)
             is_model = isinstance(kind, type) and issubclass(kind, nn.Module)
         if not is_model:
             raise SourceError(
-                f"diffusers has no class {name!r}, of which {self.where} is; install the version "
-                "that the model was saved with"
+                f"{self.where} is of class {name!r}, which the installed diffusers does not have. "
+                "Install the version that the model was saved with"
             )
         what = f"{self.where}: diffusers cannot build a {name} from config.json"
         with foreign_as(SourceError, what), init_empty_weights(include_buffers=False):
@@ -449,12 +449,12 @@ class BaseCheckpoint(Checkpoint):
             yield name, self._checked(name, layouts[name])
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
-            with foreign_as(SourceError, f"{self.where}: configuration of {RECORD} is not JSON"):
+            with foreign_as(SourceError, f"{self.where}: configuration in {RECORD} is not JSON"):
                 old = flat(json.loads(str(self.record.get("configuration"))))
             changed = listed(differences(old, flat(base_settings(model))), 3)
             raise FingerprintError(
                 f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}. Settings "
-                f"that changed after saving: {changed or 'none, so the fingerprint did'}. "
+                f"that changed after saving: {changed or 'none, only the fingerprint did'}. "
                 + (
                     "Build the float model as it was when the base was saved"
                     if self.library == BY_CALLER
@@ -480,7 +480,7 @@ class BaseCheckpoint(Checkpoint):
         for name, (layout, tensor) in base_tensors(model).items():
             if layout or tensor.is_meta or not tensor.is_floating_point():
                 continue
-            # digests of stored floats are of their float32 values, or of their float64 values
+            # recorded digests are of float64 values if they are stored as such, else of float32
             if tensor.dtype != torch.float32 or self.files.dtype(name) == "F64":
                 digests[name] = tensor_digest(name, layout, tensor)
         remember_base_(model, digests)

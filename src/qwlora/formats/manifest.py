@@ -6,8 +6,8 @@
 The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
 simulation. Its `files` has the SHA-256 of each file that is checked, by path relative to the
 folder, and under its own name that of all its other fields. To accept an edited file, delete its
-entry. A record may be a stranger's: entries that lead out of the folder, or to a link, a pipe or a
-device, count as changed and are not opened.
+entry. A record may come from a stranger: entries that lead out of the folder, or to a link, a pipe
+or a device, count as changed and are not opened.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def check(
 
 
 def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) -> list[str]:
-    """The listed files that are missing, differ from their digests, or are no files of the folder;
-    empty if there is no record."""
+    """The listed files that are missing, differ from their digests, or are not in the folder. Empty
+    if there is no record."""
     if not (folder / name).exists():
         return []
     record = read(folder / name)

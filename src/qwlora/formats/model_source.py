@@ -85,8 +85,8 @@ def user_path(text: str) -> Path:
     """The path `text`, with `~` and `~user` expanded; see `relative_to`. It need not exist.
 
     Raises:
-        SourceError: there is no such user; no file system can hold such a path (too long, or with a
-            null byte); or a pipe, a socket or a device is there.
+        SourceError: the user does not exist; the path is too long or contains a null byte; or it is
+            a pipe, a socket or a device.
     """
     try:
         path = (_folder.get() or Path()) / Path(text).expanduser()
@@ -109,10 +109,10 @@ def looked_for(text: str, path: Path) -> str:
 
 
 def installed_module(name: str) -> ModuleSpec | None:
-    """Where the installed module `name` is, or None. Nothing is imported, parent packages included.
+    """Find the installed module `name`, or None. Neither it nor its parent packages are imported.
 
-    The folders of the script and of the working directory do not count: `python -m` puts one of
-    them on `sys.path`, and a stranger's recipe is often there, with other files of theirs.
+    The script's folder and the working directory are not searched: `python -m` puts one of them on
+    `sys.path`, and a stranger's recipe is often there, next to other files of theirs.
     """
     own = {os.path.realpath(place) for place in (".", os.path.dirname(sys.argv[0]))}
     places = [place for place in sys.path if place and os.path.realpath(place) not in own]

@@ -153,7 +153,7 @@ class Captured:
         for tensor, (placeholder, name) in zip(tensors, self.input_names.items(), strict=True):
             for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
                 known, size = ranges.get(symbol), tensor.shape[axis]
-                # torch.export states 2 where it assumes nothing
+                # torch.export writes 2 for "no lower bound"
                 if known and not (known.lower <= max(size, 2) and size <= known.upper):
                     raise CaptureError(
                         f"input {name} has shape {list(tensor.shape)}; the model takes "

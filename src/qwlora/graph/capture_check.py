@@ -18,10 +18,10 @@ symbol. Symbols are named
 Axes with different symbols may still depend on each other in the model (a mask and its text), so
 axes with equal sizes in the example are varied together.
 
-Where the model branches on a size, torch.export follows the example's branch and notes for which
-sizes it is taken (`x.size()[1] <= 10`). Most notes are about strides and change nothing. So sizes
-are tried for which a note does not hold: the smallest and the largest around the example's. If the
-both run and the graph differs, or if that is too much to compute, the axis is fixed.
+Where the model branches on a size, torch.export follows the example's branch and notes which sizes
+take it (`x.size()[1] <= 10`). Most notes concern strides and change nothing. So each note is tested
+at the nearest sizes, below and above the example's, for which it does not hold. If module and graph
+both run there and differ, or if that is too much to compute, the axis is fixed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from qwlora.graph.quantized_graph import rebuilt
 BATCH, TOKENS, PAST = "batch", "tokens", "past"
 Tensors = tuple[Tensor, ...]
 AxisIndex = tuple[int, int]  # (index of an input, axis)
-_SIZES = 4096  # up to which sizes are looked for that break a note, besides the numbers in it
+_SIZES = 4096  # largest size tried to break a note, besides the numbers in it
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
-# An axis may grow that much in a trial, or more if values times size stay below: in attention, the
-# work grows with both.
+# In a trial, an axis may grow by this factor, or by more if its values times its size stay below
+# _WORK: the work of attention grows with both.
 _GROWTH, _WORK = 4, 2**24
 
 
@@ -122,8 +122,8 @@ class Axes:
             yield places, smaller_inputs
 
     def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
-        """The nearest sizes of axes, on both sides, for which each note of torch.export about them
-        does not hold."""
+        """For each note of torch.export about these axes: the nearest smaller and larger sizes for
+        which it does not hold."""
 
         def written(match: re.Match[str]) -> str:
             index, axis = map(int, match.groups())
@@ -202,11 +202,10 @@ def limited_axes(
     axes: Axes,
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
-    """The axes that have the example's size only, because for other sizes the module computes
-    something else than the graph.
+    """The axes to fix at the example's size, because module and graph differ at another size.
 
     Args:
-        exported: what torch.export made, with its notes; `program` is the cleaned one.
+        exported: the result of torch.export, with its notes; `program` is the cleaned one.
     """
     graph = rebuilt(program, range_constraints={}).module(check_guards=False)
     most = {str(symbol): known.upper for symbol, known in exported.range_constraints.items()}
@@ -224,11 +223,11 @@ def limited_axes(
                     rows = torch.arange(size, device=before.device) % before.shape[axis]
                     inputs[index] = before.index_select(axis, rows)
             if work > _WORK:
-                # A limit of the batch was one of strides in every model that was tried.
+                # In every model that was tried, a limit of the batch concerned strides only.
                 is_same = label == BATCH or size <= most.get(axes.symbols[places[0]], int_oo)
             else:
                 is_same = True
-                with suppress(Exception):  # models, and graphs, raise anything for some sizes
+                with suppress(Exception):  # models and graphs may raise anything at some sizes
                     is_same = not _difference(module(*inputs), graph(*inputs), outputs)
             if not is_same:
                 limited.update(places)

@@ -1,12 +1,12 @@
 """The range of an activation: what is kept of it during calibration, and what follows from that.
 
-Kept are the lowest and the highest value, exactly, and a histogram of all values:
+Calibration keeps the exact lowest and highest value, and a histogram of all values:
 
-    bins       one for each bfloat16 number; a value is in the bin of the nearest
+    bins       one for each bfloat16 number; a value goes into the bin of the nearest
     patterns   int32 [used bins]    the bits of that number
     counts     int64 [used bins]
 
-Bfloat16 has the exponents of float32 and 8 bits of precision, so a value is off by at most 2^-8 of
+Bfloat16 has the exponents of float32 and 8 bits of precision, so a value moves by at most 2^-8 of
 itself, whatever its magnitude: no range is guessed, and no value is left out. Observers merge by
 addition, so neither the order of batches nor the number of processes changes a bit. Only used bins
 are kept, 12 bytes each (`HISTOGRAM_BYTES`).
@@ -16,10 +16,10 @@ Ranges are estimated for many activations at a time:
     min-max                             the lowest and the highest value, exactly
     percentile, squared-error, sqnr     on the histogram, between these
 
-A value counts as the number of its bin, but for the lowest and the highest value, which count as
-themselves. So the end of a percentile range is off by at most 2^-8 of itself: one step of 8 bits,
-256 of 16. That changes the scale by 0.4 % at most, so at 16 bits the error of rounding by 0.04 dB,
-and moves the border of clipping where few values are; a grid that clips nothing is exact.
+The lowest and highest value count exactly, every other value as the number of its bin. So the end
+of a percentile range is off by at most 2^-8 of itself: one step at 8 bits, 256 steps at 16. That
+changes the scale by at most 0.4 %, and with it the rounding error at 16 bits by 0.04 dB. It also
+moves the clipping threshold, where values are few. A grid that clips nothing is exact.
 
 `squared-error` and `sqnr` choose the grid with the least weighted squared error:
 
@@ -56,13 +56,12 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import smallest_scale
 from qwlora.grid.scheme import RangeEstimator, Scheme
 
-# Measured: normal values and softmax use 4,400 bins, half of them after relu, x^5 19,000.
+# Measured bins: 4,400 for normal values and softmax, half as many after relu, 19,000 for x^5.
 HISTOGRAM_BYTES = 12 * 5_000
 _BINS = 2**16
-_VALUES_AT_ONCE = (
-    2**18
-)  # so that their bits stay in a cache: 25 M values at once take 4 times longer
-_OBSERVERS_AT_ONCE = 16  # more gain nothing, and need more memory
+# Their bits fit a processor's cache: 25 M values at once take 4 times longer.
+_VALUES_AT_ONCE = 2**18
+_OBSERVERS_AT_ONCE = 16  # more are not faster, and need more memory
 _MOST_EXACT_STEPS = 31
 # Lookups per chunk: fits a processor's cache and stays below the size that torch parallelizes.
 _LOOKUPS_AT_ONCE = 2**15
@@ -71,10 +70,10 @@ Candidates = Float[Tensor, "groups candidates"]
 
 
 class RangeObserver:
-    """Ends and histogram of one activation.
+    """Lowest and highest value and histogram of one activation.
 
     Args:
-        has_histogram: whether to count values; min-max needs only the ends.
+        has_histogram: whether to count values; min-max does not need it.
 
     Attributes:
         batches: how many were observed.
@@ -110,8 +109,8 @@ class RangeObserver:
         if self.has_histogram:
             if not other.has_histogram:
                 raise CalibrationError(
-                    "it was observed without a histogram, which this observer needs; observe with "
-                    "the same observers on both sides"
+                    "cannot merge an observer without a histogram into one that needs it; use the "
+                    "same observers on both sides"
                 )
             counts = other.counts.new_zeros(_BINS)
             counts[other.patterns] = other.counts
@@ -127,7 +126,7 @@ class RangeObserver:
 
     @property
     def points(self) -> tuple[Float[Tensor, " bins"], Int64[Tensor, " bins"]]:
-        """Ascending places, float64, and how many values are there, on the CPU."""
+        """Bins as ascending float64 numbers, and the count of values in each, on the CPU."""
         assert self.low is not None
         assert self.high is not None
         low, high = self.low.cpu().double().view(1), self.high.cpu().double().view(1)
@@ -163,11 +162,10 @@ def observed_ranges(
 def estimate_ranges(
     observers: Sequence[RangeObserver], scheme: Scheme, estimator: RangeEstimator
 ) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
-    """The range that `estimator` chooses for each, on the CPU.
+    """The range that `estimator` chooses for each observer, on the CPU.
 
     Args:
-        observers: of one tensor each, with finite values; with a histogram if the estimator needs
-            one.
+        observers: one per tensor, with finite values, and a histogram if the estimator needs it.
         scheme: bitwidth and symmetry of the grid that the range is for.
     """
     low, high = observed_ranges(observers)
@@ -209,7 +207,7 @@ class WeightedPoints:
 
     @classmethod
     def of(cls, groups: Sequence[tuple[Tensor, Tensor]]) -> WeightedPoints:
-        """Of ascending places and weights of each group; short ones are padded with weight 0."""
+        """From each group's ascending places and weights; short groups are padded with weight 0."""
         size = max(len(places) for places, _ in groups)
         places = torch.stack([torch.cat([p, p[-1:].expand(size - len(p))]) for p, _ in groups])
         weights = torch.zeros_like(places)

@@ -215,8 +215,8 @@ class Encoding:
         return Encoding(scheme, self.scale.abs(), offset)
 
     def has_same_grid(self, other: Encoding) -> bool:
-        """Whether both have the same values, also if an encodings file has lost which kind of
-        blocks they were, or which end codes were counted from."""
+        """Whether both grids have the same values, even if an encodings file did not keep the kind
+        of blocks, or the end that codes are counted from."""
 
         def plain(encoding: Encoding) -> Encoding:
             encoding = encoding.with_positive_scales()

@@ -271,7 +271,7 @@ class Scheme:
         """Undo `to_json`.
 
         Raises:
-            GridError: entries are missing, of another type, or contradict each other.
+            GridError: entries are missing, have the wrong type, or contradict each other.
         """
         try:
             bitwidth, symmetric, size = (record[k] for k in ("bitwidth", "symmetric", "block_size"))
@@ -279,14 +279,14 @@ class Scheme:
             if size is not None:
                 kind = record.get("kind", "lpbq" if "scale_bitwidth" in record else "block")
                 if kind not in Blocks.KINDS:
-                    raise GridError(f"blocks of kind {kind!r} are not known here")
+                    raise GridError(f"block kind {kind!r} is not one of {', '.join(Blocks.KINDS)}")
                 blocks = Blocks.KINDS[kind]
                 more = {f.name: record[f.name] for f in fields(blocks) if f.name in record}
                 granularity = blocks(size, **more)
             else:
                 granularity = PerTensor() if record["axis"] is None else PerChannel(record["axis"])
         except (KeyError, TypeError) as error:
-            raise GridError(f"{record} is not a scheme as Scheme.to_json gives it") from error
+            raise GridError(f"{record} is not a scheme as Scheme.to_json writes it") from error
         return cls(bitwidth, symmetric, granularity, record.get("float_offset", False))
 
     def __str__(self) -> str:

@@ -70,8 +70,8 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
 
 
 def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
-    """What `layer` computes; None for no rows or more than ROWS, if gradients may be needed, and
-    for what torch refuses."""
+    """The output of `layer`. None for 0 or more than ROWS rows, if gradients may be needed, and for
+    inputs that torch refuses."""
     dtype = layer.compute_dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
     fits = isinstance(x, Tensor) and x.dtype == dtype and x.shape[-1:] == (layer.in_features,)
     if not (fits and 0 < x.numel() <= ROWS * x.shape[-1]) or torch.is_grad_enabled():

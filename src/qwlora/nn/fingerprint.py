@@ -5,29 +5,29 @@
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
 Floats are hashed as float32 values, so bfloat16 and float32 copies of the same numbers have the
-same digest; float64 values as they are.
+same digest. Float64 values are hashed as they are.
 
-Settings are what a computation depends on besides tensors:
+Settings are everything besides tensors that a computation depends on:
 
     a model of transformers or diffusers     its configuration, which covers all modules inside
-    several of them in one module            the configuration of each outermost one, by path
-    any other module, by path                its class, if torch.nn has it, and the numbers, texts
+    several such models in one module        the configuration of each outermost one, by path
+    any other module, by path                its class, if torch.nn has it, and numbers, strings
                                              and lists among its attributes (eps, stride, padding)
 
-Settings that change no output are left out (`VOLATILE`, `INERT`), and so are values that equal the
-default of their class, so that a new key in a library version does not change the fingerprint.
+Settings that change no output are left out (`VOLATILE`, `INERT`). Values equal to the default of
+their class are left out too, so a new key in a library version does not change the fingerprint.
 
 So two bases have the same fingerprint exactly if they have the same codes, scales, offsets,
 remaining floats and settings under the same names. Adapters and devices do not change it. A base
 that was loaded in a dtype that cannot hold its floats keeps its fingerprint (`keep_fingerprint_`)
 until it is changed.
 
-What it cannot see: the code of a module's forward, and functions, tensors and other objects in its
-attributes; attributes that begin with an underscore; buffers that are not persistent (rotary
-frequencies, masks), which usually follow from settings; an attribute of a module that a
-configuration covers, changed without changing the configuration. Token ids of padding, start and
-end are volatile, because trainers set them to the tokenizer's. In the few encoders that count
-positions from the padding id they would matter.
+It does not cover the code of a module's forward; functions, tensors and other objects in its
+attributes; attributes that begin with an underscore; non-persistent buffers (rotary frequencies,
+masks), which usually follow from settings; and attributes inside a model with a configuration that
+were changed without changing the configuration. Padding, start and end token ids are left out,
+because trainers set them to the tokenizer's. They matter only in the few encoders that count
+positions from the padding id.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ VOLATILE = frozenset(
         *("initializer_range", "init_std"),  # of randomly initialized weights
     )
 )
-# Attributes of plain modules that change no output of a forward in evaluation mode, or that follow
-# from the shapes of its tensors.
+# Attributes of plain modules that do not change the output in evaluation mode, or that follow from
+# the shapes of their tensors.
 INERT = frozenset(
     (
         *("training", "dropout", "inplace", "momentum", "gradient_checkpointing"),
-        *("padding_idx", "scale_grad_by_freq", "sparse"),  # of the gradient of an embedding
+        *("padding_idx", "scale_grad_by_freq", "sparse"),  # only for an embedding's gradient
         *("name_or_path", "hf_device_map"),
         *("in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape"),
         *("in_channels", "out_channels", "num_features", "num_channels"),
     )
 )
-# Classes of torch.nn whose tensors say what they compute.
+# Classes of torch.nn that need no record: their tensors determine what they compute.
 _OF_TENSORS = (nn.Module, nn.Identity, nn.Linear, nn.Embedding)
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
 _BEFORE = "_base_before_training"
-# The child that a wrapper of PEFT holds: a layer, a copied module, a model, a tuner.
+# Where PEFT's wrappers hold the wrapped layer, copied module, model or tuner.
 _WRAPPED = ("base_layer", "original_module", "model", "base_model")
 
 
@@ -98,8 +98,8 @@ def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = Non
     if adapters is None:
         if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
             return None
-        # transformers 5.24 has a method of this name that refuses every released PEFT: layers are
-        # asked
+        # The model's own method of this name refuses every released PEFT (transformers 5.24), so
+        # layers are asked.
         stated = (getattr(module, "active_adapters", None) for module in model.modules())
         adapters = {name for names in stated if isinstance(names, list) for name in names}
     active = set(adapters)
@@ -124,10 +124,10 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
 
 
 def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Remember the floats and settings of `model`, so that `changed_since` finds what changes;
-    `digests` of all tensors, if they are known. Packed layers need none: nothing trains integers.
+    """Remember the floats and settings of `model` for `changed_since`. `digests`: those of all
+    tensors, if known. Packed layers are not remembered, because nothing trains integers.
 
-    Kept by the outermost module of the base, which may later become a part of another model.
+    The outermost module of the base stores them, since it may later become part of another model.
     """
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
@@ -140,8 +140,8 @@ def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -
 
 
 def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """What changed in the base since `remember_base_`: names of float tensors, whose digests are
-    now `digests`, and settings with their old and new values. Nothing if that was never called.
+    """What changed in the base since `remember_base_`: names of float tensors, and settings with
+    old and new values. Empty if nothing was remembered. `digests`: those of all tensors now.
 
     Tensors that were cast to a narrower dtype since are omitted: their previous values are unknown.
     """
@@ -150,7 +150,7 @@ def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     for path, part in memories.items():
         floats, settings = vars(part)[_BEFORE]
         prefix = f"{path}." if path else ""
-        # a part that was quantized later has a memory of its own, which counts
+        # a part that was quantized later is compared with its own memory
         later = tuple(f"{p.removeprefix(prefix)}." for p in memories if p != path)
         now, known = _float_tensors(part), tensor_digests(part) if path else digests
         names = now.keys() - floats.keys()
@@ -179,8 +179,7 @@ def _remembered(model: nn.Module, key: str) -> Any:
 
 
 def combined_fingerprint(digests: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
-    settings (see `base_settings`)."""
+    """The fingerprint of a base with these `tensor_digests` and `base_settings`."""
     total = hashlib.sha256(settings_text(settings).encode())
     for name, digest in sorted(digests.items()):
         total.update(f"\0{name}\0{digest}".encode())
@@ -188,8 +187,8 @@ def combined_fingerprint(digests: Mapping[str, str], settings: Mapping[str, Any]
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """The JSON text of settings that is hashed. base.json holds it, because other libraries write
-    the same numbers in other ways (1e-05, 0.00001) or have other defaults."""
+    """The JSON text that is hashed for settings. base.json stores it, because other libraries write
+    the same numbers differently (1e-05, 0.00001) or have other defaults."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -225,7 +224,7 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
         kind = torch.promote_types(kind, torch.float32)
     digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
     for chunk in tensor.detach().flatten().split(_CHUNK):
-        # a slice or an expanded vector has strides of its own, which `view` refuses
+        # contiguous, because `view` refuses the strides of slices and expanded vectors
         digest.update(chunk.cpu().to(kind).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -271,8 +270,8 @@ def _configuration(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Settings of a module without a configuration: the class that torch.nn has for it and its
-    arguments, and all public attributes of a class from elsewhere."""
+    """Settings of a module without a configuration: its class in torch.nn with the arguments of the
+    constructor; for a class from elsewhere, all public attributes."""
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
     kind = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
     if kind.__module__ == dropout.__name__:
@@ -286,7 +285,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         if key.startswith("_") or key in left_out or (is_torchs and key not in arguments):
             continue
         if isinstance(value, FunctionType | BuiltinFunctionType) and key in arguments:
-            value = value.__name__  # an activation
+            value = value.__name__  # an activation function
         elif value is None or not _is_setting(value):
             continue
         default = getattr(arguments.get(key), "default", None)
@@ -296,7 +295,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is a number, a text, or a collection of them."""
+    """Whether a value is a number, a string, or a collection of them."""
     if isinstance(value, Mapping):
         return all(map(_is_setting, value.values()))
     if isinstance(value, list | tuple):
@@ -319,10 +318,10 @@ def _numbers(config: Any) -> dict[str, Any]:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of everything in the base, as they are without wrappers of PEFT,
-    torch.compile and data parallelism; each module once, the outermost first.
+    """Path and module of everything in the base, without the wrappers of PEFT, torch.compile and
+    data parallelism; each module once, the outermost first.
 
-    Wrappers are told by their class: a module of the user's may have a part called base_layer.
+    Wrappers are recognized by class: a user's own module may have a part called base_layer.
     """
     yield from _walk(model, "", set())
 

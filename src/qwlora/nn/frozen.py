@@ -23,7 +23,7 @@ from qwlora.errors import CalibrationError, GridError, QwloraError, lines, liste
 from qwlora.nn.fingerprint import base_tensors
 from qwlora.nn.packed_layer import instance_calls, packed_layers, unwrapped
 
-_HALF = "_half_quantized"  # an attribute of a model on which `packing` failed
+_HALF = "_half_quantized"  # set on a model when `packing` fails
 
 
 def assert_frozen(model: nn.Module) -> None:
@@ -61,7 +61,7 @@ def assert_frozen(model: nn.Module) -> None:
 
 @contextmanager
 def packing(model: nn.Module) -> Iterator[None]:
-    """Note on `model` if the block raises after it packed a layer: half of it has a new grid."""
+    """Mark `model` if the block raises after packing a layer: only some layers are packed then."""
     before = len(packed_layers(model))
     try:
         yield
@@ -75,7 +75,7 @@ def refuse_half_quantized(model: nn.Module) -> None:
     """Refuse a model on which `packing` failed.
 
     Raises:
-        GridError: it did.
+        GridError: `packing` failed on it.
     """
     if any(_HALF in vars(module) for module in model.modules()):
         raise GridError(

@@ -346,8 +346,8 @@ def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def packed_layers(model: nn.Module, every_path: bool = False) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones included, by its canonical path: the first of a
-    module that has several, or `every_path`."""
+    """Every packed layer of `model`, tied ones included, by canonical path. A module with several
+    paths is listed under the first, or under each with `every_path`."""
     return {
         canonical_name(path): module
         for path, module in unwrapped(model).named_modules(remove_duplicate=not every_path)

@@ -172,8 +172,8 @@ class PackedTensor:
     def embedding(
         self, index: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
     ) -> Tensor:
-        """`F.embedding` of the values: `dequantize` of these rows, for a matrix. What torch refuses
-        is refused, as negative or boolean numbers."""
+        """`F.embedding` of a matrix's values: `dequantize` of these rows. Indices are refused as in
+        torch, for example negative or boolean ones."""
         return self._values(F.embedding(index, self.parts.packed, padding_idx), index, dtype)
 
     def remainder(self, weight: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class PackedTensor:
     def plus(
         self, left: Tensor, right: Tensor | None = None, remainder: Tensor | None = None
     ) -> PackedTensor:
-        """The nearest tensor of the same grid to this one plus `left @ right`, [rows, rank] and
-        [rank, count], or plus `left` [rows, count]; of a matrix.
+        """The tensor on the same grid nearest to this matrix plus `left @ right`, [rows, rank] and
+        [rank, count]; or plus `left`, [rows, count], if `right` is None.
 
             codes = clamp(codes + round_half_even(r + left @ right / scale), 0, 2^bitwidth - 1)
 
@@ -216,7 +216,7 @@ class PackedTensor:
     def _values(
         self, packed: Tensor, index: Tensor | slice | int | None, dtype: torch.dtype
     ) -> Tensor:
-        """The values of `packed`, which are those at `index`."""
+        """The values of `packed`, the packed rows at `index`."""
         if isinstance(packed, FakeTensor):  # without values: a run that only counts bytes
             return packed.new_empty((*packed.shape[:-1], self.count), dtype=dtype)
         if packed.ndim == 1:
@@ -233,11 +233,11 @@ class PackedTensor:
         scale = self._broadcast(chosen.scale, index, shape)
         low = None if low is None else self._broadcast(low.float(), index, shape)
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
-        # A GPU may round `code * scale + minimum` once, the CPU rounds twice.
+        # No float offsets: a GPU may round `code * scale + minimum` once, the CPU rounds twice.
         if compiles(packed.device) and not scheme.float_offset:
             try:
-                # `data` and no_grad: the bases of views, and whether gradients are recorded, would
-                # be compiled again
+                # `data` and no_grad prevent recompilation for views with other bases, and when
+                # gradients are recorded
                 tensors = (None if x is None else x.data for x in (values, flat, scale, low))
                 with torch.no_grad():
                     _compiled(scheme)(*tensors)
@@ -246,7 +246,7 @@ class PackedTensor:
                 _NO_COMPILER.add(packed.device)
                 reason = " ".join(str(error).partition("\n\n")[0].split())
                 warnings.warn(
-                    f"torch.compile fails on {packed.device} ({reason}), so weights are unpacked "
+                    f"torch.compile failed on {packed.device} ({reason}), so weights are unpacked "
                     "by torch's operations, which is slower. Install Triton and a C compiler, or "
                     "set TORCH_COMPILE_DISABLE=1 to hide this warning",
                     QwloraWarning,
@@ -280,14 +280,14 @@ class PackedTensor:
 def _write_values(
     scheme: Scheme, values: Tensor, packed: Tensor, scale: Tensor, low: Tensor | None
 ) -> None:
-    """Write the values of `packed` rows. They do not depend on who compiles this, except with float
-    offsets: code plus offset is exact in float32, so only the product rounds, and then the
-    conversion to the dtype of `values`."""
+    """Write the values of `packed` rows. Except with float offsets, compiled and uncompiled values
+    are equal: code plus offset is exact in float32, so only the product and then the conversion to
+    the dtype of `values` round."""
     wide = values
     if values.dtype != torch.float32:
         wide = torch.empty(values.shape, device=values.device)
     codes = packed
-    if scheme.bitwidth < 8:  # unpack would copy 8 bits, which takes 16 % longer
+    if scheme.bitwidth < 8:  # unpack would copy 8-bit codes, which takes 16 % longer
         codes = unpack(packed, scheme.bitwidth, values.shape[-1])
     wide.copy_(codes)
     blocks = grouped(wide, scheme.granularity)
@@ -301,8 +301,8 @@ def _write_values(
 
 
 class _ValueWriter(nn.Module):
-    """`_write_values` for a scheme. A module, because torch.compile takes a module's integers as
-    constants, and unpacking depends on the bitwidth."""
+    """`_write_values` for a scheme. It is a module because torch.compile treats a module's integers
+    as constants, and unpacking depends on the bitwidth."""
 
     def __init__(self, scheme: Scheme):
         super().__init__()
@@ -314,8 +314,8 @@ class _ValueWriter(nn.Module):
 
 @cache
 def _compiled(scheme: Scheme) -> Callable[..., None]:
-    # Dtypes, single rows and equal sizes are compiled apart. Torch's limit is 8 for all schemes;
-    # what exceeds a limit is not compiled.
+    # Each dtype, single rows and equal sizes compile separately. Torch's default limit is 8 for all
+    # schemes together; nothing beyond a limit is compiled.
     options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 32}
     return torch.compile(_ValueWriter(scheme), dynamic=True, **options)
 
@@ -344,10 +344,10 @@ def narrowest(
 
 
 def compute_dtype(x: Any, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of a product of a packed weight with `x`: autocast's, or `dtype`, by default that
-    of `x`."""
+    """The dtype of the product of a packed weight with `x`: autocast's, else `dtype` (default: that
+    of `x`)."""
     if not isinstance(x, Tensor) and dtype is not None:
-        return dtype  # for torch to refuse
+        return dtype  # torch then refuses `x`
     kind = x.device.type
     is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if is_cast else dtype or x.dtype

@@ -52,7 +52,7 @@ def gradients_disabled(module: nn.Module) -> Iterator[None]:
 
 
 def structure(model: nn.Module) -> Callable[[], None]:
-    """A function that puts back all modules, parameters and attributes of `model` as they are now.
+    """A function that restores the modules, parameters and attributes that `model` has now.
 
     Values of tensors are not copied. Dicts, lists and sets keep their identity, since handles of
     hooks refer to them.

@@ -62,13 +62,13 @@ class PackedWeight:
     transposed: bool = False
 
     def unpacked_for(self, x: Tensor) -> Tensor:
-        """The float values for a product with `x`, in the dtype that a float weight would have:
-        torch refuses an `x` of another."""
+        """The float values for a product with `x`, in the dtype that a float weight would have, so
+        that torch refuses an `x` of another dtype."""
         return self.unpacked(compute_dtype(x, self.owner.compute_dtype))
 
     @property
     def is_folded(self) -> bool:
-        """Whether the codes have fewer axes, as those of a convolution."""
+        """Whether the codes have fewer axes than the weight, as in a convolution."""
         return len(self.owner.tensor.shape) != len(self.shape) + (self.index is not None)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -267,7 +267,7 @@ def _matrix(weight: Any, *others: Any) -> PackedWeight | None:
     return weight.packed_weight if isinstance(weight, WeightView) and weight.ndim == 2 else None
 
 
-# Handlers name their parameters as torch does, for calls by name.
+# Handlers have torch's parameter names, so that calls by keyword work.
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -314,7 +314,7 @@ def _grouped(
         return NotImplemented
     if bias is not None or out_dtype is not None:
         return NotImplemented
-    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # for torch to refuse
+    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # torch then refuses `x`
         return NotImplemented
     return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 

@@ -53,8 +53,8 @@ def freeze_(
 
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
-        GridError: a name is not a weight that can be packed, a weight lies off its grid (named,
-            with the distance in steps), or integers do not fit it. The model is unchanged; or a
+        GridError: a name is not a weight that can be packed, a weight is off its grid (named,
+            with the distance in steps), or integers do not fit it: the model is unchanged. Or a
             packed layer would not compute its codes (see `assert_frozen`): load the model again.
 
     Warns:

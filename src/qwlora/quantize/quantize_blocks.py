@@ -17,8 +17,8 @@ activations of one batch in the block, and the hidden states of all batches.
 
 An interrupted quantization resumes after the last finished block: one safetensors file per block
 holds packed tensors and reports. Its key is a SHA-256 of everything that the result depends on: the
-calibration batches, revisions of solvers and statistics, the model's settings and its tensors
-outside all blocks, all tensors and the assignments of this block and of every block before it.
+calibration batches, revisions of solvers and statistics, the model's settings, its tensors outside
+all blocks, and the tensors and assignments of this block and of every block before it.
 """
 
 from __future__ import annotations
@@ -222,12 +222,12 @@ class _BlockCache:
         update_digest(self._digest, [*revisions, settings, *named_inputs(batches)])
         inside = tuple(f"{block}." for block in blocks)
         for name, (_, tensor) in base_tensors(model).items():
-            # of a checkpoint larger than memory, what no block has read yet has no values
+            # with a checkpoint larger than memory, tensors not read yet have no values
             if not name.startswith(inside) and not tensor.is_meta:
                 update_digest(self._digest, [name, tensor])
 
     def read(self, block: str, plan: Mapping[str, Assignment]) -> QuantizedBlock | None:
-        """The cached result of `block`, whose tensors are in `plan`; None if it must be computed. A
+        """The cached result of `block`, assigned as in `plan`; None if it must be computed. A
         damaged or outdated file counts as missing; the next `write` replaces it."""
         if self.folder is None:
             return None

@@ -140,8 +140,8 @@ def quantize_(
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
             data, or a block cannot be differentiated.
 
-    If it raises after the first layer was packed, layers that were packed stay so, and the model is
-    refused by every later call: load it again.
+    If it raises after packing the first layer, packed layers stay packed and every later call
+    refuses the model: load it again.
     """
     model = model_to_pack(model)
     with packing(model):

@@ -104,6 +104,6 @@ REVISIONS = {
     "tune_scales": 4,
     # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
     "initialize_adapter": 4,
-    "activation_ranges": 3,  # 3: of all values
+    "activation_ranges": 3,  # 3: histogram of all values
     "token_scores": 2,  # 2: KL divergence, same likeliest token and standard errors
 }

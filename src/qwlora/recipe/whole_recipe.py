@@ -69,10 +69,10 @@ class Export(Section):
     where one holds all numbers exactly, else float32. Default: 16, but 32 for aimet, qairt, qnn,
     qairt_pipeline and mlx, which hold no other. For 8 bits, use a rule in base.rules"""
     proof: Literal["generated", "held_out", "none"] = "generated"
-    """text in the proof/ of each bundle, with which qwlora verify BUNDLE runs the files again, and
-    in golden/ of aimet and qairt. generated: by the float model, or the base if there is none;
-    held_out: of your data, as token ids; none: none in proof/, so the bundle cannot be verified
-    without the job. The job itself always verifies on held-out text"""
+    """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
+    golden/ of aimet and qairt. generated: text from the float model, or from the base if there is
+    none; held_out: text of your data, as token ids; none: no text in proof/, so only the job can
+    verify the bundle. The job itself always verifies on held-out text"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
     Default: for ONNX Runtime"""

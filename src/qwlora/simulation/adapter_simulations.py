@@ -108,14 +108,14 @@ class AdapterSimulations(dict[str, Simulation]):
         shared: Mapping[str, Encoding] | None = None,
     ) -> None:
         """`observe`, then `freeze`. If either raises, encodings and observations stay as they
-        were; masks that `freeze` found are float."""
+        were, except that masks which `freeze` found become float."""
         with self._restored_on_error():
             self.observe(batches, track)
             self.freeze(shared=shared)
 
     def check_unchanged(self) -> None:
         """See `Simulation.check_unchanged`."""
-        base = fingerprint(next(iter(self.values())).origin.model)  # hashed once for all
+        base = fingerprint(next(iter(self.values())).origin.model)  # hashed once for all adapters
         for simulation in self.values():
             simulation.check_unchanged(base)
 
@@ -152,12 +152,12 @@ class AdapterSimulations(dict[str, Simulation]):
         self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
         """Set all encodings: each adapter's own, then the shared ones. If it raises, encodings of
-        activations stay as they were; masks that it found are float.
+        activations stay as they were, except that masks which it found become float.
 
         Args:
             allow_unseen: see `Simulation.freeze`.
-            shared: of an earlier calibration on the same base. Default: from what all adapters
-                observed.
+            shared: encodings from an earlier calibration on the same base. Default: from what all
+                adapters observed.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between

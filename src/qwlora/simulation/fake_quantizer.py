@@ -97,8 +97,8 @@ class Quantizer(nn.Module):
         return RangeObserver(self.estimator.needs_histogram and not self.is_pinned)
 
     def observe(self) -> RangeObserver:
-        """Observe what passes from now on in a new `observer`. Returns a copy of the one before to
-        merge it into; an empty one if that lacks a histogram that the estimator needs by now."""
+        """Start a new `observer`. Returns a copy of the previous one, to merge the new one into; an
+        empty one if the previous lacks a histogram and the estimator now needs it."""
         before, self.observer = self.observer, self._new_observer()
         self.mode = Mode.OBSERVE
         is_enough = before.has_histogram or not self.observer.has_histogram

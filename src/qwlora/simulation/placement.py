@@ -62,7 +62,7 @@ class Placement:
 
     def base_encodings(self, model: nn.Module) -> dict[str, Encoding]:
         """Encodings of the packed weights of `model` that have a mark, by name."""
-        # a graph may have another name of a module with several than `named_modules` gives first
+        # a module with several names: the graph may not have the first of `named_modules`
         packed = packed_weights(model, every_path=True)
         names = (mark.name for mark in self.marks if mark.kind is Kind.BASE)
         return {name: packed[name].encoding for name in names}

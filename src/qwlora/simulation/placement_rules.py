@@ -28,7 +28,7 @@ from qwlora.grid.scheme import BITWIDTHS, PerChannel, RangeEstimator, Scheme, as
 # What to do about a user's rule without effect in a graph; it may be for another graph of the job.
 UnusedRules = Literal["refuse", "allow"]
 
-# pydantic cannot tell one class of granularity from another
+# pydantic cannot tell the classes of granularity apart
 _Scheme = Annotated[Scheme, PlainValidator(Scheme.from_json), PlainSerializer(Scheme.to_json)]
 
 

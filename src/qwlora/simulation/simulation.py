@@ -206,14 +206,14 @@ class Simulation(nn.Module):
 
     def check_unchanged(self, base_fingerprint: str | None = None) -> None:
         """Refuse to calibrate or export if the base or the adapter has changed since `simulate`:
-        weights would keep their old grids, and files hold neither the old nor the new adapter.
+        weights would keep their old grids, and files would match neither old nor new adapter.
 
         Args:
             base_fingerprint: of the base as it is now. Default: hashed, 0.6 s for 1 GB.
 
         Raises:
-            CalibrationError: a fingerprint differs. An adapter that the model no longer has counts
-                as unchanged: the simulation has its own tensors of it.
+            CalibrationError: a fingerprint differs. An adapter that was removed from the model
+                counts as unchanged: the simulation has its own copy.
         """
         model, adapters = self.origin.model, self.origin.adapters
         base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model, adapters)
@@ -238,7 +238,7 @@ class Simulation(nn.Module):
             self._batches, self._tokens = counts
             for quantizer, observer, scheme, encoding, mode in before:
                 quantizer.observer, quantizer.mode = observer, mode
-                quantizer.scheme = scheme  # which removes the encoding
+                quantizer.scheme = scheme  # setting it removes the encoding
                 quantizer.encoding = encoding
             raise
 
@@ -261,9 +261,9 @@ class Simulation(nn.Module):
 
     @torch.no_grad()
     def observe_unchecked(self, batches: Batches, track: Track, tokens: int | None) -> None:
-        """`observe` without `check_unchanged`; leaves quantizers observing where it raises."""
+        """`observe` without `check_unchanged`. If it raises, quantizers are left observing."""
         for quantizer in self.quantizers.values():
-            quantizer.mode = Mode.SIMULATE  # of those that are fixed
+            quantizer.mode = Mode.SIMULATE  # fixed ones stay in it
         observed = [q for q in self.quantizers.values() if not q.fixed]
         earlier = [quantizer.observe() for quantizer in observed]
         batch_count = token_count = 0

@@ -52,8 +52,8 @@ def replacing_files(
     killed while files are moved, `folder` has no `last`.
 
     Args:
-        last: the name of the file that says that the others next to it are complete. The old one
-            is moved away before any other file, and the new one is put in place after all others.
+        last: name of the file that marks the others next to it as complete. The old one is moved
+            away before all other files, and the new one is put in place after them.
         obsolete: old files, relative to `folder`, that are deleted unless they are replaced.
 
     Raises:
@@ -80,7 +80,7 @@ def replacing_files(
                 for source, target in moves:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     source.replace(target)
-            except BaseException:  # Ctrl-C may come between a move and the next line: look at files
+            except BaseException:  # Ctrl-C may come right after a move: look at the files
                 for source, target in reversed(moves):
                     if os.path.lexists(target) and not os.path.lexists(source):
                         target.replace(source)
@@ -89,7 +89,7 @@ def replacing_files(
                 flush_folder(parent)
     except BaseException:
         for path in created:
-            with contextlib.suppress(OSError):  # it is not empty, or was not created
+            with contextlib.suppress(OSError):  # not empty, or never created
                 path.rmdir()
         raise
 

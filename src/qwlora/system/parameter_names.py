@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a job and of an adapter, whose folder has it
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of jobs, and adapters and their folders
 BASE = "base"  # what the base is called where an adapter or a use case has its name
 _WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
 

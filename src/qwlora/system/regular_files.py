@@ -1,5 +1,5 @@
-"""Which files of a folder that somebody else made may be opened: reading a pipe or a device may
-never end, and a link may lead to a file of the user's that is then copied or uploaded."""
+"""Which files in a stranger's folder are safe to open. Reading a pipe or a device may never end. A
+link may lead to a private file of the user, which would then be copied or uploaded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def is_special(path: Path) -> bool:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a file, or a folder with a file, that `is_special`. Links are followed: files of a
-    user, and of the hub's cache, may be links.
+    """Refuse a special file (`is_special`), and a folder that contains one. Links are followed: a
+    user's files and the hub's cache may be links.
 
     Raises:
-        SourceError: it is.
+        SourceError: there is one.
     """
     for entry in (path, *(path.iterdir() if path.is_dir() else ())):
         if is_special(entry):
@@ -47,13 +47,13 @@ def check_plain(folder: Path) -> None:
                 kind = "a link" if S_ISLNK(mode) else "not a regular file"
                 raise SourceError(
                     f"{path!r} is {kind}; only regular files are accepted here. Copy the folder "
-                    "with the files that links point to, for example with `cp -rL`"
+                    "with files in place of links, for example with `cp -rL`"
                 )
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether `name` is a relative path without `..`, and no link or special file is there; nothing
-    has to be. Links of the hub's cache, `snapshots/REVISION/FILE` to `blobs/HASH`, are accepted."""
+    """Whether `name` is a relative path without `..` that leads to no link or special file; it need
+    not exist. The hub cache's links, `snapshots/REVISION/FILE` to `blobs/HASH`, are accepted."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         return False

@@ -80,9 +80,9 @@ def export(
             onnx_each and aimet, what `simulate_adapters` returns for onnx, qairt and qnn. For the
             other targets, the frozen base without an adapter.
         target: a name that `export.targets` of a recipe can have.
-        adapters: folders of trained adapters by name, for targets that take a base. Each must be
-            one that `load_adapter` takes on this base; one that PEFT saved, which does not record
-            its base, is taken with a warning.
+        adapters: folders of trained adapters by name, for targets that take a base. `load_adapter`
+            must accept each of them on this base. An adapter that PEFT saved does not record its
+            base: it is accepted with a warning.
         tokenizer: saved next to the base, or in its file.
         gguf_file: of the base, if it came from one, for target gguf, which copies the rest of it.
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
@@ -97,9 +97,9 @@ def export(
             becomes several primitive operators. Default: 23; 21 for aimet without a cache.
 
     Raises:
-        ExportError: there is no such target, it takes something else than `made`, its files
-            cannot hold it, `graphs`, `context` or `opset` are out of range, or an adapter's name
-            is that of another file.
+        ExportError: the target does not exist, does not take `made`, or has files that cannot
+            hold it; `graphs`, `context` or `opset` is out of range; or another file of the export
+            has an adapter's name.
         SourceError, FingerprintError: `load_adapter` refuses an adapter.
         CalibrationError: the base or an adapter has changed since it was simulated.
         MissingExtraError: a package that writes the files is missing.
@@ -113,7 +113,7 @@ def export(
     known.require_packages(to_write=True)
     backend, folder = known.backend, Path(folder)
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
-        raise ExportError(f"{str(folder)!r} has a base already. Delete it, or use another folder")
+        raise ExportError(f"{str(folder)!r} already has a base. Delete it, or use another folder")
     with on_cpu(*_modules(made)):
         if isinstance(made, PreTrainedModel):
             check_loadable(made, sources.values(), "accept")
@@ -200,17 +200,17 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
         raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
     if isinstance(made, PreTrainedModel) and (attached := adapter_names(made)):
         raise ExportError(
-            f"the base has adapters: {listed(attached)}. Unload them (model.unload()), save them "
-            "with qwlora.save_adapter, and pass their folders as adapters="
+            f"the base has adapters: {listed(attached)}. Save them with qwlora.save_adapter, "
+            "remove them with model.unload(), and pass their folders as adapters="
         )
     if adapters and known.is_simulated:
         raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
     taken = {name for name in names if name.lower() in known.taken_names}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
         raise ExportError(
-            f"adapters cannot be called {listed(map(repr, wrong))}: a name is letters, digits, - "
-            f"and _, and the export has other files called {listed(sorted(known.taken_names), 9)}. "
-            "Use other names"
+            f"adapters cannot be called {listed(map(repr, wrong))}. Use letters, digits, - and _, "
+            "and no name of another file of the export: "
+            f"{listed(sorted(known.taken_names), 9)}"
         )
 
 
@@ -231,8 +231,8 @@ def verify(
     """Run the files of `export` in their runtime, and compare them with what they were made of.
 
     Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Adapters that the folder does not have are left out. A model is run
-    in evaluation mode; afterwards its mode and its active adapter are what they were.
+    the runtime gives its value. Adapters that are not in the folder are skipped. A model is run in
+    evaluation mode; afterwards its mode and its active adapter are restored.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.

@@ -161,7 +161,7 @@ class Target:
 
     @property
     def has_golden(self) -> bool:
-        """Whether the files hold an input and its outputs, to compare a device with."""
+        """Whether the files hold an input and its outputs, for comparison with a device."""
         return bool(self.opsets)
 
     @property
@@ -223,17 +223,17 @@ class Target:
     def open(self, bundle: Path, name: str | None = None) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
 
-        Everything that opens exported files does it here, so this is where they are checked: before
-        the runtime sees them, and each adapter before the runtime switches to it.
+        All code that opens exported files calls this, so this checks them: before the runtime sees
+        them, and each adapter before the runtime switches to it.
 
         Args:
             bundle: folder of the target.
-            name: None: the base alone, if it has a folder of its own. Empty: files of an adapter by
-                itself are in `bundle`.
+            name: adapter or use case. None: the base alone, if it has a folder of its own. Empty:
+                `bundle` itself holds the files of one adapter.
 
         Raises:
-            SourceError: there is a link, a pipe or a device, or a file, or a key or value in one,
-                that the target does not write.
+            SourceError: the folder holds a link, a pipe or a device; or a file, key or value that
+                the target does not write.
             MissingExtraError: a package of the runtime is missing.
             VerificationError: the files contradict each other; every problem names its file.
             ExportError: the runtime refuses them.
@@ -258,7 +258,7 @@ class Target:
             file
             for file in files_in(folder)
             if not file.startswith(ignored)
-            and not re.fullmatch(r"\..*\.part", Path(file).name)  # of a killed writer
+            and not re.fullmatch(r"\..*\.part", Path(file).name)  # left by a killed writer
         ]
         check_contents(self.backend.contents, folder, files, is_base)
 

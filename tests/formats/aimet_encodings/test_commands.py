@@ -74,8 +74,7 @@ def test_convert_refuses_a_loss_until_it_is_accepted(tmp_path: Path) -> None:
     code, out, err = run("convert", OLD, "--to", "0.6.1", "--out", str(target))
     assert (code, out) == (2, "")
     assert err.splitlines() == [
-        "qwlora: encodings 1.0.0 -> 0.6.1",
-        "would be lost (--lossy, or lossy=True, accepts that):",
+        "qwlora: encodings 1.0.0 -> 0.6.1 would lose this (accept it with --lossy, or lossy=True):",
         "  - block.weight_0: granularity block",
         "  - lpbq.weight_0: the whole encoding, LPBQ of 4 bits",
     ]
@@ -90,7 +89,7 @@ def test_convert_refuses_a_loss_until_it_is_accepted(tmp_path: Path) -> None:
         (["show", "none.encodings"], "none.encodings: 1 problem"),
         (["validate", __file__], "cannot be read"),
         (["convert", OLD, "--to", "3"], "'3' is not one of 0.6.1, 1.0.0, 2.0.0, 2.1.0"),
-        (["convert", OLD, "--to", "2.1.0"], "Export the model again, in version 2.1.0"),
+        (["convert", OLD, "--to", "2.1.0"], "Export the model again in version 2.1.0"),
         (["convert", OLD], "--to"),
     ],
 )

@@ -65,7 +65,7 @@ def test_what_does_not_come_back_is_listed(source: str, target: str, data: st.Da
 def test_axes_and_sections_are_never_invented(source: str, data: st.DataObject) -> None:
     file = data.draw(files(source))
     (others,) = (family for family in FAMILIES if source not in family)
-    lacking = "the axes of scales" if source < "2" else "which encodings are of parameters"
+    lacking = "the axes of scales" if source < "2" else "which encodings are parameters"
     for target in others:
         with pytest.raises(ConversionError, match=f"{lacking}.*in version {target}") as caught:
             convert(file, target, lossy=True)

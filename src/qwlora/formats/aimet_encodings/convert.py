@@ -1,8 +1,8 @@
 """Convert an encodings file to another version, without losing or inventing anything.
 
-0.6.1 and 1.0.0 list parameters in a section of their own, but no axes; 2.0.0 and 2.1.0 have axes,
-but no sections. Neither follows from the other without the model, so files are converted only
-within a pair:
+Versions 0.6.1 and 1.0.0 list parameters in their own section, but store no axes. 2.0.0 and 2.1.0
+store axes, but have no sections. Only the model could tell what is missing, so files are converted
+only within a pair:
 
     0.6.1 to 1.0.0, 2.1.0 to 2.0.0    nothing is lost
     1.0.0 to 0.6.1    lost: block sizes (blocks become channels), LPBQ, and whether one scale in a
@@ -37,17 +37,17 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False) -> Encodings
         lossy: drop what the version cannot express, including whole encodings, instead of raising.
 
     Raises:
-        ConversionError: the version is unknown; it has axes and the file has sections, or the other
-            way round; or something would be lost and `lossy` is False.
+        ConversionError: the version is unknown or in the other pair, or information would be lost
+            and `lossy` is False.
     """
     if version not in VERSIONS:
-        problem = f"{printable(str(version))!r} is not one of {', '.join(VERSIONS)}"
+        problem = f"version {printable(str(version))!r} is not one of {', '.join(VERSIONS)}"
         raise ConversionError(problem)
     what = f"encodings {file.version} -> {version}"
     if has_axes(version) != (file.parameters is None):
-        needed = "the axes of scales" if has_axes(version) else "which encodings are of parameters"
+        needed = "the axes of scales" if has_axes(version) else "which encodings are parameters"
         raise ConversionError(
-            f"{what}: the file does not say {needed}. Export the model again, in version {version}"
+            f"{what}: the file does not store {needed}. Export the model again in version {version}"
         )
     kept: list[Entry] = []
     lost: list[tuple[str, str]] = []
@@ -63,7 +63,7 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False) -> Encodings
 
 
 def _stored(entry: Entry, version: str) -> Entry | None:
-    """What a version can store of an encoding; None if nothing."""
+    """The part of an encoding that a version can store; None if it can store nothing."""
     nested, is_oldest = has_axes(version), version == "0.6.1"
     match entry:
         case FloatEncoding():

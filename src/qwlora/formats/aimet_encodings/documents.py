@@ -200,7 +200,7 @@ class Document(Strict):
 
 
 def problem_line(where: str, field: str, message: str) -> str:
-    """A problem of an encoding or a section, and of its field if that is not empty, in one line."""
+    """One line for a problem: the encoding or section, its field if there is one, the message."""
     return f"{printable(where)}{f', {printable(field)}' if field else ''}: {message}"
 
 

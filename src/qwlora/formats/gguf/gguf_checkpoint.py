@@ -172,11 +172,11 @@ class GgufCheckpoint(MappedCheckpoint):
 
     def stored_rows(self, name: str, count: int = 0) -> tuple[str, Int64[Tensor, " out"]]:
         """The stored tensor of a matrix [out, in], and the stored row of each of its rows. A head
-        that the file ties to the embedding has `output.weight`, where llama.cpp looks for one.
+        that the file ties to the embedding is stored as `output.weight`, as llama.cpp expects.
 
         Raises:
             SourceError: there is no such parameter.
-            ExportError: it is stored in several tensors, transposed, or with its columns moved.
+            ExportError: it is stored in several tensors, transposed, or with permuted columns.
         """
         if name not in self._origins and name in self.model.state_dict():
             return "output.weight", torch.arange(count)
@@ -191,13 +191,13 @@ class GgufCheckpoint(MappedCheckpoint):
         return origin.sources[0], order.rows.flatten()
 
     def stored_values(self, name: str, values: Tensor) -> tuple[str, Tensor]:
-        """The stored tensor of a float parameter, and what it has to hold to be read as `values`.
-        The conversion is probed: it may reorder rows, and add numbers to the values of a vector, as
-        for Gemma's norms.
+        """The stored tensor of a float parameter, and the content that is read as `values`. The
+        conversion is probed: it may permute rows, and add constants to a vector, as for Gemma's
+        norms.
 
         Raises:
             SourceError: there is no such parameter.
-            ExportError: the conversion does something else; see also `stored_rows`.
+            ExportError: the conversion does anything else; see also `stored_rows`.
         """
         if values.ndim > 1:
             stored, rows = self.stored_rows(name, values.shape[:-1].numel())
@@ -215,7 +215,7 @@ class GgufCheckpoint(MappedCheckpoint):
             vector[order.long()] = whole - shift
             again = origin.convert({source: vector})
             if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
-                raise ValueError("it stores other numbers than the model has")
+                raise ValueError("its conversion is not a permutation plus constants")
         return source, vector
 
     def _kinds(self, origin: Origin) -> dict[str, str]:

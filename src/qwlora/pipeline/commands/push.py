@@ -77,8 +77,8 @@ def prepared(
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
 
-    A job may be from somebody else: a link in it could lead to any file of the user's, such as a
-    key, and upload it.
+    The job may come from somebody else. A link in it could lead to any file of the user, such as a
+    key, which would then be uploaded.
 
     Args:
         folder: the job's directory.
@@ -86,8 +86,8 @@ def prepared(
 
     Raises:
         SourceError: there is a link, a pipe or a device in the job.
-        DirectoryError: what is asked for is not there, incomplete, changed, or of another recipe
-            than the one that is there now; or a record lists a file outside of the job.
+        DirectoryError: the base or adapter is missing, incomplete, changed, or made with another
+            recipe than the job has now; or a record lists a file outside the job.
     """
     check_plain(folder)
     state = JobState(folder)
@@ -201,8 +201,8 @@ def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path
     prefix, listed_files = f"{artifact}/", directory.records[stage].files
     if outside := [file for file in listed_files if not is_inside(directory.path, file)]:
         raise DirectoryError(
-            f"{str(directory.path)!r}: the record of {stage} lists {outside[0]!r}, which is no "
-            "regular file of the job. Nothing was uploaded; run the stage again"
+            f"{str(directory.path)!r}: the record of {stage} lists {outside[0]!r}, which is not a "
+            "regular file in the job. Nothing was uploaded; run the stage again"
         )
     return {
         file.removeprefix(prefix): directory.path / file

@@ -1,7 +1,7 @@
 """What `qwlora simulate` shows of a simulation: its placement log, its perplexity cost (--costs),
 and mixed precision under a limit (--suggest). Nothing is written.
 
-All take a job as `open_job` opens it, with the name of one of its adapters, and raise:
+All functions take a job from `open_job` and the name of one of its adapters, and raise:
 
     DirectoryError      see `JobModels.is_calibrated`
     CalibrationError    a rule has no effect

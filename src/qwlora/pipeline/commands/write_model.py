@@ -1,4 +1,4 @@
-"""An adapter of a job merged into its base, and a measure of what that loses."""
+"""Merge an adapter of a job into its base, and measure what that loses."""
 
 from __future__ import annotations
 

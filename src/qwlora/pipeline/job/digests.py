@@ -46,8 +46,8 @@ class Digests:
         }
 
     def content(self, path: str | Path) -> str | None:
-        """SHA-256 of a file's content, as hex digits; None if it cannot be read, or is a pipe or a
-        device: the record of a stranger's job may list one."""
+        """SHA-256 of a file's content, as hex digits. None if it cannot be read, or is a pipe or a
+        device, which the record of a stranger's job may list."""
         path = os.path.abspath(path)
         if is_special(Path(path)):
             return None

@@ -31,7 +31,7 @@ _REMEDIES = {
     **dict.fromkeys(_UNWRITABLE, "Fix this or choose another --out"),
     **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), _LOCKS),
     **dict.fromkeys((errno.EIO, errno.ESTALE), _DISK),
-    errno.EFBIG: "It is larger than `ulimit -f` or the file system allows; raise the limit",
+    errno.EFBIG: "The file exceeds `ulimit -f` or the file system's limit; raise the limit",
 }
 _LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
@@ -54,7 +54,7 @@ def as_directory_errors(path: Path) -> Iterator[None]:
                 f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
                 "some space and run again"
             ) from error
-        # safetensors writes in Rust, whose errors have the number in their text only
+        # safetensors writes in Rust: the number of an error is only in its text
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else getattr(error, "errno", None)
         if file_being_read(error) is None and code in _REMEDIES:

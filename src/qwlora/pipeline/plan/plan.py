@@ -252,9 +252,9 @@ class _Plan:
         return self.contents(content_files(folder)) if is_local else []
 
     def files(self, target: str) -> list[Any]:
-        """What exported files depend on besides what they hold: the versions of encodings files
-        and of ONNX's operators and the bits of embeddings, unless they are the default, the sizes
-        and the layout of graphs with a cache, and whose text golden inputs are."""
+        """What exported files depend on besides the tensors in them: the encodings version, the
+        ONNX opset and the embedding bits unless default; the sizes and layout of graphs with a
+        cache; and which text the golden inputs are."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
         keys |= {"embedding_bits"} if len(TARGETS[target].embedding_bits) > 1 else set()
@@ -265,7 +265,7 @@ class _Plan:
         return [*version.values(), *sizes, *filter(None, more), *golden]
 
     def shipped(self) -> list[Any]:
-        """Which text is next to exported files."""
+        """What the text next to exported files depends on."""
         return [self.recipe.export.proof, self.recipe.seed, REVISIONS["sampled_text"]]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:

@@ -33,10 +33,10 @@ from qwlora.targets.registry import TARGETS
 # What was measured, its value, and the hub's name of the metric; None: it is of another model.
 Number = tuple[str, Any, str | None]
 
-# What uploaded files say of the user's data; docs/data.md has all places.
+# What uploaded files reveal about the user's data; docs/data.md lists all places.
 QUOTED = (
-    "these files name the source of your text (its last path component, or its id on the hub), and "
-    "hold its numbers of documents and tokens, perplexities on it, your chat template and the "
+    "these files name the source of your text (its last path component, or its id on the hub). "
+    "They hold its document and token counts, perplexities on it, your chat template, the "
     "invocation of activated LoRA, and statistics of it in weights and activation ranges. Only "
     "golden/ holds text: generated, or held-out with export.proof: held_out"
 )

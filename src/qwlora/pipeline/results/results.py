@@ -177,7 +177,7 @@ def read_job(folder: Path) -> Job:
 
 
 def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
-    """Write the report of each job; returns the files."""
+    """Write the report of each job, and return the files."""
     pages = {folder / REPORT: render(read_job(folder)) for folder in folders}
     for path, text in pages.items():
         with as_directory_errors(path.parent):

@@ -198,7 +198,7 @@ class _Verification:
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory
             ids, starts = self.context.generated_ids, torch.tensor(self._invocation())
-            # in front of the text, so that the adapter acts on it
+            # the invocation comes first, so that the adapter acts on the text
             ids = torch.cat([starts.long().expand(len(ids), -1), ids], 1)
             ids = ids[:, : text.input_ids.shape[1]].contiguous()
             texts.append(Sequences(ids, ids.clone()))
@@ -222,7 +222,7 @@ class _Verification:
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:
             parity = self._run(simulation, reference, limits)
-            for shipped in generated:  # what others will run has to pass here, too
+            for shipped in generated:  # the text that others will run has to pass here, too
                 again, _ = measure(self.target, self.bundle, self.adapter, shipped, limits)
                 failed = [row for row in again.checks if not row.passed]
                 rows = (replace(row, what=f"on the text in proof/, {row.what}") for row in failed)
@@ -238,7 +238,7 @@ class _Verification:
         return results
 
     def _invocation(self) -> list[int]:
-        """The tokens that start an activated LoRA; else none."""
+        """The tokens that start an activated LoRA; empty for other adapters."""
         if not self.target.holds_invocation or self.adapter == BASE:
             return []
         trained = self.context.path / "adapters" / self.adapter
@@ -271,8 +271,8 @@ class _Verification:
     def _references(
         self, *texts: Sequences
     ) -> tuple[Any, Reference | None, list[dict[str, Tensor]]]:
-        """The model that the files were made of, its simulation if there is one, and what it says
-        about texts."""
+        """The model that the files were made of, its simulation if there is one, and the reference
+        outputs for each text."""
         context, target = self.context, self.target
         if not target.is_simulated:
             model = context.adapted(self.adapter)

@@ -384,8 +384,8 @@ class FloatOnnxModel(OnnxModel):
         return load_graph(self.model).graph
 
     def problems(self) -> list[str]:
-        """Promises that the two files break: an entry names no tensor or is in the wrong section;
-        if there is none, parameters that are not on the grid of their entry."""
+        """Contradictions between the two files: entries that name no tensor or are in the wrong
+        section; if there are none, parameters that are not on the grid of their entry."""
         where, initializers = self.encodings.name, self.graph.initializers
         computed = {output.name for node in self.graph for output in node.outputs}
         computed |= {value.name for value in self.graph.inputs}

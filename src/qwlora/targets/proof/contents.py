@@ -73,7 +73,7 @@ CODE_KEYS = frozenset(
         "model_file",
     }
 )
-_AGAIN = "Export again, or copy it again from whoever exported it; nothing in it was run"
+_AGAIN = "Export again, or get a new copy from whoever exported it; nothing in it was run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,10 @@ class Contents:
         base, adapter: glob patterns of files; `*` does not match `/`. Files that hold base and
             adapter together are those of `adapter`.
         forms: of JSON files, by name.
-        compiled: folders of files for an accelerator, which nothing here opens.
+        compiled: folders of compiled files for an accelerator; nothing here opens them.
         settings: forms of keys that this target adds to config.json.
-        scripts: files that a user runs; the template of each in `qwlora/targets`, whose words in
-            `@...@` stand for one word of letters, digits and hyphens.
+        scripts: files that a user runs, and the template of each in `qwlora/targets`. A word in
+            `@...@` stands for one word of letters, digits and hyphens.
     """
 
     base: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
                 names += graphs  # files are named after them
         for name in names:
             if "/" in name or name.startswith("."):  # hidden files are not checked
-                yield f"{_short(name)} is no file of the folder"
+                yield f"{_short(name)} is not a file of the folder"
     elif path.name.endswith(".index.json"):
         shards = frozenset(p.name for p in path.parent.glob("*.safetensors"))
         yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: shards}})

@@ -206,8 +206,8 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
     """Compare base, adapter and proof of a bundle with their digests and with each other.
 
     Raises:
-        FingerprintError: a file was changed, added or removed, or base and adapter are not those
-            of the proof; or the proof is that of another adapter.
+        FingerprintError: a file was changed, added or removed; base and adapter are not those of
+            the proof; or the proof belongs to another adapter.
     """
     proof = bundle / PROOF / name
     _check_sealed(proof, PROOF_RECORD, files_in(proof), "verify the job again")
@@ -273,9 +273,9 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         check_files(bundle, name, record)
     if silent := [name for name, record in records.items() if record.get(TEXT) == "none"]:
         raise SourceError(
-            f"the files in {str(bundle)!r} are those that were proven, but they cannot be run again"
-            f" here: {PROOF}/ of {listed(silent)} has no text to run, since the job that exported "
-            "them has export.proof: none. Set it to generated, and run the job again"
+            f"the files in {str(bundle)!r} are those that were proven, but cannot be run again: "
+            f"{PROOF}/ of {listed(silent)} has no text, because the job that exported them has "
+            "export.proof: none. Set it to generated, and run the job again"
         )
     results = {}
     for name, record in track(records.items(), "verifying", len(records)):

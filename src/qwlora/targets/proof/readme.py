@@ -18,14 +18,14 @@ from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.checks import shown
 from qwlora.targets.proof.folder import MODEL_CLASS, README, TEXT, WITHOUT_CACHE
 
-_AGAIN = "With it, `qwlora verify .` runs the files again, on any machine that has the program."
+_AGAIN = "`qwlora verify .` runs the files on it again, on any machine that has the program."
 _CONTENTS = {  # by `export.proof`
-    "generated": "The figures are of held-out text. `proof/` contains none of it, but text "
-    f"that the model generated. {_AGAIN}",
-    "held_out": "The figures are of held-out text of the data. `proof/` contains this text as "
-    f"token ids, which anyone can read. {_AGAIN}",
-    "none": "The figures are of held-out text. `proof/` contains no text, so the files can be "
-    "verified again by the job only.",
+    "generated": "The figures were measured on held-out text. `proof/` contains none of it, only "
+    f"text that the model generated. {_AGAIN}",
+    "held_out": "The figures were measured on held-out text of the data. `proof/` contains this "
+    f"text as token ids, which anyone can read. {_AGAIN}",
+    "none": "The figures were measured on held-out text. `proof/` contains no text, so only the "
+    "job can verify the files again.",
 }
 
 

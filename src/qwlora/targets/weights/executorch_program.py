@@ -1,9 +1,9 @@
-"""ExecuTorch's own runtime for Python, in a process of its own.
+"""ExecuTorch's own runtime for Python, in a separate process.
 
-It trusts its programs: one damaged word can end the process by a signal, which the caller survives
-here. It is no sandbox: what takes the process over has the user's rights. Both ends send JSON and
-safetensors, no pickle. Other targets run in the caller's process: none of their files, damaged in
-the same ways, ended it (docs/log/reliability.md).
+ExecuTorch trusts its programs: one damaged word can crash its process, which here is not the
+caller's. This is no sandbox: code that takes over the process has the user's rights. The processes
+exchange JSON and safetensors, no pickle. Other targets run in the caller's process: none of their
+files, damaged in the same ways, crashed it (docs/log/reliability.md).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from qwlora.system.machine import peak_rss_bytes
 from qwlora.targets.target import Runtime
 
 MODEL, ADAPTER, NO_ADAPTER = "model.pte", "adapter.safetensors", "none.safetensors"
-_SECONDS = 600.0  # of one call; loading a program of several GB takes the longest
-# With the caller's modules, but not those of the current folder, which may be a stranger's.
+_SECONDS = 600.0  # limit of one call; loading a program of several GB takes the longest
+# The caller's sys.path, but without the current folder, which may be a stranger's.
 _START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; "
 _START += "serve(*sys.argv[2:])"
 
 
 class _Cache(dict[str, int]):
-    """The number of a cache in the process of the program, which drops it when this goes."""
+    """The number of a cache in ExecuTorch's process, which drops it after this is deleted."""
 
 
 class ExecutorchRuntime(Runtime):
@@ -48,7 +48,7 @@ class ExecutorchRuntime(Runtime):
         path = json.dumps([place for place in sys.path if place])
         command = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno()), str(self._file)]
         nowhere: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        with theirs:  # a new session, since Ctrl-C is for the caller alone
+        with theirs:  # in a new session, so that Ctrl-C reaches only the caller
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
             )
@@ -70,10 +70,10 @@ class ExecutorchRuntime(Runtime):
         return tensors["logits"], cache
 
     def _answer(self, values: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Any:
-        """What `_Program.extend` returns, or that there is a program.
+        """The answer of `_Program.extend`; without arguments, that the program is loaded.
 
         Raises:
-            ExportError: ExecuTorch refuses it, ended by it, or took 10 minutes.
+            ExportError: ExecuTorch refused the program, crashed, or took 10 minutes.
         """
         try:
             if tensors is not None:
@@ -84,10 +84,10 @@ class ExecutorchRuntime(Runtime):
         except (EOFError, OSError) as error:
             raise ExportError(
                 f"{str(self._file)!r} ended ExecuTorch's process (exit code "
-                f"{self._process.wait()}; -N: signal N). The file is damaged, or memory is short: "
-                "export it again"
+                f"{self._process.wait()}; -N: signal N). Either the file is damaged, so export it "
+                "again, or memory ran out"
             ) from error
-        except BaseException:  # interrupted: the next question would get this answer
+        except BaseException:  # interrupted: the next call would get this answer
             self._process.kill()
             raise
         if "error" in answer:
@@ -133,8 +133,8 @@ def serve(descriptor: str, file: str) -> None:
 
 
 class _Program:
-    """The program of a base, with adapters and caches. Caches stay here: for a long text, they are
-    larger than all else that is sent."""
+    """The program of a base, with adapters and caches. Caches stay in this process: for a long
+    text, they are larger than everything that is sent."""
 
     def __init__(self, file: Path):
         from executorch.runtime import Runtime as Library
@@ -154,7 +154,7 @@ class _Program:
     def extend(
         self, ids: Tensor, past: int, adapter: str, dropped: list[int]
     ) -> tuple[Tensor, int]:
-        """Logits of new tokens, and the number of the cache with them.
+        """Logits of new tokens, and the number of the cache that includes them.
 
         Args:
             past: number of a cache; 0: none.

@@ -2,10 +2,10 @@
 
     llama-cli -m base/base.gguf --lora NAME/adapter.gguf
 
-A base that comes from a GGUF file keeps its metadata, tokenizer, names and orders of rows, whatever
-the architecture. Tensors whose numbers the base has are copied as they are, all others are written:
-integers, and floats that tuning or a rotation changed. If all are copied, base.gguf is the file
-itself, byte for byte.
+A base from a GGUF file keeps that file's metadata, tokenizer, names and orders of rows, whatever
+the architecture. Tensors with the same numbers in the base are copied as they are. All others are
+written: integers, and floats that tuning or a rotation changed. If all are copied, base.gguf is
+the file itself, byte for byte.
 
 From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`. Float matrices
 become float16 or bfloat16 where that is exact, the rest float32.
@@ -175,19 +175,19 @@ def _write_new(exported: ExportedBase, path: Path) -> None:
 
 
 def _is_stored(checkpoint: GgufCheckpoint, name: str, value: Tensor | QuantizedTensor) -> bool:
-    """Whether a file has the integers, or the numbers, of a base's tensor."""
-    if name not in checkpoint.names():  # a head of its own, which the file ties to the embedding
+    """Whether the file already holds a tensor of the base: the same integers, or float values."""
+    if name not in checkpoint.names():  # a head that the file ties to the embedding
         return False
     stored = checkpoint.read(name)
     if isinstance(value, QuantizedTensor):
         return isinstance(stored, QuantizedTensor) and stored.equals(value)
-    # integers that stayed float in the base, such as an embedding of type Q8_0
+    # integers in the file, float in the base, such as an embedding of type Q8_0
     numbers = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
     return numbers.shape == value.shape and bool((numbers == value.cpu()).all())
 
 
 def _float_type(values: Tensor) -> tuple[Any, Any]:
-    """The type of a float tensor, and its numbers or bytes: the shortest exact type of a matrix."""
+    """GGUF type and data of a float tensor. A matrix gets the narrowest type that is exact."""
     values = values.cpu().contiguous()
     for dtype, half in ((torch.float16, "F16"), (torch.bfloat16, "BF16")):
         short = values.to(dtype)

@@ -241,7 +241,7 @@ def test_held_out_text_leaves_the_job_only_if_asked_for(
         assert file.exists() == (text != "none")
         assert ("contains this text" in readme.read_text()) == (text == "held_out")
         if text == "none":
-            with pytest.raises(SourceError, match="no text to run"):
+            with pytest.raises(SourceError, match="has no text"):
                 verify_bundle(folder)
             continue
         assert not any(proof["problems"] for proof in verify_bundle(folder).values())

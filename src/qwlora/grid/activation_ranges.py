@@ -59,7 +59,7 @@ from qwlora.grid.scheme import RangeEstimator, Scheme
 # Measured bins: 4,400 for normal values and softmax, half as many after relu, 19,000 for x^5.
 HISTOGRAM_BYTES = 12 * 5_000
 _BINS = 2**16
-# Their bits fit a processor's cache: 25 M values at once take 4 times longer.
+# The bits of this many values fit a processor's cache: 25 M at once take 4 times longer.
 _VALUES_AT_ONCE = 2**18
 _OBSERVERS_AT_ONCE = 16  # more are not faster, and need more memory
 _MOST_EXACT_STEPS = 31

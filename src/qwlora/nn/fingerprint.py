@@ -22,12 +22,12 @@ remaining floats and settings under the same names. Adapters and devices do not 
 that was loaded in a dtype that cannot hold its floats keeps its fingerprint (`keep_fingerprint_`)
 until it is changed.
 
-It does not cover the code of a module's forward; functions, tensors and other objects in its
-attributes; attributes that begin with an underscore; non-persistent buffers (rotary frequencies,
-masks), which usually follow from settings; and attributes inside a model with a configuration that
-were changed without changing the configuration. Padding, start and end token ids are left out,
-because trainers set them to the tokenizer's. They matter only in the few encoders that count
-positions from the padding id.
+A fingerprint does not cover the code of a module's forward; functions, tensors and other objects in
+its attributes; attributes that begin with an underscore; non-persistent buffers (rotary
+frequencies, masks), which usually follow from settings; and attributes inside a model with a
+configuration that were changed without changing the configuration. Padding, start and end token ids
+are left out, because trainers set them to the tokenizer's. They matter only in the few encoders
+that count positions from the padding id.
 """
 
 from __future__ import annotations

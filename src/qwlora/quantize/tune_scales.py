@@ -50,7 +50,7 @@ from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
-HELD_OUT_SEQUENCES = 8  # at most, and at most a quarter of all
+HELD_OUT_SEQUENCES = 8  # or a quarter of all sequences, whichever is less
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
 _WARMUP = 5  # steps

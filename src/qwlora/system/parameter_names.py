@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of jobs, and adapters and their folders
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a job; of an adapter and its folder
 BASE = "base"  # what the base is called where an adapter or a use case has its name
 _WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
 

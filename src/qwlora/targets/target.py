@@ -223,7 +223,7 @@ class Target:
     def open(self, bundle: Path, name: str | None = None) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
 
-        All code that opens exported files calls this, so this checks them: before the runtime sees
+        All code that opens exported files calls this method. It checks them before the runtime sees
         them, and each adapter before the runtime switches to it.
 
         Args:

@@ -57,7 +57,7 @@ NOISE = 4.0
 SLOW_STEPS = 4  # tokens that a program gets one by one if it takes seconds for each
 TOP = 64
 BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
-# Per generated sequence in a bundle: 124 tokens of SmolLM2-135M took 51 s on two shared cores.
+# Of generated text in a bundle: 124 for SmolLM2-135M took 51 s on two cores shared by four jobs.
 PROOF_TOKENS = 64
 STATES = ("base", "adapter")
 TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits

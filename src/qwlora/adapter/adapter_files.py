@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def check_contents(folder: Path) -> None:
 
 def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings of PEFT's configuration of an adapter that are not supported, in words."""
-    kind = config.get("peft_type")
-    if (kind := str(getattr(kind, "value", kind))) != "LORA":
+    if (kind := config.get("peft_type")) != "LORA":
+        kind = kind.value if isinstance(kind, Enum) else kind
         yield f"peft_type: {kind}; only LORA is supported"
         return
     for key, (accepted, why) in _UNSUPPORTED.items():

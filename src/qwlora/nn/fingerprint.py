@@ -289,7 +289,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             value = value.__name__  # an activation
         elif value is None or not _is_setting(value):
             continue
-        default = getattr(arguments.get(key), "default", None)
+        default = arguments[key].default if key in arguments else None
         if value != getattr(default, "__name__", default):
             settings[key] = value
     return settings

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
 FOREIGN = {
     "python": "__func__ __name__ __notes__ _fields errno keys strerror values",
     "operating systems": "malloc_trim sched_getaffinity setitimer",
-    "torch": "_schema groups max_memory_allocated max_norm num_embeddings",
+    "torch": "__constants__ _schema groups max_memory_allocated max_norm num_embeddings",
     "peft": "active_adapters base_layer disable_adapters get_base_model peft_config scaling",
     "click": "format_message",
     "mlx-lm": "sanitize",

@@ -237,7 +237,14 @@ def base_of(folder: Path) -> str:
 def mergeable_record(folder: Path) -> dict[str, str | None] | None:
     """What the adapter in `folder` records of the float weights that its merging starts from
     (`mergeable.py`): `remainders`, a digest or None. None if it is not mergeable."""
-    record: dict[str, str | None] | None = manifest.read(folder / FILE).get("mergeable")
+    record = manifest.read(folder / FILE).get("mergeable")
+    if record is not None and not (
+        isinstance(record, dict) and isinstance(record.get("remainders", 0), str | None)
+    ):
+        raise SourceError(
+            f"adapter {str(folder)!r}: mergeable of {FILE} is {record!r}, which is no digest of "
+            f"remainders; {_COPY}"
+        )
     return record
 
 

@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
 FOREIGN = {
     "python": "__func__ __name__ __notes__ _fields errno keys strerror values",
     "operating systems": "malloc_trim sched_getaffinity setitimer",
-    "torch": "_schema groups max_memory_allocated max_norm num_embeddings",
+    "torch": "__constants__ _schema groups max_memory_allocated max_norm num_embeddings",
     "peft": "active_adapters base_layer disable_adapters get_base_model peft_config scaling",
     "click": "format_message",
     "mlx-lm": "sanitize",
-    "diffusers": "save_config save_pretrained",
+    "diffusers": "register_to_config save_config save_pretrained",
     "yaml": "CSafeDumper",
-    "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config default_config_fields dim distributed_config "
+    "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config config_class default_config_fields dim distributed_config "
     "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
     "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
     "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling "

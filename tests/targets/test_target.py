@@ -42,7 +42,7 @@ def context(tmp_path: Path) -> Any:
     program = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     recipe = SimpleNamespace(
         verify=Verify(sequences=1, layer_tokens=2),
-        export=Export(),
+        export=Export(proof="held_out"),
         simulation=SimpleNamespace(base_activations="all"),
         adapters=[],
     )
@@ -84,8 +84,9 @@ def test_the_file_stages_opens_the_files_with_the_target_in_its_name(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
-    made = None, None, make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)
-    monkeypatch.setattr(file_stages._Verification, "_reference", lambda self: made)
+    made = None, None, [make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)]
+    monkeypatch.setattr(file_stages._Verification, "_references", lambda self, *texts: made)
+    monkeypatch.setattr(file_stages._Verification, "_text", lambda self: text)
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
         file_stages.verify(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
 

@@ -158,7 +158,7 @@ def test_transformers_and_peft_load_base_and_adapters(
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     for adapter, folder in folders.items():
-        qwlora.save_adapter(model, folder, adapter=adapter)
+        qwlora.save_adapter(model, folder, qwlora.fingerprint(model), adapter)
         model.set_adapter(adapter)
         with torch.no_grad():
             expected[adapter] = model(**batch).logits

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def check_contents(folder: Path) -> None:
 
 def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings of PEFT's configuration of an adapter that are not supported, in words."""
-    kind = config.get("peft_type")
-    if (kind := str(getattr(kind, "value", kind))) != "LORA":
+    if (kind := config.get("peft_type")) != "LORA":
+        kind = kind.value if isinstance(kind, Enum) else kind
         yield f"peft_type: {kind}; only LORA is supported"
         return
     for key, (accepted, why) in _UNSUPPORTED.items():
@@ -236,7 +237,14 @@ def base_of(folder: Path) -> str:
 def mergeable_record(folder: Path) -> dict[str, str | None] | None:
     """What the adapter in `folder` records of the float weights that its merging starts from
     (`mergeable.py`): `remainders`, a digest or None. None if it is not mergeable."""
-    record: dict[str, str | None] | None = manifest.read(folder / FILE).get("mergeable")
+    record = manifest.read(folder / FILE).get("mergeable")
+    if record is not None and not (
+        isinstance(record, dict) and isinstance(record.get("remainders", 0), str | None)
+    ):
+        raise SourceError(
+            f"adapter {str(folder)!r}: mergeable in {FILE} is {record!r}, not a digest of "
+            f"remainders; {_COPY}"
+        )
     return record
 
 

@@ -160,12 +160,18 @@ def load_adapter(
 
     Raises:
         SourceError: the folder has no adapter, or the adapter does not record its base, is damaged,
-            has a setting that is not supported, or does not fit the model.
+            has a setting that is not supported, or does not fit the model, or the model has an
+            adapter of this name.
         FingerprintError: it was trained on another base, or a file changed after it was saved.
 
     Warns:
         UnverifiedWarning: its files have no digests: PEFT saved it.
     """
+    if adapter_name in (getattr(model, "peft_config", None) or ()):
+        raise SourceError(
+            f"{type(model).__name__} already has an adapter called {adapter_name!r}. Pass another "
+            "adapter_name, or call model.delete_adapter first"
+        )
     folder, restore = Path(folder), structure(model)
     try:
         digests = tensor_digests(model)

@@ -94,6 +94,8 @@ def initialize_(
 
     Returns:
         The error of each initialized layer, by canonical path.
+
+    If it raises after the first layer, the layers before it are initialized: call it again.
     """
     if init == "zero":
         return InitReports()

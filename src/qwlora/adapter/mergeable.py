@@ -100,7 +100,7 @@ def mergeable_(
 
     Raises:
         TrainingError: a layer has DoRA, dropout, a bias in the adapter, fused experts or groups, or
-            a forward that was replaced; or there is no such adapter.
+            a forward that was replaced; or there is no such adapter. The model is unchanged.
     """
     layers = [
         (canonical_name(path), module, name)
@@ -116,9 +116,9 @@ def mergeable_(
     for path, layer, name in layers:
         if problem := _problem(layer, name):
             raise TrainingError(f"adapter {name!r} cannot be mergeable: {path} {problem}")
-    for path, layer, name in layers:
-        tensor = layer.get_base_layer().tensor
-        remainder = None if weight is None else tensor.remainder(weight(path))
+    tensors = [(path, layer.get_base_layer().tensor) for path, layer, _ in layers]
+    remainders = [t.remainder(weight(path)) if weight else None for path, t in tensors]
+    for (_, layer, name), remainder in zip(layers, remainders, strict=True):
         layer.lora_variant[name] = MergedIntegers(remainder)
 
 

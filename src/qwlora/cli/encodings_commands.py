@@ -45,7 +45,7 @@ def show(file: File, as_json: AsJson = False) -> None:
 
 @app.command()
 def validate(file: File) -> None:
-    """Check a file against the rules of its version; an error lists every problem."""
+    """Check a file strictly; an error lists every problem."""
     content = aimet_encodings.read_encodings(file)
     print(f"{file}: valid, version {content.version}, {len(content.encodings)} encodings")
 
@@ -64,7 +64,7 @@ def convert(
         bool, typer.Option("--lossy", help="Drop what the target version cannot store.")
     ] = False,
 ) -> None:
-    """Convert a file between 0.6.1 and 1.0.0, or between 2.0.0 and 2.1.0.
+    """Convert between 0.6.1 and 1.0.0, or 2.0.0 and 2.1.0.
 
     If that would lose information, nothing is written and the losses are listed.
     """

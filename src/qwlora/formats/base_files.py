@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from qwlora.errors import (
     FingerprintError,
     GridError,
+    QwloraWarning,
     SourceError,
     described,
     foreign_as,
@@ -201,8 +203,12 @@ def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
 def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[BaseWriter]:
     """Yield a writer. When the block ends, its files replace the base in `folder`, tokenizer
     included; if the block raises, the old base stays. See `replacing_files`."""
-    old = {file.name for file in folder.glob(f"{STEM}-*.safetensors")} | {WEIGHTS, INDEX}
-    old |= {file for file in manifest.listed_files(folder, RECORD) if is_inside(folder, file)}
+    old = set[str]()
+    if (folder / RECORD).is_file():
+        listed_files = manifest.listed_files(folder, RECORD)
+        old = {name for name in listed_files if is_inside(folder, name)} | {WEIGHTS, INDEX}
+        old |= {file.name for file in folder.glob(f"{STEM}-{'[0-9]' * 5}.safetensors")}
+        old = {name for name in old if (folder / name).is_file()}
     with replacing_files(folder, RECORD, old) as scratch:
         yield BaseWriter(scratch, shard_bytes)
 
@@ -220,14 +226,36 @@ def write_base(
     with replacing_base(Path(folder)) as writer:
         writer.add(base)
         identity = writer.finish(base, tokenizer, source)
-        record = read_record(writer.folder)
-        if record.get("library") != BY_CALLER and "trust_remote_code" not in record:
-            written = BaseCheckpoint(writer.folder)
-            written.where = f"{type(base).__name__} cannot be loaded from what save_base writes"
-            written.place_packed_(written.skeleton())
+        _check_rebuilt(writer.folder, type(base).__name__)
     remember_base_(base, writer.digests)
+    keep_fingerprint_(base, identity, identity)  # its floats may have been those of another base
     save_as_base_(base, source, Path(folder))
     return identity
+
+
+def _check_rebuilt(folder: Path, name: str) -> None:
+    """Build the model of the base in `folder` as `load_base` does. If it has other tensors than
+    those in the files, the record says that the caller builds it.
+
+    Warns:
+        QwloraWarning: it has; the first such tensors are named.
+    """
+    record = read_record(folder)
+    if record.get("library") == BY_CALLER or "trust_remote_code" in record:
+        return
+    base = BaseCheckpoint(folder)
+    try:
+        base.place_packed_(base.skeleton())
+    except (GridError, SourceError) as error:
+        reason = str(error).partition("\n  ")[2] or str(error)
+        warnings.warn(
+            f"config.json does not describe this {name}, so load_base needs the float model "
+            f"(model=), and from_pretrained cannot load the base:\n  {reason}",
+            QwloraWarning,
+            stacklevel=4,
+        )
+        changed = {**record, "library": BY_CALLER, "class": name}
+        write_text(folder / RECORD, manifest.text(changed, RECORD))
 
 
 def _class_of(model: nn.Module) -> tuple[str, str | None]:
@@ -323,9 +351,9 @@ class BaseCheckpoint(Checkpoint):
             return empty_model(self.config, trust_remote_code, name)
         if self.library != DIFFUSERS:
             raise SourceError(
-                f"{self.where} is of class {name}, which is not from transformers or diffusers. "
-                "Build the float model (the meta device is enough) and pass it: "
-                "load_base(..., model=)"
+                f"{self.where} is a {name} that cannot be built from its files: the class is not "
+                "from transformers or diffusers, or the model was changed. Build the float model "
+                "(the meta device is enough) and pass it: load_base(..., model=)"
             )
         what = f"{self.where} is a {name} from diffusers, which cannot be imported"
         with foreign_as(SourceError, what, "pip install diffusers"):

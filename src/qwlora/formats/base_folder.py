@@ -93,7 +93,8 @@ def load_base(
     Args:
         folder: the base's folder.
         model: the float model, whose layers are replaced by those of the base; also on the meta
-            device. Needed if it is of a class that is neither of transformers nor of diffusers.
+            device. Needed if the base cannot be built from its files. If loading fails, some of its
+            layers may be replaced: build it again.
         dtype: the type of the float tensors. Scales keep theirs, and the fingerprint is the saved
             one.
         device: where to put the model.

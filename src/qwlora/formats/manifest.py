@@ -110,7 +110,7 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
     for file in sorted(wanted):
         if not is_inside(folder, file):
             changed.append(f"{file!r} (not a regular file in this folder; it was not opened)")
-        elif listed[file] != (
+        elif listed[file] is None or listed[file] != (
             _record_digest(record) if file == name else _file_digest(folder / file)
         ):
             is_there = file == name or os.path.exists(folder / file)

@@ -53,7 +53,8 @@ VOLATILE = frozenset(
         "_model_name_or_path",  # a GGUF file's general.name
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("quantization_config", "transformers_weights"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("pretraining_tp", "output_router_logits"),  # PEFT sets the first; the second is for losses
         *("id2label", "label2id", "problem_type"),
         *("initializer_range", "init_std"),  # of randomly initialized weights
     )
@@ -63,7 +64,7 @@ VOLATILE = frozenset(
 INERT = frozenset(
     (
         *("training", "dropout", "inplace", "momentum", "gradient_checkpointing"),
-        *("padding_idx", "scale_grad_by_freq", "sparse"),  # only for an embedding's gradient
+        *("scale_grad_by_freq", "sparse"),  # only for an embedding's gradient
         *("name_or_path", "hf_device_map"),
         *("in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape"),
         *("in_channels", "out_channels", "num_features", "num_channels"),
@@ -274,13 +275,17 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     constructor; for a class from elsewhere, all public attributes."""
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
     kind = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
-    if kind.__module__ == dropout.__name__:
+    is_torchs = kinds[0] is kind
+    if kind.__module__ == dropout.__name__ and is_torchs:
         return {}
-    arguments = inspect.signature(kind).parameters
+    # `torch.nn.LSTM` takes *args; its constants name the ones that it keeps
+    constants = dict.fromkeys(getattr(kind, "__constants__", ()), inspect.Parameter.empty)
+    defaults = {name: of.default for name, of in inspect.signature(kind).parameters.items()}
+    arguments: dict[str, Any] = constants | defaults
     is_known = kind in _OF_TENSORS or kind.__module__ == container.__name__
     settings: dict[str, Any] = {} if is_known else {"class": kind.__name__}
-    is_torchs = kinds[0] is kind
     left_out = VOLATILE | INERT | set(PACKED_ATTRIBUTES if isinstance(module, PackedLayer) else ())
+    left_out |= {"padding_idx"} if kind is nn.Embedding else set()  # its gradient is zero
     for key, value in vars(module).items():
         if key.startswith("_") or key in left_out or (is_torchs and key not in arguments):
             continue
@@ -288,16 +293,16 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             value = value.__name__  # an activation function
         elif value is None or not _is_setting(value):
             continue
-        default = getattr(arguments.get(key), "default", None)
+        default = arguments.get(key)
         if value != getattr(default, "__name__", default):
             settings[key] = value
     return settings
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is a number, a string, or a collection of them."""
+    """Whether a value is a number, a string, or a collection of them, which JSON can hold."""
     if isinstance(value, Mapping):
-        return all(map(_is_setting, value.values()))
+        return all(isinstance(key, str) and _is_setting(value[key]) for key in value)
     if isinstance(value, list | tuple):
         return all(map(_is_setting, value))
     return value is None or isinstance(value, str | Number)

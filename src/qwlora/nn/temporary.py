@@ -6,6 +6,7 @@ in another way, without running the module's own forward.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ def structure(model: nn.Module) -> Callable[[], None]:
         (value, value.copy())
         for *_, state in states
         for value in state.values()
-        if isinstance(value, dict | list | set)
+        if type(value) in (dict, OrderedDict, list, set)  # a subclass may refuse changes
     ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 

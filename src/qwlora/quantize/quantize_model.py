@@ -130,7 +130,8 @@ def quantize_(
             tensors, tuples); needed by gptq, and for `moments`.
         moments: filled with the second moments of each layer (`second_moments.py`), which
             `initialize_` needs for `qera`.
-        work: a folder for finished blocks; the same call resumes after the last one in it.
+        work: a folder for finished blocks; the same call resumes after the last one in it. What the
+            fingerprint cannot see (`nn/fingerprint.py`) must not change in between.
         budget: choose a scheme for each matrix product that `rules` do not name
             (`bit_budget.py`). The report has the rules for it.
 

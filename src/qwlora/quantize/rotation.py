@@ -144,6 +144,8 @@ def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) 
     Raises:
         CaptureError: the model cannot be captured, something that cannot be rotated reads or writes
             the residual stream (it is named, and the model is unchanged), or the outputs differ.
+
+    If it is interrupted, or the outputs differ, the model is only partly rotated: load it again.
     """
     if packed := list(packed_weights(model)):
         raise _cannot(f"{packed[0]} holds integers already. Rotate before quantize_")

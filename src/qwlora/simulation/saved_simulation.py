@@ -184,7 +184,7 @@ def read_inputs(folder: Path, record: Record, device: torch.device) -> dict[str,
             json.dumps(record.inputs),
             object_hook=lambda part: tensors[part[_TENSOR]] if _TENSOR in part else part,
         )
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
     return inputs
 

@@ -55,8 +55,11 @@ def is_inside(folder: Path, name: str) -> bool:
     """Whether `name` is a relative path without `..` that leads to no link or special file; it need
     not exist. The hub cache's links, `snapshots/REVISION/FILE` to `blobs/HASH`, are accepted."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    if path.is_absolute() or ".." in path.parts:
         return False
-    root, real = folder.resolve(), (folder / path).resolve()
+    try:
+        root, real = folder.resolve(), (folder / path).resolve()
+    except ValueError:  # a zero byte, or a character that no file's name can have
+        return False
     cached = (p.parent / "blobs" for p in root.parents if p.name == "snapshots")
     return (real == root / path or real.parent in cached) and not is_special(real)

@@ -54,7 +54,7 @@ VOLATILE = frozenset(
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("quantization_config", "transformers_weights"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-        *("pretraining_tp", "output_router_logits"),  # PEFT sets the first; the second is for losses
+        *("pretraining_tp", "output_router_logits"),  # PEFT sets the first; the second is of losses
         *("id2label", "label2id", "problem_type"),
         *("initializer_range", "init_std"),  # of randomly initialized weights
     )

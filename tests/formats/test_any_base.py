@@ -12,7 +12,7 @@ from torch import nn
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
 from formats.models import mixtral
-from qwlora.errors import CalibrationError, FingerprintError, SourceError
+from qwlora.errors import CalibrationError, FingerprintError, QwloraWarning, SourceError
 from qwlora.formats.base_files import replacing_base
 from qwlora.nn import is_packed
 
@@ -142,22 +142,35 @@ def dropped_layer(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "fact"),
+    ("change", "fact"),
     [
-        (nan, CalibrationError, "model.norm.weight contains 1 values"),
-        (extra_layer, SourceError, r"Llama.*cannot be loaded.*\n  extra.bias is not in the model"),
-        (dropped_layer, SourceError, r"model.layers.1.input_layernorm.weight is missing"),
+        (extra_layer, r"this LlamaForCausalLM.*\n  extra.bias is not in the model"),
+        (dropped_layer, r"model.layers.1.input_layernorm.weight is missing"),
     ],
 )
-def test_a_base_that_cannot_be_loaded_is_refused_and_the_old_one_stays(
-    spoil: Any, error: Any, fact: str, tmp_path: Path
+def test_a_model_that_its_configuration_does_not_describe_needs_the_float_model(
+    change: Any, fact: str, tmp_path: Path
 ) -> None:
+    model, floats = tiny_model("llama"), tiny_model("llama")
+    change(model), change(floats)
+    qwlora.quantize_(model, "w4-block4", "rtn")
+    with pytest.warns(QwloraWarning, match=fact):
+        identity = qwlora.save_base(model, tmp_path)
+    with pytest.raises(
+        SourceError, match=r"a LlamaForCausalLM that cannot be built from its files"
+    ):
+        qwlora.load_base(tmp_path)
+    loaded = qwlora.load_base(tmp_path, model=floats)
+    assert qwlora.fingerprint(loaded) == identity
+
+
+def test_a_base_that_is_refused_leaves_the_old_one(tmp_path: Path) -> None:
     qwlora.save_base(packed_model("llama"), tmp_path / "old", byte_tokenizer())
     before, bad = files(tmp_path), tiny_model("llama")
     qwlora.quantize_(bad, "w3-block32", "rtn")
-    spoil(bad)
+    nan(bad)
     for folder in ("old", "new/below"):
-        with pytest.raises(error, match=fact):
+        with pytest.raises(CalibrationError, match=r"model\.norm\.weight contains 1 values"):
             qwlora.save_base(bad, tmp_path / folder)
     assert files(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
@@ -166,14 +179,15 @@ def test_a_base_that_cannot_be_loaded_is_refused_and_the_old_one_stays(
 def test_a_base_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
     first, second = packed_model("llama", layers=2), packed_model("llama", layers=1)
     qwlora.save_base(first, tmp_path, byte_tokenizer())
-    (tmp_path / "README.md").write_text("mine")
+    for name in ("README.md", "base-lora.safetensors"):
+        (tmp_path / name).write_text("mine")
     (tmp_path / "base-00007.safetensors").write_text("of a larger one")
     old = set(files(tmp_path))
     qwlora.save_base(second, tmp_path)
     tokenizer = {name for name in old if "token" in name}
     assert tokenizer
     assert set(files(tmp_path)) == old - tokenizer - {"base-00007.safetensors"}
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "base-lora.safetensors").read_text() == "mine"
     assert qwlora.fingerprint(qwlora.load_base(tmp_path)) == qwlora.fingerprint(second)
 
 
@@ -191,3 +205,52 @@ def test_a_record_is_the_same_in_whatever_order_modules_are_written(tmp_path: Pa
     assert records[0] == records[1]
     layers = list(json.loads(records[0])["layers"])
     assert layers == [p for p, m in model.named_modules() if is_packed(m)]
+
+
+def test_nothing_is_deleted_where_no_base_was(tmp_path: Path) -> None:
+    for name in ("base.safetensors.index.json", "base-00001.safetensors"):
+        (tmp_path / name).write_text("mine")
+    qwlora.save_base(packed_model("llama"), tmp_path)
+    assert (tmp_path / "base-00001.safetensors").read_text() == "mine"
+
+
+def test_a_strangers_record_deletes_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "mine").write_text("mine")
+    (tmp_path / "base.json").write_text(json.dumps({"files": {"adapters": None, ".": None}}))
+    qwlora.save_base(packed_model("llama"), tmp_path)
+    assert (tmp_path / "adapters" / "mine").read_text() == "mine"
+
+
+def test_a_narrow_model_that_is_saved_is_the_base_in_the_folder(tmp_path: Path) -> None:
+    qwlora.save_base(packed_model("llama"), tmp_path / "wide")
+    model = qwlora.load_base(tmp_path / "wide", dtype=torch.bfloat16)
+    before = qwlora.fingerprint(model)
+    assert qwlora.save_base(model, tmp_path / "narrow") == qwlora.fingerprint(model) != before
+
+
+class Frozen(dict[str, Any]):
+    """A mapping that refuses changes, as diffusers has them."""
+
+    def clear(self) -> None:
+        raise AssertionError
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    for seed, folder in enumerate(("a", "b")):
+        qwlora.save_adapter(get_peft_model(packed_model("llama", seed), config), tmp_path / folder)
+    model: Any = packed_model("llama")
+    model.frozen = Frozen(a=1)
+    with pytest.raises(FingerprintError):
+        qwlora.load_adapter(model, tmp_path / "b")
+    assert model.frozen == {"a": 1}
+    adapted = qwlora.load_adapter(model, tmp_path / "a")
+    ids = torch.arange(8)[None]
+    wanted = adapted(ids).logits
+    with pytest.raises(SourceError, match=r"an adapter called 'default' already"):
+        qwlora.load_adapter(adapted, tmp_path / "a")
+    with pytest.raises(FingerprintError):
+        qwlora.load_adapter(adapted, tmp_path / "b", adapter_name="b")
+    assert list(adapted.peft_config) == ["default"]
+    assert torch.equal(adapted(ids).logits, wanted)

@@ -293,6 +293,17 @@ class Gated(nn.Module):
         return self.linear(x) * self.factor
 
 
+class Halved(nn.Dropout):
+    """A class of dropout that computes something without dropping."""
+
+    def __init__(self, factor: float = 0.5):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
 def seeded(*modules):
     """The modules in a row; those of equal shapes have equal tensors."""
     model = nn.Sequential(*modules).eval()
@@ -324,6 +335,11 @@ ROW, IMAGE, ROWS = (
         (nn.ReLU(), nn.GELU(), ROW),
         (nn.GELU(), nn.GELU(approximate="tanh"), ROW),
         (nn.LeakyReLU(), nn.LeakyReLU(0.5), ROW),
+        (nn.LSTM(8, 4), nn.LSTM(8, 4, batch_first=True), ROWS),
+        (nn.RNN(8, 4), nn.RNN(8, 4, nonlinearity="relu"), ROWS),
+        (nn.PairwiseDistance(), nn.PairwiseDistance(1), (ROW, ROW.flip(0))),
+        (nn.EmbeddingBag(4, 8), nn.EmbeddingBag(4, 8, padding_idx=1), torch.tensor([[0, 1]])),
+        (Halved(), Halved(factor=3), ROW),
         (nn.MultiheadAttention(8, 1), nn.MultiheadAttention(8, 2), (ROWS, ROWS, ROWS)),
         (
             nn.TransformerEncoderLayer(8, 2, 16),
@@ -354,6 +370,7 @@ INERT = {
     "training mode": lambda m: m.train(),
     "a private attribute": lambda m: setattr(m[0], "_calls", 7),
     "an attribute without a value": lambda m: setattr(m[0], "cache", None),
+    "a dict that JSON cannot hold": lambda m: setattr(m[0], "shapes", {(1, 2): 3, "a": 4}),
     "a container": lambda m: setattr(m, "extra", nn.ModuleList()),
 }
 

@@ -49,7 +49,7 @@ from qwlora.adapter.attach import (
     without_adapters,
 )
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
-from qwlora.errors import CalibrationError, CaptureError
+from qwlora.errors import CalibrationError, CaptureError, foreign_as
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
@@ -286,7 +286,8 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
                 "Give it the model it was made from, or calibrate again"
             )
     inputs = read_inputs(folder, record, device_of(model))
-    simulation = simulate(model, inputs, record.schemes, ranks=record.ranks)
+    with foreign_as(CalibrationError, f"{str(folder)!r} does not fit the model", "calibrate again"):
+        simulation = simulate(model, inputs, record.schemes, ranks=record.ranks)
     simulation.restore_from(folder)
     return simulation
 

@@ -84,8 +84,8 @@ class ExecutorchRuntime(Runtime):
         except (EOFError, OSError) as error:
             raise ExportError(
                 f"{str(self._file)!r} ended ExecuTorch's process (exit code "
-                f"{self._process.wait()}; -N: signal N). Either the file is damaged, so export it "
-                "again, or memory ran out"
+                f"{self._process.wait()}; -N: signal N). The file is damaged, so export it again; "
+                "or memory ran out, or one call took more than 10 minutes"
             ) from error
         except BaseException:  # interrupted: the next call would get this answer
             self._process.kill()

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from formats.models import llama
+from qwlora import quantize_
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock
 from qwlora.nn import pack_module
@@ -438,6 +439,53 @@ def test_changes_of_a_part_that_was_remembered_are_named(part):
     assert changed_since(model, tensor_digests(model)) == wanted[part]
     remember_base_(model)  # of the whole, which is now what counts
     assert changed_since(model, tensor_digests(model)) == []
+
+
+def test_settings_are_those_of_the_float_model() -> None:
+    class Own(nn.Linear):
+        """A linear layer with a number of its own."""
+
+        factor = 1
+
+    def model() -> nn.Module:
+        own, shared = Own(32, 32), nn.LayerNorm(32, eps=0.25)
+        own.factor = 2
+        return nn.Sequential(own, shared, shared, nn.Linear(32, 8), nn.Embedding(4, 8, 1))
+
+    packed = model()
+    quantize_(packed, "w4-block32", "rtn")
+    # a module under two names is listed once; the rows of a padding id are read like others
+    assert base_settings(packed) == base_settings(model())
+    assert base_settings(packed).keys() == {"0", "1"}
+    assert base_settings(packed)["0"] == {"factor": 2}
+
+
+class Configured(nn.Module):
+    """A model with a configuration, as diffusers has them."""
+
+    def __init__(self, width: int = 4, scale: float = 1.0):
+        super().__init__()
+        self.config = {"_class_name": "Configured", "width": width, "scale": scale}
+        self.norm = nn.LayerNorm(width, eps=0.5)
+
+    def register_to_config(self) -> None: ...
+
+
+def test_a_configuration_of_diffusers_counts_without_defaults() -> None:
+    assert base_settings(Configured()) == {}
+    assert base_settings(Configured(scale=2.0)) == {"scale": 2.0}
+
+
+def test_a_part_that_was_remembered_later_is_compared_with_that() -> None:
+    model = nn.Sequential(Gated(), nn.LayerNorm(8))
+    remember_base_(model)
+    model[0].linear.bias.data[0] += 1
+    model[0].factor = 3
+    assert changed_since(model, tensor_digests(model)) == ["0.linear.bias", "0.factor: 0.5 -> 3"]
+    remember_base_(model[0])
+    assert changed_since(model, tensor_digests(model)) == []
+    model[1].bias.data[0] += 1
+    assert changed_since(model, tensor_digests(model)) == ["1.bias"]
 
 
 def test_vectors_that_are_not_contiguous_are_hashed_by_value():

@@ -149,13 +149,14 @@ def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 10))
 def test_files_are_put_back_if_one_cannot_be_moved(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "record", "old", "mine"):
         (tmp_path / name).write_text("old")
-    before, moves, replace = files_in(tmp_path), itertools.count(1), Path.replace
+    (tmp_path / "empty").mkdir()
+    before, moves, replace = sorted(tmp_path.rglob("*")), itertools.count(1), Path.replace
 
     def fails_once(path: Path, target: Path) -> Path:
         if next(moves) == number:
@@ -164,20 +165,21 @@ def test_files_are_put_back_if_one_cannot_be_moved(
 
     def write() -> None:
         with replacing_files(tmp_path, last="record", obsolete=["old", "gone"]) as scratch:
-            (scratch / "below").mkdir()
-            for name in ("record", "a", "below/record", "below/b"):
+            (scratch / "below" / "deeper").mkdir(parents=True)
+            (scratch / "empty").mkdir()
+            for name in ("record", "a", "below/record", "below/deeper/b", "empty/c"):
                 (scratch / name).write_text("new")
 
     monkeypatch.setattr(Path, "replace", fails_once)
-    if number < 8:  # three old files are moved away, four new ones in
+    if number < 9:  # three old files are moved away, five new ones in
         with pytest.raises(KeyboardInterrupt):
             write()
-        assert files_in(tmp_path) == before
-        assert {(tmp_path / name).read_text() for name in before} == {"old"}
-        assert sorted(p.name for p in tmp_path.iterdir()) == before
+        assert sorted(tmp_path.rglob("*")) == before
+        assert {path.read_text() for path in before if path.is_file()} == {"old"}
     else:
         write()
-        assert files_in(tmp_path) == ["a", "below/b", "below/record", "mine", "record"]
+        new = ["a", "below/deeper/b", "below/record", "empty/c", "record"]
+        assert files_in(tmp_path) == sorted([*new, "mine"])
         assert (tmp_path / "mine").read_text() == "old"
 
 

@@ -248,7 +248,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     adapted = qwlora.load_adapter(model, tmp_path / "a")
     ids = torch.arange(8)[None]
     wanted = adapted(ids).logits
-    with pytest.raises(SourceError, match=r"an adapter called 'default' already"):
+    with pytest.raises(SourceError, match=r"already has an adapter called 'default'"):
         qwlora.load_adapter(adapted, tmp_path / "a")
     with pytest.raises(FingerprintError):
         qwlora.load_adapter(adapted, tmp_path / "b", adapter_name="b")

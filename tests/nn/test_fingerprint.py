@@ -450,7 +450,8 @@ def test_settings_are_those_of_the_float_model() -> None:
     def model() -> nn.Module:
         own, shared = Own(32, 32), nn.LayerNorm(32, eps=0.25)
         own.factor = 2
-        return nn.Sequential(own, shared, shared, nn.Linear(32, 8), nn.Embedding(4, 8, 1))
+        inside = nn.Sequential(shared)
+        return nn.Sequential(own, shared, inside, nn.Linear(32, 8), nn.Embedding(4, 8, 1))
 
     packed = model()
     quantize_(packed, "w4-block32", "rtn")

@@ -185,9 +185,9 @@ def load_adapter(
 
 def check_loadable(
     model: PreTrainedModel, folders: Iterable[Path], unknown_base: str = "refuse"
-) -> None:
+) -> str:
     """Raise what `load_adapter` would raise for any of these adapters on the base `model`. `model`
-    is unchanged afterwards."""
+    is unchanged afterwards. Returns its fingerprint."""
     digests = tensor_digests(model)
     identity, restore = fingerprint_of(digests, model), structure(model)
     for folder in folders:
@@ -196,6 +196,7 @@ def check_loadable(
             _attached(model, folder, False, "default", None)
         finally:
             restore()
+    return identity
 
 
 def _attached(

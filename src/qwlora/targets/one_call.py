@@ -29,7 +29,6 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
 from qwlora.graph.call_arguments import check_token_ids
-from qwlora.nn.fingerprint import fingerprint
 from qwlora.nn.temporary import evaluation_mode
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.kv_cache_graph import cache_sizes
@@ -116,8 +115,7 @@ def export(
         raise ExportError(f"{str(folder)!r} already has a base. Delete it, or use another folder")
     with on_cpu(*_modules(made)):
         if isinstance(made, PreTrainedModel):
-            check_loadable(made, sources.values(), "accept")
-            identity = fingerprint(made)
+            identity = check_loadable(made, sources.values(), "accept")
         else:
             made.check_unchanged()
             first = made if isinstance(made, Simulation) else made[BASE]

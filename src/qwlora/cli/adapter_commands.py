@@ -14,6 +14,7 @@ import typer
 
 from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.terminal import print_result, table
+from qwlora.pipeline.store import Store
 
 app = typer.Typer(
     help="Add, import, list, rename, remove and check adapters.",
@@ -37,9 +38,7 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
-    from qwlora.pipeline.job import journal
 
-    journal.finish(folder)
     base, reports, unreadable = job_fingerprint(folder), [], list[str]()
     for adapter in find_adapters(folder):
         try:
@@ -83,12 +82,17 @@ def check(
     )
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
-    from qwlora.pipeline.job.directory import Directory
-    from qwlora.pipeline.plan.stale_stages import command_line
+    from qwlora.pipeline.job import OpenJob, command_line
 
-    directory = Directory.read(folder)
-    base, trained = job_fingerprint(folder), directory.trained_adapters()
-    missing = [n for n in trained if not (folder / "adapters" / n / CONFIG).is_file()]
+    base, store, missing = job_fingerprint(folder), Store(folder), list[str]()
+    if (folder / "recipe.yaml").is_file():
+        job = OpenJob(folder)
+        done = [stage for stage in job.plan if stage.place in job.store.records]
+        read = {need for stage in done for need in stage.needs.values()}
+        names = [
+            stage.adapter for stage in job.plan if stage.kind == "train" and stage.name in read
+        ]
+        missing = [n for n in names if n and not (folder / "adapters" / n / CONFIG).is_file()]
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
@@ -104,9 +108,8 @@ def check(
     for adapter in adapters:
         reasons = problems(adapter, base, "refuse" if needs_base else "accept")
         place = str(adapter.relative_to(folder))
-        written = [Path(file) for record in directory.records.values() for file in record.files]
-        files = sorted(file for file in written if str(file.parent) == place)
-        if lost := [file.name for file in files if not (folder / file).is_file()]:
+        written = store.records[place].files if place in store.records else ()
+        if lost := [name for name in sorted(written) if not (adapter / name).is_file()]:
             reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
         if reasons:
             code = 2 if manifest.changed_files(adapter, FILE) else max(code, 1)
@@ -172,9 +175,9 @@ def import_(
 
 
 def _print_added(folder: Path, name: str, what_next: str) -> None:
-    from qwlora.pipeline.plan.stale_stages import run_line
+    from qwlora.pipeline.job import command_line
 
-    print(f"added {name} to {folder / 'recipe.yaml'}. {what_next}: {run_line(folder)}")
+    print(f"added {name} to {folder / 'recipe.yaml'}. {what_next}: {command_line('run', folder)}")
 
 
 @app.command()

@@ -110,7 +110,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its dequantized base. Also prints what that loses."""
     from qwlora.pipeline.commands.open_job import open_job
-    from qwlora.pipeline.job.output_path import check_outside_data, new_folder
+    from qwlora.pipeline.output_path import check_outside_data, new_folder
 
     with new_folder(out) as folder:
         opened, name = open_job(job, name, device=device)

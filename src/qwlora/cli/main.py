@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -48,6 +47,7 @@ from qwlora.errors import (
     shortened,
 )
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.store import check_job
 from qwlora.system.machine import configure_threads
 from qwlora.system.processes import is_first_failure
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
@@ -81,7 +81,7 @@ app = typer.Typer(
 
 Out = Annotated[
     Path | None,
-    typer.Option(help="The job's directory, where everything is written."),
+    typer.Option(help="The job's directory, for a recipe. It is created if need be."),
 ]
 # Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
 _PROGRESS_OF_OTHERS = (
@@ -131,10 +131,7 @@ def _job_command(name: str) -> Callable[..., None]:
     def command(
         recipe: Annotated[
             Path | None,
-            typer.Argument(
-                metavar="RECIPE",
-                help="The recipe. Default: recipe.yaml in the job's directory.",
-            ),
+            typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe."),
         ] = None,
         out: Out = None,
         changes: Changes = None,
@@ -142,13 +139,13 @@ def _job_command(name: str) -> Callable[..., None]:
         as_json: AsJson = False,
         quiet: Quiet = False,
         replace: Annotated[
-            bool,
+            list[str] | None,
             typer.Option(
-                "--replace",
-                help="Train adapters again that exist with other settings. Old ones stay until new "
-                "ones are finished.",
+                metavar="NAME",
+                help="Train this adapter again, which exists with other settings. The old one "
+                "stays until the new one is finished. Repeatable.",
             ),
-        ] = False,
+        ] = None,
     ) -> None:
         if name == "verify" and recipe is not None and recipe.is_dir():
             from qwlora.targets.proof.folder import is_bundle
@@ -156,31 +153,21 @@ def _job_command(name: str) -> Callable[..., None]:
             if is_bundle(recipe):
                 _verify_bundle(recipe, as_json, quiet)
                 return
-        from qwlora.pipeline.job.output_path import check_output
-        from qwlora.pipeline.running.run_job import run_file
+        from qwlora.pipeline.run import run
 
-        if out is None:
-            files = ", or a folder of exported files (with the folders base and proof)"
-            or_files = files if name == "verify" else ""
-            raise DirectoryError(f"{name} needs --out, the job's directory{or_files}")
-        check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-        path = recipe or out / "recipe.yaml"
-        if device is not None:
-            changes = [*(changes or ()), f"device={device}"]
-        options = [str(path), "--out", str(out)]
-        options += [part for change in changes or () for part in ("--set", change)]
+        job, out = _job_and_recipe(name, recipe, out)
         failure: VerificationError | None = None
         try:
             with ProgressDisplay(quiet or as_json) as display:
-                results: dict[str, Any] | None = run_file(
-                    path,
+                results: dict[str, Any] | None = run(
+                    job,
                     out,
-                    tuple(changes or ()),
                     verbs=VERBS if name == "run" else (name,),
                     track=display.track,
+                    changes=tuple(changes or ()),
+                    device=device,
+                    replace=tuple(replace or ()),
                     say=display.say,
-                    command=lambda verb: shlex.join(["qwlora", verb, *options]),
-                    replace=replace,
                     watch=None if quiet or as_json else display.watch,
                 )
         except VerificationError as error:
@@ -196,6 +183,27 @@ def _job_command(name: str) -> Callable[..., None]:
             raise failure
 
     return command
+
+
+def _job_and_recipe(command: str, recipe: Path | None, out: Path | None) -> tuple[Path, Path]:
+    """The recipe's file, and the job's directory."""
+    if recipe is not None and recipe.is_dir():
+        if out is not None:
+            raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
+        check_job(recipe)
+        recipe, out = None, recipe
+    elif recipe is not None and out is None and (recipe.parent / ".qwlora").is_dir():
+        out = recipe.parent
+    if recipe is not None and out is None and not recipe.exists():
+        raise DirectoryError(f"{str(recipe)!r} does not exist. Give a job's directory or a recipe")
+    if out is None:
+        files = ", or a folder of exported files (with the folders base and proof)"
+        more = files if command == "verify" else ""
+        raise DirectoryError(
+            f"{command} needs a job's directory: qwlora {command} DIR, or "
+            f"qwlora {command} RECIPE --out DIR{more}"
+        )
+    return recipe or out / "recipe.yaml", out
 
 
 for _name in ("run", *VERBS):

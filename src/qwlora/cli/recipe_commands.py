@@ -30,8 +30,8 @@ def check(
 
     Also prints which targets hold the grids of its base.
     """
-    from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.pipeline.stages import quiet_libraries
+    from qwlora.pipeline.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.targets.registry import TARGETS
@@ -67,7 +67,7 @@ def data(
 ) -> None:
     """Summarize a recipe's data and show a training sequence."""
     from qwlora.data.prepared_data import summary
-    from qwlora.pipeline.plan.plan import JobTexts
+    from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
 
@@ -76,7 +76,8 @@ def data(
         names = [a.name for a in chosen.adapters]
         if adapter is not None and adapter not in names:
             raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
-        context = new_context(chosen, JobTexts(chosen, display.track), Path(), display.track)
+        sources = Sources(chosen, track=display.track)
+        context = new_context(chosen, sources, Path(), display.track)
         text = context.text(adapter or names[0])
         documents = text.training_runs(sequence, context.tokenizer)
     counts = text.describe()
@@ -124,8 +125,8 @@ def plan(
     from qwlora.pipeline.stages import quiet_libraries
 
     quiet_libraries()
-    from qwlora.pipeline.plan.target_table import second_rounding
     from qwlora.pipeline.running.forecast import plan_job
+    from qwlora.pipeline.target_table import second_rounding
 
     with ProgressDisplay(as_json) as display:
         estimates = plan_job(content, out, display.track)

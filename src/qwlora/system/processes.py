@@ -34,12 +34,12 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def joint_stage(name: str, is_joint: bool) -> Iterator[None]:
-    """In the first process: run a stage together with the others, or alone."""
+def joint_stage(stage: tuple[str, str], is_joint: bool) -> Iterator[None]:
+    """In the first process: run a stage, by name and key, together with the others, or alone."""
     if not is_joint or process_count() == 1:
         yield
         return
-    _broadcast(name)
+    _broadcast(stage)
     _state["failed"] = True
     with joint():
         yield
@@ -47,12 +47,12 @@ def joint_stage(name: str, is_joint: bool) -> Iterator[None]:
     _state["failed"] = False
 
 
-def joined_stages() -> Iterator[str]:
-    """In the others: the name of each stage to run together, until the first process ends."""
-    while (name := _broadcast(None)) is not None:
+def joined_stages() -> Iterator[tuple[str, str]]:
+    """In the others: each stage to run together, until the first process ends."""
+    while (stage := _broadcast(None)) is not None:
         atexit.register(_exit)
         with joint():
-            yield name
+            yield stage
         _collect("barrier")
         atexit.unregister(_exit)
     _leave()
@@ -157,7 +157,7 @@ def _leave() -> None:
     distributed.destroy_process_group()
 
 
-def _broadcast(stage: str | None) -> str | None:
+def _broadcast(stage: tuple[str, str] | None) -> tuple[str, str] | None:
     import torch
     from accelerate import PartialState
     from torch import distributed

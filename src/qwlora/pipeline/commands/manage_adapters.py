@@ -1,10 +1,10 @@
 """Add, import, rename and remove the adapters of a job. No other adapter's files or records change.
 
+Each changes recipe.yaml, under the job's lock; the user's comments stay. What has another name in
+the recipe is moved by `job.settle`, here or in the next command if this one is killed.
+
 A change of the recipe must leave the base and the other adapters as they are; if it does not, it is
 refused before anything is written. Only encodings that adapters share are calibrated again.
-
-The recipe is read under the job's lock. A change is made completely, by the next command if this
-one is killed (`journal.py`); so a command that is repeated after a kill finds its change made.
 
 All functions raise:
 
@@ -16,24 +16,43 @@ All functions raise:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.formats.model_source import user_path
-from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import CASES, JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import adapter_named
+from qwlora.pipeline.job import (
+    Judge,
+    adapter_named,
+    command_line,
+    job_recipe,
+    settle,
+    sources_of,
+    write_bundle_readmes,
+)
+from qwlora.pipeline.output_path import as_directory_errors
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.seen import Seen
+from qwlora.pipeline.store import Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
-from qwlora.system.atomic import flush
-from qwlora.targets.proof.folder import PROOF_RECORD, renamed_proof
-from qwlora.targets.registry import TARGETS
+from qwlora.recipe.recipe_text import edited
+from qwlora.system.atomic import flush, write_text
+from qwlora.system.progress import untracked
 from qwlora.targets.target import AND
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
+# Where an adapter that is not in the recipe may have left something.
+_FOLDERS = (
+    "adapters/{}",
+    "simulation/{}",
+    ".qwlora/reference/{}",
+    "export/*/{}",
+    "export/*/proof/{}",
+)
 
 
 def add_adapter(
@@ -50,17 +69,14 @@ def add_adapter(
         like: the adapter whose settings it takes. Default: the first in the recipe.
         changes: changes to these settings, `key=value`.
     """
-    command: list[str | None] = ["add", name, data, like, *changes]
-    with Directory.edit(folder) as (directory, recipe, finished):
-        if finished == command:
-            return
+    with _editing(folder) as (store, recipe):
         model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
-        entry = {**model.model_dump(mode="json"), "name": name}
+        entry = {**model.model_dump(mode="json", exclude_unset=True), "name": name}
         if data is not None:
             entry["data"] = {**recipe.data_of(model).model_dump(mode="json"), "source": data}
         changed = _with_adapter(folder, recipe, entry, changes)
-        _check_kept(*_plans(folder, recipe, changed), folder)
-        directory.change(command, changed)
+        _check_kept(store, recipe, changed)
+        _write(store, recipe, changed)
 
 
 def import_adapter(
@@ -88,10 +104,7 @@ def import_adapter(
     from qwlora.pipeline.running.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
 
-    command: list[str | None] = ["import", name, source, data, str(continues), *changes]
-    with Directory.edit(folder) as (directory, recipe, finished):
-        if finished == command:
-            return
+    with _editing(folder) as (store, recipe):
         if not (is_mlx := is_mlx_adapter(path := user_path(source))):
             shapes = check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
@@ -100,81 +113,64 @@ def import_adapter(
         if data is not None:
             entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
         changed = _with_adapter(folder, recipe, entry, changes)  # before anything is written
-        moves: list[tuple[str, str]] = []
-        with directory.scratch() as scratch:
+        with store.scratch(IMPORTS) as scratch:
             if is_mlx:
                 convert_mlx_adapter(path, scratch)
                 flush(scratch)
                 place = f"{IMPORTS}/{_content_digest(scratch)}"
-                if not (folder / place).exists():
-                    moves = [(str(scratch.relative_to(folder)), place)]
-                elif (now := _content_digest(folder / place)) != Path(place).name:
+                if (folder / place).exists() and _content_digest(folder / place) != Path(
+                    place
+                ).name:
                     raise DirectoryError(
-                        f"{str(folder / place)!r} has other content than when it was imported "
-                        f"(SHA-256 {now[:16]}); move it away, then import again"
+                        f"{str(folder / place)!r} has other content than when it was imported; "
+                        "move it away, then import again"
                     )
                 try:
                     shapes = check_existing(str(scratch), "accept", skeleton(recipe.model))
                 except SourceError as error:
                     raise SourceError(str(error).replace(str(scratch), source)) from error
-                imported = {"continue_from": str(folder.absolute() / place)}
-                *others, adapter = changed.adapters
-                adapters = [*others, adapter.model_copy(update=imported)]
-                changed = changed.model_copy(update={"adapters": adapters})
             check_places(changed, {name: shapes}, skeleton(recipe.model))
-            _check_kept(*_plans(folder, recipe, changed), folder)
-            directory.change(command, changed, moves=moves)
+            if is_mlx:
+                if not (folder / place).exists():
+                    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    scratch.rename(folder / place)
+                start = {"continue_from": str(folder.absolute() / place)}
+                *others, adapter = changed.adapters
+                adapters = [*others, adapter.model_copy(update=start)]
+                changed = changed.model_copy(update={"adapters": adapters})
+        _check_kept(store, recipe, changed)
+        _write(store, recipe, changed)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
-    """Rename an adapter in the recipe, its folders, its records and results.
+    """Rename an adapter in the recipe, and its folders.
 
     Files of use cases have the names of adapters in them; the next run writes them again.
     """
-    command: list[str | None] = ["rename", old, new]
-    with Directory.edit(folder) as (directory, recipe, finished):
-        if finished == command:
-            return
+    with _editing(folder) as (store, recipe):
         adapter_named(recipe, old, folder)
-        content = recipe.model_dump(mode="json")
+        content = recipe.model_dump(mode="json", exclude_unset=True)
         for adapter in content["adapters"]:
             for key in ("name", "continue_from"):
-                if adapter[key] == old:
+                if adapter.get(key) == old:
                     adapter[key] = new
-        names = recipe.base.calibrate_on
-        content["base"]["calibrate_on"] = [new if name == old else name for name in names]
+        if names := recipe.base.calibrate_on:
+            content["base"]["calibrate_on"] = [new if name == old else name for name in names]
         if (cases := recipe.export.use_cases) is not None:
             parts = ([new if n == old else n for n in case.split(AND)] for case in cases)
             content["export"]["use_cases"] = [*map(AND.join, parts)]
         changed = _parsed(folder, content)
-        before, after = _plans(folder, recipe, changed)
-        together = {name for name, target in TARGETS.items() if target.has_cases}  # names inside
-        renamed = [
-            (b, a)
-            for b, a in zip(before, after, strict=True)
-            if b != a and b.name != CASES and not together & set(b.name.split("/")[1:2])
-        ]
-        files = dict[str, str]()
-        for stage, now in renamed:  # a proof belongs to the name that is in it
-            proof = folder / (stage.artifact or "") / PROOF_RECORD
-            is_whole = stage.verb == "verify" and directory.problem(stage.name, None) is None
-            if is_whole and proof.is_file():
-                files[f"{now.artifact}/{PROOF_RECORD}"] = renamed_proof(proof, new)
-
-        def in_results(results: Any, depth: int = 4) -> Any:
-            """With the key `old` replaced, down to the depth at which names of adapters are."""
-            if not isinstance(results, dict) or not depth:
-                return results
-            return {
-                new if key == old else key: in_results(value, 2 if key == "tasks" else depth - 1)
-                for key, value in results.items()
-            }
-
-        directory.change(command, changed, renamed=renamed, in_results=in_results, files=files)
+        judge = _judge(store, changed)
+        for places in judge.moves().items():
+            for place in places:
+                store.check_replaceable(place)
+        _write(store, recipe, changed)
+        settle(judge)
 
 
 def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda: None) -> None:
-    """Remove an adapter from the recipe, with its files and records.
+    """Remove an adapter from the recipe, with its files and records. It may have been removed from
+    the recipe before.
 
     Args:
         confirm: called before anything is deleted, if the adapter can be removed.
@@ -183,9 +179,13 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         DirectoryError: also if it is the only one, another adapter continues it, or the base was
             calibrated on its text.
     """
-    command: list[str | None] = ["remove", name]
-    with Directory.edit(folder) as (directory, recipe, finished):
-        if finished == command:
+    with _editing(folder) as (store, recipe):
+        places = _leftovers(store, name)
+        if name not in {adapter.name for adapter in recipe.adapters}:
+            if not places:
+                adapter_named(recipe, name, folder)
+            confirm()
+            store.remove(places)
             return
         adapter = adapter_named(recipe, name, folder)
         if len(recipe.adapters) == 1:
@@ -204,65 +204,97 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
                 f"the base was calibrated on the text of adapter {name!r}, so without it the base "
                 "would change; keep the adapter in the recipe"
             )
-        content = recipe.model_dump(mode="json")
+        content = recipe.model_dump(mode="json", exclude_unset=True)
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
         changed = _parsed(folder, content)
-        before, after = _plans(folder, recipe, changed)
-        _check_kept(before, after, folder, gone=name)
-        unused = []  # the converted source, if no other adapter has it
+        _check_kept(store, recipe, changed, gone=name)
+        places |= {s.place for s in _judge(store, recipe).plan if s.adapter == name}
+        for place in places:
+            store.check_replaceable(place)
+        confirm()
+        _write(store, recipe, changed)
+        store.remove(sorted(places))
         if adapter.continue_from not in [a.continue_from for a in changed.adapters]:
             source = Path(adapter.continue_from or "")
             if source.resolve().parent == (folder / IMPORTS).resolve():
-                unused = [f"{IMPORTS}/{source.name}"]
-        confirm()
-        removed = [stage for stage in before if stage.adapter == name]
-        directory.change(command, changed, removed=removed, removals=unused)
+                shutil.rmtree(source, ignore_errors=True)
+        write_bundle_readmes(store)
+
+
+@contextmanager
+def _editing(folder: Path) -> Iterator[tuple[Store, Recipe]]:
+    """Lock an existing job, and only then read its recipe, so that no other change is lost."""
+    check_job(folder)
+    store = Store(folder)
+    with store.locked(), as_directory_errors(folder):
+        recipe = job_recipe(folder)
+        settle(_judge(store, recipe))
+        yield store, recipe
+
+
+def _judge(store: Store, recipe: Recipe) -> Judge:
+    return Judge(make_plan(recipe, sources_of(recipe, store, untracked, reads=False)), store)
+
+
+def _write(store: Store, before: Recipe, after: Recipe) -> None:
+    path = store.path / "recipe.yaml"
+    write_text(path, edited(path.read_text(encoding="utf-8"), before, after, path))
 
 
 def _parsed(folder: Path, content: dict[str, Any], changes: tuple[str, ...] = ()) -> Recipe:
-    return resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
+    return parse_recipe(content, str(folder / "recipe.yaml"), changes)
 
 
 def _with_adapter(
     folder: Path, recipe: Recipe, entry: dict[str, Any], changes: tuple[str, ...]
 ) -> Recipe:
     """The recipe with another adapter at its end."""
-    content, name = recipe.model_dump(mode="json"), entry["name"]
+    content, name = recipe.model_dump(mode="json", exclude_unset=True), entry["name"]
     if name in {adapter.name for adapter in recipe.adapters}:
         raise DirectoryError(
             f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
-            "settings in a run with --replace"
+            f"settings in recipe.yaml, then: {command_line('run', folder, '--replace', name)}"
         )
     content["adapters"].append(entry)
     if recipe.data.source is None and not recipe.base.calibrate_on:
-        content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
+        # what the base was calibrated on
+        content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
 
 
-def _plans(folder: Path, before: Recipe, after: Recipe) -> tuple[list[Stage], list[Stage]]:
-    """The plans of both recipes; a source that both have is read once."""
-    texts, digests = JobTexts(after), Digests(folder / ".qwlora" / "digests.json")
-    return make_plan(resolve_compute(before), texts, digests), make_plan(after, texts, digests)
+def _leftovers(store: Store, name: str) -> set[str]:
+    """Artifacts of an adapter, whether or not it is in the recipe."""
+    paths = (p for pattern in _FOLDERS for p in store.path.glob(pattern.format(name)))
+    places = {str(path.relative_to(store.path)) for path in paths}
+    return places & (store.records.keys() | store.damaged)
 
 
-def _check_kept(
-    before: Sequence[Stage], after: Sequence[Stage], folder: Path, gone: str = ""
-) -> None:
+def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:
     """Check that the base and all adapters but `gone` stay as they are."""
-    keys = {stage.name: stage.key for stage in after}
-    kept = [s for s in before if s.verb in ("quantize", "calibrate-base", "train")]
-    if differ := [s.name for s in kept if keys.get(s.name, s.key) != s.key and s.adapter != gone]:
+    plans = [_judge(store, recipe).plan for recipe in (before, after)]
+    now = {stage.name: stage for stage in plans[1]}
+    kept = [s for s in plans[0] if s.verb in ("quantize", "calibrate-base", "train")]
+    if differ := [
+        s.name
+        for s in kept
+        if s.adapter != gone and s.name in now and _known(now[s.name].inputs) != _known(s.inputs)
+    ]:
         problem = (
             f"this would change {', '.join(differ)}, which exist already: whether an adapter has "
             "init qera decides what the base stores. Keep that as it is, or use a new directory"
         )
-        raise RecipeError(str(folder / "recipe.yaml"), [problem])
+        raise RecipeError(str(store.path / "recipe.yaml"), [problem])
+
+
+def _known(inputs: Any) -> str:
+    """Inputs with one value for all that is unread, to compare two plans."""
+    return json.dumps(inputs, default=lambda unread: None, sort_keys=True)
 
 
 def _content_digest(folder: Path) -> str:
     """SHA-256 of the names and contents of the files in a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name}\0{Digests().content(path)}\0".encode())
+        digest.update(f"{path.name}\0{Seen().content(path)}\0".encode())
     return digest.hexdigest()

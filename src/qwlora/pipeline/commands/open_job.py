@@ -19,16 +19,16 @@ import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError, RecipeError, listed, suggestion
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.plan import has_float_model
-from qwlora.pipeline.plan.stale_stages import JobState, command_line, find_stale, run_line
+from qwlora.pipeline.job import OpenJob, command_line, job_recipe, sources_of
 from qwlora.pipeline.results.results import last_status, write_results
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages import new_context, quiet_libraries
+from qwlora.pipeline.store import NAME
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import members
@@ -73,12 +73,17 @@ class ModelName:
         return self.kind if self.adapter is None else f"{self.kind}/{self.adapter}"
 
 
-class JobModels(JobState):
+class JobModels(OpenJob):
     """An existing job and its models. What is not there is a DirectoryError."""
+
+    @cached_property
+    def reading(self) -> Sources:
+        """The sources of the job, for what computes with its texts."""
+        return sources_of(self.recipe, self.store, self.track, reads=True)
 
     def new_context(self) -> JobContext:
         """Nothing is loaded in it; what is, is released with it."""
-        return new_context(self.recipe, self.texts, self.folder, self.track)
+        return new_context(self.recipe, self.reading, self.folder, self.track)
 
     def models(self, kind: str) -> list[ModelName]:
         """The models of a kind: one per adapter or use case."""
@@ -255,7 +260,7 @@ def open_job(
         problem = (
             f"{shlex.join(options)}: this command can only change simulation.* and "
             f"{' and '.join(_COUNTS)}. Run the job with the change first: "
-            f"{run_line(folder, *options)}"
+            f"{command_line('run', folder, *options)}"
         )
         raise RecipeError(str(folder / "recipe.yaml"), [problem])
     model = job.models("adapted")[0] if adapter is None else ModelName("adapted", adapter)
@@ -294,7 +299,7 @@ def evaluate_tasks(
     chosen = _all_models(job, say) if models is None else job.named(models)
     for name in chosen:
         job.check(name)
-    job.directory.check_writable()
+    job.store.check_writable()
     for stage in dict.fromkeys(name.made_by for name in chosen):
         job.require(stage)
     quiet_libraries()
@@ -318,16 +323,16 @@ def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> 
     Args:
         scores: by task.
     """
-    with Directory.open(job.folder, job.recipe) as directory:
-        results = copy.deepcopy(directory.records[name.made_by].results)
-        by_model = results.setdefault("tasks", {})
-        for part in str(name).split("/", 1):
-            by_model = by_model.setdefault(part, {})
+    store, place = job.store, next(s.place for s in job.plan if s.name == name.made_by)
+    with store.locked():
+        results = copy.deepcopy(store.records[place].results)
+        by_model = results.setdefault("tasks", {}).setdefault(name.kind, {})
+        if name.adapter is not None:
+            by_model = by_model.setdefault(name.adapter if name.is_use_case else NAME, {})
         by_model.update(scores)
-        with as_directory_errors(job.folder):
-            directory.set_results(name.made_by, results)
-        stale = find_stale(job.plan, directory)
-        return write_results(directory, job.recipe, job.plan, stale, last_status(job.folder))
+        store.set_results(place, results)
+        job.judge.again()
+        return write_results(job.judge, job_recipe(job.folder), last_status(job.folder))
 
 
 def _split(names: str) -> list[str]:
@@ -335,7 +340,7 @@ def _split(names: str) -> list[str]:
 
 
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
-    names = [ModelName("float")] if has_float_model(job.recipe) else []
+    names = [ModelName("float")] if job.sources.holds_floats else []
     names.append(ModelName("base"))
     for kind in ("adapted", "simulated", *job.recipe.export.targets):
         names += job.models(kind)

@@ -30,12 +30,12 @@ from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
-from qwlora.pipeline.job.directory import CARD, Directory
-from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.plan.stale_stages import JobState, adapter_named, run_line, upstream
+from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
+from qwlora.pipeline.output_path import as_directory_errors
+from qwlora.pipeline.plan import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
+from qwlora.pipeline.store import CARD, Store
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
@@ -90,32 +90,32 @@ def prepared(
             recipe than the job has now; or a record lists a file outside the job.
     """
     check_plain(folder)
-    state = JobState(folder)
-    recipe, directory, stale = state.recipe, state.directory, state.stale()
-    job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
+    opened = OpenJob(folder)
+    recipe, store, stale = opened.recipe, opened.store, opened.stale
+    job = job_of(folder, recipe, collect_results(opened.judge, recipe))
     what, stage = "the base", "quantize"
     if adapter is not None:
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
-    needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
+    needed = [s.name for s in upstream(opened.plan, stage) if s.name in stale]
     if reasons := [f"{name}: {stale[name]}" for name in needed]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
-            f"{run_line(folder)}"
+            f"{command_line('run', folder)}"
         )
-    exports, notes = _exports(job, directory, stale, adapter)
+    exports, notes = _exports(job, store, stale, adapter)
     fingerprint, note = read_record(folder / "base")["fingerprint"], _pushed(folder)
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as temporary:
         scratch = Path(temporary)
         if adapter is None:
             artifact, hub = "base", Repositories(repository, license=license, exports=exports)
             unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
-            written = _recorded(directory, "quantize", "base")
+            written = _recorded(store, "base")
             files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
         else:
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
-            files = _adapter_files(directory, scratch, adapter, base)
+            files = _adapter_files(store, scratch, adapter, base)
             hub = Repositories(base, repository, license, exports)
             if base is None:
                 notes.append(
@@ -196,23 +196,19 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:
-    """The files that a stage wrote, by path in its artifact. What others put there is not one."""
-    prefix, listed_files = f"{artifact}/", directory.records[stage].files
-    if outside := [file for file in listed_files if not is_inside(directory.path, file)]:
+def _recorded(store: Store, place: str) -> dict[str, Path]:
+    """The files of an artifact by their path in it. What others put there is not one."""
+    files = store.records[place].files
+    if outside := [name for name in files if not is_inside(store.path, f"{place}/{name}")]:
         raise DirectoryError(
-            f"{str(directory.path)!r}: the record of {stage} lists {outside[0]!r}, which is not a "
-            "regular file in the job. Nothing was uploaded; run the stage again"
+            f"{str(store.path / place)!r}: its stage.json lists {outside[0]!r}, which is not a "
+            "regular file in it. Nothing was uploaded; run the stage again"
         )
-    return {
-        file.removeprefix(prefix): directory.path / file
-        for file in listed_files
-        if file.startswith(prefix) and not file.endswith(f"/{CARD}")
-    }
+    return {name: store.path / place / name for name in files}
 
 
 def _exports(
-    job: Job, directory: Directory, stale: Mapping[str, str], adapter: str | None
+    job: Job, store: Store, stale: Mapping[str, str], adapter: str | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Exported files by their path in the repository, and what is left out."""
     files, notes = dict[str, Path](), list[str]()
@@ -233,24 +229,21 @@ def _exports(
         elif all(check in stale for check in checks):  # a base is checked with any of its adapters
             notes.append(
                 f"{stage} is left out: it has not passed its check ({checks[0]}: "
-                f"{stale[checks[0]]}). Run first: {run_line(directory.path)}"
+                f"{stale[checks[0]]}). Run first: {command_line('run', store.path)}"
             )
         else:
-            exported, card = _recorded(directory, stage, artifact), f"{artifact}/{CARD}"
-            # how to use the files; no card of the hub
-            if card in directory.records[stage].files and (directory.path / card).is_file():
-                exported[CARD] = directory.path / card
+            exported, card = _recorded(store, artifact), store.path / artifact / CARD
+            if card.is_file():  # how to use the files; no card of the hub
+                exported[CARD] = card
             files |= {f"{target}/{name}": path for name, path in exported.items()}
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):
                 notes.append(f"{stage} was not run here: {missing}")
     return files, notes
 
 
-def _adapter_files(
-    directory: Directory, scratch: Path, name: str, base: str | None
-) -> dict[str, Path]:
+def _adapter_files(store: Store, scratch: Path, name: str, base: str | None) -> dict[str, Path]:
     """The adapter's files; its configuration names `base`, the base on the hub."""
-    files = _recorded(directory, f"train/{name}", f"adapters/{name}")
+    files = _recorded(store, f"adapters/{name}")
     if base is not None:
         config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}
         write_text(scratch / CONFIG, strict_json.dumps(config, indent=2))

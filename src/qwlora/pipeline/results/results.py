@@ -1,25 +1,26 @@
 """The results of a job (docs/results.md), and the files that show them to people: results.json,
 report.html and the model cards.
 
-Nothing reads these files back: `read_job` collects the results from the records of the stages. What
-a run leaves for the next command besides these is in `.qwlora/status.json`, with a checksum.
+Nothing reads these files back: `read_job` collects the results from the stage.json files. What a
+run leaves for the next command besides these is in `.qwlora/status.json`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, QwloraWarning
-from qwlora.pipeline.job.directory import CARD, Directory
-from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.job.stage_records import Record, Stage, stored_record
-from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
+from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
+from qwlora.pipeline.output_path import as_directory_errors
+from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.results.model_cards import card_text
+from qwlora.pipeline.seen import sealed, unsealed
+from qwlora.pipeline.store import CARD, NAME, TEXT_NAME
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.page import render
@@ -33,26 +34,31 @@ REPORT, STATUS = "report.html", "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
 
 
-def collect_results(
-    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
-) -> dict[str, Any]:
-    """The results of all stages of `plan` that are not stale."""
+def collect_results(judge: Judge, recipe: Recipe) -> dict[str, Any]:
+    """The results of all stages that are current, and of checks that failed."""
     results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
     if recipe.model.trust_remote_code:
         results["trust_remote_code"] = True
-    for stage in plan:
-        if stage.name not in stale:
-            record = directory.records[stage.name]
-            measured, timing = dict(record.results), dict(record.results.get(TIMING, {}))
-            measured.pop(TIMING, None)
-            merge_results(results, _by_text(measured, stage, recipe))
-            size = timing.pop("bytes", None)
-            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0, "parts": {}})
-            entry["seconds"] += record.seconds
-            entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
-            if size is not None and stage.artifact is not None:
-                results.setdefault("sizes", {})[stage.artifact] = size
+    for stage in filter(judge.counts, judge.plan):
+        record = judge.store.records[stage.place]
+        names = {NAME: stage.adapter or stage.case, TEXT_NAME: stage.text}
+        measured = _named(record.results, names)
+        timing = measured.pop(TIMING, {})
+        merge_results(results, _by_text(measured, stage, recipe))
+        size = timing.pop("bytes", None)
+        entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0, "parts": {}})
+        entry["seconds"] += record.seconds
+        entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
+        if size is not None and stage.artifact is not None:
+            results.setdefault("sizes", {})[stage.artifact] = size
     return results
+
+
+def _named(results: Any, names: Mapping[str, str | None]) -> Any:
+    """A copy of a record's results with names in place of `NAME` and `TEXT_NAME`."""
+    if isinstance(results, dict):
+        return {names.get(key) or key: _named(value, names) for key, value in results.items()}
+    return copy.deepcopy(results)
 
 
 def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
     texts = recipe.texts()
     if len(texts) < 2:
         return results
-    text = stage.name.partition("/on/")[2]
+    text = stage.text
     if not text:
         own = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
         text = next((name for name, data in texts.items() if data == own), "base")
@@ -98,20 +104,18 @@ def job_of(
     return Job(results, content, text, name, stale or {}, recipe.is_simulated)
 
 
-def write_results(
-    directory: Directory,
-    recipe: Recipe,
-    plan: list[Stage],
-    stale: Collection[str],
-    status: dict[str, Any],
-) -> dict[str, Any]:
-    """Write results.json, report.html and the model cards; returns the results.
+def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json, report.html and the model cards, if files can be written; returns the
+    results.
 
     Args:
-        status: keys that no stage recorded: `run`, `error`, and what a failed check measured.
+        status: keys that no stage recorded: `run` and `error`.
     """
-    results, folder = collect_results(directory, recipe, plan, stale), directory.path
+    results, store = collect_results(judge, recipe), judge.store
     merge_results(results, status)
+    folder = store.path
+    if not store.is_writable:
+        return results
     job, pages, cards = job_of(folder, recipe, results), dict[Path, str](), dict[str, str]()
     with _harmless_bugs(folder / REPORT):
         pages[folder / REPORT] = render(job)
@@ -121,12 +125,12 @@ def write_results(
         for name in (a.name for a in recipe.adapters if job.section("train", a.name)):
             cards[f"adapters/{name}"] = card_text(job, recipe, name)
     with as_directory_errors(folder):
-        write_text(directory.private / STATUS, Record("", results=status).text("run"))
+        write_text(store.private / STATUS, sealed(status))
         write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
         for path, page in pages.items():
             write_text(path, page)
         for artifact, text in cards.items():
-            directory.write_card(artifact, text)
+            store.write_card(artifact, text)
     return results
 
 
@@ -146,34 +150,33 @@ def _harmless_bugs(file: Path) -> Iterator[None]:
 
 def last_status(folder: Path) -> dict[str, Any]:
     """The status that the last run wrote; empty if there is none, or it is damaged."""
-    record = stored_record(folder / ".qwlora" / STATUS, "run")
-    return {} if record is None else record.results
+    return unsealed(folder / ".qwlora" / STATUS) or {}
 
 
 def read_job(folder: Path) -> Job:
     """A job as it is now: the results of the stages that are current, by the rules of `run`."""
-    state, status = JobState(folder), last_status(folder)
-    if not state.directory.records and not status:
+    job, status = OpenJob(folder), last_status(folder)
+    judge, store = job.judge, job.store
+    if not store.records and not status:
         raise DirectoryError(
-            f"{str(folder)!r} has no results yet. Run the job first: `{run_line(folder)}`"
+            f"{str(folder)!r} has no results yet. Run the job first: "
+            f"`{command_line('run', folder)}`"
         )
-    plan, directory = state.plan, state.directory
-    results = collect_results(directory, state.recipe, plan, state.stale())
+    results = collect_results(judge, job.recipe)
     merge_results(results, status)
     run = results.setdefault("run", {})
-    keys = {name: record.key for name, record in directory.records.items()}
-    is_outdated = any(keys.get(stage.name) != stage.key for stage in plan)
+    is_outdated = any(stage.place not in store.records for stage in job.plan) or bool(judge.changed)
     if run.setdefault("state", "finished") == "finished" and is_outdated:
         run["state"] = "incomplete"
     changed = dict[tuple[str, str], str]()  # why files are no longer those that were checked
-    for stage in plan:
-        if stage.verb == "verify" and stage.name in keys:
+    for stage in job.plan:
+        if stage.verb == "verify" and stage.place in store.records:
             _, target, *adapter = stage.name.split("/")
-            recorded = [needed.name for needed in upstream(plan, stage.name) if needed.name in keys]
-            reasons = filter(None, (directory.problem(name, None) for name in recorded))
+            there = [s for s in upstream(job.plan, stage.name) if s.place in store.records]
+            reasons = filter(None, (store.problem(needed.place) for needed in there))
             if (reason := next(reasons, None)) is not None:
                 changed[target, adapter[0] if adapter else BASE] = reason
-    return job_of(folder, state.recipe, results, changed)
+    return job_of(folder, job.recipe, results, changed)
 
 
 def rebuild_reports(folders: Sequence[Path]) -> list[Path]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwlora.errors import size
-from qwlora.pipeline.plan.stale_stages import run_line
+from qwlora.pipeline.job import command_line
 from qwlora.pipeline.results.results import REPORT, read_job
 from qwlora.report.key_figures import tiles
 from qwlora.report.results_view import Job
@@ -35,7 +35,7 @@ def print_summary(out: Path, console: Console) -> None:
     ruling = verdict(job)
     lines = [f"verdict  {ruling.kind.label}. {ruling.sentence}", f"report   {out / REPORT}"]
     if job.state == "incomplete":
-        lines.append(f"next     {run_line(out)}")
+        lines.append(f"next     {command_line('run', out)}")
     elif job.state == "finished":
         lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
     print("", *lines, sep="\n")

@@ -34,21 +34,19 @@ from qwlora.grid.activation_ranges import HISTOGRAM_BYTES
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer, place_empty_, tie_weights_
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import (
+from qwlora.pipeline.asked import (
     REFERENCE,
-    SAMPLE,
-    JobTexts,
     compared_with,
     has_float_model,
     is_calibrated,
     is_compared,
-    make_plan,
     needs_moments,
     reference_stage,
     resolve_compute,
     sampled_sequences,
 )
+from qwlora.pipeline.plan import SAMPLE, Stage, make_plan
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages.job_context import skeleton
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
@@ -161,8 +159,7 @@ class Estimates:
 
 def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
     """Estimate all stages of a recipe. Reads configurations and headers, no weights and no text."""
-    recipe = resolve_compute(recipe)
-    return estimate(recipe, make_plan(recipe, JobTexts(recipe, reads=False)), out, track)
+    return estimate(recipe, make_plan(recipe, Sources(recipe, reads=False)), out, track)
 
 
 def estimate(
@@ -177,6 +174,7 @@ def estimate(
     Args:
         holds_float_model: whether this process has loaded the float model already.
     """
+    recipe = resolve_compute(recipe)
     keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
     forecaster = Forecaster(recipe, keeps)
     needed = [forecaster.needed(stage) for stage in track(stages, "estimating", len(stages))]
@@ -326,8 +324,8 @@ class Forecaster:
         }
 
     def _evaluate(self, stage: Stage) -> tuple[_Memory, float]:
-        kind, tokens = stage.name.split("/")[1], self._text(stage).sequence_tokens
-        logits, other = self._logits(tokens), stage.name.partition("/on/")[2]
+        kind, tokens = stage.kind.split("/")[1], self._text(stage).sequence_tokens
+        logits, other = self._logits(tokens), stage.text or ""
         compared = has_float_model(self.recipe) and is_compared(kind, other)
         adapter = self._adapter(stage)
         memory = dict(self._float) if compared or kind in _ON_FLOAT else {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
-from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.plan import Stage
 from qwlora.system.machine import peak_rss_bytes, processor_name
 
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
@@ -68,6 +68,12 @@ class JobStatus:
         if time.monotonic() - self._written > max(LEAST_SECONDS, COST * self._took):
             self.write("running")
 
+    def fail(self, error: Exception, stage: str) -> dict[str, Any]:
+        """All stages ran, but a check failed; the results."""
+        self._run["stage"], self._training = "", None
+        self._extra = {"error": described_error(error, stage)}
+        return self.write("failed")
+
     def end(self, stale: Collection[str]) -> dict[str, Any]:
         """The run ends without an error; the results.
 
@@ -85,12 +91,8 @@ class JobStatus:
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, Exception):
                 self._extra = {"error": described_error(error, self._run["stage"])}
-            if isinstance(error, VerificationError):  # what was measured is a part of the results
-                self._extra |= error.results or {}
             with contextlib.suppress(Exception):  # the first error is the one to report
-                results = self.write("failed" if self._extra else "interrupted")
-                if isinstance(error, VerificationError):
-                    error.results = results
+                self.write("failed" if self._extra else "interrupted")
             raise
 
     def write(self, state: str) -> dict[str, Any]:

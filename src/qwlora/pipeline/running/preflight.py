@@ -20,14 +20,14 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import is_foreign, reads_base_text, sampled_sequences
-from qwlora.pipeline.plan.target_table import (
+from qwlora.pipeline.asked import is_foreign, reads_base_text, sampled_sequences
+from qwlora.pipeline.stages.job_context import JobContext
+from qwlora.pipeline.target_table import (
     htp_notes,
     kept_layers,
     second_rounding,
     target_table,
 )
-from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.device import pick_device

@@ -12,17 +12,17 @@ from qwlora.system.machine import SlowComputeWarning
 from qwlora.system.progress import Track
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.plan.plan import JobTexts
+    from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages.job_context import JobContext
     from qwlora.recipe import Recipe
 
 
-def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> JobContext:
+def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> JobContext:
     """Make a job's context. Imports torch and transformers, and keeps them quiet."""
     quiet_libraries()
     from qwlora.pipeline.stages.job_context import JobContext
 
-    return JobContext(recipe, texts, out, track)
+    return JobContext(recipe, sources, out, track)
 
 
 def quiet_libraries() -> None:

@@ -17,9 +17,9 @@ from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import ADAPTER
+from qwlora.pipeline.plan import ADAPTER, Stage
 from qwlora.pipeline.stages.job_context import JobContext, one_row
+from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
@@ -87,7 +87,7 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if reason is not None:
         written[WITHOUT_CACHE] = record[WITHOUT_CACHE] = reason
     write_record(scratch, record)
-    return {"export": {name: {adapter or BASE: written}}}
+    return {"export": {name: {NAME if adapter else BASE: written}}}
 
 
 def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
@@ -155,12 +155,10 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     _, name, *cases = stage.name.split("/")
     has_readme = bool(cases) and TARGETS[name].has_base
     proof = _Verification(context, name, cases[0] if cases else BASE)
-    if has_readme:
-        proof.write_readme({})  # says nothing of it before there is a verdict
     figures = proof.run(scratch)
     if has_readme:
         proof.write_readme({proof.adapter: proof.record})
-    results = {"parity": {name: {proof.adapter: figures}}}
+    results = {"parity": {name: {NAME if cases else BASE: figures}}}
     if problems := figures.get("problems"):
         what = (
             f"export/{name}/{proof.adapter}: the exported files do not compute what was {proof.of}"

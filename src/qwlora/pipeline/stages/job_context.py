@@ -43,7 +43,13 @@ from qwlora.formats.model_source import fetch, load_config, load_model, load_tok
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
-from qwlora.pipeline.plan.plan import (
+from qwlora.pipeline.asked import (
+    has_float_model,
+    resolve_compute,
+    sampled_sequences,
+    without_recovery,
+)
+from qwlora.pipeline.plan import (
     ADAPTER,
     BASE_SIMULATION,
     FLOAT_ADAPTERS,
@@ -51,11 +57,8 @@ from qwlora.pipeline.plan.plan import (
     SAMPLED_IDS,
     USE_CASES,
     ZERO_ADAPTER,
-    JobTexts,
-    has_float_model,
-    sampled_sequences,
-    without_recovery,
 )
+from qwlora.pipeline.sources import Sources
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, Model
@@ -106,8 +109,9 @@ class JobContext:
         on_training: called after each training step with a function that describes the progress.
     """
 
-    def __init__(self, recipe: Recipe, texts: JobTexts, path: Path, track: Track):
-        self.recipe, self.texts, self.path, self.track = recipe, texts, path, track
+    def __init__(self, recipe: Recipe, sources: Sources, path: Path, track: Track):
+        self.recipe, self.sources = resolve_compute(recipe), sources
+        self.path, self.track = path, track
         self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
@@ -161,7 +165,7 @@ class JobContext:
             if template is not None and template != tokenizer.chat_template:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = template
-            documents = self.texts.documents(data)
+            documents = self.sources.documents(data)
             try:
                 self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
             except SourceError as error:

@@ -39,18 +39,8 @@ from qwlora.formats.model_source import fetch
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import (
-    ADAPTER,
-    CASES,
-    MOMENTS,
+from qwlora.pipeline.asked import (
     REFERENCE,
-    RULES,
-    SAMPLE,
-    SAMPLED_IDS,
-    SHARED,
-    SOLVER_SCALES,
-    ZERO,
     compared_with,
     is_calibrated,
     is_compared,
@@ -59,8 +49,21 @@ from qwlora.pipeline.plan.plan import (
     reference_stage,
     sampled_sequences,
 )
-from qwlora.pipeline.plan.target_table import model_files, second_rounding
+from qwlora.pipeline.plan import (
+    ADAPTER,
+    CASES,
+    MOMENTS,
+    RULES,
+    SAMPLE,
+    SAMPLED_IDS,
+    SHARED,
+    SOLVER_SCALES,
+    ZERO,
+    Stage,
+)
 from qwlora.pipeline.stages.job_context import JobContext
+from qwlora.pipeline.store import NAME, TEXT_NAME
+from qwlora.pipeline.target_table import model_files, second_rounding
 from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
@@ -261,7 +264,7 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     }
     if not adapter.evaluation_steps:
         del measured["evaluations"], measured["best_step"]
-    return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
+    return {"train": {NAME: measured}, "data": context.text(adapter.name).describe()}
 
 
 def _train_reference(
@@ -275,7 +278,7 @@ def _train_reference(
     if is_first_process():
         save_adapter(model, scratch)
     measured = {**asdict(report), "compute": adapter.compute, "peak_rss_bytes": peak_rss_bytes()}
-    return {REFERENCE: {"train": {adapter.name: measured}}}
+    return {REFERENCE: {"train": {NAME: measured}}}
 
 
 def _train_adapter(
@@ -380,7 +383,7 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
     (scratch / ADAPTER).mkdir()
     for file in (CONFIG, WEIGHTS, FILE):
         shutil.copyfile(context.path / "adapters" / name / file, scratch / ADAPTER / file)
-    return {"simulation": {name: measured}}
+    return {"simulation": {NAME: measured}}
 
 
 def _apply_shared(context: JobContext, simulation: Simulation) -> None:
@@ -433,8 +436,7 @@ def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
 def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Score a model on held-out text; and how far base, adapters and simulations are from the float
     model on the same tokens."""
-    model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
-    kind, name = model.partition("/")[0], stage.adapter
+    kind, name, other = stage.kind.split("/")[1], stage.adapter, stage.text or ""
     text = context.text(other or name)
     adapter = None if name is None else context.adapter(name)
     of_reference = not other and compared_with(context.recipe, kind, adapter) is not None
@@ -445,9 +447,9 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     scores = score_tokens(logits, text.evaluation, what, context.track, reference)
     results: dict[str, Any] = {"data": text.describe()}
     for key, value in scores.to_json().items():
-        by_model = {kind: value if name is None else {name: value}}
+        by_model = {kind: value if name is None else {NAME: value}}
         into = results.setdefault(REFERENCE, {}) if of_reference and key in COMPARED else results
-        into[key] = {"on": {other: by_model}} if other else by_model
+        into[key] = {"on": {TEXT_NAME: by_model}} if other else by_model
     return results
 
 

@@ -34,6 +34,7 @@ NUMBER = (int, float)
 PLAIN = re.compile(r"[\w.-]+")  # a form: text that is neither a regular expression nor a path
 OTHER_KEYS = "*"  # a key of a form: for all keys that it does not list
 ADAPTER_FILE = "adapter.onnx_adapter"
+STAGE = "stage.json"  # the job's record of a folder, which no runtime reads
 TOKENIZER = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -111,7 +112,7 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
         MissingExtraError: there is an ONNX file, and `onnx` is not installed.
     """
     patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
-    files = sorted(files)
+    files = sorted(file for file in files if file != STAGE)
     paths = {file: PurePosixPath("/", file) for file in files}
     if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(

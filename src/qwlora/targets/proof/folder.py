@@ -5,6 +5,7 @@
     proof/NAME/               reference.safetensors (`reference.py`) unless `export.proof` is none,
                               and proof.json with figures, checks and digests of both qwlora.json
     README.md                 what it is, how to run it, what was proven
+    stage.json                in each folder: the job's record of it, which nothing here reads
 
 Targets that hold base and adapter together have no base/, and targets of use cases no NAME/ either:
 their files are the bundle itself.
@@ -29,7 +30,7 @@ from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
 from qwlora.system.regular_files import check_plain
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.contents import ADAPTER_FILE
+from qwlora.targets.proof.contents import ADAPTER_FILE, STAGE
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import PROOF
 
@@ -178,7 +179,7 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
     Raises:
         FingerprintError: a file, a folder or a use case has no proof.
     """
-    known = {BASE, PROOF, README, *records}
+    known = {BASE, PROOF, README, STAGE, *records}
     parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
     if any(TARGETS[r["target"]].has_cases for r in records.values()):
         cases = manifest.read(bundle / RECORD).get("use_cases")
@@ -210,7 +211,8 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             the proof; or the proof belongs to another adapter.
     """
     proof = bundle / PROOF / name
-    _check_sealed(proof, PROOF_RECORD, files_in(proof), "verify the job again")
+    files = [file for file in files_in(proof) if file != STAGE]
+    _check_sealed(proof, PROOF_RECORD, files, "verify the job again")
     if record.get("adapter") != name:
         raise FingerprintError(
             f"{PROOF}/{name} is the proof of adapter {record.get('adapter')!r}; copy the whole "
@@ -218,7 +220,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         )
     target = TARGETS[record["target"]]
     for part, folder in target.parts(bundle, name).items():
-        files = [file for file in files_in(folder) if file != README]
+        files = [file for file in files_in(folder) if file not in (README, STAGE)]
         if folder == bundle:  # without those of proofs, and what is hidden
             files = [file for file in files if not file.startswith((f"{PROOF}/", "."))]
         _check_sealed(folder, RECORD, files, "export it again")

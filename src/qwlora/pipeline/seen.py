@@ -1,4 +1,5 @@
-"""SHA-256 digests of files, cached in a JSON file so that unchanged files are not read again.
+"""SHA-256 digests of files as they were last seen, cached in `.qwlora/seen.json`, so that unchanged
+files are not read again.
 
 A cached digest is valid while the file's size, mtime, ctime and inode stay the same. The ctime
 detects a file that was rewritten in place and had its mtime restored: the kernel sets it at every
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from qwlora.pipeline.job.stage_records import sealed, unsealed
+from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
 from qwlora.system.regular_files import is_special
@@ -30,7 +32,7 @@ _CHUNK_BYTES = 2**22
 _SHOWN_BYTES = 2**30  # hashing takes a second or more from here on: show progress
 
 
-class Digests:
+class Seen:
     """Digests of files. Nothing is written before `save`.
 
     Args:
@@ -80,6 +82,27 @@ class Digests:
         for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON text of `content` with a checksum, which shows damage."""
+    return strict_json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
+
+
+def unsealed(file: Path) -> dict[str, Any] | None:
+    """The content of a file that `sealed` made; None if it is missing or damaged."""
+    if is_special(file):
+        return None
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        return content if content.pop("sha256") == _checksum(content) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _checksum(content: Any) -> str:
+    as_read = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _stamps(file: BinaryIO) -> tuple[int, ...]:

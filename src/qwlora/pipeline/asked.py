@@ -1,0 +1,146 @@
+"""What a recipe asks for: questions that several sections answer together. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from safetensors import SafetensorError, safe_open
+
+from qwlora.errors import SourceError
+from qwlora.formats.model_source import fetch, source_path
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe import Adapter, Recipe
+from qwlora.recipe.grid_sections import JOB, MODEL
+from qwlora.system.machine import auto_compute, device_type, exact_type
+
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_IN_BLOCK = re.compile(r".+\.\d+\..+")
+
+REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
+_MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
+
+
+def resolve_compute(recipe: Recipe) -> Recipe:
+    """Replace `compute: auto` with the precision it means on this machine, for stages that run.
+    The plan and the job's recipe keep `auto`."""
+    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # the graph computes in float32 only
+    device = device_type(recipe.device)
+    if base.tuning.steps and base.tuning.compute == "auto":
+        compute = {"compute": auto_compute(exact_type(device))}
+        base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
+    adapters = list(recipe.adapters)
+    for i, adapter in enumerate(adapters):
+        if adapter.compute == "auto":
+            is_fixed = graph or not adapter.steps
+            compute = {"compute": "float32" if is_fixed else auto_compute(device)}
+            adapters[i] = adapter.model_copy(update=compute)
+    return recipe.model_copy(update={"base": base, "adapters": adapters})
+
+
+def is_foreign(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter continues one from elsewhere, not another one of the job."""
+    return adapter.continue_from is not None and recipe.predecessor(adapter) is None
+
+
+def has_float_model(recipe: Recipe) -> bool:
+    """Whether there is a float model to compare with, or only integers in a quantized format."""
+    return fetch(recipe.model.source).holds_floats
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether the initialization of an adapter needs second moments of the base's layers."""
+    return any(adapter.init == "qera" for adapter in recipe.adapters)
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    """Whether quantizing the base, before it is tuned, needs calibration text."""
+    named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
+    solvers = [solver for name, solver in SOLVERS.items() if name in named]
+    is_read = needs_moments(recipe) or recipe.base.has_budget
+    return is_read or any(solver.needs_calibration for solver in solvers)
+
+
+def reads_base_text(recipe: Recipe) -> bool:
+    """Whether quantizing or tuning the base needs calibration text."""
+    return is_calibrated(recipe) or recipe.base.tuning.steps > 0
+
+
+def sampled_sequences(recipe: Recipe) -> dict[int, int]:
+    """How many sequences the float model writes for each part of `base.calibration`, by its number;
+    none if nothing reads them."""
+    base, adapters = recipe.base, recipe.adapters
+    recovers = any(recovers_on_base_text(recipe, adapter) for adapter in adapters)
+    if not recovers and not reads_base_text(recipe):
+        return {}
+    wanted = max(base.calibration_sequences, base.tuning.steps)
+    share = wanted / sum(part.weight for part in base.calibration)
+    return {
+        number: min(_MOST_SAMPLED, math.ceil(share * part.weight))
+        for number, part in enumerate(base.calibration)
+        if part.text == MODEL
+    }
+
+
+def recovers_on_base_text(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter for recovery is trained on the text that the base is calibrated on: if it
+    has none of its own, and the job's is no part of that."""
+    is_general = adapter.objective == "recovery" and adapter.data is None
+    return is_general and all(part.text != JOB for part in recipe.base.calibration)
+
+
+def is_compared(kind: str, other: str) -> bool:
+    """Whether a model is compared with the float model on its own text, or on `other`."""
+    return kind not in ("float", REFERENCE) and (not other or kind == "base")
+
+
+def reference_stage(recipe: Recipe, adapter: Adapter) -> str | None:
+    """The stage that trains an adapter on the float model, if the recipe asks for it. An adapter
+    for recovery has none: its goal is the float model as it is."""
+    is_trained = recipe.reference is not None and adapter.objective == "text"
+    return f"train/{adapter.name}/float" if is_trained else None
+
+
+def compared_with(recipe: Recipe, kind: str, adapter: Adapter | None) -> str | None:
+    """The stage that trains what a model is compared with, unless that is the float model."""
+    if adapter is None or kind not in ("adapted", "simulated"):
+        return None
+    return reference_stage(recipe, adapter)
+
+
+def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
+    """The adapter whose start `adapter` has on the float model: itself, or the first of those for
+    recovery that it continues, since there is nothing to recover."""
+    while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
+        adapter = first
+    return adapter
+
+
+def is_covered(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether new adapters change all layers of an adapter that continues a folder, by the
+    target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
+    names are the ends of paths. A regular expression is never tried: it could take forever.
+
+    False if the adapter is on the hub, or its files cannot be read or hold something else than
+    factors of linear layers.
+    """
+    try:
+        folder = source_path(str(adapter.continue_from))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            sizes = {n: len(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        factors = [size == 2 and _FACTOR.fullmatch(name) for name, size in sizes.items()]
+        layers = {match[1] for match in factors if match}
+        if not layers or not all(factors) or config.get("target_parameters"):
+            return False
+    except (SourceError, OSError, ValueError, AttributeError, RecursionError, SafetensorError):
+        return False
+
+    def targets(modules: str | list[str], layer: str) -> bool:
+        if isinstance(modules, list):
+            return any(f".{layer}".endswith(f".{name}") for name in modules)
+        return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
+
+    new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
+    return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)

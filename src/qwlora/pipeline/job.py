@@ -1,0 +1,381 @@
+"""An existing job: its recipe, its plan, what is current, and why the rest is not.
+
+A stage is current if the record at its place has the planned inputs, needs the records that are
+there, and its files are intact. Nothing else decides. Adapters are protected: one that was trained
+with other settings is replaced only on request. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import copy_context
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import DirectoryError, suggestion
+from qwlora.pipeline import VERBS
+from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.sources import Sources, filled
+from qwlora.pipeline.store import TMP, Record, Store, check_job
+from qwlora.recipe import Adapter, Recipe, load_recipe
+from qwlora.recipe.section import must_exist
+from qwlora.recipe.yaml_core import flow
+from qwlora.system.progress import Track, untracked
+from qwlora.targets.proof.folder import PROOF_RECORD, current_proofs, renamed_proof
+from qwlora.targets.proof.readme import write_readme
+from qwlora.targets.registry import TARGETS
+
+_SHOWN = 5  # differences of one stage in a message
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Judge:
+    """Which stages of a plan are current in a store.
+
+    Attributes:
+        stale: why each stage that is not current has to run, in the order of the plan.
+        changed: stages whose result will be another one, as far as that is known.
+    """
+
+    def __init__(self, plan: Sequence[Stage], store: Store):
+        self.plan, self.store = plan, store
+        self._stages = {stage.name: stage for stage in plan}
+        self.again()
+
+    def again(self) -> None:
+        """Judge all stages, after something was made."""
+        self.stale: dict[str, str] = {}
+        self.changed: set[str] = set()
+        for stage in self.plan:
+            differ = self.differences(stage)
+            waiting = [need for need in stage.needs.values() if need in self.stale]
+            if differ or any(need in self.changed for need in waiting):
+                self.changed.add(stage.name)
+            if (reason := self._reason(stage, differ, waiting)) is not None:
+                self.stale[stage.name] = reason
+
+    def versions(self, stage: Stage) -> dict[str, str]:
+        """The versions of the records that a stage needs, as they are."""
+        places = {name: self._stages[need].place for name, need in stage.needs.items()}
+        return {name: self.store.version(place) for name, place in places.items()}
+
+    def differences(self, stage: Stage) -> list[str]:
+        """Which inputs of a stage are not those of the record at its place, old and new."""
+        if (record := self.store.records.get(stage.place)) is None:
+            return []
+        lines = [*differences(record.inputs, filled(stage.inputs, record.inputs), stage.labels)]
+        for name, version in self.versions(stage).items():
+            need = stage.needs[name]
+            if record.needs.get(name) != version and self._stages[need].place in self.store.records:
+                lines.append(f"{need} is another one than it was made from")
+        lines += [f"it was made from {name}" for name in record.needs.keys() - stage.needs.keys()]
+        return lines
+
+    def _reason(self, stage: Stage, differ: list[str], waiting: list[str]) -> str | None:
+        store, place = self.store, stage.place
+        if (record := store.records.get(place)) is None:
+            return f"{place}: its record is damaged" if place in store.damaged else "has not run"
+        if differ:
+            more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+            return "; ".join(differ[:_SHOWN]) + more
+        if (problem := store.problem(place)) is not None:
+            return problem
+        if waiting:
+            return f"reads {', '.join(waiting)}"
+        if record.failed:
+            return "its check failed"
+        if record.not_run and stage.missing() is None:
+            return f"was not run yet ({record.not_run})"
+        return None
+
+    def counts(self, stage: Stage) -> bool:
+        """Whether the results of a stage are of what is there: those of a failed check, too."""
+        record = self.store.records.get(stage.place)
+        is_current = stage.name not in self.stale
+        return is_current or (record is not None and self.stale[stage.name] == "its check failed")
+
+    def identity(self, stage: Stage) -> Record:
+        """The record of a stage that is about to run, without results.
+
+        Raises:
+            QwloraError, OSError: an input cannot be read.
+        """
+        stage.check_read()
+        return Record(stage.kind, dict(stage.inputs), self.versions(stage))
+
+    def moves(self) -> dict[str, str]:
+        """Where records of the plan are under another name: place before, place after.
+
+        An adapter never moves to where another one is that has no place of its own.
+        """
+        located: dict[str, str] = {}  # stage: where its record is
+        places = {stage.place for stage in self.plan}
+        records, taken = self.store.records, set[str]()
+        for stage in self.plan:
+            versions = {
+                name: records[located[need]].version
+                for name, need in stage.needs.items()
+                if need in located
+            }
+            if len(versions) < len(stage.needs):
+                continue
+            found = [
+                place
+                for place, record in records.items()
+                if record.stage == stage.kind
+                and record.needs == versions
+                and place not in taken
+                and filled(stage.inputs, record.inputs) == record.inputs
+            ]
+            if stage.place in found:
+                located[stage.name] = stage.place
+            elif found:
+                located[stage.name] = next((p for p in found if p not in places), found[0])
+            taken |= {located[stage.name]} if stage.name in located else set()
+        by_name = {stage.name: stage for stage in self.plan}
+        moves = {p: by_name[name].place for name, p in located.items() if p != by_name[name].place}
+        while stuck := [
+            old
+            for old, new in moves.items()
+            if new not in moves and new in records and records[new].stage == "train"
+        ]:
+            for old in stuck:
+                del moves[old]
+        return moves
+
+
+def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -> Iterator[str]:
+    """`key: old value -> new value` for every input that differs.
+
+    Args:
+        labels: where the beginning of a path is in the recipe.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), labels, f"{path}.{key}".strip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, labels, f"{path}.{number}")
+    elif old != new:
+        known = [start for start in labels if f"{path}.".startswith(f"{start}.")]
+        start = max(known, key=len, default="")
+        name = labels[start] + path.removeprefix(start) if known else path
+        before, after = (_shown(value) for value in (old, new))
+        of_text = name.endswith("data.source")
+        why = " (its content, split, columns, held_out or seed)" if of_text else ""
+        yield f"{name}{why}: {before} -> {after}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:8]
+    text = flow(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def upstream(plan: Sequence[Stage], *stages: str) -> list[Stage]:
+    """The `stages` and all they need, directly or indirectly, in the order of the plan."""
+    names = set(stages)
+    for stage in reversed(plan):
+        if stage.name in names:
+            names |= set(stage.needs.values())
+    return [stage for stage in plan if stage.name in names]
+
+
+class OpenJob:
+    """An existing job, to look at: texts, the model and runtimes are not touched.
+
+    Args:
+        changes: changes to the recipe, see `load_recipe`.
+        device: another one than the recipe's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        changes: tuple[str, ...] = (),
+        track: Track = untracked,
+        device: str | None = None,
+    ):
+        check_job(folder)
+        change = () if device is None else (f"device={device}",)
+        self.folder, self.changes = folder, changes
+        self.recipe = job_recipe(folder, (*changes, *change))
+        self.store, self.track = Store(folder), track
+        self.sources = sources_of(self.recipe, self.store, track, reads=False)
+
+    @cached_property
+    def judge(self) -> Judge:
+        judge = Judge(make_plan(self.recipe, self.sources), self.store)
+        if not self.changes and self.store.is_writable and needs_settling(judge):
+            # Something was renamed in recipe.yaml, or a command was killed. Another process that
+            # holds the lock does the same.
+            try:
+                with self.store.locked():
+                    settle(judge)
+            except DirectoryError:
+                self.store.reload()
+            judge.again()
+        return judge
+
+    @property
+    def plan(self) -> Sequence[Stage]:
+        return self.judge.plan
+
+    @property
+    def stale(self) -> dict[str, str]:
+        return self.judge.stale
+
+    def record(self, stage: str) -> Record | None:
+        """The record of a stage of the plan, whether or not it is current."""
+        place = next((s.place for s in self.plan if s.name == stage), "")
+        return self.store.records.get(place)
+
+    def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
+        """Check that a stage of the plan, and all that it needs, is current.
+
+        Args:
+            what: needs the stage; default: its name.
+            whatever_inputs: check only that they ran and that their files are as they were.
+        """
+        needed = upstream(self.plan, stage)
+        stale = {s.name: self.stale[s.name] for s in needed if s.name in self.stale}
+        if whatever_inputs:
+            there = [s for s in needed if s.place in self.store.records]
+            problems = {s.name: self.store.problem(s.place) for s in there}
+            stale = {n: r for n, r in stale.items() if n not in problems}
+            stale |= {name: problem for name, problem in problems.items() if problem is not None}
+        if stale:
+            raise missing_error(what or stage, stale, self.folder)
+
+
+def sources_of(recipe: Recipe, store: Store, track: Track, reads: bool) -> Sources:
+    """The sources of a job's recipe, some of which may be gone."""
+    base = store.records.get("base")
+    floats = None if base is None else bool(base.inputs.get("model", {}).get("holds_floats"))
+    is_new = not store.records
+    return Sources(recipe, store.seen, track, reads=reads, is_new=is_new, holds_floats=floats)
+
+
+def needs_settling(judge: Judge) -> bool:
+    """Whether a command was killed, or something has another name in the recipe now."""
+    return (judge.store.path / TMP).is_dir() or bool(judge.moves())
+
+
+def settle(judge: Judge) -> None:
+    """Finish what a killed command began, and move what has another name in the recipe now. The
+    caller holds the job's lock."""
+    store = judge.store
+    store.finish()
+    if moves := judge.moves():
+        store.settle(moves)
+        by_place = {stage.place: stage for stage in judge.plan}
+        for place in moves.values():
+            proof = store.path / place / PROOF_RECORD
+            if proof.is_file():  # a proof belongs to the name that is in it
+                proof.write_text(renamed_proof(proof, str(by_place[place].adapter)))
+                store.recommit(place, PROOF_RECORD)
+        write_bundle_readmes(store)
+    judge.again()
+
+
+def write_bundle_readmes(store: Store) -> None:
+    """Write README.md of every bundle again: it lists the adapters that passed and are there."""
+    for target, known in TARGETS.items():
+        bundle = store.path / "export" / target
+        if known.has_base and bundle.is_dir():
+            proofs = current_proofs(bundle).items()
+            places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
+            passed = {name: p for name, p in proofs if places[name] in store.records}
+            write_readme(bundle, passed)
+
+
+def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of an existing job. Texts and a model that it names may be missing."""
+    context = copy_context()
+    context.run(must_exist.set, False)
+    return context.run(load_recipe, folder / "recipe.yaml", changes)
+
+
+def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
+    """An adapter of the job in `folder`; the error says which names are similar."""
+    adapters = {adapter.name: adapter for adapter in recipe.adapters}
+    if name not in adapters:
+        similar = suggestion(name, list(adapters))
+        raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{similar}")
+    return adapters[name]
+
+
+def check_needs(
+    judge: Judge,
+    waiting: Sequence[Stage],
+    verbs: Collection[str],
+    folder: Path,
+    command: Callable[[str], str] | None = None,
+) -> None:
+    """Check that no stage in `waiting` needs others that are neither current nor requested. The
+    error names all commands that must run first."""
+    needed = [s for s in upstream(judge.plan, *(s.name for s in waiting)) if s.verb not in verbs]
+    if missing := {s.name: judge.stale[s.name] for s in needed if s.name in judge.stale}:
+        what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
+        raise missing_error(what, missing, folder, command)
+
+
+def missing_error(
+    what: str,
+    reasons: Mapping[str, str],
+    folder: Path,
+    command: Callable[[str], str] | None = None,
+) -> DirectoryError:
+    """An error that names the stages that `what` needs, why each is stale, and the commands.
+
+    Args:
+        reasons: by stage, in the order of the plan.
+        command: returns the command line that runs a verb.
+    """
+    needed = {name.partition("/")[0] for name in reasons}
+    run = command or (lambda verb: command_line(verb, folder))
+    return DirectoryError(
+        f"{what} needs {', '.join(reasons)}, missing or out of date in {str(folder)!r}:\n"
+        + "".join(f"  {name}: {reason}\n" for name, reason in reasons.items())
+        + f"Run first: {' && '.join(run(verb) for verb in VERBS if verb in needed)}"
+    )
+
+
+def command_line(verb: str, folder: Path, *options: str) -> str:
+    """The command that runs `verb` on the job in `folder`."""
+    return shlex.join(["qwlora", verb, str(folder), *options])
+
+
+def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
+    """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
+    settings, unless it is named in `replace`."""
+    store, changed = judge.store, dict[str, list[str]]()
+    for stage in judge.plan:
+        if stage.kind != "train" or stage.name not in waiting or stage.adapter in replace:
+            continue
+        reasons = []
+        if stage.name in judge.changed:
+            causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
+            reasons = [line for s in causes for line in judge.differences(s)]
+        elif stage.place in store.damaged:
+            reasons = [f"{stage.place}/stage.json is damaged, so its settings are unknown"]
+        if reasons and (store.path / stage.place).is_dir():
+            changed[str(stage.adapter)] = reasons
+    if changed:
+        lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
+        options = [part for name in changed for part in ("--replace", name)]
+        raise DirectoryError(
+            f"{str(store.path)!r} has adapters that were trained differently, "
+            f"{', '.join(changed)}:\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "Nothing was changed. To train them again: "
+            + f"{command_line('run', store.path, *options)}\n"
+            + "(each stays in place until the new one is finished). To keep both, give the new one "
+            "another name"
+        )

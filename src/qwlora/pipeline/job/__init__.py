@@ -1,1 +1,0 @@
-"""The directory of one job: its records, its texts, and how it is changed safely."""

@@ -1,0 +1,353 @@
+"""Run the stages of a recipe in order, skipping those that are current.
+
+`results.json` and `report.html` are rewritten when a stage begins and ends, and while an adapter is
+trained (`job_status.py`). They list only current results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import replace as changed
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qwlora.data.prepared_data import summary
+from qwlora.errors import DirectoryError, VerificationError, described
+from qwlora.formats.model_card import text_of
+from qwlora.pipeline import VERBS
+from qwlora.pipeline.job import (
+    Judge,
+    check_kept,
+    check_needs,
+    command_line,
+    job_recipe,
+    needs_settling,
+    settle,
+    sources_of,
+)
+from qwlora.pipeline.output_path import as_directory_errors, check_output, check_outside_data
+from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.results.results import TIMING, last_status, write_results
+from qwlora.pipeline.results.results_table import base_costs
+from qwlora.pipeline.running.job_status import JobStatus
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stages import new_context
+from qwlora.pipeline.store import Record, Store
+from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe.recipe_text import edited, new_text
+from qwlora.system.atomic import total_bytes, write_text
+from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
+from qwlora.system.progress import Track, untracked
+
+Say = Callable[[str], None]
+Watch = Callable[[str, int, int], None]
+
+
+def run(
+    recipe: Path | Recipe,
+    out: Path,
+    verbs: Collection[str] = VERBS,
+    track: Track = untracked,
+    *,
+    changes: tuple[str, ...] = (),
+    device: str | None = None,
+    replace: Collection[str] = (),
+    say: Say = lambda line: None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Run the stages of a recipe whose verb is in `verbs` in the directory `out`.
+
+    Current stages are skipped (see `job.py`), but `verify` always runs when only some verbs are
+    requested. A check that fails does not stop the others.
+
+    Args:
+        recipe: a recipe, or its file, which may be the job's own.
+        changes: changes to the recipe, which the job keeps; see `load_recipe`.
+        device: where to compute this time, instead of the recipe's device.
+        replace: adapters that may be trained again with other settings.
+        say: receives one line for each stage that is skipped or run.
+        watch: called when a stage begins, with its name, its number and how many will run. Without
+            it, memory and disk are not estimated before.
+
+    Returns:
+        The content of `results.json`. An error of a stage leaves the stages before it finished.
+
+    Raises:
+        VerificationError: at the end, if a check failed.
+    """
+    check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
+    own = out / "recipe.yaml"
+    is_own = isinstance(recipe, Path) and own.exists() and own.samefile(recipe)
+    before = job_recipe(out) if (out / ".qwlora").is_dir() and own.is_file() else None
+    if isinstance(recipe, Path):
+        wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
+    else:
+        wanted = recipe
+    check_outside_data(out, wanted)
+    if not is_first_process():
+        return _join_stages(wanted, out, device)
+    store = Store(out)
+    if before is None:
+        store.check_unclaimed()
+    elif not is_own:
+        _check_same_job(before, wanted, out)
+    try:
+        with contextlib.ExitStack() as lock:
+            if store.is_writable:
+                lock.enter_context(store.locked())
+                if before is not None and job_recipe(out) != before:
+                    raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
+            sources = sources_of(wanted, store, track, reads=True)
+            job = _Run(wanted, before, store, sources, track, say, device)
+            try:
+                return job.run(verbs, replace, watch)
+            finally:
+                if before is None and not store.has_work:
+                    for name in ("recipe.yaml", "results.json", "report.html"):
+                        (out / name).unlink(missing_ok=True)
+    finally:
+        store.seen.save()
+        end()
+
+
+def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
+    """Check that a recipe from elsewhere is of the job in `out`, and keeps its adapters."""
+    if before.name != wanted.name:
+        raise DirectoryError(
+            f"{str(out)!r} was made by recipe {before.name!r}, and this one is {wanted.name!r}. "
+            "Choose another --out, or delete the directory"
+        )
+    names = [adapter.name for adapter in wanted.adapters]
+    if lost := [a.name for a in before.adapters if a.name not in names]:
+        raise DirectoryError(
+            f"{str(out)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
+            f"`{command_line('run', out)}`, add them to the recipe, or remove them: "
+            f"qwlora adapters remove {out} {lost[0]}"
+        )
+
+
+class _Run:
+    """One run, in the first process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        before: Recipe | None,
+        store: Store,
+        sources: Sources,
+        track: Track,
+        say: Say,
+        device: str | None,
+    ):
+        self.recipe, self.before, self.store, self.say = recipe, before, store, say
+        self.sources, self.track, self.device = sources, track, device
+        self.judge = Judge(make_plan(recipe, sources), store)
+        if needs_settling(self.judge) and store.is_writable:
+            settle(self.judge)
+        self.always: set[str] = set()  # stages that run even if they are current
+        self.context: Any = None  # until a stage, or a check before all stages, needs it
+        self.failures: list[tuple[str, VerificationError]] = []
+
+    def run(
+        self, verbs: Collection[str], replace: Collection[str], watch: Watch | None
+    ) -> dict[str, Any]:
+        asked = self._check(verbs, replace)
+        if waiting := self._waiting(asked):
+            self._prepare(waiting, estimates=watch is not None)
+        self._write_recipe()
+        status = JobStatus(
+            lambda keys: write_results(self.judge, self.recipe, keys),
+            self.judge.plan,
+            command_line("run", Path(self.store.path.absolute().name)),
+            last_status(self.store.path),
+        )
+        names = [stage.name for stage in waiting]
+        for stage in asked:
+            if not self._waiting([stage]):
+                self.say(f"{stage.name}: skipped, nothing it depends on has changed")
+                continue
+            if self._is_proven(stage):
+                continue
+            if stage.name in names and watch is not None:
+                watch(stage.name, 1 + names.index(stage.name), len(names))
+            check_kept(self.judge, [stage.name], replace)  # what it reads may be another one now
+            with status.failures():
+                record = self._run_stage(stage, status)
+            self.say(f"{stage.name}: done in {record.seconds:.1f} s")
+            for what, cost in base_costs(record.results):  # before its adapter is trained
+                self.say(f"{what}: {cost}")
+        if not self.failures:
+            return status.end(self.judge.stale)
+        name, failure = self.failures[0]
+        if len(self.failures) > 1:
+            messages = [str(error) for _, error in self.failures]
+            failure = VerificationError(f"{len(messages)} checks failed", messages)
+        failure.results = status.fail(failure, name)
+        raise failure
+
+    def _check(self, verbs: Collection[str], replace: Collection[str]) -> list[Stage]:
+        """All checks of the directory; returns the stages of `verbs`."""
+        judge, store = self.judge, self.store
+        asked = [stage for stage in judge.plan if stage.verb in verbs]
+        if not asked:
+            self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
+        if not set(VERBS) <= set(verbs):
+            self.always = {stage.name for stage in asked if stage.verb == "verify"}
+        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+            for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
+                if (needed := f"calibrate/{stage.adapter}") in judge.stale:
+                    self.say(f"{stage.name}: left out, {needed} has not run")
+                    asked.remove(stage)
+        names = [adapter.name for adapter in self.recipe.adapters]
+        if unknown := [name for name in replace if name not in names]:
+            raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
+        waiting = self._waiting(asked)
+        check_needs(judge, waiting, verbs, store.path)
+        check_kept(judge, [stage.name for stage in waiting], replace)
+        if waiting and not store.is_writable:
+            first = waiting[0].name
+            raise DirectoryError(
+                f"{str(store.path)!r} is not writable, but {first} must run "
+                f"({judge.stale.get(first, 'as requested')}); make the directory writable, or "
+                "copy it"
+            )
+        for stage in waiting:
+            stage.check_read()
+            if stage.artifact is not None:
+                store.check_replaceable(stage.artifact)
+        planned = {stage.place for stage in judge.plan}
+        for place, record in store.records.items():
+            if record.stage == "train" and place not in planned:
+                name = place.partition("/")[2]
+                self.say(
+                    f"{place} is of no adapter of the recipe. It stays; to delete it: "
+                    f"qwlora adapters remove {store.path} {name}"
+                )
+        return asked
+
+    def _waiting(self, asked: list[Stage]) -> list[Stage]:
+        return [s for s in asked if s.name in self.judge.stale or s.name in self.always]
+
+    def _is_proven(self, stage: Stage) -> bool:
+        """Whether a check cannot run here, and these files have passed it where it could."""
+        record = self.store.records.get(stage.place)
+        if stage.verb != "verify" or record is None or record.not_run or record.failed:
+            return False
+        if (missing := stage.missing()) is None:
+            return False
+        is_of = record.needs == self.judge.versions(stage)
+        if is_of:
+            self.say(f"{stage.name}: not run here ({missing}); the proof that is there stays")
+        return is_of
+
+    def _prepare(self, waiting: list[Stage], estimates: bool) -> None:
+        """All checks of text and model, which need no writing, and an estimate."""
+        self.context = self._new_context()
+        from qwlora.pipeline.running import forecast, preflight
+
+        preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
+        for name, text in (prepared := self.context.all_texts()).items():
+            self.say(summary(text.describe(), name if len(prepared) > 1 else None))
+        if not estimates:
+            return
+        holds_float = self.context.holds_float_model
+        try:
+            found = forecast.estimate(
+                self.recipe, waiting, self.store.path, self.track, holds_float
+            )
+        except Exception as error:  # an estimate is no reason to stop a job
+            self.say(f"no estimate of memory: {described(error)}")
+        else:
+            for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
+                self.say(line)
+
+    def _new_context(self) -> Any:
+        recipe = self.recipe
+        if self.device is not None:
+            recipe = recipe.model_copy(update={"device": self.device})
+        return new_context(recipe, self.sources, self.store.path, self.track)
+
+    def _write_recipe(self) -> None:
+        """Keep the recipe in the job, with the user's comments if there is one already."""
+        path = self.store.path / "recipe.yaml"
+        if self.before == self.recipe or not self.store.is_writable:
+            return
+        text = new_text(self.recipe)
+        if self.before is not None:
+            text = edited(text_of(path), self.before, self.recipe, path)
+        with as_directory_errors(self.store.path):
+            write_text(path, text)
+
+    def _run_stage(self, stage: Stage, status: JobStatus) -> Record:
+        """Run one stage, and judge those that read what it wrote."""
+        name, store = stage.name, self.store
+        reason = self.judge.stale.get(name, "as requested")
+        self.say(f"{name} ...{'' if reason == 'has not run' else f' ({reason})'}")
+        status.begin(name)
+        if self.context is None:
+            self.context = self._new_context()
+        self.context.on_training = status.train
+        from qwlora.pipeline.stages.stage_functions import RUN
+
+        began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        record = self.judge.identity(stage)
+        gc.collect()
+        return_freed_memory()  # of the stages before
+        reset_peak_rss()
+        with as_directory_errors(store.path), store.scratch(stage.place) as scratch:
+            work, is_joint = store.work(record.key), stage.verb not in ("export", "verify")
+            with (
+                joint_stage((name, record.key), is_joint),
+                self.context.stage(name, stage.verb) as device_memory,
+            ):
+                try:
+                    results = RUN[stage.verb](self.context, stage, scratch, work)
+                except VerificationError as error:
+                    if stage.verb != "verify":
+                        raise
+                    self.failures.append((name, error))  # the other stages do not need it
+                    results = error.results or {}
+            memory = {"peak_rss_bytes": peak_rss_bytes(), **device_memory}
+            results[TIMING] = {"started": started, **memory}
+            if stage.artifact is not None:
+                results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
+            record = changed(
+                record,
+                results=results,
+                seconds=time.perf_counter() - began,
+                made_by=f"qwlora {version('qwlora')}",
+                not_run=stage.missing() or "",
+                failed=any(failed == name for failed, _ in self.failures),
+            )
+            record = store.commit(stage.place, record, scratch)
+            store.drop_work(record.key)
+        self.judge.again()
+        return record
+
+
+def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any]:
+    """Join the stages that all processes run together; returns no results."""
+    if device is not None:
+        recipe = recipe.model_copy(update={"device": device})
+    sources = Sources(recipe, is_new=False)
+    stages = {stage.name: stage for stage in make_plan(recipe, sources)}
+    context = new_context(recipe, sources, out, untracked)
+    from qwlora.pipeline.stages.stage_functions import RUN
+
+    for name, key in joined_stages():
+        stage, work = stages[name], Store(out).work(key)
+        with (
+            TemporaryDirectory() as unused,
+            context.stage(name, stage.verb),
+            warnings.catch_warnings(action="ignore"),  # the first process gives them
+        ):
+            RUN[stage.verb](context, stage, Path(unused), work)
+    return {}

@@ -1,0 +1,164 @@
+"""The texts and the model that a recipe names, as inputs of stages: by digest, never by path.
+
+Looking at a job reads none of them, and some may be gone. Such an input is `Unread`, and what the
+stage's record says of it counts (`filled`). Only a stage that runs needs the file, and complains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwlora.data import Documents, load_documents
+from qwlora.errors import QwloraError
+from qwlora.formats.model_source import content_files, fetch, source_path
+from qwlora.pipeline.seen import Seen
+from qwlora.recipe import Data, Recipe
+from qwlora.system.progress import Track, one_step, untracked
+
+
+class Unread:
+    """An input that was not read, or cannot be (`error`)."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+
+
+def filled(inputs: Any, known: Any) -> Any:
+    """`inputs` with what is unread taken from `known`, the inputs of a record, where it has it."""
+    if isinstance(inputs, Unread):
+        return inputs if known is None else known
+    if isinstance(inputs, dict):
+        old = known if isinstance(known, dict) else {}
+        return {key: filled(value, old.get(key)) for key, value in inputs.items()}
+    if isinstance(inputs, list):
+        same = isinstance(known, list) and len(known) == len(inputs)
+        return [filled(v, known[n] if same else None) for n, v in enumerate(inputs)]
+    return inputs
+
+
+def unread(inputs: Any) -> Iterable[Unread]:
+    """What is unread in `inputs`."""
+    if isinstance(inputs, Unread):
+        yield inputs
+    elif isinstance(inputs, dict | list):
+        for value in inputs.values() if isinstance(inputs, dict) else inputs:
+            yield from unread(value)
+
+
+class Sources:
+    """What a recipe names. Each text is read once, when it is needed.
+
+    Args:
+        seen: digests of the model's files and of adapters to continue from.
+        reads: False to look at a job only.
+        is_new: nothing was made yet, so that what cannot be read is an error at once.
+        holds_floats: whether the model is a float model, if it is known.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seen: Seen | None = None,
+        track: Track = untracked,
+        *,
+        reads: bool = True,
+        is_new: bool = True,
+        holds_floats: bool | None = None,
+    ):
+        self.recipe, self.reads, self._track = recipe, reads, track
+        self._seen, self._is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
+        self._loaded: dict[Any, Documents | Exception] = {}
+
+    def documents(self, data: Data) -> Documents:
+        """The documents of a data section that has a source."""
+        assert data.source is not None
+        key = (data.source, data.held_out, data.reading())
+        if key not in self._loaded:
+            source, held_out, reading = key
+            try:
+                with one_step(self._track, f"reading {source}"):
+                    loaded = load_documents(source, held_out, self.recipe.seed, reading)
+                self._loaded[key] = loaded
+            except (QwloraError, OSError) as error:
+                self._loaded[key] = error
+        if isinstance(found := self._loaded[key], Exception):
+            raise found
+        return found
+
+    def text(self, data: Data, **counts: int) -> dict[str, Any]:
+        """The documents of a text, and how they are cut into sequences.
+
+        Args:
+            counts: how many sequences are used, by the key in the data section.
+        """
+        found: dict[str, Any] = {"source": Unread(), "packing": Unread()}
+        template: Any = Unread() if data.chat_template else None
+        if self.reads:
+            try:
+                documents, text = self.documents(data), data.read_template()
+            except (QwloraError, OSError) as error:
+                if self._is_new:
+                    raise
+                found = {"source": Unread(error), "packing": Unread(error)}
+            else:
+                packing = data.cutting().packing_of(documents.kind)
+                found = {"source": documents.digest, "packing": packing}
+                template = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+        cut = {"sequence_tokens": data.sequence_tokens, "turns": data.turns}
+        written = {"chat_template": template} if template is not None else {}
+        written |= {"prompt_format": "plain"} if data.prompt_format != "auto" else {}
+        return {**found, **cut, **written, **counts}
+
+    def files(self, paths: Iterable[Path]) -> dict[str, Any]:
+        """Digest of each file by name."""
+        return {path.name: self._seen.content(path) for path in paths}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Digests of the model's files, and what changes how they are read."""
+        section = self.recipe.model
+        inputs = {"source": self._model_files, "holds_floats": self.holds_floats}
+        return inputs | ({"trust_remote_code": True} if section.trust_remote_code else {})
+
+    @cached_property
+    def _model_files(self) -> Any:
+        if not self.reads:
+            return Unread()
+        try:
+            return self.files(fetch(self.recipe.model.source).files)
+        except (QwloraError, OSError) as error:
+            if self._is_new:
+                raise
+            return Unread(error)
+
+    @cached_property
+    def holds_floats(self) -> bool:
+        """Whether there is a float model to compare with, or only integers in a quantized format;
+        of a model that is gone, what it was."""
+        try:
+            if self.reads or self._holds_floats is None:
+                return fetch(self.recipe.model.source).holds_floats
+        except (QwloraError, OSError):
+            if self._is_new:
+                raise
+        return bool(self._holds_floats)
+
+    def adapter(self, source: str) -> Any:
+        """Digests of the files of an adapter from elsewhere; of one on the hub, its id."""
+        try:
+            folder = source_path(source)
+        except QwloraError as error:
+            return Unread(error)
+        if folder.is_dir():
+            return self.files(content_files(folder)) if self.reads else Unread()
+        return source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else Unread()
+
+    def file(self, path: str) -> Any:
+        """Digest of one file that the recipe names."""
+        digest = self._seen.content(path) if self.reads else None
+        return Unread() if digest is None else digest

@@ -1,0 +1,103 @@
+"""The text of recipe.yaml in a job. It is the user's: written once, then changed in place, so that
+comments and the order of keys stay."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import DirectoryError, RecipeError
+from qwlora.formats.model_source import relative_to
+from qwlora.recipe.recipe_file import parse_recipe
+from qwlora.recipe.whole_recipe import Recipe
+from qwlora.recipe.yaml_core import dump_yaml, load_yaml
+
+_WIDTH = 10_000  # lines are never folded
+
+
+def new_text(recipe: Recipe) -> str:
+    """The first recipe.yaml of a job: every key, so that later defaults change nothing."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
+    """`text`, which reads as `before`, changed so that it reads as `after`.
+
+    Args:
+        path: of the file, whose folder relative paths are relative to.
+
+    Raises:
+        DirectoryError: it cannot be changed, for example because of anchors.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = _WIDTH, True
+    yaml.indent(mapping=2, sequence=2 if "\n- " in text else 4, offset=0 if "\n- " in text else 2)
+    inside = f"{path.parent.absolute()}/"
+    try:
+        document = yaml.load(text)
+        _change(document, *(_movable(recipe, inside) for recipe in (before, after)))
+        yaml.dump(document, stream := io.StringIO())
+        with relative_to(path.parent):
+            if parse_recipe(load_yaml(stream.getvalue()), str(path)) == after:
+                return stream.getvalue()
+        reason = "the changed text would read as another recipe"
+    except (YAMLError, RecipeError, ValueError, TypeError, KeyError, IndexError) as error:
+        reason = str(error)
+    raise DirectoryError(
+        f"{str(path)!r} cannot be changed automatically ({reason}). Make the change in it by hand, "
+        "then run the job"
+    )
+
+
+def _movable(recipe: Recipe, inside: str) -> Any:
+    """The content of a recipe, with paths below `inside` relative to it, so that the job can be
+    moved."""
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: relative(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [relative(item) for item in value]
+        is_inside = isinstance(value, str) and value.startswith(inside)
+        return f"./{value.removeprefix(inside)}" if is_inside else value
+
+    return relative(recipe.model_dump(mode="json", exclude_unset=True))
+
+
+def _change(node: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Apply the differences between two mappings to a node of YAML, in place."""
+    for key in before.keys() - after.keys():
+        node.pop(key, None)
+    for key, value in after.items():
+        old = before.get(key)
+        if old == value:
+            continue
+        there = node.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and isinstance(there, dict):
+            _change(there, old, value)
+        elif _are_sections(old) and _are_sections(value) and isinstance(there, list):
+            _change_list(there, old or [], value)
+        else:
+            node[key] = value
+
+
+def _change_list(node: list[Any], before: list[Any], after: list[Any]) -> None:
+    """The same for a list of sections, whose members have names."""
+    if len(after) < len(before):
+        names = [member.get("name") for member in after]
+        for number in reversed(range(len(before))):
+            if before[number].get("name") not in names:
+                del node[number]
+        before = [member for member in before if member.get("name") in names]
+    for number, (old, new) in enumerate(zip(before, after, strict=False)):
+        _change(node[number], old, new)
+    node += after[len(before) :]
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(member, dict) for member in value)

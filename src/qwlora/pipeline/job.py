@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextvars import copy_context
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qwlora.pipeline.plan import Stage, make_plan
 from qwlora.pipeline.sources import Sources, filled
 from qwlora.pipeline.store import TMP, Record, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
-from qwlora.recipe.section import must_exist
+from qwlora.recipe.section import of_a_job
 from qwlora.recipe.yaml_core import flow
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.folder import PROOF_RECORD, current_proofs, renamed_proof
@@ -297,9 +296,8 @@ def write_bundle_readmes(store: Store) -> None:
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
     """The recipe of an existing job. Texts and a model that it names may be missing."""
-    context = copy_context()
-    context.run(must_exist.set, False)
-    return context.run(load_recipe, folder / "recipe.yaml", changes)
+    with of_a_job():
+        return load_recipe(folder / "recipe.yaml", changes)
 
 
 def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:

@@ -11,6 +11,7 @@ from typing import Any
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.formats.model_source import relative_to
 from qwlora.recipe.recipe_file import parse_recipe
+from qwlora.recipe.section import of_a_job
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml, load_yaml
 
@@ -42,7 +43,7 @@ def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
         document = yaml.load(text)
         _change(document, *(_movable(recipe, inside) for recipe in (before, after)))
         yaml.dump(document, stream := io.StringIO())
-        with relative_to(path.parent):
+        with relative_to(path.parent), of_a_job():
             if parse_recipe(load_yaml(stream.getvalue()), str(path)) == after:
                 return stream.getvalue()
         reason = "the changed text would read as another recipe"

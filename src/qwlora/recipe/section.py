@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Self
@@ -19,7 +20,17 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 # Whether paths and ids that a recipe names are checked. Those of a job may have been moved since.
-must_exist: ContextVar[bool] = ContextVar("must_exist", default=True)
+_must_exist: ContextVar[bool] = ContextVar("must_exist", default=True)
+
+
+@contextmanager
+def of_a_job() -> Iterator[None]:
+    """Texts and a model that a recipe names may be missing inside."""
+    token = _must_exist.set(False)
+    try:
+        yield
+    finally:
+        _must_exist.reset(token)
 
 
 class Section(BaseModel):
@@ -52,7 +63,7 @@ def located(text: str, check: Callable[[str], object]) -> str:
             f"{text!r} is in the current directory, but paths in a recipe are relative to its own "
             f"folder{looked_for(text, path)}. Give {os.path.relpath(text, user_path('.'))}"
         )
-    if must_exist.get():
+    if _must_exist.get():
         check(text)
     if not path.exists():
         return text

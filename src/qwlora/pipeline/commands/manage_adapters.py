@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwlora.data import locate_documents
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.formats.model_source import user_path
 from qwlora.pipeline.job import (
@@ -40,6 +41,7 @@ from qwlora.pipeline.seen import Seen
 from qwlora.pipeline.store import Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
+from qwlora.recipe.section import of_a_job
 from qwlora.system.atomic import flush, write_text
 from qwlora.system.progress import untracked
 from qwlora.targets.target import AND
@@ -69,6 +71,8 @@ def add_adapter(
         like: the adapter whose settings it takes. Default: the first in the recipe.
         changes: changes to these settings, `key=value`.
     """
+    if data is not None:
+        locate_documents(data)
     with _editing(folder) as (store, recipe):
         model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json", exclude_unset=True), "name": name}
@@ -104,6 +108,8 @@ def import_adapter(
     from qwlora.pipeline.running.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
 
+    if data is not None:
+        locate_documents(data)
     with _editing(folder) as (store, recipe):
         if not (is_mlx := is_mlx_adapter(path := user_path(source))):
             shapes = check_existing(source, "accept", skeleton(recipe.model))
@@ -242,7 +248,8 @@ def _write(store: Store, before: Recipe, after: Recipe) -> None:
 
 
 def _parsed(folder: Path, content: dict[str, Any], changes: tuple[str, ...] = ()) -> Recipe:
-    return parse_recipe(content, str(folder / "recipe.yaml"), changes)
+    with of_a_job():
+        return parse_recipe(content, str(folder / "recipe.yaml"), changes)
 
 
 def _with_adapter(

@@ -71,7 +71,7 @@ class Sources:
         holds_floats: bool | None = None,
     ):
         self.recipe, self.reads, self._track = recipe, reads, track
-        self._seen, self._is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
+        self._seen, self.is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
         self._loaded: dict[Any, Documents | Exception] = {}
 
     def documents(self, data: Data) -> Documents:
@@ -102,7 +102,7 @@ class Sources:
             try:
                 documents, text = self.documents(data), data.read_template()
             except (QwloraError, OSError) as error:
-                if self._is_new:
+                if self.is_new:
                     raise
                 found = {"source": Unread(error), "packing": Unread(error)}
             else:
@@ -132,7 +132,7 @@ class Sources:
         try:
             return self.files(fetch(self.recipe.model.source).files)
         except (QwloraError, OSError) as error:
-            if self._is_new:
+            if self.is_new:
                 raise
             return Unread(error)
 
@@ -144,7 +144,7 @@ class Sources:
             if self.reads or self._holds_floats is None:
                 return fetch(self.recipe.model.source).holds_floats
         except (QwloraError, OSError):
-            if self._is_new:
+            if self.is_new:
                 raise
         return bool(self._holds_floats)
 

@@ -27,6 +27,7 @@ from qwlora.pipeline.job import (
     check_kept,
     check_needs,
     command_line,
+    differences,
     job_recipe,
     needs_settling,
     settle,
@@ -283,6 +284,9 @@ class _Run:
         text = new_text(self.recipe)
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
+            contents = (r.model_dump(mode="json") for r in (self.before, self.recipe))
+            for line in differences(*contents, {}):
+                self.say(f"{path}: {line}")
         with as_directory_errors(self.store.path):
             write_text(path, text)
 

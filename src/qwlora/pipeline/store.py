@@ -219,7 +219,8 @@ class Store:
                 the job's; if they are not known yet, all do.
         """
         target, is_damaged = self.path / place, place in self.damaged
-        if not os.path.lexists(target) or (is_damaged and not new):
+        is_file = place.startswith(f"{STAGES}/")
+        if is_file or not os.path.lexists(target) or (is_damaged and not new):
             return
         inside = {p: r for p, r in self.records.items() if p == place or p.startswith(f"{place}/")}
         known = {f"{p}/{name}" for p, record in inside.items() for name in (*record.files, STAGE)}

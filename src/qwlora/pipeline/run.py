@@ -179,8 +179,8 @@ class _Run:
                 continue
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
-            check_kept(self.judge, [stage.name], replace)  # what it reads may be another one now
             with status.failures():
+                check_kept(self.judge, [stage.name], replace)  # it may read another base now
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained

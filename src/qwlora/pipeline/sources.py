@@ -140,13 +140,14 @@ class Sources:
     def holds_floats(self) -> bool:
         """Whether there is a float model to compare with, or only integers in a quantized format;
         of a model that is gone, what it was."""
+        if self._holds_floats is not None and not self.reads:
+            return self._holds_floats
         try:
-            if self.reads or self._holds_floats is None:
-                return fetch(self.recipe.model.source).holds_floats
+            return fetch(self.recipe.model.source).holds_floats
         except (QwloraError, OSError):
-            if self.is_new:
+            if self.is_new and self.reads:
                 raise
-        return bool(self._holds_floats)
+            return bool(self._holds_floats)
 
     def adapter(self, source: str) -> Any:
         """Digests of the files of an adapter from elsewhere; of one on the hub, its id."""

@@ -151,7 +151,8 @@ class _Run:
         self.sources, self.track, self.device = sources, track, device
         self.judge = Judge(make_plan(recipe, sources), store)
         if needs_settling(self.judge) and store.is_writable:
-            settle(self.judge)
+            settle(store, recipe, track)
+            self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it
         self.failures: list[tuple[str, VerificationError]] = []

@@ -26,10 +26,12 @@ class FakeJob(Job):
     Args:
         ran: names of the stages that the last run ran, in their order.
         on_stage: called by each stage that runs, with its name.
+        written: what artifacts hold, besides the name of their stage.
     """
 
     ran: list[str] = field(default_factory=list)
     on_stage: Callable[[str], None] = lambda name: None
+    written: bytes = b"weights"
 
     def run(self, *verbs: str, **options: Any) -> dict[str, Any]:
         self.ran.clear()
@@ -40,7 +42,7 @@ class FakeJob(Job):
         self.on_stage(stage.name)
         if stage.artifact:
             (scratch / "part").mkdir()
-            (scratch / "weights.bin").write_bytes(stage.name.encode() * 10)
+            (scratch / "weights.bin").write_bytes(stage.name.encode() + self.written)
             (scratch / "part" / "settings.json").write_text('{"a": 1}')
         return {stage.name: {"measured": 1}}
 

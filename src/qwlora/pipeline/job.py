@@ -164,7 +164,7 @@ def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -
         start = max(known, key=len, default="")
         name = labels[start] + path.removeprefix(start) if known else path
         before, after = (_shown(value) for value in (old, new))
-        of_text = name.endswith(("data.source", ".text"))
+        of_text = name.endswith(("data.source", ".text", ".calibrate_on"))
         why = " (its content, split, columns, held_out or seed)" if of_text else ""
         yield f"{name}{why}: {before} -> {after}"
 

@@ -29,7 +29,6 @@ files of use cases have names of adapters in them, so there these are inputs.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +148,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
         if name not in switched:
             plan.export_base(name, "quantize")
     if recipe.workflow == "qwa-lora":
-        ranges = plan.ranges(recipe.base_texts())
+        ranges = plan.ranges(recipe.base_texts(), plan.base_text)
         plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
     for adapter in recipe.adapters:
         is_imported = is_foreign(recipe, adapter) and adapter.unknown_base == "accept"
@@ -196,6 +195,7 @@ class _Plan:
         self.recipe, self.sources = recipe, sources
         self.targets = {name: TARGETS[name] for name in recipe.export.targets}
         self.shares = recipe.is_simulated and recipe.simulation.base_activations != "all"
+        self.base_text = "base.calibrate_on" if recipe.base.calibrate_on else ""  # its key, if set
         self.stages: dict[str, Stage] = {}
 
     def add(
@@ -231,7 +231,7 @@ class _Plan:
         """The texts that the base is calibrated on; what the model writes is a stage of its own."""
         texts = {}
         for number, part in enumerate(self.recipe.base.calibration):
-            where = "" if part.text == JOB else f"base.calibration.{number}.text"
+            where = self.base_text if part.text == JOB else f"base.calibration.{number}.text"
             found = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
             texts[str(number)] = {"weight": part.weight, "texts": found}
         return {"calibration": texts, "seed": self.recipe.seed}
@@ -276,10 +276,11 @@ class _Plan:
         proof, revisions = {"proof": self.recipe.export.proof}, _revisions("sampled_text")
         return {"export": proof, "seed": self.recipe.seed, **revisions}
 
-    def ranges(self, texts: Iterable[Data]) -> dict[str, Any]:
-        """Activation ranges that are measured on `texts`."""
+    def ranges(self, texts: Iterable[Data], where: str = "") -> dict[str, Any]:
+        """Activation ranges that are measured on `texts`; `where` as for `text`."""
         section = self.recipe.simulation
-        counted = [self.text(d, calibration_sequences=d.calibration_sequences) for d in texts]
+        counts = [(data, data.calibration_sequences) for data in texts]
+        counted = [self.text(data, where, calibration_sequences=count) for data, count in counts]
         observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
         has_histogram = any(RangeEstimator(observer).needs_histogram for observer in observers)
         revisions = _revisions("activation_ranges") if has_histogram else {}
@@ -421,16 +422,14 @@ class _Plan:
         counted = [first]
         counted += [a for a in others if not is_foreign(recipe, a) or not is_covered(recipe, a)]
         keys = {"target_modules", "layers"}
-        layers = {a.model_dump_json(include=keys): a.name for a in counted[::-1]}
+        layers = {a.model_dump_json(include=keys) for a in counted}
         needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]
         needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
         needs += ["calibrate"] if self.shares else []
         shape = first.model_dump(include={"rank", "rank_pattern"})
-        own = [json.loads(keys) for keys in sorted(layers)]
-        zero = {"adapter": shape, "layers": own, "seed": recipe.seed}
-        labels = {f"layers.{n}": f"adapters.{layers[k]}" for n, k in enumerate(sorted(layers))}
-        labels["adapter"] = f"adapters.{first.name}"
-        inputs = self.ranges(recipe.base_texts()) | zero
+        zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}
+        labels = {"adapter": f"adapters.{first.name}", "layers": "adapters[].target_modules, layers"}
+        inputs = self.ranges(recipe.base_texts(), self.base_text) | zero
         self.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER, labels=labels)
 
     def calibrate_use_cases(self) -> None:

@@ -204,8 +204,9 @@ class _Run:
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
         if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
-                if (needed := f"calibrate/{stage.adapter}") in judge.stale:
-                    self.say(f"{stage.name}: left out, {needed} has not run")
+                needed = f"calibrate/{stage.adapter}"
+                if (reason := judge.stale.get(needed)) == "has not run":
+                    self.say(f"{stage.name}: left out, {needed} {reason}")
                     asked.remove(stage)
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:

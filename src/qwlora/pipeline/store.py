@@ -101,14 +101,14 @@ def _digest(content: Any) -> str:
 
 def read_record(file: Path) -> Record | None:
     """The record in `file`; None if it is missing, damaged, or lists a file outside its folder."""
+    empty = Record("", {}, {})
     try:
         record = Record(**(unsealed(file) or {}))
-        paths = map(Path, record.files)
-        if any(path.is_absolute() or ".." in path.parts for path in paths):
-            return None
     except TypeError:
         return None
-    return record
+    is_whole = all(type(value) is type(getattr(empty, key)) for key, value in vars(record).items())
+    paths = [Path(name) for name in record.files] if is_whole else [Path("/")]
+    return None if any(p.is_absolute() or ".." in p.parts for p in paths) else record
 
 
 class Store:
@@ -221,7 +221,8 @@ class Store:
                 the job's; if they are not known yet, all do.
         """
         target, is_damaged = self.path / place, place in self.damaged
-        if not os.path.lexists(target) or (is_damaged and not new):
+        is_record = place.startswith(f"{STAGES}/")
+        if is_record or not os.path.lexists(target) or (is_damaged and not new):
             return
         inside = {p: r for p, r in self.records.items() if p == place or p.startswith(f"{place}/")}
         known = {f"{p}/{name}" for p, record in inside.items() for name in (*record.files, STAGE)}

@@ -428,7 +428,10 @@ class _Plan:
         needs += ["calibrate"] if self.shares else []
         shape = first.model_dump(include={"rank", "rank_pattern"})
         zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}
-        labels = {"adapter": f"adapters.{first.name}", "layers": "adapters[].target_modules, layers"}
+        labels = {
+            "adapter": f"adapters.{first.name}",
+            "layers": "adapters[].target_modules, layers",
+        }
         inputs = self.ranges(recipe.base_texts(), self.base_text) | zero
         self.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER, labels=labels)
 

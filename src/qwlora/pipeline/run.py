@@ -86,7 +86,7 @@ def run(
     check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
     own = out / "recipe.yaml"
     is_own = isinstance(recipe, Path) and own.exists() and own.samefile(recipe)
-    before = job_recipe(out) if (out / ".qwlora").is_dir() and own.is_file() else None
+    before = _recipe_in(out)
     if isinstance(recipe, Path):
         wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
     else:
@@ -103,7 +103,7 @@ def run(
         with contextlib.ExitStack() as lock:
             if store.is_writable:
                 lock.enter_context(store.locked())
-                if before is not None and job_recipe(out) != before:
+                if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
             job = _Run(wanted, before, store, sources, track, say, device)
@@ -116,6 +116,12 @@ def run(
     finally:
         store.seen.save()
         end()
+
+
+def _recipe_in(out: Path) -> Recipe | None:
+    """The recipe of the job in `out`; None if there is none."""
+    is_job = (out / ".qwlora").is_dir() and (out / "recipe.yaml").is_file()
+    return job_recipe(out) if is_job else None
 
 
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:

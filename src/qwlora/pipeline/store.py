@@ -166,8 +166,10 @@ class Store:
         """Check that the directory is new, empty, or left by a command that was killed before it
         wrote a recipe."""
         with as_directory_errors(self.path):
-            inside = os.listdir(self.path) if self.path.is_dir() else []
-            if {*inside} - {".qwlora", ".recipe.yaml.part"} or self.records:
+            inside = {*os.listdir(self.path)} if self.path.is_dir() else set()
+            if ".qwlora" in inside:
+                inside |= {f".qwlora/{name}" for name in os.listdir(self.private)}
+            if inside - {".qwlora", ".qwlora/lock", ".recipe.yaml.part"}:
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
                     "recipe.yaml next to .qwlora); choose another --out"
@@ -230,9 +232,9 @@ class Store:
         if not target.is_dir() or target.is_symlink():
             problem = "exists and is not a folder"
         elif foreign := [
-            name
+            name  # a card that the user edited is kept
             for name in _names_in(target)
-            if f"{place}/{name}" not in known and (name != CARD or is_users_card(target / CARD))
+            if f"{place}/{name}" not in known and name != CARD
         ]:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             problem = f"contains {foreign[0]!r}{more}"

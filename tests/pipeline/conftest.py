@@ -1,6 +1,6 @@
 """A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from conftest import Job, write_recipe
-from qwlora.pipeline.plan.plan import JobTexts, make_plan
-from qwlora.pipeline.running import run_job
+from qwlora.pipeline import run as run_module
+from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.seen import Seen
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages.stage_functions import RUN
+from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import load_recipe
 
 
@@ -23,30 +26,48 @@ class FakeJob(Job):
     Args:
         ran: names of the stages that the last run ran, in their order.
         on_stage: called by each stage that runs, with its name.
+        written: what artifacts hold, besides the name of their stage.
     """
 
     ran: list[str] = field(default_factory=list)
     on_stage: Callable[[str], None] = lambda name: None
+    written: bytes = b"weights"
 
     def run(self, *verbs: str, **options: Any) -> dict[str, Any]:
         self.ran.clear()
         return super().run(*verbs, **options)
 
-    def stage(self, session: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
+    def stage(self, context: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
         self.ran.append(stage.name)
         self.on_stage(stage.name)
         if stage.artifact:
             (scratch / "part").mkdir()
-            (scratch / "weights.bin").write_bytes(stage.name.encode() * 10)
+            (scratch / "weights.bin").write_bytes(stage.name.encode() + self.written)
             (scratch / "part" / "settings.json").write_text('{"a": 1}')
         return {stage.name: {"measured": 1}}
 
 
-def stage_keys(path: Path, *changes: str, digests: Any = None) -> dict[str, str]:
-    """The key of each stage of a recipe's job."""
+def planned(path: Path, *changes: str, seen: Seen | None = None) -> list[Stage]:
+    """The stages of a recipe's job."""
     recipe = load_recipe(path, changes)
-    plan = make_plan(recipe, JobTexts(recipe), digests)
-    return {stage.name: stage.key for stage in plan}
+    return make_plan(recipe, Sources(recipe, seen))
+
+
+def stage_keys(path: Path, *changes: str, seen: Seen | None = None) -> dict[str, str]:
+    """What each stage of a recipe's job depends on, as one string."""
+    keys = dict[str, str]()
+    for stage in planned(path, *changes, seen=seen):
+        needs = {name: keys[need] for name, need in stage.needs.items()}
+        keys[stage.name] = Record(stage.kind, dict(stage.inputs), needs).key
+    return keys
+
+
+def pretend_run(store: Store, plan: Sequence[Stage]) -> None:
+    """Give a store the records of a finished run, without files."""
+    places = {stage.name: stage.place for stage in plan}
+    for stage in plan:
+        needs = {name: store.version(places[need]) for name, need in stage.needs.items()}
+        store.records[stage.place] = Record(stage.kind, dict(stage.inputs), needs)
 
 
 @pytest.fixture
@@ -55,7 +76,7 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
     context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
-    monkeypatch.setattr(run_job, "new_context", lambda *arguments: context)
+    monkeypatch.setattr(run_module, "new_context", lambda *arguments: context)
     monkeypatch.setattr("qwlora.pipeline.running.preflight.preflight", lambda *arguments: None)
     return fake
 
@@ -71,5 +92,5 @@ def trained(
     folder = tmp_path_factory.mktemp("trained")
     adapters = [{"name": name, **SETTINGS} for name in ("first", "second")]
     path = write_recipe(folder, checkpoints["one-layer llama"], corpus, adapters=adapters)
-    run_job.run(load_recipe(path), folder / "job", ("quantize", "train"))
+    run_module.run(path, folder / "job", ("quantize", "train"))
     return folder / "job"

@@ -54,6 +54,7 @@ from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.store import STAGES
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.recipe.grid_sections import JOB
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import PROOF
@@ -147,7 +148,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
         if name not in switched:
             plan.export_base(name, "quantize")
     if recipe.workflow == "qwa-lora":
-        ranges = plan.ranges(recipe.base_texts())
+        ranges = plan.ranges(recipe.base_texts(), plan.base_text)
         plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
     for adapter in recipe.adapters:
         is_imported = is_foreign(recipe, adapter) and adapter.unknown_base == "accept"
@@ -194,6 +195,7 @@ class _Plan:
         self.recipe, self.sources = recipe, sources
         self.targets = {name: TARGETS[name] for name in recipe.export.targets}
         self.shares = recipe.is_simulated and recipe.simulation.base_activations != "all"
+        self.base_text = "base.calibrate_on" if recipe.base.calibrate_on else ""  # its key, if set
         self.stages: dict[str, Stage] = {}
 
     def add(
@@ -209,7 +211,10 @@ class _Plan:
         several = [found for found, count in Counter(kinds).items() if count > 1]
         names = [f"{k}/{n}" if k in several else k for n, k in enumerate(kinds)]
         by_name = dict(zip(names, needs, strict=True))
-        self.stages[name] = Stage(name, kind or name, _plain(inputs), by_name, **more)
+        labels = {"rotation": "base.rotation", "calibration": "base.calibration"}
+        plain = _plain(inputs, "", labels)
+        more["labels"] = labels | more.get("labels", {})
+        self.stages[name] = Stage(name, kind or name, plain, by_name, **more)
 
     # Inputs
 
@@ -226,22 +231,41 @@ class _Plan:
         """The texts that the base is calibrated on; what the model writes is a stage of its own."""
         texts = {}
         for number, part in enumerate(self.recipe.base.calibration):
-            found = [self.sources.text(data) for data in self.recipe.calibration_texts(part)]
+            where = self.base_text if part.text == JOB else f"base.calibration.{number}.text"
+            found = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
             texts[str(number)] = {"weight": part.weight, "texts": found}
         return {"calibration": texts, "seed": self.recipe.seed}
 
-    def measured(self, data: Data) -> dict[str, Any]:
+    def text(self, data: Data, where: str = "", **counts: int) -> _Text:
+        """A text as an input; see `Sources.text`.
+
+        Args:
+            where: the key that has its source. Default: that of the section that is `data`; of a
+                text of several that the base is calibrated on, which is cut as the data section
+                says, that of its adapter.
+        """
+        text, sections = _Text(self.sources.text(data, **counts)), {"data": self.recipe.data}
+        sections |= {f"adapters.{a.name}.data": a.data for a in self.recipe.adapters if a.data}
+        same = [name for name, section in sections.items() if section == data]
+        source = [name for name, section in sections.items() if section.source == data.source]
+        where = where or f"{[*same, *source, 'data'][0]}.source"
+        text.labels = {"": [*same, "data"][0], ".source": where}
+        return text
+
+    def measured(self, data: Data) -> _Text:
         """The held-out part of a text."""
-        return self.sources.text(data, evaluation_sequences=data.evaluation_sequences)
+        return self.text(data, evaluation_sequences=data.evaluation_sequences)
 
     def files(self, target: str) -> dict[str, Any]:
         """What exported files depend on besides the tensors in them: the encodings version, the
-        ONNX opset and the embedding bits unless default; the sizes and layout of graphs with a
-        cache; and which text the golden inputs are."""
+        ONNX opset and the embedding bits; the sizes and layout of graphs with a cache; and which
+        text the golden inputs are."""
         export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
         keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
-        keys |= {"embedding_bits"} if len(TARGETS[target].embedding_bits) > 1 else set()
-        written = export.model_dump(include=keys, exclude_defaults=True)
+        written = {
+            **export.model_dump(include=keys),
+            "embedding_bits": export.embedding_bits_of(target),
+        }
         written |= {} if graphs is None else {"graphs": graphs.model_dump()}
         written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
         shipped = self.shipped() if TARGETS[target].has_golden else {}
@@ -252,19 +276,17 @@ class _Plan:
         proof, revisions = {"proof": self.recipe.export.proof}, _revisions("sampled_text")
         return {"export": proof, "seed": self.recipe.seed, **revisions}
 
-    def ranges(self, texts: Iterable[Data]) -> dict[str, Any]:
-        """Activation ranges that are measured on `texts`."""
-        section, text = self.recipe.simulation, self.sources.text
-        counted = [text(d, calibration_sequences=d.calibration_sequences) for d in texts]
+    def ranges(self, texts: Iterable[Data], where: str = "") -> dict[str, Any]:
+        """Activation ranges that are measured on `texts`; `where` as for `text`."""
+        section = self.recipe.simulation
+        counts = [(data, data.calibration_sequences) for data in texts]
+        counted = [self.text(data, where, calibration_sequences=count) for data, count in counts]
         observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
         has_histogram = any(RangeEstimator(observer).needs_histogram for observer in observers)
         revisions = _revisions("activation_ranges") if has_histogram else {}
-        return {"simulation": section.model_dump(mode="json"), "texts": counted, **revisions}
-
-    def label(self, adapter: Adapter | None) -> str:
-        """Where the recipe names the text of an adapter."""
-        is_own = adapter is not None and adapter.data is not None
-        return f"adapters.{adapter.name}.data" if adapter and is_own else "data"
+        without = {"percentile"} - observers
+        settings = section.model_dump(mode="json", exclude=without)
+        return {"simulation": settings, "texts": counted, **revisions}
 
     # Stages
 
@@ -277,13 +299,18 @@ class _Plan:
             }
             tokens = {"sequence_tokens": recipe.data.sequence_tokens}
             inputs = {**self.model, "calibration": sampled, "data": tokens, "seed": recipe.seed}
-            self.add(SAMPLE, inputs | _revisions("sampled_text"), artifact=SAMPLED)
+            from_ = "(sequences, from base.calibration_sequences or base.tuning.steps)"
+            labels = {
+                f"calibration.{n}.sequences": f"base.calibration.{n} {from_}" for n in sampled
+            }
+            self.add(SAMPLE, inputs | _revisions("sampled_text"), artifact=SAMPLED, labels=labels)
 
     def quantize(self) -> None:
         recipe, base, model = self.recipe, self.recipe.base, self.recipe.model
         named = {base.solver, *(rule.solver for rule in base.rules)}
         revisions = [name for name in SOLVERS if name in named]
-        without = {"tuning", "calibrate_on", "calibration", "rotation"}
+        without = {"tuning", "calibrate_on", "calibration", "rotation", *(SOLVERS.keys() - named)}
+        without |= set() if is_calibrated(recipe) else {"calibration_sequences"}
         inputs = {**self.model, "base": base.model_dump(mode="json", exclude=without)}
         if is_calibrated(recipe) or base.tuning.steps:
             inputs |= self.calibration()
@@ -303,8 +330,7 @@ class _Plan:
         if recipe.data.chat_template is not None:  # exported too
             inputs["chat_template"] = self.sources.file(recipe.data.chat_template)
         needs = [SAMPLE] * ("calibration" in inputs and SAMPLE in self.stages)
-        labels = {"chat_template": "data.chat_template", "calibration": "base.calibration"}
-        labels["second_moments"] = "adapters[].init"
+        labels = {"chat_template": "data.chat_template", "second_moments": "adapters[].init"}
         labels["schemes_to_choose_from"] = "export.targets (schemes that base.bits chooses from)"
         inputs |= _revisions(*revisions)
         self.add("quantize", inputs, *needs, artifact="base", labels=labels)
@@ -312,23 +338,22 @@ class _Plan:
     def learned(self, adapter: Adapter, start: Adapter) -> dict[str, Any]:
         """What an adapter learns from, and the files that `start` continues."""
         data, is_new = self.recipe.data_of(adapter), self.recipe.predecessor(start) is None
-        text = self.measured(data) if adapter.evaluation_steps else self.sources.text(data)
-        inputs = {"text": text, "seed": self.recipe.seed}
+        text = self.measured(data) if adapter.evaluation_steps else self.text(data)
+        inputs = {"text": text, "seed": self.recipe.seed, "workflow": self.recipe.workflow}
         if start.continue_from is not None and is_new:
             inputs["continue_from"] = self.sources.adapter(start.continue_from)
         return inputs
 
     def labels(self, adapter: Adapter) -> dict[str, str]:
         where = f"adapters.{adapter.name}"
-        start = {"continue_from": f"{where}.continue_from"}
-        return {"adapter": where, "text": self.label(adapter), **start}
+        return {"adapter": where, "start": where, "continue_from": f"{where}.continue_from"}
 
     def train(self, adapter: Adapter) -> None:
         recipe, name = self.recipe, adapter.name
         first, has_init = recipe.predecessor(adapter), adapter.init != "zero"
         settings = adapter.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-        if not has_init:
-            del settings["init_share"]
+        settings["init_share"] = recipe.init_share(adapter) if has_init else None
+        settings["loss"] = adapter.loss or ("whole" if recipe.workflow == "qwa-lora" else "chunked")
         inputs = {"adapter": settings, **self.learned(adapter, adapter)}
         inputs |= _revisions("initialize_adapter") if has_init else {}
         needs = ["quantize", *([f"train/{first.name}"] if first else [])]
@@ -346,7 +371,7 @@ class _Plan:
         without = {*_WITHOUT_EFFECT, "init", "init_share"}
         settings = [a.model_dump(mode="json", exclude=without) for a in (adapter, start)]
         inputs = {**self.model, "adapter": settings[0], **self.learned(adapter, start)}
-        inputs |= {"start": settings[1], "workflow": recipe.workflow}
+        inputs["start"] = settings[1]
         first, name = recipe.predecessor(start), adapter.name
         before = reference_stage(recipe, first) if first else None
         more = {"artifact": f"{FLOAT_ADAPTERS}/{name}", "labels": self.labels(adapter)}
@@ -363,20 +388,19 @@ class _Plan:
         if kind == "imported" and adapter is not None:
             inputs["continue_from"] = self.sources.adapter(str(adapter.continue_from))
         stage = f"evaluate/{kind}" if name is None else f"evaluate/{kind}/{name}"
-        labels = self.labels(adapter) if adapter else {"text": "data"}
+        labels = self.labels(adapter) if adapter else {}
         if own is not None:
             reference = compared_with(recipe, kind, adapter)
             against = [reference] if reference else []
-            read, needed = {**inputs, "text": self.measured(own)}, [*needs, *against]
-            of = f"evaluate/{kind}"
-            self.add(stage, read, *needed, kind=of, adapter=name, labels=labels)
+            read = {**inputs, "text": self.measured(own)}
+            read |= {"reference": recipe.reference} if reference else {}
+            more: dict[str, Any] = {"adapter": name, "labels": labels, "kind": f"evaluate/{kind}"}
+            self.add(stage, read, *needs, *against, **more)
         kinds = {"float", "base", *(["adapted"] if recipe.evaluate == "all" else [])}
         texts = recipe.texts() if kind in kinds else {}
         for text, data in texts.items() if len(texts) > 1 else ():
             if data != own:
-                other = next(a for a in recipe.adapters if a.name == text)
-                more: dict[str, Any] = {"adapter": name, "text": text}
-                more["labels"] = {"text": self.label(other)}
+                more = {"adapter": name, "text": text}
                 read = {**inputs, "text": self.measured(data), "kl": is_compared(kind, text)}
                 self.add(f"{stage}/on/{text}", read, *needs, kind=f"evaluate/{kind}/on", **more)
 
@@ -385,8 +409,7 @@ class _Plan:
         name, data = adapter.name, self.recipe.data_of(adapter)
         inputs = self.ranges([data])
         inputs |= {"held_out": self.measured(data)} if self.shares else {}
-        labels = {"texts.0": self.label(adapter), "held_out": self.label(adapter)}
-        more: dict[str, Any] = {"adapter": name, "artifact": f"simulation/{name}", "labels": labels}
+        more = {"adapter": name, "artifact": f"simulation/{name}"}
         needs = [f"train/{name}", *(["calibrate"] if self.shares else [])]
         self.add(f"calibrate/{name}", inputs, *needs, kind="calibrate", **more)
 
@@ -405,8 +428,11 @@ class _Plan:
         needs += ["calibrate"] if self.shares else []
         shape = first.model_dump(include={"rank", "rank_pattern"})
         zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}
-        labels = {"adapter": f"adapters.{first.name}", "layers": "adapters[].target_modules"}
-        inputs = self.ranges(recipe.base_texts()) | zero
+        labels = {
+            "adapter": f"adapters.{first.name}",
+            "layers": "adapters[].target_modules, layers",
+        }
+        inputs = self.ranges(recipe.base_texts(), self.base_text) | zero
         self.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER, labels=labels)
 
     def calibrate_use_cases(self) -> None:
@@ -434,23 +460,18 @@ class _Plan:
         matter: a proof is of files, and one that was not run is no proof."""
         known, recipe = self.targets[target], self.recipe
         inputs: dict[str, Any] = {"verify": recipe.verify.model_dump(mode="json")}
-        inputs["texts"] = [self.sources.text(text) for text in texts]
+        inputs["texts"] = [self.text(text) for text in texts]
         inputs |= self.shipped() if known.has_proof else {}
         inputs |= {"use_case": name} if known.has_cases else {}
         named = {"case" if known.has_cases else "adapter": name}
         artifact = f"export/{target}/{PROOF}/{name}" if known.has_proof else None
-        owner = next((a for a in recipe.adapters if a.name == name), None)
-        more: dict[str, Any] = {
-            **named,
-            "artifact": artifact,
-            "labels": {"texts.0": self.label(owner)},
-        }
+        more: dict[str, Any] = {**named, "artifact": artifact}
         more |= {"missing": known.missing} if known.has_proof else {}
         needs, kind = known.stages(target, name), f"verify/{target}/adapter"
         self.add(f"verify/{target}/{name}", inputs, *needs, kind=kind, **more)
 
     def verify_zero_adapter(self, target: str) -> None:
-        text = self.sources.text(self.recipe.data_of(self.recipe.adapters[0]))
+        text = self.text(self.recipe.data_of(self.recipe.adapters[0]))
         inputs = {"verify": self.recipe.verify.model_dump(mode="json"), "texts": [text]}
         self.add(f"verify/{target}", inputs, f"export/{target}")
 
@@ -460,10 +481,18 @@ def _revisions(*names: str) -> dict[str, Any]:
     return {"revisions": {name: REVISIONS[name] for name in names}}
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON reads it back; what is unread stays."""
+class _Text(dict[str, Any]):
+    """A text among the inputs. `labels` says where its keys are in the recipe."""
+
+    labels: dict[str, str]
+
+
+def _plain(value: Any, path: str, labels: dict[str, str]) -> Any:
+    """`value` as JSON reads it back; what is unread stays. Adds the labels of texts in it."""
+    if isinstance(value, _Text):
+        labels |= {f"{path}{key}": label for key, label in value.labels.items()}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(k): _plain(v, f"{path}.{k}".strip("."), labels) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, f"{path}.{n}", labels) for n, item in enumerate(value)]
     return value

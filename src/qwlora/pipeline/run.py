@@ -87,7 +87,7 @@ def run(
     check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
     own = out / "recipe.yaml"
     is_own = isinstance(recipe, Path) and own.exists() and own.samefile(recipe)
-    before = job_recipe(out) if (out / ".qwlora").is_dir() and own.is_file() else None
+    before = _recipe_in(out)
     if isinstance(recipe, Path):
         wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
     else:
@@ -104,7 +104,7 @@ def run(
         with contextlib.ExitStack() as lock:
             if store.is_writable:
                 lock.enter_context(store.locked())
-                if before is not None and job_recipe(out) != before:
+                if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
             job = _Run(wanted, before, store, sources, track, say, device)
@@ -117,6 +117,12 @@ def run(
     finally:
         store.seen.save()
         end()
+
+
+def _recipe_in(out: Path) -> Recipe | None:
+    """The recipe of the job in `out`; None if there is none."""
+    is_job = (out / ".qwlora").is_dir() and (out / "recipe.yaml").is_file()
+    return job_recipe(out) if is_job else None
 
 
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
@@ -152,7 +158,8 @@ class _Run:
         self.sources, self.track, self.device = sources, track, device
         self.judge = Judge(make_plan(recipe, sources), store)
         if needs_settling(self.judge) and store.is_writable:
-            settle(self.judge)
+            settle(store, recipe, track)
+            self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it
         self.failures: list[tuple[str, VerificationError]] = []
@@ -204,8 +211,9 @@ class _Run:
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
         if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
-                if (needed := f"calibrate/{stage.adapter}") in judge.stale:
-                    self.say(f"{stage.name}: left out, {needed} has not run")
+                needed = f"calibrate/{stage.adapter}"
+                if (reason := judge.stale.get(needed)) == "has not run":
+                    self.say(f"{stage.name}: left out, {needed} {reason}")
                     asked.remove(stage)
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:

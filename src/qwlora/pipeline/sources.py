@@ -130,7 +130,10 @@ class Sources:
         if not self.reads:
             return Unread()
         try:
-            return self.files(fetch(self.recipe.model.source).files)
+            location = fetch(self.recipe.model.source)
+            if location.gguf_file:
+                return {"gguf": self._seen.content(location.path)}
+            return self.files(location.files)
         except (QwloraError, OSError) as error:
             if self.is_new:
                 raise

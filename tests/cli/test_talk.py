@@ -26,7 +26,7 @@ from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
 from qwlora.pipeline.commands.open_job import JobModels
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 

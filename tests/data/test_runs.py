@@ -18,8 +18,8 @@ from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
 from qwlora.data.prepared_data import summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
+from qwlora.pipeline.sources import Sources
 from qwlora.recipe import load_recipe
 
 TEMPLATE = """\
@@ -215,7 +215,7 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
 def test_keys_hold_the_prompt_format_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:
     def key(*changes: str) -> list[Any]:
         recipe = load_recipe(recipe_for(data=chat), changes)
-        return JobTexts(recipe).key(recipe.data)
+        return Sources(recipe).key(recipe.data)
 
     assert key() == key("data.prompt_format=plain")
     Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
+from qwlora.pipeline.job.stage_records import sealed, stored_record, unsealed
 
 import qwlora
 from cli.command_line import answered, refused
@@ -29,11 +30,10 @@ from qwlora.errors import DirectoryError, QwloraError, SourceError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.job.stage_records import sealed, stored_record, unsealed
 from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import read_job
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.proof.folder import proofs
 from qwlora.targets.proof.readme import write_readme

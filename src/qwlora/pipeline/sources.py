@@ -31,7 +31,7 @@ class Unread:
 def filled(inputs: Any, known: Any) -> Any:
     """`inputs` with what is unread taken from `known`, the inputs of a record, where it has it."""
     if isinstance(inputs, Unread):
-        return inputs if known is None else known
+        return "not read" if known is None else known
     if isinstance(inputs, dict):
         old = known if isinstance(known, dict) else {}
         return {key: filled(value, old.get(key)) for key, value in inputs.items()}

@@ -367,14 +367,16 @@ class _Plan:
         if own is not None:
             reference = compared_with(recipe, kind, adapter)
             against = [reference] if reference else []
-            more = {"adapter": name, "labels": labels, "kind": f"evaluate/{kind}"}
-            self.add(stage, {**inputs, "text": self.measured(own)}, *needs, *against, **more)
+            read, needed = {**inputs, "text": self.measured(own)}, [*needs, *against]
+            of = f"evaluate/{kind}"
+            self.add(stage, read, *needed, kind=of, adapter=name, labels=labels)
         kinds = {"float", "base", *(["adapted"] if recipe.evaluate == "all" else [])}
         texts = recipe.texts() if kind in kinds else {}
         for text, data in texts.items() if len(texts) > 1 else ():
             if data != own:
                 other = next(a for a in recipe.adapters if a.name == text)
-                more = {"adapter": name, "text": text, "labels": {"text": self.label(other)}}
+                more: dict[str, Any] = {"adapter": name, "text": text}
+                more["labels"] = {"text": self.label(other)}
                 read = {**inputs, "text": self.measured(data), "kl": is_compared(kind, text)}
                 self.add(f"{stage}/on/{text}", read, *needs, kind=f"evaluate/{kind}/on", **more)
 

@@ -27,6 +27,7 @@ from qwlora.pipeline.job import (
     check_kept,
     check_needs,
     command_line,
+    differences,
     job_recipe,
     needs_settling,
     settle,
@@ -178,8 +179,8 @@ class _Run:
                 continue
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
-            check_kept(self.judge, [stage.name], replace)  # what it reads may be another one now
             with status.failures():
+                check_kept(self.judge, [stage.name], replace)  # it may read another base now
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -283,6 +284,9 @@ class _Run:
         text = new_text(self.recipe)
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
+            contents = (r.model_dump(mode="json") for r in (self.before, self.recipe))
+            for line in differences(*contents, {}):
+                self.say(f"{path}: {line}")
         with as_directory_errors(self.store.path):
             write_text(path, text)
 

@@ -71,7 +71,7 @@ class Sources:
         holds_floats: bool | None = None,
     ):
         self.recipe, self.reads, self._track = recipe, reads, track
-        self._seen, self._is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
+        self._seen, self.is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
         self._loaded: dict[Any, Documents | Exception] = {}
 
     def documents(self, data: Data) -> Documents:
@@ -102,7 +102,7 @@ class Sources:
             try:
                 documents, text = self.documents(data), data.read_template()
             except (QwloraError, OSError) as error:
-                if self._is_new:
+                if self.is_new:
                     raise
                 found = {"source": Unread(error), "packing": Unread(error)}
             else:
@@ -132,7 +132,7 @@ class Sources:
         try:
             return self.files(fetch(self.recipe.model.source).files)
         except (QwloraError, OSError) as error:
-            if self._is_new:
+            if self.is_new:
                 raise
             return Unread(error)
 
@@ -140,13 +140,14 @@ class Sources:
     def holds_floats(self) -> bool:
         """Whether there is a float model to compare with, or only integers in a quantized format;
         of a model that is gone, what it was."""
+        if self._holds_floats is not None and not self.reads:
+            return self._holds_floats
         try:
-            if self.reads or self._holds_floats is None:
-                return fetch(self.recipe.model.source).holds_floats
+            return fetch(self.recipe.model.source).holds_floats
         except (QwloraError, OSError):
-            if self._is_new:
+            if self.is_new and self.reads:
                 raise
-        return bool(self._holds_floats)
+            return bool(self._holds_floats)
 
     def adapter(self, source: str) -> Any:
         """Digests of the files of an adapter from elsewhere; of one on the hub, its id."""

@@ -219,7 +219,8 @@ class Store:
                 the job's; if they are not known yet, all do.
         """
         target, is_damaged = self.path / place, place in self.damaged
-        if not os.path.lexists(target) or (is_damaged and not new):
+        is_file = place.startswith(f"{STAGES}/")
+        if is_file or not os.path.lexists(target) or (is_damaged and not new):
             return
         inside = {p: r for p, r in self.records.items() if p == place or p.startswith(f"{place}/")}
         known = {f"{p}/{name}" for p, record in inside.items() for name in (*record.files, STAGE)}
@@ -276,12 +277,10 @@ class Store:
             flush(scratch)
             write_text(scratch / STAGE, record.text())
             flush_folder(scratch)
-            old = self._tmp(place).with_name(f"{self._tmp(place).name}.old")
-            _discard(old)
-            if (self.path / place).exists():
-                (self.path / place).rename(old)
+            old = self._put_aside(place) if (self.path / place).exists() else None
             self._move(scratch, place)
-            _discard(old)
+            if old is not None:
+                _discard(old)
             for inside in [p for p in self.records if p.startswith(f"{place}/")]:
                 del self.records[inside]  # it went with the old artifact
         self.records[place] = record
@@ -303,15 +302,8 @@ class Store:
     def remove(self, places: Iterable[str]) -> None:
         """Delete artifacts or records."""
         for place in places:
-            source, gone = self.path / place, self._tmp(place)
-            if os.path.lexists(source):
-                _discard(gone)
-                gone.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_dir():
-                    (source / STAGE).unlink(missing_ok=True)  # so that it does not come back
-                source.rename(gone)
-                flush_folder(source.parent)
-                _discard(gone)
+            if os.path.lexists(self.path / place):
+                _discard(self._put_aside(place))
             for inside in [p for p in self.records if p == place or p.startswith(f"{place}/")]:
                 del self.records[inside]
             self.damaged.discard(place)
@@ -353,6 +345,15 @@ class Store:
                 _discard(path)
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+    def _put_aside(self, place: str) -> Path:
+        """Move what is at `place` to tmp/; `finish` moves it back if nothing took its place."""
+        old = self._tmp(place).with_name(f"{self._tmp(place).name}.old")
+        _discard(old)
+        old.parent.mkdir(parents=True, exist_ok=True)
+        (self.path / place).rename(old)
+        flush_folder((self.path / place).parent)
+        return old
 
     def _tmp(self, place: str) -> Path:
         return self.path / TMP / quote(place, safe="")

@@ -38,6 +38,8 @@ def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = _WIDTH, True
     yaml.indent(mapping=2, sequence=2 if "\n- " in text else 4, offset=0 if "\n- " in text else 2)
+    null = "tag:yaml.org,2002:null"  # else it writes nothing for it
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(null, "null"))
     inside = f"{path.parent.absolute()}/"
     try:
         document = yaml.load(text)

@@ -7,6 +7,7 @@ run leaves for the next command besides these is in `.qwlora/status.json`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, QwloraWarning
+from qwlora.errors import DirectoryError, QwloraWarning, SourceError
+from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
 from qwlora.pipeline.output_path import as_directory_errors
 from qwlora.pipeline.plan import Stage
@@ -129,8 +131,10 @@ def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[
         write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
         for path, page in pages.items():
             write_text(path, page)
-        for artifact, text in cards.items():
-            store.write_card(artifact, text)
+        with contextlib.suppress(SourceError):
+            locate(recipe.model.source)  # of a model that is gone, a new card would say less
+            for artifact, text in cards.items():
+                store.write_card(artifact, text)
     return results
 
 

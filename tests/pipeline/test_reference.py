@@ -23,6 +23,7 @@ from qwlora.pipeline.asked import resolve_compute
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
 from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.running.forecast import Forecaster
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked

@@ -84,7 +84,7 @@ def _change(node: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> N
         if isinstance(old, dict) and isinstance(value, dict) and isinstance(there, dict):
             _change(there, old, value)
         elif _have_names(old) and _have_names(value) and isinstance(there, list):
-            _change_list(there, old, value)
+            _change_list(there, old or [], value)
         else:
             node[key] = value
 

@@ -184,7 +184,7 @@ class _Run:
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
             with status.failures():
-                check_kept(self.judge, [stage.name], replace, self.asked)  # it may read another base now
+                check_kept(self.judge, [stage.name], replace, self.asked)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -320,44 +320,49 @@ def check_needs(
     judge: Judge,
     waiting: Sequence[Stage],
     verbs: Collection[str],
-    folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str],
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
-    error names all commands that must run first."""
+    error names all commands that must run first.
+
+    Args:
+        asked: arguments of the command that runs: the job or the recipe, and options.
+    """
     needed = [s for s in upstream(judge.plan, *(s.name for s in waiting)) if s.verb not in verbs]
     if missing := {s.name: judge.stale[s.name] for s in needed if s.name in judge.stale}:
         what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
-        raise missing_error(what, missing, folder, command)
+        raise missing_error(what, missing, judge.store.path, asked)
 
 
 def missing_error(
     what: str,
     reasons: Mapping[str, str],
     folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str] = (),
 ) -> DirectoryError:
     """An error that names the stages that `what` needs, why each is stale, and the commands.
 
     Args:
         reasons: by stage, in the order of the plan.
-        command: returns the command line that runs a verb.
+        asked: see `check_needs`; default: the job.
     """
     needed = {name.partition("/")[0] for name in reasons}
-    run = command or (lambda verb: command_line(verb, folder))
+    commands = [command_line(v, *(asked or [str(folder)])) for v in VERBS if v in needed]
     return DirectoryError(
         f"{what} needs {', '.join(reasons)}, missing or out of date in {str(folder)!r}:\n"
         + "".join(f"  {name}: {reason}\n" for name, reason in reasons.items())
-        + f"Run first: {' && '.join(run(verb) for verb in VERBS if verb in needed)}"
+        + f"Run first: {' && '.join(commands)}"
     )
 
 
-def command_line(verb: str, folder: Path, *options: str) -> str:
-    """The command that runs `verb` on the job in `folder`."""
-    return shlex.join(["qwlora", verb, str(folder), *options])
+def command_line(verb: str, *arguments: object) -> str:
+    """The command line that runs `verb`."""
+    return shlex.join(["qwlora", verb, *map(str, arguments)])
 
 
-def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
+def check_kept(
+    judge: Judge, waiting: Collection[str], replace: Collection[str], asked: Sequence[str]
+) -> None:
     """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
     settings, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
@@ -374,13 +379,13 @@ def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str])
             changed[str(stage.adapter)] = reasons
     if changed:
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
-        options = [part for name in changed for part in ("--replace", name)]
+        options = [part for name in (*replace, *changed) for part in ("--replace", name)]
         raise DirectoryError(
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
             + "Nothing was changed. To train them again: "
-            + f"{command_line('run', store.path, *options)}\n"
+            + f"{command_line('run', *asked, *options)}\n"
             + "(each stays in place until the new one is finished). To keep both, give the new one "
             "another name"
         )

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace as changed
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -95,6 +95,9 @@ def run(
     check_outside_data(out, wanted)
     if not is_first_process():
         return _join_stages(wanted, out, device)
+    asked = [str(out)] if is_own or isinstance(recipe, Recipe) else [str(recipe), "--out", str(out)]
+    asked += [part for change in changes for part in ("--set", change)]
+    asked += [] if device is None else ["--device", device]
     store = Store(out)
     if before is None:
         store.check_unclaimed()
@@ -107,7 +110,7 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, before, store, sources, track, say, device)
+            job = _Run(wanted, before, store, sources, track, say, device, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -153,9 +156,10 @@ class _Run:
         track: Track,
         say: Say,
         device: str | None,
+        asked: Sequence[str],
     ):
         self.recipe, self.before, self.store, self.say = recipe, before, store, say
-        self.sources, self.track, self.device = sources, track, device
+        self.sources, self.track, self.device, self.asked = sources, track, device, asked
         self.judge = Judge(make_plan(recipe, sources), store)
         if needs_settling(self.judge) and store.is_writable:
             settle(store, recipe, track)
@@ -187,7 +191,7 @@ class _Run:
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
             with status.failures():
-                check_kept(self.judge, [stage.name], replace)  # it may read another base now
+                check_kept(self.judge, [stage.name], replace, self.asked)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -219,8 +223,8 @@ class _Run:
         if unknown := [name for name in replace if name not in names]:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
         waiting = self._waiting(asked)
-        check_needs(judge, waiting, verbs, store.path)
-        check_kept(judge, [stage.name for stage in waiting], replace)
+        check_needs(judge, waiting, verbs, self.asked)
+        check_kept(judge, [stage.name for stage in waiting], replace, self.asked)
         if waiting and not store.is_writable:
             first = waiting[0].name
             raise DirectoryError(
@@ -292,8 +296,8 @@ class _Run:
         text = new_text(self.recipe)
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
-            contents = (r.model_dump(mode="json") for r in (self.before, self.recipe))
-            for line in differences(*contents, {}):
+            old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))
+            for line in differences(old, new, {}):
                 self.say(f"{path}: {line}")
         with as_directory_errors(self.store.path):
             write_text(path, text)

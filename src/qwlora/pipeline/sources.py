@@ -31,7 +31,7 @@ class Unread:
 def filled(inputs: Any, known: Any) -> Any:
     """`inputs` with what is unread taken from `known`, the inputs of a record, where it has it."""
     if isinstance(inputs, Unread):
-        return inputs if known is None else known
+        return "not read" if known is None else known
     if isinstance(inputs, dict):
         old = known if isinstance(known, dict) else {}
         return {key: filled(value, old.get(key)) for key, value in inputs.items()}
@@ -96,7 +96,7 @@ class Sources:
         Args:
             counts: how many sequences are used, by the key in the data section.
         """
-        found: dict[str, Any] = {"source": Unread(), "packing": Unread()}
+        found: dict[str, Any] = dict.fromkeys(("source", "packing", "prompt_format"), Unread())
         template: Any = Unread() if data.chat_template else None
         if self.reads:
             try:
@@ -104,14 +104,14 @@ class Sources:
             except (QwloraError, OSError) as error:
                 if self.is_new:
                     raise
-                found = {"source": Unread(error), "packing": Unread(error)}
+                found = dict.fromkeys(found, Unread(error))
             else:
                 packing = data.cutting().packing_of(documents.kind)
-                found = {"source": documents.digest, "packing": packing}
+                pairs = data.prompt_format if documents.kind == "completions" else "none"
+                found = {"source": documents.digest, "packing": packing, "prompt_format": pairs}
                 template = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         cut = {"sequence_tokens": data.sequence_tokens, "turns": data.turns}
         written = {"chat_template": template} if template is not None else {}
-        written |= {"prompt_format": "plain"} if data.prompt_format != "auto" else {}
         return {**found, **cut, **written, **counts}
 
     def files(self, paths: Iterable[Path]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 
 from conftest import Job, write_recipe
 from qwlora.pipeline import run as run_module
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.seen import Seen
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages.stage_functions import RUN
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import load_recipe
 
@@ -73,8 +73,8 @@ def pretend_run(store: Store, plan: Sequence[Stage]) -> None:
 @pytest.fixture
 def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(recipe_for(), tmp_path / "out")
-    for verb in RUN:
-        monkeypatch.setitem(RUN, verb, fake.stage)
+    for verb in MODULES:
+        monkeypatch.setattr(MODULES[verb], "run", fake.stage)
     context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
     monkeypatch.setattr(run_module, "new_context", lambda *arguments: context)
     monkeypatch.setattr("qwlora.pipeline.running.preflight.preflight", lambda *arguments: None)

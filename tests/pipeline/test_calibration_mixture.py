@@ -13,9 +13,9 @@ from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError
-from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.running.forecast import Forecaster, plan_job
 from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.journal import JOURNAL
+from qwlora.pipeline.job.stage_records import Record
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.plan.stale_stages import find_stale, job_recipe
 from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
@@ -24,11 +29,6 @@ from qwlora.pipeline.commands.manage_adapters import (
     rename_adapter,
 )
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, add_task_scores
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.journal import JOURNAL
-from qwlora.pipeline.job.stage_records import Record
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import find_stale, job_recipe
 from qwlora.recipe import load_recipe
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}

@@ -11,6 +11,11 @@ from unittest import mock
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.stage_records import Record, Stage
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.running.run_job import run
 from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
@@ -27,12 +32,7 @@ from qwlora.pipeline.commands.manage_adapters import (
     rename_adapter,
 )
 from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.stage_records import Record, Stage
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.results.results_table import summary_rows
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.report import results_view
 

@@ -21,9 +21,9 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.asked import resolve_compute
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
-from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked

@@ -29,9 +29,10 @@ from qwlora.grid.scheme import (
 )
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.plan import SOLVER_SCALES, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import run
 from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import SOLVER_SCALES
 from qwlora.pipeline.stages.model_stages import solver_scales
 from qwlora.quantize import tune_scales
 from qwlora.quantize.layer_rules import LayerRule

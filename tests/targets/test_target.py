@@ -19,7 +19,7 @@ import torch
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.formats import manifest
-from qwlora.pipeline.plan import Stage
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import file_stages
 from qwlora.pipeline.store import NAME
 from qwlora.recipe.whole_recipe import Export, Verify

@@ -17,8 +17,9 @@ from typing import Any
 
 from qwlora.errors import DirectoryError, SourceError, suggestion
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources, filled
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import TMP, Record, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.recipe.section import of_a_job

@@ -34,12 +34,13 @@ from qwlora.pipeline.job import (
     sources_of,
 )
 from qwlora.pipeline.output_path import as_directory_errors, check_output, check_outside_data
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages import new_context
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import MODULES, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
@@ -311,8 +312,6 @@ class _Run:
         if self.context is None:
             self.context = self._new_context()
         self.context.on_training = status.train
-        from qwlora.pipeline.stages.stage_functions import RUN
-
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         record = self.judge.identity(stage)
         gc.collect()
@@ -325,7 +324,7 @@ class _Run:
                 self.context.stage(name, stage.verb) as device_memory,
             ):
                 try:
-                    results = RUN[stage.verb](self.context, stage, scratch, work)
+                    results = MODULES[stage.verb].run(self.context, stage, scratch, work)
                 except VerificationError as error:
                     if stage.verb != "verify":
                         raise
@@ -356,8 +355,6 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)
-    from qwlora.pipeline.stages.stage_functions import RUN
-
     for name, key in joined_stages():
         stage, work = stages[name], Store(out).work(key)
         with (
@@ -365,5 +362,5 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
             context.stage(name, stage.verb),
             warnings.catch_warnings(action="ignore"),  # the first process gives them
         ):
-            RUN[stage.verb](context, stage, Path(unused), work)
+            MODULES[stage.verb].run(context, stage, Path(unused), work)
     return {}

@@ -37,8 +37,9 @@ from qwlora.pipeline.job import (
     write_bundle_readmes,
 )
 from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.seen import Seen
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import STAGES, Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited

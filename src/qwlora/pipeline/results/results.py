@@ -19,9 +19,9 @@ from qwlora.errors import DirectoryError, QwloraWarning, SourceError
 from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
 from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.results.model_cards import card_text
 from qwlora.pipeline.seen import sealed, unsealed
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import CARD, NAME, TEXT_NAME
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml

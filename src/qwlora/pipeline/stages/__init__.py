@@ -1,4 +1,13 @@
-"""What the stages of a job run (`stage_functions.py`), and the models that they share."""
+"""The stages of a job, one module for each command. A module has
+
+    add...     adds stages to a plan: what they read, need and write
+    cost       memory and disk that a stage needs
+    run        runs a stage. It writes the artifact to `scratch` and returns the stage's part of
+               results.json. Unfinished work, from which it resumes, is in the folder `work`.
+
+They import no torch until a stage runs. What they run is in `model_stages.py` and `file_stages.py`;
+`job_context.py` has the models that they share.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +15,10 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from qwlora.pipeline.stages import calibrate, evaluate, export, quantize, train, verify
 from qwlora.system.machine import SlowComputeWarning
 from qwlora.system.progress import Track
 
@@ -15,6 +26,16 @@ if TYPE_CHECKING:
     from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages.job_context import JobContext
     from qwlora.recipe import Recipe
+
+MODULES: dict[str, ModuleType] = {
+    "quantize": quantize,
+    "calibrate-base": calibrate,
+    "train": train,
+    "calibrate": calibrate,
+    "export": export,
+    "verify": verify,
+    "evaluate": evaluate,
+}
 
 
 def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> JobContext:

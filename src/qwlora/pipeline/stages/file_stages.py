@@ -17,7 +17,10 @@ from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
-from qwlora.pipeline.plan import ADAPTER, Stage
+from qwlora.pipeline.stage import (
+    ADAPTER,
+    Stage,
+)
 from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes

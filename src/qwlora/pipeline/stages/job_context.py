@@ -49,7 +49,8 @@ from qwlora.pipeline.asked import (
     sampled_sequences,
     without_recovery,
 )
-from qwlora.pipeline.plan import (
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import (
     ADAPTER,
     BASE_SIMULATION,
     FLOAT_ADAPTERS,
@@ -58,7 +59,6 @@ from qwlora.pipeline.plan import (
     USE_CASES,
     ZERO_ADAPTER,
 )
-from qwlora.pipeline.sources import Sources
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, Model

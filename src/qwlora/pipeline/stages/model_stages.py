@@ -48,7 +48,7 @@ from qwlora.pipeline.asked import (
     reference_stage,
     sampled_sequences,
 )
-from qwlora.pipeline.plan import (
+from qwlora.pipeline.stage import (
     ADAPTER,
     CASES,
     MOMENTS,

@@ -15,6 +15,7 @@ from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.seen import Seen
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import MODULES
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import load_recipe
 

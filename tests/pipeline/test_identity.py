@@ -26,6 +26,7 @@ from qwlora.pipeline.results.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
 from qwlora.pipeline.seen import Seen
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import MODULES
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.recipe.whole_recipe import Recipe

@@ -211,11 +211,10 @@ class Job:
     def run(self, *verbs: str, changes: Sequence[str] = (), **options: Any) -> dict[str, Any]:
         from qwlora.pipeline import VERBS
         from qwlora.pipeline.run import run
-        from qwlora.recipe import load_recipe
 
         self.said.clear()
-        recipe = load_recipe(self.recipe, tuple(changes))
-        return run(recipe, self.out, verbs or VERBS, say=self.said.append, **options)
+        options |= {"changes": tuple(changes), "say": self.said.append}
+        return run(self.recipe, self.out, verbs or VERBS, **options)
 
     @property
     def done(self) -> list[str]:

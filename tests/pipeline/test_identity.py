@@ -24,13 +24,13 @@ from qwlora.pipeline.commands.push import prepared
 from qwlora.pipeline.job import Judge, job_recipe
 from qwlora.pipeline.results.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
-from qwlora.pipeline.seen import Seen
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import MODULES
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.report.verdict import verdict
+from qwlora.system.seen import Seen
 from qwlora.targets.target import Target
 
 # KEY: OLD -> NEW [with KEY=VALUE ...] => the stages that read it [as the keys that they name]

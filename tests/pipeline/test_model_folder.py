@@ -7,7 +7,7 @@ import pytest
 
 from qwlora.errors import DirectoryError
 from qwlora.pipeline import output_path
-from qwlora.pipeline.output_path import check_target, new_folder
+from qwlora.system.output_path import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:

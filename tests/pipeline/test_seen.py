@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.conftest import stage_keys
 from qwlora.pipeline import seen as module
-from qwlora.pipeline.seen import Seen
+from qwlora.system.seen import Seen
 
 SETTLED_NS = module.SETTLED_NS
 

@@ -286,7 +286,7 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
 
 NO_READING = """
 import sys
-from qwlora.pipeline.seen import Seen
+from qwlora.system.seen import Seen
 def refuse(self, file, path, size): raise AssertionError(path)
 Seen._hash = refuse
 from qwlora.cli.main import main
@@ -298,7 +298,7 @@ finally: assert 'torch' not in sys.modules
 def test_skipping_reads_nothing_imports_no_torch(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.pipeline.seen.SETTLED_NS", -(10**18))
+    monkeypatch.setattr("qwlora.system.seen.SETTLED_NS", -(10**18))
     job.run()
     job.run()
     command = [sys.executable, "-c", NO_READING, "run", str(job.out), "--json"]

@@ -31,8 +31,8 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Folders and files of the pipeline, lowest first.
 STEPS = (
-    *("seen", "output_path", "store", "sources", "asked", "plan", "target_table", "job"),
-    *("stages", "results", "running", "run", "commands"),
+    *("store", "sources", "asked", "stage", "target_table", "stages", "plan", "job"),
+    *("results", "running", "run", "commands"),
 )
 
 

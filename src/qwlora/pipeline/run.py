@@ -22,6 +22,7 @@ from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, VerificationError, described
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.asked import check_outside_data
 from qwlora.pipeline.job import (
     Judge,
     check_kept,
@@ -33,7 +34,6 @@ from qwlora.pipeline.job import (
     settle,
     sources_of,
 )
-from qwlora.pipeline.output_path import as_directory_errors, check_output, check_outside_data
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.results.results_table import base_costs
@@ -46,6 +46,7 @@ from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.output_path import as_directory_errors, check_output
 from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 

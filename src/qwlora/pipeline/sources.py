@@ -16,9 +16,9 @@ from typing import Any
 from qwlora.data import Documents, load_documents
 from qwlora.errors import QwloraError
 from qwlora.formats.model_source import content_files, fetch, source_path
-from qwlora.pipeline.seen import Seen
 from qwlora.recipe import Data, Recipe
 from qwlora.system.progress import Track, one_step, untracked
+from qwlora.system.seen import Seen
 
 
 class Unread:

@@ -31,7 +31,6 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
-from qwlora.pipeline.output_path import as_directory_errors
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.pipeline.stage import (
@@ -42,6 +41,7 @@ from qwlora.pipeline.store import CARD, Store
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.regular_files import check_plain, is_inside
 from qwlora.targets.registry import TARGETS
 

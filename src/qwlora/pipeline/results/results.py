@@ -18,9 +18,7 @@ from typing import Any
 from qwlora.errors import DirectoryError, QwloraWarning, SourceError
 from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
-from qwlora.pipeline.output_path import as_directory_errors
 from qwlora.pipeline.results.model_cards import card_text
-from qwlora.pipeline.seen import sealed, unsealed
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import CARD, NAME, TEXT_NAME
 from qwlora.recipe import Recipe
@@ -29,7 +27,9 @@ from qwlora.report.page import render
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.parameter_names import BASE
+from qwlora.system.seen import sealed, unsealed
 
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"

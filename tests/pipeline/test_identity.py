@@ -25,7 +25,7 @@ from qwlora.pipeline.job import Judge, job_recipe
 from qwlora.pipeline.results.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stages import MODULES
+from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.recipe.whole_recipe import Recipe
@@ -428,8 +428,8 @@ def test_nothing_is_stale(
     _in_recipe(place, lambda text: text.replace(str(finished), str(place)))
     before = shown(place / "job")
     change(place, monkeypatch)
-    for verb in MODULES:
-        monkeypatch.setattr(MODULES[verb], "run", no_stage)
+    for verb in RUN:
+        monkeypatch.setitem(RUN, verb, no_stage)
     (job,) = (file.parent for file in place.glob("*/recipe.yaml"))
     name = job_recipe(job).adapters[0].name
     assert shown(job) == before

@@ -40,7 +40,7 @@ from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stages import MODULES, new_context
+from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
@@ -325,7 +325,7 @@ class _Run:
                 self.context.stage(name, stage.verb) as device_memory,
             ):
                 try:
-                    results = MODULES[stage.verb].run(self.context, stage, scratch, work)
+                    results = RUN[stage.verb](self.context, stage, scratch, work)
                 except VerificationError as error:
                     if stage.verb != "verify":
                         raise
@@ -363,5 +363,5 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
             context.stage(name, stage.verb),
             warnings.catch_warnings(action="ignore"),  # the first process gives them
         ):
-            MODULES[stage.verb].run(context, stage, Path(unused), work)
+            RUN[stage.verb](context, stage, Path(unused), work)
     return {}

@@ -1,12 +1,6 @@
-"""The stages of a job, one module for each command. A module has
-
-    add...     adds stages to a plan: what they read, need and write
-    cost       memory and disk that a stage needs
-    run        runs a stage. It writes the artifact to `scratch` and returns the stage's part of
-               results.json. Unfinished work, from which it resumes, is in the folder `work`.
-
-They import no torch until a stage runs. What they run is in `model_stages.py` and `file_stages.py`;
-`job_context.py` has the models that they share.
+"""The stages of a job: one module for each command adds them to a plan, and says what each reads,
+needs, writes and costs. They import no torch. `RUN` has what they run, which does;
+`job_context.py` has the models that stages share.
 """
 
 from __future__ import annotations
@@ -14,11 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwlora.pipeline.stages import calibrate, evaluate, export, quantize, train, verify
 from qwlora.system.machine import SlowComputeWarning
 from qwlora.system.progress import Track
 
@@ -27,14 +21,30 @@ if TYPE_CHECKING:
     from qwlora.pipeline.stages.job_context import JobContext
     from qwlora.recipe import Recipe
 
-MODULES: dict[str, ModuleType] = {
-    "quantize": quantize,
-    "calibrate-base": calibrate,
-    "train": train,
-    "calibrate": calibrate,
-    "export": export,
-    "verify": verify,
-    "evaluate": evaluate,
+
+def _later(name: str) -> Callable[..., dict[str, Any]]:
+    """A function of this package that needs torch, imported when it is called."""
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        module, _, function = name.partition(":")
+        results: dict[str, Any] = getattr(import_module(f"{__name__}.{module}"), function)(
+            *arguments
+        )
+        return results
+
+    return run
+
+
+# By command: a function of context, stage, scratch and work. It writes the artifact to `scratch`
+# and returns the stage's part of results.json. Unfinished work is in the folder `work`.
+RUN = {
+    "quantize": _later("model_stages:quantize"),
+    "calibrate-base": _later("model_stages:calibrate_base"),
+    "train": _later("model_stages:train"),
+    "calibrate": _later("model_stages:calibrate"),
+    "export": _later("file_stages:export"),
+    "verify": _later("file_stages:verify"),
+    "evaluate": _later("model_stages:evaluate"),
 }
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from qwlora.pipeline.asked import is_covered, is_foreign
 from qwlora.pipeline.stage import (
     BASE_SIMULATION,
@@ -14,12 +11,8 @@ from qwlora.pipeline.stage import (
     ZERO,
     ZERO_ADAPTER,
     Planner,
-    Stage,
 )
 from qwlora.recipe import Adapter
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 
 def add_base(plan: Planner) -> None:
@@ -76,10 +69,3 @@ def add_use_cases(plan: Planner) -> None:
     needs = [f"calibrate/{name}" for name in names]
     labels = {"use_cases": "export.use_cases"}
     plan.add(CASES, inputs, *needs, artifact=USE_CASES, labels=labels)
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Calibrate a simulation."""
-    from qwlora.pipeline.stages.model_stages import calibrate
-
-    return calibrate(context, stage, scratch, work)

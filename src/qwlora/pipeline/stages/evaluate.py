@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwlora.pipeline.asked import REFERENCE, compared_with, is_compared
-from qwlora.pipeline.stage import Planner, Stage, labels_of, revisions
+from qwlora.pipeline.stage import Planner, labels_of, revisions
 from qwlora.recipe import Adapter
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 
 def add(plan: Planner, kind: str, *needs: str, adapter: Adapter | None = None) -> None:
@@ -38,10 +34,3 @@ def add(plan: Planner, kind: str, *needs: str, adapter: Adapter | None = None) -
             more = {"adapter": name, "text": text}
             read = {**inputs, "text": plan.measured(data), "kl": is_compared(kind, text)}
             plan.add(f"{stage}/on/{text}", read, *needs, kind=f"evaluate/{kind}/on", **more)
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Score a model on held-out text."""
-    from qwlora.pipeline.stages.model_stages import evaluate
-
-    return evaluate(context, stage, scratch, work)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwlora.pipeline.stage import CASES, Planner, Stage
+from qwlora.pipeline.stage import CASES, Planner
 from qwlora.recipe import Adapter
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.registry import TARGETS
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 
 def files(plan: Planner, target: str) -> dict[str, Any]:
@@ -50,10 +46,3 @@ def add_use_cases(plan: Planner, target: str) -> None:
     known, more = plan.targets[target], dict[str, Any](artifact=f"export/{target}")
     more |= {"missing": known.missing} if known.compilers else {}
     plan.add(f"export/{target}", files(plan, target), CASES, **more)
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Write the files."""
-    from qwlora.pipeline.stages.file_stages import export
-
-    return export(context, stage, scratch, work)

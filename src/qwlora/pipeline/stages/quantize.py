@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from qwlora.pipeline.asked import is_calibrated, needs_moments, sampled_sequences
-from qwlora.pipeline.stage import SAMPLE, SAMPLED, Planner, Stage, revisions
+from qwlora.pipeline.stage import SAMPLE, SAMPLED, Planner, revisions
 from qwlora.quantize.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 
 def add_sample(plan: Planner) -> None:
@@ -58,10 +52,3 @@ def add(plan: Planner) -> None:
     labels["schemes_to_choose_from"] = "export.targets (schemes that base.bits chooses from)"
     inputs |= revisions(*used)
     plan.add("quantize", inputs, *needs, artifact="base", labels=labels)
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Quantize the base, or sample text for it."""
-    from qwlora.pipeline.stages.model_stages import quantize
-
-    return quantize(context, stage, scratch, work)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwlora.pipeline.asked import recovers_on_base_text, reference_stage, without_recovery
-from qwlora.pipeline.stage import FLOAT_ADAPTERS, SAMPLE, Planner, Stage, labels_of, revisions
+from qwlora.pipeline.stage import FLOAT_ADAPTERS, SAMPLE, Planner, labels_of, revisions
 from qwlora.recipe import Adapter
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 # Settings of an adapter that do not change the result. What it continues and its text are inputs of
 # their own.
@@ -61,10 +57,3 @@ def add_reference(plan: Planner, adapter: Adapter, stage: str) -> None:
     more = {"artifact": f"{FLOAT_ADAPTERS}/{name}", "labels": labels_of(adapter)}
     needs = [before] if before else []
     plan.add(stage, inputs, *needs, kind="train/float", adapter=name, **more)
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Train an adapter."""
-    from qwlora.pipeline.stages.model_stages import train
-
-    return train(context, stage, scratch, work)

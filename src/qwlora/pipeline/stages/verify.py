@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwlora.pipeline.stage import Planner, Stage
+from qwlora.pipeline.stage import Planner
 from qwlora.recipe import Data
 from qwlora.targets.target import PROOF
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.stages.job_context import JobContext
 
 
 def add(plan: Planner, target: str, name: str, texts: Iterable[Data]) -> None:
@@ -35,10 +31,3 @@ def add_zero_adapter(plan: Planner, target: str) -> None:
     text = plan.text(plan.recipe.data_of(plan.recipe.adapters[0]))
     inputs = {"verify": plan.recipe.verify.model_dump(mode="json"), "texts": [text]}
     plan.add(f"verify/{target}", inputs, f"export/{target}")
-
-
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Run exported files and compare them."""
-    from qwlora.pipeline.stages.file_stages import verify
-
-    return verify(context, stage, scratch, work)

@@ -206,10 +206,13 @@ class _Run:
             self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+        if "calibrate" not in verbs:  # simulations that are not calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
-                if (needed := f"calibrate/{stage.adapter}") in judge.stale:
-                    self.say(f"{stage.name}: left out, {needed} has not run")
+                needed = f"calibrate/{stage.adapter}"
+                is_there = (store.path / "simulation" / str(stage.adapter)).exists()
+                if needed in judge.changed or not is_there:
+                    why = "is out of date" if is_there else "has not run"
+                    self.say(f"{stage.name}: left out, {needed} {why}")
                     asked.remove(stage)
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:

@@ -190,8 +190,9 @@ def _job_and_recipe(command: str, recipe: Path | None, out: Path | None) -> tupl
     if recipe is not None and recipe.is_dir():
         if out is not None:
             raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
-        check_job(recipe)
-        recipe, out = None, recipe
+        if command != "verify" or (recipe / "recipe.yaml").is_file():
+            check_job(recipe)
+            recipe, out = None, recipe
     elif recipe is not None and out is None and (recipe.parent / ".qwlora").is_dir():
         out = recipe.parent
     if recipe is not None and out is None and not recipe.exists():

@@ -292,14 +292,14 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 
 def write_bundle_readmes(store: Store) -> None:
-    """Write README.md of every bundle again: it lists the adapters that passed and are there."""
+    """Write README.md of every bundle again: it lists the adapters that were checked."""
     for target, known in TARGETS.items():
         bundle = store.path / "export" / target
         if known.has_base and bundle.is_dir():
             proofs = current_proofs(bundle).items()
             places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
-            passed = {name: p for name, p in proofs if places[name] in store.records}
-            write_readme(bundle, passed)
+            checked = {name: p for name, p in proofs if places[name] in store.records}
+            write_readme(bundle, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

@@ -215,7 +215,7 @@ class _Run:
             self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+        if "calibrate" not in verbs:  # simulations that are not calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
                 needed = f"calibrate/{stage.adapter}"
                 if (reason := judge.stale.get(needed)) == "has not run":

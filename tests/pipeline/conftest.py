@@ -1,5 +1,6 @@
 """A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Job, write_recipe
+from conftest import Job, text, write_recipe
 from qwlora.pipeline import run as run_module
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
@@ -72,7 +73,7 @@ def pretend_run(store: Store, plan: Sequence[Stage]) -> None:
 
 
 @pytest.fixture
-def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
+def fake_job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(recipe_for(), tmp_path / "out")
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
@@ -80,6 +81,12 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     monkeypatch.setattr(run_module, "new_context", lambda *arguments: context)
     monkeypatch.setattr("qwlora.pipeline.running.preflight.preflight", lambda *arguments: None)
     return fake
+
+
+@pytest.fixture
+def job(fake_job: FakeJob) -> FakeJob:
+    """The same, unless a module has another `job`."""
+    return fake_job
 
 
 SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
@@ -95,3 +102,20 @@ def trained(
     path = write_recipe(folder, checkpoints["one-layer llama"], corpus, adapters=adapters)
     run_module.run(path, folder / "job", ("quantize", "train"))
     return folder / "job"
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished job of two adapters, `model`, and their texts `text` and `more`."""
+    place = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoints["one-layer llama"], place / "model")
+    for number, name in enumerate(("text", "more")):
+        (place / name).mkdir()
+        for document in range(8):
+            (place / name / f"{document}.txt").write_text(text(10 * number + document, 60))
+    adapters: list[dict[str, Any]] = [{"name": name, **SETTINGS} for name in ("first", "second")]
+    adapters[1]["data"] = {"source": str(place / "more")}
+    sections = {"adapters": adapters, "export": {"targets": ["hf"]}}
+    recipe = write_recipe(place, place / "model", place / "text", **sections)
+    run_module.run(recipe, place / "job")
+    return place

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel
 
 from cli.command_line import answered
-from conftest import text, write_recipe
-from pipeline.conftest import SETTINGS, planned, pretend_run
+from conftest import text
+from pipeline.conftest import planned, pretend_run
 from qwlora.pipeline import asked
 from qwlora.pipeline.commands.push import prepared
 from qwlora.pipeline.job import Judge, job_recipe
@@ -380,22 +380,6 @@ def _rewritten(place: Path, patch: pytest.MonkeyPatch) -> None:
     short["base"]["weights"] = "w4-signed32"
     short["adapters"][0]["init_share"] = 0.5
     _in_recipe(place, lambda text: yaml.safe_dump(short))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
-    """A folder with a finished job of two adapters, its model and its texts."""
-    place = tmp_path_factory.mktemp("finished")
-    shutil.copytree(checkpoints["one-layer llama"], place / "model")
-    for number, name in enumerate(("text", "more")):
-        (place / name).mkdir()
-        for document in range(8):
-            (place / name / f"{document}.txt").write_text(text(10 * number + document, 60))
-    adapters = [{"name": "first", **SETTINGS}, {"name": "second", **SETTINGS}]
-    adapters[1]["data"] = {"source": str(place / "more")}
-    sections = {"adapters": adapters, "export": {"targets": ["hf"]}}
-    run(write_recipe(place, place / "model", place / "text", **sections), place / "job")
-    return place
 
 
 def shown(job: Path) -> list[Any]:

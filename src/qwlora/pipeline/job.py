@@ -272,8 +272,10 @@ def settle(store: Store, recipe: Recipe, track: Track = untracked) -> None:
     """Finish what a killed command began, and move what has another name in the recipe now. The
     caller holds the job's lock."""
     plan = make_plan(recipe, sources_of(recipe, store, track, reads=False))
+    was_killed = (store.path / TMP).is_dir()
     store.finish([stage.place for stage in plan])
-    if Judge(plan, store).moves():  # two adapters may differ in their text only
+    if store.records and (was_killed or Judge(plan, store).moves()):
+        # two adapters may differ in their text only, so here it is read
         plan = make_plan(recipe, sources_of(recipe, store, track, reads=True))
         move(store, plan, Judge(plan, store).moves())
     write_bundle_readmes(store)
@@ -361,32 +363,29 @@ def command_line(verb: str, *arguments: object) -> str:
     return shlex.join(["qwlora", verb, *map(str, arguments)])
 
 
-def check_kept(
-    judge: Judge, waiting: Collection[str], replace: Collection[str], asked: Sequence[str]
-) -> None:
+def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
     """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
-    settings, unless it is named in `replace`."""
+    settings, or its base, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
     for stage in judge.plan:
-        if stage.kind != "train" or stage.name not in waiting or stage.adapter in replace:
+        if stage.kind != "train" or stage.adapter in replace:
             continue
-        reasons = []
-        if stage.name in judge.changed:
-            causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
-            reasons = [line for s in causes for line in judge.differences(s)]
-        elif stage.place in store.damaged:
+        causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
+        reasons = [line for s in causes for line in judge.differences(s)]
+        if stage.place in store.damaged:
+            causes = [stage]
             reasons = [f"{stage.place}/stage.json is damaged, so its settings are unknown"]
-        if reasons and (store.path / stage.place).is_dir():
+        is_replaced = any(cause.name in waiting for cause in causes)
+        if is_replaced and (store.path / stage.place).is_dir():
             changed[str(stage.adapter)] = reasons
     if changed:
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
-        options = [part for name in (*replace, *changed) for part in ("--replace", name)]
+        options = " ".join(f"--replace {name}" for name in changed)
         raise DirectoryError(
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "Nothing was changed. To train them again: "
-            + f"{command_line('run', *asked, *options)}\n"
-            + "(each stays in place until the new one is finished). To keep both, give the new one "
-            "another name"
+            + f"No adapter was changed. To train them again, add {options} to the command (each "
+            "stays in place until the new one is finished). To keep both, give the new one another "
+            "name"
         )

@@ -193,7 +193,7 @@ class _Run:
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
             with status.failures():
-                check_kept(self.judge, [stage.name], replace, self.asked)  # of a new base
+                check_kept(self.judge, [stage.name], replace)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -226,7 +226,7 @@ class _Run:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
         waiting = self._waiting(asked)
         check_needs(judge, waiting, verbs, self.asked)
-        check_kept(judge, [stage.name for stage in waiting], replace, self.asked)
+        check_kept(judge, [stage.name for stage in waiting], replace)
         if waiting and not store.is_writable:
             first = waiting[0].name
             raise DirectoryError(

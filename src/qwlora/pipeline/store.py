@@ -323,6 +323,7 @@ class Store:
         """Rename artifacts, from and to, each in one step; they may change places."""
         for new in moves.values():
             self.check_replaceable(new)
+        (self.path / TMP).mkdir(exist_ok=True)  # so that a kill is noticed
         with self.removing([new for new in moves.values() if new not in moves]):
             pass
         left = dict(moves)

@@ -17,10 +17,7 @@ from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
-from qwlora.pipeline.stage import (
-    ADAPTER,
-    Stage,
-)
+from qwlora.pipeline.stage import ADAPTER, Stage
 from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes
@@ -119,13 +116,14 @@ def _graph(
 ) -> ExportedGraph:
     recipe = context.recipe
     sizes = recipe.export.graphs_of(target)
-    sample = context.sample(adapter or recipe.adapters[0].name)
+    # golden inputs, and the shapes of fixed graphs
+    ids = context.text(adapter or recipe.adapters[0].name).held_out.input_ids[0]
     if TARGETS[target].has_golden and recipe.export.proof != "held_out":
-        sample = one_row(context.generated_ids[0])
+        ids = context.generated_ids[0]
     return ExportedGraph(
         simulation,
         metadata={"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
-        sample=sample,
+        sample=one_row(ids),
         encodings_version=recipe.export.encodings_version,
         graphs=() if sizes is None else cache_sizes(sizes.tokens, sizes.context),
         opset=recipe.export.opset,

@@ -44,11 +44,7 @@ from qwlora.formats.model_source import fetch, load_config, load_model, load_tok
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
-from qwlora.pipeline.asked import (
-    resolve_compute,
-    sampled_sequences,
-    without_recovery,
-)
+from qwlora.pipeline.asked import is_foreign, resolve_compute, sampled_sequences, without_recovery
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import (
     ADAPTER,
@@ -191,9 +187,8 @@ class JobContext:
 
     def all_texts(self) -> dict[str, PreparedText]:
         """All texts of the job: the base's under the name `base`, those of adapters by name."""
-        recipe, names = self.recipe, dict[Data, str]()
-        for adapter in (*recipe.base.calibrate_on, *recipe.texts()):
-            names.setdefault(recipe.data_of(adapter), adapter)
+        recipe = self.recipe
+        names = {data: name for name, data in recipe.texts().items()}
         if recipe.data.source is not None:
             names.setdefault(recipe.data, "base")
         for part in recipe.base.calibration:
@@ -251,10 +246,6 @@ class JobContext:
             "tokens": self.recipe.simulation.calibration_tokens,
         }
 
-    def sample(self, adapter: str) -> dict[str, Tensor]:
-        """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
-        return one_row(self.text(adapter).held_out.input_ids[0])
-
     def example_inputs(self, model: Any) -> dict[str, Tensor]:
         """Two sequences that a graph of `model` is captured from."""
         ids = next(self._sequences(self.recipe.base_texts()))[None, :16].repeat(2, 1)
@@ -294,30 +285,23 @@ class JobContext:
 
     @cached_property
     def lazy(self) -> LazyModel | None:
-        """The float model with weights left in their files.
-
-        None if the files cannot be read tensor by tensor; `why_loaded_whole` may say why.
-        """
-        location = fetch(self.recipe.model.source)
-        if location.gguf_file or self.recipe.model.encodings is not None:
+        """The float model with weights left in their files; None if these cannot be read tensor by
+        tensor."""
+        model, location = self.recipe.model, fetch(self.recipe.model.source)
+        if location.gguf_file or model.encodings is not None:
             return None
         if self.recipe.base.rotation is not None:
             self.why_loaded_whole = "base.rotation changes weights of all layers together"
-            return None
-        if self.recipe.model.trust_remote_code:
-            self.why_loaded_whole = (
-                "model.trust_remote_code is true, so the model's own code loads it"
-            )
-            return None
-        try:
-            return LazyModel(FolderCheckpoint(location.path))
-        except SourceError as error:
-            # Weights that transformers converts on loading, or pickles: load the whole model.
-            self.why_loaded_whole = str(error)
-            return None
+        elif model.trust_remote_code:
+            self.why_loaded_whole = "model.trust_remote_code: the model's own code loads it"
+        else:
+            try:
+                return LazyModel(FolderCheckpoint(location.path))
+            except SourceError as error:  # transformers converts the weights, or they are pickles
+                self.why_loaded_whole = str(error)
+        return None
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, without weights: to check whether an adapter fits it."""
         return skeleton(self.recipe.model, self._config)
 
     @cached_property
@@ -343,6 +327,13 @@ class JobContext:
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
+
+    def checked_shapes(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights of a new or foreign adapter by their names in an adapter file.
+        Checks that it fits the model."""
+        if adapter.continue_from is None:
+            return check_shape(self.skeleton(), adapter.lora_shape(self.tokenizer))
+        return check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
 
     def imported(self, name: str, is_trainable: bool = False) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
@@ -375,7 +366,7 @@ class JobContext:
         """
         start = without_recovery(self.recipe, adapter) if reference else adapter
         seed, first = self.recipe.seed, self.recipe.predecessor(start)
-        if reference and first is None and start.continue_from is not None:
+        if reference and is_foreign(self.recipe, start):
             torch.manual_seed(seed)  # for dropout
             model = self.imported(start.name, is_trainable=True)
         else:
@@ -437,8 +428,7 @@ class JobContext:
 
     def simulate(self, model: nn.Module) -> Simulation:
         """A simulation that is not calibrated yet, of adapters padded to one shape if they share
-        all encodings. In workflow qwa-lora, an adapter's has the encodings of the base's
-        activations."""
+        all encodings; in workflow qwa-lora, with the encodings of the base's activations."""
         known = None
         if self.recipe.workflow == "qwa-lora" and isinstance(model, PeftModel):
             known = load_activations(self.path / BASE_SIMULATION)
@@ -461,13 +451,9 @@ class JobContext:
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def new_simulation(self, name: str, model: nn.Module | None = None) -> Simulation:
-        """Capture base and adapter as a simulation that is not calibrated yet, see `simulate`.
-
-        Only one simulation is kept in memory, besides the zero adapter's while both are compared.
-
-        Args:
-            model: the base with the adapter. Default: a fresh copy of both.
-        """
+        """Capture base and adapter (`model`, by default a fresh copy of both) as a simulation that
+        is not calibrated yet. Only one is kept in memory, besides the zero adapter's while both are
+        compared."""
         self._simulation = self._zero_adapter = None
         simulation = self.simulate(model or self.adapted(name))
         self.check_rules(simulation.placement)
@@ -488,13 +474,12 @@ class JobContext:
     def new_zero_adapter(self) -> Simulation:
         """Capture a zero adapter on every layer that an adapter of the job changes: what a runtime
         that can switch adapters computes without one. Not calibrated yet."""
-        first, *others = self.recipe.adapters
-        layers = self._ranks(first).keys()
-        union = {*layers}.union(*(self._ranks(adapter) for adapter in others))
-        if union == layers:
+        first = self.recipe.adapters[0]
+        layers = {layer for adapter in self.recipe.adapters for layer in self._ranks(adapter)}
+        if layers == self._ranks(first).keys():
             model = self.untrained(first).eval()
         else:
-            shape = LoraShape(first.rank, first.alpha, target_modules=sorted(union))
+            shape = LoraShape(first.rank, first.alpha, target_modules=sorted(layers))
             model = attach(self.base(), shape, self.recipe.seed).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -512,11 +497,7 @@ class JobContext:
 
     def _ranks(self, adapter: Adapter) -> dict[str, int]:
         """Ranks of an adapter by path of the layer."""
-        adapter = self.recipe.root(adapter)
-        if adapter.continue_from is None:
-            shapes = check_shape(self.skeleton(), adapter.lora_shape())
-        else:
-            shapes = check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
+        shapes = self.checked_shapes(self.recipe.root(adapter))
         names = {canonical_name(name): shape for name, shape in shapes.items()}
         return {n.partition(".lora_")[0]: s[0] for n, s in names.items() if is_first_factor(n)}
 
@@ -542,16 +523,10 @@ class JobContext:
         return {case: simulations[name] for case, name in {**names, BASE: BASE}.items()}
 
     def check_rules(self, *placements: Placement) -> None:
-        """Check once, before anything is trained, that every placement rule has an effect.
-
-        A rule may concern values that only some of the job's graphs have, like the weights of one
-        adapter, so it is an error only if it has no effect in any graph. Graphs are captured, with
-        untrained adapters, until every rule has had an effect: the base with each adapter (one that
-        continues another has the same layers), and the base alone if the job calibrates it.
-
-        Args:
-            placements: placements of graphs that the caller captured anyway.
-        """
+        """Check once, before anything is trained, that every placement rule has an effect in one of
+        the job's graphs: `placements`, and those of the base with each untrained adapter (one that
+        continues another has the same layers) and of the base alone, if the job calibrates it.
+        These are captured until every rule has had an effect."""
         recipe, known = self.recipe, list(placements)
         if self._rules_are_checked or not (recipe.is_simulated and recipe.simulation.rules):
             return

@@ -258,11 +258,8 @@ class _Run:
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
         if not estimates:
             return
-        holds_float = self.context.holds_float_model
         try:
-            found = forecast.estimate(
-                self.recipe, waiting, self.store.path, self.track, holds_float
-            )
+            found = forecast.estimate(self.recipe, waiting, self.store.path)
         except Exception as error:  # an estimate is no reason to stop a job
             self.say(f"no estimate of memory: {described(error)}")
         else:

@@ -210,12 +210,11 @@ class Job:
 
     def run(self, *verbs: str, changes: Sequence[str] = (), **options: Any) -> dict[str, Any]:
         from qwlora.pipeline import VERBS
-        from qwlora.pipeline.running import run_job
-        from qwlora.recipe import load_recipe
+        from qwlora.pipeline.run import run
 
         self.said.clear()
-        recipe = load_recipe(self.recipe, tuple(changes))
-        return run_job.run(recipe, self.out, verbs or VERBS, say=self.said.append, **options)
+        options |= {"changes": tuple(changes), "say": self.said.append}
+        return run(self.recipe, self.out, verbs or VERBS, **options)
 
     @property
     def done(self) -> list[str]:
@@ -272,7 +271,7 @@ def quick_stages() -> Iterator[None]:
     do neither here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("qwlora.pipeline.running.run_job.gc", SimpleNamespace(collect=lambda: 0))
+        patch.setattr("qwlora.pipeline.run.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 

@@ -1,5 +1,5 @@
-"""Commands that change adapters and are killed at any change of the disk: the next command finishes
-or undoes what they began."""
+"""Commands that are killed at any change of the disk: the next one finishes or undoes what they
+began. Some changes here, all in attack/test_sweeps.py."""
 
 import contextlib
 import itertools
@@ -15,25 +15,23 @@ import pytest
 from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
+from pipeline.conftest import FakeJob
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError
+from qwlora.pipeline.commands import manage_adapters
 from qwlora.pipeline.commands.manage_adapters import (
     add_adapter,
     import_adapter,
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.commands.open_job import JobModels, ModelName, add_task_scores
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.journal import JOURNAL
-from qwlora.pipeline.job.stage_records import Record
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import find_stale, job_recipe
-from qwlora.recipe import load_recipe
+from qwlora.pipeline.job import OpenJob, job_recipe, settle
+from qwlora.pipeline.results.results import read_job, rebuild_reports
+from qwlora.pipeline.store import TMP, Store
+from qwlora.system.seen import sealed
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
 _WRITING = os.O_WRONLY | os.O_RDWR
-_UNSTABLE = {".qwlora/digests.json", ".qwlora/lock"}
 _stop: Callable[[], None] | None = None
 
 
@@ -69,32 +67,20 @@ def stopping(number: int) -> Iterator[None]:
         _stop = None
 
 
-@pytest.fixture(scope="module")
-def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job with adapters `first`, trained and exported, and `second`, with unfinished training."""
-    job = Path(shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "job"))
-    shutil.rmtree(job / "adapters" / "second")
-    (job / ".qwlora" / "records" / "train" / "second.json").unlink()
-    recipe = resolve_compute(load_recipe(job / "recipe.yaml", ("export.targets=[hf]",)))
-    with Directory.open(job, recipe) as directory:
-        plan = {stage.name: stage for stage in make_plan(recipe, JobTexts(recipe))}
-        for name in ("export/hf", "export/hf/first", "verify/hf/first"):
-            with directory.scratch() as scratch:
-                (scratch / "file.bin").write_text(name)
-                stage = plan[name]
-                directory.commit(name, Record(stage.key, 1.0), scratch, stage.artifact, ())
-        unfinished = directory.work("train/second", plan["train/second"].key)
-        unfinished.mkdir(parents=True)
-        (unfinished / "checkpoint").write_text("half")
-    models = JobModels(job)
-    add_task_scores(models, ModelName("adapted", "first"), {"first": {"acc": 1}})
-    return job
+def killed_at(every: int, first: int, action: Callable[[], Any]) -> Iterator[int]:
+    """Run `action` until it is not killed any more, each time killed somewhat later."""
+    for number in itertools.count(first, every):
+        with contextlib.suppress(Stopped), stopping(number):
+            action()
+            assert number > 2 * every
+            return
+        yield number
 
 
 @pytest.fixture
 def job(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to change."""
-    return Path(shutil.copytree(finished, tmp_path / "job"))
+    """A copy of the finished job, to change."""
+    return Path(shutil.copytree(finished / "job", tmp_path / "job"))
 
 
 @pytest.fixture(scope="module")
@@ -103,118 +89,179 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(job: Path) -> dict[str, bytes]:
-    """Every file of a job by its path, without scratch files; the folder's own path does not count."""
-    return {
-        name: path.read_bytes().replace(str(job).encode(), b"JOB")
+    """Every file of a job by its path. A source of an adapter that was not added is harmless."""
+    found = {
+        str(path.relative_to(job)): path.read_bytes().replace(str(job).encode(), b"JOB")
         for path in sorted(job.rglob("*"))
-        if path.is_file()
-        and (name := str(path.relative_to(job))) not in _UNSTABLE
-        and not path.name.endswith(".part")
-        and not name.startswith(".qwlora/trash/")
+        if path.is_file() and not path.name.endswith(".part")
     }
+    named = {Path(adapter.continue_from or "").name for adapter in job_recipe(job).adapters}
+    for name in [*found]:
+        is_unused = "/imports/" in name and Path(name).parent.name not in named
+        if is_unused or name in (".qwlora/seen.json", ".qwlora/lock", "report.html"):
+            del found[name]
+    return found
+
+
+def swap(job: Path) -> None:
+    """Two adapters change their names by hand; then a command that only looks."""
+    recipe = job / "recipe.yaml"
+    text = recipe.read_text()
+    if text.index("name: first") < text.index("name: second"):
+        text = text.replace("name: first", "name: x").replace("name: second", "name: first")
+        with _unwatched():
+            recipe.write_text(text.replace("name: x", "name: second"))
+    read_job(job)
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    global _stop
+    stop, _stop = _stop, None
+    yield
+    _stop = stop
 
 
 COMMANDS: dict[str, Callable[[Path, Path], None]] = {
     "add": lambda job, source: add_adapter(job, "third", changes=("steps=3",)),
     "import": lambda job, source: import_adapter(job, "third", str(source)),
     "rename": lambda job, source: rename_adapter(job, "first", "one"),
-    "rename of an unfinished one": lambda job, source: rename_adapter(job, "second", "two"),
     "remove": lambda job, source: remove_adapter(job, "first"),
+    "names swapped by hand": lambda job, source: swap(job),
 }
+
+
+def edited(job: Path) -> None:
+    with manage_adapters._editing(job):
+        pass
 
 
 def listed(job: Path) -> None:
     CliRunner().invoke(app, ["adapters", "list", str(job)])
 
 
-def ran(job: Path) -> None:
-    arguments = ["train", "--out", str(job), "--quiet"]
-    assert CliRunner().invoke(app, arguments, standalone_mode=False).exception is None
-
-
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_kill_is_recovered(command: str, finished: Path, source: Path, tmp_path: Path) -> None:
-    """Repeated, it ends as if it had not been killed. Every ninth change; attack/test_sweeps.py: all."""
+def test_a_killed_change_is_finished_or_undone(
+    command: str, finished: Path, source: Path, tmp_path: Path
+) -> None:
     change, job = COMMANDS[command], tmp_path / "job"
 
-    def fresh() -> Path:
+    def fresh() -> None:
         shutil.rmtree(job, ignore_errors=True)
-        return Path(shutil.copytree(finished, job))
+        shutil.copytree(finished / "job", job)
 
-    before = state(fresh())
+    def fresh_change() -> None:
+        with _unwatched():
+            fresh()
+        change(job, source)
+
+    fresh()
+    edited(job)
+    before = state(job)
     change(job, source)
     after = state(job)
     assert after != before
-    readers = [listed, job_recipe, Directory.read, lambda j: Directory.read(j, job_recipe(j))]
-    others = itertools.cycle(readers)
-    for number in itertools.count(1 + len(command) % 9, 9):
-        fresh()
-        with contextlib.suppress(Stopped), stopping(number):
-            change(job, source)
-            break
-        killed = tmp_path / "killed"
-        shutil.copytree(job, killed)
+    swapped = command.startswith("names")
+    others = itertools.cycle([edited, lambda job: rebuild_reports([job])])
+    for number in killed_at(4, 1 + len(command) % 4, fresh_change):
+        killed = Path(shutil.copytree(job, tmp_path / "killed"))
+        listed(job)
         next(others)(job)
-        with Directory.edit(job):  # what a command leaves that is killed before it decided
-            pass
-        assert state(job) in (before, after), number
-        recipe = resolve_compute(job_recipe(job))
-        stale = find_stale(make_plan(recipe, JobTexts(recipe)), Directory.read(job))
-        assert not {"quantize", "train/first", "train/one", "export/hf/one"} & stale.keys(), number
+        assert state(job) in ([after] if swapped else [before, after]), number
+        assert not (job / TMP).exists()
+        assert not {name for name in OpenJob(job).stale if not name.endswith("/third")}, number
         shutil.rmtree(job)
         killed.rename(job)
-        is_made = state(job) == after  # only the trash was still there
-        with contextlib.suppress(DirectoryError) if is_made else contextlib.nullcontext():
+        with contextlib.suppress(DirectoryError):  # it is done already
             change(job, source)
+        edited(job)
         assert state(job) == after, number
-    assert number > 8
+
+
+def made(job: FakeJob) -> dict[str, Any]:
+    """What records say, without what was measured."""
+    records = Store(job.out).records.items()
+    return {place: (r.stage, r.inputs, r.needs, r.files) for place, r in records}
+
+
+@pytest.mark.parametrize("command", ["run", "replace"])
+def test_a_killed_run_is_continued(command: str, fake_job: FakeJob) -> None:
+    """What is in its place is whole at any moment, and an adapter is never gone."""
+    job, old = fake_job, fake_job.out.with_name("old")
+    if command == "replace":
+        job.run()
+        job.out.rename(old)
+    options: dict[str, Any] = {"changes": ["adapters.0.rank=8"], "replace": ["first"]}
+
+    def run() -> None:
+        with _unwatched():
+            shutil.rmtree(job.out, ignore_errors=True)
+            if old.exists():
+                shutil.copytree(old, job.out)
+        job.run(**options)
+
+    run()
+    after = made(job)
+    for number in killed_at(29, 1, run):
+        store = Store(job.out)
+        assert not store.damaged
+        assert not {place: p for place in store.records if (p := store.problem(place))}
+        for file in job.out.rglob("weights.bin"):
+            assert ".qwlora" in file.parts or (file.parent / "stage.json").is_file()
+        assert (job.out / "recipe.yaml").is_file() or not store.records
+        if command == "replace":
+            with store.locked():
+                settle(store, job_recipe(job.out))
+            assert "adapters/first" in store.records
+        job.run(**options)
+        assert len(job.ran) <= len(after)
+        assert made(job) == after, number
+        assert not (job.out / TMP).exists()
+        assert [path.name for path in (job.out / ".qwlora").glob("work/*")] == []
 
 
 def test_a_run_after_a_killed_rename_skips_what_is_trained(job: Path) -> None:
-    with pytest.raises(Stopped), stopping(6):
-        rename_adapter(job, "first", "one")
-    assert (job / ".qwlora" / JOURNAL).is_file()
-    answer = CliRunner().invoke(app, ["train", "--out", str(job)])
+    for number in itertools.count(1):
+        with pytest.raises(Stopped), stopping(number):
+            rename_adapter(job, "first", "one")
+        if "name: one" in (job / "recipe.yaml").read_text():
+            break
+    assert (job / "adapters" / "first").is_dir()
+    answer = CliRunner().invoke(app, ["train", str(job)])
     assert answer.exit_code == 0, answer.output
     assert "train/one: skipped" in answer.output
     ends = answer.output.splitlines()[-3:]
     assert [line.split()[0] for line in ends] == ["verdict", "report", "next"]
     assert ends[1].endswith(str(job / "report.html"))
-    assert ends[2].endswith(f"qwlora run {job / 'recipe.yaml'} --out {job}")
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("{", "is damaged"),
-        ('{"command": [], "moves": 3, "files": {}}', "is damaged"),
-        ('{"command": [], "moves": [], "files": {"../victim": null}}', "leads out of"),
-        ('{"command": [], "moves": [["VICTIM", "adapters/x"]], "files": {}}', "leads out of"),
-        ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of"),
-    ],
-)
-def test_a_hostile_journal_is_refused(
-    content: str, problem: str, job: Path, tmp_path: Path
-) -> None:
+def test_what_a_stranger_left_in_tmp_leads_nowhere(job: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    victim.write_text("mine")
+    victim.mkdir()
+    (victim / "mine").write_text("mine")
+    record = sealed({"stage": "train", "inputs": {}, "needs": {}})
+    for name in ("..%2Fhere", "adapters%2F..%2F..%2Fhere", "link%2Fhere", "%2Ftmp%2Fhere"):
+        (job / TMP / name).mkdir(parents=True)
+        (job / TMP / name / "stage.json").write_text(record)
+    (job / TMP / "adapters%2Fthere").symlink_to(victim)
     (job / "link").symlink_to(tmp_path)
-    (job / ".qwlora" / JOURNAL).write_text(content.replace("VICTIM", str(victim)))
-    before = state(job)
-    with pytest.raises(DirectoryError, match=problem):
-        job_recipe(job)
-    assert (state(job), victim.read_text()) == (before, "mine")
+    before = state(job.parent / "job")
+    read_job(job)
+    assert not (job / TMP).exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name == "here"] == []
+    assert (victim / "mine").read_text() == "mine"
+    assert not {name for name in before.keys() - state(job).keys() if TMP not in name}
 
 
 def test_names_are_checked_before_writing(job: Path, source: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
-    before = state(tmp_path)
+    before = state(job)
     for name in ("../../../victim", "a/b", "", ".hidden"):
         with pytest.raises(Exception, match=r"adapters\.2\.name"):
             import_adapter(job, name, str(source))
-    assert state(tmp_path) == before
+    assert state(job) == before
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
@@ -243,22 +290,20 @@ def test_the_source_of_an_import_stays(job: Path, source: Path, tmp_path: Path) 
 
 
 def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwlora.pipeline.commands import manage_adapters
-
-    plans = manage_adapters._plans
+    check = manage_adapters._check_kept
 
     def meanwhile(*arguments: Any) -> Any:
         monkeypatch.undo()
         with pytest.raises(DirectoryError, match="in use by another qwlora process"):
             remove_adapter(job, "second")
-        return plans(*arguments)
+        return check(*arguments)
 
-    monkeypatch.setattr(manage_adapters, "_plans", meanwhile)
+    monkeypatch.setattr(manage_adapters, "_check_kept", meanwhile)
     add_adapter(job, "third")
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
 
 
-def test_removing_an_unknown_adapter_does_not_ask(finished: Path) -> None:
-    answer = CliRunner().invoke(app, ["adapters", "remove", str(finished), "frist"])
+def test_removing_an_unknown_adapter_does_not_ask(job: Path) -> None:
+    answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "frist"])
     assert "did you mean first" in str(answer.exception)
     assert "--yes" not in str(answer.exception)

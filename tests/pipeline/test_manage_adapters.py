@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from adapter.test_mlx_adapter import write_mlx
 from cli import command_line
 from conftest import Job, text, tiny_model
-from pipeline.conftest import SETTINGS
+from pipeline.conftest import SETTINGS, planned, pretend_run
 from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError, ExportError, RecipeError, SourceError
@@ -27,13 +27,12 @@ from qwlora.pipeline.commands.manage_adapters import (
     rename_adapter,
 )
 from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.stage_records import Record, Stage
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.job import OpenJob
+from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.results.results_table import summary_rows
-from qwlora.pipeline.running.run_job import run
-from qwlora.recipe import Recipe, load_recipe
+from qwlora.pipeline.run import run
+from qwlora.pipeline.store import Store
+from qwlora.recipe import load_recipe
 from qwlora.report import results_view
 
 VERBS = ("quantize", "train")
@@ -63,27 +62,32 @@ def files(job: Path, *names: str) -> dict[str, str]:
     }
 
 
-def records(job: Path) -> dict[str, Any]:
-    files = (job / ".qwlora" / "records").rglob("*.json")
-    return {(content := json.loads(file.read_text()))["stage"]: content for file in files}
-
-
-def again(job: Path, *verbs: str) -> list[str]:
-    """Run the job's own recipe again; returns the lines about its stages."""
+def again(job: Path, *verbs: str, **options: Any) -> list[str]:
+    """Run the job's own recipe again; returns the stages that ran."""
     made = Job(job / "recipe.yaml", job)
-    made.run(*(verbs or VERBS))
-    return [line for line in made.said if line.split(":")[0].split(" ")[0] in records(job)]
+    made.run(*(verbs or VERBS), **options)
+    return made.done
+
+
+def edit(job: Path, *changes: tuple[str, str]) -> None:
+    """Edit the job's recipe by hand."""
+    file = job / "recipe.yaml"
+    for old, new in changes:
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
 
 
 def test_an_added_adapter_is_trained_and_no_other_file_changes(job: Path, other_text: Path) -> None:
-    before, kept = files(job, "base", "adapters"), records(job)
+    edit(job, ("name: tiny", "name: tiny  # mine"))
+    before, kept = files(job, "base", "adapters"), Store(job).records
     add_adapter(job, "third", str(other_text), changes=("steps=3",))
-    assert next(line for line in again(job) if "skipped" not in line) == "train/third ..."
+    assert again(job, changes=["adapters.third.rank=4"]) == ["train/third"]
+    assert "name: tiny  # mine\n" in (job / "recipe.yaml").read_text()
     after = files(job, "base", "adapters")
     assert {name: digest for name, digest in after.items() if "third" not in name} == before
-    assert {name: record for name, record in records(job).items() if name in kept} == kept
+    assert Store(job).records.items() >= kept.items()
     added = load_recipe(job / "recipe.yaml").adapters[-1]
-    assert (added.name, added.rank, added.steps) == ("third", 2, 3)
+    assert (added.name, added.rank, added.steps) == ("third", 4, 3)
     assert added.data is not None
     assert added.data.source == str(other_text)
 
@@ -96,7 +100,7 @@ def test_adding_an_existing_or_unusable_adapter_changes_nothing(job: Path) -> No
         add_adapter(job, "third", like="frist")
     with pytest.raises(RecipeError, match=r"adapters\.2\.stps: unknown key; did you mean steps"):
         add_adapter(job, "third", changes=("stps=3",))
-    with pytest.raises(RecipeError, match=r"would change quantize, .*train/first"):
+    with pytest.raises(RecipeError, match=r"would change quantize, which exist already: .*qera"):
         add_adapter(job, "third", changes=("init=qera",))
     assert (job / "recipe.yaml").read_text() == before
 
@@ -111,9 +115,7 @@ def test_a_base_stays_calibrated_on_its_text(job_for: Any, corpus: Path, other_t
     made.run(*VERBS)
     add_adapter(made.out, "second", str(other_text))
     assert load_recipe(made.out / "recipe.yaml").base.calibrate_on == ["first"]
-    said = again(made.out)
-    skipped = [line.partition(":")[0] for line in said if "nothing it depends on has" in line]
-    assert skipped == ["quantize", "train/first"]
+    assert again(made.out) == ["train/second"]
     with pytest.raises(DirectoryError, match="base was calibrated on the text of adapter 'first'"):
         remove_adapter(made.out, "first")
 
@@ -123,7 +125,7 @@ def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
     rename_adapter(job, "first", "one")
     renamed = {n.replace("adapters/first/", "adapters/one/"): d for n, d in before.items()}
     assert files(job, "adapters") == renamed
-    assert all("skipped" in line for line in again(job))
+    assert again(job) == []
     now = json.loads((job / "results.json").read_text())
     assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
 
@@ -139,7 +141,7 @@ def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
     rename_adapter(job, "first", "one")  # and not the task of the same name
     tasks = add_task_scores(JobModels(job), second, arc)["tasks"]
     assert tasks["adapted"] == {"one": {"first": {"value": 0.7}}, "second": arc}
-    run(load_recipe(job / "recipe.yaml", ("adapters.0.steps=3",)), job, VERBS, replace=True)
+    again(job, changes=["adapters.0.steps=3"], replace=["one"])
     tasks = json.loads((job / "results.json").read_text())["tasks"]
     assert tasks == {"base": arc | piqa, "adapted": {"second": arc}}
 
@@ -147,23 +149,21 @@ def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
 def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     """Their files have its name."""
     cases = "export.use_cases=[first,first+second,none]"
-    changes = ("export.targets=[qairt]", "simulation.residual_adds=quantize", cases)
-    recipe = load_recipe(job / "recipe.yaml", changes)
-    stages = [s for s in plan_of(recipe) if s.name in ("calibrate/_use_cases", "export/qairt")]
-    for stage in stages:
-        with Directory.open(job, recipe) as directory, directory.scratch() as scratch:
-            (scratch / "first.encodings").write_text("{}")
-            directory.commit(stage.name, Record(stage.key, 1.0), scratch, stage.artifact, ())
+    changes = ["export.targets=[qairt]", "simulation.residual_adds=quantize", cases]
+    again(job, "quantize", changes=changes)
+    with (store := Store(job)).locked():
+        pretend_run(store, planned(job / "recipe.yaml"))
+        for place in ("simulation/_use_cases", "export/qairt"):
+            with store.scratch(place) as scratch:
+                (scratch / "first.encodings").write_text("{}")
+                store.commit(place, store.records[place], scratch)
     rename_adapter(job, "first", "one")
-    changed = load_recipe(job / "recipe.yaml")
-    assert changed.export.use_cases == ["one", "one+second", "none"]
-    stale = find_stale(plan_of(changed), Directory.read(job))
-    assert [stale.get(stage.name) for stage in stages] == ["its inputs changed since it ran"] * 2
-    assert "train/one" not in stale
-
-
-def plan_of(recipe: Recipe) -> list[Stage]:
-    return make_plan(resolve_compute(recipe), JobTexts(recipe))
+    changed = OpenJob(job)
+    assert changed.recipe.export.use_cases == ["one", "one+second", "none"]
+    stages = ("calibrate/_use_cases", "export/qairt")
+    assert "export.use_cases.0: first -> one" in changed.stale[stages[0]]
+    assert {*stages} <= changed.stale.keys()
+    assert "train/one" not in changed.stale
 
 
 def test_a_name_that_is_taken_is_refused(job: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_continued_adapter_is_renamed_there_too_not_removed(job_for: Any) -> N
         remove_adapter(made.out, "first")
     rename_adapter(made.out, "first", "one")
     assert load_recipe(made.out / "recipe.yaml").adapters[1].continue_from == "one"
-    assert all("skipped" in line for line in again(made.out))
+    assert again(made.out) == []
 
 
 def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
@@ -200,31 +200,30 @@ def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
     remove_adapter(job, "first")
     assert not (job / "adapters" / "first").exists()
     assert files(job, "base", "adapters") == before
-    assert all("skipped" in line for line in again(job))
+    assert again(job) == []
     with pytest.raises(DirectoryError, match="only adapter"):
         remove_adapter(job, "second")
 
 
 def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job: Path) -> None:
-    before, made = files(job, "adapters"), Job(job / "recipe.yaml", job)
-    longer = ["adapters.0.steps=3"]
-    with pytest.raises(DirectoryError, match=r"(?s)first:.*first.steps: 2, now 3.*--replace"):
-        made.run(*VERBS, changes=longer)
-    with pytest.raises(DirectoryError, match=r"(?s)ly, first, second:.*bitwidth: 4, now 3"):
-        made.run("quantize", changes=["base.weights.bitwidth=3"])
+    before, longer = files(job, "adapters"), ["adapters.0.steps=3"]
+    with pytest.raises(DirectoryError, match=r"(?s)first:.*first.steps: 2 -> 3.*--replace first"):
+        again(job, changes=longer)
+    with pytest.raises(DirectoryError, match=r"(?s)ly, first, second:.*weights.bitwidth: 4 -> 3"):
+        again(job, "quantize", changes=["base.weights.bitwidth=3"])
+    with pytest.raises(DirectoryError, match=r"--replace third: the recipe has first, second"):
+        again(job, changes=longer, replace=["third"])
     assert files(job, "adapters") == before
-    made.run(*VERBS, changes=longer, replace=True)
+    assert again(job, changes=longer, replace=["first"]) == ["train/first"]
     after = files(job, "adapters")
     changed = {name for name in before if before[name] != after[name]}
     assert "adapters/first/adapter_model.safetensors" in changed
     assert not any(name.startswith("adapters/second/") for name in changed)
     (job / "adapters" / "first" / "adapter_model.safetensors").unlink()
-    again(job)  # a damaged one needs no request
-    assert files(job, "adapters") == after
-    recipe = (job / "recipe.yaml").read_text()
-    (job / "recipe.yaml").write_text(recipe.replace("  steps: 3", "  steps: 4"))
-    with pytest.raises(DirectoryError, match=r"first:\n  its recipe.yaml was edited, or a text"):
-        made.run(*VERBS)
+    assert again(job) == ["train/first"]  # a damaged one needs no request
+    edit(job, ("steps: 3", "steps: 4"))
+    with pytest.raises(DirectoryError, match=r"first:\n  adapters.first.steps: 3 -> 4\n"):
+        again(job)
 
 
 def test_a_recipe_that_lacks_an_adapter_of_the_job_is_refused(job: Path, tmp_path: Path) -> None:
@@ -232,36 +231,50 @@ def test_a_recipe_that_lacks_an_adapter_of_the_job_is_refused(job: Path, tmp_pat
     content = yaml.safe_load(original.read_text())
     shorter = tmp_path / "shorter.yaml"
     shorter.write_text(yaml.safe_dump({**content, "adapters": content["adapters"][:1]}))
-    for replace in (False, True):
-        with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
-            run(load_recipe(shorter), job, VERBS, replace=replace)
-    assert "second" in (job / "recipe.yaml").read_text()
+    with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
+        run(shorter, job, VERBS, replace=["second"])
     add_adapter(job, "third")  # which is never trained
+    edit(job, (content["data"]["source"], "/moved/text"))  # which the other recipe knows
+    before = (job / "recipe.yaml").read_text()
     with pytest.raises(DirectoryError, match=r"adapters third.*adapters remove .* third"):
-        run(load_recipe(original), job, VERBS)
-    assert "third" in (job / "recipe.yaml").read_text()
-    text = (job / "recipe.yaml").read_text().rpartition("# Written")[0]
-    text = text.replace(content["data"]["source"], "/moved/text")  # which the other recipe knows
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (job / "recipe.yaml").write_text(f"{text}# Written by qwlora: {digest}\n")
-    with pytest.raises(DirectoryError, match=r"adapters third.*adapters remove .* third"):
-        run(load_recipe(original), job, VERBS)
+        run(original, job, VERBS)
+    assert (job / "recipe.yaml").read_text() == before
 
 
-def test_a_job_generates_without_its_text_and_what_needs_that_names_it(job: Path) -> None:
+def test_a_recipe_that_is_edited_by_hand_loses_no_adapter(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
-    content["data"]["source"] = "/moved/text"
-    content["model"]["source"] = "/moved/model"
-    (job / "recipe.yaml").write_text(yaml.safe_dump(content))
-    asked = ["generate", str(job), "a", "--models", "base,first", "--max-new-tokens", "2"]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    for command in (["report"], ["merge-check", "first"], ["run"]):
-        name, *more = command
-        arguments = [str(job / "recipe.yaml"), "--out"] if name == "run" else []
-        result = CliRunner().invoke(app, [name, *arguments, str(job), *more])
-        assert result.exit_code != 0
-        assert "/moved/text" in str(result.exception) + result.output
+    first, second = content["adapters"]
+
+    def write(*adapters: dict[str, Any]) -> None:
+        (job / "recipe.yaml").write_text(yaml.safe_dump({**content, "adapters": [*adapters]}))
+
+    before = files(job, "adapters/second")
+    write(first)
+    made = Job(job / "recipe.yaml", job)
+    made.run(*VERBS)
+    assert any(f"qwlora adapters remove {job} second" in line for line in made.said)
+    # a new one of equal settings does not take its place
+    write({**second, "name": "new"}, first, second)
+    assert again(job) == ["train/new"]
+    assert files(job, "adapters/second") == before
+    write(first)
+    with pytest.raises(DirectoryError, match="second' exists, but is of no adapter"):
+        rename_adapter(job, "first", "second")
+    remove_adapter(job, "second")
+    assert sorted(path.name for path in (job / "adapters").iterdir()) == ["first", "new"]
+
+
+def test_adapters_that_differ_in_their_text_are_not_mixed_up(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Not even by commands that read no text."""
+    job = Path(shutil.copytree(finished / "job", tmp_path / "job"))
+    before = {name: files(job / "adapters" / name, ".") for name in ("first", "second")}
+    edit(job, ("name: first", "name: y"), ("name: second", "name: x"))
+    edit(job, ("name: y", "name: one"), ("name: x", "name: another"))
+    read_job(job)
+    assert files(job / "adapters" / "one", ".") == before["first"]
+    assert files(job / "adapters" / "another", ".") == before["second"]
 
 
 def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
@@ -304,7 +317,7 @@ def test_an_imported_adapter_is_used_as_it_is(job: Path, tmp_path: Path, layout:
         model.save_pretrained(str(source), save_embedding_layers=False)
     before = files(job, "base", "adapters")
     import_adapter(job, "imported", str(source))
-    results = run(load_recipe(job / "recipe.yaml"), job, (*VERBS, "evaluate"))
+    results = run(job / "recipe.yaml", job, (*VERBS, "evaluate"))
     after = files(job, "base", "adapters")
     assert {name: digest for name, digest in after.items() if "imported" not in name} == before
     assert results["train"]["imported"]["steps"] == 0
@@ -337,7 +350,7 @@ def test_an_import_that_a_target_of_the_job_cannot_hold_changes_nothing(
 def test_an_imported_adapter_is_trained_further_on_request(job: Path, tmp_path: Path) -> None:
     source, changes = str(write_mlx(tmp_path / "elsewhere")), ("steps=2", "warmup_steps=0")
     import_adapter(job, "imported", source, continues=True, changes=changes)
-    results = run(load_recipe(job / "recipe.yaml"), job, VERBS)
+    results = run(job / "recipe.yaml", job, VERBS)
     assert results["train"]["imported"]["steps"] == 2
     with pytest.raises(SourceError, match="neither a folder nor a hub id"):
         import_adapter(job, "other", "./nowhere")

@@ -1,54 +1,43 @@
-"""Directories: what a job may write to, replace and remove. No stage runs here."""
+"""What a job may write to, replace and remove."""
 
 import errno
 import fcntl
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors import SafetensorError
 
-import qwlora.pipeline.job.directory as directory_module
 from cli.command_line import refused
-from qwlora.errors import DirectoryError
+from pipeline.conftest import FakeJob
+from qwlora.errors import DirectoryError, RecipeError
 from qwlora.formats import manifest
 from qwlora.formats.model_card import marked
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.output_path import as_directory_errors, check_output, lock_folder
-from qwlora.pipeline.job.stage_records import Record, is_unclaimed, read_owner
-from qwlora.pipeline.running.run_job import run
-from qwlora.recipe import Recipe, load_recipe
+from qwlora.pipeline.run import run
+from qwlora.pipeline.store import Record, Store
+from qwlora.system.output_path import as_directory_errors, check_output, lock_folder
+from qwlora.system.seen import sealed
 from qwlora.targets.proof.folder import RECORD, write_record
 
 
 @pytest.fixture
-def recipe(recipe_for: Any) -> Recipe:
-    return load_recipe(recipe_for())
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
+    """The directory of a job that has made nothing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").touch()
     return tmp_path / "out"
 
 
-def finish(out: Path, recipe: Recipe, stage: str = "quantize", artifact: str = "base") -> None:
-    """Claim `out` and commit an artifact of one file, as a stage does."""
-    with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
-        (scratch / "model.safetensors").write_text(stage)
-        directory.commit(stage, Record("key", 1.0), scratch, artifact, ())
+def finish(out: Path, place: str = "base") -> None:
+    """Commit an artifact of one file, as a stage does."""
+    with (store := Store(out)).locked(), store.scratch(place) as scratch:
+        (scratch / "model.safetensors").write_text(place)
+        store.commit(place, Record("quantize", {}, {}), scratch)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
-
-
-def fail(written: Path) -> None:
-    assert written.is_file()
-    raise ZeroDivisionError
 
 
 def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(recipe_for: Any) -> None:
@@ -62,37 +51,36 @@ def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(recipe_for: Any)
     assert contents(path.parent) == before
 
 
-def test_a_folder_that_no_record_lists_is_not_replaced(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe, "train/first", "adapters/first")
-    (out / "base").mkdir()
+def test_a_folder_that_no_record_lists_is_not_replaced(job: FakeJob) -> None:
+    job.run("quantize", "train")
+    (job.out / "base" / "stage.json").unlink()
+    with pytest.raises(DirectoryError, match=r"base' contains 'part/settings.json' and 1 more"):
+        job.run("quantize")
+    assert not job.ran
+    with pytest.raises(DirectoryError, match=r"base' contains 'part/settings.json' and 1 more"):
+        finish(job.out)
+    assert Store(job.out).records.keys() >= {"adapters/first"}
+
+
+def test_a_users_file_among_a_jobs_is_not_removed(out: Path) -> None:
+    finish(out)
     (out / "base" / "mine.txt").write_text("mine")
-    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'.*Move it out"):
-        run(recipe, out, ("quantize",))  # before a model is loaded
-    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'"):
-        finish(out, recipe)
-    assert (out / "base" / "mine.txt").read_text() == "mine"
-    assert Directory.read(out).records.keys() == {"train/first"}
-
-
-def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe)
-    (out / "base" / "README.md").write_text("mine")
     for damage in (None, ""):  # also if the record of its folder is damaged
         if damage is not None:
-            (out / ".qwlora" / "records" / "quantize.json").write_text(damage)
+            (out / "base" / "stage.json").write_text(damage)
         before = contents(out / "base")
-        with pytest.raises(DirectoryError, match=r"base' contains 'README.md'.*Move it out"):
-            finish(out, recipe)
+        with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'.*Move it out"):
+            finish(out)
         assert contents(out / "base") == before
 
 
 @pytest.mark.parametrize("written_by", ["the job", "the user"])
-def test_a_readme_is_replaced_unless_edited(written_by: str, recipe: Recipe, out: Path) -> None:
+def test_a_readme_is_replaced_unless_edited(written_by: str, out: Path) -> None:
     def export(text: str) -> None:
-        with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
+        with (store := Store(out)).locked(), store.scratch("export/qairt") as scratch:
             (scratch / "README.md").write_text(text)
             write_record(scratch, {})
-            directory.commit("export/qairt", Record("key", 1.0), scratch, "export/qairt", ())
+            store.commit("export/qairt", Record("export/qairt", {}, {}), scratch)
 
     files = out / "export" / "qairt"
     export(marked("old"))
@@ -103,106 +91,93 @@ def test_a_readme_is_replaced_unless_edited(written_by: str, recipe: Recipe, out
     assert (files / "README.md").read_text() == expected
     assert manifest.has_digests(files, RECORD)
     assert manifest.changed_files(files, RECORD) == []
+    assert Store(out).problem("export/qairt") is None
 
 
-def test_a_damaged_record_leaves_an_artifact_that_is_ours(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe)
-    record = out / ".qwlora" / "records" / "quantize.json"
-    for damage in ("", "{}", "[]", "[" * 100_000, record.read_text().replace("key", "kex")):
-        record.write_text(damage)
-        assert Directory.read(out).damaged == ["quantize"]
-        finish(out, recipe)
-        assert Directory.read(out).records["quantize"].files.keys() == {"base/model.safetensors"}
+HOSTILE = ({"files": {"../../mine": ""}}, {"files": {"/mine": ""}}, {"files": []}, {"needs": 3})
 
 
-def test_killed_commit_recovers(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish(out, recipe)
-
-    def killed(path: Path, target: Path) -> Path:
-        raise KeyboardInterrupt
-
-    with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
-        (scratch / "new.safetensors").write_text("new")
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, "rename", killed)
-            with pytest.raises(KeyboardInterrupt):
-                directory.commit("quantize", Record("other", 1.0), scratch, "base", ())
-    assert [path.name for path in (out / "base").iterdir()] == ["model.safetensors"]
-    assert Directory.read(out).records["quantize"].key == "other"
-    assert [path.name for path in (out / "base").iterdir()] == ["new.safetensors"]
+def test_a_damaged_record_leaves_an_artifact_that_is_ours(out: Path) -> None:
+    finish(out)
+    file = out / "base" / "stage.json"
+    damages = ["", "{}", "[]", "[" * 100_000, file.read_text().replace("quantize", "train")]
+    known = {"stage": "quantize", "inputs": {}, "needs": {}}
+    for damage in (*damages, *(sealed({**known, **wrong}) for wrong in HOSTILE)):
+        file.write_text(damage)
+        assert Store(out).damaged == {"base"}
+        finish(out)
+        assert Store(out).records["base"].files.keys() == {"model.safetensors"}
 
 
-def test_a_job_whose_recipe_is_gone_is_of_nobody(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe)
-    with pytest.raises(DirectoryError, match="was made by another recipe"):
-        finish(out, recipe.model_copy(update={"name": "other"}))
+def test_a_job_whose_recipe_is_gone_or_damaged_is_left_alone(job: FakeJob) -> None:
+    job.run()
+    recipe = job.recipe.read_text()
+    job.recipe.write_text(recipe.replace("name: tiny", "name: other"))
+    with pytest.raises(DirectoryError, match="was made by recipe 'tiny', and this one is 'other'"):
+        job.run()
+    job.recipe.write_text(recipe)
     for damage in ("", "{", "[]", "[" * 100_000):
-        (out / "recipe.yaml").write_text(damage)
-        with pytest.raises(DirectoryError, match=r"recipe\.yaml' cannot be read"):
-            finish(out, recipe)
+        (job.out / "recipe.yaml").write_text(damage)
+        before = contents(job.out)
+        with pytest.raises(RecipeError, match=r"out/recipe\.yaml"):
+            job.run()
+        assert contents(job.out) == before
+    (job.out / "recipe.yaml").unlink()
+    before = contents(job.out)
+    with pytest.raises(DirectoryError, match=r"it has no recipe\.yaml next to \.qwlora"):
+        job.run()
+    assert contents(job.out) == before
 
 
-def test_a_recipe_that_the_user_edited_is_not_overwritten(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe)
-    file = out / "recipe.yaml"
-    assert yaml.safe_load(file.read_text())["seed"] == 0
-    changed = recipe.model_copy(update={"seed": 3})
-    finish(out, changed)  # written by the job, and replaced by the job
-    assert yaml.safe_load(file.read_text())["seed"] == 3
-    edited = "# my notes\n" + file.read_text().replace("seed: 3", "seed: 5")
-    file.write_text(edited)
-    with pytest.raises(DirectoryError, match=r"recipe\.yaml' was edited"):
-        finish(out, recipe)
-    finish(out, load_recipe(file))
-    assert file.read_text() == edited
+def test_a_directory_without_a_finished_stage_is_as_before(job: FakeJob, tmp_path: Path) -> None:
+    def fail(stage: str) -> None:
+        assert (job.out / "recipe.yaml").is_file()
+        raise ZeroDivisionError
 
-
-def test_a_directory_without_a_finished_stage_is_as_before(recipe: Recipe, tmp_path: Path) -> None:
+    job.on_stage = fail
     (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
-    for out in (tmp_path / "empty", tmp_path / "new" / "out"):
-        with pytest.raises(ZeroDivisionError), Directory.open(out, recipe):
-            fail(out / "recipe.yaml")
+    for job.out in (tmp_path / "empty", tmp_path / "new" / "out"):
+        with pytest.raises(ZeroDivisionError):
+            job.run()
         assert contents(tmp_path) == before
 
 
-def test_a_directory_without_a_marker_is_free(recipe: Recipe, tmp_path: Path, out: Path) -> None:
-    (out / ".qwlora").mkdir(parents=True)
-    (out / ".qwlora" / "lock").touch()
-    finish(out, recipe)
-    other = tmp_path / "other"
-    (other / ".qwlora").mkdir(parents=True)
-    (other / ".qwlora" / "mine.txt").touch()
+def test_a_directory_without_a_recipe_is_free_unless_a_user_has_files(job: FakeJob) -> None:
+    (job.out / ".qwlora").mkdir(parents=True)
+    (job.out / ".qwlora" / "mine.txt").touch()
     with pytest.raises(DirectoryError, match="was not made by qwlora"):
-        finish(other, recipe)
+        job.run()
+    (job.out / ".qwlora" / "mine.txt").rename(job.out / ".qwlora" / "lock")
+    job.run()
 
 
-def test_a_second_first_run_leaves_the_first_ones_directory(recipe: Recipe, out: Path) -> None:
-    with Directory.open(out, recipe):
-        before = contents(out)
-        with pytest.raises(DirectoryError, match="in use by another"), Directory.open(out, recipe):
-            pass
-        assert contents(out) == before
-
-
-def test_a_job_that_is_finished_while_its_owner_is_checked_is_not_foreign(
-    recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_first_run_leaves_the_first_ones_directory(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out.mkdir()
+    job.on_stage = lambda stage: in_use()
 
-    def then_another_finishes(look: Callable[[Path], Any]) -> Callable[[Path], Any]:
-        def look_and_let_it(path: Path) -> Any:
-            seen = look(path)
-            monkeypatch.undo()
-            finish(path, recipe)
-            return seen
+    def in_use() -> None:
+        job.on_stage = lambda stage: None
+        before = contents(job.out)
+        with pytest.raises(DirectoryError, match="in use by another"):
+            run(job.recipe, job.out)
+        assert contents(job.out) == before
 
-        return look_and_let_it
+    job.run()
+    # one that is finished after the other has looked
+    other, locked = job.recipe.with_name("other.yaml"), Store.locked
+    other.write_text(job.recipe.read_text().replace("rank: 4", "rank: 8"))
 
-    for look in (read_owner, is_unclaimed):  # whichever comes first
-        monkeypatch.setattr(directory_module, look.__name__, then_another_finishes(look))
-    Directory(out).check_owner(recipe)
-    assert Directory.read(out).records.keys() == {"quantize"}
+    def finished(store: Store) -> Any:
+        monkeypatch.setattr(Store, "locked", locked)
+        run(other, store.path)
+        return locked(store)
+
+    monkeypatch.setattr(Store, "locked", finished)
+    with pytest.raises(DirectoryError, match="changed meanwhile; run again"):
+        run(job.recipe, job.out.with_name("later"))
+    assert "rank: 8" in (job.out.with_name("later") / "recipe.yaml").read_text()
 
 
 def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,12 +230,22 @@ def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe() -> No
     assert "File name too long; choose another --out" in said
 
 
-def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_that_folder(job: FakeJob, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "out").symlink_to("disk")
-    finish(tmp_path / "out", recipe)
+    job.out.symlink_to("disk")
+    job.run("quantize")
     assert (tmp_path / "disk" / "base").is_dir()
-    assert (tmp_path / "out").is_symlink()
+    assert job.out.is_symlink()
+
+
+def test_an_artifact_behind_a_link_is_of_somebody_else(job: FakeJob, tmp_path: Path) -> None:
+    job.run()
+    (job.out / "simulation" / "first").rename(tmp_path / "mine")
+    (job.out / "simulation" / "first").symlink_to(tmp_path / "mine")
+    before = contents(tmp_path / "mine")
+    with pytest.raises(DirectoryError, match="first' exists and is not a folder"):
+        job.run()
+    assert contents(tmp_path / "mine") == before
 
 
 @pytest.mark.parametrize("name", [".", "sub/out", "../data/out"])
@@ -269,52 +254,9 @@ def test_an_output_in_the_data_is_refused(recipe_for: Any, tmp_path: Path, name:
     data.mkdir()
     (data / "text.txt").write_text("a text")
     for sections in ({"data": {"source": str(data)}}, {"base": {"calibration": [str(data)]}}):
-        recipe = load_recipe(recipe_for(**sections))
         with pytest.raises(DirectoryError, match=r"is inside the data folder .*outside"):
-            run(recipe, data / name)
+            run(recipe_for(**sections), data / name)
     assert contents(data) == {"text.txt": b"a text"}
-
-
-def test_an_artifact_that_is_replaced_is_never_visible_in_part(
-    recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even when the process dies while it removes the old files."""
-
-    def write(text: str) -> None:
-        with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
-            for name in ("a", "b", "c"):
-                (scratch / name).write_text(text)
-            directory.commit("quantize", Record(text, 1.0), scratch, "base", ())
-
-    write("old")
-    removed: list[str] = []
-
-    def unlink(path: str, **options: Any) -> None:
-        if path in ("a", "b", "c"):
-            removed.append(path)
-            if len(removed) > 1:
-                raise KeyboardInterrupt
-        real(path, **options)
-
-    real = os.unlink
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "unlink", unlink)
-        with pytest.raises(KeyboardInterrupt):
-            write("new")
-    texts = [p.read_text() for p in (out / "base").iterdir()]
-    assert (len(texts), len({*texts})) == (3, 1)
-    write("newer")
-    assert sorted(p.name for p in (out / ".qwlora").iterdir()) == ["lock", "records"]
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, out: Path) -> None:
-    finish(out, recipe)
-    for name in ("scratch", "trash"):
-        (out / ".qwlora" / name).mkdir()
-        (out / ".qwlora" / name / "model.safetensors").write_text("half")
-    with Directory.open(out, recipe):
-        pass
-    assert {path.name for path in (out / ".qwlora").iterdir()} == {"lock", "records"}
 
 
 @pytest.mark.parametrize(

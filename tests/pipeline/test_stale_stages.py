@@ -13,14 +13,14 @@ import pytest
 
 from conftest import flip_bit
 from pipeline.conftest import FakeJob
-from qwlora.errors import DirectoryError, VerificationError
+from qwlora.errors import DirectoryError, SourceError, VerificationError
+from qwlora.pipeline import run as run_module
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import JobTexts, make_plan
-from qwlora.pipeline.plan.stale_stages import dependents
-from qwlora.pipeline.running import run_job
+from qwlora.pipeline.stages import RUN
+from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
+from qwlora.targets.target import Target
 
 ALL = [
     "evaluate/float",
@@ -50,17 +50,19 @@ def damage(path: Path) -> None:
 
 EXPORTED = ["calibrate/first", "export/onnx/first"]
 DAMAGES = {  # what is said, and the stages that are needed, by what is damaged
-    "export": ("export/onnx/base/ is missing", ["export/onnx", "export/onnx/first"]),
+    "export": ("has not run", ["export/onnx", "export/onnx/first"]),
     "export/onnx/first/part/settings.json": ("PATH has changed", EXPORTED[1:]),
     "export/onnx/first/weights.bin": ("PATH has changed", EXPORTED[1:]),
+    "export/onnx/first/stage.json": ("export/onnx/first: its record is damaged", EXPORTED[1:]),
     "simulation/first/weights.bin": ("PATH has changed", EXPORTED),
-    "adapters": ("adapters/first/ is missing", ["train/first", *EXPORTED]),
-    "base": ("base/ is missing", ["quantize", *ALL[3:6], *EXPORTED]),
+    "adapters": ("has not run", ["train/first", *EXPORTED]),
+    "base": ("has not run", ["quantize", *ALL[3:6], *EXPORTED]),
 }
 
 
 @pytest.mark.parametrize("path", DAMAGES)
 def test_verify_names_what_is_missing_or_changed_and_run_repairs(job: FakeJob, path: str) -> None:
+    """What is made again has the same bytes here, so nothing that read it runs again."""
     found, needed = DAMAGES[path]
     found = found.replace("PATH", path)
     job.run()
@@ -72,21 +74,30 @@ def test_verify_names_what_is_missing_or_changed_and_run_repairs(job: FakeJob, p
     assert message.startswith(f"verify needs {', '.join(needed)}, missing or out of date")
     assert f"  {needed[0]}: {found}" in message
     verbs = dict.fromkeys(name.partition("/")[0] for name in needed)
-    assert message.endswith(" && ".join(f"qwlora {verb} --out {job.out}" for verb in verbs))
+    assert message.endswith(" && ".join(f"qwlora {verb} {job.out}" for verb in verbs))
     assert not job.ran
     assert (job.out / "results.json").read_bytes() == before
     job.run()
-    assert job.ran == [needed[0], *after(job, needed[0])]
-    assert f"{needed[0]} ... ({found}" in " ".join(job.said)
+    lost = [name for name in ALL if name.startswith(f"{path}/") or name.startswith("verify/onnx/")]
+    assert job.ran == (lost if path == "export" else needed[:1])
     job.run()
     assert not job.ran
 
 
-def after(job: FakeJob, stage: str) -> list[str]:
-    """The stages that depend on one, in their order."""
-    recipe = load_recipe(job.recipe)
-    found = dependents(make_plan(recipe, JobTexts(recipe)), stage)
-    return [name for name in ALL if name in found]
+def test_what_reads_other_bytes_runs_again(job: FakeJob) -> None:
+    job.run()
+    damage(job.out / "simulation" / "first" / "weights.bin")
+    job.written = b"others"
+    job.run()
+    assert job.ran == ["calibrate/first", "evaluate/simulated/first", *EXPORTED[1:], ALL[10]]
+    reason = "calibrate/first is another one than it was made from"
+    assert f"export/onnx/first ... ({reason})" in job.said
+    damage(job.out / "base" / "weights.bin")
+    with pytest.raises(
+        DirectoryError, match=r"(?s)trained differently, first:\n  quantize is anoth"
+    ):
+        job.run()
+    assert job.ran == ["quantize", "evaluate/base"]
 
 
 WEIGHTS_ONLY = [  # files that hold no activations need no calibration and no simulation
@@ -119,22 +130,18 @@ def test_a_target_that_comes_back_is_current(job: FakeJob) -> None:
     job.run(changes=["export.targets=[hf]"])
     job.run()
     assert not job.ran
-    # not if what it read was made again meanwhile, or its files changed
-    job.run(changes=["export.targets=[hf]"])
-    damage(job.out / "adapters")
-    job.run(changes=["export.targets=[hf]"])
-    job.run()
-    assert job.ran == ["calibrate/_base", *ALL[5:6], *ALL[7:]]
+    # not if its files changed meanwhile
     job.run(changes=["export.targets=[hf]"])
     damage(job.out / "export/onnx/first/weights.bin")
     job.run(changes=["export.targets=[hf]"])
     job.run()
-    assert job.ran == ["export/onnx/first", "verify/onnx/first"]
+    assert job.ran == ["export/onnx/first"]
 
 
 CHANGES = {
-    "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16, now 8"),
-    "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets: \['onnx'\], now"),
+    "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16 -> 8"),
+    "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets \(schemes .*\): \["),
+    "seed=0": ("workflow=qwa-lora", "workflow: qw-lora -> qwa-lora\n  it was made without calib"),
 }
 
 
@@ -142,8 +149,12 @@ CHANGES = {
 def test_a_change_elsewhere_that_adapters_depend_on_is_named(job: FakeJob, setting: str) -> None:
     change, named = CHANGES[setting]
     job.run(changes=[setting])
-    with pytest.raises(DirectoryError, match=f"(?s)trained differently, first.*{named}"):
+    again = rf"(?s)trained differently, first:.*{named}.*, add --replace first to the command"
+    with pytest.raises(DirectoryError, match=again):
         job.run(changes=[setting, change])
+    assert not job.ran
+    job.run(changes=[setting, change], replace=["first"])
+    assert "train/first" in job.ran
 
 
 def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
@@ -151,7 +162,7 @@ def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
     shutil.rmtree(job.out / "base")
     shutil.rmtree(job.out / "adapters")
     reasons = r"(?s)evaluate needs quantize, train/first, calibrate/first, missing"
-    reasons += r".*  quantize: base/ is missing\n  train/first: adapters/first/ is missing\n"
+    reasons += r".*  quantize: has not run\n  train/first: has not run\n"
     reasons += r"  calibrate/first: reads train/first\n"
     with pytest.raises(DirectoryError, match=reasons):
         job.run("evaluate")
@@ -167,27 +178,51 @@ def test_verify_always_runs_when_asked_for_and_a_full_run_skips_it(job: FakeJob)
     assert not job.ran
 
 
-def test_a_proof_that_fails_leaves_no_earlier_proof(job: FakeJob) -> None:
-    assert "verify/onnx/first" in job.run()
-
-    def fail(stage: str) -> None:
-        if stage != "verify/onnx/first":
-            return
+def fail(stage: str) -> None:
+    """The check of `first` fails."""
+    if stage == "verify/onnx/first":
         problems = ["too far"]
-        measured = {"first": {"passed": False, "problems": problems}}
+        measured = {"*": {"passed": False, "problems": problems}}
         raise VerificationError("files", problems, {"parity": {"onnx": measured}})
 
+
+def test_a_check_that_fails_stops_no_other_and_is_repeated(job: FakeJob) -> None:
     job.on_stage = fail
-    with pytest.raises(VerificationError) as raised:
-        job.run("verify")
-    results = json.loads((job.out / "results.json").read_text())
-    assert raised.value.results == results
-    assert results["parity"]["onnx"]["first"]["problems"] == ["too far"]
-    assert "verify/onnx/first" not in results
-    assert "export/onnx/first" in results
+    for _ in range(2):
+        with pytest.raises(VerificationError) as raised:
+            job.run()
+        results = json.loads((job.out / "results.json").read_text())
+        assert raised.value.results == results
+        assert results["parity"]["onnx"]["first"]["problems"] == ["too far"]
+        assert results["run"]["state"] == "failed"
+        assert "verify/onnx" in results
+    assert job.ran == ["verify/onnx/first"]
+    assert "verify/onnx/first ... (its check failed)" in job.said
     job.on_stage = lambda name: None
+    assert "parity" not in job.run()
+    assert job.ran == ["verify/onnx/first"]
+
+
+def test_a_runtime_that_is_missing_replaces_no_proof(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "missing", lambda *arguments: "no runtime")
+        job.run("verify")
+        assert "verify/onnx/first: not run here (no runtime); the proof that is there stays" in (
+            job.said
+        )
+        assert "verify/onnx/first" not in job.ran
+        damage(job.out / "export/onnx/first/weights.bin")
+        job.written = b"others"  # which nothing has proven
+        job.run()
+        assert job.ran == ["export/onnx/first", "verify/onnx/first"]
+        job.run()
+        assert not job.ran
     job.run()
     assert job.ran == ["verify/onnx/first"]
+    assert "verify/onnx/first ... (was not run yet (no runtime))" in job.said
 
 
 def test_results_hold_only_what_is_current(job: FakeJob) -> None:
@@ -209,19 +244,19 @@ DAMAGED = {
     "no text": lambda text: b"\xff\x00" * 500,
     "cut off": lambda text: text[: len(text) // 2],
     "a digit of a measurement": lambda text: text.replace(b'"measured": 1', b'"measured": 7'),
+    "nothing": lambda text: b"",
 }
 
 
-@pytest.mark.parametrize(
-    ("what", "stage"), zip(DAMAGED, ("quantize", "evaluate/base", "verify/onnx"), strict=True)
-)
-def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str, stage: str) -> None:
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str) -> None:
     job.run()
-    file = job.out / ".qwlora" / "records" / f"{stage}.json"
-    file.write_bytes(DAMAGED[what](file.read_bytes()))
+    for stage in ("base/stage.json", ".qwlora/stages/evaluate/base.json"):
+        file = job.out / stage
+        file.write_bytes(DAMAGED[what](file.read_bytes()))
     results = job.run()
-    assert job.ran == [stage, *after(job, stage)]
-    assert results[stage] == {"measured": 1}
+    assert job.ran == ["quantize", "evaluate/base"]
+    assert results["evaluate/base"] == {"measured": 1}
     job.run()
     assert not job.ran
 
@@ -244,16 +279,16 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
     for verbs in (("verify",), ("evaluate", "verify")):
         with pytest.raises(DirectoryError, match="is not writable, but verify/onnx/first must run"):
             read_only.run(*verbs)
-    with pytest.raises(DirectoryError, match=r"not writable, but evaluate/float .*inputs changed"):
-        read_only.run(changes=("seed=7",), replace=True)
+    with pytest.raises(DirectoryError, match=r"not writable, but evaluate/float .*data.source"):
+        read_only.run(changes=("seed=7",), replace=["first"])
     assert not read_only.ran
 
 
 NO_READING = """
 import sys
-from qwlora.pipeline.job import digests
+from qwlora.system.seen import Seen
 def refuse(self, file, path, size): raise AssertionError(path)
-digests.Digests._hash = refuse
+Seen._hash = refuse
 from qwlora.cli.main import main
 try: main()
 finally: assert 'torch' not in sys.modules
@@ -263,56 +298,66 @@ finally: assert 'torch' not in sys.modules
 def test_skipping_reads_nothing_imports_no_torch(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.pipeline.job.digests.SETTLED_NS", -(10**18))
+    monkeypatch.setattr("qwlora.system.seen.SETTLED_NS", -(10**18))
     job.run()
     job.run()
-    command = [sys.executable, "-c", NO_READING]
-    command += ["run", str(job.recipe), "--out", str(job.out), "--json"]
+    command = [sys.executable, "-c", NO_READING, "run", str(job.out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() >= set(ALL)
 
 
-def test_work_of_a_stage_that_was_done_is_gone(
+def test_a_stage_that_must_run_names_the_source_that_is_gone(job: FakeJob, tmp_path: Path) -> None:
+    text = Path(shutil.copytree(load_recipe(job.recipe).data.source, tmp_path / "text"))
+    job.recipe.write_text(re.sub(r"source: .*corpus.*", f"source: {text}", job.recipe.read_text()))
+    job.run()
+    shutil.rmtree(text)
+    job.recipe = job.out / "recipe.yaml"
+    job.run()
+    assert not job.ran
+    damage(job.out / "simulation")
+    with pytest.raises(SourceError, match=re.escape(str(text))):
+        job.run()
+    assert not job.ran
+
+
+def test_unfinished_work_is_of_one_key_and_goes_when_it_is_done(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places: list[Path] = []
+    works: list[Path] = []
 
-    def keep(folder: Directory, stage: str, key: str | None = None) -> None:
+    def stop(name: str) -> None:
         raise KeyboardInterrupt
 
-    def place(folder: Directory, stage: str, key: str) -> Path:
-        places.append(real(folder, stage, key))
-        places[-1].mkdir(parents=True)
-        return places[-1]
+    def stage(context: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
+        works.append(work)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "half").touch()
+        return job.stage(context, stage, scratch, work)
 
-    real = Directory.work
-    with monkeypatch.context() as patched:
-        patched.setattr(Directory, "drop_work", keep)
-        patched.setattr(Directory, "work", place)
+    monkeypatch.setitem(RUN, "quantize", stage)
+    job.on_stage = stop
+    for change in ("base.solver=rtn", "base.solver=sqnr", "base.solver=rtn"):
         with pytest.raises(KeyboardInterrupt):
-            job.run("quantize")
-    (work,) = places
-    other = work.with_name(f"quantize-{'0' * 16}")
-    other.mkdir()
-    assert work.exists()
-    job.run("quantize")
-    assert job.ran == []
-    assert not work.exists()
-    assert other.exists()
+            job.run("quantize", changes=[change])
+    assert works[0] == works[2] != works[1]
+    job.on_stage = lambda name: None
+    job.run("quantize", changes=["base.solver=rtn"])
+    assert [work.is_dir() for work in works[:2]] == [False, True]
 
 
 def test_a_recipe_changed_meanwhile_stops_a_run(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job.run()
-    recipe, start = job.out / "recipe.yaml", run_job.new_context
+    job.recipe, locked = job.out / "recipe.yaml", Store.locked
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(store: Store) -> Any:
+        monkeypatch.undo()
         add_adapter(job.out, "second")
-        return start(*arguments)
+        return locked(store)
 
-    monkeypatch.setattr(run_job, "new_context", meanwhile)
+    monkeypatch.setattr(Store, "locked", meanwhile)
     with pytest.raises(DirectoryError, match="changed meanwhile; run again"):
-        run_job.run_file(recipe, job.out, ("seed=1",), replace=True)
-    assert [adapter.name for adapter in load_recipe(recipe).adapters] == ["first", "second"]
+        run_module.run(job.recipe, job.out, changes=("seed=1",), replace=["first"])
+    assert [adapter.name for adapter in load_recipe(job.recipe).adapters] == ["first", "second"]

@@ -4,13 +4,11 @@ are; and that what malloc keeps is given back when it is asked."""
 from __future__ import annotations
 
 import copy
-import ctypes
 import mmap
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,112 +17,40 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.asked import resolve_compute
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stages import RUN
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system import machine
 from qwlora.system.machine import (
     SlowComputeWarning,
-    accelerator,
     auto_compute,
     configure_threads,
-    has_bfloat16,
     peak_rss_bytes,
     reset_peak_rss,
     return_freed_memory,
     usable_cores,
 )
 
-X86 = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f{}\n"
-ARM = "processor\t: 0\nFeatures\t: fp asimd{} sve\nCPU part\t: 0xd40\n"
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """What was found out about this machine, before and after."""
-    cached = (has_bfloat16, accelerator, machine._nvidia_major)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
-
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr(machine, "_cpu_has_bfloat16", lambda: has)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: has)
     monkeypatch.setattr(machine, "accelerator", lambda: "cpu")
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "bf16", ""])
+def test_auto_follows_instructions(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"avx512_f": True, "avx512_bf16": False, feature: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     machine.has_bfloat16.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        (X86.format(""), "float32"),
-        (X86.format(" avx512_bf16"), "bfloat16"),
-        (X86.format(" amx_bf16 amx_tile"), "bfloat16"),
-        (ARM.format(""), "float32"),
-        (ARM.format(" bf16"), "bfloat16"),
-        (ARM.format(" ebf16x"), "float32"),
-    ],
-)
-def test_auto_follows_instructions(
-    cpuinfo: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self, **options: cpuinfo)
-    assert auto_compute("cpu") == expected
-
-
-def test_the_processor_is_judged_as_torch_judges_it() -> None:
-    found = torch.cpu.get_capabilities()
-    assert has_bfloat16("cpu") == bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-class Driver:
-    """NVIDIA's, with GPUs of one compute capability."""
-
-    def __init__(self, count: int, major: int):
-        self.count, self.major = count, major
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802 (the driver's names)
-        return 0 if self.count else 100
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self.count
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, which: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = self.major if which == 75 else -1
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("library", "count", "major", "device", "expected"),
-    [
-        ("torch_cuda", 1, 9, "cuda", True),
-        ("torch_cuda", 2, 8, "cuda", True),
-        ("torch_cuda", 1, 7, "cuda", False),
-        ("torch_cuda", 0, 9, "cpu", None),
-        ("torch_cpu", 1, 9, "cpu", None),
-    ],
-)
-def test_an_nvidia_gpu_is_asked_through_its_driver(
-    library: str, count: int, major: int, device: str, expected: bool | None, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count, major))
-    monkeypatch.setattr(machine, "_has_library", lambda name: name == library)
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert accelerator() == device
-    if expected is not None:
-        assert has_bfloat16("cuda") is expected
-
-
-def keys(recipe: Recipe) -> dict[str, str]:
-    resolved = resolve_compute(recipe)
-    return {stage.name: stage.key for stage in make_plan(resolved, JobTexts(resolved))}
+    expected = "bfloat16" if feature else "float32"
+    try:
+        assert auto_compute("cpu") == expected
+    finally:
+        machine.has_bfloat16.cache_clear()
 
 
 def precisions(recipe: Recipe) -> tuple[str, ...]:
@@ -135,18 +61,18 @@ def precisions(recipe: Recipe) -> tuple[str, ...]:
 ASKED = ("base.tuning.compute={0}", "adapters.0.compute={0}")
 
 
-@pytest.mark.parametrize("has", [False, True])
-def test_keys_say_what_auto_is(has: bool, recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, has)
-    path = recipe_for()
-    tuned = "base.tuning.steps=4"
-    auto, single, half = (
-        keys(load_recipe(path, (tuned, *(change.format(asked) for change in ASKED))))
-        for asked in ("auto", "float32", "bfloat16")
-    )
-    assert keys(load_recipe(path, (tuned,))) == auto == (half if has else single)
+def test_the_plan_keeps_auto(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(asked: str, has: bool) -> dict[str, Any]:
+        pretend(monkeypatch, has)
+        changes = ("base.tuning.steps=4", *(change.format(asked) for change in ASKED))
+        recipe = load_recipe(recipe_for(), changes)
+        return {stage.name: stage.inputs for stage in make_plan(recipe, Sources(recipe))}
+
+    auto, there = (inputs("auto", has) for has in (False, True))
+    assert auto == there, "another machine resumes the job"
+    single, half = (inputs(asked, True) for asked in ("float32", "bfloat16"))
     for stage in ("quantize", "train/first"):
-        assert single[stage] != half[stage]
+        assert auto[stage] != single[stage] != half[stage] != auto[stage]
 
 
 def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,30 +90,32 @@ def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.Monk
 
 def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs, job = ("quantize", "train"), job_for()
-    monkeypatch.setattr(
-        "qwlora.pipeline.stages.stage_functions.RUN", {verb: lambda *_: {} for verb in verbs}
-    )
+    for verb in verbs:
+        monkeypatch.setitem(RUN, verb, lambda *_: {})
 
     def said(*changes: str) -> list[str]:
-        job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=True)
-        return [line for line in job.said if "bfloat16" in line]
+        job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=["first"])
+        return [line for line in job.said if line.startswith("warning: ")]
 
     pretend(monkeypatch, False)
     assert said("base.solver=rtn") == []
     warned = said(*(change.format("bfloat16") for change in ASKED))
     for line, part in zip(warned, ("base.tuning", "adapter first"), strict=True):
-        assert line.startswith(f"warning: {part}: ")
+        assert line.startswith(f"warning: {part}: compute bfloat16")
     assert all("several times" in line and "float32" in line for line in warned)
     pretend(monkeypatch, True)
     assert said(*(change.format("bfloat16") for change in ASKED), "seed=1") == []
 
 
-def test_a_job_keeps_its_precision(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_auto_was_is_a_result(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, True)
     job = job_for()
     assert job.run("quantize", "train")["train"]["first"]["compute"] == "bfloat16"
     written = yaml.safe_load((job.out / "recipe.yaml").read_text())
-    assert written["adapters"][0]["compute"] == "bfloat16"
+    assert written["adapters"][0]["compute"] == "auto"
+    pretend(monkeypatch, False)
+    job.run("quantize", "train")
+    assert not job.done
 
 
 def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,13 +136,6 @@ def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPa
     assert tuned("auto") == single != half
     with pytest.warns(SlowComputeWarning, match="several times"):
         assert tuned("bfloat16") == half
-
-
-def test_deciding_imports_no_torch() -> None:
-    script = "import sys\nfrom qwlora.system.machine import auto_compute, accelerator\n"
-    script += "auto_compute('cpu'), accelerator()\nassert 'torch' not in sys.modules\n"
-    if sys.platform == "linux":
-        subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.fixture

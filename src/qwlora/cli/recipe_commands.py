@@ -17,7 +17,9 @@ from qwlora.system.progress import one_step
 if TYPE_CHECKING:
     from qwlora.pipeline.running.forecast import Estimates
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe.")
+]
 
 
 def check(

@@ -7,21 +7,24 @@ with other settings is replaced only on request. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, suggestion
+from qwlora.errors import DirectoryError, SourceError, suggestion
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources, filled
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import TMP, Record, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.recipe.section import of_a_job
 from qwlora.recipe.yaml_core import flow
+from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.folder import PROOF_RECORD, current_proofs, renamed_proof
 from qwlora.targets.proof.readme import write_readme
@@ -68,10 +71,12 @@ class Judge:
         lines = [*differences(record.inputs, filled(stage.inputs, record.inputs), stage.labels)]
         for name, version in self.versions(stage).items():
             need = stage.needs[name]
-            if record.needs.get(name) != version and self._stages[need].place in self.store.records:
+            if name not in record.needs:
+                lines.append(f"it was made without {need}")
+            elif record.needs[name] != version and self._stages[need].place in self.store.records:
                 lines.append(f"{need} is another one than it was made from")
-        lines += [f"it was made from {name}" for name in record.needs.keys() - stage.needs.keys()]
-        return lines
+        more = sorted(record.needs.keys() - stage.needs.keys())
+        return [*lines, *(f"it was made from {name}, which the plan lacks" for name in more)]
 
     def _reason(self, stage: Stage, differ: list[str], waiting: list[str]) -> str | None:
         store, place = self.store, stage.place
@@ -110,32 +115,29 @@ class Judge:
 
         An adapter never moves to where another one is that has no place of its own.
         """
-        located: dict[str, str] = {}  # stage: where its record is
-        places = {stage.place for stage in self.plan}
-        records, taken = self.store.records, set[str]()
-        for stage in self.plan:
-            versions = {
-                name: records[located[need]].version
-                for name, need in stage.needs.items()
-                if need in located
-            }
-            if len(versions) < len(stage.needs):
-                continue
-            found = [
-                place
-                for place, record in records.items()
-                if record.stage == stage.kind
-                and record.needs == versions
-                and place not in taken
-                and filled(stage.inputs, record.inputs) == record.inputs
-            ]
-            if stage.place in found:
-                located[stage.name] = stage.place
-            elif found:
-                located[stage.name] = next((p for p in found if p not in places), found[0])
-            taken |= {located[stage.name]} if stage.name in located else set()
-        by_name = {stage.name: stage for stage in self.plan}
-        moves = {p: by_name[name].place for name, p in located.items() if p != by_name[name].place}
+        records, located = self.store.records, dict[str, str]()  # stage: where its record is
+        for is_elsewhere in (False, True):  # what is in its place stays there
+            for stage in self.plan:
+                versions = {
+                    name: records[located[need]].version
+                    for name, need in stage.needs.items()
+                    if need in located
+                }
+                if stage.name in located or len(versions) < len(stage.needs):
+                    continue
+                places = records.keys() - located.values() if is_elsewhere else {stage.place}
+                found = [
+                    place
+                    for place in records
+                    if place in places
+                    and records[place].stage == stage.kind
+                    and records[place].needs == versions
+                    and filled(stage.inputs, records[place].inputs) == records[place].inputs
+                ]
+                if found:
+                    located[stage.name] = stage.place if stage.place in found else found[0]
+        moves = {p: self._stages[name].place for name, p in located.items()}
+        moves = {old: new for old, new in moves.items() if old != new}
         while stuck := [
             old
             for old, new in moves.items()
@@ -163,7 +165,7 @@ def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -
         start = max(known, key=len, default="")
         name = labels[start] + path.removeprefix(start) if known else path
         before, after = (_shown(value) for value in (old, new))
-        of_text = name.endswith("data.source")
+        of_text = name.endswith(("data.source", ".text", ".calibrate_on"))
         why = " (its content, split, columns, held_out or seed)" if of_text else ""
         yield f"{name}{why}: {before} -> {after}"
 
@@ -216,7 +218,7 @@ class OpenJob:
             # holds the lock does the same.
             try:
                 with self.store.locked():
-                    settle(judge)
+                    settle(self.store, self.recipe, self.track)
             except DirectoryError:
                 self.store.reload()
             judge.again()
@@ -266,32 +268,40 @@ def needs_settling(judge: Judge) -> bool:
     return (judge.store.path / TMP).is_dir() or bool(judge.moves())
 
 
-def settle(judge: Judge) -> None:
+def settle(store: Store, recipe: Recipe, track: Track = untracked) -> None:
     """Finish what a killed command began, and move what has another name in the recipe now. The
     caller holds the job's lock."""
-    store = judge.store
-    store.finish()
-    if moves := judge.moves():
-        store.settle(moves)
-        by_place = {stage.place: stage for stage in judge.plan}
-        for place in moves.values():
-            proof = store.path / place / PROOF_RECORD
-            if proof.is_file():  # a proof belongs to the name that is in it
-                proof.write_text(renamed_proof(proof, str(by_place[place].adapter)))
-                store.recommit(place, PROOF_RECORD)
-        write_bundle_readmes(store)
-    judge.again()
+    plan = make_plan(recipe, sources_of(recipe, store, track, reads=False))
+    was_killed = (store.path / TMP).is_dir()
+    store.finish([stage.place for stage in plan])
+    if store.records and (was_killed or Judge(plan, store).moves()):
+        # two adapters may differ in their text only, so here it is read
+        plan = make_plan(recipe, sources_of(recipe, store, track, reads=True))
+        move(store, plan, Judge(plan, store).moves())
+    write_bundle_readmes(store)
+
+
+def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
+    """Move what has another name in `plan`; see `Store.move`."""
+    by_place = {stage.place: stage for stage in plan}
+    for old, new in moves.items():
+        proof = store.path / old / PROOF_RECORD
+        if proof.is_file():  # a proof belongs to the name that is in it; a damaged one to none
+            with contextlib.suppress(SourceError):
+                write_text(proof, renamed_proof(proof, str(by_place[new].adapter)))
+                store.recommit(old, PROOF_RECORD)
+    store.move(moves)
 
 
 def write_bundle_readmes(store: Store) -> None:
-    """Write README.md of every bundle again: it lists the adapters that passed and are there."""
+    """Write README.md of every bundle again: it lists the adapters that were checked."""
     for target, known in TARGETS.items():
         bundle = store.path / "export" / target
         if known.has_base and bundle.is_dir():
             proofs = current_proofs(bundle).items()
             places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
-            passed = {name: p for name, p in proofs if places[name] in store.records}
-            write_readme(bundle, passed)
+            checked = {name: p for name, p in proofs if places[name] in store.records}
+            write_readme(bundle, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -313,67 +323,69 @@ def check_needs(
     judge: Judge,
     waiting: Sequence[Stage],
     verbs: Collection[str],
-    folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str],
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
-    error names all commands that must run first."""
+    error names all commands that must run first.
+
+    Args:
+        asked: arguments of the command that runs: the job or the recipe, and options.
+    """
     needed = [s for s in upstream(judge.plan, *(s.name for s in waiting)) if s.verb not in verbs]
     if missing := {s.name: judge.stale[s.name] for s in needed if s.name in judge.stale}:
         what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
-        raise missing_error(what, missing, folder, command)
+        raise missing_error(what, missing, judge.store.path, asked)
 
 
 def missing_error(
     what: str,
     reasons: Mapping[str, str],
     folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str] = (),
 ) -> DirectoryError:
     """An error that names the stages that `what` needs, why each is stale, and the commands.
 
     Args:
         reasons: by stage, in the order of the plan.
-        command: returns the command line that runs a verb.
+        asked: see `check_needs`; default: the job.
     """
     needed = {name.partition("/")[0] for name in reasons}
-    run = command or (lambda verb: command_line(verb, folder))
+    commands = [command_line(v, *(asked or [str(folder)])) for v in VERBS if v in needed]
     return DirectoryError(
         f"{what} needs {', '.join(reasons)}, missing or out of date in {str(folder)!r}:\n"
         + "".join(f"  {name}: {reason}\n" for name, reason in reasons.items())
-        + f"Run first: {' && '.join(run(verb) for verb in VERBS if verb in needed)}"
+        + f"Run first: {' && '.join(commands)}"
     )
 
 
-def command_line(verb: str, folder: Path, *options: str) -> str:
-    """The command that runs `verb` on the job in `folder`."""
-    return shlex.join(["qwlora", verb, str(folder), *options])
+def command_line(verb: str, *arguments: object) -> str:
+    """The command line that runs `verb`."""
+    return shlex.join(["qwlora", verb, *map(str, arguments)])
 
 
 def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
     """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
-    settings, unless it is named in `replace`."""
+    settings, or its base, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
     for stage in judge.plan:
-        if stage.kind != "train" or stage.name not in waiting or stage.adapter in replace:
+        if stage.kind != "train" or stage.adapter in replace:
             continue
-        reasons = []
-        if stage.name in judge.changed:
-            causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
-            reasons = [line for s in causes for line in judge.differences(s)]
-        elif stage.place in store.damaged:
+        causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
+        reasons = [line for s in causes for line in judge.differences(s)]
+        if stage.place in store.damaged:
+            causes = [stage]
             reasons = [f"{stage.place}/stage.json is damaged, so its settings are unknown"]
-        if reasons and (store.path / stage.place).is_dir():
+        is_replaced = any(cause.name in waiting for cause in causes)
+        if is_replaced and (store.path / stage.place).is_dir():
             changed[str(stage.adapter)] = reasons
     if changed:
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
-        options = [part for name in changed for part in ("--replace", name)]
+        options = " ".join(f"--replace {name}" for name in changed)
         raise DirectoryError(
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "Nothing was changed. To train them again: "
-            + f"{command_line('run', store.path, *options)}\n"
-            + "(each stays in place until the new one is finished). To keep both, give the new one "
-            "another name"
+            + f"No adapter was changed. To train them again, add {options} to the command (each "
+            "stays in place until the new one is finished). To keep both, give the new one another "
+            "name"
         )

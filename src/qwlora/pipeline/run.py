@@ -10,7 +10,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace as changed
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,28 +22,31 @@ from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, VerificationError, described
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.asked import check_outside_data
 from qwlora.pipeline.job import (
     Judge,
     check_kept,
     check_needs,
     command_line,
+    differences,
     job_recipe,
     needs_settling,
     settle,
     sources_of,
 )
-from qwlora.pipeline.output_path import as_directory_errors, check_output, check_outside_data
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages import new_context
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.output_path import as_directory_errors, check_output
 from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 
@@ -86,7 +89,7 @@ def run(
     check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
     own = out / "recipe.yaml"
     is_own = isinstance(recipe, Path) and own.exists() and own.samefile(recipe)
-    before = job_recipe(out) if (out / ".qwlora").is_dir() and own.is_file() else None
+    before = _recipe_in(out)
     if isinstance(recipe, Path):
         wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
     else:
@@ -94,6 +97,9 @@ def run(
     check_outside_data(out, wanted)
     if not is_first_process():
         return _join_stages(wanted, out, device)
+    asked = [str(out)] if is_own or isinstance(recipe, Recipe) else [str(recipe), "--out", str(out)]
+    asked += [part for change in changes for part in ("--set", change)]
+    asked += [] if device is None else ["--device", device]
     store = Store(out)
     if before is None:
         store.check_unclaimed()
@@ -103,10 +109,10 @@ def run(
         with contextlib.ExitStack() as lock:
             if store.is_writable:
                 lock.enter_context(store.locked())
-                if before is not None and job_recipe(out) != before:
+                if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, before, store, sources, track, say, device)
+            job = _Run(wanted, before, store, sources, track, say, device, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -116,6 +122,12 @@ def run(
     finally:
         store.seen.save()
         end()
+
+
+def _recipe_in(out: Path) -> Recipe | None:
+    """The recipe of the job in `out`; None if there is none."""
+    is_job = (out / ".qwlora").is_dir() and (out / "recipe.yaml").is_file()
+    return job_recipe(out) if is_job else None
 
 
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
@@ -146,12 +158,14 @@ class _Run:
         track: Track,
         say: Say,
         device: str | None,
+        asked: Sequence[str],
     ):
         self.recipe, self.before, self.store, self.say = recipe, before, store, say
-        self.sources, self.track, self.device = sources, track, device
+        self.sources, self.track, self.device, self.asked = sources, track, device, asked
         self.judge = Judge(make_plan(recipe, sources), store)
         if needs_settling(self.judge) and store.is_writable:
-            settle(self.judge)
+            settle(store, recipe, track)
+            self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it
         self.failures: list[tuple[str, VerificationError]] = []
@@ -178,8 +192,8 @@ class _Run:
                 continue
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
-            check_kept(self.judge, [stage.name], replace)  # what it reads may be another one now
             with status.failures():
+                check_kept(self.judge, [stage.name], replace)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -201,16 +215,17 @@ class _Run:
             self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+        if "calibrate" not in verbs:  # simulations that are not calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
-                if (needed := f"calibrate/{stage.adapter}") in judge.stale:
-                    self.say(f"{stage.name}: left out, {needed} has not run")
+                needed = f"calibrate/{stage.adapter}"
+                if (reason := judge.stale.get(needed)) == "has not run":
+                    self.say(f"{stage.name}: left out, {needed} {reason}")
                     asked.remove(stage)
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
         waiting = self._waiting(asked)
-        check_needs(judge, waiting, verbs, store.path)
+        check_needs(judge, waiting, verbs, self.asked)
         check_kept(judge, [stage.name for stage in waiting], replace)
         if waiting and not store.is_writable:
             first = waiting[0].name
@@ -280,6 +295,9 @@ class _Run:
         text = new_text(self.recipe)
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
+            old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))
+            for line in differences(old, new, {}):
+                self.say(f"{path}: {line}")
         with as_directory_errors(self.store.path):
             write_text(path, text)
 
@@ -292,8 +310,6 @@ class _Run:
         if self.context is None:
             self.context = self._new_context()
         self.context.on_training = status.train
-        from qwlora.pipeline.stages.stage_functions import RUN
-
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         record = self.judge.identity(stage)
         gc.collect()
@@ -337,8 +353,6 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)
-    from qwlora.pipeline.stages.stage_functions import RUN
-
     for name, key in joined_stages():
         stage, work = stages[name], Store(out).work(key)
         with (

@@ -1,22 +1,23 @@
 """What a job has made. Each artifact says what it is in its stage.json, and is replaced as a whole.
 
-    DIR/recipe.yaml            the user's; see `recipe/recipe_text.py`
+    DIR/recipe.yaml            the recipe, which the user may edit
     DIR/base/                  the frozen base
     DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
     DIR/adapters/NAME/         a PEFT adapter
     DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/simulation/_base/      the same of a zero adapter (target onnx)
     DIR/export/TARGET/NAME/    files for a runtime
-        stage.json             {stage, inputs, needs, results, files, seconds, made_by, sha256}
+        stage.json             in each of these folders: what it was made from
     DIR/results.json           built from the stage.json files
     DIR/report.html            the same for people
     DIR/.qwlora/stages/        stage.json of stages that write no artifact
-    DIR/.qwlora/tmp/           artifacts on their way, by the path that they are for
-    DIR/.qwlora/               also checkpoints, lock, float adapters, and seen.json
+    DIR/.qwlora/tmp/           artifacts that are being written or replaced
+    DIR/.qwlora/               also checkpoints, lock, float adapters, seen.json (a cache)
 
 A new artifact is complete and on the disk, its stage.json last, before the old one moves to tmp/.
-So after a kill, a folder in tmp/ with a stage.json is complete and is put in place (`settle`), and
-anything else there is deleted. There is no journal.
+So after a kill, a folder in tmp/ with a stage.json is complete and is put in place (`finish`), and
+anything else there is deleted. An artifact is renamed in one step. There is no journal: tmp/ exists
+only while a command changes something, or if one was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,15 @@ from urllib.parse import quote, unquote
 
 from qwlora.errors import DirectoryError, listed
 from qwlora.formats.model_card import is_users_card, text_of
-from qwlora.pipeline.output_path import as_directory_errors, lock_folder
-from qwlora.pipeline.seen import Seen, sealed, unsealed
 from qwlora.system.atomic import files_in, flush, flush_folder, write_text
+from qwlora.system.output_path import as_directory_errors, lock_folder
 from qwlora.system.regular_files import is_inside
+from qwlora.system.seen import Seen, sealed, unsealed
 from qwlora.targets.proof.contents import STAGE
 
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
 STAGES, TMP = ".qwlora/stages", ".qwlora/tmp"
+OLD, GONE = ".old", ".gone"  # in tmp/: an artifact that is being replaced, or removed
 # Keys of a record's results that stand for the stage's adapter and text: names are labels, and no
 # name can be one of these.
 NAME, TEXT_NAME = "*", "*text"
@@ -99,14 +101,14 @@ def _digest(content: Any) -> str:
 
 def read_record(file: Path) -> Record | None:
     """The record in `file`; None if it is missing, damaged, or lists a file outside its folder."""
+    empty = Record("", {}, {})
     try:
         record = Record(**(unsealed(file) or {}))
-        paths = map(Path, record.files)
-        if any(path.is_absolute() or ".." in path.parts for path in paths):
-            return None
     except TypeError:
         return None
-    return record
+    is_whole = all(type(value) is type(getattr(empty, key)) for key, value in vars(record).items())
+    paths = [Path(name) for name in record.files] if is_whole else [Path("/")]
+    return None if any(p.is_absolute() or ".." in p.parts for p in paths) else record
 
 
 class Store:
@@ -127,11 +129,9 @@ class Store:
         self.records: dict[str, Record] = {}
         self.damaged: set[str] = set()
         places = [str(p.relative_to(self.path)) for g in _ARTIFACTS for p in self.path.glob(g)]
-        found = {place: self._file(place) for place in places}
-        found |= {
-            str(file.relative_to(self.path)): file for file in self.path.glob(f"{STAGES}/**/*.json")
-        }
-        for place, file in found.items():
+        places += [str(f.relative_to(self.path)) for f in self.path.glob(f"{STAGES}/**/*.json")]
+        for place in sorted(places):
+            file = self._file(place)
             # Behind a link are files of somebody else, which must not be moved or deleted.
             if os.path.lexists(file) and is_inside(self.path, place):
                 if (record := read_record(file)) is None:
@@ -166,8 +166,10 @@ class Store:
         """Check that the directory is new, empty, or left by a command that was killed before it
         wrote a recipe."""
         with as_directory_errors(self.path):
-            inside = os.listdir(self.path) if self.path.is_dir() else []
-            if {*inside} - {".qwlora", ".recipe.yaml.part"} or self.records:
+            inside = {*os.listdir(self.path)} if self.path.is_dir() else set()
+            if ".qwlora" in inside:
+                inside |= {f".qwlora/{name}" for name in os.listdir(self.private)}
+            if inside - {".qwlora", ".qwlora/lock", ".recipe.yaml.part"}:
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
                     "recipe.yaml next to .qwlora); choose another --out"
@@ -183,6 +185,8 @@ class Store:
             try:
                 yield
             finally:
+                with contextlib.suppress(OSError):  # it is not empty, or there is none
+                    (self.path / TMP).rmdir()
                 if not (self.path / "recipe.yaml").is_file():
                     shutil.rmtree(self.private, ignore_errors=True)
 
@@ -219,7 +223,8 @@ class Store:
                 the job's; if they are not known yet, all do.
         """
         target, is_damaged = self.path / place, place in self.damaged
-        if not os.path.lexists(target) or (is_damaged and not new):
+        is_record = place.startswith(f"{STAGES}/")
+        if is_record or not os.path.lexists(target) or (is_damaged and not new):
             return
         inside = {p: r for p, r in self.records.items() if p == place or p.startswith(f"{place}/")}
         known = {f"{p}/{name}" for p, record in inside.items() for name in (*record.files, STAGE)}
@@ -227,9 +232,9 @@ class Store:
         if not target.is_dir() or target.is_symlink():
             problem = "exists and is not a folder"
         elif foreign := [
-            name
+            name  # a card that the user edited is kept
             for name in _names_in(target)
-            if f"{place}/{name}" not in known and (name != CARD or is_users_card(target / CARD))
+            if f"{place}/{name}" not in known and name != CARD
         ]:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             problem = f"contains {foreign[0]!r}{more}"
@@ -252,8 +257,6 @@ class Store:
             yield folder
         finally:
             _discard(folder)
-            with contextlib.suppress(OSError):  # not empty
-                folder.parent.rmdir()
 
     def commit(self, place: str, record: Record, scratch: Path) -> Record:
         """Put what a stage made in place, with its record; returns the record with the files."""
@@ -276,11 +279,11 @@ class Store:
             flush(scratch)
             write_text(scratch / STAGE, record.text())
             flush_folder(scratch)
-            old = self._tmp(place).with_name(f"{self._tmp(place).name}.old")
+            old = self._tmp(place, OLD)
             _discard(old)
             if (self.path / place).exists():
                 (self.path / place).rename(old)
-            self._move(scratch, place)
+            self._rename(scratch, self.path / place)
             _discard(old)
             for inside in [p for p in self.records if p.startswith(f"{place}/")]:
                 del self.records[inside]  # it went with the old artifact
@@ -300,65 +303,68 @@ class Store:
         self.records[place] = replace(record, files={**record.files, name: digest or ""})
         write_text(self._file(place), self.records[place].text())
 
-    def remove(self, places: Iterable[str]) -> None:
-        """Delete artifacts or records."""
-        for place in places:
-            source, gone = self.path / place, self._tmp(place)
-            if os.path.lexists(source):
-                _discard(gone)
-                gone.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_dir():
-                    (source / STAGE).unlink(missing_ok=True)  # so that it does not come back
-                source.rename(gone)
-                flush_folder(source.parent)
-                _discard(gone)
-            for inside in [p for p in self.records if p == place or p.startswith(f"{place}/")]:
-                del self.records[inside]
-            self.damaged.discard(place)
+    @contextlib.contextmanager
+    def removing(self, places: Collection[str]) -> Iterator[None]:
+        """Delete artifacts or records when the block ends, or put them back if it raises. After a
+        kill, `finish` does the one or the other."""
+        try:
+            for place in filter(lambda place: os.path.lexists(self.path / place), places):
+                _discard(self._tmp(place, GONE))
+                self._rename(self.path / place, self._tmp(place, GONE))
+                self.records.pop(place, None)
+                self.damaged.discard(place)
+            yield
+        except BaseException:
+            self.finish(places)
+            raise
+        self.finish()
 
-    def settle(self, moves: Mapping[str, str]) -> None:
-        """Rename artifacts, from and to; an artifact may move to where another one leaves.
-
-        Each goes through tmp/ under its new name, so that `finish` completes it after a kill.
-        """
+    def move(self, moves: Mapping[str, str]) -> None:
+        """Rename artifacts, from and to, each in one step; they may change places."""
         for new in moves.values():
             self.check_replaceable(new)
-        moved = {new: self.records[old] for old, new in moves.items()}
-        for old, new in moves.items():
-            _discard(self._tmp(new))
-            self._tmp(new).parent.mkdir(parents=True, exist_ok=True)
-            (self.path / old).rename(self._tmp(new))
-            flush_folder((self.path / old).parent)
-            del self.records[old]
-        for new in moves.values():
-            self.remove([new] if os.path.lexists(self.path / new) else [])
-            self._move(self._tmp(new), new)
-        self.records |= moved
+        (self.path / TMP).mkdir(exist_ok=True)  # so that a kill is noticed
+        with self.removing([new for new in moves.values() if new not in moves]):
+            pass
+        left = dict(moves)
+        while left:
+            old = next((old for old, new in left.items() if new not in left), "")
+            if not old:  # a cycle: one of them waits under a name that no adapter can have
+                old, new = left.popitem()
+                left[waiting := f"{old.removesuffix('.json')}.moved{Path(old).suffix}"] = new
+                self._rename(self.path / old, self.path / waiting)
+                self.records[waiting] = self.records.pop(old)
+                continue
+            new = left.pop(old)
+            self._rename(self.path / old, self.path / new)
+            self.records[new] = self.records.pop(old)
 
-    def finish(self) -> None:
+    def finish(self, planned: Collection[str] = ()) -> None:
         """Put complete artifacts in tmp/ in place, unless something is there, and delete the rest.
 
         Of a new artifact and the old one, which a kill left without a place, the new one counts.
+
+        Args:
+            planned: places of which also those that were being removed are put back.
         """
         folder = self.path / TMP
         waiting = sorted(folder.iterdir()) if folder.is_dir() else []
-        for path in sorted(waiting, key=lambda path: path.name.endswith(".old")):
-            place = unquote(path.name.removesuffix(".old"))
+        for path in sorted(waiting, key=lambda path: path.name.endswith(OLD)):
+            is_gone = path.name.endswith(GONE)
+            place = unquote(path.name.removesuffix(OLD).removesuffix(GONE))
             record = read_record(path / STAGE if path.is_dir() else path)
+            is_wanted = place in planned if is_gone else record is not None
             is_plain = not path.is_symlink() and is_inside(self.path, place)
-            if record and is_plain and not os.path.lexists(self.path / place):
-                self._move(path, place)
-                self.records[place] = record
+            if is_wanted and is_plain and not os.path.lexists(self.path / place):
+                self._rename(path, self.path / place)
+                self.records |= {} if record is None else {place: record}
             else:
                 _discard(path)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
-    def _tmp(self, place: str) -> Path:
-        return self.path / TMP / quote(place, safe="")
+    def _tmp(self, place: str, kind: str = "") -> Path:
+        return self.path / TMP / f"{quote(place, safe='')}{kind}"
 
-    def _move(self, source: Path, place: str) -> None:
-        target = self.path / place
+    def _rename(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         flush_folder(source.parent)

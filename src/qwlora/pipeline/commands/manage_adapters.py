@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,33 +28,31 @@ from qwlora.data import locate_documents
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.formats.model_source import user_path
 from qwlora.pipeline.job import (
-    Judge,
     adapter_named,
     command_line,
     job_recipe,
+    move,
     settle,
     sources_of,
     write_bundle_readmes,
 )
-from qwlora.pipeline.output_path import as_directory_errors
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.seen import Seen
-from qwlora.pipeline.store import Store, check_job
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.store import STAGES, Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
 from qwlora.system.atomic import flush, write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.progress import untracked
+from qwlora.system.seen import Seen
 from qwlora.targets.target import AND
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
-# Where an adapter that is not in the recipe may have left something.
+# Where the stages of an adapter write.
 _FOLDERS = (
-    "adapters/{}",
-    "simulation/{}",
-    ".qwlora/reference/{}",
-    "export/*/{}",
-    "export/*/proof/{}",
+    *("adapters/{}", "simulation/{}", ".qwlora/reference/{}", "export/*/{}", "export/*/proof/{}"),
+    *(f"{STAGES}/*/*/{{}}.json", f"{STAGES}/*/*/{{}}/on/*.json"),
 )
 
 
@@ -166,12 +165,20 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
             parts = ([new if n == old else n for n in case.split(AND)] for case in cases)
             content["export"]["use_cases"] = [*map(AND.join, parts)]
         changed = _parsed(folder, content)
-        judge = _judge(store, changed)
-        for places in judge.moves().items():
-            for place in places:
-                store.check_replaceable(place)
+        if os.path.lexists(folder / "adapters" / new):
+            raise DirectoryError(
+                f"{str(folder / 'adapters' / new)!r} exists, but is of no adapter of the recipe; "
+                "choose another name, or move it away"
+            )
+        plan, moves = _plan(store, changed), dict[str, str]()
+        for before, after in zip(_plan(store, recipe), plan, strict=True):
+            if before.case is None and before.place != after.place:
+                store.check_replaceable(before.place)
+                store.check_replaceable(after.place)
+                moves |= {before.place: after.place} if before.place in store.records else {}
         _write(store, recipe, changed)
-        settle(judge)
+        move(store, plan, moves)
+        write_bundle_readmes(store)
 
 
 def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda: None) -> None:
@@ -186,13 +193,13 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
             calibrated on its text.
     """
     with _editing(folder) as (store, recipe):
-        places = _leftovers(store, name)
+        places = _places(store, name)
         if name not in {adapter.name for adapter in recipe.adapters}:
             if not places:
                 adapter_named(recipe, name, folder)
             confirm()
-            store.remove(places)
-            return
+            with store.removing(places):
+                return
         adapter = adapter_named(recipe, name, folder)
         if len(recipe.adapters) == 1:
             raise DirectoryError(
@@ -214,12 +221,11 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
         changed = _parsed(folder, content)
         _check_kept(store, recipe, changed, gone=name)
-        places |= {s.place for s in _judge(store, recipe).plan if s.adapter == name}
         for place in places:
             store.check_replaceable(place)
         confirm()
-        _write(store, recipe, changed)
-        store.remove(sorted(places))
+        with store.removing(places):
+            _write(store, recipe, changed)
         if adapter.continue_from not in [a.continue_from for a in changed.adapters]:
             source = Path(adapter.continue_from or "")
             if source.resolve().parent == (folder / IMPORTS).resolve():
@@ -234,12 +240,12 @@ def _editing(folder: Path) -> Iterator[tuple[Store, Recipe]]:
     store = Store(folder)
     with store.locked(), as_directory_errors(folder):
         recipe = job_recipe(folder)
-        settle(_judge(store, recipe))
+        settle(store, recipe)
         yield store, recipe
 
 
-def _judge(store: Store, recipe: Recipe) -> Judge:
-    return Judge(make_plan(recipe, sources_of(recipe, store, untracked, reads=False)), store)
+def _plan(store: Store, recipe: Recipe) -> list[Stage]:
+    return make_plan(recipe, sources_of(recipe, store, untracked, reads=False))
 
 
 def _write(store: Store, before: Recipe, after: Recipe) -> None:
@@ -270,18 +276,17 @@ def _with_adapter(
     return _parsed(folder, content, changes)
 
 
-def _leftovers(store: Store, name: str) -> set[str]:
-    """Artifacts of an adapter, whether or not it is in the recipe."""
+def _places(store: Store, name: str) -> list[str]:
+    """Artifacts and records of an adapter, whether or not it is in the recipe."""
     paths = (p for pattern in _FOLDERS for p in store.path.glob(pattern.format(name)))
     places = {str(path.relative_to(store.path)) for path in paths}
-    return places & (store.records.keys() | store.damaged)
+    return sorted(places & (store.records.keys() | store.damaged))
 
 
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:
     """Check that the base and all adapters but `gone` stay as they are."""
-    plans = [_judge(store, recipe).plan for recipe in (before, after)]
-    now = {stage.name: stage for stage in plans[1]}
-    kept = [s for s in plans[0] if s.verb in ("quantize", "calibrate-base", "train")]
+    now = {stage.name: stage for stage in _plan(store, after)}
+    kept = [s for s in _plan(store, before) if s.verb in ("quantize", "calibrate-base", "train")]
     if differ := [
         s.name
         for s in kept

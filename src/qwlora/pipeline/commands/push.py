@@ -1,7 +1,5 @@
 """Upload a job's base or one of its adapters to the Hugging Face hub.
 
-A repository holds what somebody else needs. No artifact of a job names a path of this machine.
-
     base                base.safetensors, base.json, configuration, tokenizer, model card
     TARGET/             the base as exported for a runtime that switches adapters
     adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
@@ -31,15 +29,15 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
-from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
+from qwlora.pipeline.stage import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.store import CARD, Store
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
-from qwlora.system.regular_files import check_plain, is_inside
+from qwlora.system.output_path import as_directory_errors
+from qwlora.system.regular_files import check_plain
 from qwlora.targets.registry import TARGETS
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
@@ -70,10 +68,7 @@ class Upload:
 
 @contextmanager
 def prepared(
-    folder: Path,
-    repository: str,
-    adapter: str | None,
-    license: str | None = None,
+    folder: Path, repository: str, adapter: str | None, license: str | None = None
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
 
@@ -86,8 +81,7 @@ def prepared(
 
     Raises:
         SourceError: there is a link, a pipe or a device in the job.
-        DirectoryError: the base or adapter is missing, incomplete, changed, or made with another
-            recipe than the job has now; or a record lists a file outside the job.
+        DirectoryError: the base or adapter is not current.
     """
     check_plain(folder)
     opened = OpenJob(folder)
@@ -97,8 +91,8 @@ def prepared(
     if adapter is not None:
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
-    needed = [s.name for s in upstream(opened.plan, stage) if s.name in stale]
-    if reasons := [f"{name}: {stale[name]}" for name in needed]:
+    needed = (s.name for s in upstream(opened.plan, stage))
+    if reasons := [f"{name}: {stale[name]}" for name in needed if name in stale]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
             f"{command_line('run', folder)}"
@@ -109,9 +103,9 @@ def prepared(
         scratch = Path(temporary)
         if adapter is None:
             artifact, hub = "base", Repositories(repository, license=license, exports=exports)
-            unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
-            written = _recorded(store, "base")
-            files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
+            files = _recorded(store, "base")
+            for unwanted in [n for n in files if n == SOLVER_SCALES or n.startswith(f"{MOMENTS}/")]:
+                del files[unwanted]
         else:
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
@@ -143,6 +137,7 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
             should be private, or holds a base where an adapter is uploaded, or the reverse.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
         raise UploadError(
@@ -152,6 +147,7 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
     api, repository, note = HfApi(), upload.repository, _pushed(folder)
     # Listed first, so that a later upload knows the files if this process is killed in between.
     begun = {*note["files"].get(repository, []), *upload.files}
+    is_sent = False
     try:
         api.create_repo(repository, private=is_private, exist_ok=True)
         if is_private and not api.model_info(repository).private:
@@ -169,12 +165,18 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
         _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
         added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
+        is_sent = True
         commit = api.create_commit(
             repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
         )
     except QwloraError:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...
+        if is_sent and not isinstance(error, HfHubHTTPError):  # the hub may have made the commit
+            raise UploadError(
+                f"{repository}: the connection ended before the hub answered, so it is not known "
+                f"whether the files were uploaded: {described(error)}. Run the command again"
+            ) from error
         _write_note(folder, note)
         raise UploadError(
             f"{repository}: nothing was uploaded: {described(error)}. Check the token (`hf auth "
@@ -198,13 +200,7 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 def _recorded(store: Store, place: str) -> dict[str, Path]:
     """The files of an artifact by their path in it. What others put there is not one."""
-    files = store.records[place].files
-    if outside := [name for name in files if not is_inside(store.path, f"{place}/{name}")]:
-        raise DirectoryError(
-            f"{str(store.path / place)!r}: its stage.json lists {outside[0]!r}, which is not a "
-            "regular file in it. Nothing was uploaded; run the stage again"
-        )
-    return {name: store.path / place / name for name in files}
+    return {name: store.path / place / name for name in store.records[place].files}
 
 
 def _exports(

@@ -11,23 +11,17 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_files import adapter_folder, read_config
 from qwlora.adapter.adapter_folder import refuse_saved
-from qwlora.adapter.attach import check_existing, check_shape
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.formats.base_files import read_record
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
-from qwlora.formats.model_source import fetch
+from qwlora.formats.model_source import fetch, source_path
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.asked import is_foreign, reads_base_text, sampled_sequences
 from qwlora.pipeline.stages.job_context import JobContext
-from qwlora.pipeline.target_table import (
-    htp_notes,
-    kept_layers,
-    second_rounding,
-    target_table,
-)
+from qwlora.pipeline.target_table import htp_notes, kept_layers, second_rounding, target_table
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.device import pick_device
@@ -166,7 +160,7 @@ def _check_layers(
         path = next(name for name, module in model.named_modules() if module is table)
         name = next((n for n, tensor in tensors.items() if path in tensor.paths), "")
         embedding = path, packed.get(name)
-    keeps, source = recipe.base.solver == "keep", fetch(recipe.model.source).path
+    keeps, source = recipe.base.solver == "keep", source_path(recipe.model.source)
     for name, target in targets.items():
         reasons = refusals(target, (), None, keeps, kinds, embedding)
         if not (target.is_simulated or comes_from(target, source)):
@@ -217,13 +211,8 @@ def _adapter_shapes(context: JobContext) -> Shapes:
     for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
-            if adapter.continue_from is None:
-                wanted = adapter.lora_shape(context.tokenizer)
-                shapes[adapter.name] = check_shape(context.skeleton(), wanted)
-            elif is_foreign(context.recipe, adapter):
-                shapes[adapter.name] = check_existing(
-                    adapter.continue_from, adapter.unknown_base, context.skeleton()
-                )
+            if context.recipe.predecessor(adapter) is None:
+                shapes[adapter.name] = context.checked_shapes(adapter)
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if context.recipe.simulation.base_activations == "none":

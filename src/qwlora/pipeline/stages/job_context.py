@@ -5,6 +5,7 @@ Each is loaded on first use. Large ones are released as soon as another one repl
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -43,13 +44,9 @@ from qwlora.formats.model_source import fetch, load_config, load_model, load_tok
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
-from qwlora.pipeline.asked import (
-    has_float_model,
-    resolve_compute,
-    sampled_sequences,
-    without_recovery,
-)
-from qwlora.pipeline.plan import (
+from qwlora.pipeline.asked import is_foreign, resolve_compute, sampled_sequences, without_recovery
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import (
     ADAPTER,
     BASE_SIMULATION,
     FLOAT_ADAPTERS,
@@ -58,7 +55,6 @@ from qwlora.pipeline.plan import (
     USE_CASES,
     ZERO_ADAPTER,
 )
-from qwlora.pipeline.sources import Sources
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, Model
@@ -101,7 +97,7 @@ def in_turn(
 
 
 class JobContext:
-    """Lazily loaded inputs of the stages of one job directory.
+    """The inputs of a job's stages.
 
     Attributes:
         rotation: what was rotated in the float model; set by `float_model`.
@@ -133,9 +129,8 @@ class JobContext:
 
     @contextmanager
     def stage(self, name: str, verb: str) -> Iterator[dict[str, Any]]:
-        """Load models on the device of a stage: the job's; but the CPU for files and their
-        runtimes, and for solvers and observers where the job's lacks float64. Yields what
-        `memory_of` measures."""
+        """Load models on the job's device; but on the CPU for files and their runtimes, and for
+        solvers and observers where that device lacks float64. Yields what `memory_of` measures."""
         device = CPU if verb in ("export", "verify") else self._job_device
         if verb not in ("train", "evaluate"):
             device = exact_device(device)
@@ -150,9 +145,18 @@ class JobContext:
     # Texts
 
     @cached_property
+    def configured(self) -> str:
+        """Where configuration and tokenizer are: the model, or the base, if the model is gone."""
+        try:
+            fetch(self.recipe.model.source)
+        except (SourceError, OSError):
+            if (self.path / "base").is_dir():
+                return str(self.path / "base")
+        return self.recipe.model.source
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        model = self.recipe.model
-        tokenizer = load_tokenizer(model.source, model.trust_remote_code)
+        tokenizer = load_tokenizer(self.configured, self.recipe.model.trust_remote_code)
         if (template := self.recipe.data.read_template()) is not None:
             tokenizer.chat_template = template
         return tokenizer
@@ -182,23 +186,28 @@ class JobContext:
 
     def all_texts(self) -> dict[str, PreparedText]:
         """All texts of the job: the base's under the name `base`, those of adapters by name."""
-        recipe, names = self.recipe, dict[Data, str]()
-        for adapter in (*recipe.base.calibrate_on, *recipe.texts()):
-            names.setdefault(recipe.data_of(adapter), adapter)
+        recipe = self.recipe
+        names = {data: name for name, data in recipe.texts().items()}
         if recipe.data.source is not None:
             names.setdefault(recipe.data, "base")
         for part in recipe.base.calibration:
             for data in recipe.calibration_texts(part) if part.text != JOB else ():
                 names.setdefault(data, part.text)
-        return {name: self.prepared(data) for data, name in names.items()}
+        found = {}
+        for data, name in names.items():
+            # Of a text that is gone, only stages that read it complain.
+            with contextlib.suppress(*() if self.sources.is_new else (SourceError, OSError)):
+                self.sources.documents(data)
+                found[name] = data
+        return {name: self.prepared(data) for name, data in found.items()}
 
     def _sequences(self, texts: Iterable[Data]) -> Iterator[Tensor]:
         """Sequences of token ids of several texts, which alternate."""
         return in_turn([self.prepared(data).joined_ids for data in texts])
 
     def base_calibration_ids(self, count: int) -> list[Tensor]:
-        """Token ids that the weights of the base are calibrated on: `count` times int64
-        [1, tokens], fewer if there are not as many; few short records make a short sequence."""
+        """Token ids that the weights of the base are calibrated on: at most `count` times int64
+        [1, tokens]."""
         recipe, parts = self.recipe, self.recipe.base.calibration
         file = self.path / SAMPLED / SAMPLED_IDS
         sampled = load_file(file) if sampled_sequences(recipe) else {}
@@ -210,20 +219,17 @@ class JobContext:
 
     @cached_property
     def generated_ids(self) -> Tensor:
-        """Token ids of the text in bundles: `BASE_SEQUENCES` sequences of at most `PROOF_TOKENS`,
-        generated by the float model, or by the base if there is none."""
+        """Token ids of the text in bundles, generated by the float model, or by the base if there
+        is none."""
         recipe = self.recipe
         tokens = min(recipe.data_of(adapter).sequence_tokens for adapter in recipe.adapters)
-        model = self.take_float_model() if has_float_model(recipe) else self.base()
+        model = self.take_float_model() if self.sources.holds_floats else self.base()
         size = BASE_SEQUENCES, min(tokens, PROOF_TOKENS)
         return sample_sequences(model, self.tokenizer, *size, seed=recipe.seed, track=self.track)
 
     def calibration(self, *adapters: str) -> dict[str, Any]:
-        """Arguments of `Simulation.observe`: batches, and when to stop.
-
-        Args:
-            adapters: on whose texts, which alternate. Default: the base's.
-        """
+        """Arguments of `Simulation.observe`, on the texts of `adapters` (default: the base's),
+        which alternate."""
         if adapters:
             texts = dict.fromkeys(self.text(name) for name in adapters)
             rows: Iterable[Tensor] = in_turn([text.calibration_ids for text in texts])
@@ -256,8 +262,8 @@ class JobContext:
     # Models
 
     def float_model(self, device: torch.device | None = None) -> PreTrainedModel:
-        """The model before step 1, rotated if the recipe says so; kept in memory until
-        `take_float_model` or `base`. On `device`, by default that of the context."""
+        """The model before step 1, rotated if the recipe says so; kept until `take_float_model` or
+        `base`."""
         if self._float_model is None:
             model = self.recipe.model
             with self.step("loading the model"):
@@ -269,7 +275,7 @@ class JobContext:
         return self._float_model.to(device or self.device)  # type: ignore[arg-type] # untyped
 
     def take_float_model(self, device: torch.device | None = None) -> PreTrainedModel:
-        """The float model, for a caller that modifies it; the context forgets it."""
+        """The float model; the context forgets it."""
         model, self._float_model = self.float_model(device), None
         return model
 
@@ -279,37 +285,29 @@ class JobContext:
 
     @cached_property
     def lazy(self) -> LazyModel | None:
-        """The float model with weights left in their files.
-
-        None if the files cannot be read tensor by tensor; `why_loaded_whole` may say why.
-        """
-        location = fetch(self.recipe.model.source)
-        if location.gguf_file or self.recipe.model.encodings is not None:
+        """The float model with weights left in their files; None if these cannot be read tensor by
+        tensor."""
+        model, location = self.recipe.model, fetch(self.recipe.model.source)
+        if location.gguf_file or model.encodings is not None:
             return None
         if self.recipe.base.rotation is not None:
             self.why_loaded_whole = "base.rotation changes weights of all layers together"
-            return None
-        if self.recipe.model.trust_remote_code:
-            self.why_loaded_whole = (
-                "model.trust_remote_code is true, so the model's own code loads it"
-            )
-            return None
-        try:
-            return LazyModel(FolderCheckpoint(location.path))
-        except SourceError as error:
-            # Weights that transformers converts on loading, or pickles: load the whole model.
-            self.why_loaded_whole = str(error)
-            return None
+        elif model.trust_remote_code:
+            self.why_loaded_whole = "model.trust_remote_code: the model's own code loads it"
+        else:
+            try:
+                return LazyModel(FolderCheckpoint(location.path))
+            except SourceError as error:  # transformers converts the weights, or they are pickles
+                self.why_loaded_whole = str(error)
+        return None
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, without weights: to check whether an adapter fits it."""
         return skeleton(self.recipe.model, self._config)
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
         """Read once: from a GGUF file, that takes seconds."""
-        model = self.recipe.model
-        return load_config(model.source, model.trust_remote_code)
+        return load_config(self.configured, self.recipe.model.trust_remote_code)
 
     @property
     def base_fingerprint(self) -> str:
@@ -329,6 +327,13 @@ class JobContext:
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
+
+    def checked_shapes(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights of a new or foreign adapter by their names in an adapter file.
+        Checks that it fits the model."""
+        if adapter.continue_from is None:
+            return check_shape(self.skeleton(), adapter.lora_shape(self.tokenizer))
+        return check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
 
     def imported(self, name: str, is_trainable: bool = False) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
@@ -361,7 +366,7 @@ class JobContext:
         """
         start = without_recovery(self.recipe, adapter) if reference else adapter
         seed, first = self.recipe.seed, self.recipe.predecessor(start)
-        if reference and first is None and start.continue_from is not None:
+        if reference and is_foreign(self.recipe, start):
             torch.manual_seed(seed)  # for dropout
             model = self.imported(start.name, is_trainable=True)
         else:
@@ -385,8 +390,7 @@ class JobContext:
         return load_adapter(self.take_float_model(), self.path / FLOAT_ADAPTERS / name).eval()
 
     def float_weight(self) -> Callable[[str], Tensor] | None:
-        """The float weights [out, in] by the path of their layer; None if the base keeps integers
-        that were there before."""
+        """The float weights [out, in] by the path of their layer; None if there are none."""
         if self.recipe.base.solver == "keep" and self.recipe.model.encodings is None:
             return None
         floats = self.take_float_model(CPU)
@@ -423,8 +427,7 @@ class JobContext:
 
     def simulate(self, model: nn.Module) -> Simulation:
         """A simulation that is not calibrated yet, of adapters padded to one shape if they share
-        all encodings. In workflow qwa-lora, an adapter's has the encodings of the base's
-        activations."""
+        all encodings; in workflow qwa-lora, with the encodings of the base's activations."""
         known = None
         if self.recipe.workflow == "qwa-lora" and isinstance(model, PeftModel):
             known = load_activations(self.path / BASE_SIMULATION)
@@ -447,13 +450,9 @@ class JobContext:
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def new_simulation(self, name: str, model: nn.Module | None = None) -> Simulation:
-        """Capture base and adapter as a simulation that is not calibrated yet, see `simulate`.
-
-        Only one simulation is kept in memory, besides the zero adapter's while both are compared.
-
-        Args:
-            model: the base with the adapter. Default: a fresh copy of both.
-        """
+        """Capture base and adapter (`model`, by default a fresh copy of both) as a simulation that
+        is not calibrated yet. Only one is kept in memory, besides the zero adapter's while both are
+        compared."""
         self._simulation = self._zero_adapter = None
         simulation = self.simulate(model or self.adapted(name))
         self.check_rules(simulation.placement)
@@ -472,15 +471,14 @@ class JobContext:
         return self._simulation[1]
 
     def new_zero_adapter(self) -> Simulation:
-        """Capture a zero adapter on every layer that an adapter of the job changes: what a runtime
-        that can switch adapters computes without one. Not calibrated yet."""
-        first, *others = self.recipe.adapters
-        layers = self._ranks(first).keys()
-        union = {*layers}.union(*(self._ranks(adapter) for adapter in others))
-        if union == layers:
+        """Capture a zero adapter on every layer that an adapter changes: what a runtime that can
+        switch adapters computes without one. Not calibrated yet."""
+        first = self.recipe.adapters[0]
+        layers = {layer for adapter in self.recipe.adapters for layer in self._ranks(adapter)}
+        if layers == self._ranks(first).keys():
             model = self.untrained(first).eval()
         else:
-            shape = LoraShape(first.rank, first.alpha, target_modules=sorted(union))
+            shape = LoraShape(first.rank, first.alpha, target_modules=sorted(layers))
             model = attach(self.base(), shape, self.recipe.seed).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -498,11 +496,7 @@ class JobContext:
 
     def _ranks(self, adapter: Adapter) -> dict[str, int]:
         """Ranks of an adapter by path of the layer."""
-        adapter = self.recipe.root(adapter)
-        if adapter.continue_from is None:
-            shapes = check_shape(self.skeleton(), adapter.lora_shape())
-        else:
-            shapes = check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
+        shapes = self.checked_shapes(self.recipe.root(adapter))
         names = {canonical_name(name): shape for name, shape in shapes.items()}
         return {n.partition(".lora_")[0]: s[0] for n, s in names.items() if is_first_factor(n)}
 
@@ -528,16 +522,10 @@ class JobContext:
         return {case: simulations[name] for case, name in {**names, BASE: BASE}.items()}
 
     def check_rules(self, *placements: Placement) -> None:
-        """Check once, before anything is trained, that every placement rule has an effect.
-
-        A rule may concern values that only some of the job's graphs have, like the weights of one
-        adapter, so it is an error only if it has no effect in any graph. Graphs are captured, with
-        untrained adapters, until every rule has had an effect: the base with each adapter (one that
-        continues another has the same layers), and the base alone if the job calibrates it.
-
-        Args:
-            placements: placements of graphs that the caller captured anyway.
-        """
+        """Check once, before anything is trained, that every placement rule has an effect in one of
+        the job's graphs: `placements`, and those of the base with each untrained adapter (one that
+        continues another has the same layers) and of the base alone, if the job calibrates it.
+        These are captured until every rule has had an effect."""
         recipe, known = self.recipe, list(placements)
         if self._rules_are_checked or not (recipe.is_simulated and recipe.simulation.rules):
             return

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.conftest import stage_keys
-from qwlora.pipeline.job import digests as module
-from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline import seen as module
+from qwlora.system.seen import Seen
 
 SETTLED_NS = module.SETTLED_NS
 
@@ -25,13 +25,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read."""
     found: list[str] = []
-    own = Digests._hash
+    own = Seen._hash
 
-    def count(self: Digests, file: Any, path: str, size: int) -> str:
+    def count(self: Seen, file: Any, path: str, size: int) -> str:
         found.append(Path(path).name)
         return own(self, file, path, size)
 
-    monkeypatch.setattr(Digests, "_hash", count)
+    monkeypatch.setattr(Seen, "_hash", count)
     return found
 
 
@@ -56,25 +56,25 @@ def sha256(content: bytes) -> str:
 
 def test_an_unchanged_file_is_read_once(file: Path, reads: list[str]) -> None:
     cache = file.with_name("cache.json")
-    digests = Digests(cache)
-    assert digests.content(file) == digests.content(file) == sha256(b"old")
-    digests.save()
-    assert Digests(cache).content(file) == sha256(b"old")
+    seen = Seen(cache)
+    assert seen.content(file) == seen.content(file) == sha256(b"old")
+    seen.save()
+    assert Seen(cache).content(file) == sha256(b"old")
     assert reads == ["a"]
 
 
 @pytest.mark.parametrize("how", ["in place", "another file"])
 def test_new_content_with_old_size_and_mtime_is_found(file: Path, how: str) -> None:
     other, cache = (file.with_name(name) for name in ("b", "cache.json"))
-    (digests := Digests(cache)).content(file)
-    digests.save()
+    (seen := Seen(cache)).content(file)
+    seen.save()
     if how == "in place":
         rewrite(file, b"new")
     else:
         other.write_bytes(b"new")
         os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
         other.replace(file)
-    assert Digests(cache).content(file) == sha256(b"new")
+    assert Seen(cache).content(file) == sha256(b"new")
 
 
 def test_a_new_file_is_not_cached(
@@ -82,35 +82,35 @@ def test_a_new_file_is_not_cached(
 ) -> None:
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
     monkeypatch.setattr(module, "SETTLED_NS", SETTLED_NS)
-    digests = Digests()
-    digests.content(file)
-    digests.content(file)
+    seen = Seen()
+    seen.content(file)
+    seen.content(file)
     assert reads == ["a", "a"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
 def test_a_damaged_cache_is_ignored(file: Path, damage: bytes | None) -> None:
     cache = file.with_name("cache.json")
-    (digests := Digests(cache)).content(file)
-    digests.save()
+    (seen := Seen(cache)).content(file)
+    seen.save()
     edited = cache.read_bytes().replace(sha256(b"old").encode(), sha256(b"lie").encode())
     cache.write_bytes(edited if damage is None else damage)
-    assert Digests(cache).content(file) == sha256(b"old")
+    assert Seen(cache).content(file) == sha256(b"old")
 
 
 def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(file: Path) -> None:
-    assert Digests().content(file.with_name("none")) is Digests().content(file.parent) is None
+    assert Seen().content(file.with_name("none")) is Seen().content(file.parent) is None
     for place in (None, file.parent / "none" / "cache.json"):
-        digests = Digests(place)
-        digests.content(file)
-        digests.save()
+        seen = Seen(place)
+        seen.content(file)
+        seen.save()
     assert list(file.parent.iterdir()) == [file]
 
 
-def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
-    digests = Digests(cache)
-    found = stage_keys(path, *changes, digests=digests)
-    digests.save()
+def keys(path: Path, cache: Path) -> dict[str, str]:
+    seen = Seen(cache)
+    found = stage_keys(path, seen=seen)
+    seen.save()
     return found
 
 
@@ -153,5 +153,5 @@ def test_what_may_never_end_has_no_digest(path: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for file in (tmp_path / path, tmp_path / "link"):
-        assert Digests().content(file) is None
-        assert Digests(file).content(__file__)  # its cache
+        assert Seen().content(file) is None
+        assert Seen(file).content(__file__)  # its cache

@@ -42,10 +42,11 @@ class Seen:
 
     def __init__(self, cache: Path | None = None, track: Track = untracked):
         self.cache, self.track, self._is_changed = cache, track, False
-        files = ((unsealed(cache) if cache else None) or {}).get("files", {})
-        self._known: dict[str, tuple[tuple[int, ...], str]] = {
-            path: ((a, b, c, d), digest) for path, (a, b, c, d, digest) in files.items()
-        }
+        files: Any = ((unsealed(cache) if cache else None) or {}).get("files")
+        self._known = dict[str, tuple[tuple[int, ...], str]]()
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # a stranger's job
+            for path, (*stamps, digest) in files.items():
+                self._known[path] = (tuple(stamps), str(digest))
 
     def content(self, path: str | Path) -> str | None:
         """SHA-256 of a file's content, as hex digits. None if it cannot be read, or is a pipe or a

@@ -13,10 +13,7 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.running import forecast
 from qwlora.pipeline.running.forecast import FLOAT, Costs, plan_job
-from qwlora.pipeline.stage import (
-    ZERO,
-    Stage,
-)
+from qwlora.pipeline.stage import ZERO, Stage
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe
 
@@ -90,13 +87,13 @@ def test_memory_grows_with_text_and_shrinks_with_checkpointing(recipe_path: Path
 
 
 def test_a_stage_reads_the_text_that_it_names(recipe_path: Path) -> None:
-    own = f"{{name: other, data: {{source: there, sequence_tokens: {4 * TOKENS}}}}}"
+    own = f"{{name: other, data: {{source: {recipe_path}, sequence_tokens: {4 * TOKENS}}}}}"
     costs = Costs(load_recipe(recipe_path, (f"adapters=[{{name: first}}, {own}]",)), [])
     stages = (
         Stage("evaluate/base", "evaluate/base", {}),
         Stage("evaluate/base/on/other", "evaluate/base/on", {}, text="other"),
     )
-    logits = [costs.of(stage)[0]["logits"] for stage in stages]
+    logits = [costs.of(stage)[0]["loading, or logits"] for stage in stages]
     assert logits[1] == 4 * logits[0] > 0
 
 

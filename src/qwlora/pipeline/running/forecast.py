@@ -21,11 +21,7 @@ from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.pipeline import asked
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import (
-    SAMPLE,
-    ZERO,
-    Stage,
-)
+from qwlora.pipeline.stage import SAMPLE, ZERO, Stage
 from qwlora.pipeline.stages.job_context import skeleton
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.recipe import Recipe

@@ -19,14 +19,12 @@ import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError, RecipeError, listed, suggestion
 from qwlora.pipeline.job import OpenJob, command_line, job_recipe, sources_of
 from qwlora.pipeline.results.results import last_status, write_results
-from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages import new_context, quiet_libraries
 from qwlora.pipeline.store import NAME
 from qwlora.system.progress import Track, untracked
@@ -75,14 +73,10 @@ class ModelName:
 class JobModels(OpenJob):
     """An existing job and its models. What is not there is a DirectoryError."""
 
-    @cached_property
-    def reading(self) -> Sources:
-        """The sources of the job, for what computes with its texts."""
-        return sources_of(self.recipe, self.store, self.track, reads=True)
-
     def new_context(self) -> JobContext:
         """Nothing is loaded in it; what is, is released with it."""
-        return new_context(self.recipe, self.reading, self.folder, self.track)
+        sources = sources_of(self.recipe, self.store, self.track, reads=True)
+        return new_context(self.recipe, sources, self.folder, self.track)
 
     def models(self, kind: str) -> list[ModelName]:
         """The models of a kind: one per adapter or use case."""
@@ -93,8 +87,7 @@ class JobModels(OpenJob):
         return [ModelName(kind, adapter.name) for adapter in self.recipe.adapters]
 
     def named(self, names: str | None) -> list[ModelName]:
-        """Models by their names, separated by commas; see the module's docstring. Default: the
-        first adapter."""
+        """Models by their names, separated by commas. Default: the first adapter."""
         adapters = {str(model.adapter): model for model in self.models("adapted")}
         first = {kind: self.models(kind)[0] for kind in KINDS}
         known = first | adapters | {kind: ModelName(kind) for kind in ("float", "base")}

@@ -38,9 +38,9 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by a
 
 def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
     """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
-    recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
-    trained = [adapter for adapter in recipe.adapters if adapter.steps]
-    device = device_type(recipe.device)
+    recipe, device = context.recipe, device_type(context.recipe.device)
+    trained = [a for a in recipe.adapters if a.steps and "train" in verbs]
+    slow = {f"adapter {a.name}": slow_compute(a.compute, device) for a in trained}
     if verbs - {"export", "verify"}:  # which compute on the CPU
         pick_device(recipe.device)
     if "quantize" in verbs:
@@ -48,11 +48,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         if note := second_rounding(recipe):
             say(f"warning: {note}")
         if recipe.base.tuning.steps:
-            computing.append(("base.tuning", recipe.base.tuning.compute, exact_type(device)))
-    if "train" in verbs:
-        computing += [(f"adapter {a.name}", a.compute, device) for a in trained]
-    for what, compute, kind in computing:
-        if problem := slow_compute(compute, kind):
+            slow["base.tuning"] = slow_compute(recipe.base.tuning.compute, exact_type(device))
+    for what, problem in slow.items():
+        if problem:
             say(f"warning: {what}: {problem}")
     texts = [*context.all_texts().values()]
     is_read = "quantize" in verbs and reads_base_text(recipe)
@@ -141,27 +139,22 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
 def _check_layers(
     context: JobContext, model: PreTrainedModel, packed: Packed, is_new: bool
 ) -> None:
-    """Check that the targets hold the kinds of the base's packed layers and its embedding, and that
-    their runtimes have the architecture and the tokenizer.
-
-    Args:
-        is_new: whether the base is not quantized yet.
-    """
+    """Check that the targets hold the kinds of the base's packed layers and the embedding of a new
+    base, and that their runtimes have the architecture and the tokenizer."""
     recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
     tensors = find_tensors(model)
     for tensor in (name for name in tensors if name in packed):
         kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
         kinds.setdefault(kind, []).append(tensor)
-    targets = {name: TARGETS[name] for name in recipe.export.targets}
-    reads_table = is_new and any(target.embedding_problem for target in targets.values())
     embedding: tuple[str, Scheme | None] | None = None
-    if reads_table:
+    if is_new:
         table = model.get_input_embeddings()
         path = next(name for name, module in model.named_modules() if module is table)
         name = next((n for n, tensor in tensors.items() if path in tensor.paths), "")
         embedding = path, packed.get(name)
     keeps, source = recipe.base.solver == "keep", source_path(recipe.model.source)
-    for name, target in targets.items():
+    for name in recipe.export.targets:
+        target = TARGETS[name]
         reasons = refusals(target, (), None, keeps, kinds, embedding)
         if not (target.is_simulated or comes_from(target, source)):
             problem = target.backend.model_problem(model, context.tokenizer)
@@ -174,7 +167,7 @@ def _check_layers(
 
 
 def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
-    is_sampled = sampled_sequences(context.recipe)  # which has not run yet
+    is_sampled = sampled_sequences(context.recipe)  # not yet
     if not is_sampled and (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
@@ -202,43 +195,37 @@ def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None
 
 def _adapter_shapes(context: JobContext) -> Shapes:
     """Check that each adapter fits the model, its loggers are installed, and adapters that share
-    all encodings can have one shape.
-
-    Returns:
-        The shapes of each adapter's weights, without adapters that continue another of the job.
-    """
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for adapter in context.recipe.adapters:
+    all encodings can have one shape. Returns the shapes of the weights of each adapter that
+    continues no other one of the job."""
+    recipe, shapes = context.recipe, dict[str, dict[str, tuple[int, ...]]]()
+    for adapter in recipe.adapters:
         check_loggers(adapter.report_to)
         try:
-            if context.recipe.predecessor(adapter) is None:
+            if recipe.predecessor(adapter) is None:
                 shapes[adapter.name] = context.checked_shapes(adapter)
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
-    if context.recipe.simulation.base_activations == "none":
-        experts = any(adapter.target_parameters for adapter in context.recipe.adapters)
-        fixed = {  # others are padded
-            name: {n: s for n, s in own.items() if experts or not is_factor_name(n)}
-            for name, own in shapes.items()
-        }
-        (first, known), *others = fixed.items()
-        for name, shape in others:
-            either = sorted(known.keys() | shape.keys())
-            if differ := [n for n in either if known.get(n) != shape.get(n)]:
-                here, there = (list(s.get(differ[0], ())) or "none" for s in (known, shape))
-                raise TrainingError(
-                    f"adapters {first} and {name} cannot share all encodings "
-                    f"(simulation.base_activations none): the shapes of {len(differ)} weights "
-                    f"differ, for example {differ[0]}: {here} and {there}. Factors of layers are "
-                    "padded to one shape, but not those of experts, DoRA and modules_to_save; give "
-                    "them equal shapes, or use base_activations: adapter_only"
-                )
+    if recipe.simulation.base_activations != "none":
+        return shapes
+    experts = any(adapter.target_parameters for adapter in recipe.adapters)
+    (first, known), *others = shapes.items()
+    for name, own in others:
+        fixed = sorted(n for n in known.keys() | own.keys() if experts or not is_factor_name(n))
+        if differ := [n for n in fixed if known.get(n) != own.get(n)]:
+            here, there = (list(shape.get(differ[0], ())) or "none" for shape in (known, own))
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share all encodings "
+                f"(simulation.base_activations none): {len(differ)} weights differ, for example "
+                f"{differ[0]}: {here} and {there}. Factors of layers are padded to one shape, but "
+                "not those of experts, DoRA and modules_to_save; give them equal shapes, or use "
+                "base_activations: adapter_only"
+            )
     return shapes
 
 
 def _check_invocations(context: JobContext) -> None:
-    """Check that activated LoRA, also such as continues one from files, has a place in the targets,
-    and that each of its training sequences is one document and trains it."""
+    """Check that the targets have a place for activated LoRA, and that each of its training
+    sequences is one document and trains it."""
     recipe = context.recipe
     for adapter in recipe.adapters:
         root, text = recipe.root(adapter), context.text(adapter.name)
@@ -266,7 +253,7 @@ def _check_invocations(context: JobContext) -> None:
 
 def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> None:
     """Check that adapters have nothing but LoRA factors, and of linear layers only, if a target has
-    no place for more. The recipe says some of the same of adapters that are not from elsewhere."""
+    no place for more."""
     targets = [name for name in recipe.export.targets if TARGETS[name].holds_factors_only]
     floats = [name for name in targets if not TARGETS[name].is_simulated]
     other_target = "use export.targets: [onnx_each], which writes a model for each adapter"

@@ -56,6 +56,7 @@ from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
 from qwlora.targets.target_compatibility import comes_from
 
 INVOCATION = "alora_invocation_tokens"  # in an adapter's configuration, and in a proof
+_SHIPPED = ("perplexity", "top1_agreement")  # figures of the text in a proof
 
 
 def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -177,12 +178,8 @@ class _Verification:
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
-        asked = self.context.recipe.verify
-        limits = Limits(
-            layer_steps=asked.layer_steps,
-            layer_mean_steps=asked.layer_mean_steps,
-            perplexity_difference=asked.perplexity_difference,
-        )
+        keys = {"perplexity_difference", "layer_steps", "layer_mean_steps"}
+        limits = Limits(**self.context.recipe.verify.model_dump(include=keys))
         text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory
@@ -300,14 +297,12 @@ class _Verification:
 
     def _figures(self, parity: Parity) -> dict[str, Any]:
         """Figures for results.json: those of the adapter at the top."""
-        figures = only_finite(parity.figures)
-        exact, shipped = figures.pop("exact"), figures.pop("shipped", {}).get("adapter", {})
-        for key in ("load_seconds", "peak_memory_bytes", "bytes"):
-            figures.pop(key, None)
+        found = only_finite(parity.figures)
+        exact, shipped = found["exact"], found.get("shipped", {}).get("adapter", {})
+        others = {"exact", "shipped", "load_seconds", "peak_memory_bytes", "bytes"}
+        figures = {key: value for key, value in found.items() if key not in others}
         figures |= {"of": self.of, **exact["adapter"]}
-        for key in ("perplexity", "top1_agreement"):
-            if key in shipped:
-                figures[f"shipped_{key}"] = shipped[key]
+        figures |= {f"shipped_{k}": shipped[k] for k in _SHIPPED if k in shipped}
         if "off_is_equal" in exact:
             figures["off_is_equal"] = exact["off_is_equal"]
         if self.record:

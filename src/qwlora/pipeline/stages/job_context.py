@@ -5,7 +5,6 @@ Each is loaded on first use. Large ones are released as soon as another one repl
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_deltas import merged_model
-from qwlora.adapter.adapter_files import adapter_folder, check_adapter, mergeable_record
+from qwlora.adapter.adapter_files import adapter_folder, mergeable_record
 from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
@@ -193,13 +192,16 @@ class JobContext:
         for part in recipe.base.calibration:
             for data in recipe.calibration_texts(part) if part.text != JOB else ():
                 names.setdefault(data, part.text)
-        found = {}
+        texts = {}
         for data, name in names.items():
-            # Of a text that is gone, only stages that read it complain.
-            with contextlib.suppress(*() if self.sources.is_new else (SourceError, OSError)):
+            try:
                 self.sources.documents(data)
-                found[name] = data
-        return {name: self.prepared(data) for name, data in found.items()}
+            except (SourceError, OSError):  # only stages that read it complain
+                if self.sources.is_new:
+                    raise
+            else:
+                texts[name] = self.prepared(data)
+        return texts
 
     def _sequences(self, texts: Iterable[Data]) -> Iterator[Tensor]:
         """Sequences of token ids of several texts, which alternate."""
@@ -353,9 +355,7 @@ class JobContext:
         first, *others = (self.path / "adapters" / name for name in names)
         model = self._loaded(first)
         for number, folder in enumerate(others, 1):
-            check_adapter(folder, self.base_fingerprint)
-            with reading(folder, model):
-                model.load_adapter(str(folder), adapter_name=f"{number}", torch_device="cpu")
+            load_adapter(model, folder, adapter_name=f"{number}")
         return model.eval()
 
     def untrained(self, adapter: Adapter, reference: bool = False) -> PeftModel:

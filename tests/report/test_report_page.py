@@ -202,7 +202,7 @@ def test_a_section_costs_a_module_and_a_template(
 @pytest.mark.parametrize(("key", "verb"), [("kl", "evaluate"), ("parity", "verify")])
 def test_what_is_missing_says_how_to_measure_it(key: str, verb: str) -> None:
     job = replace(job_of("finished", without(results_of("finished"), (key,))), name="folder")
-    assert f"qwlora {verb} --out folder" in render(job)
+    assert f"qwlora {verb} folder" in render(job)
     assert "<title>tiny · " in render(job)  # the recipe's name
 
 

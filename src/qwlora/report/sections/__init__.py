@@ -57,10 +57,10 @@ class ReportSection:
 
 
 def section(
-    *words: str, **options: Any
+    id: str, label: str, question: str, **options: Any
 ) -> Callable[[Callable[[Job, str], View | None]], ReportSection]:
     """Decorator of a section's `view`; its arguments are those of `ReportSection`."""
-    return partial(ReportSection, *words, **options)
+    return partial(ReportSection, id, label, question, **options)
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,6 @@ if TYPE_CHECKING:
     from qwlora.pipeline.commands.open_job import JobModels, ModelName
 
 
-def _checked_temperature(value: float) -> float:
-    if value != 0 and not 1e-4 <= value <= 1e4:  # float32 logits would overflow, or all be equal
-        raise typer.BadParameter(
-            f"{value:g} is out of range: 0 picks the likeliest token, and 0.0001 to 10000 sample"
-        )
-    return value
-
-
 Raw = Annotated[
     bool,
     typer.Option("--raw", help="Continue the text without the model's chat template."),
@@ -46,7 +38,8 @@ Temperature = Annotated[
     float,
     typer.Option(
         "--temperature",
-        callback=_checked_temperature,
+        min=0.0,
+        max=1e4,
         help="0: the likeliest token; above 0: sample; 1: the model's own distribution.",
     ),
 ]

@@ -238,8 +238,7 @@ class Job:
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
         command = self.get("run", "command")
-        default = f"qwlora run {self.name}"
-        return command if isinstance(command, str) else default
+        return command if isinstance(command, str) else f"qwlora run {self.name}"
 
     def verb_command(self, verb: str) -> Markup:
         """The command that runs one stage of this job."""

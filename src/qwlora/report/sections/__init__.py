@@ -6,7 +6,7 @@ A section costs one module here and one template.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
@@ -37,10 +37,11 @@ class ReportSection:
     id: str
     label: str
     question: str
-    position: int
-    of_job: bool
-    of_adapter: bool
     view: Callable[[Job, str], View | None]
+    _: KW_ONLY
+    position: int
+    of_job: bool = False
+    of_adapter: bool = False
 
     def drawn(self, job: Job, adapter: str, id: str) -> View | None:
         """What the page shows; None if there is nothing to show."""
@@ -56,15 +57,10 @@ class ReportSection:
 
 
 def section(
-    id: str,
-    label: str,
-    question: str,
-    position: int,
-    of_job: bool = False,
-    of_adapter: bool = False,
+    id: str, label: str, question: str, **options: Any
 ) -> Callable[[Callable[[Job, str], View | None]], ReportSection]:
-    """Decorator of a section's `view`."""
-    return partial(ReportSection, id, label, question, position, of_job, of_adapter)
+    """Decorator of a section's `view`; its arguments are those of `ReportSection`."""
+    return partial(ReportSection, id, label, question, **options)
 
 
 @dataclass(frozen=True)

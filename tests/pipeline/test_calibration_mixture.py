@@ -148,7 +148,7 @@ def test_few_short_records_are_one_short_sequence(
 def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
     base = {"solver": "gptq", "calibration": ["job", "model"]}
     recipe = load_recipe(recipe_for("one-layer llama", base=base))
-    memory, _ = Costs(recipe, []).of(Stage(SAMPLE, SAMPLE, {}))
+    memory, _ = Costs(recipe, []).of(Stage("quantize/sample", "quantize/sample", {}))
     cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory["key-value cache"] == 2 * size  # it is copied when it grows

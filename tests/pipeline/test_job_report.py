@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -27,6 +28,7 @@ from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
 from qwlora.pipeline.store import STAGE
 from qwlora.report.verdict import VerdictKind, verdict
 from qwlora.system.stop_signals import Stopped
+from qwlora.targets.proof.checks import at_most
 
 
 def results(job: FakeJob) -> dict[str, Any]:
@@ -193,9 +195,10 @@ def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) 
 
 
 def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
-    measured = {"first": {"passed": False, "problems": ["a logit is off"]}}
+    row = at_most("difference of a logit", 2.0, 1.0, "nats")
+    measured = {"first": {"passed": False, "problems": [row.sentence], "checks": [asdict(row)]}}
     parity = {"parity": {"onnx": measured}}
-    error = VerificationError("export/onnx/first", ["a logit is off"], parity)
+    error = VerificationError("export/onnx/first", [row.sentence], parity)
     job.on_stage = failing("verify/onnx/first", error)
     with pytest.raises(VerificationError):
         job.run()
@@ -203,7 +206,7 @@ def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
     found = read_job(job.out)
     assert found.state == "failed"
     assert verdict(found).kind is VerdictKind.DO_NOT_SHIP
-    assert "a logit is off" in verdict(found).sentence
+    assert row.sentence in verdict(found).sentence
     (job.out / ".qwlora" / "status.json").unlink()
     assert verdict(read_job(job.out)).kind is VerdictKind.DO_NOT_SHIP
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline import output_path
+from qwlora.system import output_path
 from qwlora.system.output_path import check_target, new_folder
 
 

@@ -143,10 +143,11 @@ def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_pat
 
 
 def test_its_stages_hold_the_float_model_and_no_base(recipe_for: Any) -> None:
-    costs = Costs(load_recipe(recipe_for("one-layer llama", reference="float")), [])
+    recipe = load_recipe(recipe_for("one-layer llama", reference="float"))
+    costs = Costs(recipe, [])
     values = 4 * sum(p.numel() for p in tiny_model("llama", layers=1).parameters())
     train, evaluate, adapted = (
-        costs.of(Stage(f"{kind}/first", kind, {}, adapter="first"))[0]
+        costs.of(Stage(kind, kind, {}, adapter="first"))[0]
         for kind in ("train/float", "evaluate/reference", "evaluate/adapted")
     )
     assert train["float model"] == evaluate["float model"] == values

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.conftest import stage_keys
-from qwlora.pipeline import seen as module
+from qwlora.system import seen as module
 from qwlora.system.seen import Seen
 
 SETTLED_NS = module.SETTLED_NS

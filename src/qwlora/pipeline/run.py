@@ -97,8 +97,9 @@ def run(
     check_outside_data(out, wanted)
     if not is_first_process():
         return _join_stages(wanted, out, device)
-    asked = [str(out)] if is_own or isinstance(recipe, Recipe) else [str(recipe), "--out", str(out)]
-    asked += [part for change in changes for part in ("--set", change)]
+    is_kept = isinstance(recipe, Recipe) or before == wanted
+    asked = [str(out)] if is_own or is_kept else [str(recipe), "--out", str(out)]
+    asked += [] if is_kept else [part for change in changes for part in ("--set", change)]
     asked += [] if device is None else ["--device", device]
     store = Store(out)
     if before is None:

@@ -234,7 +234,7 @@ def unpack(machine: Machine) -> list[dict[str, Any]]:
 def demo(machine: Machine) -> dict[str, Any]:
     from qwlora.formats.model_source import load_tokenizer
     from qwlora.pipeline import VERBS
-    from qwlora.pipeline.running.run_job import run
+    from qwlora.pipeline.run import run
     from qwlora.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -63,9 +63,10 @@ def write_llama(folder: Path) -> None:
 
 def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
+    from qwlora.pipeline.running.run_job import run
+
     from qwlora.formats.model_source import load_tokenizer
     from qwlora.pipeline.running.forecast import plan_job
-    from qwlora.pipeline.running.run_job import run
     from qwlora.pipeline.stages import quiet_libraries
     from qwlora.recipe import load_recipe
 

@@ -32,7 +32,7 @@ import torch
 from measuring import SMOLLM2, machine_line, markdown, run_python, write_result, write_table
 from qwlora.data.sequences import Sequences
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe.recipe_file import parse_recipe
 from qwlora.targets.onnx.genai import GenaiRuntime
 from qwlora.targets.proof.folder import REFERENCE, proofs

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter.small_models import mixture
 from cli.command_line import answered, qwlora, refused
-from conftest import reseal, tiny_model
+from conftest import reseal, tiny_model, write_recipe
 from qwlora import save_adapter
 from qwlora.adapter.adapter_files import (
     AdapterReport,
@@ -25,7 +25,7 @@ from qwlora.adapter.adapter_files import (
 )
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import FORMAT
-from qwlora.pipeline.job.stage_records import Record, record_path
+from qwlora.pipeline.store import STAGE, STAGES, Record
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -142,17 +142,18 @@ def problems_said(job: Path, *options: str) -> str:
     return checked.stdout
 
 
-def write_record(job: Path, stage: str, record: Record) -> None:
-    file = job / record_path(stage)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(record.text(stage))
-
-
-def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
-    for stage in ("quantize", "train/a", "train/c"):
-        write_record(job, stage, Record("key"))
+def test_reports_a_deleted_adapter_as_missing(
+    job: Path, checkpoints: dict[str, Path], corpus: Path
+) -> None:
+    """Its record went with its folder, but another stage has read it."""
+    adapters = [{"name": name} for name in ("a", "b", "c")]
+    write_recipe(job, checkpoints["one-layer llama"], corpus, adapters=adapters)
+    for name in ("a", "c"):
+        file = job / STAGES / "evaluate" / "adapted" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(Record("evaluate/adapted", {}, {}).text())
     message = "adapters/c: this job trained it, but the folder is missing. Train it again: "
-    message += f"qwlora train --out {job}\n"
+    message += f"qwlora train {job}\n"
     assert problems_said(job) == f"{message}adapters/a: good\nadapters/b: good\n"
     shutil.rmtree(job / "adapters")
     assert problems_said(job) == message.replace("adapters/c", "adapters/a") + message
@@ -160,9 +161,9 @@ def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
 
 def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
     """Without its record, an adapter of the job would look like one that PEFT saved."""
-    files = {"adapters/a/qwlora.json": "", "adapters/a/README.md": ""}
-    write_record(job, "train/a", Record("key", files=files))
-    (job / "adapters" / "a" / "qwlora.json").unlink()
+    folder = job / "adapters" / "a"
+    (folder / STAGE).write_text(Record("train", {}, {}, files={"qwlora.json": ""}).text())
+    (folder / "qwlora.json").unlink()
     message = "adapters/a: .*qwlora.json is missing, which this job wrote"
     assert re.search(message, problems_said(job))
 

@@ -25,7 +25,7 @@ from qwlora.adapter.attach import LoraShape, attach, attach_existing
 from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
 
@@ -33,7 +33,9 @@ FAST = {"steps": 2, "warmup_steps": 0, "rank": 2}
 
 
 def trains(path: Path, out: Path, *changes: str) -> dict[str, Any]:
-    return run(load_recipe(path, changes), out, ("quantize", "train"), replace=True)
+    recipe = load_recipe(path, changes)
+    names = [adapter.name for adapter in recipe.adapters]
+    return run(recipe, out, ("quantize", "train"), replace=names)
 
 
 def assert_refused(path: Path, out: Path, kind: type[Exception], message: str) -> None:

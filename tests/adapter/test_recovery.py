@@ -113,7 +113,7 @@ def test_one_recovery_starts_two_adapters(job_for: Any) -> None:
     further = {"continue_from": "back", "steps": 2, "warmup_steps": 1}
     job = job_for(adapters=[back, *({"name": name, **further} for name in ("one", "two"))])
     assert job.run("quantize", "train")["train"].keys() == {"back", "one", "two"}
-    job.run("quantize", "train", changes=["adapters.0.steps=5"], replace=True)
+    job.run("quantize", "train", changes=["adapters.0.steps=5"], replace=("back", "one", "two"))
     assert job.done == ["train/back", "train/one", "train/two"]
 
 

@@ -45,7 +45,7 @@ from cli.command_line import answered
 from conftest import byte_tokenizer, text, tiny_model
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.nn.packed_layer import packed_weights
-from qwlora.pipeline.plan.plan import JobTexts
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages import new_context
 from qwlora.recipe import parse_recipe
 from qwlora.system.progress import untracked
@@ -323,7 +323,7 @@ def prepare(key: str, folder: Path) -> None:
     for number, document in enumerate(documents):
         (folder / "texts" / f"{number}.txt").write_text(document)
     recipe = parse_recipe(recipe_of(model, folder, "qw"), "the guide's data")
-    data = new_context(recipe, JobTexts(recipe), folder, untracked).text(NAMES[0])
+    data = new_context(recipe, Sources(recipe), folder, untracked).text(NAMES[0])
     texts = {
         "training": data.train.input_ids[:STEPS],
         "calibration": data.calibration_ids,

@@ -17,8 +17,8 @@ from qwlora.analysis import token_scores
 from qwlora.analysis.token_scores import clustered_error, logits_of, score_tokens
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import NonFiniteError
-from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
+from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
@@ -67,7 +67,7 @@ def test_figures_of_a_job_agree_with_plain_transformers(
     results = run(job, out, ("quantize", "train", "evaluate"))
     # the float model against itself says nothing
     assert results["kl"].keys() == {"base", "adapted"}
-    ids = JobContext(job, JobTexts(job), out, untracked).text(None).evaluation.input_ids
+    ids = JobContext(job, Sources(job), out, untracked).text(None).evaluation.input_ids
     base = AutoModelForCausalLM.from_pretrained(out / "base").eval()
     expected = {"base": independent(base, float_model, ids)}
     adapted = PeftModel.from_pretrained(base, out / "adapters" / "first").eval()

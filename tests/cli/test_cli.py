@@ -108,6 +108,9 @@ def test_what_must_run_first_is_a_whole_command(recipe_for: Any, tmp_path: Path)
     message = refused("train", recipe, "--out", out, "--set", "seed=3")
     assert message.endswith(f"Run first: qwlora quantize {recipe} --out '{out}' --set seed=3\n")
     assert not out.exists()
+    answered("quantize", recipe, "--out", out, "--quiet")
+    message = refused("evaluate", out, "--device", "cpu")
+    assert message.endswith(f"Run first: qwlora train '{out}' --device cpu\n")
 
 
 def test_init_check_and_wrong_command_lines(tmp_path: Path) -> None:

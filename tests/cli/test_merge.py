@@ -29,10 +29,10 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights, tensor_out_in
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.write_model import merge_effect, write_merged
-from qwlora.pipeline.job.output_path import check_target, new_folder
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
+from qwlora.system.output_path import check_target, new_folder
 from qwlora.system.parameter_names import canonical_name
 from simulation.tiny_architectures import make
 

@@ -26,7 +26,7 @@ from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
 from qwlora.pipeline.commands.open_job import JobModels
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 
@@ -169,10 +169,10 @@ def test_an_answer_ends_at_the_last_position(job: Path) -> None:
     [
         (("--models", "adapted/frist"), ("no adapter 'frist'", "did you mean first")),
         (("--models", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
-        (("--models", "second"), ("has no adapters/second yet", "qwlora train --out")),
+        (("--models", "second"), ("has no adapters/second yet", "qwlora train /")),
         (
             ("--models", "onnx/second"),
-            ("no adapters/second, export/onnx/second", "train --out", "&& qwlora export --out"),
+            ("no adapters/second, export/onnx/second", "qwlora train /", "&& qwlora export /"),
         ),
         (("--models", "simulatd"), ("no model or adapter 'simulatd'", "did you mean simulated")),
         (("--models", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
@@ -248,7 +248,7 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     recipe["simulation"] = {"residual_adds": "quantize"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     generate = ("generate", tmp_path, PROMPT, "--models")
-    message = ".* has no export/qairt yet. Run first: qwlora export --out .*\n"
+    message = ".* has no export/qairt yet. Run first: qwlora export .*\n"
     assert re.fullmatch(message, refused(*generate, "qairt/none"))
     (tmp_path / "export" / "qairt").mkdir(parents=True)
     assert re.fullmatch(".* has no use case 'second'.*\n", refused(*generate, "qairt/second"))

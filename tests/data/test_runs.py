@@ -18,8 +18,8 @@ from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
 from qwlora.data.prepared_data import summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
+from qwlora.pipeline.sources import Sources
 from qwlora.recipe import load_recipe
 
 TEMPLATE = """\
@@ -212,11 +212,11 @@ def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
     assert prepared.largest_id() < tokenizer.pad_token_id
 
 
-def test_keys_hold_the_prompt_format_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:
-    def key(*changes: str) -> list[Any]:
+def test_the_prompt_format_is_an_input_of_pairs_only(recipe_for: Any, chat: dict[str, Any]) -> None:
+    def inputs(*changes: str) -> dict[str, Any]:
         recipe = load_recipe(recipe_for(data=chat), changes)
-        return JobTexts(recipe).key(recipe.data)
+        return Sources(recipe).text(recipe.data)
 
-    assert key() == key("data.prompt_format=plain")
+    assert inputs() == inputs("data.prompt_format=plain")
     Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
-    assert key() != key("data.prompt_format=plain")
+    assert inputs() != inputs("data.prompt_format=plain")

@@ -27,7 +27,7 @@ from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.frozen import check_finite
 from qwlora.pipeline.commands.push import Upload, send
-from qwlora.pipeline.plan.stale_stages import job_recipe
+from qwlora.pipeline.store import check_job
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system import processes, strict_json
@@ -161,7 +161,7 @@ PAGES = {
         ("you edited it on purpose", 'delete its entry under `"files"` in the record'),
     ),
     errors.DirectoryError: Page(
-        lambda: job_recipe(Path("out")),
+        lambda: check_job(Path("out")),
         ("the folder is of another job", "choose another `--out`"),
         ("it holds files that the job did not write", "move them out"),
         ("there is no space, or no permission", "free space, or change the permissions"),

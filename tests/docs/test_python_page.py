@@ -13,7 +13,7 @@ import torch
 import qwlora
 from conftest import byte_tokenizer, tiny_model
 from docs.snippets import ROOT
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.proof.readme import usage
 

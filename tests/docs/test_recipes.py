@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.targets.registry import TARGETS
 

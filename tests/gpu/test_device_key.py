@@ -15,7 +15,7 @@ from gpu.test_stages import IDS
 from quantize.test_streamed_blocks import deep, from_files
 from qwlora.errors import DeviceError, RecipeError
 from qwlora.grid.second_moments import MomentStore
-from qwlora.pipeline.running import run_job
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.system import machine
 from qwlora.system.device import exact_device, memory_of, pick_device
@@ -77,7 +77,7 @@ def test_a_job_on_the_device(automatic: torch.device, job_for: Any) -> None:
     adapter = {"name": "first", "rank": 2, "steps": 2, "warmup_steps": 1, "objective": "recovery"}
     job = job_for("one-layer llama", adapters=[adapter])
     here, away = job.run("quantize", changes=["device=cpu"]), job.out.with_name("away")
-    there = run_job.run(load_recipe(job.recipe), away, ("quantize", "train", "evaluate"))
+    there = run(load_recipe(job.recipe), away, ("quantize", "train", "evaluate"))
     assert there["base"]["fingerprint"] == here["base"]["fingerprint"]
     assert (here["base"]["device"], there["base"]["device"]) == ("cpu", automatic.type)
     for part in ("quantize", "train/first", "evaluate/adapted/first"):

@@ -12,12 +12,13 @@ import pytest
 
 from conftest import Job, text, write_recipe
 from qwlora.pipeline import run as run_module
-from qwlora.pipeline.plan import Stage, make_plan
-from qwlora.pipeline.seen import Seen
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages.stage_functions import RUN
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import load_recipe
+from qwlora.system.seen import Seen
 
 
 @dataclass

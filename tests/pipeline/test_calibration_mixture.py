@@ -13,9 +13,9 @@ from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running.forecast import Forecaster, plan_job
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe
@@ -47,7 +47,7 @@ def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> Non
     assert job.done == ["quantize/sample", "quantize"]
     assert results["sampled"] == {"sequences": 3}
     recipe = load_recipe(job.out / "recipe.yaml")
-    context = new_context(recipe, JobTexts(recipe), job.out, untracked)
+    context = new_context(recipe, Sources(recipe), job.out, untracked)
     ids = context.base_calibration_ids(8)
     written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["1"]
     assert written.shape == (3, 32)
@@ -148,7 +148,7 @@ def test_few_short_records_are_one_short_sequence(
 def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
     base = {"solver": "gptq", "calibration": ["job", "model"]}
     recipe = load_recipe(recipe_for("one-layer llama", base=base))
-    memory, disk = Forecaster(recipe).needed(Stage("quantize/sample", ""))
+    memory, disk = Forecaster(recipe).needed(Stage("quantize/sample", "quantize/sample", {}))
     cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory["key-value cache"] == 2 * size  # it is copied when it grows

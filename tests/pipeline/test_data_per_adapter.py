@@ -11,8 +11,8 @@ import yaml
 from conftest import text
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
-from qwlora.pipeline.plan.plan import JobTexts
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
+from qwlora.pipeline.sources import Sources
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
@@ -149,7 +149,7 @@ def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_pat
     from qwlora.system.progress import untracked
 
     recipe = load_recipe(two_texts())
-    context = new_context(recipe, JobTexts(recipe), tmp_path, untracked)
+    context = new_context(recipe, Sources(recipe), tmp_path, untracked)
     found = [context.tokenizer.decode(row[0]) for row in context.base_calibration_ids(5)]
     assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
     shared = [batch["input_ids"] for batch in context.calibration("words", "digits")["batches"]]

@@ -7,13 +7,13 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.plan.plan import resolve_compute
 
 from adapter.small_models import mixture
 from cli.command_line import answered, qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import resolve_compute
 from qwlora.pipeline.running import forecast
 from qwlora.pipeline.running.forecast import Forecaster
 from qwlora.quantize.quantize_model import base_size, quantize_

@@ -27,8 +27,8 @@ from qwlora.pipeline.commands.manage_adapters import (
 )
 from qwlora.pipeline.job import OpenJob, job_recipe, settle
 from qwlora.pipeline.results.results import read_job, rebuild_reports
-from qwlora.pipeline.seen import sealed
 from qwlora.pipeline.store import TMP, Store
+from qwlora.system.seen import sealed
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
 _WRITING = os.O_WRONLY | os.O_RDWR

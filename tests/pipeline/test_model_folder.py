@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.job import output_path
-from qwlora.pipeline.job.output_path import check_target, new_folder
+from qwlora.pipeline import output_path
+from qwlora.system.output_path import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:

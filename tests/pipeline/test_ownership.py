@@ -13,10 +13,10 @@ from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.formats import manifest
 from qwlora.formats.model_card import marked
-from qwlora.pipeline.output_path import as_directory_errors, check_output, lock_folder
 from qwlora.pipeline.run import run
-from qwlora.pipeline.seen import sealed
 from qwlora.pipeline.store import Record, Store
+from qwlora.system.output_path import as_directory_errors, check_output, lock_folder
+from qwlora.system.seen import sealed
 from qwlora.targets.proof.folder import RECORD, write_record
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, write_recipe
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from simulation.tiny_architectures import VISION_LANGUAGE, with_large_weights
 

@@ -14,7 +14,7 @@ from qwlora.formats import manifest
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.results.results_table import summary_rows
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.proof.folder import RECORD, record_digest, verify_bundle
 from targets.npu.test_qnn_bundle import EMULATED

@@ -89,7 +89,7 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(job_for: Any, tmp_path: 
 def test_training_asks_for_the_calibration_first(job: FakeJob) -> None:
     workflow = ["workflow=qwa-lora"]
     job.run("quantize", changes=workflow)
-    message = r"(?s)train needs calibrate-base, missing .*Run first: qwlora calibrate-base --out"
+    message = r"(?s)train needs calibrate-base, missing .*Run first: qwlora calibrate-base /"
     with pytest.raises(DirectoryError, match=message):
         job.run("train", changes=workflow)
     job.run("calibrate-base", changes=workflow)

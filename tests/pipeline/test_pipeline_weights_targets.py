@@ -27,11 +27,9 @@ from qwlora.errors import (
 )
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
-from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.job import OpenJob
+from qwlora.pipeline.run import run
 from qwlora.pipeline.running.forecast import plan_job
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
 from qwlora.targets.npu.qairt_pipeline import RECIPE
@@ -286,8 +284,7 @@ def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_p
     assert proofs(moved)["one"]["adapter"] == "one"
     assert proofs(moved).keys() == current_proofs(moved).keys() == {"one", "second"}
     assert not any(proof["problems"] for proof in verify_bundle(moved).values())
-    recipe = resolve_compute(load_recipe(copy / "recipe.yaml"))
-    assert not find_stale(make_plan(recipe, JobTexts(recipe)), Directory.read(copy))
+    assert not OpenJob(copy).stale
     remove_adapter(copy, "second")
     assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
 

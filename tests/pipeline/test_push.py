@@ -25,15 +25,15 @@ from cli.command_line import qwlora as command
 from conftest import write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
-from qwlora.errors import DirectoryError, QwloraError, SourceError, UploadError
+from qwlora.errors import DirectoryError, SourceError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.job.stage_records import sealed, stored_record, unsealed
 from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import read_job
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
+from qwlora.pipeline.store import STAGE, read_record
 from qwlora.recipe import load_recipe
 from qwlora.targets.proof.folder import proofs
 from qwlora.targets.proof.readme import write_readme
@@ -273,7 +273,7 @@ def edited(file: Path, content: bytes | str) -> Iterator[None]:
 
 
 def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
-    record = job / ".qwlora" / "records" / "verify" / "hf" / "first.json"
+    record = job / "export" / "hf" / "proof" / "first" / STAGE
     with edited(record, "{}"):
         for adapter in (None, "first"):
             with prepared(job, "me/it", adapter) as upload:
@@ -286,10 +286,10 @@ def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     content["adapters"][0]["steps"] = 4
     with edited(job / "recipe.yaml", yaml.safe_dump(content)):
-        assert_unprepared(job, r"train/first: its inputs changed.*qwlora run", "first")
+        assert_unprepared(job, r"train/first: adapters\.first\.steps: 3 -> 4.*qwlora run", "first")
         content["base"]["weights"] = "w8-channel"
         (job / "recipe.yaml").write_text(yaml.safe_dump(content))
-        assert_unprepared(job, r"quantize: its inputs changed.*qwlora run")
+        assert_unprepared(job, r"quantize: base\.weights.*qwlora run")
 
 
 def test_files_of_others_are_not_uploaded(job: Path) -> None:
@@ -315,29 +315,21 @@ def test_a_link_out_of_the_job_is_not_uploaded(name: str, job: Path, tmp_path: P
 def test_a_record_that_lists_a_file_elsewhere_uploads_nothing(job: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(job, tmp_path / "job"))
     (tmp_path / "key").write_text("PRIVATE KEY")
-    file, listed = copied / ".qwlora/records/quantize.json", "base/../../key"
-    record = unsealed(file)
+    file, listed = copied / "base" / STAGE, "../../key"
+    record = read_record(file)
     assert record is not None
-    record["files"][listed] = hashlib.sha256(b"PRIVATE KEY").hexdigest()
-    file.write_text(sealed(record))
+    digest = hashlib.sha256(b"PRIVATE KEY").hexdigest()
+    file.write_text(replace(record, files={**record.files, listed: digest}).text())
+    assert read_record(file) is None
+    assert_unprepared(copied, "quantize: base: its record is damaged")
+
+
+def test_a_readme_of_exported_files_is_uploaded(job: Path) -> None:
     with (
-        pytest.raises(QwloraError, match=re.escape(listed)),
-        prepared(copied, "me/it", None),
+        edited(job / "export/hf/first" / CARD, "how to use it"),
+        prepared(job, "me/it", "first") as upload,
     ):
-        pass
-
-
-def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
-    stage = "export/hf/first"  # and its folder
-    file = job / ".qwlora" / "records" / f"{stage}.json"
-    record = stored_record(file, stage)
-    assert record is not None
-    ours = replace(record, files={**record.files, f"{stage}/{CARD}": ""})
-    with edited(job / stage / CARD, "how to use it"):
-        with prepared(job, "me/it", "first") as upload:
-            assert f"hf/{CARD}" not in upload.files
-        with edited(file, ours.text(stage)), prepared(job, "me/it", "first") as upload:
-            assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
+        assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
 
 
 @pytest.mark.parametrize(

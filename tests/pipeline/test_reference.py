@@ -19,10 +19,11 @@ from pipeline.conftest import stage_keys
 from qwlora.adapter.train import Interrupted
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
+from qwlora.pipeline.asked import resolve_compute
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
-from qwlora.pipeline.job.stage_records import Stage
-from qwlora.pipeline.plan.plan import JobTexts, resolve_compute
 from qwlora.pipeline.running.forecast import Forecaster
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
@@ -99,7 +100,7 @@ def test_where_packing_loses_nothing_the_adapter_is_the_one_of_the_float_model(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model = PeftModel.from_pretrained(model, references / "second").eval()
     recipe = load_recipe(job.recipe)
-    text = JobContext(recipe, JobTexts(recipe), out, untracked).text("second").evaluation.input_ids
+    text = JobContext(recipe, Sources(recipe), out, untracked).text("second").evaluation.input_ids
     with torch.no_grad():
         loss = sum(float(model(input_ids=row[None], labels=row[None]).loss) for row in text)
     assert perplexity["reference"]["second"] == pytest.approx(math.exp(loss / len(text)), 1e-4)
@@ -136,7 +137,7 @@ def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_pat
     assert "train/task/float" in stages
     assert not {"train/recovered/float", "evaluate/reference/recovered"} & stages.keys()
     recipe = load_recipe(path)
-    context = JobContext(recipe, JobTexts(recipe), tmp_path, untracked)
+    context = JobContext(recipe, Sources(recipe), tmp_path, untracked)
     model = context.untrained(recipe.adapters[1], reference=True)
     assert model.peft_config["default"].r == 3
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
@@ -147,7 +148,7 @@ def test_its_stages_hold_the_float_model_and_no_base(recipe_for: Any) -> None:
     forecaster = Forecaster(resolve_compute(recipe))
     values = 4 * sum(p.numel() for p in tiny_model("llama", layers=1).parameters())
     train, evaluate, adapted = (
-        forecaster.needed(Stage(name, "", "first"))[0]
+        forecaster.needed(Stage(name, name.removesuffix("/first"), {}, adapter="first"))[0]
         for name in ("train/first/float", "evaluate/reference/first", "evaluate/adapted/first")
     )
     assert train["float model"] == evaluate["float model"] == values

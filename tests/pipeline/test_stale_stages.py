@@ -17,7 +17,7 @@ from qwlora.errors import DirectoryError, SourceError, VerificationError
 from qwlora.pipeline import run as run_module
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
-from qwlora.pipeline.stages.stage_functions import RUN
+from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.targets.target import Target
@@ -74,7 +74,8 @@ def test_verify_names_what_is_missing_or_changed_and_run_repairs(job: FakeJob, p
     assert message.startswith(f"verify needs {', '.join(needed)}, missing or out of date")
     assert f"  {needed[0]}: {found}" in message
     verbs = dict.fromkeys(name.partition("/")[0] for name in needed)
-    assert message.endswith(" && ".join(f"qwlora {verb} {job.out}" for verb in verbs))
+    commands = [f"qwlora {verb} {job.recipe} --out {job.out}" for verb in verbs]
+    assert message.endswith(" && ".join(commands))
     assert not job.ran
     assert (job.out / "results.json").read_bytes() == before
     job.run()
@@ -149,7 +150,7 @@ CHANGES = {
 def test_a_change_elsewhere_that_adapters_depend_on_is_named(job: FakeJob, setting: str) -> None:
     change, named = CHANGES[setting]
     job.run(changes=[setting])
-    again = rf"(?s)trained differently, first:.*{named}.*, add --replace first to the command"
+    again = rf"(?s)trained differently, first:.*{named}.*: qwlora run .* --replace first"
     with pytest.raises(DirectoryError, match=again):
         job.run(changes=[setting, change])
     assert not job.ran
@@ -240,27 +241,6 @@ def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, p
         open_job(job.out)
 
 
-DAMAGED = {
-    "no text": lambda text: b"\xff\x00" * 500,
-    "cut off": lambda text: text[: len(text) // 2],
-    "a digit of a measurement": lambda text: text.replace(b'"measured": 1', b'"measured": 7'),
-    "nothing": lambda text: b"",
-}
-
-
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str) -> None:
-    job.run()
-    for stage in ("base/stage.json", ".qwlora/stages/evaluate/base.json"):
-        file = job.out / stage
-        file.write_bytes(DAMAGED[what](file.read_bytes()))
-    results = job.run()
-    assert job.ran == ["quantize", "evaluate/base"]
-    assert results["evaluate/base"] == {"measured": 1}
-    job.run()
-    assert not job.ran
-
-
 @pytest.fixture
 def read_only(job: FakeJob, mounted: Callable[[str], Path]) -> Any:
     """Runs the job on a disk, which is read-only from then on."""
@@ -286,7 +266,7 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
 
 NO_READING = """
 import sys
-from qwlora.pipeline.seen import Seen
+from qwlora.system.seen import Seen
 def refuse(self, file, path, size): raise AssertionError(path)
 Seen._hash = refuse
 from qwlora.cli.main import main
@@ -298,7 +278,7 @@ finally: assert 'torch' not in sys.modules
 def test_skipping_reads_nothing_imports_no_torch(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.pipeline.seen.SETTLED_NS", -(10**18))
+    monkeypatch.setattr("qwlora.system.seen.SETTLED_NS", -(10**18))
     job.run()
     job.run()
     command = [sys.executable, "-c", NO_READING, "run", str(job.out), "--json"]

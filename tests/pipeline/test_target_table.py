@@ -16,7 +16,7 @@ from qwlora import Scheme, quantize_
 from qwlora.errors import GridError, MissingExtraError, SourceError
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
-from qwlora.pipeline.plan.target_table import second_rounding, target_table
+from qwlora.pipeline.target_table import second_rounding, target_table
 from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase

@@ -29,8 +29,10 @@ from qwlora.grid.scheme import (
 )
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.plan.plan import SOLVER_SCALES, JobTexts, make_plan
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.run import run
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import SOLVER_SCALES
 from qwlora.pipeline.stages.model_stages import solver_scales
 from qwlora.quantize import tune_scales
 from qwlora.quantize.layer_rules import LayerRule
@@ -462,12 +464,13 @@ def test_what_cannot_be_tuned_is_found_before_any_work(recipe_for: Any, tmp_path
 
 
 def test_a_stage_that_tunes_depends_on_its_settings_and_its_text(recipe_for: Any) -> None:
-    def stage(*changes: str) -> Any:
+    def inputs(*changes: str) -> Any:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", *changes))
-        return next(s for s in make_plan(recipe, JobTexts(recipe)) if s.name == "quantize")
+        plan = make_plan(recipe, Sources(recipe))
+        return next(stage.inputs for stage in plan if stage.name == "quantize")
 
-    plain, tuned, more = stage(), stage("base.tuning.steps=4"), stage("base.tuning.steps=8")
-    assert len({plain.key, tuned.key, more.key}) == 3
-    assert stage("data.sequence_tokens=16").key == plain.key, "rounding does not look at text"
-    assert stage("base.tuning.steps=4", "data.sequence_tokens=16").key != tuned.key, "tuning does"
-    assert stage("base.tuning.steps=4", "seed=5").key != tuned.key
+    plain, tuned, more = inputs(), inputs("base.tuning.steps=4"), inputs("base.tuning.steps=8")
+    assert plain != tuned != more != plain
+    assert inputs("data.sequence_tokens=16") == plain, "rounding does not look at text"
+    assert inputs("base.tuning.steps=4", "data.sequence_tokens=16") != tuned, "tuning does"
+    assert inputs("base.tuning.steps=4", "seed=5") != tuned

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import byte_tokenizer, text, tiny_model
 from qwlora.errors import VerificationError
-from qwlora.pipeline.running.run_job import run
+from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
 RECORDED = Path(__file__).parent / "jobs"

@@ -19,7 +19,10 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
+from qwlora.pipeline.asked import resolve_compute
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stages import RUN
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
@@ -122,11 +125,6 @@ def test_an_nvidia_gpu_is_asked_through_its_driver(
         assert has_bfloat16("cuda") is expected
 
 
-def keys(recipe: Recipe) -> dict[str, str]:
-    resolved = resolve_compute(recipe)
-    return {stage.name: stage.key for stage in make_plan(resolved, JobTexts(resolved))}
-
-
 def precisions(recipe: Recipe) -> tuple[str, ...]:
     resolved = resolve_compute(recipe)
     return resolved.base.tuning.compute, *(adapter.compute for adapter in resolved.adapters)
@@ -135,18 +133,18 @@ def precisions(recipe: Recipe) -> tuple[str, ...]:
 ASKED = ("base.tuning.compute={0}", "adapters.0.compute={0}")
 
 
-@pytest.mark.parametrize("has", [False, True])
-def test_keys_say_what_auto_is(has: bool, recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, has)
-    path = recipe_for()
-    tuned = "base.tuning.steps=4"
-    auto, single, half = (
-        keys(load_recipe(path, (tuned, *(change.format(asked) for change in ASKED))))
-        for asked in ("auto", "float32", "bfloat16")
-    )
-    assert keys(load_recipe(path, (tuned,))) == auto == (half if has else single)
+def test_the_plan_keeps_auto(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(asked: str, has: bool) -> dict[str, Any]:
+        pretend(monkeypatch, has)
+        changes = ("base.tuning.steps=4", *(change.format(asked) for change in ASKED))
+        recipe = load_recipe(recipe_for(), changes)
+        return {stage.name: stage.inputs for stage in make_plan(recipe, Sources(recipe))}
+
+    auto, there = (inputs("auto", has) for has in (False, True))
+    assert auto == there, "another machine resumes the job"
+    single, half = (inputs(asked, True) for asked in ("float32", "bfloat16"))
     for stage in ("quantize", "train/first"):
-        assert single[stage] != half[stage]
+        assert auto[stage] != single[stage] != half[stage] != auto[stage]
 
 
 def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,30 +162,32 @@ def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.Monk
 
 def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs, job = ("quantize", "train"), job_for()
-    monkeypatch.setattr(
-        "qwlora.pipeline.stages.stage_functions.RUN", {verb: lambda *_: {} for verb in verbs}
-    )
+    for verb in verbs:
+        monkeypatch.setitem(RUN, verb, lambda *_: {})
 
     def said(*changes: str) -> list[str]:
-        job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=True)
-        return [line for line in job.said if "bfloat16" in line]
+        job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=["first"])
+        return [line for line in job.said if line.startswith("warning: ")]
 
     pretend(monkeypatch, False)
     assert said("base.solver=rtn") == []
     warned = said(*(change.format("bfloat16") for change in ASKED))
     for line, part in zip(warned, ("base.tuning", "adapter first"), strict=True):
-        assert line.startswith(f"warning: {part}: ")
+        assert line.startswith(f"warning: {part}: compute bfloat16")
     assert all("several times" in line and "float32" in line for line in warned)
     pretend(monkeypatch, True)
     assert said(*(change.format("bfloat16") for change in ASKED), "seed=1") == []
 
 
-def test_a_job_keeps_its_precision(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_auto_was_is_a_result(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, True)
     job = job_for()
     assert job.run("quantize", "train")["train"]["first"]["compute"] == "bfloat16"
     written = yaml.safe_load((job.out / "recipe.yaml").read_text())
-    assert written["adapters"][0]["compute"] == "bfloat16"
+    assert written["adapters"][0]["compute"] == "auto"
+    pretend(monkeypatch, False)
+    job.run("quantize", "train")
+    assert not job.done
 
 
 def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:

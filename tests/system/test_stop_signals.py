@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 WAITING = """
 import sys, time
 import qwlora.pipeline.commands.open_job
-import qwlora.pipeline.running.run_job
+import qwlora.pipeline.run
 from qwlora.cli.main import main
 
 def wait(*_, **__):
@@ -35,7 +35,7 @@ def wait(*_, **__):
     finally:
         print("cleaned up", file=sys.__stdout__, flush=True)
 
-qwlora.pipeline.running.run_job.run_file = qwlora.pipeline.commands.open_job.open_job = wait
+qwlora.pipeline.run.run = qwlora.pipeline.commands.open_job.open_job = wait
 sys.argv[1:] = {arguments!r}
 main()
 """

@@ -19,8 +19,9 @@ import torch
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.formats import manifest
-from qwlora.pipeline.job.stage_records import Stage
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import file_stages
+from qwlora.pipeline.store import NAME
 from qwlora.recipe.whole_recipe import Export, Verify
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.proof.reference import make_reference
@@ -67,11 +68,11 @@ def context(tmp_path: Path) -> Any:
 def test_the_export_stage_writes_through_its_target(context: Any, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    stage = Stage("export/text/first", "", "first")
+    stage = Stage("export/text/first", "export/text/adapter", {}, adapter="first")
     results = file_stages.export(context, stage, scratch, tmp_path)
     written = (scratch / "model.txt").read_text()
     assert written == "graph of first first sample of first"
-    assert results == {"export": {"text": {"first": {"bytes": len(written)}}}}
+    assert results == {"export": {"text": {NAME: {"bytes": len(written)}}}}
     assert (scratch / "adapter").is_dir()
     assert not manifest.changed_files(scratch, "qwlora.json")
     (scratch / "notes.md").unlink()
@@ -88,7 +89,12 @@ def test_the_file_stages_opens_the_files_with_the_target_in_its_name(
     monkeypatch.setattr(file_stages._Verification, "_references", lambda self, *texts: made)
     monkeypatch.setattr(file_stages._Verification, "_text", lambda self: text)
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
-        file_stages.verify(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
+        file_stages.verify(
+            context,
+            Stage("verify/text/first", "verify/text/adapter", {}, adapter="first"),
+            tmp_path,
+            tmp_path,
+        )
 
 
 def test_a_recipe_takes_every_registered_target_and_no_other() -> None:

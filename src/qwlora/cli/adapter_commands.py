@@ -38,6 +38,10 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
+    from qwlora.pipeline.job import OpenJob
+
+    if (folder / "recipe.yaml").is_file():
+        _ = OpenJob(folder).judge  # moves what was renamed in the recipe
 
     base, reports, unreadable = job_fingerprint(folder), [], list[str]()
     for adapter in find_adapters(folder):

@@ -109,8 +109,9 @@ def merge(
     device: Device = None,
 ) -> None:
     """Merge an adapter into its dequantized base. Also prints what that loses."""
+    from qwlora.pipeline.asked import check_outside_data
     from qwlora.pipeline.commands.open_job import open_job
-    from qwlora.pipeline.output_path import check_outside_data, new_folder
+    from qwlora.system.output_path import new_folder
 
     with new_folder(out) as folder:
         opened, name = open_job(job, name, device=device)

@@ -16,7 +16,9 @@ from qwlora.system.atomic import write_text
 if TYPE_CHECKING:
     from qwlora.pipeline.running.forecast import Estimates
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe.")
+]
 
 
 def check(

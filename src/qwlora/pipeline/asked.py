@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qwlora.errors import SourceError
+from qwlora.errors import DirectoryError, SourceError
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
 from qwlora.system.machine import auto_compute, device_type, exact_type
+from qwlora.system.output_path import shown
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _IN_BLOCK = re.compile(r".+\.\d+\..+")
@@ -144,3 +147,16 @@ def is_covered(recipe: Recipe, adapter: Adapter) -> bool:
 
     new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
     return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
+
+
+def check_outside_data(path: Path, recipe: Recipe) -> None:
+    """Check that `path` is not in a folder of text: the next run would read the job's files."""
+    target = os.path.realpath(path)
+    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
+    for data in (recipe.data, *recipe.texts().values(), *parts):
+        folder = os.path.realpath(os.path.expanduser(data.source or ""))
+        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
+            raise DirectoryError(
+                f"{shown(path)} is inside the data folder {data.source!r}, so its own files "
+                "would be read as data. Choose an --out outside of it."
+            )

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, SourceError, suggestion
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources, filled
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import TMP, Record, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.recipe.section import of_a_job
@@ -322,44 +323,49 @@ def check_needs(
     judge: Judge,
     waiting: Sequence[Stage],
     verbs: Collection[str],
-    folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str],
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
-    error names all commands that must run first."""
+    error names all commands that must run first.
+
+    Args:
+        asked: arguments of the command that runs: the job or the recipe, and options.
+    """
     needed = [s for s in upstream(judge.plan, *(s.name for s in waiting)) if s.verb not in verbs]
     if missing := {s.name: judge.stale[s.name] for s in needed if s.name in judge.stale}:
         what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
-        raise missing_error(what, missing, folder, command)
+        raise missing_error(what, missing, judge.store.path, asked)
 
 
 def missing_error(
     what: str,
     reasons: Mapping[str, str],
     folder: Path,
-    command: Callable[[str], str] | None = None,
+    asked: Sequence[str] = (),
 ) -> DirectoryError:
     """An error that names the stages that `what` needs, why each is stale, and the commands.
 
     Args:
         reasons: by stage, in the order of the plan.
-        command: returns the command line that runs a verb.
+        asked: see `check_needs`; default: the job.
     """
     needed = {name.partition("/")[0] for name in reasons}
-    run = command or (lambda verb: command_line(verb, folder))
+    commands = [command_line(v, *(asked or [str(folder)])) for v in VERBS if v in needed]
     return DirectoryError(
         f"{what} needs {', '.join(reasons)}, missing or out of date in {str(folder)!r}:\n"
         + "".join(f"  {name}: {reason}\n" for name, reason in reasons.items())
-        + f"Run first: {' && '.join(run(verb) for verb in VERBS if verb in needed)}"
+        + f"Run first: {' && '.join(commands)}"
     )
 
 
-def command_line(verb: str, folder: Path, *options: str) -> str:
-    """The command that runs `verb` on the job in `folder`."""
-    return shlex.join(["qwlora", verb, str(folder), *options])
+def command_line(verb: str, *arguments: object) -> str:
+    """The command line that runs `verb`."""
+    return shlex.join(["qwlora", verb, *map(str, arguments)])
 
 
-def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
+def check_kept(
+    judge: Judge, waiting: Collection[str], replace: Collection[str], asked: Sequence[str]
+) -> None:
     """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
     settings, or its base, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
@@ -376,12 +382,13 @@ def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str])
             changed[str(stage.adapter)] = reasons
     if changed:
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
-        options = " ".join(f"--replace {name}" for name in changed)
+        options = [part for name in (*replace, *changed) for part in ("--replace", name)]
         raise DirectoryError(
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + f"No adapter was changed. To train them again, add {options} to the command (each "
-            "stays in place until the new one is finished). To keep both, give the new one another "
-            "name"
+            + "No adapter was changed. To train them again: "
+            + f"{command_line('run', *asked, *options)}\n"
+            + "(each stays in place until the new one is finished). To keep both, give the new one "
+            "another name"
         )

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace as changed
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,28 +22,31 @@ from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, VerificationError, described
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.asked import check_outside_data
 from qwlora.pipeline.job import (
     Judge,
     check_kept,
     check_needs,
     command_line,
+    differences,
     job_recipe,
     needs_settling,
     settle,
     sources_of,
 )
-from qwlora.pipeline.output_path import as_directory_errors, check_output, check_outside_data
-from qwlora.pipeline.plan import Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages import new_context
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.output_path import as_directory_errors, check_output
 from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 
@@ -94,6 +97,9 @@ def run(
     check_outside_data(out, wanted)
     if not is_first_process():
         return _join_stages(wanted, out, device)
+    asked = [str(out)] if is_own or isinstance(recipe, Recipe) else [str(recipe), "--out", str(out)]
+    asked += [part for change in changes for part in ("--set", change)]
+    asked += [] if device is None else ["--device", device]
     store = Store(out)
     if before is None:
         store.check_unclaimed()
@@ -106,7 +112,7 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, before, store, sources, track, say, device)
+            job = _Run(wanted, before, store, sources, track, say, device, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -152,9 +158,10 @@ class _Run:
         track: Track,
         say: Say,
         device: str | None,
+        asked: Sequence[str],
     ):
         self.recipe, self.before, self.store, self.say = recipe, before, store, say
-        self.sources, self.track, self.device = sources, track, device
+        self.sources, self.track, self.device, self.asked = sources, track, device, asked
         self.judge = Judge(make_plan(recipe, sources), store)
         if needs_settling(self.judge) and store.is_writable:
             settle(store, recipe, track)
@@ -185,8 +192,8 @@ class _Run:
                 continue
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
-            check_kept(self.judge, [stage.name], replace)  # what it reads may be another one now
             with status.failures():
+                check_kept(self.judge, [stage.name], replace, self.asked)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -218,8 +225,8 @@ class _Run:
         if unknown := [name for name in replace if name not in names]:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
         waiting = self._waiting(asked)
-        check_needs(judge, waiting, verbs, store.path)
-        check_kept(judge, [stage.name for stage in waiting], replace)
+        check_needs(judge, waiting, verbs, self.asked)
+        check_kept(judge, [stage.name for stage in waiting], replace, self.asked)
         if waiting and not store.is_writable:
             first = waiting[0].name
             raise DirectoryError(
@@ -291,6 +298,9 @@ class _Run:
         text = new_text(self.recipe)
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
+            old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))
+            for line in differences(old, new, {}):
+                self.say(f"{path}: {line}")
         with as_directory_errors(self.store.path):
             write_text(path, text)
 
@@ -303,8 +313,6 @@ class _Run:
         if self.context is None:
             self.context = self._new_context()
         self.context.on_training = status.train
-        from qwlora.pipeline.stages.stage_functions import RUN
-
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         record = self.judge.identity(stage)
         gc.collect()
@@ -348,8 +356,6 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)
-    from qwlora.pipeline.stages.stage_functions import RUN
-
     for name, key in joined_stages():
         stage, work = stages[name], Store(out).work(key)
         with (

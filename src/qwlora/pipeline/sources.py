@@ -16,9 +16,9 @@ from typing import Any
 from qwlora.data import Documents, load_documents
 from qwlora.errors import QwloraError
 from qwlora.formats.model_source import content_files, fetch, source_path
-from qwlora.pipeline.seen import Seen
 from qwlora.recipe import Data, Recipe
 from qwlora.system.progress import Track, one_step, untracked
+from qwlora.system.seen import Seen
 
 
 class Unread:
@@ -31,7 +31,7 @@ class Unread:
 def filled(inputs: Any, known: Any) -> Any:
     """`inputs` with what is unread taken from `known`, the inputs of a record, where it has it."""
     if isinstance(inputs, Unread):
-        return inputs if known is None else known
+        return "not read" if known is None else known
     if isinstance(inputs, dict):
         old = known if isinstance(known, dict) else {}
         return {key: filled(value, old.get(key)) for key, value in inputs.items()}
@@ -71,7 +71,7 @@ class Sources:
         holds_floats: bool | None = None,
     ):
         self.recipe, self.reads, self._track = recipe, reads, track
-        self._seen, self._is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
+        self._seen, self.is_new, self._holds_floats = seen or Seen(), is_new, holds_floats
         self._loaded: dict[Any, Documents | Exception] = {}
 
     def documents(self, data: Data) -> Documents:
@@ -96,22 +96,22 @@ class Sources:
         Args:
             counts: how many sequences are used, by the key in the data section.
         """
-        found: dict[str, Any] = {"source": Unread(), "packing": Unread()}
+        found: dict[str, Any] = dict.fromkeys(("source", "packing", "prompt_format"), Unread())
         template: Any = Unread() if data.chat_template else None
         if self.reads:
             try:
                 documents, text = self.documents(data), data.read_template()
             except (QwloraError, OSError) as error:
-                if self._is_new:
+                if self.is_new:
                     raise
-                found = {"source": Unread(error), "packing": Unread(error)}
+                found = dict.fromkeys(found, Unread(error))
             else:
                 packing = data.cutting().packing_of(documents.kind)
-                found = {"source": documents.digest, "packing": packing}
+                pairs = data.prompt_format if documents.kind == "completions" else "none"
+                found = {"source": documents.digest, "packing": packing, "prompt_format": pairs}
                 template = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         cut = {"sequence_tokens": data.sequence_tokens, "turns": data.turns}
         written = {"chat_template": template} if template is not None else {}
-        written |= {"prompt_format": "plain"} if data.prompt_format != "auto" else {}
         return {**found, **cut, **written, **counts}
 
     def files(self, paths: Iterable[Path]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Sources:
                 return {"gguf": self._seen.content(location.path)}
             return self.files(location.files)
         except (QwloraError, OSError) as error:
-            if self._is_new:
+            if self.is_new:
                 raise
             return Unread(error)
 
@@ -143,13 +143,14 @@ class Sources:
     def holds_floats(self) -> bool:
         """Whether there is a float model to compare with, or only integers in a quantized format;
         of a model that is gone, what it was."""
+        if self._holds_floats is not None and not self.reads:
+            return self._holds_floats
         try:
-            if self.reads or self._holds_floats is None:
-                return fetch(self.recipe.model.source).holds_floats
+            return fetch(self.recipe.model.source).holds_floats
         except (QwloraError, OSError):
-            if self._is_new:
+            if self.is_new and self.reads:
                 raise
-        return bool(self._holds_floats)
+            return bool(self._holds_floats)
 
     def adapter(self, source: str) -> Any:
         """Digests of the files of an adapter from elsewhere; of one on the hub, its id."""

@@ -35,10 +35,10 @@ from urllib.parse import quote, unquote
 
 from qwlora.errors import DirectoryError, listed
 from qwlora.formats.model_card import is_users_card, text_of
-from qwlora.pipeline.output_path import as_directory_errors, lock_folder
-from qwlora.pipeline.seen import Seen, sealed, unsealed
 from qwlora.system.atomic import files_in, flush, flush_folder, write_text
+from qwlora.system.output_path import as_directory_errors, lock_folder
 from qwlora.system.regular_files import is_inside
+from qwlora.system.seen import Seen, sealed, unsealed
 from qwlora.targets.proof.contents import STAGE
 
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage

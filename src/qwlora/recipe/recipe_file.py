@@ -22,12 +22,15 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     to the recipe's folder.
 
     Args:
+        path: of the recipe, or the directory of a job.
         changes: `section.key=value`, where value is YAML and a number selects an item of a list:
             `adapters.0.steps=5`.
 
     Raises:
         RecipeError: lists every problem found.
     """
+    if path.is_dir():
+        path = path / "recipe.yaml"
     source = str(path)
     try:
         content = load_yaml(read_text(path))

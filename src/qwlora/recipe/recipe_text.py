@@ -38,6 +38,8 @@ def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = _WIDTH, True
     yaml.indent(mapping=2, sequence=2 if "\n- " in text else 4, offset=0 if "\n- " in text else 2)
+    null = "tag:yaml.org,2002:null"  # else it writes nothing for it
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(null, "null"))
     inside = f"{path.parent.absolute()}/"
     try:
         document = yaml.load(text)
@@ -81,7 +83,7 @@ def _change(node: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> N
         there = node.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and isinstance(there, dict):
             _change(there, old, value)
-        elif _are_sections(old) and _are_sections(value) and isinstance(there, list):
+        elif _have_names(old) and _have_names(value) and isinstance(there, list):
             _change_list(there, old or [], value)
         else:
             node[key] = value
@@ -90,15 +92,15 @@ def _change(node: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> N
 def _change_list(node: list[Any], before: list[Any], after: list[Any]) -> None:
     """The same for a list of sections, whose members have names."""
     if len(after) < len(before):
-        names = [member.get("name") for member in after]
+        names = [member["name"] for member in after]
         for number in reversed(range(len(before))):
-            if before[number].get("name") not in names:
+            if before[number]["name"] not in names:
                 del node[number]
-        before = [member for member in before if member.get("name") in names]
+        before = [member for member in before if member["name"] in names]
     for number, (old, new) in enumerate(zip(before, after, strict=False)):
         _change(node[number], old, new)
     node += after[len(before) :]
 
 
-def _are_sections(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(member, dict) for member in value)
+def _have_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and "name" in m for m in value)

@@ -309,6 +309,9 @@ class Recipe(Section):
         )
 
     def _use_case_problems(self) -> Iterator[str]:
+        target = next((name for name in self.export.targets if TARGETS[name].has_cases), None)
+        if target is None and self.export.use_cases is None:
+            return
         cases = self.use_cases()
         for case in cases:
             parts = members(case)
@@ -321,7 +324,6 @@ class Recipe(Section):
                 "export.use_cases must hold an adapter, and every use case once; it holds "
                 f"{', '.join(cases) or 'nothing'}"
             )
-        target = next((name for name in self.export.targets if TARGETS[name].has_cases), None)
         if target is None:
             return
         if self.workflow == "qwa-lora":

@@ -164,9 +164,16 @@ class Job:
         changes = {n: self.change(self.final_kind(n) or "", against, n) for n in self.adapters}
         return {name: change for name, change in changes.items() if change is not None}
 
-    def other_cases(self, target: str) -> list[str]:
-        """What was checked besides adapters: the base without one, several adapters together."""
-        return [name for name in self.section("parity", target) if name not in self.adapters]
+    def cases(self, target: str) -> list[str]:
+        """What the files of a target are checked with: each adapter, or the recipe's use cases; and
+        what else was checked, such as the base without an adapter."""
+        asked = self.setting("export", "use_cases") if TARGETS[target].has_cases else None
+        asked = self.adapters if asked is None else [str(case) for case in asked]
+        return list(dict.fromkeys([*asked, *self.section("parity", target)]))
+
+    def alone(self, target: str) -> list[str]:
+        """The adapters among `cases`; the others are the base and several adapters together."""
+        return [case for case in self.cases(target) if case in self.adapters]
 
     def proof_rows(self, target: str, adapter: str) -> list[Check]:
         """The checks that the proof of an adapter's files recorded."""

@@ -175,11 +175,12 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
 def _of_target(job: Job, target: str) -> Iterator[Evidence]:
     """All checks for a single adapter. For several, one line for their proofs. For the base and
     for several adapters together, one line each. Every check that failed has its own."""
-    proofs = {name: proof_evidence(job, target, name) for name in job.adapters}
+    proofs = {name: proof_evidence(job, target, name) for name in job.alone(target)}
     outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
     if len(proofs) == 1:
-        yield from proofs[job.adapters[0]]
-    else:
+        (evidence,) = proofs.values()
+        yield from evidence
+    elif proofs:
         passed = [name for name in proofs if outcomes[name] is Outcome.PASSED]
         failed = [name for name in proofs if outcomes[name] is Outcome.FAILED]
         yield Evidence(
@@ -191,7 +192,7 @@ def _of_target(job: Job, target: str) -> Iterator[Evidence]:
         )
         for name in failed:
             yield from _failed(proofs[name], name)
-    for case in job.other_cases(target):
+    for case in [case for case in job.cases(target) if case not in proofs]:
         is_base = case in (BASE, NO_ADAPTER)
         what = "the base without an adapter" if is_base else f"{case} together"
         evidence = proof_evidence(job, target, case)
@@ -278,7 +279,7 @@ def _unproven(job: Job) -> str:
     if not job.targets:
         return "no runtime was checked: the recipe has no export target"
     for target in job.targets:
-        for name in (*job.adapters, *job.other_cases(target)):
+        for name in job.cases(target):
             of = f" of {name}" if len(job.adapters) > 1 else ""
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
@@ -290,8 +291,8 @@ def _unproven(job: Job) -> str:
 
 
 def _file_count(job: Job) -> int:
-    """How many exported files there are: one for each adapter and runtime."""
-    return len(job.adapters) * len(job.targets)
+    """How many exported files there are: one for each adapter or use case, and runtime."""
+    return sum(len(set(job.cases(target)) - {BASE, NO_ADAPTER}) for target in job.targets)
 
 
 def _strongest_fact(job: Job, is_proven: bool) -> str:

@@ -36,15 +36,16 @@ from qwlora.pipeline.job import (
     sources_of,
     write_bundle_readmes,
 )
-from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import Stage, make_plan
-from qwlora.pipeline.seen import Seen
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import STAGES, Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
 from qwlora.system.atomic import flush, write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.progress import untracked
+from qwlora.system.seen import Seen
 from qwlora.targets.target import AND
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content

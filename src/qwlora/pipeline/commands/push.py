@@ -31,14 +31,17 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
-from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
+from qwlora.pipeline.stage import (
+    MOMENTS,
+    SOLVER_SCALES,
+)
 from qwlora.pipeline.store import CARD, Store
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.regular_files import check_plain, is_inside
 from qwlora.targets.registry import TARGETS
 
@@ -143,6 +146,7 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
             should be private, or holds a base where an adapter is uploaded, or the reverse.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
         raise UploadError(
@@ -152,6 +156,7 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
     api, repository, note = HfApi(), upload.repository, _pushed(folder)
     # Listed first, so that a later upload knows the files if this process is killed in between.
     begun = {*note["files"].get(repository, []), *upload.files}
+    is_sent = False
     try:
         api.create_repo(repository, private=is_private, exist_ok=True)
         if is_private and not api.model_info(repository).private:
@@ -169,12 +174,18 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
         _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
         added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
+        is_sent = True
         commit = api.create_commit(
             repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
         )
     except QwloraError:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...
+        if is_sent and not isinstance(error, HfHubHTTPError):  # the hub may have made the commit
+            raise UploadError(
+                f"{repository}: the connection ended before the hub answered, so it is not known "
+                f"whether the files were uploaded: {described(error)}. Run the command again"
+            ) from error
         _write_note(folder, note)
         raise UploadError(
             f"{repository}: nothing was uploaded: {described(error)}. Check the token (`hf auth "

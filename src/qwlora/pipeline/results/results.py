@@ -7,6 +7,7 @@ run leaves for the next command besides these is in `.qwlora/status.json`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, QwloraWarning
+from qwlora.errors import DirectoryError, QwloraWarning, SourceError
+from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
-from qwlora.pipeline.output_path import as_directory_errors
-from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.results.model_cards import card_text
-from qwlora.pipeline.seen import sealed, unsealed
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import CARD, NAME, TEXT_NAME
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
@@ -27,7 +27,9 @@ from qwlora.report.page import render
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.parameter_names import BASE
+from qwlora.system.seen import sealed, unsealed
 
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"
@@ -129,8 +131,10 @@ def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[
         write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
         for path, page in pages.items():
             write_text(path, page)
-        for artifact, text in cards.items():
-            store.write_card(artifact, text)
+        with contextlib.suppress(SourceError):
+            locate(recipe.model.source)  # of a model that is gone, a new card would say less
+            for artifact, text in cards.items():
+                store.write_card(artifact, text)
     return results
 
 

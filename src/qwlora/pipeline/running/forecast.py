@@ -23,7 +23,6 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import qwlora.pipeline.stages.stage_functions  # noqa: F401 (what a process that runs stages holds)
 from qwlora.adapter.attach import check_shape
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.analysis.generate_text import SAMPLED_AT_ONCE
@@ -45,8 +44,12 @@ from qwlora.pipeline.asked import (
     resolve_compute,
     sampled_sequences,
 )
-from qwlora.pipeline.plan import SAMPLE, Stage, make_plan
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.stage import (
+    SAMPLE,
+    Stage,
+)
 from qwlora.pipeline.stages.job_context import skeleton
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
-from qwlora.pipeline.plan import Stage
+from qwlora.pipeline.stage import Stage
 from qwlora.system.machine import peak_rss_bytes, processor_name
 
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")

@@ -18,7 +18,7 @@ from qwlora.errors import ExportError, GridError, SourceError, TrainingError, li
 from qwlora.formats.base_files import read_record
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
-from qwlora.formats.model_source import fetch
+from qwlora.formats.model_source import fetch, source_path
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.asked import is_foreign, reads_base_text, sampled_sequences
 from qwlora.pipeline.stages.job_context import JobContext
@@ -166,7 +166,7 @@ def _check_layers(
         path = next(name for name, module in model.named_modules() if module is table)
         name = next((n for n, tensor in tensors.items() if path in tensor.paths), "")
         embedding = path, packed.get(name)
-    keeps, source = recipe.base.solver == "keep", fetch(recipe.model.source).path
+    keeps, source = recipe.base.solver == "keep", source_path(recipe.model.source)
     for name, target in targets.items():
         reasons = refusals(target, (), None, keeps, kinds, embedding)
         if not (target.is_simulated or comes_from(target, source)):

@@ -16,8 +16,11 @@ from qwlora.adapter.adapter_files import read_config
 from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
-from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan import ADAPTER, Stage
+from qwlora.formats.model_source import fetch, source_path
+from qwlora.pipeline.stage import (
+    ADAPTER,
+    Stage,
+)
 from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes
@@ -54,6 +57,7 @@ from qwlora.targets.proof.reference import (
 )
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
+from qwlora.targets.target_compatibility import comes_from
 
 INVOCATION = "alora_invocation_tokens"  # in an adapter's configuration, and in a proof
 
@@ -98,8 +102,9 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
     if adapter is None:
-        location = fetch(context.recipe.model.source)
-        gguf_file = location.path if location.gguf_file else None
+        source = source_path(context.recipe.model.source)
+        is_copied = comes_from(target, source)
+        gguf_file = fetch(context.recipe.model.source).path if is_copied else None
         bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)

@@ -35,7 +35,6 @@ from qwlora.data.sequences import IGNORED, Sequences, check_isolation
 from qwlora.errors import FingerprintError, SourceError, foreign_as
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
-from qwlora.formats.model_source import fetch
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
@@ -49,7 +48,7 @@ from qwlora.pipeline.asked import (
     reference_stage,
     sampled_sequences,
 )
-from qwlora.pipeline.plan import (
+from qwlora.pipeline.stage import (
     ADAPTER,
     CASES,
     MOMENTS,
@@ -479,7 +478,7 @@ def _logits_and_reference(
         logits = context.simulation(str(name)).logits
     else:
         logits = logits_of(context.base() if kind == "base" else context.adapted(str(name)))
-    if not compared or not fetch(context.recipe.model.source).holds_floats:
+    if not compared or not context.sources.holds_floats:
         return logits, None
     # Loading a base releases the float model, so it is loaded after it; the context must not keep
     # it in memory through the stages that follow.

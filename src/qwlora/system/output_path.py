@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
-from qwlora.recipe import Recipe
 from qwlora.system.atomic import move_into_place
 
 _FULL_BYTES = 64 * 1024
@@ -72,12 +71,12 @@ def check_output(path: Path) -> bool:
         pass
     except OSError as error:
         raise DirectoryError(
-            f"{_shown(path)} cannot be used: {error.strerror}; choose another --out"
+            f"{shown(path)} cannot be used: {error.strerror}; choose another --out"
         ) from error
     if path.is_dir():
         return True
     if path.exists():
-        raise DirectoryError(f"{_shown(path)} is a file; --out names a directory")
+        raise DirectoryError(f"{shown(path)} is a file; --out names a directory")
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
     if nearest.is_symlink() and not nearest.exists():
         reason = f"is a link to {os.readlink(nearest)!r}, which does not exist"
@@ -88,21 +87,8 @@ def check_output(path: Path) -> bool:
     else:
         return False
     raise DirectoryError(
-        f"{_shown(path)} cannot be created: {_shown(nearest)} {reason}; choose another --out"
+        f"{shown(path)} cannot be created: {shown(nearest)} {reason}; choose another --out"
     )
-
-
-def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not in a folder of text: the next run would read the job's files."""
-    target = os.path.realpath(path)
-    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
-    for data in (recipe.data, *recipe.texts().values(), *parts):
-        folder = os.path.realpath(os.path.expanduser(data.source or ""))
-        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
-            raise DirectoryError(
-                f"{_shown(path)} is inside the data folder {data.source!r}, so its own files "
-                "would be read as data. Choose an --out outside of it."
-            )
 
 
 @contextlib.contextmanager
@@ -137,7 +123,7 @@ def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
         if not isinstance(error, BlockingIOError):
             raise
         raise DirectoryError(
-            f"{_shown(protected)} is in use by another qwlora process; wait for it, or choose "
+            f"{shown(protected)} is in use by another qwlora process; wait for it, or choose "
             "another --out"
         ) from error
     with lock:
@@ -186,7 +172,7 @@ def check_target(folder: Path) -> None:
     elif os.path.ismount(folder):
         reason = "is a mount point, which the new model cannot replace"
     if reason:
-        raise DirectoryError(f"{_shown(folder)} {reason}; choose another --out")
+        raise DirectoryError(f"{shown(folder)} {reason}; choose another --out")
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -196,7 +182,7 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """The path in quotes, shortened in the middle if it is very long."""
     text = str(path)
     return repr(text if len(text) <= 300 else f"{text[:60]}...{text[-20:]}")

@@ -1,0 +1,88 @@
+"""How recipe.yaml of a job is changed: only what differs, so that comments and order stay."""
+
+import difflib
+from pathlib import Path
+
+import pytest
+
+from qwlora.errors import DirectoryError
+from qwlora.recipe import load_recipe
+from qwlora.recipe.recipe_text import edited
+
+TEXT = """\
+# My job.
+name: "job"   # in quotes
+adapters:
+  - {name: first, steps: 30}  # one line
+  # the second
+  - name: second
+    steps: 40  # enough
+base:
+  calibration: [job, {text: model, weight: 2}]
+  rules:
+    - match: "*.0.*"  # the first layer
+      bitwidth: 8
+model: {source: %s}
+data: {source: %s}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> Path:
+    (tmp_path / "recipe.yaml").write_text(TEXT % (checkpoints["llama"], corpus))
+    return tmp_path / "recipe.yaml"
+
+
+def lines(recipe: Path, *changes: str) -> list[str]:
+    """The lines that a change removes and adds; `edited` has read the new text itself."""
+    text = recipe.read_text()
+    new = edited(text, load_recipe(recipe), load_recipe(recipe, changes), recipe)
+    found = difflib.ndiff(text.splitlines(), new.splitlines())
+    return [line for line in found if line[0] in "-+"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ((), []),
+        (("adapters.1.steps=50",), ["-     steps: 40  # enough", "+     steps: 50  # enough"]),
+        (("seed=7",), ["+ seed: 7"]),
+        (("reference=float",), ["+ reference: float"]),
+        (
+            ("adapters.0.name=other",),
+            [
+                "-   - {name: first, steps: 30}  # one line",
+                "+   - {name: other, steps: 30}  # one line",
+            ],
+        ),
+        (
+            ("base.calibration=[job]",),
+            [
+                "-   calibration: [job, {text: model, weight: 2}]",
+                "+   calibration:",
+                "+     - text: job",
+            ],
+        ),
+    ],
+)
+def test_only_what_differs_is_written(
+    recipe: Path, changes: tuple[str, ...], expected: list[str]
+) -> None:
+    assert lines(recipe, *changes) == expected
+
+
+def test_adapters_come_and_go(recipe: Path) -> None:
+    more = "{name: first, steps: 30}, {name: second, steps: 40}, {name: third, steps: 50}"
+    added = lines(recipe, f"adapters=[{more}]")
+    assert (added[0], added[-1]) == ("+   - name: third", "+     steps: 50")
+    assert all(line.startswith("+") for line in added)
+    gone = lines(recipe, "adapters=[{name: second, steps: 40}]")
+    assert gone[0] == "-   - {name: first, steps: 30}  # one line"
+    assert not any(line.startswith("+") for line in gone)
+
+
+def test_a_text_that_would_read_as_something_else_is_refused(recipe: Path) -> None:
+    text = recipe.read_text().replace("- {name: first", "- &few {name: first")
+    recipe.write_text(text.replace("steps: 40 ", "<<: *few "))  # both have its steps
+    with pytest.raises(DirectoryError, match=r"recipe.yaml' cannot be changed automatically \("):
+        lines(recipe, "adapters.0.steps=90")

@@ -39,8 +39,8 @@ format: .venv/ready
 	$(BIN)/ruff format src tests benchmarks docs noxfile.py
 	$(BIN)/ruff check --fix src tests benchmarks docs noxfile.py
 
-docs/recipe.md: .venv/ready $(wildcard src/qwlora/recipe/*.py)
-	$(BIN)/python -m qwlora.recipe.reference > $@
+docs/recipe.md: .venv/ready docs/recipe_page.py $(wildcard src/qwlora/recipe/*.py)
+	$(BIN)/python docs/recipe_page.py > $@
 
 docs/cli.md: .venv/ready docs/cli_page.py $(wildcard src/qwlora/cli/*.py)
 	$(BIN)/python docs/cli_page.py > $@

@@ -63,34 +63,27 @@ def write_llama(folder: Path) -> None:
 
 def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
-    from qwlora.pipeline.running.run_job import run
-
-    from qwlora.formats.model_source import load_tokenizer
+    from qwlora.pipeline.run import run
     from qwlora.pipeline.running.forecast import plan_job
-    from qwlora.pipeline.stages import quiet_libraries
+    from qwlora.pipeline.stages import model_stages, quiet_libraries
     from qwlora.recipe import load_recipe
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    recipe = load_recipe(recipe_path)
     quiet_libraries()
-    load_tokenizer(recipe.model.source)
-    estimates = plan_job(recipe, out)
-    print(estimates.summary, file=sys.stderr, flush=True)
-    results = run(recipe, out, say=say)
+    model_stages.reset_peak_rss = lambda: None  # the peak of training includes its initialization
+    estimates = plan_job(load_recipe(recipe_path), out)
+    results = run(recipe_path, out, say=lambda line: print(line, file=sys.stderr, flush=True))
     parts = {
         name: part for stage in results["stages"].values() for name, part in stage["parts"].items()
     }
     rows = [
         {
-            "stage": e.stage,
-            "estimated_bytes": round(e.peak),
-            "peak_bytes": parts[e.stage]["peak_rss_bytes"],
-            "memory_ratio": round(parts[e.stage]["peak_rss_bytes"] / e.peak, 3),
-            "memory": {k: round(v) for k, v in e.memory.items()},
+            "stage": stage.stage,
+            "estimated_bytes": round(stage.peak),
+            "peak_bytes": (peak := parts[stage.stage]["peak_rss_bytes"]),
+            "memory_ratio": round(peak / stage.peak, 3),
+            "memory": {name: round(count) for name, count in stage.memory.items()},
         }
-        for e in estimates.stages
+        for stage in estimates.stages
     ]
     print(json.dumps({"rows": rows}))
 

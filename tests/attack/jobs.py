@@ -38,12 +38,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-CACHE = ".qwlora/digests.json"  # may be there or not: files younger than two seconds are not in it
+CACHE = ".qwlora/seen.json"  # may be there or not: files younger than two seconds are not in it
 # measured in this process, and so different where a run resumed
 _MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "base_bytes", "resumed_from_step"}
 _MEASURED |= {"load_seconds", "switch_seconds", "peak_memory_bytes", "prefill_tokens_per_second"}
-_MEASURED |= {"decode_tokens_per_second", "parts", "run", "error"}
+_MEASURED |= {"decode_tokens_per_second", "parts", "run", "error", "timing"}
 PROOF = "proof.json"  # lists its own digest, too
+STAGE = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def artifacts(job: Path) -> dict[str, dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path, of proofs without what was measured.
+    """SHA-256 of each file in a folder, by relative path, without what was measured.
 
     Not of model cards, which follow the results of later stages.
     """
@@ -134,14 +135,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 def _content(path: Path) -> bytes:
     content = path.read_bytes()
-    if path.name != PROOF:
+    if path.name not in (PROOF, STAGE):
         return content
     try:
-        proof = without_times(json.loads(content))
-        proof["files"].pop(PROOF)
-    except (ValueError, KeyError):
+        record = without_times(json.loads(content))
+        record["files"].pop(PROOF, None)
+        record.pop("sha256", None)
+    except (ValueError, KeyError, AttributeError):
         return content  # it is damaged
-    return json.dumps(proof).encode()
+    return json.dumps(record).encode()
 
 
 def state(job: Path) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def half_written(job: Path, *whole: Path) -> list[str]:
         for path in job.iterdir()
         if path.name not in expected and not path.name.startswith(".")
     ]
-    for file in (job / "results.json", *(job / ".qwlora" / "records").rglob("*.json")):
+    for file in (job / "results.json", *(job / ".qwlora" / "stages").rglob("*.json")):
         if file.exists():
             try:
                 json.loads(file.read_text(), parse_constant=_no_number)

@@ -74,7 +74,7 @@ def stage_target(job: Job, verb: str, what: str) -> Target:
 
 def again_target(job: Job, verb: str, change: str, place: Path) -> Target:
     """A verb of a finished job with a change, so that its artifacts are replaced."""
-    arguments = (verb, str(job.recipe), "--out", "job", "--set", change, "--replace")
+    arguments = (verb, str(job.recipe), "--out", "job", "--set", change, "--replace", "first")
     return _run(Target(f"{verb}: replaces the finished one", arguments, job.finished, place, 0, 0))
 
 

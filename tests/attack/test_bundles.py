@@ -39,6 +39,7 @@ ADDED = ("evil.so", "modeling_evil.py", "custom_generate/generate.py", "a link",
 # Where a change may pass, and why.
 HARMLESS = {
     r"README\.md$": "for people; no program reads it, and it may be edited",
+    r"stage\.json$": "the job's record; nothing that opens a bundle reads it",
     r"(^|/)(openvino_)?(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|detokenizer)[^/]*$": (
         "a proof is of token ids: `verify` opens no tokenizer"
     ),
@@ -142,7 +143,7 @@ def _sealed(folder: Path, bundle: Path) -> str:
 
 
 def _is_listed(name: str, is_bundle: bool) -> bool:
-    return name not in ("README.md", RECORD) and not (
+    return name not in ("README.md", "stage.json", RECORD) and not (
         is_bundle and name.startswith(("proof/", "."))
     )
 

@@ -50,6 +50,7 @@ class Reader:
 
 
 CARD = {r"README\.md$": "a model card is for people; the next run writes it again"}
+STAGE = {r"stage\.json$": "the job's record; only commands of the job read it"}
 BASE = CARD | {
     r"^base/(moments|second_moments|tuning)/": (
         "inputs of adapters' starts, read by `train`, whose record covers them"
@@ -63,11 +64,10 @@ JOB = CARD | {
     ),
     r"^\.qwlora/lock$": "its content is never read",
     r"/proof/": "`verify` says that it has changed, and makes it again",
-    r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
+    r"^\.qwlora/seen\.json$": "a cache with a checksum; a damaged one is not used",
     r"^\.qwlora/status\.json$": "a checksum; a damaged one counts as none",
-    r"^\.qwlora/records/": (
-        "each record has a checksum; `verify` says that one is damaged, and its stage runs again "
-        "when it is needed"
+    r"^\.qwlora/stages/": (
+        "each record has a checksum; a stage whose record is damaged runs again when it is needed"
     ),
 }
 
@@ -101,15 +101,15 @@ def _merge_check(job: Path, file: Path, logs: Path) -> Ended:
 
 
 def _verb(verb: str) -> Callable[[Path, Path, Path], Ended]:
-    return lambda job, file, logs: qwlora(verb, "--out", job, logs=logs)
+    return lambda job, file, logs: qwlora(verb, job, logs=logs)
 
 
 MEASURED = r"^(base|base_simulation|adapters|simulation/NAME)/"
 READERS = (
-    Reader("load_base", r"^base/", _load_base, BASE),
-    Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD),
-    Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD),
-    Reader("adapters check", r"^adapters/", _check, CARD),
+    Reader("load_base", r"^base/", _load_base, BASE | STAGE),
+    Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD | STAGE),
+    Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD | STAGE),
+    Reader("adapters check", r"^adapters/", _check, CARD | STAGE),
     Reader("merge-check", r"^(adapters|base)/", _merge_check, BASE),
     Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
     Reader("evaluate", MEASURED, _verb("evaluate"), CARD, jobs=("qwa", "shared")),
@@ -268,7 +268,7 @@ def _remember_digests(job: Path, folder: Path) -> None:
     It remembers digests of files only once they are two seconds old.
     """
     time.sleep(2.1)
-    ended = qwlora("train", "--out", job, logs=folder / "logs")
+    ended = qwlora("train", job, logs=folder / "logs")
     assert ended.code == 0, ended.err
 
 
@@ -278,9 +278,9 @@ HEALED = (
     ("adapters", "flip 1"),
     ("simulation", "delete"),
     ("export", "flip 1"),
-    (".qwlora/records", "flip 1"),
-    (".qwlora/records", "cut"),
-    (".qwlora/records", "delete"),
+    (".qwlora/stages", "flip 1"),
+    (".qwlora/stages", "cut"),
+    (".qwlora/stages", "delete"),
 )
 
 
@@ -300,7 +300,7 @@ def test_run_makes_damaged_artifacts_again(
         problem = ended.refused() if ended.code else ""
         if not ended.code and (unequal := differences(state(place), state(qwa.finished))):
             problem = f"run made something else: {unequal}"
-        if not problem and ended.code and "records" not in top:
+        if not problem and ended.code:
             problem = f"run refuses: {ended.err.strip()[-300:]}"
         how = f"seed {seed}: {qwa.name}: {file.relative_to(place)}: {done}"
         return [(f"`{top}`: made again by run", problem, how)]

@@ -91,7 +91,7 @@ def changes(shared: Job, place: Path, hub: None) -> list[Target]:
 
 
 def _train(work: Path, logs: Path) -> Ended:
-    return start(inside(work, command("train", "--out", "job")), logs).wait()
+    return start(inside(work, command("train", "job")), logs).wait()
 
 
 def _content(work: Path) -> Any:
@@ -99,8 +99,6 @@ def _content(work: Path) -> Any:
     replaced by the next one that writes the file."""
     content = state(work / "job")
     content["files"] = [name for name in content["files"] if not name.endswith(".part")]
-    # the last line is a digest of the others, which name the place of an adapter from mlx-lm
-    content["recipe"] = content["recipe"].rpartition("# Written by qwlora")[0]
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 
 

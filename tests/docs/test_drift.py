@@ -39,6 +39,11 @@ def test_the_command_line_reference_is_up_to_date() -> None:
     assert (ROOT / "docs/cli.md").read_text() == written, "make docs/cli.md"
 
 
+def test_the_recipe_reference_is_up_to_date() -> None:
+    written = runpy.run_path(str(ROOT / "docs/recipe_page.py"))["page"]()
+    assert (ROOT / "docs/recipe.md").read_text() == written, "make docs/recipe.md"
+
+
 def test_the_error_pages_are_up_to_date() -> None:
     folder = ROOT / "docs" / "errors"
     written = {path.name: path.read_text() for path in folder.glob("*.md")}

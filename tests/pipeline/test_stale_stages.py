@@ -150,7 +150,7 @@ CHANGES = {
 def test_a_change_elsewhere_that_adapters_depend_on_is_named(job: FakeJob, setting: str) -> None:
     change, named = CHANGES[setting]
     job.run(changes=[setting])
-    again = rf"(?s)trained differently, first:.*{named}.*: qwlora run .* --replace first"
+    again = rf"(?s)trained differently, first:.*{named}.*, add --replace first to the command"
     with pytest.raises(DirectoryError, match=again):
         job.run(changes=[setting, change])
     assert not job.ran

@@ -202,7 +202,7 @@ def test_a_section_costs_a_module_and_a_template(
 @pytest.mark.parametrize(("key", "verb"), [("kl", "evaluate"), ("parity", "verify")])
 def test_what_is_missing_says_how_to_measure_it(key: str, verb: str) -> None:
     job = replace(job_of("finished", without(results_of("finished"), (key,))), name="folder")
-    assert f"qwlora {verb} --out folder" in render(job)
+    assert f"qwlora {verb} folder" in render(job)
     assert "<title>tiny · " in render(job)  # the recipe's name
 
 
@@ -294,7 +294,7 @@ def test_the_time_so_far_counts_earlier_runs() -> None:
 
 def test_a_finished_page_has_no_absolute_path() -> None:
     job, results = job_of("finished"), results_of("finished")
-    results["run"]["command"] = "qwlora run /home/me/job/recipe.yaml --out /home/me/job"
+    results["run"]["command"] = "qwlora run /home/me/job"
     recipe = {**job.recipe, "model": {"source": "/srv/models/tiny"}}
     text = job.recipe_text.replace("source: tiny-llama", "source: /srv/models/tiny")
     assert not re.search("/home/me|/srv/models", render(Job(results, recipe, text, "job")))

@@ -81,7 +81,7 @@ app = typer.Typer(
 
 Out = Annotated[
     Path | None,
-    typer.Option(help="The job's directory, for a recipe. It is created if need be."),
+    typer.Option(help="The directory for the job of a recipe. Created if it does not exist."),
 ]
 # Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
 _PROGRESS_OF_OTHERS = (
@@ -142,8 +142,8 @@ def _job_command(name: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option(
                 metavar="NAME",
-                help="Train this adapter again, which exists with other settings. The old one "
-                "stays until the new one is finished. Repeatable.",
+                help="Train this finished adapter again, because its settings have changed. The "
+                "old one stays until the new one is finished. Repeatable.",
             ),
         ] = None,
     ) -> None:
@@ -190,8 +190,9 @@ def _job_and_recipe(command: str, recipe: Path | None, out: Path | None) -> tupl
     if recipe is not None and recipe.is_dir():
         if out is not None:
             raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
-        check_job(recipe)
-        recipe, out = None, recipe
+        if command != "verify" or (recipe / "recipe.yaml").is_file():
+            check_job(recipe)
+            recipe, out = None, recipe
     elif recipe is not None and out is None and (recipe.parent / ".qwlora").is_dir():
         out = recipe.parent
     if recipe is not None and out is None and not recipe.exists():

@@ -12,6 +12,7 @@ from qwlora.cli.shared_arguments import AsJson, Changes
 from qwlora.cli.terminal import ProgressDisplay, print_result, table
 from qwlora.errors import DirectoryError, SourceError, foreign_as, size
 from qwlora.system.atomic import write_text
+from qwlora.system.progress import one_step
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.forecast import Estimates
@@ -130,8 +131,8 @@ def plan(
     from qwlora.pipeline.running.forecast import plan_job
     from qwlora.pipeline.target_table import second_rounding
 
-    with ProgressDisplay(as_json) as display:
-        estimates = plan_job(content, out, display.track)
+    with ProgressDisplay(as_json) as display, one_step(display.track, "estimating"):
+        estimates = plan_job(content, out)
     note = second_rounding(content)
     lines = [f"warning: {note}\n"] if note else []
     print_result(estimates.to_json(), [*lines, *_estimate_lines(estimates)], as_json)
@@ -140,17 +141,15 @@ def plan(
 def _estimate_lines(estimates: Estimates) -> Iterator[str]:
     rows = [("stage", "peak memory", "disk", "most of the memory")]
     for stage in estimates.stages:
-        parts = {name: count for name, count in stage.memory.items() if name != "process"}
-        most = max(parts, key=lambda part: parts[part])
+        most = max(stage.memory, key=lambda part: stage.memory[part])
         disk = size(stage.disk) if stage.disk else ""
-        largest_part = f"{most}, {size(parts[most])}"
+        largest_part = f"{most}, {size(stage.memory[most])}"
         rows.append((stage.stage, size(stage.peak), disk, largest_part))
     yield from table(rows)
-    limit, free, largest = estimates.memory_limit, estimates.disk_free, estimates.largest
+    limit, largest = estimates.memory_limit, estimates.largest
     of_limit = "" if limit is None else f" of {size(limit)}"
-    of_free = "" if free is None else f" of {size(free)} free"
     yield f"\nmemory  {size(largest.peak)}{of_limit}, in {largest.stage}"
-    yield f"disk    {size(estimates.disk)}{of_free}\n"
+    yield f"disk    {size(estimates.disk)} of {size(estimates.disk_free)} free\n"
     yield from (f"Does not fit: {problem}" for problem in estimates.problems)
     if not estimates.problems:
         yield "Everything fits."

@@ -294,14 +294,14 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 
 def write_bundle_readmes(store: Store) -> None:
-    """Write README.md of every bundle again: it lists the adapters that passed and are there."""
+    """Write README.md of every bundle again: it lists the adapters that were checked."""
     for target, known in TARGETS.items():
         bundle = store.path / "export" / target
         if known.has_base and bundle.is_dir():
             proofs = current_proofs(bundle).items()
             places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
-            passed = {name: p for name, p in proofs if places[name] in store.records}
-            write_readme(bundle, passed)
+            checked = {name: p for name, p in proofs if places[name] in store.records}
+            write_readme(bundle, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -363,9 +363,7 @@ def command_line(verb: str, *arguments: object) -> str:
     return shlex.join(["qwlora", verb, *map(str, arguments)])
 
 
-def check_kept(
-    judge: Judge, waiting: Collection[str], replace: Collection[str], asked: Sequence[str]
-) -> None:
+def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
     """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
     settings, or its base, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
@@ -382,13 +380,12 @@ def check_kept(
             changed[str(stage.adapter)] = reasons
     if changed:
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
-        options = [part for name in (*replace, *changed) for part in ("--replace", name)]
+        options = " ".join(f"--replace {name}" for name in changed)
         raise DirectoryError(
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "No adapter was changed. To train them again: "
-            + f"{command_line('run', *asked, *options)}\n"
-            + "(each stays in place until the new one is finished). To keep both, give the new one "
-            "another name"
+            + f"No adapter was changed. To train them again, add {options} to the command (each "
+            "stays in place until the new one is finished). To keep both, give the new one another "
+            "name"
         )

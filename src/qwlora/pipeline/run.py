@@ -193,7 +193,7 @@ class _Run:
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
             with status.failures():
-                check_kept(self.judge, [stage.name], replace, self.asked)  # of a new base
+                check_kept(self.judge, [stage.name], replace)  # of a new base
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             for what, cost in base_costs(record.results):  # before its adapter is trained
@@ -215,7 +215,7 @@ class _Run:
             self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+        if "calibrate" not in verbs:  # simulations that are not calibrated are not evaluated
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
                 needed = f"calibrate/{stage.adapter}"
                 if (reason := judge.stale.get(needed)) == "has not run":
@@ -226,7 +226,7 @@ class _Run:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
         waiting = self._waiting(asked)
         check_needs(judge, waiting, verbs, self.asked)
-        check_kept(judge, [stage.name for stage in waiting], replace, self.asked)
+        check_kept(judge, [stage.name for stage in waiting], replace)
         if waiting and not store.is_writable:
             first = waiting[0].name
             raise DirectoryError(
@@ -273,11 +273,8 @@ class _Run:
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
         if not estimates:
             return
-        holds_float = self.context.holds_float_model
         try:
-            found = forecast.estimate(
-                self.recipe, waiting, self.store.path, self.track, holds_float
-            )
+            found = forecast.estimate(self.recipe, waiting, self.store.path)
         except Exception as error:  # an estimate is no reason to stop a job
             self.say(f"no estimate of memory: {described(error)}")
         else:

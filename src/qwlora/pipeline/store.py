@@ -1,18 +1,18 @@
 """What a job has made. Each artifact says what it is in its stage.json, and is replaced as a whole.
 
-    DIR/recipe.yaml            the user's; see `recipe/recipe_text.py`
+    DIR/recipe.yaml            the recipe, which the user may edit
     DIR/base/                  the frozen base
     DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
     DIR/adapters/NAME/         a PEFT adapter
     DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/simulation/_base/      the same of a zero adapter (target onnx)
     DIR/export/TARGET/NAME/    files for a runtime
-        stage.json             {stage, inputs, needs, results, files, seconds, made_by, sha256}
+        stage.json             in each of these folders: what it was made from
     DIR/results.json           built from the stage.json files
     DIR/report.html            the same for people
     DIR/.qwlora/stages/        stage.json of stages that write no artifact
-    DIR/.qwlora/tmp/           artifacts on their way, by the path that they are for
-    DIR/.qwlora/               also checkpoints, lock, float adapters, and seen.json
+    DIR/.qwlora/tmp/           artifacts that are being written or replaced
+    DIR/.qwlora/               also checkpoints, lock, float adapters, seen.json (a cache)
 
 A new artifact is complete and on the disk, its stage.json last, before the old one moves to tmp/.
 So after a kill, a folder in tmp/ with a stage.json is complete and is put in place (`finish`), and

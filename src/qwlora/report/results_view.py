@@ -238,12 +238,12 @@ class Job:
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
         command = self.get("run", "command")
-        default = f"qwlora run {self.name}/recipe.yaml --out {self.name}"
+        default = f"qwlora run {self.name}"
         return command if isinstance(command, str) else default
 
     def verb_command(self, verb: str) -> Markup:
         """The command that runs one stage of this job."""
-        return code(f"qwlora {verb} --out {self.name}")
+        return code(f"qwlora {verb} {self.name}")
 
 
 def _at(content: Any, path: tuple[Any, ...]) -> Any:

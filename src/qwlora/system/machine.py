@@ -5,9 +5,7 @@ turns the key into a device of torch.
 
 **Precision.** `compute: auto` is bfloat16 if the device has instructions for it, else float32. A
 processor without bfloat16 instructions converts each operand instead, which made a layer seven
-times slower than float32. The decision does not import torch, because stage keys depend on it and a
-run that skips every stage never imports torch. So it reads /proc/cpuinfo, and asks the driver about
-an NVIDIA GPU.
+times slower than float32.
 
 **Threads.** By default OpenMP threads spin while they wait for each other. If other programs use
 the cores too, the thread that the others wait for may not be running while they use up its
@@ -27,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import math
 import os
 import platform
@@ -43,9 +40,7 @@ from qwlora.errors import QwloraWarning
 
 Compute = Literal["float32", "bfloat16"]
 
-_CPU_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
-_AMPERE = 8  # major compute capability of the first NVIDIA GPUs that multiply in bfloat16
-_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, x86 and ARM
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -62,13 +57,12 @@ def auto_compute(device: str) -> Compute:
 @cache
 def has_bfloat16(device: str) -> bool:
     """Whether a device of this type has bfloat16 instructions. MPS counts as having none."""
-    if device == "cpu":
-        return _cpu_has_bfloat16()
-    if device == "cuda" and _has_library("torch_cuda"):
-        return _nvidia_major() >= _AMPERE
-    if device in ("cuda", "xpu"):
-        import torch
+    import torch
 
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        return any(has.get(feature, False) for feature in _CPU_FEATURES)
+    if device in ("cuda", "xpu"):
         module = getattr(torch, device)
         return bool(module.is_available() and module.is_bf16_supported(including_emulation=False))
     return False
@@ -89,8 +83,6 @@ def exact_type(device: str) -> str:
 @cache
 def accelerator() -> str:
     """The type of the accelerator that torch can use here; cpu if there is none."""
-    if sys.platform == "linux" and not _has_library("torch_hip") and not _has_library("torch_xpu"):
-        return "cuda" if _has_library("torch_cuda") and _nvidia_major() else "cpu"
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -110,50 +102,11 @@ def slow_compute(compute: str, device: str) -> str | None:
 
 def processor_name() -> str:
     """The processor's model, for example "AMD EPYC 9B14"; empty if it is unknown."""
-    return _processor_facts().get("model name") or platform.processor()
-
-
-def _processor_facts() -> dict[str, str]:
-    """Names and values of the first core in /proc/cpuinfo; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return {}
-    pairs = [line.partition(":") for line in reversed(lines)]
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _cpu_has_bfloat16() -> bool:
-    facts = _processor_facts()
-    if not facts:  # not Linux
-        import torch
-
-        found = torch.cpu.get_capabilities()
-        return any(found.get(feature, False) for feature in _CPU_FEATURES)
-    features = facts.get("flags") or facts.get("Features", "")
-    return not _CPU_FEATURES.isdisjoint(features.split())
-
-
-def _has_library(name: str) -> bool:
-    """Whether the installed torch was built with this part."""
-    spec = importlib.util.find_spec("torch")
-    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
-    return any(Path(folder, "lib", f"lib{name}.so").exists() for folder in folders)
-
-
-@cache
-def _nvidia_major() -> int:
-    """Major compute capability of the first visible NVIDIA GPU; 0 if there is none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count, device, major = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return 0
-    driver.cuDeviceGet(ctypes.byref(device), 0)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-    return major.value
+    with contextlib.suppress(OSError):  # not Linux
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"^model name\s*:\s*(.+)", facts, re.MULTILINE):
+            return match[1].strip()
+    return platform.processor()
 
 
 def configure_threads(environment: MutableMapping[str, str] = os.environ) -> None:

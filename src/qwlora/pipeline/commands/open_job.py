@@ -52,7 +52,6 @@ class ModelName:
 
     @property
     def is_use_case(self) -> bool:
-        """Whether `adapter` is a use case: none, one or several adapters."""
         return self.kind in TARGETS and TARGETS[self.kind].has_cases
 
     @property
@@ -89,9 +88,9 @@ class JobModels(OpenJob):
         """The models of a kind: one per adapter or use case."""
         if kind in ("float", "base"):
             return [ModelName(kind)]
-        adapters = [adapter.name for adapter in self.recipe.adapters]
-        names = self.recipe.use_cases() if ModelName(kind).is_use_case else adapters
-        return [ModelName(kind, name) for name in names]
+        if ModelName(kind).is_use_case:
+            return [ModelName(kind, case) for case in self.recipe.use_cases()]
+        return [ModelName(kind, adapter.name) for adapter in self.recipe.adapters]
 
     def named(self, names: str | None) -> list[ModelName]:
         """Models by their names, separated by commas; see the module's docstring. Default: the
@@ -122,21 +121,19 @@ class JobModels(OpenJob):
         if name.kind == "float":
             return
         job, targets = f"{str(self.folder)!r}", self.recipe.export.targets
+        problem, wanted = "", [name.kind]
         if name.kind in TARGETS and name.kind not in targets:
+            problem = f"is not exported to {name.kind}"
+        elif name.kind == "simulated" and not self.recipe.is_simulated:
+            problem = "has no simulations, since no target holds activations"
+            wanted = [known for known, target in TARGETS.items() if target.is_simulated]
+        if problem:
             raise DirectoryError(
-                f"{job} is not exported to {name.kind}: export.targets of its recipe.yaml has "
-                f"{listed(targets)}. Add {name.kind} there, then run: "
-                f"{command_line('export', self.folder)}"
+                f"{job} {problem}: export.targets of its recipe.yaml has {listed(targets)}. Add "
+                f"{' or '.join(wanted)} there, then run: {command_line('run', self.folder)}"
             )
-        if name.kind == "simulated" and not self.recipe.is_simulated:
-            raise DirectoryError(
-                f"{job} has no simulations: no target in export.targets ({listed(targets)}) holds "
-                "activations, so no adapter is calibrated. Use the adapter itself, or add a target "
-                f"with activations ({listed(n for n in TARGETS if TARGETS[n].is_simulated)}) to "
-                f"its recipe.yaml, then run: {command_line('calibrate', self.folder)}"
-            )
-        if name.adapter is not None and name not in self.models(name.kind):
-            known = [str(model.adapter) for model in self.models(name.kind)]
+        known = [str(model.adapter) for model in self.models(name.kind)]
+        if name.adapter is not None and name.adapter not in known:
             kind = "use case" if name.is_use_case else "adapter"
             raise DirectoryError(
                 f"{job} has no {kind} {name.adapter!r}{suggestion(name.adapter, known)}"
@@ -152,11 +149,8 @@ class JobModels(OpenJob):
             raise DirectoryError(f"{job} has no {', '.join(missing)} yet. Run first: {commands}")
 
     def is_calibrated(self, adapter: str) -> bool:
-        """Whether an adapter is calibrated, and the recipe, without changes, still asks for it.
-
-        Raises:
-            DirectoryError: the calibration is of another recipe, adapter or base.
-        """
+        """Whether an adapter is calibrated, and the recipe, without changes, still asks for it. A
+        calibration of another recipe, adapter or base is a DirectoryError."""
         folder = self.folder / "simulation" / adapter
         if self.changes or not (self.recipe.is_simulated and folder.is_dir()):
             return False
@@ -283,7 +277,7 @@ def evaluate_tasks(
     device: str | None = None,
 ) -> dict[str, Any]:
     """Score the models of the job in `folder` on tasks of lm-eval, and add the scores to its
-    results: to those of the stage `made_by` of the model.
+    results.
 
     Args:
         tasks: names of lm-eval's tasks, or YAML files, separated by commas.
@@ -315,14 +309,8 @@ def evaluate_tasks(
 
 
 def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> dict[str, Any]:
-    """Add scores of tasks to the results of a job, and rewrite results.json and report.html.
-
-    They are results of the stage that made the model: dropped when it runs again. Scores of other
-    tasks stay.
-
-    Args:
-        scores: by task.
-    """
+    """Add scores by task to the results of the stage that made the model, where those of other
+    tasks stay, and rewrite results.json and report.html."""
     store, place = job.store, next(s.place for s in job.plan if s.name == name.made_by)
     with store.locked():
         results = copy.deepcopy(store.records[place].results)
@@ -340,12 +328,10 @@ def _split(names: str) -> list[str]:
 
 
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
-    names = [ModelName("float")] if job.sources.holds_floats else []
-    names.append(ModelName("base"))
-    for kind in ("adapted", "simulated", *job.recipe.export.targets):
-        names += job.models(kind)
+    kinds = ["float"] if job.sources.holds_floats else []
+    kinds += ["base", "adapted", "simulated", *job.recipe.export.targets]
     chosen = []
-    for name in names:
+    for name in [model for kind in kinds for model in job.models(kind)]:
         try:
             job.check(name)
         except DirectoryError:

@@ -1,7 +1,5 @@
 """Upload a job's base or one of its adapters to the Hugging Face hub.
 
-A repository holds what somebody else needs. No artifact of a job names a path of this machine.
-
     base                base.safetensors, base.json, configuration, tokenizer, model card
     TARGET/             the base as exported for a runtime that switches adapters
     adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
@@ -33,16 +31,13 @@ from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
-from qwlora.pipeline.stage import (
-    MOMENTS,
-    SOLVER_SCALES,
-)
+from qwlora.pipeline.stage import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.store import CARD, Store
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.output_path import as_directory_errors
-from qwlora.system.regular_files import check_plain, is_inside
+from qwlora.system.regular_files import check_plain
 from qwlora.targets.registry import TARGETS
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
@@ -73,10 +68,7 @@ class Upload:
 
 @contextmanager
 def prepared(
-    folder: Path,
-    repository: str,
-    adapter: str | None,
-    license: str | None = None,
+    folder: Path, repository: str, adapter: str | None, license: str | None = None
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
 
@@ -89,8 +81,7 @@ def prepared(
 
     Raises:
         SourceError: there is a link, a pipe or a device in the job.
-        DirectoryError: the base or adapter is missing, incomplete, changed, or made with another
-            recipe than the job has now; or a record lists a file outside the job.
+        DirectoryError: the base or adapter is not current.
     """
     check_plain(folder)
     opened = OpenJob(folder)
@@ -100,8 +91,8 @@ def prepared(
     if adapter is not None:
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
-    needed = [s.name for s in upstream(opened.plan, stage) if s.name in stale]
-    if reasons := [f"{name}: {stale[name]}" for name in needed]:
+    needed = (s.name for s in upstream(opened.plan, stage))
+    if reasons := [f"{name}: {stale[name]}" for name in needed if name in stale]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
             f"{command_line('run', folder)}"
@@ -112,9 +103,9 @@ def prepared(
         scratch = Path(temporary)
         if adapter is None:
             artifact, hub = "base", Repositories(repository, license=license, exports=exports)
-            unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
-            written = _recorded(store, "base")
-            files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
+            files = _recorded(store, "base")
+            for unwanted in [n for n in files if n == SOLVER_SCALES or n.startswith(f"{MOMENTS}/")]:
+                del files[unwanted]
         else:
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
@@ -209,13 +200,7 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 def _recorded(store: Store, place: str) -> dict[str, Path]:
     """The files of an artifact by their path in it. What others put there is not one."""
-    files = store.records[place].files
-    if outside := [name for name in files if not is_inside(store.path, f"{place}/{name}")]:
-        raise DirectoryError(
-            f"{str(store.path / place)!r}: its stage.json lists {outside[0]!r}, which is not a "
-            "regular file in it. Nothing was uploaded; run the stage again"
-        )
-    return {name: store.path / place / name for name in files}
+    return {name: store.path / place / name for name in store.records[place].files}
 
 
 def _exports(

@@ -41,9 +41,9 @@ def measure_costs(job: JobModels, name: str) -> dict[str, Any]:
     """Measure the perplexity cost of each part of the simulation.
 
     Returns:
-        `perplexity`: with the parts of the simulation enabled one after another.
-        `sensitivity`: the most expensive activations, cost in nats per token.
-        `layer_sqnr_db`: the layers that differ most from the float graph.
+        `perplexity` with the parts enabled one after another; `sensitivity`: the most expensive
+        activations, in nats per token; `layer_sqnr_db`: the layers that differ most from the float
+        graph.
     """
     context, is_known = job.new_context(), job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else _calibrated(context, name)
@@ -74,11 +74,9 @@ def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]
         job: opened with activations of `NARROW_BITS` bits.
 
     Returns:
-        `sequences`: number of evaluation sequences used for the search; `measured`, `limit` and
-            `float_activations` are perplexities on these.
-        `fresh`: perplexities on the other evaluation sequences; None if there are none.
-        `kept`: number of activations that the recipe's rules decide; these are not searched.
-        `rules`: rules that give the result, starting with those of the recipe.
+        `measured`, `limit` and `float_activations` are perplexities on the `sequences` evaluation
+        sequences of the search; `fresh` has those on the others, if there are any. The recipe's
+        rules decide `kept` activations, which are not searched; `rules` starts with these rules.
 
     Raises:
         CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was

@@ -23,13 +23,12 @@ def merge_effect(
 
     Args:
         layers: rounding loss by canonical layer path; empty for a mergeable adapter.
-        base, adapted, merged: perplexity on held-out text of the base, of the base with the
-            adapter, and of the requantized merge.
+        base, adapted, merged: perplexities of the base, with the adapter, and requantized.
 
     Returns:
-        The arguments, and `share` of all entries of the adapter's delta that are smaller than half
-        a step; `kept`, the share of the adapter's improvement in perplexity that is left (may be
-        negative; None if there was none); `is_harmless` and a `recommendation`.
+        The arguments; `share` of the delta's entries that are smaller than half a step; `kept`, the
+        share of the improvement in perplexity that is left (may be negative; None if there was
+        none); `is_harmless` and a `recommendation`.
     """
     gained = base - adapted
     kept = (base - merged) / gained if gained > 0 else None
@@ -43,10 +42,9 @@ def merge_effect(
             f"Keep the adapter separate, or use --into float: less than {KEPT:.0%} of its "
             "improvement is left in the integers."
         )
-    losses = layers.values()
+    below, entries = (sum(loss[key] for loss in layers.values()) for key in ("below", "entries"))
     return {
-        "share": sum(loss["below"] for loss in losses)
-        / max(1, sum(loss["entries"] for loss in losses)),
+        "share": below / max(1, entries),
         "base": base,
         "adapted": adapted,
         "merged": merged,
@@ -65,14 +63,12 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
         return score_tokens(logits_of(model), evaluation, f"perplexity, {what}", track).perplexity
 
     adapted = context.unmerged(name)
+    before = measured(context.base(), "base")
     if is_mergeable(adapted):
         after = measured(merged_model(adapted), "adapted")
-        return merge_effect({}, measured(context.base(), "base"), after, after)
-    layers = rounding_losses(adapted)
-    after = measured(adapted, "adapted")
-    before = measured(context.base(), "base")
-    merged = measured(merged_model(adapted), "merged")
-    return merge_effect(layers, before, after, merged)
+        return merge_effect({}, before, after, after)
+    layers, after = rounding_losses(adapted), measured(adapted, "adapted")
+    return merge_effect(layers, before, after, measured(merged_model(adapted), "merged"))
 
 
 def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:

@@ -32,8 +32,6 @@ class JobStatus:
 
     Args:
         write: writes results.json and report.html with the given keys added.
-        plan: all stages of the job.
-        command: that runs the job.
         before: the status of the last run, which stays if no stage runs.
     """
 
@@ -59,11 +57,7 @@ class JobStatus:
         self.write("running")
 
     def train(self, progress: Callable[[], dict[str, Any]]) -> None:
-        """A training step ended, or training diverged.
-
-        Args:
-            progress: the key `run.training`; called only when it is written.
-        """
+        """A training step ended, or training diverged. `progress` gives the key `run.training`."""
         self._training = progress
         if time.monotonic() - self._written > max(LEAST_SECONDS, COST * self._took):
             self.write("running")
@@ -75,11 +69,7 @@ class JobStatus:
         return self.write("failed")
 
     def end(self, stale: Collection[str]) -> dict[str, Any]:
-        """The run ends without an error; the results.
-
-        Args:
-            stale: stages that are not current.
-        """
+        """The run ends without an error; the results."""
         self._run["stage"], self._training = "", None
         return self.write("incomplete" if stale else "finished")
 
@@ -130,6 +120,7 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if len(folder) > 1:
             message = message.replace(folder, short)
+    remedy = "This may be a bug: run the command again with --debug and report the traceback."
     if is_out_of_memory(error):
         remedy = f"{LESS_MEMORY}."
     elif isinstance(error, VerificationError):
@@ -139,11 +130,9 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
         )
     elif isinstance(error, QwloraError | OSError):
         remedy = "Correct what the message names."
-    else:
-        remedy = "This may be a bug: run the command again with --debug and report the traceback."
     again = "Then run the same command. Finished stages are not repeated."
-    described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
-    described["remedy"] = [remedy, again]
+    described = {"class": type(error).__name__, "message": message, "stage": stage}
+    described |= {"remedy": [remedy, again]}
     if isinstance(error, QwloraError):
         known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
         described["docs"] = f"docs/errors/{known.__name__}.md"
@@ -152,7 +141,7 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
-    """Releases of the packages that results depend on, as far as they are installed."""
+    """Releases of the packages that results depend on."""
     releases = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -163,11 +152,8 @@ def versions() -> dict[str, str]:
 @cache
 def machine() -> dict[str, Any]:
     """The machine, without its name."""
-    facts: dict[str, Any] = {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-    }
+    facts: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
+    facts["cores"] = os.cpu_count()
     if name := processor_name():
         facts["processor"] = name
     with contextlib.suppress(OSError, ValueError):  # not Linux

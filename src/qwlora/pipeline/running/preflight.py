@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_files import adapter_folder, read_config
 from qwlora.adapter.adapter_folder import refuse_saved
-from qwlora.adapter.attach import check_existing, check_shape
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
@@ -22,12 +21,7 @@ from qwlora.formats.model_source import fetch, source_path
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.asked import is_foreign, reads_base_text, sampled_sequences
 from qwlora.pipeline.stages.job_context import JobContext
-from qwlora.pipeline.target_table import (
-    htp_notes,
-    kept_layers,
-    second_rounding,
-    target_table,
-)
+from qwlora.pipeline.target_table import htp_notes, kept_layers, second_rounding, target_table
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.device import pick_device
@@ -217,13 +211,8 @@ def _adapter_shapes(context: JobContext) -> Shapes:
     for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
-            if adapter.continue_from is None:
-                wanted = adapter.lora_shape(context.tokenizer)
-                shapes[adapter.name] = check_shape(context.skeleton(), wanted)
-            elif is_foreign(context.recipe, adapter):
-                shapes[adapter.name] = check_existing(
-                    adapter.continue_from, adapter.unknown_base, context.skeleton()
-                )
+            if context.recipe.predecessor(adapter) is None:
+                shapes[adapter.name] = context.checked_shapes(adapter)
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if context.recipe.simulation.base_activations == "none":

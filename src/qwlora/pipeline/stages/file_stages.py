@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,7 @@ from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
-from qwlora.pipeline.stage import (
-    ADAPTER,
-    Stage,
-)
+from qwlora.pipeline.stage import ADAPTER, Stage
 from qwlora.pipeline.stages.job_context import JobContext, one_row
 from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes
@@ -68,30 +64,25 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     target, bundle = TARGETS[name], context.path / "export" / name
     if target.has_cases:
         return {"export": {name: _write_cases(context, target, name, scratch)}}
-    record, reason = {"target": name, "base_fingerprint": context.base_fingerprint}, None
+    record, facts_of_base = {"target": name, "base_fingerprint": context.base_fingerprint}, {}
     exported = _exported(context, target, name, adapter)
     with context.step(f"writing files for {adapter or BASE}"):
-        if adapter is None:
-            reason = target.backend.write_base(exported, scratch)
-        else:
-            target.backend.write_adapter(exported, bundle / BASE, scratch)
-    written: dict[str, Any] = {"bytes": total_bytes(scratch.glob(target.model_files))}
-    if isinstance(exported, ExportedBase):
-        written[MODEL_CLASS] = record[MODEL_CLASS] = type(exported.model).__name__
-    if target.is_simulated:
-        holds_base = adapter is None or not target.has_base
-        # Tools that compile graphs with a cache read no tokenizer.
-        if holds_base and not target.cached_graphs:
-            context.tokenizer.save_pretrained(scratch)
         if adapter is not None:
-            if target.has_base:
-                record["base"] = record_digest(bundle / BASE)
-            else:  # else its factors are in the file that the runtime loads
-                shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
-    if reason is not None:
-        written[WITHOUT_CACHE] = record[WITHOUT_CACHE] = reason
-    write_record(scratch, record)
-    return {"export": {name: {NAME if adapter else BASE: written}}}
+            target.backend.write_adapter(exported, bundle / BASE, scratch)
+        elif (reason := target.backend.write_base(exported, scratch)) is not None:
+            facts_of_base[WITHOUT_CACHE] = reason
+    written = {"bytes": total_bytes(scratch.glob(target.model_files))}
+    if isinstance(exported, ExportedBase):
+        facts_of_base[MODEL_CLASS] = type(exported.model).__name__
+    if target.is_simulated and adapter is not None and target.has_base:
+        record["base"] = record_digest(bundle / BASE)
+    elif target.is_simulated:
+        if not target.cached_graphs:  # tools that compile these read no tokenizer
+            context.tokenizer.save_pretrained(scratch)
+        if adapter is not None:  # its factors are not in a file of their own
+            shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+    write_record(scratch, record | facts_of_base)
+    return {"export": {name: {NAME if adapter else BASE: written | facts_of_base}}}
 
 
 def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
@@ -102,9 +93,8 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
     if adapter is None:
-        source = source_path(context.recipe.model.source)
-        is_copied = comes_from(target, source)
-        gguf_file = fetch(context.recipe.model.source).path if is_copied else None
+        source = context.recipe.model.source
+        gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
         bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
@@ -146,9 +136,8 @@ def _write_cases(
     }
     base = cases.pop(BASE)
     target.backend.write_cases(base, cases, scratch)
-    identity = context.base_fingerprint
-    record = {"target": name, "base_fingerprint": identity, "use_cases": list(cases)}
-    write_record(scratch, record)
+    record = {"target": name, "base_fingerprint": context.base_fingerprint}
+    write_record(scratch, record | {"use_cases": list(cases)})
     sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}
     sizes = {BASE: total_bytes(scratch.rglob("*")) - sum(sizes.values()), **sizes}
     return {case: {"bytes": size} for case, size in sizes.items()}
@@ -158,16 +147,15 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     """Step 5: run the exported files on held-out text and compare them with the simulation, or with
     the trained model where activations are floats, within the recipe's limits."""
     _, name, *cases = stage.name.split("/")
-    has_readme = bool(cases) and TARGETS[name].has_base
     proof = _Verification(context, name, cases[0] if cases else BASE)
     figures = proof.run(scratch)
-    if has_readme:
-        proof.write_readme({proof.adapter: proof.record})
+    if cases and proof.target.has_base:
+        others = current_proofs(proof.bundle, without=proof.adapter)
+        write_readme(proof.bundle, {**others, proof.adapter: proof.record})
     results = {"parity": {name: {NAME if cases else BASE: figures}}}
     if problems := figures.get("problems"):
-        what = (
-            f"export/{name}/{proof.adapter}: the exported files do not compute what was {proof.of}"
-        )
+        files = f"export/{name}/{proof.adapter}"
+        what = f"{files}: the exported files do not compute what was {proof.of}"
         raise VerificationError(what, problems, results)
     return results
 
@@ -189,14 +177,8 @@ class _Verification:
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
-        for folder in self.parts.values():
-            manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-        section = self.context.recipe.verify
-        limits = Limits(
-            perplexity_difference=section.perplexity_difference,
-            layer_steps=section.layer_steps,
-            layer_mean_steps=section.layer_mean_steps,
-        )
+        asked = self.context.recipe.verify
+        limits = Limits(asked.layer_steps, asked.layer_mean_steps, asked.perplexity_difference)
         text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory
@@ -301,20 +283,16 @@ class _Verification:
 
     def _text(self) -> Sequences:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
-        the graphs goes."""
+        graphs with a key-value cache goes."""
         recipe = self.context.recipe
         names = {adapter.name for adapter in recipe.adapters}
         owner = next((n for n in members(self.adapter) if n in names), recipe.adapters[0].name)
-        held_out = self.context.text(owner).held_out.first(recipe.verify.sequences)
-        if (graphs := self._graphs()) is None:
-            return held_out
-        most, few = most_tokens(graphs), held_out.first(BASE_SEQUENCES)
-        return few if few.input_ids.shape[1] <= most else few.cut(most)
-
-    def _graphs(self) -> Path | None:
-        """The folder of graphs with a key-value cache; None if there are none."""
-        places = [place for f in self.parts.values() for place in (f, f / BASE)]
-        return next((place for place in places if has_graphs(place)), None)
+        text = self.context.text(owner).held_out.first(recipe.verify.sequences)
+        for folder in (place for part in self.parts.values() for place in (part, part / BASE)):
+            if has_graphs(folder):
+                few, most = text.first(BASE_SEQUENCES), most_tokens(folder)
+                return few if few.input_ids.shape[1] <= most else few.cut(most)
+        return text
 
     def _figures(self, parity: Parity) -> dict[str, Any]:
         """Figures for results.json: those of the adapter at the top."""
@@ -331,8 +309,3 @@ class _Verification:
         if self.record:
             figures["proof"] = self.record["figures"]
         return figures
-
-    def write_readme(self, proof: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the README of the bundle, with `proof` instead of the adapter's stored one."""
-        proofs = current_proofs(self.bundle, without=self.adapter)
-        write_readme(self.bundle, {**proofs, **proof})

@@ -1,13 +1,10 @@
 """The stages that make models and measure them: `quantize`, `train`, `calibrate` and `evaluate`.
 
-Of `evaluate`, `imported/NAME` is the float model with an adapter from elsewhere as it came, so that
-the step to this base can be seen. It, `reference/NAME` and `simulated/NAME` are measured on their
-own text only.
+`evaluate/imported/NAME` measures the float model with an adapter from elsewhere as it came.
 
-KL divergence and token agreement are measured on the model's own text, and for the base on every
-text, if there is a float model. It runs again beside the other one, sequence by sequence: keeping
-its logits would take gigabytes. With `reference: float`, adapters are compared with the float model
-that has the same adapter, trained on it.
+KL divergence and token agreement compare a model with the float model, which runs again, sequence
+by sequence: keeping its logits would take gigabytes. With `reference: float`, adapters are compared
+with the same adapter, trained on the float model.
 """
 
 from __future__ import annotations
@@ -137,10 +134,10 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
             "difference": rotated.difference,
         }
     if report.budget_rules:
-        rules = [rule.model_dump(exclude_none=True) for rule in context.recipe.base.rules]
+        rules = [rule.model_dump(exclude_none=True) for rule in recipe.base.rules]
         rules += [rule.to_recipe() for rule in report.budget_rules]
         write_text(scratch / RULES, _RULES_HEAD + dump_yaml({"base": {"rules": rules}}))
-    if note := second_rounding(context.recipe):
+    if note := second_rounding(recipe):
         measured["second_rounding"] = note
     return {
         "base": {
@@ -157,18 +154,15 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
 def _write_base(
     context: JobContext, scratch: Path | None, work: Path
 ) -> tuple[str, QuantizeReport]:
-    """Quantize and write the base; without `scratch`, only share in it.
-
-    Uses the float model if it is in memory, otherwise its files, one block at a time if their
-    format allows it.
-    """
-    base, source = context.recipe.base, public_name(context.recipe.model.source)
-    tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
-    calibration = None
-    if is_calibrated(context.recipe):
+    """Quantize and write the base; without `scratch`, only share in it. Its files are read one
+    block at a time, unless the float model is in memory or their format does not allow it."""
+    recipe, base, track = context.recipe, context.recipe.base, context.track
+    source, tokenizer = public_name(recipe.model.source), context.tokenizer
+    scheme, calibration, moments = base.weights.scheme(), None, None
+    if is_calibrated(recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
-    store = MomentStore() if scratch is None else MomentStore.resumed(work / MOMENTS)
-    moments = store if needs_moments(context.recipe) else None
+    if needs_moments(recipe):
+        moments = MomentStore() if scratch is None else MomentStore.resumed(work / MOMENTS)
     arguments: dict[str, Any] = {
         "rules": base.layer_rules(),
         "calibration": calibration,
@@ -182,19 +176,17 @@ def _write_base(
         "track": track,
     }
     if base.has_budget:
-        schemes = context.recipe.budget_schemes()
-        arguments["budget"] = BitBudget(base.bits, base.bytes, schemes)
+        arguments["budget"] = BitBudget(base.bits, base.bytes, recipe.budget_schemes())
     if base.solver == "keep":
-        model: Any = load_precomputed(model_files(context.recipe.model), track)
+        model: Any = load_precomputed(model_files(recipe.model), track)
         model.to(context.device)
         if moments is not None and calibration is not None:
             observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))
     elif context.lazy is not None and not context.holds_float_model:
-        checkpoint = context.lazy.checkpoint
-        arguments["device"] = context.device
+        files, arguments["device"] = context.lazy.checkpoint, context.device
         return quantize_checkpoint(
-            checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
+            files, tokenizer, scratch, source, scheme, base.solver, **arguments
         )
     else:
         model = context.take_float_model()
@@ -235,7 +227,7 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     model = context.untrained(adapter)
     initialized: dict[str, Any] = {}
     if adapter.init != "zero":
-        initialized = {"init": _initialize(context, model, adapter)}
+        initialized = _initialize(context, model, adapter)
         reset_peak_rss()
     report = _train_adapter(context, model, adapter, work)
     if (after := fingerprint(model)) != identity:
@@ -283,11 +275,7 @@ def _train_reference(
 def _train_adapter(
     context: JobContext, model: PeftModel, adapter: Adapter, work: Path, reference: bool = False
 ) -> TrainingReport:
-    """Train the adapter of `model`, if it has steps.
-
-    Args:
-        reference: the model is the float model.
-    """
+    """Train the adapter of `model`, the float one for a `reference`, if it has steps."""
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), [])
     text = context.text(adapter.name)
@@ -319,8 +307,8 @@ def _train_adapter(
 
 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
-    """Initialize the adapter to correct the quantization error; returns each layer's error before
-    and after."""
+    """Initialize the adapter to correct the quantization error; returns `init` of results.json:
+    each layer's error before and after."""
     base, weight = context.path / "base", context.float_weight()
     assert weight is not None, "the recipe refuses init with base.solver keep"
     reports = initialize_(
@@ -333,7 +321,7 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
         solver_scales=solver_scales(base),
     )
     layers = {path: asdict(report) for path, report in reports.items()}
-    return {"method": adapter.init, "layers": layers}
+    return {"init": {"method": adapter.init, "layers": layers}}
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
@@ -386,7 +374,6 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
 
 
 def _apply_shared(context: JobContext, simulation: Simulation) -> None:
-    """Replace encodings of one adapter by those that all share, if they share any."""
     shares = context.recipe.simulation.base_activations
     if shares != "all":
         apply_shared_encodings(simulation, load_encodings(context.path / SHARED), shares)
@@ -409,7 +396,6 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 
 
 def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Calibrate the zero adapter on the text of the base."""
     simulation = context.new_zero_adapter()
     context.calibrate(simulation)
     _apply_shared(context, simulation)
@@ -419,12 +405,12 @@ def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any
 
 def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
-    cases, simulations = context.recipe.use_cases(), context.new_use_cases()
+    recipe, simulations = context.recipe, context.new_use_cases()
+    cases = recipe.use_cases()
     texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}
-    texts[BASE] = [adapter.name for adapter in context.recipe.adapters]
+    texts[BASE] = [adapter.name for adapter in recipe.adapters]
     batches = {name: context.calibration(*adapters)["batches"] for name, adapters in texts.items()}
-    tokens = context.recipe.simulation.calibration_tokens
-    simulations.observe(batches, context.track, tokens)
+    simulations.observe(batches, context.track, recipe.simulation.calibration_tokens)
     simulations.freeze(allow_unseen=context.allow_unseen)
     share_unaffected(simulations)
     for name, simulation in simulations.items():
@@ -433,15 +419,20 @@ def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
 
 
 def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Score a model on held-out text; and how far base, adapters and simulations are from the float
-    model on the same tokens."""
+    """Score a model on held-out text, and compare it with the float model on the same tokens."""
     kind, name, other = stage.kind.split("/")[1], stage.adapter, stage.text or ""
     text = context.text(other or name)
     adapter = None if name is None else context.adapter(name)
     of_reference = not other and compared_with(context.recipe, kind, adapter) is not None
-    logits, reference = _logits_and_reference(
-        context, kind, name, is_compared(kind, other), of_reference
-    )
+    if kind == "imported":
+        logits, reference = _imported_logits(context, str(name))
+    else:
+        logits, reference = _logits(context, kind, str(name)), None
+        if is_compared(kind, other) and context.sources.holds_floats:
+            # After a base, since loading one releases the float model, which must not stay in
+            # memory through the stages that follow.
+            floats = context.reference(str(name)) if of_reference else context.take_float_model()
+            reference = logits_of(floats)
     what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
     scores = score_tokens(logits, text.evaluation, what, context.track, reference)
     results: dict[str, Any] = {"data": text.describe()}
@@ -452,35 +443,21 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     return results
 
 
-def _logits_and_reference(
-    context: JobContext, kind: str, name: str | None, compared: bool, of_reference: bool
-) -> tuple[Logits, Logits | None]:
-    """Logits of a model, and those of the float model if they are to be compared.
-
-    Args:
-        of_reference: compare with the float model with the same adapter trained on it.
-    """
-    if kind == "float":
-        return logits_of(context.float_model()), None
-    if kind == REFERENCE:
-        return logits_of(context.reference(str(name))), None
-    if kind == "imported":
-        imported = context.imported(str(name))
-        own = logits_of(imported)
-
-        def without_adapter(ids: Tensor) -> Tensor:
-            with imported.disable_adapter():
-                return own(ids)
-
-        return own, without_adapter
-    logits: Logits
+def _logits(context: JobContext, kind: str, name: str) -> Logits:
     if kind == "simulated":
-        logits = context.simulation(str(name)).logits
-    else:
-        logits = logits_of(context.base() if kind == "base" else context.adapted(str(name)))
-    if not compared or not context.sources.holds_floats:
-        return logits, None
-    # Loading a base releases the float model, so it is loaded after it; the context must not keep
-    # it in memory through the stages that follow.
-    float_model = context.reference(str(name)) if of_reference else context.take_float_model()
-    return logits, logits_of(float_model)
+        return context.simulation(name).logits
+    if kind in ("float", "base"):
+        return logits_of(context.float_model() if kind == "float" else context.base())
+    return logits_of(context.reference(name) if kind == REFERENCE else context.adapted(name))
+
+
+def _imported_logits(context: JobContext, name: str) -> tuple[Logits, Logits]:
+    """Logits with and without the adapter."""
+    imported = context.imported(name)
+    logits = logits_of(imported)
+
+    def without_adapter(ids: Tensor) -> Tensor:
+        with imported.disable_adapter():
+            return logits(ids)
+
+    return logits, without_adapter

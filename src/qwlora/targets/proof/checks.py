@@ -73,15 +73,6 @@ class Check:
             return ""
         return f"{self.bound} {self._written(self.limit)}"
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether there is an answer, or a finite number and a finite limit."""
-        if isinstance(self.value, bool):
-            return True
-        if self.value is None or self.limit is None or isinstance(self.limit, bool):
-            return False
-        return math.isfinite(self.value) and math.isfinite(self.limit)
-
     def _written(self, value: float | None) -> str:
         if value is None:
             return "not finite"

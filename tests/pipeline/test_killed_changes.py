@@ -303,7 +303,11 @@ def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.Monke
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
 
 
-def test_removing_an_unknown_adapter_does_not_ask(job: Path) -> None:
-    answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "frist"])
-    assert "did you mean first" in str(answer.exception)
-    assert "--yes" not in str(answer.exception)
+def test_removing_an_unknown_adapter_changes_nothing_and_does_not_ask(job: Path) -> None:
+    before = state(job)
+    for name, said in {"frist": "did you mean first", "*": "no adapter", "base": ""}.items():
+        answer = CliRunner().invoke(app, ["adapters", "remove", str(job), name])
+        assert f"has no adapter {name!r}" in str(answer.exception)
+        assert said in str(answer.exception)
+        assert "--yes" not in str(answer.exception)
+    assert state(job) == before

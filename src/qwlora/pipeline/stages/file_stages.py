@@ -178,7 +178,7 @@ class _Verification:
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
         asked = self.context.recipe.verify
-        limits = Limits(asked.layer_steps, asked.layer_mean_steps, asked.perplexity_difference)
+        limits = Limits(**asked.model_dump(exclude={"sequences", "layer_tokens"}))
         text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory

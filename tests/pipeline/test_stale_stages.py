@@ -226,13 +226,6 @@ def test_a_runtime_that_is_missing_replaces_no_proof(
     assert "verify/onnx/first ... (was not run yet (no runtime))" in job.said
 
 
-def test_results_hold_only_what_is_current(job: FakeJob) -> None:
-    job.run()
-    flip_bit(job.out / "simulation" / "first" / "weights.bin")
-    results = job.run("quantize")
-    assert set(results) == {"format", "recipe", "stages", "sizes", "run", *ALL[:7], ALL[-1]}
-
-
 @pytest.mark.parametrize("path", ["base/weights.bin", "adapters/first/weights.bin"])
 def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, path: str) -> None:
     job.run()

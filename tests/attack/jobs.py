@@ -9,6 +9,7 @@ shared    two adapters, one set of encodings for both
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def _content(path: Path) -> bytes:
         record.pop("sha256", None)
     except (ValueError, KeyError, AttributeError):
         return content  # it is damaged
-    return json.dumps(record).encode()
+    # settings of an imported adapter name its source, wherever the job is
+    return re.sub(r'"[^"]*/\.qwlora/imports/', '"', json.dumps(record)).encode()
 
 
 def state(job: Path) -> dict[str, Any]:

@@ -45,6 +45,9 @@ evaluate: own -> all =>
 seed: 0 -> 1 => quantize/sample TEXTS as seed
 
 model.source: model -> other => FLOAT
+model.source: model -> same =>
+model.source: a.gguf -> b.gguf =>
+model.source: a.gguf -> c.gguf => FLOAT
 model.trust_remote_code: false -> true => FLOAT
 model.encodings: a.json -> b.json with KEEP => quantize
 model.keep_float: [] -> [lm_head] with KEEP => quantize
@@ -104,6 +107,7 @@ base.calibrate_on: - -> [second] => quantize calibrate/_base
 adapters.0.name: first -> one =>
 adapters.1.data: {source: more} -> {source: third} => SECOND as adapters.second.data.source
 adapters.0.continue_from: peft -> other with START => train/first evaluate/imported/first
+adapters.0.continue_from: peft -> peft2 with START =>
 adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
@@ -226,9 +230,14 @@ def keys(section: type[BaseModel] = Recipe, path: str = "") -> Iterator[str]:
 def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
     """A recipe, next to everything that a row names."""
     folder = tmp_path_factory.mktemp("identity")
-    for name in ("model", "other"):
+    for name in ("model", "same", "other"):
         shutil.copytree(checkpoints["one-layer llama"], folder / name)
     (folder / "other" / "generation_config.json").write_text("{}")
+    os.utime(folder / "same" / "model.safetensors", ns=(1, 1))
+    (folder / "same" / "README.md").write_text("a card")
+    (folder / "same" / ".DS_Store").write_text("of a file manager")
+    for name in "abc":
+        (folder / f"{name}.gguf").write_text("same" if name < "c" else "other")
     for number, name in enumerate(("text", "more", "third")):
         (folder / name).mkdir()
         for document in range(8):
@@ -242,9 +251,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for name in ("a.json", "b.json"):
         (folder / name).write_text(json.dumps(name))
-    for name in ("peft", "other"):
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "adapter_config.json").write_text(json.dumps(name))
+    (folder / "peft").mkdir()
+    (folder / "peft" / "adapter_config.json").write_text("{}")
+    shutil.copytree(folder / "peft", folder / "peft2")
+    (folder / "peft2" / "README.md").write_text("a card")
     data = {"sequence_tokens": 32, "evaluation_sequences": 4}
     first = {"name": "first", "steps": 6, "evaluation_steps": 3}
     second = {"name": "second", "steps": 6, "data": {"source": "more"}, "init": "zero"}

@@ -221,21 +221,6 @@ def test_a_killed_run_is_continued(command: str, fake_job: FakeJob) -> None:
         assert [path.name for path in (job.out / ".qwlora").glob("work/*")] == []
 
 
-def test_a_run_after_a_killed_rename_skips_what_is_trained(job: Path) -> None:
-    for number in itertools.count(1):
-        with pytest.raises(Stopped), stopping(number):
-            rename_adapter(job, "first", "one")
-        if "name: one" in (job / "recipe.yaml").read_text():
-            break
-    assert (job / "adapters" / "first").is_dir()
-    answer = CliRunner().invoke(app, ["train", str(job)])
-    assert answer.exit_code == 0, answer.output
-    assert "train/one: skipped" in answer.output
-    ends = answer.output.splitlines()[-3:]
-    assert [line.split()[0] for line in ends] == ["verdict", "report", "next"]
-    assert ends[1].endswith(str(job / "report.html"))
-
-
 def test_what_a_stranger_left_in_tmp_leads_nowhere(job: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -303,7 +288,11 @@ def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.Monke
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
 
 
-def test_removing_an_unknown_adapter_does_not_ask(job: Path) -> None:
-    answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "frist"])
-    assert "did you mean first" in str(answer.exception)
-    assert "--yes" not in str(answer.exception)
+def test_removing_an_unknown_adapter_changes_nothing_and_does_not_ask(job: Path) -> None:
+    before = state(job)
+    for name, said in {"frist": "did you mean first", "*": "no adapter", "base": ""}.items():
+        answer = CliRunner().invoke(app, ["adapters", "remove", str(job), name])
+        assert f"has no adapter {name!r}" in str(answer.exception)
+        assert said in str(answer.exception)
+        assert "--yes" not in str(answer.exception)
+    assert state(job) == before

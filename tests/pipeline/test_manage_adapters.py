@@ -120,16 +120,6 @@ def test_a_base_stays_calibrated_on_its_text(job_for: Any, corpus: Path, other_t
         remove_adapter(made.out, "first")
 
 
-def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
-    before, results = files(job, "adapters"), json.loads((job / "results.json").read_text())
-    rename_adapter(job, "first", "one")
-    renamed = {n.replace("adapters/first/", "adapters/one/"): d for n, d in before.items()}
-    assert files(job, "adapters") == renamed
-    assert again(job) == []
-    now = json.loads((job / "results.json").read_text())
-    assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
-
-
 def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
     arc, piqa = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
     base, first, second = JobModels(job).named("base,first,second")

@@ -2,13 +2,11 @@
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.conftest import stage_keys
 from qwlora.system import seen as module
 from qwlora.system.seen import Seen
 
@@ -105,47 +103,6 @@ def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(file: Path
         seen.content(file)
         seen.save()
     assert list(file.parent.iterdir()) == [file]
-
-
-def keys(path: Path, cache: Path) -> dict[str, str]:
-    seen = Seen(cache)
-    found = stage_keys(path, seen=seen)
-    seen.save()
-    return found
-
-
-def test_retrained_model_is_new(
-    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
-    model, cache = tmp_path / "model", tmp_path / "cache.json"
-    shutil.copytree(checkpoints["llama"], model)
-    recipe = recipe_for(model={"source": str(model)})
-    before = keys(recipe, cache)
-    weights = model / "model.safetensors"
-    os.utime(weights, ns=(1, 1))
-    (model / ".DS_Store").write_text("of a file manager")
-    assert keys(recipe, cache) == before
-    content = weights.read_bytes()
-    rewrite(weights, content[:-1] + bytes([content[-1] ^ 1]))
-    after = keys(recipe, cache)
-    assert all(after[name] != key for name, key in before.items())
-
-
-def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
-    source, cache = tmp_path / "source", tmp_path / "cache.json"
-    source.mkdir()
-    (source / "adapter_model.safetensors").write_bytes(b"old")
-    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    adapter = {"name": "first", "continue_from": str(source), "steps": 2, "warmup_steps": 0}
-    recipe = recipe_for(adapters=[adapter])
-    before = keys(recipe, cache)
-    (source / "README.md").write_text("a card")
-    assert keys(recipe, cache) == before
-    rewrite(source / "adapter_model.safetensors", b"new")
-    after = keys(recipe, cache)
-    changed = {name for name in before if after[name] != before[name]}
-    assert "train/first" in changed
-    assert "quantize" not in changed
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe"])

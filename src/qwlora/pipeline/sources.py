@@ -97,6 +97,7 @@ class Sources:
             counts: how many sequences are used, by the key in the data section.
         """
         found: dict[str, Any] = dict.fromkeys(("source", "packing", "prompt_format"), Unread())
+        found["packing"] = data.packing or Unread()
         template: Any = Unread() if data.chat_template else None
         if self.reads:
             try:
@@ -104,7 +105,7 @@ class Sources:
             except (QwloraError, OSError) as error:
                 if self.is_new:
                     raise
-                found = dict.fromkeys(found, Unread(error))
+                found |= {"source": Unread(error)}
             else:
                 packing = data.cutting().packing_of(documents.kind)
                 pairs = data.prompt_format if documents.kind == "completions" else "none"

@@ -200,10 +200,6 @@ class Store:
     def problem(self, place: str) -> str | None:
         """Why the files at `place` are not those of its record; None if they are."""
         record = self.records[place]
-        if not record.files:
-            return None
-        if not (self.path / place).exists():
-            return f"{place}/ is missing"
         problems = []
         for name, digest in record.files.items():
             file = self.path / place / name
@@ -271,7 +267,7 @@ class Store:
             files = {
                 name: digests.content(scratch / name) or ""
                 for name in names
-                if Path(name).name != CARD
+                if name != CARD
             }
             record = replace(record, files=files)
             if is_users_card(self.path / place / CARD):

@@ -194,8 +194,10 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
     """
     with _editing(folder) as (store, recipe):
         places = _places(store, name)
+        for place in places:
+            store.check_replaceable(place)
         if name not in {adapter.name for adapter in recipe.adapters}:
-            if not places:
+            if f"adapters/{name}" not in places:
                 adapter_named(recipe, name, folder)
             confirm()
             with store.removing(places):
@@ -221,8 +223,6 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
         changed = _parsed(folder, content)
         _check_kept(store, recipe, changed, gone=name)
-        for place in places:
-            store.check_replaceable(place)
         confirm()
         with store.removing(places):
             _write(store, recipe, changed)

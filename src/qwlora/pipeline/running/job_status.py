@@ -132,7 +132,7 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
         remedy = "Correct what the message names."
     again = "Then run the same command. Finished stages are not repeated."
     described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
-    described |= {"remedy": [remedy, again]}
+    described["remedy"] = [remedy, again]
     if isinstance(error, QwloraError):
         known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
         described["docs"] = f"docs/errors/{known.__name__}.md"

@@ -178,8 +178,8 @@ class _Verification:
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
-        keys = {"perplexity_difference", "layer_steps", "layer_mean_steps"}
-        limits = Limits(**self.context.recipe.verify.model_dump(include=keys))
+        asked = self.context.recipe.verify
+        limits = Limits(**asked.model_dump(exclude={"sequences", "layer_tokens"}))
         text, texts, ships = self._text(), list[Sequences](), self.context.recipe.export.proof
         has_proof = self.target.has_proof and self.adapter != BASE
         if has_proof and ships == "generated":  # before other models are in memory

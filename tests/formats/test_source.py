@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from qwlora.errors import SourceError
 from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.model_source import _downloaded_model, fetch, load_model, load_tokenizer, locate
+from qwlora.formats.model_source import (
+    _downloaded_model,
+    fetch,
+    installed_module,
+    load_model,
+    load_tokenizer,
+    locate,
+)
 
 FILE = "model.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -213,3 +221,10 @@ def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None
 )
 def test_the_configuration_says_whether_a_model_reads_images(named: str | None, loads: Any) -> None:
     assert auto_class(MllamaConfig(architectures=named and [named])) is loads
+
+
+def test_a_script_among_the_packages_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Jupyter's, which is started from there."""
+    script = Path(sysconfig.get_path("purelib")) / "ipykernel_launcher.py"
+    monkeypatch.setattr("sys.argv", [str(script)])
+    assert installed_module("peft") is not None

@@ -166,7 +166,7 @@ def test_a_job_writes_graphs_for_the_htp(
 ) -> None:
     verify = {"sequences": 1, "perplexity_difference": 0.02}
     export = HTP["export"] | {"targets": ["qnn", "aimet", "qairt"]}
-    export |= {"use_cases": CASES, "encodings_version": "2.0.0"}
+    export |= {"use_cases": CASES, "encodings_version": "2.0.0", "proof": "held_out"}
     recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "export": export, "verify": verify}))
     job = tmp_path / "job"
     results = run(recipe, job, VERBS)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from sysconfig import get_path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import SourceError, listed, shortened
@@ -64,8 +65,8 @@ class Location:
         a folder that is neither a quantized checkpoint nor a QWLoRA base."""
         if self.gguf_file:
             return True
-        is_base = any(file.name == "base.json" for file in self.files)
-        return not is_base and quantization_of(self.path)[0] is None
+        names = [file.name for file in self.files]
+        return "base.json" not in names and quantization_of(self.path)[0] is None
 
 
 _folder: ContextVar[Path | None] = ContextVar("folder of relative paths", default=None)
@@ -115,6 +116,7 @@ def installed_module(name: str) -> ModuleSpec | None:
     `sys.path`, and a stranger's recipe is often there, next to other files of theirs.
     """
     own = {os.path.realpath(place) for place in (".", os.path.dirname(sys.argv[0]))}
+    own -= {os.path.realpath(get_path("purelib"))}  # where Jupyter's script is
     places = [place for place in sys.path if place and os.path.realpath(place) not in own]
     spec = None
     for part in name.split("."):

@@ -15,7 +15,7 @@ from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError
 from qwlora.pipeline.running.forecast import Costs, plan_job
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import SAMPLE, Stage
+from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe

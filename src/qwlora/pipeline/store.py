@@ -264,11 +264,7 @@ class Store:
             names = files_in(scratch)
             self.check_replaceable(place, names)
             digests = Seen()
-            files = {
-                name: digests.content(scratch / name) or ""
-                for name in names
-                if name != CARD
-            }
+            files = {name: digests.content(scratch / name) or "" for name in names if name != CARD}
             record = replace(record, files=files)
             if is_users_card(self.path / place / CARD):
                 shutil.copy2(self.path / place / CARD, scratch / CARD)

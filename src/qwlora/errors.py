@@ -281,4 +281,4 @@ def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator
     except (Exception, SystemExit) as error:  # mlx-lm exits where it lacks a package
         if is_out_of_memory(error) or is_out_of_space(error):
             raise
-        raise kind(f"{what}: {described(error)}{f'; {remedy}' if remedy else ''}") from error
+        raise kind(f"{what}: {described(error).rstrip('.')}{remedy and f'; {remedy}'}") from error

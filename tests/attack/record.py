@@ -76,6 +76,15 @@ SECTIONS = {
         "refused, by the Python API with an exception of QWLoRA and by the command line with one "
         "message.",
     ),
+    "adapters": (
+        "Exports of wrong adapters",
+        "`export` gets an adapter next to a right one: of another base, on another grid, changed "
+        "since it was saved, with NaN, of more layers, another width or rank, of another kind than "
+        "the target's, or with a name that it cannot have. Where the target takes simulations, "
+        "base or adapter change after they were simulated, or simulations of other bases are mixed "
+        "in. Held: one exception of QWLoRA that names the adapter and what to do, nothing is "
+        "written, and model and simulations are what they were before.",
+    ),
     "fuzz": (
         "Random damage to models and encodings files",
         "A model in every format that QWLoRA reads, a base, and AIMET's encodings files are broken "
@@ -178,7 +187,7 @@ def _grouped(whats: Sequence[str]) -> str:
 
 def _table(section: str, rows: dict[str, list[int]]) -> Sequence[str]:
     head = {"damage": "file, and who reads it", "unfinished": "file", "hostile": "input"}
-    head |= {"fuzz": "format", "bundles": "target, and what is changed"}
+    head |= {"fuzz": "format", "bundles": "target, and what is changed", "adapters": "target"}
     table = [f"| {head.get(section, 'what')} | tried | held |", "|---|--:|--:|"]
     merged: dict[str, tuple[list[str], list[int]]] = {}  # of the long tables: a row for each file
     for name, counts in rows.items():

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
-from qwlora.errors import ExportError, SourceError
+from qwlora.errors import CalibrationError, ExportError, SourceError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -117,6 +117,50 @@ def test_verify_leaves_the_callers_model_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(qwlora.QwloraError, match="first"):
         qwlora.verify(folder, model, IDS)
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "found"),
+    [
+        ("onnx", None, "q_proj.ia3_l.wrong:"),
+        ("qnn", None, "q_proj.ia3_l.wrong:"),
+        ("qnn", {"use_dora": True}, "lora_magnitude_vector.weight"),
+        ("onnx", {"modules_to_save": ["input_layernorm"]}, "input_layernorm.modules_to_save"),
+    ],
+)
+def test_adapters_with_more_than_factors_are_refused(
+    target: str, settings: dict[str, Any] | None, found: str, tmp_path: Path
+) -> None:
+    """Files for several adapters have no place for more: they would compute something else."""
+    config: Any = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    config.init_ia3_weights = False
+    if settings is not None:
+        config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    model = get_peft_model(packed_model("llama", layers=1), config, "wrong").eval()
+    made = qwlora.simulate_adapters(model, BATCH, qwlora.Schemes(policy="weights-only"))
+    made.calibrate([BATCH])
+    with pytest.raises(ExportError, match=rf"adapter wrong has .*{found}.*use target onnx_each"):
+        qwlora.export(made, target, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_simulations_on_different_bases_are_refused(tmp_path: Path) -> None:
+    made, twin = (qwlora.simulate_adapters(adapted("first", "second"), BATCH) for _ in range(2))
+    made["second"] = twin["second"]
+    made.calibrate([BATCH])
+    twin["second"].origin.model.get_base_model().model.norm.weight.data.mul_(2)
+    with pytest.raises(CalibrationError, match=r"the base of .* has changed"):
+        qwlora.export(made, "onnx", tmp_path / "bundle")
+    other = get_peft_model(packed_model("llama", seed=3, layers=1), LORA, "second").eval()
+    made["second"] = qwlora.simulate_adapters(other, BATCH)["second"]
+    with pytest.raises(CalibrationError, match="adapter second has another base"):
+        qwlora.export(made, "onnx", tmp_path / "bundle")
+
+
+def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
+    folders = {"first": tmp_path, "First": tmp_path}
+    with pytest.raises(ExportError, match=r"called 'First', 'first'.*another adapter"):
+        qwlora.export(packed_model("llama", layers=1), "hf", tmp_path / "bundle", folders)
 
 
 def test_what_does_not_fit_is_refused(simulation: qwlora.Simulation, tmp_path: Path) -> None:

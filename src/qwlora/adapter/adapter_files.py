@@ -135,7 +135,7 @@ def content_problems(folder: Path) -> Iterator[str]:
         if "lora_A" in name or "lora_embedding_A" in name:
             highest = max(highest, *shape[:1])
         if not bool(tensor.isfinite().all()):
-            yield f"{name} has values that are not finite"
+            yield f"{name} has values that are not finite; {_COPY}"
     if not names:
         yield f"{WEIGHTS} has no weights"
     patterns = config.get("rank_pattern")
@@ -188,9 +188,9 @@ def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str 
     """
     what = f"adapter {str(folder)!r}"
     if not (folder / CONFIG).exists():
-        raise SourceError(f"{str(folder)!r} has no PEFT adapter: {CONFIG} is missing")
+        raise SourceError(f"{what} has no {CONFIG}; give a folder that PEFT or save_adapter wrote")
     if (kind := read_config(folder).get("peft_type")) != "LORA":
-        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported")
+        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported. Train one")
     if not (folder / WEIGHTS).is_file():
         raise SourceError(
             f"{what} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "

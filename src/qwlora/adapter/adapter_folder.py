@@ -248,14 +248,13 @@ def check_fit(folder: Path, adapted: PeftModel, adapter_name: str = "default") -
     drop tensors without a place, and leave others at their initial values."""
     wanted = shapes_of(adapted, adapter_name)
     shapes = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
-    names = sorted(wanted.keys() | shapes.keys())
-    if wrong := [name for name in names if wanted.get(name) != shapes.get(name)]:
+    if wrong := [n for n in sorted({*wanted, *shapes}) if wanted.get(n) != shapes.get(n)]:
         needed, stored = (list(s[wrong[0]]) if wrong[0] in s else "none" for s in (wanted, shapes))
         model = type(adapted.get_base_model()).__name__
         raise SourceError(
             f"adapter {str(folder)!r} does not fit {model}: {len(wrong)} weights differ, for "
             f"example {wrong[0]}: the model needs {needed}, the file has {stored}. It was trained "
-            "on a model with other layers, or its target_modules changed"
+            "on other layers, or its target_modules changed. Train it again, or use its own base"
         )
 
 
@@ -286,7 +285,7 @@ def reading(folder: Path, model: nn.Module) -> Iterator[None]:
     what = f"adapter {str(folder)!r}"
     check_pattern_times(model, read_config(folder), what)
     with (
-        foreign_as(SourceError, f"{what} does not fit {type(model).__name__}"),
+        foreign_as(SourceError, f"{what} does not fit {type(model).__name__}", "use its own base"),
         without_pattern_warnings(),
     ):
         yield

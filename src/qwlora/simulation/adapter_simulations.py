@@ -49,10 +49,11 @@ from qwlora.adapter.attach import (
     without_adapters,
 )
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
-from qwlora.errors import CalibrationError, CaptureError, foreign_as
+from qwlora.errors import CalibrationError, CaptureError, ExportError, foreign_as, listed
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
+from qwlora.graph.nodes import parameter_names, used_placeholders
 from qwlora.graph.quantized_graph import rebuilt
 from qwlora.grid.encoding import Encoding, encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
@@ -74,7 +75,7 @@ from qwlora.simulation.saved_simulation import (
 )
 from qwlora.simulation.simulation import Batches, Simulation, simulate
 from qwlora.system.device import device_of
-from qwlora.system.parameter_names import BASE, adapter_of, canonical_name
+from qwlora.system.parameter_names import BASE, adapter_of, canonical_name, is_factor_name
 from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
@@ -114,10 +115,23 @@ class AdapterSimulations(dict[str, Simulation]):
             self.freeze(shared=shared)
 
     def check_unchanged(self) -> None:
-        """See `Simulation.check_unchanged`."""
-        base = fingerprint(next(iter(self.values())).origin.model)  # hashed once for all adapters
-        for simulation in self.values():
-            simulation.check_unchanged(base)
+        """See `Simulation.check_unchanged`. All adapters need one base."""
+        models = [simulation.origin.model for simulation in self.values()]
+        bases = {model: fingerprint(model) for model in {*models}}  # each is hashed once
+        for name, simulation in self.items():
+            simulation.check_unchanged(bases[simulation.origin.model])
+            if simulation.origin.base_fingerprint != bases[models[0]]:
+                raise CalibrationError(f"adapter {name} has another base. Simulate all on one base")
+
+    def check_switchable(self) -> None:
+        """Refuse adapters with more than LoRA factors, which is all that a runtime can switch."""
+        read = {name: _read_parameters(simulation) for name, simulation in self.items()}
+        for name, parameters in read.items():
+            if others := [n for n in parameters if adapter_of(n) or n not in read[BASE]]:
+                raise ExportError(
+                    f"adapter {name} has {listed(others, 3)}: only LoRA factors can be switched. "
+                    "Train without them, or use target onnx_each, one model for each adapter"
+                )
 
     @contextlib.contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -204,14 +218,10 @@ def simulate_adapters(
     known = adapter_names(model)
     names = known if adapters is None else list(adapters)
     if BASE in names:
-        raise CaptureError(
-            f"an adapter is called {BASE!r}, the name of the zero adapter. Load it under another "
-            "name"
-        )
+        what = f"an adapter is called {BASE!r}, the name of the zero adapter"
+        raise CaptureError(f"{what}. Load it under another name")
     if unknown := [name for name in names if name not in known]:
-        raise CaptureError(
-            f"the model has no adapter {', '.join(unknown)}. It has {', '.join(known)}"
-        )
+        raise CaptureError(f"the model has no adapter {listed(unknown)}. It has {listed(known)}")
     if packed_layers(model):
         assert_frozen(model)
     asked, schemes = schemes, replace(schemes or Schemes(), unused_rules="allow")
@@ -309,6 +319,13 @@ def _rebound(
         return None
 
 
+def _read_parameters(simulation: Simulation) -> list[str]:
+    """Canonical names of the parameters that its graph reads, without LoRA factors."""
+    used, names = used_placeholders(simulation.program), parameter_names(simulation.program)
+    read = [canonical_name(path) for node, path in names.items() if node in used]
+    return [name for name in read if not is_factor_name(name)]
+
+
 def _zeros(weights: _Weights) -> _Weights:
     return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
@@ -381,14 +398,8 @@ def shared_encodings(
             weights[name] = scheme, torch.minimum(low, lowest), torch.maximum(high, highest)
     estimate_encodings(list(quantizers.values()))
     activations = {n: q.encoding for n, q in quantizers.items() if q.encoding is not None}
-    return (
-        activations
-        | fixed
-        | {
-            name: encoding_from_range(low, high, scheme)
-            for name, (scheme, low, high) in weights.items()
-        }
-    )
+    of_weights = {n: encoding_from_range(low, high, s) for n, (s, low, high) in weights.items()}
+    return activations | fixed | of_weights
 
 
 def _shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:

@@ -97,8 +97,8 @@ def export(
 
     Raises:
         ExportError: the target does not exist, does not take `made`, or has files that cannot
-            hold it; `graphs`, `context` or `opset` is out of range; or another file of the export
-            has an adapter's name.
+            hold it; `graphs`, `context` or `opset` is out of range; or another adapter or file of
+            the export has an adapter's name.
         SourceError, FingerprintError: `load_adapter` refuses an adapter.
         CalibrationError: the base or an adapter has changed since it was simulated.
         MissingExtraError: a package that writes the files is missing.
@@ -118,6 +118,8 @@ def export(
             identity = check_loadable(made, sources.values(), "accept")
         else:
             made.check_unchanged()
+            if isinstance(made, AdapterSimulations):
+                made.check_switchable()
             first = made if isinstance(made, Simulation) else made[BASE]
             identity = first.origin.base_fingerprint
 
@@ -203,11 +205,12 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
         )
     if adapters and known.is_simulated:
         raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
-    taken = {name for name in names if name.lower() in known.taken_names}
+    lower = [*known.taken_names, *map(str.lower, names)]  # some file systems ignore case
+    taken = {name for name in names if lower.count(name.lower()) > 1}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
         raise ExportError(
             f"adapters cannot be called {listed(map(repr, wrong))}. Use letters, digits, - and _, "
-            "and no name of another file of the export: "
+            "and no name of another adapter or file of the export: "
             f"{listed(sorted(known.taken_names), 9)}"
         )
 

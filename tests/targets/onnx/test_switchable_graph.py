@@ -198,12 +198,6 @@ def test_what_the_base_has_no_place_for_is_refused_by_name(bundle: Bundle, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_more_than_lora_factors_is_refused(tmp_path: Path) -> None:
-    saved = simulation(4, ["q_proj"], r=4, modules_to_save=["input_layernorm"])
-    with pytest.raises(ExportError, match=r"input_layernorm.*only LoRA factors.*onnx_each"):
-        write_switchable(saved.graph(), tmp_path, {}, base_activations=True)
-
-
 def test_an_adapter_of_another_base_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     shared = bundle.simulations["base"].graph()
     write_switchable(shared, tmp_path, {}, base_activations=False)

@@ -48,12 +48,7 @@ from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.system.optional_packages import require
-from qwlora.system.parameter_names import (
-    canonical_name,
-    is_adapter_name,
-    is_factor_name,
-    is_first_factor,
-)
+from qwlora.system.parameter_names import canonical_name, is_factor_name, is_first_factor
 from qwlora.targets.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
@@ -181,9 +176,6 @@ def write_switchable(
 
     Returns:
         names of the weights that are stored [in, out].
-
-    Raises:
-        ExportError: see `build_model`; or the adapter is not one of LoRA factors alone.
     """
     model, transposed = build_model(graph, metadata)
     known = {
@@ -254,12 +246,6 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
     adapter's export.
     """
     program, marked = graph.program, {mark.node for mark in graph.marks}
-    names = map(canonical_name, program.state_dict)
-    if others := [n for n in names if is_adapter_name(n) and not is_factor_name(n)]:
-        raise ExportError(
-            f"the adapter has {listed(others, 3)}: only LoRA factors can be switched. Train "
-            "without them, or use target onnx_each, which writes a model for each adapter"
-        )
     nodes = {node.name: node for node in program.graph.nodes}
     weights = {
         spec.arg.name: program.state_dict[spec.target].detach()

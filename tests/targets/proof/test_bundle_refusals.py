@@ -408,14 +408,22 @@ def test_a_proof_says_if_the_base_alone_would_pass(bundle: Path, proven: Any) ->
     assert "base alone would pass" in note
 
 
-def test_a_sealed_reference_that_proves_nothing_does_not_pass(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("adapter.losses", float("nan"), "NaN"),
+        ("base.largest", -1.0, "negative"),
+        ("ids", WORDS, f"token {WORDS}.* {WORDS} tokens"),
+    ],
+)
+def test_a_sealed_reference_that_proves_nothing_is_refused(
+    tensor: str, value: float, message: str, bundle: Path
+) -> None:
     reference = says(TEXT)
-    losses, ids = (reference[name].clone() for name in ("adapter.losses", "ids"))
-    losses.view(-1)[0], ids.view(-1)[0] = float("nan"), WORDS  # its token is not in the loss
-    prove(bundle, "second", reference | {"adapter.losses": losses})
-    assert verify_bundle(bundle)["second"]["problems"]
-    prove(bundle, "second", reference | {"ids": ids})
-    with pytest.raises(SourceError, match=f"token {WORDS}.* {WORDS} tokens"):
+    changed = reference[tensor].clone()
+    changed.view(-1)[0] = value  # its token is not in the loss
+    prove(bundle, "second", reference | {tensor: changed})
+    with pytest.raises(SourceError, match=message):
         verify_bundle(bundle)
 
 

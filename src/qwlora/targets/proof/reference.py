@@ -32,7 +32,7 @@ a bundle has the first BASE_SEQUENCES of all, or as many of generated text (`exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -60,13 +60,14 @@ BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
 # Of generated text in a bundle: 124 for SmolLM2-135M took 51 s on two cores shared by four jobs.
 PROOF_TOKENS = 64
 STATES = ("base", "adapter")
+TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
 # Graphs for NPUs round more than a simulation: cosines, masked scores, sigmoids. This share of the
 # largest logit counts as noise, about 30 dB; docs/log/runtimes.md measures up to 0.0011.
 GRAPHS_NOISE = 0.002
 # Of activations of 8 bits, as a share of the largest logit: one of hundreds of a layer's inputs may
 # be on another step.
 LEAST_FLIP = 2.0**-12
-_EXPECTED = ("top", "log_probs", "losses", "largest")  # of each state
+_OTHERS = ("other_losses", "other_same")
 Logits = Callable[[Tensor], Tensor]  # of token ids [1, tokens]
 
 
@@ -366,14 +367,14 @@ def lowest_agreement(same: Tensor) -> float:
 
 def perplexity_floor(squared_noise: float, tokens: int) -> float:
     """Relative difference of perplexity that rounding explains in 95 % of samples; infinite if
-    that is too large for a number, or there are no tokens.
+    that is too large for a number.
 
     Args:
         squared_noise: sum over tokens of d_t^2; see `compare_logits`.
     """
     try:
         return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
-    except (OverflowError, ZeroDivisionError):
+    except OverflowError:
         return math.inf
 
 
@@ -448,15 +449,15 @@ def is_told_apart(reference: Mapping[str, Tensor], limits: Limits) -> bool:
 
 
 def check_reference(reference: Mapping[str, Tensor]) -> None:
-    """Raises SourceError: a tensor is missing. Wrong values need no check: no files agree with
-    them."""
-    needed = ["ids", "labels", *(f"adapter.{name}" for name in _EXPECTED)]
-    if any(name.startswith("base.") for name in reference):
-        needed += [f"base.{name}" for name in _EXPECTED]
-    if missing := [name for name in needed if name not in reference]:
+    """Refuse a reference that proves nothing.
+
+    Raises:
+        SourceError: a tensor is missing, has another type or size, or holds what no model says.
+    """
+    if problems := list(_problems(reference)):
         raise SourceError(
-            f"reference.safetensors proves nothing: it has no {listed(missing)}. Copy the bundle "
-            "again from whoever exported it, or verify the job again"
+            f"reference.safetensors proves nothing: {listed(problems)}. Copy the bundle again from "
+            "whoever exported it, or verify the job again"
         )
 
 
@@ -467,3 +468,72 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
             f"reference.safetensors has token {int(ids.max())}, and the model a vocabulary of "
             f"{vocabulary:,} tokens: one of them is of another model. Copy the bundle again"
         )
+
+
+def _problems(reference: Mapping[str, Tensor]) -> Iterator[str]:
+    ids = reference.get("ids", torch.empty(0))
+    if ids.dtype != torch.int64 or ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:
+        yield f"ids are {_form(ids)}, not int64 [1 or more sequences, 2 or more tokens]"
+        return
+    has_base = any(name.startswith("base.") for name in reference)
+    states, forms = STATES if has_base else ("adapter",), {"ids": _form(ids), "labels": _form(ids)}
+    for state in states:
+        forms |= _forms(state, ids, reference)
+    given = {name: _form(tensor) for name, tensor in reference.items()}
+    wrong = [name for name in sorted(forms | given) if given.get(name) != forms.get(name)]
+    if wrong:
+        shown = (f"{n} is {given.get(n, 'missing')}, not {forms.get(n, 'known')}" for n in wrong)
+        yield listed(shown)
+        return
+    if int(ids.min()) < 0:
+        yield "ids are negative"
+    counted = reference["labels"] != IGNORED
+    if not bool(counted[:, 1:].any()) or bool((reference["labels"] != ids)[counted].any()):
+        yield "labels count no token, or others than ids has"
+    for state in states:
+        parts = {n.partition(".")[2]: t for n, t in reference.items() if n.startswith(f"{state}.")}
+        yield from (f"{state}: {problem}" for problem in _wrong_values(parts))
+
+
+def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str, str]:
+    """Types and sizes that the tensors of a state have to have, by name."""
+    rows = min(len(ids), BASE_SEQUENCES) if state == "base" else len(ids)
+    tokens, likeliest = ids.shape[1], reference.get(f"{state}.top", ids)
+    top = likeliest.shape[-1] if likeliest.ndim else 0
+    forms = {
+        "top": f"int32 [{rows}, {tokens}, {top}]",
+        "log_probs": f"float32 [{rows}, {tokens}, {top}]",
+        "losses": f"float64 [{rows}, {tokens - 1}]",
+        "largest": f"float32 [{rows}]",
+    }
+    if any(f"{state}.{name}" in reference for name in (*_OTHERS, "noise", "rounding")):
+        bound = "rounding" if f"{state}.rounding" in reference else "noise"
+        forms |= {
+            "other_losses": f"float64 [{rows}, {tokens - 1}]",
+            "other_same": f"bool [{rows}, {tokens}]",
+            bound: f"float32 [{rows}]",
+        }
+    if f"{state}.trained_losses" in reference:
+        forms["trained_losses"] = forms["losses"]
+    return {f"{state}.{name}": form for name, form in forms.items()}
+
+
+def _wrong_values(parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """What no model says. Other computations may overflow: then nothing passes."""
+    if not parts["top"].numel():
+        yield "top is empty"
+        return
+    for name in ("log_probs", "losses", "largest", "trained_losses"):
+        if name in parts and not bool(parts[name].isfinite().all()):
+            yield f"{name} holds NaN or infinity"
+            return
+    total = parts["log_probs"].double().exp().sum(-1)
+    if float(total.max()) > 1 + TOLERANCE or float(parts["losses"].min()) < -TOLERANCE:
+        yield "log_probs or losses are not log-probabilities"
+    for name in ("top", "largest", "noise", "rounding", "other_losses"):
+        if name in parts and bool((parts[name] < -TOLERANCE).any()):
+            yield f"{name} holds negative numbers"
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

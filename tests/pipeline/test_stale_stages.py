@@ -17,9 +17,11 @@ from qwlora.errors import DirectoryError, SourceError, VerificationError
 from qwlora.pipeline import run as run_module
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
+from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
+from qwlora.system.seen import Seen
 from qwlora.targets.target import Target
 
 ALL = [
@@ -278,6 +280,26 @@ def test_skipping_reads_nothing_imports_no_torch(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() >= set(ALL)
+
+
+def test_looking_at_a_copied_job_reads_its_files_once(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.run()
+    copy = shutil.copytree(job.out, job.out.with_name("copy"))
+    monkeypatch.setattr("qwlora.system.seen.SETTLED_NS", -(10**18))
+    read, hashed = list[str](), Seen._hash
+
+    def count(seen: Seen, file: Any, path: str, size: int) -> str:
+        read.append(path)
+        return hashed(seen, file, path, size)
+
+    monkeypatch.setattr(Seen, "_hash", count)
+    read_job(copy)
+    assert {Path(path).name for path in read} == {"weights.bin", "settings.json"}
+    del read[:]
+    read_job(copy)
+    assert not read
 
 
 def test_a_stage_that_must_run_names_the_source_that_is_gone(job: FakeJob, tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ class OpenJob:
             except DirectoryError:
                 self.store.reload()
             judge.again()
+        self.store.seen.save()
         return judge
 
     @property

@@ -76,7 +76,7 @@ def test_verify_names_what_is_missing_or_changed_and_run_repairs(job: FakeJob, p
     assert message.startswith(f"verify needs {', '.join(needed)}, missing or out of date")
     assert f"  {needed[0]}: {found}" in message
     verbs = dict.fromkeys(name.partition("/")[0] for name in needed)
-    commands = [f"qwlora {verb} {job.recipe} --out {job.out}" for verb in verbs]
+    commands = [f"qwlora {verb} {job.out}" for verb in verbs]
     assert message.endswith(" && ".join(commands))
     assert not job.ran
     assert (job.out / "results.json").read_bytes() == before

@@ -12,7 +12,7 @@ from torch import nn
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
 from formats.models import mixtral
-from qwlora.errors import CalibrationError, FingerprintError, QwloraWarning, SourceError
+from qwlora.errors import CalibrationError, FingerprintError, GridError, QwloraWarning, SourceError
 from qwlora.formats.base_files import replacing_base
 from qwlora.nn import is_packed
 
@@ -65,12 +65,16 @@ class Tied(nn.Module):
         torch.manual_seed(0)
         self.one, self.two, self.last = (nn.Linear(32, 32) for _ in range(3))
         self.two.weight = nn.Parameter(self.one.weight.data)
-        self.one.bias = nn.Parameter(torch.randn(64)[::2])
+        row = torch.randn(64)
+        self.between = nn.Parameter(row[16:48])
+        self.one.bias, self.two.bias = nn.Parameter(row[:32]), nn.Parameter(row[32:])
         self.last.bias = nn.Parameter(torch.ones(1).expand(32))
-        self.register_buffer("mean", torch.full((32,), 0.1, dtype=torch.float64))
+        self.register_buffer("mean", torch.full((64,), 0.1, dtype=torch.float64)[::2])
+        self.register_buffer("order", torch.arange(32).flip(0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.tanh(self.two(torch.tanh(self.one(x - self.mean.float())))))
+        x = (x * self.between - self.mean.float())[..., self.order]
+        return self.last(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
 class Shared(nn.Module):
@@ -92,7 +96,10 @@ MODELS: dict[str, tuple[Any, list[Any]]] = {
     "a part called original_module": (lambda: Row(Inside("original_module")), []),
     "a 3-D parameter of the root": (Experts, []),
     "data parallelism": (lambda: nn.DataParallel(Row()), []),
-    "one storage, strides and float64": (Tied, [qwlora.LayerRule("one", None)]),
+    "one storage, strides and float64": (
+        Tied,
+        [qwlora.LayerRule(name, None) for name in ("one", "two")],
+    ),
     "one storage, packed": (Tied, []),
     "a layer under two names": (Shared, []),
 }
@@ -102,11 +109,12 @@ MODELS: dict[str, tuple[Any, list[Any]]] = {
 def test_what_is_saved_is_loaded(make: Any, rules: Any, tmp_path: Path) -> None:
     model = make().eval()
     qwlora.quantize_(model, "w4-block16", "rtn", rules=rules)
-    identity = qwlora.save_base(model, tmp_path / "base")
+    identity = qwlora.save_base(model, str(tmp_path / "base"))
     loaded = qwlora.load_base(tmp_path / "base", model=getattr(make(), "module", make()))
     with torch.no_grad():
         assert torch.equal(loaded(X), model(X))
     assert qwlora.fingerprint(loaded) == qwlora.fingerprint(model) == identity
+    assert not hasattr(loaded, "save_pretrained")
     inner = getattr(model, "module", model)
     target = next(n for n, m in inner.named_modules() if isinstance(m, nn.Linear))
     config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
@@ -137,6 +145,10 @@ def extra_layer(model: Any) -> None:
     model.extra = nn.Linear(4, 4)
 
 
+def layer_inside_another(model: Any) -> None:
+    model.model.norm.inner = nn.Linear(64, 64, bias=False)
+
+
 def dropped_layer(model: Any) -> None:
     del model.model.layers[1]
 
@@ -145,6 +157,7 @@ def dropped_layer(model: Any) -> None:
     ("change", "fact"),
     [
         (extra_layer, r"this LlamaForCausalLM.*\n  extra.bias is not in the model"),
+        (layer_inside_another, r"layer 'model\.norm\.inner' of base\.json"),
         (dropped_layer, r"model.layers.1.input_layernorm.weight is missing"),
     ],
 )
@@ -167,6 +180,8 @@ def test_a_model_that_its_configuration_does_not_describe_needs_the_float_model(
 def test_a_base_that_is_refused_leaves_the_old_one(tmp_path: Path) -> None:
     qwlora.save_base(packed_model("llama"), tmp_path / "old", byte_tokenizer())
     before, bad = files(tmp_path), tiny_model("llama")
+    with pytest.raises(GridError, match="has no packed layer"):
+        qwlora.save_base(bad, tmp_path / "old")
     qwlora.quantize_(bad, "w3-block32", "rtn")
     nan(bad)
     for folder in ("old", "new/below"):
@@ -189,6 +204,11 @@ def test_a_base_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == old - tokenizer - {"base-00007.safetensors"}
     assert (tmp_path / "base-lora.safetensors").read_text() == "mine"
     assert qwlora.fingerprint(qwlora.load_base(tmp_path)) == qwlora.fingerprint(second)
+    with replacing_base(tmp_path, shard_bytes=20_000) as writer:
+        writer.add(first)
+        writer.finish(first, None, "x")
+    assert not (tmp_path / "base.safetensors").exists()
+    assert qwlora.fingerprint(qwlora.load_base(tmp_path)) == qwlora.fingerprint(first)
 
 
 def test_a_record_is_the_same_in_whatever_order_modules_are_written(tmp_path: Path) -> None:
@@ -214,12 +234,15 @@ def test_nothing_is_deleted_where_no_base_was(tmp_path: Path) -> None:
     assert (tmp_path / "base-00001.safetensors").read_text() == "mine"
 
 
-def test_a_strangers_record_deletes_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters" / "mine").write_text("mine")
-    (tmp_path / "base.json").write_text(json.dumps({"files": {"adapters": None, ".": None}}))
-    qwlora.save_base(packed_model("llama"), tmp_path)
-    assert (tmp_path / "adapters" / "mine").read_text() == "mine"
+def test_a_strangers_record_deletes_nothing_else(tmp_path: Path) -> None:
+    mine = tmp_path / "mine", tmp_path / "base" / "adapters" / "mine"
+    mine[1].parent.mkdir(parents=True)
+    for file in mine:
+        file.write_text("mine")
+    record = {"files": dict.fromkeys(("adapters", ".", "../mine", str(mine[0])))}
+    (tmp_path / "base" / "base.json").write_text(json.dumps(record))
+    qwlora.save_base(packed_model("llama"), tmp_path / "base")
+    assert [file.read_text() for file in mine] == ["mine"] * 2
 
 
 def test_a_narrow_model_that_is_saved_is_the_base_in_the_folder(tmp_path: Path) -> None:

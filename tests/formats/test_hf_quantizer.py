@@ -147,6 +147,12 @@ def test_changed_files_are_refused(base: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(own_base)
 
 
+def test_a_setting_that_the_caller_changes_is_another_base(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, rms_norm_eps=0.1)
+    assert model.config.rms_norm_eps == 0.1
+    assert fingerprint(model) != fingerprint(load_base(base))
+
+
 def in_a_new_process(code: str) -> str:
     """What the code prints; the test fails if it raises."""
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -225,11 +231,29 @@ def test_a_copy_saves_itself(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     copied = copy.deepcopy(model)
     copied.model.norm.weight.data[0] += 1
-    with pytest.raises(SourceError, match=r"variant.*push_to_hub"):  # it would ignore these
-        copied.save_pretrained(tmp_path / "new", variant="fp16", push_to_hub=True)
+    ignored = ("state_dict", "variant", "push_to_hub", "distributed_checkpoint")
+    with pytest.raises(SourceError, match=", ".join(ignored)):
+        copied.save_pretrained(tmp_path / "new", **dict.fromkeys(ignored, True))
+    copied.save_pretrained(tmp_path / "new", is_main_process=False)
     assert not (tmp_path / "new").exists()
     copied.save_pretrained(tmp_path)
     assert fingerprint(load_base(tmp_path)) == fingerprint(copied) != fingerprint(model)
+
+
+def test_floats_and_an_added_adapter_are_saved_as_transformers_does(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    model = load_base(base)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    model = load_base(base)
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, nn.Linear(*layer.tensor.shape[::-1], bias=False))
+    model.save_pretrained(tmp_path / "floats", max_shard_size="10KB")
+    assert len([*(tmp_path / "floats").glob("model-*.safetensors")]) > 1
+    assert not [*tmp_path.glob("*/base.*")]
 
 
 @pytest.mark.parametrize("load", [load_base, AutoModelForCausalLM.from_pretrained])
@@ -255,7 +279,13 @@ def test_after_save_base_an_adapter_names_the_base_and_not_the_float_model(
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(checkpoints["llama"])
     quantize_(model, "w4-block32", "rtn")
+    assert model.name_or_path == str(checkpoints["llama"])
+    model.save_pretrained(tmp_path / "own")
+    record = json.loads((tmp_path / "own" / "base.json").read_text())
+    assert record["source"] == str(checkpoints["llama"])
+    model.generation_config = None  # as some callers do
     save_base(model, tmp_path / "base", source="somewhere")
+    assert not (tmp_path / "base" / "generation_config.json").exists()
     save_adapter(adapted(model), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")

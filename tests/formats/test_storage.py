@@ -1,6 +1,8 @@
 """A saved base loads identically, also from shards and in other dtypes; damage is reported."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
@@ -55,6 +58,8 @@ def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model) == identity
     assert not any(p.requires_grad for p in loaded.parameters())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
     assert set(loaded.state_dict()) == set(model.state_dict())
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -68,8 +73,12 @@ def test_a_large_base_has_shards(base: Path, tmp_path_factory: pytest.TempPathFa
     shards = sorted(folder.glob("base-*.safetensors"))
     assert len(shards) > 3
     assert shards[0].name == "base-00001.safetensors"
-    largest = max(t.nbytes for t in model.state_dict().values())
-    assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
+    sizes = [[tensor.nbytes for tensor in load_file(shard).values()] for shard in shards]
+    assert all(len(shard) == 1 or 0 < sum(shard) <= 20_000 for shard in sizes)
+    index = json.loads((folder / "base.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    with safe_open(shards[0], "pt") as shard:
+        assert shard.metadata() == {"format": "pt"}  # some readers insist on it
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
     saved(model, folder)  # nothing of the older, larger base remains
@@ -136,6 +145,9 @@ def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
     reseal(base, "base.json")
     with pytest.raises(FingerprintError, match=r"rms_norm_eps: default -> "):
         load_base(base)
+    edit_record(base, lambda record: record.update(configuration="{"))
+    with pytest.raises(SourceError, match=r"configuration in base\.json is not JSON"):
+        load_base(base)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +175,9 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
     edit_tensors(base / "base.safetensors", {f"{LAYER}.scale": scales})
     resign(base)
     facts = rf"layer .{LAYER}. of base.json: a scale is .* positive.*, but 1 of .*quantize again"
-    with pytest.raises(GridError, match=facts):
-        load_base(base)
+    for load in (lambda: load_base(base), lambda: BaseCheckpoint(base).read(f"{LAYER}.weight")):
+        with pytest.raises(GridError, match=facts):
+            load()
 
 
 def resign(folder: Path) -> None:
@@ -197,6 +210,11 @@ def resign(folder: Path) -> None:
         (LAYER, {"block_size": None, "axis": 5}),
         (LAYER, {"symmetric": "no"}),
         (LAYER, {"scale_bitwidth": 10**9}),
+        (LAYER, {"shape": [128, -64]}),
+        (LAYER, {"shape": [2**30, 2**30, 64]}),
+        (LAYER, {"shape": [10**30, 64]}),
+        (LAYER, {"shape": [], "block_size": None, "axis": None}),
+        (LAYER, {"kind": []}),
         (LAYER, 7),
         (LAYER, []),
     ],
@@ -210,6 +228,36 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
     edit_record(base, change)
     facts = rf"layer '{name}' of base.json: .*; quantize again|the offset"
     with pytest.raises((GridError, SourceError), match=facts):
+        load_base(base)
+
+
+def test_a_pipe_in_the_folder_is_refused(base: Path) -> None:
+    os.mkfifo(base / "processor_config.json")
+    with pytest.raises(SourceError, match=r"processor_config\.json' is a pipe"):
+        load_base(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoSuchModel", "is of class 'NoSuchModel', which the installed diffusers does not have"),
+        ("DDPMScheduler", "is of class 'DDPMScheduler', which"),  # no module
+        ("logging", "is of class 'logging', which"),  # no class
+        (3, "is of class 3, which"),
+        ("AutoencoderKL", "diffusers cannot build a AutoencoderKL from config.json"),
+    ],
+)
+def test_a_model_of_diffusers_that_cannot_be_built(base: Path, name: Any, message: str) -> None:
+    edit_json(base / "config.json", in_channels="three")
+    edit_record(base, lambda record: record.update({"library": "diffusers", "class": name}))
+    with pytest.raises(SourceError, match=message):
+        load_base(base)
+
+
+def test_diffusers_is_not_installed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_record(base, lambda record: record.update({"library": "diffusers"}))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SourceError, match=r"which cannot be imported.*pip install diffusers"):
         load_base(base)
 
 
@@ -271,6 +319,7 @@ def test_the_same_base_comes_out(mixed: Path) -> None:
     assert fingerprint(found) == fingerprint(expected)
     assert torch.equal(found(IDS).logits, expected(IDS).logits)
     read_integers(checkpoint, f"{LAYER}.weight")
+    assert checkpoint.schemes()[f"{LAYER}.weight"] == (parse_scheme("w4-lpbq16"), (128, 64))
     read_floats(checkpoint, "model.layers.0.self_attn.v_proj.weight")
 
 
@@ -285,6 +334,9 @@ def test_parts_that_do_not_fit_are_named(mixed: Path) -> None:
     edit_record(mixed, lambda record: record["layers"][LAYER].update(shape=[128, 32]))
     with pytest.raises(SourceError, match=rf"{PACKED} is \[128, 32\], but .* needs \[128, 16\]"):
         BaseCheckpoint(mixed).read(f"{LAYER}.weight")
+    facts = rf"'{LAYER}' of base\.json: its shape is \[128, 32\], not \[128, 64\]"
+    with pytest.raises(GridError, match=facts):
+        load_base(mixed)
 
 
 def test_names_and_encodings_that_there_are_none_of(mixed: Path) -> None:

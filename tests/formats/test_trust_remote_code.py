@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cli.command_line import qwlora
 from formats.models import edit_json
+from qwlora import fingerprint, load_base, quantize_, save_base
 
 TOUCH = "import pathlib\npathlib.Path({ran!r}).touch()\n"
 CONFIG_CODE = """
@@ -24,6 +26,11 @@ from transformers import LlamaForCausalLM
 from .own_config import OwnConfig
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
+"""
+PLAIN_CODE = """
+from transformers import LlamaForCausalLM
+class OwnModel(LlamaForCausalLM):
+    pass
 """
 TOKENIZER_CODE = """
 from transformers import PreTrainedTokenizerFast
@@ -102,3 +109,34 @@ def test_trusted_code_runs_and_every_summary_says_so(
     assert json.loads((tmp_path / "out" / "results.json").read_text())["trust_remote_code"] is True
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["model"]["trust_remote_code"]
+
+
+@pytest.mark.parametrize("part", ["own_model", "own_config", "own_tokenizer"])
+def test_a_base_holds_the_code_of_its_parts_and_says_so(
+    folder: Path, part: str, tmp_path: Path
+) -> None:
+    code = {"own_model": PLAIN_CODE, "own_config": CONFIG_CODE, "own_tokenizer": TOKENIZER_CODE}
+    (folder / f"{part}.py").write_text(code[part])
+    if part == "own_tokenizer":
+        auto_map: Any = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer"] * 2}
+        edit_json(folder / "tokenizer_config.json", auto_map=auto_map)
+    else:
+        kind = {"own_model": "AutoModelForCausalLM", "own_config": "AutoConfig"}[part]
+        auto_map = {kind: f"{part}.{'OwnModel' if part == 'own_model' else 'OwnConfig'}"}
+        edit_json(folder / "config.json", auto_map=auto_map)
+    trusted: Any = {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(folder, **trusted)
+    load = LlamaForCausalLM if part == "own_config" else AutoModelForCausalLM
+    model: Any = load.from_pretrained(folder, config=config, **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    quantize_(model, "w4-block32", "rtn")
+    identity = save_base(model, tmp_path / "base", tokenizer)
+    record = json.loads((tmp_path / "base" / "base.json").read_text())
+    assert record["trust_remote_code"] is True
+    assert f"{part}.py" in record["files"]
+    loaded = load_base(tmp_path / "base", trust_remote_code=True)
+    assert type(loaded).__name__ == type(model).__name__
+    assert fingerprint(loaded) == identity
+    config = AutoConfig.from_pretrained(tmp_path / "base", **trusted)
+    model = load.from_pretrained(tmp_path / "base", config=config, **trusted)
+    assert fingerprint(model) == identity

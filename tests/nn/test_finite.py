@@ -43,6 +43,10 @@ def test_no_nan_is_frozen(tensor: str, index: Any, found: str, tmp_path: Path) -
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):
         save_base(model, tmp_path / "base", byte_tokenizer(), source="somewhere")
     assert not (tmp_path / "base" / "base.json").exists()
+    model = packed_model("llama")
+    model.get_submodule("model.layers.0.mlp.up_proj").scale[3] = torch.inf
+    with pytest.raises(CalibrationError, match=r"up_proj\.scale contains \d+ values"):
+        save_base(model, tmp_path / "base")
     with_nan(tensor, index).save_pretrained(tmp_path / "floats")
     checkpoint, tokenizer = FolderCheckpoint(tmp_path / "floats"), byte_tokenizer()
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):

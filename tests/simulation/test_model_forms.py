@@ -101,13 +101,18 @@ def test_a_base_and_adapters_of_diffusers(tmp_path: Path) -> None:
     model = make("Stable Diffusion UNet")
     batch = inputs("Stable Diffusion UNet")
     qwlora.quantize_(model, "w4-channel", "rtn")
-    identity = qwlora.save_base(model, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    identity = qwlora.fingerprint(model)
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     model.add_adapter(lora, "first")
     qwlora.save_adapter(model, tmp_path / "first", adapter="first")
+    model.save_pretrained(tmp_path / "again")  # without the adapter
+    assert qwlora.fingerprint(qwlora.load_base(tmp_path / "again")) == identity
     base = qwlora.load_base(tmp_path / "base")
     assert type(base) is type(model)
+    assert not base.training
+    assert not any(parameter.requires_grad for parameter in base.parameters())
     assert qwlora.fingerprint(base) == identity
     again = qwlora.load_adapter(base, tmp_path / "first", adapter_name="first").eval()
     assert torch.equal(again(**batch).sample, model(**batch).sample)
@@ -128,7 +133,7 @@ def test_a_classifier_is_no_language_model() -> None:
     assert not is_language_model(captured.interface)
 
 
-def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:
+def test_models_on_the_meta_device_are_refused_by_their_tensors(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_model("llama").config).eval()
     for error, call in (
@@ -137,6 +142,11 @@ def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:
     ):
         with pytest.raises(error, match=r"model.embed_tokens.weight.* and \d+ more .*meta device"):
             call()
+    partly = packed_model("llama")
+    partly.model.norm.to("meta")
+    with pytest.raises(SourceError, match=r"model\.norm\.weight are on the meta device"):
+        qwlora.save_base(partly, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 def test_labels_in_the_example_are_left_out_of_the_graph(simulation: qwlora.Simulation) -> None:

@@ -41,7 +41,18 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "README.md")
 
 
-ATTACKS = [strange_file, nested_file, code_key, key_twice, link, pipe]
+def hidden_file(folder: Path) -> None:
+    (folder / ".extension.so").write_bytes(b"\x7fELF")
+
+
+def proof(folder: Path) -> None:
+    (folder / "proof").mkdir(exist_ok=True)
+    (folder / "proof" / "proof.json").write_text("{}")
+
+
+BESIDE_CASES = [hidden_file, proof]  # what is next to the files of all use cases
+ATTACKS = [strange_file, nested_file, code_key, key_twice, link, pipe, *BESIDE_CASES]
+DATA = (".onnx_adapter", ".safetensors", ".gguf", ".data", ".bin")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -65,9 +76,22 @@ def test_no_runtime_opens_what_no_export_writes(
     for folder in (tmp_path / "proof", *parts):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".model.onnx.part").write_bytes(b"of a killed writer")
+    for folder in parts:
+        contents = known.backend.contents
+        patterns = contents.base if folder.name == "base" else contents.adapter
+        written = folder / next(p for p in patterns if p.endswith(DATA)).replace("*", "a")
+        written.parent.mkdir(exist_ok=True)
+        written.touch()
+    if known.has_cases and attack in BESIDE_CASES:
+        attack(tmp_path)
     runtime = known.open(tmp_path, "first")
     assert opened
-    for folder in dict.fromkeys(parts):
+    if known.has_base:
+        for alone in (None, "base"):
+            opened.clear()
+            known.open(tmp_path, alone)
+            assert opened == [tmp_path / "base"]
+    for folder in dict.fromkeys(() if known.has_cases and attack in BESIDE_CASES else parts):
         attack(folder)
         opened.clear()
         is_switch = folder.name == "second" and known.has_base  # while another adapter is open

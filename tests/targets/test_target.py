@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,12 +104,22 @@ def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
         Export(targets=["gguf2"])
 
 
-def test_a_missing_package_names_the_extra_of_the_target() -> None:
-    with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
-        replace(TARGET, packages=("json", "not_there")).require_packages()
+def test_a_missing_package_names_the_extra_of_the_target(tmp_path: Path) -> None:
+    missing = replace(TARGET, packages=("json", "not_there"))
+    for act in (missing.require_packages, partial(missing.open, tmp_path, "first")):
+        with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
+            act()
     with pytest.raises(MissingExtraError, match="not_there"):
         replace(TARGET, writers=("not_there",)).require_packages(to_write=True)
     TARGET.require_packages(to_write=True)  # nothing is needed to write
+
+
+def test_where_the_files_of_each_layout_are(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "first"
+    assert TARGETS["hf"].parts(tmp_path, "first") == {"base": base, "adapter": adapter}
+    assert TARGETS["hf"].parts(tmp_path, "base") == {"base": base}
+    assert TARGETS["onnx_each"].parts(tmp_path, "first") == {"files": adapter}
+    assert TARGETS["qnn"].parts(tmp_path, "first") == {"files": tmp_path}
 
 
 def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:

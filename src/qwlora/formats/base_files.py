@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ WITHOUT_QWLORA = (
     "load it"
 )
 # what a bad record raises
-_UNUSABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
+_UNUSABLE = (AttributeError, ValueError, RuntimeError)
 
 
 class BaseWriter:
@@ -131,7 +131,7 @@ class BaseWriter:
             overlaps = any(_overlap(stored, other) for other in self._waiting.values())
             self._waiting[full] = stored.clone() if overlaps else stored
         for below, layer in base_modules(module):
-            if _is_stored(layer) and not layer.tensor.parts.packed.is_meta:
+            if _is_stored(layer):
                 self._layers[".".join(filter(None, (path, below)))] = {
                     "shape": list(layer.tensor.shape),
                     **layer.scheme.to_json(),
@@ -145,7 +145,7 @@ class BaseWriter:
         self._write_shard_(None if self._file_of else WEIGHTS)
         if weights == INDEX:
             total = {"total_size": self._bytes}
-            index = {"metadata": total, "weight_map": dict(sorted(self._file_of.items()))}
+            index = {"metadata": total, "weight_map": self._file_of}
             write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
         shards, (library, name) = files_in(self.folder), _class_of(model)
         if isinstance(model, PreTrainedModel):
@@ -162,6 +162,7 @@ class BaseWriter:
             "fingerprint": identity,
             "configuration": settings_text(settings),
             "source": source,
+            "library": library,
             "class": name,
             "device": self._device,
             # A resumed run adds layers in another order, so they are sorted: layers as in the model
@@ -169,8 +170,6 @@ class BaseWriter:
             "layers": {path: self._layers[path] for path, _ in modules if path in self._layers},
             "tensors": dict(sorted(self.digests.items())),
         }
-        if library != TRANSFORMERS:
-            record["library"] = library
         config = getattr(model, "config", None)
         if any(_is_remote(type(part)) for part in (model, config, tokenizer)):
             record["trust_remote_code"] = True
@@ -229,7 +228,7 @@ def write_base(
         _check_rebuilt(writer.folder, type(base).__name__)
     remember_base_(base, writer.digests)
     keep_fingerprint_(base, identity, identity)  # its floats may have been those of another base
-    save_as_base_(base, source, Path(folder))
+    save_as_base_(base, source, folder)
     return identity
 
 
@@ -241,7 +240,7 @@ def _check_rebuilt(folder: Path, name: str) -> None:
         QwloraWarning: it has; the first such tensors are named.
     """
     record = read_record(folder)
-    if record.get("library") == BY_CALLER or "trust_remote_code" in record:
+    if record["library"] == BY_CALLER or "trust_remote_code" in record:
         return
     base = BaseCheckpoint(folder)
     try:
@@ -254,7 +253,7 @@ def _check_rebuilt(folder: Path, name: str) -> None:
             QwloraWarning,
             stacklevel=4,
         )
-        changed = {**record, "library": BY_CALLER, "class": name}
+        changed = {**record, "library": BY_CALLER}
         write_text(folder / RECORD, manifest.text(changed, RECORD))
 
 
@@ -321,7 +320,7 @@ class BaseCheckpoint(Checkpoint):
             try:
                 shape = tuple(_Layer.model_validate(layer).shape)
                 scheme = Scheme.from_json(layer)
-                scheme.scale_shape(shape)
+                PackedTensor.empty(scheme, shape)
             except _UNUSABLE as error:
                 raise self._invalid(path, error) from error
             self.layers[path] = scheme, shape
@@ -530,10 +529,10 @@ def _kind(tensor: Tensor | None) -> str:
 
 def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
     """Whether a module is a packed layer with codes of its own."""
-    return isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied
+    return is_packed(layer) and not layer.is_tied
 
 
-def save_as_base_(model: nn.Module, source: str | None = None, folder: Path | None = None) -> None:
+def save_as_base_(model: nn.Module, source: str | None = None, folder: str | Path = "") -> None:
     """Let `model.save_pretrained` write a base while the model has packed layers.
 
     The method of transformers or diffusers would write codes and scales without saying what they
@@ -546,8 +545,8 @@ def save_as_base_(model: nn.Module, source: str | None = None, folder: Path | No
     if not hasattr(model, "save_pretrained"):
         return
     if isinstance(model, PreTrainedModel):
-        source = (model.name_or_path or "") if source is None else source
-        model.name_or_path = model.name_or_path if folder is None else str(folder)
+        source = model.name_or_path if source is None else source
+        model.name_or_path = str(folder) or model.name_or_path
     # a partial is copied along with the model that it holds
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source or "")
 
@@ -559,7 +558,8 @@ def _save_pretrained(
     is_main_process: bool = True,
     **settings: Any,
 ) -> None:
-    if not packed_layers(model) or getattr(model, "_hf_peft_config_loaded", False):
+    has_adapter = isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded
+    if has_adapter or not packed_layers(model):
         method = type(model).save_pretrained  # floats, or the adapter of model.add_adapter
         method(model, save_directory, is_main_process=is_main_process, **settings)
         return
@@ -602,7 +602,7 @@ class _Layer(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    shape: list[PositiveInt]
+    shape: list[Annotated[int, Field(gt=0, lt=2**31)]] = Field(min_length=1)
     bitwidth: int
     symmetric: bool
     axis: int | None

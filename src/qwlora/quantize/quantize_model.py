@@ -54,7 +54,7 @@ from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
-from qwlora.nn.fingerprint import remember_base_
+from qwlora.nn.fingerprint import base_modules, remember_base_
 from qwlora.nn.frozen import (
     assert_frozen,
     check_base_finite,
@@ -348,7 +348,7 @@ def finish_packing_(model: nn.Module) -> None:
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
-        save_as_base_(model)
+    save_as_base_(next(base_modules(model))[1])
     assert_frozen(model)
     remember_base_(model)
 

@@ -72,9 +72,13 @@ def put(content: Any, path: str, value: Any) -> Any:
     return copied
 
 
+GEMMA = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "dtype": "float16"}}
+GRAPHS = {"graphs": {"decode": {"host": "a.onnx", "compiled": "device/a.onnx"}}}
 PROVIDERS = [{"qnn": {"backend_path": "x"}}]
 HUNGRY_GROUP = {"group_0": {"targets": ["re:((a+)+)+b"]}}
 OPTIONS = "model/decoder/session_options"
+CODE = ["auto_map", "custom_ops_library", "experts_implementation", "model_file"]
+CODE += ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ OPTIONS = "model/decoder/session_options"
         ("hf/base", "config.json", CONFIG, "text_config/_attn_implementation", "a/b"),
         ("hf/base", "config.json", CONFIG, "model_type", "no_such_model"),
         ("hf/base", "config.json", CONFIG, "a_setting", {"of": ["text"]}),
+        ("hf/base", "config.json", GEMMA, "text_config/file", "x.py"),
         ("hf/base", "config.json", CONFIG, "quantization_config", {"quant_method": "bitnet"}),
         ("hf/base", "config.json", CONFIG, "quantization_config/config_groups", HUNGRY_GROUP),
         ("hf/base", "config.json", CONFIG, "quantization_config/ignore", ["re:(.*a){30}"]),
@@ -106,12 +111,12 @@ OPTIONS = "model/decoder/session_options"
         ("openvino/base", "config.json", CONFIG, "experts_implementation", "a/b"),
         ("onnx/base", "session_options.json", {}, "session.qdq_matmulnbits_accuracy_level", "4"),
         ("onnx/base", "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
-        ("aimet/adapter", "graphs.json", {}, "graphs/decode/host", "../../other.onnx"),
-        ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "/etc/passwd"),
-        ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "proof/first/x.onnx"),
-        ("aimet/adapter", "graphs.json", {}, "graphs/decode/model", ".."),
-        ("qairt/adapter", "graphs.json", {}, "graphs", {".hidden": {}}),
-        ("qairt/adapter", "graphs.json", {}, "graphs", {"../other": {}}),
+        ("aimet/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "../../other.onnx"),
+        ("qairt/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "/etc/passwd"),
+        ("qairt/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "proof/first/x.onnx"),
+        ("aimet/adapter", "graphs.json", GRAPHS, "graphs/decode/model", ".."),
+        ("qairt/adapter", "graphs.json", GRAPHS, "graphs", {".hidden": {}}),
+        ("qairt/adapter", "graphs.json", GRAPHS, "graphs", {"../other": {}}),
     ],
 )
 def test_a_value_that_no_export_writes_is_refused(
@@ -124,7 +129,37 @@ def test_a_value_that_no_export_writes_is_refused(
         check(tmp_path, place)
 
 
-@pytest.mark.parametrize("content", ["[]", '["a"]', '"a"', "{", "1" * 5000])
+@pytest.mark.parametrize("key", CODE)
+def test_no_part_of_a_model_names_code(key: str, tmp_path: Path) -> None:
+    """Neither where the class of the part, which says which keys there are, is not known."""
+    config = {"model_type": "gemma3", "text_config": {"dtype": "float16", key: None}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check(tmp_path, "hf/base")
+    (tmp_path / "config.json").write_text(json.dumps(put(config, f"text_config/{key}", "a")))
+    with pytest.raises(SourceError, match=f"{key} .* names code"):
+        check(tmp_path, "hf/base")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
+def test_tokens_may_have_any_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(dict.fromkeys(CODE, 1)))
+    check(tmp_path, "hf/base")
+
+
+def test_an_index_names_files_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model-1.safetensors").touch()
+    index = {"metadata": {"total_size": 4}, "weight_map": {"w": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    check(tmp_path, "hf/base")
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(SourceError, match=r'w is "model-1\.safetensors"'):
+        check(tmp_path, "hf/base")
+
+
+STRANGE = ["[]", '["a"]', '"a"', "{", "1" * 5000, '{"model_type": ["a"], "b": "c"}']
+
+
+@pytest.mark.parametrize("content", STRANGE)
 def test_configurations_of_another_kind_are_refused(content: str, tmp_path: Path) -> None:
     for name, target in (("config.json", "hf"), ("genai_config.json", "genai")):
         folder = tmp_path / target
@@ -144,9 +179,31 @@ def test_an_integer_is_neither_a_flag_nor_a_text() -> None:
     assert list(misfits({"a": 0}, {"a": False})) == ["a is 0"]
 
 
+@pytest.mark.parametrize(
+    ("value", "form", "problem"),
+    [
+        ({"a": None}, {"b": int}, "key 'a' is unknown"),
+        ({"a": {}}, {"a": int}, "a is {}"),
+        ({"a": "b"}, {"a": [str]}, 'a is "b"'),
+        ({"a": ["b"]}, {"a": []}, 'a is ["b"]'),
+        ({"a": 1}, {"a": re.compile("1")}, "a is 1"),
+        ({"a": 1}, {"*": frozenset({2, 3})}, "a is 1"),
+        ({"a": 1}, {"*": frozenset({1, 2})}, None),
+        ({"a": []}, {"a": []}, None),
+        ({"a": True}, {"a": object}, None),
+    ],
+)
+def test_a_value_has_the_kind_of_its_form(value: Any, form: Any, problem: str | None) -> None:
+    assert list(misfits(value, form)) == ([problem] if problem else [])
+
+
 def test_text_that_transformers_does_not_know_is_not_written() -> None:
     settings = {**CONFIG, "mine": 3, "also": [1.5], "file": "x.py", "nested": {"file": "x.py"}}
     assert known_settings(settings) == {**CONFIG, "mine": 3, "also": [1.5]}
+    other = {"model_type": "no_such_model", "mine": 3}
+    assert known_settings({**other, "hidden_act": "silu"}) == other
+    generation = {"cache_implementation": "static"}
+    assert known_settings({**generation, "file": "x.py"}) == generation
 
 
 def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> None:
@@ -157,8 +214,9 @@ def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> No
     for word in ("w8a16", "int8"):
         path.write_text(script.replace("@FULL_TYPE@", word))
         check(tmp_path, "aimet/adapter")
-    for changed in (script.replace("@FULL_TYPE@", 'int8"; import os; "'), f"{script}\nprint(1)"):
-        path.write_text(changed)
+    injected = script.replace("@FULL_TYPE@", 'int8"; import os; "')
+    for changed in (injected, f"{script}\nprint(1)", "\xff"):
+        path.write_text(changed, encoding="latin-1")
         with pytest.raises(SourceError, match=r"submit_aihub\.py.* not the script"):
             check(tmp_path, "aimet/adapter")
 
@@ -177,8 +235,8 @@ def test_tensor_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None
     stored = model.graph.node[0].attribute[0].t
     stored.ClearField("float_data")
     stored.data_location = onnx.TensorProto.EXTERNAL
-    entry = stored.external_data.add()
-    entry.key, entry.value = "location", "model.onnx.data"
+    stored.external_data.add(key="offset", value="0")
+    entry = stored.external_data.add(key="location", value="model.onnx.data")
     (tmp_path / "model.onnx.data").write_bytes(bytes(4))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     check(tmp_path, "genai/base")
@@ -192,6 +250,15 @@ def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
     model = model_of("EPContext", domain="com.microsoft", ep_cache_context="a.so")
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(SourceError, match="compiled code"):
+        check(tmp_path, "onnx/base")
+    (tmp_path / "base" / "device").mkdir(parents=True)
+    (tmp_path / "model.onnx").rename(tmp_path / "base" / "device" / "decode_ctx.onnx")
+    check(tmp_path, "qnn/adapter")  # the export's own, which nothing here opens
+
+
+def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\xff")
+    with pytest.raises(SourceError, match=r"model\.onnx' is not an ONNX model"):
         check(tmp_path, "onnx/base")
 
 

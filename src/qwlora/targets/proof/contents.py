@@ -46,6 +46,7 @@ TOKENIZER = (
     "*.model",  # of SentencePiece
     "tekken.json",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # keys are any tokens
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -99,7 +100,7 @@ class Contents:
     scripts: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_base: bool) -> None:
+def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_base: bool) -> None:
     """Compare the files of a base or an adapter with what the target writes.
 
     Args:
@@ -122,7 +123,7 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
     for file in files:
         path = folder / file
         problems = list[str]()
-        if path.suffix == ".json" and path.name != "tokenizer.json":
+        if path.suffix == ".json" and path.name not in VOCABULARIES:
             problems = list(_json_problems(contents, path))
         elif (template := contents.scripts.get(file)) is not None:
             text = resources.files("qwlora.targets").joinpath(template).read_text(encoding="utf-8")
@@ -184,7 +185,7 @@ def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
                 yield from misfits(inner, form.get(name, form.get(OTHER_KEYS)), name)
             else:
                 yield f"key {name!r} is unknown"
-    elif isinstance(form, list) and isinstance(value, list) and (form or not value):
+    elif isinstance(form, list) and isinstance(value, list) and form:
         for inner in value:
             yield from misfits(inner, form[0], key)
     elif not _is_of(value, form):

@@ -73,6 +73,7 @@ data.packing: - -> join =>
 data.sequence_tokens: 32 -> 16 => quantize/sample TEXTS
 data.held_out: 0.2 -> 0.3 => TEXTS as held_out
 data.evaluation_sequences: 4 -> 2 => evaluate/* train/first
+data.evaluation_sequences: 4 -> 2 with SHARED => evaluate/* train/first calibrate/first calibrate/second
 data.calibration_sequences: 8 -> 4 => RANGES
 
 base.solver: gptq -> search => quantize
@@ -103,6 +104,7 @@ base.calibration.0.text: job -> third => quantize
 base.calibration.0.weight: 1.0 -> 2.0 => quantize/sample quantize as base.calibration.
 base.calibration.1.temperature: 1.0 -> 0.5 => quantize/sample
 base.calibrate_on: - -> [second] => quantize calibrate/_base
+base.calibration.0.text: text -> third with RECOVERY => quantize train/first
 
 adapters.0.name: first -> one =>
 adapters.1.data: {source: more} -> {source: third} => SECOND as adapters.second.data.source
@@ -111,6 +113,7 @@ adapters.0.continue_from: peft -> peft2 with START =>
 adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
+adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float calibrate/_base
 adapters.0.alpha: 32.0 -> 16.0 => train/first
 adapters.0.dropout: 0.0 -> 0.1 => train/first
 adapters.0.target_modules: all-linear -> [q_proj] => train/first calibrate/_base as target_modules
@@ -157,6 +160,8 @@ simulation.inputs: tokens -> embeddings => RANGES
 simulation.activation_bitwidth: 16 -> 8 => RANGES
 simulation.activation_symmetric: false -> true => RANGES
 simulation.observer: min-max -> sqnr => RANGES
+simulation.observer: min-max -> sqnr with workflow=qwa-lora => calibrate-base RANGES
+simulation.observer: min-max -> sqnr with SHARED => calibrate RANGES
 simulation.percentile: 99.9 -> 99.0 with simulation.observer=percentile => RANGES
 simulation.percentile: 99.9 -> 99.0 =>
 simulation.calibration_tokens: - -> 32 => RANGES
@@ -203,6 +208,8 @@ GIVEN = {
     "RULE": "base.rules=[{match: lm_head, bitwidth: 5}]",
     "START": "adapters.0={name: first, continue_from: peft, unknown_base: accept}",
     "EACH": "export.targets=[onnx_each] adapters.0.init=zero",
+    "RECOVERY": "adapters.0.objective=recovery adapters.0.init=zero base.calibration=[{text: text}]",
+    "SHARED": "simulation.base_activations=adapter_only",
     "VALUE": "simulation.rules=[{match: lm_head, bitwidth: 8}]",
     "NPU": "export.targets=[qairt] simulation.residual_adds=quantize "
     "simulation.key_value_bitwidth=8 simulation.symmetric_matmul_second_input=true "

@@ -72,7 +72,7 @@ def killed_at(every: int, first: int, action: Callable[[], Any]) -> Iterator[int
     for number in itertools.count(first, every):
         with contextlib.suppress(Stopped), stopping(number):
             action()
-            assert number > 2 * every
+            assert number > every
             return
         yield number
 
@@ -164,7 +164,7 @@ def test_a_killed_change_is_finished_or_undone(
     assert after != before
     swapped = command.startswith("names")
     others = itertools.cycle([edited, lambda job: rebuild_reports([job])])
-    for number in killed_at(4, 1 + len(command) % 4, fresh_change):
+    for number in killed_at(6, 1 + len(command) % 6, fresh_change):
         killed = Path(shutil.copytree(job, tmp_path / "killed"))
         listed(job)
         next(others)(job)
@@ -203,7 +203,7 @@ def test_a_killed_run_is_continued(command: str, fake_job: FakeJob) -> None:
 
     run()
     after = made(job)
-    for number in killed_at(29, 1, run):
+    for number in killed_at(41, 1, run):
         store = Store(job.out)
         assert not store.damaged
         assert not {place: p for place in store.records if (p := store.problem(place))}

@@ -98,7 +98,8 @@ def job(name: str, scratch: Path) -> dict[str, Any]:
         recipe["model"] = {"source": str(folder)}
     path = scratch / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
-    found: dict[str, Any] = run_python(__file__, "--job", path, scratch / "out")
+    found: dict[str, Any] = {"recipe": recipe}
+    found |= run_python(__file__, "--job", path, scratch / "out")
     rows = found["rows"]
     peak, estimated = (max(r[key] for r in rows) for key in ("peak_bytes", "estimated_bytes"))
     found["job"] = {"memory_ratio": round(peak / estimated, 3)}

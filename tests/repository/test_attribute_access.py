@@ -19,7 +19,7 @@ FOREIGN = {
     "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
     "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
     "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling "
-    "head_dim layer_types num_attention_heads num_key_value_heads pad_token_id "
+    "head_dim layer_types num_attention_heads num_hidden_layers num_key_value_heads pad_token_id "
     "sliding_window",
 }
 ALLOWED = {name for names in FOREIGN.values() for name in names.split()}

@@ -40,17 +40,17 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
     recipe, device = context.recipe, device_type(context.recipe.device)
     trained = [a for a in recipe.adapters if a.steps and "train" in verbs]
-    slow = {f"adapter {a.name}": slow_compute(a.compute, device) for a in trained}
     if verbs - {"export", "verify"}:  # which compute on the CPU
         pick_device(recipe.device)
     if "quantize" in verbs:
         target_table(recipe)
         if note := second_rounding(recipe):
             say(f"warning: {note}")
-        if recipe.base.tuning.steps:
-            slow["base.tuning"] = slow_compute(recipe.base.tuning.compute, exact_type(device))
-    for what, problem in slow.items():
-        if problem:
+    computes = {f"adapter {a.name}": (a.compute, device) for a in trained}
+    if "quantize" in verbs and recipe.base.tuning.steps:
+        computes = {"base.tuning": (recipe.base.tuning.compute, exact_type(device))} | computes
+    for what, (compute, kind) in computes.items():
+        if problem := slow_compute(compute, kind):
             say(f"warning: {what}: {problem}")
     texts = [*context.all_texts().values()]
     is_read = "quantize" in verbs and reads_base_text(recipe)

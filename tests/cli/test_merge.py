@@ -22,13 +22,14 @@ from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_adapter, load_base, merged_model, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses, unpack_
+from qwlora.analysis.merge_effect import merge_effect
 from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights, tensor_out_in
 from qwlora.pipeline.commands.open_job import open_job
-from qwlora.pipeline.commands.write_model import merge_effect, write_merged
+from qwlora.pipeline.commands.write_model import write_merged
 from qwlora.pipeline.run import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe

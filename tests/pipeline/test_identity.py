@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from cli.command_line import answered
 from conftest import text
 from pipeline.conftest import planned, pretend_run
-from qwlora.pipeline import asked
 from qwlora.pipeline.commands.push import prepared
 from qwlora.pipeline.job import Judge, job_recipe
 from qwlora.pipeline.results.results import read_job, rebuild_reports
@@ -27,7 +26,7 @@ from qwlora.pipeline.run import run
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
-from qwlora.recipe import load_recipe
+from qwlora.recipe import implied, load_recipe
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.report.verdict import verdict
 from qwlora.system.seen import Seen
@@ -368,8 +367,8 @@ def _other_release(place: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_processor(place: Path, patch: pytest.MonkeyPatch) -> None:
-    is_fast = asked.auto_compute("cpu") == "bfloat16"
-    patch.setattr(asked, "auto_compute", lambda device: "float32" if is_fast else "bfloat16")
+    is_fast = implied.auto_compute("cpu") == "bfloat16"
+    patch.setattr(implied, "auto_compute", lambda device: "float32" if is_fast else "bfloat16")
     patch.setattr("qwlora.pipeline.running.job_status.processor_name", lambda: "Other 1")
 
 

@@ -23,7 +23,8 @@ LEVELS = (
     {"adapter", "quantize"},
     {"simulation"},
     {"analysis", "targets"},
-    {"recipe", "report"},
+    {"recipe"},
+    {"report"},
     {"pipeline"},
     {"cli"},
     {"hf", "__main__"},
@@ -31,7 +32,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Folders and files of the pipeline, lowest first.
 STEPS = (
-    *("store", "sources", "asked", "stage", "target_table", "stages", "plan", "job"),
+    *("store", "sources", "stage", "target_table", "stages", "plan", "job"),
     *("results", "running", "run", "commands"),
 )
 

@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.pipeline.asked import resolve_compute
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages import RUN
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe.implied import resolve_compute
 from qwlora.system import machine
 from qwlora.system.machine import (
     SlowComputeWarning,

@@ -64,7 +64,7 @@ def push(
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
     from qwlora.pipeline.commands.push import prepared, send
-    from qwlora.pipeline.results.model_cards import QUOTED
+    from qwlora.report.model_cards import QUOTED
 
     with prepared(job, repository, adapter, license) as upload:
         kind = "public" if public else "private"
@@ -109,8 +109,8 @@ def merge(
     device: Device = None,
 ) -> None:
     """Merge an adapter into its dequantized base. Also prints what that loses."""
-    from qwlora.pipeline.asked import check_outside_data
     from qwlora.pipeline.commands.open_job import open_job
+    from qwlora.pipeline.sources import check_outside_data
     from qwlora.system.output_path import new_folder
 
     with new_folder(out) as folder:

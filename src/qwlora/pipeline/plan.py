@@ -27,11 +27,11 @@ from __future__ import annotations
 
 from itertools import chain
 
-from qwlora.pipeline.asked import REFERENCE, is_foreign, reference_stage
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import ZERO, Planner, Stage
 from qwlora.pipeline.stages import calibrate, evaluate, export, quantize, train, verify
 from qwlora.recipe import Recipe
+from qwlora.recipe.implied import REFERENCE, is_foreign, reference_stage
 
 
 def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:

@@ -22,7 +22,6 @@ from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, VerificationError, described
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.asked import check_outside_data
 from qwlora.pipeline.job import (
     Judge,
     check_kept,
@@ -38,7 +37,7 @@ from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
-from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.sources import Sources, check_outside_data
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store

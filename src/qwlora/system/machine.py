@@ -33,8 +33,9 @@ import resource
 import sys
 from collections.abc import Iterator, MutableMapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwlora.errors import QwloraWarning
 
@@ -43,6 +44,7 @@ Compute = Literal["float32", "bfloat16"]
 _CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, x86 and ARM
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 
 
 class SlowComputeWarning(QwloraWarning):
@@ -221,3 +223,25 @@ def memory_limit_bytes() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(file).read_text()))
     return min(limits) if limits else None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Releases of the packages that results depend on."""
+    releases = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            releases[package] = version(package)
+    return releases
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The machine, without its name."""
+    facts: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
+    facts["cores"] = os.cpu_count()
+    if name := processor_name():
+        facts["processor"] = name
+    with contextlib.suppress(OSError, ValueError):  # not Linux
+        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return facts

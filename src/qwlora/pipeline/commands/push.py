@@ -29,10 +29,10 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
-from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.pipeline.stage import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.store import CARD, Store
+from qwlora.report.model_cards import Repositories, card_text
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text

@@ -18,11 +18,11 @@ from typing import Any
 from qwlora.errors import DirectoryError, QwloraWarning, SourceError
 from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
-from qwlora.pipeline.results.model_cards import card_text
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import CARD, NAME, TEXT_NAME
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.report.model_cards import card_text
 from qwlora.report.page import render
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json

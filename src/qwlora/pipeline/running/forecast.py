@@ -18,13 +18,13 @@ from qwlora.errors import size
 from qwlora.formats.model_source import fetch
 from qwlora.nn.packed_layer import tensor_out_in
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.pipeline import asked
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import SAMPLE, ZERO, Stage
 from qwlora.pipeline.stages.job_context import skeleton
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.recipe import Recipe
+from qwlora.recipe.implied import REFERENCE, is_calibrated, is_compared, needs_moments
 from qwlora.system.machine import memory_limit_bytes
 from qwlora.targets.registry import TARGETS
 
@@ -154,10 +154,10 @@ class Costs:
             cache = 2 * FLOAT * tokens * self.layers * min(out for out, _ in self.matrices)
             return self.float_model | {"key-value cache": 2 * SAMPLED_AT_ONCE * cache}, 0
         if verb == "evaluate":
-            is_float = kinds[0] in ("float", "imported", asked.REFERENCE)
+            is_float = kinds[0] in ("float", "imported", REFERENCE)
             memory = {} if is_float else self.graph if kinds[0] == "simulated" else self.base
             scores = 4 * logits
-            if is_float or (self.has_floats and asked.is_compared(kinds[0], stage.text or "")):
+            if is_float or (self.has_floats and is_compared(kinds[0], stage.text or "")):
                 memory = memory | {"float model": self.floats}
                 scores = max(scores, self.loading)  # one after the other
             return memory | {"loading, or logits": scores}, 0
@@ -168,10 +168,10 @@ class Costs:
                 memory = {"float model": self.floats, "copies of the largest tensor": self.copies}
             if recipe.base.tuning.steps:
                 memory = self.float_model | self.base | {"activations": products + 6 * logits}
-            elif asked.is_calibrated(recipe):  # moments of a block, and what solvers make of them
+            elif is_calibrated(recipe):  # moments of a block, and what solvers make of them
                 states = recipe.base.calibration_sequences * tokens * self.hidden
                 memory |= {"hidden states": states, "second moments": 2 * squares / self.layers}
-            return memory, self.packed + self.kept + asked.needs_moments(recipe) * squares / 2
+            return memory, self.packed + self.kept + needs_moments(recipe) * squares / 2
         if verb == "train":
             rows = adapter.batch_sequences / (self.layers if adapter.gradient_checkpointing else 1)
             memory = {"adapter and optimizer": 4 * trained, "activations": rows * products}

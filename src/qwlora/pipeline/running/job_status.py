@@ -7,22 +7,17 @@ an adapter is trained: at most every 10 seconds, and so that writing takes less 
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
 from qwlora.pipeline.stage import Stage
-from qwlora.system.machine import peak_rss_bytes, processor_name
+from qwlora.system.machine import machine, peak_rss_bytes, versions
 
-PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 LEAST_SECONDS = 10.0  # between two writes while training
 COST = 100  # times the duration of a write, which then takes 1% of the time
 
@@ -137,28 +132,6 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
         known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
         described["docs"] = f"docs/errors/{known.__name__}.md"
     return described
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Releases of the packages that results depend on."""
-    releases = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            releases[package] = version(package)
-    return releases
-
-
-@cache
-def machine() -> dict[str, Any]:
-    """The machine, without its name."""
-    facts: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
-    facts["cores"] = os.cpu_count()
-    if name := processor_name():
-        facts["processor"] = name
-    with contextlib.suppress(OSError, ValueError):  # not Linux
-        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return facts
 
 
 def _now() -> str:

@@ -19,11 +19,11 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.asked import is_foreign, reads_base_text, sampled_sequences
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.pipeline.target_table import htp_notes, kept_layers, second_rounding, target_table
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
+from qwlora.recipe.implied import is_foreign, reads_base_text, sampled_sequences
 from qwlora.system.device import pick_device
 from qwlora.system.machine import device_type, exact_type, slow_compute
 from qwlora.system.parameter_names import is_factor_name, parameter_name

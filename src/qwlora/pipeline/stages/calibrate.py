@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwlora.pipeline.asked import is_covered, is_foreign
+from qwlora.adapter.covered_layers import is_covered
 from qwlora.pipeline.stage import (
     BASE_SIMULATION,
     CASES,
@@ -13,6 +13,7 @@ from qwlora.pipeline.stage import (
     Planner,
 )
 from qwlora.recipe import Adapter
+from qwlora.recipe.implied import is_foreign
 
 
 def add_base(plan: Planner) -> None:
@@ -45,7 +46,10 @@ def add_zero_adapter(plan: Planner) -> None:
     recipe = plan.recipe
     first, *others = recipe.adapters
     counted = [first]
-    counted += [a for a in others if not is_foreign(recipe, a) or not is_covered(recipe, a)]
+    new = [a.target_modules for a in recipe.adapters if not (a.continue_from or a.layers)]
+    counted += [
+        a for a in others if not (is_foreign(recipe, a) and is_covered(str(a.continue_from), new))
+    ]
     keys = {"target_modules", "layers"}
     layers = {a.model_dump_json(include=keys) for a in counted}
     needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]

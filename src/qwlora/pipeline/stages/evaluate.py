@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwlora.pipeline.asked import REFERENCE, compared_with, is_compared
 from qwlora.pipeline.stage import Planner, labels_of, revisions
 from qwlora.recipe import Adapter
+from qwlora.recipe.implied import REFERENCE, compared_with, is_compared
 
 
 def add(plan: Planner, kind: str, *needs: str, adapter: Adapter | None = None) -> None:

@@ -43,7 +43,6 @@ from qwlora.formats.model_source import fetch, load_config, load_model, load_tok
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
-from qwlora.pipeline.asked import is_foreign, resolve_compute, sampled_sequences, without_recovery
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import (
     ADAPTER,
@@ -57,6 +56,7 @@ from qwlora.pipeline.stage import (
 from qwlora.quantize.rotation import RotationReport, rotate_
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.grid_sections import JOB, Model
+from qwlora.recipe.implied import is_foreign, resolve_compute, sampled_sequences, without_recovery
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes

@@ -35,16 +35,6 @@ from qwlora.formats.model_card import public_name
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.asked import (
-    REFERENCE,
-    compared_with,
-    is_calibrated,
-    is_compared,
-    needs_moments,
-    recovers_on_base_text,
-    reference_stage,
-    sampled_sequences,
-)
 from qwlora.pipeline.stage import (
     ADAPTER,
     CASES,
@@ -72,6 +62,16 @@ from qwlora.quantize.quantize_model import (
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from qwlora.recipe import Adapter
+from qwlora.recipe.implied import (
+    REFERENCE,
+    compared_with,
+    is_calibrated,
+    is_compared,
+    needs_moments,
+    recovers_on_base_text,
+    reference_stage,
+    sampled_sequences,
+)
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings

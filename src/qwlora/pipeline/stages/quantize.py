@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qwlora.pipeline.asked import is_calibrated, needs_moments, sampled_sequences
 from qwlora.pipeline.stage import SAMPLE, SAMPLED, Planner, revisions
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe.implied import is_calibrated, needs_moments, sampled_sequences
 
 
 def add_sample(plan: Planner) -> None:

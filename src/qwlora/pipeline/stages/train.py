@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwlora.pipeline.asked import recovers_on_base_text, reference_stage, without_recovery
 from qwlora.pipeline.stage import FLOAT_ADAPTERS, SAMPLE, Planner, labels_of, revisions
 from qwlora.recipe import Adapter
+from qwlora.recipe.implied import recovers_on_base_text, reference_stage, without_recovery
 
 # Settings of an adapter that do not change the result. What it continues and its text are inputs of
 # their own.

@@ -1,25 +1,16 @@
-"""What a recipe asks for: questions that several sections answer together. Imports no torch."""
+"""What a recipe implies that no single key says: for example whether its base is calibrated.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from qwlora.errors import DirectoryError, SourceError
-from qwlora.formats.model_source import fetch, source_path
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
 from qwlora.system.machine import auto_compute, device_type, exact_type
-from qwlora.system.output_path import shown
-
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-_IN_BLOCK = re.compile(r".+\.\d+\..+")
 
 REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
 _MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
@@ -45,11 +36,6 @@ def resolve_compute(recipe: Recipe) -> Recipe:
 def is_foreign(recipe: Recipe, adapter: Adapter) -> bool:
     """Whether an adapter continues one from elsewhere, not another one of the job."""
     return adapter.continue_from is not None and recipe.predecessor(adapter) is None
-
-
-def has_float_model(recipe: Recipe) -> bool:
-    """Whether there is a float model to compare with, or only integers in a quantized format."""
-    return fetch(recipe.model.source).holds_floats
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -118,45 +104,3 @@ def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
     while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
         adapter = first
     return adapter
-
-
-def is_covered(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether new adapters change all layers of an adapter that continues a folder, by the
-    target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
-    names are the ends of paths. A regular expression is never tried: it could take forever.
-
-    False if the adapter is on the hub, or its files cannot be read or hold something else than
-    factors of linear layers.
-    """
-    try:
-        folder = source_path(str(adapter.continue_from))
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "np") as file:
-            sizes = {n: len(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
-        factors = [size == 2 and _FACTOR.fullmatch(name) for name, size in sizes.items()]
-        layers = {match[1] for match in factors if match}
-        if not layers or not all(factors) or config.get("target_parameters"):
-            return False
-    except (SourceError, OSError, ValueError, AttributeError, RecursionError, SafetensorError):
-        return False
-
-    def targets(modules: str | list[str], layer: str) -> bool:
-        if isinstance(modules, list):
-            return any(f".{layer}".endswith(f".{name}") for name in modules)
-        return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
-
-    new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
-    return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
-
-
-def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not in a folder of text: the next run would read the job's files."""
-    target = os.path.realpath(path)
-    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
-    for data in (recipe.data, *recipe.texts().values(), *parts):
-        folder = os.path.realpath(os.path.expanduser(data.source or ""))
-        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
-            raise DirectoryError(
-                f"{shown(path)} is inside the data folder {data.source!r}, so its own files "
-                "would be read as data. Choose an --out outside of it."
-            )

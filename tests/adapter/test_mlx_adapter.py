@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
-from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
+from qwlora.adapter.adapter_files import adapter_folder, convert_mlx_adapter, is_mlx_adapter
 from qwlora.errors import SourceError
 
 MODULES = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 4}
@@ -26,7 +26,7 @@ def write_mlx(folder: Path, config: dict[str, Any] | None = None, **replaced: Te
         out, columns = model.get_submodule(module).weight.shape
         tensors[f"{module}.lora_a"] = torch.randn(columns, rank) / 8
         tensors[f"{module}.lora_b"] = torch.randn(rank, out) / 8
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors | replaced, folder / "adapters.safetensors")
     given = {
         "fine_tune_type": "lora",
@@ -76,3 +76,15 @@ def test_an_adapter_saved_by_mlx_lm_computes_its_logits(tmp_path: Path) -> None:
         logits = PeftModel.from_pretrained(model, tmp_path)(input_ids=tokens).logits
     assert float((logits - expected["logits"]).abs().max()) < 1e-5
     assert float((logits - base).abs().max()) > 1e-2
+
+
+def test_a_source_is_converted_again_when_it_changes(tmp_path: Path) -> None:
+    source = write_mlx(tmp_path / "mlx")
+    first = adapter_folder(str(source))
+    assert adapter_folder(str(source)) == first != source
+    write_mlx(source, {"lora_parameters": {"rank": 4, "scale": 1.0}})
+    assert adapter_folder(str(source)) != first
+    assert sorted(path.name for path in source.iterdir()) == [
+        "adapter_config.json",
+        "adapters.safetensors",
+    ]

@@ -9,7 +9,6 @@ shared    two adapters, one set of encodings for both
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,8 +143,7 @@ def _content(path: Path) -> bytes:
         record.pop("sha256", None)
     except (ValueError, KeyError, AttributeError):
         return content  # it is damaged
-    # settings of an imported adapter name its source, wherever the job is
-    return re.sub(r'"[^"]*/\.qwlora/imports/', '"', json.dumps(record)).encode()
+    return json.dumps(record).encode()
 
 
 def state(job: Path) -> dict[str, Any]:

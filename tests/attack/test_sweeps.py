@@ -101,8 +101,7 @@ def _content(work: Path) -> Any:
     content["files"] = [
         name
         for name in content["files"]
-        if not name.endswith(".part")  # nor the source of an adapter that was not added
-        and ("/imports/" not in name or Path(name).parent.name in content["recipe"])
+        if not name.endswith(".part")
     ]
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
@@ -26,6 +28,7 @@ from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_source import downloaded, looked_for, source_path
 from qwlora.system import strict_json
 from qwlora.system.regular_files import check_readable
+from qwlora.system.seen import Seen
 from qwlora.system.time_limit import SECONDS, time_limit
 
 WEIGHTS = "adapter_model.safetensors"
@@ -249,11 +252,14 @@ def mergeable_record(folder: Path) -> dict[str, str | None] | None:
 
 
 def adapter_folder(source: str) -> Path:
-    """The local folder of `source`, a folder or a hub id, which is downloaded (configuration,
-    weights, fingerprint)."""
+    """The local folder of `source`: of PEFT, of mlx-lm, which is converted, or a hub id, which is
+    downloaded (configuration, weights, fingerprint)."""
     path = source_path(source)
     if path.is_dir():
-        return path
+        if not is_mlx_adapter(path):
+            return path
+        digests = (Seen().content(path / name) for name in (MLX_WEIGHTS, CONFIG))
+        return Path(_as_peft(path, *digests).name)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise SourceError(
             f"adapter {source!r} is neither a folder nor a hub id like owner/name"
@@ -334,6 +340,14 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
 def is_mlx_adapter(folder: Path) -> bool:
     """Whether `folder` has an adapter in the layout of mlx-lm."""
     return (folder / MLX_WEIGHTS).is_file() and not (folder / WEIGHTS).exists()
+
+
+@cache
+def _as_peft(folder: Path, *digests: str | None) -> TemporaryDirectory[str]:
+    """The adapter of mlx-lm in `folder` as PEFT writes it, until the process ends."""
+    converted = TemporaryDirectory(prefix="qwlora-adapter-")
+    convert_mlx_adapter(folder, Path(converted.name))
+    return converted
 
 
 def convert_mlx_adapter(source: Path, target: Path) -> None:

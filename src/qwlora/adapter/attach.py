@@ -22,6 +22,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -202,7 +203,7 @@ def attach_existing(
     seed: int = 0,
     weight: Callable[[str], Tensor] | None = None,
 ) -> PeftModel:
-    """`load_adapter` of the adapter at `source`, a PEFT folder or a hub id, trainable."""
+    """`load_adapter` of the adapter at `source`, see `adapter_folder`, trainable."""
     torch.manual_seed(seed)  # for dropout
     return load_adapter(model, adapter_folder(source), True, unknown_base, weight=weight)
 
@@ -219,6 +220,15 @@ def check_existing(
         The shapes of the adapter's weights by their names in its file; empty without a skeleton.
     """
     folder = adapter_folder(source)
+    try:
+        return _checked_shapes(source, folder, unknown_base, skeleton)
+    except SourceError as error:  # of a copy that was downloaded or converted
+        raise SourceError(str(error).replace(str(folder), source)) from error
+
+
+def _checked_shapes(
+    source: str, folder: Path, unknown_base: str, skeleton: PreTrainedModel | None
+) -> dict[str, tuple[int, ...]]:
     check_adapter(folder, None, unknown_base)
     check_contents(folder)
     if skeleton is None:

@@ -15,18 +15,15 @@ All functions raise:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwlora.data import locate_documents
-from qwlora.errors import DirectoryError, RecipeError, SourceError
-from qwlora.formats.model_source import user_path
+from qwlora.errors import DirectoryError, RecipeError
 from qwlora.pipeline.job import (
     adapter_named,
     command_line,
@@ -42,13 +39,11 @@ from qwlora.pipeline.store import STAGES, Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
-from qwlora.system.atomic import flush, write_text
+from qwlora.system.atomic import write_text
 from qwlora.system.output_path import as_directory_errors
 from qwlora.system.progress import untracked
-from qwlora.system.seen import Seen
 from qwlora.targets.target import AND
 
-IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
 # Where the stages of an adapter write.
 _FOLDERS = (
     *("adapters/{}", "simulation/{}", ".qwlora/reference/{}", "export/*/{}", "export/*/proof/{}"),
@@ -102,7 +97,6 @@ def import_adapter(
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
         ExportError, TrainingError: a target of the job cannot hold it.
     """
-    from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
     from qwlora.adapter.attach import check_existing
     from qwlora.pipeline.running.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
@@ -110,39 +104,14 @@ def import_adapter(
     if data is not None:
         locate_documents(data)
     with _editing(folder) as (store, recipe):
-        if not (is_mlx := is_mlx_adapter(path := user_path(source))):
-            shapes = check_existing(source, "accept", skeleton(recipe.model))
+        shapes = check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
         if not continues:
             entry["steps"] = 0
         if data is not None:
             entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
-        changed = _with_adapter(folder, recipe, entry, changes)  # before anything is written
-        with store.scratch(IMPORTS) as scratch:
-            if is_mlx:
-                convert_mlx_adapter(path, scratch)
-                flush(scratch)
-                place = f"{IMPORTS}/{_content_digest(scratch)}"
-                if (folder / place).exists() and _content_digest(folder / place) != Path(
-                    place
-                ).name:
-                    raise DirectoryError(
-                        f"{str(folder / place)!r} has other content than when it was imported; "
-                        "move it away, then import again"
-                    )
-                try:
-                    shapes = check_existing(str(scratch), "accept", skeleton(recipe.model))
-                except SourceError as error:
-                    raise SourceError(str(error).replace(str(scratch), source)) from error
-            check_places(changed, {name: shapes}, skeleton(recipe.model))
-            if is_mlx:
-                if not (folder / place).exists():
-                    (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                    scratch.rename(folder / place)
-                start = {"continue_from": str(folder.absolute() / place)}
-                *others, adapter = changed.adapters
-                adapters = [*others, adapter.model_copy(update=start)]
-                changed = changed.model_copy(update={"adapters": adapters})
+        changed = _with_adapter(folder, recipe, entry, changes)
+        check_places(changed, {name: shapes}, skeleton(recipe.model))
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
 
@@ -202,7 +171,7 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
             confirm()
             with store.removing(places):
                 return
-        adapter = adapter_named(recipe, name, folder)
+        adapter_named(recipe, name, folder)
         if len(recipe.adapters) == 1:
             raise DirectoryError(
                 f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one; delete "
@@ -226,10 +195,6 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         confirm()
         with store.removing(places):
             _write(store, recipe, changed)
-        if adapter.continue_from not in [a.continue_from for a in changed.adapters]:
-            source = Path(adapter.continue_from or "")
-            if source.resolve().parent == (folder / IMPORTS).resolve():
-                shutil.rmtree(source, ignore_errors=True)
         write_bundle_readmes(store)
 
 
@@ -302,11 +267,3 @@ def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> 
 def _known(inputs: Any) -> str:
     """Inputs with one value for all that is unread, to compare two plans."""
     return json.dumps(inputs, default=lambda unread: None, sort_keys=True)
-
-
-def _content_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of the files in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name}\0{Seen().content(path)}\0".encode())
-    return digest.hexdigest()

@@ -60,12 +60,12 @@ from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data import Documents, Text, load_documents
 from qwlora.data.document import split_documents
+from qwlora.data.sequences import in_turn
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
-from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from sources import concatenated_ids, gemma_file

@@ -98,11 +98,7 @@ def _content(work: Path) -> Any:
     """The job's state, wherever it is. What a killed process left of a file that it wrote is
     replaced by the next one that writes the file."""
     content = state(work / "job")
-    content["files"] = [
-        name
-        for name in content["files"]
-        if not name.endswith(".part")
-    ]
+    content["files"] = [name for name in content["files"] if not name.endswith(".part")]
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 
 

@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
-from qwlora.data.sequences import IGNORED
+from qwlora.data.sequences import IGNORED, in_turn
 from qwlora.errors import RecipeError
 from qwlora.pipeline.running.forecast import Costs, plan_job
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
-from qwlora.pipeline.stages.job_context import in_turn
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 

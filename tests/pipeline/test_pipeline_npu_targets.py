@@ -13,9 +13,9 @@ from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeErr
 from qwlora.formats import manifest
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.results.results import read_job
-from qwlora.pipeline.results.results_table import summary_rows
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
+from qwlora.report.summary_table import summary_rows
 from qwlora.targets.proof.folder import RECORD, record_digest, verify_bundle
 from targets.npu.test_qnn_bundle import EMULATED
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from qwlora.errors import size
-from qwlora.pipeline.results.results_table import base_costs, summary_rows
 from qwlora.report.key_figures import tiles
 from qwlora.report.results_view import Job
+from qwlora.report.summary_table import base_costs, summary_rows
 from qwlora.report.verdict import Outcome, verdict
 from report.recorded import NAMES, failing, job_of, results_of
 

@@ -175,10 +175,11 @@ def _job_command(name: str) -> Callable[..., None]:
         if results and as_json:
             print_json(results)
         elif results:  # in a distributed run, only the first process has some
-            from qwlora.pipeline.results.results_table import print_summary
+            from qwlora.pipeline.results.results import read_job
+            from qwlora.report.summary_table import print_summary
 
             with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
-                print_summary(out, console(width=120))
+                print_summary(read_job(out), out, console(width=120))
         if failure is not None:
             raise failure
 

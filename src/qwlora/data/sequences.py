@@ -28,7 +28,7 @@ anyway. So `check_isolation` tests the model itself, with two documents a and b 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,3 +338,23 @@ def isolation_leak(model: Any) -> float | None:
     alone, joined, apart = logits[0, :count], logits[1, count:], logits[2, count:]
     mixing = (joined - alone).norm()
     return float((apart - alone).norm() / mixing) if mixing > 0 else 0.0
+
+
+def one_row(ids: Tensor) -> dict[str, Tensor]:
+    """A batch of one sequence [tokens] without padding."""
+    return {"input_ids": ids[None], "attention_mask": ids[None].new_ones(1, len(ids))}
+
+
+def in_turn(
+    texts: Sequence[Iterable[Tensor]], weights: Sequence[float] | None = None
+) -> Iterator[Tensor]:
+    """The sequences of several texts in turn, each text's as often as its weight says, until all
+    are used up."""
+    left, taken = dict(enumerate(map(iter, texts))), [0.0] * len(texts)
+    while left:
+        number = min(left, key=lambda n: taken[n])
+        if (row := next(left[number], None)) is None:
+            del left[number]
+            continue
+        taken[number] += 1 / (weights[number] if weights else 1.0)
+        yield row

@@ -35,7 +35,6 @@ from qwlora.pipeline.job import (
 )
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
-from qwlora.pipeline.results.results_table import base_costs
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.sources import Sources, check_outside_data
 from qwlora.pipeline.stage import Stage
@@ -43,6 +42,7 @@ from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.recipe_text import edited, new_text
+from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
 from qwlora.system.output_path import as_directory_errors, check_output

@@ -16,6 +16,7 @@ from qwlora.report.number_format import Format, finite, tagged
 from qwlora.targets.proof.checks import Check
 from qwlora.targets.registry import TARGETS
 
+REPORT = "report.html"
 FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
 KINDS = {
     "float": "Float model",

@@ -32,7 +32,6 @@ from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import members
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.pipeline.stages.job_context import JobContext
@@ -183,27 +182,10 @@ class JobModels(OpenJob):
         context = self.new_context()
         if name.kind == "simulated":
             return context.simulation(str(name.adapter)).as_model()
-        import torch
-        from transformers.modeling_outputs import CausalLMOutput
-
-        from qwlora.simulation.simulated_model import SimulatedModel
+        from qwlora.targets.runtime_model import runtime_model
 
         runtime = TARGETS[name.kind].open(self.folder / "export" / name.kind, name.adapter)
-        ids = torch.empty(1, 0, dtype=torch.int64)  # of the last call for one token
-        cache: dict[str, Tensor] = {}
-
-        def run(input_ids: Tensor, logits_to_keep: int | Tensor = 0, **_: Any) -> CausalLMOutput:
-            nonlocal ids, cache
-            if logits_to_keep != 1 or not runtime.has_cache:
-                return CausalLMOutput(logits=runtime.logits(input_ids))
-            known = ids.shape[1]
-            if input_ids.shape[1] <= known or not torch.equal(input_ids[:, :known], ids):
-                known, cache = 0, {}
-            logits, cache = runtime.extend(input_ids[:, known:], cache)
-            ids = input_ids
-            return CausalLMOutput(logits=logits)
-
-        return SimulatedModel(run, context.skeleton(), keeps_logits=True)
+        return runtime_model(runtime, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template that the recipe sets for the adapter's text."""

@@ -14,10 +14,10 @@ from typing import Any
 
 from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities, suggest
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.data.sequences import Sequences
+from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import CalibrationError
 from qwlora.pipeline.commands.open_job import JobModels
-from qwlora.pipeline.stages.job_context import JobContext, one_row
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.simulation.placement import Placement
 from qwlora.simulation.simulation import Simulation
 

@@ -24,7 +24,7 @@ from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.model_cards import card_text
 from qwlora.report.page import render
-from qwlora.report.results_view import Job
+from qwlora.report.results_view import REPORT, Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.output_path import as_directory_errors
@@ -32,7 +32,7 @@ from qwlora.system.parameter_names import BASE
 from qwlora.system.seen import sealed, unsealed
 
 RESULTS_FORMAT = 1
-REPORT, STATUS = "report.html", "status.json"
+STATUS = "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
 
 

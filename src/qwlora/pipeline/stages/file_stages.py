@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qwlora.adapter.adapter_files import read_config
-from qwlora.data.sequences import Sequences
+from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.pipeline.stage import ADAPTER, Stage
-from qwlora.pipeline.stages.job_context import JobContext, one_row
+from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.pipeline.store import NAME
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation

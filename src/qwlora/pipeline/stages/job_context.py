@@ -6,7 +6,7 @@ Each is loaded on first use. Large ones are released as soon as another one repl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from itertools import islice
@@ -34,6 +34,7 @@ from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.data import PreparedText, prepare
+from qwlora.data.sequences import in_turn, one_row
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
@@ -78,21 +79,6 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
     """
     config = config or load_config(model.source, model.trust_remote_code)
     return empty_model(config, model.trust_remote_code)
-
-
-def in_turn(
-    texts: Sequence[Iterable[Tensor]], weights: Sequence[float] | None = None
-) -> Iterator[Tensor]:
-    """The sequences of several texts in turn, each text's as often as its weight says, until all
-    are used up."""
-    left, taken = dict(enumerate(map(iter, texts))), [0.0] * len(texts)
-    while left:
-        number = min(left, key=lambda n: taken[n])
-        if (row := next(left[number], None)) is None:
-            del left[number]
-            continue
-        taken[number] += 1 / (weights[number] if weights else 1.0)
-        yield row
 
 
 class JobContext:
@@ -549,8 +535,3 @@ class JobContext:
 def _as_trained(model: PeftModel) -> PreTrainedModel | PeftModel:
     """`model`, merged if its adapter was trained so."""
     return merged_model(model) if is_mergeable(model) else model
-
-
-def one_row(ids: Tensor) -> dict[str, Tensor]:
-    """A batch of one sequence [tokens] without padding."""
-    return {"input_ids": ids[None], "attention_mask": ids[None].new_ones(1, len(ids))}

@@ -12,19 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qwlora.errors import size
-from qwlora.pipeline.job import command_line
-from qwlora.pipeline.results.results import REPORT, read_job
 from qwlora.report.key_figures import tiles
-from qwlora.report.results_view import Job
+from qwlora.report.results_view import REPORT, Job
 from qwlora.report.verdict import Outcome, verdict
 
 Row = tuple[str, str]
 
 
-def print_summary(out: Path, console: Console) -> None:
+def print_summary(job: Job, out: Path, console: Console) -> None:
     """Print the table of the job in `out`; then the verdict, where the report is, and what to do
     next."""
-    job = read_job(out)
     table = Table(
         title=job.title, show_header=False, title_justify="left", box=None, pad_edge=False
     )
@@ -35,7 +32,7 @@ def print_summary(out: Path, console: Console) -> None:
     ruling = verdict(job)
     lines = [f"verdict  {ruling.kind.label}. {ruling.sentence}", f"report   {out / REPORT}"]
     if job.state == "incomplete":
-        lines.append(f"next     {command_line('run', out)}")
+        lines.append(f"next     {shlex.join(['qwlora', 'run', str(out)])}")
     elif job.state == "finished":
         lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
     print("", *lines, sep="\n")

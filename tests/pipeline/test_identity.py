@@ -66,7 +66,8 @@ data.output_column: a -> b with ROWS data.instruction_column=c => TEXTS as colum
 data.empty_records: error -> skip with ROWS data.text_column=a =>
 data.chat_template: a.json -> b.json with ROWS data.messages_column=m => TEXTS
 data.prompt_format: auto -> plain with ROWS data.prompt_column=a data.completion_column=b => TEXTS
-data.turns: together -> apart => TEXTS
+data.turns: together -> apart =>
+data.turns: together -> apart with ROWS data.messages_column=m => TEXTS
 data.packing: - -> none => TEXTS
 data.packing: - -> join =>
 data.sequence_tokens: 32 -> 16 => quantize/sample TEXTS
@@ -369,7 +370,7 @@ def _other_release(place: Path, patch: pytest.MonkeyPatch) -> None:
 def _other_processor(place: Path, patch: pytest.MonkeyPatch) -> None:
     is_fast = implied.auto_compute("cpu") == "bfloat16"
     patch.setattr(implied, "auto_compute", lambda device: "float32" if is_fast else "bfloat16")
-    patch.setattr("qwlora.pipeline.running.job_status.processor_name", lambda: "Other 1")
+    patch.setattr("qwlora.system.machine.processor_name", lambda: "Other 1")
 
 
 def _more_threads(place: Path, patch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,7 @@ def test_a_stage_that_must_run_names_the_source_that_is_gone(job: FakeJob, tmp_p
     job.recipe = job.out / "recipe.yaml"
     job.run()
     assert not job.ran
+    assert sum(str(text) in line for line in job.said) == 1
     damage(job.out / "simulation")
     with pytest.raises(SourceError, match=re.escape(str(text))):
         job.run()

@@ -36,7 +36,7 @@ from qwlora.pipeline.job import (
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.running.job_status import JobStatus
-from qwlora.pipeline.sources import Sources, check_outside_data
+from qwlora.pipeline.sources import Sources, check_outside_data, unread
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
@@ -221,6 +221,10 @@ class _Run:
                 if (reason := judge.stale.get(needed)) == "has not run":
                     self.say(f"{stage.name}: left out, {needed} {reason}")
                     asked.remove(stage)
+        # A file that is gone does not matter to a finished stage, but a mistyped path does to people.
+        errors = [gone.error for stage in asked for gone in unread(stage.inputs) if gone.error]
+        for problem in dict.fromkeys(map(str, errors)):
+            self.say(f"{problem}. What was made from it before stays")
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")

@@ -98,7 +98,8 @@ class Sources:
         Args:
             counts: how many sequences are used, by the key in the data section.
         """
-        found: dict[str, Any] = dict.fromkeys(("source", "packing", "prompt_format"), Unread())
+        kept = ("source", "packing", "prompt_format", "turns")
+        found: dict[str, Any] = dict.fromkeys(kept, Unread())
         found["packing"] = data.packing or Unread()
         template: Any = Unread() if data.chat_template else None
         if self.reads:
@@ -111,9 +112,11 @@ class Sources:
             else:
                 packing = data.cutting().packing_of(documents.kind)
                 pairs = data.prompt_format if documents.kind == "completions" else "none"
-                found = {"source": documents.digest, "packing": packing, "prompt_format": pairs}
+                turns = data.turns if documents.kind == "conversations" else "together"
+                found |= {"source": documents.digest, "packing": packing}
+                found |= {"prompt_format": pairs, "turns": turns}
                 template = None if text is None else hashlib.sha256(text.encode()).hexdigest()
-        cut = {"sequence_tokens": data.sequence_tokens, "turns": data.turns}
+        cut = {"sequence_tokens": data.sequence_tokens}
         written = {"chat_template": template} if template is not None else {}
         return {**found, **cut, **written, **counts}
 

@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, stages: Sequence[Stage], out: Path) -> Estimates:
     costs, stays, forecasts = Costs(recipe, stages), Memory(), []
     for stage in stages:
         memory, disk = costs.of(stage)
-        memory = memory | stays if stage.adapter else memory
+        memory = memory | stays if stage.adapter or stage.verb == "verify" else memory
         stays = costs.zero_adapter if stage.kind == ZERO else stays
         less, peak = LESS.get(stage.verb, "data.sequence_tokens"), PROCESS + sum(memory.values())
         forecasts.append(Forecast(stage.name, peak, memory, disk, less))
@@ -187,7 +187,7 @@ class Costs:
         stored = self.packed + self.kept / (2 if target.is_simulated else 1)  # 16-bit embeddings
         files = self.floats if target.writes_floats or graphs else stored
         if verb == "verify":
-            values = 6 * min(tokens, recipe.verify.layer_tokens) * self.products + 3 * logits
+            values = 8 * min(tokens, recipe.verify.layer_tokens) * self.products + 3 * logits
             parts = {"files": files, "values": values if target.is_simulated else 3 * logits}
             parts = max(parts, self.float_model, key=lambda held: sum(held.values()))  # for a text
             return memory | parts, 0

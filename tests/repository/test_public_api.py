@@ -14,7 +14,7 @@ from qwlora.formats import aimet_encodings
 NAMES = sorted(qwlora.__all__)
 PUBLIC = {getattr(qwlora, name) for name in NAMES} | {
     value
-    for name in aimet_encodings.__all__
+    for name in vars(aimet_encodings)
     if isinstance(value := getattr(aimet_encodings, name), type)
 }
 LIBRARIES = {"builtins", "collections", "jaxtyping", "numpy", "os", "pathlib", "peft", "torch"}

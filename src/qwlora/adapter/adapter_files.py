@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qwlora.errors import FingerprintError, QwloraError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
-from qwlora.formats.model_source import downloaded, looked_for, source_path
+from qwlora.formats.model_source import downloaded, is_hub_id, looked_for, source_path
 from qwlora.system import strict_json
 from qwlora.system.regular_files import check_readable
 from qwlora.system.seen import Seen
@@ -260,7 +260,7 @@ def adapter_folder(source: str) -> Path:
             return path
         digests = (Seen().content(path / name) for name in (MLX_WEIGHTS, CONFIG))
         return Path(_as_peft(path, *digests).name)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if path.exists() or not is_hub_id(source):
         raise SourceError(
             f"adapter {source!r} is neither a folder nor a hub id like owner/name"
             f"{looked_for(source, path)}"

@@ -23,7 +23,6 @@ an earlier calibration fixed do not change.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,9 +36,10 @@ from qwlora.errors import CalibrationError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.simulation.fake_quantizer import Quantizer
+from qwlora.simulation.fake_quantizer import Quantizer, grid_ends
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.parameter_names import by_glob
 from qwlora.system.progress import Track, one_step, untracked
 
 
@@ -104,9 +104,7 @@ def encodings_summary(simulation: Simulation) -> dict[str, Any]:
         by_width = bits.setdefault(kind.value, {})
         by_width[str(width)] = by_width.get(str(width), 0) + 1
         if kind is Kind.ACTIVATION:
-            low = encoding.offset * encoding.scale
-            ends = low.min(), (low + encoding.scheme.steps * encoding.scale).max()
-            least, most = (float(f"{float(end):.6g}") for end in ends)
+            least, most = (float(f"{end:.6g}") for end in grid_ends(encoding))
             ranges[name] = {"min": least, "max": most, "bitwidth": width}
     return {"ranges": ranges, "bits": bits}
 
@@ -254,7 +252,7 @@ def suggest(
             range(len(ranking)), True, key=lambda count: measured(ranking[:count]) <= limit
         )
     wide_names = promoted = ranking[:enough]
-    groups = list(_by_kind(promoted).values())
+    groups = list(by_glob(promoted).values())
     groups.sort(key=lambda names: -min(map(promoted.index, names)))
     for group in track(groups, "demoting", len(groups)):
         fewer = [name for name in wide_names if name not in group]
@@ -287,7 +285,7 @@ def rules_for(
     """
     exceptions: dict[str, PlacementRule] = {}
     rules = []
-    for kind, members in _by_kind(list(names)).items():
+    for kind, members in by_glob(names).items():
         among = [name for name in members if name in chosen]
         everywhere = PlacementRule(kind, bitwidth=wide)
         if len(among) == len(members) and not any(
@@ -303,11 +301,3 @@ def rules_for(
                 if name not in chosen and rule.fits(fitting)
             }
     return (*exceptions.values(), *rules)
-
-
-def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names grouped by a glob that replaces the layer number."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
-    return kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from qwlora.cli.shared_arguments import AsJson, Device, Job, Name, Yes
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
+from qwlora.formats.model_source import is_hub_id
 
 
 def report(
@@ -61,7 +61,7 @@ def push(
     With its model card and exported files. Lists the files and asks first. Uses the token of
     `hf auth login` or HF_TOKEN.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    if not is_hub_id(repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
     from qwlora.pipeline.commands.push import prepared, send
     from qwlora.report.model_cards import QUOTED

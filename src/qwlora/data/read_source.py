@@ -42,7 +42,7 @@ from qwlora.data.rows import (
     read_text,
 )
 from qwlora.errors import SourceError, foreign_as, listed
-from qwlora.formats.model_source import installed_module, looked_for, user_path
+from qwlora.formats.model_source import installed_module, is_hub_id, looked_for, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (
@@ -90,7 +90,7 @@ def locate_documents(source: str) -> None:
     """
     if source.startswith("python:"):
         _constant_of_module(source)
-    elif not user_path(source).exists() and not _is_hub_id(source):
+    elif not user_path(source).exists() and not _is_dataset_id(source):
         raise SourceError(
             f"data source {source!r} does not exist{looked_for(source, user_path(source))}. Give "
             f"a file (text, {', '.join(RECORD_SUFFIXES)}), a folder of such files or of "
@@ -122,7 +122,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
     """
     reader, path = _Reader(how), user_path(source)
     is_module = source.startswith("python:")
-    is_file = not is_module and not path.is_dir() and (path.exists() or not _is_hub_id(source))
+    is_file = not is_module and not path.is_dir() and (path.exists() or not _is_dataset_id(source))
     if how.split is not None and (is_module or is_file):
         raise SourceError(
             f"data source {source!r} has no splits, but data.split is {how.split!r}: set it to null"
@@ -245,9 +245,9 @@ def _strings_of_module(source: str) -> list[Text]:
     return [Text(text, f"{source}[{i}]") for i, text in enumerate(texts)]
 
 
-def _is_hub_id(source: str) -> bool:
+def _is_dataset_id(source: str) -> bool:
     """Whether `source` is `owner/name`, and not more likely a mistyped path."""
-    if source.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         return False
     known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
     return Path(source).suffix.lower() not in known and _refusal(Path(source)) is None

@@ -197,13 +197,10 @@ class MappedCheckpoint(Checkpoint):
                 f"{_listed(unknown)} in the files, but not in {kind}. Either it belongs to another "
                 "model, or the model needs a newer transformers"
             )
-        aliases: dict[int, list[str]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            aliases.setdefault(id(tensor), []).append(name)
         # several origins for a tied tensor if copies of it are stored
         self._origins = {
-            names[0]: [origins[name] for name in names if name in origins]
-            for names in aliases.values()
+            first: [origins[name] for name in names if name in origins]
+            for first, names in tensor_names(self.model).items()
         }
         if missing := [name for name, copies in self._origins.items() if not copies]:
             raise self._error(
@@ -608,7 +605,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 def tensor_names(model: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and saved buffer, by its first name."""
     names: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         saved = {
             key: buffer
             for key, buffer in module._buffers.items()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # Older quantizers wrote these files instead of a `quantization_config` in config.json.
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 CARD = "README.md"  # says where a model is from and its license; no part of what it computes
+_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD)
 
 
@@ -103,6 +104,11 @@ def user_path(text: str) -> Path:
     return path
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form of a hub id, `owner/name`. A relative path may have it too."""
+    return re.fullmatch(_HUB_ID, text) is not None
+
+
 def looked_for(text: str, path: Path) -> str:
     """` (looked for ABSOLUTE PATH)`, for a message about `text`; empty if it is that path."""
     absolute = str(path.absolute())
@@ -154,7 +160,7 @@ def locate(source: str) -> Location:
         SourceError: the path does not exist or is not a model.
     """
     path = source_path(source)
-    on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
+    on_hub = re.fullmatch(rf"({_HUB_ID})(?:/([\w./-]+\.gguf))?", source)
     if on_hub and not path.exists():
         return Location(on_hub[1], on_hub[2], ())
     check_readable(path)

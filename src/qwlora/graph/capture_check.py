@@ -31,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -268,7 +269,7 @@ def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tens
         recorder.run(*tensors)
     differing: list[str] = []
 
-    def compare(path: str, called: nn.Module, output: Any) -> None:
+    def compare(path: str, called: nn.Module, _: Any, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         # the values of the first call, so that a later call finds none
         values = recorder.values.pop(path, [])
@@ -279,10 +280,7 @@ def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tens
 
     with ExitStack() as stack:
         for path, inner in module.named_modules():
-            hook = inner.register_forward_hook(
-                lambda m, _, output, path=path: compare(path, m, output)
-            )
-            stack.callback(hook.remove)
+            stack.enter_context(inner.register_forward_hook(partial(compare, path)))
         module(*tensors)
     if differing:
         return f"The first module whose output differs is {differing[0]}"

@@ -111,6 +111,7 @@ def run(
                 lock.enter_context(store.locked())
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
+                store.drop_work()
             sources = sources_of(wanted, store, track, reads=True)
             job = _Run(wanted, before, store, sources, track, say, device, asked)
             try:
@@ -345,7 +346,7 @@ class _Run:
                 failed=any(failed == name for failed, _ in self.failures),
             )
             record = store.commit(stage.place, record, scratch)
-            store.drop_work(record.key)
+            store.drop_work()
         self.judge.again()
         return record
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from qwlora.data import Documents, load_documents
 from qwlora.errors import DirectoryError, QwloraError
-from qwlora.formats.model_source import content_files, fetch, source_path
+from qwlora.formats.model_source import content_files, fetch, is_hub_id, source_path
 from qwlora.recipe import Data, Recipe
 from qwlora.system.output_path import shown
 from qwlora.system.progress import Track, one_step, untracked
@@ -166,7 +165,7 @@ class Sources:
             return Unread(error)
         if folder.is_dir():
             return self.files(content_files(folder)) if self.reads else Unread()
-        return source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else Unread()
+        return source if is_hub_id(source) else Unread()
 
     def file(self, path: str) -> Any:
         """Digest of one file that the recipe names."""

@@ -19,7 +19,6 @@ K-FAC's factors in place of the trace of the Hessian.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,7 +41,7 @@ from qwlora.quantize.layer_rules import Assignment, LayerRule, find_tensors
 from qwlora.quantize.layer_statistics import observe
 from qwlora.quantize.scale_search import search_scale
 from qwlora.quantize.solvers import ROUNDING_SOLVERS, SOLVERS
-from qwlora.system.parameter_names import canonical_name
+from qwlora.system.parameter_names import by_glob, canonical_name
 from qwlora.system.progress import Track
 
 _UNITS = 2**16  # of bytes, for the knapsack: rounding wastes at most one per group
@@ -216,11 +215,8 @@ def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
 def _rules(chosen: Mapping[str, Scheme], everything: Sequence[str]) -> list[LayerRule]:
     """Rules that give the layers at these paths their schemes: for the same layer of all blocks its
     most frequent scheme, after rules for the others."""
-    kinds = dict[str, list[str]]()
-    for path in chosen:
-        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)
     exceptions, general = list[LayerRule](), list[LayerRule]()
-    for kind, paths in kinds.items():
+    for kind, paths in by_glob(chosen).items():
         usual = Counter(chosen[path] for path in paths).most_common(1)[0][0]
         if {path for path in everything if fnmatchcase(path, kind)} == set(paths):
             general.append(LayerRule(kind, usual))

@@ -183,6 +183,5 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
 
     with ExitStack() as stack:
         for module in names:
-            hook = module.register_forward_hook(record, with_kwargs=True)
-            stack.callback(hook.remove)
+            stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
         yield calls

@@ -266,8 +266,7 @@ class InFiles:
         with ExitStack() as stack:
             for path in blocks:
                 module = self.model.get_submodule(path)
-                hook = module.register_forward_pre_hook(partial(arrived, path))
-                stack.callback(hook.remove)
+                stack.enter_context(module.register_forward_pre_hook(partial(arrived, path)))
             yield
         tie_weights_(self.model)
         self._write()

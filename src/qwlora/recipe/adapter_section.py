@@ -15,7 +15,7 @@ from qwlora.data import Cutting, Reading, locate_documents
 from qwlora.data.records import FIELDS, KINDS, OPTIONAL
 from qwlora.data.rows import read_text
 from qwlora.errors import SourceError
-from qwlora.formats.model_source import looked_for, source_path
+from qwlora.formats.model_source import is_hub_id, looked_for, source_path
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.system.parameter_names import pattern_problem
 
@@ -125,7 +125,7 @@ def _start(text: str) -> str:
 
     def check(text: str) -> None:
         path = source_path(text)
-        if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        if not path.exists() and not is_hub_id(text):
             raise SourceError(
                 f"adapter {text!r} does not exist{looked_for(text, path)}. Give the name of an "
                 "adapter in this recipe, a folder with adapter_config.json, package:NAME/PATH for "

@@ -22,6 +22,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_of
+from qwlora.formats.model_source import is_hub_id
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
@@ -205,7 +206,7 @@ def _check(job: Job, target: str, name: str) -> str:
 def is_hub_dataset(data: Data) -> bool:
     """Whether a recipe's text is a dataset on the hub: `owner/name`, and no local path."""
     source = data.source or ""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not Path(source).exists()
+    return is_hub_id(source) and not Path(source).exists()
 
 
 def shown_text(data: Data) -> str:

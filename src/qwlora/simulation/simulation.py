@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -515,12 +515,10 @@ class Simulation(nn.Module):
         def record(quantizer: nn.Module, _: Any, value: Tensor) -> None:
             found[str(quantizer.name)] = value.clone()  # later operators may overwrite it
 
-        hooks = [q.register_forward_hook(record) for q in self.quantizers.values()]
-        try:
+        with ExitStack() as stack:
+            for quantizer in self.quantizers.values():
+                stack.enter_context(quantizer.register_forward_hook(record))
             self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return found
 
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ of an inner wrapper keep the `base_layer`s on their path, so that names stay dis
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a job; of an adapter and its folder
@@ -84,6 +85,14 @@ def parameter_name(path: str) -> str:
     name = canonical_name(path)
     owner, folder, last = f".{name}".rpartition(f".{FOLDER}.")
     return f"{owner}.{last}".strip(".") if folder else f"{name}.weight"
+
+
+def by_glob(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by a glob over the number of their layer: `model.layers.*.mlp.up_proj`."""
+    globs: dict[str, list[str]] = {}
+    for name in names:
+        globs.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return globs
 
 
 def pattern_problem(pattern: str, is_end: bool = False) -> str | None:

@@ -10,29 +10,14 @@ which needs torch, turns grids into entries and back.
 
 from __future__ import annotations
 
-from qwlora.formats.aimet_encodings.convert import convert
-from qwlora.formats.aimet_encodings.encodings_file import read_encodings, write_encodings
-from qwlora.formats.aimet_encodings.model import (
-    FLOAT_FORMATS,
-    VERSIONS,
-    BlockOrder,
-    EncodingsFile,
-    Entry,
-    FloatEncoding,
-    IntegerEncoding,
-    LpbqEncoding,
-)
-
-__all__ = [
-    "FLOAT_FORMATS",
-    "VERSIONS",
-    "BlockOrder",
-    "EncodingsFile",
-    "Entry",
-    "FloatEncoding",
-    "IntegerEncoding",
-    "LpbqEncoding",
-    "convert",
-    "read_encodings",
-    "write_encodings",
-]
+from qwlora.formats.aimet_encodings.convert import convert as convert
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings as read_encodings
+from qwlora.formats.aimet_encodings.encodings_file import write_encodings as write_encodings
+from qwlora.formats.aimet_encodings.model import FLOAT_FORMATS as FLOAT_FORMATS
+from qwlora.formats.aimet_encodings.model import VERSIONS as VERSIONS
+from qwlora.formats.aimet_encodings.model import BlockOrder as BlockOrder
+from qwlora.formats.aimet_encodings.model import EncodingsFile as EncodingsFile
+from qwlora.formats.aimet_encodings.model import Entry as Entry
+from qwlora.formats.aimet_encodings.model import FloatEncoding as FloatEncoding
+from qwlora.formats.aimet_encodings.model import IntegerEncoding as IntegerEncoding
+from qwlora.formats.aimet_encodings.model import LpbqEncoding as LpbqEncoding

@@ -96,6 +96,13 @@ class _Entry(ABC):
         return all(np.array_equal(getattr(self, key), getattr(other, key)) for key in keys)
 
 
+def _granularity(entry: IntegerEncoding | FloatEncoding) -> str:
+    """`tensor`, `channel` or `block`."""
+    if entry.block_size is not None:
+        return "block"
+    return "channel" if entry.scale is not None and entry.scale.ndim else "tensor"
+
+
 @dataclass(frozen=True, eq=False)
 class IntegerEncoding(_Entry):
     """A grid of integers.
@@ -119,6 +126,7 @@ class IntegerEncoding(_Entry):
     zero_point_shift: float = 0.0
 
     arrays = {"scale": np.float64, "offset": np.int64}
+    granularity = property(_granularity)
 
     def _problems(self) -> Iterator[str]:
         yield from _shape_problems(self.scale, self.axis, self.block_size)
@@ -126,11 +134,6 @@ class IntegerEncoding(_Entry):
             yield f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"
         if self.zero_point_shift not in (0, 0.5):
             yield f"zero_point_shift is {self.zero_point_shift}, not 0 or 0.5"
-
-    @property
-    def granularity(self) -> str:
-        """`tensor`, `channel` or `block`."""
-        return _granularity(self)
 
     @property
     def center(self) -> int:
@@ -212,6 +215,7 @@ class FloatEncoding(_Entry):
     block_size: int | None = None
 
     arrays = {"scale": np.float64}
+    granularity = property(_granularity)
 
     def _problems(self) -> Iterator[str]:
         if self.format is not None and FLOAT_FORMATS.get(self.format) != self.bitwidth:
@@ -221,19 +225,8 @@ class FloatEncoding(_Entry):
         if self.scale is not None:
             yield from _shape_problems(self.scale, self.axis, self.block_size)
 
-    @property
-    def granularity(self) -> str:
-        """`tensor`, `channel` or `block`."""
-        return _granularity(self)
-
 
 Entry = IntegerEncoding | LpbqEncoding | FloatEncoding
-
-
-def _granularity(entry: IntegerEncoding | FloatEncoding) -> str:
-    if entry.block_size is not None:
-        return "block"
-    return "channel" if entry.scale is not None and entry.scale.ndim else "tensor"
 
 
 def _range_problems(scale: npt.NDArray[Any], what: str) -> Iterator[str]:

@@ -340,6 +340,9 @@ def test_unfinished_work_is_of_one_key_and_goes_when_it_is_done(
     job.on_stage = lambda name: None
     job.run("quantize", changes=["base.solver=rtn"])
     assert [work.is_dir() for work in works[:2]] == [False, True]
+    works[0].mkdir()  # a kill after the stage was finished
+    job.run("quantize", changes=["base.solver=rtn"])
+    assert not works[0].exists()
 
 
 def test_a_recipe_changed_meanwhile_stops_a_run(

@@ -111,7 +111,6 @@ def run(
                 lock.enter_context(store.locked())
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
-                store.drop_work()
             sources = sources_of(wanted, store, track, reads=True)
             job = _Run(wanted, before, store, sources, track, say, device, asked)
             try:
@@ -188,6 +187,7 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 self.say(f"{stage.name}: skipped, nothing it depends on has changed")
+                self.store.drop_work(self.store.records[stage.place].key)  # left by a kill
                 continue
             if self._is_proven(stage):
                 continue
@@ -222,7 +222,7 @@ class _Run:
                 if (reason := judge.stale.get(needed)) == "has not run":
                     self.say(f"{stage.name}: left out, {needed} {reason}")
                     asked.remove(stage)
-        # A file that is gone does not matter to a finished stage, but a mistyped path does to people.
+        # A finished stage does not need a file that is gone, but its path may be mistyped.
         errors = [gone.error for stage in asked for gone in unread(stage.inputs) if gone.error]
         for problem in dict.fromkeys(map(str, errors)):
             self.say(f"{problem}. What was made from it before stays")
@@ -346,7 +346,7 @@ class _Run:
                 failed=any(failed == name for failed, _ in self.failures),
             )
             record = store.commit(stage.place, record, scratch)
-            store.drop_work()
+            store.drop_work(record.key)
         self.judge.again()
         return record
 

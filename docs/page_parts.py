@@ -93,7 +93,7 @@ def _home(name: str) -> str:
     """`name`, or of what `qwlora` imports from one of its modules, the name there."""
     package, _, last = name.rpartition(".")
     if package == "qwlora":
-        for node in ast.walk(_tree(ROOT / "src/qwlora/__init__.pyi")):
+        for node in ast.walk(_tree(ROOT / "src/qwlora/__init__.py")):
             if isinstance(node, ast.ImportFrom) and any(n.name == last for n in node.names):
                 return f"{node.module}.{last}"
     return name

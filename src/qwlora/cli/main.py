@@ -48,7 +48,7 @@ from qwlora.errors import (
 )
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.store import check_job
-from qwlora.system.machine import configure_threads
+from qwlora.system.machine import configure_threads, process_count
 from qwlora.system.processes import is_first_failure
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
@@ -286,6 +286,8 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if is_first_failure(message):
+    if is_first_failure():
         print(f"qwlora: {shortened(message, 20_000)}", file=sys.stderr)
+    if process_count() > 1:
+        os._exit(code)  # closing the connections would wait for the other processes
     sys.exit(code)

@@ -46,13 +46,14 @@ from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
 from qwlora.system.output_path import as_directory_errors, check_output
-from qwlora.system.processes import end, is_first_process, joined_stages, joint_stage
+from qwlora.system.processes import connected, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]
 
 
+@connected()
 def run(
     recipe: Path | Recipe,
     out: Path,
@@ -121,7 +122,6 @@ def run(
                         (out / name).unlink(missing_ok=True)
     finally:
         store.seen.save()
-        end()
 
 
 def _recipe_in(out: Path) -> Recipe | None:

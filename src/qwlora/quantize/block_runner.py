@@ -29,7 +29,6 @@ from torch import nn
 from qwlora.errors import CalibrationError
 from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of, moved
-from qwlora.system.processes import is_mine, sharing_count
 
 
 class _Stop(BaseException):
@@ -83,8 +82,7 @@ class _Batch(threading.Thread):
 
 
 class BlockRunner(ExitStack, Iterable[str]):
-    """A model with gates before the modules named in `blocks`; use as a context manager. Of `count`
-    batches, a process that shares a stage runs those with `numbers`."""
+    """A model with gates before the modules named in `blocks`; use as a context manager."""
 
     def __init__(
         self, model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
@@ -100,10 +98,8 @@ class BlockRunner(ExitStack, Iterable[str]):
             self._gates[name].enter_context(replaced(module, self._gate(name, module)))
         options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
         device = device_of(model)
-        self.count, self.numbers = len(batches), own_batches(len(batches))
         self.batches = [
-            _Batch(partial(model, **{**moved(dict(batches[number]), device), **options}))
-            for number in self.numbers
+            _Batch(partial(model, **{**moved(dict(batch), device), **options})) for batch in batches
         ]
         for batch in self.batches:
             self.callback(batch.stop)
@@ -146,16 +142,6 @@ class BlockRunner(ExitStack, Iterable[str]):
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         return gate
-
-
-def own_batches(count: int) -> list[int]:
-    """Numbers of the batches that this process runs."""
-    if count < sharing_count():
-        raise CalibrationError(
-            f"{count} calibration sequences cannot be shared by {sharing_count()} processes. Use "
-            "more data, or fewer processes"
-        )
-    return [number for number in range(count) if is_mine(number)]
 
 
 def arguments_of(model: nn.Module) -> tuple[str, ...]:

@@ -37,9 +37,9 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.second_moments import LayerMoments, SecondMoment
 from qwlora.nn.temporary import gradients_disabled
 from qwlora.quantize.block_runner import BlockRunner
-from qwlora.system.device import device_of, moved
+from qwlora.system.device import device_of
 from qwlora.system.parameter_names import canonical_name
-from qwlora.system.processes import gathered, sharing_count
+from qwlora.system.processes import gathered, share, summed
 
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
 
@@ -63,13 +63,11 @@ def observe(
     tensors: Sequence[str],
     runner: BlockRunner,
     outputs: bool = True,
-    processes: Mapping[str, int] | None = None,
 ) -> dict[str, Observed]:
     """Run the block at which `runner` has arrived, and return R and, with `outputs`, G of each
     matrix product in `tensors` whose errors change the block's output. A layer that is the whole
-    block, such as a head, has no G: it would be a multiple of the identity. If processes share the
-    batches, the one that `processes` names returns a layer's moments: it is sent all inputs and
-    gradients, and adds them in the order of one process."""
+    block, such as a head, has no G: it would be a multiple of the identity. Processes that share
+    the batches get the moments of all batches."""
     modules = {
         name: model.get_submodule(name.removesuffix(".weight"))
         for name in tensors
@@ -78,46 +76,53 @@ def observe(
     products = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     if not products:
         return {}
-    device, statistics = device_of(model.get_submodule(block)), dict[str, Observed]()
+    statistics = {
+        name: Observed(
+            SecondMoment(), SecondMoment() if outputs and name != f"{block}.weight" else None
+        )
+        for name in products
+    }
     with (
         torch.enable_grad(),
         gradients_disabled(model.get_submodule(block)),
         _recorded(products) as calls,
     ):
-        results = zip(runner.numbers, runner.repeat(), strict=True)
-        for _ in range(0, runner.count, sharing_count()):  # one batch of each process
-            calls_for: list[list[Any]] = [[] for _ in range(sharing_count())]  # by process
-            seed, result = next(results, (0, None))
+        seed, count = share()
+        for result in runner.repeat():
             if calls:
                 outputs_of_calls = [z for _, _, z in calls]
                 gradients = _gradients(canonical_name(block), result, outputs_of_calls, seed)
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
-                    if gradient is not None and x.numel():
-                        weights = gradient.float().square().sum(-1)
-                        has_output = outputs and name != f"{block}.weight"
-                        call = name, x, weights, gradient if has_output else None
-                        calls_for[processes[name] if processes else 0].append(call)
+                    if gradient is not None:
+                        _add_call(statistics[name], name, x, gradient)
                 del gradients, gradient, x, outputs_of_calls
             del result  # before the next batch runs
             calls.clear()
-            for process in range(sharing_count()):
-                for part in gathered(calls_for.pop(0), process):
-                    while part:
-                        _add_call(statistics, *moved(part.pop(0), device))
+            seed += count  # the batch's number among those of all processes
+    if count > 1:  # all processes have the same layers, in the same order
+        for observed in statistics.values():
+            for moment in filter(None, (observed.input, observed.output)):
+                _add_processes(moment, device_of(model.get_submodule(block)))
     return {name: observed for name, observed in statistics.items() if observed.input.weight > 0}
 
 
-def _add_call(
-    statistics: dict[str, Observed], name: str, x: Tensor, weights: Tensor, gradient: Tensor | None
-) -> None:
-    output = None if gradient is None else SecondMoment()
-    observed = statistics.setdefault(name, Observed(SecondMoment(), output))
+def _add_call(observed: Observed, name: str, x: Tensor, gradient: Tensor) -> None:
     try:
-        observed.input.update(x, weights)
-        if observed.output is not None and gradient is not None:
+        observed.input.update(x, gradient.float().square().sum(-1))
+        if observed.output is not None:
             observed.output.update(gradient)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
+
+
+def _add_processes(moment: SecondMoment, device: torch.device) -> None:
+    """Add what the other processes observed; an expert may get no token in one of them."""
+    parts = gathered((moment.weight, 0 if moment.total is None else len(moment.total)))
+    moment.weight = sum(weight for weight, _ in parts)
+    if (width := max(width for _, width in parts)) and moment.total is None:
+        moment.total = torch.zeros(width, width, device=device)
+    if moment.total is not None:
+        moment.total = summed(moment.total)
 
 
 def _gradients(

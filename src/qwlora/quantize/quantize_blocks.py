@@ -9,8 +9,8 @@ layer outside all lists. For each block, in the order of the forward pass:
     2. solve its layers
     3. pack them and run it again, to compute the inputs of the next block
 
-Processes that share a stage run different batches. One adds a layer's moments, solves it and sends
-it to the others: that divides the work and memory of gptq, and gives all the same codes.
+Processes that share a stage run different batches and add their moments. The first solves all
+layers and sends them to the others, so that all have the same codes.
 
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
@@ -41,20 +41,20 @@ from qwlora.formats.checkpoint import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import LayerMoments, MomentStore
+from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.quantize.block_runner import BlockRunner, arguments_of
 from qwlora.quantize.layer_rules import Assignment
-from qwlora.quantize.layer_statistics import observe
+from qwlora.quantize.layer_statistics import Observed, observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
 from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.device import CPU
 from qwlora.system.parameter_names import canonical_name
-from qwlora.system.processes import by_first, divided, gathered, is_mine, sharing_count
+from qwlora.system.processes import by_first, is_mine, share
 from qwlora.system.progress import Track, untracked
 
 QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
@@ -89,8 +89,13 @@ def quantize_blocks_(
                 )
         return names
 
+    def pack(block: QuantizedBlock, device: torch.device) -> None:
+        for name, (quantized, report) in block.items():
+            pack_at_(model, name, quantized.to(device))
+            reports[canonical_name(name)] = report
+
     if not any(tensor_out_in(model, name).is_meta for name in plan):  # refuse before packing
-        with BlockRunner(model, blocks, batches[: sharing_count()]) as runner:
+        with BlockRunner(model, blocks, batches[:1]) as runner:
             unreached({canonical_name(name) for path in runner for name in blocks[path]})
     with BlockRunner(model, blocks, batches) as runner:
         for path in track(runner, "quantizing", len(blocks)):
@@ -99,39 +104,34 @@ def quantize_blocks_(
             block = by_first(partial(cache.read, path, {name: plan[name] for name in floats}))
             if block is None:
                 followed = [name for name in floats if moments is not None or name in calibrated]
-                # gptq updates every weight of a row once for each of its columns
-                costs = {name: float(w.numel() * w.shape[-1]) for name, w in floats.items()}
-                processes, block, seen = divided(costs), QuantizedBlock(), dict[str, LayerMoments]()
-                statistics = observe(model, path, followed, runner, moments is not None, processes)
-                for name in [name for name in floats if is_mine(processes[name])]:
-                    moment = statistics.pop(name).moment if name in statistics else None
-                    inputs = None if moment is None else moment.input
-                    block[name] = solve_tensor(name, floats.pop(name), plan[name], inputs)
-                    if moments is not None and moment is not None:
-                        seen[canonical_name(name).removesuffix(".weight")] = moment
-                block = _of_all(block, blocks[path])
-                if moments is not None:
-                    for part in gathered(seen, receiver=0):
-                        moments.update(part)
+                statistics = observe(model, path, followed, runner, moments is not None)
+                block = by_first(partial(_solve, floats, plan, statistics, moments))
                 cache.write(block)
+                del statistics
             del floats
-            for name, (quantized, report) in block.items():
-                pack_at_(model, name, quantized.to(device))
-                reports[canonical_name(name)] = report
+            pack(block, device)
     for name in unreached(reports):
-        quantized, report = solve_tensor(name, tensor_out_in(model, name), plan[name])
-        pack_at_(model, name, quantized)
-        reports[canonical_name(name)] = report
+        weight = tensor_out_in(model, name)
+        pack(by_first(partial(_solve, {name: weight}, plan, {})), weight.device)
     return reports
 
 
-def _of_all(own: QuantizedBlock, names: Sequence[str]) -> QuantizedBlock:
-    """The tensors `names`, each from the process that has solved it."""
-    if sharing_count() == 1:
-        return own
-    parts = gathered({name: (tensor.to(CPU), report) for name, (tensor, report) in own.items()})
-    solved = ChainMap(*parts)
-    return {name: solved[name] for name in names}
+def _solve(
+    floats: dict[str, Tensor],
+    plan: Mapping[str, Assignment],
+    statistics: dict[str, Observed],
+    moments: MomentStore | None = None,
+) -> QuantizedBlock:
+    """Solve the tensors in `floats`, and store what was observed of their layers in `moments`."""
+    block = QuantizedBlock()
+    for name in list(floats):  # each is freed when it is solved
+        moment = statistics.pop(name).moment if name in statistics else None
+        inputs = None if moment is None else moment.input
+        quantized, report = solve_tensor(name, floats.pop(name), plan[name], inputs)
+        block[name] = quantized.to(CPU), report
+        if moments is not None and moment is not None:
+            moments[canonical_name(name).removesuffix(".weight")] = moment
+    return block
 
 
 def observe_moments(
@@ -158,21 +158,18 @@ def observe_moments(
     blocks = tensors_by_block(model, packed)
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
-            processes = divided(dict.fromkeys(blocks[path], 1.0))
-            observed = observe(model, path, blocks[path], runner, processes=processes)
-            seen = {
-                canonical_name(name).removesuffix(".weight"): layer.moment
-                for name, layer in observed.items()
-            }
-            for part in gathered(seen, receiver=0):
-                moments.update(part)
+            observed = observe(model, path, blocks[path], runner)
+            for name, layer in observed.items():
+                if is_mine(0):
+                    moments[canonical_name(name).removesuffix(".weight")] = layer.moment
     return moments
 
 
 def batches_of(
     calibration: Tensor | Iterable[Any] | None, model: nn.Module
 ) -> Sequence[Mapping[str, Any]]:
-    """The keyword arguments of `model`, batch by batch, of the `calibration` of `quantize_`."""
+    """The keyword arguments of `model`, batch by batch, of the `calibration` of `quantize_`. Each
+    of several processes gets every n-th batch."""
     if calibration is None:
         raise GridError(
             "solver gptq and moments need calibration data: token ids, or batches of the model's "
@@ -186,7 +183,12 @@ def batches_of(
         raise CalibrationError("calibration needs at least one sequence, but got none")
     for batch in batches:
         check_token_ids(batch, model, CalibrationError)
-    return batches
+    if len(batches) < (count := share()[1]):
+        raise CalibrationError(
+            f"{len(batches)} calibration sequences cannot be shared by {count} processes. Use more "
+            "data, or fewer processes"
+        )
+    return [batch for number, batch in enumerate(batches) if is_mine(number)]
 
 
 def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:

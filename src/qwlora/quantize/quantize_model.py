@@ -64,14 +64,13 @@ from qwlora.nn.frozen import (
 )
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.bit_budget import BitBudget, budget_rules
-from qwlora.quantize.block_runner import own_batches
 from qwlora.quantize.layer_rules import LayerRule, plan_layers
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.system.device import CPU
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
-from qwlora.system.processes import by_first
+from qwlora.system.processes import gathered
 from qwlora.system.progress import Track, untracked
 
 
@@ -304,18 +303,15 @@ def _pack_(
         usual = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         wanted = replace(budget, schemes=budget.schemes or similar_schemes(usual))
         batches, blocks = batches_of(calibration, model), tensors_by_block(model, plan)
-
-        def choose() -> list[LayerRule]:
-            floats = source.unchanged()
-            with floats.blocks(blocks, len(batches)):
-                return budget_rules(floats.model, plan, rules, wanted, blocks, batches, track)
-
-        chosen = by_first(choose)
+        floats = source.unchanged()
+        with floats.blocks(blocks, len(batches)):
+            chosen = budget_rules(floats.model, plan, rules, wanted, blocks, batches, track)
+        chosen = gathered(chosen)[0]  # an expert may get no token in one of several processes
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)
-        with source.blocks(blocks, len(own_batches(len(batches)))):
+        with source.blocks(blocks, len(batches)):
             reports = quantize_blocks_(model, plan, blocks, batches, moments, work, track)
     else:
         for name in source.modules(plan, track):

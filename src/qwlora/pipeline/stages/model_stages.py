@@ -80,7 +80,7 @@ from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 from qwlora.system.parameter_names import BASE
-from qwlora.system.processes import is_first_process, joint
+from qwlora.system.processes import is_first_process
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
@@ -109,15 +109,13 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if stage.name == SAMPLE:
         return _sample(context, scratch) if is_first_process() else {}
     recipe, measured = context.recipe, dict[str, Any]()
-    is_shared = is_calibrated(recipe)
     folder = scratch if is_first_process() else None
     if folder is not None and recipe.base.tuning.steps:
         folder = work / "solved"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    if folder is not None or is_shared:
-        with joint(is_shared):
-            identity, report = _write_base(context, folder, work)
+    if folder is not None or is_calibrated(recipe):
+        identity, report = _write_base(context, folder, work)
     if folder is None:
         return {}
     size = report.size

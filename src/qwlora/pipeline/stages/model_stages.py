@@ -59,7 +59,6 @@ from qwlora.pipeline.stage import (
 )
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.pipeline.store import NAME, TEXT_NAME
-from qwlora.pipeline.target_table import model_files, second_rounding
 from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
@@ -72,6 +71,7 @@ from qwlora.quantize.quantize_model import (
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from qwlora.recipe import Adapter
+from qwlora.recipe.model_files import model_files, second_rounding
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings

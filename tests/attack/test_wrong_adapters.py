@@ -137,7 +137,7 @@ OTHER = r"Load it onto its own base, or train it again"
 AGAIN = r"[Cc]opy it again, or train it again"
 FIT = r"[Uu]se its own base"
 KIND = r"only LORA is supported. Train one"
-FACTORS = r"only LoRA factors of linear layers .*train an adapter without"
+FACTORS = r"only LoRA factors of linear layers .*Train without dora"
 # What is wrong with a folder: what makes it, and what the refusal says.
 FOLDERS: dict[str, tuple[Make, str]] = {
     "of another model": (lambda f: ours(base(seed=4), f), OTHER),

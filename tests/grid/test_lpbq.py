@@ -16,7 +16,8 @@ from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
-from qwlora.targets.registry import GGUF
+from qwlora.targets.refusals import Subject, Weight, refusals
+from qwlora.targets.registry import TARGETS
 
 from .strategies import brief, matrices
 
@@ -97,6 +98,6 @@ def test_another_kind_of_blocks_is_a_class(tmp_path: Path, monkeypatch: pytest.M
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
     assert {layer.scheme for layer in packed_weights(loaded).values()} == {scheme}
-    assert GGUF.problem(scheme) is None
+    assert not refusals(TARGETS["gguf"], Subject(weights={"all": Weight(scheme)}))
     with pytest.raises(GridError, match="no blocks of kind power"):
         entry_of("w", layer.encoding, "2.1.0")

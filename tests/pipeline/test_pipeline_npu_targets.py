@@ -74,8 +74,9 @@ def test_the_htp_takes_activations_of_8_bits_with_some_weights(recipe_for: Any) 
     with pytest.raises(RecipeError) as found:
         load_recipe(recipe)
     assert "glob for the names of the norms" in str(found.value)
-    assert "base.weights: int4 symmetric per block 32: the HTP multiplies inputs" in str(
-        found.value
+    assert (
+        "base.weights: int4 symmetric per block 32: the HTP, with inputs of 8 bits, has no blocks"
+        in str(found.value)
     )
     simulation["rules"] = [norms]
     embeddings = {"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}
@@ -98,9 +99,12 @@ FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
         ({"export": {"targets": ["qairt"], "use_cases": ["first+first"]}}, "an adapter twice"),
         ({"export": {"targets": ["qairt"], "use_cases": ["none"]}}, "must hold an adapter"),
         ({"adapters": [{**ADAPTERS[0], "name": "none"}]}, "choose another name"),
-        ({"adapters": [{**ADAPTERS[0], "name": "host"}]}, "host is the name of another .*/qairt"),
+        (
+            {"adapters": [{**ADAPTERS[0], "name": "host"}]},
+            "target qairt: adapter host has the name of another",
+        ),
         ({"workflow": "qwa-lora"}, "use workflow qw-lora"),
-        ({"adapters": OTHER_LENGTH}, "sequence_tokens: first 32, second 16; .* remove qairt"),
+        ({"adapters": OTHER_LENGTH}, "target qairt: .*sequence_tokens: first 32, second 16"),
         (
             {
                 **HTP,
@@ -115,7 +119,10 @@ FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
             {**HTP, "export": {"targets": ["qnn"], "graphs": {"context": [128]}}},
             r"\[128, 1\], since",
         ),
-        ({**HTP, "adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
+        (
+            {**HTP, "adapters": [{**TWO[0], "name": "zero"}]},
+            "adapter zero has the name of another file",
+        ),
         (
             {**HTP, "export": AIMET, "simulation": FLOAT_SOFTMAX},
             "target aimet: set simulation.residual_adds: quantize; .* remove keep: float",
@@ -138,7 +145,7 @@ def test_impossible_graphs_and_cases(sections: dict[str, Any], said: str, recipe
 
 def test_an_embedding_that_the_htp_cannot_read_is_refused(job_for: Any) -> None:
     job = job_for(**{"adapters": TWO, **HTP, "base": {"weights": "w4-channel"}})
-    with pytest.raises(GridError, match="embed_tokens', bitwidth: 8, granularity: tensor"):
+    with pytest.raises(GridError, match=r"embed_tokens.*bitwidth: 8, granularity: tensor"):
         job.run()
 
 

@@ -13,11 +13,12 @@ from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model
 from formats.test_model_card import gguf
 from qwlora import Scheme, quantize_
-from qwlora.errors import GridError, MissingExtraError, SourceError
+from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
-from qwlora.pipeline.target_table import second_rounding, target_table
 from qwlora.recipe import load_recipe
+from qwlora.recipe.model_files import exported_base, second_rounding
+from qwlora.targets.refusals import notes
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
 
@@ -47,8 +48,8 @@ def test_what_the_htp_does_not_compute_is_said_of_its_encodings(recipe_for: Any)
     changes = ("export.targets=[aimet, qairt, onnx]", "simulation.residual_adds=quantize")
     for weights, said in (("w4-signed32", True), ("w4-block32", False)):
         recipe = load_recipe(recipe_for(), (*changes, f"base.weights={weights}"))
-        notes = "\n".join(target_table(recipe)[1])
-        assert bool(re.search(r"warning: aimet, qairt: .*HTP takes positive scales", notes)) == said
+        found = "\n".join(notes(exported_base(recipe), recipe.export.targets))
+        assert bool(re.search(r"warning: aimet, qairt: .*HTP has no signed scales", found)) == said
 
 
 def test_kept_scales_that_are_no_float16_are_refused(recipe_for: Any, tmp_path: Path) -> None:
@@ -56,8 +57,8 @@ def test_kept_scales_that_are_no_float16_are_refused(recipe_for: Any, tmp_path: 
     (tmp_path / "kept").mkdir()
     TARGETS["hf"].backend.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "kept")
     changes = (f"model.source={tmp_path / 'kept'}", "base.solver=keep", "export.targets=[gguf]")
-    with pytest.raises(GridError, match=r"gguf cannot hold .*solver keep leaves scales"):
-        target_table(load_recipe(recipe_for(), changes))
+    said = refused("check", recipe_for(), *(f"--set={change}" for change in changes))
+    assert re.search(r"target gguf: .*weight: .*its scales are float32", said)
 
 
 def test_check_and_run_say_that_integers_are_rounded_again(job_for: Any, tmp_path: Path) -> None:

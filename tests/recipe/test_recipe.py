@@ -66,12 +66,12 @@ MISTAKES = {
         "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth; remove one of them"
     ),
     "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}": (
-        "simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: onnx supports "
-        "activations of 8 or 16 bits; use one of these, or remove onnx from export.targets"
+        "target onnx: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: "
+        "activations have 8 or 16 bits. Change it, or use other targets"
     ),
     "simulation.adapter_activation_bitwidth=4": (
-        "simulation.adapter_activation_bitwidth 4: onnx supports activations of 8 or 16 bits; "
-        "use one of these, or remove onnx from export.targets"
+        "target onnx: simulation.adapter_activation_bitwidth 4: "
+        "activations have 8 or 16 bits. Change it, or use other targets"
     ),
     "export={targets: [aimet], layout: genie}": (
         "export: layout: genie is for qairt or qnn. Add it to targets, or remove layout"
@@ -307,7 +307,7 @@ def test_a_budget_chooses_from_what_all_targets_hold(
 def test_a_budget_of_schemes_that_no_folder_holds_together_is_refused(recipe_for: Any) -> None:
     grids = ("base={bits: 4, weights: w4-block32-asymmetric}", "export.targets=[hf]")
     (found,) = problems(recipe_for(), *grids)
-    assert re.search(r"base\.bits.* hf: .*only if all layers have it.*symmetric", found)
+    assert re.search(r"base\.bits.* target hf: .*only if all layers have it.*symmetric", found)
 
 
 def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:

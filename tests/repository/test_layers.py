@@ -32,7 +32,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Folders and files of the pipeline, lowest first.
 STEPS = (
-    *("store", "sources", "stage", "target_table", "stages", "plan", "job"),
+    *("store", "sources", "stage", "stages", "plan", "job"),
     *("results", "running", "run", "commands"),
 )
 

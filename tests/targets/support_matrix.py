@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from qwlora.errors import CaptureError, ExportError
 from qwlora.grid.scheme import Bf16Block, PerBlock, PerChannel, Scheme, SignedBlock, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
-from qwlora.targets.registry import TARGETS, vllm_problem
+from qwlora.targets.refusals import Subject, Weight, refusals
+from qwlora.targets.registry import TARGETS, VLLM
 from qwlora.targets.target import ExportedBase
-from qwlora.targets.target_compatibility import refusals
 from qwlora.targets.weights.weights_folder import layer_kind
 from simulation.tiny_architectures import DECODER, make, with_large_weights
 from targets.proofs import verify_weights
@@ -67,8 +68,9 @@ def scheme_table() -> str:
     """Which schemes each target holds exactly. Blocks of 32, 64 and 128 are held alike."""
     refusing: dict[tuple[str, str], str] = {}  # by kind of grid and bits
     for scheme in SCHEMES:
-        problems = {name: target.scheme_problem(scheme) for name, target in TARGETS.items()}
-        problems["hf in vLLM"] = vllm_problem([scheme])
+        subject = Subject(weights={"all": Weight(scheme)})
+        targets = {**TARGETS, "hf in vLLM": replace(TARGETS["hf"], limits=VLLM)}
+        problems = {name: refusals(target, subject) for name, target in targets.items()}
         form = r"(?:w|int)(\d)[- ](.*?)(?: ?(?:32|64|128))?(-asymmetric)?"
         ((bits, kind, _),) = re.findall(f"^{form}$", short_name(scheme))
         kind = kind if scheme.symmetric else "asymmetric"  # blocks and channels are held alike
@@ -95,10 +97,12 @@ def outcome(architecture: str, name: str) -> str:
             (folder / part).mkdir()
         grid = "w4-bf16block32" if name == "executorch" else "w4-block32"
         model, tokenizer = made(architecture, grid), byte_tokenizer()
-        kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
-        problem = target.backend.model_problem(model, tokenizer)
-        if problems := [*refusals(target, kinds=kinds), *filter(None, [problem])]:
-            return f"no: {re.split(': one|, and this is', problems[0])[0]}"
+        kinds = [layer_kind(layer) for layer in packed_weights(model).values()]
+        weights = {kind.name: Weight(None, kind=kind) for kind in kinds}
+        subject = Subject(weights=weights, model=model, tokenizer=tokenizer)
+        if problems := refusals(target, subject):
+            why = problems[0].partition(", and this is")[0]
+            return f"no: {re.sub('^[A-Z0-9]+: ', '', why)}"
         try:
             target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
             adapted = with_adapter(model)

@@ -10,7 +10,7 @@ import typer
 
 from qwlora.cli.shared_arguments import AsJson, Changes
 from qwlora.cli.terminal import ProgressDisplay, print_result, table
-from qwlora.errors import DirectoryError, SourceError, foreign_as, size
+from qwlora.errors import DirectoryError, GridError, SourceError, foreign_as, size
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import one_step
 
@@ -34,14 +34,18 @@ def check(
     Also prints which targets hold the grids of its base.
     """
     from qwlora.pipeline.stages import quiet_libraries
-    from qwlora.pipeline.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
+    from qwlora.recipe.model_files import check_source, exported_base, second_rounding
     from qwlora.recipe.yaml_core import dump_yaml, flow
+    from qwlora.targets import refusals
     from qwlora.targets.registry import TARGETS
 
     checked = load_recipe(recipe, tuple(changes or ()))
     quiet_libraries()
-    rows, notes = target_table(checked)
+    check_source(checked)
+    chosen, base = checked.export.targets, exported_base(checked)
+    refusals.refuse(chosen, base, GridError)
+    notes = refusals.notes(base, chosen)
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
     if full:
@@ -52,10 +56,10 @@ def check(
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
-    for name in checked.export.targets:
+    for name in chosen:
         if missing := TARGETS[name].missing(to_write=True):
             notes.append(f"warning: export.targets: {name}: {missing}")
-    for line in (*table(rows), *(["", *notes] if notes else [])):
+    for line in (*table([*refusals.table(base, chosen)]), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 
 
@@ -129,7 +133,7 @@ def plan(
 
     quiet_libraries()
     from qwlora.pipeline.running.forecast import plan_job
-    from qwlora.pipeline.target_table import second_rounding
+    from qwlora.recipe.model_files import second_rounding
 
     with ProgressDisplay(as_json) as display, one_step(display.track, "estimating"):
         estimates = plan_job(content, out)

@@ -23,11 +23,8 @@ from qwlora.grid.scheme import (
 )
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
-from qwlora.recipe.yaml_core import flow
 from qwlora.simulation.placement_rules import PlacementRule
-from qwlora.targets.npu.htp_limits import NORM_REMEDY, input_problem
-from qwlora.targets.target import Target
-from qwlora.targets.target_compatibility import Grid
+from qwlora.targets.refusals import Weight
 
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
@@ -252,15 +249,15 @@ class Base(Section):
             LayerRule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules
         ]
 
-    def grids(self) -> dict[Grid, str]:
-        """The grids that are asked for, and for which layers; none with solver keep."""
+    def grids(self) -> dict[str, Weight]:
+        """The grids that are asked for, by the first key or rule; none with solver keep."""
         if self.solver == "keep":
             return {}
-        grids = {Grid(self.weights.scheme(), self.solver): "base.weights"}
+        grids = {Weight(self.weights.scheme(), self.solver): "base.weights"}
         for rule in self.rules:
             if (scheme := rule.scheme(self.weights)) is not None:
-                grids.setdefault(Grid(scheme, rule.solver or self.solver), rule.match)
-        return grids
+                grids.setdefault(Weight(scheme, rule.solver or self.solver), rule.match)
+        return {name: weight for weight, name in grids.items()}
 
     @property
     def bytes(self) -> float | None:
@@ -378,55 +375,6 @@ class SimulationSection(Section):
     """encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: every
     activation; adapter_only: lora_A, lora_B and their outputs before the base layer's is added;
     none: one set for all adapters, padded to one rank on the same layers"""
-
-    def lacking(self, target: Target) -> Iterator[str]:
-        """The keys to change for a target whose graphs have a key-value cache: all of their values
-        need a grid, and one that Qualcomm's HTP has if it compiles them; else none may have one."""
-        if not target.cached_graphs:
-            return
-        if self.policy == "weights-only" and not target.compilers:
-            if self.key_value_bitwidth is not None:
-                yield "remove simulation.key_value_bitwidth: policy weights-only leaves them float"
-            for number, rule in enumerate(self.rules):
-                if rule.of != "weights" and rule.keep is None:
-                    yield f"set simulation.rules.{number}.of: weights, or simulation.policy: npu"
-            return
-        wanted: dict[str, object] = {"policy": "npu", "residual_adds": "quantize"}
-        if target.compilers:
-            wanted |= {
-                "symmetric_matmul_second_input": True,
-                "key_value_bitwidth": 8,
-                "base_activations": "none",
-            }
-            if self.adapter_activation_bitwidth is not None:
-                wanted["adapter_activation_bitwidth"] = self.activation_bitwidth
-            if (problem := input_problem(self.adapter_weights.scheme())) is not None:
-                yield f"simulation.adapter_weights: {problem}"
-            if self.activation_bitwidth == 8 and not any(
-                (rule.of, rule.bitwidth, rule.symmetric) == ("weights", 8, False)
-                for rule in self.rules
-            ):
-                yield NORM_REMEDY
-        for key, value in wanted.items():
-            if getattr(self, key) != value:
-                yield f"set simulation.{key}: {flow(value)}"
-        for number, rule in enumerate(self.rules):
-            if rule.keep is not None:
-                yield f"simulation.rules.{number}: every value needs a grid; remove keep: float"
-
-    def activation_bitwidths(self) -> dict[str, int]:
-        """Every bitwidth that activations can have, by the key that sets it."""
-        bitwidths = {
-            f"simulation.rules.{number}.bitwidth": rule.bitwidth
-            for number, rule in enumerate(self.rules)
-            if rule.bitwidth is not None and rule.of != "weights"
-        }
-        if self.policy == "weights-only":
-            return bitwidths
-        for key in ("adapter_activation_bitwidth", "activation_bitwidth"):
-            if (bits := getattr(self, key)) is not None:
-                bitwidths = {f"simulation.{key}": bits, **bitwidths}
-        return bitwidths
 
     def estimator(self) -> RangeEstimator:
         """How activation ranges are chosen."""

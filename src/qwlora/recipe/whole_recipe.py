@@ -12,10 +12,9 @@ from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
-from qwlora.targets.npu.htp_limits import weight_problem
+from qwlora.targets.refusals import AdapterParts, Subject, Weight, refusals, refused
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
-from qwlora.targets.target_compatibility import Grid, grid_problem, refusal
 
 if TYPE_CHECKING:
     TargetName = str
@@ -172,7 +171,7 @@ class Recipe(Section):
         if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
         targets, defaults = export.get("targets"), preset["base"]
-        for_htp = [name for name, target in TARGETS.items() if target.is_for_htp]
+        for_htp = [name for name, target in TARGETS.items() if target.chip]
         if isinstance(targets, list) and any(name in targets for name in for_htp):
             defaults = {**defaults, "weights": {"granularity": "block"}}
         base = base if keeps else _filled(base, defaults)
@@ -242,75 +241,45 @@ class Recipe(Section):
             )
 
     def _target_problems(self) -> Iterator[str]:
-        """What the recipe alone says; `target_compatibility.refusals` knows more with a model."""
-        targets = {name: TARGETS[name] for name in self.export.targets}
-        names = {a.name for a in self.adapters}
-        others = [a.name for a in self.adapters if a.dora or a.target_parameters]
-        mergeable = [a.name for a in self.adapters if a.mergeable]
-        for name, target in targets.items():
-            if lacking := list(self.simulation.lacking(target)):
-                yield f"target {name}: {'; '.join(lacking)}; or remove it from export.targets"
-            if target.compilers and self.simulation.activation_bitwidth == 8:
-                for grid, key in self.base.grids().items():
-                    if problem := weight_problem(grid.scheme, 8):
-                        yield f"{key}: {problem}"
-            held, bitwidths = target.activation_bitwidths, self.simulation.activation_bitwidths()
-            wrong = [f"{key} {bits}" for key, bits in bitwidths.items() if bits not in held]
-            if target.is_simulated and wrong:
-                yield (
-                    f"{', '.join(wrong)}: {name} supports activations of "
-                    f"{' or '.join(map(str, held))} bits; use one of these, or remove {name} from "
-                    "export.targets"
-                )
-            if (bits := self.export.embedding_bits or 0) and bits not in target.embedding_bits:
-                yield (
-                    f"export.embedding_bits: {name} holds {target.embedding_bits[0]} bits only. "
-                    f"Remove embedding_bits, or {name} from export.targets"
-                )
-            if taken := target.taken_names & names:
-                yield (
-                    f"adapters: {', '.join(sorted(taken))} is the name of another file or folder "
-                    f"in export/{name}; choose another name"
-                )
-            if others and target.holds_factors_only:
-                yield (
-                    f"adapters {', '.join(others)}: {name} holds LoRA factors of linear layers, "
-                    "but no DoRA and no experts. Train without dora and target_parameters, or use "
-                    "export.targets: [onnx_each], which writes a model for each adapter"
-                )
-            if mergeable and (target.has_base or target.has_cases):
-                yield (
-                    f"adapters {', '.join(mergeable)}: mergeable adapters have integers of their "
-                    f"own, and {name} switches adapters on those of the base. Use export.targets: "
-                    "[onnx_each] or [aimet]; or merge (`qwlora merge`), and export the merged base "
-                    "(qwlora.export, or as model.source)"
-                )
+        """What the recipe alone says; preflight knows the model, too."""
+        yield from refused(self.export.targets, self.subject())
         activated = [a.name for a in self.adapters if a.alora_invocation]
-        if activated and (problem := self.invocation_problem()):
-            yield f"adapters {', '.join(activated)}: activated LoRA {problem}"
-        if self.base.solver != "keep" and (refused := refusal(self.base.grids(), targets)):
-            yield f"base.weights, base.rules: {refused}; or remove a target from export.targets"
-        elif self.base.has_budget:
-            schemes = set(self.budget_schemes())
-            for name, target in targets.items():
-                if conflict := target.conflict(schemes):
-                    yield f"base.bits, base.size: {name}: {conflict}. Use symmetric base.weights"
+        yield from filter(None, map(self.invocation_problem, activated))
+        schemes = self.budget_schemes() if self.base.has_budget else []
+        together = {str(scheme): Weight(scheme) for scheme in schemes}
+        for problem in refused(self.export.targets, Subject(weights=together)):
+            yield f"base.bits, base.size: {problem}. Use symmetric base.weights"
 
-    def invocation_problem(self) -> str | None:
-        """Why the recipe cannot have activated LoRA, as a predicate; None if it can."""
-        held = [name for name, target in TARGETS.items() if target.holds_invocation]
-        refused = [f"target {name}" for name in self.export.targets if name not in held]
-        refused += ["a simulation"] if self.is_simulated else []
-        if not refused:
-            return None
-        return (
-            f"(alora_invocation) starts inside a sequence, and {', '.join(refused)} computes all "
-            f"tokens alike. Set export.targets to {' or '.join(held)}, and workflow to qw-lora"
+    def invocation_problem(self, adapter: str) -> str | None:
+        """Why an adapter cannot be activated LoRA; None if it can."""
+        parts = AdapterParts(adapter, is_activated=True)
+        subject = Subject(adapters=[parts], trains_graph=self.workflow == "qwa-lora")
+        # without a target, adapters are simulated, as target onnx does
+        return next(refused(self.export.targets or ["onnx"], subject), None)
+
+    def subject(self) -> Subject:
+        """What is exported, as far as the recipe says."""
+        parts = [
+            AdapterParts(
+                a.name,
+                ["DoRA"] * a.dora + ["experts"] * bool(a.target_parameters),
+                is_mergeable=a.mergeable,
+                sequence_tokens=self.data_of(a).sequence_tokens,
+            )
+            for a in self.adapters
+        ]
+        return Subject(
+            weights=self.base.grids(),
+            adapters=parts,
+            input_bits=self.simulation.activation_bitwidth,
+            simulation=self.simulation.model_dump(),
+            embedding_bits=self.export.embedding_bits,
+            trains_graph=self.workflow == "qwa-lora",
         )
 
     def _use_case_problems(self) -> Iterator[str]:
-        target = next((name for name in self.export.targets if TARGETS[name].has_cases), None)
-        if target is None and self.export.use_cases is None:
+        has_cases = any(TARGETS[name].has_cases for name in self.export.targets)
+        if not has_cases and self.export.use_cases is None:
             return
         cases = self.use_cases()
         for case in cases:
@@ -323,21 +292,6 @@ class Recipe(Section):
             yield (
                 "export.use_cases must hold an adapter, and every use case once; it holds "
                 f"{', '.join(cases) or 'nothing'}"
-            )
-        if target is None:
-            return
-        if self.workflow == "qwa-lora":
-            yield (
-                f"target {target} calibrates use cases after training, which would replace the "
-                "grids that workflow qwa-lora trained through; use workflow qw-lora"
-            )
-        tokens = {a.name: self.data_of(a).sequence_tokens for a in self.adapters}
-        if len(set(tokens.values())) > 1:
-            lengths = ", ".join(f"{name} {count}" for name, count in tokens.items())
-            yield (
-                f"adapters[].data.sequence_tokens: {lengths}; target {target} has one graph of a "
-                f"fixed length for all adapters. Use equal values, or remove {target} from "
-                "export.targets"
             )
 
     def _sharing_problems(self) -> Iterator[str]:
@@ -433,11 +387,14 @@ class Recipe(Section):
 
     def budget_schemes(self) -> list[Scheme]:
         """The schemes that `base.bits` chooses from: those that all targets hold."""
-        targets = [TARGETS[name] for name in self.export.targets]
+        solver, targets = self.base.solver, [TARGETS[name] for name in self.export.targets]
         return [
             scheme
             for scheme in similar_schemes(self.base.weights.scheme())
-            if not any(grid_problem(target, Grid(scheme, self.base.solver)) for target in targets)
+            if not any(
+                refusals(target, Subject(weights={"": Weight(scheme, solver)}))
+                for target in targets
+            )
         ]
 
     def predecessor(self, adapter: Adapter) -> Adapter | None:

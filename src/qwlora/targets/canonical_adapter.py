@@ -51,6 +51,8 @@ from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.system import strict_json
 from qwlora.system.parameter_names import BASE, is_adapter_name
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
+from qwlora.targets.refusals import AdapterParts, Subject, refusals
+from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, members
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -135,20 +137,9 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
         ExportError: it is mergeable, or holds something that is not a pair of LoRA factors of a
             linear layer, or is activated LoRA, which the target does not hold.
     """
-    config, what = read_config(folder), f"adapter {str(folder)!r}"
-    if mergeable_record(folder) is not None:
-        raise ExportError(
-            f"{what} is mergeable: it was trained as merged integers, which its factors alone do "
-            "not compute. Merge it (`qwlora merge`, qwlora.merged_model) and export the merged base"
-        )
+    config, other = read_config(folder), list[str]()
     invocation = tuple(config.get("alora_invocation_tokens") or ())
-    if invocation and not holds_invocation:
-        raise ExportError(
-            f"{what} is activated LoRA (alora_invocation_tokens in {CONFIG}), and the target would "
-            "apply it to every token. Export it to hf or gguf"
-        )
     halves: dict[str, dict[str, Tensor]] = {}
-    other = []
     for name, _, tensor in weights_of(folder, read=True):
         match = _FACTOR.fullmatch(name)
         if match is None or tensor.ndim != 2:
@@ -156,12 +147,16 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
         else:
             halves.setdefault(match[1], {})[match[2]] = tensor.float()
     other += [module for module, found in halves.items() if len(found) < 2]
-    if other or config.get("use_dora") or config.get("target_parameters"):
-        raise ExportError(
-            f"{what} holds {listed(other) or 'DoRA magnitudes or experts'}: only LoRA factors of "
-            "linear layers can be exported to this target. Remove it from export.targets, or train "
-            "an adapter without DoRA, embeddings, convolutions and experts"
-        )
+    other += [key for key in ("use_dora", "target_parameters") if config.get(key)]
+    parts = AdapterParts(
+        repr(str(folder)),
+        other,
+        is_mergeable=mergeable_record(folder) is not None,
+        is_activated=bool(invocation),
+    )
+    switching = "hf" if holds_invocation else "genai"  # any target that switches factors
+    if reasons := refusals(TARGETS[switching], Subject(adapters=[parts])):
+        raise ExportError(". ".join(reasons))
     patterns, factors = config.get("alpha_pattern") or {}, {}
     for module, pair in halves.items():
         a, b, rank = pair["A"].contiguous(), pair["B"], len(pair["A"])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache, cached_property, partial
 from importlib import import_module
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError
+from qwlora.grid.scheme import Blocks
 from qwlora.system.atomic import files_in
 from qwlora.system.optional_packages import node_package, require
 from qwlora.system.parameter_names import BASE
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 
 OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
+ANY_BITS = range(2, 17)
 PROOF = "proof"  # a folder of a bundle, next to BASE and those of adapters
 NONE, AND = "none", "+"  # use cases: no adapter; the names of several
 
@@ -86,8 +88,57 @@ def size_problems(tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[st
         )
 
 
-def _no_problem(_: Any) -> None:
-    return None
+@dataclass(frozen=True, kw_only=True)
+class FormatLimits:
+    """What a format, or the program that reads it, can hold. `refusals.py` reads it.
+
+    Args:
+        name: the format's, in messages.
+        symmetric, zero_point, float_offset: bitwidths of grids that are symmetric, or have an
+            integer or a float offset.
+        tensor_bits, channel_bits, block_bits: bitwidths of grids by what one scale covers.
+        has_signed_scales: whether scales can be negative.
+        block, block_sizes: blocks are multiples of the one, and one of the others if any are given.
+        block_kind: the kind of blocks.
+        stored_blocks: all grids are stored in blocks of one of these sizes, largest first. Empty:
+            grids are stored as they are.
+        has_float16_scales: whether scales are stored as float16.
+        has_float_embeddings: whether embeddings are written as the floats that codes stand for.
+        refused: kinds of layers, and why they are.
+        same_scheme, same_if_asymmetric: why all layers need one scheme, if they do, or if one of
+            theirs is asymmetric.
+        with_8_bits, tables: limits of weights that are multiplied with activations of 8 bits, and
+            of embeddings. Default: the same.
+        remedy: a sentence at the end of messages.
+    """
+
+    name: str = ""
+    symmetric: Collection[int] = ANY_BITS
+    zero_point: Collection[int] = ()
+    float_offset: Collection[int] = ()
+    tensor_bits: Collection[int] = ANY_BITS
+    channel_bits: Collection[int] = ANY_BITS
+    block_bits: Collection[int] = ANY_BITS
+    has_signed_scales: bool = True
+    block: int = 1
+    block_sizes: tuple[int, ...] = ()
+    block_kind: type[Blocks] = Blocks
+    stored_blocks: tuple[int, ...] = ()
+    has_float16_scales: bool = False
+    has_float_embeddings: bool = False
+    refused: Mapping[LayerKind, str] = field(default_factory=dict)
+    same_scheme: str = ""
+    same_if_asymmetric: str = ""
+    with_8_bits: FormatLimits | None = None
+    tables: FormatLimits | None = None
+    remedy: str = ""
+
+    def stored_block(self, scheme: Scheme, columns: int) -> int | None:
+        """The first of `stored_blocks` that crosses no block of the grid and fills rows of
+        `columns` values; None if there is none."""
+        block = scheme.granularity.size if isinstance(scheme.granularity, Blocks) else columns
+        sizes = self.stored_blocks
+        return next((size for size in sizes if block % size == 0 and columns % size == 0), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +163,13 @@ class Target:
         model_files: glob of the files whose total size is reported.
         reserved: names of other files, which no adapter can have.
         source_suffix: of files of a model whose own integers, metadata and tokenizer are copied.
-        has_float16_scales: whether the files hold scales as float16.
-        writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
-        writes_floats: whether all weights are, as float32 next to their encodings.
-        is_for_htp: whether they are compiled for Qualcomm's HTP, which has no signed scales;
-            encodings files hold these as asymmetric grids.
+        writes_floats: whether all weights are written as float32 next to their encodings.
         holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
-        scheme_problem, embedding_problem, kind_problem: why the files cannot hold integers of a
-            scheme, of an embedding with it, or of a kind of layer; None if they can.
-        conflict: why they cannot hold layers of all these schemes together.
+        limits: of the files.
+        chip: limits of the chip that the files are compiled for. It has no signed scales; encodings
+            files hold these as asymmetric grids.
+        simulation: values that keys of `simulation` in the recipe can have.
     """
 
     backend_class: str
@@ -141,16 +189,12 @@ class Target:
     model_files: str = "**/*"
     reserved: frozenset[str] = frozenset()
     source_suffix: str = ""
-    has_float16_scales: bool = False
-    writes_float_embeddings: bool = False
     writes_floats: bool = False
-    is_for_htp: bool = False
     holds_invocation: bool = False
     embedding_bits: tuple[int, ...] = (32,)
-    scheme_problem: Callable[[Scheme], str | None] = _no_problem
-    embedding_problem: Callable[[Scheme], str | None] | None = None
-    conflict: Callable[[Collection[Scheme]], str | None] = _no_problem
-    kind_problem: Callable[[LayerKind], str | None] = _no_problem
+    limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)
+    chip: FormatLimits | None = None
+    simulation: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     @cached_property
     def backend(self) -> Backend:
@@ -181,7 +225,8 @@ class Target:
 
     @property
     def holds_factors_only(self) -> bool:
-        """Whether adapters have to be LoRA factors of linear layers."""
+        """Whether adapters have to be LoRA factors; where weights are not simulated, of linear
+        layers."""
         return self.layout is not Layout.EACH
 
     @property

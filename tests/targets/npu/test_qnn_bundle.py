@@ -13,17 +13,18 @@ from peft import LoraConfig, get_peft_model
 
 from qwlora import LayerRule, Scheme, Schemes, export, quantize_
 from qwlora.errors import ExportError
-from qwlora.grid.scheme import PerChannel, parse_scheme
+from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors
-from qwlora.targets.npu.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.reference import GRAPHS_NOISE, compare_first
+from qwlora.targets.refusals import Subject, Weight, nearest, refusals
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import LayerKind
 from qwlora.targets.weights.gguf import LlamaRuntime
 from simulation.tiny_architectures import inputs, make
 from targets.proofs import reference_of, sqnr
@@ -43,37 +44,44 @@ SCHEMES = Schemes(
 )
 
 
+def problems(name: str, bits: int = 16, kind: LayerKind = LayerKind.LINEAR) -> str:
+    subject = Subject(weights={"x": Weight(parse_scheme(name), kind=kind)}, input_bits=bits)
+    return "; ".join(refusals(TARGETS["qnn"], subject))
+
+
 @pytest.mark.parametrize(
     "name", ["w4-channel", "w8-tensor", "w4-block16", "w2-block16", "w16-channel"]
 )
 def test_weights_that_the_htp_computes(name: str) -> None:
-    assert weight_problem(parse_scheme(name)) is None
+    assert not problems(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"),
+    ("name", "why", "best"),
     [
-        ("w2-channel", "w4-channel"),
-        ("w4-channel-asymmetric", "without asymmetric"),
-        ("w16-block16", "w16-channel"),
-        ("w3-channel", "nearest has 4"),
+        ("w2-channel", "4, 8, 16 bits with scales per channel", "w2-block32"),
+        ("w2-tensor", "4, 8, 16 bits with scales per tensor", "w2-block32"),
+        ("w4-channel-asymmetric", "no integer zero points", "w4-channel"),
+        ("w16-block16", "2, 4, 8 bits with blocks", "w8-block16"),
+        ("w3-channel", "2, 4, 8, 16 bits", "w4-channel"),
+        ("w4-signed32", "no signed scales", "w4-block32"),
     ],
 )
-def test_weights_that_it_refuses_or_computes_wrongly(name: str, nearest: str) -> None:
-    assert nearest in str(weight_problem(parse_scheme(name)))
+def test_weights_that_it_refuses_or_computes_wrongly(name: str, why: str, best: str) -> None:
+    assert why in problems(name)
+    assert nearest(parse_scheme(name), [TARGETS["qnn"]]) == parse_scheme(best)
 
 
 @pytest.mark.parametrize("name", ["w8-block16", "w4-lpbq16", "w16-channel"])
 def test_weights_that_it_does_not_multiply_with_inputs_of_8_bits(name: str) -> None:
-    assert weight_problem(parse_scheme(name)) is None
-    assert "give the layer's input 16 bits" in str(weight_problem(parse_scheme(name), 8))
+    assert not problems(name)
+    assert "give the layer's input 16 bits" in problems(name, 8)
 
 
 def test_tables_and_inputs_have_one_scale() -> None:
-    assert table_problem(Scheme(8)) is None
-    assert "w8-tensor" in str(table_problem(parse_scheme("w4-channel")))
-    assert input_problem(Scheme(8)) is None
-    assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
+    assert not problems("w8-tensor", kind=LayerKind.EMBEDDING)
+    for name in ("w4-channel", "w4-tensor", "w8-channel", "w8-block32"):
+        assert "granularity: tensor" in problems(name, kind=LayerKind.EMBEDDING)
 
 
 def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
@@ -142,7 +150,9 @@ def test_activations_of_8_bits(is_emulated: bool, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refused:
         export(simulated(Scheme(8), schemes), "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
     assert "input_layernorm.weight" in str(refused.value)
-    assert "lm_head.weight: int16 symmetric per channel: the HTP multi" in str(refused.value)
+    assert "lm_head.weight: int16 symmetric per channel: the HTP, with inputs of 8" in str(
+        refused.value
+    )
     norms = PlacementRule("*norm", of="weights", bitwidth=8, symmetric=False)
     head = PlacementRule("lm_head", of="weights", bitwidth=8)
     simulations = simulated(Scheme(8), replace(schemes, rules=[norms, head]))
@@ -291,6 +301,6 @@ def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written
     tmp_path: Path,
 ) -> None:
     simulations = simulated(parse_scheme("w4-channel"))
-    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*nearest is w8-tensor"):
+    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*granularity: tensor"):
         export(simulations, "qnn", tmp_path, graphs=[1], context=[8])
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import container_bits, operands
 from qwlora.targets.proof.readme import usage
+from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
 from targets.weights.bundles import write_adapter, write_base
@@ -38,7 +39,7 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None:
     """ONNX Runtime's operator on the identity gives the weight."""
-    assert TARGETS["genai"].scheme_problem(scheme) is None
+    assert not refusals(TARGETS["genai"], Subject(weights={"all": Weight(scheme)}))
     for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
         arrays, block = operands(layer)
         rows, columns = layer.tensor.shape
@@ -65,8 +66,9 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
 
 def test_a_scheme_that_matmul_nbits_has_not_is_refused(tmp_path: Path) -> None:
     scheme, small = Scheme(8, False, PerBlock(32), float_offset=True), Scheme(4, True, PerBlock(8))
-    assert None not in [TARGETS["genai"].scheme_problem(s) for s in (scheme, small)]
-    with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*MatMulNBits"):
+    for lacking in (scheme, small):
+        assert refusals(TARGETS["genai"], Subject(weights={"all": Weight(lacking)}))
+    with pytest.raises(ExportError, match=r"q_proj, .* and 4 more: .*MatMulNBits"):
         target("genai").write_base(ExportedBase(base(scheme), None), tmp_path)
 
 

@@ -22,8 +22,8 @@ from qwlora.quantize.scale_search import search_scale
 from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.proof.reference import logits_of
+from qwlora.targets.refusals import Subject, Weight, nearest, refused
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target_compatibility import Grid, nearest, refusal
 from qwlora.targets.weights import executorch
 from qwlora.targets.weights.executorch import MODEL, RANK, Rounded
 from targets.proofs import verify_weights
@@ -107,13 +107,14 @@ def test_solvers_choose_scales_that_are_bfloat16(bits: int) -> None:
 @pytest.mark.parametrize(
     ("name", "problem", "best"),
     [
-        ("w4-block32", "bfloat16, which bf16block has", "w4-bf16block32"),
-        ("w8-bf16block32", "4 bits in blocks", "w8-channel"),
+        ("w4-block32", "blocks of kind bf16block", "w4-bf16block32"),
+        ("w8-bf16block32", "4 bits with blocks", "w8-channel"),
         ("w4-channel-asymmetric", "no integer zero points", "w4-channel"),
     ],
 )
 def test_what_xnnpack_rounds_is_refused(name: str, problem: str, best: str) -> None:
-    found = str(refusal([Grid(parse_scheme(name), "gptq")], {"executorch": TARGETS["executorch"]}))
+    weights = {"all": Weight(parse_scheme(name), "gptq")}
+    (found,) = refused(["executorch"], Subject(weights=weights))
     assert problem in found
     assert f"{best} instead of {name}" in found
     assert nearest(parse_scheme(name), [TARGETS["executorch"]]) == parse_scheme(best)

@@ -32,7 +32,7 @@ def written(name: str, folder: Path) -> PeftModel:
         model: Any = load_precomputed(open_checkpoint(source))
     else:
         scheme = "w4-bf16block32" if name == "executorch" else "w4-block32"
-        model = base(scheme, solver="search" if TARGETS[name].has_float16_scales else "rtn")
+        model = base(scheme, solver="search" if TARGETS[name].limits.has_float16_scales else "rtn")
     write_base(kind, model, folder, source)
     adapted = adapters(model, folder / "trained")
     for adapter in ("first", "second"):

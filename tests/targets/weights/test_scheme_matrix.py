@@ -4,6 +4,7 @@ One tiny model has a layer of each scheme, so that a runtime is opened once for 
 target can hold together.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -19,6 +20,7 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.grid.scheme import Scheme, short_name
 from qwlora.targets.proof.reference import LOGIT_DIFFERENCE
+from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.target import Target
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
@@ -59,11 +61,16 @@ def model_for(
     return model.eval(), None
 
 
+def problems(target: Target, *schemes: Scheme) -> list[str]:
+    """Why a target cannot hold these schemes, one by one or together."""
+    return refusals(target, Subject(weights={str(scheme): Weight(scheme) for scheme in schemes}))
+
+
 def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
     """The schemes that one base can have together."""
     found: list[list[Scheme]] = []
     for scheme in schemes:
-        group = next((g for g in found if not target.conflict({*g, scheme})), None)
+        group = next((g for g in found if not problems(target, *g, scheme)), None)
         if group is None:
             found.append([scheme])
         else:
@@ -74,12 +81,12 @@ def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
 @pytest.mark.parametrize("name", with_clients(WEIGHTS))
 def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_path: Path) -> None:
     target = WEIGHTS[name]
-    held = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is None]
+    held = [scheme for scheme in SCHEMES if not problems(target, scheme)]
     for number, schemes in enumerate(groups(target, held)):
         folder = tmp_path / str(number)
         folder.mkdir()
         model, source = model_for(name, schemes, folder)
-        pack_linears(model, cycle(schemes), target.has_float16_scales)
+        pack_linears(model, cycle(schemes), target.limits.has_float16_scales)
         write_base(target.backend, model, folder, source)
         torch.manual_seed(1)
         shape = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -95,13 +102,16 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
     target = WEIGHTS[name]
-    lacking = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is not None]
+    lacking = [scheme for scheme in SCHEMES if problems(target, scheme)]
     if not lacking:
         pytest.skip("it holds every scheme")
     model, source = model_for(name, lacking, tmp_path)
-    pack_linears(model, cycle(lacking), target.has_float16_scales)
-    with pytest.raises(ExportError, match=f"cannot hold {len(linears(model))} layers"):
+    pack_linears(model, cycle(lacking), target.limits.has_float16_scales)
+    with pytest.raises(ExportError) as refusal:
         write_base(target.backend, model, tmp_path, source)
+    (more,) = re.findall(r"; and (\d+) more", str(refusal.value)) or ["0"]
+    listed = sum(f"{scheme}: " in str(refusal.value) for scheme in lacking)
+    assert listed + int(more) == len({*lacking[: len(linears(model))]})
     assert list((tmp_path / "base").iterdir()) == []
 
 

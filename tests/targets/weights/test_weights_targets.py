@@ -4,6 +4,7 @@ and each runtime computes what was trained."""
 import json
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.proof.readme import usage
-from qwlora.targets.registry import TARGETS, vllm_problem
+from qwlora.targets.refusals import Subject, Weight, refusals
+from qwlora.targets.registry import TARGETS, VLLM
 from qwlora.targets.target import Backend, ExportedBase
 from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
@@ -92,7 +94,7 @@ def test_every_scheme_is_held_exactly_or_refused(name: str, scheme: Scheme, tmp_
     else:
         is_refused = scheme.granularity == PerBlock(16) or scheme.bitwidth == 7
     if is_refused:
-        with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*q_proj\.weight"):
+        with pytest.raises(ExportError, match=r"q_proj\.weight, .* and 4 more: int"):
             target(name).write_base(ExportedBase(model, None), tmp_path)
         return
     target(name).write_base(ExportedBase(model, byte_tokenizer()), tmp_path)
@@ -136,7 +138,7 @@ def test_the_runtime_computes_base_and_adapters(
     name: str, architecture: str, scheme: Any, rules: list[LayerRule], tmp_path: Path
 ) -> None:
     kind = target(name)
-    solver = "search" if TARGETS[name].has_float16_scales else "rtn"
+    solver = "search" if TARGETS[name].limits.has_float16_scales else "rtn"
     model = base(scheme, architecture, solver, rules=rules)
     write_base(kind, model, tmp_path)
     adapted = adapters(model, tmp_path / "trained")
@@ -260,13 +262,14 @@ def test_the_type_in_config_json_holds_every_scale(solver: str, dtype: str, tmp_
         ("w8-block32-asymmetric", "4 bits with integer zero points"),
         ("w3-block64", "4, 8 bits"),
         ("w4-block16", "blocks of 32, 64"),
-        ("w4-tensor", "takes scales per channel"),
+        ("w4-tensor", "no scales per tensor"),
         ("w4-block32 w8-channel", "need one scheme"),
     ],
 )
 def test_what_vllm_does_not_compute_is_said(schemes: str, problem: str | None) -> None:
-    found = vllm_problem([parse_scheme(name) for name in schemes.split()])
-    assert found is None if problem is None else re.search(problem, str(found))
+    weights = {name: Weight(parse_scheme(name)) for name in schemes.split()}
+    found = refusals(replace(TARGETS["hf"], limits=VLLM), Subject(weights=weights))
+    assert not found if problem is None else re.search(problem, "; ".join(found))
 
 
 def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,26 +14,25 @@ from qwlora.adapter.adapter_files import adapter_folder, read_config
 from qwlora.adapter.adapter_folder import refuse_saved
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
-from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
+from qwlora.errors import ExportError, GridError, SourceError, TrainingError
 from qwlora.formats.base_files import read_record
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.model_config import check_positions
-from qwlora.formats.model_source import fetch, source_path
-from qwlora.grid.scheme import Scheme
+from qwlora.formats.model_source import fetch
 from qwlora.pipeline.stages.job_context import JobContext
-from qwlora.pipeline.target_table import htp_notes, kept_layers, second_rounding, target_table
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.recipe.implied import is_foreign, reads_base_text, sampled_sequences
+from qwlora.recipe.model_files import check_source, exported_base, kept_weights, second_rounding
 from qwlora.system.device import pick_device
 from qwlora.system.machine import device_type, exact_type, slow_compute
 from qwlora.system.parameter_names import is_factor_name, parameter_name
+from qwlora.targets.refusals import AdapterParts, Subject, Weight, chip_notes, refuse
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
-from qwlora.targets.target_compatibility import comes_from, refusals
-from qwlora.targets.weights.weights_folder import layer_kind
+from qwlora.targets.weights.weights_folder import kind_of, layer_kind
 
-Packed = Mapping[str, Scheme | None]  # schemes by the names of tensors that the base packs
+Packed = Mapping[str, Weight]  # by the names of tensors that the base packs
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
 
 
@@ -43,7 +43,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if verbs - {"export", "verify"}:  # which compute on the CPU
         pick_device(recipe.device)
     if "quantize" in verbs:
-        target_table(recipe)
+        check_source(recipe)
         if note := second_rounding(recipe):
             say(f"warning: {note}")
     computes = {f"adapter {a.name}": (a.compute, device) for a in trained}
@@ -76,18 +76,24 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if "quantize" in verbs:
         model, packed = _unquantized(context)
     else:  # the existing base without weights
-        layers = read_record(context.path / "base")["layers"]
-        model, packed = context.skeleton(), dict.fromkeys(map(parameter_name, layers))
+        layers, model = read_record(context.path / "base")["layers"], context.skeleton()
+        packed = {n: Weight(None, None, kind_of(model, n)) for n in map(parameter_name, layers)}
     if note := check_positions(model, max(t.positions() for t in texts)):
         say(note)
     if verbs & {"quantize", "export"}:
-        _check_layers(context, model, packed, "quantize" in verbs)
-        schemes = {grid.scheme for grid in recipe.base.grids() if not grid.of_embedding}
         table = model.get_input_embeddings()
-        for name, scheme in packed.items():
-            if scheme is not None and model.get_submodule(name.rpartition(".")[0]) is not table:
-                schemes.add(scheme)
-        for note in htp_notes(recipe, schemes):
+        path = next(name for name, module in model.named_modules() if module is table)
+        is_packed_table = "quantize" not in verbs or f"{path}.weight" in packed
+        subject = replace(
+            exported_base(recipe, packed),
+            float_embedding=None if is_packed_table else path,
+            model=model,
+            tokenizer=context.tokenizer,
+            layout=recipe.export.layout,
+            takes_tokens=recipe.simulation.inputs == "tokens",
+        )
+        refuse(recipe.export.targets, subject, GridError)
+        for note in chip_notes(subject, recipe.export.targets):
             say(f"warning: {note}")
     if "train" in verbs:
         _check_saved(recipe, model, packed)
@@ -123,8 +129,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
     """The model before step 1, and what will be packed."""
     base = context.recipe.base
     if base.solver == "keep":
-        model, grids = kept_layers(context.recipe)
-        return model, {name: grid.scheme for name, grid in grids.items()}
+        return kept_weights(context.recipe)
     location = fetch(context.recipe.model.source)
     if context.lazy is not None:
         model = context.lazy.model
@@ -133,37 +138,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
     else:
         model = context.float_model()
     plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
-    return model, {name: assignment.scheme for name, assignment in plan.items()}
-
-
-def _check_layers(
-    context: JobContext, model: PreTrainedModel, packed: Packed, is_new: bool
-) -> None:
-    """Check that the targets hold the kinds of the base's packed layers and the embedding of a new
-    base, and that their runtimes have the architecture and the tokenizer."""
-    recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
-    tensors = find_tensors(model)
-    for tensor in (name for name in tensors if name in packed):
-        kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
-        kinds.setdefault(kind, []).append(tensor)
-    embedding: tuple[str, Scheme | None] | None = None
-    if is_new:
-        table = model.get_input_embeddings()
-        path = next(name for name, module in model.named_modules() if module is table)
-        name = next((n for n, tensor in tensors.items() if path in tensor.paths), "")
-        embedding = path, packed.get(name)
-    keeps, source = recipe.base.solver == "keep", source_path(recipe.model.source)
-    for name in recipe.export.targets:
-        target = TARGETS[name]
-        reasons = refusals(target, (), None, keeps, kinds, embedding)
-        if not (target.is_simulated or comes_from(target, source)):
-            problem = target.backend.model_problem(model, context.tokenizer)
-            reasons += filter(None, [problem])
-        if reasons:
-            raise GridError(
-                f"target {name} cannot hold {recipe.model.source!r}: {'; '.join(reasons)}. To "
-                f"export to other targets only, remove {name} from export.targets"
-            )
+    return model, {n: Weight(a.scheme, a.solver, kind_of(model, n)) for n, a in plan.items()}
 
 
 def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
@@ -234,7 +209,9 @@ def _check_invocations(context: JobContext) -> None:
             tokens = read_config(adapter_folder(root.continue_from)).get("alora_invocation_tokens")
         if not tokens:
             continue
-        problem, is_trained = recipe.invocation_problem(), text.train.activated(tokens)
+        if refusal := recipe.invocation_problem(adapter.name):
+            raise TrainingError(refusal)
+        problem, is_trained = "", text.train.activated(tokens)
         if adapter.gradient_checkpointing and adapter.evaluation_steps:
             problem = "has gradient_checkpointing or evaluation_steps, not both; remove one"
         elif adapter.steps and (packing := text.cutting.packing_of(text.documents.kind)) != "none":
@@ -252,27 +229,21 @@ def _check_invocations(context: JobContext) -> None:
 
 
 def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> None:
-    """Check that adapters have nothing but LoRA factors, and of linear layers only, if a target has
-    no place for more."""
-    targets = [name for name in recipe.export.targets if TARGETS[name].holds_factors_only]
-    floats = [name for name in targets if not TARGETS[name].is_simulated]
-    other_target = "use export.targets: [onnx_each], which writes a model for each adapter"
-    for adapter in recipe.adapters if targets else ():
-        if others := [n for n in shapes.get(adapter.name, ()) if not is_factor_name(n)]:
-            raise ExportError(
-                f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
-                f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
-                f"DoRA, lora_bias and modules_to_save, or {other_target}"
-            )
-    if not floats:
-        return
+    """Check that the targets have a place for everything that adapters change.
+
+    Args:
+        shapes: of their weights.
+
+    Raises:
+        ExportError: an adapter has more than LoRA factors.
+        TrainingError: they are factors of other than linear layers.
+    """
     kinds = {path: layer_kind(module) for path, module in skeleton.named_modules()}
     linear = {p for p, kind in kinds.items() if kind in (LayerKind.LINEAR, LayerKind.CONV1D)}
+    others, places = list[AdapterParts](), list[AdapterParts]()
     for name, weights in shapes.items():
+        others.append(AdapterParts(name, [n for n in weights if not is_factor_name(n)]))
         paths = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in weights}
-        if others := sorted(paths - linear):
-            raise TrainingError(
-                f"adapter {name} changes {listed(others)}, and {floats[0]} holds LoRA factors of "
-                "linear layers only. Name the linear layers in target_modules, for example "
-                f"[q_proj, v_proj], or {other_target}"
-            )
+        places.append(AdapterParts(name, places=sorted(paths - linear)))
+    refuse(recipe.export.targets, Subject(adapters=others), ExportError)
+    refuse(recipe.export.targets, Subject(adapters=places), TrainingError)

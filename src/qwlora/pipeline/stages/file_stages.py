@@ -51,9 +51,9 @@ from qwlora.targets.proof.reference import (
     reference_of_trained,
     simulated_logits,
 )
+from qwlora.targets.refusals import comes_from
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
-from qwlora.targets.target_compatibility import comes_from
 
 INVOCATION = "alora_invocation_tokens"  # in an adapter's configuration, and in a proof
 _SHIPPED = ("perplexity", "top1_agreement")  # figures of the text in a proof

@@ -49,7 +49,6 @@ from qwlora.pipeline.stage import (
 )
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.pipeline.store import NAME, TEXT_NAME
-from qwlora.pipeline.target_table import model_files, second_rounding
 from qwlora.quantize.bit_budget import BitBudget
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import (
@@ -72,6 +71,7 @@ from qwlora.recipe.implied import (
     reference_stage,
     sampled_sequences,
 )
+from qwlora.recipe.model_files import model_files, second_rounding
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings

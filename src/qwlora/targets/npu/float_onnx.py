@@ -54,7 +54,6 @@ from qwlora.errors import (
     GridError,
     SourceError,
     foreign_as,
-    listed,
 )
 from qwlora.formats.aimet_encodings.documents import printable
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
@@ -100,7 +99,7 @@ from qwlora.targets.onnx.onnx_runtime import (
     OnnxModel,
     open_model,
 )
-from qwlora.targets.registry import AIMET_ENCODINGS
+from qwlora.targets.refusals import Subject, Weight, refuse
 from qwlora.targets.target import ExportedGraph
 
 _NO_LIMIT = 2**40
@@ -222,12 +221,8 @@ def to_float_onnx(
         ExportError: an operator has no translation, or no encodings file can hold a weight's grid.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    named = ((n, AIMET_ENCODINGS.problem(e.scheme)) for n, e in graph.encodings.items())
-    if wrong := [f"{name}: {problem}" for name, problem in named if problem]:
-        raise ExportError(
-            f"{listed(wrong, 3)}. Quantize with base.solver: gptq and base.weights: w4-block32, or "
-            "export to onnx"
-        )
+    weights = {name: Weight(encoding.scheme) for name, encoding in graph.encodings.items()}
+    refuse(["aimet"], Subject(weights=weights), ExportError)
     opset = opset or (NPU_OPSET if for_npu else OPSET)
     model = to_onnx(graph, max(opset, _OLDEST))
     _fix_shapes_(model, graph, shapes)

@@ -191,7 +191,7 @@ class Qairt(Backend):
     ) -> None:
         count, graphs = max(len(members(case)) for case in cases), graph_sizes(base)
         if base.layout:
-            genie.refuse(base)
+            genie.check_genie("qairt", base)
             if count > 1:
                 problem = "Genie sets the strength of one adapter"
                 raise ExportError(f"{problem}. List no use case of several in export.use_cases")

@@ -64,6 +64,7 @@ from qwlora.system.optional_packages import require
 from qwlora.targets.npu.htp_limits import CHIP
 from qwlora.targets.onnx.onnx_model import constant, numbers, remove_unused
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
+from qwlora.targets.refusals import Subject, refuse
 from qwlora.targets.target import ExportedGraph
 
 GENIE = "genie"
@@ -140,7 +141,7 @@ class GenieLayout:
     """
 
     def __init__(self, base: ExportedGraph, scalings: Mapping[str, float]):
-        refuse(base)
+        check_genie("qnn", base)
         self.base, self.scaling = base, _common(scalings)
         self.grids: Mapping[str, Any] = {}
 
@@ -184,20 +185,19 @@ def _common(scalings: Mapping[str, float]) -> float | None:
     return next(iter(different), None)
 
 
-def refuse(base: ExportedGraph) -> None:
-    """Refuse what Genie cannot run: models without token ids, special tokens or tokenizer."""
-    if base.simulation.captured.embeddings is not None:
-        raise ExportError(
-            "the graphs take inputs_embeds, and layout genie is for token ids. Leave it out"
-        )
-    if not base.graphs:
-        raise ExportError("layout genie is for causal language models; leave it out")
-    config = _config(base)
-    for key in ("bos_token_id", "eos_token_id"):
-        if getattr(config, key) is None:
-            raise ExportError(f"Genie needs the model's {key}, which is not set. Set config.{key}")
-    if getattr(base.tokenizer, "backend_tokenizer", None) is None:
-        raise ExportError("Genie needs a tokenizer.json. Give tokenizer= a fast tokenizer")
+def check_genie(target: str, base: ExportedGraph) -> None:
+    """Check that Genie can run a model.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    origin, embeddings = base.simulation.origin.model, base.simulation.captured.embeddings
+    takes_tokens = embeddings is None and bool(base.graphs)
+    model: Any = origin
+    subject = Subject(
+        model=model, tokenizer=base.tokenizer, layout=base.layout, takes_tokens=takes_tokens
+    )
+    refuse([target], subject, ExportError)
 
 
 def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ The HTP rescales a product with s_x s_w / s_y, which must be greater than 2^-24.
 
 from __future__ import annotations
 
-from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Scheme
+from qwlora.targets.target import FormatLimits
 
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
 CHIP = {"soc_model": "57", "htp_arch": "75"}
@@ -28,29 +29,30 @@ NORM_REMEDY = (
     "add to simulation.rules {match: NORM, of: weights, bitwidth: 8, symmetric: false}, where NORM "
     "is a glob for the names of the norms"
 )
-_BITS = (4, 8, 16)
-
-
-def weight_problem(scheme: Scheme, input_bitwidth: int = 16) -> str | None:
-    """Why the HTP does not compute products of such a weight and an input; None if it does."""
-    blocks = isinstance(scheme.granularity, Blocks)
-    if scheme.float_offset or not scheme.symmetric:
-        problem = "takes symmetric weights; the nearest is the same without asymmetric"
-    elif scheme.has_signed_scales:
-        problem = "takes positive scales; the nearest is the same with block instead of signed"
-    elif scheme.bitwidth == 2 and not blocks:
-        problem = "computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
-    elif scheme.bitwidth == 16 and blocks:
-        problem = "takes 16-bit weights per tensor or per channel; the nearest is w16-channel"
-    elif input_bitwidth == 8 and (blocks or scheme.bitwidth not in (4, 8)):
-        problem = "multiplies inputs of 8 bits with 4 or 8 bits per tensor or channel; or give the "
-        problem += "layer's input 16 bits"
-    elif scheme.bitwidth not in (2, *_BITS):
-        nearest = min(bits for bits in _BITS if bits > scheme.bitwidth)
-        problem = f"has weights of 2, 4, 8 and 16 bits; the nearest has {nearest}"
-    else:
-        return None
-    return f"{scheme}: the HTP {problem}"
+_TABLES = FormatLimits(
+    name="a table or an input of an HTP graph",
+    symmetric=(8, 16),
+    channel_bits=(),
+    block_bits=(),
+    remedy="For the embedding, add to base.rules, first: {match: EMBEDDING, bitwidth: 8, "
+    "granularity: tensor}; for adapters, set simulation.adapter_weights.granularity: tensor",
+)
+HTP = FormatLimits(
+    name="the HTP",
+    symmetric=(2, 4, 8, 16),
+    tensor_bits=(4, 8, 16),
+    channel_bits=(4, 8, 16),
+    block_bits=(2, 4, 8),
+    has_signed_scales=False,
+    tables=_TABLES,
+    with_8_bits=FormatLimits(
+        name="the HTP, with inputs of 8 bits,",
+        symmetric=(4, 8),
+        block_bits=(),
+        tables=_TABLES,
+        remedy="Or give the layer's input 16 bits",
+    ),
+)
 
 
 def factor_problem(scheme: Scheme, input_bitwidth: int) -> str | None:
@@ -60,27 +62,4 @@ def factor_problem(scheme: Scheme, input_bitwidth: int) -> str | None:
             f"{scheme}: the HTP multiplies activations of 8 bits with 8 bits and an offset; "
             f"{NORM_REMEDY}"
         )
-    return None
-
-
-def table_problem(scheme: Scheme) -> str | None:
-    """Why the HTP does not read rows of such a table; None if it does."""
-    if (
-        not isinstance(scheme.granularity, PerTensor)
-        or scheme.bitwidth not in (8, 16)
-        or not scheme.symmetric
-    ):
-        return f"{scheme}: the HTP reads tables with one symmetric scale; the nearest is w8-tensor"
-    return None
-
-
-def input_problem(scheme: Scheme) -> str | None:
-    """Why a weight on such a grid cannot be an input of an HTP graph; None if it can."""
-    if isinstance(scheme.granularity, PerChannel) or not scheme.symmetric:
-        return (
-            "an input of an HTP graph has one symmetric scale. "
-            "Set simulation.adapter_weights.granularity: tensor"
-        )
-    if scheme.bitwidth not in (8, 16):
-        return "an input of an HTP graph has 8 or 16 bits. Set simulation.adapter_weights.bitwidth"
     return None

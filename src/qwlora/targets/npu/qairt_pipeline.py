@@ -59,7 +59,8 @@ class QairtPipeline(Hf):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, files.held_layers("qairt_pipeline", exported.model)
+        model, layers = exported.model, files.layers_to_write(exported.model)
+        files.check_layers("qairt_pipeline", layers)
         tensors, changed, codes = dict[str, Tensor](), 0, 0
         for name, layer in layers.items():
             tensors[name] = values = layer.tensor.dequantize()

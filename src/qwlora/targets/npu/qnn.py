@@ -62,14 +62,7 @@ from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.npu.genie import FORMS, GENIE, GenieLayout, read_weights
-from qwlora.targets.npu.htp_limits import (
-    CHIP,
-    SMALLEST_RESCALE,
-    factor_problem,
-    input_problem,
-    table_problem,
-    weight_problem,
-)
+from qwlora.targets.npu.htp_limits import CHIP, SMALLEST_RESCALE, factor_problem
 from qwlora.targets.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
     GRAPHS,
@@ -88,7 +81,9 @@ from qwlora.targets.onnx.onnx_runtime import (
 )
 from qwlora.targets.proof.checks import Limits, Parity, at_most
 from qwlora.targets.proof.contents import TOKENIZER, Contents
-from qwlora.targets.target import NONE, Backend, ExportedGraph
+from qwlora.targets.refusals import Subject, Weight, refusals
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import NONE, Backend, ExportedGraph, LayerKind
 
 WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
 PROVIDER = "QNNExecutionProvider"
@@ -200,7 +195,7 @@ def _folder(case: str) -> str:
 def refuse_graph(graph: QuantizedGraph) -> None:
     """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`."""
     nodes = {node.name: node for node in graph.program.graph.nodes}
-    problems: dict[str, list[str]] = {}
+    problems, checked = dict[str, list[str]](), dict[int, dict[str, Weight]]()
     widths = {
         mark.node: graph.encodings[mark.name].scheme.bitwidth
         for mark in graph.marks
@@ -219,23 +214,22 @@ def refuse_graph(graph: QuantizedGraph) -> None:
 
     for mark in graph.marks:
         scheme = graph.encodings[mark.name].scheme
-        problem = None
-        if mark.kind is Kind.ADAPTER:
-            problem = input_problem(scheme)
-        elif mark.kind is Kind.ACTIVATION:
+        if mark.kind is Kind.ACTIVATION:
             continue
-        elif mark.kind is Kind.BASE:
-            is_table = bool(readers(mark, "embedding"))
-            problem = table_problem(scheme) if is_table else weight_problem(scheme, width(mark))
-        elif readers(mark, "rms_norm", "layer_norm", "mul"):
-            problem = factor_problem(scheme, width(mark))
-        elif any(user.args[1] is nodes[mark.node] for user in readers(mark, "linear", "matmul")):
-            problem = weight_problem(scheme, width(mark))
-        if problem:
-            problems.setdefault(problem, []).append(mark.name)
+        if mark.kind is Kind.PARAMETER and readers(mark, "rms_norm", "layer_norm", "mul"):
+            if problem := factor_problem(scheme, width(mark)):
+                problems.setdefault(problem, []).append(mark.name)
+            continue
+        is_table = mark.kind is Kind.ADAPTER or readers(mark, "embedding")
+        products = readers(mark, "linear", "matmul")
+        if mark.kind is not Kind.PARAMETER or any(u.args[1] is nodes[mark.node] for u in products):
+            kind = LayerKind.EMBEDDING if is_table else LayerKind.LINEAR
+            checked.setdefault(width(mark), {})[mark.name] = Weight(scheme, kind=kind)
     problems |= _rescale_problems(graph)
-    if problems:
-        lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
+    lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
+    for bits, weights in checked.items():
+        lines += refusals(TARGETS["qnn"], Subject(weights=weights, input_bits=bits))
+    if lines:
         raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))
 
 

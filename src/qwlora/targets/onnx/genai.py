@@ -59,14 +59,9 @@ from qwlora.targets.onnx.onnx_model import (
     write_adapter_file,
 )
 from qwlora.targets.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
-from qwlora.targets.registry import NBITS, NBITS_BLOCKS
+from qwlora.targets.registry import NBITS
 from qwlora.targets.target import Backend, ExportedBase, Runtime
-from qwlora.targets.weights.weights_folder import (
-    largest_group,
-    refuse,
-    width_problem,
-    write_settings,
-)
+from qwlora.targets.weights.weights_folder import check_layers, write_settings
 
 EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bits
 _DOMAIN = "com.microsoft"
@@ -218,13 +213,11 @@ def add_branches_(graph: Any, model: PreTrainedModel) -> None:
 
 def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
     """Make the packed linear layers of a base's graph MatMulNBits nodes."""
-    problems = list[str]()
     layers = {p: module for p, module in model.named_modules() if isinstance(module, PackedLinear)}
-    for node, path in list(matrix_products(graph, layers)):
+    products = list(matrix_products(graph, layers))
+    check_layers("genai", {path: layers[path] for _, path in products})
+    for node, path in products:
         layer = layers[path]
-        if problem := NBITS.problem(layer.scheme) or width_problem(layer, NBITS_BLOCKS):
-            problems.append(f"{path}: {problem}")
-            continue
         arrays, block = operands(layer)
         rows, columns = layer.tensor.shape
         attributes = {
@@ -241,7 +234,6 @@ def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
             nodes.append(new_node("Add", terms, f"{path}.sum"))
         replace_value(node.outputs[0], nodes[-1].outputs[0])
         graph.graph.insert_before(node, nodes)
-    refuse("genai", problems)
     graph.graph.opset_imports[_DOMAIN] = 1
     remove_unused(graph)
 
@@ -259,7 +251,8 @@ def container_bits(bitwidth: int) -> int:
 
 def operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
     """Codes, scales and zero points of MatMulNBits, and its block size."""
-    block, (rows, columns) = largest_group(layer, NBITS_BLOCKS), layer.tensor.shape
+    rows, columns = layer.tensor.shape
+    block = NBITS.stored_block(layer.scheme, columns)
     assert block is not None
     encoding, scheme, bits = layer.encoding, layer.scheme, container_bits(layer.scheme.bitwidth)
     width = block * bits // 8

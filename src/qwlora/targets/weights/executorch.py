@@ -57,7 +57,6 @@ from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import TOKENIZER, Contents
-from qwlora.targets.registry import xnnpack_problem
 from qwlora.targets.target import Backend, ExportedBase
 from qwlora.targets.weights.executorch_program import (
     ADAPTER,
@@ -65,7 +64,7 @@ from qwlora.targets.weights.executorch_program import (
     NO_ADAPTER,
     ExecutorchRuntime,
 )
-from qwlora.targets.weights.weights_folder import refuse, write_settings
+from qwlora.targets.weights.weights_folder import check_layers, write_settings
 
 TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
 # Of the example that torch.export sees: sizes that differ, none that may change is 1.
@@ -169,15 +168,15 @@ def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
     Raises:
         ExportError: XNNPACK cannot hold a layer.
     """
-    problems = list[str]()
-    for node in list(module.graph.nodes):
-        if operation(node) != "dequantize":
-            continue
-        path = str(node.args[0].target).removeprefix("model.").removesuffix(".packed")
-        layer: Any = model.get_submodule(path)
-        if problem := xnnpack_problem(layer.scheme):
-            problems.append(f"{path}: {problem}")
-            continue
+    paths = {
+        node: str(node.args[0].target).removeprefix("model.").removesuffix(".packed")
+        for node in module.graph.nodes
+        if operation(node) == "dequantize"
+    }
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths.values()}
+    check_layers("executorch", layers)
+    for node, path in paths.items():
+        layer = layers[path]
         codes, scale = _operands(layer)
         for user in list(node.users):
             match operation(user), user.args:
@@ -188,8 +187,10 @@ def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
                     numbers = codes, scale, torch.zeros_like(scale, dtype=torch.int64)
                     _replace_(module, user, _product, x, *numbers, bits, *bias)
                 case name, _:
-                    problems.append(f"{path}: {name} reads it, and XNNPACK has linear layers only")
-    refuse("executorch", problems)
+                    raise ExportError(
+                        f"{path}: {name} reads it, and XNNPACK has linear layers only. Keep it "
+                        "float, or export to other targets"
+                    )
 
 
 def _replace_(module: GraphModule, node: Node, by: Callable[..., Tensor], *arguments: Any) -> None:

@@ -53,7 +53,6 @@ from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
-from qwlora.targets.registry import GGUF
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.gguf_metadata import (
     ARCHITECTURES,
@@ -64,11 +63,9 @@ from qwlora.targets.weights.gguf_metadata import (
     check_tokenizer,
 )
 from qwlora.targets.weights.weights_folder import (
-    as_float16,
+    check_layers,
     float_tensors,
     layers_to_write,
-    refuse,
-    width_problem,
 )
 
 gguf = require("gguf", "gguf")
@@ -197,19 +194,13 @@ def _float_type(values: Tensor) -> tuple[Any, Any]:
 
 
 def _all_blocks(layers: Mapping[str, PackedLayer], names: TensorNames | GgufCheckpoint) -> Tensors:
-    """The blocks of each layer; an ExportError names all that the format cannot hold."""
-    blocks, refused = Tensors(), []
+    """The blocks of each layer; an ExportError says what the format cannot hold."""
+    check_layers("gguf", layers)
+    blocks = Tensors()
     for name, layer in layers.items():
-        if problem := GGUF.problem(layer.scheme) or width_problem(layer, (BLOCK,)):
-            refused.append(f"{name}: {problem}")
-            continue
-        try:
-            stored, rows = names.stored_rows(name, layer.tensor.shape[0])
-            kind, data = _blocks(layer, rows)
-            blocks[stored] = gguf.GGMLQuantizationType[kind], data
-        except ExportError as error:
-            refused.append(f"{name}: {error}")
-    refuse("gguf", refused)
+        stored, rows = names.stored_rows(name, layer.tensor.shape[0])
+        kind, data = _blocks(layer, rows)
+        blocks[stored] = gguf.GGMLQuantizationType[kind], data
     return blocks
 
 
@@ -243,11 +234,7 @@ def _in_order(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]]:
-    """Type and bytes [out, bytes] of a layer in the file's order of rows.
-
-    Raises:
-        ExportError: a scale or an offset is not a float16.
-    """
+    """Type and bytes [out, bytes] of a layer in the file's order of rows."""
     scheme, codes = layer.scheme, _in_order(layer.codes, rows)
     encoding = layer.encoding
     numbers = [encoding.scale]
@@ -255,7 +242,7 @@ def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]
         numbers.append(encoding.minimum)
     granularity, shape = scheme.granularity, layer.tensor.shape
     per_block = [spread(number, granularity, shape, BLOCK) for number in numbers]
-    halves = [as_float16(_in_order(number, rows)) for number in per_block]
+    halves = [_in_order(number, rows).half() for number in per_block]
     parts = [half.unsqueeze(-1).view(torch.uint8) for half in halves]
     grouped = codes.unflatten(-1, (-1, BLOCK))
     if scheme.bitwidth == 8:

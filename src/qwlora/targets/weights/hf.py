@@ -41,9 +41,13 @@ from qwlora.nn.packed_layer import PackedEmbedding, PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.targets.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.targets.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
-from qwlora.targets.registry import transformers_conflict
 from qwlora.targets.target import Backend, ExportedBase, Runtime
-from qwlora.targets.weights.weights_folder import float_tensors, held_layers, write_folder
+from qwlora.targets.weights.weights_folder import (
+    check_layers,
+    float_tensors,
+    layers_to_write,
+    write_folder,
+)
 
 _METHOD = {
     "quant_method": "compressed-tensors",
@@ -75,7 +79,8 @@ class Hf(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, held_layers("hf", exported.model)
+        model, layers = exported.model, layers_to_write(exported.model)
+        check_layers("hf", layers)
         tensors, groups = float_tensors(model), dict[Scheme, list[str]]()
 
         def stored(weight: Tensor) -> Tensor:
@@ -91,8 +96,6 @@ class Hf(Backend):
             parts = layer_tensors(layer.quantized)
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
             groups.setdefault(layer.scheme, []).append(path)
-        if conflict := transformers_conflict(groups):
-            raise ExportError(f"hf cannot hold this base: {conflict}")
         packed = {path for paths in groups.values() for path in paths}
         settings = {
             **_METHOD,

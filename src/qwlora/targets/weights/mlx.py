@@ -44,13 +44,12 @@ from qwlora.targets.proof.contents import (
     TOKENIZER,
     Contents,
 )
-from qwlora.targets.registry import MLX_GROUPS
+from qwlora.targets.registry import MLX
 from qwlora.targets.target import Backend, ExportedBase, LayerKind, Runtime
 from qwlora.targets.weights.weights_folder import (
     ROPE_FORM,
+    check_layers,
     float_tensors,
-    held_layers,
-    largest_group,
     layer_kind,
     layers_to_write,
     rope_settings,
@@ -79,13 +78,14 @@ class Mlx(Backend):
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model, layers = exported.model, held_layers("mlx", exported.model, MLX_GROUPS)
+        model, layers = exported.model, layers_to_write(exported.model)
+        check_layers("mlx", layers)
         tensors = {name: tensor.float() for name, tensor in float_tensors(model).items()}
         layouts: dict[str, dict[str, int]] = {}
         for name, layer in layers.items():
-            path, group = name.removesuffix(".weight"), largest_group(layer, MLX_GROUPS)
+            path, encoding, shape = name.removesuffix(".weight"), layer.encoding, layer.tensor.shape
+            group = MLX.stored_block(layer.scheme, shape[-1])
             assert group is not None
-            encoding, shape = layer.encoding, layer.tensor.shape
             scales, biases = (
                 spread(number, layer.scheme.granularity, shape, group).float().contiguous()
                 for number in (encoding.scale, encoding.minimum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import ExportError, QwloraWarning, lines
-from qwlora.grid.scheme import Blocks
-from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear, packed_weights
+from qwlora.errors import ExportError, QwloraWarning
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, known_settings
-from qwlora.targets.registry import TARGETS
+from qwlora.targets.refusals import Subject, Weight, refuse
 from qwlora.targets.target import LayerKind
 
 ROPE_FORM = {
@@ -33,24 +32,23 @@ def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return {name: layer for name, layer in packed_weights(model).items() if not layer.is_tied}
 
 
-def held_layers(
-    name: str, model: PreTrainedModel, sizes: Sequence[int] = ()
-) -> dict[str, PackedLayer]:
-    """`layers_to_write`, if target `name` holds integers of their kinds and schemes, in blocks of
-    one of `sizes`, if given.
+def check_layers(target: str, layers: Mapping[str, PackedLayer]) -> None:
+    """Check that a target can hold packed layers, by name.
 
     Raises:
-        ExportError: it does not; all layers are listed.
+        ExportError: it cannot; all reasons are listed.
     """
-    target, layers, problems = TARGETS[name], layers_to_write(model), list[str]()
-    for path, layer in layers.items():
-        problem = target.kind_problem(layer_kind(layer))
-        if not (isinstance(layer, PackedEmbedding) and target.writes_float_embeddings):
-            problem = problem or target.scheme_problem(layer.scheme)
-        if problem := problem or (width_problem(layer, sizes) if sizes else None):
-            problems.append(f"{path}: {problem}")
-    refuse(name, problems)
-    return layers
+    weights = dict[str, Weight]()
+    for name, layer in layers.items():
+        solver = None if layer.encoding.fits_float16 else "keep"
+        kind, columns = layer_kind(layer), layer.tensor.shape[-1]
+        weights[name] = Weight(layer.scheme, solver, kind, columns)
+    refuse([target], Subject(weights=weights), ExportError)
+
+
+def kind_of(model: nn.Module, weight: str) -> LayerKind:
+    """What a weight, by its name, is part of."""
+    return layer_kind(model.get_submodule(weight.rpartition(".")[0]))
 
 
 def layer_kind(module: nn.Module) -> LayerKind:
@@ -76,49 +74,6 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
         if name not in inside:
             tensors.setdefault(id(tensor), (name, tensor.detach()))
     return dict(tensors.values())
-
-
-def as_float16(values: Tensor) -> Tensor:
-    """Scales or offsets as float16.
-
-    Raises:
-        ExportError: a value is not a float16.
-    """
-    half = values.half()
-    if inexact := int((half.float() != values).sum()):
-        raise ExportError(
-            f"{inexact:,} of {values.numel():,} scales or offsets are not exact in float16, which "
-            "the files need. Solvers gptq, search and sqnr round the scales of blocks to float16, "
-            "rtn and coarser grids do not"
-        )
-    return half
-
-
-def largest_group(layer: PackedLayer, sizes: Sequence[int]) -> int | None:
-    """The first of `sizes` whose groups cross no block of the grid and fill the rows; None if there
-    is none."""
-    granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
-    block = granularity.size if isinstance(granularity, Blocks) else columns
-    return next((size for size in sizes if block % size == 0 and columns % size == 0), None)
-
-
-def width_problem(layer: PackedLayer, sizes: Sequence[int]) -> str | None:
-    """Why there is no `largest_group`; None if there is one."""
-    if largest_group(layer, sizes) is not None:
-        return None
-    columns = layer.tensor.shape[-1]
-    return f"{layer.scheme}: {columns} inputs do not divide into blocks of {sizes[-1]}"
-
-
-def refuse(target: str, problems: list[str]) -> None:
-    """Raise one error about all layers that a target cannot hold.
-
-    Raises:
-        ExportError: there are problems.
-    """
-    if problems:
-        shown = "\n  ".join(lines(problems))
-        raise ExportError(f"{target} cannot hold {len(problems)} layers of this base:\n  {shown}")
 
 
 def rotations(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

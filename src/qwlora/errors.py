@@ -212,7 +212,12 @@ class VerificationError(QwloraError, RuntimeError):
 
 
 class UploadError(QwloraError, RuntimeError):
-    """The hub refused an upload, or cannot be reached; nothing was changed there."""
+    """The hub refused an upload, or cannot be reached. Nothing was changed there, unless the error
+    says that it `may_have_happened`."""
+
+    def __init__(self, message: str, may_have_happened: bool = False):
+        self.may_have_happened = may_have_happened
+        super().__init__(message)
 
 
 class NonFiniteError(QwloraError, ArithmeticError):

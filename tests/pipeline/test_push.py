@@ -29,11 +29,11 @@ from qwlora.errors import DirectoryError, SourceError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.run import run
 from qwlora.pipeline.store import STAGE, read_record
 from qwlora.recipe import load_recipe
+from qwlora.report import model_cards
 from qwlora.report.model_cards import Repositories, card_text
 from qwlora.targets.proof.folder import proofs
 from qwlora.targets.proof.readme import write_readme

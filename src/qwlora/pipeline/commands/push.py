@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.adapter.adapter_files import CONFIG, FILE
-from qwlora.errors import DirectoryError, QwloraError, UploadError, described
+from qwlora.errors import DirectoryError, UploadError
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
@@ -36,6 +36,7 @@ from qwlora.report.model_cards import Repositories, card_text
 from qwlora.report.results_view import Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.hub import commit_files
 from qwlora.system.output_path import as_directory_errors
 from qwlora.system.regular_files import check_plain
 from qwlora.targets.registry import TARGETS
@@ -127,66 +128,30 @@ def prepared(
 
 
 def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
-    """Upload as one commit; returns its address.
-
-    Args:
-        is_private: whether a new repository is private, and an existing one has to be.
-
-    Raises:
-        UploadError: the hub refuses, or cannot be reached, or the repository is public although it
-            should be private, or holds a base where an adapter is uploaded, or the reverse.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if get_token() is None:
-        raise UploadError(
-            "there is no token for the hub. Run `hf auth login`, or set HF_TOKEN to a token that "
-            "may write"
-        )
-    api, repository, note = HfApi(), upload.repository, _pushed(folder)
-    # Listed first, so that a later upload knows the files if this process is killed in between.
+    """Upload as one commit; returns its address. See `commit_files`."""
+    repository, note = upload.repository, _pushed(folder)
     begun = {*note["files"].get(repository, []), *upload.files}
-    is_sent = False
-    try:
-        api.create_repo(repository, private=is_private, exist_ok=True)
-        if is_private and not api.model_info(repository).private:
-            raise UploadError(
-                f"{repository} is a public repository. Nothing was uploaded. Give --public to "
-                "upload to it, or another --to"
-            )
-        there = api.list_repo_files(repository)
-        for record, what in ((RECORD, "a base"), (FILE, "an adapter")):
-            if record in there and record not in upload.files:
-                raise UploadError(
-                    f"{repository} holds {what} ({record}), and {upload.what} would mix with it. "
-                    "Nothing was uploaded. Give another --to"
-                )
+
+    def remember() -> None:
+        """A later upload knows the files, even if this process is killed before it knows that the
+        hub has them."""
         _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
-        added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
-        gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
-        is_sent = True
-        commit = api.create_commit(
-            repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
+
+    kinds = {RECORD: "a base", FILE: "an adapter"}
+    others = {record: what for record, what in kinds.items() if record not in upload.files}
+    try:
+        url = commit_files(
+            repository, upload.files, upload.outdated, upload.what, others, is_private, remember
         )
-    except QwloraError:
+    except UploadError as error:
+        if not error.may_have_happened:
+            _write_note(folder, note)
         raise
-    except Exception as error:  # the client raises many types: offline, forbidden, too large ...
-        if is_sent and not isinstance(error, HfHubHTTPError):  # the hub may have made the commit
-            raise UploadError(
-                f"{repository}: the connection ended before the hub answered, so it is not known "
-                f"whether the files were uploaded: {described(error)}. Run the command again"
-            ) from error
-        _write_note(folder, note)
-        raise UploadError(
-            f"{repository}: nothing was uploaded: {described(error)}. Check the token (`hf auth "
-            "login`, or HF_TOKEN), that it may write there, the network and HF_ENDPOINT"
-        ) from error
     note["files"][repository] = sorted(upload.files)
     if RECORD in upload.files:
         note |= {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
     _write_note(folder, note)
-    return str(commit.commit_url)
+    return url
 
 
 def _write_note(folder: Path, note: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def verify_onnx_outputs(
     has_to_pass: bool = True,
 ) -> Parity:
     """Any model in ONNX Runtime against its simulation."""
-    outputs = compare_outputs(OnnxModel(folder), simulation, batches, limits)
+    outputs = compare_outputs(simulation, batches, OnnxModel(folder), limits)
     layers = compare_layers(OnnxModel(folder), simulation, batches[0], limits)
     parity = outputs.extended(layers.figures, *layers.checks)
     if has_to_pass:

@@ -42,13 +42,7 @@ from qwlora.targets.proof.compare import is_language_model
 from qwlora.targets.proof.folder import RECORD, write_files, write_record
 from qwlora.targets.proof.prove import LAYER_TOKENS, Expected, expected_of, prove
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import (
-    NONE,
-    ExportedBase,
-    ExportedGraph,
-    Target,
-    size_problems,
-)
+from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Target, size_problems
 
 
 def export(
@@ -242,10 +236,7 @@ def verify(
     target, rows = TARGETS[name], list[Check]()
     target.require_packages()
     with on_cpu(*_modules(made)):
-        if isinstance(made, PeftModel):
-            expected = _trained(target, folder, made, batches)
-        else:
-            expected = _simulated(target, folder, made, batches, layer_tokens)
+        expected = _expected(target, folder, made, batches, layer_tokens)
         for adapter, of_adapter in expected.items():
             parity = prove(target, folder, adapter, of_adapter, limits)
             named = f"{adapter}: " if adapter else ""
@@ -257,34 +248,29 @@ def verify(
     return rows
 
 
-def _trained(target: Target, folder: Path, model: PeftModel, batches: Any) -> dict[str, Expected]:
-    """What the files of each adapter in `folder` should compute where activations are floats."""
-    text, expected = as_sequences(_ids(batches)), dict[str, Expected]()
-    check_token_ids({"input_ids": text.input_ids}, model, SourceError)
-    with evaluation_mode(model), restored_adapters(model):
-        model.base_model.enable_adapter_layers()
-        for name in filter(lambda name: (folder / name).is_dir(), model.peft_config):
-            model.set_adapter(name)
-            expected[name] = expected_of(target, model, [text])
-    return expected
-
-
-def _simulated(
+def _expected(
     target: Target, folder: Path, made: Any, batches: Any, layer_tokens: int
 ) -> dict[str, Expected]:
     """What the files of each adapter in `folder` should compute; that of one simulation is ""."""
-    simulations, base, expected = {"": made}, None, dict[str, Expected]()
-    if isinstance(made, AdapterSimulations):
-        simulations = {name: made[name] for name in made if name != BASE}
-        base = made[BASE] if target.has_base else None
-    for name, simulation in simulations.items():
-        if not (target.has_cases or (folder / name).is_dir()):
+    expected = dict[str, Expected]()
+    if isinstance(made, PeftModel):
+        text = as_sequences(_ids(batches))
+        check_token_ids({"input_ids": text.input_ids}, made, SourceError)
+        with evaluation_mode(made), restored_adapters(made):
+            made.base_model.enable_adapter_layers()
+            for name in filter(lambda name: (folder / name).is_dir(), made.peft_config):
+                made.set_adapter(name)
+                expected[name] = expected_of(target, made, [text])
+        return expected
+    for name, simulation in (made if isinstance(made, AdapterSimulations) else {"": made}).items():
+        if name == BASE or not (target.has_cases or (folder / name).is_dir()):
             continue
-        if not is_language_model(simulation.graph().interface):
+        if is_language_model(simulation.graph().interface):
+            # Without a reference of the base: the model may not be causal, so it may not decode.
+            text, schemes = as_sequences(_ids(batches)), simulation.origin.schemes
+            expected[name] = expected_of(target, simulation, [text], schemes, None, layer_tokens)
+        else:
             expected[name] = Expected([], simulation, list(batches))
-            continue
-        texts, schemes = [as_sequences(_ids(batches))], simulation.origin.schemes
-        expected[name] = expected_of(target, simulation, texts, schemes, base, layer_tokens)
     return expected
 
 

@@ -122,7 +122,7 @@ def language_parity(logits: Tensor) -> Any:
 def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
     runtime: Any = Runtime(logits)
     reference: Reference = Simulated(perturbed)
-    return compare_outputs(runtime, reference, [{"input_ids": IDS}])
+    return compare_outputs(reference, [{"input_ids": IDS}], runtime)
 
 
 def graphs_parity(logits: Tensor) -> Parity:

@@ -221,7 +221,7 @@ def test_differences_of_outputs_add_up() -> None:
         run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]},
     )
     batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]
-    figures = compare_outputs(runtime, simulation, batches, LIMITS).figures
+    figures = compare_outputs(simulation, batches, runtime, LIMITS).figures
     assert figures["max_abs_difference"] == {"y": 0.5}
     assert figures["sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.625))
     assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))

@@ -122,7 +122,9 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     target, adapter = TARGETS[name], cases[0] if cases else BASE
     bundle, has_proof = context.path / "export" / name, target.has_proof and adapter != BASE
     asked, ships = context.recipe.verify, context.recipe.export.proof
-    invocation = _invocation(context, adapter) if has_proof and target.holds_invocation else []
+    invocation = list[int]()  # of an activated LoRA
+    if has_proof and target.holds_invocation:
+        invocation = read_config(context.path / "adapters" / adapter).get(INVOCATION) or []
     texts = [fitting(_held_out(context, adapter), target.parts(bundle, adapter))]
     if has_proof and ships == "generated":  # before other models are in memory
         texts.append(_generated(context, invocation, texts[0].input_ids.shape[1]))
@@ -154,11 +156,6 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
     names = [adapter.name for adapter in recipe.adapters]
     owner = next((name for name in members(adapter) if name in names), names[0])
     return context.text(owner).held_out.first(recipe.verify.sequences)
-
-
-def _invocation(context: JobContext, adapter: str) -> list[int]:
-    """The tokens that start an activated LoRA; empty for other adapters."""
-    return read_config(context.path / "adapters" / adapter).get(INVOCATION) or []
 
 
 def _generated(context: JobContext, invocation: list[int], tokens: int) -> Sequences:

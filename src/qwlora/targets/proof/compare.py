@@ -25,12 +25,7 @@ from qwlora.graph.capture import EMBEDS, IDS
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most, is_so
-from qwlora.targets.proof.reference import (
-    Reference,
-    compare_logits,
-    is_same,
-    largest,
-)
+from qwlora.targets.proof.reference import Reference, compare_logits, is_same, largest
 from qwlora.targets.target import Runtime
 
 DECODED = 16  # tokens
@@ -82,9 +77,9 @@ def output_check(name: str, sqnr: float, floor: float, limits: Limits, where: st
 
 
 def compare_outputs(
-    runtime: Runtime,
     reference: Reference,
     batches: Collection[Mapping[str, Any]],
+    runtime: Runtime,
     limits: Limits = LIMITS,
     where: str = "",
 ) -> Parity:

@@ -55,20 +55,15 @@ def write_record(folder: Path, target: str, base_fingerprint: str | None, **fact
 
 
 def write_files(
-    name: str,
-    exported: Any,
-    base_fingerprint: str | None,
-    folder: Path,
-    base: Path | None = None,
+    name: str, exported: Any, base_fingerprint: str, folder: Path, base: Path | None = None
 ) -> dict[str, Any]:
     """Write the files of a base or an adapter, and their record.
 
     Args:
         name: of the target.
         exported: what its `Backend` takes. The tokenizer of a graph is saved next to it.
-        folder: for the files; it may hold others, which the record then lists, too.
-        base: the folder of the bundle's base, to write an adapter for it. None: write the base, or
-            base and adapter together.
+        folder: for the files; it may hold others, which the record lists, too.
+        base: folder of the base that the adapter is for. None: write a base, or both together.
 
     Returns:
         `bytes` of the model's files, and what the record says about a base.
@@ -104,12 +99,11 @@ def write_proof(
 
 def proof_record(target: str, bundle: Path, name: str, limits: Limits) -> dict[str, Any]:
     """What a proof says about the exported files that it is of."""
-    parts = TARGETS[target].parts(bundle, name)
-    base = manifest.read(parts.get(BASE, bundle) / RECORD)
+    base = manifest.read(bundle / BASE / RECORD)
     return {
         "target": target,
         "adapter": name,
-        "of": {part: record_digest(folder) for part, folder in parts.items()},
+        "of": _digests(target, bundle, name),
         "limits": {"perplexity_difference": limits.perplexity_difference},
         **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base},
     }
@@ -127,6 +121,12 @@ def renamed_proof(path: Path, name: str) -> str:
 def record_digest(folder: Path) -> str:
     """SHA-256 of a base's or an adapter's record, which lists the digests of its files."""
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def _digests(target: str, bundle: Path, name: str) -> dict[str, str]:
+    """`record_digest` of each of `Target.parts`."""
+    parts = TARGETS[target].parts(bundle, name).items()
+    return {part: record_digest(folder) for part, folder in parts}
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
@@ -174,14 +174,11 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
             continue
         try:
             record = _read_proof(path)
+            if _digests(str(record.get("target")), bundle, name) == record["of"]:
+                found[name] = record
         except SourceError as error:
             message = f"{README} leaves out adapter {name}: {error}"
             warnings.warn(message, QwloraWarning, stacklevel=2)
-            continue
-        try:
-            parts = TARGETS[str(record.get("target"))].parts(bundle, name)
-            if {part: record_digest(folder) for part, folder in parts.items()} == record["of"]:
-                found[name] = record
         except (KeyError, OSError):  # an unknown target, or no files
             continue
     return found

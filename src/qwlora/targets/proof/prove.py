@@ -8,8 +8,8 @@
     cached      the logits of tokens that run one by one, and the same while others run in between
     switched    the same bits again after other adapters were active
 
-A job, `qwlora.verify` and `qwlora verify FOLDER` call `prove`; only their references differ. Speeds
-are of one run on this machine, one sequence at a time.
+A job, `qwlora.verify` and `qwlora verify FOLDER` call `prove`; only their references differ.
+Speeds are of one run on this machine, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def prove(
         name: see `Target.open`; empty if `bundle` itself has the files of one adapter.
 
     Raises:
-        MissingExtraError, VerificationError, ExportError: see `Target.open`.
+        MissingExtraError, ExportError: see `Target.open`.
+        VerificationError: the files contradict each other, or there is nothing to compare.
         SourceError: a reference proves nothing, or is of another vocabulary.
-        VerificationError: there is nothing to compare.
     """
     reset_peak_rss()
     before, began = peak_rss_bytes(), time.perf_counter()
@@ -209,13 +209,10 @@ def _outputs(runtime: Runtime, adapter: Path | None, expected: Expected, limits:
         raise VerificationError("verification needs at least one batch of the model's inputs")
     inputs = simulation.graph().interface.inputs
     batches = [as_arguments(batch, inputs) for batch in batches]
-
-    def compare(opened: Runtime, limits: Limits, where: str) -> Parity:
-        return compare_outputs(opened, simulation, batches, limits, where)
-
     if runtime.switches:
         runtime.use(adapter)
-    parity = runtime.parity(compare, limits) or compare(runtime, limits, "")
+    compare = partial(compare_outputs, simulation, batches)
+    parity = runtime.parity(compare, limits) or compare(runtime, limits)
     if not runtime.has_layers:
         return parity
     layers = compare_layers(runtime, simulation, batches[0], limits)
@@ -268,10 +265,9 @@ def results_of(target: Target, measured: Mapping[str, Any], has_proof: bool) -> 
     results |= exact["adapter"] | {f"shipped_{k}": shipped[k] for k in _SHIPPED if k in shipped}
     results |= {k: exact[k] for k in ("off_is_equal",) if k in exact}
     results |= {"proof": measured["figures"]} if has_proof else {}
-    judged = {key: measured[key] for key in ("passed", "problems", "checks")}
-    if "not_run" in results and judged["passed"]:
-        del judged["passed"]
-    return results | judged
+    is_whole = "not_run" not in results or not measured["passed"]
+    judged = ("passed", "problems", "checks") if is_whole else ("problems", "checks")
+    return results | {key: measured[key] for key in judged}
 
 
 def save_proof(
@@ -308,24 +304,26 @@ def measure(
     """Run opened files on a text.
 
     Where the runtime switches adapters: the base without, with and without the adapter, with exact
-    settings and as shipped. Figures are then `exact`, and `shipped` where it differs, each with
-    figures of `base` and `adapter`, whether switching the adapter off gives the bits of before,
-    seconds and tokens per second. Only exact settings are checked.
+    settings and as shipped. Figures are then `exact`, and `shipped` where it differs. Only exact
+    settings are checked.
 
     Args:
-        adapter: its folder. None: the base alone, or files that hold base and adapter together;
-            then `exact` has figures of `adapter` only.
+        adapter: its folder. None: the base alone, or files that hold base and adapter together.
+            Then, and without a reference of the base, `exact` has figures of `adapter` only.
 
     Raises:
         SourceError: the reference proves nothing, or is of another vocabulary.
     """
     check_reference(reference)
-    if not runtime.switches or adapter is None:
-        if (parity := runtime.parity(partial(compare_first, reference), limits)) is not None:
-            return parity
-        logits = partial(runtime.logits, steps=DECODED)
-        run = compare_logits(logits, reference, limits, track=track)
-        return Parity({"exact": {"adapter": run.figures}}, run.checks)
+    if not runtime.switches or adapter is None or "base.top" not in reference:
+        if runtime.switches:
+            runtime.use(adapter)
+        parity = runtime.parity(partial(compare_first, reference), limits)
+        if parity is None:
+            logits = partial(runtime.logits, steps=DECODED)
+            run = compare_logits(logits, reference, limits, track=track)
+            parity = Parity({"exact": {"adapter": run.figures}}, run.checks)
+        return parity
     check_ids(reference["ids"], runtime.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
     exact = _run(runtime, adapter, reference, limits, track)
     parity = Parity({"exact": exact.figures}, exact.checks)

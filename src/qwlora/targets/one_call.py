@@ -122,27 +122,26 @@ def export(
             )
 
         with replacing_files(folder, last=RECORD) as scratch:
+            parts: dict[str, Any] = {}
             if isinstance(made, Simulation):
-                write_files(target, exported(made), identity, scratch)
-                return
-            base: Any
-            if isinstance(made, PreTrainedModel):
-                base = ExportedBase(made, tokenizer, None if gguf_file is None else Path(gguf_file))
-                holds = known.holds_invocation
-                changes: Any = {name: read_canonical(path, holds) for name, path in sources.items()}
+                parts[""] = exported(made)
+            elif isinstance(made, PreTrainedModel):
+                file, holds = None if gguf_file is None else Path(gguf_file), known.holds_invocation
+                parts[BASE] = ExportedBase(made, tokenizer, file)
+                parts |= {name: read_canonical(path, holds) for name, path in sources.items()}
             else:
-                changes = {name: exported(made[name]) for name in made}
-                base = replace(changes.pop(BASE), updatable=made.base_activations)
+                parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)
+                parts |= {name: exported(made[name]) for name in made if name != BASE}
             if known.has_cases:
-                cases = {**changes, NONE: base}
-                known.backend.write_cases(base, cases, scratch)
+                base = parts.pop(BASE)
+                known.backend.write_cases(base, {**parts, NONE: base}, scratch)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(scratch)
-                write_record(scratch, target, identity, use_cases=list(cases))
+                write_record(scratch, target, identity, use_cases=[*parts, NONE])
                 return
-            for name, part in {BASE: base, **changes}.items():
-                (scratch / name).mkdir()
-                of = None if name == BASE else scratch / BASE
+            for name, part in parts.items():
+                (scratch / name).mkdir(exist_ok=True)
+                of = scratch / BASE if known.has_base and name != BASE else None
                 write_files(target, part, identity, scratch / name, of)
 
 
@@ -209,8 +208,9 @@ def verify(
     """Run the files of `export` in their runtime, and compare them with what they were made of.
 
     Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Adapters that are not in the folder are skipped. A model is run in
-    evaluation mode; afterwards its mode and its active adapter are restored.
+    the runtime gives its value. Where it switches adapters, each must leave no trace in another.
+    Adapters that are not in the folder are skipped. A model is run in evaluation mode; afterwards
+    its mode and its active adapter are restored.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.

@@ -166,13 +166,11 @@ def prove(
     reference, *more = expected.references
     parity = measure(runtime, adapter, reference, limits, track)
     if adapter is not None:
+        parts = target.parts(bundle, name).items()
         cost = {
             "load_seconds": load_seconds,
             "peak_memory_bytes": peak_rss_bytes() - before + runtime.process_bytes,
-            "bytes": {
-                "base": total_bytes((bundle / BASE).rglob("*")),
-                "adapter": total_bytes(adapter.rglob("*")),
-            },
+            "bytes": {part: total_bytes(folder.rglob("*")) for part, folder in parts},
         }
         parity = parity.extended(cost)
     ids = reference["ids"][:1, : expected.layer_tokens]
@@ -226,9 +224,8 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         what is proven by adapter, as in proof.json.
 
     Raises:
-        FingerprintError, SourceError: see `checked_proofs` and `prove`.
-        MissingExtraError: the target's program is not installed.
-        ExportError: it refuses the files.
+        FingerprintError, SourceError: see `checked_proofs`.
+        MissingExtraError, ExportError, VerificationError: see `prove`.
     """
     results, records = {}, checked_proofs(bundle)
     for name, record in track(records.items(), "verifying", len(records)):

@@ -96,7 +96,7 @@ def _write_gguf(bundle: Path) -> None:
         shutil.rmtree(bundle / name)
     (bundle / "tiny.gguf").unlink()
     for name in ("base", "first"):
-        write_record(bundle / name, {"base_fingerprint": "0" * 64})
+        write_record(bundle / name, "gguf", "0" * 64)
     ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(5))
     of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / "first")}
     known = {"target": "gguf", "adapter": "first", "of": of, "model": "tiny", "license": None}

@@ -79,7 +79,7 @@ def test_a_readme_is_replaced_unless_edited(written_by: str, out: Path) -> None:
     def export(text: str) -> None:
         with (store := Store(out)).locked(), store.scratch("export/qairt") as scratch:
             (scratch / "README.md").write_text(text)
-            write_record(scratch, {})
+            write_record(scratch, "qairt", None)
             store.commit("export/qairt", Record("export/qairt", {}, {}), scratch)
 
     files = out / "export" / "qairt"

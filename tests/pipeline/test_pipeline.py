@@ -36,7 +36,7 @@ from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
-from qwlora.targets.proof.folder import verify_bundle
+from qwlora.targets.proof.prove import verify_bundle
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -16,7 +16,8 @@ from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.report.summary_table import summary_rows
-from qwlora.targets.proof.folder import RECORD, record_digest, verify_bundle
+from qwlora.targets.proof.folder import RECORD, record_digest
+from qwlora.targets.proof.prove import verify_bundle
 from targets.npu.test_qnn_bundle import EMULATED
 
 ADAPTERS = [

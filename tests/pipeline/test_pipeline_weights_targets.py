@@ -35,7 +35,8 @@ from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
 from qwlora.targets.npu.qairt_pipeline import RECIPE
 from qwlora.targets.proof.checks import is_so
-from qwlora.targets.proof.folder import current_proofs, proofs, record_digest, verify_bundle
+from qwlora.targets.proof.folder import current_proofs, proofs, record_digest
+from qwlora.targets.proof.prove import verify_bundle
 from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.registry import TARGETS
 from simulation.tiny_architectures import make
@@ -303,7 +304,7 @@ def test_a_readme_says_what_failed(
 ) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     broken = [is_so("switching back", False)]
-    monkeypatch.setattr("qwlora.pipeline.stages.file_stages.switching", lambda *_: broken)
+    monkeypatch.setattr("qwlora.targets.proof.prove.switching", lambda *_: broken)
     with pytest.raises(VerificationError, match="switching back: no"):
         Job(copy / "recipe.yaml", copy).run(changes=["verify.sequences=1"])
     text = (copy / "export" / "hf" / "README.md").read_text()

@@ -1,6 +1,6 @@
 """Comparisons that several tests make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from qwlora.graph.nodes import operation
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.checks import LIMITS, Limits, Parity
-from qwlora.targets.proof.compare import verify_language_model, verify_outputs
-from qwlora.targets.proof.measure import measure_logits, measure_runtime
+from qwlora.targets.proof.compare import compare_layers, compare_outputs
+from qwlora.targets.proof.prove import measure
 from qwlora.targets.proof.reference import (
     GRAPHS_NOISE,
     Logits,
@@ -42,12 +42,25 @@ def verify_weights(
     rounding: AbstractContextManager[None] | None = None,
 ) -> Parity:
     """A runtime against the trained model."""
-    return measure_runtime(runtime, adapter, reference_of_trained(model, sequences, rounding))
+    return measure(runtime, adapter, reference_of_trained(model, sequences, rounding))
+
+
+def verify_simulation(
+    runtime: Runtime, simulation: Reference, ids: Any, layer_tokens: int
+) -> Parity:
+    """A runtime with base and adapter together against the simulation of a language model."""
+    run = measure(runtime, None, reference_of(simulation, ids))
+    parity = Parity(run.figures["exact"]["adapter"], run.checks)
+    if not runtime.has_layers:
+        return parity
+    batch = {"input_ids": as_sequences(ids).input_ids[:1, :layer_tokens]}
+    layers = compare_layers(runtime, simulation, batch)
+    return parity.extended(layers.figures, *layers.checks)
 
 
 def verify_onnx(folder: Path, simulation: Reference, ids: Tensor, layer_tokens: int) -> Parity:
     """A language model in ONNX Runtime against its simulation; raises if a check fails."""
-    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens)
+    parity = verify_simulation(OnnxModel(folder), simulation, ids, layer_tokens)
     check_parity(parity, str(folder))
     return parity
 
@@ -60,13 +73,15 @@ def verify_onnx_outputs(
     has_to_pass: bool = True,
 ) -> Parity:
     """Any model in ONNX Runtime against its simulation."""
-    parity = verify_outputs(OnnxModel(folder), simulation, batches, limits)
+    outputs = compare_outputs(simulation, batches, OnnxModel(folder), limits)
+    layers = compare_layers(OnnxModel(folder), simulation, batches[0], limits)
+    parity = outputs.extended(layers.figures, *layers.checks)
     if has_to_pass:
         check_parity(parity, str(folder))
     return parity
 
 
-def reference_of(simulation: Reference, ids: Tensor, least_noise: float = 0.0) -> dict[str, Tensor]:
+def reference_of(simulation: Reference, ids: Any, least_noise: float = 0.0) -> dict[str, Tensor]:
     """What a simulation says about token ids."""
     logits, perturbed = simulated_logits(simulation)
     text = as_sequences(ids)
@@ -78,6 +93,18 @@ def verify_graphs(
 ) -> Parity:
     """Graphs with a key-value cache against their simulation."""
     return measure_logits(logits, reference_of(simulation, ids, GRAPHS_NOISE), limits)
+
+
+def measure_logits(
+    logits: Logits, reference: Mapping[str, Tensor], limits: Limits = LIMITS
+) -> Parity:
+    """Files that hold base and adapter together, with these logits, against a reference."""
+
+    class Computed(Runtime):
+        def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+            return logits(ids)
+
+    return measure(Computed(), None, reference, limits)
 
 
 def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Tensor]:

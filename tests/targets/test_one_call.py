@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import BertConfig, BertForMaskedLM
 
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
@@ -60,6 +61,19 @@ def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:
     rows = qwlora.verify(tmp_path, made, IDS)
     assert passed(rows)
     assert {row.what.partition(":")[0] for row in rows} == {"first", "second"}
+    assert any("after other adapters were active" in row.what for row in rows)
+
+
+def test_a_model_that_is_not_causal_decodes_nothing(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    config = BertConfig(num_attention_heads=2, max_position_embeddings=32, vocab_size=256, **sizes)
+    base = BertForMaskedLM(config).eval()
+    qwlora.quantize_(base, "w4-block32", "rtn")
+    lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    made = qwlora.simulate_adapters(get_peft_model(base, lora, "first").eval(), BATCH)
+    made.calibrate([BATCH])
+    qwlora.export(made, "onnx", tmp_path)
+    assert passed(qwlora.verify(tmp_path, made, IDS))
 
 
 def test_a_base_with_float_adapters(tmp_path: Path) -> None:

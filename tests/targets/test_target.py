@@ -24,6 +24,7 @@ from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import file_stages
 from qwlora.pipeline.store import NAME
 from qwlora.recipe.whole_recipe import Export, Verify
+from qwlora.targets.proof.prove import Expected
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.proof.reference import make_reference
 from qwlora.targets.registry import TARGETS
@@ -86,9 +87,9 @@ def test_the_file_stages_opens_the_files_with_the_target_in_its_name(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
-    made = None, None, [make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)]
-    monkeypatch.setattr(file_stages._Verification, "_references", lambda self, *texts: made)
-    monkeypatch.setattr(file_stages._Verification, "_text", lambda self: text)
+    made = None, Expected([make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)])
+    monkeypatch.setattr(file_stages, "_expected", lambda *arguments: made)
+    monkeypatch.setattr(file_stages, "_held_out", lambda *arguments: text)
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
         file_stages.verify(
             context,

@@ -214,7 +214,7 @@ for _name in ("run", *VERBS):
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.pipeline.stages import quiet_libraries
-    from qwlora.targets.proof.folder import verify_bundle
+    from qwlora.targets.proof.prove import verify_bundle
     from qwlora.targets.proof.readme import proof_table
 
     quiet_libraries()

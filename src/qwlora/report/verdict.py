@@ -10,7 +10,7 @@ A caution: an adapter is not better than the float model by 1%, or by 2 standard
 were measured; two adapters are identical; a file was checked on fewer than 1,000 tokens. With
 `reference: float`, an adapter is compared with the same one trained on the float model (float LoRA)
 instead: a caution is more than 5% over it, and float LoRA must be better than the float model. What
-was not measured never counts as passed. Checks of a proof were judged by `export/proof`.
+was not measured never counts as passed. Checks of a proof were judged by `targets/proof`.
 
 The sentence is the strongest fact for, ", but ", the strongest fact against.
 """

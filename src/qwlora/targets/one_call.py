@@ -37,26 +37,12 @@ from qwlora.system.atomic import replacing_files
 from qwlora.system.device import on_cpu
 from qwlora.system.parameter_names import BASE, NAME_PATTERN
 from qwlora.targets.canonical_adapter import read_canonical
-from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity
-from qwlora.targets.proof.compare import is_language_model, verify_language_model, verify_outputs
-from qwlora.targets.proof.folder import (
-    MODEL_CLASS,
-    RECORD,
-    WITHOUT_CACHE,
-    record_digest,
-    write_record,
-)
-from qwlora.targets.proof.measure import measure_runtime
-from qwlora.targets.proof.reference import least_noise, reference_of_trained
+from qwlora.targets.proof.checks import LIMITS, Check, Limits
+from qwlora.targets.proof.compare import is_language_model
+from qwlora.targets.proof.folder import RECORD, write_files, write_record
+from qwlora.targets.proof.prove import LAYER_TOKENS, Expected, expected_of, prove
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import (
-    NONE,
-    ExportedBase,
-    ExportedGraph,
-    Runtime,
-    Target,
-    size_problems,
-)
+from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Target, size_problems
 
 
 def export(
@@ -110,7 +96,7 @@ def export(
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
     _check_made(known, target, made, sources)
     known.require_packages(to_write=True)
-    backend, folder = known.backend, Path(folder)
+    folder = Path(folder)
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} already has a base. Delete it, or use another folder")
     with on_cpu(*_modules(made)):
@@ -135,38 +121,28 @@ def export(
                 tokenizer=tokenizer,
             )
 
-        def finish(part: Path, is_adapter: bool = False, **facts: Any) -> None:
-            if tokenizer is not None and known.is_simulated and not is_adapter:
-                tokenizer.save_pretrained(part)
-            record = {"target": target, "base_fingerprint": identity, **facts}
-            write_record(part, {key: value for key, value in record.items() if value is not None})
-
         with replacing_files(folder, last=RECORD) as scratch:
+            parts: dict[str, Any] = {}
             if isinstance(made, Simulation):
-                backend.write_adapter(exported(made), scratch / BASE, scratch)
-                finish(scratch)
-                return
-            base: Any
-            if isinstance(made, PreTrainedModel):
-                base = ExportedBase(made, tokenizer, None if gguf_file is None else Path(gguf_file))
-                holds, model_class = known.holds_invocation, type(made).__name__
-                changes: Any = {name: read_canonical(path, holds) for name, path in sources.items()}
+                parts[""] = exported(made)
+            elif isinstance(made, PreTrainedModel):
+                file, holds = None if gguf_file is None else Path(gguf_file), known.holds_invocation
+                parts[BASE] = ExportedBase(made, tokenizer, file)
+                parts |= {name: read_canonical(path, holds) for name, path in sources.items()}
             else:
-                model_class, changes = None, {name: exported(made[name]) for name in made}
-                base = replace(changes.pop(BASE), updatable=made.base_activations)
+                parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)
+                parts |= {name: exported(made[name]) for name in made if name != BASE}
             if known.has_cases:
-                cases = {**changes, NONE: base}
-                backend.write_cases(base, cases, scratch)
-                finish(scratch, use_cases=list(cases))
+                base = parts.pop(BASE)
+                known.backend.write_cases(base, {**parts, NONE: base}, scratch)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(scratch)
+                write_record(scratch, target, identity, use_cases=[*parts, NONE])
                 return
-            (scratch / BASE).mkdir()
-            reason = backend.write_base(base, scratch / BASE)
-            finish(scratch / BASE, False, **{MODEL_CLASS: model_class, WITHOUT_CACHE: reason})
-            of = record_digest(scratch / BASE) if known.is_simulated else None
-            for name, change in changes.items():
-                (scratch / name).mkdir()
-                backend.write_adapter(change, scratch / BASE, scratch / name)
-                finish(scratch / name, True, base=of)
+            for name, part in parts.items():
+                (scratch / name).mkdir(exist_ok=True)
+                of = scratch / BASE if known.has_base and name != BASE else None
+                write_files(target, part, identity, scratch / name, of)
 
 
 def _checked_target(
@@ -227,13 +203,14 @@ def verify(
     made: Simulation | AdapterSimulations | PeftModel,
     batches: Collection[Mapping[str, Any]] | Int64[Tensor, "count tokens"],
     limits: Limits = LIMITS,
-    layer_tokens: int = 128,
+    layer_tokens: int = LAYER_TOKENS,
 ) -> list[Check]:
     """Run the files of `export` in their runtime, and compare them with what they were made of.
 
     Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Adapters that are not in the folder are skipped. A model is run in
-    evaluation mode; afterwards its mode and its active adapter are restored.
+    the runtime gives its value. Where it switches adapters, each must leave no trace in another.
+    Adapters that are not in the folder are skipped. A model is run in evaluation mode; afterwards
+    its mode and its active adapter are restored.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.
@@ -256,41 +233,45 @@ def verify(
         raise SourceError(f"{str(folder)!r} has no {RECORD}; write it with qwlora.export")
     if (name := str(record.get("target"))) not in TARGETS:
         raise SourceError(f"{str(folder)!r} is for target {name!r}, which is unknown; export again")
-    target, parities = TARGETS[name], dict[str, Parity]()
+    target, rows = TARGETS[name], list[Check]()
     target.require_packages()
-
-    def of_simulation(runtime: Runtime, simulation: Simulation) -> Parity:
-        if is_language_model(simulation.graph().interface):
-            least = least_noise(simulation.origin.schemes, target.cached_graphs)
-            ids = _ids(batches)
-            return verify_language_model(runtime, simulation, ids, layer_tokens, limits, least)
-        return verify_outputs(runtime, simulation, list(batches), limits)
-
     with on_cpu(*_modules(made)):
-        if isinstance(made, Simulation):
-            return list(of_simulation(target.open(folder, ""), made).checks)
-        if isinstance(made, AdapterSimulations):
-            for adapter, simulation in made.items():
-                if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):
-                    parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
+        expected = _expected(target, folder, made, batches, layer_tokens)
+        for adapter, of_adapter in expected.items():
+            parity = prove(target, folder, adapter, of_adapter, limits)
+            named = f"{adapter}: " if adapter else ""
+            rows += [replace(row, what=f"{named}{row.what}") for row in parity.checks]
+    if not rows:
+        names: Any = made.peft_config if isinstance(made, PeftModel) else made
+        known = listed(names)
+        raise SourceError(f"{str(folder)!r} has no adapter {known}; give them the folder's names")
+    return rows
+
+
+def _expected(
+    target: Target, folder: Path, made: Any, batches: Any, layer_tokens: int
+) -> dict[str, Expected]:
+    """What the files of each adapter in `folder` should compute; that of one simulation is ""."""
+    expected = dict[str, Expected]()
+    if isinstance(made, PeftModel):
+        text = as_sequences(_ids(batches))
+        check_token_ids({"input_ids": text.input_ids}, made, SourceError)
+        with evaluation_mode(made), restored_adapters(made):
+            made.base_model.enable_adapter_layers()
+            for name in filter(lambda name: (folder / name).is_dir(), made.peft_config):
+                made.set_adapter(name)
+                expected[name] = expected_of(target, made, [text])
+        return expected
+    for name, simulation in (made if isinstance(made, AdapterSimulations) else {"": made}).items():
+        if name == BASE or not (target.has_cases or (folder / name).is_dir()):
+            continue
+        if is_language_model(simulation.graph().interface):
+            # Without a reference of the base: the model may not be causal, so it may not decode.
+            text, schemes = as_sequences(_ids(batches)), simulation.origin.schemes
+            expected[name] = expected_of(target, simulation, [text], schemes, None, layer_tokens)
         else:
-            runtime, text = target.open(folder), as_sequences(_ids(batches))
-            check_token_ids({"input_ids": text.input_ids}, made, SourceError)
-            with evaluation_mode(made), restored_adapters(made):
-                made.base_model.enable_adapter_layers()
-                for adapter in filter(lambda name: (folder / name).is_dir(), made.peft_config):
-                    made.set_adapter(adapter)
-                    reference = reference_of_trained(made, text, target.backend.rounding(made))
-                    run = measure_runtime(runtime, folder / adapter, reference, limits)
-                    parities[adapter] = run
-    if not parities:
-        names = listed(made if isinstance(made, AdapterSimulations) else made.peft_config)
-        raise SourceError(f"{str(folder)!r} has no adapter {names}; give them the folder's names")
-    return [
-        replace(row, what=f"{adapter}: {row.what}")
-        for adapter, parity in parities.items()
-        for row in parity.checks
-    ]
+            expected[name] = Expected([], simulation, list(batches))
+    return expected
 
 
 def _ids(batches: Any) -> Tensor:

@@ -21,10 +21,10 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.targets.npu.float_onnx import FloatOnnxModel, to_float_onnx
-from qwlora.targets.proof.compare import verify_language_model
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
 from targets.damage import flip_bit
+from targets.proofs import verify_simulation
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -68,7 +68,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_the_files_compute_what_was_simulated(folder: Path, lpbq: Simulation) -> None:
-    parity = verify_language_model(AIMET.open(folder, ""), lpbq, IDS, IDS.shape[1])
+    parity = verify_simulation(AIMET.open(folder, ""), lpbq, IDS, IDS.shape[1])
     assert parity.figures["layers"] > 30
     assert parity.figures["worst_layer_steps"] < 1.01
     assert parity.problems == []

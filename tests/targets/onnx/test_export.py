@@ -22,9 +22,8 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
 from qwlora.targets.onnx.onnx import export_onnx
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
-from qwlora.targets.proof.measure import measure_logits
 from qwlora.targets.proof.reference import make_reference, simulated_logits
-from targets.proofs import check_parity, verify_onnx, verify_onnx_outputs
+from targets.proofs import check_parity, measure_logits, verify_onnx, verify_onnx_outputs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))

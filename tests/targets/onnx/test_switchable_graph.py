@@ -21,12 +21,11 @@ from qwlora.targets.onnx.onnx import (
     write_switchable,
 )
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
-from qwlora.targets.proof.compare import verify_language_model
+from qwlora.targets.proof.compare import compare_cache
 from qwlora.targets.proof.contents import ADAPTER_FILE
 from qwlora.targets.proof.folder import RECORD, is_of_base, record_digest
-from qwlora.targets.proof.measure import compare_cache
 from qwlora.targets.target import ExportedGraph
-from targets.proofs import reference_of
+from targets.proofs import reference_of, verify_simulation
 
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
 LONG = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
@@ -91,7 +90,7 @@ def test_one_session_computes_the_base_and_every_adapter(bundle: Bundle) -> None
     for name, made in bundle.simulations.items():
         runtime.use(bundle.adapter(name))
         reference = ZeroAdapter(made) if name == "base" else made
-        parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
+        parity = verify_simulation(runtime, reference, IDS, layer_tokens=16)
         assert parity.problems == [], name
         assert parity.figures["top1_agreement"] == 1
         layers[name] = parity.figures["layers"]
@@ -178,7 +177,7 @@ def test_an_adapter_on_an_embedding_is_switched(tmp_path: Path) -> None:
     runtime = OnnxModel(tmp_path / "base")
     for folder, reference in ((None, ZeroAdapter(zero)), (tmp_path / "own", own)):
         runtime.use(folder)
-        parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
+        parity = verify_simulation(runtime, reference, IDS, layer_tokens=16)
         assert parity.problems == []
 
 

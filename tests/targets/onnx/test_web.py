@@ -55,7 +55,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     for name in ("first", "second"):
         write_adapter(target("web"), folder, name)
     for name in ("base", "first", "second"):
-        write_record(folder / name, {"target": "web", "base_fingerprint": "of the base"})
+        write_record(folder / name, "web", "of the base")
     return folder, adapted
 
 

@@ -21,10 +21,10 @@ from qwlora.targets.proof.folder import (
     is_bundle,
     is_of_base,
     record_digest,
-    verify_bundle,
     write_proof,
     write_record,
 )
+from qwlora.targets.proof.prove import verify_bundle
 from qwlora.targets.proof.reference import logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from targets.damage import swap
@@ -131,7 +131,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for part, files in FILES.items():
         for name, content in files.items():
             write(folder, f"{part}/{name}", content)
-        write_record(folder / part, {"base_fingerprint": "0" * 64})
+        write_record(folder / part, "hf", "0" * 64)
     for name in ("first", "second"):
         prove(folder, name)
     open_runtime = lambda self, base, case: Runtime()  # noqa: E731

@@ -20,14 +20,14 @@ from qwlora.report.verdict import proof_evidence
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
-from qwlora.targets.proof.compare import compare_layers, verify_language_model, verify_outputs
-from qwlora.targets.proof.measure import compare_cache, measure_logits, proven
+from qwlora.targets.proof.compare import compare_cache, compare_layers, compare_outputs
+from qwlora.targets.proof.prove import proven
 from qwlora.targets.proof.readme import proof_table
 from qwlora.targets.proof.reference import Reference, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from targets.proof.test_graph_parity import replace_qnn
 from targets.proof.toy_runtime import TableRuntime
-from targets.proofs import check_parity, verify_weights
+from targets.proofs import check_parity, measure_logits, verify_simulation, verify_weights
 
 TOKENS = VOCABULARY = 24
 IDS = torch.arange(TOKENS)[None]  # each token once, so that a row of logits is of one place
@@ -116,13 +116,13 @@ def weights_parity(logits: Tensor, shipped: Tensor | None = None) -> Any:
 
 def language_parity(logits: Tensor) -> Any:
     runtime: Any = Runtime(logits)
-    return verify_language_model(runtime, Simulated(), TEXT, TOKENS)
+    return verify_simulation(runtime, Simulated(), TEXT, TOKENS)
 
 
 def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
     runtime: Any = Runtime(logits)
     reference: Reference = Simulated(perturbed)
-    return verify_outputs(runtime, reference, [{"input_ids": IDS}])
+    return compare_outputs(reference, [{"input_ids": IDS}], runtime)
 
 
 def graphs_parity(logits: Tensor) -> Parity:

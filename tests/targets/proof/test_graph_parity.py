@@ -13,12 +13,13 @@ import torch
 
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError
-from qwlora.pipeline.stages import file_stages
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, verdict
-from qwlora.targets.proof.measure import measure_logits
+from qwlora.targets.proof.prove import fitting
 from qwlora.targets.proof.reference import compare_first, make_reference
+from qwlora.targets.registry import TARGETS
+from targets.proofs import measure_logits
 
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)
@@ -98,10 +99,6 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     folder = tmp_path / "export" / "qairt"
     folder.mkdir(parents=True)
     (folder / "graphs.json").write_text(json.dumps({"graphs": graphs}))
-    held_out = SimpleNamespace(held_out=Sequences(IDS, labels))
-    adapters, verify = [SimpleNamespace(name="first")], SimpleNamespace(sequences=8)
-    recipe = SimpleNamespace(adapters=adapters, verify=verify)
-    context: Any = SimpleNamespace(path=tmp_path, recipe=recipe, text=lambda name: held_out)
-    text = file_stages._Verification(context, "qairt", "first")._text()
+    text = fitting(Sequences(IDS, labels), TARGETS["qairt"].parts(folder, "first"))
     assert torch.equal(text.input_ids, IDS[rows, :8])
     assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

@@ -24,8 +24,13 @@ from qwlora.targets.proof.checks import (
     only_finite,
     verdict,
 )
-from qwlora.targets.proof.compare import compare_layers, output_check, verify_outputs
-from qwlora.targets.proof.measure import compare_cache, switching
+from qwlora.targets.proof.compare import (
+    compare_cache,
+    compare_layers,
+    compare_outputs,
+    output_check,
+    switching,
+)
 from qwlora.targets.proof.reference import (
     AGREEMENT,
     LOGIT_DIFFERENCE,
@@ -216,7 +221,7 @@ def test_differences_of_outputs_add_up() -> None:
         run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]},
     )
     batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]
-    figures = verify_outputs(runtime, simulation, batches, LIMITS).figures
+    figures = compare_outputs(simulation, batches, runtime, LIMITS).figures
     assert figures["max_abs_difference"] == {"y": 0.5}
     assert figures["sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.625))
     assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))
@@ -450,7 +455,7 @@ def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: s
 def test_a_cache_is_compared_token_by_token(
     adapter: Path | None, leaks: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.targets.proof.measure.DECODED", count)
+    monkeypatch.setattr("qwlora.targets.proof.compare.DECODED", count)
     count = min(count, IDS.shape[1] - 1)
     table = TABLE if adapter is None else OTHER
     labels = IDS.clone()

@@ -14,8 +14,10 @@ from qwlora.errors import SourceError
 from qwlora.grid.scheme import Scheme
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.measure import DECODED, decoded, measure_logits
+from qwlora.targets.proof.compare import DECODED
+from qwlora.targets.proof.prove import decoded
 from qwlora.targets.proof.reference import GRAPHS_NOISE, is_told_apart, least_noise, make_reference
+from targets.proofs import measure_logits
 
 IDS = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(5))
 TABLE = 3 * torch.randn(90, 90, generator=torch.Generator().manual_seed(6))

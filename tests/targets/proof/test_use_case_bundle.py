@@ -25,7 +25,7 @@ def bundle(tmp_path: Path) -> Path:
     (folder / "golden").mkdir(parents=True)
     for name in ("model.data", "README.md", "golden/logits.npy"):
         (folder / name).write_text(name)
-    write_record(folder, {"use_cases": ["first", "second"]})
+    write_record(folder, "qairt", None, use_cases=["first", "second"])
     of, limits = {"files": record_digest(folder)}, {"perplexity_difference": 0.003}
     for case in ("first", "second"):
         proof = folder / "proof" / case

@@ -147,7 +147,7 @@ def test_a_changed_scale_fails_the_proof(bundle: Bundle, tmp_path: Path) -> None
 
 def test_missing_inputs_and_batches_are_named(bundle: Bundle) -> None:
     with pytest.raises(VerificationError, match="at least one batch"):
-        verify_onnx_outputs(*bundle, [])
+        verify(*bundle, [])
     with pytest.raises(ExportError, match="pixel_values was not given"):
         OnnxModel(bundle[0]).run({})
 

@@ -1,43 +1,37 @@
-"""The comparison of a runtime with a simulation: layers, and outputs of any model. Logits
-are compared in `reference.py`.
+"""The comparison of a runtime with a simulation, layers and outputs of any model, and with itself
+after other adapters were active. Logits are compared in `reference.py`.
 
     layers      each gets the simulation's own input; differences are in steps of its output grid
     outputs     of a model that is not a language model: signal to noise,
 
         SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x expected, x_hat from the files
 
+    cache       tokens one by one, also while other adapters run between the steps
+    switching   a state has the same bits after other adapters were active
+
 NaN and infinity are never within a limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
-from qwlora.data.sequences import Sequences, as_sequences
-from qwlora.errors import VerificationError
-from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import EMBEDS, IDS
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db
-from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most
-from qwlora.targets.proof.reference import (
-    Reference,
-    compare_first,
-    compare_logits,
-    largest,
-    make_reference,
-    simulated_logits,
-)
+from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most, is_so
+from qwlora.targets.proof.reference import Reference, compare_logits, is_same, largest
 from qwlora.targets.target import Runtime
 
+DECODED = 16  # tokens
 FEW = 1000  # values of a layer, whose mean is partly chance
 WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
+_OTHERS = 2  # states that run between the steps
 
 
 def compare_layers(
@@ -82,39 +76,10 @@ def output_check(name: str, sqnr: float, floor: float, limits: Limits, where: st
     return at_least(f"signal to noise of output {name}{where}", sqnr, least, "dB")
 
 
-def verify_outputs(
-    runtime: Runtime, reference: Reference, batches: Collection[Any], limits: Limits = LIMITS
-) -> Parity:
-    """Compare every output on `batches`, and every layer on the first of them.
-
-    Args:
-        batches: dicts of arguments, tensors or tuples of tensors (`call_arguments.py`).
-
-    Raises:
-        VerificationError: `batches` is empty.
-        ExportError: the runtime refuses the files.
-    """
-    if not batches:
-        raise VerificationError("verification needs at least one batch of the model's inputs")
-    inputs = reference.graph().interface.inputs
-    batches = [as_arguments(batch, inputs) for batch in batches]
-
-    def compare(opened: Runtime, limits: Limits, where: str) -> Parity:
-        return compare_outputs(opened, reference, batches, limits, where)
-
-    if (parity := runtime.parity(compare, limits)) is not None:
-        return parity
-    layers = Parity({}, ())
-    if runtime.has_layers:
-        layers = compare_layers(runtime, reference, batches[0], limits)
-    outputs = compare(runtime, limits, "")
-    return Parity({**layers.figures, **outputs.figures}, (*outputs.checks, *layers.checks))
-
-
 def compare_outputs(
-    runtime: Runtime,
     reference: Reference,
     batches: Collection[Mapping[str, Any]],
+    runtime: Runtime,
     limits: Limits = LIMITS,
     where: str = "",
 ) -> Parity:
@@ -145,37 +110,82 @@ def compare_outputs(
     return Parity(figures, tuple(checks))
 
 
-def verify_language_model(
-    runtime: Runtime,
-    simulation: Reference,
-    sequences: Sequences | Int64[Tensor, "count tokens"],
-    layer_tokens: int,
-    limits: Limits = LIMITS,
-    least_noise: float = 0.0,
-) -> Parity:
-    """Compare logits and perplexity on `sequences`, and layers on a part of the first one if the
-    runtime gives these.
-
-    Args:
-        layer_tokens: tokens for the comparison layer by layer.
-        least_noise: see `make_reference`.
-
-    Raises:
-        ExportError: the runtime refuses the files.
-    """
-    data, layers = as_sequences(sequences), Parity({}, ())
-    if runtime.has_layers:
-        ids = data.input_ids[:1, :layer_tokens]
-        layers = compare_layers(runtime, simulation, {"input_ids": ids}, limits)
-    logits, perturbed = simulated_logits(simulation)
-    reference = make_reference({"adapter": logits}, data, {"adapter": perturbed}, None, least_noise)
-    run = runtime.parity(partial(compare_first, reference), limits)
-    run = run or compare_logits(runtime.logits, reference, limits)
-    return run.extended(layers.figures, *layers.checks)
-
-
 def is_language_model(interface: Interface) -> bool:
     """Whether a graph takes token ids or their embeddings, and returns next-token logits [batch,
     tokens, vocabulary]."""
     is_logits = interface.primary == "logits" and len(interface.shapes["logits"]) == 3
     return not {IDS, EMBEDS}.isdisjoint(interface.inputs) and is_logits
+
+
+def compare_cache(
+    runtime: Runtime,
+    reference: Mapping[str, Tensor],
+    adapter: Path | None,
+    others: Sequence[Path],
+    limits: Limits = LIMITS,
+) -> Parity:
+    """Run the first sequence as a prefill and then token by token: compare the logits of these
+    tokens, and their bits while other adapters and the base run between the steps, each with a
+    cache of its own.
+
+    Args:
+        adapter: folder of an adapter; None: the base.
+        others: folders of further adapters.
+    """
+    ids = reference["ids"][:1]
+    count = min(DECODED, ids.shape[1] - 1)
+    logits = _stepwise(runtime, adapter, [], ids, count)
+    states = [state for state in (None, *others) if state != adapter]
+    switched = _stepwise(runtime, adapter, states[:_OTHERS], ids, count)
+    runtime.use(None)
+    one = {name: tensor[:1] for name, tensor in reference.items()}
+    where = f" of {count} tokens, one by one with the cache"
+    run = compare_logits(lambda _: logits, one, limits, where=where, last=count)
+    what = "with the cache, logits have the same bits if other adapters run between the steps"
+    return run.extended({}, is_so(what, is_same(logits, switched)))
+
+
+def _stepwise(
+    runtime: Runtime,
+    adapter: Path | None,
+    between: Sequence[Path | None],
+    ids: Tensor,
+    count: int,
+) -> Tensor:
+    """Logits of the last `count` tokens, run one by one.
+
+    Args:
+        between: states that run the same tokens between the steps.
+    """
+    states = (adapter, *between)
+    caches: list[dict[str, Tensor]] = [{} for _ in states]
+    steps = []
+    for part in (ids[:, :-count], *ids[:, -count:].split(1, dim=1)):
+        for number, state in enumerate(states):
+            runtime.use(state)
+            logits, caches[number] = runtime.extend(part, caches[number])
+            if number == 0:
+                steps.append(logits)
+    return torch.cat(steps[1:], dim=1)
+
+
+def switching(
+    runtime: Runtime, adapter: Path | None, others: Sequence[Path], ids: Tensor
+) -> Iterator[Check]:
+    """Whether each state gives the same bits after other adapters were active.
+
+    Args:
+        adapter: folder of an adapter; None: the base.
+        others: folders of further adapters.
+        ids: token ids [1, tokens].
+    """
+    before: dict[Path | None, Tensor] = {}
+    for state in (None, adapter, *others, None, adapter):
+        runtime.use(state)
+        logits = runtime.logits(ids)
+        if state in before:
+            name = "without an adapter" if state is None else f"with adapter {state.name}"
+            what = f"logits {name} have the same bits after other adapters were active"
+            yield is_so(what, is_same(before[state], logits))
+        before[state] = logits
+    runtime.use(None)

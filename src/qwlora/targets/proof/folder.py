@@ -25,14 +25,13 @@ from typing import Any
 
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError, listed
 from qwlora.formats import manifest
-from qwlora.system.atomic import files_in, read_tensors, write_tensors
+from qwlora.system.atomic import files_in, total_bytes, write_tensors
 from qwlora.system.parameter_names import BASE
-from qwlora.system.progress import Track, untracked
 from qwlora.system.regular_files import check_plain
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.contents import ADAPTER_FILE, STAGE
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import PROOF
+from qwlora.targets.target import PROOF, ExportedBase, ExportedGraph
 
 README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
@@ -43,10 +42,49 @@ TEXT, TEXTS = "text", ("generated", "held_out", "none")  # of the reference: `ex
 FORMAT = 1
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+def write_record(folder: Path, target: str, base_fingerprint: str | None, **facts: Any) -> None:
     """Write the record of exported files, with digests of all of them but README.md, which a user
-    may edit."""
-    manifest.write(folder, RECORD, record, set(files_in(folder)) - {README})
+    may edit.
+
+    Args:
+        facts: further keys; None: it does not hold.
+    """
+    record = {"target": target, "base_fingerprint": base_fingerprint, **facts}
+    known = {key: value for key, value in record.items() if value is not None}
+    manifest.write(folder, RECORD, known, set(files_in(folder)) - {README})
+
+
+def write_files(
+    name: str, exported: Any, base_fingerprint: str, folder: Path, base: Path | None = None
+) -> dict[str, Any]:
+    """Write the files of a base or an adapter, and their record.
+
+    Args:
+        name: of the target.
+        exported: what its `Backend` takes. The tokenizer of a graph is saved next to it.
+        folder: for the files; it may hold others, which the record lists, too.
+        base: folder of the base that the adapter is for. None: write a base, or both together.
+
+    Returns:
+        `bytes` of the model's files, and what the record says about a base.
+
+    Raises:
+        ExportError: the files cannot hold it.
+    """
+    target, facts = TARGETS[name], dict[str, Any]()
+    if base is None and target.has_base:
+        facts[WITHOUT_CACHE] = target.backend.write_base(exported, folder)
+    else:
+        target.backend.write_adapter(exported, base or folder / BASE, folder)
+    if isinstance(exported, ExportedBase):
+        facts[MODEL_CLASS] = type(exported.model).__name__
+    facts = {key: fact for key, fact in facts.items() if fact is not None}
+    size = total_bytes(folder.glob(target.model_files))
+    if base is None and isinstance(exported, ExportedGraph) and exported.tokenizer is not None:
+        exported.tokenizer.save_pretrained(folder)
+    of = record_digest(base) if base is not None and target.is_simulated else None
+    write_record(folder, name, base_fingerprint, **facts, base=of)
+    return {"bytes": size, **facts}
 
 
 def write_proof(
@@ -57,6 +95,18 @@ def write_proof(
         write_tensors(folder / REFERENCE, dict(reference))
     files = [] if reference is None else [REFERENCE]
     manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, files)
+
+
+def proof_record(target: str, bundle: Path, name: str, limits: Limits) -> dict[str, Any]:
+    """What a proof says about the exported files that it is of."""
+    base = manifest.read(bundle / BASE / RECORD)
+    return {
+        "target": target,
+        "adapter": name,
+        "of": _digests(target, bundle, name),
+        "limits": {"perplexity_difference": limits.perplexity_difference},
+        **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base},
+    }
 
 
 def renamed_proof(path: Path, name: str) -> str:
@@ -71,6 +121,12 @@ def renamed_proof(path: Path, name: str) -> str:
 def record_digest(folder: Path) -> str:
     """SHA-256 of a base's or an adapter's record, which lists the digests of its files."""
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def _digests(target: str, bundle: Path, name: str) -> dict[str, str]:
+    """`record_digest` of each of `Target.parts`."""
+    parts = TARGETS[target].parts(bundle, name).items()
+    return {part: record_digest(folder) for part, folder in parts}
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
@@ -118,14 +174,11 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
             continue
         try:
             record = _read_proof(path)
+            if _digests(str(record.get("target")), bundle, name) == record["of"]:
+                found[name] = record
         except SourceError as error:
             message = f"{README} leaves out adapter {name}: {error}"
             warnings.warn(message, QwloraWarning, stacklevel=2)
-            continue
-        try:
-            parts = TARGETS[str(record.get("target"))].parts(bundle, name)
-            if {part: record_digest(folder) for part, folder in parts.items()} == record["of"]:
-                found[name] = record
         except (KeyError, OSError):  # an unknown target, or no files
             continue
     return found
@@ -243,21 +296,14 @@ def _check_sealed(folder: Path, name: str, files: Sequence[str], remedy: str) ->
         )
 
 
-def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
-    """Prove a bundle again: check its files, run them, and compare with the reference.
-
-    Returns:
-        what is proven by adapter, as in proof.json.
+def checked_proofs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """The records of all adapters of a bundle, by name, after all its files were checked.
 
     Raises:
         FingerprintError: see `check_files` and `check_complete`.
-        MissingExtraError: the target's program is not installed.
-        ExportError: it refuses the files.
         SourceError: the folder is not a bundle of a known target, holds what no export writes, or a
-            proof cannot be read or proves nothing.
+            proof cannot be read or has no text to run the files on.
     """
-    from qwlora.targets.proof.measure import measure, proven
-
     check_plain(bundle)
     records = proofs(bundle)
     if not records:
@@ -279,11 +325,4 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
             f"{PROOF}/ of {listed(silent)} has no text, because the job that exported them has "
             "export.proof: none. Set it to generated, and run the job again"
         )
-    results = {}
-    for name, record in track(records.items(), "verifying", len(records)):
-        target = TARGETS[record["target"]]
-        reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
-        limits = Limits(perplexity_difference=record["limits"]["perplexity_difference"])
-        parity, _ = measure(target, bundle, name, reference, limits)
-        results[name] = proven(target, parity, reference, limits)
-    return results
+    return records

@@ -273,6 +273,20 @@ def is_out_of_space(error: BaseException) -> bool:
     return is_said or getattr(error, "errno", None) in _FULL_DISK
 
 
+def remedy_of(error: BaseException) -> str:
+    """What to do about an error whose message may not say it."""
+    if is_out_of_memory(error):
+        return f"{LESS_MEMORY}."
+    if isinstance(error, VerificationError):
+        return (
+            "Do not use the exported files until the check has passed. If only the perplexity "
+            "differs, barely, raise verify.sequences."
+        )
+    if isinstance(error, QwloraError | OSError):
+        return "Correct what the message names."
+    return "This may be a bug: run the command again with --debug and report the traceback."
+
+
 @contextmanager
 def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator[None]:
     """Raise any error of other libraries inside as `kind`: `what: the error; remedy`.

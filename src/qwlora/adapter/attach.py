@@ -49,7 +49,7 @@ from qwlora.adapter.adapter_folder import (
     without_pattern_warnings,
 )
 from qwlora.errors import SourceError, TrainingError, listed
-from qwlora.system.parameter_names import canonical_name, is_adapter_name
+from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,15 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
         ) from error
     _check_matches(adapted, shape)
     return adapted
+
+
+def zeroed_(model: PeftModel) -> PeftModel:
+    """`model` with zeros in all factors of its adapters, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_factor_name(canonical_name(name)):
+                parameter.zero_()
+    return model
 
 
 def _check_matches(model: PeftModel, shape: LoraShape) -> None:

@@ -20,8 +20,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from qwlora.adapter.attach import restored_adapters
-from qwlora.errors import CaptureError, listed
-from qwlora.system.parameter_names import canonical_name
+from qwlora.errors import CaptureError, TrainingError, listed
+from qwlora.system.parameter_names import canonical_name, is_factor_name
 
 _LAST = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # axis of the rank
 _WRAPPING = "qwlora_padding"
@@ -42,6 +42,30 @@ def one_rank(ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
         return {}
     largest = max(rank for own in ranks for rank in own.values())
     return {layer: largest for own in ranks for layer in own}
+
+
+def check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], experts: bool) -> None:
+    """Check that adapters can be padded to one shape, for encodings that all of them share.
+
+    Args:
+        shapes: of the weights, by their names in an adapter file, by adapter.
+        experts: whether factors are of experts, which are not padded.
+
+    Raises:
+        TrainingError: weights that are not padded differ.
+    """
+    (first, known), *others = shapes.items()
+    for name, own in others:
+        fixed = sorted(n for n in known.keys() | own.keys() if experts or not is_factor_name(n))
+        if differ := [n for n in fixed if known.get(n) != own.get(n)]:
+            here, there = (list(shape.get(differ[0], ())) or "none" for shape in (known, own))
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share all encodings "
+                f"(simulation.base_activations none): {len(differ)} weights differ, for example "
+                f"{differ[0]}: {here} and {there}. Factors of layers are padded to one shape, but "
+                "not those of experts, DoRA and modules_to_save; give them equal shapes, or use "
+                "base_activations: adapter_only"
+            )
 
 
 def _is_two_factors(layer: Any) -> bool:

@@ -16,6 +16,10 @@ from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml, load_yaml
 
 _WIDTH = 10_000  # lines are never folded
+_RULES_HEAD = """\
+# What base.bits or base.size chose. To reuse it, or after you edited it, put these rules into a
+# recipe in place of bits or size. The first matching rule decides.
+"""
 
 
 def new_text(recipe: Recipe) -> str:
@@ -104,3 +108,8 @@ def _change_list(node: list[Any], before: list[Any], after: list[Any]) -> None:
 
 def _have_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and "name" in m for m in value)
+
+
+def rules_text(rules: list[dict[str, Any]]) -> str:
+    """The part of a recipe that holds the rules of a budget of bits."""
+    return _RULES_HEAD + dump_yaml({"base": {"rules": rules}})

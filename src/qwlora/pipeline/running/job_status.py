@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
+from qwlora.errors import QwloraError, remedy_of
 from qwlora.pipeline.stage import Stage
 from qwlora.system.machine import machine, peak_rss_bytes, versions
 
@@ -115,19 +115,9 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if len(folder) > 1:
             message = message.replace(folder, short)
-    remedy = "This may be a bug: run the command again with --debug and report the traceback."
-    if is_out_of_memory(error):
-        remedy = f"{LESS_MEMORY}."
-    elif isinstance(error, VerificationError):
-        remedy = (
-            "Do not use the exported files until the check has passed. If only the perplexity "
-            "differs, barely, raise verify.sequences."
-        )
-    elif isinstance(error, QwloraError | OSError):
-        remedy = "Correct what the message names."
     again = "Then run the same command. Finished stages are not repeated."
     described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
-    described["remedy"] = [remedy, again]
+    described["remedy"] = [remedy_of(error), again]
     if isinstance(error, QwloraError):
         known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
         described["docs"] = f"docs/errors/{known.__name__}.md"

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_files import adapter_folder, read_config
 from qwlora.adapter.adapter_folder import refuse_saved
+from qwlora.adapter.padded_adapters import check_one_shape
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
@@ -180,21 +181,8 @@ def _adapter_shapes(context: JobContext) -> Shapes:
                 shapes[adapter.name] = context.checked_shapes(adapter)
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
-    if recipe.simulation.base_activations != "none":
-        return shapes
-    experts = any(adapter.target_parameters for adapter in recipe.adapters)
-    (first, known), *others = shapes.items()
-    for name, own in others:
-        fixed = sorted(n for n in known.keys() | own.keys() if experts or not is_factor_name(n))
-        if differ := [n for n in fixed if known.get(n) != own.get(n)]:
-            here, there = (list(shape.get(differ[0], ())) or "none" for shape in (known, own))
-            raise TrainingError(
-                f"adapters {first} and {name} cannot share all encodings "
-                f"(simulation.base_activations none): {len(differ)} weights differ, for example "
-                f"{differ[0]}: {here} and {there}. Factors of layers are padded to one shape, but "
-                "not those of experts, DoRA and modules_to_save; give them equal shapes, or use "
-                "base_activations: adapter_only"
-            )
+    if recipe.simulation.base_activations == "none":
+        check_one_shape(shapes, any(adapter.target_parameters for adapter in recipe.adapters))
     return shapes
 
 

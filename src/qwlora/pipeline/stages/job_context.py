@@ -29,6 +29,7 @@ from qwlora.adapter.attach import (
     check_existing,
     check_shape,
     without_dropout_,
+    zeroed_,
 )
 from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
@@ -64,7 +65,7 @@ from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.device import CPU, device_of, exact_device, memory_of, pick_device
-from qwlora.system.parameter_names import BASE, canonical_name, is_factor_name, is_first_factor
+from qwlora.system.parameter_names import BASE, canonical_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
 from qwlora.targets.proof.reference import BASE_SEQUENCES, PROOF_TOKENS
@@ -466,11 +467,7 @@ class JobContext:
         else:
             shape = LoraShape(first.rank, first.alpha, target_modules=sorted(layers))
             model = attach(self.base(), shape, self.recipe.seed).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if is_factor_name(canonical_name(name)):
-                    parameter.zero_()
-        self._zero_adapter = self.simulate(model)
+        self._zero_adapter = self.simulate(zeroed_(model))
         return self._zero_adapter
 
     def zero_adapter(self) -> Simulation:

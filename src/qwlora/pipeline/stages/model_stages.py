@@ -72,7 +72,7 @@ from qwlora.recipe.implied import (
     sampled_sequences,
 )
 from qwlora.recipe.model_files import model_files, second_rounding
-from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.recipe.recipe_text import rules_text
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
@@ -83,11 +83,6 @@ from qwlora.system.parameter_names import BASE
 from qwlora.system.processes import is_first_process
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
-
-_RULES_HEAD = """\
-# What base.bits or base.size chose. To reuse it, or after you edited it, put these rules into a
-# recipe in place of bits or size. The first matching rule decides.
-"""
 
 
 def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if report.budget_rules:
         rules = [rule.model_dump(exclude_none=True) for rule in recipe.base.rules]
         rules += [rule.to_recipe() for rule in report.budget_rules]
-        write_text(scratch / RULES, _RULES_HEAD + dump_yaml({"base": {"rules": rules}}))
+        write_text(scratch / RULES, rules_text(rules))
     if note := second_rounding(recipe):
         measured["second_rounding"] = note
     return {

@@ -110,7 +110,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its dequantized base. Also prints what that loses."""
     from qwlora.pipeline.commands.open_job import open_job
-    from qwlora.pipeline.sources import check_outside_data
+    from qwlora.recipe.implied import check_outside_data
     from qwlora.system.output_path import new_folder
 
     with new_folder(out) as folder:

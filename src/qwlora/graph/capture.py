@@ -220,6 +220,24 @@ class FlatModel(nn.Module):
         return Structure.of(self.result(*tensors), PRESENT)[1]
 
 
+def example_of(model: Any, ids: Tensor, as_embeddings: bool = False) -> dict[str, Tensor]:
+    """Two equal sequences of at most 16 tokens, as example inputs of a language model.
+
+    Args:
+        ids: token ids [tokens].
+        as_embeddings: the graph takes embeddings instead of token ids.
+    """
+    ids = ids[None, :16].repeat(2, 1)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if as_embeddings:
+        on_device = example.pop("input_ids").to(device_of(model))
+        example = {EMBEDS: model.get_input_embeddings()(on_device).detach(), **example}
+        rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if "mrope_section" in rotary:  # positions of time, height and width
+            example["position_ids"] = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+    return example
+
+
 def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = False) -> Captured:
     """The graph of `model(**example_inputs)`.
 

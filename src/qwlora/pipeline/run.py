@@ -36,11 +36,12 @@ from qwlora.pipeline.job import (
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results.results import TIMING, last_status, write_results
 from qwlora.pipeline.running.job_status import JobStatus
-from qwlora.pipeline.sources import Sources, check_outside_data, unread
+from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, new_context
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe.implied import check_outside_data
 from qwlora.recipe.recipe_text import edited, new_text
 from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text

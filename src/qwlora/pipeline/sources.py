@@ -7,17 +7,15 @@ stage's record says of it counts (`filled`). Only a stage that runs needs the fi
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwlora.data import Documents, load_documents
-from qwlora.errors import DirectoryError, QwloraError
+from qwlora.errors import QwloraError
 from qwlora.formats.model_source import content_files, fetch, is_hub_id, source_path
 from qwlora.recipe import Data, Recipe
-from qwlora.system.output_path import shown
 from qwlora.system.progress import Track, one_step, untracked
 from qwlora.system.seen import Seen
 
@@ -171,16 +169,3 @@ class Sources:
         """Digest of one file that the recipe names."""
         digest = self._seen.content(path) if self.reads else None
         return Unread() if digest is None else digest
-
-
-def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not in a folder of text: the next run would read the job's files."""
-    target = os.path.realpath(path)
-    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
-    for data in (recipe.data, *recipe.texts().values(), *parts):
-        folder = os.path.realpath(os.path.expanduser(data.source or ""))
-        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
-            raise DirectoryError(
-                f"{shown(path)} is inside the data folder {data.source!r}, so its own files "
-                "would be read as data. Choose an --out outside of it."
-            )

@@ -6,11 +6,15 @@ Imports no torch.
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
+from qwlora.errors import DirectoryError
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Recipe
 from qwlora.recipe.grid_sections import JOB, MODEL
 from qwlora.system.machine import auto_compute, device_type, exact_type
+from qwlora.system.output_path import shown
 
 REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
 _MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
@@ -104,3 +108,16 @@ def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
     while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
         adapter = first
     return adapter
+
+
+def check_outside_data(path: Path, recipe: Recipe) -> None:
+    """Check that `path` is not in a folder of text: the next run would read the job's files."""
+    target = os.path.realpath(path)
+    parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
+    for data in (recipe.data, *recipe.texts().values(), *parts):
+        folder = os.path.realpath(os.path.expanduser(data.source or ""))
+        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
+            raise DirectoryError(
+                f"{shown(path)} is inside the data folder {data.source!r}, so its own files "
+                "would be read as data. Choose an --out outside of it."
+            )

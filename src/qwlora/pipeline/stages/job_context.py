@@ -42,7 +42,7 @@ from qwlora.formats.base_folder import load_base
 from qwlora.formats.checkpoint import LazyModel, empty_model
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
-from qwlora.graph.capture import capture
+from qwlora.graph.capture import capture, example_of
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
 from qwlora.pipeline.sources import Sources
@@ -64,7 +64,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.system.device import CPU, device_of, exact_device, memory_of, pick_device
+from qwlora.system.device import CPU, exact_device, memory_of, pick_device
 from qwlora.system.parameter_names import BASE, canonical_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
@@ -237,16 +237,8 @@ class JobContext:
 
     def example_inputs(self, model: Any) -> dict[str, Tensor]:
         """Two sequences that a graph of `model` is captured from."""
-        ids = next(self._sequences(self.recipe.base_texts()))[None, :16].repeat(2, 1)
-        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.recipe.simulation.inputs == "embeddings":
-            on_device = example.pop("input_ids").to(device_of(model))
-            embeddings = model.get_input_embeddings()(on_device).detach()
-            example = {"inputs_embeds": embeddings, **example}
-            rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-            if "mrope_section" in rotary:  # positions of time, height and width
-                example["position_ids"] = torch.arange(ids.shape[1]).expand(3, *ids.shape)
-        return example
+        ids = next(self._sequences(self.recipe.base_texts()))
+        return example_of(model, ids, self.recipe.simulation.inputs == "embeddings")
 
     # Models
 

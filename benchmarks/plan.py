@@ -63,10 +63,11 @@ def write_llama(folder: Path) -> None:
 
 def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
+    from qwlora.pipeline.forecast import plan_job
     from qwlora.pipeline.run import run
-    from qwlora.pipeline.running.forecast import plan_job
-    from qwlora.pipeline.stages import model_stages, quiet_libraries
+    from qwlora.pipeline.stages import model_stages
     from qwlora.recipe import load_recipe
+    from qwlora.system.quiet import quiet_libraries
 
     quiet_libraries()
     model_stages.reset_peak_rss = lambda: None  # the peak of training includes its initialization

@@ -127,7 +127,7 @@ def _wrong_layer() -> None:
 
 def _no_token() -> None:
     with mock.patch("huggingface_hub.get_token", return_value=None):
-        send(Upload("the base", "you/base", True, {}, ()), Path("out"))
+        send(Upload("the base", "you/base", {}, ()), Path("out"))
 
 
 def _trainable_base() -> None:

@@ -79,7 +79,7 @@ def fake_job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(RUN, verb, fake.stage)
     context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
     monkeypatch.setattr(run_module, "new_context", lambda *arguments: context)
-    monkeypatch.setattr("qwlora.pipeline.running.preflight.preflight", lambda *arguments: None)
+    monkeypatch.setattr("qwlora.pipeline.preflight.preflight", lambda *arguments: None)
     return fake
 
 

@@ -13,7 +13,7 @@ from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
 from qwlora.data.sequences import IGNORED, in_turn
 from qwlora.errors import RecipeError
-from qwlora.pipeline.running.forecast import Costs, plan_job
+from qwlora.pipeline.forecast import Costs, plan_job
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context

@@ -11,8 +11,8 @@ from adapter.small_models import mixture
 from cli.command_line import answered, qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.pipeline.running import forecast
-from qwlora.pipeline.running.forecast import FLOAT, Costs, plan_job
+from qwlora.pipeline import forecast
+from qwlora.pipeline.forecast import FLOAT, Costs, plan_job
 from qwlora.pipeline.stage import ZERO, Stage
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe

@@ -21,7 +21,7 @@ from conftest import text
 from pipeline.conftest import planned, pretend_run
 from qwlora.pipeline.commands.push import prepared
 from qwlora.pipeline.job import Judge, job_recipe
-from qwlora.pipeline.results.results import read_job, rebuild_reports
+from qwlora.pipeline.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN

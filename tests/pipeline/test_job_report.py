@@ -23,8 +23,8 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.pipeline.results.results import read_job, rebuild_reports
-from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
+from qwlora.pipeline.job_status import COST, JobStatus, described_error
+from qwlora.pipeline.results import read_job, rebuild_reports
 from qwlora.pipeline.store import STAGE
 from qwlora.report.verdict import VerdictKind, verdict
 from qwlora.system.stop_signals import Stopped
@@ -127,7 +127,7 @@ def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
 
 def test_a_report_that_fails_stops_no_job(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=ZeroDivisionError("no layers"))
-    monkeypatch.setattr("qwlora.pipeline.results.results.render", render)
+    monkeypatch.setattr("qwlora.pipeline.results.render", render)
     with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
         assert job.run()["run"]["state"] == "finished"
     assert results(job)["run"]["state"] == "finished"
@@ -224,7 +224,7 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
 
 def test_training_is_written_so_often_that_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("qwlora.pipeline.running.job_status.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("qwlora.pipeline.job_status.time.monotonic", lambda: clock[0])
     written: list[dict[str, Any]] = []
 
     def write(keys: dict[str, Any]) -> dict[str, Any]:

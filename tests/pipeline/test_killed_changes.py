@@ -26,7 +26,7 @@ from qwlora.pipeline.commands.manage_adapters import (
     rename_adapter,
 )
 from qwlora.pipeline.job import OpenJob, job_recipe, settle
-from qwlora.pipeline.results.results import read_job, rebuild_reports
+from qwlora.pipeline.results import read_job, rebuild_reports
 from qwlora.pipeline.store import TMP, Store
 from qwlora.system.seen import sealed
 

@@ -28,7 +28,7 @@ from qwlora.pipeline.commands.manage_adapters import (
 )
 from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
 from qwlora.pipeline.job import OpenJob
-from qwlora.pipeline.results.results import read_job
+from qwlora.pipeline.results import read_job
 from qwlora.pipeline.run import run
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe

@@ -12,7 +12,7 @@ from conftest import flip_bit
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
 from qwlora.formats import manifest
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.results.results import read_job
+from qwlora.pipeline.results import read_job
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.report.summary_table import summary_rows

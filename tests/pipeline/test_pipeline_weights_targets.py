@@ -27,9 +27,9 @@ from qwlora.errors import (
 )
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
+from qwlora.pipeline.forecast import plan_job
 from qwlora.pipeline.job import OpenJob
 from qwlora.pipeline.run import run
-from qwlora.pipeline.running.forecast import plan_job
 from qwlora.pipeline.store import STAGE
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors

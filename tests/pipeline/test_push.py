@@ -29,7 +29,7 @@ from qwlora.errors import DirectoryError, SourceError, UploadError
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
-from qwlora.pipeline.results.results import read_job
+from qwlora.pipeline.results import read_job
 from qwlora.pipeline.run import run
 from qwlora.pipeline.store import STAGE, read_record
 from qwlora.recipe import load_recipe

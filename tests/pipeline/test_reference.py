@@ -20,7 +20,7 @@ from qwlora.adapter.train import Interrupted
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
-from qwlora.pipeline.running.forecast import Costs
+from qwlora.pipeline.forecast import Costs
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.job_context import JobContext

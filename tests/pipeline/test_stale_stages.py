@@ -17,7 +17,7 @@ from qwlora.errors import DirectoryError, SourceError, VerificationError
 from qwlora.pipeline import run as run_module
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
-from qwlora.pipeline.results.results import read_job
+from qwlora.pipeline.results import read_job
 from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe

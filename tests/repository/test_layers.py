@@ -33,7 +33,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Folders and files of the pipeline, lowest first.
 STEPS = (
     *("store", "sources", "stage", "stages", "plan", "job"),
-    *("results", "running", "run", "commands"),
+    *("results", "job_status", "preflight", "forecast", "run", "commands"),
 )
 
 

@@ -22,7 +22,7 @@ def report(
 
     Needed only after files or the recipe changed. Outdated results are left out.
     """
-    from qwlora.pipeline.results.results import rebuild_reports
+    from qwlora.pipeline.results import rebuild_reports
 
     for path in rebuild_reports(jobs):
         print(path)

@@ -175,7 +175,7 @@ def _job_command(name: str) -> Callable[..., None]:
         if results and as_json:
             print_json(results)
         elif results:  # in a distributed run, only the first process has some
-            from qwlora.pipeline.results.results import read_job
+            from qwlora.pipeline.results import read_job
             from qwlora.report.summary_table import print_summary
 
             with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
@@ -213,7 +213,7 @@ for _name in ("run", *VERBS):
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
-    from qwlora.pipeline.stages import quiet_libraries
+    from qwlora.system.quiet import quiet_libraries
     from qwlora.targets.proof.prove import verify_bundle
     from qwlora.targets.proof.readme import proof_table
 

@@ -15,7 +15,7 @@ from qwlora.system.atomic import write_text
 from qwlora.system.progress import one_step
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.running.forecast import Estimates
+    from qwlora.pipeline.forecast import Estimates
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe.")
@@ -33,10 +33,10 @@ def check(
 
     Also prints which targets hold the grids of its base.
     """
-    from qwlora.pipeline.stages import quiet_libraries
     from qwlora.recipe import load_recipe
     from qwlora.recipe.model_files import check_source, exported_base, second_rounding
     from qwlora.recipe.yaml_core import dump_yaml, flow
+    from qwlora.system.quiet import quiet_libraries
     from qwlora.targets import refusals
     from qwlora.targets.registry import TARGETS
 
@@ -129,10 +129,10 @@ def plan(
     from qwlora.recipe import load_recipe
 
     content = load_recipe(recipe, tuple(changes or ()))
-    from qwlora.pipeline.stages import quiet_libraries
+    from qwlora.system.quiet import quiet_libraries
 
     quiet_libraries()
-    from qwlora.pipeline.running.forecast import plan_job
+    from qwlora.pipeline.forecast import plan_job
     from qwlora.recipe.model_files import second_rounding
 
     with ProgressDisplay(as_json) as display, one_step(display.track, "estimating"):

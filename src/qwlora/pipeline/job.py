@@ -101,15 +101,6 @@ class Judge:
         is_current = stage.name not in self.stale
         return is_current or (record is not None and self.stale[stage.name] == "its check failed")
 
-    def identity(self, stage: Stage) -> Record:
-        """The record of a stage that is about to run, without results.
-
-        Raises:
-            QwloraError, OSError: an input cannot be read.
-        """
-        stage.check_read()
-        return Record(stage.kind, dict(stage.inputs), self.versions(stage))
-
     def moves(self) -> dict[str, str]:
         """Where records of the plan are under another name: place before, place after.
 

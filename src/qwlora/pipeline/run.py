@@ -33,9 +33,9 @@ from qwlora.pipeline.job import (
     settle,
     sources_of,
 )
+from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.results.results import TIMING, last_status, write_results
-from qwlora.pipeline.running.job_status import JobStatus
+from qwlora.pipeline.results import TIMING, last_status, write_results
 from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, new_context
@@ -272,7 +272,7 @@ class _Run:
     def _prepare(self, waiting: list[Stage], estimates: bool) -> None:
         """All checks of text and model, which need no writing, and an estimate."""
         self.context = self._new_context()
-        from qwlora.pipeline.running import forecast, preflight
+        from qwlora.pipeline import forecast, preflight
 
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
@@ -317,7 +317,8 @@ class _Run:
             self.context = self._new_context()
         self.context.on_training = status.train
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        record = self.judge.identity(stage)
+        stage.check_read()
+        record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
         gc.collect()
         return_freed_memory()  # of the stages before
         reset_peak_rss()

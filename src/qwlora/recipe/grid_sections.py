@@ -23,7 +23,7 @@ from qwlora.grid.scheme import (
 )
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
-from qwlora.simulation.placement_rules import PlacementRule
+from qwlora.simulation.placement_rules import PlacementRule, Schemes
 from qwlora.targets.refusals import Weight
 
 if TYPE_CHECKING:
@@ -383,3 +383,18 @@ class SimulationSection(Section):
     def placement_rules(self) -> list[PlacementRule]:
         """The rules in the form that `simulate` takes."""
         return [rule.placement_rule(self.estimator()) for rule in self.rules]
+
+    def schemes(self) -> Schemes:
+        """The section as `simulate` takes it; rules may be without effect in a graph."""
+        return Schemes(
+            activations=Scheme(self.activation_bitwidth, self.activation_symmetric),
+            adapter_weights=self.adapter_weights.scheme(),
+            quantize_residual_adds=self.residual_adds == "quantize",
+            policy=self.policy,
+            rules=tuple(self.placement_rules()),
+            observer=self.estimator(),
+            symmetric_matmul_second_input=self.symmetric_matmul_second_input,
+            key_value_bitwidth=self.key_value_bitwidth,
+            adapter_activation_bitwidth=self.adapter_activation_bitwidth,
+            unused_rules="allow",
+        )

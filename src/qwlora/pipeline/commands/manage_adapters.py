@@ -98,7 +98,7 @@ def import_adapter(
         ExportError, TrainingError: a target of the job cannot hold it.
     """
     from qwlora.adapter.attach import check_existing
-    from qwlora.pipeline.running.preflight import check_places
+    from qwlora.pipeline.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
 
     if data is not None:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError, RecipeError, listed, suggestion
 from qwlora.pipeline.job import OpenJob, command_line, job_recipe, sources_of
-from qwlora.pipeline.results.results import last_status, write_results
-from qwlora.pipeline.stages import new_context, quiet_libraries
+from qwlora.pipeline.results import last_status, write_results
+from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.store import NAME
 from qwlora.system.progress import Track, untracked
+from qwlora.system.quiet import quiet_libraries
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import members
 

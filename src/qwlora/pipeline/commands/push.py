@@ -29,7 +29,7 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
-from qwlora.pipeline.results.results import collect_results, job_of
+from qwlora.pipeline.results import collect_results, job_of
 from qwlora.pipeline.stage import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.store import CARD, Store
 from qwlora.report.model_cards import Repositories, card_text

@@ -5,16 +5,13 @@ needs, writes and costs. They import no torch. `RUN` has what they run, which do
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.system.machine import SlowComputeWarning
 from qwlora.system.progress import Track
+from qwlora.system.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from qwlora.pipeline.sources import Sources
@@ -54,17 +51,3 @@ def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> Jo
     from qwlora.pipeline.stages.job_context import JobContext
 
     return JobContext(recipe, sources, out, track)
-
-
-def quiet_libraries() -> None:
-    """Silence progress bars, notices and deprecation warnings of other libraries."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    for category in (FutureWarning, DeprecationWarning, SlowComputeWarning):
-        warnings.filterwarnings("ignore", category=category)  # preflight reports the last one
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
-    for name in (*of_torch, "accelerate", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)

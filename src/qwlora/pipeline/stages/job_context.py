@@ -43,7 +43,6 @@ from qwlora.formats.checkpoint import LazyModel, empty_model
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture, example_of
-from qwlora.grid.scheme import Scheme
 from qwlora.nn import weight_out_in
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import (
@@ -385,19 +384,8 @@ class JobContext:
 
     @property
     def schemes(self) -> Schemes:
-        section = self.recipe.simulation
-        return Schemes(
-            activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
-            adapter_weights=section.adapter_weights.scheme(),
-            quantize_residual_adds=section.residual_adds == "quantize",
-            policy=section.policy,
-            rules=tuple(section.placement_rules()),
-            observer=section.estimator(),
-            symmetric_matmul_second_input=section.symmetric_matmul_second_input,
-            key_value_bitwidth=section.key_value_bitwidth,
-            adapter_activation_bitwidth=section.adapter_activation_bitwidth,
-            unused_rules="allow",  # `check_rules` checks them over all graphs of the job
-        )
+        """They allow rules without an effect: `check_rules` checks all graphs of the job."""
+        return self.recipe.simulation.schemes()
 
     @property
     def allow_unseen(self) -> bool:

@@ -199,19 +199,9 @@ def _check_invocations(context: JobContext) -> None:
             continue
         if refusal := recipe.invocation_problem(adapter.name):
             raise TrainingError(refusal)
-        problem, is_trained = "", text.train.activated(tokens)
+        problem = text.invocation_problem(tokens) if adapter.steps else None
         if adapter.gradient_checkpointing and adapter.evaluation_steps:
             problem = "has gradient_checkpointing or evaluation_steps, not both; remove one"
-        elif adapter.steps and (packing := text.cutting.packing_of(text.documents.kind)) != "none":
-            problem = f"needs one document in a sequence: data.packing none, not {packing}"
-        elif adapter.steps and not is_trained.all():
-            count, first = int((~is_trained).sum()), int(is_trained.int().argmin())
-            problem = (
-                f"(alora_invocation: {tokens}) has nothing to learn from {count} of "
-                f"{len(is_trained)} training sequences, where no loss token follows it (see "
-                f"`qwlora data --sequence {first}`). Add it to each document, raise "
-                "data.sequence_tokens if it was cut off, or give the token ids that it has there"
-            )
         if problem:
             raise TrainingError(f"adapter {adapter.name}: activated LoRA {problem}")
 

@@ -1,0 +1,23 @@
+"""Other libraries keep quiet while a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from qwlora.system.machine import SlowComputeWarning
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars, notices and deprecation warnings of other libraries."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for category in (FutureWarning, DeprecationWarning, SlowComputeWarning):
+        warnings.filterwarnings("ignore", category=category)  # preflight reports the last one
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+    for name in (*of_torch, "accelerate", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)

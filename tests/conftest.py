@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         report.outcome = "failed"
         report.longrepr = f"skipped, although the lane has every program: {report.longrepr}"
     return report
+
+
+@pytest.fixture(params=["chunked loss", "own loss"])
+def each_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with the chunked loss, and with the model's own, as if that was another one."""
+    if request.param == "own loss":
+        monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", nullcontext)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ from qwlora.formats.checkpoint import LazyModel, empty_model
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import weight_out_in
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import (
@@ -395,7 +395,7 @@ class JobContext:
         section = self.recipe.simulation
         return Schemes(
             activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
-            adapter_weights=section.adapter_weights.scheme(),
+            adapter_weights=parse_scheme(section.adapter_weights),
             quantize_residual_adds=section.residual_adds == "quantize",
             policy=section.policy,
             rules=tuple(section.placement_rules()),

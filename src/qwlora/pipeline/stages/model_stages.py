@@ -156,7 +156,7 @@ def _write_base(
     block at a time, unless the float model is in memory or their format does not allow it."""
     recipe, base, track = context.recipe, context.recipe.base, context.track
     source, tokenizer = public_name(recipe.model.source), context.tokenizer
-    scheme, calibration, moments = base.weights.scheme(), None, None
+    scheme, calibration, moments = base.scheme, None, None
     if is_calibrated(recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
     if needs_moments(recipe):
@@ -293,7 +293,7 @@ def _train_adapter(
     return train_adapter(
         model,
         sequences,
-        adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
+        adapter.training_settings(context.recipe.seed),
         work,
         text.evaluation if adapter.evaluation_steps else None,
         teacher,

@@ -162,11 +162,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     return report
 
 
-@pytest.fixture(params=["chunked loss", "own loss"])
-def each_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training with the chunked loss, and with the model's own, as if that was another one."""
-    if request.param == "own loss":
-        monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", nullcontext)
+@pytest.fixture
+def own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with the model's own loss, not the chunked one."""
+    monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", nullcontext)
+
+
+@pytest.fixture(params=["chunked_loss", "own_loss"])
+def each_loss(request: pytest.FixtureRequest) -> None:
+    if request.param == "own_loss":
+        request.getfixturevalue("own_loss")
 
 
 @pytest.fixture(scope="session")

@@ -140,4 +140,5 @@ def test_check_prints_what_is_set_or_every_default(recipe_for: Any) -> None:
     short, full = answered("check", path), answered("check", path, "--full")
     assert "learning_rate: 0.0005" in full
     assert "rslora" not in short
-    assert all(part in out for out in (short, full) for part in ("solver: gptq", "block_size: 32"))
+    base = ("solver: gptq", "weights: w4-block32")
+    assert all(part in out for out in (short, full) for part in base)

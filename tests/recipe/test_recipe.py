@@ -33,7 +33,7 @@ MISTAKES = {
         "w8-channel or w3-block64-asymmetric"
     ),
     "base.weights=w9-channel": (
-        "base.weights: w9-channel has 9 bits, but packed weights have 2 to 8"
+        "base.weights: String should match pattern '^w[2-8]-' (given: 'w9-channel')"
     ),
     "base.rules=[{match: '*', weights: w4-signed32-asymmetric}]": (
         "base.rules.0.weights: signed grids have no offsets; remove -asymmetric (in Python, "
@@ -47,10 +47,10 @@ MISTAKES = {
     ),
     **{
         f"simulation.adapter_weights={name}": (
-            f"simulation.adapter_weights: {name} is no grid for adapters; use w4 to w16 with "
-            "channel or tensor, such as w8-channel, w8-tensor or w16-channel-asymmetric"
+            "simulation.adapter_weights: String should match pattern "
+            f"'^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$' (given: {name!r})"
         )
-        for name in ("w3-tensor", "w8-block32")
+        for name in ("w3-tensor", "w17-channel", "w8-block32")
     },
     "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean rank?",
     "simulation.rules=[{match: x, bits: 8}]": (

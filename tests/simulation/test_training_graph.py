@@ -24,7 +24,7 @@ from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
+pytestmark = pytest.mark.usefixtures("shared_captures", "own_loss")
 SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=2, seed=0)
 IDS = torch.tensor([list(text(seed, 40).encode()[:32]) for seed in range(8)])

@@ -88,7 +88,7 @@ class TrainingSettings:
     evaluation_steps: int | None = None
     patience: int | None = None
     divergence: str = "stop"
-    report_to: tuple[str, ...] = ()
+    report_to: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -233,12 +233,8 @@ class Adapter(Section):
         """The settings in the form that `train_adapter` takes."""
         from qwlora.adapter.train import TrainingSettings
 
-        keys = {f.name for f in fields(TrainingSettings)} - {"seed", "report_to"}
-        return TrainingSettings(
-            **{key: value for key, value in self if key in keys},
-            seed=seed,
-            report_to=tuple(self.report_to),
-        )
+        names = [field.name for field in fields(TrainingSettings) if field.name != "seed"]
+        return TrainingSettings(seed=seed, **{name: getattr(self, name) for name in names})
 
     def without_graph(self) -> Iterator[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""

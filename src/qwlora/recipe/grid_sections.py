@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from qwlora.data import locate_documents
-from qwlora.errors import GridError
 from qwlora.formats.model_source import locate
-from qwlora.grid.scheme import (
-    Blocks,
-    EstimatorName,
-    RangeEstimator,
-    Scheme,
-    parse_scheme,
-    short_name,
-)
+from qwlora.grid.scheme import EstimatorName, RangeEstimator, Scheme, parse_scheme, short_name
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.simulation.placement_rules import PlacementRule
@@ -29,33 +21,15 @@ if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
 JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
+_ADAPTER_WEIGHTS = r"^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$"
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
 if TYPE_CHECKING:
     BaseSolver = str
 else:
     BaseSolver = Literal[(*SOLVERS, "keep")]
-
-
-def _base_weights(name: str) -> str:
-    """The short name of a grid for packed weights, in its canonical form."""
-    scheme = parse_scheme(name)
-    if scheme.bitwidth > 8:
-        raise GridError(f"{name} has {scheme.bitwidth} bits, but packed weights have 2 to 8")
-    return short_name(scheme)
-
-
-def _adapter_weights(name: str) -> str:
-    """The short name of a grid for lora_A and lora_B, in its canonical form."""
-    scheme = parse_scheme(name)
-    if scheme.bitwidth < 4 or isinstance(scheme.granularity, Blocks):
-        raise GridError(
-            f"{name} is no grid for adapters; use w4 to w16 with channel or tensor, such as "
-            "w8-channel, w8-tensor or w16-channel-asymmetric"
-        )
-    return short_name(scheme)
-
-
-BaseWeights = Annotated[str, AfterValidator(_base_weights)]
+ShortName = Annotated[  # of a scheme; w04-block032 becomes w4-block32
+    str, AfterValidator(lambda name: short_name(parse_scheme(name))), Field(pattern="^w[2-8]-")
+]
 
 
 class Model(Section):
@@ -88,7 +62,7 @@ class BaseRule(Section):
     keep: Literal["float"] | None = None
     """leave these layers as they are"""
     solver: SolverName | None = None
-    weights: BaseWeights | None = None
+    weights: ShortName | None = None
 
     def problems(self) -> Iterator[str]:
         changes = [key for key in ("solver", "weights") if getattr(self, key) is not None]
@@ -152,7 +126,7 @@ class Base(Section):
     """gptq: minimizes the error of layer outputs on calibration text; search: range with the least
     squared weight error; sqnr: the same, clipping weighs three times; rtn: min-max range, rounded
     to nearest; keep: the integers that the model files already hold"""
-    weights: BaseWeights = "w4-signed32"
+    weights: ShortName = "w4-signed32"
     """grid of every Linear weight: w, its bits (2 to 8), and what one scale covers, as in
     w8-channel. tensor, channel: the tensor, an output channel; block32: 32 inputs of one output;
     signed32: the same, with scales of either sign, for smaller errors at 2 to 4 bits; bf16block32:
@@ -296,7 +270,7 @@ class SimulationSection(Section):
     key_value_bitwidth: Literal[8, 16] | None = None
     """bits of the keys and values of attention, on a symmetric grid, as in an NPU's key-value
     cache. Default: as other activations"""
-    adapter_weights: Annotated[str, AfterValidator(_adapter_weights)] = "w8-channel"
+    adapter_weights: Annotated[str, Field(pattern=_ADAPTER_WEIGHTS)] = "w8-channel"
     """grid of lora_A and lora_B: w4 to w16, with one scale per tensor or per channel (row), such as
     w8-tensor or w16-channel-asymmetric"""
     adapter_activation_bitwidth: Bitwidth | None = None

@@ -33,6 +33,7 @@ from qwlora.errors import FingerprintError, SourceError, foreign_as
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.open_checkpoint import load_precomputed
+from qwlora.grid.scheme import short_name
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.stage import (
@@ -133,7 +134,11 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
         }
     if report.budget_rules:
         rules = [rule.model_dump(exclude_none=True) for rule in recipe.base.rules]
-        rules += [rule.to_recipe() for rule in report.budget_rules]
+        rules += [
+            {"match": rule.match, "weights": short_name(rule.scheme)}
+            for rule in report.budget_rules
+            if rule.scheme is not None
+        ]
         write_text(scratch / RULES, _RULES_HEAD + dump_yaml({"base": {"rules": rules}}))
     if note := second_rounding(recipe):
         measured["second_rounding"] = note

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         report.outcome = "failed"
         report.longrepr = f"skipped, although the lane has every program: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with the model's own loss, not the chunked one."""
+    monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", nullcontext)
+
+
+@pytest.fixture(params=["chunked_loss", "own_loss"])
+def each_loss(request: pytest.FixtureRequest) -> None:
+    if request.param == "own_loss":
+        request.getfixturevalue("own_loss")
 
 
 @pytest.fixture(scope="session")

@@ -274,7 +274,7 @@ def test_refuses_models_with_another_loss() -> None:
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1}
     t5 = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0))
     for other, message in (
-        (model, r"LlamaForCausalLM cannot be .*batch its own loss is .*`loss: whole`"),
+        (model, r"LlamaForCausalLM cannot be .*batch its own loss is .*chunked_loss=False"),
         (LlamaModel(tiny_model("llama").config), "LlamaModel cannot be .* it has no output head"),
         (torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
         (t5, "T5ForConditionalGeneration cannot be trained with the chunked loss"),

@@ -61,7 +61,7 @@ def test_many_kinds_of_adapter_on_one_base(recipe_for: Any, tmp_path: Path) -> N
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"evaluation_steps": 1, "patience": 1, "accumulation_steps": 2},
         "rs": {"rslora": True, "compute": "bfloat16"},
-        "some": {"target_modules": ["q_proj", "down_proj"], "layers": [1], "loss": "whole"},
+        "some": {"target_modules": ["q_proj", "down_proj"], "layers": [1]},
         "slim": {"gradient_checkpointing": True, "clip": 0.5, "weight_decay": 0.1},
     }
     adapters = [{"name": name, **FAST, **kind} for name, kind in kinds.items()]
@@ -176,7 +176,7 @@ def mixtral(tmp_path: Path) -> dict[str, Any]:
     """Recipe sections for a model of two layers with four experts each."""
     mixture(layers=2).save_pretrained(tmp_path / "mixtral")
     byte_tokenizer().save_pretrained(tmp_path / "mixtral")
-    return {"model": {"source": str(tmp_path / "mixtral")}, "base": {"weights": {"block_size": 16}}}
+    return {"model": {"source": str(tmp_path / "mixtral")}, "base": {"weights": "w4-signed16"}}
 
 
 def test_fused_experts_get_adapters(
@@ -238,7 +238,7 @@ def test_refuses_a_start_that_saves_packed_layers(
 ) -> None:
     with_whole_layers(tmp_path / "start", "llama", ["embed_tokens"])
     path = recipe_for(adapters=[starting_from(tmp_path / "start", 2)])
-    packed = "base.rules=[{match: lm_head, bitwidth: 8}]"
+    packed = "base.rules=[{match: lm_head, weights: w8-signed32}]"
     if where != "quantize":
         run(load_recipe(path, (packed,)), tmp_path / "out", ("quantize",))
     changes, out = (packed,), tmp_path / "out"
@@ -281,7 +281,7 @@ def test_what_cannot_be_switched_is_refused_before_training(
 def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_path: Path) -> None:
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
     path = recipe_for("qwen3", adapters=[starting_from(tmp_path / "start", 1)])
-    rules = "base.rules=[{match: lm_head, keep: float}, {match: '*_head', bitwidth: 8}]"
+    rules = "base.rules=[{match: lm_head, keep: float}, {match: '*_head', weights: w8-signed32}]"
     trains(path, tmp_path / "out", rules, "export.targets=[onnx_each]")
     names = load_file(tmp_path / "out" / "adapters" / "a" / "adapter_model.safetensors")
     assert any("lm_head.weight" in name for name in names)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from qwlora.adapter.train import (
 )
 from qwlora.adapter.trainer import delete_newer, divergence, last_checkpoint, seal
 from qwlora.data.sequences import IGNORED, Sequences
-from qwlora.errors import MissingExtraError, TrainingError
+from qwlora.errors import MissingExtraError, QwloraWarning, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=2, seed=0)
@@ -74,10 +75,15 @@ def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) 
     assert "forward" not in model.get_base_model().__dict__  # the own forward is restored
 
 
-def test_the_kind_of_loss_and_checkpointing_change_nothing(tmp_path: Path) -> None:
+def test_the_kind_of_loss_and_checkpointing_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = trained(tmp_path / "plain")
     checkpointed = trained(tmp_path / "checkpointed", gradient_checkpointing=True)
-    whole = trained(tmp_path / "whole", loss="whole")
+    refused = mock.Mock(side_effect=TrainingError("it needs the logits"))
+    monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", refused)
+    with pytest.warns(QwloraWarning, match="it needs the logits. Training uses that loss"):
+        whole = trained(tmp_path / "whole")
     for name, weight in plain.items():
         torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(weight, checkpointed[name])
@@ -127,12 +133,12 @@ class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": IDS[index], "labels": labels}
 
 
-@pytest.mark.parametrize("loss", ["chunked", "whole"])
-def test_accumulation_equals_one_large_batch(tmp_path: Path, loss: str) -> None:
+@pytest.mark.usefixtures("each_loss")
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     results = []
     for batch, steps in ((4, 1), (1, 4)):
         model, work = adapted(), tmp_path / f"{batch}"
-        how = {"batch_sequences": batch, "accumulation_steps": steps, "loss": loss, "steps": 2}
+        how = {"batch_sequences": batch, "accumulation_steps": steps, "steps": 2}
         report = train_adapter(model, Uneven(), replace(SETTINGS, **how), work)
         results.append((report.losses, weights(model)))
     (losses, large), (others, small) = results
@@ -239,7 +245,7 @@ UNUSABLE = [
 def test_unusable_text_is_named(tmp_path: Path, data: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         train_adapter(adapted(), data, SETTINGS, tmp_path)
-    held_out = replace(SETTINGS, loss="whole", evaluation_steps=1)
+    held_out = replace(SETTINGS, evaluation_steps=1)
     message = message.replace("training text", "held-out text")
     with pytest.raises(TrainingError, match=message):
         train_adapter(adapted(), IDS, held_out, tmp_path, held_out=data)

@@ -214,7 +214,7 @@ def by_recipe(model: Model, folder: Path, workflow: str, out: Path) -> None:
 
 
 def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
-    table = {"bitwidth": model.table_bitwidth, "granularity": "tensor"}
+    table = {"weights": f"w{model.table_bitwidth}-tensor"}
     adapter = {
         "rank": 4,
         "alpha": 8,
@@ -242,7 +242,7 @@ def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
         "adapters": [{"name": name, "learning_rate": RATE[name], **adapter} for name in NAMES],
         "simulation": {
             "activation_bitwidth": BITS[workflow],
-            "adapter_weights": {"bitwidth": 8, "granularity": "channel"},
+            "adapter_weights": "w8-channel",
             "rules": [
                 {"match": rule.match, "keep": rule.keep, "of": rule.of} for rule in model.rules
             ],

@@ -148,6 +148,6 @@ def targets(place: Path, tuned: jobs.Job, qwa: jobs.Job, shared: jobs.Job) -> li
         stage_target(qwa, "evaluate", "four perplexities"),
         merge_target(tuned, "float", again / "float"),
         merge_target(tuned, "requantized", again / "requantized"),
-        again_target(qwa, "quantize", "base.weights.bitwidth=3", again / "quantize"),
+        again_target(qwa, "quantize", "base.weights=w3-signed32", again / "quantize"),
         again_target(tuned, "train", "adapters.0.steps=7", again / "train"),
     ]

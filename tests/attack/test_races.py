@@ -26,7 +26,7 @@ def recipe(warm: None, place: Path, one_layer: Path, corpus: Path) -> Path:
 def test_one_of_two_processes_works_and_keeps_its_files(
     recipe: Path, is_new: bool, seed: int, record: Record, tmp_path: Path
 ) -> None:
-    change = "base.weights.bitwidth=3"
+    change = "base.weights=w3-signed32"
     before, reference = tmp_path / "before", tmp_path / "reference"
     if not is_new:
         assert qwlora("quantize", recipe, "--out", before).code == 0

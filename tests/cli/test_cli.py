@@ -53,11 +53,11 @@ def test_wrong_recipes_are_refused(recipe_for: Any, tmp_path: Path) -> None:
 
 
 def test_block_size_that_does_not_divide(recipe_for: Any, tmp_path: Path) -> None:
-    message = refused_run(recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
+    message = refused_run(recipe_for(), tmp_path / "out", "--set", "base.weights=w4-signed48")
     assert "14 of 14 layers do not fit their scheme; choose a block size that" in message
     first = "layers.0.self_attn.q_proj.weight: int4 symmetric per signed block 48 does not fit"
     assert f"{first}: blocks of 48 do not divide the last axis" in message
-    assert refused("check", recipe_for(), "--set", "base.weights.block_size=48") == message
+    assert refused("check", recipe_for(), "--set", "base.weights=w4-signed48") == message
 
 
 def test_damaged_model(recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
@@ -140,4 +140,5 @@ def test_check_prints_what_is_set_or_every_default(recipe_for: Any) -> None:
     short, full = answered("check", path), answered("check", path, "--full")
     assert "learning_rate: 0.0005" in full
     assert "rslora" not in short
-    assert all(part in out for out in (short, full) for part in ("solver: gptq", "block_size: 32"))
+    base = ("solver: gptq", "weights: w4-block32")
+    assert all(part in out for out in (short, full) for part in base)

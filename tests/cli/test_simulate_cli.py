@@ -206,7 +206,7 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "change", ["base.weights.bitwidth=3", "adapters.1.rank=2", "verify.sequences=1"]
+    "change", ["base.weights=w3-signed32", "adapters.1.rank=2", "verify.sequences=1"]
 )
 def test_a_change_of_something_else_is_refused(job: Path, change: str) -> None:
     changes = ("--set", "simulation.activation_bitwidth=8", "--set", change)

@@ -52,8 +52,8 @@ def chat(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("loss", ["chunked", "whole"])
-def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None:
+@pytest.mark.usefixtures("each_loss")
+def test_labels_and_positions_reach_the_model(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.chat_template = TEMPLATE
@@ -67,7 +67,7 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
         module.register_forward_pre_hook(
             lambda _, args, given, calls=calls: calls.append(given), with_kwargs=True
         )
-    settings = TrainingSettings(3, 1e-3, 2, 0, "constant", checkpoint_steps=5, seed=0, loss=loss)
+    settings = TrainingSettings(3, 1e-3, 2, 0, "constant", checkpoint_steps=5, seed=0)
     report = train_adapter(model, data.train, settings, tmp_path / "work")
     given = [g for g in inner_calls if g["input_ids"].shape[-1] == 96]
     labels = [g["labels"] for g in outer_calls if g.get("labels") is not None]

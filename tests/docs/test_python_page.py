@@ -34,7 +34,7 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
 ) -> None:
     recipe = load_recipe(
         recipe_for("one-layer llama", adapters=[{"name": "support", "rank": 4, "steps": 6}]),
-        ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4"),
+        ("simulation.activation_bitwidth=8", "simulation.adapter_weights=w4-channel"),
     )
     run(recipe, tmp_path / "out", ("quantize", "train", "calibrate", "export"))
     monkeypatch.chdir(tmp_path)

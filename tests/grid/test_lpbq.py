@@ -66,7 +66,7 @@ def test_it_is_a_block_to_whoever_knows_only_blocks():
 def test_other_scales_and_impossible_schemes_are_refused():
     with pytest.raises(GridError, match=r"1 of 2 block scales are not an integer times"):
         Lpbq(2).split(torch.tensor([[1.0, 0.3]]))
-    with pytest.raises(GridError, match="lpbq grids are symmetric; say symmetric=True"):
+    with pytest.raises(GridError, match="lpbq grids have no offsets; remove -asymmetric"):
         Scheme(4, False, Lpbq(32))
     for bits in (0, 9):
         with pytest.raises(GridError, match=f"a block's integer scale has 1 to 8 bits, not {bits}"):

@@ -31,7 +31,7 @@ def test_its_name():
     assert parse_scheme("w4-signed32") == SIGNED
     assert short_name(SIGNED) == "w4-signed32"
     assert Scheme.from_json(SIGNED.to_json()) == SIGNED
-    with pytest.raises(GridError, match="signed grids are symmetric; say symmetric=True"):
+    with pytest.raises(GridError, match="signed grids have no offsets; remove -asymmetric"):
         Scheme(4, False, SignedBlock(32))
 
 

@@ -77,18 +77,12 @@ data.evaluation_sequences: 4 -> 2 with SHARED => evaluate/* train/first calibrat
 data.calibration_sequences: 8 -> 4 => RANGES
 
 base.solver: gptq -> search => quantize
-base.weights.bitwidth: 4 -> 5 => quantize
-base.weights.symmetric: true -> false with export.targets=[onnx] => quantize
-base.weights.granularity: signed -> block => quantize
-base.weights.block_size: 32 -> 64 => quantize
-base.weights: w4-signed32 -> {bitwidth: 4} =>
+base.weights: w4-signed32 -> w5-signed32 => quantize
+base.weights: w4-signed32 -> w04-signed032 =>
 base.rules.0.match: lm_head -> x with RULE => quantize
-base.rules.0: {match: x, bitwidth: 5} -> {match: x, keep: float} with RULE => quantize as base.rules.0.keep
+base.rules.0: {match: x, weights: w5-signed32} -> {match: x, keep: float} with RULE => quantize as base.rules.0.keep
 base.rules.0.solver: rtn -> search with RULE export.targets=[onnx] => quantize
-base.rules.0.bitwidth: 5 -> 8 with RULE => quantize
-base.rules.0.symmetric: - -> true with RULE => quantize
-base.rules.0.granularity: - -> block with RULE => quantize
-base.rules.0.block_size: - -> 64 with RULE => quantize
+base.rules.0.weights: w5-signed32 -> w8-signed32 with RULE => quantize
 base.rotation: - -> hadamard => FLOAT
 base.bits: - -> 5 => quantize
 base.size: - -> 60kB => quantize
@@ -138,8 +132,6 @@ adapters.0.warmup_steps: 5 -> 4 => train/first
 adapters.0.clip: 1.0 -> 2.0 => train/first
 adapters.0.compute: auto -> float32 => train/first
 adapters.0.gradient_checkpointing: false -> true => train/first
-adapters.0.loss: - -> whole => train/first
-adapters.0.loss: - -> chunked =>
 adapters.0.evaluation_steps: 3 -> 2 => train/first
 adapters.0.patience: - -> 2 => train/first
 adapters.0.divergence: stop -> ignore =>
@@ -169,9 +161,7 @@ simulation.unseen: error -> float => RANGES
 simulation.residual_adds: float -> quantize => RANGES
 simulation.symmetric_matmul_second_input: false -> true => RANGES
 simulation.key_value_bitwidth: - -> 8 => RANGES
-simulation.adapter_weights.bitwidth: 8 -> 16 => RANGES
-simulation.adapter_weights.symmetric: true -> false => RANGES
-simulation.adapter_weights.granularity: channel -> tensor => RANGES
+simulation.adapter_weights: w8-channel -> w8-tensor => RANGES
 simulation.adapter_activation_bitwidth: - -> 8 => RANGES
 simulation.base_activations: all -> adapter_only => RANGES
 
@@ -205,7 +195,7 @@ GIVEN = {
     "KEEP": "base.solver=keep model.encodings=a.json base.tuning.steps=0 export.targets=[onnx] "
     "base.calibration=[job]",
     "ROWS": "data.source=rows.jsonl adapters.1.data=null",
-    "RULE": "base.rules=[{match: lm_head, bitwidth: 5}]",
+    "RULE": "base.rules=[{match: lm_head, weights: w5-signed32}]",
     "START": "adapters.0={name: first, continue_from: peft, unknown_base: accept}",
     "EACH": "export.targets=[onnx_each] adapters.0.init=zero",
     "RECOVERY": "adapters.0.objective=recovery adapters.0.init=zero base.calibration=[{text: text}]",

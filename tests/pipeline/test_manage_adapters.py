@@ -199,8 +199,10 @@ def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job:
     before, longer = files(job, "adapters"), ["adapters.0.steps=3"]
     with pytest.raises(DirectoryError, match=r"(?s)first:.*first.steps: 2 -> 3.*--replace first"):
         again(job, changes=longer)
-    with pytest.raises(DirectoryError, match=r"(?s)ly, first, second:.*weights.bitwidth: 4 -> 3"):
-        again(job, "quantize", changes=["base.weights.bitwidth=3"])
+    with pytest.raises(
+        DirectoryError, match=r"(?s)ly, first, second:.*weights: w4-signed32 -> w3-signed32"
+    ):
+        again(job, "quantize", changes=["base.weights=w3-signed32"])
     with pytest.raises(DirectoryError, match=r"--replace third: the recipe has first, second"):
         again(job, changes=longer, replace=["third"])
     assert files(job, "adapters") == before

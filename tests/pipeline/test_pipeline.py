@@ -330,7 +330,7 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
 
 def test_bits_by_budget_become_rules_to_reuse(recipe_for: Any, tmp_path: Path) -> None:
     def base(out: str, **more: Any) -> dict[str, Any]:
-        first = {"match": "*.layers.0.mlp.up_proj", "bitwidth": 6}
+        first = {"match": "*.layers.0.mlp.up_proj", "weights": "w6-signed32"}
         section = {"solver": "rtn", "calibration_sequences": 2, "rules": [first], **more}
         found: dict[str, Any] = Job(
             recipe_for("one-layer llama", base=section), tmp_path / out
@@ -341,7 +341,7 @@ def test_bits_by_budget_become_rules_to_reuse(recipe_for: Any, tmp_path: Path) -
     assert 3.8 < chosen["bits_per_weight"] <= 4
     written = (tmp_path / "chosen" / "base" / "rules.yaml").read_text()
     rules = load_yaml(written)["base"]["rules"]
-    assert rules[0] == {"match": "*.layers.0.mlp.up_proj", "bitwidth": 6}
+    assert rules[0] == {"match": "*.layers.0.mlp.up_proj", "weights": "w6-signed32"}
     assert base("reused", rules=rules)["fingerprint"] == chosen["fingerprint"]
     assert not (tmp_path / "reused" / "base" / "rules.yaml").exists()
     sized = base("sized", size=f"{chosen['bytes'] / 1e3}kB")

@@ -27,14 +27,14 @@ ADAPTERS = [
 CASES = ["first", "second", "first+second", "none"]
 
 
-EMBEDDING = {"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}
+EMBEDDING = {"match": "*embed_tokens", "weights": "w8-tensor"}
 HTP = {
     "base": {"weights": "w4-channel", "rules": [EMBEDDING]},
     "simulation": {
         "residual_adds": "quantize",
         "symmetric_matmul_second_input": True,
         "key_value_bitwidth": 8,
-        "adapter_weights": {"granularity": "tensor"},
+        "adapter_weights": "w8-tensor",
         "base_activations": "none",
     },
     "export": {"targets": ["qnn"], "graphs": {"tokens": [8, 1], "context": [32]}},
@@ -58,7 +58,7 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         "simulation.key_value_bitwidth: 8",
         "simulation.base_activations: none",
         "simulation.adapter_activation_bitwidth: 16",
-        "simulation.adapter_weights.granularity: tensor",
+        "simulation.adapter_weights: w8-tensor or w16-tensor",
         "remove keep: float",
         "w4-channel instead of w3-channel",
     ):
@@ -66,7 +66,7 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
 
 
 def test_the_htp_takes_activations_of_8_bits_with_some_weights(recipe_for: Any) -> None:
-    simulation = {"activation_bitwidth": 8, "adapter_weights": {"granularity": "tensor"}}
+    simulation = {"activation_bitwidth": 8, "adapter_weights": "w8-tensor"}
     simulation |= {"residual_adds": "quantize", "key_value_bitwidth": 8}
     simulation |= {"symmetric_matmul_second_input": True, "base_activations": "none"}
     norms = {"match": "*norm", "of": "weights", "bitwidth": 8, "symmetric": False}
@@ -80,9 +80,7 @@ def test_the_htp_takes_activations_of_8_bits_with_some_weights(recipe_for: Any) 
         in str(found.value)
     )
     simulation["rules"] = [norms]
-    embeddings = {"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}
-    base = {"weights": "w4-channel", "rules": [embeddings]}
-    load_recipe(recipe_for(base=base, simulation=simulation, export=export))
+    load_recipe(recipe_for(base=HTP["base"], simulation=simulation, export=export))
 
 
 QAIRT = {"adapters": ADAPTERS, "simulation": {"residual_adds": "quantize"}}
@@ -146,7 +144,7 @@ def test_impossible_graphs_and_cases(sections: dict[str, Any], said: str, recipe
 
 def test_an_embedding_that_the_htp_cannot_read_is_refused(job_for: Any) -> None:
     job = job_for(**{"adapters": TWO, **HTP, "base": {"weights": "w4-channel"}})
-    with pytest.raises(GridError, match=r"embed_tokens.*bitwidth: 8, granularity: tensor"):
+    with pytest.raises(GridError, match=r"embed_tokens.*weights: w8-tensor"):
         job.run()
 
 

@@ -133,10 +133,8 @@ def test_a_second_run_skips_all_and_verifies_no_changed_file(job: Path, tmp_path
 
 ACTIVATED = {"alora_invocation": "A:"}
 WITHOUT_INVOCATION = [name for name in EVERYWHERE if not TARGETS[name].holds_invocation]
-TWO_GRIDS = {
-    "weights": {"bitwidth": 4, "symmetric": False, "block_size": 32},
-    "rules": [{"match": "*.mlp.*", "bitwidth": 8}],
-}
+MLP_IN_8_BITS = {"match": "*.mlp.*", "weights": "w8-block32-asymmetric"}
+TWO_GRIDS = {"weights": "w4-block32-asymmetric", "rules": [MLP_IN_8_BITS]}
 
 
 @pytest.mark.parametrize(
@@ -144,13 +142,8 @@ TWO_GRIDS = {
     [
         ("hf", {"dora": True}, {}, "target hf: adapter first has DoRA.*LoRA factors"),
         ("hf", {"name": "base"}, {}, "target hf: adapter base has the name of another file"),
-        (
-            "mlx",
-            {},
-            {"weights": {"bitwidth": 7, "block_size": 32}},
-            "target mlx: base.weights: int7",
-        ),
-        ("mlx", {}, {"weights": {"bitwidth": 4, "block_size": 16}}, "MLX has blocks of 32"),
+        ("mlx", {}, {"weights": "w7-block32"}, "target mlx: base.weights: int7"),
+        ("mlx", {}, {"weights": "w4-block16"}, "MLX has blocks of 32"),
         ("hf", {}, TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
         ("hf", ACTIVATED | {"dora": True}, {}, "alora_invocation cannot be combined with dora"),
         ("hf", ACTIVATED | {"mergeable": True}, {}, "invocation cannot be combined with mergeable"),

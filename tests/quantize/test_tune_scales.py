@@ -310,7 +310,7 @@ TUNING = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
 
 def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     def results_of(name: str, *changes: str) -> Any:
-        asked = ("base.weights.bitwidth=3", "adapters.0.init=qera", "adapters.0.steps=2", *changes)
+        asked = ("base.weights=w3-signed32", "adapters.0.init=qera", "adapters.0.steps=2", *changes)
         recipe = load_recipe(recipe_for("one-layer llama"), asked)
         return run(recipe, tmp_path / name, verbs=("quantize", "train"))
 
@@ -423,7 +423,7 @@ def test_a_state_is_of_all_that_decides() -> None:
 
 @pytest.mark.usefixtures("each_step_written")
 def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path) -> None:
-    changes = ("base.solver=gptq", "base.weights.bitwidth=3", *TUNING, "base.tuning.steps=6")
+    changes = ("base.solver=gptq", "base.weights=w3-signed32", *TUNING, "base.tuning.steps=6")
     recipe, ran = load_recipe(recipe_for("one-layer llama"), changes), list[int]()
     work = tmp_path / "stopped" / ".qwlora" / "work"
 
@@ -450,7 +450,9 @@ def test_a_state_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_cannot_be_tuned_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:
-    rules = '{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", bitwidth: 8}'
+    rules = (
+        '{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", weights: w8-tensor}'
+    )
     no_linear = "base.tuning.steps=4", f"base.rules=[{rules}]"
     with pytest.raises(GridError, match=r"the recipe packs none; set base\.tuning\.steps: 0"):
         run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qwlora.errors import RecipeError
-from qwlora.grid.scheme import PerBlock, Scheme, short_name
+from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
 from qwlora.recipe.reference import full_recipe, starter_recipe
 
@@ -26,21 +26,35 @@ def problems(path: Path, *changes: str) -> list[str]:
 MISTAKES = {
     "data.sequence_tokns=5": "data.sequence_tokns: unknown key; did you mean sequence_tokens?",
     "bse.solver=rtn": "bse: unknown key; did you mean base?",
-    "base.weights.bitwith=3": "base.weights.bitwith: unknown key; did you mean bitwidth?",
+    "base.wieghts=w4-block32": "base.wieghts: unknown key; did you mean weights?",
+    "base.weights={bitwidth: 3}": "base.weights: Input should be a valid string",
+    "base.weights=w4_block32": (
+        "base.weights: scheme 'w4_block32' is not understood; write it like w4-block32, "
+        "w8-channel or w3-block64-asymmetric"
+    ),
+    "base.weights=w9-channel": (
+        "base.weights: String should match pattern '^w[2-8]-' (given: 'w9-channel')"
+    ),
+    "base.rules=[{match: '*', weights: w4-signed32-asymmetric}]": (
+        "base.rules.0.weights: signed grids have no offsets; remove -asymmetric (in Python, "
+        "symmetric=False), or use block (PerBlock)"
+    ),
+    "base.rules=[{match: '*'}]": (
+        "base.rules.0: the rule changes nothing; set keep: float, weights or solver"
+    ),
+    "base.rules=[{match: '*', keep: float, solver: rtn, weights: w8-channel}]": (
+        "base.rules.0: keep: float excludes solver, weights; remove one or the other"
+    ),
+    **{
+        f"simulation.adapter_weights={name}": (
+            "simulation.adapter_weights: String should match pattern "
+            f"'^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$' (given: {name!r})"
+        )
+        for name in ("w3-tensor", "w17-channel", "w8-block32")
+    },
     "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean rank?",
     "simulation.rules=[{match: x, bits: 8}]": (
         "simulation.rules.0.bits: unknown key; did you mean bitwidth?"
-    ),
-    "base.weights.bitwidth=four": (
-        "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"
-    ),
-    "base.weights={granularity: channel, block_size: 32}": (
-        "base.weights: block_size needs granularity block, signed, bf16block, lpbq, not channel; "
-        "remove block_size"
-    ),
-    "base.rules=[{match: '*', granularity: signed, symmetric: false}]": (
-        "base: rules.0: granularity signed is always symmetric; remove symmetric: false, or use "
-        "block"
     ),
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.name=../x": (
@@ -119,8 +133,8 @@ def test_an_adapter_is_set_by_its_name(recipe_for: Any) -> None:
 def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:
     data = {"source": "/not/there.txt", "sequence_tokens": "x"}
     path = recipe_for(model={"source": "/not/there"}, data=data, sead=1)
-    found = problems(path, "base.weights.bitwidth=1")
-    keys = ["model.source", "data.source", "data.sequence_tokens", "base.weights.bitwidth", "sead"]
+    found = problems(path, "base.weights=w1-channel")
+    keys = ["model.source", "data.source", "data.sequence_tokens", "base.weights", "sead"]
     assert [problem.split(":")[0] for problem in found] == keys
 
 
@@ -181,15 +195,8 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     assert "is not YAML" in problems(tmp_path / "bad.yaml")[0]
 
 
-def test_setting_one_value_keeps_the_other_defaults(recipe_for: Any) -> None:
-    recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3",))
-    assert str(recipe.base.weights.scheme()) == "int3 symmetric per signed block 32"
-    channel = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
-    assert str(channel.base.weights.scheme()) == "int4 symmetric per channel"
-
-
 def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
+    recipe = load_recipe(recipe_for(), ("base.weights=w04-channel",))
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     changed = load_recipe(tmp_path / "resolved.yaml", ("adapters.0.data.held_out=0.1",))
@@ -205,9 +212,9 @@ def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None
         {"model": given["model"], "data": content["data"], "adapters": [{"name": "first"}]}
     )
     (advice,) = problems(recipe_for(), "seed")  # its example works on the recipe that `init` writes
-    assert parse_recipe(content, "", (advice.rpartition(" ")[2],)).base.weights.bitwidth == 3
+    assert parse_recipe(content, "", (advice.rpartition(" ")[2],)).base.scheme.bitwidth == 3
     for_htp = parse_recipe(content, "", ("export.targets=[qairt_pipeline]",))
-    assert short_name(for_htp.base.weights.scheme()) == "w4-block32"
+    assert for_htp.base.weights == "w4-block32"
 
 
 def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
@@ -250,44 +257,23 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"),
+    ("targets", "name"),
     [
-        ("w4-block64", "int4 symmetric per block 64"),
-        ("w8-channel", "int8 symmetric per channel"),
-        ("w4-lpbq64", "int4 symmetric per block 64 with int4 scales"),
-        ("w3-signed64", "int3 symmetric per signed block 64"),
-        ("w2-block32-asymmetric", "int2 asymmetric per block 32"),
+        ("[onnx, genai, web, hf, gguf, mlx, openvino]", "w4-signed32"),
+        ("[hf, qairt_pipeline]", "w4-block32"),
     ],
 )
-def test_weights_take_a_short_name(recipe_for: Any, name: str, scheme: str) -> None:
-    recipe = load_recipe(recipe_for(), (f"base.weights={name}",))
-    assert str(recipe.base.weights.scheme()) == scheme
+def test_signed_is_the_default(recipe_for: Any, targets: str, name: str) -> None:
+    assert load_recipe(recipe_for(), (f"export.targets={targets}",)).base.weights == name
 
 
-@pytest.mark.parametrize(
-    ("base", "targets", "name"),
-    [
-        ("{}", "[onnx, genai, web, hf, gguf, mlx, openvino]", "w4-signed32"),
-        ("{}", "[hf, qairt_pipeline]", "w4-block32"),
-        ("{weights: {block_size: 64}}", "[]", "w4-signed64"),
-        ("{weights: {symmetric: false}}", "[onnx]", "w4-block32-asymmetric"),
-    ],
-)
-def test_signed_is_the_default(recipe_for: Any, base: str, targets: str, name: str) -> None:
-    recipe = load_recipe(recipe_for(), (f"base={base}", f"export.targets={targets}"))
-    assert short_name(recipe.base.weights.scheme()) == name
-
-
-def test_a_rule_without_symmetry_takes_signed_blocks_to_blocks(recipe_for: Any) -> None:
-    recipe = load_recipe(recipe_for(), ("base.rules=[{match: '*', symmetric: false}]",))
-    (rule,) = recipe.base.layer_rules()
-    assert rule.scheme == Scheme(4, False, PerBlock(32))
-
-
-def test_a_rule_with_other_blocks_keeps_their_size(recipe_for: Any) -> None:
-    base = "base={weights: w4-signed64, rules: [{match: '*', granularity: block}]}"
-    (rule,) = load_recipe(recipe_for(), (base,)).base.layer_rules()
-    assert rule.scheme == Scheme(4, granularity=PerBlock(64))
+def test_a_rule_without_weights_has_those_of_the_base(recipe_for: Any) -> None:
+    rules = "[{match: a, solver: rtn}, {match: b, weights: w8-tensor}, {match: c, keep: float}]"
+    recipe = load_recipe(
+        recipe_for(), ("base.weights=w2-block32-asymmetric", f"base.rules={rules}")
+    )
+    schemes = [Scheme(2, False, PerBlock(32)), Scheme(8), None]
+    assert [rule.scheme for rule in recipe.base.layer_rules()] == schemes
 
 
 @pytest.mark.parametrize(
@@ -308,11 +294,6 @@ def test_a_budget_of_schemes_that_no_folder_holds_together_is_refused(recipe_for
     grids = ("base={bits: 4, weights: w4-block32-asymmetric}", "export.targets=[hf]")
     (found,) = problems(recipe_for(), *grids)
     assert re.search(r"base\.bits.* target hf: .*only if all layers have it.*symmetric", found)
-
-
-def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:
-    with pytest.raises(RecipeError, match=r"base.weights.*w4_block32.*w4-block32"):
-        load_recipe(recipe_for(), ("base.weights=w4_block32",))
 
 
 HEAVY = """

@@ -21,7 +21,7 @@ base:
   calibration: [job, {text: model, weight: 2}]
   rules:
     - match: "*.0.*"  # the first layer
-      bitwidth: 8
+      weights: w8-signed32
 model: {source: %s}
 data: {source: %s}
 """

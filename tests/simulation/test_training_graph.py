@@ -24,9 +24,9 @@ from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
+pytestmark = pytest.mark.usefixtures("shared_captures", "own_loss")
 SHAPE = LoraShape(rank=4, alpha=8)
-SETTINGS = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=2, seed=0, loss="whole")
+SETTINGS = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=2, seed=0)
 IDS = torch.tensor([list(text(seed, 40).encode()[:32]) for seed in range(8)])
 W8 = Schemes(activations=Scheme(8, symmetric=False))
 
@@ -251,7 +251,7 @@ def test_what_cannot_go_together_is_refused() -> None:
     graph = graph_of(adapted, encodings)
     with (
         pytest.raises(TrainingError, match="does not support 2 processes"),
-        replaced_forward(adapted, graph, chunked=False, processes=2),
+        replaced_forward(adapted, graph, processes=2),
     ):
         pass
     assert "forward" not in adapted.get_base_model().__dict__

@@ -120,7 +120,7 @@ def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> No
     row = next(line for line in comments if line.startswith("#   w3-block32")).split()
     cells = dict(zip(header, row, strict=True))
     assert (cells["hf"], cells["mlx*"], cells["gguf"]) == ("holds", "holds", "w4-block32")
-    assert load_yaml(done.stdout)["base"]["weights"]["bitwidth"] == 3
+    assert load_yaml(done.stdout)["base"]["weights"] == "w3-block32"
 
 
 def test_a_recipe_that_no_target_can_follow_is_refused_with_the_nearest(recipe_for: Any) -> None:

@@ -86,8 +86,7 @@ class ChunkedLoss(contextlib.ExitStack):
     one. It is attached in place, until the context ends.
 
     Raises:
-        TrainingError: the model has no output head, or computes another loss than this one. Train
-            it with `loss: whole`.
+        TrainingError: the model has no output head, or computes another loss than this one.
     """
 
     def __init__(self, model: nn.Module):
@@ -267,7 +266,8 @@ class ChunkedLoss(contextlib.ExitStack):
     def _refusal(self, why: str) -> TrainingError:
         return TrainingError(
             f"{type(self._model).__name__} cannot be trained with the chunked loss: {why}. "
-            "Use its own loss, which makes the logits of the whole batch: `loss: whole`"
+            "The model's own loss (memory_saving: chunked_loss=False) makes the logits of whole "
+            "batches, which take more memory"
         )
 
 
@@ -277,7 +277,7 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise TrainingError(
             f"{type(inner).__name__} is not a model of transformers, so its output head is "
-            "unknown. Compute the loss yourself (loss: whole)"
+            "unknown. Compute the loss yourself: memory_saving(model, chunked_loss=False)"
         )
     return inner
 

@@ -85,11 +85,10 @@ class TrainingSettings:
     weight_decay: float = 0.0
     compute: str = "float32"
     gradient_checkpointing: bool = False
-    loss: str = "chunked"
     evaluation_steps: int | None = None
     patience: int | None = None
     divergence: str = "stop"
-    report_to: tuple[str, ...] = ()
+    report_to: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,9 @@ def train_adapter(
             among the processes; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.
+
+    Warns:
+        QwloraWarning: the chunked loss cannot replace the model's own, which is used.
     """
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
@@ -184,7 +186,7 @@ def train_adapter(
         with reading(final, model):  # training had ended, but the adapter was not saved
             set_peft_model_state_dict(model, load_file(final / WEIGHTS))
         return report(read_state(last))
-    with replaced_forward(model, training_graph, settings.loss == "chunked", process_count()):
+    with replaced_forward(model, training_graph, process_count()):
         trainer = AdapterTrainer(
             model,
             arguments,

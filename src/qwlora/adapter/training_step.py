@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ from qwlora.adapter.adapter_files import check_settings
 from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
 from qwlora.adapter.mergeable import MergedIntegers, merged_forward
 from qwlora.data.sequences import IGNORED
-from qwlora.errors import TrainingError
+from qwlora.errors import QwloraWarning, TrainingError
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.nn.packed_tensor import compute_dtype
@@ -72,10 +73,10 @@ _NOT_INPUTS = (
 
 @contextlib.contextmanager
 def replaced_forward(
-    model: nn.Module, graph: nn.Module | None, chunked: bool, processes: int = 1
+    model: nn.Module, graph: nn.Module | None, processes: int = 1
 ) -> Iterator[None]:
-    """Row 1, until the context ends: the chunked loss if `chunked`, or a graph of what the model
-    computes once it is quantized (`simulation/training_graph.py`).
+    """Row 1, until the context ends: the chunked loss, or a graph of what the model computes once
+    it is quantized (`simulation/training_graph.py`).
 
         loss = L(graph(inputs), labels),    L the model's own loss function
 
@@ -84,12 +85,14 @@ def replaced_forward(
     because the output head is inside the graph.
 
     Raises:
-        TrainingError: see `ChunkedLoss`; or, with a graph, several training `processes` or a router
-            loss. What else a graph does not support is refused in the recipe
-            (`Adapter.without_graph`).
+        TrainingError: with a graph, several training `processes` or a router loss. What else a
+            graph does not support is refused in the recipe (`Adapter.without_graph`).
+
+    Warns:
+        QwloraWarning: the chunked loss cannot replace the model's own, which is used.
     """
     if graph is None:
-        with ChunkedLoss(model) if chunked else contextlib.nullcontext():
+        with _chunked_or_own_loss(model):
             yield
         return
     if processes > 1:
@@ -118,6 +121,14 @@ def replaced_forward(
 
     with replaced(inner, forward):
         yield
+
+
+def _chunked_or_own_loss(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    try:
+        return ChunkedLoss(model)
+    except TrainingError as error:
+        warnings.warn(f"{error}. Training uses that loss", QwloraWarning, stacklevel=4)
+        return contextlib.nullcontext()
 
 
 class _HeadReachedError(Exception):
@@ -215,13 +226,16 @@ def memory_saving(
         autocast: whether the forward runs under autocast, which casts the inputs of products; PEFT
             would cast them to float32 first.
         chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
-            see `ChunkedLoss`. False for a loss of your own, which needs the logits.
+            see `ChunkedLoss`. False for a loss of your own, which needs the logits, or for a model
+            that `ChunkedLoss` refuses.
 
     Raises:
         SourceError: an adapter is not LoRA, or has a setting that `save_adapter` does not support.
+        TrainingError: see `ChunkedLoss`.
     """
     check_settings(getattr(unwrapped(model), "peft_config", None) or {})
-    with replaced_forward(model, None, chunked_loss), lean_steps(model, autocast):
+    loss = ChunkedLoss(model) if chunked_loss else contextlib.nullcontext()
+    with loss, lean_steps(model, autocast):
         yield
 
 

@@ -193,7 +193,8 @@ class Scheme:
         blocks = self.granularity if isinstance(self.granularity, Blocks) else None
         if blocks and blocks.is_only_symmetric and not self.symmetric:
             raise GridError(
-                f"{blocks.kind} grids are symmetric; say symmetric=True, or use PerBlock"
+                f"{blocks.kind} grids have no offsets; remove -asymmetric (in Python, "
+                "symmetric=False), or use block (PerBlock)"
             )
         if self.bitwidth not in BITWIDTHS:
             raise GridError(

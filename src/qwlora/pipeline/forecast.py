@@ -120,7 +120,7 @@ class Costs:
         self.logits, self.hidden = FLOAT * vocabulary, FLOAT * width  # of a token
         self.packed = self.codes = self.scales = 0
         self.matrices: list[tuple[int, ...]] = []  # (out, in), without head and experts
-        scheme, solver = base.weights.scheme(), base.solver.replace("keep", "rtn")
+        scheme, solver = base.scheme, base.solver.replace("keep", "rtn")
         for name, assigned in plan_layers(model, scheme, solver, base.layer_rules()).items():
             shape = tuple(tensor_out_in(model, name).shape)
             self.codes += math.prod(shape)

@@ -138,7 +138,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
         model = GgufCheckpoint(location.path, as_floats=True).model
     else:
         model = context.float_model()
-    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
+    plan = plan_layers(model, base.scheme, base.solver, base.layer_rules())
     return model, {n: Weight(a.scheme, a.solver, kind_of(model, n)) for n, a in plan.items()}
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError, lines, suggestion
-from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, Scheme, parse_scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.nn import is_packable, tensor_out_in
 from qwlora.nn.packed_layer import has_computed_weight, replacement_problem
 from qwlora.nn.packed_tensor import PackedTensor
@@ -37,13 +37,6 @@ class LayerRule:
     match: str  # a glob (`*`, `?`, `[...]`) over the whole canonical module path
     scheme: Scheme | None  # None keeps them float
     solver: str | None = None  # default: that of the base
-
-    def to_recipe(self) -> dict[str, Any]:
-        """The rule's bitwidth and block size as keys of a recipe, whose base has the rest."""
-        assert self.scheme is not None
-        blocks = self.scheme.granularity
-        sizes = {"block_size": blocks.size} if isinstance(blocks, Blocks) else {}
-        return {"match": self.match, "bitwidth": self.scheme.bitwidth, **sizes}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,6 @@ _NOT_IN_GRAPH = {
     "gradient_checkpointing True": "needs modules, which the graph replaces; remove it",
     "compute bfloat16": "is too coarse for the activation grids; use float32",
     "mergeable True": "computes other integers at each step, and the graph has the base's",
-    "loss chunked": "needs an output head outside of the graph; use whole",
 }
 Invocation = Annotated[str, Field(min_length=1)] | Annotated[list[NotNegative], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
@@ -207,9 +206,6 @@ class Adapter(Section):
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: about a quarter of the memory for 15 percent more
     time"""
-    loss: Literal["chunked", "whole"] | None = None
-    """chunked: never holds the logits of a whole batch; whole: the model's own loss, the default in
-    workflow qwa-lora"""
     evaluation_steps: Count | None = None
     """steps between evaluations on held-out text; the best adapter is kept. Default: no
     evaluation"""
@@ -233,21 +229,12 @@ class Adapter(Section):
             tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
         return LoraShape(**shape, alora_invocation_tokens=tokens if tokenizer is not None else None)
 
-    def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
-        """The settings in the form that `train_adapter` takes.
-
-        Args:
-            whole_loss: the default of `loss` is the model's own loss, not the chunked one.
-        """
+    def training_settings(self, seed: int) -> TrainingSettings:
+        """The settings in the form that `train_adapter` takes."""
         from qwlora.adapter.train import TrainingSettings
 
-        keys = {f.name for f in fields(TrainingSettings)} - {"seed", "report_to", "loss"}
-        return TrainingSettings(
-            **{key: value for key, value in self if key in keys},
-            seed=seed,
-            report_to=tuple(self.report_to),
-            loss=self.loss or ("whole" if whole_loss else "chunked"),
-        )
+        names = [field.name for field in fields(TrainingSettings) if field.name != "seed"]
+        return TrainingSettings(seed=seed, **{name: getattr(self, name) for name in names})
 
     def without_graph(self) -> Iterator[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""

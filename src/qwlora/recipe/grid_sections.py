@@ -11,16 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qwlora.data import locate_documents
 from qwlora.formats.model_source import locate
-from qwlora.grid.scheme import (
-    Blocks,
-    EstimatorName,
-    Granularity,
-    PerChannel,
-    PerTensor,
-    RangeEstimator,
-    Scheme,
-    parse_scheme,
-)
+from qwlora.grid.scheme import EstimatorName, RangeEstimator, Scheme, parse_scheme, short_name
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.simulation.placement_rules import PlacementRule, Schemes
@@ -30,14 +21,15 @@ if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
 JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
-DEFAULT_BLOCK_SIZES = {"block": 32, "signed": 32, "bf16block": 32, "lpbq": 64}
-WeightBitwidth = Literal[2, 3, 4, 5, 6, 7, 8]
+_ADAPTER_WEIGHTS = r"^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$"
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
-GranularityName = Literal["tensor", "channel", "block", "signed", "bf16block", "lpbq"]
 if TYPE_CHECKING:
     BaseSolver = str
 else:
     BaseSolver = Literal[(*SOLVERS, "keep")]
+ShortName = Annotated[  # of a scheme; w04-block032 becomes w4-block32
+    str, AfterValidator(lambda name: short_name(parse_scheme(name))), Field(pattern="^w[2-8]-")
+]
 
 
 class Model(Section):
@@ -62,68 +54,6 @@ class Model(Section):
     Default: the one that makes most names agree"""
 
 
-class Weights(Section):
-    """The grid of the base's weights."""
-
-    bitwidth: WeightBitwidth = 4
-    """bits per weight"""
-    symmetric: bool = True
-    """true: the offset is fixed at the middle code; false: every scale has its own offset"""
-    granularity: GranularityName = "signed"
-    """what one scale covers: the tensor, an output channel, or a block of inputs. signed: blocks
-    with scales of either sign, for smaller errors at 2 to 4 bits; bf16block: blocks with bfloat16
-    scales, for executorch; lpbq: AIMET's low-power blocks, small integers times a channel scale.
-    Default: block for asymmetric grids and Qualcomm's targets, which have no signed scales"""
-    block_size: Count | None = None
-    """inputs per block. Default: 64 for lpbq, else 32"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, content: Any) -> Any:
-        """Expand a short name to keys, so that the resolved recipe shows them and a rule can change
-        one; fill in the default block size."""
-        if isinstance(content, str):
-            scheme, size = parse_scheme(content), None
-            name = str(scheme.granularity)
-            if isinstance(scheme.granularity, Blocks):
-                name, size = scheme.granularity.kind, scheme.granularity.size
-            content = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
-            content |= {"granularity": name, "block_size": size}
-        if isinstance(content, dict) and content.get("symmetric") is False:
-            content = {"granularity": "block", **content}
-        if isinstance(content, dict) and content.get("block_size") is None:
-            default = DEFAULT_BLOCK_SIZES.get(str(content.get("granularity", "signed")))
-            return {**content, "block_size": default}
-        return content
-
-    def problems(self) -> Iterator[str]:
-        yield from _size_problems(self)
-        yield from _symmetry_problems(self.granularity, self.symmetric)
-
-    def scheme(self) -> Scheme:
-        """The settings as a `Scheme`."""
-        granularity: Granularity = PerTensor()
-        if self.granularity == "channel":
-            granularity = PerChannel(0)
-        elif self.block_size is not None:
-            granularity = Blocks.KINDS[self.granularity](self.block_size)
-        return Scheme(self.bitwidth, self.symmetric, granularity)
-
-
-def _symmetry_problems(granularity: GranularityName, symmetric: bool) -> Iterator[str]:
-    blocks = Blocks.KINDS.get(granularity)
-    if blocks and blocks.is_only_symmetric and not symmetric:
-        yield (
-            f"granularity {granularity} is always symmetric; remove symmetric: false, or use block"
-        )
-
-
-def _size_problems(grid: Weights | BaseRule) -> Iterator[str]:
-    if grid.granularity in ("tensor", "channel") and grid.block_size is not None:
-        having = ", ".join(DEFAULT_BLOCK_SIZES)
-        yield f"block_size needs granularity {having}, not {grid.granularity}; remove block_size"
-
-
 class BaseRule(Section):
     """An exception for some layers. Keys that are not set are those of base."""
 
@@ -132,34 +62,18 @@ class BaseRule(Section):
     keep: Literal["float"] | None = None
     """leave these layers as they are"""
     solver: SolverName | None = None
-    bitwidth: WeightBitwidth | None = None
-    symmetric: bool | None = None
-    granularity: GranularityName | None = None
-    block_size: Count | None = None
+    weights: ShortName | None = None
 
     def problems(self) -> Iterator[str]:
-        changes = list(self.model_dump(exclude={"match", "keep"}, exclude_none=True))
+        changes = [key for key in ("solver", "weights") if getattr(self, key) is not None]
         if self.keep is not None and changes:
             yield f"keep: float excludes {', '.join(changes)}; remove one or the other"
         if self.keep is None and not changes:
-            yield "the rule changes nothing; set keep: float, or a bitwidth, granularity or solver"
-        yield from _size_problems(self)
+            yield "the rule changes nothing; set keep: float, weights or solver"
 
-    def changed(self, base: Weights) -> dict[str, Any]:
-        """The keys of base.weights for matching layers."""
-        changes = self.model_dump(exclude={"match", "keep", "solver"}, exclude_none=True)
-        whole, own = base.model_dump(), base.granularity
-        no_blocks = own in ("tensor", "channel") and "block_size" in changes
-        new = changes.get("granularity", own)
-        if DEFAULT_BLOCK_SIZES.get(new) != DEFAULT_BLOCK_SIZES.get(own):
-            whole["block_size"] = None
-        elif no_blocks or (own == "signed" and self.symmetric is False):
-            whole["granularity"] = "block"
-        return whole | changes
-
-    def scheme(self, base: Weights) -> Scheme | None:
-        """The scheme for matching layers; None if they stay float."""
-        return None if self.keep is not None else Weights(**self.changed(base)).scheme()
+    def scheme(self, base: Base) -> Scheme | None:
+        """The scheme of matching layers; None if they stay float."""
+        return None if self.keep is not None else parse_scheme(self.weights or base.weights)
 
 
 class Gptq(Section):
@@ -212,9 +126,14 @@ class Base(Section):
     """gptq: minimizes the error of layer outputs on calibration text; search: range with the least
     squared weight error; sqnr: the same, clipping weighs three times; rtn: min-max range, rounded
     to nearest; keep: the integers that the model files already hold"""
-    weights: Weights = Weights()
-    """grid of every Linear weight: a short name (w4-block32, w4-signed32, w4-channel, w4-lpbq64,
-    w8-channel, w2-block32-asymmetric) or keys"""
+    weights: ShortName = "w4-signed32"
+    """grid of every Linear weight: w, its bits (2 to 8), and what one scale covers, as in
+    w8-channel. tensor, channel: the tensor, an output channel; block32: 32 inputs of one output;
+    signed32: the same, with scales of either sign, for smaller errors at 2 to 4 bits; bf16block32:
+    with bfloat16 scales, for executorch; lpbq64: AIMET's low-power blocks, small integers times a
+    channel scale. tensor, channel and block can be asymmetric, with an offset for every scale:
+    w2-block32-asymmetric. Default: w4-block32 for Qualcomm's targets, which have no signed
+    scales"""
     rules: list[BaseRule] = []
     """exceptions for some layers; the first that matches decides"""
     rotation: Literal["hadamard"] | None = None
@@ -245,17 +164,20 @@ class Base(Section):
         """The rules as `quantize_` takes them."""
         from qwlora.quantize.layer_rules import LayerRule
 
-        return [
-            LayerRule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules
-        ]
+        return [LayerRule(rule.match, rule.scheme(self), rule.solver) for rule in self.rules]
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that `weights` names."""
+        return parse_scheme(self.weights)
 
     def grids(self) -> dict[str, Weight]:
         """The grids that are asked for, by the first key or rule; none with solver keep."""
         if self.solver == "keep":
             return {}
-        grids = {Weight(self.weights.scheme(), self.solver): "base.weights"}
+        grids = {Weight(self.scheme, self.solver): "base.weights"}
         for rule in self.rules:
-            if (scheme := rule.scheme(self.weights)) is not None:
+            if (scheme := rule.scheme(self)) is not None:
                 grids.setdefault(Weight(scheme, rule.solver or self.solver), rule.match)
         return {name: weight for weight, name in grids.items()}
 
@@ -280,25 +202,6 @@ class Base(Section):
         changes += ["tuning"] if self.tuning.steps else []
         if self.solver == "keep" and changes:
             yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"
-        for number, rule in enumerate(self.rules):
-            keys = rule.changed(self.weights)
-            for problem in _symmetry_problems(keys["granularity"], keys["symmetric"]):
-                yield f"rules.{number}: {problem}"
-
-
-class AdapterWeights(Section):
-    """The grid of lora_A and lora_B."""
-
-    bitwidth: Annotated[int, Field(ge=4, le=16)] = 8
-    """bits per weight"""
-    symmetric: bool = True
-    """fix the offset at the middle code"""
-    granularity: Literal["tensor", "channel"] = "channel"
-    """one scale per tensor, or per row"""
-
-    def scheme(self) -> Scheme:
-        granularity: Granularity = PerChannel(0) if self.granularity == "channel" else PerTensor()
-        return Scheme(self.bitwidth, self.symmetric, granularity)
 
 
 class SimulationRule(Section):
@@ -367,7 +270,9 @@ class SimulationSection(Section):
     key_value_bitwidth: Literal[8, 16] | None = None
     """bits of the keys and values of attention, on a symmetric grid, as in an NPU's key-value
     cache. Default: as other activations"""
-    adapter_weights: AdapterWeights = AdapterWeights()
+    adapter_weights: Annotated[str, Field(pattern=_ADAPTER_WEIGHTS)] = "w8-channel"
+    """grid of lora_A and lora_B: w4 to w16, with one scale per tensor or per channel (row), such as
+    w8-tensor or w16-channel-asymmetric"""
     adapter_activation_bitwidth: Bitwidth | None = None
     """bits of what lora_A and lora_B compute, before the base layer's output is added. Default: as
     other activations"""
@@ -388,7 +293,7 @@ class SimulationSection(Section):
         """The section as `simulate` takes it; rules may be without effect in a graph."""
         return Schemes(
             activations=Scheme(self.activation_bitwidth, self.activation_symmetric),
-            adapter_weights=self.adapter_weights.scheme(),
+            adapter_weights=parse_scheme(self.adapter_weights),
             quantize_residual_adds=self.residual_adds == "quantize",
             policy=self.policy,
             rules=tuple(self.placement_rules()),

@@ -121,7 +121,7 @@ def _lies_on_grid(recipe: Recipe) -> bool:
     except SourceError:  # pickles: only loading the whole model would tell
         return False
     base = recipe.base
-    plan = plan_layers(lazy.model, base.weights.scheme(), base.solver, base.layer_rules())
+    plan = plan_layers(lazy.model, base.scheme, base.solver, base.layer_rules())
     names = list(plan)[:: max(1, len(plan) // _PROBED)]
     tensors: dict[str, Any] = {name: lazy.checkpoint.read(lazy.stored[name]) for name in names}
     return any(is_on_grid(t, plan[name].scheme.bitwidth) for name, t in tensors.items())

@@ -173,7 +173,7 @@ class Recipe(Section):
         targets, defaults = export.get("targets"), preset["base"]
         for_htp = [name for name, target in TARGETS.items() if target.chip]
         if isinstance(targets, list) and any(name in targets for name in for_htp):
-            defaults = {**defaults, "weights": {"granularity": "block"}}
+            defaults = {**defaults, "weights": "w4-block32"}
         base = base if keeps else _filled(base, defaults)
         return {**content, "base": base, "adapters": filled, "export": export}
 
@@ -347,7 +347,7 @@ class Recipe(Section):
 
     def init_share(self, adapter: Adapter) -> float:
         """`init_share` of an adapter with its default; docs/log/initialization.md."""
-        default = 1.0 if self.base.weights.bitwidth == 2 else 0.5
+        default = 1.0 if self.base.scheme.bitwidth == 2 else 0.5
         return default if adapter.init_share is None else adapter.init_share
 
     def data_of(self, adapter: Adapter | str | None) -> Data:
@@ -390,7 +390,7 @@ class Recipe(Section):
         solver, targets = self.base.solver, [TARGETS[name] for name in self.export.targets]
         return [
             scheme
-            for scheme in similar_schemes(self.base.weights.scheme())
+            for scheme in similar_schemes(self.base.scheme)
             if not any(
                 refusals(target, Subject(weights={"": Weight(scheme, solver)}))
                 for target in targets

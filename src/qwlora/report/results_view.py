@@ -107,8 +107,8 @@ class Job:
     @property
     def bitwidth(self) -> int | None:
         """Of the base's weights, as the recipe requests it."""
-        bitwidth = self.setting("base", "weights", "bitwidth")
-        return bitwidth if isinstance(bitwidth, int) else None
+        name = re.match(r"w(\d+)-", str(self.setting("base", "weights")))
+        return int(name[1]) if name else None
 
     @property
     def float_bytes(self) -> float | None:

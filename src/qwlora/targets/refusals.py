@@ -239,8 +239,7 @@ def _settings(target: Target, subject: Subject) -> Iterator[str]:
         )
     if subject.simulation is None:
         return
-    keys = dict(subject.simulation)
-    keys |= {f"adapter_weights.{key}": value for key, value in keys["adapter_weights"].items()}
+    keys = subject.simulation
     rules, has_floats = enumerate(keys["rules"]), keys["policy"] == "weights-only"
     bits = {} if has_floats else {key: keys[key] for key in _ACTIVATIONS}
     bits |= {f"rules.{n}.bitwidth": r["bitwidth"] for n, r in rules if r["of"] != "weights"}

@@ -143,9 +143,7 @@ TARGETS: dict[str, Target] = {
             "symmetric_matmul_second_input": [True],
             "key_value_bitwidth": [8],
             "base_activations": ["none"],
-            "adapter_weights.granularity": ["tensor"],
-            "adapter_weights.symmetric": [True],
-            "adapter_weights.bitwidth": [8, 16],
+            "adapter_weights": ["w8-tensor", "w16-tensor"],
         },
     ),
     "qairt_pipeline": Target(

@@ -81,7 +81,7 @@ def test_weights_that_it_does_not_multiply_with_inputs_of_8_bits(name: str) -> N
 def test_tables_and_inputs_have_one_scale() -> None:
     assert not problems("w8-tensor", kind=LayerKind.EMBEDDING)
     for name in ("w4-channel", "w4-tensor", "w8-channel", "w8-block32"):
-        assert "granularity: tensor" in problems(name, kind=LayerKind.EMBEDDING)
+        assert "weights: w8-tensor" in problems(name, kind=LayerKind.EMBEDDING)
 
 
 def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
@@ -301,6 +301,6 @@ def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written
     tmp_path: Path,
 ) -> None:
     simulations = simulated(parse_scheme("w4-channel"))
-    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*granularity: tensor"):
+    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*weights: w8-tensor"):
         export(simulations, "qnn", tmp_path, graphs=[1], context=[8])
     assert not list(tmp_path.iterdir())

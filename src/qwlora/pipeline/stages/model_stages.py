@@ -33,6 +33,7 @@ from qwlora.errors import FingerprintError, SourceError, foreign_as
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.open_checkpoint import load_precomputed
+from qwlora.grid.scheme import short_name
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.stage import (
@@ -128,7 +129,11 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
         }
     if report.budget_rules:
         rules = [rule.model_dump(exclude_none=True) for rule in recipe.base.rules]
-        rules += [rule.to_recipe() for rule in report.budget_rules]
+        rules += [
+            {"match": rule.match, "weights": short_name(rule.scheme)}
+            for rule in report.budget_rules
+            if rule.scheme is not None
+        ]
         write_text(scratch / RULES, rules_text(rules))
     if note := second_rounding(recipe):
         measured["second_rounding"] = note
@@ -151,7 +156,7 @@ def _write_base(
     block at a time, unless the float model is in memory or their format does not allow it."""
     recipe, base, track = context.recipe, context.recipe.base, context.track
     source, tokenizer = public_name(recipe.model.source), context.tokenizer
-    scheme, calibration, moments = base.weights.scheme(), None, None
+    scheme, calibration, moments = base.scheme, None, None
     if is_calibrated(recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
     if needs_moments(recipe):
@@ -288,7 +293,7 @@ def _train_adapter(
     return train_adapter(
         model,
         sequences,
-        adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
+        adapter.training_settings(context.recipe.seed),
         work,
         text.evaluation if adapter.evaluation_steps else None,
         teacher,

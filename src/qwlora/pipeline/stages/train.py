@@ -32,7 +32,6 @@ def add(plan: Planner, adapter: Adapter) -> None:
     first, has_init = recipe.predecessor(adapter), adapter.init != "zero"
     settings = adapter.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     settings["init_share"] = recipe.init_share(adapter) if has_init else None
-    settings["loss"] = adapter.loss or ("whole" if recipe.workflow == "qwa-lora" else "chunked")
     inputs = {"adapter": settings, **_learned(plan, adapter, adapter)}
     inputs |= revisions("initialize_adapter") if has_init else {}
     needs = ["quantize", *([f"train/{first.name}"] if first else [])]

@@ -34,8 +34,8 @@ _TABLES = FormatLimits(
     symmetric=(8, 16),
     channel_bits=(),
     block_bits=(),
-    remedy="For the embedding, add to base.rules, first: {match: EMBEDDING, bitwidth: 8, "
-    "granularity: tensor}; for adapters, set simulation.adapter_weights.granularity: tensor",
+    remedy="For the embedding, add to base.rules, first: {match: EMBEDDING, weights: w8-tensor}; "
+    "for adapters, set simulation.adapter_weights: w8-tensor",
 )
 HTP = FormatLimits(
     name="the HTP",

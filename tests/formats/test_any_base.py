@@ -77,6 +77,19 @@ class Tied(nn.Module):
         return self.last(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
+class Diffuser(Row):
+    """Looks like a class of diffusers."""
+
+    __module__ = "diffusers.models"
+
+    def save_config(self, folder: Path) -> None:
+        raise AssertionError
+
+
+class OwnDiffuser(Diffuser):
+    """Its code is not in diffusers, so only the caller can build it."""
+
+
 class Shared(nn.Module):
     """A layer under two names."""
 
@@ -102,6 +115,7 @@ MODELS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "one storage, packed": (Tied, []),
     "a layer under two names": (Shared, []),
+    "a subclass of a model of diffusers": (OwnDiffuser, []),
 }
 
 

@@ -81,6 +81,10 @@ def test_a_large_base_has_shards(base: Path, tmp_path_factory: pytest.TempPathFa
         assert shard.metadata() == {"format": "pt"}  # some readers insist on it
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
+    exact = BaseWriter(tmp_path_factory.mktemp("exact"), shard_bytes=sum(map(sum, sizes)))
+    exact.add(model)
+    exact.finish(model, None, "somewhere")
+    assert [p.name for p in exact.folder.glob("*.safetensors*")] == ["base.safetensors"]
     saved(model, folder)  # nothing of the older, larger base remains
     assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"]
     assert fingerprint(load_base(folder)) == fingerprint(model)

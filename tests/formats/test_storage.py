@@ -235,6 +235,12 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
         load_base(base)
 
 
+def test_an_absurd_layer_is_refused_before_tensors_are_read(base: Path) -> None:
+    edit_record(base, lambda record: record["layers"][LAYER].update(block_size=10**12))
+    with pytest.raises(GridError, match=rf"layer '{LAYER}' of base\.json"):
+        BaseCheckpoint(base)
+
+
 def test_a_pipe_in_the_folder_is_refused(base: Path) -> None:
     os.mkfifo(base / "processor_config.json")
     with pytest.raises(SourceError, match=r"processor_config\.json' is a pipe"):

@@ -77,6 +77,19 @@ class Tied(nn.Module):
         return self.last(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
+class Diffuser(Row):
+    """Looks like a class of diffusers."""
+
+    __module__ = "diffusers.models"
+
+    def save_config(self, folder: Path) -> None:
+        raise AssertionError
+
+
+class OwnDiffuser(Diffuser):
+    """Its code is not in diffusers, so only the caller can build it."""
+
+
 class Shared(nn.Module):
     """A layer under two names."""
 
@@ -102,6 +115,7 @@ MODELS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "one storage, packed": (Tied, []),
     "a layer under two names": (Shared, []),
+    "a subclass of a model of diffusers": (OwnDiffuser, []),
 }
 
 
@@ -131,6 +145,24 @@ def test_a_float_model_with_other_settings_is_refused(tmp_path: Path) -> None:
     facts = r"norm\.eps: default -> 0\.5\. Build the float model as it was"
     with pytest.raises(FingerprintError, match=facts):
         qwlora.load_base(tmp_path, model=Row(last=0.5))
+    with pytest.raises(SourceError, match="is a Row that cannot be built"):
+        qwlora.load_base(tmp_path)
+
+
+def test_a_buffer_that_is_not_saved_needs_data_in_the_float_model(tmp_path: Path) -> None:
+    def build() -> Row:
+        model = Row().eval()
+        model.register_buffer("order", torch.arange(32), persistent=False)
+        return model
+
+    model = build()
+    qwlora.quantize_(model, "w4-block16", "rtn")
+    qwlora.save_base(model, tmp_path)
+    assert torch.equal(qwlora.load_base(tmp_path, model=build()).order, model.order)
+    with torch.device("meta"):
+        empty = build()
+    with pytest.raises(SourceError, match="order are on the meta device"):
+        qwlora.load_base(tmp_path, model=empty)
 
 
 def files(folder: Path) -> dict[str, bytes]:

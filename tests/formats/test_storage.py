@@ -81,6 +81,10 @@ def test_a_large_base_has_shards(base: Path, tmp_path_factory: pytest.TempPathFa
         assert shard.metadata() == {"format": "pt"}  # some readers insist on it
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
+    exact = BaseWriter(tmp_path_factory.mktemp("exact"), shard_bytes=sum(map(sum, sizes)))
+    exact.add(model)
+    exact.finish(model, None, "somewhere")
+    assert [p.name for p in exact.folder.glob("*.safetensors*")] == ["base.safetensors"]
     saved(model, folder)  # nothing of the older, larger base remains
     assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"]
     assert fingerprint(load_base(folder)) == fingerprint(model)
@@ -229,6 +233,12 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
     facts = rf"layer '{name}' of base.json: .*; quantize again|the offset"
     with pytest.raises((GridError, SourceError), match=facts):
         load_base(base)
+
+
+def test_an_absurd_layer_is_refused_before_tensors_are_read(base: Path) -> None:
+    edit_record(base, lambda record: record["layers"][LAYER].update(block_size=10**12))
+    with pytest.raises(GridError, match=rf"layer '{LAYER}' of base\.json"):
+        BaseCheckpoint(base)
 
 
 def test_a_pipe_in_the_folder_is_refused(base: Path) -> None:

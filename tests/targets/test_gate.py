@@ -82,6 +82,7 @@ def test_no_runtime_opens_what_no_export_writes(
         written = folder / next(p for p in patterns if p.endswith(DATA)).replace("*", "a")
         written.parent.mkdir(exist_ok=True)
         written.touch()
+        (folder / "stage.json").write_text("of the job that exported it")
     if known.has_cases and attack in BESIDE_CASES:
         attack(tmp_path)
     runtime = known.open(tmp_path, "first")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from qwlora.adapter.adapter_files import adapter_folder, convert_mlx_adapter, is_mlx_adapter
+from qwlora.adapter.covered_layers import is_covered
 from qwlora.errors import SourceError
 
 MODULES = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 4}
@@ -84,7 +85,11 @@ def test_a_source_is_converted_again_when_it_changes(tmp_path: Path) -> None:
     assert adapter_folder(str(source)) == first != source
     write_mlx(source, {"lora_parameters": {"rank": 4, "scale": 1.0}})
     assert adapter_folder(str(source)) != first
-    assert sorted(path.name for path in source.iterdir()) == [
-        "adapter_config.json",
-        "adapters.safetensors",
-    ]
+    assert {p.name for p in source.iterdir()} == {"adapter_config.json", "adapters.safetensors"}
+
+
+def test_layers_that_new_adapters_have_are_covered(tmp_path: Path) -> None:
+    source = str(write_mlx(tmp_path / "mlx"))
+    assert is_covered(source, ["all-linear"])
+    assert not is_covered(source, [["o_proj"]])
+    assert not is_covered(str(tmp_path), ["all-linear"])

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import source_path
 
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"  # of PEFT, or else of mlx-lm
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:[AB]\.weight|[ab])")
 _IN_BLOCK = re.compile(r".+\.\d+\..+")
 
 
@@ -26,13 +27,13 @@ def is_covered(source: str, new: Iterable[str | list[str]]) -> bool:
         new: `target_modules` of each new adapter.
 
     Returns:
-        False also if the adapter is on the hub, or its files cannot be read or hold something else
-        than factors of linear layers.
+        False also if it is on the hub, cannot be read, or holds more than factors of linear layers.
     """
     try:
         folder = source_path(source)
         config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+        weights, *_ = (folder / name for name in _WEIGHTS if (folder / name).is_file())
+        with safe_open(weights, "np") as file:
             sizes = {n: len(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
         factors = [size == 2 and _FACTOR.fullmatch(name) for name, size in sizes.items()]
         layers = {match[1] for match in factors if match}

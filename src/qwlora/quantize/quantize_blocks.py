@@ -159,9 +159,8 @@ def observe_moments(
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
             observed = observe(model, path, blocks[path], runner)
-            for name, layer in observed.items():
-                if is_mine(0):
-                    moments[canonical_name(name).removesuffix(".weight")] = layer.moment
+            for name, layer in observed.items() if is_mine(0) else ():
+                moments[canonical_name(name).removesuffix(".weight")] = layer.moment
     return moments
 
 

@@ -142,8 +142,8 @@ class Adapter(Section):
     data: Data | None = None
     """its own text; keys that are not set here come from the data section"""
     continue_from: Annotated[str, AfterValidator(_start)] | None = None
-    """trained adapter to continue: one listed before this one, a PEFT folder, package:NAME/PATH or
-    a hub id. Its shape and dropout are kept (no dropout in workflow qwa-lora)"""
+    """trained adapter to continue: one listed before this one, a folder of PEFT or mlx-lm,
+    package:NAME/PATH or a hub id. Its shape and dropout stay (no dropout in workflow qwa-lora)"""
     objective: Literal["text", "recovery"] = "text"
     """text: predict the next token; recovery: match the float model as well, as a start for other
     adapters"""

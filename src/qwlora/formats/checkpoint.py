@@ -35,6 +35,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,8 @@ class LazyModel:
                 "Check that config.json belongs to this model, or download the model again"
             )
 
-    def materialize_(self, path: str = "", track: Track = untracked) -> nn.Module:
-        """Load all tensors in module `path` that have no data yet, and return the module.
+    def materialize_(self, path: str = "", track: Track = untracked) -> None:
+        """Load all tensors in module `path` that have no data yet.
 
         Floats become float32, integers packed layers, which may replace the module.
 
@@ -254,7 +255,6 @@ class LazyModel:
         names = self._missing(path)
         for name in track(names, "reading", len(names)):
             self.load_(name)
-        return self.model.get_submodule(path)
 
     def read_ahead(self, path: str) -> None:
         """Begin to read the tensors in module `path`, which is needed next, while the device
@@ -268,10 +268,9 @@ class LazyModel:
     def load_outside_(self, paths: Collection[str]) -> None:
         """Load every tensor that is used outside the modules at `paths`, even if also used
         inside."""
+        inside = tuple(f"{path}." for path in paths)
         for name in self.stored:
-            if not all(
-                any(is_below(alias, path) for path in paths) for alias in self.aliases[name]
-            ):
+            if not all(alias.startswith(inside) for alias in self.aliases[name]):
                 self.load_(name)
 
     def release_(self, path: str = "") -> None:
@@ -296,17 +295,13 @@ class LazyModel:
             stack.callback(self.release_)
             for path in blocks:
                 block = self.model.get_submodule(path)
-                loading = block.register_forward_pre_hook(partial(self._load_block_, path))
-                releasing = block.register_forward_hook(partial(self._release_block_, path))
+                loading = block.register_forward_pre_hook(
+                    lambda *_, path=path: self.materialize_(path)
+                )
+                releasing = block.register_forward_hook(lambda *_, path=path: self.release_(path))
                 stack.callback(loading.remove)
                 stack.callback(releasing.remove)
             yield self.model
-
-    def _load_block_(self, path: str, *ignored: object) -> None:
-        self.materialize_(path)
-
-    def _release_block_(self, path: str, *ignored: object) -> None:
-        self.release_(path)
 
     def _missing(self, path: str) -> list[str]:
         """The names of the tensors in module `path` that have no data yet."""
@@ -326,8 +321,8 @@ class LazyModel:
             value = ahead.result()
         else:
             value = self.checkpoint.read(self.stored[name])
+        value = value.to(self.device)
         if isinstance(value, QuantizedTensor):
-            value = QuantizedTensor(value.codes.to(self.device), value.encoding.to(self.device))
             try:
                 pack_at_(self.model, name, value)
             except GridError as error:
@@ -346,7 +341,7 @@ class LazyModel:
             )
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         dtype = torch.float32 if value.is_floating_point() else value.dtype
-        put_(self.model, aliases, value.to(self.device, dtype))
+        put_(self.model, aliases, value.to(dtype))
 
 
 def _same(a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> bool:
@@ -509,12 +504,8 @@ def convert_quantized(
         )
     (scheme,) = schemes
     codes, scale, low_end = (
-        origin.convert({name: read(part) for name, part in blocks.items()})
-        for read in (
-            lambda part: part.codes,
-            lambda part: part.encoding.scale,
-            lambda part: part.encoding.low_end,
-        )
+        origin.convert({name: attrgetter(values)(part) for name, part in blocks.items()})
+        for values in ("codes", "encoding.scale", "encoding.low_end")
     )
     return QuantizedTensor(codes, Encoding(scheme, scale, low_end))
 
@@ -570,12 +561,11 @@ def build_model(
             f"transformers {transformers.__version__} has no model class {class_name!r}; "
             "install the version that the model was saved with"
         )
-    settings: dict[str, Any] = {"dtype": torch.float32}
     what = f"config.json ({type(config).__name__}) does not describe a causal language model"
     with foreign_as(SourceError, what):  # bad values can fail anywhere in a model class
         if is_model:
-            return named._from_config(config, **settings)
-        settings["trust_remote_code"] = trust_remote_code
+            return named._from_config(config, dtype=torch.float32)
+        settings = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
         return auto_class(config).from_config(config, **settings)
 
 
@@ -626,20 +616,17 @@ def tensor_at(model: nn.Module, name: str) -> Tensor | None:
     """The tensor of a name; None if its module was replaced and has no such tensor."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    parameter = module._parameters.get(key)
-    return parameter if parameter is not None else module._buffers.get(key)
+    return module._parameters.get(key, module._buffers.get(key))
 
 
 def put_(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Put one tensor at all of its names, as a frozen parameter where the module has a
     parameter."""
-    parameter: nn.Parameter | None = None
+    parameter = nn.Parameter(tensor, requires_grad=False)
     for name in names:
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
         if key in module._parameters:
-            if parameter is None:
-                parameter = nn.Parameter(tensor, requires_grad=False)
             module._parameters[key] = parameter
         else:
             module._buffers[key] = tensor

@@ -344,23 +344,9 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             "num_hidden_layers) with the original, download it again, or give a checkpoint of the "
             "whole language model"
         )
-    if location.gguf_file:
-        forget_gguf_(model)
+    if location.gguf_file:  # its weights were dequantized, but transformers would not train it
+        loaded[0].hf_quantizer.remove_quantization_config(model)
     return model.eval()
-
-
-def forget_gguf_(model: PreTrainedModel) -> None:
-    """Remove the quantization marks that transformers leaves on a model loaded from a GGUF file.
-
-    The weights were dequantized, so it is a plain float model, but transformers would refuse to
-    train it.
-    """
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.__dict__["is_quantized"] = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfig:

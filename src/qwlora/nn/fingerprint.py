@@ -87,8 +87,9 @@ def fingerprint(model: nn.Module) -> str:
 def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
     """`fingerprint` of `model`, whose tensors have these digests (see `tensor_digests`)."""
     now = combined_fingerprint(digests, base_settings(model))
-    kept = _remembered(model, _KEPT)
-    return kept[1] if kept is not None and kept[0] == now else now
+    kept = (vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module))
+    before, identity = next(kept, (now, now))
+    return identity if before == now else now
 
 
 def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = None) -> str | None:
@@ -171,12 +172,6 @@ def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, (layout, tensor) in base_tensors(model).items()
         if not layout and tensor.is_floating_point()
     }
-
-
-def _remembered(model: nn.Module, key: str) -> Any:
-    """The attribute that a module of `model` remembers under `key`; None if none does."""
-    states = (vars(module) for module in model.modules())
-    return next((state[key] for state in states if key in state), None)
 
 
 def combined_fingerprint(digests: Mapping[str, str], settings: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, replacing_base, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint, LazyModel, is_below, put_, tensor_at
-from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
@@ -342,7 +341,7 @@ def finish_packing_(model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
-            forget_gguf_(model)
+            cast(Any, model).hf_quantizer.remove_quantization_config(model)
     save_as_base_(next(base_modules(model))[1])
     assert_frozen(model)
     remember_base_(model)

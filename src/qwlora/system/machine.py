@@ -195,11 +195,6 @@ def reset_peak_rss() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def rss_bytes() -> int:
-    """Resident size in bytes now; the peak where the system does not tell it."""
-    return _status_bytes("VmRSS") or peak_rss_bytes()
-
-
 def peak_rss_bytes() -> int:
     """Largest resident size in bytes since `reset_peak_rss`."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -252,7 +252,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale: contains an integer that is too large": {"scale": [10**400]},
         "scale: has 2 axes": {"scale": [[0.1]]},
         "scale has 2 values; PER_TENSOR has one": {"scale": [0.1, 0.2], "offset": [0, 0]},
-        "offset: contains an integer of 71 bits": {"offset": [2**70]},
+        "offset: contains 1180591620717411303424; the limit": {"offset": [2**70]},
         "enc_type: is 'OTHER'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "OTHER"},
         r"is vector quantization \(VECTOR, of GPTVQ\)": {"enc_type": "VECTOR", "index_bw": 6},
         "bw: is missing": {"bw": ...},
@@ -288,7 +288,6 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale has 2 axes; without an axis and a block_size": {"block_size": ...},
         "y_scale: contains a list; numbers in lists": {"y_scale": [[0.1], [0.1, 0.2]]},
         "y_scale: is empty": {"y_scale": []},
-        "y_scale: is nested deeper than 8 lists": {"y_scale": [[[[[[[[[0.1]]]]]]]]]},
     },
     ("2.0.0", "encodings", "lpbq.weight_0"): {
         "output_dtype must be int1 to int32: LPBQ": {"output_dtype": "uint4"},
@@ -352,7 +351,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="w: signed True"):
         write_encodings(EncodingsFile("1.0.0", (entry,), frozenset()), path)
     file = EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan})
-    with pytest.raises(EncodingsFileError, match="quantizer_args: has nan under 'x'"):
+    with pytest.raises(EncodingsFileError, match="is nan; it must be a finite number"):
         write_encodings(file, path)
     with pytest.raises(ConversionError, match="'9' is not one of"):
         write_encodings(EncodingsFile("9", ()), path)

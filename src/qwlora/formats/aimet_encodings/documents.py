@@ -1,8 +1,8 @@
 """The JSON of encodings files. Each version has a `Document`, which makes an `EncodingsFile` of
 JSON (`content`) and JSON of its entries (`sections_of`).
 
-Time and memory are proportional to the file: nothing is broadcast or expanded, and arrays have at
-most `MAX_RANK` axes. Untrusted text and values are shown on one short line.
+Time and memory are proportional to the file: nothing is broadcast or expanded. Untrusted text and
+values are shown on one short line.
 
 Versions 0.6.1 and 1.0.0: activations and parameters in two sections, no axis, flat lists.
 
@@ -55,7 +55,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from math import isfinite
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
@@ -67,13 +66,14 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     PlainValidator,
     Tag,
     ValidationError,
     model_validator,
 )
 
-from qwlora.errors import EncodingsFileError
+from qwlora.errors import EncodingsFileError, shortened
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
@@ -124,8 +124,6 @@ def _rectangle(value: Any, kinds: Collection[type], what: str) -> npt.NDArray[An
         raise ValueError("is empty")
     if wrong := [item for item in array.flat if type(item) not in kinds]:
         raise ValueError(f"contains {describe(wrong[0])}; {what} in lists of one length are needed")
-    if array.ndim > MAX_RANK:
-        raise ValueError(f"is nested deeper than {MAX_RANK} lists")
     return array
 
 
@@ -252,36 +250,19 @@ def shared_lines(problems: Iterable[tuple[str, str]]) -> list[str]:
 
 def printable(text: str, most: int = 120) -> str:
     """Untrusted text on one line, escaped, truncated after `most` characters."""
-    line = text if text.isprintable() else repr(text)
-    return line if len(line) <= most else f"{line[:most]}..."
+    return shortened(text if text.isprintable() else repr(text), most)
 
 
 def describe(value: Any) -> str:
     """An untrusted JSON value on one short line."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    if type(value) is int and abs(value) >= 10**20:
-        return f"an integer of {value.bit_length()} bits"
     return printable(repr(value))
 
 
 # Versions 0.6.1 and 1.0.0
 
 Section = TypeVar("Section")
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    """A flat object of plain values."""
-    if not isinstance(value, dict):
-        raise ValueError(f"is {describe(value)}; an object is needed")
-    for key, setting in value.items():
-        is_plain = isinstance(setting, str | bool | int | float)
-        if not is_plain or (isinstance(setting, float) and not isfinite(setting)):
-            raise ValueError(
-                f"has {describe(setting)} under {printable(key)!r}; a string, a finite number, "
-                "true or false is needed"
-            )
-    return value
 
 
 def is_by_module(document: dict[str, Any]) -> bool:
@@ -319,7 +300,7 @@ class SectionsDocument(Document, Generic[Section]):
     activation_encodings: Section
     param_encodings: Section
     excluded_layers: list[Name] | None = None
-    quantizer_args: Annotated[dict[str, Any] | None, PlainValidator(_settings)] = None
+    quantizer_args: dict[str, JsonValue] | None = None
 
     def content(self) -> EncodingsFile:
         activations, parameters = cast(Any, (self.activation_encodings, self.param_encodings))
@@ -573,7 +554,8 @@ class Entry2(JsonEntry):
                     f"y_scale.x_scale has {channels.size} values, but axis {self.y_scale.axis} of "
                     f"x has {blocks.shape[channel]}"
                 )
-            return self._lpbq(blocks, channels.reshape(channel_shape(blocks.ndim, channel)))
+            shape = [-1 if axis == channel else 1 for axis in range(blocks.ndim)]
+            return self._lpbq(blocks, channels.reshape(shape))
         if self.per_block_int_scale is not None:
             scales = {"per_block_int_scale", "per_channel_float_scale"}
             self.check_fields({"output_dtype", "axis", "block_size", *scales})
@@ -641,11 +623,6 @@ def _positive(axis: int, rank: int, field: str = "axis") -> int:
     return axis % rank
 
 
-def channel_shape(rank: int, channel_axis: int) -> tuple[int, ...]:
-    """-1 at the channel axis and 1 at the others: for reshaping one value per channel."""
-    return tuple(-1 if axis == channel_axis else 1 for axis in range(rank))
-
-
 def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
     """The JSON of an entry."""
     entry: dict[str, Any] = {"name": encoding.name}
@@ -669,10 +646,9 @@ def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
         else:
             sign = "" if encoding.signed else "u"
             entry |= {"output_dtype": f"{sign}int{encoding.bitwidth}", **scale}
-            zero_point = (encoding.center if encoding.signed else 0) - encoding.offset
-            if shift := encoding.zero_point_shift:
-                entry["y_zero_point"] = (zero_point - shift).tolist()
-            elif zero_point.any():
+            zero_point: Any = (encoding.center if encoding.signed else 0) - encoding.offset
+            zero_point = zero_point - (encoding.zero_point_shift or 0)
+            if zero_point.any():
                 entry["y_zero_point"] = zero_point.tolist()
     entry |= {} if encoding.axis is None else {"axis": encoding.axis}
     return entry | ({} if encoding.block_size is None else {"block_size": encoding.block_size})

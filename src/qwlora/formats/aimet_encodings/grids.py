@@ -296,8 +296,7 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
         scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
         minimum = (offset + entry.zero_point_shift) * scale
         return Encoding(scheme, _floats(scale), _floats(minimum))
-    symmetric = bool((offset == entry.center).all())
-    scheme = Scheme(entry.bitwidth, symmetric, granularity)
+    scheme = Scheme(entry.bitwidth, entry.is_centered, granularity)
     return Encoding(scheme, _floats(scale), _integers(offset))
 
 

@@ -25,7 +25,7 @@ from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import (
-    _downloaded_model,
+    downloaded,
     fetch,
     installed_module,
     load_model,
@@ -157,9 +157,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    _downloaded_model.cache_clear()
+    downloaded.cache_clear()
     yield folder_of
-    _downloaded_model.cache_clear()
+    downloaded.cache_clear()
 
 
 def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path]) -> None:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -230,24 +230,21 @@ def fetch(source: str) -> Location:
     location = locate(source)
     if location.files:
         return location
-    files = (location.gguf_file,) if location.gguf_file else _HUB_FILES
-    folder = _downloaded_model(location.pretrained, *files)
-    if not location.gguf_file and not any(folder.glob("*.safetensors")):
-        folder = _downloaded_model(location.pretrained, *files, "*.bin")
-    return locate(str(folder / location.gguf_file if location.gguf_file else folder))
+    if location.gguf_file:
+        folder = downloaded("model", location.pretrained, (location.gguf_file,))
+        return locate(str(folder / location.gguf_file))
+    # subfolders of a repository usually hold the same weights in other formats
+    folder = downloaded("model", location.pretrained, _HUB_FILES, ("*/*",))
+    if not any(folder.glob("*.safetensors")):
+        folder = downloaded("model", location.pretrained, (*_HUB_FILES, "*.bin"), ("*/*",))
+    return locate(str(folder))
 
 
 @cache
-def _downloaded_model(repository: str, *files: str) -> Path:
-    # subfolders of a repository usually hold the same weights in other formats
-    ignored = None if any("/" in file for file in files) else ["*/*"]
-    return downloaded("model", repository, files, ignored)
-
-
 def downloaded(
-    what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
+    what: str, repository: str, files: tuple[str, ...], ignored: tuple[str, ...] | None = None
 ) -> Path:
-    """Download files of a hub id `owner/name` and return their local folder.
+    """Download files of a hub id `owner/name`, once, and return their local folder.
 
     Args:
         what: `model` or `adapter`, for the message.
@@ -260,9 +257,9 @@ def downloaded(
     """
     from huggingface_hub import snapshot_download
 
-    skip = None if ignored is None else list(ignored)
+    patterns: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": ignored}
     try:
-        return Path(snapshot_download(repository, allow_patterns=[*files], ignore_patterns=skip))
+        return Path(snapshot_download(repository, **patterns))
     except Exception as error:  # the client raises many types: offline, not found, private ...
         raise SourceError(
             f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "

@@ -197,16 +197,11 @@ def reset_peak_rss() -> None:
 
 def peak_rss_bytes() -> int:
     """Largest resident size in bytes since `reset_peak_rss`."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _status_bytes(field: str) -> int:
-    """A size in /proc/self/status; 0 where there is none."""
     with contextlib.suppress(OSError):
-        if match := re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) * 1024
-    return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_limit_bytes() -> int | None:

@@ -50,15 +50,15 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
             _leave_closed_terminal()
         handle(number)
 
-    before = {n: found for n in STOP_SIGNALS if (found := signal.getsignal(n)) is not None}
-    mine = [n for n, found in before.items() if found != signal.SIG_IGN]
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    mine = {n: old for n, old in handlers.items() if old not in (None, signal.SIG_IGN)}
     for number in mine:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in mine:
-            signal.signal(number, before[number])
+        for number, old in mine.items():
+            signal.signal(number, old)
 
 
 def raise_stopped(number: int) -> None:

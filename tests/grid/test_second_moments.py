@@ -47,4 +47,4 @@ def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
     assert torch.equal(again["a.q"].output, moment.output)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
-        MomentStore(tmp_path)
+        MomentStore(tmp_path)["broken"]

@@ -35,7 +35,7 @@ SCHEMES = [
 def example(scheme: Scheme, *shape: int) -> PackedTensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     encoding = measure(x, scheme)
-    encoding = Encoding(scheme, scheme.nearest(encoding.scale), encoding.low_end)
+    encoding = Encoding(scheme, scheme.granularity.nearest(encoding.scale), encoding.low_end)
     return PackedTensor.from_quantized(QuantizedTensor(encoding.quantize(x), encoding))
 
 

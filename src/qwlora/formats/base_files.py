@@ -144,8 +144,7 @@ class BaseWriter:
         weights = INDEX if self._file_of else WEIGHTS
         self._write_shard_(None if self._file_of else WEIGHTS)
         if weights == INDEX:
-            total = {"total_size": self._bytes}
-            index = {"metadata": total, "weight_map": self._file_of}
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": self._file_of}
             write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
         shards, (library, name) = files_in(self.folder), _class_of(model)
         if isinstance(model, PreTrainedModel):
@@ -253,8 +252,7 @@ def _check_rebuilt(folder: Path, name: str) -> None:
             QwloraWarning,
             stacklevel=4,
         )
-        changed = {**record, "library": BY_CALLER}
-        write_text(folder / RECORD, manifest.text(changed, RECORD))
+        write_text(folder / RECORD, manifest.text({**record, "library": BY_CALLER}, RECORD))
 
 
 def _class_of(model: nn.Module) -> tuple[str, str | None]:

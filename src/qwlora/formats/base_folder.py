@@ -169,8 +169,7 @@ class QwloraQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] = (),
         **unused: Any,
     ) -> None:
-        folder = _folder_of(Path(checkpoint_files[0]))
-        self._base = base = BaseCheckpoint(folder, model.config)
+        self._base = base = BaseCheckpoint(_folder_of(Path(checkpoint_files[0])), model.config)
         expected = base.record.get("class")
         if expected not in (None, type(model).__name__):
             raise SourceError(

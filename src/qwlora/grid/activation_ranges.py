@@ -55,6 +55,7 @@ from torch import Tensor
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import smallest_scale
 from qwlora.grid.scheme import RangeEstimator, Scheme
+from qwlora.system.device import moved
 
 # Measured bins: 4,400 for normal values and softmax, half as many after relu, 19,000 for x^5.
 HISTOGRAM_BYTES = 12 * 5_000
@@ -118,11 +119,9 @@ class RangeObserver:
 
     def to(self, device: torch.device) -> RangeObserver:
         """A copy of the observer on `device`."""
-        moved = RangeObserver(self.has_histogram)
-        vars(moved).update(
-            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        )
-        return moved
+        observer = RangeObserver(self.has_histogram)
+        vars(observer).update(moved(vars(self), device))
+        return observer
 
     @property
     def points(self) -> tuple[Float[Tensor, " bins"], Int64[Tensor, " bins"]]:

@@ -70,7 +70,7 @@ class Encoding:
             raise GridError(
                 f"scale has shape {list(self.scale.shape)} but {kind} {list(self.low_end.shape)}"
             )
-        is_signed = self.scheme.has_signed_scales
+        is_signed = self.scheme.granularity.is_signed
         usable = torch.isfinite(self.scale) & ((self.scale.abs() if is_signed else self.scale) > 0)
         if not bool(usable.all()):
             raise GridError(
@@ -381,10 +381,11 @@ def encoding_from_range(
     steps, smallest = scheme.steps, smallest_scale(scheme)
     if scheme.float_offset:
         low = low.float()
-        scale = scheme.nearest(_divided(high.float() - low, steps).clamp(min=smallest))
-        return Encoding(scheme, scale, low)
+        scale = _divided(high.float() - low, steps).clamp(min=smallest)
+        return Encoding(scheme, scheme.granularity.nearest(scale), low)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    turned = high > -low if scheme.has_signed_scales else torch.zeros_like(low, dtype=torch.bool)
+    is_signed = scheme.granularity.is_signed
+    turned = high > -low if is_signed else torch.zeros_like(low, dtype=torch.bool)
     low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
     narrow = smallest * (_divided(high - low, steps) < smallest)
     if scheme.symmetric:
@@ -399,7 +400,7 @@ def encoding_from_range(
         high = high + steps * narrow
         scale = _divided(high - low, steps)
         offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
-    scale = scheme.nearest(scale.clamp(min=smallest))
+    scale = scheme.granularity.nearest(scale.clamp(min=smallest))
     return Encoding(scheme, torch.where(turned, -scale, scale), offset.to(torch.int32))
 
 

@@ -11,8 +11,9 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
 A new grid is a subclass of `Blocks`: `kind` names it, `nearest` says which scales it allows,
-`is_free` whether solvers may choose each scale by itself, `is_signed` whether one may be negative,
-`is_only_symmetric` whether it has no offsets. Formats that store a float scale per block hold it.
+`is_free` whether solvers may choose each scale by itself (they round it to float16 at least),
+`is_signed` whether one may be negative, `is_only_symmetric` whether it has no offsets. Formats that
+store a float scale per block hold it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,20 @@ if TYPE_CHECKING:
 BITWIDTHS = range(2, 17)
 
 
+class _Granularity:
+    """What the grids of any granularity allow; blocks may allow less or more."""
+
+    is_free: ClassVar[bool] = False
+    is_signed: ClassVar[bool] = False
+    is_only_symmetric: ClassVar[bool] = False
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The nearest scales that the grid allows; by default any."""
+        return scale
+
+
 @dataclass(frozen=True)
-class PerTensor:
+class PerTensor(_Granularity):
     """One scale for the whole tensor."""
 
     def __str__(self) -> str:
@@ -39,7 +52,7 @@ class PerTensor:
 
 
 @dataclass(frozen=True)
-class PerChannel:
+class PerChannel(_Granularity):
     """One scale for every index of `axis`: weight [A, B], axis 0 -> scale [A]."""
 
     axis: int = 0
@@ -49,14 +62,11 @@ class PerChannel:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(_Granularity):
     """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size]."""
 
     size: int
     kind: ClassVar[str]
-    is_free: ClassVar[bool] = False
-    is_signed: ClassVar[bool] = False
-    is_only_symmetric: ClassVar[bool] = False
     KINDS: ClassVar[dict[str, type[Blocks]]] = {}
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -66,10 +76,6 @@ class Blocks:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise GridError(f"a block holds at least one value, not {self.size}")
-
-    def nearest(self, scale: Tensor) -> Tensor:
-        """The nearest scales [*rows, blocks] that the grid allows; by default any."""
-        return scale
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `Scheme.to_json` that describe the blocks."""
@@ -211,17 +217,6 @@ class Scheme:
         """The offset of every symmetric grid of this bitwidth (AIMET's convention)."""
         return -(2 ** (self.bitwidth - 1))
 
-    @property
-    def has_free_scales(self) -> bool:
-        """Whether a block may have any scale: solvers choose each alone and round it to float16
-        at least."""
-        return isinstance(self.granularity, Blocks) and self.granularity.is_free
-
-    @property
-    def has_signed_scales(self) -> bool:
-        """Whether a scale may be negative."""
-        return isinstance(self.granularity, Blocks) and self.granularity.is_signed
-
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of `scale` and `offset` for a tensor of `shape`."""
         match self.granularity:
@@ -240,10 +235,6 @@ class Scheme:
                         f"{list(shape)}"
                     )
                 return (*shape[:-1], shape[-1] // size)
-
-    def nearest(self, scale: Tensor) -> Tensor:
-        """The nearest scales that the granularity allows."""
-        return self.granularity.nearest(scale) if isinstance(self.granularity, Blocks) else scale
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: `{bitwidth, symmetric, axis, block_size}`; `axis` per channel, `block_size`

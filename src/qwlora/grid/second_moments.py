@@ -13,7 +13,7 @@ import math
 from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, SourceError
-from qwlora.system.atomic import read_metadata, read_tensors, write_tensors
+from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.device import CPU, moved
 
 _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
@@ -121,14 +121,8 @@ class MomentStore(UserDict[str, LayerMoments]):
     def __init__(self, folder: Path | None = None):
         super().__init__()
         self.folder = folder
-        self.data: dict[str, Any] = {}  # a moment, or the path of its file
-        for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-            try:
-                self.data[read_metadata(file)["layer"]] = file
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
-                raise SourceError(
-                    f"the moments in {str(file)!r} cannot be read ({error}); quantize again"
-                ) from error
+        files = sorted(folder.glob("*.safetensors")) if folder is not None else ()
+        self.data: dict[str, Any] = {file.stem: file for file in files}  # or a moment, by layer
 
     @classmethod
     def resumed(cls, folder: Path) -> MomentStore:
@@ -155,10 +149,15 @@ class MomentStore(UserDict[str, LayerMoments]):
 
     def __getitem__(self, layer: str) -> LayerMoments:
         stored = self.data[layer]
-        if isinstance(stored, Path):
+        if isinstance(stored, LayerMoments):
+            return stored
+        try:
             tensors = read_tensors(stored)[0]
-            return LayerMoments(**{name: _whole(triangle) for name, triangle in tensors.items()})
-        return cast(LayerMoments, stored)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise SourceError(
+                f"the moments in {str(stored)!r} cannot be read ({error}); quantize again"
+            ) from error
+        return LayerMoments(**{name: _whole(triangle) for name, triangle in tensors.items()})
 
     def __repr__(self) -> str:
         where = "memory" if self.folder is None else repr(str(self.folder))

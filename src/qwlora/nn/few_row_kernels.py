@@ -56,7 +56,9 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
             continue
         if layer.tensor.parts.packed.device.type != "cpu":
             continue
-        product = _int4_product(layer) or _int8_product(layer)
+        product = _int4_product(layer)
+        if product is None and layer.scheme == _INT8:
+            product = _int8_kernel([layer.quantized])
         if product is not None:
             layer.few_rows = partial(_few_rows, layer, product)
         elif layer is head:
@@ -87,8 +89,7 @@ def _logits(head: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
     if y is None:
         return None
     top = y.topk(min(EXACT, y.shape[-1])).indices
-    rows = _rows(head, top, x.dtype)
-    exact = (rows @ x.unsqueeze(-1)).squeeze(-1)
+    exact = (_rows(head, top, x.dtype) @ x.unsqueeze(-1)).squeeze(-1)
     return y.scatter(-1, top, exact if head.bias is None else exact + head.bias[top])
 
 
@@ -132,17 +133,11 @@ def _int4_product(layer: PackedLinear) -> Product | None:
     return lambda rows: torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, block, numbers)
 
 
-def _int8_product(layer: PackedLinear) -> Product | None:
-    """The int8 kernel with the layer's weight; None if it does not fit."""
-    return _int8_kernel([layer.quantized]) if layer.scheme == _INT8 else None
-
-
 def _rounded_product(layer: nn.Linear) -> Product:
     """The int8 kernel with the layer's weight rounded to its grid."""
     parts = []
     for start in range(0, layer.out_features, _ROUNDED_AT_ONCE):
-        rows = slice(start, start + _ROUNDED_AT_ONCE)
-        weight = _rows(layer, rows)
+        weight = _rows(layer, slice(start, start + _ROUNDED_AT_ONCE))
         encoding = measure(weight.float(), _INT8)
         parts.append(QuantizedTensor(encoding.quantize(weight), encoding))
     return _int8_kernel(parts)

@@ -129,12 +129,9 @@ class PackedLayer(PackedWeightOwner):
         """The packed tensor: the layer's own, or that of the layer it is tied to."""
         if self._owner is not None:
             return self._owner[0].tensor
-        parts = Parts(*(self._part(name) for name in Parts._fields))  # type: ignore[arg-type]
-        return PackedTensor(self.scheme, self.count, parts)
-
-    def _part(self, name: str) -> Tensor | None:
-        """A buffer, or a frozen parameter while FSDP2 shards the layer."""
-        return self._parameters[name] if name in self._parameters else self._buffers.get(name)
+        # parameters are frozen ones, while FSDP2 shards the layer
+        parts: Any = map((self._buffers | self._parameters).get, Parts._fields)
+        return PackedTensor(self.scheme, self.count, Parts(*parts))
 
     @property
     def encoding(self) -> Encoding:

@@ -78,12 +78,8 @@ class PackedWeight:
 
     def transpose(self) -> PackedWeight:
         """The same weight with its last two axes exchanged."""
-        return PackedWeight(
-            self.owner,
-            (*self.shape[:-2], self.shape[-1], self.shape[-2]),
-            self.index,
-            not self.transposed,
-        )
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return replace(self, shape=shape, transposed=not self.transposed)
 
     def expert(self, index: Tensor | int) -> PackedWeight:
         """One entry of the first axis."""

@@ -182,7 +182,7 @@ def _choice(
 def _bytes(todo: Assignment, shape: tuple[int, ...]) -> int:
     """Bytes of a packed tensor. Scales that are not rounded to float16 are float32."""
     tensor = PackedTensor.empty(todo.scheme, shape)
-    is_half = todo.scheme.has_free_scales and todo.solver in ROUNDING_SOLVERS
+    is_half = todo.scheme.granularity.is_free and todo.solver in ROUNDING_SOLVERS
     return tensor.nbytes + (0 if is_half else tensor.parts.scale.nbytes)
 
 

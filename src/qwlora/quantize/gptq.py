@@ -141,7 +141,7 @@ def _round_columns(
     """One pass over the columns in `order`; `upper` is U for that order."""
     columns = weight.shape[1]
     importance = upper.diagonal().square().reciprocal()
-    chooses_late = scheme.has_free_scales and not scales_first
+    chooses_late = scheme.granularity.is_free and not scales_first
     if chooses_late:
         encoding = measure(weight, scheme)
     else:
@@ -207,7 +207,7 @@ def _refine(
     grid = _Grid(start.encoding, columns)
     steps = start.codes.T.float() + grid.by_column(grid.offset)
     gradient = hessian @ (weight.T.contiguous() - steps * grid.by_column(grid.scale))
-    is_free = scheme.has_free_scales
+    is_free = scheme.granularity.is_free
     rows = range(len(grid.scale)) if is_free or isinstance(granularity, PerChannel) else ()
     width = math.gcd(grid.size, _RUN) if isinstance(granularity, Blocks) else _RUN
     for _ in range(sweeps):
@@ -216,7 +216,7 @@ def _refine(
             n, old = steps[block], grid.scale[row].clone()
             curvature = ((hessian[block, block] @ n) * n).sum(0)
             wanted = old + (n * gradient[block]).sum(0) / curvature
-            new = scheme.nearest(storable_scale(wanted)) if is_free else wanted
+            new = scheme.granularity.nearest(storable_scale(wanted)) if is_free else wanted
             is_better = (new - wanted).abs() < (old - wanted).abs()
             new = torch.where(torch.isfinite(wanted) & (wanted * old > 0) & is_better, new, old)
             grid.scale[row] = new

@@ -66,12 +66,12 @@ def search_scale(
     h = None if importance is None else rows_of_groups(importance.expand_as(weight), scheme)
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
-    best = _Best(x, h, flat, scheme.has_free_scales, clipping_penalty)
+    best = _Best(x, h, flat, scheme.granularity.is_free, clipping_penalty)
 
     def offer(fraction: float) -> None:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
         best.offer(candidate.scale, candidate.offset)
-        if scheme.has_signed_scales:
+        if scheme.granularity.is_signed:
             turned = encoding_from_range(-high * fraction, -low * fraction, flat)
             best.offer(-turned.scale, turned.offset)
 
@@ -87,7 +87,8 @@ def search_scale(
         for shift in () if scheme.symmetric else (-1, 1):
             offset = (best.offset + shift).clamp(-scheme.steps, 0)
             best.offer(best.scale, offset)
-    return Encoding(scheme, scheme.nearest(best.scale.view(shape)), best.offset.view(shape))
+    scale = scheme.granularity.nearest(best.scale.view(shape))
+    return Encoding(scheme, scale, best.offset.view(shape))
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:

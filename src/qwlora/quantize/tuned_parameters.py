@@ -96,8 +96,8 @@ class Tunable:
         for name, layer in self.layers.items():
             parts = layer.tensor.parts
             old = parts.scale.float()
-            new = layer.scheme.nearest(old * (1 + self.factors[name]))
-            if layer.scheme.has_free_scales:
+            new = layer.scheme.granularity.nearest(old * (1 + self.factors[name]))
+            if layer.scheme.granularity.is_free:
                 new = storable_scale(new)
             layer.scale = narrowest(new)
             if parts.minimum is not None:

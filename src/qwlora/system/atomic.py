@@ -150,32 +150,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         SafetensorError: it is not a safetensors file.
         ValueError: its content changed after it was written, or something else wrote it.
     """
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    metadata, expected = _metadata_and_digest(path)
-    tensors = load_file(path)
+    with safe_open(path, "pt") as opened:
+        metadata = json.loads((opened.metadata() or {}).get(_RECORD, "{}"))
+    if _DIGEST not in metadata:
+        raise ValueError("it has no digest of its content")
+    expected, tensors = metadata.pop(_DIGEST), load_file(path)
     if expected != _digest(tensors, metadata):
         raise ValueError("its content changed after it was written")
     return tensors, metadata
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata that `write_tensors` wrote; reads and checks no tensor.
-
-    Raises:
-        OSError, SafetensorError, ValueError: the file cannot be read.
-    """
-    return _metadata_and_digest(path)[0]
-
-
-def _metadata_and_digest(path: Path) -> tuple[dict[str, str], str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as opened:
-        record = json.loads((opened.metadata() or {}).get(_RECORD, "{}"))
-    if _DIGEST not in record:
-        raise ValueError("it has no digest of its content")
-    return record, record.pop(_DIGEST)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -210,7 +210,7 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
     for bits, what in (by_offset, by_size):
         if scheme.bitwidth not in bits:
             yield f"{name} has {f'{listed(bits, 9)} bits with' if bits else 'no'} {what}"
-    if scheme.has_signed_scales and not limits.has_signed_scales:
+    if scheme.granularity.is_signed and not limits.has_signed_scales:
         yield f"{name} has no signed scales"
     if isinstance(blocks, Blocks):
         if blocks.size % limits.block:
@@ -222,7 +222,7 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
     columns, sizes = weight.columns, limits.stored_blocks
     if sizes and columns is not None and limits.stored_block(scheme, columns) is None:
         yield f"{columns} inputs do not divide into blocks of {sizes[-1]}"
-    is_rounded = scheme.has_free_scales and weight.solver in (None, *ROUNDING_SOLVERS)
+    is_rounded = scheme.granularity.is_free and weight.solver in (None, *ROUNDING_SOLVERS)
     if limits.has_float16_scales and not is_rounded and weight.solver is not None:
         rounding = ", ".join(ROUNDING_SOLVERS)
         yield f"its scales are float32, {name} has float16. {rounding} round those of blocks"

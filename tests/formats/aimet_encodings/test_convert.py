@@ -124,14 +124,12 @@ def test_a_value_that_its_version_cannot_store_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("count", "lines"), [(3, 3), (4, 1)])
-def test_equal_problems_of_many_encodings_share_a_line(count: int, lines: int) -> None:
+@pytest.mark.parametrize(("count", "names"), [(3, "w0, w1, w2"), (4, "w0, w1, w2 and 1 more")])
+def test_equal_problems_of_encodings_share_a_line(count: int, names: str) -> None:
     some = tuple(BLOCK.replace(name=f"w{i}") for i in range(count))
     with pytest.raises(ConversionError) as caught:
         convert(EncodingsFile("1.0.0", some, frozenset()), "0.6.1")
-    assert len(caught.value.lost) == lines
-    shared = ("4 encodings (w0, w1, w2 ...): granularity block",)
-    assert (caught.value.lost == shared) == (lines == 1)
+    assert caught.value.lost == (f"{names}: granularity block",)
 
 
 def test_an_unknown_version_is_refused() -> None:

@@ -73,7 +73,7 @@ from pydantic import (
     model_validator,
 )
 
-from qwlora.errors import EncodingsFileError, shortened
+from qwlora.errors import EncodingsFileError, listed, shortened
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
@@ -94,7 +94,7 @@ _KINDS = {"plain", "nested"}  # in pydantic's paths, not in files
 def numbers_of(value: Any) -> Floats:
     """Finite numbers: one, a list, or nested lists of equal lengths."""
     try:
-        numbers: Floats = _rectangle(value, (int, float), "numbers").astype(np.float64)
+        numbers: Floats = _rectangle(value, "numbers").astype(np.float64)
     except OverflowError:
         raise ValueError("contains an integer that is too large for a float") from None
     bad = ~np.isfinite(numbers)
@@ -108,7 +108,7 @@ def numbers_of(value: Any) -> Floats:
 
 def integers_of(value: Any) -> Integers:
     """As `numbers_of`, integers of at most `MAX_INTEGER`; aimet-onnx writes -128 as -128.0."""
-    integers = _rectangle(value, (int, float), "integers")
+    integers = _rectangle(value, "integers")
     if wrong := [item for item in integers.flat if item % 1]:
         raise ValueError(f"contains {describe(wrong[0])}; integers are needed")
     for extreme in (integers.min(), integers.max()):
@@ -117,12 +117,12 @@ def integers_of(value: Any) -> Integers:
     return integers.astype(np.int64)
 
 
-def _rectangle(value: Any, kinds: Collection[type], what: str) -> npt.NDArray[Any]:
+def _rectangle(value: Any, what: str) -> npt.NDArray[Any]:
     """Nested lists as an array of Python's numbers."""
     array = np.array(value, dtype=object)  # lists of different lengths are kept as values
     if not array.size:
         raise ValueError("is empty")
-    if wrong := [item for item in array.flat if type(item) not in kinds]:
+    if wrong := [item for item in array.flat if type(item) not in (int, float)]:
         raise ValueError(f"contains {describe(wrong[0])}; {what} in lists of one length are needed")
     return array
 
@@ -235,17 +235,11 @@ def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
 
 
 def shared_lines(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each (name, problem); equal problems of more than three names share one."""
+    """A line for each problem, of (name, problem)."""
     names_of: dict[str, list[str]] = {}
     for name, problem in problems:
         names_of.setdefault(problem, []).append(printable(name))
-    lines = []
-    for problem, names in names_of.items():
-        if len(names) <= 3:
-            lines += [f"{name}: {problem}" for name in names]
-        else:
-            lines.append(f"{len(names)} encodings ({', '.join(names[:3])} ...): {problem}")
-    return lines
+    return [f"{listed(names, 3)}: {problem}" for problem, names in names_of.items()]
 
 
 def printable(text: str, most: int = 120) -> str:

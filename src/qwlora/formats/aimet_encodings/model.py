@@ -78,8 +78,7 @@ class _Entry(ABC):
             with np.errstate(invalid="ignore"):
                 array = values.astype(dtype)
             if dtype is np.int64 and (array != values).any():
-                wrong = values[array != values][0]
-                problems.append(f"{key} holds {wrong}; integers are needed")
+                problems.append(f"{key} holds {values[array != values][0]}; integers are needed")
             array.flags.writeable = False
             object.__setattr__(self, key, array)
         if problems := problems or [*self._problems()]:

@@ -569,8 +569,7 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
     try:
         quantized = quantized_of(bitwidth, codes, scale, *(minimum or [offset]))
     except GridError as error:
-        problem = f"{what}: {error}. The file is damaged; download it again"
-        raise SourceError(problem) from error
+        raise SourceError(f"{what}: {error}. The file is damaged; download it again") from error
     if minimum and bool(negative.any()):
         d, m = (part.repeat_interleave(size, dim=-1) for part in (scale, *minimum))
         if not torch.equal(quantized.dequantize(), codes.float() * d + m):

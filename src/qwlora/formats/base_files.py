@@ -212,10 +212,7 @@ def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[Bas
 
 
 def write_base(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: str | Path,
-    source: str,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, source: str
 ) -> str:
     """Write a base; see `base_folder.save_base`."""
     assert_frozen(model)

@@ -39,13 +39,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwlora.errors import SourceError
-from qwlora.formats.base_files import (
-    RECORD,
-    WEIGHTS,
-    BaseCheckpoint,
-    read_record,
-    write_base,
-)
+from qwlora.formats.base_files import RECORD, WEIGHTS, BaseCheckpoint, read_record, write_base
 from qwlora.formats.manifest import FILES
 from qwlora.nn import PackedLayer
 
@@ -164,10 +158,7 @@ class QwloraQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        checkpoint_files: Sequence[str] = (),
-        **unused: Any,
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **unused: Any
     ) -> None:
         self._base = base = BaseCheckpoint(_folder_of(Path(checkpoint_files[0])), model.config)
         expected = base.record.get("class")

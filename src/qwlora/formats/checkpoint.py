@@ -317,10 +317,8 @@ class LazyModel:
         aliases = self._waiting(name)
         if not aliases:
             return
-        if ahead := self._ahead.pop(name, None):
-            value = ahead.result()
-        else:
-            value = self.checkpoint.read(self.stored[name])
+        ahead = self._ahead.pop(name, None)
+        value = ahead.result() if ahead else self.checkpoint.read(self.stored[name])
         value = value.to(self.device)
         if isinstance(value, QuantizedTensor):
             try:
@@ -585,9 +583,8 @@ def blocks_of(model: nn.Module) -> list[str]:
     """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
     blocks: list[str] = []
     for path, module in model.named_modules():  # outer lists come before nested ones
-        if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{block}.") or path == block for block in blocks
-        ):
+        is_nested = any(path == block or is_below(path, block) for block in blocks)
+        if isinstance(module, nn.ModuleList) and not is_nested:
             blocks += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
     return blocks
 
@@ -595,15 +592,9 @@ def blocks_of(model: nn.Module) -> list[str]:
 def tensor_names(model: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and saved buffer, by its first name."""
     names: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        saved = {
-            key: buffer
-            for key, buffer in module._buffers.items()
-            if key not in module._non_persistent_buffers_set
-        }
-        for key, tensor in (module._parameters | saved).items():
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{key}" if path else key)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):  # not a module's extra state
+            names.setdefault(id(tensor), []).append(name)
     return {of_tensor[0]: of_tensor for of_tensor in names.values()}
 
 

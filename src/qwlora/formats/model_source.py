@@ -382,9 +382,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         f"model {source!r} has no tokenizer. Put its files (tokenizer.json and "
         "tokenizer_config.json) in the folder of the weights"
     )
-    if not location.gguf_file and not any(
-        re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
-    ):
+    pattern = "(tokenizer|vocab|spiece|sentencepiece)"
+    if not location.gguf_file and not any(re.match(pattern, f.name) for f in location.files):
         raise missing
     what = f"the tokenizer of model {source!r}"
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(

@@ -199,10 +199,9 @@ class WeightedPoints:
         self.places = places
         # weight, weight times place, and weight times place squared; the first column is 0
         self.sums = places.new_zeros(3, len(places), places.shape[1] + 1)
-        for power in range(3):
-            torch.cumsum(
-                weights if power == 0 else weights.mul_(places), 1, out=self.sums[power, :, 1:]
-            )
+        for sums in self.sums:
+            torch.cumsum(weights, 1, out=sums[:, 1:])
+            weights.mul_(places)
 
     @classmethod
     def of(cls, groups: Sequence[tuple[Tensor, Tensor]]) -> WeightedPoints:
@@ -224,11 +223,8 @@ class WeightedPoints:
         """The narrowest range between places that leaves at most `(100 - percentile) %` of the
         weight outside at either end."""
         weight = self.sums[0, :, 1:].contiguous()
-        outside = torch.tensor(
-            [[float(share_outside(total, percentile))] for total in weight[:, -1].tolist()],
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        shares = [[share_outside(total, percentile)] for total in weight[:, -1].tolist()]
+        outside = weight.new_tensor(shares)
         first = torch.searchsorted(weight, outside, right=True)
         last = torch.searchsorted(weight, weight[:, -1:] - outside)
         most = self.places.shape[1] - 1

@@ -193,11 +193,9 @@ class Encoding:
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Bound, Bound]:
         """The lowest and highest `q + offset`, one number each if all groups have the same."""
-        low: Bound = (
-            self.uniform_offset
-            if self.uniform_offset is not None
-            else aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
-        )
+        low: Bound | None = self.uniform_offset
+        if low is None:
+            low = aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
         return low, low + self.scheme.steps
 
     def with_positive_scales(self) -> Encoding:

@@ -64,9 +64,8 @@ def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*
     for width in planes_of(bitwidth):
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
         fields = (padded >> place & 2**width - 1).unflatten(-1, (-1, len(shifts)))
-        planes.append(
-            (fields << (shifts.flip(0) if width == 1 else shifts)).sum(-1, dtype=torch.uint8)
-        )
+        places = shifts.flip(0) if width == 1 else shifts
+        planes.append((fields << places).sum(-1, dtype=torch.uint8))
         place += width
     return torch.cat(planes, -1)
 

@@ -282,9 +282,8 @@ class Scheme:
         return cls(bitwidth, symmetric, granularity, record.get("float_offset", False))
 
     def __str__(self) -> str:
-        kind = (
-            "symmetric" if self.symmetric else "float-offset" if self.float_offset else "asymmetric"
-        )
+        kind = "float-offset" if self.float_offset else "asymmetric"
+        kind = "symmetric" if self.symmetric else kind
         return f"int{self.bitwidth} {kind} per {self.granularity}"
 
 

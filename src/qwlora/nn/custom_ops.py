@@ -101,9 +101,8 @@ def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _linear_backward(gradient, *ctx.saved_tensors, ctx.count, ctx.layout), *[None] * (
-        len(Parts._fields) + 2
-    )
+    of_weight = [None] * (len(Parts._fields) + 2)
+    return _linear_backward(gradient, *ctx.saved_tensors, ctx.count, ctx.layout), *of_weight
 
 
 linear.register_autograd(_gradient, setup_context=_keep_codes)

@@ -228,9 +228,8 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
 def update_digest(digest: Any, things: Iterable[Any]) -> None:
     """Add tensors, by their values, and other objects, by their text, to a hashlib digest."""
     for thing in things:
-        digest.update(
-            f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode()
-        )
+        text = tensor_digest("", "", thing) if isinstance(thing, Tensor) else thing
+        digest.update(f"{text}\0".encode())
 
 
 def base_settings(model: nn.Module) -> dict[str, Any]:

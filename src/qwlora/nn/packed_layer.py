@@ -279,11 +279,8 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
     def is_plain(self) -> bool:
         """Whether a call computes only the product: no subclass overrides forward, and no hook
         runs."""
-        return (
-            type(self).forward is PackedLinear.forward
-            and "forward" not in self.__dict__
-            and not (self._forward_hooks or self._forward_pre_hooks)
-        )
+        is_own = type(self).forward is PackedLinear.forward and "forward" not in self.__dict__
+        return is_own and not (self._forward_hooks or self._forward_pre_hooks)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight: a property
@@ -291,9 +288,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
 
     def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         if torch.compiler.is_exporting():
-            return nn.functional.embedding(
-                index, dequantize(*self.operands).to(self.compute_dtype), self.padding_idx
-            )
+            weight = dequantize(*self.operands).to(self.compute_dtype)
+            return nn.functional.embedding(index, weight, self.padding_idx)
         if traced():
             return gather(index, *self.operands).to(self.compute_dtype)
         return self.tensor.embedding(index, self.compute_dtype)
@@ -453,8 +449,7 @@ def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
         if name not in module._buffers:
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
         folder: Any = module._modules[FOLDER]
-        weight: Tensor = folder._modules[name].weight
-        return weight
+        return cast(Tensor, folder._modules[name].weight)
 
     members: dict[str, Any] = {name: property(partial(read, name=name)) for name in names}
     members["__reduce__"] = lambda m: (_empty, (_class_with, kind, names), m.__getstate__())
@@ -476,11 +471,8 @@ def is_packable(module: nn.Module) -> bool:
 def has_computed_weight(module: nn.Module) -> bool:
     """Whether `module` is of a class that `pack_module` takes, but computes its weight in each
     forward from other tensors: weight_norm, spectral_norm, pruning, any parametrization."""
-    return (
-        not is_packed(module)
-        and module._parameters.get("weight") is None
-        and packed_class(type(module)) is not None
-    )
+    weight = module._parameters.get("weight")
+    return weight is None and not is_packed(module) and packed_class(type(module)) is not None
 
 
 def replacement_problem(module: nn.Module) -> str | None:

@@ -180,9 +180,8 @@ class PackedTensor:
         """What rounding left of `weight` [rows, count], of a matrix: packed codes c of 4 bits for
         (c - 8) / 16 of a step, so at most half of one."""
         left = weight.to(self.parts.packed.device).double() - self.dequantize()
-        steps = grouped(left, self.scheme.granularity) / self._broadcast(
-            self.scale.double(), None, self.shape
-        )
+        scale = self._broadcast(self.scale.double(), None, self.shape)
+        steps = grouped(left, self.scheme.granularity) / scale
         codes = steps.mul_(16).round_().add_(8).clamp_(0, 15).to(torch.uint8)
         return pack(codes.view(self.shape), 4)
 

@@ -182,9 +182,8 @@ class WeightView(Tensor):
         return self.packed_weight.unpacked(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
-        return WeightView(
-            replace(self.packed_weight, owner=copy.deepcopy(self.packed_weight.owner, memo))
-        )
+        owner = copy.deepcopy(self.packed_weight.owner, memo)
+        return WeightView(replace(self.packed_weight, owner=owner))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"WeightView({list(self.shape)}, {self.packed_weight.owner.scheme})"

@@ -62,9 +62,8 @@ def commit_files(
         gone = [CommitOperationDelete(name) for name in outdated if name in there]
         is_sent = True
         message = f"Upload {what} with QWLoRA"
-        return str(
-            api.create_commit(repository, [*added, *gone], commit_message=message).commit_url
-        )
+        commit = api.create_commit(repository, [*added, *gone], commit_message=message)
+        return str(commit.commit_url)
     except QwloraError:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...

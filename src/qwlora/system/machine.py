@@ -163,14 +163,10 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         inner = mount / path.lstrip("/")
         for folder in (inner, *inner.parents):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 quota, period = (int(n) for f in files for n in (folder / f).read_text().split())
-            except (OSError, ValueError):  # no such file, or "max"
-                quota = period = 0
-            if quota > 0 and period > 0:
-                yield quota / period
-            if folder == mount:
-                break
+                if quota > 0 and period > 0:
+                    yield quota / period
 
 
 def process_count() -> int:

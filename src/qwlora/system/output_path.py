@@ -144,9 +144,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))
-    scratch = folder.with_name(
-        f".qwlora-write-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
-    )
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    scratch = folder.with_name(f".qwlora-write-{digest[:16]}")
     with as_directory_errors(folder), lock_folder(scratch, folder):
         try:
             check_target(folder)  # another process may have finished since the check

@@ -35,9 +35,8 @@ def canonical_name(path: str) -> str:
         if after_adapter:
             after_adapter = False
             continue
-        if part not in _WRAPPERS or next(
-            (p for p in parts[i:] if p not in _WRAPPERS), ""
-        ).startswith("lora_"):
+        inner = next((p for p in parts[i:] if p not in _WRAPPERS), "")
+        if part not in _WRAPPERS or inner.startswith("lora_"):
             kept.append(part)
         after_adapter = _holds_adapters(part)
     return ".".join(kept)
@@ -55,9 +54,8 @@ def adapter_of(path: str) -> str | None:
 
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> topics
     """
-    return next(
-        (name for holder, name in pairwise(path.split(".")) if _holds_adapters(holder)), None
-    )
+    names = (name for holder, name in pairwise(path.split(".")) if _holds_adapters(holder))
+    return next(names, None)
 
 
 def is_factor_name(path: str) -> bool:
@@ -105,14 +103,11 @@ def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
     try:
         re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)
     except re.error as error:
-        remedy = (
-            f"; what is meant as a glob is written {'.*'.join(map(re.escape, pattern.split('*')))}"
-            if "*" in pattern
-            else ""
-        )
-        return (
-            f"{pattern!r} is not a regular expression, which PEFT takes here: {error.msg}{remedy}"
-        )
+        problem = f"{pattern!r} is not a regular expression, which PEFT takes here: {error.msg}"
+        if "*" not in pattern:
+            return problem
+        glob = ".*".join(map(re.escape, pattern.split("*")))
+        return f"{problem}; what is meant as a glob is written {glob}"
     return None
 
 

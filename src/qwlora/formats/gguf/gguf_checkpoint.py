@@ -299,10 +299,8 @@ class GgufCheckpoint(MappedCheckpoint):
         file = self.file
         parameters = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         unread = [name for name in file.tensors if _ROPE_FACTORS.fullmatch(name)]
-        by_layer_type = [part for part in parameters.values() if isinstance(part, dict)]
-        if all(
-            part.get("rope_type", "default") == "default" for part in (parameters, *by_layer_type)
-        ):
+        parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+        if all(part.get("rope_type", "default") == "default" for part in parts):
             rope = f"{file.architecture}.rope."
             keys = (f"{rope}scaling.", older := f"{rope}scale_linear")
             scaling = {key: value for key, value in file.metadata.items() if key.startswith(keys)}
@@ -372,9 +370,8 @@ def gguf_origins(
             its conversions.
     """
     architecture, where = file.architecture, repr(str(file.path))
-    with foreign_as(
-        SourceError, f"{where}: transformers cannot map the tensors of {architecture!r}"
-    ):  # bad values can fail anywhere in a conversion
+    what = f"{where}: transformers cannot map the tensors of {architecture!r}"
+    with foreign_as(SourceError, what):  # bad values can fail anywhere in a conversion
         if not is_gguf_arch_supported(architecture):
             return _Processor(file, config, model).find_origins(file)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}

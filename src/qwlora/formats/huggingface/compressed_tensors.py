@@ -173,8 +173,7 @@ class CompressedTensors(FormatReader):
             patterns = [
                 target
                 for target in sorted(by_target)
-                if target.startswith("re:")
-                and (re.match(target[3:], layer) or re.match(target[3:], path))
+                if target.startswith("re:") and any(re.match(target[3:], n) for n in (layer, path))
             ]
         for target in (layer, path, *patterns, *classes):
             if target in by_target:

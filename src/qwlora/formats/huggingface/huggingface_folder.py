@@ -128,9 +128,7 @@ class FolderCheckpoint(MappedCheckpoint):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        reader: Callable[[SafetensorsFiles], FormatReader] = FormatReader,
+        self, folder: str | Path, reader: Callable[[SafetensorsFiles], FormatReader] = FormatReader
     ):
         self.path = Path(folder)
         # mapping would gain nothing: most tensors are read once, and then unpacked or converted

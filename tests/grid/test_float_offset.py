@@ -50,7 +50,7 @@ def test_values_are_those_of_ggufs_q4_1():
 
 def test_a_scheme_takes_one_kind_of_low_end():
     offset = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(GridError, match="this grid's minimum has another type"):
+    with pytest.raises(GridError, match="its minimum has another type"):
         Encoding(SCHEME, torch.ones(2, 1), offset)
     with pytest.raises(GridError, match=r"int4 asymmetric per .*offset has another type"):
         Encoding(Scheme(4, False, PerBlock(32)), torch.ones(2, 1), torch.zeros(2, 1))

@@ -98,7 +98,7 @@ def test_scale_shape(granularity, shape, expected):
 @pytest.mark.parametrize(
     ("granularity", "shape", "message"),
     [
-        (PerChannel(2), (4, 4), r"channel axis 2 is outside a tensor of shape \[4, 4\]"),
+        (PerChannel(2), (4, 4), r"channel axis 2 is outside of shape \[4, 4\]"),
         (PerChannel(-3), (4, 4), r"channel axis -3 is outside"),
         (PerBlock(3), (4, 4), r"blocks of 3 do not divide the last axis of .* shape \[4, 4\]"),
         (PerBlock(1), (), r"blocks of 1 do not divide the last axis of a tensor of shape \[\]"),

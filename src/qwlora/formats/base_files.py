@@ -84,8 +84,6 @@ WITHOUT_QWLORA = (
     "this model is a QWLoRA base; run `pip install qwlora`, and `import qwlora.hf` before you "
     "load it"
 )
-# what a bad record raises
-_UNUSABLE = (AttributeError, ValueError, RuntimeError)
 
 
 class BaseWriter:
@@ -312,12 +310,10 @@ class BaseCheckpoint(Checkpoint):
         self.files = SafetensorsFiles(folder, STEM)
         self.layers: dict[str, tuple[Scheme, tuple[int, ...]]] = {}  # by module path
         for path, layer in self.record["layers"].items():
-            try:
+            with self._layer(path):
                 shape = tuple(_Layer.model_validate(layer).shape)
                 scheme = Scheme.from_json(layer)
                 PackedTensor.empty(scheme, shape)
-            except _UNUSABLE as error:
-                raise self._invalid(path, error) from error
             self.layers[path] = scheme, shape
         self.library = self.record.get("library", TRANSFORMERS)
         if config is None and self.library == TRANSFORMERS:
@@ -389,10 +385,8 @@ class BaseCheckpoint(Checkpoint):
                     f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
                     f"{want or 'none'}; quantize again"
                 )
-        try:
+        with self._layer(path):
             return PackedTensor(scheme, shape[-1], Parts(**tensors)).quantized
-        except GridError as error:
-            raise self._invalid(path, error) from error
 
     def _checked(self, name: str, layout: str) -> Tensor:
         tensor = self.files.read(name)
@@ -404,11 +398,17 @@ class BaseCheckpoint(Checkpoint):
             )
         return tensor
 
-    def _invalid(self, layer: str, error: Exception) -> GridError:
-        reason = described(error)
-        if isinstance(error, ValidationError):
-            reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
-        return GridError(f"{self.where}: layer {layer!r} of {RECORD}: {reason}; quantize again")
+    @contextmanager
+    def _layer(self, layer: str) -> Iterator[None]:
+        """Raise as a GridError of this layer what a bad record or bad numbers raise inside."""
+        try:
+            yield
+        except (AttributeError, ValueError, RuntimeError) as error:
+            why = described(error)
+            if isinstance(error, ValidationError):
+                why = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
+            what = f"{self.where}: layer {layer!r} of {RECORD}"
+            raise GridError(f"{what}: {why}; quantize again") from error
 
     def load_into_(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Load everything stored into a model without data; floats of it that are not part of a
@@ -433,12 +433,10 @@ class BaseCheckpoint(Checkpoint):
             GridError: a layer does not exist in the model, or has another shape.
         """
         for name, (scheme, shape) in self.layers.items():
-            try:
+            with self._layer(name):
                 layer = place_empty_(model, name, scheme)
                 if layer.tensor.shape != shape:
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
-            except _UNUSABLE as error:
-                raise self._invalid(name, error) from error
         if isinstance(model, PreTrainedModel):
             tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())
@@ -494,10 +492,8 @@ class BaseCheckpoint(Checkpoint):
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
             if _is_stored(layer):
-                try:
+                with self._layer(name):
                     _ = layer.encoding  # checks its numbers; any packed codes are valid
-                except GridError as error:
-                    raise self._invalid(name, error) from error
         digests = dict(self.digests)
         for name, (layout, tensor) in base_tensors(model).items():
             if layout or tensor.is_meta or not tensor.is_floating_point():

@@ -295,10 +295,8 @@ class LazyModel:
             stack.callback(self.release_)
             for path in blocks:
                 block = self.model.get_submodule(path)
-                loading = block.register_forward_pre_hook(
-                    lambda *_, path=path: self.materialize_(path)
-                )
-                releasing = block.register_forward_hook(lambda *_, path=path: self.release_(path))
+                loading = block.register_forward_pre_hook(lambda *_, at=path: self.materialize_(at))
+                releasing = block.register_forward_hook(lambda *_, at=path: self.release_(at))
                 stack.callback(loading.remove)
                 stack.callback(releasing.remove)
             yield self.model

@@ -56,9 +56,8 @@ def open_checkpoint(
     path = Path(path)
     is_gguf, is_base = path.suffix == ".gguf", (path / RECORD).is_file()
     if not is_gguf and not path.is_dir():
-        raise SourceError(
-            f"{str(path)!r} is neither a folder nor a .gguf file{looked_for(str(path), path)}"
-        )
+        place = looked_for(str(path), path)
+        raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file{place}")
     method, settings = (None, {}) if is_gguf or is_base else quantization_of(path)
     if encodings is not None and (is_gguf or is_base or method is not None):
         raise SourceError(

@@ -79,9 +79,7 @@ class Encoding:
                 f"{usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
         if self.low_end.is_floating_point() != self.scheme.float_offset:
-            raise GridError(
-                f"{self.scheme}: this grid's {kind} has another type than {self.low_end.dtype}"
-            )
+            raise GridError(f"{self.scheme}: its {kind} has another type than {self.low_end.dtype}")
         if self.scheme.float_offset and not bool(torch.isfinite(self.low_end).all()):
             raise GridError("a minimum is not finite")
         if self.scheme.float_offset or not self.low_end.numel():

@@ -203,9 +203,8 @@ class Scheme:
                 "symmetric=False), or use block (PerBlock)"
             )
         if self.bitwidth not in BITWIDTHS:
-            raise GridError(
-                f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-            )
+            known = f"{BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+            raise GridError(f"bitwidth {self.bitwidth} is not one of {known}")
 
     @property
     def steps(self) -> int:
@@ -224,9 +223,7 @@ class Scheme:
                 return ()
             case PerChannel(axis):
                 if not -len(shape) <= axis < len(shape):
-                    raise GridError(
-                        f"channel axis {axis} is outside a tensor of shape {list(shape)}"
-                    )
+                    raise GridError(f"channel axis {axis} is outside of shape {list(shape)}")
                 return (shape[axis],)
             case Blocks(size):
                 if not shape or shape[-1] % size:

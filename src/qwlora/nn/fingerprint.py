@@ -326,22 +326,18 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    module = _without_wrappers(unwrapped(module))
-    if module not in seen:
-        seen.add(module)
-        yield path, module
-        for name, child in module.named_children():
-            yield from _walk(child, f"{path}.{name}" if path else name, seen)
-
-
-def _without_wrappers(module: nn.Module) -> nn.Module:
+    module = unwrapped(module)
     while any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
         inner = (module._modules.get(name) for name in _WRAPPED)
         wrapped = next((child for child in inner if child is not None), None)
         if wrapped is None:
             break
         module = unwrapped(wrapped)
-    return module
+    if module not in seen:
+        seen.add(module)
+        yield path, module
+        for name, child in module.named_children():
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import NonFiniteError, SourceError, shortened
+from qwlora.errors import NonFiniteError, SourceError, described, shortened
 from qwlora.system.regular_files import check_readable
 
 
@@ -37,9 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{str(path)!r} cannot be read: {error or type(error).__name__}"
-        ) from error
+        raise SourceError(f"{str(path)!r} cannot be read: {described(error)}") from error
     if not isinstance(content, dict):
         raise SourceError(f"{str(path)!r} is not a JSON object")
     return content

@@ -285,9 +285,7 @@ class EncodingsFile:
 
     def __post_init__(self) -> None:
         counts = Counter(entry.name for entry in self.encodings)
-        problems = [
-            f"{n!r}: two encodings have this name" for n, count in counts.items() if count > 1
-        ]
+        problems = [f"{n!r}: two encodings have this name" for n in counts if counts[n] > 1]
         problems += [
             f"{name!r}: is listed as a parameter, but has no encoding"
             for name in sorted((self.parameters or frozenset()) - set(counts))

@@ -59,10 +59,10 @@ def open_checkpoint(
         place = looked_for(str(path), path)
         raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file{place}")
     method, settings = (None, {}) if is_gguf or is_base else quantization_of(path)
-    if encodings is not None and (is_gguf or is_base or method is not None):
+    kind = "GGUF" if is_gguf else "a base" if is_base else method
+    if encodings is not None and kind is not None:
         raise SourceError(
-            f"{str(path)!r} is quantized already ({method or ('GGUF' if is_gguf else 'a base')}). "
-            "Give encodings only with a float model"
+            f"{str(path)!r} is quantized already ({kind}). Give encodings only with a float model"
         )
     if is_gguf:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint

@@ -124,11 +124,10 @@ class Encoding:
     def __repr__(self) -> str:
         return f"Encoding({self.scheme}, scale {list(self.scale.shape)})"
 
-    def equals(self, other: object) -> bool:
+    def equals(self, other: Encoding) -> bool:
         """Whether both are the same grid."""
         return (
-            isinstance(other, Encoding)
-            and self.scheme == other.scheme
+            self.scheme == other.scheme
             and torch.equal(self.scale, other.scale.to(self.scale.device))
             and torch.equal(self.low_end, other.low_end.to(self.low_end.device))
         )
@@ -159,8 +158,7 @@ class Encoding:
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The nearest values of the grid, in one pass, differentiable in `x`. With a float minimum
-        there is no gradient: bases with such grids are frozen.
-        """
+        there is no gradient: bases with such grids are frozen."""
         if self.scheme.float_offset:
             return self.dequantize(self.quantize(x.detach())).to(x.dtype)
         x_grouped, scale, _ = self._grouped(x)
@@ -325,8 +323,7 @@ def spread(
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times
-    a bfloat16 scale would not round back to the same code.
-    """
+    a bfloat16 scale would not round back to the same code."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -347,8 +344,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 def sqnr_db(signal: float, noise: float) -> float:
     """`10 log10(signal / noise)` of two sums of squares: infinite without noise, minus infinite
-    without signal, NaN if one of them is NaN or infinite.
-    """
+    without signal, NaN if one of them is NaN or infinite."""
     if not (math.isfinite(signal) and math.isfinite(noise)):
         return math.nan
     if not noise:

@@ -119,8 +119,7 @@ def _spread(
 
 def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy. `to` would keep odd strides of axes of size one, which views of another
-    dtype do not allow.
-    """
+    dtype do not allow."""
     return torch.empty(narrow.shape, dtype=dtype, device=narrow.device).copy_(narrow)
 
 

@@ -154,8 +154,7 @@ class Lpbq(Blocks, kind="lpbq"):
 
     def split(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(row scales [*rows, 1], integers [*rows, blocks]), whose product the scales are, bit for
-        bit.
-        """
+        bit."""
         row, integers = self._factors(scale)
         if wrong := int((integers * row != scale).sum()):
             raise GridError(
@@ -251,8 +250,7 @@ class Scheme:
 
     def to_text(self) -> str:
         """`to_json` as JSON text with sorted keys: one text for each scheme, for fingerprints and
-        operators. `str` is for people, and may change.
-        """
+        operators. `str` is for people, and may change."""
         return json.dumps(self.to_json(), sort_keys=True)
 
     @classmethod
@@ -286,8 +284,7 @@ class Scheme:
 
 def parse_scheme(text: str) -> Scheme:
     """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, optionally with `-asymmetric` at
-    the end; `w4-lpbq64` for blocks with integer scales.
-    """
+    the end; `w4-lpbq64` for blocks with integer scales."""
     kinds = "|".join(Blocks.KINDS)
     match = re.fullmatch(rf"w(\d+)-(?:({kinds})(\d+)|(channel)|(tensor))(-asymmetric)?", text)
     if not match:

@@ -77,8 +77,7 @@ def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
 ) -> float:
     """`tr(M R M^T)`: the mean square of `M x` for inputs with second moment R (identity by
-    default). At least the smallest float, so that it can be a divisor.
-    """
+    default). At least the smallest float, so that it can be a divisor."""
     weighted = matrix if moment is None else matrix @ moment
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -90,8 +89,7 @@ def factor_damped(
     factor: Callable[[Tensor], Tensor | None],
 ) -> tuple[Float[Tensor, "n n"], Tensor, float]:
     """(M = moment + damping * unit * I, `factor(M)`, damping), the damping raised tenfold until
-    `factor` returns something: a factorization of a matrix that must be positive definite.
-    """
+    `factor` returns something: a factorization of a matrix that must be positive definite."""
     while True:
         damped = moment.clone()
         damped.diagonal().add_(damping * unit)
@@ -115,8 +113,7 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 class MomentStore(UserDict[str, LayerMoments]):
     """R and G of many layers by canonical module path. In memory (of the CPU, since all layers
-    together are large) or in a folder with one file per layer.
-    """
+    together are large) or in a folder with one file per layer."""
 
     def __init__(self, folder: Path | None = None):
         super().__init__()

@@ -345,7 +345,7 @@ def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -
     candidates = [
         Scheme(bitwidth, symmetric, granularity)
         for bitwidth, symmetric, granularity in product(range(2, 9), (True, False), granularities)
-        if symmetric or not (isinstance(granularity, Blocks) and granularity.is_only_symmetric)
+        if symmetric or not granularity.is_only_symmetric
     ]
     held = [
         found

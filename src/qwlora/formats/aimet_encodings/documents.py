@@ -1,5 +1,5 @@
 """The JSON of encodings files. Each version has a `Document`, which makes an `EncodingsFile` of
-JSON (`content`) and JSON of its entries (`sections_of`).
+JSON (`content`). `sections_of` makes JSON of entries.
 
 Time and memory are proportional to the file: nothing is broadcast or expanded. Untrusted text and
 values are shown on one short line.
@@ -189,8 +189,7 @@ AsEntry = AfterValidator(lambda fields: fields.entry())
 
 
 class Document(Strict):
-    """A file of one version. A subclass has `content()`, the values, and `sections_of(file)`, the
-    JSON of the entries of a file that the version can express."""
+    """A file of one version. A subclass has `content()`, the values."""
 
     version: str
     # `block_order` is in our own files only.
@@ -306,16 +305,6 @@ class SectionsDocument(Document, Generic[Section]):
             self.quantizer_args,
             self.producer,  # type: ignore[arg-type]
         )
-
-    @classmethod
-    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        sections: dict[str, list[Entry]] = {"activation_encodings": [], "param_encodings": []}
-        for entry in file.encodings:
-            is_parameter = entry.name in (file.parameters or ())
-            sections["param_encodings" if is_parameter else "activation_encodings"].append(entry)
-        if file.version == "0.6.1":
-            return {key: {e.name: _items(e) for e in entries} for key, entries in sections.items()}
-        return {key: [json_of(e) for e in entries] for key, entries in sections.items()}
 
 
 class Entry061(JsonEntry):
@@ -601,10 +590,6 @@ class Document2(Document):
         entries: Any = self.encodings
         return EncodingsFile(self.version, tuple(entries), producer=self.producer)  # type: ignore[arg-type]
 
-    @classmethod
-    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        return {"encodings": [_json_of_2(encoding, file.version) for encoding in file.encodings]}
-
 
 def _integer_format(dtype: str) -> tuple[bool, int]:
     """(signed, bitwidth) of int8, uint4 ...; floats count as unsigned."""
@@ -646,3 +631,15 @@ def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
                 entry["y_zero_point"] = zero_point.tolist()
     entry |= {} if encoding.axis is None else {"axis": encoding.axis}
     return entry | ({} if encoding.block_size is None else {"block_size": encoding.block_size})
+
+
+def sections_of(file: EncodingsFile) -> dict[str, Any]:
+    """The JSON of the entries of a file, which its version can express."""
+    if file.parameters is None:
+        return {"encodings": [_json_of_2(entry, file.version) for entry in file.encodings]}
+    parameters = [entry for entry in file.encodings if entry.name in file.parameters]
+    activations = [entry for entry in file.encodings if entry.name not in file.parameters]
+    sections = {"activation_encodings": activations, "param_encodings": parameters}
+    if file.version == "0.6.1":
+        return {key: {e.name: _items(e) for e in entries} for key, entries in sections.items()}
+    return {key: [json_of(e) for e in entries] for key, entries in sections.items()}

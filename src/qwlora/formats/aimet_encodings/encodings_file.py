@@ -23,6 +23,7 @@ from qwlora.formats.aimet_encodings.documents import (
     is_by_module,
     problem_line,
     problem_lines,
+    sections_of,
     without_modules,
 )
 from qwlora.formats.aimet_encodings.model import EncodingsFile
@@ -87,7 +88,7 @@ def _lines(value: Any) -> str:
 def to_document(file: EncodingsFile) -> dict[str, Any]:
     """The JSON value that `write_encodings` writes; same errors."""
     convert(file, file.version)  # refuses what the version cannot express; arrays are shared
-    entries = DOCUMENTS[file.version].sections_of(file)
+    entries = sections_of(file)
     excluded, settings = file.excluded_layers, file.quantizer_args
     values = {
         "version": file.version,

@@ -24,18 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwlora.errors import MissingExtraError, SourceError
-
-try:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-except ImportError as error:
-    raise MissingExtraError(
-        "gguf is needed to read GGUF files and is not installed: pip install 'qwlora[gguf]'"
-    ) from error
+from qwlora.errors import SourceError
+from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
     from torch import Tensor
+
+gguf = require("gguf", "gguf", "to read GGUF files")
 
 VERSIONS = (2, 3)
 # `struct` characters of the scalar types 0 to 12; 8 and 9 are STRING and ARRAY
@@ -114,8 +110,9 @@ class GgufFile:
         ]
         key = TOKENS.encode()
         pairs.append(struct.pack(f"<Q{len(key)}sIIQ", len(key), key, ARRAY, STRING, 0))
+        float32 = gguf.GGMLQuantizationType.F32
         table = [
-            struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, GGMLQuantizationType.F32, 0)
+            struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, float32, 0)
             for name in map(str.encode, self.tensors)
         ]
         head = struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(pairs))
@@ -153,7 +150,7 @@ class GgufFile:
             (kind,) = self._take("I")
             self.metadata[key] = self._value(key, kind)
             self._spans[key] = (start, self._position, kind == ARRAY)
-        table, kinds = [], {kind.value: kind for kind in GGMLQuantizationType}
+        table, kinds = [], {kind.value: kind for kind in gguf.GGMLQuantizationType}
         for _ in range(tensors):
             name, (axes,) = self._string(), self._take("I")
             *lengths, kind, offset = self._take(f"{axes}QIQ")
@@ -167,7 +164,7 @@ class GgufFile:
                     "not know; update it, or download the file again"
                 )
             kind = kinds[number]
-            values, size_bytes = GGML_QUANT_SIZES[kind]
+            values, size_bytes = gguf.GGML_QUANT_SIZES[kind]
             if not shape or 0 in shape or shape[-1] % values or math.prod(shape) >= 2**63:
                 raise self._damaged(
                     f"tensor {name!r} has the invalid shape {list(shape)}; rows of {kind.name} "

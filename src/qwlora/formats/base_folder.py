@@ -40,6 +40,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import RECORD, WEIGHTS, BaseCheckpoint, read_record, write_base
+from qwlora.formats.checkpoint import put_
 from qwlora.formats.manifest import FILES
 from qwlora.nn import PackedLayer
 
@@ -177,9 +178,8 @@ class QwloraQuantizer(HfQuantizer):
                 del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
         for name, stored in base.verified(model):
             if name in base.packed and stored.is_floating_point():
-                path, _, key = name.rpartition(".")
-                buffers = model.get_submodule(path)._buffers
-                buffers[key] = torch.empty_like(stored, device="meta")  # scales keep their dtype
+                meta = torch.empty_like(stored, device="meta")  # scales keep their dtype
+                put_(model, [name], meta)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         return []  # a base has the names of the model in memory
@@ -223,11 +223,8 @@ def _folder_of(weights: Path) -> Path:
     files = [RECORD]
     for _ in range(2):  # base.json, then the files that it lists
         if missing := [file for file in files if not (folder / file).is_file()]:
-            snapshot_download(
-                cached.name.removeprefix("models--").replace("--", "/"),
-                revision=folder.name,
-                cache_dir=cached.parent,
-                allow_patterns=missing,
-            )
+            name = cached.name.removeprefix("models--").replace("--", "/")
+            places: dict[str, Any] = {"revision": folder.name, "cache_dir": cached.parent}
+            snapshot_download(name, allow_patterns=missing, **places)
         files = list(read_record(folder).get(FILES, {}))
     return folder

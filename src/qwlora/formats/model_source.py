@@ -317,14 +317,9 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
         SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
     config = load_config(source, trust_remote_code)
+    settings = {"config": config, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
     loaded = _from_pretrained(
-        auto_class(config),
-        location,
-        f"model {source!r}",
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
+        auto_class(config), location, f"model {source!r}", output_loading_info=True, **settings
     )
     model: PreTrainedModel = loaded[0]
     # transformers fills missing tensors with random numbers and silently skips unknown ones: half

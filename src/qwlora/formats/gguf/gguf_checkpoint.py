@@ -417,15 +417,12 @@ class _Processor:
     def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert `tensors` as transformers does when it loads a file."""
         parsed: dict[str, Any] = {"tensors": {}}
+        tables = {"tensor_key_mapping": self.mapping, "parsed_parameters": parsed}
         for stored, tensor in tensors.items():
             if tensor.is_floating_point():
                 tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            weights, name, _ = self.processor.process(
-                weights=tensor.numpy(),
-                name=stored,
-                tensor_key_mapping=self.mapping,
-                parsed_parameters=parsed,
-            )
+            values = tensor.numpy()
+            weights, name, _ = self.processor.process(weights=values, name=stored, **tables)
             if name in self.mapping:
                 parsed["tensors"][self.mapping[name]] = torch.from_numpy(weights)
         return parsed["tensors"]

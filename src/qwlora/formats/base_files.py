@@ -58,6 +58,7 @@ from qwlora.nn.fingerprint import (
     combined_fingerprint,
     differences,
     flat,
+    float_tensors,
     keep_fingerprint_,
     remember_base_,
     settings_text,
@@ -320,7 +321,7 @@ class BaseCheckpoint(Checkpoint):
             config = read_config(self.path, trust_remote_code)
         self.config = config  # type: ignore[assignment] # None: not of transformers
         self.digests: dict[str, str] = {}
-        self.packed: frozenset[str] = frozenset()
+        self.layouts: dict[str, str] = {}  # of all tensors; empty for floats
         self._path_of = {parameter_name(path): path for path in self.layers}
         parts = {
             f"{path}.{part}": name for name, path in self._path_of.items() for part in Parts._fields
@@ -415,7 +416,7 @@ class BaseCheckpoint(Checkpoint):
         packed weight become `dtype`."""
         names = self.place_packed_(model)
         for name, tensor in self.verified(model, check_configuration=True):
-            is_cast = tensor.is_floating_point() and name not in self.packed
+            is_cast = tensor.is_floating_point() and not self.layouts[name]
             put_(model, names[name], tensor.to(dtype) if is_cast else tensor)
         if isinstance(model, PreTrainedModel):
             read_generation_config_(model, self.path)
@@ -452,7 +453,7 @@ class BaseCheckpoint(Checkpoint):
                 f"{self.where}: its tensors do not match {RECORD} and config.json; quantize "
                 f"again\n  {shown}"
             )
-        self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
+        self.layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
         return names
 
     def verified(
@@ -464,9 +465,8 @@ class BaseCheckpoint(Checkpoint):
             FingerprintError: one differs from its digest; or, after the last one
                 (`check_configuration`), the configuration is not the one that was saved.
         """
-        layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
         for name in self.files.names():
-            yield name, self._checked(name, layouts[name])
+            yield name, self._checked(name, self.layouts[name])
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
             with foreign_as(SourceError, f"{self.where}: configuration in {RECORD} is not JSON"):
@@ -495,12 +495,11 @@ class BaseCheckpoint(Checkpoint):
                 with self._layer(name):
                     _ = layer.encoding  # checks its numbers; any packed codes are valid
         digests = dict(self.digests)
-        for name, (layout, tensor) in base_tensors(model).items():
-            if layout or tensor.is_meta or not tensor.is_floating_point():
-                continue
+        for name, tensor in float_tensors(model).items():
             # recorded digests are of float64 values if they are stored as such, else of float32
-            if tensor.dtype != torch.float32 or self.files.dtype(name) == "F64":
-                digests[name] = tensor_digest(name, layout, tensor)
+            is_cast = tensor.dtype != torch.float32 or self.files.dtype(name) == "F64"
+            if is_cast and not tensor.is_meta:
+                digests[name] = tensor_digest(name, "", tensor)
         remember_base_(model, digests)
         now = combined_fingerprint(digests, base_settings(model))
         if now != self.record["fingerprint"] == self._identity(model):

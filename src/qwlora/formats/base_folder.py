@@ -177,7 +177,7 @@ class QwloraQuantizer(HfQuantizer):
             if isinstance(model.get_submodule(target.rpartition(".")[0]), PackedLayer):
                 del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
         for name, stored in base.verified(model):
-            if name in base.packed and stored.is_floating_point():
+            if base.layouts[name] and stored.is_floating_point():
                 meta = torch.empty_like(stored, device="meta")  # scales keep their dtype
                 put_(model, [name], meta)
 

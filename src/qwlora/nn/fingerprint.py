@@ -133,7 +133,7 @@ def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -
     """
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
-        for name, tensor in _float_tensors(model).items()
+        for name, tensor in float_tensors(model).items()
     }
     _, root = next(base_modules(model))
     for module in root.modules():
@@ -154,7 +154,7 @@ def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
         prefix = f"{path}." if path else ""
         # a part that was quantized later is compared with its own memory
         later = tuple(f"{p.removeprefix(prefix)}." for p in memories if p != path)
-        now, known = _float_tensors(part), tensor_digests(part) if path else digests
+        now, known = float_tensors(part), tensor_digests(part) if path else digests
         names = now.keys() - floats.keys()
         for name, (digest, dtype) in floats.items():
             is_narrower = name in now and now[name].dtype.itemsize < dtype.itemsize
@@ -165,7 +165,7 @@ def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
+def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the base that are not packed, by name."""
     return {
         name: tensor

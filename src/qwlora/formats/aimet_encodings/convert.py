@@ -14,10 +14,11 @@ A value that a version cannot store is found in the same way, before it is writt
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import fields
 
-from qwlora.errors import ConversionError
-from qwlora.formats.aimet_encodings.documents import printable, shared_lines
+from qwlora.errors import ConversionError, listed
+from qwlora.formats.aimet_encodings.documents import printable
 from qwlora.formats.aimet_encodings.model import (
     VERSIONS,
     EncodingsFile,
@@ -50,15 +51,16 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False) -> Encodings
             f"{what}: the file does not store {needed}. Export the model again in version {version}"
         )
     kept: list[Entry] = []
-    lost: list[tuple[str, str]] = []
+    names_of = defaultdict[str, list[str]](list)  # by what they lose
     for entry in file.encodings:
         stored = _stored(entry, version)
-        lost += [(entry.name, part) for part in _lost(entry, stored)]
+        for part in _lost(entry, stored):
+            names_of[part].append(printable(entry.name))
         kept += [] if stored is None else [stored]
-    if lost and not lossy:
-        raise ConversionError(what, shared_lines(lost))
-    names = {entry.name for entry in kept}
-    parameters = None if file.parameters is None else file.parameters & names
+    if names_of and not lossy:
+        lost = [f"{listed(names, 3)}: {part}" for part, names in names_of.items()]
+        raise ConversionError(what, lost)
+    parameters = file.parameters and file.parameters & {entry.name for entry in kept}
     return file.replace(version=version, encodings=tuple(kept), parameters=parameters)
 
 

@@ -54,7 +54,7 @@ scales are accepted (AIMET 2.42 writes -1 next to a positive axis) and made posi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
@@ -73,7 +73,7 @@ from pydantic import (
     model_validator,
 )
 
-from qwlora.errors import EncodingsFileError, listed, shortened
+from qwlora.errors import EncodingsFileError, shortened
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
@@ -231,14 +231,6 @@ def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
         reason = problem["ctx"]["error"]
         return reason.problems if isinstance(reason, EncodingsFileError) else (str(reason),)
     return (f"is {describe(value)}; {problem['msg'].replace('Input should', 'it must')}",)
-
-
-def shared_lines(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each problem, of (name, problem)."""
-    names_of: dict[str, list[str]] = {}
-    for name, problem in problems:
-        names_of.setdefault(problem, []).append(printable(name))
-    return [f"{listed(names, 3)}: {problem}" for problem, names in names_of.items()]
 
 
 def printable(text: str, most: int = 120) -> str:

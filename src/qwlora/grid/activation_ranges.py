@@ -228,10 +228,8 @@ class WeightedPoints:
         first = torch.searchsorted(weight, outside, right=True)
         last = torch.searchsorted(weight, weight[:, -1:] - outside)
         most = self.places.shape[1] - 1
-        lower, upper = (
-            self.places.gather(1, column.clamp(max=most)).squeeze(1).float()
-            for column in (first, last)
-        )
+        columns = torch.cat([first, last], 1).clamp(max=most)
+        lower, upper = self.places.gather(1, columns).float().unbind(1)
         return lower, upper
 
 
@@ -314,10 +312,8 @@ def _neighbors(
     moves = torch.linspace(-reach, reach, count, device=device, dtype=torch.float64).round()
     offsets = (offset + moves).clamp(-scheme.steps, 0)
     shape = len(scale), scales.shape[1], offsets.shape[1]
-    return (
-        scales.unsqueeze(2).expand(shape).flatten(1),
-        offsets.unsqueeze(1).expand(shape).flatten(1),
-    )
+    scales = scales.unsqueeze(2).expand(shape).flatten(1)
+    return scales, offsets.unsqueeze(1).expand(shape).flatten(1)
 
 
 def _errors(

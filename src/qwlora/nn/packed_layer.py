@@ -175,10 +175,9 @@ class PackedLayer(PackedWeightOwner):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_packed(self):
-            if not (
-                isinstance(value, WeightView)
-                and value.packed_weight.owner.tensor.parts.packed is self.tensor.parts.packed
-            ):  # `model.tie_weights()` sets the same weight again
+            # `model.tie_weights()` sets the same weight again
+            owner = value.packed_weight.owner if isinstance(value, WeightView) else None
+            if owner is None or owner.tensor.parts.packed is not self.tensor.parts.packed:
                 refuse_write()
             return
         super().__setattr__(name, value)
@@ -232,8 +231,7 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
     hook, inner = (module.__dict__.get(key) for key in (_HOOK, _HOOKED_FORWARD))
     if not isinstance(hook, ModelHook) or not isinstance(inner, types.MethodType):
         return None
-    is_own = inner.__self__ is module and inner.__func__ is type(module).forward
-    return hook if is_own else None
+    return hook if inner.__self__ is module and inner.__func__ is type(module).forward else None
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

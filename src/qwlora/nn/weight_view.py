@@ -250,9 +250,8 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     in_place = (name.endswith("_") and not name.endswith("__")) or (
         name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
     )
-    return (
-        (in_place or name == "__setitem__") and bool(args) and isinstance(args[0], WeightView)
-    ) or isinstance(kwargs.get("out"), WeightView)
+    written = args[0] if args and (in_place or name == "__setitem__") else kwargs.get("out")
+    return isinstance(written, WeightView)
 
 
 def _matrix(weight: Any, *others: Any) -> PackedWeight | None:

@@ -204,16 +204,13 @@ def problem_line(where: str, field: str, message: str) -> str:
 def problem_lines(error: ValidationError, document: dict[str, Any]) -> Iterator[str]:
     """The problems that pydantic found in `document`, by entry and field."""
     for problem in error.errors(include_url=False):
-        section, *keys = problem["loc"]
-        where = "file"
-        if keys and isinstance(keys[0], int):
+        where, keys = "file", problem["loc"]
+        if len(keys) > 1 and isinstance(index := keys[1], int):
             # in 0.6.1 the entries of a section are the values of an object, named by their keys
-            entry = list(document[str(section)])[keys[0]]
+            entry = list(document[str(keys[0])])[index]
             name = entry.get("name") if isinstance(entry, dict) else entry
-            where = name or "''" if isinstance(name, str) else f"{section}[{keys[0]}]"
-            keys = keys[1:]
-        else:
-            keys = [section, *keys]
+            where = name or "''" if isinstance(name, str) else f"{keys[0]}[{index}]"
+            keys = keys[2:]
         field = ".".join(
             f"item {key}" if isinstance(key, int) else key for key in keys if key not in _KINDS
         )

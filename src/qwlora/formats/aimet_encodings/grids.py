@@ -343,9 +343,8 @@ def _blocks(
         values = values.T if layout.transposed else values
         if layout.axis(axis) != 1:
             raise SourceError("has blocks along the output; quantize with blocks along the input")
-        if values.ndim != 2 or any(
-            n not in (1, m) for n, m in zip(values.shape, expected, strict=True)
-        ):
+        sizes = zip(values.shape, expected, strict=True)
+        if values.ndim != 2 or any(size not in (1, most) for size, most in sizes):
             raise SourceError(f"has {list(values.shape)} {mismatch}")
         return np.broadcast_to(values, expected)
     if values.size != expected[0] * expected[1]:

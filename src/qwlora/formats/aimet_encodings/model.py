@@ -182,9 +182,8 @@ class LpbqEncoding(_Entry):
         yield from _range_problems(self.channel_scale, "channel scales")
         yield from _shape_problems(self.block_scale, self.axis, self.block_size, "block scales")
         blocks, channels = self.block_scale.shape, self.channel_scale.shape
-        if len(blocks) != len(channels) or any(
-            b % c for b, c in zip(blocks, channels, strict=True) if c
-        ):
+        sizes = zip(blocks, channels, strict=True)
+        if len(blocks) != len(channels) or any(b % c for b, c in sizes if c):
             yield f"{list(channels)} channel scales cannot share {list(blocks)} block scales evenly"
         if self.decompressed_bitwidth is None or not self.block_scale.size:
             return

@@ -502,11 +502,8 @@ def _probed(origin: Origin, shapes: list[tuple[int, ...]], block: int, what: str
     if torch.equal(order, torch.arange(width)):
         return Reordering((row - FIRST).long(), None, transposed)
     starts = order[::block].unsqueeze(-1)
-    if (
-        width % block
-        or bool((starts % block).any())
-        or not torch.equal(order, (starts + torch.arange(block)).flatten())
-    ):
+    of_blocks = (starts + torch.arange(block)).flatten()
+    if bool((starts % block).any()) or not torch.equal(order, of_blocks):
         raise SourceError(
             f"{what}: transformers moves columns of this tensor out of their blocks of {block}, "
             "which share a scale. Use a file with smaller blocks for this tensor"
@@ -516,9 +513,8 @@ def _probed(origin: Origin, shapes: list[tuple[int, ...]], block: int, what: str
 
 def _is_order(numbers: Tensor, count: int) -> bool:
     """Whether `numbers` is a permutation of 0 to `count - 1`."""
-    return numbers.numel() == count and torch.equal(
-        numbers.flatten().sort().values, torch.arange(count, dtype=numbers.dtype)
-    )
+    in_order = torch.arange(count, dtype=numbers.dtype)
+    return torch.equal(numbers.flatten().sort().values, in_order)
 
 
 def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:

@@ -282,14 +282,14 @@ def _readable(source: str) -> Location:
     return location
 
 
-def _from_pretrained(auto: Any, location: Location, what: str, **settings: Any) -> Any:
+def _from_pretrained(auto: Any, location: Location, what: str, trust: bool, **settings: Any) -> Any:
     """`auto.from_pretrained`; any error of transformers becomes a SourceError."""
     from qwlora.formats.huggingface.model_config import loading
 
     if location.gguf_file:
         settings["gguf_file"] = location.gguf_file
     with loading(f"{what} cannot be loaded"):
-        return auto.from_pretrained(location.pretrained, **settings)
+        return auto.from_pretrained(location.pretrained, trust_remote_code=trust, **settings)
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -317,9 +317,9 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
         SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
     config = load_config(source, trust_remote_code)
-    settings = {"config": config, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     loaded = _from_pretrained(
-        auto_class(config), location, f"model {source!r}", output_loading_info=True, **settings
+        auto_class(config), location, f"model {source!r}", trust_remote_code, **settings
     )
     model: PreTrainedModel = loaded[0]
     # transformers fills missing tensors with random numbers and silently skips unknown ones: half
@@ -351,15 +351,14 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
 
     from qwlora.formats.huggingface.model_config import use_default_implementations_
 
-    location, trust = _readable(source), trust_remote_code
+    location = _readable(source)
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
         # refuses tensors that transformers skips, and knows more of the metadata
         return GgufCheckpoint(location.path, as_floats=True).config
-    config: PretrainedConfig = _from_pretrained(
-        AutoConfig, location, f"model {source!r}", trust_remote_code=trust
-    )
+    what = f"model {source!r}"
+    config: PretrainedConfig = _from_pretrained(AutoConfig, location, what, trust_remote_code)
     use_default_implementations_(config)
     return config
 
@@ -381,9 +380,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     if not location.gguf_file and not any(re.match(pattern, f.name) for f in location.files):
         raise missing
     what = f"the tokenizer of model {source!r}"
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
-        AutoTokenizer, location, what, trust_remote_code=trust
-    )
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, location, what, trust)
     if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
         raise missing
     return tokenizer

@@ -88,10 +88,15 @@ def replacing_files(
             for parent in {(folder / file).parent for file in files}:
                 flush_folder(parent)
     except BaseException:
-        for path in created:
-            with contextlib.suppress(OSError):  # not empty, or never created
-                path.rmdir()
+        remove_empty(created)
         raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders` that exist and are empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def files_in(folder: Path) -> list[str]:

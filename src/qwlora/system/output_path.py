@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
-from qwlora.system.atomic import move_into_place
+from qwlora.system.atomic import move_into_place, remove_empty
 
 _FULL_BYTES = 64 * 1024
 _UNWRITABLE = (
@@ -119,7 +119,7 @@ def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
         else:
             raise BlockingIOError
     except BaseException as error:
-        _remove_empty(created)
+        remove_empty(created[::-1])
         if not isinstance(error, BlockingIOError):
             raise
         raise DirectoryError(
@@ -130,7 +130,7 @@ def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _remove_empty(created)
+            remove_empty(created[::-1])
 
 
 @contextlib.contextmanager
@@ -172,13 +172,6 @@ def check_target(folder: Path) -> None:
         reason = "is a mount point, which the new model cannot replace"
     if reason:
         raise DirectoryError(f"{shown(folder)} {reason}; choose another --out")
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove the empty ones among `folders`, last first."""
-    for folder in reversed(folders):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def shown(path: Path) -> str:

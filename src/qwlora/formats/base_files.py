@@ -34,6 +34,7 @@ from qwlora.errors import (
     SourceError,
     described,
     foreign_as,
+    is_out_of_memory,
     lines,
     listed,
 )
@@ -405,6 +406,8 @@ class BaseCheckpoint(Checkpoint):
         try:
             yield
         except (AttributeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             why = described(error)
             if isinstance(error, ValidationError):
                 why = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))

@@ -145,7 +145,7 @@ def test_a_whole_checkpoint_of_awq(tmp_path: Path) -> None:
         ({"version": "gemv_fast"}, "AWQ layout 'gemv_fast' is not supported; gemm and gemv are"),
         ({"version": "marlin"}, "AWQ layout 'marlin'"),
         ({"bits": 8}, "bits is 8, but AWQ files have 4 bits"),
-        ({"group_size": 0}, "group_size is 0, not a positive integer"),
+        ({"group_size": 0}, "group_size is 0; a positive integer is needed"),
         ({"group_size": None}, "group_size is None"),
     ],
 )

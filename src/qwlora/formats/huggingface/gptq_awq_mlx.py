@@ -123,7 +123,7 @@ class QweightTensors(FormatReader):
                 f"{listed(BITWIDTHS[method])} bits; quantize the float model instead"
             )
         elif method == "awq" and (type(size) is not int or not (size > 0 or size == -1)):
-            problem = f"group_size is {size!r}, not a positive integer, or -1 for whole rows"
+            problem = f"group_size is {size!r}; a positive integer is needed, or -1 for whole rows"
         if problem:
             raise self.settings_error(problem)
 

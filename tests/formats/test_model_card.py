@@ -21,7 +21,6 @@ from qwlora.formats.model_card import (
     one_line,
     origin_of,
 )
-from qwlora.formats.model_source import downloaded
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
@@ -82,7 +81,6 @@ def test_only_the_card_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = origin_of("owner/name")
     assert (found.name, found.repository, found.license) == ("name", "owner/name", "mit")
     assert asked == [("owner/name", ("README.md",))]
-    downloaded.cache_clear()
     no_network = mock.Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
     assert origin_of("owner/name") == ModelCardInfo("name", "owner/name")

@@ -25,7 +25,7 @@ from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import (
-    downloaded,
+    _downloaded_model,
     fetch,
     installed_module,
     load_model,
@@ -157,9 +157,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    downloaded.cache_clear()
+    _downloaded_model.cache_clear()
     yield folder_of
-    downloaded.cache_clear()
+    _downloaded_model.cache_clear()
 
 
 def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path]) -> None:

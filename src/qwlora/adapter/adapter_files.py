@@ -265,7 +265,7 @@ def adapter_folder(source: str) -> Path:
             f"adapter {source!r} is neither a folder nor a hub id like owner/name"
             f"{looked_for(source, path)}"
         )
-    return downloaded("adapter", source, (CONFIG, WEIGHTS, FILE))
+    return downloaded("adapter", source, [CONFIG, WEIGHTS, FILE])
 
 
 @dataclass(frozen=True)

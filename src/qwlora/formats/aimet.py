@@ -206,8 +206,7 @@ def matched_encodings(
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
         unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _readings(n))]
     if unknown:
-        names = list(first_names.values())
-        near = [f"{name!r}{_near(name, names)}" for name in unknown[:10]]
+        near = [f"{name!r}{_near(name, [*first_names.values()])}" for name in unknown[:10]]
         warnings.warn(
             f"{path}: the model has no parameter for {len(unknown)} of {len(named)} entries, which "
             f"change nothing: {listed([*near, *unknown[10:]], 10)}",

@@ -17,10 +17,10 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from sysconfig import get_path
@@ -231,20 +231,19 @@ def fetch(source: str) -> Location:
     if location.files:
         return location
     if location.gguf_file:
-        folder = downloaded("model", location.pretrained, (location.gguf_file,))
+        folder = _downloaded_model(location.pretrained, (location.gguf_file,))
         return locate(str(folder / location.gguf_file))
     # subfolders of a repository usually hold the same weights in other formats
-    folder = downloaded("model", location.pretrained, _HUB_FILES, ("*/*",))
+    folder = _downloaded_model(location.pretrained, _HUB_FILES, ("*/*",))
     if not any(folder.glob("*.safetensors")):
-        folder = downloaded("model", location.pretrained, (*_HUB_FILES, "*.bin"), ("*/*",))
+        folder = _downloaded_model(location.pretrained, (*_HUB_FILES, "*.bin"), ("*/*",))
     return locate(str(folder))
 
 
-@cache
 def downloaded(
-    what: str, repository: str, files: tuple[str, ...], ignored: tuple[str, ...] | None = None
+    what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
-    """Download files of a hub id `owner/name`, once, and return their local folder.
+    """Download files of a hub id `owner/name` and return their local folder.
 
     Args:
         what: `model` or `adapter`, for the message.
@@ -265,6 +264,9 @@ def downloaded(
             f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "
             f"and cannot be downloaded from the hub either:\n  {error}"
         ) from error
+
+
+_downloaded_model = cache(partial(downloaded, "model"))
 
 
 def _readable(source: str) -> Location:

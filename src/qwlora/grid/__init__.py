@@ -1,5 +1,5 @@
-"""The maths of the integer grid: schemes, encodings, observers, packing. Imports torch and nothing
-of QWLoRA but its errors.
+"""The maths of the integer grid: schemes, encodings, observers, packing. Imports torch and, of
+QWLoRA, only errors and `system`.
 
 `scheme.py` alone is free of torch, so that a recipe can be validated before torch is loaded; import
 the modules, not this package.

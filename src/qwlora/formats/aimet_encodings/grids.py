@@ -294,8 +294,7 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
             )
     if entry.zero_point_shift:
         scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
-        minimum = (offset + entry.zero_point_shift) * scale
-        return Encoding(scheme, _floats(scale), _floats(minimum))
+        return Encoding(scheme, _floats(scale), _floats((offset + entry.zero_point_shift) * scale))
     scheme = Scheme(entry.bitwidth, entry.is_centered, granularity)
     return Encoding(scheme, _floats(scale), _integers(offset))
 

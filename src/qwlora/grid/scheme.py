@@ -34,6 +34,7 @@ BITWIDTHS = range(2, 17)
 class _Granularity:
     """What the grids of any granularity allow; blocks may allow less or more."""
 
+    kind: ClassVar[str]
     is_free: ClassVar[bool] = False
     is_signed: ClassVar[bool] = False
     is_only_symmetric: ClassVar[bool] = False
@@ -66,7 +67,6 @@ class Blocks(_Granularity):
     """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size]."""
 
     size: int
-    kind: ClassVar[str]
     KINDS: ClassVar[dict[str, type[Blocks]]] = {}
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -195,10 +195,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
-        blocks = self.granularity if isinstance(self.granularity, Blocks) else None
-        if blocks and blocks.is_only_symmetric and not self.symmetric:
+        if self.granularity.is_only_symmetric and not self.symmetric:
             raise GridError(
-                f"{blocks.kind} grids have no offsets; remove -asymmetric (in Python, "
+                f"{self.granularity.kind} grids have no offsets; remove -asymmetric (in Python, "
                 "symmetric=False), or use block (PerBlock)"
             )
         if self.bitwidth not in BITWIDTHS:

@@ -178,10 +178,7 @@ export.embedding_bits: - -> 16 =>
 export.proof: generated -> none => verify/*/first verify/*/second
 export.layout: - -> genie with NPU => export/qairt
 verify.sequences: 8 -> 9 => verify/*
-verify.layer_tokens: 128 -> 64 => verify/*
 verify.perplexity_difference: 0.003 -> 0.002 => verify/*
-verify.layer_steps: 2.0 -> 1.0 => verify/*
-verify.layer_mean_steps: 0.05 -> 0.04 => verify/*
 """
 STAGES = {
     "FLOAT": "evaluate/float evaluate/float/* quantize/sample quantize",

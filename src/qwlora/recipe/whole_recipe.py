@@ -99,15 +99,9 @@ class Verify(Section):
 
     sequences: Count = 8
     """held-out sequences to run through every exported file, at most"""
-    layer_tokens: Annotated[int, Field(ge=2)] = 128
-    """tokens for the layer-by-layer comparison"""
     perplexity_difference: Annotated[float, Field(gt=0, le=1)] = 0.003
     """largest allowed relative difference from the simulation's perplexity, on top of what rounding
     alone explains in 95 % of samples of this size"""
-    layer_steps: Annotated[float, Field(gt=0)] = 2.0
-    """largest allowed difference of a layer output, in quantization steps"""
-    layer_mean_steps: Annotated[float, Field(gt=0)] = 0.05
-    """largest allowed mean difference of a layer output, in quantization steps"""
 
 
 class Recipe(Section):

@@ -90,13 +90,11 @@ def check(
 
     base, store, missing = job_fingerprint(folder), Store(folder), list[str]()
     if (folder / "recipe.yaml").is_file():
-        job = OpenJob(folder)
-        done = [stage for stage in job.plan if stage.place in job.store.records]
+        judge = OpenJob(folder).judge
+        done = [stage for stage in judge.plan if stage.place in judge.store.records]
         read = {need for stage in done for need in stage.needs.values()}
-        names = [
-            stage.adapter for stage in job.plan if stage.kind == "train" and stage.name in read
-        ]
-        missing = [n for n in names if n and not (folder / "adapters" / n / CONFIG).is_file()]
+        trained = [s.adapter for s in judge.plan if s.kind == "train" and s.name in read]
+        missing = [n for n in trained if n and not (folder / "adapters" / n / CONFIG).is_file()]
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "

@@ -20,7 +20,7 @@ from qwlora.pipeline import VERBS
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources, filled
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.store import TMP, Record, Store, check_job
+from qwlora.pipeline.store import TMP, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.recipe.section import of_a_job
 from qwlora.recipe.yaml_core import flow
@@ -216,19 +216,6 @@ class OpenJob:
         self.store.seen.save()
         return judge
 
-    @property
-    def plan(self) -> Sequence[Stage]:
-        return self.judge.plan
-
-    @property
-    def stale(self) -> dict[str, str]:
-        return self.judge.stale
-
-    def record(self, stage: str) -> Record | None:
-        """The record of a stage of the plan, whether or not it is current."""
-        place = next((s.place for s in self.plan if s.name == stage), "")
-        return self.store.records.get(place)
-
     def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
         """Check that a stage of the plan, and all that it needs, is current.
 
@@ -236,8 +223,8 @@ class OpenJob:
             what: needs the stage; default: its name.
             whatever_inputs: check only that they ran and that their files are as they were.
         """
-        needed = upstream(self.plan, stage)
-        stale = {s.name: self.stale[s.name] for s in needed if s.name in self.stale}
+        needed, stale = upstream(self.judge.plan, stage), self.judge.stale
+        stale = {s.name: stale[s.name] for s in needed if s.name in stale}
         if whatever_inputs:
             there = [s for s in needed if s.place in self.store.records]
             problems = {s.name: self.store.problem(s.place) for s in there}

@@ -169,14 +169,14 @@ def read_job(folder: Path) -> Job:
     results = collect_results(judge, job.recipe)
     merge_results(results, status)
     run = results.setdefault("run", {})
-    is_outdated = any(stage.place not in store.records for stage in job.plan) or bool(judge.changed)
+    is_outdated = bool(judge.changed) or any(s.place not in store.records for s in judge.plan)
     if run.setdefault("state", "finished") == "finished" and is_outdated:
         run["state"] = "incomplete"
     changed = dict[tuple[str, str], str]()  # why files are no longer those that were checked
-    for stage in job.plan:
+    for stage in judge.plan:
         if stage.verb == "verify" and stage.place in store.records:
             _, target, *adapter = stage.name.split("/")
-            there = [s for s in upstream(job.plan, stage.name) if s.place in store.records]
+            there = [s for s in upstream(judge.plan, stage.name) if s.place in store.records]
             reasons = filter(None, (store.problem(needed.place) for needed in there))
             if (reason := next(reasons, None)) is not None:
                 changed[target, adapter[0] if adapter else BASE] = reason

@@ -11,6 +11,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -147,25 +148,23 @@ def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
         )
 
 
+@dataclass
 class _Run:
     """One run, in the first process."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        before: Recipe | None,
-        store: Store,
-        sources: Sources,
-        track: Track,
-        say: Say,
-        device: str | None,
-        asked: Sequence[str],
-    ):
-        self.recipe, self.before, self.store, self.say = recipe, before, store, say
-        self.sources, self.track, self.device, self.asked = sources, track, device, asked
-        self.judge = Judge(make_plan(recipe, sources), store)
-        if needs_settling(self.judge) and store.is_writable:
-            settle(store, recipe, track)
+    recipe: Recipe
+    before: Recipe | None
+    store: Store
+    sources: Sources
+    track: Track
+    say: Say
+    device: str | None
+    asked: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.judge = Judge(make_plan(self.recipe, self.sources), self.store)
+        if needs_settling(self.judge) and self.store.is_writable:
+            settle(self.store, self.recipe, self.track)
             self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it

@@ -287,7 +287,7 @@ def evaluate_tasks(
 def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> dict[str, Any]:
     """Add scores by task to the results of the stage that made the model, where those of other
     tasks stay, and rewrite results.json and report.html."""
-    store, place = job.store, next(s.place for s in job.plan if s.name == name.made_by)
+    store, place = job.store, next(s.place for s in job.judge.plan if s.name == name.made_by)
     with store.locked():
         results = copy.deepcopy(store.records[place].results)
         by_model = results.setdefault("tasks", {}).setdefault(name.kind, {})

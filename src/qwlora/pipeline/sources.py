@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwlora.data import Documents, load_documents
+from qwlora.data.document import Documents
+from qwlora.data.read_source import load_documents
 from qwlora.errors import QwloraError
 from qwlora.formats.model_source import content_files, fetch, is_hub_id, source_path
 from qwlora.recipe import Data, Recipe

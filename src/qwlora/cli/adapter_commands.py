@@ -77,13 +77,7 @@ def check(
     Every adapter must be present, unmodified, finite, and trained on this base. Exit code 2 if a
     file was modified after it was saved, 1 for any other problem.
     """
-    from qwlora.adapter.adapter_files import (
-        CONFIG,
-        FILE,
-        find_adapters,
-        job_fingerprint,
-        problems,
-    )
+    from qwlora.adapter.adapter_files import CONFIG, FILE, find_adapters, job_fingerprint, problems
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job import OpenJob, command_line

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 
 Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Continue the text without the model's chat template."),
+    bool, typer.Option("--raw", help="Continue the text without the model's chat template.")
 ]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")

@@ -26,6 +26,7 @@ from qwlora.recipe.section import of_a_job
 from qwlora.recipe.yaml_core import flow
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
+from qwlora.system.seen import Seen
 from qwlora.targets.proof.folder import PROOF_RECORD, current_proofs, renamed_proof
 from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.registry import TARGETS
@@ -268,7 +269,8 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
         if proof.is_file():  # a proof belongs to the name that is in it; a damaged one to none
             with contextlib.suppress(SourceError):
                 write_text(proof, renamed_proof(proof, str(by_place[new].adapter)))
-                store.recommit(old, PROOF_RECORD)
+                digest = Seen().content(proof) or ""
+                store.change(old, files=store.records[old].files | {PROOF_RECORD: digest})
     store.move(moves)
 
 
@@ -299,10 +301,7 @@ def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
 
 
 def check_needs(
-    judge: Judge,
-    waiting: Sequence[Stage],
-    verbs: Collection[str],
-    asked: Sequence[str],
+    judge: Judge, waiting: Sequence[Stage], verbs: Collection[str], asked: Sequence[str]
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
     error names all commands that must run first.
@@ -317,10 +316,7 @@ def check_needs(
 
 
 def missing_error(
-    what: str,
-    reasons: Mapping[str, str],
-    folder: Path,
-    asked: Sequence[str] = (),
+    what: str, reasons: Mapping[str, str], folder: Path, asked: Sequence[str] = ()
 ) -> DirectoryError:
     """An error that names the stages that `what` needs, why each is stale, and the commands.
 

@@ -16,6 +16,7 @@ from dataclasses import replace as changed
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -97,8 +98,9 @@ def run(
     else:
         wanted = recipe
     check_outside_data(out, wanted)
+    computed = wanted if device is None else wanted.model_copy(update={"device": device})
     if not is_first_process():
-        return _join_stages(wanted, out, device)
+        return _join_stages(computed, out)
     is_kept = isinstance(recipe, Recipe) or before == wanted
     asked = [str(out)] if is_own or is_kept else [str(recipe), "--out", str(out)]
     asked += [] if is_kept else [part for change in changes for part in ("--set", change)]
@@ -115,7 +117,7 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, before, store, sources, track, say, device, asked)
+            job = _Run(wanted, computed, before, store, sources, track, say, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -153,12 +155,12 @@ class _Run:
     """One run, in the first process."""
 
     recipe: Recipe
+    computed: Recipe  # the same, on the device of this run
     before: Recipe | None
     store: Store
     sources: Sources
     track: Track
     say: Say
-    device: str | None
     asked: Sequence[str]
 
     def __post_init__(self) -> None:
@@ -187,7 +189,7 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 self.say(f"{stage.name}: skipped, nothing it depends on has changed")
-                self.store.drop_work(self.store.records[stage.place].key)  # left by a kill
+                rmtree(self.store.work(self.store.records[stage.place].key), True)  # left by a kill
                 continue
             if self._is_proven(stage):
                 continue
@@ -270,7 +272,7 @@ class _Run:
 
     def _prepare(self, waiting: list[Stage], estimates: bool) -> None:
         """All checks of text and model, which need no writing, and an estimate."""
-        self.context = self._new_context()
+        self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         from qwlora.pipeline import forecast, preflight
 
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
@@ -285,12 +287,6 @@ class _Run:
         else:
             for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
                 self.say(line)
-
-    def _new_context(self) -> Any:
-        recipe = self.recipe
-        if self.device is not None:
-            recipe = recipe.model_copy(update={"device": self.device})
-        return new_context(recipe, self.sources, self.store.path, self.track)
 
     def _write_recipe(self) -> None:
         """Keep the recipe in the job, with the user's comments if there is one already."""
@@ -313,7 +309,7 @@ class _Run:
         self.say(f"{name} ...{'' if reason == 'has not run' else f' ({reason})'}")
         status.begin(name)
         if self.context is None:
-            self.context = self._new_context()
+            self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         self.context.on_training = status.train
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         stage.check_read()
@@ -347,15 +343,13 @@ class _Run:
                 failed=any(failed == name for failed, _ in self.failures),
             )
             record = store.commit(stage.place, record, scratch)
-            store.drop_work(record.key)
+            rmtree(work, ignore_errors=True)
         self.judge.again()
         return record
 
 
-def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any]:
+def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
-    if device is not None:
-        recipe = recipe.model_copy(update={"device": device})
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)

@@ -62,10 +62,6 @@ class Upload:
     notes: tuple[str, ...]
     outdated: tuple[str, ...] = ()
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files.values())
-
 
 @contextmanager
 def prepared(

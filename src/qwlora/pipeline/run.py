@@ -1,7 +1,6 @@
 """Run the stages of a recipe in order, skipping those that are current.
 
-`results.json` and `report.html` are rewritten when a stage begins and ends, and while an adapter is
-trained (`job_status.py`). They list only current results.
+`results.py` rewrites `results.json` and `report.html` meanwhile. They list only current results.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -35,9 +33,8 @@ from qwlora.pipeline.job import (
     settle,
     sources_of,
 )
-from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.results import TIMING, last_status, write_results
+from qwlora.pipeline.results import TIMING, JobStatus, last_status, now, write_results
 from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context, run_stage
@@ -311,7 +308,7 @@ class _Run:
         if self.context is None:
             self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         self.context.on_training = status.train
-        began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
         gc.collect()

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -235,16 +235,12 @@ class JobStatus:
         if time.monotonic() - self._written > max(LEAST_SECONDS, COST * self._took):
             self.write("running")
 
-    def fail(self, error: Exception, stage: str) -> dict[str, Any]:
-        """All stages ran, but a check failed; the results."""
+    def end(self, state: str, error: Exception | None = None, stage: str = "") -> dict[str, Any]:
+        """All stages ran, but the check in `stage` may have failed; the results."""
         self._run["stage"], self._training = "", None
-        self._extra = {"error": described_error(error, stage)}
-        return self.write("failed")
-
-    def end(self, stale: Collection[str]) -> dict[str, Any]:
-        """The run ends without an error; the results."""
-        self._run["stage"], self._training = "", None
-        return self.write("incomplete" if stale else "finished")
+        if error is not None:
+            self._extra = {"error": described_error(error, stage)}
+        return self.write(state)
 
     @contextmanager
     def failures(self) -> Iterator[None]:

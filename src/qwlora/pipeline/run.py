@@ -199,12 +199,12 @@ class _Run:
             for what, cost in base_costs(record.results):  # before its adapter is trained
                 self.say(f"{what}: {cost}")
         if not self.failures:
-            return status.end(self.judge.stale)
+            return status.end("incomplete" if self.judge.stale else "finished")
         name, failure = self.failures[0]
         if len(self.failures) > 1:
             messages = [str(error) for _, error in self.failures]
             failure = VerificationError(f"{len(messages)} checks failed", messages)
-        failure.results = status.fail(failure, name)
+        failure.results = status.end("failed", failure, name)
         raise failure
 
     def _check(self, verbs: Collection[str], replace: Collection[str]) -> list[Stage]:

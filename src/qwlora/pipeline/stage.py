@@ -1,4 +1,4 @@
-"""A stage of a job, and where stages write; `plan.py` makes them.
+"""A stage of a job, and what stages have in common. Each module in `stages` adds its own to a plan.
 
 What a stage depends on is its `inputs`, by the names of the recipe, and the records that it needs.
 Neither has a path, the name of an adapter, a version of a package or anything of this machine. Only
@@ -7,13 +7,19 @@ files of use cases have names of adapters in them, so there these are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwlora.errors import SourceError
-from qwlora.pipeline.sources import unread
+from qwlora.grid.scheme import RangeEstimator
+from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.store import STAGES
+from qwlora.quantize.solvers import REVISIONS
+from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.recipe.grid_sections import JOB
+from qwlora.targets.registry import TARGETS
 
 ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
 
@@ -74,3 +80,115 @@ class Stage:
     def place(self) -> str:
         """Its record's place in the store."""
         return self.artifact or f"{STAGES}/{self.name}.json"
+
+
+class Planner:
+    """Collects the stages of a recipe; a stage must be added after the stages that it needs."""
+
+    def __init__(self, recipe: Recipe, sources: Sources):
+        self.recipe, self.sources = recipe, sources
+        self.targets = {name: TARGETS[name] for name in recipe.export.targets}
+        self.shares = recipe.is_simulated and recipe.simulation.base_activations != "all"
+        self.base_text = "base.calibrate_on" if recipe.base.calibrate_on else ""  # its key, if set
+        self.stages: dict[str, Stage] = {}
+
+    def add(
+        self, name: str, inputs: Mapping[str, Any], *needs: str, kind: str = "", **more: Any
+    ) -> None:
+        """Add a stage.
+
+        Args:
+            kind: default: the name, for a stage without the name of an adapter.
+            more: other fields of `Stage`.
+        """
+        kinds = [self.stages[need].kind for need in needs]
+        several = [found for found, count in Counter(kinds).items() if count > 1]
+        names = [f"{k}/{n}" if k in several else k for n, k in enumerate(kinds)]
+        by_name = dict(zip(names, needs, strict=True))
+        labels = {"rotation": "base.rotation", "calibration": "base.calibration"}
+        plain = _plain(inputs, "", labels)
+        more["labels"] = labels | more.get("labels", {})
+        self.stages[name] = Stage(name, kind or name, plain, by_name, **more)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The float model, rotated if the recipe says so."""
+        rotation = self.recipe.base.rotation
+        inputs: dict[str, Any] = {"model": self.sources.model}
+        if rotation is not None:
+            inputs |= {"rotation": rotation, "seed": self.recipe.seed}
+        return inputs
+
+    def calibration(self) -> dict[str, Any]:
+        """The texts that the base is calibrated on; what the model writes is a stage of its own."""
+        texts = {}
+        for number, part in enumerate(self.recipe.base.calibration):
+            where = self.base_text if part.text == JOB else f"base.calibration.{number}.text"
+            found = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
+            texts[str(number)] = {"weight": part.weight, "texts": found}
+        return {"calibration": texts, "seed": self.recipe.seed}
+
+    def text(self, data: Data, where: str = "", **counts: int) -> _Text:
+        """A text as an input; see `Sources.text`.
+
+        Args:
+            where: the key that has its source. Default: that of the section that is `data`; of a
+                text of several that the base is calibrated on, which is cut as the data section
+                says, that of its adapter.
+        """
+        text, sections = _Text(self.sources.text(data, **counts)), {"data": self.recipe.data}
+        sections |= {f"adapters.{a.name}.data": a.data for a in self.recipe.adapters if a.data}
+        same = [name for name, section in sections.items() if section == data]
+        source = [name for name, section in sections.items() if section.source == data.source]
+        where = where or f"{[*same, *source, 'data'][0]}.source"
+        text.labels = {"": [*same, "data"][0], ".source": where}
+        return text
+
+    def measured(self, data: Data) -> _Text:
+        """The held-out part of a text."""
+        return self.text(data, evaluation_sequences=data.evaluation_sequences)
+
+    def shipped(self) -> dict[str, Any]:
+        """What the text next to exported files depends on."""
+        proof = {"proof": self.recipe.export.proof}
+        return {"export": proof, "seed": self.recipe.seed, **revisions("sampled_text")}
+
+    def ranges(self, texts: Iterable[Data], where: str = "") -> dict[str, Any]:
+        """Activation ranges that are measured on `texts`; `where` as for `text`."""
+        section = self.recipe.simulation
+        counts = [(data, data.calibration_sequences) for data in texts]
+        counted = [self.text(data, where, calibration_sequences=count) for data, count in counts]
+        observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
+        has_histogram = any(RangeEstimator(observer).needs_histogram for observer in observers)
+        used = revisions("activation_ranges") if has_histogram else {}
+        without = {"percentile"} - observers
+        settings = section.model_dump(mode="json", exclude=without)
+        return {"simulation": settings, "texts": counted, **used}
+
+
+def revisions(*names: str) -> dict[str, Any]:
+    """The revisions of algorithms that a stage runs."""
+    return {"revisions": {name: REVISIONS[name] for name in names}}
+
+
+def labels_of(adapter: Adapter) -> dict[str, str]:
+    """Where the recipe has the settings of an adapter."""
+    where = f"adapters.{adapter.name}"
+    return {"adapter": where, "start": where, "continue_from": f"{where}.continue_from"}
+
+
+class _Text(dict[str, Any]):
+    """A text among the inputs. `labels` says where its keys are in the recipe."""
+
+    labels: dict[str, str]
+
+
+def _plain(value: Any, path: str, labels: dict[str, str]) -> Any:
+    """`value` as JSON reads it back; what is unread stays. Adds the labels of texts in it."""
+    if isinstance(value, _Text):
+        labels |= {f"{path}{key}": label for key, label in value.labels.items()}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{path}.{k}".strip("."), labels) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}.{n}", labels) for n, item in enumerate(value)]
+    return value

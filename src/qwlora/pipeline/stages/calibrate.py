@@ -1,0 +1,75 @@
+"""`calibrate` measures activation ranges: of each adapter, the base, or use cases."""
+
+from __future__ import annotations
+
+from qwlora.adapter.covered_layers import is_covered
+from qwlora.pipeline.stage import (
+    BASE_SIMULATION,
+    CASES,
+    SHARED,
+    USE_CASES,
+    ZERO,
+    ZERO_ADAPTER,
+    Planner,
+)
+from qwlora.recipe import Adapter
+from qwlora.recipe.implied import is_foreign
+
+
+def add_base(plan: Planner) -> None:
+    """The base alone, in workflow qwa-lora."""
+    ranges = plan.ranges(plan.recipe.base_texts(), plan.base_text)
+    plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
+
+
+def add_shared(plan: Planner) -> None:
+    """The encodings that adapters share."""
+    trained = [f"train/{adapter.name}" for adapter in plan.recipe.adapters]
+    ranges = plan.ranges(plan.recipe.texts().values())
+    plan.add("calibrate", ranges, *trained, kind="calibrate/shared", artifact=SHARED)
+
+
+def add(plan: Planner, adapter: Adapter) -> None:
+    """If encodings are shared, the cost of sharing is measured on held-out text."""
+    name, data = adapter.name, plan.recipe.data_of(adapter)
+    inputs = plan.ranges([data])
+    inputs |= {"held_out": plan.measured(data)} if plan.shares else {}
+    more = {"adapter": name, "artifact": f"simulation/{name}"}
+    needs = [f"train/{name}", *(["calibrate"] if plan.shares else [])]
+    plan.add(f"calibrate/{name}", inputs, *needs, kind="calibrate", **more)
+
+
+def add_zero_adapter(plan: Planner) -> None:
+    """It depends on the shape of the first adapter, and on which layers have one: another
+    adapter of the same layers changes nothing. Of an adapter from elsewhere the recipe does not
+    say the layers, but its files may."""
+    recipe = plan.recipe
+    first, *others = recipe.adapters
+    counted = [first]
+    new = [a.target_modules for a in recipe.adapters if not (a.continue_from or a.layers)]
+    counted += [
+        a for a in others if not (is_foreign(recipe, a) and is_covered(str(a.continue_from), new))
+    ]
+    keys = {"target_modules", "layers"}
+    layers = {a.model_dump_json(include=keys) for a in counted}
+    needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]
+    needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+    needs += ["calibrate"] if plan.shares else []
+    shape = first.model_dump(include={"rank", "rank_pattern"})
+    zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}
+    labels = {
+        "adapter": f"adapters.{first.name}",
+        "layers": "adapters[].target_modules, layers",
+    }
+    inputs = plan.ranges(recipe.base_texts(), plan.base_text) | zero
+    plan.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER, labels=labels)
+
+
+def add_use_cases(plan: Planner) -> None:
+    """Files of use cases hold the names of adapters."""
+    names = [adapter.name for adapter in plan.recipe.adapters]
+    ranges = plan.ranges(plan.recipe.texts().values())
+    inputs = {**ranges, "use_cases": plan.recipe.use_cases(), "adapters": names}
+    needs = [f"calibrate/{name}" for name in names]
+    labels = {"use_cases": "export.use_cases"}
+    plan.add(CASES, inputs, *needs, artifact=USE_CASES, labels=labels)

@@ -1,0 +1,48 @@
+"""`export/TARGET` writes the base for a runtime, `export/TARGET/NAME` an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwlora.pipeline.stage import CASES, Planner
+from qwlora.recipe import Adapter
+from qwlora.system.parameter_names import BASE
+from qwlora.targets.registry import TARGETS
+
+
+def files(plan: Planner, target: str) -> dict[str, Any]:
+    """What exported files depend on besides the tensors in them: the encodings version, the
+    ONNX opset and the embedding bits; the sizes and layout of graphs with a cache; and which
+    text the golden inputs are."""
+    export, graphs = plan.recipe.export, plan.recipe.export.graphs_of(target)
+    keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
+    written = {
+        **export.model_dump(include=keys),
+        "embedding_bits": export.embedding_bits_of(target),
+    }
+    written |= {} if graphs is None else {"graphs": graphs.model_dump()}
+    written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
+    shipped = plan.shipped() if TARGETS[target].has_golden else {}
+    return {**shipped, "export": {**written, **shipped.get("export", {})}}
+
+
+def add_base(plan: Planner, target: str, source: str) -> None:
+    """The base, made from stage `source`."""
+    artifact = f"export/{target}/{BASE}"
+    plan.add(f"export/{target}", files(plan, target), source, artifact=artifact)
+
+
+def add(plan: Planner, target: str, adapter: Adapter) -> None:
+    """An adapter."""
+    *base, stage = plan.targets[target].stages(target, adapter.name)
+    source = "calibrate" if plan.targets[target].is_simulated else "train"
+    needs = [*base, f"{source}/{adapter.name}"]
+    more = {"adapter": adapter.name, "artifact": stage, "kind": f"export/{target}/adapter"}
+    plan.add(stage, files(plan, target), *needs, **more)
+
+
+def add_use_cases(plan: Planner, target: str) -> None:
+    """All use cases in one folder."""
+    known, more = plan.targets[target], dict[str, Any](artifact=f"export/{target}")
+    more |= {"missing": known.missing} if known.compilers else {}
+    plan.add(f"export/{target}", files(plan, target), CASES, **more)

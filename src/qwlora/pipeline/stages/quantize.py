@@ -1,0 +1,54 @@
+"""`quantize` freezes the base; `quantize/sample` is text that the float model writes for it."""
+
+from __future__ import annotations
+
+from qwlora.pipeline.stage import SAMPLE, SAMPLED, Planner, revisions
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe.implied import is_calibrated, needs_moments, sampled_sequences
+
+
+def add_sample(plan: Planner) -> None:
+    """Text of the float model, if the base is calibrated on some."""
+    recipe, parts = plan.recipe, plan.recipe.base.calibration
+    if counts := sampled_sequences(recipe):
+        sampled = {
+            str(n): {"sequences": count, "temperature": parts[n].temperature}
+            for n, count in counts.items()
+        }
+        tokens = {"sequence_tokens": recipe.data.sequence_tokens}
+        inputs = {**plan.model, "calibration": sampled, "data": tokens, "seed": recipe.seed}
+        from_ = "(sequences, from base.calibration_sequences or base.tuning.steps)"
+        labels = {f"calibration.{n}.sequences": f"base.calibration.{n} {from_}" for n in sampled}
+        plan.add(SAMPLE, inputs | revisions("sampled_text"), artifact=SAMPLED, labels=labels)
+
+
+def add(plan: Planner) -> None:
+    """The frozen base."""
+    recipe, base, model = plan.recipe, plan.recipe.base, plan.recipe.model
+    named = {base.solver, *(rule.solver for rule in base.rules)}
+    used = [name for name in SOLVERS if name in named]
+    without = {"tuning", "calibrate_on", "calibration", "rotation", *(SOLVERS.keys() - named)}
+    without |= set() if is_calibrated(recipe) else {"calibration_sequences"}
+    inputs = {**plan.model, "base": base.model_dump(mode="json", exclude=without)}
+    if is_calibrated(recipe) or base.tuning.steps:
+        inputs |= plan.calibration()
+    used += ["layer_statistics"] * is_calibrated(recipe)
+    if needs_moments(recipe):
+        inputs["second_moments"] = True
+        used.append("second_moments")
+    if base.has_budget:
+        inputs["schemes_to_choose_from"] = [*map(str, recipe.budget_schemes())]
+        used.append("bit_budget")
+    if base.tuning.steps:
+        inputs["base"] |= {"tuning": base.tuning.model_dump(mode="json")}
+        used.append("tune_scales")
+    if model.encodings is not None:
+        settings = model.model_dump(include={"keep_float", "block_order", "prefix"})
+        inputs["model"] |= {"encodings": plan.sources.file(model.encodings), **settings}
+    if recipe.data.chat_template is not None:  # exported too
+        inputs["chat_template"] = plan.sources.file(recipe.data.chat_template)
+    needs = [SAMPLE] * ("calibration" in inputs and SAMPLE in plan.stages)
+    labels = {"chat_template": "data.chat_template", "second_moments": "adapters[].init"}
+    labels["schemes_to_choose_from"] = "export.targets (schemes that base.bits chooses from)"
+    inputs |= revisions(*used)
+    plan.add("quantize", inputs, *needs, artifact="base", labels=labels)

@@ -37,7 +37,7 @@ from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results import TIMING, JobStatus, last_status, now, write_results
 from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stages import RUN, new_context
+from qwlora.pipeline.stages import new_context, run_stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
@@ -321,7 +321,7 @@ class _Run:
                 self.context.stage(name, stage.verb) as device_memory,
             ):
                 try:
-                    results = RUN[stage.verb](self.context, stage, scratch, work)
+                    results = run_stage(self.context, stage, scratch, work)
                 except VerificationError as error:
                     if stage.verb != "verify":
                         raise
@@ -357,5 +357,5 @@ def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:
             context.stage(name, stage.verb),
             warnings.catch_warnings(action="ignore"),  # the first process gives them
         ):
-            RUN[stage.verb](context, stage, Path(unused), work)
+            run_stage(context, stage, Path(unused), work)
     return {}

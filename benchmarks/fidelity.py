@@ -58,8 +58,8 @@ from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.data import Documents, Text, load_documents
-from qwlora.data.document import split_documents
+from qwlora.data.document import Documents, Text, split_documents
+from qwlora.data.read_source import load_documents
 from qwlora.data.sequences import in_turn
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.encoding import measure

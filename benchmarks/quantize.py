@@ -31,7 +31,7 @@ BLOCKS, TOKENS = (0, 14, 29), 4096
 def capture(file: Path) -> None:
     """Weights and inputs of the layers, once for layers that share an input."""
     from measuring import SMOLLM2
-    from qwlora.data import load_documents
+    from qwlora.data.read_source import load_documents
     from qwlora.formats.model_source import load_model, load_tokenizer
     from sources import concatenated_ids
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qwlora.data import Document
+from qwlora.data.document import Document
 from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 

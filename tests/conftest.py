@@ -206,7 +206,7 @@ def write_recipe(folder: Path, model: Path, corpus: Path, /, **sections: Any) ->
         "model": {"source": str(model)},
         "data": {"source": str(corpus), **data},
         "adapters": [first],
-        "verify": {"sequences": 2, "layer_tokens": 16},
+        "verify": {"sequences": 2},
         **sections,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))

@@ -248,7 +248,7 @@ def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
             ],
         },
         "export": {"targets": ["onnx"]},
-        "verify": {"sequences": 1, "layer_tokens": 8},
+        "verify": {"sequences": 1},
     }
 
 

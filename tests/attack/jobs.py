@@ -86,7 +86,7 @@ def write_recipe(path: Path, model: Path, corpus: Path, **sections: Any) -> Path
         "model": {"source": str(model)},
         "data": {"source": str(corpus), **data},
         "adapters": [{"name": "first", "rank": 4, "steps": 2, "warmup_steps": 0}],
-        "verify": {"sequences": 2, "layer_tokens": 16},
+        "verify": {"sequences": 2},
         **sections,
     }
     path.write_text(yaml.safe_dump(content))

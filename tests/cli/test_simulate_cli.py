@@ -18,6 +18,7 @@ from qwlora.pipeline.run import run
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.recipe.grid_sections import SimulationRule
+from qwlora.system.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
@@ -194,8 +195,9 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
     weights, record = "adapter_model.safetensors", "qwlora.json"
     flip_bit(out / "adapters" / "first" / weights)  # as another machine trains it
     reseal(out / "adapters" / "first", record)
-    for name in (weights, record):
-        Store(out).recommit("adapters/first", name)
+    store, seen = Store(out), Seen()
+    changed = {name: seen.content(out / "adapters" / "first" / name) for name in (weights, record)}
+    store.change("adapters/first", files=store.records["adapters/first"].files | changed)
     reason = r"train/first is another one than it was made from\nRun first: qwlora calibrate"
     with pytest.raises(DirectoryError, match=reason):
         explain_placement(*open_job(out))

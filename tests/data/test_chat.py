@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
-from qwlora.data import Completion, Conversation
+from qwlora.data.document import Completion, Conversation
 from qwlora.data.tokenization import Tokens, encode_conversation, encode_documents
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_tokenizer

@@ -8,9 +8,8 @@ import pytest
 from tokenizers import processors
 
 from conftest import byte_tokenizer
-from qwlora.data import Completion, load_documents, locate_documents
-from qwlora.data.document import Text
-from qwlora.data.read_source import Reading, read_documents
+from qwlora.data.document import Completion, Text
+from qwlora.data.read_source import Reading, load_documents, locate_documents, read_documents
 from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 from qwlora.errors import SourceError

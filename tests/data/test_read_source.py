@@ -17,16 +17,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from qwlora.data import (
-    Completion,
-    Conversation,
-    Document,
-    Reading,
-    Text,
-    load_documents,
-    locate_documents,
-)
-from qwlora.data.read_source import read_documents
+from qwlora.data.document import Completion, Conversation, Document, Text
+from qwlora.data.read_source import Reading, load_documents, locate_documents, read_documents
 from qwlora.errors import MissingExtraError, SourceError
 
 datasets.disable_progress_bars()

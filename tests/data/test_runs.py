@@ -14,8 +14,8 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.cli.main import app
-from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
-from qwlora.data.prepared_data import summary
+from qwlora.data.document import Completion, Conversation, Documents
+from qwlora.data.prepared_data import Cutting, prepare, summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
 from qwlora.pipeline.run import run

@@ -64,7 +64,6 @@ def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch
             "data.calibration_sequences=2",
             "base.calibration_sequences=4",
             "verify.sequences=2",
-            "verify.layer_tokens=16",
             "verify.perplexity_difference=0.05",
         ]
         for i in range(len(load_recipe(path).adapters)):

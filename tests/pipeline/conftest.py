@@ -15,7 +15,6 @@ from qwlora.pipeline import run as run_module
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import load_recipe
 from qwlora.system.seen import Seen
@@ -75,8 +74,7 @@ def pretend_run(store: Store, plan: Sequence[Stage]) -> None:
 @pytest.fixture
 def fake_job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(recipe_for(), tmp_path / "out")
-    for verb in RUN:
-        monkeypatch.setitem(RUN, verb, fake.stage)
+    monkeypatch.setattr(run_module, "run_stage", fake.stage)
     context = SimpleNamespace(all_texts=dict, stage=lambda name, verb: nullcontext({}))
     monkeypatch.setattr(run_module, "new_context", lambda *arguments: context)
     monkeypatch.setattr("qwlora.pipeline.preflight.preflight", lambda *arguments: None)

@@ -23,8 +23,7 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.pipeline.job_status import COST, JobStatus, described_error
-from qwlora.pipeline.results import read_job, rebuild_reports
+from qwlora.pipeline.results import COST, JobStatus, described_error, read_job, rebuild_reports
 from qwlora.pipeline.store import STAGE
 from qwlora.report.verdict import VerdictKind, verdict
 from qwlora.system.stop_signals import Stopped
@@ -224,7 +223,7 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
 
 def test_training_is_written_so_often_that_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("qwlora.pipeline.job_status.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("qwlora.pipeline.results.time.monotonic", lambda: clock[0])
     written: list[dict[str, Any]] = []
 
     def write(keys: dict[str, Any]) -> dict[str, Any]:

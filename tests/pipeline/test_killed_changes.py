@@ -167,7 +167,9 @@ def test_a_killed_change_is_finished_or_undone(
         next(others)(job)
         assert state(job) in ([after] if swapped else [before, after]), number
         assert not (job / TMP).exists()
-        assert not {name for name in OpenJob(job).stale if not name.endswith("/third")}, number
+        assert not {name for name in OpenJob(job).judge.stale if not name.endswith("/third")}, (
+            number
+        )
         shutil.rmtree(job)
         killed.rename(job)
         with contextlib.suppress(DirectoryError):  # it is done already

@@ -151,9 +151,9 @@ def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     changed = OpenJob(job)
     assert changed.recipe.export.use_cases == ["one", "one+second", "none"]
     stages = ("calibrate/_use_cases", "export/qairt")
-    assert "export.use_cases.0: first -> one" in changed.stale[stages[0]]
-    assert {*stages} <= changed.stale.keys()
-    assert "train/one" not in changed.stale
+    assert "export.use_cases.0: first -> one" in changed.judge.stale[stages[0]]
+    assert {*stages} <= changed.judge.stale.keys()
+    assert "train/one" not in changed.judge.stale
 
 
 def test_a_name_that_is_taken_is_refused(job: Path) -> None:

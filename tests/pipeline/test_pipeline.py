@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline import VERBS
+from qwlora.pipeline.stages import file_stages
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.prove import verify_bundle
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -56,7 +58,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[[
         first = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}
         sections = {"preset": "balanced", "adapters": [first]}
         sections["data"] = {"source": str(corpus), "sequence_tokens": 32}
-        sections["verify"] = {"sequences": 4, "layer_tokens": 16}
+        sections["verify"] = {"sequences": 4}
         recipe = write_recipe(folder, folder / "model", corpus, **sections)
         done = qwlora("run", recipe, "--out", folder / "out", "--json")
         assert done.returncode == 0, done.stderr
@@ -108,10 +110,13 @@ def test_json_is_the_only_output_of_the_command(llama: Path) -> None:
     assert printed == json.loads((llama / "results.json").read_text())
 
 
-def test_a_failed_proof_names_the_limit(llama: Path, tmp_path: Path) -> None:
+def test_a_failed_proof_names_the_limit(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = Path(shutil.copytree(llama, tmp_path / "out"))
-    limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
-    done = qwlora("run", out / "recipe.yaml", "--out", out, *limit)
+    limits = partial(Limits, layer_steps=1e-14, layer_mean_steps=1e-14)
+    monkeypatch.setattr(file_stages, "Limits", limits)
+    done = qwlora("verify", out)
     assert done.returncode == 1
     assert "limit: at most 1e-14 steps" in done.stderr
     results = json.loads((out / "results.json").read_text())

@@ -287,7 +287,7 @@ def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_p
     assert proofs(moved)["one"]["adapter"] == "one"
     assert proofs(moved).keys() == current_proofs(moved).keys() == {"one", "second"}
     assert not any(proof["problems"] for proof in verify_bundle(moved).values())
-    assert not OpenJob(copy).stale
+    assert not OpenJob(copy).judge.stale
     remove_adapter(copy, "second")
     assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
 

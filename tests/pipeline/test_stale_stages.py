@@ -18,7 +18,6 @@ from qwlora.pipeline import run as run_module
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import JobModels, ModelName, open_job
 from qwlora.pipeline.results import read_job
-from qwlora.pipeline.stages import RUN
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
 from qwlora.system.seen import Seen
@@ -331,7 +330,7 @@ def test_unfinished_work_is_of_one_key_and_goes_when_it_is_done(
         (work / "half").touch()
         return job.stage(context, stage, scratch, work)
 
-    monkeypatch.setitem(RUN, "quantize", stage)
+    monkeypatch.setattr("qwlora.pipeline.run.run_stage", stage)
     job.on_stage = stop
     for change in ("base.solver=rtn", "base.solver=sqnr", "base.solver=rtn"):
         with pytest.raises(KeyboardInterrupt):

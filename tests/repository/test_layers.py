@@ -33,7 +33,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Folders and files of the pipeline, lowest first.
 STEPS = (
     *("store", "sources", "stage", "stages", "plan", "job"),
-    *("results", "job_status", "preflight", "forecast", "run", "commands"),
+    *("results", "preflight", "forecast", "run", "commands"),
 )
 
 

@@ -19,7 +19,6 @@ import yaml
 from conftest import tiny_model
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages import RUN
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
@@ -90,8 +89,7 @@ def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.Monk
 
 def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs, job = ("quantize", "train"), job_for()
-    for verb in verbs:
-        monkeypatch.setitem(RUN, verb, lambda *_: {})
+    monkeypatch.setattr("qwlora.pipeline.run.run_stage", lambda *_: {})
 
     def said(*changes: str) -> list[str]:
         job.run(*verbs, changes=["base.tuning.steps=2", *changes], replace=["first"])

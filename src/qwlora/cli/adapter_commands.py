@@ -77,26 +77,18 @@ def check(
     Every adapter must be present, unmodified, finite, and trained on this base. Exit code 2 if a
     file was modified after it was saved, 1 for any other problem.
     """
-    from qwlora.adapter.adapter_files import (
-        CONFIG,
-        FILE,
-        find_adapters,
-        job_fingerprint,
-        problems,
-    )
+    from qwlora.adapter.adapter_files import CONFIG, FILE, find_adapters, job_fingerprint, problems
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job import OpenJob, command_line
 
     base, store, missing = job_fingerprint(folder), Store(folder), list[str]()
     if (folder / "recipe.yaml").is_file():
-        job = OpenJob(folder)
-        done = [stage for stage in job.plan if stage.place in job.store.records]
+        judge = OpenJob(folder).judge
+        done = [stage for stage in judge.plan if stage.place in judge.store.records]
         read = {need for stage in done for need in stage.needs.values()}
-        names = [
-            stage.adapter for stage in job.plan if stage.kind == "train" and stage.name in read
-        ]
-        missing = [n for n in names if n and not (folder / "adapters" / n / CONFIG).is_file()]
+        trained = [s.adapter for s in judge.plan if s.kind == "train" and s.name in read]
+        missing = [n for n in trained if n and not (folder / "adapters" / n / CONFIG).is_file()]
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "

@@ -53,10 +53,7 @@ def validate(file: File) -> None:
 @app.command()
 def convert(
     file: File,
-    version: Annotated[
-        str,
-        typer.Option("--to", metavar="VERSION", help="Version to write."),
-    ],
+    version: Annotated[str, typer.Option("--to", metavar="VERSION", help="Version to write.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="File to write. Default: standard output.")
     ] = None,

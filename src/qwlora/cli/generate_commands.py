@@ -28,22 +28,18 @@ if TYPE_CHECKING:
 
 
 Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Continue the text without the model's chat template."),
+    bool, typer.Option("--raw", help="Continue the text without the model's chat template.")
 ]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
-]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature",
         min=0.0,
         max=1e4,
         help="0: the likeliest token; above 0: sample; 1: the model's own distribution.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of the samples.")]
 Exact = Annotated[
     bool,
     typer.Option(

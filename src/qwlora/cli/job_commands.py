@@ -13,6 +13,7 @@ from qwlora.cli.shared_arguments import AsJson, Device, Job, Name, Yes
 from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 from qwlora.formats.model_source import is_hub_id
+from qwlora.system.atomic import total_bytes
 
 
 def report(
@@ -33,9 +34,7 @@ def push(
     repository: Annotated[
         str,
         typer.Option(
-            "--to",
-            metavar="OWNER/NAME",
-            help="The repository on the hub, created if needed.",
+            "--to", metavar="OWNER/NAME", help="The repository on the hub, created if needed."
         ),
     ],
     adapter: Annotated[
@@ -67,11 +66,9 @@ def push(
     from qwlora.report.model_cards import QUOTED
 
     with prepared(job, repository, adapter, license) as upload:
+        files = f"{len(upload.files)} files, {size(total_bytes(upload.files.values()))}"
         kind = "public" if public else "private"
-        print(
-            f"{upload.what}: {len(upload.files)} files, {size(upload.size_bytes)}, to {repository} "
-            f"({kind})"
-        )
+        print(f"{upload.what}: {files}, to {repository} ({kind})")
         for name in sorted(upload.files):
             print(f"  {name}")
         for name in upload.outdated:

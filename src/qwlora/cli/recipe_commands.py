@@ -117,8 +117,7 @@ def plan(
     recipe: RecipeFile,
     changes: Changes = None,
     out: Annotated[
-        Path,
-        typer.Option(help="Where the job would be written, for its free space."),
+        Path, typer.Option(help="Where the job would be written, for its free space.")
     ] = Path(),
     as_json: AsJson = False,
 ) -> None:

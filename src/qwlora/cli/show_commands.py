@@ -127,10 +127,7 @@ def simulate(
     job: Job,
     explain: Annotated[
         bool,
-        typer.Option(
-            "--explain",
-            help="List every value with its grid and the rule that decided.",
-        ),
+        typer.Option("--explain", help="List every value with its grid and the rule that decided."),
     ] = False,
     adapter: Annotated[str | None, typer.Option(help="An adapter. Default: the first.")] = None,
     changes: Changes = None,

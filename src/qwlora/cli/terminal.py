@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import groupby
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -271,10 +272,7 @@ def score_lines(tasks: dict[str, Any]) -> Iterator[str]:
 def _numbers(names: Iterable[str]) -> str:
     """The first number of each name, ranges shortened: 0-3,7."""
     numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    # in a run, a number and its index differ by the same
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)

@@ -8,17 +8,3 @@
 
 Importing this package imports neither torch nor transformers.
 """
-
-from __future__ import annotations
-
-from qwlora.data.document import Completion as Completion
-from qwlora.data.document import Conversation as Conversation
-from qwlora.data.document import Document as Document
-from qwlora.data.document import Documents as Documents
-from qwlora.data.document import Text as Text
-from qwlora.data.prepared_data import Cutting as Cutting
-from qwlora.data.prepared_data import PreparedText as PreparedText
-from qwlora.data.prepared_data import prepare as prepare
-from qwlora.data.read_source import Reading as Reading
-from qwlora.data.read_source import load_documents as load_documents
-from qwlora.data.read_source import locate_documents as locate_documents

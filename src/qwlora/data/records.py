@@ -30,12 +30,8 @@ FIELDS = (*(name for fields in KINDS.values() for name in fields), "input")
 """Fields whose columns a recipe may name."""
 _SHAREGPT_ROLES = {
     "human": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "bot": ASSISTANT,
-    "model": ASSISTANT,
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), ASSISTANT),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 # Stanford Alpaca's prompt, as in the column `text` of its dataset
 _ALPACA = """\

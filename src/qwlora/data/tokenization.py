@@ -115,11 +115,12 @@ def encode_documents(
             in_loss = [False] * len(start + prompt) + [True] * len(completion)
             encoded.append(Tokens(start + prompt + completion, in_loss, document=number))
         else:
-            apart = turns == "apart"
-            encoded += [
-                Tokens(*encode_conversation(c, tokenizer, last_only=apart), document=number)
-                for c in (split_turns(document) if apart else [document])
-            ]
+            apart, messages = turns == "apart", document.messages
+            ends = [i for i, m in enumerate(messages, 1) if m["role"] == ASSISTANT]
+            for stop in ends if apart else [len(messages)]:
+                turn = replace(document, messages=messages[:stop])
+                pair = encode_conversation(turn, tokenizer, last_only=apart)
+                encoded.append(Tokens(*pair, document=number))
     return encoded
 
 
@@ -153,8 +154,7 @@ def _prompt_and_completion(
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -240,13 +240,6 @@ def encode_conversation(
             "is nothing to train on"
         )
     return encoded["input_ids"], in_loss
-
-
-def split_turns(conversation: Conversation) -> list[Conversation]:
-    """One conversation for each message of the assistant, which ends it."""
-    messages = conversation.messages
-    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == ASSISTANT]
-    return [replace(conversation, messages=messages[:end]) for end in ends]
 
 
 def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -26,6 +26,7 @@ from qwlora.quantize.layer_rules import plan_layers
 from qwlora.recipe import Recipe
 from qwlora.recipe.implied import REFERENCE, is_calibrated, is_compared, needs_moments
 from qwlora.system.machine import memory_limit_bytes
+from qwlora.targets.proof.prove import LAYER_TOKENS
 from qwlora.targets.registry import TARGETS
 
 FLOAT = 4.0  # bytes
@@ -187,7 +188,7 @@ class Costs:
         stored = self.packed + self.kept / (2 if target.is_simulated else 1)  # 16-bit embeddings
         files = self.floats if target.writes_floats or graphs else stored
         if verb == "verify":
-            values = 8 * min(tokens, recipe.verify.layer_tokens) * self.products + 3 * logits
+            values = 8 * min(tokens, LAYER_TOKENS) * self.products + 3 * logits
             parts = {"files": files, "values": values if target.is_simulated else 3 * logits}
             parts = max(parts, self.float_model, key=lambda held: sum(held.values()))  # for a text
             return memory | parts, 0

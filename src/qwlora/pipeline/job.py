@@ -20,12 +20,13 @@ from qwlora.pipeline import VERBS
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources, filled
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.store import TMP, Record, Store, check_job
+from qwlora.pipeline.store import TMP, Store, check_job
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.recipe.section import of_a_job
 from qwlora.recipe.yaml_core import flow
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
+from qwlora.system.seen import Seen
 from qwlora.targets.proof.folder import PROOF_RECORD, current_proofs, renamed_proof
 from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.registry import TARGETS
@@ -216,19 +217,6 @@ class OpenJob:
         self.store.seen.save()
         return judge
 
-    @property
-    def plan(self) -> Sequence[Stage]:
-        return self.judge.plan
-
-    @property
-    def stale(self) -> dict[str, str]:
-        return self.judge.stale
-
-    def record(self, stage: str) -> Record | None:
-        """The record of a stage of the plan, whether or not it is current."""
-        place = next((s.place for s in self.plan if s.name == stage), "")
-        return self.store.records.get(place)
-
     def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
         """Check that a stage of the plan, and all that it needs, is current.
 
@@ -236,8 +224,8 @@ class OpenJob:
             what: needs the stage; default: its name.
             whatever_inputs: check only that they ran and that their files are as they were.
         """
-        needed = upstream(self.plan, stage)
-        stale = {s.name: self.stale[s.name] for s in needed if s.name in self.stale}
+        needed, stale = upstream(self.judge.plan, stage), self.judge.stale
+        stale = {s.name: stale[s.name] for s in needed if s.name in stale}
         if whatever_inputs:
             there = [s for s in needed if s.place in self.store.records]
             problems = {s.name: self.store.problem(s.place) for s in there}
@@ -281,7 +269,8 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
         if proof.is_file():  # a proof belongs to the name that is in it; a damaged one to none
             with contextlib.suppress(SourceError):
                 write_text(proof, renamed_proof(proof, str(by_place[new].adapter)))
-                store.recommit(old, PROOF_RECORD)
+                digest = Seen().content(proof) or ""
+                store.change(old, files=store.records[old].files | {PROOF_RECORD: digest})
     store.move(moves)
 
 
@@ -312,10 +301,7 @@ def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
 
 
 def check_needs(
-    judge: Judge,
-    waiting: Sequence[Stage],
-    verbs: Collection[str],
-    asked: Sequence[str],
+    judge: Judge, waiting: Sequence[Stage], verbs: Collection[str], asked: Sequence[str]
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
     error names all commands that must run first.
@@ -330,10 +316,7 @@ def check_needs(
 
 
 def missing_error(
-    what: str,
-    reasons: Mapping[str, str],
-    folder: Path,
-    asked: Sequence[str] = (),
+    what: str, reasons: Mapping[str, str], folder: Path, asked: Sequence[str] = ()
 ) -> DirectoryError:
     """An error that names the stages that `what` needs, why each is stale, and the commands.
 

@@ -3,19 +3,24 @@ report.html and the model cards.
 
 Nothing reads these files back: `read_job` collects the results from the stage.json files. What a
 run leaves for the next command besides these is in `.qwlora/status.json`.
+
+A run writes them when a stage begins or ends, when it ends, and while an adapter is trained: at
+most every 10 seconds, and so that writing takes less than 1% of the time (`JobStatus`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, QwloraWarning, SourceError
+from qwlora.errors import DirectoryError, QwloraError, QwloraWarning, SourceError, remedy_of
 from qwlora.formats.model_source import locate
 from qwlora.pipeline.job import Judge, OpenJob, command_line, upstream
 from qwlora.pipeline.stage import Stage
@@ -27,6 +32,7 @@ from qwlora.report.page import render
 from qwlora.report.results_view import REPORT, Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.system.machine import machine, peak_rss_bytes, versions
 from qwlora.system.output_path import as_directory_errors
 from qwlora.system.parameter_names import BASE
 from qwlora.system.seen import sealed, unsealed
@@ -34,6 +40,8 @@ from qwlora.system.seen import sealed, unsealed
 RESULTS_FORMAT = 1
 STATUS = "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
+LEAST_SECONDS = 10.0  # between two writes while training
+COST = 100  # times the duration of a write, which then takes 1% of the time
 
 
 def collect_results(judge: Judge, recipe: Recipe) -> dict[str, Any]:
@@ -169,14 +177,14 @@ def read_job(folder: Path) -> Job:
     results = collect_results(judge, job.recipe)
     merge_results(results, status)
     run = results.setdefault("run", {})
-    is_outdated = any(stage.place not in store.records for stage in job.plan) or bool(judge.changed)
+    is_outdated = bool(judge.changed) or any(s.place not in store.records for s in judge.plan)
     if run.setdefault("state", "finished") == "finished" and is_outdated:
         run["state"] = "incomplete"
     changed = dict[tuple[str, str], str]()  # why files are no longer those that were checked
-    for stage in job.plan:
+    for stage in judge.plan:
         if stage.verb == "verify" and stage.place in store.records:
             _, target, *adapter = stage.name.split("/")
-            there = [s for s in upstream(job.plan, stage.name) if s.place in store.records]
+            there = [s for s in upstream(judge.plan, stage.name) if s.place in store.records]
             reasons = filter(None, (store.problem(needed.place) for needed in there))
             if (reason := next(reasons, None)) is not None:
                 changed[target, adapter[0] if adapter else BASE] = reason
@@ -190,3 +198,106 @@ def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
         with as_directory_errors(path.parent):
             write_text(path, text)
     return [*pages]
+
+
+class JobStatus:
+    """The state of one run.
+
+    Args:
+        write: writes results.json and report.html with the given keys added.
+        before: the status of the last run, which stays if no stage runs.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, Any]], dict[str, Any]],
+        plan: Sequence[Stage],
+        command: str,
+        before: dict[str, Any],
+    ):
+        self._write, self._before = write, before
+        self._run: dict[str, Any] = {"command": command, "plan": [stage.name for stage in plan]}
+        self._extra: dict[str, Any] = {}  # other keys
+        self._training: Callable[[], dict[str, Any]] | None = None
+        self._began: float | None = None
+        self._written, self._took = 0.0, 0.0
+
+    def begin(self, stage: str) -> None:
+        """A stage begins; the report shows it as running."""
+        if self._began is None:
+            self._began, self._run["started"] = time.monotonic(), now()
+        self._run["stage"], self._training = stage, None
+        self.write("running")
+
+    def train(self, progress: Callable[[], dict[str, Any]]) -> None:
+        """A training step ended, or training diverged. `progress` gives the key `run.training`."""
+        self._training = progress
+        if time.monotonic() - self._written > max(LEAST_SECONDS, COST * self._took):
+            self.write("running")
+
+    def end(self, state: str, error: Exception | None = None, stage: str = "") -> dict[str, Any]:
+        """All stages ran, but the check in `stage` may have failed; the results."""
+        self._run["stage"], self._training = "", None
+        if error is not None:
+            self._extra = {"error": described_error(error, stage)}
+        return self.write(state)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Record an error or an interruption of the running stage before it is raised."""
+        try:
+            yield
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, Exception):
+                self._extra = {"error": described_error(error, self._run["stage"])}
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self.write("failed" if self._extra else "interrupted")
+            raise
+
+    def write(self, state: str) -> dict[str, Any]:
+        began = time.monotonic()
+        results = self._write(self._keys(state))
+        self._written = time.monotonic()
+        self._took = self._written - began
+        return results
+
+    def _keys(self, state: str) -> dict[str, Any]:
+        if self._began is None:  # nothing ran: what the last run recorded, with the state as it is
+            if state != "finished" and "run" in self._before:
+                return self._before
+            kept = {k: v for k, v in self._before.get("run", {}).items() if k != "training"}
+            return {"run": {**kept, "state": state, "stage": ""}}
+        run = {
+            **self._run,
+            "state": state,
+            "updated": now(),
+            "elapsed_seconds": time.monotonic() - self._began,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        if state != "running":
+            run["finished"] = now()
+        if self._training is not None:
+            run["training"] = self._training()
+        return {**self._extra, "run": run}
+
+
+def described_error(error: BaseException, stage: str) -> dict[str, Any]:
+    """The key `error` of results.json, without paths of the working and home folders."""
+    message = str(error) or type(error).__name__
+    for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
+        if len(folder) > 1:
+            message = message.replace(folder, short)
+    again = "Then run the same command. Finished stages are not repeated."
+    described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
+    described["remedy"] = [remedy_of(error), again]
+    if isinstance(error, QwloraError):
+        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
+        described["docs"] = f"docs/errors/{known.__name__}.md"
+    return described
+
+
+def now() -> str:
+    """The time of a record."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,6 @@
 """Run the stages of a recipe in order, skipping those that are current.
 
-`results.json` and `report.html` are rewritten when a stage begins and ends, and while an adapter is
-trained (`job_status.py`). They list only current results.
+`results.py` rewrites `results.json` and `report.html` meanwhile. They list only current results.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from dataclasses import replace as changed
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,12 +33,11 @@ from qwlora.pipeline.job import (
     settle,
     sources_of,
 )
-from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.results import TIMING, last_status, write_results
+from qwlora.pipeline.results import TIMING, JobStatus, last_status, now, write_results
 from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stages import RUN, new_context
+from qwlora.pipeline.stages import new_context, run_stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
@@ -96,8 +95,9 @@ def run(
     else:
         wanted = recipe
     check_outside_data(out, wanted)
+    computed = wanted if device is None else wanted.model_copy(update={"device": device})
     if not is_first_process():
-        return _join_stages(wanted, out, device)
+        return _join_stages(computed, out)
     is_kept = isinstance(recipe, Recipe) or before == wanted
     asked = [str(out)] if is_own or is_kept else [str(recipe), "--out", str(out)]
     asked += [] if is_kept else [part for change in changes for part in ("--set", change)]
@@ -114,7 +114,7 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, before, store, sources, track, say, device, asked)
+            job = _Run(wanted, computed, before, store, sources, track, say, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -147,25 +147,23 @@ def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
         )
 
 
+@dataclass
 class _Run:
     """One run, in the first process."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        before: Recipe | None,
-        store: Store,
-        sources: Sources,
-        track: Track,
-        say: Say,
-        device: str | None,
-        asked: Sequence[str],
-    ):
-        self.recipe, self.before, self.store, self.say = recipe, before, store, say
-        self.sources, self.track, self.device, self.asked = sources, track, device, asked
-        self.judge = Judge(make_plan(recipe, sources), store)
-        if needs_settling(self.judge) and store.is_writable:
-            settle(store, recipe, track)
+    recipe: Recipe
+    computed: Recipe  # the same, on the device of this run
+    before: Recipe | None
+    store: Store
+    sources: Sources
+    track: Track
+    say: Say
+    asked: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.judge = Judge(make_plan(self.recipe, self.sources), self.store)
+        if needs_settling(self.judge) and self.store.is_writable:
+            settle(self.store, self.recipe, self.track)
             self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it
@@ -188,7 +186,7 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 self.say(f"{stage.name}: skipped, nothing it depends on has changed")
-                self.store.drop_work(self.store.records[stage.place].key)  # left by a kill
+                rmtree(self.store.work(self.store.records[stage.place].key), True)  # left by a kill
                 continue
             if self._is_proven(stage):
                 continue
@@ -201,12 +199,12 @@ class _Run:
             for what, cost in base_costs(record.results):  # before its adapter is trained
                 self.say(f"{what}: {cost}")
         if not self.failures:
-            return status.end(self.judge.stale)
+            return status.end("incomplete" if self.judge.stale else "finished")
         name, failure = self.failures[0]
         if len(self.failures) > 1:
             messages = [str(error) for _, error in self.failures]
             failure = VerificationError(f"{len(messages)} checks failed", messages)
-        failure.results = status.fail(failure, name)
+        failure.results = status.end("failed", failure, name)
         raise failure
 
     def _check(self, verbs: Collection[str], replace: Collection[str]) -> list[Stage]:
@@ -271,7 +269,7 @@ class _Run:
 
     def _prepare(self, waiting: list[Stage], estimates: bool) -> None:
         """All checks of text and model, which need no writing, and an estimate."""
-        self.context = self._new_context()
+        self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         from qwlora.pipeline import forecast, preflight
 
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
@@ -286,12 +284,6 @@ class _Run:
         else:
             for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
                 self.say(line)
-
-    def _new_context(self) -> Any:
-        recipe = self.recipe
-        if self.device is not None:
-            recipe = recipe.model_copy(update={"device": self.device})
-        return new_context(recipe, self.sources, self.store.path, self.track)
 
     def _write_recipe(self) -> None:
         """Keep the recipe in the job, with the user's comments if there is one already."""
@@ -314,9 +306,9 @@ class _Run:
         self.say(f"{name} ...{'' if reason == 'has not run' else f' ({reason})'}")
         status.begin(name)
         if self.context is None:
-            self.context = self._new_context()
+            self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         self.context.on_training = status.train
-        began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
         gc.collect()
@@ -329,7 +321,7 @@ class _Run:
                 self.context.stage(name, stage.verb) as device_memory,
             ):
                 try:
-                    results = RUN[stage.verb](self.context, stage, scratch, work)
+                    results = run_stage(self.context, stage, scratch, work)
                 except VerificationError as error:
                     if stage.verb != "verify":
                         raise
@@ -348,15 +340,13 @@ class _Run:
                 failed=any(failed == name for failed, _ in self.failures),
             )
             record = store.commit(stage.place, record, scratch)
-            store.drop_work(record.key)
+            rmtree(work, ignore_errors=True)
         self.judge.again()
         return record
 
 
-def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any]:
+def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
-    if device is not None:
-        recipe = recipe.model_copy(update={"device": device})
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)
@@ -367,5 +357,5 @@ def _join_stages(recipe: Recipe, out: Path, device: str | None) -> dict[str, Any
             context.stage(name, stage.verb),
             warnings.catch_warnings(action="ignore"),  # the first process gives them
         ):
-            RUN[stage.verb](context, stage, Path(unused), work)
+            run_stage(context, stage, Path(unused), work)
     return {}

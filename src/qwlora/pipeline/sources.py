@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwlora.data import Documents, load_documents
+from qwlora.data.document import Documents
+from qwlora.data.read_source import load_documents
 from qwlora.errors import QwloraError
 from qwlora.formats.model_source import content_files, fetch, is_hub_id, source_path
 from qwlora.recipe import Data, Recipe
@@ -95,27 +96,25 @@ class Sources:
         Args:
             counts: how many sequences are used, by the key in the data section.
         """
-        kept = ("source", "packing", "prompt_format", "turns")
-        found: dict[str, Any] = dict.fromkeys(kept, Unread())
-        found["packing"] = data.packing or Unread()
-        template: Any = Unread() if data.chat_template else None
+        found: dict[str, Any] = dict.fromkeys(("source", "prompt_format", "turns"), Unread())
+        found |= {"packing": data.packing or Unread(), "sequence_tokens": data.sequence_tokens}
+        if data.chat_template:
+            found["chat_template"] = Unread()
         if self.reads:
             try:
                 documents, text = self.documents(data), data.read_template()
             except (QwloraError, OSError) as error:
                 if self.is_new:
                     raise
-                found |= {"source": Unread(error)}
+                found["source"] = Unread(error)
             else:
-                packing = data.cutting().packing_of(documents.kind)
-                pairs = data.prompt_format if documents.kind == "completions" else "none"
-                turns = data.turns if documents.kind == "conversations" else "together"
-                found |= {"source": documents.digest, "packing": packing}
-                found |= {"prompt_format": pairs, "turns": turns}
-                template = None if text is None else hashlib.sha256(text.encode()).hexdigest()
-        cut = {"sequence_tokens": data.sequence_tokens}
-        written = {"chat_template": template} if template is not None else {}
-        return {**found, **cut, **written, **counts}
+                kind = documents.kind
+                found |= {"source": documents.digest, "packing": data.cutting().packing_of(kind)}
+                found["prompt_format"] = data.prompt_format if kind == "completions" else "none"
+                found["turns"] = data.turns if kind == "conversations" else "together"
+                if text is not None:
+                    found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
+        return found | counts
 
     def files(self, paths: Iterable[Path]) -> dict[str, Any]:
         """Digest of each file by name."""

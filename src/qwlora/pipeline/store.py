@@ -283,17 +283,11 @@ class Store:
         self.damaged.discard(place)
         return record
 
-    def set_results(self, place: str, results: dict[str, Any]) -> None:
-        """Replace the results of a record."""
-        self.records[place] = record = replace(self.records[place], results=results)
+    def change(self, place: str, **fields: Any) -> None:
+        """Change fields of a record."""
+        self.records[place] = record = replace(self.records[place], **fields)
         with as_directory_errors(self.path):
             write_text(self._file(place), record.text())
-
-    def recommit(self, place: str, name: str) -> None:
-        """Record another content of a file of an artifact."""
-        record, digest = self.records[place], Seen().content(self.path / place / name)
-        self.records[place] = replace(record, files={**record.files, name: digest or ""})
-        write_text(self._file(place), self.records[place].text())
 
     @contextlib.contextmanager
     def removing(self, places: Collection[str]) -> Iterator[None]:
@@ -368,10 +362,6 @@ class Store:
         if card.parent.is_dir() and not is_users_card(card) and text_of(card) != text:
             write_text(card, text)
 
-    def drop_work(self, key: str) -> None:
-        """Delete the work folder of a key."""
-        shutil.rmtree(self.work(key), ignore_errors=True)
-
     def work(self, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""
         return self.private / "work" / key[:16]
@@ -388,11 +378,8 @@ def check_job(folder: Path) -> None:
 
 def _names_in(folder: Path) -> list[str]:
     """All files under `folder`, relative to it. Includes links, but does not follow them."""
-    paths = []
-    for root, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        paths += [os.path.relpath(os.path.join(root, name), folder) for name in (*files, *links)]
-    return sorted(paths)
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def _discard(path: Path) -> None:

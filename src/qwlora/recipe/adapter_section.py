@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from qwlora.data import Cutting, Reading, locate_documents
+from qwlora.data.prepared_data import Cutting
+from qwlora.data.read_source import Reading, locate_documents
 from qwlora.data.records import FIELDS, KINDS, OPTIONAL
 from qwlora.data.rows import read_text
 from qwlora.errors import SourceError
@@ -99,8 +100,7 @@ class Data(Section):
 
     def cutting(self) -> Cutting:
         """How documents become sequences."""
-        keys = [field.name for field in fields(Cutting)]
-        return Cutting(**{key: getattr(self, key) for key in keys})
+        return Cutting(**{field.name: getattr(self, field.name) for field in fields(Cutting)})
 
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qwlora.data import locate_documents
+from qwlora.data.read_source import locate_documents
 from qwlora.formats.model_source import locate
 from qwlora.grid.scheme import EstimatorName, RangeEstimator, Scheme, parse_scheme, short_name
 from qwlora.quantize.solvers import SOLVERS, SolverName
@@ -20,13 +20,13 @@ from qwlora.targets.refusals import Weight
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import LayerRule
 
-JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
-_ADAPTER_WEIGHTS = r"^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$"
-Bitwidth = Annotated[int, Field(ge=2, le=16)]
-if TYPE_CHECKING:
     BaseSolver = str
 else:
     BaseSolver = Literal[(*SOLVERS, "keep")]
+
+JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
+_ADAPTER_WEIGHTS = r"^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$"
+Bitwidth = Annotated[int, Field(ge=2, le=16)]
 ShortName = Annotated[  # of a scheme; w04-block032 becomes w4-block32
     str, AfterValidator(lambda name: short_name(parse_scheme(name))), Field(pattern="^w[2-8]-")
 ]
@@ -281,23 +281,16 @@ class SimulationSection(Section):
     activation; adapter_only: lora_A, lora_B and their outputs before the base layer's is added;
     none: one set for all adapters, padded to one rank on the same layers"""
 
-    def estimator(self) -> RangeEstimator:
-        """How activation ranges are chosen."""
-        return RangeEstimator(self.observer, self.percentile)
-
-    def placement_rules(self) -> list[PlacementRule]:
-        """The rules in the form that `simulate` takes."""
-        return [rule.placement_rule(self.estimator()) for rule in self.rules]
-
     def schemes(self) -> Schemes:
         """The section as `simulate` takes it; rules may be without effect in a graph."""
+        observer = RangeEstimator(self.observer, self.percentile)
         return Schemes(
             activations=Scheme(self.activation_bitwidth, self.activation_symmetric),
             adapter_weights=parse_scheme(self.adapter_weights),
             quantize_residual_adds=self.residual_adds == "quantize",
             policy=self.policy,
-            rules=tuple(self.placement_rules()),
-            observer=self.estimator(),
+            rules=tuple(rule.placement_rule(observer) for rule in self.rules),
+            observer=observer,
             symmetric_matmul_second_input=self.symmetric_matmul_second_input,
             key_value_bitwidth=self.key_value_bitwidth,
             adapter_activation_bitwidth=self.adapter_activation_bitwidth,

@@ -99,15 +99,9 @@ class Verify(Section):
 
     sequences: Count = 8
     """held-out sequences to run through every exported file, at most"""
-    layer_tokens: Annotated[int, Field(ge=2)] = 128
-    """tokens for the layer-by-layer comparison"""
     perplexity_difference: Annotated[float, Field(gt=0, le=1)] = 0.003
     """largest allowed relative difference from the simulation's perplexity, on top of what rounding
     alone explains in 95 % of samples of this size"""
-    layer_steps: Annotated[float, Field(gt=0)] = 2.0
-    """largest allowed difference of a layer output, in quantization steps"""
-    layer_mean_steps: Annotated[float, Field(gt=0)] = 0.05
-    """largest allowed mean difference of a layer output, in quantization steps"""
 
 
 class Recipe(Section):
@@ -226,10 +220,8 @@ class Recipe(Section):
                 f"adapters {', '.join(needy)}: objective recovery and init svd or qera need the "
                 "float model, which base.solver: keep does not have; use objective text, init zero"
             )
-        if self.base.rotation is not None:
-            yield from self._rotation_problems()
-
-    def _rotation_problems(self) -> Iterator[str]:
+        if self.base.rotation is None:
+            return
         if self.base.solver == "keep":
             yield "base.rotation changes float weights, and solver keep has none; remove one"
         names = [a.name for a in self.adapters]
@@ -387,15 +379,12 @@ class Recipe(Section):
 
     def budget_schemes(self) -> list[Scheme]:
         """The schemes that `base.bits` chooses from: those that all targets hold."""
-        solver, targets = self.base.solver, [TARGETS[name] for name in self.export.targets]
-        return [
-            scheme
-            for scheme in similar_schemes(self.base.scheme)
-            if not any(
-                refusals(target, Subject(weights={"": Weight(scheme, solver)}))
-                for target in targets
-            )
-        ]
+
+        def is_held(scheme: Scheme) -> bool:
+            subject = Subject(weights={"": Weight(scheme, self.base.solver)})
+            return not any(refusals(TARGETS[name], subject) for name in self.export.targets)
+
+        return [*filter(is_held, similar_schemes(self.base.scheme))]
 
     def predecessor(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""

@@ -33,19 +33,11 @@ class Drawing:
         self._title, self._description = title, description
         self._parts: list[str] = []
         self._squares: dict[str, list[str]] = {}
-        self._labels: list[Point] = []
 
     def text(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
         """Text whose baseline begins, is centered or ends at (x, y)."""
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
         self._parts.append(f'<text {place} class="{kind}">{escape(text)}</text>')
-
-    def label(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
-        """Text that is moved down until it covers no earlier label."""
-        while any(abs(x - x0) < 140 and abs(y - y0) < 14 for x0, y0 in self._labels):
-            y += 14
-        self._labels.append((x, y))
-        self.text(x, y, text, kind, anchor)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> None:
         """A straight line."""

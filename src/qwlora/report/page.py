@@ -49,26 +49,23 @@ def render(job: Job) -> str:
     shown.sort(key=lambda s: first.index(s["id"]) if s["id"] in first else len(first))
     of_each = [s for s in sections() if s.of_adapter and not alone]
     folds = {name: _views(job, name, of_each, f"-{n}") for n, name in enumerate(names, 1)}
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            job=job,
-            title=f"{job.title} · {judged.kind.label}",
-            subtitle=f"{job.model}{bits}, {adapters}",
-            verdict=judged,
-            tiles=tiles(job),
-            remedies=remedies(job),
-            remedy_command=without_folders(job.command),
-            message=without_folders(str(job.get("error", "message") or "")),
-            error_page=str(job.get("error", "docs") or ""),
-            second_rounding=without_folders(str(job.get("base", "second_rounding") or "")),
-            sections=shown,
-            folds={name: fold for name, fold in folds.items() if fold},
-            refresh=REFRESH_SECONDS if is_running else None,
-            updated=job.get("run", "updated") if is_running else None,
-            patience=_patience(job),
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        job=job,
+        title=f"{job.title} · {judged.kind.label}",
+        subtitle=f"{job.model}{bits}, {adapters}",
+        verdict=judged,
+        tiles=tiles(job),
+        remedies=remedies(job),
+        remedy_command=without_folders(job.command),
+        message=without_folders(str(job.get("error", "message") or "")),
+        error_page=str(job.get("error", "docs") or ""),
+        second_rounding=without_folders(str(job.get("base", "second_rounding") or "")),
+        sections=shown,
+        folds={name: fold for name, fold in folds.items() if fold},
+        refresh=REFRESH_SECONDS if is_running else None,
+        updated=job.get("run", "updated") if is_running else None,
+        patience=_patience(job),
     )
 
 

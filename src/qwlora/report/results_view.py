@@ -13,7 +13,6 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from qwlora.report.number_format import Format, finite, tagged
-from qwlora.targets.proof.checks import Check
 from qwlora.targets.registry import TARGETS
 
 REPORT = "report.html"
@@ -68,8 +67,7 @@ class Job:
 
     def section(self, *path: str) -> dict[str, Any]:
         """A dict of the results; empty if there is none."""
-        section = self.get(*path)
-        return section if isinstance(section, dict) else {}
+        return self.get(*path) or {}
 
     @property
     def title(self) -> str:
@@ -78,8 +76,7 @@ class Job:
 
     def adapter_settings(self) -> dict[str, dict[str, Any]]:
         """The recipe's settings of each adapter, by name."""
-        adapters = self.setting("adapters")
-        return {str(a["name"]): a for a in adapters} if isinstance(adapters, list) else {}
+        return {str(a["name"]): a for a in self.setting("adapters") or ()}
 
     @property
     def adapters(self) -> list[str]:
@@ -89,14 +86,12 @@ class Job:
     @property
     def targets(self) -> list[str]:
         """Export targets of the recipe, or those that were checked."""
-        targets = self.setting("export", "targets")
-        return [str(t) for t in (targets if isinstance(targets, list) else self.section("parity"))]
+        return self.setting("export", "targets") or [*self.section("parity")]
 
     @property
     def state(self) -> str:
         """`running`, `finished`, `failed`, `interrupted` or `incomplete`."""
-        state = self.get("run", "state")
-        return state if isinstance(state, str) else "incomplete"
+        return self.get("run", "state") or "incomplete"
 
     @property
     def model(self) -> str:
@@ -123,8 +118,7 @@ class Job:
 
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""
-        text = self.get("train", adapter or "", "text")
-        return text if isinstance(text, str) else None
+        return self.get("train", adapter or "", "text")
 
     def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> tuple[str, ...]:
         """Where the results hold a measurement of a model on the text of `adapter`.
@@ -172,16 +166,6 @@ class Job:
         asked = self.adapters if asked is None else [str(case) for case in asked]
         return list(dict.fromkeys([*asked, *self.section("parity", target)]))
 
-    def alone(self, target: str) -> list[str]:
-        """The adapters among `cases`; the others are the base and several adapters together."""
-        return [case for case in self.cases(target) if case in self.adapters]
-
-    def proof_rows(self, target: str, adapter: str) -> list[Check]:
-        """The checks that the proof of an adapter's files recorded."""
-        rows = self.get("parity", target, adapter, "checks")
-        rows = rows if isinstance(rows, list) else []
-        return [Check.from_json(row) for row in rows if isinstance(row, Mapping)]
-
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""
         is_trained = self.get("parity", target, adapter, "of") == "trained"
@@ -210,8 +194,7 @@ class Job:
     @property
     def planned_stages(self) -> list[str]:
         """Names of all stages of the job, in order; empty if they were not recorded."""
-        plan = self.get("run", "plan")
-        return [str(stage) for stage in plan] if isinstance(plan, list) else []
+        return self.get("run", "plan") or []
 
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
@@ -238,8 +221,7 @@ class Job:
     @property
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
-        command = self.get("run", "command")
-        return command if isinstance(command, str) else f"qwlora run {self.name}"
+        return self.get("run", "command") or f"qwlora run {self.name}"
 
     def verb_command(self, verb: str) -> Markup:
         """The command that runs one stage of this job."""

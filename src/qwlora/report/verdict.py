@@ -17,7 +17,7 @@ The sentence is the strongest fact for, ", but ", the strongest fact against.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -27,6 +27,7 @@ from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
 from qwlora.report.results_view import Job, capitalized, code, runtime, without_folders
 from qwlora.system.parameter_names import BASE
+from qwlora.targets.proof.checks import Check
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
@@ -127,7 +128,10 @@ def proof_evidence(job: Job, target: str, case: str) -> list[Evidence]:
         what = f"{where}Files of {case} changed after the check: {reason}"
         return [Evidence(Outcome.MISSING, what)]
     evidence = []
-    for number, row in enumerate(job.proof_rows(target, case)):
+    recorded = job.get("parity", target, case, "checks")
+    recorded = recorded if isinstance(recorded, list) else ()
+    rows = [Check.from_json(row) for row in recorded if isinstance(row, Mapping)]
+    for number, row in enumerate(rows):
         what, value = f"{where}{capitalized(row.what)}", row.shown_value
         if (exact := form.finite(row.value)) is not None:
             value = tagged(value, exact, ("parity", target, case, "checks", number, "value"))
@@ -166,7 +170,8 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
 def _of_target(job: Job, target: str) -> Iterator[Evidence]:
     """All checks for a single adapter. For several, one line for their proofs. For the base and
     for several adapters together, one line each. Every check that failed has its own."""
-    proofs = {name: proof_evidence(job, target, name) for name in job.alone(target)}
+    alone = [case for case in job.cases(target) if case in job.adapters]
+    proofs = {name: proof_evidence(job, target, name) for name in alone}
     outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
     if len(proofs) == 1:
         (evidence,) = proofs.values()
@@ -347,11 +352,10 @@ def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
     stage, training = job.get("run", "stage"), job.section("run", "training")
     step, steps, plan = training.get("step"), training.get("steps"), job.planned_stages
     done = f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""
-    below: str | Markup
-    below, progress = (
-        "This page updates itself after every stage and while an adapter is trained.",
-        None,
+    below: str | Markup = (
+        "This page updates itself after every stage and while an adapter is trained."
     )
+    progress = None
     if job.state != "running":
         sentence = "The job is not complete"
         if job.state == "interrupted":
@@ -372,5 +376,4 @@ def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
 
 def remedies(job: Job) -> list[str]:
     """What to do about a failed job, most likely first, as the error recorded it."""
-    recorded = job.get("error", "remedy")
-    return [without_folders(str(line)) for line in recorded or [] if isinstance(recorded, list)]
+    return [without_folders(line) for line in job.get("error", "remedy") or ()]

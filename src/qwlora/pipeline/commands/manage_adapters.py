@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwlora.data import locate_documents
+from qwlora.data.read_source import locate_documents
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.pipeline.job import (
     adapter_named,
@@ -162,7 +162,9 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
             calibrated on its text.
     """
     with _editing(folder) as (store, recipe):
-        places = _places(store, name)
+        paths = (p for pattern in _FOLDERS for p in folder.glob(pattern.format(name)))
+        there = {str(path.relative_to(folder)) for path in paths}
+        places = sorted(there & (store.records.keys() | store.damaged))
         for place in places:
             store.check_replaceable(place)
         if name not in {adapter.name for adapter in recipe.adapters}:
@@ -239,13 +241,6 @@ def _with_adapter(
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
-
-
-def _places(store: Store, name: str) -> list[str]:
-    """Artifacts and records of an adapter, whether or not it is in the recipe."""
-    paths = (p for pattern in _FOLDERS for p in store.path.glob(pattern.format(name)))
-    places = {str(path.relative_to(store.path)) for path in paths}
-    return sorted(places & (store.records.keys() | store.damaged))
 
 
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:

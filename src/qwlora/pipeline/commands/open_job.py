@@ -164,10 +164,17 @@ class JobModels(OpenJob):
         """
         self.check(name)
         if name.kind in ("simulated", *TARGETS):
-            return self._open_graph(name)
+            self.require(name.made_by)
         context = self.new_context()
         if name.kind == "float":
             return context.float_model()
+        if name.kind == "simulated":
+            return context.simulation(str(name.adapter)).as_model()
+        if name.kind in TARGETS:
+            from qwlora.targets.runtime_model import runtime_model
+
+            runtime = TARGETS[name.kind].open(self.folder / "export" / name.kind, name.adapter)
+            return runtime_model(runtime, context.skeleton())
         from qwlora.adapter.training_step import fuse_lora_
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
@@ -177,16 +184,6 @@ class JobModels(OpenJob):
             use_few_row_kernels_(model, head=model.get_output_embeddings())
             fuse_lora_(model)
         return cast("PreTrainedModel", model.eval())
-
-    def _open_graph(self, name: ModelName) -> PreTrainedModel:
-        self.require(name.made_by)
-        context = self.new_context()
-        if name.kind == "simulated":
-            return context.simulation(str(name.adapter)).as_model()
-        from qwlora.targets.runtime_model import runtime_model
-
-        runtime = TARGETS[name.kind].open(self.folder / "export" / name.kind, name.adapter)
-        return runtime_model(runtime, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template that the recipe sets for the adapter's text."""
@@ -287,14 +284,14 @@ def evaluate_tasks(
 def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> dict[str, Any]:
     """Add scores by task to the results of the stage that made the model, where those of other
     tasks stay, and rewrite results.json and report.html."""
-    store, place = job.store, next(s.place for s in job.plan if s.name == name.made_by)
+    store, place = job.store, next(s.place for s in job.judge.plan if s.name == name.made_by)
     with store.locked():
         results = copy.deepcopy(store.records[place].results)
         by_model = results.setdefault("tasks", {}).setdefault(name.kind, {})
         if name.adapter is not None:
             by_model = by_model.setdefault(name.adapter if name.is_use_case else NAME, {})
         by_model.update(scores)
-        store.set_results(place, results)
+        store.change(place, results=results)
         job.judge.again()
         return write_results(job.judge, job_recipe(job.folder), last_status(job.folder))
 

@@ -62,10 +62,6 @@ class Upload:
     notes: tuple[str, ...]
     outdated: tuple[str, ...] = ()
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files.values())
-
 
 @contextmanager
 def prepared(
@@ -86,13 +82,13 @@ def prepared(
     """
     check_plain(folder)
     opened = OpenJob(folder)
-    recipe, store, stale = opened.recipe, opened.store, opened.stale
-    job = job_of(folder, recipe, collect_results(opened.judge, recipe))
+    recipe, store, judge = opened.recipe, opened.store, opened.judge
+    job, stale = job_of(folder, recipe, collect_results(judge, recipe)), judge.stale
     what, stage = "the base", "quantize"
     if adapter is not None:
         adapter_named(recipe, adapter, folder)
         what, stage = f"adapter {adapter}", f"train/{adapter}"
-    needed = (s.name for s in upstream(opened.plan, stage))
+    needed = (s.name for s in upstream(judge.plan, stage))
     if reasons := [f"{name}: {stale[name]}" for name in needed if name in stale]:
         raise DirectoryError(
             f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "

@@ -1,11 +1,10 @@
 """The stages of a job: one module for each command adds them to a plan, and says what each reads,
-needs, writes and costs. They import no torch. `RUN` has what they run, which does;
-`job_context.py` has the models that stages share.
+needs, writes and costs. They import no torch. `model_stages.py` and `file_stages.py` have what they
+run, which does; `job_context.py` has the models that stages share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,34 +14,17 @@ from qwlora.system.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from qwlora.pipeline.sources import Sources
+    from qwlora.pipeline.stage import Stage
     from qwlora.pipeline.stages.job_context import JobContext
     from qwlora.recipe import Recipe
 
 
-def _later(name: str) -> Callable[..., dict[str, Any]]:
-    """A function of this package that needs torch, imported when it is called."""
-
-    def run(*arguments: Any) -> dict[str, Any]:
-        module, _, function = name.partition(":")
-        results: dict[str, Any] = getattr(import_module(f"{__name__}.{module}"), function)(
-            *arguments
-        )
-        return results
-
-    return run
-
-
-# By command: a function of context, stage, scratch and work. It writes the artifact to `scratch`
-# and returns the stage's part of results.json. Unfinished work is in the folder `work`.
-RUN = {
-    "quantize": _later("model_stages:quantize"),
-    "calibrate-base": _later("model_stages:calibrate_base"),
-    "train": _later("model_stages:train"),
-    "calibrate": _later("model_stages:calibrate"),
-    "export": _later("file_stages:export"),
-    "verify": _later("file_stages:verify"),
-    "evaluate": _later("model_stages:evaluate"),
-}
+def run_stage(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Run the function of the stage's verb, in a module that imports torch. It writes the artifact
+    to `scratch` and returns its part of results.json. Unfinished work is in the folder `work`."""
+    module = "file_stages" if stage.verb in ("export", "verify") else "model_stages"
+    run = getattr(import_module(f"{__name__}.{module}"), stage.verb.replace("-", "_"))
+    return run(context, stage, scratch, work)
 
 
 def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> JobContext:

@@ -121,7 +121,7 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     _, name, *cases = stage.name.split("/")
     target, adapter = TARGETS[name], cases[0] if cases else BASE
     bundle, has_proof = context.path / "export" / name, target.has_proof and adapter != BASE
-    asked, ships = context.recipe.verify, context.recipe.export.proof
+    ships = context.recipe.export.proof
     invocation = list[int]()  # of an activated LoRA
     if has_proof and target.holds_invocation:
         invocation = read_config(context.path / "adapters" / adapter).get(INVOCATION) or []
@@ -129,7 +129,7 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if has_proof and ships == "generated":  # before other models are in memory
         texts.append(_generated(context, invocation, texts[0].input_ids.shape[1]))
     model, expected = _expected(context, target, adapter, texts)
-    limits = Limits(**asked.model_dump(exclude={"sequences", "layer_tokens"}))
+    limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
     missing = target.missing() if has_proof else None
     measured: dict[str, Any] = {"not_run": missing}
     if missing is None:
@@ -170,10 +170,9 @@ def _expected(
     context: JobContext, target: Target, adapter: str, texts: list[Sequences]
 ) -> tuple[Any, Expected]:
     """The model that the files were made of, and what they should compute for each text."""
-    tokens = context.recipe.verify.layer_tokens
     if not target.is_simulated:
         model = context.adapted(adapter)
-        return model, expected_of(target, model, texts, layer_tokens=tokens)
+        return model, expected_of(target, model, texts)
     if target.has_cases:
         simulation: Any = context.use_cases[adapter]
     elif adapter == BASE:
@@ -182,5 +181,5 @@ def _expected(
         simulation = context.simulation(adapter)
     # released as soon as another simulation is captured
     base = context.zero_adapter() if target.has_base and adapter != BASE else None
-    expected = expected_of(target, simulation, texts, context.schemes, base, tokens)
+    expected = expected_of(target, simulation, texts, context.schemes, base)
     return None if adapter == BASE else simulation.origin.model, expected

@@ -34,7 +34,7 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
 from qwlora.analysis.generate_text import sample_sequences
-from qwlora.data import PreparedText, prepare
+from qwlora.data.prepared_data import PreparedText, prepare
 from qwlora.data.sequences import in_turn, one_row
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import read_record
@@ -103,20 +103,16 @@ class JobContext:
         self.why_loaded_whole: str | None = None
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
-    @cached_property
-    def _job_device(self) -> torch.device:
-        return pick_device(self.recipe.device)
-
     @property
     def device(self) -> torch.device:
         """Where models are loaded; see `stage`."""
-        return self._stage_device or self._job_device
+        return self._stage_device or pick_device(self.recipe.device)
 
     @contextmanager
     def stage(self, name: str, verb: str) -> Iterator[dict[str, Any]]:
         """Load models on the job's device; but on the CPU for files and their runtimes, and for
         solvers and observers where that device lacks float64. Yields what `memory_of` measures."""
-        device = CPU if verb in ("export", "verify") else self._job_device
+        device = CPU if verb in ("export", "verify") else pick_device(self.recipe.device)
         if verb not in ("train", "evaluate"):
             device = exact_device(device)
         if device != self._stage_device:  # a simulation's graph has the device of its model
@@ -428,14 +424,14 @@ class JobContext:
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation of an adapter, captured again if it is not in memory."""
-        if self._simulation is None or self._simulation[0] != name:
-            folder = self.path / "simulation" / name
-            model = _as_trained(self._loaded(folder / ADAPTER).eval())
-            simulation = self.new_simulation(name, model)
-            shares_weights = self.recipe.simulation.base_activations == "none"
-            simulation.restore_from(folder, shares_weights)
-        assert self._simulation is not None
-        return self._simulation[1]
+        if self._simulation is not None and self._simulation[0] == name:
+            return self._simulation[1]
+        folder = self.path / "simulation" / name
+        model = _as_trained(self._loaded(folder / ADAPTER).eval())
+        simulation = self.new_simulation(name, model)
+        shares_weights = self.recipe.simulation.base_activations == "none"
+        simulation.restore_from(folder, shares_weights)
+        return simulation
 
     def new_zero_adapter(self) -> Simulation:
         """Capture a zero adapter on every layer that an adapter changes: what a runtime that can

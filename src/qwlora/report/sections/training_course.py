@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -109,26 +108,6 @@ def view(job: Job, adapter: str) -> View | None:
     }
 
 
-def loss_axes(
-    width: int, title: str, words: str, steps: float, values: Sequence[float]
-) -> tuple[Drawing, Scale, Scale]:
-    """A drawing with scales of steps and of losses that have room for all values."""
-    left, right, top, bottom = 38, width - 16, 22, 240
-    low, high = min(values), max(values)
-    margin = 0.06 * ((high - low) or abs(high) or 1)
-    x, y = Scale(0, steps, left, right), Scale(low - margin, high + margin, bottom, top)
-    drawing, marks = Drawing(width, 270, title, words), ticks(y.low, y.high, 5)
-    digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
-    for tick in marks:
-        drawing.line(left, y(tick), right, y(tick))
-        drawing.text(left - 6, y(tick) + 4, fixed(tick, digits), "ax", "end")
-    for tick in ticks(0, steps, 4 if is_narrow(width) else 6):
-        if tick == int(tick) and x(tick) < right - 40:
-            drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
-    drawing.text(right, bottom + 20, f"step {count(steps)}", "ax", "end")
-    return drawing, x, y
-
-
 def _draw(run: Course, width: int) -> Drawing:
     means, done = run.means, len(run.losses)
     values = [*run.losses, *(loss for _, loss in run.held_out)]
@@ -138,8 +117,20 @@ def _draw(run: Course, width: int) -> Drawing:
     words += f" over {count(done)} of {count(run.steps)} steps."
     for step, loss in run.held_out[:12]:
         words += f" Held-out loss at step {step}: {three_decimals(loss)}."
-    drawing, x, y = loss_axes(width, "Training and held-out loss", words, run.steps, values)
-    left, end = x(0), x(run.steps)
+    left, end, top, bottom = 38, width - 16, 22, 240
+    low, high = min(values), max(values)
+    margin = 0.06 * ((high - low) or abs(high) or 1)
+    x, y = Scale(0, run.steps, left, end), Scale(low - margin, high + margin, bottom, top)
+    drawing = Drawing(width, 270, "Training and held-out loss", words)
+    marks = ticks(y.low, y.high, 5)
+    digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
+    for tick in marks:
+        drawing.line(left, y(tick), end, y(tick))
+        drawing.text(left - 6, y(tick) + 4, fixed(tick, digits), "ax", "end")
+    for tick in ticks(0, run.steps, 4 if is_narrow(width) else 6):
+        if tick == int(tick) and x(tick) < end - 40:
+            drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
+    drawing.text(end, bottom + 20, f"step {count(run.steps)}", "ax", "end")
     if done < run.steps:
         title = f"Steps {done + 1} to {run.steps}: still to come"
         drawing.rect(x(done), y(y.high), end - x(done), y(y.low) - y(y.high), "hatch", title)

@@ -124,10 +124,11 @@ class Encoding:
     def __repr__(self) -> str:
         return f"Encoding({self.scheme}, scale {list(self.scale.shape)})"
 
-    def equals(self, other: Encoding) -> bool:
+    def equals(self, other: Encoding | None) -> bool:
         """Whether both are the same grid."""
         return (
-            self.scheme == other.scheme
+            other is not None
+            and self.scheme == other.scheme
             and torch.equal(self.scale, other.scale.to(self.scale.device))
             and torch.equal(self.low_end, other.low_end.to(self.low_end.device))
         )

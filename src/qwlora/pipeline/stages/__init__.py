@@ -24,7 +24,8 @@ def run_stage(context: JobContext, stage: Stage, scratch: Path, work: Path) -> d
     to `scratch` and returns its part of results.json. Unfinished work is in the folder `work`."""
     module = "file_stages" if stage.verb in ("export", "verify") else "model_stages"
     run = getattr(import_module(f"{__name__}.{module}"), stage.verb.replace("-", "_"))
-    return run(context, stage, scratch, work)
+    results: dict[str, Any] = run(context, stage, scratch, work)
+    return results
 
 
 def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> JobContext:

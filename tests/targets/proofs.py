@@ -1,7 +1,6 @@
 """Comparisons that several tests make."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qwlora.targets.proof.reference import (
     GRAPHS_NOISE,
     Logits,
     Reference,
+    Rounding,
     make_reference,
     reference_of_trained,
     simulated_logits,
@@ -39,7 +39,7 @@ def verify_weights(
     model: Any,
     adapter: Path,
     sequences: Sequences,
-    rounding: AbstractContextManager[None] | None = None,
+    rounding: Rounding | None = None,
 ) -> Parity:
     """A runtime against the trained model."""
     return measure(runtime, adapter, reference_of_trained(model, sequences, rounding))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences, as_sequences
 from qwlora.errors import VerificationError
-from qwlora.graph.graph_analysis import factor_nodes
+from qwlora.graph.graph_analysis import FACTOR, branch_nodes
 from qwlora.graph.nodes import operation
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
@@ -109,7 +109,7 @@ def measure_logits(
 
 def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Tensor]:
     """The simulation's logits with its scaling times alpha."""
-    branch = factor_nodes(simulation.program)
+    branch = branch_nodes(simulation.program, FACTOR)
     scalings = {
         node: node.args[1]
         for node in simulation.graph_module.graph.nodes

@@ -1,7 +1,6 @@
 """Comparisons that several tests make."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences, as_sequences
 from qwlora.errors import VerificationError
-from qwlora.graph.graph_analysis import factor_nodes
+from qwlora.graph.graph_analysis import FACTOR, branch_nodes
 from qwlora.graph.nodes import operation
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
@@ -21,6 +20,7 @@ from qwlora.targets.proof.reference import (
     GRAPHS_NOISE,
     Logits,
     Reference,
+    Rounding,
     make_reference,
     reference_of_trained,
     simulated_logits,
@@ -39,7 +39,7 @@ def verify_weights(
     model: Any,
     adapter: Path,
     sequences: Sequences,
-    rounding: AbstractContextManager[None] | None = None,
+    rounding: Rounding | None = None,
 ) -> Parity:
     """A runtime against the trained model."""
     return measure(runtime, adapter, reference_of_trained(model, sequences, rounding))
@@ -109,7 +109,7 @@ def measure_logits(
 
 def with_strength(simulation: Simulation, alpha: float) -> Callable[[Tensor], Tensor]:
     """The simulation's logits with its scaling times alpha."""
-    branch = factor_nodes(simulation.program)
+    branch = branch_nodes(simulation.program, FACTOR)
     scalings = {
         node: node.args[1]
         for node in simulation.graph_module.graph.nodes

@@ -83,9 +83,8 @@ def check_token_ids(
 
 def vocabulary_size(model: nn.Module) -> int:
     """Number of rows of the input embedding; 0 if the model has none."""
-    get: Any = getattr(model, "get_input_embeddings", None)
     try:
-        embeddings = get() if get is not None else None
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # a model that reads no tokens
         return 0
     return int(

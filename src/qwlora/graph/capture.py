@@ -373,8 +373,7 @@ def cache_argument(model: nn.Module) -> str:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a PEFT model."""
-    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    return inner
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def _parameters(model: nn.Module) -> set[str]:

@@ -51,11 +51,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import EMBEDS, IDS, MASK, POSITIONS
-from qwlora.graph.graph_analysis import computed_from, factor_nodes
+from qwlora.graph.graph_analysis import FACTOR, branch_nodes, computed_from
 from qwlora.graph.nodes import (
     ancestors,
     base_name,
     calls,
+    is_float,
     moved_from,
     operation,
     operator_of,
@@ -112,21 +113,15 @@ def lift_host_inputs(
     host = _host(program, graph, names, constants | decided, floor)
     device, device_inputs = _device(program, graph, names, decided, inputs, deciding_inputs)
     for node in calls(device):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
+        if is_float(node) is False:
+            kind = str(node.meta["val"].dtype).removeprefix("torch.")
             raise _no_float(node, f"computes {kind} values from tokens, weights or the cache")
-    outputs = tuple(names.values())
     lifted_shapes = {name: tuple(map(int, n.meta["val"].shape)) for n, name in names.items()}
-    shapes = {**interface.shapes, **lifted_shapes}
     taken = [inputs[name] for name in host.graph_signature.user_inputs]
     host_shapes = {host_input(name): interface.shapes[name] for name in taken}
-    host_interface = Interface(
-        tuple(host_shapes),
-        outputs,
-        outputs[0] if outputs else "",
-        host_shapes | {name: shapes[name] for name in outputs},
-    )
+    primary, all_shapes = next(iter(lifted_shapes), ""), host_shapes | lifted_shapes
+    host_interface = Interface(tuple(host_shapes), tuple(lifted_shapes), primary, all_shapes)
+    shapes = {**interface.shapes, **lifted_shapes}
     shapes = {name: shapes[name] for name in (*device_inputs, *interface.outputs)}
     device_interface = replace(interface, inputs=device_inputs, shapes=shapes)
     return device, device_interface, QuantizedGraph(host, host_interface, (), {})
@@ -145,10 +140,8 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
 
 def _is_index(node: Node, interface: Interface) -> bool:
     """Whether a constant of a graph without a cache is integers, but no packed weight."""
-    value = node.meta.get("val")
-    is_integer = isinstance(value, Tensor) and not value.is_floating_point()
     is_packed = any(operation(user) == "dequantize" for user in node.users)
-    return is_integer and not is_packed and not interface.cached
+    return is_float(node) is False and not is_packed and not interface.cached
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
@@ -243,8 +236,11 @@ def _device(
         node.replace_all_uses_with(given, delete_user_cb=lambda user: user.name not in decided)
         called[given] = name
     for node in list(graph.nodes):
-        if _is_view_of_ids(node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        source = moved_from(node)
+        if source is None or is_float(node) is not False or is_float(source) is None:
+            continue
+        if node.meta["val"].shape == source.meta["val"].shape:  # a view of ids
+            node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
     for node in list(called):
         if called[node] in deciding_inputs and node.name in inputs:
@@ -259,18 +255,6 @@ def _device(
         if node is not last:
             last.append(node)
     return with_graph(program, graph), tuple(called[node] for node in given_order)
-
-
-def _is_view_of_ids(node: Node) -> bool:
-    """Whether a node gives integers their own shape."""
-    value, source = node.meta.get("val"), moved_from(node)
-    return (
-        source is not None
-        and isinstance(value, Tensor)
-        and not value.is_floating_point()
-        and isinstance(before := source.meta["val"], Tensor)
-        and value.shape == before.shape
-    )
 
 
 def _int32(value: Tensor) -> Tensor:
@@ -382,7 +366,7 @@ def scaling_of(program: ExportedProgram) -> float | None:
 
 def _scalings(program: ExportedProgram) -> dict[str, float]:
     """The number that each node of an adapter multiplies with, by the node's name."""
-    branch = factor_nodes(program)
+    branch = branch_nodes(program, FACTOR)
     return {
         node.name: float(node.args[1])
         for node in calls(program)

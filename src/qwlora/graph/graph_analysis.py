@@ -31,6 +31,7 @@ from qwlora.graph.nodes import (
     ancestors,
     calls,
     class_name,
+    is_float,
     module_path,
     module_stack,
     moved_from,
@@ -49,7 +50,7 @@ from qwlora.system.parameter_names import is_adapter_name
 # matrix product or a softmax; their inner values are not quantized.
 _ONE_OPERATION = re.compile(r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation")
 # parameters of an adapter; the first group is the adapted layer
-_FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
+FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
 _OF_ADAPTER = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
@@ -67,11 +68,7 @@ class GraphAnalysis:
             for key in module_stack(node)
         }
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        integers = {
-            n.name
-            for n in placeholders
-            if isinstance(value := n.meta.get("val"), Tensor) and not value.is_floating_point()
-        }
+        integers = {n.name for n in placeholders if is_float(n) is False}
         # embeddings are data, although they are looked up by integers
         integer_origins = computed_from(program, integers, frozenset({"embedding"}))
         fixed = stored_tensors(program)
@@ -80,13 +77,12 @@ class GraphAnalysis:
         self._of_adapter = self._constants - computed_from(program, fixed - adapter)
         self._adapted_weights = self._find_adapted_weights()
         multiplied, second = self._find_factors()
-        factors = factor_nodes(program)
+        factors = branch_nodes(program, FACTOR)
         self._names = {
             Trait.FLOAT64: {
                 n.name
                 for n in calls(program)
-                if isinstance(value := n.meta.get("val"), torch.Tensor)
-                and value.dtype == torch.float64
+                if is_float(n) and n.meta["val"].dtype == torch.float64
             },
             Trait.INTEGER_ORIGIN: integer_origins - _moved_versions(program, multiplied),
             Trait.MASKED: _masked(program, integer_origins) - integer_origins,
@@ -126,7 +122,7 @@ class GraphAnalysis:
         weight, such as W + BA."""
         found: set[str] = set()
         for node in reversed(calls(self.program)):
-            factors = [made for factor in _factors(node) if _is_float(made := origin(factor))]
+            factors = [made for factor in _factors(node) if is_float(made := origin(factor))]
             if any(factor.name not in self._constants for factor in factors):
                 found.update(factor.name for factor in factors if factor.name in self._of_adapter)
             if node.name in self._of_adapter and any(user.name in found for user in node.users):
@@ -141,7 +137,7 @@ class GraphAnalysis:
             activations = [
                 (i, made.name)
                 for i, factor in enumerate(_factors(node))
-                if factor.name not in self._constants and _is_float(made := origin(factor))
+                if factor.name not in self._constants and is_float(made := origin(factor))
                 if made.name not in self._adapted_weights
             ]
             multiplied.update(name for _, name in activations)
@@ -175,24 +171,15 @@ class GraphAnalysis:
         return found
 
 
-def branch_nodes(program: ExportedProgram) -> set[str]:
-    """Names of the nodes that compute values of the active adapter."""
-    return _adapter_nodes(program, _OF_ADAPTER)
-
-
-def factor_nodes(program: ExportedProgram) -> set[str]:
-    """`branch_nodes` without those of `modules_to_save`."""
-    return _adapter_nodes(program, _FACTOR)
-
-
 def lora_branch(program: ExportedProgram) -> set[str]:
     """Names of the nodes of the LoRA branches: lora_A(x), lora_B(lora_A(x)) and the scaling of it,
     but not the sum with the base layer's output."""
-    return factor_nodes(program) - {n.name for n in calls(program) if operation(n) == "add"}
+    return branch_nodes(program, FACTOR) - {n.name for n in calls(program) if operation(n) == "add"}
 
 
-def _adapter_nodes(program: ExportedProgram, pattern: re.Pattern[str]) -> set[str]:
-    """Names of the nodes of adapted layers, without their base layers."""
+def branch_nodes(program: ExportedProgram, pattern: re.Pattern[str] = _OF_ADAPTER) -> set[str]:
+    """Names of the nodes that compute values of the active adapter: those of adapted layers,
+    without their base layers; without `modules_to_save` if `pattern` is `FACTOR`."""
     used = used_placeholders(program)
     layers = {
         match[1]
@@ -260,9 +247,7 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
 
 
 def computed_from(
-    program: ExportedProgram,
-    placeholders: Collection[str],
-    stop_at: frozenset[str] = frozenset(),
+    program: ExportedProgram, placeholders: Collection[str], stop_at: frozenset[str] = frozenset()
 ) -> set[str]:
     """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes;
     results of the operators in `stop_at` do not count."""
@@ -296,11 +281,6 @@ def _is_second_factor(node: Node, user: Node, second: set[str]) -> bool:
     # a cache is an input of the model, to which `user` appends
     is_appended = operation(user) == "cat" and node.name != nodes_in(user.args[0])[0].name
     return user.name in second and (moved_from(user) is node or is_appended)
-
-
-def _is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_tensor(node: Node) -> bool:

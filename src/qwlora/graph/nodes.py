@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
@@ -92,6 +93,12 @@ def operation(node: Node) -> str:
 def calls(program: ExportedProgram) -> list[Node]:
     """The nodes that call an operator."""
     return [n for n in program.graph.nodes if n.op == "call_function"]
+
+
+def is_float(node: Node) -> bool | None:
+    """Whether the value of a node is a tensor of floats; None if it is no tensor."""
+    value = node.meta.get("val")
+    return value.is_floating_point() if isinstance(value, Tensor) else None
 
 
 def nodes_in(argument: Any) -> list[Node]:

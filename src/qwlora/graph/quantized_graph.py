@@ -28,6 +28,11 @@ from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.encoding import Encoding
 from qwlora.system.device import CPU, moved
 
+_PARTS = (
+    "graph graph_signature state_dict range_constraints module_call_graph example_inputs constants "
+    "verifiers"
+)
+
 
 class Kind(StrEnum):
     """The kind of a quantized value."""
@@ -216,15 +221,5 @@ def program_on_cpu(program: ExportedProgram) -> ExportedProgram:
 
 def rebuilt(program: ExportedProgram, **changes: Any) -> ExportedProgram:
     """`program` with other parts, such as `state_dict`: its parameters and buffers by name."""
-    parts = {
-        "root": program.graph_module,
-        "graph": program.graph,
-        "graph_signature": program.graph_signature,
-        "state_dict": program.state_dict,
-        "range_constraints": program.range_constraints,
-        "module_call_graph": program.module_call_graph,
-        "example_inputs": program.example_inputs,
-        "constants": program.constants,
-        "verifiers": program.verifiers,
-    }
-    return ExportedProgram(**{**parts, **changes})
+    parts = {name: getattr(program, name) for name in _PARTS.split()}
+    return ExportedProgram(**{"root": program.graph_module, **parts, **changes})

@@ -46,7 +46,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
     targets = plan.targets
     bundles = [name for name, target in targets.items() if target.has_base]
     with_cases = [name for name, target in targets.items() if target.has_cases]
-    switched = [name for name, target in targets.items() if target.needs_zero_adapter]
+    switched = [name for name, target in targets.items() if target.has_base and target.is_simulated]
     if sources.holds_floats:
         evaluate.add(plan, "float")
     quantize.add_sample(plan)

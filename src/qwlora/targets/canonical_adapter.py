@@ -195,12 +195,10 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 
 
-_NAME = "case{}"  # of a PEFT adapter: a use case's own name may hold a plus sign
-
-
 def peft_names(cases: Sequence[str]) -> dict[str, str]:
     """The name in `use_case_model`, and in its simulations, of each use case."""
-    return {c: BASE if c == NONE else _NAME.format(i) for i, c in enumerate(cases)}
+    # not its own name, which may hold a plus sign
+    return {c: BASE if c == NONE else f"case{i}" for i, c in enumerate(cases)}
 
 
 def use_case_model(
@@ -217,12 +215,11 @@ def use_case_model(
     modules = sorted({module for own in factors for module in own})
     rank = place * max(map(len, used.values()))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
-    names, model = peft_names(cases), None
+    names, (first_case, *others) = peft_names(cases), used
+    model = get_peft_model(base, config, names[first_case])
+    for case in others:
+        model.add_adapter(names[case], config)
     for case, joined in used.items():
-        if model is None:
-            model = get_peft_model(base, config, names[case])
-        else:
-            model.add_adapter(names[case], config)
         for module in modules:
             layer = model.get_submodule(f"{PREFIX}{module}")
             a, b = layer.lora_A[names[case]].weight, layer.lora_B[names[case]].weight
@@ -235,7 +232,6 @@ def use_case_model(
                         first, last = number * place, number * place + len(own_a)
                         a[first:last].copy_(own_a)
                         b[:, first:last].copy_(own_b)
-    assert model is not None, "the recipe refuses use cases without an adapter"
     return model.eval()
 
 
@@ -249,5 +245,4 @@ def share_unaffected(simulations: AdapterSimulations) -> None:
         unaffected = computed_from(simulation.program, of_base)
         for mark in simulation.marks:
             if mark.node in unaffected and mark.name in simulation.quantizers:
-                quantizer = simulation.quantizers[mark.name]
-                quantizer.encoding = base.quantizers[mark.name].encoding
+                simulation.quantizers[mark.name].encoding = base.quantizers[mark.name].encoding

@@ -41,8 +41,9 @@ from qwlora.targets.proof.checks import LIMITS, Check, Limits
 from qwlora.targets.proof.compare import is_language_model
 from qwlora.targets.proof.folder import RECORD, write_files, write_record
 from qwlora.targets.proof.prove import LAYER_TOKENS, Expected, expected_of, prove
+from qwlora.targets.refusals import Subject, refuse
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Target, size_problems
+from qwlora.targets.target import NONE, ExportedBase, ExportedGraph, Layout, Target, size_problems
 
 
 def export(
@@ -108,6 +109,11 @@ def export(
                 made.check_switchable()
             first = made if isinstance(made, Simulation) else made[BASE]
             identity = first.origin.base_fingerprint
+            model: Any = first.origin.model
+            graph = first.captured
+            is_text = graph.embeddings is None and is_language_model(graph.interface)
+            subject = Subject(model=model, tokenizer=tokenizer, layout=layout, takes_tokens=is_text)
+            refuse([target], subject, ExportError)
 
         def exported(simulation: Simulation) -> ExportedGraph:
             has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
@@ -154,24 +160,22 @@ def _checked_target(
     if problems := list(size_problems(graphs, context)):
         raise ExportError(f"graphs, context: {'; '.join(problems)}")
     known = TARGETS[target]
-    if opset is not None and opset not in known.opsets:
-        has = listed(known.opsets, 9)
-        raise ExportError(f"target {target} has no opset {opset} (it has: {has}). Leave it out")
-    if layout not in (None, *known.graph_layouts):
-        has = listed(known.graph_layouts)
-        raise ExportError(f"target {target} has no layout {layout!r} (it has: {has}). Leave it out")
+    choices = {"opset": (opset, known.opsets), "layout": (layout, known.graph_layouts)}
+    for what, (asked, has) in choices.items():
+        if asked not in (None, *has):
+            problem = f"target {target} has no {what} {asked!r} (it has: {listed(has, 9)})"
+            raise ExportError(f"{problem}. Leave it out")
     return known
 
 
 def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]) -> None:
     """Check that a target takes `made` with these adapters."""
     kind: type = PreTrainedModel
-    wanted, names = "the frozen base, without an adapter", set(adapters)
-    if not (known.has_base or known.has_cases):
-        kind, wanted, names = Simulation, "one simulation", set()
-    elif known.is_simulated:
+    wanted = "the frozen base, without an adapter"
+    if known.is_simulated:
         kind, wanted = AdapterSimulations, "what simulate_adapters returns"
-        names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set()
+    if known.layout is Layout.EACH:
+        kind, wanted = Simulation, "one simulation"
     if not isinstance(made, kind):
         raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
     if isinstance(made, PreTrainedModel) and (attached := adapter_names(made)):
@@ -181,6 +185,7 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
         )
     if adapters and known.is_simulated:
         raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
+    names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set(adapters)
     lower = [*known.taken_names, *map(str.lower, names)]  # some file systems ignore case
     taken = {name for name in names if lower.count(name.lower()) > 1}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
@@ -193,9 +198,7 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
 
 def _modules(made: Any) -> list[nn.Module]:
     """Everything in `made` that has tensors."""
-    if isinstance(made, AdapterSimulations):
-        return list(made.values())
-    return [made] if isinstance(made, nn.Module) else []
+    return list(made.values()) if isinstance(made, AdapterSimulations) else [made]
 
 
 def verify(

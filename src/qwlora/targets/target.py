@@ -33,8 +33,6 @@ from qwlora.system.regular_files import check_plain
 from qwlora.targets.proof.contents import Contents, check_contents
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
     from qwlora.simulation.kv_cache_graph import CacheSizes
     from qwlora.simulation.simulation import Simulation
     from qwlora.targets.proof.checks import Limits, Parity
+    from qwlora.targets.proof.reference import Rounding
 
 
 OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
@@ -200,8 +199,7 @@ class Target:
     def backend(self) -> Backend:
         """What writes and opens the files."""
         module, _, name = self.backend_class.partition(":")
-        backend: Backend = getattr(import_module(module), name)()
-        return backend
+        return getattr(import_module(module), name)()
 
     @property
     def has_golden(self) -> bool:
@@ -217,11 +215,6 @@ class Target:
     def has_cases(self) -> bool:
         """Whether all use cases are in one folder."""
         return self.layout is Layout.CASES
-
-    @property
-    def needs_zero_adapter(self) -> bool:
-        """Whether the base is the simulation of a zero adapter."""
-        return self.has_base and self.is_simulated
 
     @property
     def holds_factors_only(self) -> bool:
@@ -414,8 +407,7 @@ class Runtime(ABC):
                 logits = self.logits(tokens)
             new = logits[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, new], dim=1)
-        answer: list[int] = tokens[0, -count:].tolist()
-        return answer
+        return tokens[0, -count:].tolist()
 
     def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
@@ -514,8 +506,7 @@ class Backend(ABC):
         weights, and tokenizer; None if it can, or if the runtime is not installed."""
         return None
 
-    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
-        """Context manager that makes `model` round activations like the runtime. None if the
-        runtime computes in float32. Reentrant. If the runtime cannot compute without, it has an
-        `other`: a context manager with rounding that is as valid."""
+    def rounding(self, model: nn.Module) -> Rounding | None:
+        """What makes `model` round activations like the runtime. None if the runtime computes in
+        float32."""
         return None

@@ -2,7 +2,9 @@
 
 import math
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +25,7 @@ from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
 from qwlora.targets.proof.compare import compare_cache, compare_layers, compare_outputs
 from qwlora.targets.proof.prove import proven
 from qwlora.targets.proof.readme import proof_table
-from qwlora.targets.proof.reference import Reference, logits_of, make_reference
+from qwlora.targets.proof.reference import Reference, Rounding, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
 from targets.proof.test_graph_parity import replace_qnn
 from targets.proof.toy_runtime import TableRuntime
@@ -193,22 +195,18 @@ def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
     assert first.startswith("largest logit of 16 tokens, one by one with the cache: not finite")
 
 
-class Overflow(nullcontext[None]):
+@contextmanager
+def overflow(model: Model) -> Iterator[None]:
     """A runtime's rounding of activations that breaks a model."""
-
-    def __init__(self, model: Model):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.logits = BROKEN["NaN"]
-
-    def __exit__(self, *error: object) -> None:
-        self.model.logits = LOGITS
+    model.logits = BROKEN["NaN"]
+    yield
+    model.logits = LOGITS
 
 
 def test_a_model_that_the_rounding_breaks_limits_nothing() -> None:
     model, runtime = cast(Any, Model()), cast(Any, Runtime(LOGITS))
-    problems = verify_weights(runtime, model, Path(), TEXT, Overflow(model)).problems
+    rounding = Rounding([partial(overflow, model)])
+    problems = verify_weights(runtime, model, Path(), TEXT, rounding).problems
     assert any("limit: at most not finite" in problem for problem in problems)
 
 

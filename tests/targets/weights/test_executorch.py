@@ -25,7 +25,7 @@ from qwlora.targets.proof.reference import logits_of
 from qwlora.targets.refusals import Subject, Weight, nearest, refused
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights import executorch
-from qwlora.targets.weights.executorch import MODEL, RANK, Rounded
+from qwlora.targets.weights.executorch import MODEL, RANK
 from targets.proofs import verify_weights
 from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_weights_targets import adapters, target
@@ -64,7 +64,8 @@ def test_the_program_computes_base_and_adapters_with_a_cache(tmp_path: Path) -> 
             mask, positions = torch.ones(1, past + new).long(), torch.arange(past, past + new)
             logits, *cache = run(part, mask, positions[None], *cache, *factors)
             parts.append(logits)
-        expected = logits_of(adapted, Rounded(adapted))["adapter" if adapter else "base"](IDS[:1])
+        logits_by_state = logits_of(adapted, target("executorch").rounding(adapted))
+        expected = logits_by_state["adapter" if adapter else "base"](IDS[:1])
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-3)
 
 
@@ -74,7 +75,7 @@ def test_rounding_is_that_of_torchs_operators_and_is_undone() -> None:
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
     x[0, 0], x[1, 1], x[2, 2, 3] = 0, x[1, 1].abs(), -20
     exact = layer(x)
-    with Rounded(model):
+    with target("executorch").rounding(model):
         watching = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         layer(x)
         watching.remove()
@@ -148,7 +149,8 @@ def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) 
         copy = Path(shutil.copytree(folder, tmp_path / str(is_right)))
         (copy / "base" / MODEL).write_bytes(content)
         adapted.set_adapter("second")
-        runtime, rounding = target("executorch").open(copy / "base", "base"), Rounded(adapted)
+        runtime = target("executorch").open(copy / "base", "base")
+        rounding = target("executorch").rounding(adapted)
         found = verify_weights(runtime, adapted, copy / "second", as_sequences(IDS), rounding)
         assert (found.problems == []) == is_right
         assert found.figures["exact"]["off_is_equal"]

@@ -48,13 +48,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from qwlora.errors import (
-    EncodingsFileError,
-    ExportError,
-    GridError,
-    SourceError,
-    foreign_as,
-)
+from qwlora.errors import EncodingsFileError, ExportError, GridError, SourceError, foreign_as
 from qwlora.formats.aimet_encodings.documents import printable
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of, write_graph_encodings
@@ -126,17 +120,14 @@ class FloatOnnx:
 
     def write_encodings(self, path: Path, version: str) -> None:
         """Write every encoding of the model; see `write_graph_encodings`."""
-        parameters = self.encodings.keys() & self.model.graph.initializers.keys()
-        floats = self._float_tensors() if self.graph.has_float_activations else []
-        float_model = self.encodings, parameters, floats
+        graph, floats = self.model.graph, list[str]()
+        if self.graph.has_float_activations:
+            kind = require("onnx_ir", "onnx").DataType.FLOAT
+            computed = (output for node in graph for output in node.outputs)
+            names = [value.name for value in (*graph.inputs, *computed) if value.dtype == kind]
+            floats = [name for name in names if name not in self.encodings]
+        float_model = self.encodings, self.encodings.keys() & graph.initializers.keys(), floats
         write_graph_encodings(self.graph, path, self.transposed, version, float_model)
-
-    def _float_tensors(self) -> list[str]:
-        """Names of the float inputs and computed values without an encoding."""
-        computed = (output for node in self.model.graph for output in node.outputs)
-        floats = require("onnx_ir", "onnx").DataType.FLOAT
-        values = (v for v in (*self.model.graph.inputs, *computed) if v.dtype == floats)
-        return [value.name for value in values if value.name not in self.encodings]
 
     def take_activation(self, node: Any, name: str, encoding: Encoding) -> None:
         """Remove the marker of an activation; its value gets the name of its encoding."""

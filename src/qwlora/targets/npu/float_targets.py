@@ -190,11 +190,9 @@ class Qairt(Backend):
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
         count, graphs = max(len(members(case)) for case in cases), graph_sizes(base)
-        if base.layout:
-            genie.check_genie("qairt", base)
-            if count > 1:
-                problem = "Genie sets the strength of one adapter"
-                raise ExportError(f"{problem}. List no use case of several in export.use_cases")
+        if base.layout and count > 1:
+            problem = "Genie sets the strength of one adapter"
+            raise ExportError(f"{problem}. List no use case of several in export.use_cases")
         folder.mkdir(parents=True, exist_ok=True)
         npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
         # each use case has grids of its own
@@ -256,8 +254,7 @@ def _write_graph(
         if base.layout and case == BASE and file == first:
             genie.refuse_other_positions(npu, base)
         _add_alpha_(float_onnx, count)
-        encodings = folder / f"{graph}_{case}.encodings"
-        float_onnx.write_encodings(encodings, base.encodings_version)
+        float_onnx.write_encodings(folder / f"{graph}_{case}.encodings", base.encodings_version)
         model, stored = float_onnx.model, first if case == BASE else file
         differing = set(share_weights(model, stored) if stored.exists() else ()) - {*names}
         differing |= {n for n, e in fixed.items() if not e.equals(float_onnx.encodings.get(n))}
@@ -267,8 +264,7 @@ def _write_graph(
                 f"use cases may differ in the adapter alone (base_activations: {base.updatable})"
             )
         if case == BASE:
-            marks = float_onnx.graph.marks
-            names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
+            names = [mark.name for mark in float_onnx.graph.marks if mark.kind is Kind.ADAPTER]
             of_base = _with_alpha(npu, count) if any(map(is_first_factor, names)) else npu
             fixed = _fixed(float_onnx, names, base.updatable)
             model.metadata_props[_UPDATABLE] = base.updatable

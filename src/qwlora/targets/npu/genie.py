@@ -64,7 +64,6 @@ from qwlora.system.optional_packages import require
 from qwlora.targets.npu.htp_limits import CHIP
 from qwlora.targets.onnx.onnx_model import constant, numbers, remove_unused
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
-from qwlora.targets.refusals import Subject, refuse
 from qwlora.targets.target import ExportedGraph
 
 GENIE = "genie"
@@ -132,47 +131,17 @@ def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     return found
 
 
-class GenieLayout:
-    """Graphs and adapters as Genie takes them. What it cannot run is refused.
-
-    Args:
-        base: any of the adapters.
-        scalings: alpha / rank of each adapter by name.
-    """
-
-    def __init__(self, base: ExportedGraph, scalings: Mapping[str, float]):
-        check_genie("qnn", base)
-        self.base, self.scaling = base, _common(scalings)
-        self.grids: Mapping[str, Any] = {}
-
-    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
-        moved = {name: genie_layout(npu, self.scaling) for name, npu in npus.items()}
-        self.first = next(iter(moved.values()))
-        refuse_other_positions(self.first, self.base)
-        return moved
-
-    def finish_(self, model: Any) -> dict[str, Any]:
-        self.grids = quantize_edges_(model)
-        return {"encodings": self.grids}
-
-    def write_adapter(self, folder: Path, codes: Mapping[str, Tensor], scaling: float) -> None:
-        """Write signed codes of an adapter's inputs as Genie reads them: float32 values. All
-        adapters have one scaling, which the grids hold."""
-        for name, array in codes.items():
-            scale = np.float32(self.grids[name]["scale"])
-            values = (array.numpy().astype(np.float32) + _UP) * scale
-            (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
-
-    def write_rest(self, folder: Path, adapters: Sequence[str]) -> None:
-        binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
-        listing = [{"version": 1, "name": name, "path": name} for name in adapters]
-        binary = {"binaries": binaries, "lora": {"lora-version": 1, "adapters": listing}}
-        write_files(folder, self.first, self.base, binary)
-        text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
-        write_text(folder / "README.md", marked(text))
+def write_weights(
+    folder: Path, codes: Mapping[str, Tensor], grids: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write signed codes of an adapter's inputs as Genie reads them: float32 values. All adapters
+    have one scaling, which the grids hold."""
+    for name, array in codes.items():
+        values = (array.numpy().astype(np.float32) + _UP) * np.float32(grids[name]["scale"])
+        (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
 
 
-def _common(scalings: Mapping[str, float]) -> float | None:
+def common_scaling(scalings: Mapping[str, float]) -> float | None:
     """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
     different = {scaling for scaling in scalings.values() if scaling}
     if len(different) > 1:
@@ -183,21 +152,6 @@ def _common(scalings: Mapping[str, float]) -> float | None:
             "without layout: genie"
         )
     return next(iter(different), None)
-
-
-def check_genie(target: str, base: ExportedGraph) -> None:
-    """Check that Genie can run a model.
-
-    Raises:
-        ExportError: it cannot.
-    """
-    origin, embeddings = base.simulation.origin.model, base.simulation.captured.embeddings
-    takes_tokens = embeddings is None and bool(base.graphs)
-    model: Any = origin
-    subject = Subject(
-        model=model, tokenizer=base.tokenizer, layout=base.layout, takes_tokens=takes_tokens
-    )
-    refuse([target], subject, ExportError)
 
 
 def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[str, Any]) -> None:
@@ -216,6 +170,16 @@ def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[s
         write_text(folder / name, strict_json.dumps(content, indent=1) + "\n")
     tokenizer: Any = base.tokenizer
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+
+
+def write_bundle(folder: Path, npu: NpuGraph, base: ExportedGraph, adapters: Sequence[str]) -> None:
+    """`write_files` of a `qnn` bundle, and its README.md."""
+    binaries = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
+    listing = [{"version": 1, "name": name, "path": name} for name in adapters]
+    binary = {"binaries": binaries, "lora": {"lora-version": 1, "adapters": listing}}
+    write_files(folder, npu, base, binary)
+    text = (_TEMPLATES / "README.md.template").read_text().replace("@ADAPTER@", adapters[0])
+    write_text(folder / "README.md", marked(text))
 
 
 def sections(cases: Iterable[str]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ The HTP rescales a product with s_x s_w / s_y, which must be greater than 2^-24.
 
 from __future__ import annotations
 
-from qwlora.grid.scheme import Scheme
 from qwlora.targets.target import FormatLimits
 
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
@@ -53,13 +52,3 @@ HTP = FormatLimits(
         remedy="Or give the layer's input 16 bits",
     ),
 )
-
-
-def factor_problem(scheme: Scheme, input_bitwidth: int) -> str | None:
-    """Why the HTP does not multiply activations with such a norm weight; None if it does."""
-    if input_bitwidth == 8 and (scheme.bitwidth != 8 or scheme.symmetric):
-        return (
-            f"{scheme}: the HTP multiplies activations of 8 bits with 8 bits and an offset; "
-            f"{NORM_REMEDY}"
-        )
-    return None

@@ -192,8 +192,7 @@ def _round_norm_(model: Any, node: Any) -> None:
     model.graph.remove(node, safe=True)
     insert_rounding(model, negative.outputs[0], f"{name}.negated", grid, [both])
     insert_rounding(model, both.outputs[0], f"{name}.pair", grid, [norm])
-    outputs = list(quantize.inputs[1:])
-    insert_rounding(model, norm.outputs[0], f"{name}.normed", outputs, [half])
+    insert_rounding(model, norm.outputs[0], f"{name}.normed", quantize.inputs[1:], [half])
 
 
 def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> None:
@@ -298,8 +297,7 @@ def _quantize_gathered_(model: Any, node: Any) -> None:
     if table is None or table.op_type != "DequantizeLinear" or table.inputs[1].shape.rank():
         return
     gathered, name = node.outputs[0], f"{table.outputs[0].name}.gathered"
-    users = [user for user, _ in gathered.uses()]
-    insert_rounding(model, gathered, name, list(table.inputs[1:]), users)
+    insert_rounding(model, gathered, name, table.inputs[1:], gathered.consumers())
 
 
 def _put_norm_second_(node: Any) -> None:
@@ -370,9 +368,8 @@ def _quantize_before_bias_(model: Any, node: Any) -> None:
         or not stored.inputs[0].is_initializer()
         or quantize is None
         or quantize.op_type != "QuantizeLinear"
+        or not _reads_wide(source)
     ):
-        return
-    if not _reads_wide(source):
         return
     values, (low, high) = _dequantized(stored), _ends(quantize)
     low, high = low - max(float(values.max()), 0.0), high - min(float(values.min()), 0.0)

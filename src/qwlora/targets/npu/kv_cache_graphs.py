@@ -124,25 +124,20 @@ def share_weights(model: Any, first: Path) -> list[str]:
 def write_golden(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """Write one batch and its outputs into a new folder."""
     folder.mkdir(parents=True)
-    record = {
-        role: [write_array(folder, name, tensor) for name, tensor in tensors.items()]
-        for role, tensors in (("inputs", inputs), ("outputs", outputs))
-    }
+    record: dict[str, list[Any]] = {"inputs": [], "outputs": []}
+    for role, tensors in zip(record, (inputs, outputs), strict=True):
+        for name, tensor in tensors.items():
+            path, array = folder / f"{name}.npy", tensor.detach().cpu().numpy()
+            np.save(path, array, allow_pickle=False)
+            entry = {
+                "name": name,
+                "file": path.name,
+                "dtype": str(array.dtype),
+                "shape": list(array.shape),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            record[role].append(entry)
     (folder / "golden.json").write_text(strict_json.dumps(record, indent=1) + "\n")
-
-
-def write_array(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:
-    """Write a tensor as `NAME.npy`; returns its entry in the record."""
-    path = folder / f"{name}.npy"
-    array = tensor.detach().cpu().numpy()
-    np.save(path, array, allow_pickle=False)
-    return {
-        "name": name,
-        "file": path.name,
-        "dtype": str(array.dtype),
-        "shape": list(array.shape),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
 
 
 def has_graphs(folder: Path) -> bool:
@@ -161,13 +156,7 @@ def most_tokens(folder: Path) -> int:
 def read_graphs(folder: Path) -> dict[str, Any]:
     """What `graphs.json` holds: sizes, files and grids of the graphs."""
     with reading(folder / GRAPHS):
-        record: dict[str, Any] = json.loads((folder / GRAPHS).read_text())
-    return record
-
-
-def _last(value: Tensor, axis: int, count: int) -> Tensor:
-    """The last places of an axis."""
-    return value.narrow(axis, value.shape[axis] - count, count)
+        return json.loads((folder / GRAPHS).read_text())
 
 
 class CachedGraphs(Runtime):
@@ -288,7 +277,7 @@ class CachedGraphs(Runtime):
         inputs = {
             **run_session(host, arguments),
             **padded,
-            **{key: _last(value, self._axis(key), sizes.past) for key, value in cache.items()},
+            **{k: v.narrow(self._axis(k), -sizes.past, sizes.past) for k, v in cache.items()},
             **self.fixed,
         }
         session = self.models[name].session
@@ -304,7 +293,7 @@ class CachedGraphs(Runtime):
             if (new := outputs.get(key.replace("_in", "_out"))) is not None:
                 axis = self._axis(key)
                 longer = torch.cat([value, new.narrow(axis, 0, count)], axis)
-                cache[key] = _last(longer, axis, self.context)
+                cache[key] = longer.narrow(axis, -self.context, self.context)
         return codes, outputs
 
     def forward(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

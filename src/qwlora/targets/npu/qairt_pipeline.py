@@ -69,7 +69,7 @@ class QairtPipeline(Hf):
         for name, tensor in files.float_tensors(model).items():
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         changes = {"dtype": "float32", **files.rope_settings(model)}  # for transformers 4.57
-        files.write_folder(model, exported.tokenizer, folder, tensors, changes)
+        files.write_folder(exported, folder, tensors, changes)
         linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear)]
         excluded = tuple(path for path in linear if f"{path}.weight" not in layers)
         by = {"package": "qwlora", "version": version("qwlora"), "block_order": "channel"}

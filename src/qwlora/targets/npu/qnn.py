@@ -41,7 +41,7 @@ import importlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,7 +49,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from qwlora.errors import ExportError, MissingExtraError, listed
@@ -61,8 +60,8 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE
-from qwlora.targets.npu.genie import FORMS, GENIE, GenieLayout, read_weights
-from qwlora.targets.npu.htp_limits import CHIP, SMALLEST_RESCALE, factor_problem
+from qwlora.targets.npu import genie
+from qwlora.targets.npu.htp_limits import CHIP, NORM_REMEDY, SMALLEST_RESCALE
 from qwlora.targets.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
     GRAPHS,
@@ -97,23 +96,6 @@ cannot read a binary that graphs share, and may crash (exit 139). There, load ..
 """
 
 
-class OnnxLayout:
-    """Graphs and adapters as ONNX Runtime takes them."""
-
-    def graphs(self, npus: dict[str, NpuGraph]) -> dict[str, NpuGraph]:
-        return npus
-
-    def finish_(self, model: Any) -> dict[str, Any]:
-        """Change the ONNX model of a graph; returns fields of it in graphs.json."""
-        return {}
-
-    def write_adapter(self, folder: Path, codes: Mapping[str, Tensor], scaling: float) -> None:
-        write_tensors(folder / ADAPTER, {ALPHA: torch.tensor([scaling]), **codes})
-
-    def write_rest(self, folder: Path, adapters: Sequence[str]) -> None:
-        """Write what the bundle's program needs besides graphs and adapters."""
-
-
 class Qnn(Backend):
     """QDQ graphs; the HTP's emulator runs them, and ONNX Runtime on the CPU."""
 
@@ -123,7 +105,7 @@ class Qnn(Backend):
             f"{BASE}/{DEVICE}/*",
             f"*/{ADAPTER}",
             "*/*.raw",  # layout genie
-            *FORMS,
+            *genie.FORMS,
             *TOKENIZER,
         ),
         compiled=(f"{BASE}/{DEVICE}/",),
@@ -145,13 +127,18 @@ class Qnn(Backend):
         first = next(iter(simulations.values()))
         scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
         highest = max(scalings.values())
-        layout = GenieLayout(base, scalings) if base.layout == GENIE else OnnxLayout()
+        if for_genie := base.layout == genie.GENIE:
+            common = genie.common_scaling(scalings)
         npus = {name: npu_graph(first, sizes, highest) for name, sizes in graph_sizes(base).items()}
         for graph in npus.values():
             refuse_graph(graph.device)
-        npus, graphs = layout.graphs(npus), folder / BASE
+        if for_genie:
+            npus = {name: genie.genie_layout(npu, common) for name, npu in npus.items()}
+            largest = next(iter(npus.values()))
+            genie.refuse_other_positions(largest, base)
+        graphs = folder / BASE
         graphs.mkdir(parents=True)
-        codes, fields = _write_graphs(npus, graphs, base.metadata, layout)
+        codes, fields = _write_graphs(npus, graphs, base.metadata, for_genie)
         try:
             compiler = compile_graphs(graphs, list(npus))
         except MissingExtraError:
@@ -177,8 +164,14 @@ class Qnn(Backend):
                     stored = np.ascontiguousarray(signed.numpy(), array.dtype)
                 tensors[name] = torch.from_numpy(stored)
             (folder / adapter).mkdir()
-            layout.write_adapter(folder / adapter, tensors, scalings.get(adapter, 0.0))
-        layout.write_rest(folder, [*simulations, ZERO])
+            if for_genie:
+                *_, of_graph = fields.values()
+                genie.write_weights(folder / adapter, tensors, of_graph["encodings"])
+            else:
+                alpha = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
+                write_tensors(folder / adapter / ADAPTER, alpha | tensors)
+        if for_genie:
+            genie.write_bundle(folder, largest, base, [*simulations, ZERO])
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
@@ -217,7 +210,9 @@ def refuse_graph(graph: QuantizedGraph) -> None:
         if mark.kind is Kind.ACTIVATION:
             continue
         if mark.kind is Kind.PARAMETER and readers(mark, "rms_norm", "layer_norm", "mul"):
-            if problem := factor_problem(scheme, width(mark)):
+            if width(mark) == 8 and (scheme.bitwidth != 8 or scheme.symmetric):
+                needed = "the HTP multiplies activations of 8 bits with 8 bits and an offset"
+                problem = f"{scheme}: {needed}; {NORM_REMEDY}"
                 problems.setdefault(problem, []).append(mark.name)
             continue
         is_table = mark.kind is Kind.ADAPTER or readers(mark, "embedding")
@@ -270,17 +265,14 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
 
 
 def _write_graphs(
-    graphs: Mapping[str, NpuGraph],
-    base: Path,
-    metadata: Mapping[str, str],
-    layout: OnnxLayout | GenieLayout,
+    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str], for_genie: bool
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Write the QDQ graphs, which share a weight file; returns the adapter's codes by input name,
-    and what the layout tells of each graph."""
+    and fields of each graph in graphs.json."""
     codes, fields, first = dict[str, Any](), dict[str, dict[str, Any]](), next(iter(graphs))
     for name, graph in graphs.items():
         model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
-        fields[name] = layout.finish_(model)
+        fields[name] = {"encodings": genie.quantize_edges_(model)} if for_genie else {}
         model.graph.name = name
         if name != first:
             share_weights(model, base / f"{first}.onnx")
@@ -359,7 +351,7 @@ class QnnModel(CachedGraphs):
     def switch_to(self, adapter: Path | None) -> None:
         self.adapter = adapter or self.folder.parent / ZERO
         if self.has_genie_layout:
-            weights = read_weights(self.adapter, self.adapter_inputs)
+            weights = genie.read_weights(self.adapter, self.adapter_inputs)
             self.fixed = {**weights, ALPHA: torch.ones(1)}
         else:
             self.fixed, _ = read_tensors(self.adapter / ADAPTER)
@@ -379,15 +371,15 @@ class QnnModel(CachedGraphs):
             run = compare(model, on_htp, " on the HTP")
             placement = model.placement()
         figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
-        rows = [
-            row
-            for name, place in placement.items()
-            for row in (
+        rows = list(run.checks)
+        for name, place in placement.items():
+            # those at the graph's edges last
+            nodes = f" (of {listed(place['cpu_names'], 4)})" if place["cpu_nodes"] else ""
+            rows += [
                 at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
-                at_most(f"nodes of graph {name} on the CPU{_of(place)}", place["cpu_nodes"], 0),
-            )
-        ]
-        return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
+                at_most(f"nodes of graph {name} on the CPU{nodes}", place["cpu_nodes"], 0),
+            ]
+        return parity.extended({**figures, "placement": placement}, *rows)
 
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
@@ -443,11 +435,6 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
         "edge_nodes": len(at_edges),
         "cpu_names": [name.removesuffix("_kernel_time") for name in (*inside, *at_edges)],
     }
-
-
-def _of(place: Mapping[str, Any]) -> str:
-    """The nodes that ran on the CPU, those at the graph's edges last, for a sentence."""
-    return f" (of {listed(place['cpu_names'], 4)})" if place["cpu_nodes"] else ""
 
 
 @cache

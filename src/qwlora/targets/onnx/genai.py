@@ -58,7 +58,7 @@ from qwlora.targets.onnx.onnx_model import (
     store_narrow,
     write_adapter_file,
 )
-from qwlora.targets.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
+from qwlora.targets.proof.contents import ADAPTER_FILE, SETTINGS, TOKENIZER, Contents
 from qwlora.targets.registry import NBITS
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import check_layers, write_settings
@@ -110,28 +110,18 @@ class Genai(Backend):
     """MatMulNBits; onnxruntime-genai runs it."""
 
     contents = Contents(
-        base=(
-            MODEL_FILE,
-            DATA_FILE,
-            NO_ADAPTER,
-            CONFIG_FILE,
-            "config.json",
-            "generation_config.json",
-            *TOKENIZER,
-        ),
+        base=(MODEL_FILE, DATA_FILE, NO_ADAPTER, CONFIG_FILE, *SETTINGS, *TOKENIZER),
         adapter=(ADAPTER_FILE,),
         forms={CONFIG_FILE: _FORM},
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        model = exported.model
         graph = switchable_graph(exported)
         save_graph(graph, folder / MODEL_FILE)
         write_adapter_file(defaults(graph), folder / NO_ADAPTER)
-        model.config.get_text_config().save_pretrained(folder)
         config = _config(exported, {value.name: value.shape for value in graph.graph.inputs})
         write_text(folder / CONFIG_FILE, strict_json.dumps(config, indent=2) + "\n")
-        write_settings(model, exported.tokenizer, folder)
+        write_settings(exported, exported.model.config.get_text_config(), folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         # onnxruntime-genai keeps what an earlier adapter of a generation set and this one does not
@@ -230,8 +220,7 @@ def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
         inputs = [node.inputs[0], *constants(graph, path, arrays)]
         nodes = [new_node("MatMulNBits", inputs, f"{path}.output", attributes, _DOMAIN)]
         if node.op_type == "Gemm" and len(node.inputs) > 2:
-            terms = [nodes[0].outputs[0], node.inputs[2]]
-            nodes.append(new_node("Add", terms, f"{path}.sum"))
+            nodes.append(new_node("Add", [nodes[0].outputs[0], node.inputs[2]], f"{path}.sum"))
         replace_value(node.outputs[0], nodes[-1].outputs[0])
         graph.graph.insert_before(node, nodes)
     graph.graph.opset_imports[_DOMAIN] = 1

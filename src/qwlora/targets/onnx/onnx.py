@@ -42,7 +42,7 @@ import numpy as np
 
 from qwlora.errors import CaptureError, ExportError, listed
 from qwlora.formats.aimet_encodings.grids import write_graph_encodings
-from qwlora.graph.graph_analysis import branch_nodes
+from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.nodes import operation, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
@@ -153,8 +153,7 @@ class OnnxEach(Backend):
     contents = replace(Onnx.contents, adapter=(*Onnx.contents.base, *SIMULATED_ADAPTER))
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
-        bits = exported.embedding_bits
-        export_onnx(exported.simulation.graph(), folder, exported.metadata, bits)
+        export_onnx(exported.simulation.graph(), folder, exported.metadata, exported.embedding_bits)
         write_embeddings(exported.simulation, folder)
 
     def open(self, folder: Path, case: str) -> OnnxModel:
@@ -345,7 +344,5 @@ class ZeroAdapter:
 
     def graph(self) -> QuantizedGraph:
         graph = self._graph()
-        nodes = {node.name: node for node in graph.program.graph.nodes}
-        inside = {n for n in branch_nodes(graph.program) if operation(nodes[n]) != "add"}
-        marks = tuple(mark for mark in graph.marks if mark.node not in inside)
-        return replace(graph, marks=marks)
+        inside = lora_branch(graph.program)
+        return replace(graph, marks=tuple(m for m in graph.marks if m.node not in inside))

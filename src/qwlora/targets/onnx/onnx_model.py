@@ -355,10 +355,7 @@ def weight_arrays(
     if bits <= 4:
         kind = np.dtype(ml_dtypes.int4 if signed else ml_dtypes.uint4)
     whole = (turn(codes).to(torch.int32) + shift).contiguous()
-    found = {
-        "codes": whole.cpu().numpy().astype(kind),
-        "scale": scale.contiguous().cpu().numpy(),
-    }
+    found = {"codes": whole.cpu().numpy().astype(kind), "scale": scale.contiguous().cpu().numpy()}
     if not (signed or encoding.scheme.float_offset):
         offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
         found["zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
@@ -485,8 +482,7 @@ def store_narrow(model: Any, bits: int) -> None:
 
 def numbers(value: Any) -> np.ndarray[Any, Any]:
     """The array of an initializer."""
-    array: np.ndarray[Any, Any] = value.const_value.numpy()
-    return array
+    return value.const_value.numpy()
 
 
 def tensor_of(value: Any) -> torch.Tensor:

@@ -56,6 +56,7 @@ SESSION_OPTIONS = {
 EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
 OPTIONS_FILE = "session_options.json"
 EMBEDDINGS_FILE = "token_embeddings.safetensors"
+_AGAIN = "export the model again, or copy the file again"
 OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
@@ -151,8 +152,7 @@ def embedded(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     path = folder / EMBEDDINGS_FILE
     if IDS not in tensors or EMBEDS in tensors or not path.is_file():
         return dict(tensors)
-    again = "export the model again, or copy the file again"
-    with foreign_as(SourceError, f"{str(path)!r} cannot be read", again):
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", _AGAIN):
         rows = _rows(path, path.stat().st_mtime_ns)
     return {**tensors, EMBEDS: rows[tensors[IDS].long()]}
 
@@ -179,11 +179,10 @@ def read_session_options(folder: Path) -> dict[str, str]:
     path = folder / OPTIONS_FILE
     if not path.is_file():
         return SESSION_OPTIONS
-    again = "export the model again, or copy the file again"
-    with foreign_as(SourceError, f"{str(path)!r} cannot be read", again):
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", _AGAIN):
         options: dict[str, str] = json.loads(path.read_text())
     if problems := list(misfits(options, OPTIONS_FORM)):
-        raise SourceError(f"{str(path)!r}: {listed(problems)}; {again}")
+        raise SourceError(f"{str(path)!r}: {listed(problems)}; {_AGAIN}")
     return options
 
 

@@ -49,12 +49,11 @@ from qwlora.targets.onnx.onnx_model import (
     save_graph,
     store_narrow,
 )
-from qwlora.targets.proof.contents import TOKENIZER, Contents
+from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import write_settings
 
 IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
-_SETTINGS = ("config.json", "generation_config.json")
 _TOKENIZERS = ("tokenizer", "detokenizer")
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -69,7 +68,7 @@ class Openvino(Backend):
     contents = Contents(
         base=(
             *(f"openvino_{p}.{end}" for p in ("model", *_TOKENIZERS) for end in ("xml", "bin")),
-            *_SETTINGS,
+            *SETTINGS,
             *TOKENIZER,
         ),
         adapter=PEFT_FILES,
@@ -78,9 +77,8 @@ class Openvino(Backend):
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         openvino = require("openvino", "openvino")
-        model, tokenizer = exported.model, exported.tokenizer
-        graph, paths = base_graph(model), dict[str, str]()
-        for node, path in matrix_products(graph, linear_modules(model)):
+        graph, paths = base_graph(exported.model), dict[str, str]()
+        for node, path in matrix_products(graph, linear_modules(exported.model)):
             node.name = path
             paths |= {path: path, node.outputs[0].name: path}
         store_narrow(graph, exported.embedding_bits)
@@ -90,11 +88,10 @@ class Openvino(Backend):
             _name_products(read, paths)
             _keep_state(openvino, read)
             openvino.save_model(read, folder / IR, compress_to_fp16=False)
-        model.config.save_pretrained(folder)
-        write_settings(model, tokenizer, folder)
-        if tokenizer is not None:
+        write_settings(exported, exported.model.config, folder)
+        if exported.tokenizer is not None:
             convert = require("openvino_tokenizers", "openvino").convert_tokenizer
-            both = convert(tokenizer, with_detokenizer=True)
+            both = convert(exported.tokenizer, with_detokenizer=True)
             for part, converted in zip(_TOKENIZERS, both, strict=True):
                 openvino.save_model(converted, folder / f"openvino_{part}.xml")
 
@@ -225,7 +222,7 @@ class OpenvinoRuntime(Runtime):
                 tempfile.TemporaryDirectory() as folder,
                 foreign_as(ExportError, f"openvino-genai cannot load {str(self._folder)!r}"),
             ):
-                for name in (IR, WEIGHTS, *_SETTINGS):
+                for name in (IR, WEIGHTS, *SETTINGS):
                     Path(folder, name).symlink_to((self._folder / name).absolute())
                 self._pipeline = genai.LLMPipeline(
                     folder, "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings

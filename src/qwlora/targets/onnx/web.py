@@ -34,14 +34,13 @@ from qwlora.system.optional_packages import node_package
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import defaults, switchable_graph
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE, save_graph
-from qwlora.targets.proof.contents import TOKENIZER, Contents
+from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
 from qwlora.targets.registry import WEB_LIBRARY
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import write_settings
 
 ADAPTER, NO_ADAPTER = "adapter.safetensors", "none.safetensors"
 PAGE = ("index.html", "model.mjs")
-SETTINGS = ("config.json", "generation_config.json")
 _FILES = "onnx/web_files"
 _LARGEST = 2**31 - 1  # bytes of a file; ArrayBuffer of browsers and readFile of node
 
@@ -66,8 +65,7 @@ class Web(Backend):
                 f"{DATA_FILE} has {size(data)}, and browsers read files up to {size(_LARGEST)}. "
                 "Quantize to fewer bits, or remove web from export.targets"
             )
-        exported.model.config.get_text_config().save_pretrained(folder)
-        write_settings(exported.model, exported.tokenizer, folder)
+        write_settings(exported, exported.model.config.get_text_config(), folder)
         for name in PAGE:
             write_text(folder / name, _script(name).read_text(encoding="utf-8"))
 
@@ -107,8 +105,7 @@ class WebRuntime(Runtime):
         return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"])
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens: list[int] = self._ask(ids, count)[0]["tokens"]
-        return tokens
+        return self._ask(ids, count)[0]["tokens"]
 
     def _ask(self, ids: Tensor, count: int) -> tuple[dict[str, Any], bytearray]:
         """An answer of `run.mjs`, which says what it is asked: its JSON, and the bytes of logits.

@@ -42,32 +42,23 @@ def compare_layers(
     others equal: of 64 values, a few are a step off by chance."""
     graph, simulated = reference.graph(), reference.values(batch)
     names = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
-    figures: dict[str, Any] = {
-        "worst_layer": "",
-        "worst_layer_steps": 0.0,
-        "worst_layer_mean_steps": 0.0,
-        "layers": len(names),
-    }
-    if not names:  # only weights are quantized
-        return Parity(figures, ())
-    values = {name: simulated[name] for name in names}
-    outputs = runtime.run_layers(values, reference.bind(batch))
-    steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in names]
-    worst_steps = torch.stack([s.max() for s in steps])
-    means = torch.stack([s.sum() / max(s.numel(), FEW) for s in steps])
-    worst = int(worst_steps.argmax())
-    largest_steps, mean = float(worst_steps[worst]), float(means.max())  # NaN if one of them is
-    figures["worst_layer"], figures["worst_layer_steps"] = names[worst], largest_steps
-    figures["worst_layer_mean_steps"] = mean
-    what = f"difference of layer {names[worst]}, the worst of {len(names):,}"
-    of_mean = "largest mean difference of a layer"
-    return Parity(
-        figures,
-        (
-            at_most(what, largest_steps, limits.layer_steps, "steps"),
+    worst, most, mean, checks = "", 0.0, 0.0, list[Check]()
+    if names:  # else only weights are quantized
+        values = {name: simulated[name] for name in names}
+        outputs = runtime.run_layers(values, reference.bind(batch))
+        steps = [(outputs[n] - values[n]).abs() / graph.encodings[n].scale for n in names]
+        worst_steps = torch.stack([s.max() for s in steps])
+        worst = names[int(worst_steps.argmax())]
+        most = float(worst_steps.max())  # NaN if one of them is, like the mean
+        mean = float(torch.stack([s.sum() / max(s.numel(), FEW) for s in steps]).max())
+        what = f"difference of layer {worst}, the worst of {len(names):,}"
+        of_mean = "largest mean difference of a layer"
+        checks = [
+            at_most(what, most, limits.layer_steps, "steps"),
             at_most(of_mean, mean, limits.layer_mean_steps, "steps"),
-        ),
-    )
+        ]
+    figures = {"worst_layer": worst, "worst_layer_steps": most, "worst_layer_mean_steps": mean}
+    return Parity({**figures, "layers": len(names)}, tuple(checks))
 
 
 def output_check(name: str, sqnr: float, floor: float, limits: Limits, where: str = "") -> Check:
@@ -146,11 +137,7 @@ def compare_cache(
 
 
 def _stepwise(
-    runtime: Runtime,
-    adapter: Path | None,
-    between: Sequence[Path | None],
-    ids: Tensor,
-    count: int,
+    runtime: Runtime, adapter: Path | None, between: Sequence[Path | None], ids: Tensor, count: int
 ) -> Tensor:
     """Logits of the last `count` tokens, run one by one.
 

@@ -47,19 +47,11 @@ TOKENIZER = (
     "tekken.json",
 )
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # keys are any tokens
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-)
+SETTINGS = ("config.json", "generation_config.json")
+MODEL_FILES = (*SETTINGS, "model*.safetensors", "model.safetensors.index.json")
 # An adapter as it was calibrated, next to the graph of its simulation.
-SIMULATED_ADAPTER = (
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-    "adapter/qwlora.json",
-    "adapter/README.md",
-)
+_ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "qwlora.json", "README.md"
+SIMULATED_ADAPTER = tuple(f"adapter/{name}" for name in _ADAPTER_FILES)
 GOLDEN_FILES = tuple(
     f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
 )
@@ -157,7 +149,7 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     elif path.name.endswith(".index.json"):
         shards = frozenset(p.name for p in path.parent.glob("*.safetensors"))
         yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: shards}})
-    elif path.name in ("config.json", "generation_config.json"):
+    elif path.name in SETTINGS:
         yield from _unknown_text(content, contents.settings)
 
 

@@ -232,8 +232,7 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
     Raises:
         FingerprintError: a file, a folder or a use case has no proof.
     """
-    known = {BASE, PROOF, README, STAGE, *records}
-    parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
+    unknown = [path for path in (bundle / PROOF).iterdir() if path.name not in records]
     if any(TARGETS[r["target"]].has_cases for r in records.values()):
         cases = manifest.read(bundle / RECORD).get("use_cases")
         names = map(str, cases if isinstance(cases, list) else ())
@@ -243,13 +242,10 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
                 "whole bundle again, or verify the job that exported it"
             )
     else:
-        parts += [(path, path.name in known) for path in bundle.iterdir()]
-    added = sorted(
-        str(path.relative_to(bundle))
-        for path, is_known in parts
-        if not is_known and not path.name.startswith(".")
-    )
-    if added:
+        known = {BASE, PROOF, README, STAGE, *records}
+        unknown += [path for path in bundle.iterdir() if path.name not in known]
+    seen = [path for path in unknown if not path.name.startswith(".")]
+    if added := sorted(str(path.relative_to(bundle)) for path in seen):
         raise FingerprintError(
             f"{str(bundle)!r} holds files without a proof: {listed(added)}; remove them, or verify "
             "the job that exported them"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -174,7 +175,8 @@ def prove(
         }
         parity = parity.extended(cost)
     ids = reference["ids"][:1, : expected.layer_tokens]
-    others = _others(bundle, name) if runtime.switches else []
+    folders = sorted(bundle.iterdir()) if runtime.switches else []
+    others = [f for f in folders if f.name not in (BASE, name) and is_of_base(bundle, f.name)]
     if runtime.has_layers and expected.simulation is not None:
         if runtime.switches:
             runtime.use(adapter)
@@ -192,12 +194,6 @@ def prove(
         named = (replace(row, what=f"on the text in proof/, {row.what}") for row in failed)
         parity = parity.extended({}, *named)
     return parity
-
-
-def _others(bundle: Path, name: str) -> list[Path]:
-    """The other adapters of a bundle that are of its base."""
-    folders = [path for path in sorted(bundle.iterdir()) if path.name not in (BASE, name)]
-    return [folder for folder in folders if is_of_base(bundle, folder.name)]
 
 
 def _outputs(runtime: Runtime, adapter: Path | None, expected: Expected, limits: Limits) -> Parity:
@@ -335,10 +331,8 @@ def client(target: Target) -> dict[str, str]:
     versions = {}
     for package in target.packages:
         name = package.partition(".")[0].replace("_", "-")
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions | {p.rpartition("@")[0]: node_package(p)[1] for p in target.node_packages}
 
 
@@ -360,11 +354,7 @@ def decoded(agreement: float, floor: float) -> Check:
 
 
 def _run(
-    runtime: Runtime,
-    adapter: Path,
-    reference: Mapping[str, Tensor],
-    limits: Limits,
-    track: Track,
+    runtime: Runtime, adapter: Path, reference: Mapping[str, Tensor], limits: Limits, track: Track
 ) -> Parity:
     """Figures and checks of one runtime."""
     first = reference["ids"][:1]

@@ -32,10 +32,10 @@ a bundle has the first BASE_SEQUENCES of all, or as many of generated text (`exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -67,7 +67,6 @@ GRAPHS_NOISE = 0.002
 # Of activations of 8 bits, as a share of the largest logit: one of hundreds of a layer's inputs may
 # be on another step.
 LEAST_FLIP = 2.0**-12
-_OTHERS = ("other_losses", "other_same")
 Logits = Callable[[Tensor], Tensor]  # of token ids [1, tokens]
 
 
@@ -82,12 +81,22 @@ class Reference(Protocol):
     def graph(self) -> QuantizedGraph: ...
 
 
-@runtime_checkable
-class AlwaysRounded(AbstractContextManager[None], Protocol):
-    """Rounding of a runtime that cannot compute without; `other` is as valid."""
+class Rounding(ExitStack):
+    """While it is open, hooks of modules round activations like a runtime.
 
-    @property
-    def other(self) -> AbstractContextManager[None]: ...
+    Args:
+        hooks: each is called to register one.
+        other: of a runtime that cannot compute without rounding: rounding that is as valid.
+    """
+
+    def __init__(self, hooks: Sequence[Callable[[], Any]], other: Rounding | None = None):
+        super().__init__()
+        self._hooks, self.other = hooks, other
+
+    def __enter__(self) -> Self:
+        for register in self._hooks:
+            self.enter_context(register())
+        return self
 
 
 @torch.no_grad()
@@ -111,7 +120,7 @@ def make_reference(
     reference = {"ids": sequences.input_ids, "labels": sequences.labels}
     for state in logits:
         part = sequences.first(BASE_SEQUENCES) if state == "base" else sequences
-        rows: dict[str, list[Tensor]] = {}
+        rows = list[dict[str, Tensor]]()
         for ids, labels in zip(part.input_ids, part.labels, strict=True):
             expected = logits[state](ids[None])
             other = None if others is None else others[state](ids[None])
@@ -121,9 +130,8 @@ def make_reference(
                 row["noise"] = row["noise"].clamp_min(least_noise * row["largest"])
             elif rounded is not None:
                 del row["noise"]
-            for name, tensor in row.items():
-                rows.setdefault(f"{state}.{name}", []).append(tensor)
-        reference |= {name: torch.stack(tensors) for name, tensors in rows.items()}
+            rows.append(row)
+        reference |= {f"{state}.{n}": torch.stack([row[n] for row in rows]) for n in rows[0]}
     return reference
 
 
@@ -171,9 +179,7 @@ def simulated_logits(simulation: Reference) -> tuple[Logits, Logits]:
     )
 
 
-def logits_of(
-    model: PeftModel, rounding: AbstractContextManager[None] | None = None
-) -> dict[str, Logits]:
+def logits_of(model: PeftModel, rounding: Rounding | None = None) -> dict[str, Logits]:
     """Logits of a base with an adapter, without it and with it, computed inside `rounding`."""
 
     def base(ids: Tensor) -> Tensor:
@@ -182,19 +188,18 @@ def logits_of(
 
     def whole(ids: Tensor) -> Tensor:
         with rounding or nullcontext():
-            logits: Tensor = model(input_ids=ids).logits
-        return logits.float()
+            return model(input_ids=ids).logits.float()
 
     return {"base": base, "adapter": whole}
 
 
 def reference_of_trained(
-    model: PeftModel, sequences: Sequences, rounding: AbstractContextManager[None] | None
+    model: PeftModel, sequences: Sequences, rounding: Rounding | None
 ) -> dict[str, Tensor]:
     """The reference that a base with an adapter gives, for a runtime with this `rounding` (see
-    `Backend.rounding`). If it is `AlwaysRounded`, the reference is what the model computes with it,
-    and the difference from the other one is the noise; else rounding is a tolerance."""
-    if isinstance(rounding, AlwaysRounded):
+    `Backend.rounding`). If it has an `other`, the reference is what the model computes with it, and
+    the difference from the other one is the noise; else rounding is a tolerance."""
+    if rounding is not None and rounding.other is not None:
         rounded, perturbed = logits_of(model, rounding), logits_of(model, rounding.other)
         reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
         exact = make_reference(logits_of(model), sequences)
@@ -332,11 +337,7 @@ def _predicting(labels: Tensor) -> Tensor:
 
 
 def _floor(
-    reference: Mapping[str, Tensor],
-    state: str,
-    compared: list[Tensor],
-    part: slice,
-    counted: int,
+    reference: Mapping[str, Tensor], state: str, compared: list[Tensor], part: slice, counted: int
 ) -> dict[str, float]:
     """What rounding alone explains."""
     agreement, drift = AGREEMENT, 0.0
@@ -506,7 +507,8 @@ def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str
         "losses": f"float64 [{rows}, {tokens - 1}]",
         "largest": f"float32 [{rows}]",
     }
-    if any(f"{state}.{name}" in reference for name in (*_OTHERS, "noise", "rounding")):
+    names = ("other_losses", "other_same", "noise", "rounding")
+    if any(f"{state}.{name}" in reference for name in names):
         bound = "rounding" if f"{state}.rounding" in reference else "noise"
         forms |= {
             "other_losses": f"float64 [{rows}, {tokens - 1}]",

@@ -23,8 +23,8 @@ output, where others are stored exactly, too (2 and 3 bits in 4, 5 to 7 in 8); a
 multiples of it, of 4 bits only, whose scales it rounds to bfloat16: exact for `Bf16Block`. It has
 no offsets. Other layers are floats. Rows of a packed embedding are computed from its codes.
 
-XNNPACK always rounds x, so what the file computes is not what was trained. `Rounded` rounds alike
-in the trained model, and the file is compared with that.
+XNNPACK always rounds x, so what the file computes is not what was trained. `Executorch.rounding`
+rounds alike in the trained model, and the file is compared with that.
 """
 
 from __future__ import annotations
@@ -56,37 +56,30 @@ from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
-from qwlora.targets.proof.contents import TOKENIZER, Contents
+from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
+from qwlora.targets.proof.reference import Rounding
 from qwlora.targets.target import Backend, ExportedBase
-from qwlora.targets.weights.executorch_program import (
-    ADAPTER,
-    MODEL,
-    NO_ADAPTER,
-    ExecutorchRuntime,
-)
+from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER, ExecutorchRuntime
 from qwlora.targets.weights.weights_folder import check_layers, write_settings
 
 TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
 # Of the example that torch.export sees: sizes that differ, none that may change is 1.
 _EXAMPLE = {"batch": 1, "tokens": 3, "past": 5, "context": 8, None: 2}
+_NUDGE = 2.0**-22
 Shapes = dict[str, tuple[int | None, int | None]]  # of the tensors of adapters; None: the rank
 
 
 class Executorch(Backend):
     """XNNPACK's products; ExecuTorch runs it."""
 
-    contents = Contents(
-        base=(MODEL, NO_ADAPTER, "config.json", "generation_config.json", *TOKENIZER),
-        adapter=(ADAPTER,),
-    )
+    contents = Contents(base=(MODEL, NO_ADAPTER, *SETTINGS, *TOKENIZER), adapter=(ADAPTER,))
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         program, factors = switchable_program(exported.model, exported.embedding_bits)
         lower(program, folder / MODEL)
         none = {name: torch.zeros([n or 1 for n in sizes]) for name, sizes in factors.items()}
         save_file(none, folder / NO_ADAPTER)
-        exported.model.config.get_text_config().save_pretrained(folder)
-        write_settings(exported.model, exported.tokenizer, folder)
+        write_settings(exported, exported.model.config.get_text_config(), folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         if exported.rank > RANK:
@@ -99,8 +92,13 @@ class Executorch(Backend):
     def open(self, folder: Path, case: str) -> ExecutorchRuntime:
         return ExecutorchRuntime(folder)
 
-    def rounding(self, model: nn.Module) -> Rounded:
-        return Rounded(model)
+    def rounding(self, model: nn.Module) -> Rounding:
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        hooks, others = (
+            [partial(layer.register_forward_pre_hook, partial(_rounded, nudge)) for layer in layers]
+            for nudge in (0.0, _NUDGE)
+        )
+        return Rounding(hooks, Rounding(others))
 
 
 def switchable_program(
@@ -280,39 +278,22 @@ def lower(program: ExportedProgram, path: Path) -> None:
             edge.to_executorch(memory).write_to_file(file)
 
 
-class Rounded:
-    """While it is open, packed linear layers of a model round what they multiply as XNNPACK does:
+def _rounded(nudge: float, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """What a packed linear layer multiplies, rounded as XNNPACK does:
 
         low = min(0, min x), high = max(0, max x) of each token,   s = (high - low) / 255
         x' = (clamp(round(x / s) + z, -128, 127) - z) s
 
-    z is the integer nearest to -128 - low / s, or to 127 - high / s if low + high <= s. `other` is
-    as valid: every second value differs in its last bits, as if earlier layers had summed in
-    another order, so that some that are halfway between two steps get the other one.
+    z is the integer nearest to -128 - low / s, or to 127 - high / s if low + high <= s. With a
+    `nudge`, every second value differs in its last bits, as if earlier layers had summed in another
+    order, so that some that are halfway between two steps get the other one.
     """
-
-    def __init__(self, model: nn.Module, nudge: float = 0.0):
-        self._model, self._nudge, self._hooks = model, nudge, list[Any]()
-
-    @property
-    def other(self) -> Rounded:
-        return Rounded(self._model, 2.0**-22)
-
-    def __enter__(self) -> None:
-        layers = [module for module in self._model.modules() if isinstance(module, PackedLinear)]
-        self._hooks = [layer.register_forward_pre_hook(self._round) for layer in layers]
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _round(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        x = inputs[0].float()
-        if self._nudge:
-            x = x * (1 + self._nudge * (torch.arange(x.shape[-1], device=x.device) % 2))
-        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-        per_step = torch.where(high > low, 255 / (high - low), 1.0)
-        first, last = low * per_step, high * per_step
-        middle = torch.where(first + last > 1, -128 - first, 127 - last).clamp(-128, 127).round()
-        codes = ((x * per_step).round() + middle).clamp(-128, 127)
-        return ((codes - middle) / per_step).to(inputs[0].dtype)
+    x = inputs[0].float()
+    if nudge:
+        x = x * (1 + nudge * (torch.arange(x.shape[-1], device=x.device) % 2))
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    per_step = torch.where(high > low, 255 / (high - low), 1.0)
+    first, last = low * per_step, high * per_step
+    middle = torch.where(first + last > 1, -128 - first, 127 - last).clamp(-128, 127).round()
+    codes = ((x * per_step).round() + middle).clamp(-128, 127)
+    return ((codes - middle) / per_step).to(inputs[0].dtype)

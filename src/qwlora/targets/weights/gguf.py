@@ -34,8 +34,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +52,7 @@ from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
+from qwlora.targets.proof.reference import Rounding
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.gguf_metadata import (
     ARCHITECTURES,
@@ -62,11 +62,7 @@ from qwlora.targets.weights.gguf_metadata import (
     check_config,
     check_tokenizer,
 )
-from qwlora.targets.weights.weights_folder import (
-    check_layers,
-    float_tensors,
-    layers_to_write,
-)
+from qwlora.targets.weights.weights_folder import check_layers, float_tensors, layers_to_write
 
 gguf = require("gguf", "gguf")
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
@@ -149,9 +145,10 @@ class Gguf(Backend):
             return str(error)
         return None
 
-    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
-        modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, _GELUS)]
-        return GeluFromTable(modules) if modules else None
+    def rounding(self, model: nn.Module) -> Rounding | None:
+        modules = [m for m in model.modules() if isinstance(m, _GELUS)]
+        hooks = [partial(m.register_forward_hook, _gelu_from_table) for m in modules]
+        return Rounding(hooks) if hooks else None
 
 
 def _write_new(exported: ExportedBase, path: Path) -> None:
@@ -211,8 +208,7 @@ def _copying(source: Path, target: Path) -> tuple[Any, Any]:
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
-        kind = field.types[0]
-        of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        kind, of = field.types[0], field.types[-1]  # of elements, in an array
         writer.add_key_value(field.name, field.contents(), kind, of)
     return reader, writer
 
@@ -236,10 +232,8 @@ def _in_order(values: Tensor, rows: Tensor) -> Tensor:
 def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]]:
     """Type and bytes [out, bytes] of a layer in the file's order of rows."""
     scheme, codes = layer.scheme, _in_order(layer.codes, rows)
-    encoding = layer.encoding
-    numbers = [encoding.scale]
-    if encoding.scheme.float_offset:
-        numbers.append(encoding.minimum)
+    scale, has_minimum = layer.encoding.scale, scheme.float_offset
+    numbers = [scale, layer.encoding.minimum] if has_minimum else [scale]
     granularity, shape = scheme.granularity, layer.tensor.shape
     per_block = [spread(number, granularity, shape, BLOCK) for number in numbers]
     halves = [_in_order(number, rows).half() for number in per_block]
@@ -253,32 +247,17 @@ def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]
             parts.append((high.unflatten(-1, (4, 8)) * weights).sum(-1, dtype=torch.uint8))
         low = grouped & 15
         parts.append(low[..., :16] | (low[..., 16:] << 4))
-    kind = f"Q{scheme.bitwidth}_{1 if scheme.float_offset else 0}"
-    return kind, torch.cat(parts, -1).flatten(1).numpy()
+    return f"Q{scheme.bitwidth}_{int(has_minimum)}", torch.cat(parts, -1).flatten(1).numpy()
 
 
-class GeluFromTable:
-    """While it is open, `modules` compute GELU as llama.cpp does on the CPU (`GGML_GELU_FP16`):
+def _gelu_from_table(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """GELU as llama.cpp computes it on the CPU (`GGML_GELU_FP16`):
 
     y = half(gelu(half(x))), with the approximation by tanh, if |x| < 10; else max(x, 0)
     """
-
-    def __init__(self, modules: list[nn.Module]):
-        self._modules = modules
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._hooks = [module.register_forward_hook(self._read) for module in self._modules]
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    @staticmethod
-    def _read(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        (x,) = inputs
-        y = gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
-        return torch.where(x.abs() < 10, y, x.clamp_min(0))
+    (x,) = inputs
+    y = gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
+    return torch.where(x.abs() < 10, y, x.clamp_min(0))
 
 
 @cache
@@ -400,8 +379,7 @@ class LlamaRuntime(Runtime):
     def _make_room(self, tokens: int) -> None:
         """An empty context for sequences of this length."""
         if tokens <= self._tokens:
-            memory = self._llama.llama_get_memory(self._context)
-            self._llama.llama_memory_clear(memory, True)
+            self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
             return
         llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
         parameters = llama.llama_context_default_params()
@@ -421,12 +399,8 @@ class LlamaRuntime(Runtime):
 
     def _switch(self, adapter: Path | None) -> None:
         active = [] if adapter is None else [self._adapters[adapter]]
-        pointers = self._ffi.new("struct llama_adapter_lora *[]", active) if active else None
-        status = self._llama.llama_set_adapters_lora(
-            self._context,
-            pointers if pointers is not None else self._ffi.NULL,
-            len(active),
-            self._ffi.new("float[]", [1.0]) if active else self._ffi.NULL,
-        )
-        if status:
+        pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
+        scales = self._ffi.new("float[]", [1.0] * len(active))
+        set_adapters = self._llama.llama_set_adapters_lora
+        if status := set_adapters(self._context, pointers, len(active), scales):
             raise ExportError(f"llama.cpp cannot use {adapter} (status {status})")

@@ -116,7 +116,7 @@ class Hf(Backend):
         changes: dict[str, Any] = {"quantization_config": settings}
         if all(layers[f"{path}.weight"].encoding.fits_float16 for path in packed):
             changes["dtype"] = "float16"
-        write_folder(model, exported.tokenizer, folder, tensors, changes)
+        write_folder(exported, folder, tensors, changes)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         write_peft(exported, folder)
@@ -168,8 +168,7 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        logits: Tensor = self._model(input_ids=ids).logits
-        return logits.float()
+        return self._model(input_ids=ids).logits.float()
 
     @torch.no_grad()
     def decode(self, ids: Tensor, count: int) -> list[int]:

@@ -70,11 +70,7 @@ class Mlx(Backend):
         base=(*MODEL_FILES, *TOKENIZER),
         adapter=("adapter_config.json", "adapters.safetensors"),
         forms={"adapter_config.json": _ADAPTER},
-        settings={
-            "quantization": _QUANTIZATION,
-            "quantization_config": _QUANTIZATION,
-            **ROPE_FORM,
-        },
+        settings={"quantization": _QUANTIZATION, "quantization_config": _QUANTIZATION, **ROPE_FORM},
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
@@ -98,7 +94,7 @@ class Mlx(Backend):
         quantization = {**common, "mode": "affine", **others}
         changes = {"quantization": quantization, "quantization_config": quantization}
         changes |= rope_settings(model)
-        write_folder(model, exported.tokenizer, folder, tensors, changes)
+        write_folder(exported, folder, tensors, changes)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         """Modules are listed by their whole names, so `num_layers`, the number of last layers whose
@@ -111,8 +107,7 @@ class Mlx(Backend):
         keys = sorted(exported.factors)
         lora = {"rank": exported.rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
         config = {"fine_tune_type": "lora", "num_layers": 0, "lora_parameters": lora}
-        text = strict_json.dumps(config, indent=2)
-        (folder / "adapter_config.json").write_text(text + "\n")
+        (folder / "adapter_config.json").write_text(strict_json.dumps(config, indent=2) + "\n")
 
     def open(self, folder: Path, case: str) -> MlxRuntime:
         return MlxRuntime(folder)

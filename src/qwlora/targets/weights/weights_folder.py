@@ -11,15 +11,15 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, QwloraWarning
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
-from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, known_settings
+from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, SETTINGS, known_settings
 from qwlora.targets.refusals import Subject, Weight, refuse
-from qwlora.targets.target import LayerKind
+from qwlora.targets.target import ExportedBase, LayerKind
 
 ROPE_FORM = {
     "rope_scaling": {"rope_type": PLAIN, "type": PLAIN, OTHER_KEYS: object},
@@ -108,11 +108,7 @@ def warn_of_window(config: Any, program: str, remedy: str) -> None:
 
 
 def write_folder(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    changes: Mapping[str, Any],
+    exported: ExportedBase, folder: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]
 ) -> None:
     """Write a Hugging Face folder.
 
@@ -121,31 +117,28 @@ def write_folder(
         changes: keys to set in config.json.
     """
     save_torch_state_dict(dict(tensors), folder)
-    config: Any = copy.deepcopy(model.config)
+    model, config = exported.model, copy.deepcopy(exported.model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     if "quantization_config" in vars(config):
         del config.quantization_config
-    config.save_pretrained(folder)
-    write_settings(model, tokenizer, folder, changes)
+    write_settings(exported, config, folder, changes)
 
 
 def write_settings(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    changes: Mapping[str, Any] | None = None,
+    exported: ExportedBase, config: Any, folder: Path, changes: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the generation settings and the tokenizer next to config.json, and leave out settings
+    """Write the configuration, the generation settings and the tokenizer, and leave out settings
     that are text and that transformers does not know: runtimes may take one for a file to load.
 
     Args:
         changes: keys to set in config.json.
     """
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    for name, changed in (("config.json", changes or {}), ("generation_config.json", {})):
+    config.save_pretrained(folder)
+    if exported.model.can_generate() and exported.model.generation_config is not None:
+        exported.model.generation_config.save_pretrained(folder)
+    if exported.tokenizer is not None:
+        exported.tokenizer.save_pretrained(folder)
+    for name, changed in zip(SETTINGS, (changes or {}, {}), strict=True):
         if (folder / name).is_file():
             content = {**json.loads((folder / name).read_text()), **changed}
             content.pop("transformers_weights", None)

@@ -251,20 +251,11 @@ def test_trainers_of_trl_train_an_adapter_on_a_base(
 
 @pytest.mark.client
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness does
-def test_the_evaluation_harness_scores_a_base(base: Path) -> None:
-    from lm_eval.api.instance import Instance
+def test_the_evaluation_harness_loads_a_base(base: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=str(base), device="cpu", batch_size=1, dtype="float32")
-    assert torch.equal(logits(harness.model), logits(load_base(base)))
-    request = Instance("loglikelihood", {}, ("the grid", " holds"), 0)
-    ((found, _),) = harness.loglikelihood([request])
-    ids = byte_tokenizer()("the grid holds", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        scores = load_base(base)(ids[:, :-1]).logits.log_softmax(-1)[0]
-    count = len(byte_tokenizer()(" holds")["input_ids"])
-    expected = scores.gather(-1, ids[0, 1:, None])[-count:].sum()
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert same(harness.model, load_base(base))
 
 
 def test_files_that_the_hub_cache_lacks_are_downloaded(

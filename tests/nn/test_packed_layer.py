@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from formats.packing import quantized
@@ -152,36 +151,6 @@ def test_copies_are_independent_and_a_state_dict_goes_round_without_rounding() -
     copied = copy.deepcopy(layer)
     layer.packed.zero_()
     assert torch.equal(copied(x), twin(x))
-
-
-@pytest.fixture
-def tied() -> nn.ModuleDict:
-    torch.manual_seed(0)
-    embedding, head = nn.Embedding(40, 48), nn.Linear(48, 40, bias=False)
-    embedding = pack_module(embedding, quantized(embedding.weight, "w4-block16"))
-    return nn.ModuleDict({"embedding": embedding, "head": pack_module(head, embedding)})
-
-
-def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) -> None:
-    def check(model: nn.ModuleDict) -> None:
-        head, embedding = model["head"], model["embedding"]
-        assert head.tensor.parts.packed is embedding.packed
-        assert head.is_tied
-        assert not head.state_dict().keys() & {"packed", "scale"}
-        x = torch.randn(3, 48, dtype=head.compute_dtype)
-        torch.testing.assert_close(head(x), F.linear(x, embedding.weight + 0))
-
-    check(tied)
-    check(copy.deepcopy(tied))
-    assert set(tied.state_dict()) == {"embedding.packed", "embedding.scale"}
-    check(copy.deepcopy(tied).to(torch.bfloat16))
-    other = copy.deepcopy(tied)
-    other["embedding"].packed.zero_()
-    other.load_state_dict(tied.state_dict(), assign=True)
-    check(other)
-    assert torch.equal(other["head"].codes, tied["embedding"].codes)
-    tied["head"].weight = tied["embedding"].weight  # what a model's tie_weights does
-    check(tied)
 
 
 def test_a_look_at_a_weight_answers_without_unpacking_and_gives_its_values(

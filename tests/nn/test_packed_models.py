@@ -136,9 +136,16 @@ def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
         torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-4)
     again = copy.deepcopy(model)
     again.load_state_dict(model.state_dict(), assign=True)
-    moved, table = packed_weights(again)["lm_head.weight"], again.get_input_embeddings()
-    assert (moved.tensor.parts.packed is table.packed) is model.config.tie_word_embeddings
     assert fingerprint(again) == fingerprint(model)
+    for dtype in (torch.float32, torch.bfloat16):
+        moved, table = (
+            packed_weights(again.to(dtype))["lm_head.weight"],
+            again.get_input_embeddings(),
+        )
+        assert (moved.tensor.parts.packed is table.packed) is model.config.tie_word_embeddings
+        x = torch.randn(3, 64, dtype=dtype)
+        torch.testing.assert_close(again.lm_head(x), x @ again.lm_head.weight.T)
+    assert torch.equal(again.lm_head.codes, model.lm_head.codes)
 
 
 def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:

@@ -23,11 +23,7 @@ from formats.gguf_models import (
 from formats.models import read_floats
 from qwlora.errors import QwloraWarning, SourceError
 from qwlora.formats.checkpoint import Origin
-from qwlora.formats.gguf.gguf_checkpoint import (
-    LARGEST,
-    GgufCheckpoint,
-    find_reordering,
-)
+from qwlora.formats.gguf.gguf_checkpoint import LARGEST, GgufCheckpoint, find_reordering
 from qwlora.formats.model_source import load_config, load_model
 from qwlora.grid.encoding import QuantizedTensor
 

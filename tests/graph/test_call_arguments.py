@@ -57,6 +57,8 @@ def test_names_are_paths_and_types_come_back() -> None:
     filled = structure.fill(dict(zip(structure.names, tensors, strict=True)))
     assert isinstance(filled["encoder_outputs"], BaseModelOutput)
     assert Structure.of(x)[0].names == ("output",)
+    with pytest.raises(CaptureError, match=r"would be called a\.b; rename one"):
+        Structure.of({"a": {"b": x}, "a.b": x})
 
 
 def test_a_cache_is_its_keys_and_values() -> None:
@@ -95,8 +97,3 @@ def test_another_structure_is_refused(value: dict[str, Any], message: str) -> No
         structure.flatten(value)
     # constants and None may be left out
     assert len(structure.flatten({"x": X, "more": {"y": X}, "z": None})) == 2
-
-
-def test_two_tensors_of_one_name_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"would be called a\.b; rename one"):
-        Structure.of({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})

@@ -86,16 +86,12 @@ def test_nested_arguments_and_every_output() -> None:
         for name in ("count", "sample", "logits"):
             assert torch.equal(result[name], expected[name])
         assert torch.equal(result["parts"][0], expected["parts"][0])
-
-
-def test_arguments_that_the_graph_does_not_take_are_refused() -> None:
-    captured = capture(Nested().eval(), nested())
-    with pytest.raises(CaptureError, match=r"input rest\.0 has shape \[15\]; .* takes \[16\]"):
-        captured.bind({**nested(), "rest": (torch.ones(15), None, 3)})
-    with pytest.raises(CaptureError, match=r"rest\.2: .* the constant 3, not with 4"):
-        captured.bind({**nested(), "rest": (torch.ones(16), None, 4)})
-    with pytest.raises(CaptureError, match="example inputs hold no tensor with an axis"):
-        capture(Nested().eval(), {"sample": torch.tensor(1.0)})
+    for rest, message in (
+        ((torch.ones(15), None, 3), r"input rest\.0 has shape \[15\]; .* takes \[16\]"),
+        ((torch.ones(16), None, 4), r"rest\.2: .* the constant 3, not with 4"),
+    ):
+        with pytest.raises(CaptureError, match=message):
+            captured.bind({**nested(), "rest": rest})
 
 
 class Steps(nn.Module):
@@ -121,31 +117,71 @@ class Chain(nn.Module):
         return self.last(self.middle(self.first(x)))
 
 
-def test_the_first_module_that_differs_is_named() -> None:
-    differs = r"differs by .* differs is middle \(Steps\)\. Look there for randomness"
-    with pytest.raises(CaptureError, match=differs):
-        capture(Chain(Steps()).eval(), {"x": torch.randn(4, 8)})
-    assert capture(Chain(nn.ReLU()).eval(), {"x": torch.randn(4, 8)}).inputs == ("x",)
+class Forward(nn.Module):
+    """Computes what it is told, with a table of eight rows."""
 
-
-class Branch(nn.Module):
-    """Another computation for long inputs."""
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.compute, self.table = compute, nn.Parameter(torch.randn(8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if x.shape[1] > 6 else x + 1
+        return self.compute(self, x)
 
 
-class Positions(nn.Module):
-    """As many rows of x as it has, no more and no fewer; at least eight of y."""
+NO_AXIS = {"x": torch.tensor(1.0)}
+CACHE = {"past_key_values": cache_of([])}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(8, 4))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if y.shape[1] < 8:
-            raise ValueError("at least eight rows")
-        return x + self.table + y.sum(1, keepdim=True)
+@pytest.mark.parametrize(
+    ("make", "example", "message"),
+    [
+        (lambda: Chain(Steps()), {"x": torch.randn(4, 8)}, r"differs is middle \(Steps\)"),
+        (
+            lambda: Forward(lambda _, x: x * 2 if x.shape[1] % 2 else x + 1),
+            {"x": torch.randn(2, 12, 4)},
+            r"differs from the module at .*11, 3\]\].*branches on",
+        ),
+        (lambda: Chain(nn.ReLU()), NO_AXIS, "example inputs hold no tensor with an axis"),
+        *(
+            (lambda: packed("T5"), {**inputs("T5"), **more}, r"T5\w+ is an encoder-decoder.*False")
+            for more in ({"use_cache": True}, CACHE)
+        ),
+    ],
+)
+def test_what_cannot_be_captured_is_named(
+    make: Callable[[], nn.Module], example: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(make().eval(), example)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "shapes"),
+    [
+        (Chain(nn.ReLU()), torch.randn(4, 8), {"x": ("batch", 8), "output": ("batch", 8)}),
+        # of a single row, it makes a vector
+        (
+            Forward(lambda _, x: x.squeeze(0) @ x.new_ones(8) * len(x)),
+            torch.randn(1, 5, 8),
+            {"x": (1, "x.1", 8), "output": ("x.1",)},
+        ),
+        (
+            Forward(lambda _, x: x * 2 if x.shape[1] > 6 else x + 1),
+            torch.randn(2, 12, 4),
+            {"x": ("batch", 12, "x.2"), "output": ("batch", 12, "x.2")},
+        ),
+        # as many rows as its table has
+        (
+            Forward(lambda self, x: x + self.table),
+            torch.randn(2, 8, 4),
+            {"x": ("batch", 8, 4), "output": ("batch", 8, 4)},
+        ),
+    ],
+)
+def test_axes_are_open_where_the_model_allows_it(
+    model: nn.Module, x: Tensor, shapes: dict[str, Any]
+) -> None:
+    assert capture(model.eval(), {"x": x}).interface.shapes == shapes
 
 
 def test_encoder_layers_of_torch_are_captured() -> None:
@@ -154,30 +190,6 @@ def test_encoder_layers_of_torch_are_captured() -> None:
     captured = capture(layer, {"src": torch.randn(2, 6, 32)})
     assert "scaled_dot_product_attention" in map(operation, calls(captured.program))
     assert torch.backends.mha.get_fastpath_enabled()
-
-
-class OneRow(nn.Module):
-    """Of a single row, it makes a vector."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.squeeze(0) @ x.new_ones(8) * len(x)
-
-
-def test_a_model_of_one_row_is_captured_with_one() -> None:
-    captured = capture(OneRow().eval(), {"x": torch.randn(1, 5, 8)})
-    assert captured.interface.shapes == {"x": (1, "x.1", 8), "output": ("x.1",)}
-
-
-class Odd(nn.Module):
-    """Another computation for odd sizes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if x.shape[1] % 2 else x + 1
-
-
-def test_another_computation_of_odd_sizes_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"differs from the module at .*11, 3\]\].*branches on"):
-        capture(Odd().eval(), {"x": torch.randn(2, 12, 4)})
 
 
 class Sized(nn.Module):
@@ -193,16 +205,20 @@ class Sized(nn.Module):
         return (2 * z if self.is_other(x, y) else z).sum(1) + y.sum(1)
 
 
+TOKENS = {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}
+BATCH = {"x": (3, "x.1", 4), "y": (3, "y.1", 4)}
+
+
 @pytest.mark.parametrize(
     ("is_other", "shapes"),
     [
-        (lambda x, y: x.shape[1] > 20, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
-        (lambda x, y: x.shape[1] < 6, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
-        (lambda x, y: x.shape[1] == 13, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
-        (lambda x, y: x.shape[1] // 4 == 3, {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4)}),
-        (lambda x, y: x.shape[0] > 6, {"x": (3, "x.1", 4), "y": (3, "y.1", 4)}),
+        (lambda x, y: x.shape[1] > 20, TOKENS),
+        (lambda x, y: x.shape[1] < 6, TOKENS),
+        (lambda x, y: x.shape[1] == 13, TOKENS),
+        (lambda x, y: x.shape[1] // 4 == 3, TOKENS),
+        (lambda x, y: x.shape[0] > 6, BATCH),
         (lambda x, y: x.shape[1] < y.shape[1], {"x": ("batch", 8, 4), "y": ("batch", 5, 4)}),
-        (lambda x, y: x.numel() > 3000, {"x": (3, "x.1", 4), "y": (3, "y.1", 4)}),
+        (lambda x, y: x.numel() > 3000, BATCH),
     ],
 )
 def test_an_axis_is_fixed_where_the_graph_holds_for_some_sizes_only(
@@ -215,17 +231,6 @@ def test_an_axis_is_fixed_where_the_graph_holds_for_some_sizes_only(
     for tokens in (101, 7 if shapes["x"][1] == 8 else 102):
         with pytest.raises(CaptureError, match=rf"input x has shape \[3, {tokens}, 4\]"):
             captured.bind({**example, "x": torch.randn(3, tokens, 4)})
-
-
-def test_axes_are_open_where_the_model_allows_it() -> None:
-    branch = capture(Branch().eval(), {"x": torch.randn(2, 12, 4)})
-    assert branch.interface.shapes["x"] == ("batch", 12, "x.2")
-    positions = capture(Positions().eval(), {"x": torch.randn(2, 8, 4), "y": torch.randn(2, 9, 4)})
-    assert positions.interface.shapes == {
-        "x": ("batch", 8, 4),
-        "y": ("batch", "y.1", 4),
-        "output": ("batch", 8, 4),
-    }
 
 
 ABOUT_EXPERTS = "ignore:The following (rank|alpha)_pattern keys"  # PEFT about fused experts that it wraps all the same
@@ -350,13 +355,6 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     assert float(difference) < 0.01 * float(expected.abs().max())
     key = found["present.0.key"]
     assert torch.equal(key[:, :, :SPLIT], cache[0][0])  # it lay on its grid already
-
-
-def test_a_cache_of_an_encoder_with_a_decoder_is_refused() -> None:
-    refused = r"T5\w+ is an encoder-decoder.*EncoderDecoderCache.*use_cache=False"
-    for more in ({"use_cache": True}, {"past_key_values": cache_of([])}):
-        with pytest.raises(CaptureError, match=refused):
-            capture(packed("T5"), {**inputs("T5"), **more})
 
 
 class Einsum(nn.Module):

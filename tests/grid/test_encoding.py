@@ -52,27 +52,30 @@ def test_measured_grid_reaches_both_ends(case):
 
 
 @thorough
-@given(cases(), st.sampled_from([torch.float32, torch.float64]))
-def test_fake_quantize_twice_is_once_bit_for_bit(case, dtype):
-    x, scheme = case
-    encoding, given = measure(x, scheme), x.to(dtype, copy=True)
-    once = encoding.fake_quantize(given)
-    assert once.dtype == dtype
-    assert torch.equal(given, x.to(dtype)), "the input stays as it is"
-    assert torch.equal(encoding.fake_quantize(once), once)
-
-
-@thorough
-@given(cases())
-def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(case):
+@given(cases(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(case, dtype):
     x, scheme = case
     encoding = measure(x, scheme)
     codes = encoding.quantize(x)
     assert codes.dtype == (torch.int32 if scheme.bitwidth > 8 else torch.uint8)
     assert codes.shape == x.shape
-    assert torch.equal(encoding.dequantize(codes), encoding.fake_quantize(x))
-    assert torch.equal(encoding.quantize(encoding.dequantize(codes)), codes)
+    once = encoding.fake_quantize(x)
+    assert torch.equal(encoding.dequantize(codes), once)
+    assert torch.equal(encoding.quantize(once), codes)
+    assert torch.equal(encoding.fake_quantize(once), once)
     assert (encoding.fake_quantize(torch.zeros_like(x)) == 0).all()
+    strided = x.repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(encoding.quantize(strided), codes)
+    assert torch.equal(encoding.fake_quantize(strided), once)
+    # of any dtype; in place
+    given = (1.5 * x).to(dtype)
+    before, address = given.clone(), given.data_ptr()
+    expected = encoding.fake_quantize(given)
+    assert expected.dtype == dtype
+    assert torch.equal(given, before), "the input stays as it is"
+    assert encoding.fake_quantize_(given) is given
+    assert given.data_ptr() == address
+    assert torch.equal(given, expected)
 
 
 @thorough
@@ -135,63 +138,22 @@ def test_gradient_stops_exactly_where_the_clamp_starts():
     values.backward(torch.arange(1.0, 8.0))
     assert values.tolist() == [-2, -2, -2, 0, 1, 1, 1]
     assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
-
-
-def test_division_rounds_half_to_even():
-    encoding = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
-    x = torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])
-    assert encoding.quantize(x).tolist() == [8, 10, 10, 8, 6]
-
-
-def test_division_is_not_multiplication_by_the_reciprocal():
-    scale = torch.tensor(0.0437)
-    x = (torch.arange(-127, 127) + 0.5) * scale
-    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale)))
-    encoding = Encoding(Scheme(8), scale, torch.tensor(-128, dtype=torch.int32))
-    assert torch.equal(encoding.quantize(x).int() - 128, torch.round(x / scale).int())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(4)])
-def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype, granularity):
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    encoding = measure(x, Scheme(8, granularity=granularity))
-    assert encoding.equals(measure(x.float(), encoding.scheme))
-    assert encoding.scale.dtype == torch.float32
-
-    assert torch.equal(encoding.quantize(x), encoding.quantize(x.float()))
-    values = encoding.fake_quantize(x)
-    assert values.dtype == dtype
-    assert torch.equal(values, encoding.fake_quantize(x.float()).to(dtype))
-
-
-@thorough
-@given(cases(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_fake_quantize_in_place_is_fake_quantize_bit_for_bit_and_in_the_same_memory(case, dtype):
-    x, scheme = case
-    encoding, x = measure(x, scheme), x.to(dtype)
-    expected, address = encoding.fake_quantize(1.5 * x), x.data_ptr()
-    written = encoding.fake_quantize_(x.mul_(1.5))
-    assert written is x
-    assert written.data_ptr() == address
-    assert torch.equal(written, expected)
-
-
-def test_fake_quantize_in_place_refuses_what_others_still_need():
-    encoding, x = measure(torch.randn(4, 4), Scheme(4)), torch.randn(4, 4, requires_grad=True)
-    for shared in (x, torch.randn(4, 1).expand(4, 4)):
+    for shared in (x, torch.randn(4, 1).expand(4, 4)):  # others still need it
         with pytest.raises(GridError, match="must not be expanded or need a gradient"):
             encoding.fake_quantize_(shared)
     with torch.no_grad():
         assert encoding.fake_quantize_(x) is x
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerBlock(2)])
-def test_a_strided_tensor_is_quantized_like_its_copy(granularity):
-    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).t()
-    encoding = measure(x, Scheme(4, False, granularity))
-    assert torch.equal(encoding.fake_quantize(x), encoding.fake_quantize(x.contiguous()))
-    assert torch.equal(encoding.quantize(x), encoding.quantize(x.contiguous()))
+def test_division_rounds_half_to_even_and_is_not_multiplication_by_the_reciprocal():
+    encoding = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
+    x = torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])
+    assert encoding.quantize(x).tolist() == [8, 10, 10, 8, 6]
+    scale = torch.tensor(0.0437)
+    x = (torch.arange(-127, 127) + 0.5) * scale
+    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale)))
+    encoding = Encoding(Scheme(8), scale, torch.tensor(-128, dtype=torch.int32))
+    assert torch.equal(encoding.quantize(x).int() - 128, torch.round(x / scale).int())
 
 
 def test_infinity_gets_the_last_code_and_nan_is_refused():
@@ -231,16 +193,6 @@ def test_impossible_encodings_are_refused(monkeypatch):
             Encoding(Scheme(4, False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32))
 
 
-def test_one_offset_for_all_groups_gives_what_many_give():
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme(4, False, PerChannel(0))
-    scale, offset = torch.full((4,), 0.1), torch.tensor([-3, -3, -3, -5], dtype=torch.int32)
-    mixed = Encoding(scheme, scale, offset).fake_quantize(x)
-    uniform = Encoding(scheme, scale, torch.full_like(offset, -3)).fake_quantize(x)
-    assert torch.equal(mixed[:3], uniform[:3])
-    assert not torch.equal(mixed[3], uniform[3])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("float_offset", [False, True])
 @given(case=cases(range(2, 9)))
@@ -250,6 +202,9 @@ def test_narrow_values_get_the_codes_of_their_float32_values(case, float_offset,
     if float_offset and not isinstance(scheme.granularity, SignedBlock):
         scheme = Scheme(scheme.bitwidth, False, scheme.granularity, float_offset=True)
     narrow = x.to(dtype)
-    encoding = measure(x, scheme)
+    encoding = measure(narrow, scheme)
+    assert encoding.equals(measure(narrow.float(), scheme))
+    assert encoding.scale.dtype == torch.float32
     assert torch.equal(encoding.quantize(narrow), encoding.quantize(narrow.float()))
-    assert measure(narrow, scheme).equals(measure(narrow.float(), scheme))
+    values = encoding.fake_quantize(narrow)
+    assert torch.equal(values, encoding.fake_quantize(narrow.float()).to(dtype))

@@ -30,6 +30,34 @@ def test_every_value_is_within_half_a_step_and_the_lowest_is_exact(x, bitwidth, 
     codes = encoding.quantize(x)
     assert codes.max() <= 2**bitwidth - 1
     assert torch.equal(encoding.dequantize(codes), encoding.fake_quantize(x))
+    one = torch.full((2, 8), float(x[0, 0]))
+    assert torch.equal(measure(one, encoding.scheme).fake_quantize(one), one)
+
+
+ONE, WIDE = torch.ones(1), torch.randn(2, 32)
+PLAIN, OFFSETS = Scheme(4, False, PerBlock(32)), torch.zeros(2, 1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: Encoding(SCHEME, torch.ones(2, 1), OFFSETS), "minimum has another type"),
+        (lambda: Encoding(PLAIN, torch.ones(2, 1), torch.zeros(2, 1)), "offset has another type"),
+        (lambda: measure(WIDE, SCHEME).offset, "a float minimum, which has no integer offset"),
+        (lambda: Scheme(4, float_offset=True), "a symmetric grid has no float offset"),
+        (lambda: Encoding(SCHEME, ONE, ONE * math.inf), "a minimum is not finite"),
+        (lambda: Encoding(SCHEME, ONE, ONE).quantize(WIDE), "needs scales of shape"),
+        (
+            lambda: Encoding(SCHEME, ONE, ONE).quantize(WIDE[0] * math.nan),
+            "32 of 32 values are nan",
+        ),
+        (lambda: Encoding(SCHEME, ONE, torch.ones(2)), r"scale has shape \[1\] but minimum \[2\]"),
+    ],
+)
+def test_impossible_ones_are_refused(act, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(GridError, match=message):
+        act()
 
 
 def test_values_are_those_of_ggufs_q4_1():
@@ -46,39 +74,3 @@ def test_values_are_those_of_ggufs_q4_1():
     codes = torch.from_numpy(np.concatenate([low, high], axis=-1).reshape(6, 64))
     ours = Encoding(SCHEME, scale, minimum).dequantize(codes)
     assert torch.equal(ours, torch.from_numpy(gguf.dequantize(gguf.quantize(x, kind), kind)))
-
-
-def test_a_scheme_takes_one_kind_of_low_end():
-    offset = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(GridError, match="its minimum has another type"):
-        Encoding(SCHEME, torch.ones(2, 1), offset)
-    with pytest.raises(GridError, match=r"int4 asymmetric per .*offset has another type"):
-        Encoding(Scheme(4, False, PerBlock(32)), torch.ones(2, 1), torch.zeros(2, 1))
-
-
-def test_the_low_end_of_integer_offsets_is_their_lowest_value():
-    encoding = measure(torch.randn(2, 32), Scheme(4, False, PerBlock(32)))
-    zeros = torch.zeros(2, 32, dtype=torch.uint8)
-    assert torch.equal(encoding.minimum, encoding.dequantize(zeros)[:, :1])
-
-
-def test_impossible_ones_are_refused(monkeypatch):
-    one = torch.ones(1)
-    with pytest.raises(GridError, match=r"a float minimum, which has no integer offset"):
-        _ = measure(torch.randn(2, 32), SCHEME).offset
-    with pytest.raises(GridError, match="a symmetric grid has no float offset; say symmetric=F"):
-        Scheme(4, float_offset=True)
-    with pytest.raises(GridError, match="a minimum is not finite"):
-        Encoding(SCHEME, one, one * math.inf)
-    with pytest.raises(GridError, match="needs scales of shape"):
-        Encoding(SCHEME, one, one).quantize(torch.ones(2, 32))
-    with pytest.raises(GridError, match="1 of 32 values are nan, which has no code"):
-        Encoding(SCHEME, one, one).quantize(torch.tensor([math.nan] + [0.0] * 31))
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(GridError, match=r"scale has shape \[1\] but minimum \[2\]"):
-        Encoding(SCHEME, one, torch.ones(2))
-
-
-def test_one_value_is_exact():
-    x = torch.full((2, 32), -3.25)
-    assert torch.equal(measure(x, SCHEME).fake_quantize(x), x)

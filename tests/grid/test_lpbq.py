@@ -13,15 +13,13 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
 
 from .strategies import brief, matrices
-
-SCHEME = Scheme(4, granularity=Lpbq(2))
 
 
 @brief
@@ -55,24 +53,19 @@ def test_by_hand():
     assert integers.tolist() == [[16, 8, 1], [4, 8, 16]]
 
 
-def test_it_is_a_block_to_whoever_knows_only_blocks():
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    low_power = measure(x, Scheme(4, granularity=Lpbq(32)))
-    plain = Encoding(Scheme(4, granularity=PerBlock(32)), low_power.scale, low_power.offset)
-    assert torch.equal(plain.fake_quantize(x), low_power.fake_quantize(x))
-    assert Lpbq(32) != PerBlock(32)
-
-
-def test_other_scales_and_impossible_schemes_are_refused():
-    with pytest.raises(GridError, match=r"1 of 2 block scales are not an integer times"):
-        Lpbq(2).split(torch.tensor([[1.0, 0.3]]))
-    with pytest.raises(GridError, match="lpbq grids have no offsets; remove -asymmetric"):
-        Scheme(4, False, Lpbq(32))
-    for bits in (0, 9):
-        with pytest.raises(GridError, match=f"a block's integer scale has 1 to 8 bits, not {bits}"):
-            Lpbq(32, bits)
-    with pytest.raises(GridError, match="a block holds at least one value, not 0"):
-        Lpbq(0)
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: Lpbq(2).split(torch.tensor([[1.0, 0.3]])), "1 of 2 block scales"),
+        (lambda: Scheme(4, False, Lpbq(32)), "remove -asymmetric"),
+        (lambda: Lpbq(32, 0), "1 to 8 bits, not 0"),
+        (lambda: Lpbq(32, 9), "1 to 8 bits, not 9"),
+        (lambda: Lpbq(0), "at least one value, not 0"),
+    ],
+)
+def test_other_scales_and_impossible_schemes_are_refused(act, message):
+    with pytest.raises(GridError, match=message):
+        act()
 
 
 def test_another_kind_of_blocks_is_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,19 @@ def test_by_hand():
     assert encoding.scale.tolist() == [[-1], [1]]
     assert encoding.quantize(x).tolist() == [[0, 15, 7, 8], [15, 0, 9, 8]]
     assert torch.equal(encoding.fake_quantize(x), x)
-
-
-def test_its_name():
-    assert parse_scheme("w4-signed32") == SIGNED
+    assert parse_scheme("w4-signed32") == SIGNED == Scheme.from_json(SIGNED.to_json())
     assert short_name(SIGNED) == "w4-signed32"
-    assert Scheme.from_json(SIGNED.to_json()) == SIGNED
+    # blocks that lean down have the scale of the plain grid
+    blocks = weights().unflatten(1, (-1, 32))
+    leans_down = -blocks.amin(-1) >= blocks.amax(-1)
+    signed, plain = measure(weights(), SIGNED).scale, measure(weights(), PLAIN).scale
+    assert torch.equal(signed[leans_down], plain[leans_down])
+    assert (signed[~leans_down] < 0).all()
+    offset = torch.full((1, 1), -8, dtype=torch.int32)
+    with pytest.raises(GridError, match="a scale is a finite number other than 0"):
+        Encoding(SIGNED, torch.zeros(1, 1), offset)
+    with pytest.raises(GridError, match="a scale is a finite positive number"):
+        Encoding(PLAIN, -torch.ones(1, 1), offset)
     with pytest.raises(GridError, match="signed grids have no offsets; remove -asymmetric"):
         Scheme(4, False, SignedBlock(32))
 
@@ -45,14 +52,6 @@ def test_codes_are_those_of_ggufs_q4_0():
     codes = torch.cat([fields & 15, fields >> 4], -1).flatten(1)
     assert torch.equal(encoding.quantize(x), codes)
     assert torch.equal(encoding.dequantize(codes), torch.from_numpy(dequantize(stored, Type.Q4_0)))
-
-
-def test_zero_is_no_scale_and_other_grids_take_no_negative_one():
-    offset = torch.full((1, 1), -8, dtype=torch.int32)
-    with pytest.raises(GridError, match="a scale is a finite number other than 0"):
-        Encoding(SIGNED, torch.zeros(1, 1), offset)
-    with pytest.raises(GridError, match="a scale is a finite positive number"):
-        Encoding(PLAIN, -torch.ones(1, 1), offset)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -70,11 +69,3 @@ def test_every_solver_gains_by_the_sign(bits: int):
 
     for of_signed, of_plain in zip(errors(signed), errors(plain), strict=True):
         assert of_signed < 0.95 * of_plain
-
-
-def test_blocks_that_lean_down_have_the_scale_of_the_plain_grid():
-    blocks = weights().unflatten(1, (-1, 32))
-    leans_down = -blocks.amin(-1) >= blocks.amax(-1)
-    signed, plain = measure(weights(), SIGNED).scale, measure(weights(), PLAIN).scale
-    assert torch.equal(signed[leans_down], plain[leans_down])
-    assert (signed[~leans_down] < 0).all()

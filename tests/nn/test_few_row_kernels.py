@@ -76,22 +76,17 @@ def test_a_head_without_a_kernel_has_8_bits_but_its_largest_logits(scheme: Schem
     assert torch.equal(head(many), exact)
 
 
-def test_a_head_that_an_adapter_wraps_stays_exact() -> None:
-    head = LoraLinear(nn.Linear(192, 48), "default", LoraConfig(r=2), r=2)
-    assert use_few_row_kernels_(nn.Sequential(head), head=head) == 0
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", FITS_NOT, ids=str)
-def test_layers_on_other_grids_stay_exact(scheme: Scheme) -> None:
-    layer, x = packed(scheme), torch.randn(1, 192)
+@pytest.mark.parametrize(
+    ("scheme", "outputs"), [*((scheme, 48) for scheme in FITS_NOT), (FITS[0], 40)], ids=str
+)
+def test_what_does_not_fit_the_kernel_stays_exact(scheme: Scheme, outputs: int) -> None:
+    layer, x = packed(scheme, outputs), torch.randn(1, 192)
     expected = layer(x)
     assert use_few_row_kernels_(layer) == 0
     assert torch.equal(layer(x), expected)
-
-
-def test_outputs_that_do_not_fill_the_kernel_stay_exact() -> None:
-    assert use_few_row_kernels_(packed(Scheme(4, granularity=PerBlock(32)), outputs=40)) == 0
+    head = LoraLinear(nn.Linear(192, 48), "default", LoraConfig(r=2), r=2)
+    assert use_few_row_kernels_(nn.Sequential(head), head=head) == 0  # an adapter wraps it
 
 
 def test_gradients_pass_and_the_model_is_not_taken_for_a_frozen_one() -> None:

@@ -1,6 +1,7 @@
 import copy
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -86,20 +87,21 @@ def test_any_change_of_the_base_changes_it():
             change(model)
         identities.add(fingerprint(model))
     assert len(identities) == len(CHANGES) + 1
+    values = torch.arange(8.0)  # vectors are hashed by value, however they lie in memory
+    for strided in (values[::2], values[:1].expand(4), values.flip(0)):
+        assert tensor_digest("x", "", strided) == tensor_digest("x", "", strided.clone())
 
 
-def test_what_a_forward_pass_does_not_keep_leaves_it_alone(model):
-    before = fingerprint(model)
+def test_an_adapter_and_a_forward_pass_leave_it_alone(model):
+    before, names = fingerprint(model), set(base_tensors(model))
+    # tied tensors are listed once
+    packed = {"fc.packed", "fc.scale", "fc.zero_point", "fc.bias"}
+    assert names == packed | {"norm.weight", "norm.bias", "head.weight"}
+    assert base_tensors(model)["fc.packed"][0] == Scheme(4, False, PerBlock(8)).to_text()
     model.fc.cache.add_(1)
     model.train()
     model.norm.weight.requires_grad_(False)
     assert fingerprint(model) == before
-
-
-def test_an_adapter_leaves_it_alone(model):
-    peft = pytest.importorskip("peft")
-    before = fingerprint(model)
-    names = set(base_tensors(model))
     config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config)
     assert any("lora_A" in name for name, _ in wrapped.named_parameters())
@@ -122,7 +124,6 @@ class Layered(nn.Module):
 
 def with_adapters(*names):
     """Every kind of parameter that PEFT's LoRA has, its values counted from the adapter's place among `names`."""
-    peft = pytest.importorskip("peft")
     layers = ["layers.0", "layers.1", "words"]
     config = peft.LoraConfig(
         r=2, target_modules=layers, use_dora=True, lora_bias=False, modules_to_save=["head"]
@@ -139,7 +140,7 @@ def with_adapters(*names):
     return wrapped
 
 
-def test_an_adapter_is_known_whatever_its_name():
+def test_an_adapter_is_known_whatever_its_name_by_values_and_scaling():
     both = with_adapters("0", "1")  # which are parts of the paths of layers too
     for place, name in enumerate(("0", "1")):
         both.set_adapter(name)
@@ -156,25 +157,15 @@ def test_an_adapter_is_known_whatever_its_name():
         p.data.neg_()
         assert (adapter_fingerprint(both) != before) is (adapter_of(path) == "1"), path
         p.data.neg_()
-
-
-def test_an_adapter_that_is_switched_off_is_none():
-    wrapped = with_adapters("first", "second")
-    before = adapter_fingerprint(wrapped)
-    with wrapped.disable_adapter():
-        assert adapter_fingerprint(wrapped) is None
-    assert adapter_fingerprint(wrapped) == before
+    scaling = both.base_model.model.layers[0].scaling
+    scaling["0"] *= 2
+    assert adapter_fingerprint(both) == before
+    scaling["1"] *= 2
+    assert adapter_fingerprint(both) != before
+    with both.disable_adapter():
+        assert adapter_fingerprint(both) is None
     assert adapter_fingerprint(Layered()) is None
-
-
-def test_the_scaling_of_an_adapter_counts_and_not_that_of_others():
-    wrapped = with_adapters("first", "second")
-    before = adapter_fingerprint(wrapped)
-    scaling = wrapped.base_model.model.layers[0].scaling
-    scaling["second"] *= 2
-    assert adapter_fingerprint(wrapped) == before
-    scaling["first"] *= 2
-    assert adapter_fingerprint(wrapped) != before
+    assert adapter_fingerprint(with_adapters("first")) == FIRST  # over versions
 
 
 FIRST = "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
@@ -184,10 +175,6 @@ STORED = {
     BLOCKS: "ead917f80736cd65710498c7315afc1a499873e137a83068e23414752feb522f",
     CHANNELS: "da8cc7f926a3a714298da8affb91967e985e5c816f6e216432ebc6c3ecd9a9de",
 }
-
-
-def test_the_fingerprint_of_an_adapter_stays_over_versions():
-    assert adapter_fingerprint(with_adapters("first")) == FIRST
 
 
 @pytest.mark.parametrize(
@@ -204,14 +191,6 @@ def test_the_fingerprint_of_a_base_stays_over_versions(
     monkeypatch.setattr(Scheme, "__str__", lambda self: "in other words")
     assert scheme.to_text() == text
     assert fingerprint(nn.Sequential(layer)) == STORED[text]
-
-
-def test_tied_tensors_are_listed_once(model):
-    names = set(base_tensors(model))
-    packed = {"fc.packed", "fc.scale", "fc.zero_point", "fc.bias"}
-    assert names == packed | {"norm.weight", "norm.bias", "head.weight"}
-    assert base_tensors(model)["fc.packed"][0] == Scheme(4, False, PerBlock(8)).to_text()
-    assert base_tensors(model)["fc.bias"][0] == ""
 
 
 @pytest.mark.parametrize(
@@ -233,20 +212,16 @@ def test_what_the_configuration_says_of_the_computation_changes_it_though_no_ten
     with torch.no_grad():
         assert not torch.equal(plain(ids).logits, changed(ids).logits)
     assert fingerprint(plain) != fingerprint(changed)
+    # that of every outermost part counts
+    parts = [
+        nn.ModuleDict({"towers": nn.ModuleDict({"a": llama(), "b": model})})
+        for model in (plain, llama(), llama(use_cache=False), changed)
+    ]
+    one, same, besides, other = map(fingerprint, parts)
+    assert one == same == besides != other
 
 
-def test_what_the_configuration_says_besides_leaves_it_alone():
-    model = llama()
-    before = fingerprint(model)
-    named = {"_name_or_path": "elsewhere", "architectures": ["LlamaForCausalLM"]}
-    model.config.update({**named, "use_cache": False, "pad_token_id": 3, "dtype": "bfloat16"})
-    model.config.transformers_version = "5.24.9"
-    assert fingerprint(model) == before
-    model.config.rms_norm_eps = 1e-3
-    assert fingerprint(model) != before
-
-
-def test_a_key_that_a_newer_library_adds_with_its_default_leaves_it_alone():
+def test_what_a_configuration_says_besides_leaves_it_alone():
     @dataclass(repr=False)
     class Newer(LlamaConfig):
         sink_scale: float = 1.0
@@ -254,31 +229,36 @@ def test_a_key_that_a_newer_library_adds_with_its_default_leaves_it_alone():
 
     model = llama()
     before = fingerprint(model)
-    newer = Newer(**model.config.to_dict())
-    assert newer.to_dict()["sink_scale"] == 1.0
-    model.config = newer
+    named = {"_name_or_path": "elsewhere", "architectures": ["LlamaForCausalLM"]}
+    model.config.update({**named, "use_cache": False, "pad_token_id": 3, "dtype": "bfloat16"})
+    model.config.transformers_version = "5.24.9"
+    assert fingerprint(model) == before
+    # a key that a newer library adds, with its default
+    model.config = Newer(**model.config.to_dict())
+    assert model.config.to_dict()["sink_scale"] == 1.0
     assert fingerprint(model) == before
     model.config.sink_scale = 2.0
     assert fingerprint(model) != before
-
-
-def test_a_value_is_the_same_in_a_wider_type():
-    model = llama().bfloat16()
-    before = fingerprint(model)
-    assert fingerprint(model.float()) == before
-    model.model.norm.weight.data[3] += 2**-20
-    assert fingerprint(model) != before
+    # a model of transformers alone hashes its configuration as it is, so fingerprints stay
+    assert base_settings(llama()) == base_settings(nn.DataParallel(llama()))
+    assert "hidden_size" in base_settings(llama())
 
 
 def test_a_kept_fingerprint_ends_with_the_first_change():
     model = llama()
     identity = fingerprint(model)
     model.bfloat16()
-    assert fingerprint(model) != identity, "these weights do not fit bfloat16"
-    keep_fingerprint_(model, fingerprint(model), identity)
+    narrow = fingerprint(model)
+    assert narrow != identity, "these weights do not fit bfloat16"
+    keep_fingerprint_(model, narrow, identity)
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == identity
     model.model.norm.weight.data[0] += 1
     assert fingerprint(model) != identity
+    wide = llama().bfloat16()
+    before = fingerprint(wide)
+    assert fingerprint(wide.float()) == before, "a value is the same in a wider type"
+    wide.model.norm.weight.data[3] += 2**-20
+    assert fingerprint(wide) != before
 
 
 class Gated(nn.Module):
@@ -316,11 +296,8 @@ def seeded(*modules):
     return model
 
 
-ROW, IMAGE, ROWS = (
-    torch.linspace(-2, 3, 16).view(2, 8),
-    torch.randn(1, 4, 9, 9),
-    torch.randn(2, 3, 8),
-)
+ROW = torch.linspace(-2, 3, 16).view(2, 8)
+IMAGE, ROWS = torch.randn(1, 4, 9, 9), torch.randn(2, 3, 8)
 
 
 @pytest.mark.parametrize(
@@ -392,53 +369,45 @@ def test_wrappers_are_not_part_of_the_base():
         assert set(base_tensors(wrapped)) == names
     inside = nn.Sequential(torch.compile(Gated()), nn.LayerNorm(8))
     assert set(base_tensors(inside)) == names
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=["1"])
     assert fingerprint(peft.get_peft_model(model, config)) == before
 
 
-def test_parts_with_the_names_of_wrappers_are_part_of_the_base():
-    for name in ("base_layer", "lora_gate", "modules_to_save", "original_module"):
-        model = seeded(nn.Module())
-        model[0].add_module(name, nn.Linear(4, 4))
-        model[0].register_parameter("bias", nn.Parameter(torch.zeros(4)))
-        before = fingerprint(model)
-        assert {f"0.{name}.weight", f"0.{name}.bias", "0.bias"} == set(base_tensors(model))
-        model[0].get_submodule(name).bias.data[1] += 1
-        assert fingerprint(model) != before, name
+@pytest.mark.parametrize("name", ["base_layer", "lora_gate", "modules_to_save", "original_module"])
+def test_parts_with_the_names_of_wrappers_are_part_of_the_base(name):
+    model = seeded(nn.Module())
+    model[0].add_module(name, nn.Linear(4, 4))
+    model[0].register_parameter("bias", nn.Parameter(torch.zeros(4)))
+    before = fingerprint(model)
+    assert {f"0.{name}.weight", f"0.{name}.bias", "0.bias"} == set(base_tensors(model))
+    model[0].get_submodule(name).bias.data[1] += 1
+    assert fingerprint(model) != before
 
 
-def test_every_outermost_configuration_counts():
-    def parts(**changes):
-        model = nn.ModuleDict({"vision": llama(), "text": llama(**changes)})
-        return nn.ModuleDict({"towers": model, "norm": nn.LayerNorm(4)})
-
-    one = fingerprint(parts())
-    assert fingerprint(parts()) == one
-    assert fingerprint(parts(rms_norm_eps=0.5)) != one
-    assert fingerprint(parts(use_cache=False)) == one
-    alone, wrapped = llama(), llama()
-    # a model of transformers alone hashes its configuration as it is, so fingerprints stay
-    assert base_settings(alone) == base_settings(nn.DataParallel(wrapped))
-    assert "hidden_size" in base_settings(alone)
-
-
-@pytest.mark.parametrize("part", ["0", "0.linear", ""])
-def test_changes_of_a_part_that_was_remembered_are_named(part):
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("0", ["0.linear.bias", "0.factor: 0.5 -> 0.25"]),
+        ("0.linear", ["0.linear.bias"]),
+        ("", ["0.linear.bias", "0.factor: 0.5 -> 0.25", "1.eps: default -> 0.5"]),
+    ],
+)
+def test_changes_of_a_part_that_was_remembered_are_named(part, changes):
     model = nn.Sequential(Gated(), nn.LayerNorm(8))
     remember_base_(model.get_submodule(part))
     assert changed_since(model, tensor_digests(model)) == []
     model[0].linear.bias.data[0] += 1
     model[0].factor = 0.25
     model[1].eps = 0.5
-    wanted = {
-        "": ["0.linear.bias", "0.factor: 0.5 -> 0.25", "1.eps: default -> 0.5"],
-        "0": ["0.linear.bias", "0.factor: 0.5 -> 0.25"],
-        "0.linear": ["0.linear.bias"],
-    }
-    assert changed_since(model, tensor_digests(model)) == wanted[part]
+    assert changed_since(model, tensor_digests(model)) == changes
     remember_base_(model)  # of the whole, which is now what counts
     assert changed_since(model, tensor_digests(model)) == []
+    model[0].factor = 3
+    assert changed_since(model, tensor_digests(model)) == ["0.factor: 0.25 -> 3"]
+    remember_base_(model[0])  # of a part, later
+    assert changed_since(model, tensor_digests(model)) == []
+    model[1].bias.data[0] += 1
+    assert changed_since(model, tensor_digests(model)) == ["1.bias"]
 
 
 def test_settings_are_those_of_the_float_model() -> None:
@@ -446,6 +415,16 @@ def test_settings_are_those_of_the_float_model() -> None:
         """A linear layer with a number of its own."""
 
         factor = 1
+
+    class Configured(nn.Module):
+        """A model with a configuration, as diffusers has them."""
+
+        def __init__(self, width: int = 4, scale: float = 1.0):
+            super().__init__()
+            self.config = {"_class_name": "Configured", "width": width, "scale": scale}
+            self.norm = nn.LayerNorm(width, eps=0.5)
+
+        def register_to_config(self) -> None: ...
 
     def model() -> nn.Module:
         own, shared = Own(32, 32), nn.LayerNorm(32, eps=0.25)
@@ -459,37 +438,5 @@ def test_settings_are_those_of_the_float_model() -> None:
     assert base_settings(packed) == base_settings(model())
     assert base_settings(packed).keys() == {"0", "1"}
     assert base_settings(packed)["0"] == {"factor": 2}
-
-
-class Configured(nn.Module):
-    """A model with a configuration, as diffusers has them."""
-
-    def __init__(self, width: int = 4, scale: float = 1.0):
-        super().__init__()
-        self.config = {"_class_name": "Configured", "width": width, "scale": scale}
-        self.norm = nn.LayerNorm(width, eps=0.5)
-
-    def register_to_config(self) -> None: ...
-
-
-def test_a_configuration_of_diffusers_counts_without_defaults() -> None:
-    assert base_settings(Configured()) == {}
+    assert base_settings(Configured()) == {}  # without defaults
     assert base_settings(Configured(scale=2.0)) == {"scale": 2.0}
-
-
-def test_a_part_that_was_remembered_later_is_compared_with_that() -> None:
-    model = nn.Sequential(Gated(), nn.LayerNorm(8))
-    remember_base_(model)
-    model[0].linear.bias.data[0] += 1
-    model[0].factor = 3
-    assert changed_since(model, tensor_digests(model)) == ["0.linear.bias", "0.factor: 0.5 -> 3"]
-    remember_base_(model[0])
-    assert changed_since(model, tensor_digests(model)) == []
-    model[1].bias.data[0] += 1
-    assert changed_since(model, tensor_digests(model)) == ["1.bias"]
-
-
-def test_vectors_that_are_not_contiguous_are_hashed_by_value():
-    values = torch.arange(8.0)
-    for strided in (values[::2], values[:1].expand(4), values.flip(0)):
-        assert tensor_digest("x", "", strided) == tensor_digest("x", "", strided.clone())

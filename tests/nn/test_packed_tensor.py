@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from grid.strategies import cases, thorough
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn import custom_ops
 from qwlora.nn.packed_tensor import PackedTensor, narrowest
 
 NARROW = (2, 3, 4, 5, 6, 7, 8)
@@ -33,27 +34,47 @@ def tensors(draw):
 
 
 @thorough
-@given(tensors())
-def test_packing_loses_nothing(original):
+@given(tensors(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_packing_loses_nothing_and_values_are_the_float32_product_rounded_once(original, dtype):
     packed = PackedTensor.from_quantized(original)
     assert packed.shape == tuple(original.codes.shape)
-    again = packed.quantized
+    again, scheme = packed.quantized, original.encoding.scheme
     assert torch.equal(again.codes, original.codes)
-    assert again.encoding.scheme == original.encoding.scheme
+    assert again.encoding.scheme == scheme
     assert torch.equal(again.encoding.scale, original.encoding.scale)
     assert again.encoding.scale.dtype == torch.float32
-    if original.encoding.scheme.float_offset:
-        assert torch.equal(again.encoding.minimum, original.encoding.minimum)
-    else:
-        assert torch.equal(again.encoding.offset, original.encoding.offset)
-
-
-@thorough
-@given(tensors(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_values_are_the_float32_product_rounded_once(original, dtype):
-    values = PackedTensor.from_quantized(original).dequantize(dtype)
+    low = "minimum" if scheme.float_offset else "offset"
+    assert torch.equal(getattr(again.encoding, low), getattr(original.encoding, low))
+    values = packed.dequantize(dtype)
     assert values.dtype == dtype
     assert torch.equal(values, original.dequantize().to(dtype))
+    arguments = (*packed.parts, packed.count, packed.scheme.to_text())
+    assert torch.equal(custom_ops.dequantize(*arguments), original.dequantize())
+    empty = PackedTensor.empty(packed.scheme, packed.shape)
+    for a, b in zip(packed.parts, empty.parts, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or a.shape == b.shape
+        assert a is None or a.dtype.is_floating_point == b.dtype.is_floating_point
+
+
+@pytest.mark.parametrize("granularity", [PerBlock(4), PerTensor()])
+def test_operators_survive_torchs_own_checks(granularity):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    packed = PackedTensor.from_quantized(quantized(x, Scheme(3, False, granularity)))
+    parts = (*packed.parts, packed.count, packed.scheme.to_text())
+    calls = {
+        custom_ops.quantized: (x, "x"),
+        custom_ops.dequantize: parts,
+        custom_ops.gather: (torch.tensor([[2, 0], [1, 1]]), *parts),
+        custom_ops.linear: (x.clone().requires_grad_(), *parts),
+    }
+    for operator, arguments in calls.items():
+        tests = (
+            {}
+            if operator is custom_ops.linear
+            else {"test_utils": ("test_schema", "test_faketensor")}
+        )
+        torch.library.opcheck(operator, arguments, **tests)
 
 
 @thorough
@@ -66,17 +87,6 @@ def test_rows_are_those_of_the_whole(original, data):
         index = torch.tensor(data.draw(pairs))
         assert torch.equal(packed.dequantize(index=index), values[index])
         assert torch.equal(packed.dequantize(index=index[0, 0]), values[index[0, 0]])
-
-
-@thorough
-@given(tensors())
-def test_empty_parts_have_the_types_and_shapes_of_full_ones(original):
-    full = PackedTensor.from_quantized(original)
-    empty = PackedTensor.empty(full.scheme, full.shape)
-    for a, b in zip(full.parts, empty.parts, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or a.shape == b.shape
-        assert a is None or a.dtype.is_floating_point == b.dtype.is_floating_point
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**18])
@@ -95,23 +105,18 @@ def test_work_in_chunks_gives_the_same(monkeypatch, chunk):
         assert torch.equal(packed.dequantize(index=torch.tensor([2, 0])), values[[2, 0]])
 
 
-@pytest.mark.parametrize(
-    ("bitwidth", "symmetric"), [*((bits, True) for bits in NARROW), (2, False)]
-)
-def test_blocks_of_32_with_half_scales_cost_little_above_their_bits(bitwidth, symmetric):
-    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
-    measured = measure(x, Scheme(bitwidth, symmetric, PerBlock(32)))
-    encoding = Encoding(measured.scheme, measured.scale.half().float(), measured.offset)
-    packed = PackedTensor.from_quantized(QuantizedTensor(encoding.quantize(x), encoding))
-    assert packed.parts.scale.dtype == torch.float16
-    assert 8 * packed.nbytes / x.numel() <= bitwidth + 0.6
-
-
-def test_numbers_are_stored_as_narrow_as_they_allow():
+@pytest.mark.parametrize("bitwidth", NARROW)
+def test_numbers_are_stored_as_narrow_as_they_allow(bitwidth):
     assert narrowest(torch.tensor([0.5, 2.0**-24])).dtype == torch.float16
     assert narrowest(torch.tensor([1e30]).bfloat16().float()).dtype == torch.bfloat16
     assert narrowest(torch.tensor([0.1])).dtype == torch.float32
     assert narrowest(torch.tensor([65536.0, 1 + 2**-10])).dtype == torch.float32
+    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
+    measured = measure(x, Scheme(bitwidth, bitwidth > 2, PerBlock(32)))
+    encoding = Encoding(measured.scheme, measured.scale.half().float(), measured.offset)
+    packed = PackedTensor.from_quantized(QuantizedTensor(encoding.quantize(x), encoding))
+    assert packed.parts.scale.dtype == torch.float16
+    assert 8 * packed.nbytes / x.numel() <= bitwidth + 0.6
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -2,6 +2,7 @@
 before `assert_frozen`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,53 +52,76 @@ def plain() -> PreTrainedModel:
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
 def test_a_model_dispatched_by_accelerate_computes_its_codes(architecture: str) -> None:
-    plain, model = tiny_model(architecture), tiny_model(architecture)
-    quantize_(plain, "w4-block32", "rtn")
-    model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    plain = packed_model(architecture)
+    model = dispatch_model(tiny_model(architecture), {"": "cpu"}, force_hooks=True)
     quantize_(model, "w4-block32", "rtn")
     assert torch.equal(logits(model), logits(plain))
     assert fingerprint(model) == fingerprint(plain)
     hooked = [m for m in model.modules() if isinstance(m, PackedLinear) and hasattr(m, "_hf_hook")]
     assert len(hooked) == len(packed_weights(model))
-
-
-def test_unpacking_a_dispatched_model_leaves_no_forward_on_codes() -> None:
-    model = dispatch_model(tiny_model("qwen3"), {"": "cpu"}, force_hooks=True)
-    quantize_(model, "w4-block32", "rtn")
-    unpack_(model)
-    layer = model.get_submodule(UP)
+    path = next(name for name, module in model.named_modules() if module is hooked[0])
+    unpack_(model)  # leaves no forward on codes
+    layer = model.get_submodule(path)
     with torch.no_grad():
         layer.weight.zero_()
+        layer.bias = None
     assert not layer(torch.ones(1, 64)).any()
 
 
-def test_offloaded_layers_are_refused_by_name() -> None:
+def patched(model: nn.Module) -> nn.Module:
+    layer = model.get_submodule(UP)
+    layer.forward = layer.forward  # bound to this module, as any patch that calls the old one is
+    return model
+
+
+def patched_below_a_hook(model: nn.Module) -> nn.Module:
+    model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    model.get_submodule(UP)._old_forward = lambda x: x
+    return model
+
+
+def on_layer(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: [model, change(model.get_submodule(UP))][0]
+
+
+CHANGED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "patched": (patched, rf"(?s)1 layers.*{UP} has a 'forward'.*del layer"),
+    "patched below a hook": (patched_below_a_hook, rf"(?s)1 layers.*{UP} has a 'forward'"),
+    "compiled in place": (on_layer(lambda m: m.compile(backend="eager")), f"{UP} was compiled"),
+    **{
+        name: (on_layer(change), rf"(?s)1 layers.*{UP} computes its weight")
+        for name, change in {
+            "weight_norm": parametrizations.weight_norm,
+            "old weight_norm": nn.utils.weight_norm,
+            "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED.values(), ids=CHANGED)
+def test_a_changed_layer_is_refused_by_name_unless_a_rule_keeps_it_float(
+    change: Callable[[nn.Module], nn.Module], message: str
+) -> None:
+    model = change(tiny_model("qwen3"))
+    with pytest.raises(GridError, match=message):
+        quantize_(model, "w4-block32", "rtn")
+    assert not packed_weights(model)
+    quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
+    assert len(packed_weights(model)) == 13
+    assert f"{UP}.weight" not in packed_weights(model)
+
+
+def test_what_is_no_layer_of_its_own_does_not_disturb() -> None:
     model = tiny_model("qwen3")
     cpu_offload(model)
     with pytest.raises(GridError, match=r"q_proj\.weight.*device_map offloading"):
         quantize_(model, "w4-block32", "rtn")
-
-
-@pytest.mark.parametrize("below_hook", [False, True])
-def test_a_patched_forward_is_refused_by_name_before_anything_is_packed(below_hook: bool) -> None:
-    model = tiny_model("qwen3")
-    layer = model.get_submodule(UP)
-    layer.forward = layer.forward  # bound to this module, as any patch that calls the old one is
-    if below_hook:
-        model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
-        layer._old_forward = lambda x: x
-    with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} has a 'forward'.*del layer"):
-        quantize_(model, "w4-block32", "rtn")
-    assert not packed_weights(model)
-    quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
-    assert f"{UP}.weight" not in packed_weights(model)
-
-
-def test_a_layer_compiled_in_place_is_refused_by_name() -> None:
-    model = tiny_model("qwen3")
-    model.get_submodule(UP).compile(backend="eager")
-    with pytest.raises(GridError, match=rf"{UP} was compiled"):
-        quantize_(model, "w4-block32", "rtn")
+    # tensors of a weight norm on a convolution are not taken for experts
+    model = nn.Sequential(nn.Linear(32, 32), parametrizations.weight_norm(nn.Conv1d(32, 32, 3)))
+    remove_parametrizations(parametrizations.weight_norm(model[0]), "weight")
+    quantize_(model, "w4-block32", "rtn")
+    assert packed_weights(model).keys() == {"0.weight"}
 
 
 class Holder(nn.Module):
@@ -112,19 +136,21 @@ class Holder(nn.Module):
 def test_the_head_of_a_wrapped_model_stays_float(wrap: Any, plain: PreTrainedModel) -> None:
     model = tiny_model("qwen3")
     wrapped = wrap(model)
+    if not isinstance(wrapped, Holder):
+        logits(wrapped)  # a graph of floats, if it is compiled
     quantize_(wrapped, "w4-block32", "rtn")
     assert type(model.lm_head) is nn.Linear
     assert packed_weights(model).keys() == packed_weights(plain).keys()
     if not isinstance(wrapped, Holder):
         assert fingerprint(wrapped) == fingerprint(plain)
+        torch.testing.assert_close(logits(wrapped), logits(plain))
 
 
-def test_a_compiled_model_computes_its_codes_after_quantizing(plain: PreTrainedModel) -> None:
-    compiled = torch.compile(tiny_model("qwen3"), backend="eager")
-    before = logits(compiled)
-    quantize_(compiled, "w4-block32", "rtn")
-    assert not torch.allclose(logits(compiled), before)
-    torch.testing.assert_close(logits(compiled), logits(plain))
+def test_attaching_first_and_quantizing_after_gives_the_same_base(plain: PreTrainedModel) -> None:
+    wrapped = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear"))
+    quantize_(wrapped, "w4-block32", "rtn")
+    assert fingerprint(wrapped) == fingerprint(plain)
+    torch.testing.assert_close(logits(wrapped.eval()), logits(plain))
 
 
 def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None:
@@ -136,40 +162,6 @@ def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None
             quantize_(wrapped, "w4-block32", "rtn")
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("compute", ["weight_norm", "old weight_norm", "pruning"])
-def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compute: str) -> None:
-    model, remedied = tiny_model("qwen3"), tiny_model("qwen3")
-    layer = model.get_submodule(UP)
-    match compute:
-        case "weight_norm":
-            parametrizations.weight_norm(layer)
-            normed = parametrizations.weight_norm(remedied.get_submodule(UP))
-            remove_parametrizations(normed, "weight")
-        case "old weight_norm":
-            nn.utils.weight_norm(layer)
-        case _:
-            prune.l1_unstructured(layer, "weight", 0.5)
-    with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} computes its weight"):
-        quantize_(model, "w4-block32", "rtn")
-    quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
-    assert len(packed_weights(model)) == 13
-    quantize_(remedied, "w4-block32", "rtn")
-    assert f"{UP}.weight" in packed_weights(remedied)
-
-
-def test_tensors_of_a_weight_norm_on_a_convolution_are_not_taken_for_experts() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), parametrizations.weight_norm(nn.Conv1d(32, 32, 3)))
-    quantize_(model, "w4-block32", "rtn")
-    assert packed_weights(model).keys() == {"0.weight"}
-
-
-def test_attaching_first_and_quantizing_after_gives_the_same_base(plain: PreTrainedModel) -> None:
-    wrapped = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear"))
-    quantize_(wrapped, "w4-block32", "rtn")
-    assert fingerprint(wrapped) == fingerprint(plain)
-    torch.testing.assert_close(logits(wrapped.eval()), logits(plain))
 
 
 def test_a_forward_that_was_set_on_a_packed_layer_is_refused_and_hooks_are_not(
@@ -193,20 +185,20 @@ def test_a_forward_that_was_set_on_a_packed_layer_is_refused_and_hooks_are_not(
         assert_frozen(plain)
 
 
-def test_copies_of_packed_layers_are_refused_since_they_cannot_be_trained(
-    plain: PreTrainedModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"modules_to_save": ["q_proj"]}, GridError, r"copied .*self_attn\.q_proj.*keep: float"),
+        ({"trainable_token_indices": [1]}, SourceError, r"'default': .*trainable_token_indices"),
+    ],
+)
+def test_adapters_that_change_the_base_are_refused(
+    settings: dict[str, Any], error: Any, message: str, plain: PreTrainedModel, tmp_path: Path
 ) -> None:
-    saved = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
-    adapted = get_peft_model(plain, saved)
-    with pytest.raises(GridError, match=r"copied .*self_attn\.q_proj.*keep: float"):
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["up_proj"], **settings))
+    with pytest.raises(error, match=message):
         save_adapter(adapted, tmp_path)
     assert not [*tmp_path.iterdir()]
-
-
-def test_settings_that_change_the_base_are_refused(plain: PreTrainedModel, tmp_path: Path) -> None:
-    rows = LoraConfig(r=2, target_modules=["up_proj"], trainable_token_indices=[1])
-    with pytest.raises(SourceError, match=r"'default': .*trainable_token_indices: \[1\], .*rows"):
-        save_adapter(get_peft_model(plain, rows), tmp_path)
 
 
 def test_training_simulation_and_saving_check_it(plain: PreTrainedModel, tmp_path: Path) -> None:
@@ -239,12 +231,9 @@ class TwoLayers(nn.Module):
 
 def test_a_graph_that_uses_no_packed_layer_is_refused() -> None:
     model = TwoLayers()
+    with pytest.warns(UserWarning, match="TwoLayers has no packed layer.*no base encodings"):
+        simulation = simulate(model.eval(), {"x": torch.ones(2, 32)})
+    assert not simulation.base_encodings
     quantize_(model, "w4-block32", "rtn")
     with pytest.raises(QwloraError, match=r"none of the 1 packed layers.*layer first"):
         simulate(model.eval(), {"x": torch.ones(2, 32)})
-
-
-def test_simulating_a_float_model_warns_that_there_are_no_base_encodings() -> None:
-    with pytest.warns(UserWarning, match="Linear has no packed layer.*no base encodings"):
-        simulation = simulate(nn.Linear(4, 4).eval(), {"input": torch.ones(2, 4)})
-    assert not simulation.base_encodings

@@ -1,16 +1,19 @@
-"""Conversion between all pairs of versions.
+"""Conversion between all pairs of versions, and grids through each of them.
 
 `is_held` states what a version can express, independently of the code under test.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_files import FILES, files
 
-from qwlora.errors import ConversionError
+from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.formats.aimet_encodings import (
     VERSIONS,
     EncodingsFile,
@@ -23,15 +26,20 @@ from qwlora.formats.aimet_encodings import (
     write_encodings,
 )
 from qwlora.formats.aimet_encodings.encodings_file import parse, to_document
+from qwlora.formats.aimet_encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
+from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.scheme import (
+    Granularity,
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    SignedBlock,
+)
 
 FAMILIES = (VERSIONS[:2], VERSIONS[2:])
 PAIRS = [(a, b) for family in FAMILIES for a in family for b in family]
-
-
-def through_json(file: EncodingsFile) -> EncodingsFile:
-    again, problems = parse(to_document(file))
-    assert again is not None, problems
-    return again
 
 
 def is_held(e: Entry, target: str) -> bool:
@@ -45,6 +53,11 @@ def is_held(e: Entry, target: str) -> bool:
 @settings(max_examples=25)  # for each of 8 pairs
 @given(st.data())
 def test_what_does_not_come_back_is_listed(source: str, target: str, data: st.DataObject) -> None:
+    def through_json(file: EncodingsFile) -> EncodingsFile:
+        again, problems = parse(to_document(file))
+        assert again is not None, problems
+        return again
+
     file = data.draw(files(source))
     lost = {e.name for e in file.encodings if not is_held(e, target)}
     if not lost:
@@ -79,48 +92,35 @@ TWO_AXES = LpbqEncoding("w", 4, 2, [[1, 2, 3, 4]] * 2, [[0.1, 0.2], [0.3, 0.4]],
 WHOLE = "w: the whole encoding,"
 
 
-def one(version: str, encoding: Entry) -> EncodingsFile:
-    return EncodingsFile(version, (encoding,), frozenset({"w"}) if version < "2" else None)
-
-
 @pytest.mark.parametrize(
-    ("source", "encoding", "target", "lost"),
+    ("version", "encoding", "target", "lost"),
     [
         ("1.0.0", BLOCK, "0.6.1", "w: granularity block"),
         ("1.0.0", LPBQ, "0.6.1", f"{WHOLE} LPBQ of 4 bits"),
         ("1.0.0", IntegerEncoding("w", 8, [0.1], [-128], True), "0.6.1", "w: granularity channel"),
         ("2.0.0", TWO_AXES, "2.1.0", f"{WHOLE} LPBQ of 4 bits"),
+        # what its own version cannot store is not written
+        ("1.0.0", NESTED, None, "w: signed True"),
+        ("1.0.0", LPBQ.replace(decompressed_bitwidth=None), None, f"{WHOLE} LPBQ of 4 bits"),
+        ("1.0.0", FloatEncoding("w", 8, "float8e5m2", 1.0), None, f"{WHOLE} floats of 8 bits"),
+        ("0.6.1", BLOCK, None, "w: granularity block"),
+        ("2.0.0", FloatEncoding("w", 16), None, f"{WHOLE} floats of 16 bits"),
+        ("2.0.0", NESTED.replace(axis=None), None, f"{WHOLE} integers of 8 bits"),
+        ("2.0.0", NESTED.replace(offset=[-128, -127]), None, "w: symmetric True"),
+        ("2.1.0", LPBQ, None, f"{WHOLE} LPBQ of 4 bits"),
     ],
 )
-def test_only_what_is_lost_is_named(source: str, encoding: Entry, target: str, lost: str) -> None:
-    with pytest.raises(ConversionError, match="--lossy") as caught:
-        convert(one(source, encoding), target)
-    assert list(caught.value.lost) == [lost]
-
-
-@pytest.mark.parametrize(
-    ("version", "encoding", "lost"),
-    [
-        ("1.0.0", NESTED, ["w: signed True", "w: axis 0"]),
-        ("1.0.0", LPBQ.replace(decompressed_bitwidth=None), [f"{WHOLE} LPBQ of 4 bits"]),
-        (
-            "1.0.0",
-            FloatEncoding("w", 8, "float8e5m2", 1.0),
-            [f"{WHOLE} floats of 8 bits (float8e5m2)"],
-        ),
-        ("0.6.1", BLOCK, ["w: granularity block"]),
-        ("2.0.0", FloatEncoding("w", 16), [f"{WHOLE} floats of 16 bits"]),
-        ("2.0.0", NESTED.replace(axis=None), [f"{WHOLE} integers of 8 bits"]),
-        ("2.0.0", NESTED.replace(offset=[-128, -127]), ["w: symmetric True"]),
-        ("2.1.0", LPBQ, [f"{WHOLE} LPBQ of 4 bits"]),
-    ],
-)
-def test_a_value_that_its_version_cannot_store_is_not_written(
-    version: str, encoding: Entry, lost: list[str], tmp_path: Any
+def test_only_what_is_lost_is_named(
+    version: str, encoding: Entry, target: str | None, lost: str, tmp_path: Any
 ) -> None:
+    file = EncodingsFile(version, (encoding,), frozenset({"w"}) if version < "2" else None)
+    act = (
+        partial(convert, file, target) if target else partial(write_encodings, file, tmp_path / "w")
+    )
     with pytest.raises(ConversionError) as caught:
-        write_encodings(one(version, encoding), tmp_path / "w.encodings")
-    assert list(caught.value.lost) == lost
+        act()
+    assert caught.value.lost[0].startswith(lost)
+    assert len(caught.value.lost) == (2 if lost == "w: signed True" else 1)  # its axis too
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,12 +132,91 @@ def test_equal_problems_of_encodings_share_a_line(count: int, names: str) -> Non
     assert caught.value.lost == (f"{names}: granularity block",)
 
 
-def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(ConversionError, match=r"'3' is not one of 0\.6\.1"):
-        convert(one("1.0.0", BLOCK), "3")
-
-
 def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
     old, new = (read_encodings(FILES / f"aimet-{v}.encodings") for v in ("2.0.0", "2.1.0"))
     assert convert(old, "2.1.0") == new
     assert convert(new, "2.0.0") == old
+
+
+# Grids: every granularity in every version is written as what it is, or refused
+
+OUT, IN, SIZE = 6, 16, 4
+GRANULARITIES: list[Granularity] = [PerTensor(), PerChannel(0), PerChannel(1), PerBlock(SIZE)]
+SCHEMES = [
+    Scheme(bits, symmetric, granularity)
+    for bits in (2, 4, 8, 16)
+    for symmetric in (True, False)
+    for granularity in GRANULARITIES
+] + [Scheme(bits, True, Lpbq(SIZE)) for bits in (2, 4, 8)]
+
+
+def grid(scheme: Scheme) -> Encoding:
+    """Random scales and offsets for a weight [OUT, IN]."""
+    generator = torch.Generator().manual_seed(scheme.bitwidth)
+    shape = scheme.scale_shape((OUT, IN))
+    scale = torch.rand(shape, generator=generator) + 0.1
+    if isinstance(scheme.granularity, Lpbq):
+        scale = scheme.nearest(scale)
+    offset = torch.full(shape, scheme.symmetric_offset, dtype=torch.int32)
+    if not scheme.symmetric:
+        offset = -torch.randint(1, scheme.steps, shape, generator=generator, dtype=torch.int32)
+    return Encoding(scheme, scale, offset)
+
+
+def written(encoding: Encoding, version: str, path: Path, transposed: bool) -> EncodingsFile:
+    entry = entry_of("w", encoding, version, transposed)
+    parameters = frozenset({"w"}) if version < "2" else None
+    write_encodings(EncodingsFile(version, (entry,), parameters), path)
+    return read_encodings(path)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_grid_comes_back_from_every_version_that_can_hold_it(
+    scheme: Scheme, version: str, transposed: bool, tmp_path: Path
+) -> None:
+    encoding = grid(scheme)
+    if version == "0.6.1" and isinstance(scheme.granularity, PerBlock | Lpbq):
+        with pytest.raises(ConversionError, match="w"):
+            written(encoding, version, tmp_path / "x", transposed)
+        return
+    (entry,) = written(encoding, version, tmp_path / "x", transposed).encodings
+    axis = scheme.granularity.axis if isinstance(scheme.granularity, PerChannel) else 0
+    placement = TensorLayout((OUT, IN), transposed, axis, "tensor" if transposed else "channel")
+    again = grid_of(entry, placement, version)
+    assert torch.equal(again.scale, encoding.scale)
+    assert torch.equal(again.offset, encoding.offset)
+    assert again.scheme.granularity == scheme.granularity
+    assert again.scheme.bitwidth == scheme.bitwidth
+    if version == "2.1.0" and not transposed:  # which says it all by itself
+        assert encoding_of(entry).equals(encoding)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_signed_blocks_come_back_as_asymmetric_ones_of_equal_values(
+    bits: int, version: str, transposed: bool, tmp_path: Path
+) -> None:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
+    signed = measure(weight, Scheme(bits, granularity=SignedBlock(SIZE)))
+    assert 0 < int((signed.scale < 0).sum()) < signed.scale.numel()
+    (entry,) = written(signed, version, tmp_path / "x", transposed).encodings
+    placement = TensorLayout((OUT, IN), transposed, 0, "tensor" if transposed else "channel")
+    again = grid_of(entry, placement, version)
+    assert again.scheme == Scheme(bits, False, PerBlock(SIZE))
+    values = signed.fake_quantize(weight)
+    assert torch.equal(again.fake_quantize(values), values)
+    for code in range(2**bits):  # every code of a signed block, and none beside them
+        codes = torch.full((OUT, IN), code, dtype=torch.uint8)
+        steps = torch.where(signed.scale < 0, 2**bits - 1 - code, code).to(torch.uint8)
+        turned = steps.repeat_interleave(SIZE, 1)
+        assert torch.equal(again.dequantize(turned), signed.dequantize(codes))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float_offsets_are_refused(version: str) -> None:
+    scheme = Scheme(4, False, PerBlock(SIZE), float_offset=True)
+    with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
+        entry_of("w", measure(torch.randn(OUT, IN), scheme), version)

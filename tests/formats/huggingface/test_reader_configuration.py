@@ -1,7 +1,6 @@
 """A small config.json with huge counts is refused before transformers expands it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 
 MANY = 10**6  # a list of 8 MB, were it expanded
-SOURCES: list[Callable[[Path], Any]] = [
-    open_checkpoint,
-    lambda folder: load_model(str(folder)),
-    lambda folder: load_tokenizer(str(folder)),
-]
 
 
 @pytest.fixture
@@ -52,23 +46,20 @@ def test_counts_are_checked_before_transformers_reads_them(
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "config.4.0.0.json").write_text(json.dumps({"num_hidden_layers": MANY}))
-    for opening in SOURCES:
-        with pytest.raises(SourceError, match=rf"{key} is {MANY}, but models have \d to [\d,]+\."):
-            opening(tmp_path)
+    for opening in (open_checkpoint, load_model, load_tokenizer):
+        with pytest.raises(SourceError, match=f"{key} is {MANY}"):
+            opening(str(tmp_path))
     assert not expanded
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> None:
+def test_counts_of_a_base(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     save_base(packed_model("llama"), tmp_path, byte_tokenizer(), source="somewhere")
-
-
-def test_counts_of_a_base(base: None, tmp_path: Path, expanded: list[Any]) -> None:
     edit_json(tmp_path / "config.json", num_hidden_layers=MANY)
     reseal(tmp_path, "base.json")
-    for opening in (load_base, open_checkpoint, lambda folder: inspect_source(str(folder))):
-        with pytest.raises(SourceError, match="num_hidden_layers is 1000000, but models have 0 to"):
-            opening(tmp_path)
+    expanded = request.getfixturevalue("expanded")
+    for opening in (load_base, open_checkpoint, inspect_source):
+        with pytest.raises(SourceError, match="num_hidden_layers is 1000000"):
+            opening(str(tmp_path))
     assert not expanded
 
 

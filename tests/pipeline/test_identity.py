@@ -66,6 +66,7 @@ data.output_column: a -> b with ROWS data.instruction_column=c => TEXTS as colum
 data.empty_records: error -> skip with ROWS data.text_column=a =>
 data.chat_template: a.json -> b.json with ROWS data.messages_column=m => TEXTS
 data.prompt_format: auto -> plain with ROWS data.prompt_column=a data.completion_column=b => TEXTS
+data.prompt_format: auto -> plain with ROWS data.messages_column=m =>
 data.turns: together -> apart =>
 data.turns: together -> apart with ROWS data.messages_column=m => TEXTS
 data.packing: - -> none => TEXTS

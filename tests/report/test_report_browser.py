@@ -41,12 +41,11 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     jobs = {name: job_of(name) for name in ("finished", "two", "failed")}
-    written = {name: render(job) for name, job in jobs.items()}
-    written |= {"running": render(running()), "thousand": render(many_layers(1000))}
+    jobs |= {"running": running(), "thousand": many_layers(1000)}
     folder = tmp_path_factory.mktemp("pages")
-    paths = {name: folder / f"{name}.html" for name in written}
-    for name, html in written.items():
-        paths[name].write_text(html, encoding="utf-8")
+    paths = {name: folder / f"{name}.html" for name in jobs}
+    for name, job in jobs.items():
+        paths[name].write_text(render(job), encoding="utf-8")
     return paths
 
 
@@ -81,7 +80,7 @@ def test_no_error_no_request(browser: Any, pages: dict[str, Path], name: str, sc
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_width_and_size_of_text(
+def test_plots_have_visible_marks_and_text_and_fit(
     browser: Any, pages: dict[str, Path], name: str, width: int
 ) -> None:
     page = Opened(browser, pages[name], width).page
@@ -93,24 +92,15 @@ def test_width_and_size_of_text(
     )
     assert len(sizes) > 10
     assert min(sizes) >= SMALLEST_TEXT - 0.01
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_plot_has_visible_marks(browser: Any, pages: dict[str, Path], name: str) -> None:
-    page = Opened(browser, pages[name]).page
-    page.evaluate(OPEN_FOLDS)
-    plots = page.evaluate(
-        """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p => ({
-            title: p.querySelector("title").textContent, words: p.querySelector("desc").textContent,
-            marks: [...p.querySelectorAll(".mark")].filter(m => {
+    marks = page.evaluate(
+        """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p =>
+            [...p.querySelectorAll(".mark")].filter(m => {
                 const box = m.getBoundingClientRect(), style = getComputedStyle(m);
                 return box.width + box.height > 0 && (style.fill !== "none" || style.stroke !== "none");
-            }).length}))"""
+            }).length)"""
     )
-    assert len(plots) >= 2
-    for plot in plots:
-        assert plot["marks"] > 0, plot
-        assert any(c.isdigit() for c in plot["words"]), plot
+    assert len(marks) >= 2
+    assert min(marks) > 0
 
 
 @pytest.mark.parametrize("name", ["finished", "two", "thousand"])
@@ -181,20 +171,3 @@ def test_a_job_without_news_may_have_stopped(browser: Any, tmp_path: Path) -> No
     assert "Stopped? Last update" in old.locator("#stopped").inner_text()
     assert old.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
     assert opened(0).locator("#stopped").is_hidden()
-
-
-def test_definitions_open_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"]).page
-    button = page.locator(".tipb").first
-    assert button.locator("span").is_hidden()
-    button.focus()
-    assert button.locator("span").is_visible()
-
-
-def test_print_shows_folds_and_hides_controls(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"], scheme="dark").page
-    page.emulate_media(media="print", color_scheme="dark")
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("#theme").is_hidden()
-    assert page.locator("#reproduce pre").last.is_visible()
-    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(26, 28, 32)"

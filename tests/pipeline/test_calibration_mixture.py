@@ -8,18 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
 from qwlora.data.sequences import IGNORED, in_turn
-from qwlora.pipeline.forecast import Costs
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 
 GPTQ = {"solver": "gptq", "calibration_sequences": 6}
+RECOVERY = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
 
 
 @pytest.fixture
@@ -70,57 +68,42 @@ def test_text_is_written_only_where_something_reads_it(recipe_for: Any) -> None:
         assert ("quantize/sample" in stage_keys(path, *changes)) == is_written
 
 
-def test_recovery_trains_on_it_without_the_job(
-    job_for: Any, numbers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def train_adapter(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
-        seen.append(sequences)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", train_adapter)
-    adapters = [
-        {"name": "first", "objective": "recovery", "rank": 2, "steps": 4, "warmup_steps": 0}
-    ]
-    base = {"solver": "rtn", "calibration": ["model", str(numbers)]}
-    job = job_for("one-layer llama", base=base, adapters=adapters)
-    with pytest.raises(KeyboardInterrupt):
-        job.run("quantize", "train")
-    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["0"]
-    assert torch.equal(seen[0].input_ids[::2], written[:2])
-    with pytest.raises(KeyboardInterrupt):
-        job.run("quantize", "train", changes=["base.calibration=[job, model]"])
-    assert not (seen[1].input_ids[:, None] == written).all(-1).any()
-
-
-def test_few_short_records_are_one_short_sequence(
-    job_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For gptq, tuning and recovery, next to longer sequences of another text."""
-    pairs = [{"prompt": f"{i} ", "completion": "abc"} for i in range(3)]  # 6 tokens with the end
-    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    seen = []
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sequences that adapters are trained on."""
+    seen: list[Any] = []
 
     def recorded(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(sequences)
         return train_adapter(model, sequences, *arguments, **options)
 
     monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", recorded)
-    back = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
-    texts = [str(tmp_path / "few.jsonl"), "model"]
-    base = {**GPTQ, "calibration": texts, "tuning": {"steps": 1}}
-    data = {"source": str(tmp_path / "few.jsonl"), "sequence_tokens": 32}
-    job = job_for("one-layer llama", base=base, adapters=[back], data=data)
+    return seen
+
+
+def test_recovery_trains_on_it_without_the_job(
+    job_for: Any, numbers: Path, trained_on: list[Any]
+) -> None:
+    base = {"solver": "rtn", "calibration": ["model", str(numbers)]}
+    job = job_for("one-layer llama", base=base, adapters=[RECOVERY])
+    job.run("quantize", "train")
+    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["0"]
+    ids = trained_on[0].input_ids
+    assert torch.equal(ids[::2], written[: len(ids[::2])])
+    changes = ["base.calibration=[job, model]"]
+    job.run("quantize", "train", changes=changes, replace=["back"])
+    assert not (trained_on[1].input_ids[:, None] == written).all(-1).any()
+
+
+def test_few_short_records_are_one_short_sequence(
+    job_for: Any, tmp_path: Path, trained_on: list[Any]
+) -> None:
+    """For gptq, tuning and recovery, next to longer sequences of another text."""
+    pairs = [{"prompt": f"{i} ", "completion": "abc"} for i in range(3)]  # 6 tokens with the end
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, pairs)))
+    base = {**GPTQ, "calibration": [str(few), "model"], "tuning": {"steps": 1}}
+    data = {"source": str(few), "sequence_tokens": 32}
+    job = job_for("one-layer llama", base=base, adapters=[RECOVERY], data=data)
     assert job.run("quantize", "train")["train"]["back"]["steps"] == 2
-    assert (seen[0].labels != IGNORED).sum(1).tolist() == [12, 32]
-
-
-def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
-    base = {"solver": "gptq", "calibration": ["job", "model"]}
-    recipe = load_recipe(recipe_for("one-layer llama", base=base))
-    memory, _ = Costs(recipe, []).of(Stage("quantize/sample", "quantize/sample", {}))
-    cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert memory["key-value cache"] == 2 * size  # it is copied when it grows
-    assert memory["float model"] > 0
+    assert (trained_on[0].labels != IGNORED).sum(1).tolist() == [12, 32]

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from adapter.small_models import mixture
-from cli.command_line import answered, qwlora
+from cli.command_line import answered
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline import forecast
 from qwlora.pipeline.forecast import FLOAT, Costs, plan_job
-from qwlora.pipeline.stage import ZERO, Stage
+from qwlora.pipeline.stage import ZERO
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import load_recipe
 
@@ -67,37 +67,22 @@ def test_sizes_are_those_of_the_models(recipe_path: Path, tmp_path: Path) -> Non
     assert costs.floats == costs.kept + FLOAT * costs.codes
 
 
-def test_memory_grows_with_text_and_shrinks_with_checkpointing(recipe_path: Path) -> None:
-    def activations(*changes: str) -> float:
-        changed = load_recipe(recipe_path, changes)
-        stage = Stage("train/first", "train", {}, adapter="first")
-        return Costs(changed, []).of(stage)[0]["activations"]
-
-    rows = activations("adapters.0.batch_sequences=4")
-    assert rows == activations(f"data.sequence_tokens={4 * TOKENS}") == 4 * activations()
-    assert activations("adapters.0.gradient_checkpointing=true") == activations() / 2
-
-
-def test_a_stage_reads_the_text_that_it_names(recipe_path: Path) -> None:
-    own = f"{{name: other, data: {{source: {recipe_path}, sequence_tokens: {4 * TOKENS}}}}}"
-    costs = Costs(load_recipe(recipe_path, (f"adapters=[{{name: first}}, {own}]",)), [])
-    stages = (
-        Stage("evaluate/base", "evaluate/base", {}),
-        Stage("evaluate/base/on/other", "evaluate/base/on", {}, text="other"),
-    )
-    logits = [costs.of(stage)[0]["loading, or logits"] for stage in stages]
-    assert logits[1] == 4 * logits[0] > 0
-
-
-def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) -> None:
-    done = qwlora("plan", recipe_path, "--json", "--out", tmp_path / "none")
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+def test_a_plan_reads_no_weights_and_says_what_does_not_fit(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ("plan", recipe_path, "--out", tmp_path / "none")
+    found = json.loads(answered(*plan, "--json"))
     assert {"quantize", "verify/onnx/first"} < {stage["stage"] for stage in found["stages"]}
     assert all(stage["peak"] > sum(stage["memory"].values()) > 0 for stage in found["stages"])
-    assert found["peak"] == max(stage["peak"] for stage in found["stages"])
-    assert found["problems"] == []
+    *_, second, largest = sorted(found["stages"], key=lambda stage: stage["peak"])
+    assert (found["peak"], found["problems"]) == (largest["peak"], [])
     assert not (tmp_path / "none").exists()
+    limit = (largest["peak"] + second["peak"]) / 2
+    monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
+    said = answered(*plan)
+    memory, disk = (line for line in said.splitlines() if line.startswith("Does not fit"))
+    assert (largest["stage"] in memory, "--out" in disk) == (True, True)
 
 
 def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
@@ -110,17 +95,3 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
     simulated = "simulated zero adapter"  # stays in memory for the adapters' stages
     assert simulated not in stages[ZERO].memory
     assert stages["calibrate/first"].memory[simulated] > 0
-
-
-def test_what_does_not_fit_is_named(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = "export.targets=[hf]"
-    found = plan_job(load_recipe(recipe_path, (targets,)), Path())
-    largest = sorted(stage.peak for stage in found.stages)
-    limit = (largest[-1] + largest[-2]) / 2
-    monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
-    said = answered("plan", recipe_path, "--set", targets)
-    memory, disk = (line for line in said.splitlines() if line.startswith("Does not fit"))
-    assert found.largest.stage in memory
-    assert found.largest.settings in said
-    assert "--out" in disk

@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from cli.command_line import answered, qwlora
-from conftest import byte_tokenizer, reseal, write_recipe
+from cli.command_line import answered
+from conftest import byte_tokenizer, write_recipe
 from qwlora import fingerprint, load_adapter, load_base, load_precomputed, open_checkpoint
 from qwlora.errors import (
     FingerprintError,
@@ -32,7 +32,7 @@ from qwlora.pipeline.store import STAGE
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
 from qwlora.targets.npu.qairt_pipeline import RECIPE
-from qwlora.targets.proof.folder import current_proofs, proofs, record_digest
+from qwlora.targets.proof.folder import current_proofs, proofs
 from qwlora.targets.proof.prove import verify_bundle
 from qwlora.targets.registry import TARGETS
 from simulation.tiny_architectures import make
@@ -120,36 +120,34 @@ def test_the_files_for_qairts_pipeline_hold_the_base(job: Path, tmp_path: Path) 
     assert fingerprint(read) == fingerprint(load_base(job / "base"))
 
 
-ACTIVATED = {"alora_invocation": "A:"}
+ACTIVATED = ("adapters.0.alora_invocation='A:'",)
 WITHOUT_INVOCATION = [name for name in EVERYWHERE if not TARGETS[name].holds_invocation]
-MLP_IN_8_BITS = {"match": "*.mlp.*", "weights": "w8-block32-asymmetric"}
-TWO_GRIDS = {"weights": "w4-block32-asymmetric", "rules": [MLP_IN_8_BITS]}
+MLP_IN_8_BITS = "base.rules=[{match: '*.mlp.*', weights: w8-block32-asymmetric}]"
+TWO_GRIDS = ("base.weights=w4-block32-asymmetric", MLP_IN_8_BITS)
 
 
 @pytest.mark.parametrize(
-    ("target", "adapter", "base", "message"),
+    ("target", "changes", "message"),
     [
-        ("hf", {"dora": True}, {}, "target hf: adapter first has DoRA.*LoRA factors"),
-        ("hf", {"name": "base"}, {}, "target hf: adapter base has the name of another file"),
-        ("mlx", {}, {"weights": "w7-block32"}, "target mlx: base.weights: int7"),
-        ("mlx", {}, {"weights": "w4-block16"}, "MLX has blocks of 32"),
-        ("hf", {}, TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
-        ("hf", ACTIVATED | {"dora": True}, {}, "alora_invocation cannot be combined with dora"),
-        ("hf", ACTIVATED | {"mergeable": True}, {}, "invocation cannot be combined with mergeable"),
-        ("hf", ACTIVATED | {"objective": "recovery"}, {}, "invocation cannot be .* recovery"),
-        ("onnx", ACTIVATED, {}, "target onnx: adapter first is activated LoRA .* hf or gguf"),
+        ("hf", ("adapters.0.dora=true",), "target hf: adapter first has DoRA.*LoRA factors"),
+        ("hf", ("adapters.0.name=base",), "target hf: adapter base has the name of another file"),
+        ("mlx", ("base.weights=w7-block32",), "target mlx: base.weights: int7"),
+        ("mlx", ("base.weights=w4-block16",), "MLX has blocks of 32"),
+        ("hf", TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
+        ("hf", (*ACTIVATED, "adapters.0.dora=true"), "invocation cannot be combined with dora"),
+        ("hf", (*ACTIVATED, "adapters.0.mergeable=true"), "invocation cannot be .* mergeable"),
+        ("hf", (*ACTIVATED, "adapters.0.objective=recovery"), "invocation cannot be .* recovery"),
         *(
-            (n, ACTIVATED, {}, f"target {n}: adapter first is activated .* hf or gguf")
-            for n in WITHOUT_INVOCATION
+            (name, ACTIVATED, f"target {name}: adapter first is activated .* hf or gguf")
+            for name in ("onnx", *WITHOUT_INVOCATION)
         ),
     ],
 )
 def test_what_a_target_cannot_hold_is_refused_at_once(
-    recipe_for: Any, target: str, adapter: dict[str, Any], base: dict[str, Any], message: str
+    recipe_for: Any, target: str, changes: tuple[str, ...], message: str
 ) -> None:
-    adapters = [{**ADAPTERS[0], **adapter}]
     with pytest.raises(RecipeError, match=message):
-        load_recipe(recipe_for(export={"targets": [target]}, adapters=adapters, base=base))
+        load_recipe(recipe_for(export={"targets": [target]}), changes)
 
 
 @pytest.mark.parametrize(
@@ -184,17 +182,13 @@ def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> 
     found = json.loads(answered("verify", moved, "--json"))
     assert found.keys() == {"first", "second"}
     for name, proof in found.items():
-        assert proof["passed"]
         exact, recorded = proof["figures"]["exact"], proofs(moved)[name]["figures"]["exact"]
         for state in ("base", "adapter"):
             assert exact[state]["max_log_prob_difference"] <= 1e-4
             assert exact[state]["kl_divergence"] < 1e-6
             assert exact[state]["perplexity"] == pytest.approx(exact[state]["reference_perplexity"])
             assert recorded[state]["sequences"] == 2
-        assert exact["off_is_equal"]
         assert exact["decode_agreement"] == 1
-        assert min(exact["prefill_tokens_per_second"], exact["decode_tokens_per_second"]) > 0
-        assert proof["client"]["compressed-tensors"]
         assert proof["figures"]["bytes"]["base"] > proof["figures"]["bytes"]["adapter"] > 0
     results = json.loads((job / "results.json").read_text())
     assert results["parity"]["hf"]["first"]["proof"]["exact"]["base"]["top1_agreement"] == 1
@@ -216,28 +210,26 @@ def test_held_out_text_leaves_the_job_only_if_asked_for(
 ) -> None:
     """Figures of the job are of held-out text, whatever ships."""
     copy = Path(shutil.copytree(job, tmp_path / "job"))
-    folder, parities, shipped = copy / "export/hf", [], {}
+    folder, parities = copy / "export/hf", []
+    file = folder / "proof/first/reference.safetensors"
+    tokenizer = AutoTokenizer.from_pretrained(copy / "base")
+    source = "".join(path.read_text() for path in corpus.iterdir())
     for text in ("held_out", "none", "generated"):
         recipe = load_recipe(copy / "recipe.yaml", ("export.targets=[hf]", f"export.proof={text}"))
-        run(recipe, copy, VERBS)
-        found = json.loads((copy / "results.json").read_text())["parity"]["hf"]["first"]
+        found = run(recipe, copy, VERBS)["parity"]["hf"]["first"]
         parities.append({key: found[key] for key in ("perplexity", "tokens", "kl_divergence")})
-        file = folder / "proof/first/reference.safetensors"
         assert file.exists() == (text != "none")
         if text == "none":
             with pytest.raises(SourceError, match="has no text"):
                 verify_bundle(folder)
             continue
         assert not any(proof["problems"] for proof in verify_bundle(folder).values())
-        shipped[text] = read_tensors(file)[0]["ids"]
-    assert parities[0] == parities[1] == parities[2]
-    before, _ = read_tensors(job / "export/hf/proof/first/reference.safetensors")
-    assert torch.equal(shipped["generated"], before["ids"])
-    tokenizer = AutoTokenizer.from_pretrained(copy / "base")
-    source = "".join(file.read_text() for file in corpus.iterdir())
-    for text, ids in shipped.items():
+        ids = read_tensors(file)[0]["ids"]
         words = tokenizer.decode(ids[0, 1:13]).replace(" ", "").replace("Ġ", " ")
         assert (words in source) == (text == "held_out")
+    assert parities[0] == parities[1] == parities[2]
+    before, _ = read_tensors(job / "export/hf/proof/first/reference.safetensors")
+    assert torch.equal(ids, before["ids"])  # generated again
 
 
 def test_a_bundle_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_path: Path) -> None:
@@ -273,20 +265,6 @@ def test_a_changed_bit_of_any_bundle_is_refused(name: str, job: Path, tmp_path: 
             (moved / file).write_bytes(content)
     finally:
         gone.rename(job)
-
-
-def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) -> None:
-    """Every digest is right, as after an attack or a bug of the exporter."""
-    moved = bundle(job, tmp_path)
-    shutil.copytree(moved / "second", moved / "first", dirs_exist_ok=True)
-    proof = json.loads((moved / "proof" / "first" / "proof.json").read_text())
-    proof["of"]["adapter"] = record_digest(moved / "first")
-    (moved / "proof" / "first" / "proof.json").write_text(json.dumps(proof))
-    reseal(moved / "proof" / "first", "proof.json")
-    done = qwlora("verify", moved)
-    assert done.returncode == 1
-    assert "first: largest difference of a log-probability with the adapter" in done.stderr
-    assert "| second | exact |" in done.stdout
 
 
 def test_the_readme_of_a_bundle_runs(job: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, SourceError
 from qwlora.formats.model_card import ModelCardInfo
-from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.results import read_job
 from qwlora.pipeline.run import run
@@ -90,21 +89,16 @@ def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
     found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
     places = Repositories(license="mit\n## Mine")
-    for adapter, where in itertools.product((None, "first"), (None, places)):
-        card = card_text(found, recipe, adapter, where)
-        body = card.partition("\n---\n")[2]
-        assert re.findall(r"^#+ .*$", body, re.MULTILINE)[-1] == "## License"
-        assert "\n## Proof" not in card
+    cards = [card_text(found, recipe, a, p) for a in (None, "first") for p in (None, places)]
+    bundle = shutil.copytree(job / "export" / "hf", tmp_path / "hf")
+    write_readme(bundle, {"first": {**proofs(bundle)["first"], "license": text, "model": "n\n# n"}})
+    for page in (*cards, (bundle / CARD).read_text()):
+        body = page.partition("\n---\n")[2] or page
+        assert body.count("\n## Proof") <= (page not in cards)
         assert "## Mine" not in body.replace("\\#", "")
         assert "<b>" not in re.sub(r"`[^`]*`", "", body)
         assert "<iframe" not in body
-    bundle = shutil.copytree(job / "export" / "hf", tmp_path / "hf")
-    proof = {**proofs(bundle)["first"], "license": text, "model": "n\n# n"}
-    write_readme(bundle, {"first": proof})
-    readme = (bundle / CARD).read_text()
-    assert readme.count("\n## Proof") == 1
-    assert "<iframe" not in readme
-    assert "\n# n" not in readme
+        assert "\n# n" not in body
 
 
 BASE_CARD, ADAPTER_CARD = "base/README.md", "adapters/first/README.md"
@@ -193,7 +187,7 @@ def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_pa
 def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
     hub.repositories["me/base"] = Repository(private=False)
     assert "--public" in refused("push", job, "--to", "me/base", "--yes")
-    assert hub.repositories["me/base"].files == {}
+    assert not hub.repositories["me/base"].files
     answered("push", job, "--to", "me/base", "--public", "--yes")
     assert "base.json" in hub.repositories["me/base"].files
 
@@ -311,29 +305,6 @@ def test_what_the_hub_refuses_is_one_message(
     assert words in refused("push", job, "--to", "me/base", "--yes")
     assert not hub.repositories.get("me/base", Repository(True)).files
     assert not (job / ".qwlora" / "pushed.json").exists()
-
-
-def test_files_of_an_upload_that_was_killed_before_its_note_are_known_to_the_next(
-    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "extra.txt").write_text("extra")
-    notes = iter([push_module._write_note])
-
-    def killed(folder: Path, note: Any) -> None:
-        if (write := next(notes, None)) is None:
-            raise KeyboardInterrupt
-        write(folder, note)
-
-    with prepared(job, "me/base", None) as upload, monkeypatch.context() as patched:
-        patched.setattr(push_module, "_write_note", killed)
-        more = {**upload.files, "extra.txt": tmp_path / "extra.txt"}
-        with pytest.raises(KeyboardInterrupt):
-            send(replace(upload, files=more), job)
-    assert "extra.txt" in hub.repositories["me/base"].files
-    with prepared(job, "me/base", None) as upload:
-        assert upload.outdated == ("extra.txt",)
-        send(upload, job)
-    assert "extra.txt" not in hub.repositories["me/base"].files
 
 
 def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:

@@ -110,21 +110,6 @@ def test_where_packing_loses_nothing_the_adapter_is_the_one_of_the_float_model(
     assert not again.done
 
 
-def test_the_reference_depends_on_training_and_not_on_the_base(recipe_for: Any) -> None:
-    before, without = stage_keys(recipe_for(reference="float")), stage_keys(recipe_for())
-    own = {"train/first/float", "evaluate/reference/first"}
-    assert before.keys() - without.keys() == own
-    for change, is_stale in (
-        (("base.solver=rtn",), False),
-        (("adapters.0.init=svd",), False),
-        (("adapters.0.steps=7",), True),
-        (("seed=1",), True),
-        (("data.sequence_tokens=16",), True),
-    ):
-        new = stage_keys(recipe_for(reference="float"), *change)
-        assert all((before[stage] != new[stage]) == is_stale for stage in own)
-
-
 def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_path: Path) -> None:
     recovered = {"name": "recovered", "objective": "recovery", "rank": 3, **SHORT}
     adapters = [recovered, {"name": "task", "continue_from": "recovered", **SHORT}]

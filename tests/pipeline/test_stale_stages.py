@@ -143,20 +143,30 @@ def test_a_target_that_comes_back_is_current(job: FakeJob) -> None:
 CHANGES = {
     "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16 -> 8"),
     "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets \(schemes .*\): \["),
+    "name=tiny": ("adapters.0.steps=3", "first.steps: 6 -> 3"),
     "seed=0": ("workflow=qwa-lora", "workflow: qw-lora -> qwa-lora\n  it was made without calib"),
 }
 
 
 @pytest.mark.parametrize("setting", CHANGES)
-def test_a_change_elsewhere_that_adapters_depend_on_is_named(job: FakeJob, setting: str) -> None:
+def test_an_adapter_that_is_trained_differently_is_replaced_only_on_request(
+    job: FakeJob, setting: str
+) -> None:
     change, named = CHANGES[setting]
     job.run(changes=[setting])
     again = rf"(?s)trained differently, first:.*{named}.*, add --replace first to the command"
-    with pytest.raises(DirectoryError, match=again):
-        job.run(changes=[setting, change])
-    assert not job.ran
+    for replace, message in (((), again), (("third",), "--replace third: the recipe has first")):
+        with pytest.raises(DirectoryError, match=message):
+            job.run(changes=[setting, change], replace=replace)
+        assert not job.ran
     job.run(changes=[setting, change], replace=["first"])
     assert "train/first" in job.ran
+
+
+def test_adapters_are_evaluated_before_they_are_calibrated(job: FakeJob) -> None:
+    job.run("quantize", "train", "evaluate")
+    assert "evaluate/adapted/first" in job.ran
+    assert "evaluate/simulated/first: left out, calibrate/first has not run" in job.said
 
 
 def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
@@ -309,22 +319,18 @@ def test_unfinished_work_is_of_one_key_and_goes_when_it_is_done(
 ) -> None:
     works: list[Path] = []
 
-    def stop(name: str) -> None:
-        raise KeyboardInterrupt
-
     def stage(context: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
         works.append(work)
         work.mkdir(parents=True, exist_ok=True)
-        (work / "half").touch()
+        if len(works) <= 3:
+            raise KeyboardInterrupt
         return job.stage(context, stage, scratch, work)
 
     monkeypatch.setitem(RUN, "quantize", stage)
-    job.on_stage = stop
     for change in ("base.solver=rtn", "base.solver=sqnr", "base.solver=rtn"):
         with pytest.raises(KeyboardInterrupt):
             job.run("quantize", changes=[change])
     assert works[0] == works[2] != works[1]
-    job.on_stage = lambda name: None
     job.run("quantize", changes=["base.solver=rtn"])
     assert [work.is_dir() for work in works[:2]] == [False, True]
     works[0].mkdir()  # a kill after the stage was finished

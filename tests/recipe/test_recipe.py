@@ -48,6 +48,8 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "adapters=[]": "adapters: List should have at least 1 item",
     "adapters=[{name: a}, {name: b}, {name: A}]": "adapters a, A: ",
     "model={}": "model.source: required, but not set",
+    "data.source=null": "data.source: required, but not set",
+    "adapters.0.data={sorce: x}": "adapters.0.data.sorce: unknown key; did you mean source?",
     "simulation.percentile=40": "simulation.percentile: Input should be greater than 50",
     "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]": (
         "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth"

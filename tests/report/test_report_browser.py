@@ -147,27 +147,3 @@ def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path
     opened.page.get_by_role("button", name="Show all 1,000 rows").click()
     assert rows.count() == 1000
     assert opened.page.get_by_role("button", name="Show all").count() == 0
-
-
-def test_the_theme_is_kept_when_loaded_again(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"]).page
-    color = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(color)
-    page.get_by_role("button", name="Light or dark").click()
-    dark = page.evaluate(color)
-    assert dark != light
-    page.reload()
-    assert page.evaluate(color) == dark
-
-
-def test_a_job_without_news_may_have_stopped(browser: Any, tmp_path: Path) -> None:
-    def opened(seconds_ago: float) -> Any:
-        job, at = running(), time.gmtime(time.time() - seconds_ago)
-        job.results["run"]["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", at)
-        (tmp_path / "running.html").write_text(render(job), encoding="utf-8")
-        return Opened(browser, tmp_path / "running.html").page
-
-    old = opened(7200)
-    assert "Stopped? Last update" in old.locator("#stopped").inner_text()
-    assert old.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
-    assert opened(0).locator("#stopped").is_hidden()

@@ -60,15 +60,6 @@ def test_wrong_input_is_refused(recipe_for: Any, tmp_path: Path, message: str) -
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["out/thesis.txt", "out"])
-def test_what_is_there_is_kept(recipe_for: Any, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    message = "is a file" if name == "out" else "is not empty and was not made by qwlora"
-    assert message in refused("run", recipe_for(), "--out", tmp_path / "out")
-    assert (tmp_path / name).read_text() == "mine"
-
-
 def test_unwritable_parent(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

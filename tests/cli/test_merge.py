@@ -190,23 +190,22 @@ def test_codes_are_rounded_once_in_float64(kind: str, scheme: str, dtype: torch.
     model = tiny_model("opt", layers=1)
     quantize_(model, scheme, "rtn")
     torch.manual_seed(0)
-    options = {"use_dora": kind == "dora", "lora_bias": kind == "bias"}
+    options: dict[str, Any] = {"use_dora": kind == "dora", "lora_bias": kind == "bias"}
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "fc1"], **options)
     wrapped = get_peft_model(model, config).eval()
     if kind == "two":
         wrapped.add_adapter("second", config)
         wrapped.base_model.set_adapter(["default", "second"])
     wrapped.to(dtype)
-    layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-    expected = {canonical_name(n): merged_in_float64(m, kind) for n, m in layers.items()}
-    biases = {
-        canonical_name(n): m.base_layer.bias.double()
-        + (m.lora_B["default"].bias.double() * m.scaling["default"] if kind == "bias" else 0)
-        for n, m in layers.items()
-    }
+    layers = {canonical_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+    expected = {name: merged_in_float64(layer, kind) for name, layer in layers.items()}
+    biases = {name: layer.base_layer.bias.double() for name, layer in layers.items()}
+    for name, layer in layers.items() if kind == "bias" else ():
+        biases[name] = (
+            biases[name] + layer.lora_B["default"].bias.double() * layer.scaling["default"]
+        )
     before = {n: layer.codes for n, layer in packed_weights(wrapped).items()}
-    merged = merged_model(wrapped)
-    for name, layer in packed_weights(merged).items():
+    for name, layer in packed_weights(merged_model(wrapped)).items():
         path = name.removesuffix(".weight")
         if path not in expected:
             assert torch.equal(layer.codes, before[name])

@@ -6,13 +6,11 @@ import pty
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import pytest
 
 from qwlora.cli.terminal import LINE_SECONDS, ProgressDisplay
-from qwlora.system.progress import one_step
 
 
 @contextlib.contextmanager
@@ -54,18 +52,6 @@ def test_a_terminal_shows_the_job_and_its_step_and_is_clean_after_an_interruptio
     assert text.index("quantize ...") < text.index("2/4")
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
     assert text.endswith("\x1b[2K")  # and the bars are erased
-
-
-def test_one_step_ends_also_when_the_block_fails() -> None:
-    seen = []
-
-    def track(items: Any, *description: Any) -> Iterator[Any]:
-        yield from items
-        seen.append(description)
-
-    with pytest.raises(ValueError, match="inside"), one_step(track, "capturing"):
-        raise ValueError("inside")
-    assert seen == [("capturing",)]
 
 
 def test_without_a_terminal_lines_are_few(

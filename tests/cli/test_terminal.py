@@ -17,7 +17,6 @@ from qwlora.errors import (
     RecipeError,
     VerificationError,
     escaped,
-    near_names,
 )
 
 HOSTILE = "\x1b[2J\x1b]8;;http://x\x07bell\x9b31m\u202eevil\r\x7f"
@@ -100,8 +99,3 @@ def test_lists_of_problems_have_a_limit(kind: Any) -> None:
     assert len(message) < 5000
     assert "and 2950 more" in message
     assert "(48,000 more characters)" in message
-
-
-def test_near_names_take_no_longer_for_a_file_of_many_names() -> None:
-    assert near_names("txt", ["text", *(f"column{i}" for i in range(300_000))], 1) == ["text"]
-    assert near_names("zzzz", (f"column{i}" for i in range(10**6))) == []

@@ -44,9 +44,6 @@ LLAMA2 = """\
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
 {% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
-SPEAKERS = """\
-{{ bos_token }}{% for message in messages %}{{ message['role'] }}:{% if message['role'] == 'user' %}{{ ' ' + message['content'] + '\n' }}\
-{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
 LINES = """\
 {{ bos_token }}{% for message in messages %}<turn>{{ message['role'] + '\n' }}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}\
 {% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
@@ -216,7 +213,7 @@ THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
 ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
 
 
-NO_PROMPTS = (LLAMA2, MISTRAL, SPEAKERS, LINES)
+NO_PROMPTS = (LLAMA2, MISTRAL, LINES)
 FIRST_WORDS = ("Hello you, Hi", " Hi there.", "again.", " again.")
 IN_WORDS = [
     conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again."),
@@ -291,15 +288,6 @@ def test_what_cannot_be_rendered_is_refused(
 ) -> None:
     with pytest.raises(SourceError, match=message):
         encode_conversation(talk, with_template(template))
-
-
-def test_slow_tokenizers_are_refused() -> None:
-    class Slow:
-        chat_template = CHATML
-        is_fast = False
-
-    with pytest.raises(SourceError, match=r"tokenizer \(Slow\) does not report the positions"):
-        encode_conversation(TALK, Slow())  # type: ignore[arg-type]
 
 
 WORDS = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"]

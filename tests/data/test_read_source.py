@@ -150,44 +150,35 @@ WRONG_LINES = [
 
 CALLED = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 PLAIN = {"instruction": "Add.", "output": "4"}
+ROLES = {
+    "user": "human user",
+    "tool": "observation function_response tool",
+    "assistant": "gpt chatgpt bot model assistant",
+    "system": "system",
+    "developer": "developer",
+}
+OTHER_ROLES = [
+    (
+        {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]},
+        {"messages": [{"role": role, "content": "x"}, *TALK]},
+    )
+    for role, names in ROLES.items()
+    for name in names.split()
+]
+CALLING = {"role": "assistant", **CALLED}
+DOLLY = {"instruction": "Add.", "context": "2+2", "response": "4"}
 SAME = [  # columns that the recipe names, a record, and one that is read as the same
+    *(({}, *pair) for pair in OTHER_ROLES),
+    ({}, PLAIN, {**PLAIN, "input": ""}),
     ({}, {**PLAIN, "input": None}, {**PLAIN, "input": ""}),
     ({}, {**PLAIN, "input": " "}, {**PLAIN, "input": ""}),
-    ({}, PLAIN, {**PLAIN, "input": ""}),
-    (
-        {"input": "context", "output": "response"},
-        {"instruction": "Add.", "context": "2+2", "response": "4"},
-        ALPACA,
-    ),
+    ({"input": "context", "output": "response"}, DOLLY, ALPACA),
     ({"instruction": "instruction"}, {**ALPACA, "text": "Below is ..."}, ALPACA),
-    (
-        {"prompt": "question", "completion": "answer"},
-        {"question": "2+2=", "answer": "4", "text": "x"},
-        {"prompt": "2+2=", "completion": "4"},
-    ),
+    ({"prompt": "a", "completion": "b"}, {"a": "2", "b": "4"}, {"prompt": "2", "completion": "4"}),
     ({}, {"conversations": TALK, "tools": [CALLED]}, {"messages": TALK, "tools": [CALLED]}),
     ({}, {"messages": SHAREGPT, "tools": [CALLED]}, {"messages": TALK, "tools": [CALLED]}),
     ({"messages": "chat"}, {"chat": SHAREGPT, "text": "x"}, {"messages": TALK}),
-    (
-        {},
-        {"messages": [TALK[0], {"role": "assistant", "content": None, **CALLED}]},
-        {"messages": [TALK[0], {"role": "assistant", **CALLED}]},
-    ),
-    *(
-        (
-            {},
-            {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]},
-            {"messages": [{"role": role, "content": "x"}, *TALK]},
-        )
-        for role, names in {
-            "user": "human user",
-            "tool": "observation function_response tool",
-            "assistant": "gpt chatgpt bot model assistant",
-            "system": "system",
-            "developer": "developer",
-        }.items()
-        for name in names.split()
-    ),
+    ({}, {"messages": [TALK[0], {**CALLING, "content": None}]}, {"messages": [TALK[0], CALLING]}),
 ]
 
 
@@ -248,25 +239,19 @@ WRONG_MESSAGES = [
 ]
 
 
-def tool(name: str, **properties: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
 TOOLS = [
-    tool("weather", city={"type": "string"}),
-    tool("time", zone={"type": "string", "description": "as UTC+1"}),
+    {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}},
+    {"type": "function", "function": {"name": "time", "parameters": {"zone": {"as": "UTC+1"}}}},
+]
+CALLS = [
+    [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}],
+    [{"function": {"name": "time", "arguments": {"zone": "Z"}}}],
 ]
 
 
-def calling(name: str, **arguments: str) -> dict[str, Any]:
-    call = {"function": {"name": name, "arguments": arguments}}
-    return {"role": "assistant", "tool_calls": [call]}
-
-
 TOOL_RECORDS = [
-    {"messages": [user(), calling("weather", city="Graz")], "tools": TOOLS},
-    {"messages": [user(), calling("time", zone="Z")], "tools": TOOLS[1:]},
+    {"messages": said(role="assistant", tool_calls=CALLS[0]), "tools": TOOLS},
+    {"messages": said(role="assistant", tool_calls=CALLS[1]), "tools": TOOLS[1:]},
     {"messages": TALK, "tools": None},
 ]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
-from qwlora.data.sequences import IGNORED, in_turn
+from qwlora.data.sequences import IGNORED
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stages import new_context
 from qwlora.recipe import load_recipe
@@ -26,14 +26,6 @@ def numbers(tmp_path: Path) -> Path:
     for i in range(5):
         (tmp_path / "numbers" / f"{i}.txt").write_text("".join(map(str, range(i, 99))))
     return tmp_path / "numbers"
-
-
-def test_texts_take_turns_by_their_weights() -> None:
-    rows = [torch.full((count, 1), value) for value, count in ((0, 2), (1, 9), (2, 9))]
-    taken = [int(row) for row in in_turn(rows, [1, 2, 1])]
-    assert taken[:8] == [0, 1, 2, 1, 0, 1, 2, 1]
-    assert sorted(taken) == [0] * 2 + [1] * 9 + [2] * 9
-    assert [int(row) for row in in_turn(rows)][:7] == [0, 1, 2, 0, 1, 2, 1]
 
 
 def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> None:

@@ -10,10 +10,7 @@ from conftest import text
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
 from qwlora.pipeline.run import run
-from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stages import new_context
 from qwlora.recipe import load_recipe
-from qwlora.system.progress import untracked
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
@@ -37,14 +34,6 @@ def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     adapters = [{"name": n, "data": {"source": str(path)}, **SETTINGS} for n, path in texts.items()]
     own = {"data": data, "adapters": adapters}
     return lambda **sections: recipe_for("one-layer llama", **{**own, **sections})
-
-
-def test_defaults_of_adapters_data(two_texts: Any, texts: dict[str, Path]) -> None:
-    recipe = load_recipe(two_texts(), ("adapters.1.data.sequence_tokens=16",))
-    words, digits = (recipe.data_of(name) for name in texts)
-    assert (words.source, words.sequence_tokens) == (str(texts["words"]), 32)
-    assert (digits.source, digits.sequence_tokens) == (str(texts["digits"]), 16)
-    assert digits.evaluation_sequences == recipe.data.evaluation_sequences == 4
 
 
 def test_each_adapter_learns_its_text_and_is_measured_on_all(
@@ -88,11 +77,3 @@ def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus
     assert sources(adapters=same) == [words]
     with pytest.raises(RecipeError, match=r"base\.calibrate_on: there is no adapter third"):
         sources(base={"calibrate_on": ["third"]})
-
-
-def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(two_texts())
-    context = new_context(recipe, Sources(recipe), tmp_path, untracked)
-    found = [context.tokenizer.decode(row[0]) for row in context.base_calibration_ids(5)]
-    assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
-    assert len(context.calibration("words", "digits")["batches"]) == 6

@@ -13,7 +13,6 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline import forecast
 from qwlora.pipeline.forecast import FLOAT, Costs, plan_job
-from qwlora.pipeline.stage import ZERO
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import load_recipe
 
@@ -74,24 +73,11 @@ def test_a_plan_reads_no_weights_and_says_what_does_not_fit(
     found = json.loads(answered(*plan, "--json"))
     assert {"quantize", "verify/onnx/first"} < {stage["stage"] for stage in found["stages"]}
     assert all(stage["peak"] > sum(stage["memory"].values()) > 0 for stage in found["stages"])
-    *_, second, largest = sorted(found["stages"], key=lambda stage: stage["peak"])
+    largest = max(found["stages"], key=lambda stage: stage["peak"])
     assert (found["peak"], found["problems"]) == (largest["peak"], [])
     assert not (tmp_path / "none").exists()
-    limit = (largest["peak"] + second["peak"]) / 2
-    monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
+    monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: largest["peak"] - 1)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
     said = answered(*plan)
     memory, disk = (line for line in said.splitlines() if line.startswith("Does not fit"))
     assert (largest["stage"] in memory, "--out" in disk) == (True, True)
-
-
-def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
-    shared = "simulation={base_activations: adapter_only, residual_adds: quantize}"
-    targets = ("base.weights=w4-block32", "export.targets=[onnx, aimet, qairt, hf]")
-    recipe = load_recipe(recipe_path, (*targets, shared))
-    stages = {stage.stage: stage for stage in plan_job(recipe, Path()).stages}
-    assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*stages}
-    assert all(stage.memory for stage in stages.values())
-    simulated = "simulated zero adapter"  # stays in memory for the adapters' stages
-    assert simulated not in stages[ZERO].memory
-    assert stages["calibrate/first"].memory[simulated] > 0

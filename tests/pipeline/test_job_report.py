@@ -9,12 +9,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
-from conftest import packed_model
 from pipeline.conftest import FakeJob
-from qwlora.adapter.adapter_deltas import adapter_updates
-from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import (
     DirectoryError,
     QwloraWarning,
@@ -95,17 +91,6 @@ def test_a_run_that_ends_early_says_so(job: FakeJob, raised: BaseException, stat
     job.on_stage = lambda name: None
     assert "error" not in job.run()
     assert job.run("evaluate")["run"] == results(job)["run"]
-
-
-def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
-    def fail(stage: str) -> None:
-        assert (job.out / "report.html").exists()
-        raise TrainingError("no")
-
-    job.on_stage = fail
-    with pytest.raises(TrainingError):
-        job.run()
-    assert not job.out.exists()
 
 
 def test_a_report_that_fails_stops_no_job(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,16 +179,3 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
     (job.out / "recipe.yaml").write_text("a: [")
     with pytest.raises(RecipeError):
         rebuild_reports([job.out])
-
-
-def test_updates_of_an_adapter() -> None:
-    torch.manual_seed(0)
-    model = packed_model("llama", layers=1)
-    adapted = attach(model, LoraShape(rank=4, alpha=8.0), 0)
-    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
-    with torch.no_grad():
-        layer.lora_B["default"].weight.normal_()
-    update = layer.get_delta_weight("default").detach().double()
-    found = adapter_updates(adapted)["model.layers.0.self_attn.q_proj"]
-    frozen = layer.get_base_layer().tensor.dequantize().double()
-    assert found["gain"] == pytest.approx(float(update.norm() / frozen.norm()), rel=1e-4)

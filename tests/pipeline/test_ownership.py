@@ -148,14 +148,13 @@ def test_a_directory_without_a_recipe_is_free_unless_a_user_has_files(job: FakeJ
 
 def test_a_second_first_run_leaves_the_first_ones_directory(job: FakeJob) -> None:
     def in_use(stage: str) -> None:
-        job.on_stage = lambda stage: None
         before = contents(job.out)
         with pytest.raises(DirectoryError, match="in use by another"):
             run(job.recipe, job.out)
         assert contents(job.out) == before
 
     job.on_stage = in_use
-    job.run()
+    job.run("quantize")
 
 
 def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

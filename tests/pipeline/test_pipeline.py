@@ -107,21 +107,6 @@ def test_a_failed_proof_names_the_limit(llama: Path, tmp_path: Path) -> None:
     assert "Do not ship" in done.stdout
 
 
-@pytest.mark.parametrize("tokens", [160, 512])
-def test_sequences_beyond_the_positions(job_for: Any, corpus: Path, tokens: int) -> None:
-    """Of an adapter's text, and of the text that only the base reads."""
-    sections: dict[str, Any] = {}
-    if tokens == 512:
-        own = {"source": str(corpus), "sequence_tokens": 32}
-        adapters = [{"name": "first", "data": own}]
-        sections = {"preset": "balanced", "data": {}, "adapters": adapters}
-    job = job_for("gpt2", **sections)
-    changes = [] if sections else [f"data.sequence_tokens={tokens}"]
-    with pytest.raises(SourceError, match=rf"{tokens} tokens, but GPT2\w+ has positions for 128"):
-        job.run("quantize", changes=changes)
-    assert not (job.out / "base").exists()
-
-
 def test_exported_names_and_encodings_agree(finished: Path) -> None:
     folder = finished / "export" / "onnx"
     onnx.checker.check_model(str(folder / "base" / "model.onnx"), full_check=True)

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from pipeline.conftest import stage_keys
-from qwlora.errors import CalibrationError, TrainingError
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
@@ -69,29 +68,28 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
     assert "train/a" not in changed
 
 
-@pytest.mark.parametrize(
-    ("own", "given", "is_covered"),
-    [
-        ({}, {"target_modules": ["q_proj", "down_proj"], "r": 3}, True),
-        ({"target_modules": ["self_attn.q_proj"]}, {"target_modules": ["q_proj"]}, True),
-        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, False),
-        ({"layers": [0]}, {"target_modules": ["q_proj"]}, False),
-        ({}, {"target_modules": ["q_proj", "lm_head"]}, False),
-        ({}, {"target_modules": ["q_proj"], "use_dora": True}, False),
-    ],
-)
+IMPORTS = [  # layers of the job's adapter and of the import, and whether the first have the others
+    ({}, {"target_modules": ["q_proj", "down_proj"], "r": 3}, True),
+    ({"target_modules": ["self_attn.q_proj"]}, {"target_modules": ["q_proj"]}, True),
+    ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, False),
+    ({"layers": [0]}, {"target_modules": ["q_proj"]}, False),
+    ({}, {"target_modules": ["q_proj", "lm_head"]}, False),
+    ({}, {"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ({}, {"target_modules": ["q_proj"], "use_dora": True}, False),
+]
+
+
+@pytest.mark.parametrize(("own", "given", "is_covered"), IMPORTS)
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
 def test_an_import_of_layers_that_the_base_has_exports_nothing_again(
     recipe_for: Any, tmp_path: Path, own: Any, given: Any, is_covered: bool
 ) -> None:
-    folder = str(tmp_path / "elsewhere")
     model = get_peft_model(tiny_model("qwen3", layers=1), LoraConfig(**given))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    imported = {"name": "b", "continue_from": folder, "unknown_base": "accept", "steps": 0}
-    before, after = (
-        stage_keys(recipe_for("qwen3", adapters=adapters))
-        for adapters in ([TWO[0] | own], [TWO[0] | own, imported])
-    )
+    model.save_pretrained(str(tmp_path / "elsewhere"), save_embedding_layers=False)
+    first = TWO[0] | own
+    imported = {"name": "b", "continue_from": "elsewhere", "unknown_base": "accept", "steps": 0}
+    before = stage_keys(recipe_for("qwen3", adapters=[first]))
+    after = stage_keys(recipe_for("qwen3", adapters=[first, imported]))
     for stage in ("calibrate/_base", "export/onnx", "export/onnx/a"):
         assert (before[stage] == after[stage]) == is_covered
 
@@ -117,22 +115,6 @@ def test_a_start_depends_on_its_inputs(recipe_for: Any, monkeypatch: pytest.Monk
                 assert changed == remade.get(init, [])
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_imported_adapters_that_cannot_share_are_refused_early(
-    job_for: Any, tmp_path: Path
-) -> None:
-    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
-    elsewhere = get_peft_model(tiny_model("llama"), config)
-    elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
-    begins = {"continue_from": str(tmp_path / "elsewhere"), "unknown_base": "accept"}
-    adapters = [TWO[0], {"name": "b", "steps": 2, "warmup_steps": 0, **begins}]
-    job = job_for(adapters=adapters, simulation={"base_activations": "none"})
-    message = r"a and b cannot share all .*_vector: none and \[64\].*DoRA"
-    with pytest.raises(TrainingError, match=message):
-        job.run(*VERBS)
-    assert not job.out.exists()
-
-
 LAYERS = ("q_proj", "up_proj")
 MATCHES = [f"*.{layer}.lora_A.weight" for layer in LAYERS]
 ONE_RULE_EACH = [{"match": match, "of": "weights", "bitwidth": 4} for match in MATCHES]
@@ -150,8 +132,3 @@ def test_a_rule_may_be_for_one_adapter_alone(job_for: Any, workflow: str) -> Non
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
         encodings = load_encodings(job.out / "simulation" / name)
         assert encodings[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
-    job.out = job.out.with_name("other")
-    changes = ["simulation.rules.0.match='*.sofmax'"]
-    with pytest.raises(CalibrationError, match=r"'\*.sofmax' matches no value.*softmax"):
-        job.run("quantize", "calibrate-base", "train", changes=changes)
-    assert not (job.out / "adapters").exists()

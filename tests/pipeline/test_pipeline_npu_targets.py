@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from conftest import flip_bit
-from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
+from qwlora.errors import DirectoryError, FingerprintError, RecipeError
 from qwlora.formats import manifest
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.results import read_job
@@ -99,12 +99,6 @@ def test_impossible_graphs_and_cases(changes: tuple[str, ...], said: str, recipe
         load_recipe(recipe_for(**{"adapters": TWO, **HTP}), changes)
 
 
-def test_an_embedding_that_the_htp_cannot_read_is_refused(job_for: Any) -> None:
-    job = job_for(**{"adapters": TWO, **HTP, "base": {"weights": "w4-channel"}})
-    with pytest.raises(GridError, match=r"embed_tokens.*weights: w8-tensor"):
-        job.run()
-
-
 def break_decode(folder: Path, proofs: list[Path]) -> None:
     """Damage the last norm of the decode graph, and write its new digests into all records."""
     for path in (*folder.glob("token_*.onnx"), *folder.glob("token_*.aimet/model.onnx")):
@@ -132,12 +126,8 @@ def test_a_job_writes_graphs_for_the_htp(
     export |= {"use_cases": CASES, "encodings_version": "2.0.0", "proof": "held_out"}
     recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "export": export, "verify": verify}))
     job = tmp_path / "job"
-    results = run(recipe, job, VERBS)
-    cases_of = {"aimet": {"first", "second"}, "qairt": {*CASES}}
-    for target, cases in cases_of.items():
-        assert results["parity"][target].keys() == cases
-        assert all(case["passed"] for case in results["parity"][target].values())
-    found = results["parity"]["qnn"]
+    parity = run(recipe, job, VERBS)["parity"]
+    found = parity["qnn"]
     assert found.keys() == {*CASES}
     outcomes = [outcome for outcome, _ in summary_rows(read_job(job))]
     assert "Failed" not in outcomes
@@ -152,20 +142,13 @@ def test_a_job_writes_graphs_for_the_htp(
         else:
             assert "qwlora[qnn]" in case["not_run"]
     assert len({case["reference_perplexity"] for case in found.values()}) == 4
-    graph = job / "export/aimet/first/prompt_ar8_cl32.aimet"
-    document = json.loads((graph / "model.encodings").read_text())
-    assert document["version"] == "2.0.0"
-    record = json.loads((job / "export/qnn/base/graphs.json").read_text())
-    assert {graph["context"] for graph in record["graphs"].values()} == {32}
-    assert results["export"]["qnn"].keys() == {"base", *CASES}
-    for target in ("aimet", "qairt"):
+    for target, cases in {"aimet": {"first", "second"}, "qairt": {*CASES}}.items():
+        assert parity[target].keys() == cases
         bundle = shutil.copytree(job / "export" / target, tmp_path / target)
-        found = verify_bundle(bundle)
-        assert found.keys() == results["parity"][target].keys()
-        for name, proof in found.items():
+        for name, proof in verify_bundle(bundle).items():
             assert proof["passed"]
             measured = proof["figures"]["exact"]["adapter"]
-            assert measured == results["parity"][target][name]["proof"]["exact"]["adapter"]
+            assert measured == parity[target][name]["proof"]["exact"]["adapter"]
             assert measured["top1_agreement"] > 0.9
         broken = shutil.copytree(bundle, tmp_path / f"{target}-broken")
         if target == "aimet":
@@ -173,20 +156,18 @@ def test_a_job_writes_graphs_for_the_htp(
         else:
             break_decode(broken, list(broken.glob("proof/*/proof.json")))
         assert not verify_bundle(broken)["first"]["passed"]
-        edited = next(bundle.rglob("*_host.onnx"))
-        edited.write_bytes(edited.read_bytes()[:-1] + b"x")
+        flip_bit(edited := next(bundle.rglob("*_host.onnx")))
         with pytest.raises(FingerprintError, match=edited.name):
             verify_bundle(bundle)
     changed = load_recipe(job / "recipe.yaml", ("export.graphs.context=[40]",))
     again = run(changed, job, ["export", "verify"])  # replaces the folder with the proofs in it
     assert all(case["passed"] for case in again["parity"]["qairt"].values())
-    golden = "golden/none/token_ar1_cl40/logits.npy"
-    for edited, name in (
-        (f"qairt/{golden}", golden),
-        ("aimet/second/submit_aihub.py", "submit_aihub.py"),
-        ("qnn/second/adapter.safetensors", "adapter.safetensors"),
+    for name in (
+        "qairt/golden/none/token_ar1_cl40/logits.npy",
+        "aimet/second/submit_aihub.py",
+        "qnn/second/adapter.safetensors",
     ):
-        flip_bit(job / "export" / edited)
+        flip_bit(job / "export" / name)
         with pytest.raises(DirectoryError, match=rf"{name} has changed"):
             run(changed, job, ["verify"])
-        flip_bit(job / "export" / edited)  # back
+        flip_bit(job / "export" / name)  # back

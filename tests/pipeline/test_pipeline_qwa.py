@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from pipeline.conftest import FakeJob, stage_keys
-from qwlora.errors import DirectoryError, RecipeError, TrainingError
+from qwlora.errors import DirectoryError, RecipeError
 from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_activations
 
@@ -63,17 +63,12 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(job_for: Any, tmp_path: 
     start = get_peft_model(tiny_model("llama"), config)
     start.save_pretrained(tmp_path / "from", save_embedding_layers=False)
     steps = {"steps": 2, "warmup_steps": 0}
-    begins = {"continue_from": str(tmp_path / "from"), "unknown_base": "accept"}
-    adapters = [
-        {"name": "kept", **begins, "steps": 0},
-        {"name": "first", **begins, **steps},
-        {"name": "second", "continue_from": "kept", **steps},
-    ]
+    begins = {"continue_from": str(tmp_path / "from"), "unknown_base": "accept", "steps": 0}
+    adapters = [{"name": "kept", **begins}, {"name": "second", "continue_from": "kept", **steps}]
     job = job_for(workflow="qwa-lora", adapters=adapters)
     job.run("quantize", "calibrate-base", "train")
-    told = [line for line in job.said if "dropout" in line]
-    assert [line.split(":")[0] for line in told] == ["adapter first", "adapter second"]
-    for name, dropout in (("kept", 0.05), ("first", 0.0), ("second", 0.0)):
+    assert [line.split(":")[0] for line in job.said if "dropout" in line] == ["adapter second"]
+    for name, dropout in (("kept", 0.05), ("second", 0.0)):
         written = json.loads((job.out / "adapters" / name / "adapter_config.json").read_text())
         assert written["lora_dropout"] == dropout
 
@@ -98,13 +93,3 @@ def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
         load_recipe(path, ("data.packing=documents",))
     keys = ("objective", "dropout", "gradient_checkpointing", "second: compute", "data.packing")
     assert not [key for key in keys if key not in str(error.value)]
-
-
-def test_documents_that_share_a_sequence_are_refused_early(job_for: Any, tmp_path: Path) -> None:
-    source = tmp_path / "pairs.jsonl"
-    pairs = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(40)]
-    source.write_text("\n".join(map(json.dumps, pairs)))
-    job = job_for(workflow="qwa-lora", data={"source": str(source), "sequence_tokens": 64})
-    with pytest.raises(TrainingError, match="packs several documents into a sequence"):
-        job.run()
-    assert not job.out.exists()

@@ -20,9 +20,7 @@ from qwlora.adapter.train import Interrupted
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
-from qwlora.pipeline.forecast import Costs
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
@@ -122,13 +120,3 @@ def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_pat
     model = context.untrained(recipe.adapters[1], reference=True)
     assert model.peft_config["default"].r == 3
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
-
-
-def test_its_stages_hold_the_float_model_and_no_base(recipe_for: Any) -> None:
-    recipe = load_recipe(recipe_for("one-layer llama", reference="float"))
-    costs = Costs(recipe, [])
-    values = 4 * sum(p.numel() for p in tiny_model("llama", layers=1).parameters())
-    for kind, has_base in (("train/float", 0), ("evaluate/reference", 0), ("evaluate/adapted", 1)):
-        memory, _ = costs.of(Stage(kind, kind, {}, adapter="first"))
-        assert ("packed base" in memory) == has_base
-        assert memory["float model"] == values

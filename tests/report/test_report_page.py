@@ -20,7 +20,6 @@ from report.recorded import (
     compared,
     job_of,
     leaves,
-    many_layers,
     results_of,
     running,
     without,
@@ -68,11 +67,11 @@ def read(shown: str) -> tuple[float, float]:
     return float(number.rstrip("%")) * factor, 0.5001 * 10**-decimals * factor
 
 
-ALL = [*NAMES, "running", "many", "compared"]
+ALL = [*NAMES, "running", "compared"]
 
 
 def job_named(name: str) -> Job:
-    derived = {"running": running, "many": lambda: many_layers(200), "compared": compared}
+    derived = {"running": running, "compared": compared}
     return derived[name]() if name in derived else job_of(name)
 
 
@@ -177,15 +176,6 @@ def test_a_figure_has_one_source() -> None:
     assert f'<data value="{worst!r}"' in table[: table.index("</table>")]
     assert "98.76%" in html[: html.index('<section id="adapters"')]
     assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
-
-
-def test_a_job_without_simulations_misses_none() -> None:
-    results = results_of("finished")
-    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr", "kl", "top1"):
-        del results[key]["simulated"]
-    job, missing = job_of("finished", results), "Simulated: not measured"
-    assert missing in render(job)
-    assert missing not in render(replace(job, is_simulated=False))
 
 
 def test_a_finished_page_has_no_absolute_path() -> None:

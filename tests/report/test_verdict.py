@@ -15,10 +15,8 @@ PERPLEXITY, TOKENS = "difference of perplexity", "tokens with the same likeliest
 LAYER, MEAN = "difference of layer", "largest mean difference"
 
 
-def finished(**changes: Any) -> dict[str, Any]:
-    """Results of a job whose checks all pass, with changes by dotted key."""
-    results = results_of("finished")
-    results["parity"]["onnx"]["first"]["tokens"] = 4096
+def changed(results: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Results with changes by dotted key."""
     for key, value in changes.items():
         *path, last = key.split("__")
         holder = results
@@ -28,17 +26,20 @@ def finished(**changes: Any) -> dict[str, Any]:
     return results
 
 
-def judged(targets: list[str] | None = None, **changes: Any) -> Verdict:
-    job = job_of("finished", finished(**changes))
-    recipe = job.recipe if targets is None else {**job.recipe, "export": {"targets": targets}}
-    return verdict(replace(job, recipe=recipe))
+def finished(**changes: Any) -> dict[str, Any]:
+    """Results of a job whose checks all pass, with changes by dotted key."""
+    return changed(results_of("finished"), {"parity__onnx__first__tokens": 4096, **changes})
 
 
-def two(words: int | None = 9 * FEW_TOKENS, digits: int | None = 9 * FEW_TOKENS) -> dict[str, Any]:
-    results = results_of("two")
-    for name, tokens in (("words", words), ("digits", digits)):
-        results["parity"]["onnx"][name]["tokens"] = tokens
-    return results
+def judged(**changes: Any) -> Verdict:
+    return verdict(job_of("finished", finished(**changes)))
+
+
+def two(stale: Any = None, **changes: Any) -> Verdict:
+    """The verdict of a job of two adapters, `words` and `digits`, with changes by dotted key."""
+    enough = {f"parity__onnx__{name}__tokens": 9 * FEW_TOKENS for name in ("words", "digits")}
+    results = changed(results_of("two"), enough | changes)
+    return verdict(job_of("two", results, stale=stale or {}))
 
 
 def gain(reference: str, before: float, after: float, **ratio: float) -> dict[str, Any]:
@@ -134,20 +135,6 @@ def test_a_row_that_does_not_say_that_it_passed_does_not_ship(passed: Any) -> No
     assert verdict(job_of("finished", results)).kind is DO_NOT_SHIP
 
 
-BOTH = finished()["parity"]["onnx"]
-PROOF = BOTH["first"]
-
-
-@pytest.mark.parametrize("case", ["none", "first+second"])
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [({}, SHIP), ({"not_run": "no program"}, NOT_PROVEN), ({"checks": []}, NOT_PROVEN)],
-)
-def test_every_use_case_counts(case: str, changes: dict[str, Any], kind: VerdictKind) -> None:
-    parity = {"qairt": {"first": PROOF, case: {**PROOF, **changes}}}
-    assert judged(["qairt"], parity=parity).kind is kind
-
-
 def test_files_that_changed_after_the_check_are_not_proven() -> None:
     found = verdict(job_of("finished", finished(), stale={("onnx", "first"): "it has changed"}))
     assert found.kind is NOT_PROVEN
@@ -155,24 +142,36 @@ def test_files_that_changed_after_the_check_are_not_proven() -> None:
     assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.evidence)
 
 
+BOTH = finished()["parity"]["onnx"]
+PROOF = BOTH["first"]
+NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
+
+
 @pytest.mark.parametrize(
-    ("targets", "parity", "kind", "words"),
+    ("parity", "kind", "words"),
     [
-        (["hf"], {"hf": {"first": {**PROOF, "of": "trained"}}}, SHIP, "computes what you trained"),
-        (["mlx"], {"mlx": {"first": {"not_run": "x"}}}, NOT_PROVEN, "was not checked in MLX"),
-        ([], {}, NOT_PROVEN, "no export target"),
-        (["onnx", "hf"], {"onnx": BOTH, "hf": BOTH}, SHIP, "Both exported files compute what you"),
-        (["onnx", "hf"], {"onnx": BOTH}, NOT_PROVEN, ""),
-        (["onnx"], {"onnx": {"first": {"x": 1}}}, NOT_PROVEN, ""),
-        (["onnx"], {"onnx": {"first": {"passed": True}}}, NOT_PROVEN, ""),
-        (["onnx"], {"onnx": {"first": {"passed": True, "checks": []}}}, NOT_PROVEN, ""),
-        (["onnx"], {"onnx": {"first": {"checks": [1]}}}, NOT_PROVEN, ""),
+        ({"hf": {"first": {**PROOF, "of": "trained"}}}, SHIP, "computes what you trained"),
+        ({"mlx": {"first": NOT_RUN}}, NOT_PROVEN, "was not checked in MLX"),
+        ({}, NOT_PROVEN, "no export target"),
+        ({"onnx": BOTH, "hf": BOTH}, SHIP, "Both exported files compute what you trained, and"),
+        ({"onnx": BOTH, "hf": {}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"x": 1}}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"passed": True}}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": NO_CHECKS}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"checks": [1]}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "none": PROOF}}, SHIP, ""),
+        ({"qairt": {"first": PROOF, "none": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "none": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "first+second": PROOF}}, SHIP, ""),
+        ({"qairt": {"first": PROOF, "first+second": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "first+second": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
     ],
 )
-def test_every_target_needs_a_proof(
-    targets: list[str], parity: dict[str, Any], kind: VerdictKind, words: str
+def test_every_target_and_use_case_needs_a_proof(
+    parity: dict[str, Any], kind: VerdictKind, words: str
 ) -> None:
-    found = judged(targets, parity=parity)
+    job = job_of("finished", finished(parity=parity))
+    found = verdict(replace(job, recipe={**job.recipe, "export": {"targets": [*parity]}}))
     assert found.kind is kind
     assert words in found.sentence
 
@@ -186,81 +185,65 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
     assert outcomes["Simulated adapter against the float model"] is Outcome.MISSING
 
 
-@pytest.mark.parametrize(
-    ("words", "digits", "kind"),
-    [
-        (FEW_TOKENS, FEW_TOKENS, SHIP),
-        (FEW_TOKENS - 1, 9 * FEW_TOKENS, WITH_CARE),
-        (9 * FEW_TOKENS, FEW_TOKENS - 1, WITH_CARE),
-        (None, 9 * FEW_TOKENS, SHIP),
-    ],
-)
-def test_the_least_checked_counts(words: int | None, digits: int | None, kind: VerdictKind) -> None:
-    found = verdict(job_of("two", two(words, digits)))
-    assert found.kind is kind
-    assert (f"{FEW_TOKENS - 1} tokens" in found.sentence) is (kind is WITH_CARE)
-
-
-def test_adapters_with_equal_losses_are_called_identical() -> None:
-    results = two()
-    results["train"]["digits"]["losses"] = results["train"]["words"]["losses"]
-    found = verdict(job_of("two", results))
-    assert found.kind is WITH_CARE
-    assert "but words and digits are identical" in found.sentence
-    for losses in (None, [], "1.0"):
-        for name in ("words", "digits"):
-            results["train"][name]["losses"] = losses
-        assert verdict(job_of("two", results)).kind is SHIP
+WRONG = [{"what": "it", "value": 2.0, "limit": 1.0}]
+LOSSES = results_of("two")["train"]["words"]["losses"]
 
 
 @pytest.mark.parametrize("name", ["words", "digits"])
 @pytest.mark.parametrize(
-    ("proof", "kind"),
+    ("changes", "kind", "words"),
     [
-        ({}, NOT_PROVEN),
-        ({"not_run": "it is missing"}, NOT_PROVEN),
-        ({"checks": [{"what": "it", "value": 2.0, "limit": 1.0}]}, DO_NOT_SHIP),
-        ("stale", NOT_PROVEN),
+        ({"parity__onnx__NAME": {}}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME": {"not_run": "it is missing"}}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME": {"checks": WRONG}}, DO_NOT_SHIP, "NAME"),
+        ({"stale": "NAME"}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME__tokens": FEW_TOKENS}, SHIP, ""),
+        ({"parity__onnx__NAME__tokens": None}, SHIP, ""),
+        ({"parity__onnx__NAME__tokens": FEW_TOKENS - 1}, WITH_CARE, f"{FEW_TOKENS - 1} tokens"),
+        (
+            {"train__words__losses": LOSSES, "train__digits__losses": LOSSES},
+            WITH_CARE,
+            "but words and digits are identical",
+        ),
+        *(
+            ({"train__words__losses": losses, "train__digits__losses": losses}, SHIP, "")
+            for losses in (None, [], "1.0")
+        ),
     ],
 )
-def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: VerdictKind) -> None:
-    results, stale = two(), {}
-    if proof == "stale":
-        stale = {("onnx", name): "model.onnx has changed"}
-    else:
-        results["parity"]["onnx"][name] = proof
-    found = verdict(job_of("two", results, stale=stale))
+def test_every_adapter_counts(
+    name: str, changes: dict[str, Any], kind: VerdictKind, words: str
+) -> None:
+    given = {key.replace("NAME", name): value for key, value in changes.items()}
+    if "stale" in given:
+        given["stale"] = {("onnx", name): "model.onnx has changed"}
+    found = two(**given)
     assert found.kind is kind
-    assert name in found.sentence
+    assert words.replace("NAME", name) in found.sentence
     if kind is DO_NOT_SHIP:
         assert any("1 of 2" in str(item.value) for item in found.evidence)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None:
-    def gains(words: float, digits: float) -> Verdict:
-        values = (digits, words) if swapped else (words, digits)
-        simulated = dict(zip(("words", "digits"), values, strict=True))
-        results = two()
-        results["perplexity"] = {"float": 100.0, "on": {}, "simulated": simulated}
-        results["perplexity_ratio"] = {}
-        for name in simulated:
-            results["train"][name].pop("text", None)
-        return verdict(job_of("two", results))
+@pytest.mark.parametrize("names", [("words", "digits"), ("digits", "words")])
+@pytest.mark.parametrize(
+    ("gains", "kind", "said"),
+    [
+        ((90.0, 70.0), SHIP, "every adapter beats the float model by 10.0% or more"),
+        ((110.0, 70.0), WITH_CARE, "Both exported files compute what you trained, but "),
+    ],
+)
+def test_of_several_adapters_the_smallest_gain_is_claimed(
+    names: tuple[str, str], gains: tuple[float, float], kind: VerdictKind, said: str
+) -> None:
+    simulated = dict(zip(names, gains, strict=True))
+    perplexity = {"float": 100.0, "on": {}, "simulated": simulated}
+    no_text = {f"train__{name}__text": None for name in names}
+    found = two(perplexity=perplexity, perplexity_ratio={}, **no_text)
+    assert found.kind is kind
+    assert said in found.sentence
 
-    found = gains(90.0, 70.0)
-    assert found.kind is SHIP
-    assert "every adapter beats the float model by 10.0% or more" in found.sentence
-    found = gains(110.0, 70.0)
-    assert found.kind is WITH_CARE
-    assert found.sentence.startswith("Both exported files compute what you trained, but ")
 
-
-def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
+def test_a_running_job_says_how_far_it_is() -> None:
     found = verdict(running(37))
     assert found.sentence == "Training of first is at step 37 of 60."
     assert found.progress == pytest.approx(37 / 60)
-    results = {**running(37).results}
-    results["run"]["training"]["step_seconds"] = 32.0
-    found = verdict(job_of("finished", results))
-    assert str(found.below).startswith("About 12 min 16 s of training left. ")

@@ -241,7 +241,8 @@ def test_paths_are_relative_to_the_folder_of_the_recipe(
     for folder in ("texts", "elsewhere/own", "first"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")  # and its parent is not texts
-    path, changes = recipe_for(), ("data.source=texts", "adapters.0.continue_from=texts")
+    path = recipe_for()
+    changes = ("data.source=texts", "adapters.0={name: a, continue_from: texts}")
     for folder, name in (("elsewhere", path), (".", Path("recipe.yaml"))):
         monkeypatch.chdir(tmp_path / folder)
         recipe = load_recipe(name, changes)

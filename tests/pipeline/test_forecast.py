@@ -79,5 +79,8 @@ def test_a_plan_reads_no_weights_and_says_what_does_not_fit(
     monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: largest["peak"] - 1)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
     said = answered(*plan)
-    memory, disk = (line for line in said.splitlines() if line.startswith("Does not fit"))
-    assert (largest["stage"] in memory, "--out" in disk) == (True, True)
+    *memory, disk = (line for line in said.splitlines() if line.startswith("Does not fit"))
+    too_large = [s["stage"] for s in found["stages"] if s["peak"] == largest["peak"]]
+    assert len(memory) == len(too_large)
+    assert all(stage in line for stage, line in zip(too_large, memory, strict=True))
+    assert "--out" in disk

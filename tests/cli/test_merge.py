@@ -1,10 +1,6 @@
 """Merging: the verdict against what PEFT computes, and the models that are written."""
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +14,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from cli.command_line import answered, qwlora, refused
+from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_adapter, load_base, merged_model, quantize_
-from qwlora.adapter.adapter_deltas import rounding_losses, unpack_
+from qwlora.adapter.adapter_deltas import rounding_losses
 from qwlora.analysis.merge_effect import merge_effect
-from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.nn import is_packed, packed_weights, tensor_out_in
+from qwlora.nn import is_packed, packed_weights
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.write_model import write_merged
 from qwlora.pipeline.run import run
@@ -40,24 +35,23 @@ from simulation.tiny_architectures import make
 IDS = torch.arange(40).view(2, 20)
 
 
-def adapted(architecture: str, size: float, **options: Any) -> Any:
-    model = with_adapter(architecture, target_modules="all-linear", **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(size)
-    return model
-
-
-def with_adapter(architecture: str, rules: Sequence[LayerRule] = (), **options: Any) -> Any:
-    """A quantized model with a random adapter."""
-    model = tiny_model(architecture, layers=1)
+def with_adapter(
+    architecture: str, rules: Sequence[LayerRule] = (), size: float = 1.0, **options: Any
+) -> Any:
+    """A quantized model with a random adapter, on all linear layers if none are named."""
+    model = make(architecture) if architecture == "Mixtral" else tiny_model(architecture, layers=1)
     quantize_(model, "w4-block32", "rtn", rules=rules)
     torch.manual_seed(0)
-    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    config = LoraConfig(r=4, init_lora_weights=False, **settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tested here
-        return get_peft_model(model, config).eval()
+        wrapped = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(size)
+    return wrapped
 
 
 def written_and_read(merged: Any, folder: Path) -> Any:
@@ -81,7 +75,7 @@ def written_and_read(merged: Any, folder: Path) -> Any:
 )
 def test_merged_into_floats(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Once written and read again by transformers, too."""
-    model = adapted(architecture, 0.1, **options)
+    model = with_adapter(architecture, size=0.1, **options)
     with torch.no_grad():
         expected = model(IDS).logits
         merged = merged_model(model, "float")
@@ -145,40 +139,27 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.Monke
         merged_model(model, "float")
 
 
-def test_what_is_kept_of_no_gain_is_null() -> None:
-    verdict = merge_effect({}, base=5.0, adapted=5.0, merged=5.1)
-    assert json.loads(json.dumps(verdict, allow_nan=False))["kept"] is None
-    worse = merge_lines(merge_effect({}, 5.0, 6.0, 5.1))
-    assert "the adapter does not improve perplexity on this text" in worse
-    assert merge_effect({}, base=6.0, adapted=5.0, merged=5.5)["kept"] == 0.5
-
-
 @pytest.mark.parametrize(
-    ("merged", "advice"), [(9.95, "Keep the adapter separate"), (9.02, "Merge")]
+    ("base", "adapted", "merged", "kept", "is_harmless"),
+    [
+        (5.0, 5.0, 5.1, None, False),  # there is no gain
+        (5.0, 6.0, 5.1, None, False),
+        (6.0, 5.0, 5.5, 0.5, False),
+        (10.0, 9.0, 9.95, 0.05, False),  # 1 % worse, which is most of what was gained
+        (10.0, 9.0, 9.02, 0.98, True),
+        (20.0, 10.0, 11.0, 0.9, True),  # exactly 90 %
+        (10.0, 9.95, 9.9974, 0.052, False),  # half a percent worse
+    ],
 )
-def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) -> None:
-    """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
-    verdict = merge_effect({}, base=10.0, adapted=9.0, merged=merged)
-    assert verdict["recommendation"].startswith(advice)
-    kept = merge_effect({}, base=20.0, adapted=10.0, merged=11.0)  # exactly 90 %
-    assert kept["is_harmless"]
-    small = merge_effect({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
-    assert not small["is_harmless"]
-    assert small["recommendation"].startswith("Keep the adapter separate")
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_merged_onto_the_grid_it_is_the_float_merge_rounded(architecture: str) -> None:
-    model, twin = adapted(architecture, 0.3), adapted(architecture, 0.3)
-    before = {name: layer.encoding.scale for name, layer in packed_weights(model).items()}
-    merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
-    assert packed_weights(merged).keys() == before.keys()
-    for name, layer in packed_weights(merged).items():
-        weight = tensor_out_in(floats, name)
-        assert torch.equal(layer.encoding.scale, before[name])
-        step = layer.encoding.scale.repeat_interleave(32, dim=1)
-        inside = (layer.codes > 0) & (layer.codes < 15)
-        assert ((layer.quantized.dequantize() - weight).abs() <= step * 0.501)[inside].all()
+def test_the_advice_weighs_what_is_kept_of_the_gain(
+    base: float, adapted: float, merged: float, kept: float | None, is_harmless: bool
+) -> None:
+    verdict = merge_effect({}, base=base, adapted=adapted, merged=merged)
+    found = json.loads(json.dumps(verdict, allow_nan=False))
+    assert found["kept"] == (kept if kept is None else pytest.approx(kept))
+    assert found["is_harmless"] == is_harmless
+    advice = {True: "Merge", False: "Keep the adapter separate"}[is_harmless]
+    assert found["recommendation"].startswith("There is nothing" if kept is None else advice)
 
 
 def merged_in_float64(layer: Any, kind: str) -> Tensor:
@@ -209,25 +190,22 @@ def test_codes_are_rounded_once_in_float64(kind: str, scheme: str, dtype: torch.
     model = tiny_model("opt", layers=1)
     quantize_(model, scheme, "rtn")
     torch.manual_seed(0)
-    options: dict[str, Any] = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(
-        kind, {}
-    )
+    options: dict[str, Any] = {"use_dora": kind == "dora", "lora_bias": kind == "bias"}
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "fc1"], **options)
     wrapped = get_peft_model(model, config).eval()
     if kind == "two":
         wrapped.add_adapter("second", config)
         wrapped.base_model.set_adapter(["default", "second"])
     wrapped.to(dtype)
-    layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-    expected = {canonical_name(n): merged_in_float64(m, kind) for n, m in layers.items()}
-    biases = {
-        canonical_name(n): m.base_layer.bias.double()
-        + (m.lora_B["default"].bias.double() * m.scaling["default"] if kind == "bias" else 0)
-        for n, m in layers.items()
-    }
+    layers = {canonical_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+    expected = {name: merged_in_float64(layer, kind) for name, layer in layers.items()}
+    biases = {name: layer.base_layer.bias.double() for name, layer in layers.items()}
+    for name, layer in layers.items() if kind == "bias" else ():
+        biases[name] = (
+            biases[name] + layer.lora_B["default"].bias.double() * layer.scaling["default"]
+        )
     before = {n: layer.codes for n, layer in packed_weights(wrapped).items()}
-    merged = merged_model(wrapped)
-    for name, layer in packed_weights(merged).items():
+    for name, layer in packed_weights(merged_model(wrapped)).items():
         path = name.removesuffix(".weight")
         if path not in expected:
             assert torch.equal(layer.codes, before[name])
@@ -266,50 +244,27 @@ def test_an_adapter_that_is_not_finite_is_refused_before_anything_changes(bad: f
     assert all(torch.equal(p.codes, before[n]) for n, p in packed_weights(model).items())
 
 
-def test_layers_next_to_fused_experts_are_merged_into_codes() -> None:
-    model = make("Mixtral")
-    quantize_(model, "w4-block32", "rtn")
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    wrapped = get_peft_model(model, config)
+def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
+    model = with_adapter("llama", size=1e-4)
+    base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
+    shares = [layer["share"] for layer in rounding_losses(model).values()]
+    assert min(shares) == 1
+    merged = packed_weights(merged_model(model, "requantized"))
+    assert all(torch.equal(layer.codes, base[name]) for name, layer in merged.items())
+    layers = rounding_losses(with_adapter("llama", size=10.0))
+    assert all(layer["share"] < 0.5 and layer["rms_steps"] > 1 for layer in layers.values())
+
+
+def test_layers_next_to_fused_experts_are_merged_into_codes_and_not_into_floats() -> None:
+    wrapped = with_adapter("Mixtral", target_modules=["q_proj"])
+    with pytest.raises(MergeError, match=r"experts.*Keep the adapter separate"):
+        merged_model(wrapped, "float")
     layers = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
     with torch.no_grad():
         expected = [merged_in_float64(layer, "lora") for layer in layers]
     merged = [m for n, m in packed_weights(merged_model(wrapped)).items() if "q_proj" in n]
     for layer, codes in zip(merged, expected, strict=True):
         assert int((layer.codes != codes).sum()) <= 1
-
-
-def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
-    model = adapted("llama", 1e-4)
-    base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
-    shares = [layer["share"] for layer in rounding_losses(model).values()]
-    assert min(shares) == 1
-    merged = packed_weights(merged_model(model, "requantized"))
-    assert all(torch.equal(layer.codes, base[name]) for name, layer in merged.items())
-    layers = rounding_losses(adapted("llama", 10.0))
-    assert all(layer["share"] < 0.5 and layer["rms_steps"] > 1 for layer in layers.values())
-
-
-def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
-    model = tiny_model("llama", layers=1)
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
-    quantize_(model, "w4-block32", "rtn", rules=rules)
-    with torch.no_grad():
-        expected = model(IDS).logits
-        unpack_(model)
-        assert {name: type(module) for name, module in model.named_modules()} == kinds
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-        torch.testing.assert_close(model(IDS).logits, expected)
-
-
-def test_fused_experts_say_that_they_cannot_be_merged() -> None:
-    model = make("Mixtral")
-    quantize_(model, "w4-block32", "rtn")
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, config)
-    with pytest.raises(MergeError, match=r"experts.*Keep the adapter separate"):
-        merged_model(wrapped, "float")
 
 
 @pytest.fixture(scope="module")
@@ -331,17 +286,13 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert verdict["adapted"] < verdict["base"]
     packed = packed_weights(load_base(job / "base"))
     assert verdict["layers"].keys() == {name.removesuffix(".weight") for name in packed}
-    (tmp_path / ".float.part").mkdir()  # the user's own
     into_float = ("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
     said = answered(*into_float)
     assert "smaller than half a quantization step" in said
     assert f"merged into the integers {verdict['merged']:.3f}" in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".float.part", "float"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
-    again = qwlora(*into_float)
-    assert (again.returncode, again.stdout) == (2, "")  # before the verdict
-    assert "is not empty" in again.stderr
+    assert "is not empty" in refused(*into_float)  # before the verdict
     answered("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert len(packed_weights(load_base(tmp_path / "base"))) == 7
 
@@ -352,101 +303,58 @@ def test_a_mergeable_adapter_is_its_merged_base_everywhere(job_for: Any, tmp_pat
     first = {"name": "first", "rank": 4, "alpha": 64, "steps": 8, "warmup_steps": 1}
     job = job_for(adapters=[{**first, "learning_rate": 0.02, "mergeable": True}])
     results = job.run()
-    assert "verify/onnx_each/first" in job.done
     assert results["parity"]["onnx_each"]["first"]["passed"]
     adapted = results["perplexity"]["adapted"]["first"]
     assert adapted < results["perplexity"]["base"] - 1
     verdict = json.loads(answered("merge-check", job.out, "first", "--json"))
     assert (verdict["adapted"], verdict["merged"], verdict["kept"]) == (adapted, adapted, 1)
-    merged = tmp_path / "merged"
-    said = answered("merge", job.out, "first", "--into", "requantized", "--out", merged)
-    assert "it was trained as the merged integers" in said
-    layers = packed_weights(load_base(merged))
+    merged, base = tmp_path / "merged", job.out / "base"
+    answered("merge", job.out, "first", "--into", "requantized", "--out", merged)
     model = onnx.load(job.out / "export/onnx_each/first/model.onnx")
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
-    before = packed_weights(load_base(job.out / "base"))
-    for name, layer in layers.items():
+    before = packed_weights(load_base(base))
+    for name, layer in packed_weights(load_base(merged)).items():
         assert not torch.equal(layer.codes, before[name].codes)
         codes = torch.from_numpy(stored[f"{name}.codes"].astype("int16"))  # [in, out]
         assert torch.equal(codes.T, layer.codes.to(torch.int16) - 8)
-    floats = tiny_model("llama").state_dict()
-    trained = load_adapter(
-        load_base(job.out / "base"),
-        job.out / "adapters/first",
-        weight=lambda path: floats[f"{path}.weight"],
-    ).eval()
+    floats, adapter = tiny_model("llama").state_dict(), job.out / "adapters/first"
+    trained = load_adapter(load_base(base), adapter, weight=lambda path: floats[f"{path}.weight"])
     with torch.no_grad():
-        assert torch.equal(trained(IDS).logits, load_base(merged).eval()(IDS).logits)
-
-
-@pytest.mark.slow
-def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
-    import pty
-
-    ours, theirs = pty.openpty()
-    with open(ours, "rb", buffering=0) as terminal:
-        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-        with subprocess.Popen(
-            [sys.executable, "-m", "qwlora", "merge-check", str(job), "first"],
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            env=environment,
-        ) as process:
-            os.close(theirs)
-            seen = b""
-            with contextlib.suppress(OSError):  # the other end was closed
-                while part := terminal.read(4096):
-                    seen += part
-            assert process.stdout is not None
-            printed = process.stdout.read()
-    assert all(f"perplexity, {what}".encode() in seen for what in ("adapted", "base", "merged"))
-    assert b"4/4" in seen
-    assert b"smaller than half a quantization step" in printed
-    assert b"perplexity, merged" not in printed
+        assert torch.equal(trained.eval()(IDS).logits, load_base(merged).eval()(IDS).logits)
 
 
 def test_an_unusable_place_is_refused_before_the_verdict(job: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "notes.txt").write_text("x")
+    merge = ("merge", job, "first", "--into", "float", "--out")
     for place, message in (
-        (tmp_path / "notes.txt", "is a file; --out names a directory"),
-        (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file; choose"),
+        (tmp_path / "notes.txt", "is a file"),
+        (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file"),
         (".", "'.' is the current directory"),
     ):
-        done = qwlora("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert message in refused(*merge, place, cwd=empty)
+    assert "there are first" in refused("merge-check", job, "other")
+    assert "'requantized'" in refused(*merge[:4], "gold", "--out", tmp_path / "x")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt"]
-    with pytest.raises(DirectoryError, match="is a file; --out names a directory"):
-        check_target(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(("into", "size"), [("float", "100k"), ("requantized", "16k")])
 def test_a_full_disk_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
     opened, _ = open_job(job)
     disk = mounted(f"size={size}")
-    full = "new/merged': no space left on the disk. Nothing half-written was kept. Free some space"
     place = disk / "new" / "merged"
-    with pytest.raises(DirectoryError, match=full), new_folder(place) as folder:
+    with pytest.raises(DirectoryError, match="no space left"), new_folder(place) as folder:
         write_merged(opened.new_context(), "first", into, folder)
     assert list(disk.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_replaced_is_named(mounted: Any, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_replaced_is_named(mounted: Any) -> None:
     disk = mounted("ro")
-    for place in (disk / "merged", disk):
-        with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
+    for place, message in (
+        (disk / "merged", "is not writable"),
+        (disk, "is not writable"),
+        (mounted("size=10m"), "is a mount point"),
+    ):
+        with pytest.raises(DirectoryError, match=message):
             check_target(place)
-    with pytest.raises(DirectoryError, match="is a mount point"):
-        check_target(mounted("size=10m"))
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
-
-
-def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
-    assert "has no adapter 'other'; there are first" in refused("merge-check", job, "other")
-    assert "is not a job directory" in refused("merge-check", tmp_path, "first")
-    wrong = refused("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
-    assert "'requantized'" in wrong
-    assert not (tmp_path / "x").exists()

@@ -1,17 +1,12 @@
 """`qwlora generate` and `qwlora chat`: every stage answers as transformers' own generate does."""
 
-import fcntl
 import io
 import json
-import os
-import pty
 import re
-import select
 import shutil
+import signal
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,13 +51,6 @@ def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder / "out"
 
 
-def call(*arguments: object, typed: str = "") -> tuple[int, str, str]:
-    """Exit code, output and errors of a command while `typed` is its standard input."""
-    with mock.patch("sys.stdin", io.StringIO(typed)):
-        done = qwlora(*arguments)
-    return done.returncode, done.stdout, done.stderr
-
-
 def expected(job: Path, stage: str, prompt: str, count: int = 8) -> str:
     """The likeliest tokens, each from a pass over the whole text by plain transformers and PEFT."""
     folder = job.parent / "model" if stage == "float" else job / "base"
@@ -90,10 +78,13 @@ def chat_text(*turns: str) -> str:
 @pytest.mark.parametrize("stage", ["float", "base", "adapted"])
 def test_each_stage_answers_as_plain_transformers_does(job: Path, stage: str) -> None:
     options = ("generate", job, PROMPT, "--models", stage, "--max-new-tokens", 8, "--exact")
-    code, out, err = call(*options)
-    assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
-    assert "8 tokens: the first after" in err
-    assert call(*options, "--raw")[1] == expected(job, stage, PROMPT) + "\n"
+    done = qwlora(*options)
+    assert done.stdout == expected(job, stage, chat_text(PROMPT)) + "\n"
+    assert "8 tokens: the first after" in done.stderr
+    assert answered(*options, "--raw") == expected(job, stage, PROMPT) + "\n"
+    sampled = (*options[:-1], "--temperature", 2, "--seed")
+    one, again, other = (answered(*sampled, seed) for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_exact_answers_use_no_torch_kernel(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +95,8 @@ def test_exact_answers_use_no_torch_kernel(job: Path, monkeypatch: pytest.Monkey
     )
     options = ("generate", job, "the", "--raw", "--max-new-tokens", 6)
     exact = expected(job, "adapted", "the", 6) + "\n"
-    assert call(*options, "--exact")[1] == exact
-    assert call(*options)[1] != exact
+    assert answered(*options, "--exact") == exact
+    assert answered(*options) != exact
 
 
 def test_simulation_and_exported_files_answer_alike_and_base_differs(
@@ -133,69 +124,53 @@ def test_simulation_and_exported_files_answer_alike_and_base_differs(
     assert out == f"== base\n{base}\n\n== adapted/first\n{adapted}\n"
 
 
-def test_samples_repeat_with_their_seed_only(job: Path) -> None:
-    options = ("generate", job, PROMPT, "--temperature", 2, "--max-new-tokens", 12, "--seed")
-    one, again, other = (call(*options, seed)[1] for seed in (1, 1, 2))
-    assert one == again != other
+def chat(job: Path, typed: str, *options: object) -> subprocess.CompletedProcess[str]:
+    """A conversation in which `typed` is the standard input."""
+    with mock.patch("sys.stdin", io.StringIO(typed)):
+        return qwlora("chat", job, *options)
 
 
-def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path) -> None:
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, raw: tuple[str, ...]) -> None:
     typed = "hello\n\nand now\n/reset\nhello\n/exit\nnever read\n"
-    code, out, _ = call("chat", job, "--exact", "--max-new-tokens", 6, typed=typed)
-    first = expected(job, "adapted", chat_text("hello"), 6)
-    second = expected(job, "adapted", chat_text("hello", first, "and now"), 6)
-    assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
-
-
-def test_without_a_template_each_message_continues_the_text(job: Path) -> None:
-    options = ("--raw", "--exact", "--max-new-tokens", 6)
-    code, out, _ = call("chat", job, *options, typed="hello\nand now")
-    first = expected(job, "adapted", "hello", 6)
-    second = expected(job, "adapted", f"hello{first}\nand now", 6)
-    assert (code, out) == (0, f"{first}\n{second}\n")
+    done = chat(job, typed, "--exact", "--max-new-tokens", 6, *raw)
+    start = "hello" if raw else chat_text("hello")
+    first = expected(job, "adapted", start, 6)
+    more = f"hello{first}\nand now" if raw else chat_text("hello", first, "and now")
+    second = expected(job, "adapted", more, 6)
+    assert (done.returncode, done.stdout) == (0, f"{first}\n{second}\n{first}\n")
 
 
 def test_an_answer_ends_at_the_last_position(job: Path) -> None:
-    long = "a" * 120
-    code, _, err = call("generate", job, long, "--raw", "--max-new-tokens", 50)
-    assert (code, "8 tokens" in err) == (0, True), err
-    code, _, err = call("generate", job, long + "a" * 8, "--raw")
-    assert (code, err.count("\n")) == (2, 2)  # what is loaded, and the error
-    assert "the prompt has 128 tokens, but the model has positions for 128" in err
+    generate = ("generate", job, "a" * 120)
+    assert "8 tokens" in qwlora(*generate, "--raw", "--max-new-tokens", 50).stderr
+    said = refused("generate", job, "a" * 128, "--raw")
+    assert "the prompt has 128 tokens, but the model has positions for 128" in said
 
 
-@pytest.mark.parametrize(
-    ("options", "facts"),
-    [
-        (("--models", "adapted/frist"), ("no adapter 'frist'", "did you mean first")),
-        (("--models", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
-        (("--models", "second"), ("has no adapters/second yet", "qwlora train /")),
-        (
-            ("--models", "onnx/second"),
-            ("no adapters/second, export/onnx/second", "qwlora train /", "&& qwlora export /"),
-        ),
-        (("--models", "simulatd"), ("no model or adapter 'simulatd'", "did you mean simulated")),
-        (("--models", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
-        (("--models", ","), ("no model is named",)),
-    ],
-)
-def test_refuses_unknown_names(job: Path, options: tuple[str, ...], facts: tuple[str, ...]) -> None:
-    err = refused("generate", job, PROMPT, *options)
-    assert err.count("\n") == 1
-    for fact in facts:
-        assert fact in err
+UNKNOWN = {
+    "adapted/frist": "no adapter 'frist'.*did you mean first",
+    "base,frist": "no model or adapter 'frist'.*did you mean first",
+    "second": "has no adapters/second yet.*qwlora train /",
+    "onnx/second": "no adapters/second, export/onnx/second.*qwlora train /.*&& qwlora export /",
+    "gguf": "not exported to gguf: export.targets of i.*onnx, hf",
+    ",": "no model is named",
+}
+
+
+@pytest.mark.parametrize("names", UNKNOWN)
+def test_refuses_unknown_names(job: Path, names: str) -> None:
+    said = refused("generate", job, PROMPT, "--models", names)
+    assert re.fullmatch(f".*{UNKNOWN[names]}.*\n", said)
 
 
 def test_text_that_is_not_utf8_is_refused(job: Path) -> None:
-    for raw in ([], ["--raw"]):
-        for command, typed, place in (
-            (["generate", job, "caf\udce9", "--models"], "", 3),
-            (["chat", job, "--model"], "hi\udcff\n", 2),
-        ):
-            code, out, err = call(*command, "base", *raw, typed=typed)
-            assert (code, out, "unexpected" in err) == (2, "", False)
-            assert "the prompt is not UTF-8 text" in err
-            assert f"in position {place}:" in err
+    for raw in ((), ("--raw",)):
+        asked = refused("generate", job, "caf\udce9", "--models", "base", *raw)
+        said = chat(job, "hi\udcff\n", "--model", "base", *raw)
+        assert (said.returncode, said.stdout) == (2, "")
+        for place, message in ((3, asked), (2, said.stderr)):
+            assert re.search(f"not UTF-8 text.*in position {place}:", message)
 
 
 def test_control_characters_are_escaped(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,37 +180,18 @@ def test_control_characters_are_escaped(job: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("qwlora.analysis.generate_text.generate_text", answer)
     options = ("generate", job, PROMPT, "--models", "base")
-    assert call(*options)[1] == "\\x1b]52;c;aGk=\\x07 done\n"
-    assert "\x1b" not in call(*options[:3], "--models", "base,base")[1]
-    out = call(*options, "--json")[1]
+    assert answered(*options) == "\\x1b]52;c;aGk=\\x07 done\n"
+    assert "\x1b" not in answered(*options[:3], "--models", "base,base")
+    out = answered(*options, "--json")
     assert json.loads(out)["answers"][0]["text"] == "\x1b]52;c;aGk=\x07 done"
-    assert call("chat", job, "--model", "base", typed="hi")[1] == "\\x1b]52;c;aGk=\\x07 done\n"
-
-
-def test_json_is_alone_whatever_libraries_print(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = JobModels.open
-
-    def noisy(*arguments: Any) -> Any:
-        print("GPT-QModel 7.7 banner")
-        return load(*arguments)
-
-    monkeypatch.setattr(JobModels, "open", noisy)
-    options = ("generate", job, "the", "--models", "base", "--raw", "--max-new-tokens", 2)
-    _, out, err = call(*options, "--json")
-    assert len(json.loads(out)["answers"]) == 1
-    assert "banner" in err
-    _, out, err = call(*options, "--exact")
-    assert out == expected(job, "base", "the", 2) + "\n"
-    assert "banner" in err
+    assert chat(job, "hi", "--model", "base").stdout == "\\x1b]52;c;aGk=\\x07 done\n"
 
 
 def test_a_folder_that_is_no_job_or_has_no_base_is_refused(job: Path, tmp_path: Path) -> None:
-    assert re.fullmatch(".* is not a job directory.*\n", refused("chat", tmp_path))
+    assert "is not a job directory" in refused("chat", tmp_path)
     shutil.copy(job / "recipe.yaml", tmp_path)
-    message = (
-        ".* has no base, adapters/first yet. Run first: qwlora quantize .* && qwlora train .*\n"
-    )
-    assert re.fullmatch(message, refused("generate", tmp_path, PROMPT))
+    message = "has no base, adapters/first yet. Run first: qwlora quantize .* && qwlora train "
+    assert re.search(message, refused("generate", tmp_path, PROMPT))
 
 
 def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
@@ -248,10 +204,9 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     recipe["simulation"] = {"residual_adds": "quantize"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     generate = ("generate", tmp_path, PROMPT, "--models")
-    message = ".* has no export/qairt yet. Run first: qwlora export .*\n"
-    assert re.fullmatch(message, refused(*generate, "qairt/none"))
+    assert "has no export/qairt yet" in refused(*generate, "qairt/none")
     (tmp_path / "export" / "qairt").mkdir(parents=True)
-    assert re.fullmatch(".* has no use case 'second'.*\n", refused(*generate, "qairt/second"))
+    assert "has no use case 'second'" in refused(*generate, "qairt/second")
     models = JobModels(tmp_path)
     for model in ("qairt", "qairt/first+second", "qairt/none"):
         name = models.one_named(model)
@@ -261,55 +216,23 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     assert models.one_named("qairt").adapters == ["first", "second"]
 
 
-def test_exported_files_of_another_adapter_are_not_run(job: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "job"
-    shutil.copytree(job, copied)
-    for name in ("base/model.onnx.data", "first/adapter.onnx_adapter"):
-        file = copied / "export" / "onnx" / name
-        content = file.read_bytes()
-        file.write_bytes(content[::-1])
-        message = refused("generate", copied, PROMPT, "--models", "onnx")
-        assert f"{file.name} has changed" in message
-        file.write_bytes(content)
-
-
 @pytest.mark.slow
 def test_control_c_ends_an_answer_and_the_conversation_continues(job: Path) -> None:
-    terminal, inside = pty.openpty()
-    command = [sys.executable, "-c", "from qwlora.cli.main import main; main()", "chat", str(job)]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "5000", "--exact"],
-        stdin=inside,
-        stdout=inside,
-        stderr=inside,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(inside)
-    seen = ""
-
-    def read_until(text: str) -> str:
-        nonlocal seen
-        deadline = time.monotonic() + 120
-        while text not in seen:
-            ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
-            assert ready, f"no {text!r} in {seen!r}"
-            seen += os.read(terminal, 4096).decode(errors="replace")
-        before, _, seen = seen.partition(text)
-        return before
-
-    try:
-        read_until("> ")
-        os.write(terminal, b"hello\n")
-        read_until("hello\r\n")
-        while not seen:  # the first piece of the answer
-            seen += os.read(terminal, 4096).decode(errors="replace")
-        os.write(terminal, b"\x03")
-        answer = read_until("> ")
-        assert len(answer) < 4000, "the answer was not ended"
-        os.write(terminal, b"/exit\n")
+    command = [sys.executable, "-m", "qwlora", "chat", str(job), "--exact"]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "5000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdout.read(1)  # the first piece of the answer
+        process.send_signal(signal.SIGINT)
+        process.stdin.write(b"hello again\n/exit\n")
+        process.stdin.close()
+        answers = process.stdout.read()
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
+    assert b"\n" in answers.strip()
+    assert len(answers) < 4000, "the answer was not ended"

@@ -44,9 +44,6 @@ LLAMA2 = """\
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
 {% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
-SPEAKERS = """\
-{{ bos_token }}{% for message in messages %}{{ message['role'] }}:{% if message['role'] == 'user' %}{{ ' ' + message['content'] + '\n' }}\
-{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
 LINES = """\
 {{ bos_token }}{% for message in messages %}<turn>{{ message['role'] + '\n' }}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}\
 {% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
@@ -96,30 +93,6 @@ def outside_loss(tokens: Tokens) -> list[int]:
     return [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
 
 
-def assert_marked(
-    template: str, talk: Conversation, make: Callable[[str], PreTrainedTokenizerBase]
-) -> tuple[PreTrainedTokenizerBase, list[int], list[bool]]:
-    """Compare with transformers' own mask of the template with markers; returns what was found."""
-    oracle: Any = make(template).apply_chat_template(
-        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    plain = make(unmarked(template))
-    ids, in_loss = encode_conversation(talk, plain)
-    assert ids == oracle["input_ids"]
-    assert in_loss == [bool(flag) for flag in oracle["assistant_masks"]]
-    assert encode_conversation(talk, make(template)) == (ids, in_loss)
-    return plain, ids, in_loss
-
-
-@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS])
-def test_the_derived_mask_is_that_of_the_markers(template: str) -> None:
-    spoken = ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"]
-    assert [s.strip() for s in loss_text(*assert_marked(template, TALK, with_template))] == spoken
-    for tokenizer in (with_template(template), with_template(unmarked(template))):
-        last = loss_text(tokenizer, *encode_conversation(TALK, tokenizer, last_only=True))
-        assert [s.strip() for s in last] == spoken[1:]
-
-
 def prefixing_tokenizer(kind: str, words: list[str], **options: Any) -> PreTrainedTokenizerFast:
     """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -141,23 +114,6 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """Words are tokens together with the space before them."""
     words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
     return prefixing_tokenizer("first", [words], chat_template=template)
-
-
-@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
-def test_without_a_generation_prompt_the_first_word_has_its_space(template: str) -> None:
-    talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
-    tokenizer, ids, in_loss = assert_marked(template, talk, sentencepiece_tokenizer)
-    first = tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)])
-    assert template == LINES or first == "▁Hello"
-
-
-def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:
-    answers = ["It is 4.", "Yes, as I said:\n\n It is 4."]
-    talk = conversation("What is 2+2?", answers[0], "assistant\nIt is 4.?", answers[1])
-    ids, in_loss = encode_conversation(talk, smollm2)
-    assert ids == smollm2.apply_chat_template(list(talk.messages))["input_ids"]
-    assert loss_text(smollm2, ids, in_loss) == [f"{answer}<|im_end|>" for answer in answers]
-    assert smollm2.decode(ids[: in_loss.index(True)]).endswith("<|im_start|>assistant\n")
 
 
 def test_a_token_that_begins_in_the_header_is_not_learnt(smollm2: PreTrainedTokenizerBase) -> None:
@@ -257,26 +213,35 @@ THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
 ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
 
 
-@pytest.mark.parametrize(
-    "template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS]
-)
-def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
-    found = assert_marked(template, SPOKEN_TO, with_template)
-    assert [text.removeprefix("<think></think>").strip() for text in loss_text(*found)] == [
-        m["content"].strip()
-        + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "")
-        + "<end>"
-        for m in SPOKEN_TO.messages[::2]
-    ]
+NO_PROMPTS = (LLAMA2, MISTRAL, LINES)
+FIRST_WORDS = ("Hello you, Hi", " Hi there.", "again.", " again.")
+IN_WORDS = [
+    conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again."),
+    *(greeting(first, "Hi, again.", "Hello again.") for first in FIRST_WORDS),
+]
+MARKED = [
+    *((with_template, t, TALK) for t in (CHATML, BRACKETS, MODEL_TURNS)),
+    *((with_template, t, SPOKEN_TO) for t in (CHATML, BRACKETS, MODEL_TURNS)),
+    *((with_template, t, SPOKEN_TO) for t in (DEFAULT_SYSTEM, SEPARATED, THINKS)),
+    *((sentencepiece_tokenizer, t, talk) for t in NO_PROMPTS for talk in IN_WORDS),
+    *((sentencepiece_tokenizer, f"Hello you, Hi there. again.\n{LINES}", t) for t in IN_WORDS[1:]),
+]
 
 
-@pytest.mark.parametrize(
-    "template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES]
-)
-@pytest.mark.parametrize("first", ["Hello you, Hi", " Hi there.", "again.", " again."])
-def test_an_assistant_speaks_first_without_a_generation_prompt(template: str, first: str) -> None:
-    talk = greeting(first, "Hi, again.", "Hello again.")
-    assert_marked(template, talk, sentencepiece_tokenizer)
+@pytest.mark.parametrize(("make", "template", "talk"), MARKED)
+def test_the_derived_mask_is_that_of_the_markers(
+    make: Callable[[str], PreTrainedTokenizerBase], template: str, talk: Conversation
+) -> None:
+    """Also where the assistant speaks first, and where there is no generation prompt."""
+    oracle: Any = make(template).apply_chat_template(
+        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    for tokenizer in (make(unmarked(template)), make(template)):
+        ids, in_loss = encode_conversation(talk, tokenizer)
+        assert ids == oracle["input_ids"]
+        assert in_loss == [bool(flag) for flag in oracle["assistant_masks"]]
+        last = loss_text(tokenizer, *encode_conversation(talk, tokenizer, last_only=True))
+        assert last == loss_text(tokenizer, ids, in_loss)[-1:]
 
 
 def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
@@ -325,33 +290,6 @@ def test_what_cannot_be_rendered_is_refused(
         encode_conversation(talk, with_template(template))
 
 
-def test_slow_tokenizers_are_refused() -> None:
-    class Slow:
-        chat_template = CHATML
-        is_fast = False
-
-    with pytest.raises(SourceError, match=r"tokenizer \(Slow\) does not report the positions"):
-        encode_conversation(TALK, Slow())  # type: ignore[arg-type]
-
-
-def assert_prompt_is_that_of_inference(tokenizer: Any, prompt: str, tokens: Any) -> None:
-    before = outside_loss(tokens)
-    assert before == tokenizer(prompt)["input_ids"] == tokens.ids[: len(before)]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")],
-)
-def test_a_completion_has_its_prompt(
-    smollm2: PreTrainedTokenizerBase, prompt: str, completion: str
-) -> None:
-    (tokens,) = encode_documents([Completion(prompt, completion)], smollm2, prompt_format="plain")
-    assert_prompt_is_that_of_inference(smollm2, prompt, tokens)
-    (said,) = loss_text(smollm2, tokens.ids, tokens.in_loss)
-    assert said == completion.removesuffix("<|im_end|>") + "<|im_end|>"
-
-
 WORDS = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"]
 
 
@@ -371,7 +309,8 @@ WORDS = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"]
 def test_no_space_comes_before_a_completion(kind: str, prompt: str, completion: str) -> None:
     tokenizer = prefixing_tokenizer(kind, WORDS)
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
-    assert_prompt_is_that_of_inference(tokenizer, prompt, tokens)
+    before = outside_loss(tokens)
+    assert before == tokenizer(prompt)["input_ids"] == tokens.ids[: len(before)]  # as in inference
     text = tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
     assert text == f"{prompt}{completion}</s>"
     assert tokenizer.unk_token_id not in tokens.ids
@@ -428,6 +367,10 @@ def test_a_pair_is_rendered_with_the_chat_template() -> None:
     for tokens, asked in zip(found, ("What is 2+2?", "add"), strict=True):
         messages = conversation(asked, "4")
         assert (tokens.ids, tokens.in_loss) == encode_conversation(messages, tokenizer)
+        assert loss_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
+    ended = Completion("2+2=", "4<end>")
+    for completion in (pair, ended):  # which is ended once
+        (tokens,) = encode_documents([completion], tokenizer, prompt_format="plain")
         assert loss_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
     plain = encode_documents([pair, alpaca], tokenizer, prompt_format="plain")
     tokenizer.chat_template = None

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -52,17 +51,6 @@ def test_a_document_with_most_of_the_text_is_trained_on(tmp_path: Path) -> None:
         assert only.where.endswith("book.txt")
 
 
-def concatenated_ids(texts: list[str], tokenizer: Any, count: int, part: str) -> Any:
-    return joined_ids(encode_documents(texts, tokenizer), count, start_tokens(tokenizer), part)
-
-
-def test_sequences_are_equal_and_documents_are_ended() -> None:
-    ids = concatenated_ids(["ab", "cdefg"], byte_tokenizer(), 4, "training")
-    tokenizer = byte_tokenizer()
-    assert "".join(tokenizer.convert_ids_to_tokens(ids.flatten())) == "ab<end>cdefg"
-    assert ids.shape == (2, 4)
-
-
 def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
@@ -70,19 +58,10 @@ def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<begin> $A", special_tokens=[("<begin>", begin)]
     )
-    ids = concatenated_ids(["abcdefgh"], tokenizer, 4, "training")
+    documents = encode_documents(["abc", "defg"], tokenizer)
+    ids = joined_ids(documents, 4, start_tokens(tokenizer), "training")
     assert (ids[:, 0] == begin).all()
-    assert "".join(tokenizer.convert_ids_to_tokens(ids[:, 1:].flatten())) == "abcdefgh<end>"
-
-
-def test_sources_in_python_modules() -> None:
-    assert load_documents("python:pydoc_data.topics:topics", 0.2, 0).train
-    for source, message in (
-        ("python:no_such_module_here:x", "python:MODULE:ATTRIBUTE needs an installed module"),
-        ("python:pydoc_data.topics", "python:MODULE:ATTRIBUTE needs"),
-    ):
-        with pytest.raises(SourceError, match=message):
-            locate_documents(source)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[:, 1:].flatten())) == "abc<end>defg<end>"
 
 
 MODULE = """
@@ -114,17 +93,9 @@ def test_a_module_is_read_and_not_run(
             read_documents(f"python:{name}:{attribute}", Reading())
     assert not (tmp_path / "ran").exists()
     monkeypatch.chdir(tmp_path / "site")  # where a stranger's recipe could be
-    with pytest.raises(SourceError, match="python:MODULE:ATTRIBUTE needs an installed"):
-        locate_documents(f"python:{name}:PLAIN")
-
-
-def test_what_is_no_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no file of a supported kind \(\.txt, \.md"):
-        load_documents(str(tmp_path), 0.2, 0)
-    with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
-        load_documents(str(tmp_path / "no.txt"), 0.2, 0)
-    with pytest.raises(SourceError, match=r"the held-out text has 3 tokens, .* needs 64"):
-        concatenated_ids(["ab"], byte_tokenizer(), 64, "held-out")
+    for source in (f"python:{name}:PLAIN", "python:pydoc_data.topics"):
+        with pytest.raises(SourceError, match="python:MODULE:ATTRIBUTE needs"):
+            locate_documents(source)
 
 
 def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
@@ -147,14 +118,14 @@ def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
     assert documents.overlapping_documents == overlapping > 0
 
 
-def test_one_conversation_is_too_few(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": messages}))
-    with pytest.raises(SourceError, match=r"one.jsonl:1: this is the only record. At least two"):
-        load_documents(str(tmp_path / "one.jsonl"), 0.2, 0)
+SAID = '{"prompt": "a", "completion": "b"}\n'
 
 
-def test_records_that_all_say_the_same_leave_nothing_to_train_on(tmp_path: Path) -> None:
-    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    with pytest.raises(SourceError, match="all training documents also occur in the held-out part"):
-        load_documents(str(tmp_path / "same.jsonl"), 0.2, 0)
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [(SAID, "jsonl:1: this is the only record"), (SAID * 4, "all training documents also occur")],
+)
+def test_records_that_leave_nothing_to_train_on(tmp_path: Path, records: str, message: str) -> None:
+    (tmp_path / "few.jsonl").write_text(records)
+    with pytest.raises(SourceError, match=message):
+        load_documents(str(tmp_path / "few.jsonl"), 0.2, 0)

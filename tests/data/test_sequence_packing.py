@@ -17,8 +17,6 @@ from qwlora.data.sequences import (
     Sequences,
     check_isolation,
     cut_into_sequences,
-    isolation_leak,
-    joined_ids,
 )
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
@@ -117,23 +115,10 @@ def test_models_that_mix_documents_are_refused() -> None:
         if parameter.ndim > 1:
             parameter.mul_(4)
     for model in (mamba.train(), bloom, tiny_model("opt")):
-        message = rf"{type(model).__name__} .*data.packing: documents .* Set data.packing to none"
+        message = rf"{type(model).__name__} .*Set data.packing to none"
         with pytest.raises(SourceError, match=message):
             check_isolation(model)
     assert mamba.training
-
-    class NoPositions(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = torch.nn.Embedding(VOCABULARY, 4)
-
-        def get_input_embeddings(self) -> torch.nn.Embedding:
-            return self.embedding
-
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> object:
-            return type("Output", (), {"logits": self.embedding(input_ids)})
-
-    assert isolation_leak(NoPositions()) is None  # type: ignore[arg-type]
 
 
 document_lists = st.lists(
@@ -196,30 +181,20 @@ def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> Non
 
 
 def test_what_is_too_long_is_truncated_and_counted() -> None:
-    documents = [
-        Tokens(list(range(12)), [False] * 6 + [True] * 6),
-        Tokens(list(range(20)), [False] * 12 + [True] * 8),
-        Tokens([1, 2, 3], [False, True, True]),
-    ]
+    sizes = ((12, 6), (20, 12), (3, 1))  # tokens, and those that are not in the loss
+    documents = [Tokens([*range(n)], [i >= prompt for i in range(n)]) for n, prompt in sizes]
     _, counts = cut_into_sequences(documents, 10, "documents", [], -1, "training")
     assert (counts.documents, counts.tokens, counts.sequences) == (3, 35, 2)
     assert (counts.truncated_documents, counts.truncated_tokens) == (2, 12)
     assert (counts.dropped_documents, counts.dropped_tokens) == (1, 22)
     assert counts.loss_tokens == 4 + 2
-    message = r"none of the 1 held-out documents .* first 10 tokens: raise data.sequence_tokens"
-    with pytest.raises(SourceError, match=message):
-        cut_into_sequences(documents[1:2], 10, "none", [], -1, "held-out")
-    only_the_first = Tokens(list(range(12)), [True] + [False] * 11)
-    with pytest.raises(SourceError, match="no sequence of the training part has a loss token"):
-        cut_into_sequences([only_the_first], 10, "join", [], -1, "training")
-
-
-def test_calibration_sees_no_padding() -> None:
-    ids = joined_ids(records(5, 30), 16, [], "training")
-    assert ids.shape[1] == 16
-    assert not (ids == PAD).any()
-    short = Tokens([1, 2, 3], [False, True, True])
-    assert joined_ids([short], 16, [], "training").tolist() == [[1, 2, 3]]
+    only_the_first = Tokens([*range(12)], [True] + [False] * 11)
+    for document, packing, message in (
+        (documents[1], "none", r"first 10 tokens: raise data.sequence_tokens"),
+        (only_the_first, "join", "no sequence of the training part has a loss token"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            cut_into_sequences([document], 10, packing, [], -1, "training")
 
 
 def test_rows_end_with_the_last_learnt_token() -> None:

@@ -8,19 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_model
 from pipeline.conftest import stage_keys
 from qwlora.adapter.train import train_adapter
-from qwlora.data.sequences import IGNORED, in_turn
-from qwlora.errors import RecipeError
-from qwlora.pipeline.forecast import Costs, plan_job
+from qwlora.data.sequences import IGNORED
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
 
 GPTQ = {"solver": "gptq", "calibration_sequences": 6}
+RECOVERY = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
 
 
 @pytest.fixture
@@ -31,20 +28,11 @@ def numbers(tmp_path: Path) -> Path:
     return tmp_path / "numbers"
 
 
-def test_texts_take_turns_by_their_weights() -> None:
-    rows = [torch.full((count, 1), value) for value, count in ((0, 2), (1, 9), (2, 9))]
-    taken = [int(row) for row in in_turn(rows, [1, 2, 1])]
-    assert taken[:8] == [0, 1, 2, 1, 0, 1, 2, 1]
-    assert sorted(taken) == [0] * 2 + [1] * 9 + [2] * 9
-    assert [int(row) for row in in_turn(rows)][:7] == [0, 1, 2, 0, 1, 2, 1]
-
-
 def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> None:
     own = {"text": "model", "weight": 2, "temperature": 0.7}
     job = job_for("one-layer llama", base={**GPTQ, "calibration": ["job", own, str(numbers)]})
     results = job.run("quantize")
     assert job.done == ["quantize/sample", "quantize"]
-    assert results["sampled"] == {"sequences": 3}
     recipe = load_recipe(job.out / "recipe.yaml")
     context = new_context(recipe, Sources(recipe), job.out, untracked)
     ids = context.base_calibration_ids(8)
@@ -55,106 +43,59 @@ def test_a_base_is_calibrated_on_all_of_them(job_for: Any, numbers: Path) -> Non
     digits = [any(map(str.isdigit, context.tokenizer.decode(row[0]))) for row in ids]
     assert [d for d, p in zip(digits, places, strict=True) if not p] == [0, 1, 0, 1, 0]
     assert len(context.calibration()["batches"]) == 4  # of activations: the job's text alone
-    job.run("quantize")
-    assert not job.done
     other = job.run("quantize", changes=["base.calibration=[job]"])
     assert job.done == ["quantize"]
     assert other["base"]["fingerprint"] != results["base"]["fingerprint"]
 
 
-def test_text_is_written_only_where_something_reads_it(recipe_for: Any, numbers: Path) -> None:
-    def keys(*changes: str) -> dict[str, str]:
-        return stage_keys(recipe_for(base={"calibration": ["job", "model"]}), *changes)
-
-    gptq = keys("base.solver=gptq")
-    assert "quantize/sample" not in keys("base.solver=rtn")
-    rtn = ("base.solver=rtn", "adapters.0.objective=recovery")
-    on_job, recovery = keys(*rtn), keys(*rtn, "base.calibration=[model]")
-    assert "quantize/sample" not in on_job
-    assert "quantize/sample" in recovery
-    assert recovery["quantize"] == on_job["quantize"]
-    assert recovery["train/first"] != on_job["train/first"]
-    for change, both in (("seed=1", True), (f"base.calibration=[model, {numbers}]", False)):
-        changed = keys("base.solver=gptq", change)
-        assert (changed["quantize/sample"] != gptq["quantize/sample"]) or not both
-        assert changed["quantize"] != gptq["quantize"]
-    assert (
-        keys("base.solver=gptq", "adapters.0.steps=9")["quantize/sample"] == gptq["quantize/sample"]
-    )
+def test_text_is_written_only_where_something_reads_it(recipe_for: Any) -> None:
+    path = recipe_for(base={"calibration": ["job", "model"]})
+    recovery = ("base.solver=rtn", "adapters.0.objective=recovery")
+    for changes, is_written in (
+        (("base.solver=gptq",), True),
+        (("base.solver=rtn",), False),
+        (recovery, False),
+        ((*recovery, "base.calibration=[model]"), True),
+    ):
+        assert ("quantize/sample" in stage_keys(path, *changes)) == is_written
 
 
-@pytest.mark.parametrize("solver", ["gptq", "search"])
-def test_a_base_has_the_chat_template_of_the_job(
-    recipe_for: Any, numbers: Path, corpus: Path, tmp_path: Path, solver: str
-) -> None:
-    """It renders other texts too, and exported files have the base's."""
-    template = tmp_path / "template.jinja"
-    data = {"source": str(corpus), "chat_template": str(template)}
-    base = {"solver": solver, "calibration": [str(numbers)]}
-    recipe, keys = recipe_for(base=base, data=data), []
-    for line in ("a", "b"):
-        template.write_text(line)
-        keys.append(stage_keys(recipe)["quantize"])
-    assert keys[0] != keys[1]
-
-
-def test_recovery_trains_on_it_without_the_job(
-    job_for: Any, numbers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def train_adapter(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
-        seen.append(sequences)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", train_adapter)
-    adapters = [
-        {"name": "first", "objective": "recovery", "rank": 2, "steps": 4, "warmup_steps": 0}
-    ]
-    base = {"solver": "rtn", "calibration": ["model", str(numbers)]}
-    job = job_for("one-layer llama", base=base, adapters=adapters)
-    with pytest.raises(KeyboardInterrupt):
-        job.run("quantize", "train")
-    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["0"]
-    assert torch.equal(seen[0].input_ids[::2], written[:2])
-    with pytest.raises(KeyboardInterrupt):
-        job.run("quantize", "train", changes=["base.calibration=[job, model]"])
-    assert not (seen[1].input_ids[:, None] == written).all(-1).any()
-
-
-def test_few_short_records_are_one_short_sequence(
-    job_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For gptq, tuning and recovery, next to longer sequences of another text."""
-    pairs = [{"prompt": f"{i} ", "completion": "abc"} for i in range(3)]  # 6 tokens with the end
-    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    seen = []
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sequences that adapters are trained on."""
+    seen: list[Any] = []
 
     def recorded(model: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(sequences)
         return train_adapter(model, sequences, *arguments, **options)
 
     monkeypatch.setattr("qwlora.pipeline.stages.model_stages.train_adapter", recorded)
-    back = {"name": "back", "objective": "recovery", "rank": 2, "steps": 2, "warmup_steps": 0}
-    texts = [str(tmp_path / "few.jsonl"), "model"]
-    base = {**GPTQ, "calibration": texts, "tuning": {"steps": 1}}
-    data = {"source": str(tmp_path / "few.jsonl"), "sequence_tokens": 32}
-    job = job_for("one-layer llama", base=base, adapters=[back], data=data)
+    return seen
+
+
+def test_recovery_trains_on_it_without_the_job(
+    job_for: Any, numbers: Path, trained_on: list[Any]
+) -> None:
+    base = {"solver": "rtn", "calibration": ["model", str(numbers)]}
+    job = job_for("one-layer llama", base=base, adapters=[RECOVERY])
+    job.run("quantize", "train")
+    written = load_file(job.out / ".qwlora" / "sampled" / "ids.safetensors")["0"]
+    ids = trained_on[0].input_ids
+    assert torch.equal(ids[::2], written[: len(ids[::2])])
+    changes = ["base.calibration=[job, model]"]
+    job.run("quantize", "train", changes=changes, replace=["back"])
+    assert not (trained_on[1].input_ids[:, None] == written).all(-1).any()
+
+
+def test_few_short_records_are_one_short_sequence(
+    job_for: Any, tmp_path: Path, trained_on: list[Any]
+) -> None:
+    """For gptq, tuning and recovery, next to longer sequences of another text."""
+    pairs = [{"prompt": f"{i} ", "completion": "abc"} for i in range(3)]  # 6 tokens with the end
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, pairs)))
+    base = {**GPTQ, "calibration": [str(few), "model"], "tuning": {"steps": 1}}
+    data = {"source": str(few), "sequence_tokens": 32}
+    job = job_for("one-layer llama", base=base, adapters=[RECOVERY], data=data)
     assert job.run("quantize", "train")["train"]["back"]["steps"] == 2
-    assert (seen[0].labels != IGNORED).sum(1).tolist() == [12, 32]
-
-
-def test_the_forecast_counts_the_cache(recipe_for: Any) -> None:
-    base = {"solver": "gptq", "calibration": ["job", "model"]}
-    recipe = load_recipe(recipe_for("one-layer llama", base=base))
-    memory, _ = Costs(recipe, []).of(Stage("quantize/sample", "quantize/sample", {}))
-    cache = tiny_model("llama", layers=1)(torch.zeros(16, 32, dtype=torch.int64)).past_key_values
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert memory["key-value cache"] == 2 * size  # it is copied when it grows
-    assert memory["float model"] > 0
-    assert "base.calibration: [job]" in str(plan_job(recipe, Path()))
-
-
-def test_a_text_that_is_not_there_is_named(recipe_for: Any) -> None:
-    with pytest.raises(RecipeError, match=r"base\.calibration.*nowhere\.txt"):
-        load_recipe(recipe_for(base={"calibration": ["job", "nowhere.txt"]}))
+    assert (trained_on[0].labels != IGNORED).sum(1).tolist() == [12, 32]

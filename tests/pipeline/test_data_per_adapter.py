@@ -1,20 +1,16 @@
 """Adapters with texts of their own: what each is trained, calibrated and measured on."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from conftest import text
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
 from qwlora.pipeline.run import run
-from qwlora.pipeline.sources import Sources
 from qwlora.recipe import load_recipe
-from qwlora.recipe.yaml_core import dump_yaml
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
@@ -40,35 +36,6 @@ def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     return lambda **sections: recipe_for("one-layer llama", **{**own, **sections})
 
 
-def test_defaults_of_adapters_data(two_texts: Any, texts: dict[str, Path], tmp_path: Path) -> None:
-    path = two_texts()
-    content = yaml.safe_load(path.read_text())
-    content["adapters"][1]["data"]["sequence_tokens"] = 16
-    path.write_text(yaml.safe_dump(content))
-    recipe = load_recipe(path)
-    words, digits = (recipe.data_of(name) for name in texts)
-    assert (words.source, words.sequence_tokens) == (str(texts["words"]), 32)
-    assert (digits.source, digits.sequence_tokens) == (str(texts["digits"]), 16)
-    assert digits.evaluation_sequences == recipe.data.evaluation_sequences == 4
-    (tmp_path / "resolved.yaml").write_text(dump_yaml(recipe.model_dump(mode="json")))
-    assert load_recipe(tmp_path / "resolved.yaml") == recipe
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        (None, r"data\.source: required, but not set.*lonely"),
-        ({"sorce": "x"}, r"adapters\.0\.data\.sorce: unknown key; did you mean source"),
-        ({"source": "/no/such/text"}, r"adapters\.0\.data\.source: .*/no/such/text"),
-        ({"chat_template": "/no/t.jinja"}, r"adapters\.0\.data\.chat_template: .*/no/t\.jinja"),
-    ],
-)
-def test_problems_are_located(two_texts: Any, data: dict[str, str] | None, problem: str) -> None:
-    path = two_texts(adapters=[{"name": "lonely", "data": data, **SETTINGS}])
-    with pytest.raises(RecipeError, match=problem):
-        load_recipe(path)
-
-
 def test_each_adapter_learns_its_text_and_is_measured_on_all(
     two_texts: Any, tmp_path: Path
 ) -> None:
@@ -88,45 +55,13 @@ def test_each_adapter_learns_its_text_and_is_measured_on_all(
     for name in ("words", "digits"):  # the cost of packing is known on the text of each adapter
         assert set(results["kl"]["on"][name]) == {"base"}
         assert 0 < results["kl"]["on"][name]["base"]["mean"] < 1
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-
-
-def test_a_text_concerns_its_adapter(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:
-    with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
-    sections: dict[str, Any] = {"data": with_own_text, "evaluate": "all"}
-    before = stage_keys(path := two_texts(**sections))
-    content = yaml.safe_load(path.read_text())
-    content["adapters"][1]["data"]["held_out"] = 0.4
-    path = two_texts(**sections, adapters=content["adapters"])
-    changed = {name for name, key in stage_keys(path).items() if before[name] != key}
-    assert all("digits" in name for name in changed)
-    assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
-
-
-def test_ranges_of_the_base_are_of_as_many_sequences_as_the_data_section_says(
-    two_texts: Any, texts: dict[str, Path]
-) -> None:
-    own = {"calibration_sequences": 2}
-    adapters = [{"name": n, "data": {"source": str(p), **own}} for n, p in texts.items()]
-    keys = [
-        stage_keys(two_texts(adapters=adapters, data={"calibration_sequences": count}))
-        for count in (3, 4)
-    ]
-    changed = {name for name, key in keys[0].items() if keys[1][name] != key}
-    assert "calibrate/_base" in changed
-    assert not {"quantize", "calibrate/words"} & changed
 
 
 def test_own_text_is_measured_by_default(two_texts: Any) -> None:
     """The float model and the base on all texts, since each adapter is compared with them."""
-    names = [n for n in stage_keys(two_texts()) if n.startswith("evaluate/")]
-    kinds = ("float", "base")
-    assert {n for n in names if "/on/" in n} == {
-        f"evaluate/{k}/on/{t}" for k in kinds for t in ("words", "digits")
-    }
-    assert {n for n in names if "/on/" not in n} == {
-        f"evaluate/{k}/{t}" for k in ("adapted", "simulated") for t in ("words", "digits")
-    }
+    names = {n for n in stage_keys(two_texts()) if n.startswith("evaluate/")}
+    kinds = ("float/on", "base/on", "adapted", "simulated")
+    assert names == {f"evaluate/{kind}/{t}" for kind in kinds for t in ("words", "digits")}
 
 
 def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus: Path) -> None:
@@ -142,15 +77,3 @@ def test_which_text_the_base_sees(two_texts: Any, texts: dict[str, Path], corpus
     assert sources(adapters=same) == [words]
     with pytest.raises(RecipeError, match=r"base\.calibrate_on: there is no adapter third"):
         sources(base={"calibrate_on": ["third"]})
-
-
-def test_sequences_of_texts_alternate_in_the_calibration(two_texts: Any, tmp_path: Path) -> None:
-    from qwlora.pipeline.stages import new_context
-    from qwlora.system.progress import untracked
-
-    recipe = load_recipe(two_texts())
-    context = new_context(recipe, Sources(recipe), tmp_path, untracked)
-    found = [context.tokenizer.decode(row[0]) for row in context.base_calibration_ids(5)]
-    assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
-    shared = [batch["input_ids"] for batch in context.calibration("words", "digits")["batches"]]
-    assert len(shared) == 6

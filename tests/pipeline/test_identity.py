@@ -25,7 +25,7 @@ from qwlora.pipeline.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import Store
-from qwlora.recipe import implied, load_recipe
+from qwlora.recipe import implied
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.report.verdict import verdict
 from qwlora.system.seen import Seen
@@ -41,6 +41,7 @@ workflow: qw-lora -> qwa-lora => train/* calibrate/_base as workflow|calibrate-b
 reference: - -> float => evaluate/adapted/* evaluate/simulated/*
 evaluate: own -> all =>
 seed: 0 -> 1 => quantize/sample TEXTS as seed
+seed: 0 -> 1 with reference=float => quantize/sample TEXTS as seed
 
 model.source: model -> other => FLOAT
 model.source: model -> same =>
@@ -65,6 +66,7 @@ data.output_column: a -> b with ROWS data.instruction_column=c => TEXTS as colum
 data.empty_records: error -> skip with ROWS data.text_column=a =>
 data.chat_template: a.json -> b.json with ROWS data.messages_column=m => TEXTS
 data.prompt_format: auto -> plain with ROWS data.prompt_column=a data.completion_column=b => TEXTS
+data.prompt_format: auto -> plain with ROWS data.messages_column=m =>
 data.turns: together -> apart =>
 data.turns: together -> apart with ROWS data.messages_column=m => TEXTS
 data.packing: - -> none => TEXTS
@@ -76,6 +78,7 @@ data.evaluation_sequences: 4 -> 2 with SHARED => evaluate/* train/first calibrat
 data.calibration_sequences: 8 -> 4 => RANGES
 
 base.solver: gptq -> search => quantize
+base.solver: gptq -> search with reference=float => quantize
 base.weights: w4-signed32 -> w5-signed32 => quantize
 base.weights: w4-signed32 -> w04-signed032 =>
 base.rules.0.match: lm_head -> x with RULE => quantize
@@ -107,6 +110,8 @@ adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
 adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float calibrate/_base
+adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
+adapters.0.init: qera -> svd with reference=float => quantize train/first as init
 adapters.0.alpha: 32.0 -> 16.0 => train/first
 adapters.0.dropout: 0.0 -> 0.1 => train/first
 adapters.0.target_modules: all-linear -> [q_proj] => train/first calibrate/_base as target_modules
@@ -225,40 +230,35 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
     folder = tmp_path_factory.mktemp("identity")
     for name in ("model", "same", "other"):
         shutil.copytree(checkpoints["one-layer llama"], folder / name)
-    (folder / "other" / "generation_config.json").write_text("{}")
     os.utime(folder / "same" / "model.safetensors", ns=(1, 1))
-    (folder / "same" / "README.md").write_text("a card")
-    (folder / "same" / ".DS_Store").write_text("of a file manager")
-    for name in "abc":
-        (folder / f"{name}.gguf").write_text("same" if name < "c" else "other")
     for number, name in enumerate(("text", "more", "third")):
         (folder / name).mkdir()
         for document in range(8):
             (folder / name / f"{document}.txt").write_text(text(10 * number + document, 60))
-    (folder / "rows").mkdir()
+    for name in ("rows", "peft", "peft2"):
+        (folder / name).mkdir()
     for number, name in enumerate(("rows/train.jsonl", "rows/test.jsonl", "rows.jsonl")):
         rows = [{k: text(5 * n + i + number, 60) for i, k in enumerate("abcd")} for n in range(8)]
         for row, (name_, keys_) in product(rows, {"m": "ab", "n": "cd"}.items()):
             turns = zip(("user", "assistant"), keys_, strict=True)
             row[name_] = [{"role": role, "content": row[key]} for role, key in turns]
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    for name in ("a.json", "b.json"):
-        (folder / name).write_text(json.dumps(name))
-    (folder / "peft").mkdir()
-    (folder / "peft" / "adapter_config.json").write_text("{}")
-    shutil.copytree(folder / "peft", folder / "peft2")
-    (folder / "peft2" / "README.md").write_text("a card")
-    data = {"sequence_tokens": 32, "evaluation_sequences": 4}
+    files = {"other/generation_config.json": "{}", "same/README.md": "a card"}
+    files |= {"same/.DS_Store": "of a file manager", "peft2/README.md": "a card"}
+    files |= {f"{name}/adapter_config.json": "{}" for name in ("peft", "peft2")}
+    files |= {"a.gguf": "same", "b.gguf": "same", "c.gguf": "other", "a.json": "1", "b.json": "2"}
+    for name, content in files.items():
+        (folder / name).write_text(content)
     first = {"name": "first", "steps": 6, "evaluation_steps": 3}
     second = {"name": "second", "steps": 6, "data": {"source": "more"}, "init": "zero"}
-    content = {
+    sections = {
         "model": {"source": "model"},
-        "data": {"source": "text", **data},
+        "data": {"source": "text", "sequence_tokens": 32, "evaluation_sequences": 4},
         "base": {"calibration": [{"text": "job"}, {"text": "model"}], "tuning": {"steps": 2}},
         "adapters": [first, second],
         "export": {"targets": ["onnx", "gguf"]},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
     return folder / "recipe.yaml"
 
 
@@ -320,32 +320,6 @@ def _in_recipe(place: Path, change: Callable[[str], str]) -> None:
     assert file.read_text() != before
 
 
-def _renamed(place: Path, patch: pytest.MonkeyPatch) -> None:
-    _in_recipe(place, lambda text: text.replace("name: first", "name: one"))
-
-
-def _model_moved(place: Path, patch: pytest.MonkeyPatch) -> None:
-    (place / "model").rename(place / "elsewhere")
-    _in_recipe(place, lambda text: text.replace(f"{place}/model", f"{place}/elsewhere"))
-
-
-def _job_moved(place: Path, patch: pytest.MonkeyPatch) -> None:
-    (place / "job").rename(place / "moved")
-
-
-def _without_texts(place: Path, patch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(place / "text")
-    shutil.rmtree(place / "more")
-
-
-def _without_model(place: Path, patch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(place / "model")
-
-
-def _without_runtime(place: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Target, "missing", lambda *arguments: "it is not installed")
-
-
 def _other_release(place: Path, patch: pytest.MonkeyPatch) -> None:
     known = Distribution.version
     own = property(lambda d: "99.0" if d.name == "qwlora" else known.fget(d))
@@ -357,32 +331,6 @@ def _other_processor(place: Path, patch: pytest.MonkeyPatch) -> None:
     is_fast = implied.auto_compute("cpu") == "bfloat16"
     patch.setattr(implied, "auto_compute", lambda device: "float32" if is_fast else "bfloat16")
     patch.setattr("qwlora.system.machine.processor_name", lambda: "Other 1")
-
-
-def _more_threads(place: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(os, "cpu_count", lambda: 99)
-    patch.setenv("OMP_NUM_THREADS", "99")
-
-
-def _commented(place: Path, patch: pytest.MonkeyPatch) -> None:
-    _in_recipe(place, lambda text: f"# mine\n{text.replace('steps: 2', 'steps: 2  # few')}")
-
-
-def _reordered(place: Path, patch: pytest.MonkeyPatch) -> None:
-    def reverse(content: Any) -> Any:
-        if isinstance(content, dict):
-            return {key: reverse(content[key]) for key in reversed(content)}
-        return [*map(reverse, content)] if isinstance(content, list) else content
-
-    _in_recipe(place, lambda text: yaml.safe_dump(reverse(yaml.safe_load(text)), sort_keys=False))
-
-
-def _rewritten(place: Path, patch: pytest.MonkeyPatch) -> None:
-    """Without what is default, and with a short name."""
-    short = load_recipe(place / "job" / "recipe.yaml").model_dump(exclude_defaults=True)
-    short["base"]["weights"] = "w4-signed32"
-    short["adapters"][0]["init_share"] = 0.5
-    _in_recipe(place, lambda text: yaml.safe_dump(short))
 
 
 def shown(job: Path) -> list[Any]:
@@ -397,13 +345,50 @@ def shown(job: Path) -> list[Any]:
     return found
 
 
-CHANGES = (_renamed, _model_moved, _job_moved, _without_texts, _without_model, _without_runtime)
-CHANGES += (_other_release, _other_processor, _more_threads, _commented, _reordered, _rewritten)
+def _reversed(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _reversed(content[key]) for key in reversed(content)}
+    return [*map(_reversed, content)] if isinstance(content, list) else content
+
+
+def _shortened(text: str) -> str:
+    """Without what is default, and with a short name."""
+    short = Recipe.model_validate(yaml.safe_load(text)).model_dump(exclude_defaults=True)
+    short["base"]["weights"] = "w4-signed32"
+    short["adapters"][0]["init_share"] = 0.5
+    return yaml.safe_dump(short)
+
+
+def _model_moved(place: Path, patch: pytest.MonkeyPatch) -> None:
+    (place / "model").rename(place / "elsewhere")
+    _in_recipe(place, lambda text: text.replace(f"{place}/model", f"{place}/elsewhere"))
+
+
+EDITED: dict[str, Callable[[str], str]] = {
+    "renamed": lambda text: text.replace("name: first", "name: one"),
+    "commented": lambda text: f"# mine\n{text.replace('steps: 2', 'steps: 2  # few')}",
+    "reordered": lambda text: yaml.safe_dump(_reversed(yaml.safe_load(text)), sort_keys=False),
+    "shortened": _shortened,
+}
+CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
+    "the model moved": _model_moved,
+    "the job moved": lambda place, patch: (place / "job").rename(place / "moved"),
+    "no texts": lambda place, patch: [shutil.rmtree(place / name) for name in ("text", "more")],
+    "no model": lambda place, patch: shutil.rmtree(place / "model"),
+    "no runtime": lambda place, patch: patch.setattr(Target, "missing", lambda *_: "it is away"),
+    "another release": _other_release,
+    "another processor": _other_processor,
+    "more threads": lambda place, patch: patch.setattr(os, "cpu_count", lambda: 99),
+    **{
+        name: lambda place, patch, edit=edit: _in_recipe(place, edit)
+        for name, edit in EDITED.items()
+    },
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_nothing_is_stale(
-    change: Callable[[Path, pytest.MonkeyPatch], None],
+    change: str,
     finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -414,7 +399,7 @@ def test_nothing_is_stale(
     place = Path(shutil.copytree(finished, tmp_path / "place"))
     _in_recipe(place, lambda text: text.replace(str(finished), str(place)))
     before = shown(place / "job")
-    change(place, monkeypatch)
+    CHANGES[change](place, monkeypatch)
     monkeypatch.setattr("qwlora.pipeline.run.run_stage", no_stage)
     (job,) = (file.parent for file in place.glob("*/recipe.yaml"))
     name = job_recipe(job).adapters[0].name

@@ -238,16 +238,6 @@ def test_what_a_stranger_left_in_tmp_leads_nowhere(job: Path, tmp_path: Path) ->
     assert not {name for name in before.keys() - state(job).keys() if TMP not in name}
 
 
-def test_names_are_checked_before_writing(job: Path, source: Path, tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    before = state(job)
-    for name in ("../../../victim", "a/b", "", ".hidden"):
-        with pytest.raises(Exception, match=r"adapters\.2\.name"):
-            import_adapter(job, name, str(source))
-    assert state(job) == before
-
-
 def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = manage_adapters._check_kept
 
@@ -260,13 +250,3 @@ def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(manage_adapters, "_check_kept", meanwhile)
     add_adapter(job, "third")
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
-
-
-def test_removing_an_unknown_adapter_changes_nothing_and_does_not_ask(job: Path) -> None:
-    before = state(job)
-    for name, said in {"frist": "did you mean first", "*": "no adapter", "base": ""}.items():
-        answer = CliRunner().invoke(app, ["adapters", "remove", str(job), name])
-        assert f"has no adapter {name!r}" in str(answer.exception)
-        assert said in str(answer.exception)
-        assert "--yes" not in str(answer.exception)
-    assert state(job) == before

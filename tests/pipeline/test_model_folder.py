@@ -7,7 +7,7 @@ import pytest
 
 from qwlora.errors import DirectoryError
 from qwlora.system import output_path
-from qwlora.system.output_path import check_target, new_folder
+from qwlora.system.output_path import new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -88,10 +88,3 @@ def test_a_merge_about_to_finish_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
         (folder / "config.json").write_text("{}")
         patched.setattr(output_path, "move_into_place", move)
     assert names(tmp_path) == ["merged", "merged/config.json"]
-
-
-def test_the_current_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for place in (Path(), tmp_path):
-        with pytest.raises(DirectoryError, match="is the current directory"):
-            check_target(place)

@@ -20,9 +20,7 @@ from qwlora.adapter.train import Interrupted
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.commands.manage_adapters import rename_adapter
-from qwlora.pipeline.forecast import Costs
 from qwlora.pipeline.sources import Sources
-from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.job_context import JobContext
 from qwlora.recipe import load_recipe
 from qwlora.system.progress import untracked
@@ -110,24 +108,6 @@ def test_where_packing_loses_nothing_the_adapter_is_the_one_of_the_float_model(
     assert not again.done
 
 
-def test_the_reference_depends_on_training_and_not_on_the_base(recipe_for: Any) -> None:
-    def changed(*changes: str) -> set[str]:
-        new = stage_keys(recipe_for(reference="float"), *changes)
-        return {stage for stage, key in before.items() if new[stage] != key}
-
-    before, without = stage_keys(recipe_for(reference="float")), stage_keys(recipe_for())
-    compared = {"evaluate/adapted/first", "evaluate/simulated/first"}
-    assert {stage for stage, key in without.items() if before[stage] != key} == compared
-    own = {"train/first/float", "evaluate/reference/first"}
-    assert before.keys() - without.keys() == own
-    assert not own & changed("base.solver=rtn")
-    assert "train/first" in changed("adapters.0.init=svd")
-    assert not own & changed("adapters.0.init=svd", "adapters.0.init_share=1")
-    assert not changed("adapters.0.divergence=ignore")  # training that diverged is resumed
-    for change in ("adapters.0.steps=7", "seed=1", "data.sequence_tokens=16"):
-        assert own <= changed(change)
-
-
 def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_path: Path) -> None:
     recovered = {"name": "recovered", "objective": "recovery", "rank": 3, **SHORT}
     adapters = [recovered, {"name": "task", "continue_from": "recovered", **SHORT}]
@@ -140,17 +120,3 @@ def test_there_is_nothing_to_recover_on_the_float_model(recipe_for: Any, tmp_pat
     model = context.untrained(recipe.adapters[1], reference=True)
     assert model.peft_config["default"].r == 3
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
-
-
-def test_its_stages_hold_the_float_model_and_no_base(recipe_for: Any) -> None:
-    recipe = load_recipe(recipe_for("one-layer llama", reference="float"))
-    costs = Costs(recipe, [])
-    values = 4 * sum(p.numel() for p in tiny_model("llama", layers=1).parameters())
-    train, evaluate, adapted = (
-        costs.of(Stage(kind, kind, {}, adapter="first"))[0]
-        for kind in ("train/float", "evaluate/reference", "evaluate/adapted")
-    )
-    assert train["float model"] == evaluate["float model"] == values
-    assert "packed base" not in {*train, *evaluate}
-    assert train["activations"] > 0
-    assert {"packed base", "float model"} <= adapted.keys()

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +72,6 @@ def compared() -> Job:
         key: {kind: results[key].pop(kind) for kind in ("adapted", "simulated")}
         for key in ("kl", "top1")
     }
-    return job_of("finished", results)
-
-
-def many_layers(count: int) -> Job:
-    """The recorded job as if its model had `count` layers: each is a copy of one of the three."""
-    results = results_of("finished")
-
-    def repeated(layers: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in layers.items():
-            match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
-            if match is None:
-                found[name] = value
-                continue
-            for layer in range(int(match[0]), count, 3):
-                new = f"{name[: match.start()]}{layer}{name[match.end() :]}"
-                found[new] = copy.deepcopy(value)
-        return found
-
-    results["base"]["layers"] = repeated(results["base"]["layers"])
-    train, simulation = results["train"]["first"], results["simulation"]["first"]
-    train["layers"] = repeated(train["layers"])
-    simulation["ranges"] = repeated(simulation["ranges"])
     return job_of("finished", results)
 
 

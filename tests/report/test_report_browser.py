@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwlora.report.page import render
-from report.recorded import job_of, many_layers, running
+from report.recorded import job_of, running
 
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 BROWSER = next(filter(None, BROWSERS), None)
@@ -41,16 +40,15 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     jobs = {name: job_of(name) for name in ("finished", "two", "failed")}
-    written = {name: render(job) for name, job in jobs.items()}
-    written |= {"running": render(running()), "thousand": render(many_layers(1000))}
+    jobs["running"] = running()
     folder = tmp_path_factory.mktemp("pages")
-    paths = {name: folder / f"{name}.html" for name in written}
-    for name, html in written.items():
-        paths[name].write_text(html, encoding="utf-8")
+    paths = {name: folder / f"{name}.html" for name in jobs}
+    for name, job in jobs.items():
+        paths[name].write_text(render(job), encoding="utf-8")
     return paths
 
 
-NAMES = ("finished", "two", "failed", "running", "thousand")
+NAMES = ("finished", "two", "failed", "running")
 OPEN_FOLDS = "document.querySelectorAll('details').forEach(fold => fold.open = true)"
 
 
@@ -65,10 +63,8 @@ class Opened:
         self.page.on("console", lambda message: self.console.append(message.text))
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        began = time.perf_counter()
         self.page.goto(path.as_uri())
         self.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-        self.seconds = time.perf_counter() - began
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -81,7 +77,7 @@ def test_no_error_no_request(browser: Any, pages: dict[str, Path], name: str, sc
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_width_and_size_of_text(
+def test_plots_have_visible_marks_and_text_and_fit(
     browser: Any, pages: dict[str, Path], name: str, width: int
 ) -> None:
     page = Opened(browser, pages[name], width).page
@@ -93,27 +89,18 @@ def test_width_and_size_of_text(
     )
     assert len(sizes) > 10
     assert min(sizes) >= SMALLEST_TEXT - 0.01
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_plot_has_visible_marks(browser: Any, pages: dict[str, Path], name: str) -> None:
-    page = Opened(browser, pages[name]).page
-    page.evaluate(OPEN_FOLDS)
-    plots = page.evaluate(
-        """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p => ({
-            title: p.querySelector("title").textContent, words: p.querySelector("desc").textContent,
-            marks: [...p.querySelectorAll(".mark")].filter(m => {
+    marks = page.evaluate(
+        """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p =>
+            [...p.querySelectorAll(".mark")].filter(m => {
                 const box = m.getBoundingClientRect(), style = getComputedStyle(m);
                 return box.width + box.height > 0 && (style.fill !== "none" || style.stroke !== "none");
-            }).length}))"""
+            }).length)"""
     )
-    assert len(plots) >= 2
-    for plot in plots:
-        assert plot["marks"] > 0, plot
-        assert any(c.isdigit() for c in plot["words"]), plot
+    assert len(marks) >= 2
+    assert min(marks) > 0
 
 
-@pytest.mark.parametrize("name", ["finished", "two", "thousand"])
+@pytest.mark.parametrize("name", ["finished", "two"])
 def test_tables_sort_by_every_column(browser: Any, pages: dict[str, Path], name: str) -> None:
     page = Opened(browser, pages[name]).page
     page.evaluate(OPEN_FOLDS)
@@ -147,54 +134,3 @@ def _key(value: Any) -> tuple[int, Any]:
         return (0, float(digits))
     except ValueError:
         return (1, value)
-
-
-def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path]) -> None:
-    opened = Opened(browser, pages["thousand"])
-    assert opened.seconds < 3
-    rows = opened.page.locator("#layers tbody tr:visible")
-    assert rows.count() == 12
-    opened.page.get_by_role("button", name="Show all 1,000 rows").click()
-    assert rows.count() == 1000
-    assert opened.page.get_by_role("button", name="Show all").count() == 0
-
-
-def test_the_theme_is_kept_when_loaded_again(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"]).page
-    color = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(color)
-    page.get_by_role("button", name="Light or dark").click()
-    dark = page.evaluate(color)
-    assert dark != light
-    page.reload()
-    assert page.evaluate(color) == dark
-
-
-def test_a_job_without_news_may_have_stopped(browser: Any, tmp_path: Path) -> None:
-    def opened(seconds_ago: float) -> Any:
-        job, at = running(), time.gmtime(time.time() - seconds_ago)
-        job.results["run"]["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", at)
-        (tmp_path / "running.html").write_text(render(job), encoding="utf-8")
-        return Opened(browser, tmp_path / "running.html").page
-
-    old = opened(7200)
-    assert "Stopped? Last update" in old.locator("#stopped").inner_text()
-    assert old.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
-    assert opened(0).locator("#stopped").is_hidden()
-
-
-def test_definitions_open_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"]).page
-    button = page.locator(".tipb").first
-    assert button.locator("span").is_hidden()
-    button.focus()
-    assert button.locator("span").is_visible()
-
-
-def test_print_shows_folds_and_hides_controls(browser: Any, pages: dict[str, Path]) -> None:
-    page = Opened(browser, pages["finished"], scheme="dark").page
-    page.emulate_media(media="print", color_scheme="dark")
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("#theme").is_hidden()
-    assert page.locator("#reproduce pre").last.is_visible()
-    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(26, 28, 32)"

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from qwlora.report.number_format import MINUS
-from qwlora.report.page import render
-from qwlora.report.results_view import Job
-from qwlora.report.verdict import FEW_TOKENS, Outcome, Verdict, VerdictKind, remedies, verdict
+from qwlora.report.verdict import FEW_TOKENS, Outcome, Verdict, VerdictKind, verdict
 from report.recorded import check_of, failing, job_of, results_of, running
 
 SHIP, WITH_CARE, NOT_PROVEN = VerdictKind.SHIP, VerdictKind.WITH_CARE, VerdictKind.NOT_PROVEN
@@ -17,10 +15,8 @@ PERPLEXITY, TOKENS = "difference of perplexity", "tokens with the same likeliest
 LAYER, MEAN = "difference of layer", "largest mean difference"
 
 
-def finished(**changes: Any) -> dict[str, Any]:
-    """Results of a job whose checks all pass, with changes by dotted key."""
-    results = results_of("finished")
-    results["parity"]["onnx"]["first"]["tokens"] = 4096
+def changed(results: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Results with changes by dotted key."""
     for key, value in changes.items():
         *path, last = key.split("__")
         holder = results
@@ -30,22 +26,20 @@ def finished(**changes: Any) -> dict[str, Any]:
     return results
 
 
-def judged(targets: list[str] | None = None, **changes: Any) -> Verdict:
-    return verdict(with_targets(targets, **changes))
+def finished(**changes: Any) -> dict[str, Any]:
+    """Results of a job whose checks all pass, with changes by dotted key."""
+    return changed(results_of("finished"), {"parity__onnx__first__tokens": 4096, **changes})
 
 
-def with_targets(targets: list[str] | None = None, **changes: Any) -> Job:
-    job = job_of("finished", finished(**changes))
-    if targets is None:
-        return job
-    return replace(job, recipe={**job.recipe, "export": {"targets": targets}})
+def judged(**changes: Any) -> Verdict:
+    return verdict(job_of("finished", finished(**changes)))
 
 
-def two(words: int | None = 9 * FEW_TOKENS, digits: int | None = 9 * FEW_TOKENS) -> dict[str, Any]:
-    results = results_of("two")
-    for name, tokens in (("words", words), ("digits", digits)):
-        results["parity"]["onnx"][name]["tokens"] = tokens
-    return results
+def two(stale: Any = None, **changes: Any) -> Verdict:
+    """The verdict of a job of two adapters, `words` and `digits`, with changes by dotted key."""
+    enough = {f"parity__onnx__{name}__tokens": 9 * FEW_TOKENS for name in ("words", "digits")}
+    results = changed(results_of("two"), enough | changes)
+    return verdict(job_of("two", results, stale=stale or {}))
 
 
 def gain(reference: str, before: float, after: float, **ratio: float) -> dict[str, Any]:
@@ -68,9 +62,29 @@ STOPPED = {"run__state": "interrupted", "run__stage": "train/first"}
 CRASHED = {"run__state": "failed", "error__stage": "export/onnx/first", "parity": {}}
 
 
+GAINS = [
+    (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
+    (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
+    (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
+    (gain("float", 128.0, 112.0, stderr=0.0625), SHIP, "by 12.5%"),  # by exactly 2 of them
+    (gain("float", 128.0, 112.0, stderr=0.0626), WITH_CARE, "not clearly better"),
+    (gain("float", 128.0, 127.0, stderr=0.001), SHIP, "beats the float model by 0.78%"),
+    (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly better"),
+    (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
+    (gain("base", 100.0, 100.0), WITH_CARE, "not clearly better than the packed base"),
+    (gain("base", 100.0, 120.0), WITH_CARE, "20.0% worse than the packed base"),
+    (over_float_lora(0.011), SHIP, "what you trained, 1.1% over float LoRA on held-out text"),
+    (over_float_lora(-0.02), SHIP, "what you trained, 2.0% under float LoRA"),
+    (over_float_lora(0.049), SHIP, "4.9% over float LoRA"),
+    (over_float_lora(0.051), WITH_CARE, "trained, but the adapter is 5.1% over float LoRA"),
+    (over_float_lora(0.0, 119.5), WITH_CARE, "float LoRA is not clearly better than the float"),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
+        *GAINS,
         ({}, SHIP, "beats the float model by 86.7%"),
         ({"run__state": "running"}, NONE_YET, "is running"),
         ({"run__state": "running", f"{PARITY}passed": False}, NONE_YET, "is running"),
@@ -93,34 +107,6 @@ def test_rules_apply_in_order(changes: dict[str, Any], kind: VerdictKind, words:
     assert words in found.sentence
     assert found.sentence.endswith(".")
     assert kind.label not in found.sentence  # it is shown next to it
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "words"),
-    [
-        (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
-        (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
-        (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
-        (gain("float", 128.0, 112.0, stderr=0.0625), SHIP, "by 12.5%"),  # by exactly 2 of them
-        (gain("float", 128.0, 112.0, stderr=0.0626), WITH_CARE, "not clearly better"),
-        (gain("float", 128.0, 127.0, stderr=0.001), SHIP, "beats the float model by 0.78%"),
-        (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly better"),
-        (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
-        (gain("base", 100.0, 100.0), WITH_CARE, "not clearly better than the packed base"),
-        (gain("base", 100.0, 120.0), WITH_CARE, "20.0% worse than the packed base"),
-        (over_float_lora(0.011), SHIP, "what you trained, 1.1% over float LoRA on held-out text"),
-        (over_float_lora(-0.02), SHIP, "what you trained, 2.0% under float LoRA"),
-        (over_float_lora(0.049), SHIP, "4.9% over float LoRA"),
-        (over_float_lora(0.051), WITH_CARE, "trained, but the adapter is 5.1% over float LoRA"),
-        (over_float_lora(0.0, 119.5), WITH_CARE, "float LoRA is not clearly better than the float"),
-    ],
-)
-def test_the_gain_is_more_than_chance(
-    changes: dict[str, Any], kind: VerdictKind, words: str
-) -> None:
-    found = judged(**changes)
-    assert found.kind is kind
-    assert words in found.sentence
 
 
 @pytest.mark.parametrize(
@@ -149,52 +135,45 @@ def test_a_row_that_does_not_say_that_it_passed_does_not_ship(passed: Any) -> No
     assert verdict(job_of("finished", results)).kind is DO_NOT_SHIP
 
 
-@pytest.mark.parametrize(
-    "parity", [{"x": 1}, {"passed": True}, {"passed": True, "checks": []}, {"checks": [1]}]
-)
-def test_a_proof_without_rows_does_not_ship(parity: dict[str, Any]) -> None:
-    assert judged(parity={"onnx": {"first": parity}}).kind is NOT_PROVEN
-
-
-@pytest.mark.parametrize("case", ["none", "first+second"])
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [({}, SHIP), ({"not_run": "no program"}, NOT_PROVEN), ({"checks": []}, NOT_PROVEN)],
-)
-def test_every_use_case_counts(case: str, changes: dict[str, Any], kind: VerdictKind) -> None:
-    good = finished()["parity"]["onnx"]["first"]
-    parity = {"qairt": {"first": good, case: {**good, **changes}}}
-    assert judged(["qairt"], parity=parity).kind is kind
-
-
 def test_files_that_changed_after_the_check_are_not_proven() -> None:
-    job = job_of("finished", finished(), stale={("onnx", "first"): "model.onnx has changed"})
-    found = verdict(job)
+    found = verdict(job_of("finished", finished(), stale={("onnx", "first"): "it has changed"}))
     assert found.kind is NOT_PROVEN
     assert "changed after the check" in found.sentence
     assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.evidence)
 
 
-def test_files_without_activations_are_compared_with_the_trained_model() -> None:
-    proof = {**finished()["parity"]["onnx"]["first"], "of": "trained"}
-    job = with_targets(["hf"], parity={"hf": {"first": proof}})
-    assert verdict(job).kind is SHIP
-    assert "computes what you trained" in verdict(job).sentence
-    assert "transformers" in render(job)
-    assert "has the logits of the trained model" in render(job)
+BOTH = finished()["parity"]["onnx"]
+PROOF = BOTH["first"]
+NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
 
 
-def test_files_that_were_written_but_not_run_are_not_proven() -> None:
-    job = with_targets(["mlx"], parity={"mlx": {"first": {"not_run": "mlx is missing"}}})
-    assert verdict(job).kind is NOT_PROVEN
-    assert "was not checked in MLX" in verdict(job).sentence
-    assert "mlx is missing" in render(job)
-
-
-def test_a_recipe_without_targets_is_not_proven() -> None:
-    found = judged([], parity={})
-    assert found.kind is NOT_PROVEN
-    assert "no export target" in found.sentence
+@pytest.mark.parametrize(
+    ("parity", "kind", "words"),
+    [
+        ({"hf": {"first": {**PROOF, "of": "trained"}}}, SHIP, "computes what you trained"),
+        ({"mlx": {"first": NOT_RUN}}, NOT_PROVEN, "was not checked in MLX"),
+        ({}, NOT_PROVEN, "no export target"),
+        ({"onnx": BOTH, "hf": BOTH}, SHIP, "Both exported files compute what you trained, and"),
+        ({"onnx": BOTH, "hf": {}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"x": 1}}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"passed": True}}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": NO_CHECKS}}, NOT_PROVEN, ""),
+        ({"onnx": {"first": {"checks": [1]}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "none": PROOF}}, SHIP, ""),
+        ({"qairt": {"first": PROOF, "none": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "none": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "first+second": PROOF}}, SHIP, ""),
+        ({"qairt": {"first": PROOF, "first+second": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
+        ({"qairt": {"first": PROOF, "first+second": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
+    ],
+)
+def test_every_target_and_use_case_needs_a_proof(
+    parity: dict[str, Any], kind: VerdictKind, words: str
+) -> None:
+    job = job_of("finished", finished(parity=parity))
+    found = verdict(replace(job, recipe={**job.recipe, "export": {"targets": [*parity]}}))
+    assert found.kind is kind
+    assert words in found.sentence
 
 
 def test_what_was_not_measured_never_counts_as_passed() -> None:
@@ -206,95 +185,65 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
     assert outcomes["Simulated adapter against the float model"] is Outcome.MISSING
 
 
-@pytest.mark.parametrize(
-    ("words", "digits", "kind"),
-    [
-        (FEW_TOKENS, FEW_TOKENS, SHIP),
-        (FEW_TOKENS - 1, 9 * FEW_TOKENS, WITH_CARE),
-        (9 * FEW_TOKENS, FEW_TOKENS - 1, WITH_CARE),
-        (None, 9 * FEW_TOKENS, SHIP),
-    ],
-)
-def test_the_least_checked_counts(words: int | None, digits: int | None, kind: VerdictKind) -> None:
-    found = verdict(job_of("two", two(words, digits)))
-    assert found.kind is kind
-    assert (f"{FEW_TOKENS - 1} tokens" in found.sentence) is (kind is WITH_CARE)
-
-
-def test_adapters_with_equal_losses_are_called_identical() -> None:
-    results = two()
-    results["train"]["digits"]["losses"] = results["train"]["words"]["losses"]
-    found = verdict(job_of("two", results))
-    assert found.kind is WITH_CARE
-    assert "but words and digits are identical" in found.sentence
-
-
-@pytest.mark.parametrize("losses", [None, [], "1.0"])
-def test_adapters_without_losses_are_not_identical(losses: Any) -> None:
-    results = two()
-    for name in ("words", "digits"):
-        results["train"][name]["losses"] = losses
-    assert verdict(job_of("two", results)).kind is SHIP
+WRONG = [{"what": "it", "value": 2.0, "limit": 1.0}]
+LOSSES = results_of("two")["train"]["words"]["losses"]
 
 
 @pytest.mark.parametrize("name", ["words", "digits"])
 @pytest.mark.parametrize(
-    ("proof", "kind"),
+    ("changes", "kind", "words"),
     [
-        ({}, NOT_PROVEN),
-        ({"not_run": "it is missing"}, NOT_PROVEN),
-        ({"checks": [{"what": "it", "value": 2.0, "limit": 1.0}]}, DO_NOT_SHIP),
-        ("stale", NOT_PROVEN),
+        ({"parity__onnx__NAME": {}}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME": {"not_run": "it is missing"}}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME": {"checks": WRONG}}, DO_NOT_SHIP, "NAME"),
+        ({"stale": "NAME"}, NOT_PROVEN, "NAME"),
+        ({"parity__onnx__NAME__tokens": FEW_TOKENS}, SHIP, ""),
+        ({"parity__onnx__NAME__tokens": None}, SHIP, ""),
+        ({"parity__onnx__NAME__tokens": FEW_TOKENS - 1}, WITH_CARE, f"{FEW_TOKENS - 1} tokens"),
+        (
+            {"train__words__losses": LOSSES, "train__digits__losses": LOSSES},
+            WITH_CARE,
+            "but words and digits are identical",
+        ),
+        *(
+            ({"train__words__losses": losses, "train__digits__losses": losses}, SHIP, "")
+            for losses in (None, [], "1.0")
+        ),
     ],
 )
-def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: VerdictKind) -> None:
-    results, stale = two(), {}
-    if proof == "stale":
-        stale = {("onnx", name): "model.onnx has changed"}
-    else:
-        results["parity"]["onnx"][name] = proof
-    found = verdict(job_of("two", results, stale=stale))
+def test_every_adapter_counts(
+    name: str, changes: dict[str, Any], kind: VerdictKind, words: str
+) -> None:
+    given = {key.replace("NAME", name): value for key, value in changes.items()}
+    if "stale" in given:
+        given["stale"] = {("onnx", name): "model.onnx has changed"}
+    found = two(**given)
     assert found.kind is kind
-    assert name in found.sentence
+    assert words.replace("NAME", name) in found.sentence
     if kind is DO_NOT_SHIP:
         assert any("1 of 2" in str(item.value) for item in found.evidence)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None:
-    def gains(words: float, digits: float) -> Verdict:
-        values = (digits, words) if swapped else (words, digits)
-        simulated = dict(zip(("words", "digits"), values, strict=True))
-        results = two()
-        results["perplexity"] = {"float": 100.0, "on": {}, "simulated": simulated}
-        results["perplexity_ratio"] = {}
-        for name in simulated:
-            results["train"][name].pop("text", None)
-        return verdict(job_of("two", results))
-
-    found = gains(90.0, 70.0)
-    assert found.kind is SHIP
-    assert "every adapter beats the float model by 10.0% or more" in found.sentence
-    found = gains(110.0, 70.0)
-    assert found.kind is WITH_CARE
-    assert found.sentence.startswith("Both exported files compute what you trained, but ")
-
-
-def test_each_runtime_has_a_file_of_each_adapter() -> None:
-    parity = finished()["parity"]["onnx"]
-    found = judged(["onnx", "hf"], parity={"onnx": parity, "hf": parity})
-    assert found.sentence.startswith("Both exported files compute what you trained, and the ad")
+@pytest.mark.parametrize("names", [("words", "digits"), ("digits", "words")])
+@pytest.mark.parametrize(
+    ("gains", "kind", "said"),
+    [
+        ((90.0, 70.0), SHIP, "every adapter beats the float model by 10.0% or more"),
+        ((110.0, 70.0), WITH_CARE, "Both exported files compute what you trained, but "),
+    ],
+)
+def test_of_several_adapters_the_smallest_gain_is_claimed(
+    names: tuple[str, str], gains: tuple[float, float], kind: VerdictKind, said: str
+) -> None:
+    simulated = dict(zip(names, gains, strict=True))
+    perplexity = {"float": 100.0, "on": {}, "simulated": simulated}
+    no_text = {f"train__{name}__text": None for name in names}
+    found = two(perplexity=perplexity, perplexity_ratio={}, **no_text)
+    assert found.kind is kind
+    assert said in found.sentence
 
 
-def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
+def test_a_running_job_says_how_far_it_is() -> None:
     found = verdict(running(37))
     assert found.sentence == "Training of first is at step 37 of 60."
     assert found.progress == pytest.approx(37 / 60)
-    results = {**running(37).results}
-    results["run"]["training"]["step_seconds"] = 32.0
-    found = verdict(job_of("finished", results))
-    assert str(found.below).startswith("About 12 min 16 s of training left. ")
-
-
-def test_a_recorded_failure_says_what_to_do() -> None:
-    assert "Do not use the exported files" in remedies(job_of("failed"))[0]

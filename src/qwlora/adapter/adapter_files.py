@@ -83,12 +83,6 @@ def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]
             yield name, file.get_slice(name).get_shape(), tensor
 
 
-def check_contents(folder: Path) -> None:
-    """Refuse an adapter that has one of `content_problems`."""
-    if problem := next(content_problems(folder), None):
-        raise SourceError(f"adapter {str(folder)!r}: {problem}")
-
-
 def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings of PEFT's configuration of an adapter that are not supported, in words."""
     if (kind := config.get("peft_type")) != "LORA":
@@ -186,8 +180,9 @@ def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str)
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
-    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base. See
-    `load_adapter` for arguments and errors; without a `base_fingerprint` there is no base yet.
+    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base, and
+    none of `content_problems`. See `load_adapter` for arguments and errors; without a
+    `base_fingerprint` there is no base yet.
     """
     what = f"adapter {str(folder)!r}"
     if not (folder / CONFIG).exists():
@@ -202,6 +197,8 @@ def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str 
     check_base(folder, base_fingerprint, unknown_base)
     if base_fingerprint is not None or (folder / FILE).exists():
         check_files(folder)
+    if problem := next(content_problems(folder), None):
+        raise SourceError(f"{what}: {problem}")
 
 
 def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> None:

@@ -39,32 +39,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qwlora.adapter.attach import (
-    activate_,
-    adapter_names,
-    restored_adapters,
-    without_adapters,
-)
+from qwlora.adapter.attach import activate_, adapter_names, restored_adapters, without_adapters
+from qwlora.adapter.mergeable import lora_layers
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, ExportError, foreign_as, listed
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
-from qwlora.graph.nodes import parameter_names, used_placeholders
-from qwlora.graph.quantized_graph import rebuilt
+from qwlora.graph.quantized_graph import Kind, rebuilt
 from qwlora.grid.encoding import Encoding, encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
-from qwlora.simulation.fake_quantizer import (
-    FrozenWeight,
-    Quantizer,
-    estimate_encodings,
-)
+from qwlora.simulation.fake_quantizer import FrozenWeight, Quantizer, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import (
@@ -125,9 +115,14 @@ class AdapterSimulations(dict[str, Simulation]):
 
     def check_switchable(self) -> None:
         """Refuse adapters with more than LoRA factors, which is all that a runtime can switch."""
-        read = {name: _read_parameters(simulation) for name, simulation in self.items()}
-        for name, parameters in read.items():
-            if others := [n for n in parameters if adapter_of(n) or n not in read[BASE]]:
+        kinds = Kind.ADAPTER, Kind.PARAMETER
+        weights = {
+            name: [v.name for v in simulation.placement.values if v.kind in kinds]
+            for name, simulation in self.items()
+        }
+        for name, read in weights.items():
+            unshared = [n for n in read if adapter_of(n) or n not in weights[BASE]]
+            if others := [n for n in unshared if not is_factor_name(n)]:
                 raise ExportError(
                     f"adapter {name} has {listed(others, 3)}: only LoRA factors can be switched. "
                     "Train without them, or use target onnx_each, one model for each adapter"
@@ -319,13 +314,6 @@ def _rebound(
         return None
 
 
-def _read_parameters(simulation: Simulation) -> list[str]:
-    """Canonical names of the parameters that its graph reads, without LoRA factors."""
-    used, names = used_placeholders(simulation.program), parameter_names(simulation.program)
-    read = [canonical_name(path) for node, path in names.items() if node in used]
-    return [name for name in read if not is_factor_name(name)]
-
-
 def _zeros(weights: _Weights) -> _Weights:
     return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
@@ -343,9 +331,9 @@ def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
-        (path, module.scaling[adapter], type(module.lora_variant.get(adapter)))
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.scaling
+        (path, layer.scaling[adapter], type(layer.lora_variant.get(adapter)))
+        for path, layer in lora_layers(model)
+        if adapter in layer.scaling
     }
     return frozenset(shapes), frozenset(layers)
 

@@ -34,12 +34,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_files import CONFIG, adapter_folder, check_adapter, check_pattern_times
-from qwlora.adapter.adapter_folder import (
-    check_fit,
-    reading,
-    shapes_of,
-    without_pattern_warnings,
-)
+from qwlora.adapter.adapter_folder import check_fit, reading, shapes_of, without_pattern_warnings
 from qwlora.errors import SourceError, TrainingError, listed
 from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 

@@ -33,7 +33,11 @@ def common_ranks(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     zeros do not pad it (DoRA, experts, convolutions in groups)."""
     layers = {path: layer for path, layer in lora_layers(model) if {*names} & {*layer.r}}
     ranks = [{p: layer.r[name] for p, layer in layers.items() if name in layer.r} for name in names]
-    return one_rank(ranks) if all(map(_is_two_factors, layers.values())) else {}
+    for layer in layers.values():
+        is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
+        if isinstance(layer, ParamWrapper) or layer.lora_variant or is_grouped:
+            return {}
+    return one_rank(ranks)
 
 
 def one_rank(ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -66,11 +70,6 @@ def check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], experts
                 "not those of experts, DoRA and modules_to_save; give them equal shapes, or use "
                 "base_activations: adapter_only"
             )
-
-
-def _is_two_factors(layer: Any) -> bool:
-    is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    return not (isinstance(layer, ParamWrapper) or layer.lora_variant or is_grouped)
 
 
 @contextlib.contextmanager

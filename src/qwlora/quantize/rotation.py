@@ -244,7 +244,10 @@ class _Stream:
             if user.op == "output":
                 raise _cannot(f"the model returns its residual stream (of {place_of(node)})")
             if name == "rms_norm":
-                self._read_norm(user, self._norm(user))
+                norm = module_of(user)[0]
+                if "@" in norm or gain_constant(self.model.get_submodule(norm)) is None:
+                    raise _cannot(f"the gain of {place_of(user)} cannot be moved to another layer")
+                self._read_norm(user, norm)
             elif name == "linear" and user.args[0] is node:
                 self._read(user, None)
             elif name in _SUMS or self._is_scaled(user, node) or self._keeps_last_axis(user):
@@ -279,12 +282,6 @@ class _Stream:
             and value.ndim > 0
             and value.shape[-1] == self.plan.width
         )
-
-    def _norm(self, node: Node) -> str:
-        path = module_of(node)[0]
-        if "@" in path or gain_constant(self.model.get_submodule(path)) is None:
-            raise _cannot(f"the gain of {place_of(node)} cannot be moved to another layer")
-        return path
 
     def _read_norm(self, node: Node, norm: str) -> None:
         for user in node.users:

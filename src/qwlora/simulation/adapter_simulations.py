@@ -45,6 +45,7 @@ from qwlora.adapter.attach import activate_, adapter_names, restored_adapters, w
 from qwlora.adapter.mergeable import lora_layers
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, ExportError, foreign_as, listed
+from qwlora.formats import manifest
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
@@ -57,12 +58,7 @@ from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.fake_quantizer import FrozenWeight, Quantizer, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
-from qwlora.simulation.saved_simulation import (
-    SimulationSource,
-    check_files,
-    read_inputs,
-    read_record,
-)
+from qwlora.simulation.saved_simulation import RECORD, SimulationSource, read_inputs, read_record
 from qwlora.simulation.simulation import Batches, Simulation, simulate
 from qwlora.system.device import device_of
 from qwlora.system.parameter_names import BASE, adapter_of, canonical_name, is_factor_name
@@ -279,7 +275,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     """
     folder = Path(folder)
     record = read_record(folder)
-    check_files(folder)
+    manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again")
     for what, digest, saved in (
         ("base", fingerprint(model), record.base_fingerprint),
         ("adapter", adapter_fingerprint(model), record.adapter_fingerprint),

@@ -153,8 +153,9 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
     """The encodings in `folder`. A simulation's folder has all but those of packed base weights."""
+    what = f"simulation {str(folder)!r}"
     if (folder / ENCODINGS).exists():
-        check_files(folder, only=[ENCODINGS])
+        manifest.check(folder, RECORD, what, "calibrate again", [ENCODINGS])
     with _reading(folder):
         entries = files.read_encodings(folder / ENCODINGS).encodings
         return {entry.name: encoding_of(entry) for entry in entries}
@@ -182,11 +183,6 @@ def read_inputs(folder: Path, record: Record, device: torch.device) -> dict[str,
             object_hook=lambda part: tensors[part[_TENSOR]] if _TENSOR in part else part,
         )
     return inputs
-
-
-def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
-    """Compare the files of a simulation with their digests; see `manifest.check`."""
-    manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again", only)
 
 
 @contextmanager

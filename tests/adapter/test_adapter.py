@@ -23,7 +23,6 @@ from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.attach import (
     LoraShape,
     attach,
-    attach_existing,
     check_existing,
     check_shape,
     check_trainable,
@@ -118,7 +117,7 @@ def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_p
     assert torch.equal(logits(load_adapter(base("qwen3"), tmp_path).eval()), logits(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
-    loaded = attach_existing(base("qwen3"), str(tmp_path))
+    loaded = load_adapter(base("qwen3"), tmp_path, is_trainable=True)
     assert check_trainable(loaded) == check_trainable(attach(base("qwen3"), KINDS[kind], seed=0))
 
 
@@ -192,24 +191,23 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
     model.save_pretrained(str(tmp_path))
     with pytest.raises(SourceError, match=r"does not say which base .*set unknown_base: accept"):
         load_adapter(base(), tmp_path)
-    for load in (load_adapter, attach_existing):
-        with pytest.warns(UnverifiedWarning, match=r"qwlora.json.* is missing"):
-            loaded = load(base(), str(tmp_path), unknown_base="accept").eval()
-        assert torch.equal(logits(loaded), logits(model))
+    with pytest.warns(UnverifiedWarning, match=r"qwlora.json.* is missing"):
+        loaded = load_adapter(base(), str(tmp_path), unknown_base="accept").eval()
+    assert torch.equal(logits(loaded), logits(model))
     save_adapter(model, tmp_path)
     other = packed_model("llama", seed=1)
     with pytest.raises(FingerprintError, match=fingerprint(base())):
-        attach_existing(other, str(tmp_path), "accept")  # a recorded base is always compared
+        load_adapter(other, tmp_path, unknown_base="accept")  # a recorded base is always compared
 
 
 def test_refuses_anything_but_a_lora_adapter(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
-        attach_existing(base(), str(tmp_path / "nothing" / "here"))
+        check_existing(str(tmp_path / "nothing" / "here"))
     with pytest.raises(SourceError, match=r"has no adapter_config.json; give a folder"):
-        attach_existing(base(), str(tmp_path))
+        load_adapter(base(), tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(SourceError, match="is of PEFT type IA3; only LORA"):
-        attach_existing(base(), str(tmp_path))
+        load_adapter(base(), tmp_path)
 
 
 @UNVERIFIED
@@ -217,7 +215,7 @@ def test_refuses_an_adapter_of_another_architecture(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["k_proj", "o_proj"])
     get_peft_model(base("qwen3"), config).save_pretrained(str(tmp_path))
     with pytest.raises(SourceError, match="does not fit GPT2LMHeadModel"):
-        attach_existing(base("gpt2"), str(tmp_path), "accept")
+        load_adapter(base("gpt2"), tmp_path, unknown_base="accept")
 
 
 def test_refuses_an_adapter_without_a_fingerprint(tmp_path: Path) -> None:
@@ -251,10 +249,9 @@ def test_names_a_damaged_adapter_and_the_remedy(
     if content is not None:
         (tmp_path / file).write_bytes(content)
     reseal(tmp_path, "qwlora.json")
-    for load in (load_adapter, attach_existing):
-        with pytest.raises(SourceError, match=message) as caught:
-            load(base(), str(tmp_path))
-        assert str(tmp_path) in str(caught.value)
+    with pytest.raises(SourceError, match=message) as caught:
+        load_adapter(base(), str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
 
 
 def own_loop(model: Any, steps: int = 8) -> list[float]:

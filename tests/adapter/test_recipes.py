@@ -21,7 +21,7 @@ from adapter.small_models import mixture
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.adapter.adapter_folder import load_adapter
-from qwlora.adapter.attach import LoraShape, attach, attach_existing
+from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
@@ -295,7 +295,7 @@ def test_attach_names_saved_packed_layers(tmp_path: Path, layers: list[str]) -> 
     quantize_(model, "w4-block32", rules=[LayerRule("*", parse_scheme("w4-block32"))])
     message = rf"modules_to_save hold .*{layers[0]}.* but the base has integers there"
     with pytest.raises(SourceError, match=message):
-        attach_existing(model, str(tmp_path), "accept")
+        load_adapter(model, tmp_path, unknown_base="accept")
 
 
 def launched(launcher: list[str], path: Path, out: Path) -> subprocess.CompletedProcess[str]:

@@ -34,9 +34,11 @@ from qwlora.adapter.train import (
     check_loggers,
     train_adapter,
 )
-from qwlora.adapter.trainer import delete_newer, divergence, last_checkpoint, seal
+from qwlora.adapter.trainer import DIGESTS, delete_newer, divergence, last_checkpoint
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError, QwloraWarning, TrainingError
+from qwlora.formats import manifest
+from qwlora.system.atomic import files_in
 
 SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(6, 5e-3, 2, 1, "constant", checkpoint_steps=2, seed=0)
@@ -359,7 +361,7 @@ def checkpoint(work: Path, step: int, sealed: bool = True, best: int | None = No
     (folder / "optimizer.pt").write_bytes(bytes(range(200)))
     (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     if sealed:
-        seal(folder)
+        manifest.write(folder, DIGESTS, {}, files_in(folder))
     return folder
 
 

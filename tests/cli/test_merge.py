@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from cli.command_line import answered, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_adapter, load_base, merged_model, quantize_
-from qwlora.adapter.adapter_deltas import rounding_losses
-from qwlora.analysis.merge_effect import merge_effect
+from qwlora.adapter.adapter_deltas import merge_effect, rounding_losses
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme

@@ -25,20 +25,19 @@ they need two weights (`untie_`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import active_adapter, active_adapters
 from qwlora.adapter.chunked_loss import causal_model
-from qwlora.adapter.mergeable import is_mergeable, merge_into_codes_
+from qwlora.adapter.mergeable import is_mergeable, lora_layers, merge_into_codes_
 from qwlora.errors import MergeError, foreign_as
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
@@ -52,15 +51,7 @@ from qwlora.nn.packed_layer import (
 from qwlora.system.parameter_names import canonical_name
 
 Into = Literal["float", "requantized"]
-
-
-def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Any]]:
-    """(canonical path, PEFT's layer, base layer) of every layer that has the adapter."""
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if adapter in (*module.lora_A, *module.lora_embedding_A):
-            yield canonical_name(name), module, module.get_base_layer()
+KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
 
 
 @torch.no_grad()
@@ -68,8 +59,9 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
     """`gain`, to six digits, of the active adapter's linear layers, by canonical path."""
     adapter = active_adapter(model)
     updates = {}
-    for path, layer, base in _adapted_layers(model, adapter):
-        if not isinstance(base, nn.Linear | Conv1D):
+    for path, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if adapter not in layer.r or not isinstance(base, nn.Linear | Conv1D):
             continue
         a, b = (f[adapter].weight.cpu().double() for f in (layer.lora_A, layer.lora_B))
         squares = ((b.T @ b) * (a @ a.T)).sum()
@@ -87,8 +79,9 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
     adapter = active_adapter(model)
     _refuse_activated(model, adapter)
     losses = {}
-    for path, layer, base in _adapted_layers(model, adapter):
-        if isinstance(base, PackedLayer):
+    for path, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if adapter in layer.r and isinstance(base, PackedLayer):
             delta = layer.get_delta_weight(adapter).flatten(1).float()
             granularity = base.encoding.scheme.granularity
             scale = aligned(base.encoding.scale, granularity, delta.ndim)
@@ -101,6 +94,45 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
                 "share": below / steps.numel(),
             }
     return losses
+
+
+def merge_effect(
+    layers: Mapping[str, dict[str, float]], base: float, adapted: float, merged: float
+) -> dict[str, Any]:
+    """Effect of merging an adapter into the base's integers, for `qwlora merge-check --json`.
+
+    Args:
+        layers: rounding loss by canonical layer path; empty for a mergeable adapter.
+        base, adapted, merged: perplexities of the base, with the adapter, and requantized.
+
+    Returns:
+        The arguments; `share` of the delta's entries that are smaller than half a step; `kept`, the
+        share of the improvement in perplexity that is left (may be negative; None if there was
+        none); `is_harmless` and a `recommendation`.
+    """
+    gained = base - adapted
+    kept = (base - merged) / gained if gained > 0 else None
+    is_harmless = kept is not None and kept >= KEPT
+    if kept is None:
+        advice = "There is nothing to merge."
+    elif is_harmless:
+        advice = "Merge, or keep the adapter separate to swap adapters."
+    else:
+        advice = (
+            f"Keep the adapter separate, or use --into float: less than {KEPT:.0%} of its "
+            "improvement is left in the integers."
+        )
+    below, entries = (sum(loss[key] for loss in layers.values()) for key in ("below", "entries"))
+    return {
+        "share": below / max(1, entries),
+        "base": base,
+        "adapted": adapted,
+        "merged": merged,
+        "kept": kept,
+        "is_harmless": is_harmless,
+        "recommendation": advice,
+        "layers": layers,
+    }
 
 
 def _refuse_activated(model: Any, adapter: str) -> None:
@@ -125,7 +157,8 @@ def untie_(model: nn.Module) -> list[list[str]]:
         if (weight := _shared_weight(module)) is not None:
             sharing.setdefault(weight, []).append(name)
     untied = {}
-    for _, _, base in _adapted_layers(model, active_adapter(model)):
+    adapter = active_adapter(model)
+    for base in (layer.get_base_layer() for _, layer in lora_layers(model) if adapter in layer.r):
         weight = _shared_weight(base)
         if weight is None or len(names := sharing.pop(weight, [])) < 2:
             continue

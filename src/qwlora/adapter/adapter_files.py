@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -81,12 +81,6 @@ def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             tensor = file.get_tensor(name) if read else None
             yield name, file.get_slice(name).get_shape(), tensor
-
-
-def check_contents(folder: Path) -> None:
-    """Refuse an adapter that has one of `content_problems`."""
-    if problem := next(content_problems(folder), None):
-        raise SourceError(f"adapter {str(folder)!r}: {problem}")
 
 
 def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
@@ -186,8 +180,9 @@ def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str)
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
-    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base. See
-    `load_adapter` for arguments and errors; without a `base_fingerprint` there is no base yet.
+    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base, and
+    none of `content_problems`. See `load_adapter` for arguments and errors; without a
+    `base_fingerprint` there is no base yet.
     """
     what = f"adapter {str(folder)!r}"
     if not (folder / CONFIG).exists():
@@ -201,7 +196,9 @@ def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str 
         )
     check_base(folder, base_fingerprint, unknown_base)
     if base_fingerprint is not None or (folder / FILE).exists():
-        check_files(folder)
+        manifest.check(folder, FILE, what, "train it again")
+    if problem := next(content_problems(folder), None):
+        raise SourceError(f"{what}: {problem}")
 
 
 def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> None:
@@ -218,11 +215,6 @@ def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> 
                 f"adapter {str(folder)!r} was trained on the base with fingerprint {recorded}, but "
                 f"this base has {base}. Load it onto its own base, or train it again on this one"
             )
-
-
-def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
-    """Compare the files of the adapter in `folder` with their digests; see `manifest.check`."""
-    manifest.check(folder, FILE, f"adapter {str(folder)!r}", "train it again", only)
 
 
 def base_of(folder: Path) -> str:
@@ -256,7 +248,7 @@ def adapter_folder(source: str) -> Path:
     downloaded (configuration, weights, fingerprint)."""
     path = source_path(source)
     if path.is_dir():
-        if not is_mlx_adapter(path):
+        if not (path / MLX_WEIGHTS).is_file() or (path / WEIGHTS).exists():
             return path
         digests = (Seen().content(path / name) for name in (MLX_WEIGHTS, CONFIG))
         return Path(_as_peft(path, *digests).name)
@@ -298,7 +290,7 @@ def find_adapters(folder: Path) -> list[Path]:
 def adapter_report(adapter: Path, below: Path) -> AdapterReport:
     """Describe the adapter in folder `adapter`; its name is relative to `below`."""
     if manifest.has_digests(adapter, FILE):
-        check_files(adapter, only=[CONFIG])
+        manifest.check(adapter, FILE, f"adapter {str(adapter)!r}", "train it again", [CONFIG])
     config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
@@ -335,11 +327,6 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
     except QwloraError as error:
         wrong.append(str(error))
     return wrong
-
-
-def is_mlx_adapter(folder: Path) -> bool:
-    """Whether `folder` has an adapter in the layout of mlx-lm."""
-    return (folder / MLX_WEIGHTS).is_file() and not (folder / WEIGHTS).exists()
 
 
 @cache

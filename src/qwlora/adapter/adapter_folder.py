@@ -25,7 +25,6 @@ from qwlora.adapter.adapter_files import (
     FILE,
     WEIGHTS,
     check_adapter,
-    check_contents,
     check_pattern_times,
     check_settings,
     mergeable_record,
@@ -66,11 +65,11 @@ def save_adapter(
     """
     folder = Path(folder)
     model = unwrapped(model)
-    if not getattr(model, "peft_config", None):
+    configs: dict[str, Any] | None = getattr(model, "peft_config", None)
+    if not configs:
         raise SourceError(
             f"{type(model).__name__} has no adapter to save; attach one with peft.get_peft_model"
         )
-    configs = cast(Any, model).peft_config
     if adapter is not None and adapter not in configs:
         raise SourceError(
             f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(configs)}"
@@ -114,7 +113,6 @@ def write_adapter(
         state: the model's weights. Default: read from the model.
         adapter: the only one to write, then into `folder` itself.
     """
-    is_peft = isinstance(model, PeftModel)
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     configs: dict[str, Any] = cast(Any, model).peft_config
     folders = {
@@ -126,7 +124,7 @@ def write_adapter(
         weights = get_peft_model_state_dict(
             model, state, adapter_name=name, save_embedding_layers=False
         )
-        prefix = "" if is_peft else "base_model.model."
+        prefix = "base_model.model." if base is model else ""
         tensors = {f"{prefix}{k}": t.clone().contiguous() for k, t in weights.items()}
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         config = copy.copy(configs[name])
@@ -207,23 +205,16 @@ def _attached(
     weight: Callable[[str], Tensor] | None,
 ) -> PeftModel:
     """`model` with the adapter in `folder`, which `check_adapter` has accepted."""
-    check_contents(folder)
     packed = [name.removesuffix(".weight") for name in packed_weights(model)]
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")
+    options: dict[str, Any] = {"adapter_name": adapter_name, "is_trainable": is_trainable}
+    options["torch_device"] = "cpu"  # else PEFT reads to the first GPU, whatever the model's device
     with reading(folder, model):
         if isinstance(model, PeftModel):
-            model.load_adapter(
-                str(folder), adapter_name, is_trainable=is_trainable, torch_device="cpu"
-            )
+            model.load_adapter(str(folder), **options)
             adapted = model
         else:
-            adapted = PeftModel.from_pretrained(
-                model,
-                str(folder),
-                adapter_name=adapter_name,
-                is_trainable=is_trainable,
-                torch_device="cpu",  # else PEFT reads to the first GPU, whatever the model's device
-            )
+            adapted = PeftModel.from_pretrained(model, str(folder), **options)
     check_fit(folder, adapted, adapter_name)
     if (record := mergeable_record(folder)) is not None:
         expected = record["remainders"]

@@ -20,9 +20,8 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,24 +29,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.adapter_files import (
-    CONFIG,
-    adapter_folder,
-    check_adapter,
-    check_contents,
-    check_pattern_times,
-)
-from qwlora.adapter.adapter_folder import (
-    check_fit,
-    load_adapter,
-    reading,
-    shapes_of,
-    without_pattern_warnings,
-)
+from qwlora.adapter.adapter_files import CONFIG, adapter_folder, check_adapter, check_pattern_times
+from qwlora.adapter.adapter_folder import check_fit, reading, shapes_of, without_pattern_warnings
 from qwlora.errors import SourceError, TrainingError, listed
 from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 
@@ -205,22 +192,11 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
         return shapes_of(attach(skeleton, shape, seed=0))
 
 
-def attach_existing(
-    model: PreTrainedModel,
-    source: str,
-    unknown_base: str = "refuse",
-    seed: int = 0,
-    weight: Callable[[str], Tensor] | None = None,
-) -> PeftModel:
-    """`load_adapter` of the adapter at `source`, see `adapter_folder`, trainable."""
-    torch.manual_seed(seed)  # for dropout
-    return load_adapter(model, adapter_folder(source), True, unknown_base, weight=weight)
-
-
 def check_existing(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Check what `attach_existing` would refuse, as far as possible before there is a base.
+    """Check what `load_adapter` would refuse of the adapter at `source` (see `adapter_folder`), as
+    far as possible before there is a base.
 
     Args:
         skeleton: the model without weights, which is changed by this.
@@ -230,32 +206,25 @@ def check_existing(
     """
     folder = adapter_folder(source)
     try:
-        return _checked_shapes(source, folder, unknown_base, skeleton)
+        check_adapter(folder, None, unknown_base)
+        if skeleton is None:
+            return {}
+        with reading(folder, skeleton), torch.device("meta"):
+            warnings.simplefilter("ignore")  # repeated when the adapter is attached
+            config = LoraConfig.from_pretrained(str(folder))
+            transposed = config.fan_in_fan_out
+            adapted = get_peft_model(skeleton, config)
+        if transposed and not config.fan_in_fan_out:  # PEFT unsets it for layers but Conv1D
+            raise SourceError(
+                f"adapter {source!r} does not fit {type(skeleton).__name__}: {CONFIG} has "
+                "fan_in_fan_out: true, for weights stored [in, out], but the model stores "
+                "[out, in]. Import it onto the model that it was trained on, or set "
+                "fan_in_fan_out to false if this is that model"
+            )
+        check_fit(folder, adapted)
+        return shapes_of(adapted)
     except SourceError as error:  # of a copy that was downloaded or converted
         raise SourceError(str(error).replace(str(folder), source)) from error
-
-
-def _checked_shapes(
-    source: str, folder: Path, unknown_base: str, skeleton: PreTrainedModel | None
-) -> dict[str, tuple[int, ...]]:
-    check_adapter(folder, None, unknown_base)
-    check_contents(folder)
-    if skeleton is None:
-        return {}
-    what = f"adapter {source!r} does not fit {type(skeleton).__name__}"
-    with reading(folder, skeleton), torch.device("meta"):
-        warnings.simplefilter("ignore")  # repeated when the adapter is attached
-        config = LoraConfig.from_pretrained(str(folder))
-        transposed = config.fan_in_fan_out
-        adapted = get_peft_model(skeleton, config)
-    if transposed and not config.fan_in_fan_out:  # PEFT unsets it for layers that are not Conv1D
-        raise SourceError(
-            f"{what}: {CONFIG} has fan_in_fan_out: true, for weights stored [in, out], but the "
-            "model stores [out, in]. Import it onto the model that it was trained on, or set "
-            "fan_in_fan_out to false if this is that model"
-        )
-    check_fit(folder, adapted)
-    return shapes_of(adapted)
 
 
 def without_dropout_(model: PeftModel) -> None:
@@ -270,7 +239,7 @@ def without_dropout_(model: PeftModel) -> None:
 def check_trainable(model: nn.Module) -> int:
     """Number of trainable parameters; all must be finite and belong to the adapter: LoRA's
     matrices, DoRA's magnitudes and PEFT's modules_to_save."""
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name in trainable if not is_adapter_name(name)]
     if others:
         raise TrainingError(
@@ -279,13 +248,13 @@ def check_trainable(model: nn.Module) -> int:
         )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
-    for name, p in model.named_parameters():
-        if p.requires_grad and not bool(p.isfinite().all()):
+    for name, p in trainable.items():
+        if not bool(p.isfinite().all()):
             raise TrainingError(
                 f"{name} has values that are not finite before training. Attach the adapter again, "
                 "from files or initial weights that are"
             )
-    return sum(trainable.values())
+    return sum(p.numel() for p in trainable.values())
 
 
 def adapter_names(model: nn.Module) -> list[str]:

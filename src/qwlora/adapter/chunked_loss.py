@@ -106,9 +106,8 @@ class ChunkedLoss(contextlib.ExitStack):
 
         @functools.wraps(self._own_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("labels") is None:
-                return self._own_forward(*args, **kwargs)
-            return self._forward(*args, **kwargs)
+            has_labels = kwargs.get("labels") is not None
+            return (self._forward if has_labels else self._own_forward)(*args, **kwargs)
 
         self.enter_context(replaced(self._model, forward))
 
@@ -129,13 +128,7 @@ class ChunkedLoss(contextlib.ExitStack):
         self._captured.append(hidden)
         return hidden[..., :0]
 
-    def _loss(
-        self,
-        logits: Tensor | None = None,
-        labels: Tensor | None = None,
-        vocab_size: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _loss(self, logits: Any = None, labels: Any = None, *_: Any, **kwargs: Any) -> Tensor:
         """Replaces `ForCausalLMLoss` of transformers, with its arguments; `logits` is empty."""
         if len(self._captured) != 1 or self._captured[0].ndim != 3:
             raise self._refusal(
@@ -143,7 +136,6 @@ class ChunkedLoss(contextlib.ExitStack):
             )
         targets = kwargs.get("shift_labels")
         if targets is None:
-            assert labels is not None
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         hidden = self._captured[0].flatten(0, -2)
         # The loss's only wait for a GPU: what is known of the targets on the CPU takes none.
@@ -364,11 +356,7 @@ def chunked_cross_entropy(
 
 
 def sliced_cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    weight_rows: WeightRows,
-    vocabulary: int,
-    bias: Tensor | None,
+    hidden: Tensor, targets: Tensor, weight_rows: WeightRows, vocabulary: int, bias: Tensor | None
 ) -> Tensor:
     """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, in the dtype of the weight:
     float32, in nats.

@@ -35,11 +35,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.adapter.attach import active_adapter
+from qwlora.adapter.mergeable import lora_layers
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.nn import PackedLinear
 from qwlora.system.device import device_of, exact_device, moved
-from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
@@ -105,14 +105,12 @@ def initialize_(
         )
     adapter, moments, scales = active_adapter(model), moments or {}, solver_scales or {}
     layers: dict[str, LoraLayer] = {}  # packed linear layers that have the adapter
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
-            continue
-        if isinstance(module.get_base_layer(), PackedLinear):
-            layers[canonical_name(name)] = module
-            if module.use_dora.get(adapter):
+    for path, layer in lora_layers(model):
+        if adapter in layer.lora_A and isinstance(layer.get_base_layer(), PackedLinear):
+            layers[path] = layer
+            if layer.use_dora.get(adapter):
                 raise TrainingError(
-                    f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
+                    f"{path}: a DoRA adapter has magnitudes, which depend on the "
                     "initial weights. Use init zero"
                 )
     if not layers:

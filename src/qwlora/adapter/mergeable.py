@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -84,10 +84,15 @@ class MergedIntegers(LoraVariant):
         )
 
 
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers, by canonical path."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield canonical_name(path), module
+
+
 def mergeable_(
-    model: nn.Module,
-    adapter: str | None = None,
-    weight: Callable[[str], Tensor] | None = None,
+    model: nn.Module, adapter: str | None = None, weight: Callable[[str], Tensor] | None = None
 ) -> None:
     """Make an adapter of `model` compute the integers that merging it writes. In place; call it
     before training.
@@ -103,10 +108,9 @@ def mergeable_(
             a forward that was replaced; or there is no such adapter. The model is unchanged.
     """
     layers = [
-        (canonical_name(path), module, name)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for name in ([*module.r] if adapter is None else {adapter} & module.r.keys())
+        (path, layer, name)
+        for path, layer in lora_layers(model)
+        for name in ([*layer.r] if adapter is None else {adapter} & layer.r.keys())
     ]
     if not layers:
         raise TrainingError(
@@ -125,10 +129,9 @@ def mergeable_(
 def remainders_digest(model: nn.Module, adapter: str) -> str | None:
     """SHA-256 of what quantization left of the layers of a mergeable adapter; None if unknown."""
     remainders = {
-        canonical_name(path): variant.remainder
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and isinstance(variant := module.lora_variant.get(adapter), MergedIntegers)
+        path: variant.remainder
+        for path, layer in lora_layers(model)
+        if isinstance(variant := layer.lora_variant.get(adapter), MergedIntegers)
     }
     digest, known = hashlib.sha256(), {p: r for p, r in remainders.items() if r is not None}
     update_digest(digest, (part for item in sorted(known.items()) for part in item))
@@ -157,9 +160,8 @@ def is_mergeable(model: nn.Module, adapters: Collection[str] | None = None) -> b
     """Whether one of these adapters is mergeable. Default: any adapter of `model`."""
     return any(
         isinstance(variant, MergedIntegers) and (adapters is None or name in adapters)
-        for module in model.modules()
-        if isinstance(module, LoraLayer)
-        for name, variant in module.lora_variant.items()
+        for _, layer in lora_layers(model)
+        for name, variant in layer.lora_variant.items()
     )
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from qwlora.adapter.attach import restored_adapters
+from qwlora.adapter.mergeable import lora_layers
 from qwlora.errors import CaptureError, TrainingError, listed
-from qwlora.system.parameter_names import canonical_name, is_factor_name
+from qwlora.system.parameter_names import is_factor_name
 
 _LAST = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # axis of the rank
 _WRAPPING = "qwlora_padding"
@@ -31,9 +31,13 @@ def common_ranks(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     """The largest rank of some adapters, for every layer that one of them changes, by path. Empty
     if they already have one shape, or one of them is more than two factors in each layer, so that
     zeros do not pad it (DoRA, experts, convolutions in groups)."""
-    layers = {path: layer for path, layer in _lora_layers(model).items() if {*names} & {*layer.r}}
+    layers = {path: layer for path, layer in lora_layers(model) if {*names} & {*layer.r}}
     ranks = [{p: layer.r[name] for p, layer in layers.items() if name in layer.r} for name in names]
-    return one_rank(ranks) if all(map(_is_two_factors, layers.values())) else {}
+    for layer in layers.values():
+        is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
+        if isinstance(layer, ParamWrapper) or layer.lora_variant or is_grouped:
+            return {}
+    return one_rank(ranks)
 
 
 def one_rank(ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -68,22 +72,11 @@ def check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], experts
             )
 
 
-def _is_two_factors(layer: Any) -> bool:
-    is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    return not (isinstance(layer, ParamWrapper) or layer.lora_variant or is_grouped)
-
-
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The LoRA layers of a model by path."""
-    modules = model.named_modules()
-    return {canonical_name(path): layer for path, layer in modules if isinstance(layer, LoraLayer)}
-
-
 @contextlib.contextmanager
 def _wrapped(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
     """Make LoRA layers, without an adapter, of those in `layers` that are none, until the context
     ends."""
-    missing = sorted({*layers} - _lora_layers(model).keys())
+    missing = sorted({*layers} - dict(lora_layers(model)).keys())
     if missing and not isinstance(model, PeftModel):
         raise CaptureError(
             f"{listed(missing, 3)}: only other adapters change it, so this one is padded with "
@@ -116,7 +109,7 @@ def padded_adapters(
     that none of its adapters changes are wrapped meanwhile, of a `PeftModel`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_wrapped(model, ranks if names else ()))
-        layers = _lora_layers(model)
+        layers = dict(lora_layers(model))
         for name in names:
             changed = [layer for layer in layers.values() if name in layer.r]
             for path in ranks.keys() & layers.keys():
@@ -142,9 +135,8 @@ def _factors(layer: Any, name: str) -> Iterator[tuple[Any, str, int]]:
 def _pad_(holder: Any, attribute: str, axis: int, rank: int) -> None:
     parameter = getattr(holder, attribute)
     if parameter.shape[axis] < rank:
-        shape = [*parameter.shape]
-        shape[axis] = rank - shape[axis]
-        padded = torch.cat([parameter.detach(), parameter.new_zeros(shape)], axis)
+        after = [0, 0] * (parameter.ndim - axis - 1)  # the last axis comes first
+        padded = nn.functional.pad(parameter.detach(), [*after, 0, rank - parameter.shape[axis]])
         setattr(holder, attribute, nn.Parameter(padded, parameter.requires_grad))
 
 

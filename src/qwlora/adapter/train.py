@@ -188,11 +188,7 @@ def train_adapter(
         return report(read_state(last))
     with replaced_forward(model, training_graph, process_count()):
         trainer = AdapterTrainer(
-            model,
-            arguments,
-            train_dataset=training,
-            eval_dataset=evaluation,
-            callbacks=[monitor],
+            model, arguments, train_dataset=training, eval_dataset=evaluation, callbacks=[monitor]
         )
         if settings.patience:
             # The Trainer could restore its count, but would recreate every callback and restore

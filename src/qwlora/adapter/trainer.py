@@ -12,8 +12,8 @@
 The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
 what is replaced inside the model.
 
-A checkpoint gets the digests of all its files after the Trainer has written them (`seal`). A folder
-without them was interrupted, and one whose files differ is damaged: neither is resumed from.
+A checkpoint gets the digests of all its files after the Trainer has written them (`on_save`). A
+folder without them was interrupted, and one whose files differ is damaged: neither is resumed from.
 """
 
 from __future__ import annotations
@@ -273,7 +273,8 @@ class TrainingMonitor(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes files of its own
         if args.should_save:
-            seal(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
+            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            manifest.write(checkpoint, DIGESTS, {}, files_in(checkpoint))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -325,11 +326,6 @@ def losses_of(state: TrainerState) -> list[float]:
 
 STATE = "trainer_state.json"
 DIGESTS = "digests.json"
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the digests of the files of a complete checkpoint."""
-    manifest.write(checkpoint, DIGESTS, {}, files_in(checkpoint))
 
 
 def last_checkpoint(work: Path) -> Path | None:

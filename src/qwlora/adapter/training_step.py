@@ -92,7 +92,12 @@ def replaced_forward(
         QwloraWarning: the chunked loss cannot replace the model's own, which is used.
     """
     if graph is None:
-        with _chunked_or_own_loss(model):
+        loss: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        try:
+            loss = ChunkedLoss(model)
+        except TrainingError as error:
+            warnings.warn(f"{error}. Training uses that loss", QwloraWarning, stacklevel=3)
+        with loss:
             yield
         return
     if processes > 1:
@@ -121,14 +126,6 @@ def replaced_forward(
 
     with replaced(inner, forward):
         yield
-
-
-def _chunked_or_own_loss(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    try:
-        return ChunkedLoss(model)
-    except TrainingError as error:
-        warnings.warn(f"{error}. Training uses that loss", QwloraWarning, stacklevel=4)
-        return contextlib.nullcontext()
 
 
 class _HeadReachedError(Exception):
@@ -170,11 +167,7 @@ class RecoveryLoss(contextlib.ExitStack):
 
     def distance(self, inputs: Mapping[str, Any]) -> Tensor:
         """The second term of the loss, a scalar, for the inputs of the model's last forward."""
-        forward_inputs = {
-            name: value
-            for name, value in inputs.items()
-            if name not in ("labels", "num_items_in_batch")
-        }
+        forward_inputs = {k: value for k, value in inputs.items() if k not in _NOT_INPUTS}
         with torch.no_grad(), contextlib.suppress(_HeadReachedError):
             self._teacher(**forward_inputs, use_cache=False)
         h, g = self._student_state, self._teacher_state

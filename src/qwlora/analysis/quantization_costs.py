@@ -48,24 +48,19 @@ def cumulative_costs(
 ) -> dict[str, float]:
     """`measure()` after each step above, by name. Steps that quantize nothing are omitted."""
     simulation.encodings  # noqa: B018 (raises if not calibrated)
-    adapter, parameters = (
-        [m.name for m in simulation.marks if m.kind is kind and m.name in simulation.weights]
-        for kind in (Kind.ADAPTER, Kind.PARAMETER)
-    )
+    names = {kind: [m.name for m in simulation.marks if m.kind is kind] for kind in Kind}
     added = {
         "adapted": [],
-        "adapter_weights": adapter,
-        "parameters": parameters,
-        "activations": list(simulation.quantizers),
+        "adapter_weights": names[Kind.ADAPTER],
+        "parameters": names[Kind.PARAMETER],
+        "activations": names[Kind.ACTIVATION],
     }
-    steps = [(name, names) for name, names in added.items() if names or name == "adapted"]
+    steps = [step for step, more in added.items() if more or step == "adapted"]
     quantized, costs = list[str](), dict[str, float]()
-    for name, names in track(steps, "measuring costs", len(steps)):
-        quantized += names
-        if name == "activations":
-            quantized += simulation.weights
+    for step in track(steps, "measuring costs", len(steps)):
+        quantized += added[step]
         with simulation.only(*quantized):
-            costs[name] = measure()
+            costs[step] = measure()
     return costs
 
 
@@ -96,16 +91,13 @@ def encodings_summary(simulation: Simulation) -> dict[str, Any]:
     scale, to six digits), and `bits`: the number of encodings by kind and bitwidth."""
     ranges: dict[str, dict[str, float]] = {}
     bits: dict[str, dict[str, int]] = {}
-    for name, kind in {mark.name: mark.kind for mark in simulation.marks}.items():
-        encoding = simulation.encodings.get(name)
-        if encoding is None:  # stays float
-            continue
+    for mark, encoding in zip(simulation.marks, simulation.encodings.values(), strict=True):
         width = encoding.scheme.bitwidth
-        by_width = bits.setdefault(kind.value, {})
+        by_width = bits.setdefault(mark.kind.value, {})
         by_width[str(width)] = by_width.get(str(width), 0) + 1
-        if kind is Kind.ACTIVATION:
+        if mark.kind is Kind.ACTIVATION:
             least, most = (float(f"{end:.6g}") for end in grid_ends(encoding))
-            ranges[name] = {"min": least, "max": most, "bitwidth": width}
+            ranges[mark.name] = {"min": least, "max": most, "bitwidth": width}
     return {"ranges": ranges, "bits": bits}
 
 
@@ -147,8 +139,7 @@ def sensitivities(
         if not output.requires_grad:
             output = output.detach().requires_grad_()
             leaves.append(output)
-        x, encoding, name = output.detach().clone(), quantizer.encoding, quantizer.name
-        assert encoding is not None
+        x, encoding, name = output.detach().clone(), quantizer.known_encoding(), quantizer.name
 
         def add_cost(gradient: Tensor) -> None:
             error = encoding.fake_quantize(x) - x

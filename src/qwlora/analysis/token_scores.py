@@ -147,9 +147,8 @@ def score_tokens(
             documents.append(data.documents[number][predicted])
         if not is_mine(number):
             continue
-        row, compared = logits(ids[None])[0], None
-        if reference is not None:
-            compared = reference(ids[None])[0]
+        row = logits(ids[None])[0]
+        compared = None if reference is None else reference(ids[None])[0]
         scores = _score_row(row, compared, predicted - 1, labels[predicted])
         for what, values in zip(
             ("loss", "reference's loss", "KL divergence"), scores, strict=False

@@ -58,11 +58,7 @@ class Observed:
 
 
 def observe(
-    model: nn.Module,
-    block: str,
-    tensors: Sequence[str],
-    runner: BlockRunner,
-    outputs: bool = True,
+    model: nn.Module, block: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
 ) -> dict[str, Observed]:
     """Run the block at which `runner` has arrived, and return R and, with `outputs`, G of each
     matrix product in `tensors` whose errors change the block's output. A layer that is the whole

@@ -145,7 +145,7 @@ def quantize_(
     model = model_to_pack(model)
     with packing(model):
         layers, chosen = _pack_(
-            *(InMemory(model), scheme, solver, rules, settings),
+            *(model, None, scheme, solver, rules, settings),
             *(calibration, moments, work, budget, track),
         )
         finish_packing_(model)
@@ -180,27 +180,10 @@ def quantize_checkpoint(
     """
     lazy = LazyModel(checkpoint, device)
     with nullcontext() if folder is None else replacing_base(Path(folder), shard_bytes) as writer:
-        layers, chosen = _pack_(InFiles(lazy, writer), scheme, solver, **options)
+        files = InFiles(lazy, writer)
+        layers, chosen = _pack_(lazy.model, files, scheme, solver, **options)
         report = QuantizeReport(base_size(lazy.model), layers, chosen)
         return writer.finish(lazy.model, tokenizer, source) if writer else "", report
-
-
-class InMemory:
-    """A model whose float tensors are in memory."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def unchanged(self) -> InMemory:
-        """The same floats, to run them as they are."""
-        return self
-
-    def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
-        yield from track(list(plan), "quantizing", len(plan))
-
-    @contextmanager
-    def blocks(self, blocks: Mapping[str, Sequence[str]], batches: int) -> Iterator[None]:
-        yield
 
 
 class InFiles:
@@ -209,9 +192,6 @@ class InFiles:
 
     def __init__(self, lazy: LazyModel, writer: BaseWriter | None):
         self.lazy, self.writer, self.model = lazy, writer, lazy.model
-
-    def unchanged(self) -> InFiles:
-        return InFiles(LazyModel(self.lazy.checkpoint, self.lazy.device), None)
 
     def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
         modules: dict[str, list[str]] = {}
@@ -282,7 +262,8 @@ class InFiles:
 
 
 def _pack_(
-    source: InMemory | InFiles,
+    model: nn.Module,
+    files: InFiles | None,
     scheme: Scheme | str | None,
     solver: str,
     rules: Sequence[LayerRule] = (),
@@ -293,27 +274,33 @@ def _pack_(
     budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> tuple[dict[str, LayerReport], tuple[LayerRule, ...]]:
-    """Quantize and pack the layers of `source`, block by block if there is something to observe.
-    Returns their reports, and the rules that a budget gave."""
-    model, reports, chosen = source.model, dict[str, LayerReport](), list[LayerRule]()
+    """Quantize and pack the layers of `model`, block by block if there is something to observe.
+    Returns their reports, and the rules that a budget gave.
+
+    Args:
+        files: where the model's tensors are; None: in memory.
+    """
+    reports, chosen = dict[str, LayerReport](), list[LayerRule]()
     plan = {} if scheme is None else plan_layers(model, scheme, solver, rules, settings)
     check_base_finite(model)  # tensors that are still in files are checked when they are read
     if budget is not None and scheme is not None:
         usual = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         wanted = replace(budget, schemes=budget.schemes or similar_schemes(usual))
         batches, blocks = batches_of(calibration, model), tensors_by_block(model, plan)
-        floats = source.unchanged()
-        with floats.blocks(blocks, len(batches)):
-            chosen = budget_rules(floats.model, plan, rules, wanted, blocks, batches, track)
+        floats = files and InFiles(LazyModel(files.lazy.checkpoint, files.lazy.device), None)
+        with floats.blocks(blocks, len(batches)) if floats else nullcontext():
+            unchanged = floats.model if floats else model
+            chosen = budget_rules(unchanged, plan, rules, wanted, blocks, batches, track)
         chosen = gathered(chosen)[0]  # an expert may get no token in one of several processes
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)
-        with source.blocks(blocks, len(batches)):
+        with files.blocks(blocks, len(batches)) if files else nullcontext():
             reports = quantize_blocks_(model, plan, blocks, batches, moments, work, track)
     else:
-        for name in source.modules(plan, track):
+        in_memory = track(list(plan), "quantizing", len(plan))
+        for name in files.modules(plan, track) if files else in_memory:
             quantized, report = solve_tensor(name, tensor_out_in(model, name), plan[name])
             pack_at_(model, name, quantized)
             reports[canonical_name(name)] = report

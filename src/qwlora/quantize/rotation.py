@@ -27,7 +27,7 @@ A weight that both reads and writes (a tied head) becomes two: they are no longe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ _ROWS = 4096  # of a weight that are in float64 at a time
 
 @dataclass(frozen=True)
 class Rotation:
-    """`x Q` along the last axis of a tensor [..., width]; see the module."""
+    """`x Q` along the last axis of a tensor [..., width], or [..., heads * width] in each head."""
 
     signs: Tensor
     orthogonal: Tensor
@@ -84,7 +84,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x Q`, computed in float64 and returned in the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, len(self.signs))
         out = torch.empty_like(rows)
         for start in range(0, len(rows), _ROWS):
             out[start : start + _ROWS] = self._rotated(rows[start : start + _ROWS].double())
@@ -202,6 +202,7 @@ class _Stream:
 
     def __init__(self, model: nn.Module, plan: _Plan):
         self.model, self.plan = model, plan
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.seen: set[Node] = set()
 
     def follow(self, start: Node) -> None:
@@ -218,7 +219,7 @@ class _Stream:
         name = operation(node)
         match name:
             case "embedding" | "linear":
-                self._write(node)
+                self.plan.writers[self._layer(node)] = None
             case "add" | "sub":
                 for term in node.args[:2]:
                     if not isinstance(term, Node):
@@ -243,7 +244,10 @@ class _Stream:
             if user.op == "output":
                 raise _cannot(f"the model returns its residual stream (of {place_of(node)})")
             if name == "rms_norm":
-                self._read_norm(user, self._norm(user))
+                norm = module_of(user)[0]
+                if "@" in norm or gain_constant(self.model.get_submodule(norm)) is None:
+                    raise _cannot(f"the gain of {place_of(user)} cannot be moved to another layer")
+                self._read_norm(user, norm)
             elif name == "linear" and user.args[0] is node:
                 self._read(user, None)
             elif name in _SUMS or self._is_scaled(user, node) or self._keeps_last_axis(user):
@@ -279,12 +283,6 @@ class _Stream:
             and value.shape[-1] == self.plan.width
         )
 
-    def _norm(self, node: Node) -> str:
-        path = module_of(node)[0]
-        if "@" in path or gain_constant(self.model.get_submodule(path)) is None:
-            raise _cannot(f"the gain of {place_of(node)} cannot be moved to another layer")
-        return path
-
     def _read_norm(self, node: Node, norm: str) -> None:
         for user in node.users:
             if operation(user) == "linear" and user.args[0] is node:
@@ -302,13 +300,10 @@ class _Stream:
         if self.plan.readers.setdefault(path, norm) != norm:
             raise _cannot(f"{path} reads two norms")
 
-    def _write(self, node: Node) -> None:
-        self.plan.writers[self._layer(node)] = None
-
     def _layer(self, node: Node) -> str:
         path = module_of(node)[0]
         weight: Any = node.args[1 if operation(node) == "linear" else 0]  # embedding(table, ids)
-        module = _module(self.model, path)
+        module = self.modules.get(path)
         own: Any = None if module is None else module._parameters.get("weight")
         is_own = own is not None and isinstance(weight, Node) and weight.op == "placeholder"
         if "@" in path or not is_own or own.shape != weight.meta["val"].shape:
@@ -324,13 +319,6 @@ def _is_one_number(argument: Any) -> bool:
         shape = argument.meta["val"].shape
         return not shape or shape[-1] == 1
     return isinstance(argument, int | float)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
@@ -354,7 +342,7 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
     if len(readers) != 1 or {operation(source), operation(readers[0])} != {"linear"}:
         return
     pair = module_of(source)[0], module_of(readers[0])[0]
-    value, out = (_module(model, path) for path in pair)
+    value, out = map(dict(model.named_modules(remove_duplicate=False)).get, pair)
     if not (isinstance(value, nn.Linear) and isinstance(out, nn.Linear)):
         return
     if value.out_features % width == 0 == out.in_features % width:
@@ -392,7 +380,7 @@ def _apply_(model: nn.Module, plan: _Plan, seed: int) -> None:
         else:
             _rotate_outputs_(layer, stream)
     for (value, out), width in plan.heads.items():
-        rotate = _in_groups(Rotation.random(width, seed), width)
+        rotate = Rotation.random(width, seed)
         _rotate_outputs_(model.get_submodule(value), rotate)
         after: Any = model.get_submodule(out)
         after.weight.copy_(rotate(after.weight))
@@ -408,11 +396,7 @@ def _once(model: nn.Module, paths: Mapping[str, str | None]) -> Iterator[tuple[A
             yield layer, norm
 
 
-def _in_groups(rotation: Rotation, width: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: rotation(x.reshape(*x.shape[:-1], -1, width)).view(x.shape)
-
-
-def _rotate_outputs_(layer: Any, rotation: Callable[[Tensor], Tensor]) -> None:
+def _rotate_outputs_(layer: Any, rotation: Rotation) -> None:
     layer.weight.copy_(rotation(layer.weight.mT.contiguous()).mT)
     if layer.bias is not None:
         layer.bias.copy_(rotation(layer.bias))

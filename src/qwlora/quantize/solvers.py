@@ -17,9 +17,9 @@ solver's module is imported when it first solves something.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qwlora.errors import GridError
@@ -46,16 +46,11 @@ class Solver:
     @property
     def solve(self) -> Solve:
         """The solver's function."""
-        return cast("Solve", _imported(self.function))
+        return cast("Solve", resolve_name(f"qwlora.{self.function}"))
 
     def settings_of(self, values: Mapping[str, Any]) -> Any:
         """An object of the settings class with these fields."""
-        return _imported(str(self.settings))(**values)
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(f"qwlora.{module}"), attribute)
+        return resolve_name(f"qwlora.{self.settings}")(**values)
 
 
 _SOLVERS = (

@@ -22,7 +22,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -33,12 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.nn.fingerprint import (
-    adapter_fingerprint,
-    fingerprint,
-    remember_base_,
-    update_digest,
-)
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_base_, update_digest
 from qwlora.nn.temporary import evaluation_mode, gradients_disabled
 from qwlora.quantize.block_runner import arguments_of
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
@@ -151,10 +145,8 @@ def tune_(
     checkpoint = None
     if work is not None:
         checkpoint = work / "tuning.safetensors", _key(settings, batches, model, teacher)
-    with ExitStack() as stack:
-        for part in (model, teacher):
-            stack.enter_context(evaluation_mode(part))
-            stack.enter_context(gradients_disabled(part))
+    both = nn.ModuleList([model, teacher])
+    with evaluation_mode(both), gradients_disabled(both):
         before = _mean_divergence(model, teacher, held_out)
         with tuned.learning():
             resumed = _descend(tuned, model, teacher, training, settings, checkpoint, track)

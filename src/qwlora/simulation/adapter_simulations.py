@@ -39,40 +39,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qwlora.adapter.attach import (
-    activate_,
-    adapter_names,
-    restored_adapters,
-    without_adapters,
-)
+from qwlora.adapter.attach import activate_, adapter_names, restored_adapters, without_adapters
+from qwlora.adapter.mergeable import lora_layers
 from qwlora.adapter.padded_adapters import common_ranks, padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, ExportError, foreign_as, listed
+from qwlora.formats import manifest
 from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
-from qwlora.graph.nodes import parameter_names, used_placeholders
-from qwlora.graph.quantized_graph import rebuilt
+from qwlora.graph.quantized_graph import Kind, rebuilt
 from qwlora.grid.encoding import Encoding, encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
-from qwlora.simulation.fake_quantizer import (
-    FrozenWeight,
-    Quantizer,
-    estimate_encodings,
-)
+from qwlora.simulation.fake_quantizer import FrozenWeight, Quantizer, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
-from qwlora.simulation.saved_simulation import (
-    SimulationSource,
-    check_files,
-    read_inputs,
-    read_record,
-)
+from qwlora.simulation.saved_simulation import RECORD, SimulationSource, read_inputs, read_record
 from qwlora.simulation.simulation import Batches, Simulation, simulate
 from qwlora.system.device import device_of
 from qwlora.system.parameter_names import BASE, adapter_of, canonical_name, is_factor_name
@@ -125,9 +111,14 @@ class AdapterSimulations(dict[str, Simulation]):
 
     def check_switchable(self) -> None:
         """Refuse adapters with more than LoRA factors, which is all that a runtime can switch."""
-        read = {name: _read_parameters(simulation) for name, simulation in self.items()}
-        for name, parameters in read.items():
-            if others := [n for n in parameters if adapter_of(n) or n not in read[BASE]]:
+        kinds = Kind.ADAPTER, Kind.PARAMETER
+        weights = {
+            name: [v.name for v in simulation.placement.values if v.kind in kinds]
+            for name, simulation in self.items()
+        }
+        for name, read in weights.items():
+            unshared = [n for n in read if adapter_of(n) or n not in weights[BASE]]
+            if others := [n for n in unshared if not is_factor_name(n)]:
                 raise ExportError(
                     f"adapter {name} has {listed(others, 3)}: only LoRA factors can be switched. "
                     "Train without them, or use target onnx_each, one model for each adapter"
@@ -284,7 +275,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     """
     folder = Path(folder)
     record = read_record(folder)
-    check_files(folder)
+    manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again")
     for what, digest, saved in (
         ("base", fingerprint(model), record.base_fingerprint),
         ("adapter", adapter_fingerprint(model), record.adapter_fingerprint),
@@ -319,13 +310,6 @@ def _rebound(
         return None
 
 
-def _read_parameters(simulation: Simulation) -> list[str]:
-    """Canonical names of the parameters that its graph reads, without LoRA factors."""
-    used, names = used_placeholders(simulation.program), parameter_names(simulation.program)
-    read = [canonical_name(path) for node, path in names.items() if node in used]
-    return [name for name in read if not is_factor_name(name)]
-
-
 def _zeros(weights: _Weights) -> _Weights:
     return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
@@ -343,9 +327,9 @@ def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
-        (path, module.scaling[adapter], type(module.lora_variant.get(adapter)))
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.scaling
+        (path, layer.scaling[adapter], type(layer.lora_variant.get(adapter)))
+        for path, layer in lora_layers(model)
+        if adapter in layer.scaling
     }
     return frozenset(shapes), frozenset(layers)
 

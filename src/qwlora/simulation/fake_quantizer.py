@@ -173,9 +173,8 @@ def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
         alike[quantizer.scheme, quantizer.estimator].append(quantizer)
     for (scheme, estimator), group in alike.items():
         low, high = torch.zeros(len(group)), torch.zeros(len(group))
-        observed = [q for q in group if not q.is_pinned]
-        rows = torch.tensor([not q.is_pinned for q in group])
-        low[rows], high[rows] = _estimated(observed, scheme, estimator)
+        rows = [i for i, quantizer in enumerate(group) if not quantizer.is_pinned]
+        low[rows], high[rows] = _estimated([group[i] for i in rows], scheme, estimator)
         for i, quantizer in enumerate(group):
             if quantizer.minimum is not None:
                 low[i] = quantizer.minimum

@@ -78,16 +78,7 @@ from qwlora.adapter.attach import activate_, restored_adapters
 from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, foreign_as, listed
 from qwlora.graph.call_arguments import Structure
-from qwlora.graph.capture import (
-    EMBEDS,
-    IDS,
-    MASK,
-    PAST,
-    POSITIONS,
-    PRESENT,
-    Captured,
-    capture,
-)
+from qwlora.graph.capture import EMBEDS, IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
 from qwlora.graph.device_graph import (
     ALPHA,
     COS,
@@ -532,9 +523,8 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
 
 def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> dict[str, Encoding]:
     """The encoding of each float input that the host computes."""
-    last = sizes.context - sizes.tokens
     ranges: dict[str, tuple[float, float]] = {}
-    for past in sorted({round(last * i / _PLACES) for i in range(_PLACES + 1)}):
+    for past in sorted({round(sizes.past * i / _PLACES) for i in range(_PLACES + 1)}):
         for name, value in run_host(host, *host_arguments(sizes, past, sizes.tokens)).items():
             if value.is_floating_point():
                 low, high = ranges.get(name, (0.0, 0.0))

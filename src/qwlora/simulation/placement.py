@@ -135,11 +135,10 @@ def _decided(value: GraphValue, policy: Policy, rules: Sequence[PlacementRule]) 
     for index, rule in enumerate(rules):
         is_placed = rule.keep is not None or rule.force or decision is Decision.QUANTIZE
         if is_placed and rule.is_for(value.kind is not Kind.ACTIVATION) and rule.fits(value.names):
-            value = replace(value, rule=index)
+            value, asked = replace(value, rule=index), f"rule {rule.match!r}"
             if rule.keep is not None:
-                return replace(value, decision=Decision.FLOAT, reason=rule.reason)
-            decision, options = Decision.QUANTIZE, rule.options
-            reason = f"{reason}; {rule.reason}"
+                return replace(value, decision=Decision.FLOAT, reason=asked)
+            decision, options, reason = Decision.QUANTIZE, rule.options, f"{reason}; {asked}"
             break
     for grid_rule in fitting:
         if grid_rule.decision is None:

@@ -167,11 +167,6 @@ class PlacementRule:
         assert not isinstance(self.observer, str), "see __post_init__"
         return GridOptions(self.bitwidth, self.symmetric, self.minimum, self.maximum, self.observer)
 
-    @property
-    def reason(self) -> str:
-        """For the placement log."""
-        return f"rule {self.match!r}"
-
     def is_for(self, weight: bool) -> bool:
         """Whether the rule applies to weights (`weight`) or to activations."""
         if self.of is None:

@@ -18,7 +18,8 @@ numbers that read back to the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +34,7 @@ from torch import nn
 
 from qwlora.adapter.attach import active_adapters
 from qwlora.adapter.mergeable import is_mergeable
-from qwlora.errors import CalibrationError, CaptureError, EncodingsFileError
+from qwlora.errors import CalibrationError, CaptureError
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats import manifest
 from qwlora.formats.aimet_encodings.grids import encoding_of, entry_of
@@ -152,13 +153,12 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
     """The encodings in `folder`. A simulation's folder has all but those of packed base weights."""
+    what = f"simulation {str(folder)!r}"
     if (folder / ENCODINGS).exists():
-        check_files(folder, only=[ENCODINGS])
-    try:
+        manifest.check(folder, RECORD, what, "calibrate again", [ENCODINGS])
+    with _reading(folder):
         entries = files.read_encodings(folder / ENCODINGS).encodings
         return {entry.name: encoding_of(entry) for entry in entries}
-    except (EncodingsFileError, ValueError) as error:
-        raise _unreadable(folder, error) from error
 
 
 def load_activations(folder: Path) -> dict[str, Encoding]:
@@ -169,35 +169,29 @@ def load_activations(folder: Path) -> dict[str, Encoding]:
 
 def read_record(folder: Path) -> Record:
     """`simulation.json`."""
-    try:
+    with _reading(folder):
         check_readable(folder)
         return Record.model_validate_json((folder / RECORD).read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
 
 
 def read_inputs(folder: Path, record: Record, device: torch.device) -> dict[str, Any]:
     """The example inputs that the graph is captured from."""
-    try:
+    with _reading(folder):
         tensors = {name: tensor.to(device) for name, tensor in load_file(folder / INPUTS).items()}
         inputs: dict[str, Any] = json.loads(
             json.dumps(record.inputs),
             object_hook=lambda part: tensors[part[_TENSOR]] if _TENSOR in part else part,
         )
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
     return inputs
 
 
-def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
-    """Compare the files of a simulation with their digests; see `manifest.check`."""
-    manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again", only)
-
-
-def _unreadable(folder: Path, error: Exception) -> CalibrationError:
-    return CalibrationError(
-        f"{str(folder)!r} holds no readable simulation ({error}). Calibrate again"
-    )
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        what = f"{str(folder)!r} holds no readable simulation ({error}). Calibrate again"
+        raise CalibrationError(what) from error
 
 
 def _named(argument: str, part: Any) -> Any:

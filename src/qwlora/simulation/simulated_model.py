@@ -17,8 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from qwlora.errors import CaptureError, foreign_as
@@ -136,14 +135,3 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
             "a simulated model is not a checkpoint; save the base, the adapter and the simulation "
             "(simulation.save(folder))"
         )
-
-
-def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model in `model`, which may be a PEFT model."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel):
-        raise CaptureError(
-            f"{type(inner).__name__} is not a transformers model; call the simulation with tensors "
-            "instead"
-        )
-    return inner

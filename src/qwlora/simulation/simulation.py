@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
+from transformers import PreTrainedModel
 
 from qwlora.adapter.attach import active_adapters
 from qwlora.adapter.padded_adapters import padded_adapters
@@ -61,7 +63,7 @@ from qwlora.simulation.saved_simulation import (
     read_record,
     write_simulation,
 )
-from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
+from qwlora.simulation.simulated_model import SimulatedModel
 from qwlora.system.device import CPU, device_of, moved
 from qwlora.system.processes import gathered, is_mine
 from qwlora.system.progress import Track, untracked
@@ -190,7 +192,7 @@ class Simulation(nn.Module):
                 f"inputs ({', '.join(self.inputs)}). Give them by name"
             )
         arguments |= zip(self.inputs, first, strict=False)
-        return self.captured.result_of(self._simulated(arguments))
+        return self.captured.result_of(self.graph_module(*self._bound(arguments)))
 
     def calibrate(
         self,
@@ -230,16 +232,14 @@ class Simulation(nn.Module):
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
         """If the block raises, restore encodings, observations and modes of activations."""
-        before = [(q, q.observer, q.scheme, q.encoding, q.mode) for q in self.quantizers.values()]
+        before = [(quantizer, dict(vars(quantizer))) for quantizer in self.quantizers.values()]
         counts = self._batches, self._tokens
         try:
             yield
         except BaseException:  # Ctrl-C too
             self._batches, self._tokens = counts
-            for quantizer, observer, scheme, encoding, mode in before:
-                quantizer.observer, quantizer.mode = observer, mode
-                quantizer.scheme = scheme  # setting it removes the encoding
-                quantizer.encoding = encoding
+            for quantizer, attributes in before:
+                vars(quantizer).update(attributes)
             raise
 
     def observe(
@@ -349,23 +349,22 @@ class Simulation(nn.Module):
             CalibrationError: a glob matches nothing.
         """
         modules: dict[str, Quantizer | FrozenWeight] = {**self.weights, **self.quantizers}
-        wanted = set[str]()
+        on = set[int]()  # by id: tied weights share a module
         for match in matches:
             matched = [name for name in modules if fnmatchcase(name, match)]
             if not matched:
                 raise CalibrationError(
                     f"{match!r} matches no quantized value{suggestion(match, list(modules), 3)}"
                 )
-            wanted.update(matched)
-        on = {id(modules[name]) for name in wanted}  # tied weights share a module
-        before = {name: module.mode for name, module in modules.items()}
+            on.update(id(modules[name]) for name in matched)
+        before = [(module, module.mode) for module in modules.values()]
         for module in modules.values():
             module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
         try:
             yield
         finally:
-            for name, module in modules.items():
-                module.mode = before[name]
+            for module, mode in before:
+                module.mode = mode
 
     @property
     def encodings(self) -> dict[str, Encoding]:
@@ -487,11 +486,12 @@ class Simulation(nn.Module):
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Every simulated output by name."""
         with torch.no_grad():
-            return self.captured.named(self._simulated(batch))
+            return self.captured.named(self.graph_module(*self._bound(batch)))
 
     def primary(self, batch: Mapping[str, Any]) -> Tensor:
         """The primary output, with gradients where they are enabled."""
-        return self.captured.named(self._simulated(batch))[self.captured.interface.primary]
+        outputs = self.captured.named(self.graph_module(*self._bound(batch)))
+        return outputs[self.captured.interface.primary]
 
     def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`outputs` with other, equally valid float32 arithmetic: `x * (1 / scale)` instead of
@@ -529,11 +529,6 @@ class Simulation(nn.Module):
         """The graph's inputs in order, on its device."""
         return moved(self.captured.bind(batch), device_of(self.graph_module))
 
-    def _simulated(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
-        """One forward with every quantizer, or with those that `only` enables."""
-        outputs: Sequence[Tensor] = self.graph_module(*self._bound(batch))
-        return outputs
-
     def as_model(self) -> SimulatedModel:
         """The simulation with the interface of a transformers model.
 
@@ -542,7 +537,14 @@ class Simulation(nn.Module):
             CaptureError: the model is not from transformers.
         """
         self.encodings  # noqa: B018 (raises if not calibrated)
-        return SimulatedModel(self, transformers_model(self.origin.model))
+        model = self.origin.model
+        like = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(like, PreTrainedModel):
+            raise CaptureError(
+                f"{type(like).__name__} is not a transformers model; call the simulation with "
+                "tensors instead"
+            )
+        return SimulatedModel(self, like)
 
     def save(self, folder: str | Path) -> None:
         """Write the simulation to `folder`; see `saved_simulation.py` and `check_unchanged`."""

@@ -85,9 +85,7 @@ class TrainingGraph(nn.Module):
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits, from the model's arguments."""
-        captured = self.simulation.captured
-        outputs = self.simulation.graph_module(*captured.bind(inputs))
-        return captured.named(outputs)[captured.interface.primary]
+        return self.simulation.primary(inputs)
 
     def __repr__(self) -> str:
         return f"TrainingGraph of {self.simulation!r}"

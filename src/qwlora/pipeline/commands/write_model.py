@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwlora.adapter.adapter_deltas import Into, merged_model, rounding_losses
+from qwlora.adapter.adapter_deltas import Into, merge_effect, merged_model, rounding_losses
 from qwlora.adapter.mergeable import is_mergeable
-from qwlora.analysis.merge_effect import merge_effect
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.formats.base_folder import save_base
 from qwlora.pipeline.stages.job_context import JobContext

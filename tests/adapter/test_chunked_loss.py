@@ -64,19 +64,15 @@ def test_loss_and_gradients_match_the_models_own(name: str) -> None:
     assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # the own forward is restored
 
 
-@pytest.mark.parametrize("name", ["qwen3", "soft cap"])
+@pytest.mark.parametrize("name", ["qwen3", "soft cap", "packed"])
 def test_adapter_on_the_head_gets_gradients(name: str) -> None:
+    model = built("qwen3" if name == "packed" else name)
+    if name == "packed":
+        quantize_(model, "w4-block32", "rtn", rules=EIGHT_BIT_HEAD)
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model = get_peft_model(built(name), config).eval()
-    assert_same(model)
-    assert any("lm_head.lora_A" in n for n in loss_and_gradients(model)[1])
-
-
-def test_packed_base_and_packed_head() -> None:
-    model = tiny_model("qwen3")  # its head is not tied, so it is packed too
-    quantize_(model, "w4-block32", "rtn")
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    assert_same(get_peft_model(model.requires_grad_(False), config).eval())
+    peft = get_peft_model(model.requires_grad_(False), config).eval()
+    assert_same(peft)
+    assert any("lm_head.lora_A" in n for n in loss_and_gradients(peft)[1])
 
 
 def test_shifted_labels_and_a_single_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapter.small_models import mixture
 from conftest import byte_tokenizer, tiny_model
-from qwlora import quantize_, save_adapter
+from qwlora import save_adapter
 from qwlora.adapter.adapter_folder import load_adapter
-from qwlora.adapter.attach import LoraShape, attach, attach_existing
+from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
-from qwlora.grid.scheme import parse_scheme
 from qwlora.pipeline.run import run
-from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
 
 UNVERIFIED = pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
@@ -260,16 +258,6 @@ def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_p
     trains(path, tmp_path / "out", rules, "export.targets=[onnx_each]")
     names = load_file(tmp_path / "out" / "adapters" / "a" / "adapter_model.safetensors")
     assert any("lm_head.weight" in name for name in names)
-
-
-@UNVERIFIED
-def test_attach_names_saved_layers_that_hold_packed_ones(tmp_path: Path) -> None:
-    with_whole_layers(tmp_path, "qwen3", ["mlp"])
-    model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", rules=[LayerRule("*", parse_scheme("w4-block32"))])
-    message = r"modules_to_save hold .*mlp.* but the base has integers there"
-    with pytest.raises(SourceError, match=message):
-        attach_existing(model, str(tmp_path), "accept")
 
 
 def started(launcher: list[str], program: list[str]) -> subprocess.CompletedProcess[str]:

@@ -19,12 +19,8 @@ from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import (
-    Lpbq,
     PerBlock,
-    PerChannel,
-    PerTensor,
     Scheme,
-    SignedBlock,
     parse_scheme,
 )
 from qwlora.nn import PackedLinear, pack_module
@@ -43,13 +39,13 @@ from qwlora.recipe import load_recipe
 
 NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
 SCHEMES = {
-    "tensor": Scheme(4, True, PerTensor()),
-    "channel": Scheme(4, True, PerChannel(0)),
-    "asymmetric channel": Scheme(3, False, PerChannel(0)),
-    "block": Scheme(4, True, PerBlock(8)),
-    "asymmetric block": Scheme(2, False, PerBlock(8)),
-    "low power": Scheme(4, True, Lpbq(8)),
-    "signed block": Scheme(4, True, SignedBlock(8)),
+    "tensor": parse_scheme("w4-tensor"),
+    "channel": parse_scheme("w4-channel"),
+    "asymmetric channel": parse_scheme("w3-channel-asymmetric"),
+    "block": parse_scheme("w4-block8"),
+    "asymmetric block": parse_scheme("w2-block8-asymmetric"),
+    "low power": parse_scheme("w4-lpbq8"),
+    "signed block": parse_scheme("w4-signed8"),
     "float offset": Scheme(4, False, PerBlock(8), float_offset=True),
 }
 
@@ -152,15 +148,6 @@ def test_models_come_nearer_and_no_code_moves(architecture: str, scheme: str, co
         assert not torch.equal(norm.weight, reference.get_submodule(name).weight)
 
 
-def test_scales_that_do_not_help_are_not_kept() -> None:
-    model, reference = pair("w8-channel")
-    identity = fingerprint(model)
-    report = tune_(model, reference, ids(), TuningSettings(steps=3, learning_rate=0.5))
-    assert not report.kept
-    assert report.after >= report.before
-    assert fingerprint(model) == identity
-
-
 def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
     model, reference = pair()
@@ -200,16 +187,6 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
     assert tune_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
     assert [m.training for m in adapted.modules()] == modes
     assert all(torch.equal(adapted.get_parameter(name), p) for name, p in state.items())
-
-
-def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference = pair()
-    identity = fingerprint(model)
-    before_and_after = mock.Mock(side_effect=[1.0, KeyboardInterrupt])
-    monkeypatch.setattr(tune_scales, "_mean_divergence", before_and_after)
-    with pytest.raises(KeyboardInterrupt):
-        tune_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
-    assert fingerprint(model) == identity
 
 
 def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
@@ -259,14 +236,28 @@ def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
         assert rates[id(tuned.factors[f"model.{name}"])] == pytest.approx(3e-3 * rate)
 
 
-def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
-    model, reference = pair(architecture="gpt2")
+@pytest.mark.parametrize("how", ["no gain", "interrupted", "nan"])
+def test_tuning_that_does_not_help_or_fails_changes_nothing(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reference = pair("w8-channel", architecture="gpt2")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [(type(m), "forward" in m.__dict__) for m in model.modules()]
-    with torch.no_grad():
-        reference.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match="the divergence is nan"):
-        tune_(model, reference, ids())
+    settings = TuningSettings(steps=3, learning_rate=0.5)
+    if how == "no gain":
+        report = tune_(model, reference, ids(), settings)
+        assert not report.kept
+        assert report.after >= report.before
+    elif how == "interrupted":  # after learning
+        scores = mock.Mock(side_effect=[1.0, KeyboardInterrupt])
+        monkeypatch.setattr(tune_scales, "_mean_divergence", scores)
+        with pytest.raises(KeyboardInterrupt):
+            tune_(model, reference, ids(), settings)
+    else:
+        with torch.no_grad():
+            reference.transformer.ln_f.weight.fill_(float("nan"))
+        with pytest.raises(CalibrationError, match=r"is nan at step 1; .*lower learning rate"):
+            tune_(model, reference, ids(), settings)
     assert [(type(m), "forward" in m.__dict__) for m in model.modules()] == kinds
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -285,24 +276,18 @@ def test_padding_is_not_compared() -> None:
 
 def test_what_cannot_be_tuned_says_why() -> None:
     model, reference = pair()
-    with pytest.raises(GridError, match="no layer of class Linear or Conv1D is packed"):
-        tune_(copy.deepcopy(reference), reference, ids())
-    with pytest.raises(CalibrationError, match="at least two sequences"):
-        tune_(model, reference, ids(1))
-    reference.model.norm, kept = model.model.norm, reference.model.norm
-    with pytest.raises(CalibrationError, match=r"share the weight of 'model\.norm'.* deep copy"):
-        tune_(model, reference, ids())
-    reference.model.norm = kept
-    larger = tiny_model("llama")
+    larger, sharing = tiny_model("llama"), copy.deepcopy(reference)
     larger.resize_token_embeddings(300)
-    with pytest.raises(CalibrationError, match=r"float model's logits are \[1, 32, 300\], the"):
-        tune_(model, larger, ids())
-    with pytest.raises(CalibrationError, match=r"logits.* LlamaModel .*remove tuning"):
-        tune_(model.model, reference.model, ids())
-    with torch.no_grad():
-        reference.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"is nan at step 1; .*lower learning rate"):
-        tune_(model, reference, ids())
+    sharing.model.norm = model.model.norm
+    for given, message in (
+        ((reference, reference, ids()), "no layer of class Linear or Conv1D is packed"),
+        ((model, reference, ids(1)), "at least two sequences"),
+        ((model, sharing, ids()), r"share the weight of 'model\.norm'"),
+        ((model, larger, ids()), r"logits are \[1, 32, 300\]"),
+        ((model.model, reference.model, ids()), "LlamaModel"),
+    ):
+        with pytest.raises((GridError, CalibrationError), match=message):
+            tune_(*given)
 
 
 TUNING = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
@@ -421,24 +406,6 @@ def test_a_state_is_of_all_that_decides() -> None:
     assert key() == keys[0] == key(batch=BatchEncoding({"input_ids": tokens}))
 
 
-@pytest.mark.usefixtures("each_step_written")
-def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path) -> None:
-    changes = ("base.solver=gptq", "base.weights=w3-signed32", *TUNING, "base.tuning.steps=6")
-    recipe, ran = load_recipe(recipe_for("one-layer llama"), changes), list[int]()
-    work = tmp_path / "stopped" / ".qwlora" / "work"
-
-    def fingerprint_of(name: str, stops_at: int | None = None) -> str:
-        track = steps_run(stops_at, ran)
-        return run(recipe, tmp_path / name, verbs=("quantize",), track=track)["base"]["fingerprint"]
-
-    with pytest.raises(KeyboardInterrupt):
-        fingerprint_of("stopped", stops_at=4)
-    assert [path.name for path in work.rglob("model.*")] == ["model.layers.0.safetensors"]
-    assert fingerprint_of("stopped") == fingerprint_of("whole")
-    assert ran == [*range(6), *range(6)]
-    assert not list(work.glob("*"))
-
-
 def test_a_state_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # began, then before and after each step that is due: writing takes 5 s, and then none
     clock = iter([0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0])
@@ -450,19 +417,21 @@ def test_a_state_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_cannot_be_tuned_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:
-    rules = (
-        '{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", weights: w8-tensor}'
+    floats = (
+        '[{match: "model.layers.*", keep: float}, {match: "*embed_tokens", weights: w8-tensor}]'
     )
-    no_linear = "base.tuning.steps=4", f"base.rules=[{rules}]"
-    with pytest.raises(GridError, match=r"the recipe packs none; set base\.tuning\.steps: 0"):
-        run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))
     (tmp_path / "short.txt").write_text("a b c d e f g h " * 6)
     data = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 32, "held_out": 0.5}
     data |= {"evaluation_sequences": 1, "calibration_sequences": 1}
-    recipe = load_recipe(recipe_for(data=data), ("base.tuning.steps=4",))
-    with pytest.raises(SourceError, match=r"needs at least 2 training sequences, but .* gives 1"):
-        run(recipe, tmp_path / "out", verbs=("quantize",))
-    assert not (tmp_path / "out").exists()
+    cases: list[tuple[Any, tuple[str, ...], type[Exception], str]] = [
+        ({}, (f"base.rules={floats}",), GridError, r"packs none; set base\.tuning\.steps: 0"),
+        ({"data": data}, (), SourceError, "at least 2 training sequences, but .* gives 1"),
+    ]
+    for sections, changes, error, message in cases:
+        recipe = load_recipe(recipe_for(**sections), ("base.tuning.steps=4", *changes))
+        with pytest.raises(error, match=message):
+            run(recipe, tmp_path / "out", verbs=("quantize",))
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_stage_that_tunes_depends_on_its_settings_and_its_text(recipe_for: Any) -> None:

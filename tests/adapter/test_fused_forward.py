@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from conftest import tiny_model
 from qwlora.adapter.training_step import fuse_lora_, fused_lora
@@ -73,19 +73,6 @@ def test_loss_and_gradients_match_peft(
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_add_to_adds_the_bias_once() -> None:
-    linear = nn.ModuleDict({"a": nn.Linear(64, 32)})
-    quantize_(linear, "w4-block32", "rtn")
-    layer: Any = linear["a"]
-    x, y = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 3, 32)
-    torch.testing.assert_close(layer.add_to(y.clone(), x), y + layer(x))
-    layer.bias.requires_grad_()
-    (layer.add_to(y.clone().requires_grad_() * 1, x) ** 2).sum().backward()
-    found, x.grad, layer.bias.grad = (x.grad, layer.bias.grad), None, None
-    ((y + layer(x)) ** 2).sum().backward()
-    torch.testing.assert_close(found, (x.grad, layer.bias.grad))
 
 
 def changed(how: str) -> PeftModel:

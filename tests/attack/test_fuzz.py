@@ -27,12 +27,7 @@ from formats.huggingface.test_reader_gptq_awq import awq_model
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import QwloraError
-from qwlora.formats.aimet_encodings import (
-    EncodingsFile,
-    convert,
-    read_encodings,
-    write_encodings,
-)
+from qwlora.formats.aimet_encodings import EncodingsFile, convert, read_encodings, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import measure

@@ -84,10 +84,7 @@ def writes(warm: None) -> dict[str, tuple[Call | None, Call]]:
             lambda: [qwlora.save_adapter(other, f) for f in (here, here / "below")],
             lambda: qwlora.save_adapter(trained, here),
         ),
-        "Simulation.save, over another": (
-            lambda: again.save(here),
-            lambda: simulated.save(here),
-        ),
+        "Simulation.save, over another": (lambda: again.save(here), lambda: simulated.save(here)),
         "export, hf": (None, lambda: exported(first, trained)),
         "export, onnx_each, over another": (
             lambda: qwlora.export(again, "onnx_each", here),

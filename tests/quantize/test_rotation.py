@@ -150,10 +150,7 @@ def test_an_adapter_is_rotated_with_its_model() -> None:
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "LayerNorm": (
-        lambda: tiny_model("gpt2", layers=1),
-        r"transformer\.h\.0\.ln_1 is a LayerNorm",
-    ),
+    "LayerNorm": (lambda: tiny_model("gpt2", layers=1), r"transformer\.h\.0\.ln_1 is a LayerNorm"),
     "norm after a layer": (
         lambda: model_of("Gemma2"),
         r"the norm model\.layers\.0\.post_\w+_layernorm is between a layer and the residual",

@@ -201,13 +201,10 @@ def use_model(folder: Path) -> None:
     inspect_source(str(path))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        *(make_float, make_gptq, awq_model, make_compressed, make_aimet, make_gguf, make_base),
-        make_encodings,
-    ],
-)
+MAKES = (make_float, make_gptq, awq_model, make_compressed, make_aimet, make_gguf, make_base)
+
+
+@pytest.mark.parametrize("make", [*MAKES, make_encodings])
 def test_random_damage_is_refused_or_read(
     make: Callable[[Path], Any], seed: int, record: Record, tmp_path: Path
 ) -> None:

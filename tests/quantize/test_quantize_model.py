@@ -369,7 +369,7 @@ def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> N
         (torch.full((2, 6), 260), "260 to 260, but the model's vocabulary has 260 entries"),
         ([{"input_ids": torch.tensor([[4, -2]])}], "range from -2 to 4"),
         (torch.rand(2, 8), "input_ids are torch.float32"),
-        (torch.arange(8), r"of shape \[1\], but token ids are"),
+        (torch.arange(8), r"of shape .*, but token ids are"),
     ],
 )
 @pytest.mark.parametrize("step", ["quantize", "moments", "tune", "simulate"])

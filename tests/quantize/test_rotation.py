@@ -194,4 +194,4 @@ def test_a_job_on_a_rotated_base(job_for: Callable[..., Job], checkpoints: dict[
     job.run("quantize", changes=["base.rotation=null"])
     assert job.done == ["quantize"]
     with pytest.raises(RecipeError, match=r"base\.rotation .* solver keep"):
-        job.run(changes=["base.solver=keep"])
+        job.run(changes=["base={solver: keep, rotation: hadamard}"])

@@ -96,6 +96,15 @@ def test_all_linear_with_layers_adapts_these_layers(architecture: str) -> None:
         check_shape(tiny_model(architecture), shape)  # of which GPT-2 has Conv1D
 
 
+def test_attach_is_seeded() -> None:
+    first, again, other = (
+        {n: p for n, p in attach(base(), LoraShape(2, 4), seed).named_parameters() if "lora_A" in n}
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(again[n], p) for n, p in first.items())
+    assert not any(torch.equal(other[n], p) for n, p in first.items())
+
+
 RANKS = {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}
 KINDS: dict[str, LoraShape] = {
     "plain": LoraShape(4, 8),

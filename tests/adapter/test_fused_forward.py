@@ -122,12 +122,7 @@ def test_generating_keeps_the_kernels_for_few_rows(added: list[tuple[int, ...]])
     fuse_lora_(model)
     torch.testing.assert_close(model(input_ids=prompt).logits, expected[0])
     layers = len(added)
-    assert layers > 0
     kernels = use_few_row_kernels_(model)
     logits = model(input_ids=token).logits
-    assert kernels == layers == len(added), "no weight is unpacked for few rows"
-    peft = adapted_model().eval()
-    use_few_row_kernels_(peft)
-    for other, least, most in ((expected[1], 0, 0.02), (peft(input_ids=token).logits, -1, 1e-3)):
-        error = (logits - other).norm() / other.norm()
-        assert least < error < most
+    assert kernels == layers == len(added) > 0, "no weight is unpacked for few rows"
+    assert 0 < (logits - expected[1]).norm() < 0.02 * expected[1].norm()

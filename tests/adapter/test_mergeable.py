@@ -163,24 +163,17 @@ def test_gradients_are_straight_through(base: str) -> None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
-def trained(tmp_path: Path) -> Any:
-    model = quantized("w4-block32")
-    qwlora.save_base(model, tmp_path / "base", source="here")
-    peft = attach(model, LoraShape(rank=4, alpha=64.0), seed=0)
-    qwlora.mergeable_(peft)
-    ids = torch.arange(96).view(4, 24) % 17
-    settings = TrainingSettings(8, 0.02, 4, 1, "constant", 8, 0)
-    report = train_adapter(peft, ids, settings, tmp_path / "work")
-    assert report.losses[-1] < report.losses[0] - 0.5
-    qwlora.save_adapter(peft, tmp_path / "adapter")
-    return peft.eval()
-
-
 @torch.no_grad()
 def test_a_trained_adapter_is_read_merged_and_refused(tmp_path: Path) -> None:
+    folder, base, model = tmp_path / "adapter", tmp_path / "base", quantized("w4-block32")
+    qwlora.save_base(model, base, source="here")
+    peft: Any = attach(model, LoraShape(rank=4, alpha=64.0), seed=0)
+    qwlora.mergeable_(peft)
+    settings = TrainingSettings(8, 0.02, 4, 1, "constant", 8, 0)
     with torch.enable_grad():
-        peft = trained(tmp_path)
-    folder, base = tmp_path / "adapter", tmp_path / "base"
+        report = train_adapter(peft, torch.arange(96).view(4, 24) % 17, settings, tmp_path / "work")
+    assert report.losses[-1] < report.losses[0] - 0.5
+    qwlora.save_adapter(peft.eval(), folder)
     assert json.loads((folder / "qwlora.json").read_text())["mergeable"] == {"remainders": None}
     assert adapter_report(folder, tmp_path).kind == "mergeable LoRA"
     logits, expected = peft(IDS).logits, rounded(peft)

@@ -54,14 +54,17 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        *((how, None) for how in CHANGES),
+        *(("an optimizer", dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
 def test_refuses_a_base_that_was_changed(
     how: str, dtype: torch.dtype | None, folder: Path, tmp_path: Path
 ) -> None:
     """Of a base that was quantized here, or loaded in a type."""
-    if how == "casting back" and dtype == torch.bfloat16:
-        pytest.skip("it is in this type already")
     change, names = CHANGES[how]
     model = get_peft_model(load_base(folder, dtype) if dtype else base(), lora())
     save_adapter(model, tmp_path / "before")
@@ -79,8 +82,7 @@ def test_what_does_not_change_the_base_is_saved(tmp_path: Path) -> None:
     step(model, everything=False)
     save_adapter(compiled, tmp_path / "compiled")
     save_adapter(model.to(torch.bfloat16), tmp_path / "cast")  # type: ignore[arg-type]
-    for name in ("compiled", "cast"):
-        load_adapter(base(), tmp_path / name)
+    load_adapter(base(), tmp_path / "compiled")
 
 
 def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:

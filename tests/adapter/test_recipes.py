@@ -21,7 +21,6 @@ from adapter.small_models import mixture
 from conftest import byte_tokenizer, tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_folder import load_adapter
-from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.pipeline.run import run
@@ -358,13 +357,3 @@ def test_sharded_run_resumes_and_ends_once(tmp_path: Path, compute: str) -> None
     further = steps("parts", 8)
     assert (further["resumed"], further["losses"]) == (4, whole["losses"])
     assert all(torch.equal(w, whole["weights"][n]) for n, w in further["weights"].items())
-
-
-def test_attach_is_seeded() -> None:
-    def start(seed: int) -> dict[str, torch.Tensor]:
-        model = attach(tiny_model("llama"), LoraShape(2, 4), seed)
-        return {n: p for n, p in model.named_parameters() if "lora_A" in n}
-
-    first, again, other = start(0), start(0), start(1)
-    assert all(torch.equal(again[n], p) for n, p in first.items())
-    assert not any(torch.equal(other[n], p) for n, p in first.items())

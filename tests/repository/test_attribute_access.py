@@ -6,8 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
 # Attributes of other libraries, which `getattr` and `hasattr` may name.
-ALLOWED = set(
-    """
+FOREIGN = """
     CSafeDumper __constants__ __func__ __name__ __notes__ _fields _hf_peft_config_loaded _name_or_path _schema activation_checkpointing
     active_adapters backend_tokenizer base_layer config config_class default_config_fields dim disable_adapters distributed_config eos_token_id errno
     final_logit_softcapping format_message generation_config get_base_model get_input_embeddings groups head_dim hf_device_map is_encoder_decoder
@@ -15,8 +14,8 @@ ALLOWED = set(
     max_position_embeddings num_attention_heads num_embeddings num_hidden_layers num_key_value_heads offset output_router_logits pad_token_id
     peft_config quantization_config quantization_method register_quantization_config register_to_config rope_parameters sanitize save_config
     save_pretrained scaling sched_getaffinity setitimer sliding_window strerror to_dict values vocab_size
-    """.split()
-)
+    """
+ALLOWED = set(FOREIGN.split())
 
 
 def looked_up(code: str) -> Iterator[str]:

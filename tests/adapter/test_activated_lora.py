@@ -84,8 +84,8 @@ def test_a_job_trains_exports_and_proves_it(job_for: Any, tmp_path: Path) -> Non
     adapter = {"name": "first", "steps": 4, "warmup_steps": 1, "alora_invocation": "\nA:"}
     job = job_for("one-layer llama", data=data, adapters=[adapter], export={"targets": ["hf"]})
     for change, message in (
-        ("data.packing=join", "adapter first: activated LoRA needs one document.* not join"),
-        ("adapters.0.alora_invocation=Answer", "has nothing to learn from 8 of 8 .* Add it"),
+        ("data.packing=join", "adapter first: activated LoRA .* not join"),
+        ("adapters.0.alora_invocation=Answer", "nothing to learn from 8 of 8"),
         ("adapters.0.alora_invocation=[256]", r"\[256\]\) has nothing .* 8 of 8"),  # the last token
     ):
         with pytest.raises(TrainingError, match=message):

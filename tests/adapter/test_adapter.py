@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from adapter.small_models import SMALL as SIZES
-from conftest import packed_model, reseal, tiny_model
+from attack.hostile_models import edit, tensors
+from conftest import packed_model, tiny_model
 from qwlora import fingerprint, load_adapter, save_adapter
 from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.attach import (
@@ -73,6 +72,8 @@ def test_refuses_trainable_base_parameters() -> None:
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
         ({"layers": [1, 5]}, "layers 5: the model has layers 0 to 1; choose among these"),
         ({"target_modules": ["mlp"]}, "cannot be attached"),
+        ({"target_modules": "*_proj"}, "nothing to repeat"),
+        ({"rank_pattern": {"(?i)up_proj": 3}}, "global flags not at the start"),
     ],
 )
 def test_names_unmatched_targets_without_weights(shape: dict[str, Any], message: str) -> None:
@@ -85,17 +86,22 @@ def test_names_unmatched_targets_without_weights(shape: dict[str, Any], message:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
-def test_all_linear_with_layers_adapts_these_layers(architecture: str, tmp_path: Path) -> None:
+def test_all_linear_with_layers_adapts_these_layers(architecture: str) -> None:
     everywhere = attach(base(architecture), LoraShape(4, 8), seed=0).targeted_module_names
-    chosen = [name for name in everywhere if ".1." in name]
-    model = attach(base(architecture), LoraShape(4, 8, layers=[1]), seed=0)
-    assert model.targeted_module_names == chosen
-    check_shape(tiny_model(architecture), LoraShape(4, 8, layers=[1]))  # of which GPT-2 has Conv1D
-    both = attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0)
-    assert both.targeted_module_names == everywhere
-    save_adapter(model, tmp_path)
-    alone = PeftModel.from_pretrained(base(architecture), str(tmp_path))
-    assert alone.targeted_module_names == chosen
+    second = [name for name in everywhere if ".1." in name]
+    for layers, chosen in (([1], second), ([0, 1], everywhere)):
+        shape = LoraShape(4, 8, layers=layers)
+        assert attach(base(architecture), shape, seed=0).targeted_module_names == chosen
+        check_shape(tiny_model(architecture), shape)  # of which GPT-2 has Conv1D
+
+
+def test_attach_is_seeded() -> None:
+    first, again, other = (
+        {n: p for n, p in attach(base(), LoraShape(2, 4), seed).named_parameters() if "lora_A" in n}
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(again[n], p) for n, p in first.items())
+    assert not any(torch.equal(other[n], p) for n, p in first.items())
 
 
 RANKS = {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}
@@ -112,9 +118,16 @@ KINDS: dict[str, LoraShape] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_path: Path) -> None:
     model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
+    if kind == "patterns":
+        weights = dict(model.named_parameters())
+        for layer, rank in (("0.self_attn.q_proj", 2), ("1.mlp.up_proj", 8), ("0.mlp.up_proj", 4)):
+            weight = weights[f"base_model.model.model.layers.{layer}.lora_A.default.weight"]
+            assert weight.shape == (rank, 64)
     save_adapter(model, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, FILE}
     assert torch.equal(logits(load_adapter(base("qwen3"), tmp_path).eval()), logits(model))
+    alone = PeftModel.from_pretrained(base("qwen3"), str(tmp_path)).eval()
+    assert torch.equal(logits(alone), logits(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
     loaded = load_adapter(base("qwen3"), tmp_path, is_trainable=True)
@@ -127,15 +140,6 @@ def test_biases_of_an_adapter_are_loaded(tmp_path: Path) -> None:
     model = drawn(get_peft_model(base("opt"), settings))
     save_adapter(model, tmp_path)
     assert torch.equal(logits(load_adapter(base("opt"), tmp_path).eval()), logits(model))
-
-
-def test_attach_follows_the_shape() -> None:
-    weights = dict(attach(base(), KINDS["patterns"], seed=0).named_parameters())
-    for layer, rank in (("0.self_attn.q_proj", 2), ("1.mlp.up_proj", 8), ("0.mlp.up_proj", 4)):
-        weight = weights[f"base_model.model.model.layers.{layer}.lora_A.default.weight"]
-        assert weight.shape == (rank, 64)
-    layered = attach(base(), KINDS["layers"], seed=0).targeted_module_names
-    assert sorted(layered) == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -156,102 +160,94 @@ def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
     assert not torch.equal(logits(convolutional()), logits(model))
 
 
-ALONE = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-checkpoint, *adapters = sys.argv[1:]
-for folder in adapters:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        after = PeftModel.from_pretrained(model, folder).eval()(ids).logits
-    assert not torch.equal(before, after), folder
-    torch.save(after, folder + "/logits.pt")
-assert not [m for m in sys.modules if m.split(".")[0] == "qwlora"]
-"""
-
-
-def test_peft_alone_loads_every_kind(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    expected = {}
-    for kind, shape in KINDS.items():
-        model = drawn(attach(tiny_model("qwen3").requires_grad_(False), shape, seed=0))
-        save_adapter(model, tmp_path / kind)
-        expected[kind] = logits(model)
-    folders = [str(tmp_path / kind) for kind in KINDS]
-    command = [sys.executable, "-c", ALONE, str(checkpoints["qwen3"]), *folders]
-    subprocess.run(command, check=True, capture_output=True)
-    for kind, result in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), result)
-
-
-def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None:
+def test_the_base_that_an_adapter_records_is_needed_and_compared(tmp_path: Path) -> None:
     model = drawn(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")))
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(SourceError, match=r"does not say which base .*set unknown_base: accept"):
+    with pytest.raises(SourceError, match="unknown_base: accept"):
         load_adapter(base(), tmp_path)
-    with pytest.warns(UnverifiedWarning, match=r"qwlora.json.* is missing"):
+    with pytest.warns(UnverifiedWarning, match=FILE):
         loaded = load_adapter(base(), str(tmp_path), unknown_base="accept").eval()
     assert torch.equal(logits(loaded), logits(model))
     save_adapter(model, tmp_path)
-    other = packed_model("llama", seed=1)
     with pytest.raises(FingerprintError, match=fingerprint(base())):
-        load_adapter(other, tmp_path, unknown_base="accept")  # a recorded base is always compared
-
-
-def test_refuses_anything_but_a_lora_adapter(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
-        check_existing(str(tmp_path / "nothing" / "here"))
-    with pytest.raises(SourceError, match=r"has no adapter_config.json; give a folder"):
-        load_adapter(base(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(SourceError, match="is of PEFT type IA3; only LORA"):
-        load_adapter(base(), tmp_path)
-
-
-@UNVERIFIED
-def test_refuses_an_adapter_of_another_architecture(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["k_proj", "o_proj"])
-    get_peft_model(base("qwen3"), config).save_pretrained(str(tmp_path))
-    with pytest.raises(SourceError, match="does not fit GPT2LMHeadModel"):
-        load_adapter(base("gpt2"), tmp_path, unknown_base="accept")
-
-
-def test_refuses_an_adapter_without_a_fingerprint(tmp_path: Path) -> None:
-    model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear"))
-    save_adapter(model, tmp_path)
-    record = json.loads((tmp_path / "qwlora.json").read_text())
+        load_adapter(packed_model("llama", seed=1), tmp_path, unknown_base="accept")
+    record = json.loads((tmp_path / FILE).read_text())
     assert record["base_fingerprint"] == fingerprint(model)
     for content in ("", "[]", '{"base_fingerprint": 3}'):
-        (tmp_path / "qwlora.json").write_text(content)
+        (tmp_path / FILE).write_text(content)
         with pytest.raises(SourceError):
             load_adapter(base(), tmp_path)
 
 
-RANK_3 = b'{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'
+Change = Callable[[Path], Any]
+SLOW_PATTERN = r"(.+)+\d\d\d!"
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        (WEIGHTS, b"cut short", r"adapter_model.safetensors cannot be read: .*; copy it again"),
-        (WEIGHTS, None, r"has no adapter_model.safetensors"),
-        (CONFIG, b"{", r"adapter_config.json cannot be read"),
-        (CONFIG, RANK_3, "adapter_config.json asks for rank 3, but the weights have at most 2"),
-    ],
-)
-def test_names_a_damaged_adapter_and_the_remedy(
-    tmp_path: Path, file: str, content: bytes | None, message: str
+def config(**values: Any) -> Change:
+    return lambda folder: edit(CONFIG, **values)(folder, folder)
+
+
+def weights(**added: tuple[int, ...]) -> Change:
+    """More weights, of these shapes."""
+    more = {f"base_model.model.model.{n}.weight": torch.ones(shape) for n, shape in added.items()}
+    return lambda folder: tensors(lambda found: found.update(more), WEIGHTS)(folder, folder)
+
+
+def value(part: str, number: float) -> Change:
+    def change(found: dict[str, torch.Tensor]) -> None:
+        next(tensor for name, tensor in found.items() if part in name)[-1, 1] = number
+
+    return lambda folder: tensors(change, WEIGHTS)(folder, folder)
+
+
+UP = "layers.7.mlp.up_proj.lora_"
+WRONG: list[tuple[Change, str]] = [
+    (lambda folder: (folder / WEIGHTS).write_bytes(b"cut short"), rf"{WEIGHTS} cannot be read"),
+    (lambda folder: (folder / WEIGHTS).unlink(), rf"has no {WEIGHTS}"),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), r"\.bin\).*runs code"),
+    (lambda folder: (folder / CONFIG).unlink(), rf"has no {CONFIG}"),
+    (lambda folder: (folder / CONFIG).write_text("{"), rf"{CONFIG}.* cannot be read"),
+    (lambda folder: (folder / CONFIG).write_text("[" * 100_000), rf"{CONFIG}.* cannot be read"),
+    (config(peft_type="IA3"), "IA3; only LORA"),
+    (config(r=3), "asks for rank 3, but the weights have at most 2"),
+    (config(target_modules=SLOW_PATTERN), r"target_modules .*nested repetitions"),
+    (config(rank_pattern={SLOW_PATTERN: 2}), r"rank_pattern .*nested repetitions"),
+    (config(target_modules=["c_attn"]), "does not fit LlamaForCausalLM"),
+    (config(lora_alpha=0), "lora_alpha: 0"),
+    (config(lora_alpha=float("nan")), "lora_alpha: nan"),
+    (config(lora_alpha="16"), "lora_alpha: '16'"),
+    (config(alpha_pattern={"q_proj": 0}), "q_proj: 0"),
+    (config(bias="lora_only"), "bias: 'lora_only'"),
+    (config(layer_replication=[[0, 1], [0, 2]]), "layer_replication: "),
+    (config(use_qalora=True), "use_qalora: True"),
+    (config(init_lora_weights="pissa_niter_4"), "init_lora_weights: "),
+    (config(alora_invocation_tokens=[7]), r"alora_invocation_tokens: \[7\]"),
+    (config(alora_invocation_tokens="7", task_type="CAUSAL_LM"), "alora_invocation_tokens: '7'"),
+    (value("1.mlp.up_proj.lora_A", float("nan")), "1.mlp.up_proj.lora_A.weight .*not finite"),
+    (value("0.mlp.down_proj.lora_B", -torch.inf), "0.mlp.down_proj.lora_B.weight .*not finite"),
+    (weights(**{f"{UP}A": (2, 64), f"{UP}B": (128, 2)}), "2 weights differ.*layers.7.mlp"),
+    (weights(embed_tokens=(260, 64)), "embed_tokens.*save_embedding_layers=False"),
+    (weights(**{"layers.0.input_layernorm": (64,)}), "input_layernorm.weight would replace"),
+]
+
+
+@UNVERIFIED
+@pytest.mark.usefixtures("short_time_limit")
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=lambda given: str(given)[:30])
+def test_a_wrong_adapter_is_refused_with_a_base_and_before_there_is_one(
+    change: Change, message: str, tmp_path: Path
 ) -> None:
-    save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
-    (tmp_path / file).unlink()
-    if content is not None:
-        (tmp_path / file).write_bytes(content)
-    reseal(tmp_path, "qwlora.json")
-    with pytest.raises(SourceError, match=message) as caught:
-        load_adapter(base(), str(tmp_path))
-    assert str(tmp_path) in str(caught.value)
+    save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")), tmp_path)
+    (tmp_path / FILE).unlink()
+    change(tmp_path)
+    loads: list[Callable[[], Any]] = [
+        lambda: load_adapter(base(), tmp_path, unknown_base="accept"),
+        lambda: check_existing(str(tmp_path), "accept", tiny_model("llama")),
+    ]
+    for load in loads:
+        with pytest.raises(SourceError, match=message) as caught:
+            load()
+        assert str(tmp_path) in str(caught.value)
 
 
 def own_loop(model: Any, steps: int = 8) -> list[float]:
@@ -295,52 +291,6 @@ def test_custom_loop_trains_on_a_frozen_base(make: Any, chunked: bool, tmp_path:
         load_adapter(frozen() if make is base else base(), tmp_path)
 
 
-SLOW_PATTERN = r"(.+)+\d\d\d!"
-
-
-@UNVERIFIED
-@pytest.mark.parametrize(
-    "shape",
-    [LoraShape(4, 8, target_modules=SLOW_PATTERN), LoraShape(4, 8, rank_pattern={SLOW_PATTERN: 2})],
-)
-@pytest.mark.usefixtures("short_time_limit")
-def test_refuses_a_pattern_with_exponential_time(tmp_path: Path, shape: LoraShape) -> None:
-    message = r"_(modules|pattern) .*nested repetitions"
-    with pytest.raises(SourceError, match=message):
-        check_shape(tiny_model("llama"), shape)
-    patterns = {"target_modules": shape.target_modules, "rank_pattern": shape.rank_pattern}
-    model = saved_adapter(tmp_path, **patterns)
-    with pytest.raises(SourceError, match=message):
-        load_adapter(model, tmp_path, unknown_base="accept")
-
-
-def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
-    """A base; in `folder`, an adapter of it as PEFT saves it, with `config` changed."""
-    model = base()
-    save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")), folder)
-    (folder / FILE).unlink()
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    return base()
-
-
-def assert_refused(model: PreTrainedModel, folder: Path, message: str) -> None:
-    """With a base and before there is one."""
-    with pytest.raises(SourceError, match=message):
-        load_adapter(model, folder, unknown_base="accept")
-    with pytest.raises(SourceError, match=message):
-        check_existing(str(folder), "accept", tiny_model("llama"))
-
-
-@UNVERIFIED
-def test_refuses_a_deeply_nested_configuration_and_a_pickle(tmp_path: Path) -> None:
-    model = saved_adapter(tmp_path)
-    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
-    assert_refused(model, tmp_path, r"has no adapter_model.safetensors.*\.bin\).*runs code")
-    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
-    assert_refused(model, tmp_path, r"adapter_config\.json.* cannot be read")
-
-
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("by", ["get_peft_model", "inject_adapter_in_model"])
 def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: Path) -> None:
@@ -368,72 +318,21 @@ def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: 
 
 
 @UNVERIFIED
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"lora_alpha": 0}, "lora_alpha: 0, so it changes nothing"),
-        ({"lora_alpha": float("nan")}, "lora_alpha: nan, which is not a finite number"),
-        ({"lora_alpha": "16"}, "lora_alpha: '16', which is not a finite number"),
-        ({"alpha_pattern": {"q_proj": 0}}, "q_proj: 0, so it changes nothing"),
-        ({"bias": "lora_only"}, "bias: 'lora_only', which is not supported"),
-        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: .* repeats layers"),
-        ({"use_qalora": True}, "use_qalora: True, which is not supported"),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights: .* changes the base's weights",
-        ),
-        ({"alora_invocation_tokens": [7]}, r"\[7\], which PEFT applies only .* set these"),
-        ({"alora_invocation_tokens": "7", "task_type": "CAUSAL_LM"}, "tokens: '7', which PEFT"),
-    ],
-    ids=str,
-)
-def test_refuses_other_settings(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    model = saved_adapter(tmp_path, **config)
-    assert_refused(model, tmp_path, message)
-
-
-@UNVERIFIED
-@pytest.mark.parametrize(
-    ("value", "part"),
-    [(float("nan"), "1.mlp.up_proj.lora_A"), (-float("inf"), "0.mlp.down_proj.lora_B")],
-)
-def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float, part: str) -> None:
-    model = saved_adapter(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    name = next(name for name in tensors if part in name)
-    tensors[name][-1, 1] = value
-    save_file(tensors, tmp_path / WEIGHTS)
-    assert_refused(model, tmp_path, rf"{part}.weight has values that are not finite")
-
-
-@UNVERIFIED
-@pytest.mark.parametrize(
-    ("added", "message"),
-    [
-        (
-            {"layers.7.mlp.up_proj.lora_A": (2, 64), "layers.7.mlp.up_proj.lora_B": (128, 2)},
-            "2 weights differ.*layers.7.mlp.*model needs none.*other layers.*Train it again",
-        ),
-        ({"embed_tokens": (260, 64)}, "embed_tokens.*save_embedding_layers=False"),
-        ({"layers.0.input_layernorm": (64,)}, "input_layernorm.weight would replace weights"),
-    ],
-)
-def test_refuses_weights_without_a_place(
-    tmp_path: Path, added: dict[str, tuple[int, ...]], message: str
-) -> None:
-    model = saved_adapter(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    more = {f"base_model.model.model.{n}.weight": torch.ones(shape) for n, shape in added.items()}
-    save_file({**tensors, **more}, tmp_path / WEIGHTS)
-    assert_refused(model, tmp_path, message)
-
-
-@UNVERIFIED
 def test_refuses_transposed_weights_where_the_model_has_none(tmp_path: Path) -> None:
-    saved_adapter(tmp_path, fan_in_fan_out=True)
-    with pytest.raises(SourceError, match=r"fan_in_fan_out: true, .* model stores"):
-        check_existing(str(tmp_path), "accept", tiny_model("llama"))
-    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    gpt2 = get_peft_model(tiny_model("gpt2"), config)
-    gpt2.save_pretrained(str(tmp_path / "gpt2"), save_embedding_layers=False)
+    for architecture, layer in (("llama", "q_proj"), ("gpt2", "c_attn")):
+        shape = LoraConfig(r=2, target_modules=[layer], fan_in_fan_out=architecture == "gpt2")
+        folder, model = tmp_path / architecture, tiny_model(architecture)
+        get_peft_model(model, shape).save_pretrained(str(folder), save_embedding_layers=False)
+    config(fan_in_fan_out=True)(tmp_path / "llama")
+    with pytest.raises(SourceError, match="fan_in_fan_out: true"):
+        check_existing(str(tmp_path / "llama"), "accept", tiny_model("llama"))
     assert check_existing(str(tmp_path / "gpt2"), "accept", tiny_model("gpt2"))
+
+
+@pytest.mark.usefixtures("short_time_limit")
+def test_a_pattern_with_exponential_time_is_no_shape() -> None:
+    for shape in ({"target_modules": SLOW_PATTERN}, {"rank_pattern": {SLOW_PATTERN: 2}}):
+        with pytest.raises(SourceError, match="nested repetitions"):
+            check_shape(tiny_model("llama"), LoraShape(4, 8, **shape))
+    with pytest.raises(SourceError, match="neither a folder nor a hub id"):
+        check_existing("nothing/here/at all")

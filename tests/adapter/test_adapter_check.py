@@ -3,19 +3,23 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adapter.small_models import mixture
+from attack.hostile_models import edit, tensors
 from cli.command_line import answered, qwlora, refused
 from conftest import reseal, tiny_model, write_recipe
 from qwlora import save_adapter
 from qwlora.adapter.adapter_files import (
+    CONFIG,
+    WEIGHTS,
     AdapterReport,
     adapter_report,
     base_of,
@@ -26,8 +30,6 @@ from qwlora.adapter.adapter_files import (
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import FORMAT
 from qwlora.pipeline.store import STAGE, STAGES, Record
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -56,31 +58,53 @@ def test_report_matches_the_adapters(job: Path) -> None:
         assert problems(job / "adapters" / name, job_fingerprint(job)) == []
 
 
-def damaged(folder: Path, rank: int = 2, value: float = 0.0, drop: bool = False) -> None:
+def damage(folder: Path, rank: int = 2, value: float = 0.0, drop: bool = False) -> None:
     """Change the rank in the configuration, a value of a weight, or drop the weight."""
-    tensors, config = load_file(folder / WEIGHTS), folder / "adapter_config.json"
-    name = next(n for n in tensors if "lora_A" in n)
-    tensors[name][0, 0] = value
-    config.write_text(json.dumps({**json.loads(config.read_text()), "r": rank}))
-    if drop:
-        del tensors[name]
-    save_file(tensors, folder / WEIGHTS)
-    reseal(folder, "qwlora.json")
+    edit(CONFIG, r=rank)(folder, folder)
+
+    def change(found: dict[str, torch.Tensor]) -> None:
+        name = next(n for n in found if "lora_A" in n)
+        found[name][0, 0] = value
+        if drop:
+            del found[name]
+
+    tensors(change, WEIGHTS)(folder, folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"value": torch.nan}, "lora_A.weight has values that are not finite"),
-        ({"rank": 5}, "asks for rank 5, but the weights have at most 2"),
-        ({"drop": True}, "lora_B.weight has no matching lora_A"),
+        (lambda f: damage(f, value=torch.nan), "lora_A.weight has values that are not finite"),
+        (lambda f: damage(f, rank=5), "asks for rank 5, but the weights have at most 2"),
+        (lambda f: damage(f, drop=True), "lora_B.weight has no matching lora_A"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"no safetensors"), f"{WEIGHTS} cannot be read"),
+        (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG} is not a mapping"),
     ],
 )
-def test_names_each_damage(job: Path, change: dict[str, Any], message: str) -> None:
-    damaged(job / "adapters" / "a", **change)
-    found = problems(job / "adapters" / "a", job_fingerprint(job))
-    assert len(found) == 1
-    assert message in found[0]
+def test_names_each_damage(job: Path, change: Callable[[Path], Any], message: str) -> None:
+    folder = job / "adapters" / "a"
+    change(folder)
+    reseal(folder, "qwlora.json")
+    (found,) = problems(folder, job_fingerprint(job))
+    assert message in found
+    assert f"adapters/a: {found}"[:40] in problems_said(job)
+
+
+def test_an_unreadable_adapter_or_base_is_named_beside_the_others(job: Path) -> None:
+    (job / "adapters" / "a" / WEIGHTS).write_bytes(b"no safetensors")
+    listed = qwlora("adapters", "list", job)
+    assert listed.returncode == 2
+    assert "adapters/b" in listed.stdout
+    assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
+    listed = qwlora("adapters", "list", job, "--json")
+    names = [a["name"] for a in json.loads(listed.stdout)["adapters"]]
+    assert (listed.returncode, names) == (2, ["adapters/b"])
+    (job / "base" / "base.json").write_text("{}")
+    with pytest.raises(SourceError, match="has format None"):
+        job_fingerprint(job)
+    for folder, message in (("base", "no adapter is in"), ("nowhere", "is not a folder")):
+        with pytest.raises(SourceError, match=message):
+            find_adapters(job / folder)
 
 
 def test_adapters_on_fused_experts_pass(tmp_path: Path) -> None:
@@ -88,29 +112,9 @@ def test_adapters_on_fused_experts_pass(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
     get_peft_model(mixture(), config).save_pretrained(str(tmp_path))
     assert problems(tmp_path, None) == []
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    content["target_parameters"] = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    ends = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
+    edit(CONFIG, target_parameters=ends)(tmp_path, tmp_path)
     assert problems(tmp_path, None) == []
-
-
-def test_names_unreadable_files(job: Path) -> None:
-    folder = job / "adapters" / "a"
-    (folder / WEIGHTS).write_bytes(b"no safetensors")
-    reseal(folder, "qwlora.json")
-    assert f"{WEIGHTS} cannot be read" in problems(folder, None)[0]
-    with pytest.raises(SourceError, match=f"{WEIGHTS} cannot be read"):
-        adapter_report(folder, job)
-    (folder / "adapter_config.json").write_text("[]")
-    reseal(folder, "qwlora.json")
-    assert "adapter_config.json is not a mapping" in problems(folder, None)[0]
-    (job / "base" / "base.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"base.* has format None"):
-        job_fingerprint(job)
-    with pytest.raises(SourceError, match="no adapter is in"):
-        find_adapters(job / "base")
-    with pytest.raises(SourceError, match="is not a folder"):
-        find_adapters(job / "nowhere")
 
 
 def test_names_an_adapter_of_another_base(job: Path) -> None:
@@ -130,8 +134,6 @@ def test_commands(job: Path) -> None:
     found = json.loads(answered("adapters", "list", job, "--json"))["adapters"]
     assert found[0]["rank"] == 2
     assert answered("adapters", "check", job) == "adapters/a: good\nadapters/b: good\n"
-    damaged(job / "adapters" / "b", value=torch.inf)
-    assert "adapters/b: base_model" in problems_said(job)
     refused("adapters", "check", job / "base")
 
 
@@ -174,14 +176,3 @@ def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:
     good = "a: good; does not record its base; unverified (no digests of its files)\n"
     assert answered("adapters", "check", tmp_path) == good
     assert "does not say which base it belongs" in problems_said(tmp_path, "--needs-base")
-
-
-def test_list_shows_the_others_when_one_adapter_is_unreadable(job: Path) -> None:
-    (job / "adapters" / "a" / WEIGHTS).write_bytes(b"no safetensors")
-    listed = qwlora("adapters", "list", job)
-    assert listed.returncode == 2
-    assert "adapters/b" in listed.stdout
-    assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
-    listed = qwlora("adapters", "list", job, "--json")
-    names = [a["name"] for a in json.loads(listed.stdout)["adapters"]]
-    assert (listed.returncode, names) == (2, ["adapters/b"])

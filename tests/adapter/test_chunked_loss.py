@@ -21,6 +21,8 @@ from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.quantize.layer_rules import LayerRule
 
+EIGHT_BIT_HEAD = [LayerRule("lm_head", parse_scheme("w8-block32"))]
+
 
 def batch() -> dict[str, Tensor]:
     ids = torch.randint(0, 256, (3, 21), generator=torch.Generator().manual_seed(1))
@@ -62,19 +64,15 @@ def test_loss_and_gradients_match_the_models_own(name: str) -> None:
     assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # the own forward is restored
 
 
-@pytest.mark.parametrize("name", ["qwen3", "soft cap"])
+@pytest.mark.parametrize("name", ["qwen3", "soft cap", "packed"])
 def test_adapter_on_the_head_gets_gradients(name: str) -> None:
+    model = built("qwen3" if name == "packed" else name)
+    if name == "packed":
+        quantize_(model, "w4-block32", "rtn", rules=EIGHT_BIT_HEAD)
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model = get_peft_model(built(name), config).eval()
-    assert_same(model)
-    assert any("lm_head.lora_A" in n for n in loss_and_gradients(model)[1])
-
-
-def test_packed_base_and_packed_head() -> None:
-    model = tiny_model("qwen3")  # its head is not tied, so it is packed too
-    quantize_(model, "w4-block32", "rtn")
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    assert_same(get_peft_model(model.requires_grad_(False), config).eval())
+    peft = get_peft_model(model.requires_grad_(False), config).eval()
+    assert_same(peft)
+    assert any("lm_head.lora_A" in n for n in loss_and_gradients(peft)[1])
 
 
 def test_shifted_labels_and_a_single_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +126,6 @@ def test_without_gradients_and_without_labels() -> None:
     assert model.generate(**first, max_new_tokens=2, do_sample=False).shape == (1, 23)
 
 
-def test_bfloat16_autocast_is_close() -> None:
-    model = tiny_model("llama")
-    with torch.autocast("cpu", torch.bfloat16):
-        own, gradients = loss_and_gradients(model)
-        ChunkedLoss(model)
-        loss, chunked = loss_and_gradients(model)
-    torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
-    assert alike(chunked, gradients, 0.999)
-
-
 def alike(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> bool:
     """Whether all gradients have nearly the same direction."""
     pairs = [(found[name].flatten(), g.flatten()) for name, g in expected.items()]
@@ -173,18 +161,6 @@ def test_sum_over_vocabulary_slices_is_the_cross_entropy(bias: bool, rows: int) 
     torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
 
 
-def test_many_slices_are_summed_in_float32() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8192, 64, generator=generator, dtype=torch.bfloat16)
-    hidden = torch.randn(64, 64, generator=generator, dtype=torch.bfloat16).requires_grad_()
-    targets = torch.randint(0, 8192, (64,), generator=generator)
-    one, many = (
-        torch.autograd.grad(sliced(hidden, targets, weight, rows), hidden)[0].float()
-        for rows in (8192, 16)
-    )
-    assert (many - one).norm() < 4e-3 * one.norm()
-
-
 def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
@@ -202,104 +178,77 @@ def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
     assert (off.norm(dim=1) / gradient.norm(dim=1)).max() < 0.1
 
 
-@pytest.mark.parametrize("label", [VOCABULARY, -3])
-def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
-    model, given = tiny_model("llama"), batch()
-    ChunkedLoss(model)
-    given["labels"][1, 3] = label
-    message = rf"labels range from .*{label}.* {VOCABULARY} entries.* -100"
-    with pytest.raises(TrainingError, match=message):
-        model(**given)
-
-
-def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)
-    model = tiny_model("llama").requires_grad_(False)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft = get_peft_model(model, config)
-    with torch.autocast("cpu", torch.bfloat16):
-        own, gradients = loss_and_gradients(peft)
-        ChunkedLoss(peft)
-        with _Largest(lambda t: t.dtype == torch.bfloat16) as largest:
-            loss, chunked = loss_and_gradients(peft)
-    torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
-    assert alike(chunked, gradients, 0.999)
-    assert largest.numbers < VOCABULARY * 64
-
-
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])  # tied and untied heads
-def test_packed_head_is_not_unpacked(
-    monkeypatch: pytest.MonkeyPatch, name: str, half: bool
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_weight_of_the_head_is_never_whole(
+    monkeypatch: pytest.MonkeyPatch, name: str, half: bool, packs: bool
 ) -> None:
+    """A packed one is unpacked, and a float one rounded for autocast, slice by slice."""
     monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)
-    model = tiny_model(name)
-    quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
-    assert type(model.get_output_embeddings()) is PackedLinear
+    model = tiny_model(name).requires_grad_(False)
+    if packs:
+        quantize_(model, "w4-block32", "rtn", rules=EIGHT_BIT_HEAD)
+    assert isinstance(model.get_output_embeddings(), PackedLinear) == packs
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft = get_peft_model(model, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         own, gradients = loss_and_gradients(peft)
         ChunkedLoss(peft)
-        unpacked, dequantize = [], PackedTensor.dequantize
+        unpacked, dequantize = [(0,)], PackedTensor.dequantize
 
         def counted(*given: Any) -> Tensor:
             unpacked.append(dequantize(*given).shape)
             return dequantize(*given)
 
         monkeypatch.setattr(PackedTensor, "dequantize", counted)
-        loss, chunked = loss_and_gradients(peft)
+        with _Largest(lambda t: t.dtype == torch.bfloat16) as largest:
+            loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3 if half else 1e-6, atol=0)
     assert alike(chunked, gradients, 0.999 if half else 0.99999)
     assert max(shape[0] for shape in unpacked) < VOCABULARY
-
-
-def test_head_with_an_instance_forward_keeps_it() -> None:
-    model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
-    head = model.get_output_embeddings()
-    head.forward = lambda x: type(head).forward(head, x) * 0.5
-    own = model(**batch()).loss
-    ChunkedLoss(model)
-    torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
+    assert largest.numbers < VOCABULARY * 64
 
 
 def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
     return ForCausalLMLoss(logits, labels, vocab_size) - 0.1 * logits.float().log_softmax(-1).mean()
 
 
-def test_refuses_models_with_another_loss() -> None:
-    model = tiny_model("llama")
-    model.loss_function = smoothed
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1}
-    t5 = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0))
-    for other, message in (
-        (model, r"LlamaForCausalLM cannot be .*batch its own loss is .*chunked_loss=False"),
-        (LlamaModel(tiny_model("llama").config), "LlamaModel cannot be .* it has no output head"),
-        (torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
-        (t5, "T5ForConditionalGeneration cannot be trained with the chunked loss"),
-    ):
-        with pytest.raises(TrainingError, match=message):
-            ChunkedLoss(other)
-
-
-def test_refuses_a_change_of_logits_that_the_configuration_does_not_say() -> None:
-    model = tiny_model("llama")
-    own = model.forward
+def test_refuses_models_that_compute_something_else() -> None:
+    smooth, clamped = tiny_model("llama"), tiny_model("llama")
+    smooth.loss_function = smoothed
+    own = clamped.forward
 
     def forward(**arguments: Any) -> Any:
         output = own(**arguments)
         output["logits"] = output.logits.clamp(-60, 60)  # a small batch's logits are far smaller
         return output
 
-    model.forward = forward
-    with pytest.raises(TrainingError, match="in a way that its configuration does not say"):
-        ChunkedLoss(model)
+    clamped.forward = forward
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0))
+    for other, message in (
+        (smooth, r"LlamaForCausalLM cannot be .*chunked_loss=False"),
+        (clamped, "in a way that its configuration does not say"),
+        (LlamaModel(tiny_model("llama").config), "LlamaModel cannot be .* no output head"),
+        (torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
+        (t5, "T5ForConditionalGeneration cannot be trained"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            ChunkedLoss(other)
 
 
-def test_names_a_batch_without_loss_tokens() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize(
+    ("label", "place", "message"),
+    [
+        (VOCABULARY, (1, 3), rf"labels range from .*{VOCABULARY}"),
+        (-3, (1, 3), "labels range from -3"),
+        (-100, slice(None), "no loss token"),
+    ],
+)
+def test_refuses_labels_that_are_no_tokens(label: int, place: Any, message: str) -> None:
+    model, given = tiny_model("llama"), batch()
     ChunkedLoss(model)
-    ids = batch()["input_ids"]
-    with pytest.raises(TrainingError, match="a batch has no loss token"):
-        model(input_ids=ids, labels=torch.full_like(ids, -100))
+    given["labels"][place] = label
+    with pytest.raises(TrainingError, match=message):
+        model(**given)

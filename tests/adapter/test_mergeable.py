@@ -163,34 +163,17 @@ def test_gradients_are_straight_through(base: str) -> None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_model_in_bfloat16_is_trained_too() -> None:
-    gradients = []
-    for dtype in (torch.float32, torch.bfloat16):
-        peft = adapted(quantized("w4-block32").to(dtype), 0.1)
-        peft(input_ids=IDS, labels=IDS).loss.backward()
-        found = [p.grad.flatten() for p in peft.parameters() if p.grad is not None]
-        gradients.append(torch.cat(found).float())
-    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.99
-
-
-def trained(tmp_path: Path) -> Any:
-    model = quantized("w4-block32")
-    qwlora.save_base(model, tmp_path / "base", source="here")
-    peft = attach(model, LoraShape(rank=4, alpha=64.0), seed=0)
-    qwlora.mergeable_(peft)
-    ids = torch.arange(96).view(4, 24) % 17
-    settings = TrainingSettings(8, 0.02, 4, 1, "constant", 8, 0)
-    report = train_adapter(peft, ids, settings, tmp_path / "work")
-    assert report.losses[-1] < report.losses[0] - 0.5
-    qwlora.save_adapter(peft, tmp_path / "adapter")
-    return peft.eval()
-
-
 @torch.no_grad()
 def test_a_trained_adapter_is_read_merged_and_refused(tmp_path: Path) -> None:
+    folder, base, model = tmp_path / "adapter", tmp_path / "base", quantized("w4-block32")
+    qwlora.save_base(model, base, source="here")
+    peft: Any = attach(model, LoraShape(rank=4, alpha=64.0), seed=0)
+    qwlora.mergeable_(peft)
+    settings = TrainingSettings(8, 0.02, 4, 1, "constant", 8, 0)
     with torch.enable_grad():
-        peft = trained(tmp_path)
-    folder, base = tmp_path / "adapter", tmp_path / "base"
+        report = train_adapter(peft, torch.arange(96).view(4, 24) % 17, settings, tmp_path / "work")
+    assert report.losses[-1] < report.losses[0] - 0.5
+    qwlora.save_adapter(peft.eval(), folder)
     assert json.loads((folder / "qwlora.json").read_text())["mergeable"] == {"remainders": None}
     assert adapter_report(folder, tmp_path).kind == "mergeable LoRA"
     logits, expected = peft(IDS).logits, rounded(peft)
@@ -324,13 +307,10 @@ def test_convolutions() -> None:
 def test_what_integers_cannot_hold_is_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(TrainingError, match=rf"adapter 'default' .*{problem}"):
         adapted(quantized("w4-block32"), **options)
-
-
-def test_fused_experts_are_refused() -> None:
-    model = make("Mixtral")
+    model, experts = make("Mixtral"), {"target_parameters": ["mlp.experts.down_proj"]}
     qwlora.quantize_(model, "w4-block32", "rtn")
     with pytest.raises(TrainingError, match="fused experts"):
-        adapted(model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+        adapted(model, target_modules=["q_proj"], **experts)
 
 
 def test_one_is_active_at_a_time_and_a_merge_is_final() -> None:

@@ -158,14 +158,10 @@ def run_guide(
     # [qwa_lora]
     if workflow == "qwa":
         use("base")
-        lora_layers = [
-            module for module in quantsim.model.modules() if isinstance(module, LoraLayer)
-        ]
-        parts = [
-            part
-            for layer in lora_layers
-            for part in (layer.lora_A, layer.lora_B, layer.add_lora_to_res, layer.mul_scale)
-        ]
+        parts = []
+        for layer in quantsim.model.modules():
+            if isinstance(layer, LoraLayer):
+                parts += [layer.lora_A, layer.lora_B, layer.add_lora_to_res, layer.mul_scale]
         with remove_all_quantizers(parts):
             quantsim.compute_encodings(calibrate)
             guide.cases["base"] = simulated(quantsim, texts["evaluation"])
@@ -254,11 +250,7 @@ def simulated(quantsim: QuantizationSimModel, evaluation: Tensor) -> Simulated:
             inputs[f"{path}.{number}" if number else path] = quantizer
         parameters |= {f"{path}.{kind}": q for kind, q in module.param_quantizers.items()}
     encodings = (
-        {
-            path: aimet_numbers(quantizer)
-            for path, quantizer in known.items()
-            if quantizer is not None and quantizer.is_initialized()
-        }
+        {p: aimet_numbers(q) for p, q in known.items() if q is not None and q.is_initialized()}
         for known in (outputs, inputs, parameters)
     )
     with torch.no_grad():

@@ -95,11 +95,8 @@ def aimet_numbers(quantizer: QuantizeDequantize) -> tuple[Tensor, Tensor]:
 
 def ulps(a: Tensor, b: Tensor) -> int:
     """The largest distance between positive float32 numbers, in representable numbers."""
-    return int(
-        (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long())
-        .abs()
-        .max()
-    )
+    first, second = (x.contiguous().view(torch.int32).long() for x in (a, b))
+    return int((first - second).abs().max())
 
 
 def compare(row: Comparison, x: Tensor, encoding: Encoding, quantizer: QuantizeDequantize) -> None:

@@ -92,11 +92,7 @@ class Table:
             lines.append(f"| {' | '.join(words)} |")
         lines += [f"\n{note}" for note in self.notes]
         if self.guide:
-            lines += [
-                GUIDE_HEAD,
-                f"| {' | '.join(GUIDE.values())} |",
-                "|---" * len(GUIDE) + "|",
-            ]
+            lines += [GUIDE_HEAD, f"| {' | '.join(GUIDE.values())} |", "|---" * len(GUIDE) + "|"]
             lines += [f"| {' | '.join(row.get(key, '') for key in GUIDE)} |" for row in self.guide]
         if self.encodings:
             lines += [BY_NAME, *self.encodings]

@@ -30,10 +30,7 @@ def datasets(rows: int = 8, columns: int = 512) -> dict[str, Tensor]:
     """[rows, columns], of the shapes that weights and activations have."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(rows, columns, generator=generator)
-    some, half = (
-        torch.rand(rows, columns, generator=generator) < 0.005,
-        torch.rand(rows, columns, generator=generator) < 0.5,
-    )
+    some, half = (torch.rand(rows, columns, generator=generator) < p for p in (0.005, 0.5))
     return {
         "normal": normal,
         "shifted": normal + 1.5,

@@ -20,17 +20,14 @@ def test_lpbq_encodings_equal_aimets(bitwidth, comparison):
     for scale_bitwidth in (1, 2, 4, 8):
         for size in (2, 16, 64):
             for seed in range(5):
-                x = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)) ** (
-                    1 + 2 * (seed % 2)
-                ) * 10.0 ** -(seed % 3)
+                x = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed))
+                x = x ** (1 + 2 * (seed % 2)) * 10.0 ** -(seed % 3)
                 scheme = Scheme(bitwidth, granularity=Lpbq(size, scale_bitwidth))
                 encoding, quantizer = measure(x, scheme), aimet_lpbq_quantizer(x, scheme)
                 compare(comparison, x, encoding, quantizer)
                 row, integers = scheme.granularity.split(encoding.scale)
                 theirs = quantizer.get_encodings()
                 assert torch.equal(row.flatten(), theirs.per_channel_scale.detach().flatten())
-                assert torch.equal(
-                    integers,
-                    theirs.per_block_int_scale.detach().to(torch.int32).view(integers.shape),
-                )
+                wanted = theirs.per_block_int_scale.detach().to(torch.int32)
+                assert torch.equal(integers, wanted.view(integers.shape))
     assert comparison.scales_differ == comparison.offsets_differ == comparison.values_differ == 0

@@ -51,23 +51,15 @@ def simulation() -> tuple[QuantizationSimModel, Layers, torch.Tensor]:
     torch.manual_seed(0)
     x, model = torch.randn(2, 3, 16), Layers().eval()
     sim = QuantizationSimModel(model, x, default_param_bw=8, default_output_bw=16)
+    blocks, lpbq = {"block_size": (1, 4)}, {"block_size": (1, 8), "block_grouping": (1, 4)}
     quantizers = {
-        "tensor": QuantizeDequantize((), bitwidth=8, symmetric=True),
-        "channel": QuantizeDequantize((24, 1), bitwidth=4, symmetric=True),
-        "asymmetric": QuantizeDequantize((16, 1), bitwidth=4, symmetric=False),
-        "block": QuantizeDequantize((12, 4), bitwidth=4, symmetric=True, block_size=(1, 4)),
-        "block_asymmetric": QuantizeDequantize(
-            (32, 3), bitwidth=2, symmetric=False, block_size=(1, 4)
-        ),
-        "lpbq": GroupedBlockQuantizeDequantize(
-            (16, 4),
-            bitwidth=4,
-            symmetric=True,
-            decompressed_bw=8,
-            block_size=(1, 8),
-            block_grouping=(1, 4),
-        ),
-        "shifted": QuantizeDequantize((20, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5),
+        "tensor": QuantizeDequantize((), 8, True),
+        "channel": QuantizeDequantize((24, 1), 4, True),
+        "asymmetric": QuantizeDequantize((16, 1), 4, False),
+        "block": QuantizeDequantize((12, 4), 4, True, **blocks),
+        "block_asymmetric": QuantizeDequantize((32, 3), 2, False, **blocks),
+        "lpbq": GroupedBlockQuantizeDequantize((16, 4), 4, True, decompressed_bw=8, **lpbq),
+        "shifted": QuantizeDequantize((20, 1), 2, True, zero_point_shift=0.5),
     }
     for name, quantizer in quantizers.items():
         getattr(sim.model, name).param_quantizers["weight"] = quantizer
@@ -79,29 +71,16 @@ def exported(
     folder: Path, exporter: str, version: str
 ) -> tuple[QuantizationSimModel, Layers, Path]:
     sim, model, x = simulation()
+    file = folder / "model.encodings"
     if exporter == "torch":
-        before, quantsim.encoding_version = quantsim.encoding_version, version
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantsim, "encoding_version", version)
             sim.export(str(folder), "model", x)
-        finally:
-            quantsim.encoding_version = before
-        torch_file = folder / "model_torch.encodings"
-        return (
-            sim,
-            model,
-            torch_file
-            if version == "0.6.1" and not (folder / "model.encodings").exists()
-            else folder / "model.encodings",
-        )
-    sim.onnx.export(
-        (x,),
-        str(folder / "model.onnx"),
-        input_names=["x"],
-        output_names=["y"],
-        dynamo=exporter == "dynamo",
-        encoding_version=version,
-    )
-    return sim, model, folder / "model.encodings"
+        is_by_module = version == "0.6.1" and not file.exists()
+        return sim, model, folder / "model_torch.encodings" if is_by_module else file
+    names = {"input_names": ["x"], "output_names": ["y"], "encoding_version": version}
+    sim.onnx.export((x,), str(folder / "model.onnx"), dynamo=exporter == "dynamo", **names)
+    return sim, model, file
 
 
 @pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
@@ -119,12 +98,8 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
             shape, transposed=numbered, block_order="tensor" if numbered else "channel"
         )
         grid = grid_of(entry, placement, version)
-        weight = getattr(model, name).weight.detach()
-        theirs = (
-            getattr(sim.model, name)
-            .param_quantizers["weight"](getattr(sim.model, name).weight)
-            .detach()
-        )
+        weight, simulated = getattr(model, name).weight.detach(), getattr(sim.model, name)
+        theirs = simulated.param_quantizers["weight"](simulated.weight).detach()
         if name == "shifted":  # the same codes; (q + offset + 0.5) * scale is added differently
             scale = grid.scale[:, None]
             assert torch.equal(grid.quantize(weight), (theirs / scale + 1.5).round())

@@ -121,10 +121,8 @@ def make_pair(ours: Ours) -> Pair:
             place_output_(path, module, ours)
         for name, quantizer in placed(path, module, ours):
             activations.setdefault(name, []).append(quantizer)
-    calibration = [
-        batch for name, batch in sorted(ours.batches.items()) if name.startswith("calibration")
-    ]
-    simulation.compute_encodings(lambda m: [m(*inputs(batch)) for batch in calibration])
+    batches = sorted(name for name in ours.batches if name.startswith("calibration"))
+    simulation.compute_encodings(lambda m: [m(*inputs(ours.batches[name])) for name in batches])
     return Pair(ours, simulation, plain, activations, parameters)
 
 
@@ -212,9 +210,8 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
                 scale, offset = aimet_numbers(quantizer)
                 comparison.tensors += 1
                 comparison.scales += scale.numel()
-                comparison.worst_ulps = max(
-                    comparison.worst_ulps, ulps(scale, encoding.scale.flatten())
-                )
+                apart = ulps(scale, encoding.scale.flatten())
+                comparison.worst_ulps = max(comparison.worst_ulps, apart)
                 comparison.scales_differ += int((scale != encoding.scale.flatten()).sum())
                 comparison.offsets_differ += int((offset != encoding.offset.flatten()).sum())
     expected = pair.ours.values | {"logits": pair.ours.results["simulated"]}

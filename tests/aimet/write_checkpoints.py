@@ -21,16 +21,9 @@ from qwlora.nn.packed_layer import packed_weights
 
 GRIDS = ("w4-tensor", "w8-tensor-asymmetric", "w4-channel", "w4-channel-asymmetric")
 GRIDS += ("w8-block16", "w4-block16-asymmetric", "w4-lpbq16")
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SIZES |= {"tie_word_embeddings": False}
 ROPE = {"rope_theta": 500000.0, "rope_type": "default"}  # another default is noticed
 IDS = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(0))
 

@@ -215,25 +215,17 @@ def by_recipe(model: Model, folder: Path, workflow: str, out: Path) -> None:
 
 def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
     table = {"weights": f"w{model.table_bitwidth}-tensor"}
-    adapter = {
-        "rank": 4,
-        "alpha": 8,
-        "target_modules": list(model.layers),
-        "steps": STEPS,
-        "warmup_steps": 1,
-        "compute": "float32",
-    }
+    adapter = {"rank": 4, "alpha": 8, "target_modules": list(model.layers), "steps": STEPS}
+    adapter |= {"warmup_steps": 1, "compute": "float32"}
+    data = {"source": str(folder / "texts"), "sequence_tokens": model.sequence_tokens}
+    data |= {"calibration_sequences": 4, "evaluation_sequences": 1}
+    placed = [{"match": rule.match, "keep": rule.keep, "of": rule.of} for rule in model.rules]
     return {
         "name": f"{workflow}-lora",
         "workflow": f"{workflow}-lora",
         "preset": "fast",
         "model": {"source": str(folder / "float")},
-        "data": {
-            "source": str(folder / "texts"),
-            "sequence_tokens": model.sequence_tokens,
-            "calibration_sequences": 4,
-            "evaluation_sequences": 1,
-        },
+        "data": data,
         "base": {
             "solver": "rtn",
             "weights": model.weights,
@@ -243,9 +235,7 @@ def recipe_of(model: Model, folder: Path, workflow: str) -> dict[str, Any]:
         "simulation": {
             "activation_bitwidth": BITS[workflow],
             "adapter_weights": "w8-channel",
-            "rules": [
-                {"match": rule.match, "keep": rule.keep, "of": rule.of} for rule in model.rules
-            ],
+            "rules": placed,
         },
         "export": {"targets": ["onnx"]},
         "verify": {"sequences": 1},
@@ -274,15 +264,15 @@ def write_results(
     record: dict[str, Any],
 ) -> None:
     """The integers of the base, and all simulations."""
-    parts = {}
-    for name, weight in packed_weights(base).items():
-        parts[f"{name}.codes"] = weight.quantized.codes.to(torch.uint8).contiguous()
-        parts[f"{name}.scale"] = weight.encoding.scale.contiguous()
-        parts[f"{name}.offset"] = weight.encoding.offset.contiguous()
-    save_file({name: part.clone() for name, part in parts.items()}, out / "integers.safetensors")
+    parts, packed = {}, packed_weights(base)
+    for name, weight in packed.items():
+        parts[f"{name}.codes"] = weight.quantized.codes.to(torch.uint8)
+        parts[f"{name}.scale"] = weight.encoding.scale
+        parts[f"{name}.offset"] = weight.encoding.offset
+    whole = {name: part.clone().contiguous() for name, part in parts.items()}
+    save_file(whole, out / "integers.safetensors")
     write_simulations(out, simulations, evaluation)
     record["bits"] = BITS[record["workflow"]]
-    packed = packed_weights(base)
     record["base"] = {name: weight.encoding.scheme.to_json() for name, weight in packed.items()}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 

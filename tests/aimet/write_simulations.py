@@ -34,16 +34,9 @@ from qwlora import PerChannel, Scheme, Schemes, quantize_, simulate
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
-MODEL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+MODEL |= {"max_position_embeddings": 128, "tie_word_embeddings": False}
 CALIBRATION_BATCHES = 4
 SHAPE = (2, 16)
 EVALUATION_SEED = 100
@@ -95,20 +88,12 @@ def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**MODEL, attn_implementation="eager")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(
-                4 * parameter if parameter.ndim > 1 else 1 + 0.2 * torch.randn_like(parameter)
-            )
+            is_matrix = parameter.ndim > 1
+            parameter.copy_(4 * parameter if is_matrix else 1 + 0.2 * torch.randn_like(parameter))
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if case.rank:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=case.rank,
-                lora_alpha=3 * case.rank,
-                target_modules="all-linear",
-                init_lora_weights=False,
-            ),
-        ).eval()
+        shape: Any = {"r": case.rank, "lora_alpha": 3 * case.rank, "target_modules": "all-linear"}
+        model = get_peft_model(model, LoraConfig(**shape, init_lora_weights=False)).eval()
     with torch.no_grad():
         plain = model(**inputs(ids(EVALUATION_SEED)), use_cache=False).logits
     quantize_(model, case.base, "rtn")
@@ -118,10 +103,8 @@ def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 def write(case: Case, folder: Path) -> None:
     folder.mkdir(parents=True)
     model, weights, plain = make_model(case)
-    evaluation, calibration = (
-        ids(EVALUATION_SEED),
-        [ids(seed) for seed in range(CALIBRATION_BATCHES)],
-    )
+    evaluation = ids(EVALUATION_SEED)
+    calibration = [ids(seed) for seed in range(CALIBRATION_BATCHES)]
     channel = Scheme(8, granularity=PerChannel(0))
     rules = UNSEEN_BY_AIMET if case.as_aimet else ()
     schemes = Schemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
@@ -140,30 +123,16 @@ def write(case: Case, folder: Path) -> None:
         if is_adapter_name(name)
     }
     save_file(adapter, folder / "adapter.safetensors")
-    save_file(
-        {
-            "evaluation": evaluation,
-            **{f"calibration.{i}": batch for i, batch in enumerate(calibration)},
-        },
-        folder / "batches.safetensors",
-    )
-    values = {
-        f"values.{name}": value.contiguous()
-        for name, value in simulation.values(evaluation).items()
-    }
-    save_file(
-        {"plain": plain, "simulated": simulation.logits(evaluation), **values},
-        folder / "results.safetensors",
-    )
-    record = {
-        "name": case.name,
-        "model": MODEL,
-        "as_aimet": case.as_aimet,
-        "scaling": 3.0 if case.rank else None,
-    }
-    record["schemes"] = {
-        name: encoding.scheme.to_json() for name, encoding in simulation.encodings.items()
-    }
+    batches = {f"calibration.{i}": batch for i, batch in enumerate(calibration)}
+    save_file({"evaluation": evaluation, **batches}, folder / "batches.safetensors")
+    results = {"plain": plain, "simulated": simulation.logits(evaluation)}
+    for name, value in simulation.values(evaluation).items():
+        results[f"values.{name}"] = value.contiguous()
+    save_file(results, folder / "results.safetensors")
+    record: dict[str, Any] = {"name": case.name, "model": MODEL, "as_aimet": case.as_aimet}
+    record["scaling"] = 3.0 if case.rank else None
+    encodings = simulation.encodings.items()
+    record["schemes"] = {name: encoding.scheme.to_json() for name, encoding in encodings}
     (folder / "case.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -132,6 +132,9 @@ def _index(name: str) -> Attack:
 AUTO = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
 HEADER = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}'
 
+HIDDEN_SIZES: tuple[Any, ...] = ("64", None, [64], 64.5, 10**9)
+JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
 MODELS: dict[str, Attack] = {
     "code for config.json": remote_code("config.json", model_type="evil", auto_map=AUTO),
     "code for a known model type": remote_code("config.json", auto_map=AUTO),
@@ -154,13 +157,9 @@ MODELS: dict[str, Attack] = {
     "three layers of two": edit("config.json", num_hidden_layers=3),
     "no attention heads": edit("config.json", num_attention_heads=0),
     "negative layers": edit("config.json", num_hidden_layers=-1),
-    "hidden_size is text": edit("config.json", hidden_size="64"),
-    "hidden_size is null": edit("config.json", hidden_size=None),
-    "hidden_size is a list": edit("config.json", hidden_size=[64]),
-    "hidden_size is a fraction": edit("config.json", hidden_size=64.5),
+    **{f"hidden_size is {x}": edit("config.json", hidden_size=x) for x in HIDDEN_SIZES},
     "layers in words": edit("config.json", num_hidden_layers="two"),
     "vocabulary of a trillion": edit("config.json", vocab_size=10**12),
-    "hidden_size of a billion": edit("config.json", hidden_size=10**9),
     "rope factor is NaN": edit(
         "config.json",
         rope_parameters={"rope_type": "linear", "factor": float("nan"), "rope_theta": 1e4},
@@ -173,27 +172,19 @@ MODELS: dict[str, Attack] = {
     "architectures is a number": edit("config.json", architectures=5, model_type=7),
     "model_type is a list": edit("config.json", model_type=["llama"]),
     "model_type is missing": write("config.json", "{}"),
-    "config.json is a pipe": pipe("config.json"),
-    "the tokenizer is a pipe": pipe("tokenizer.json"),
-    "the weights are a pipe": pipe("model.safetensors"),
-    "config.json is deep": write("config.json", f'{{"a": {DEEP}}}'),
-    "config.json is a list": write("config.json", "[1, 2]"),
+    **{f"{file} is a pipe": pipe(file) for file in ("config.json", "tokenizer.json", WEIGHTS)},
+    **{f"{file} is deep": write(file, f'{{"model": {DEEP}}}') for file in JSON},
+    **{f"{file} is a list": write(file, "[1, 2]") for file in JSON},
     "config.json is empty": write("config.json", ""),
     "config.json is not UTF-8": write("config.json", b'{"model_type": "\xff\xfe"}'),
     "config.json has 5,000 digits": write(
         "config.json", f'{{"model_type": "llama", "hidden_size": {LONG}}}'
     ),
-    "tokenizer.json is deep": write("tokenizer.json", f'{{"model": {DEEP}}}'),
     "tokenizer.json is cut": lambda folder, marker: os.truncate(folder / "tokenizer.json", 700),
     "tokenizer.json is not UTF-8": write("tokenizer.json", b'{"model": "\xff"}'),
-    "tokenizer.json is a list": write("tokenizer.json", "[]"),
-    "tokenizer_config.json is deep": write("tokenizer_config.json", f'{{"a": {DEEP}}}'),
-    "tokenizer_config.json is a list": write("tokenizer_config.json", "[]"),
     "tokenizer_config.json has wrong types": edit(
         "tokenizer_config.json", tokenizer_class=["x"], model_max_length="many"
     ),
-    "generation_config.json is a list": write("generation_config.json", "[]"),
-    "generation_config.json is deep": write("generation_config.json", f'{{"a": {DEEP}}}'),
     "pickled weights": pickled("pytorch_model.bin", WEIGHTS),
     "pickled shards": _one_pickled_shard,
     "pickle named .safetensors": pickled(WEIGHTS, WEIGHTS),

@@ -10,99 +10,77 @@ from .victims import parallel
 SECTIONS = {
     "kills": (
         "Killed processes",
-        "A process gets SIGKILL, half of the time at a random moment of the stage and half of the "
-        "time right before a random change to the disk. Held: nothing half-written is visible, "
-        "and the same command run again ends with the same artifacts, bit for bit, as a run that "
-        "nobody disturbed.",
+        "SIGKILL at a random moment of a stage, or right before a random change to the disk. Held: "
+        "nothing half-written is visible, and the same command again ends with the same artifacts.",
     ),
     "changes": (
         "Killed changes of a job",
-        "A finished job of two adapters is changed, and the command gets SIGKILL right before each "
-        "change that it makes to the disk, one after the other. Then either the same command and "
-        "`train` run, or `train` alone. Held: the job is what it is with the change made, in every "
-        "file and result; if the command was not repeated, it may also be what it was before.",
+        "SIGKILL right before each change to the disk of a command that changes a finished job. "
+        "Then the same command and `train` run, or `train` alone. Held: the job is what it is with "
+        "the change made; if the command was not repeated, it may also be what it was before.",
     ),
     "disks": (
         "Full disks",
-        "The job is on a disk with too little free space for the stage. Held: one message, exit "
-        "code 2, nothing half-written is visible, and the same command succeeds with the same "
-        "artifacts once there is space.",
+        "Too little free space for the stage. Held: one message, exit code 2, nothing half-written, "
+        "and the same command ends with the same artifacts once there is space.",
     ),
     "damage": (
         "Damaged and swapped files",
-        "Every kind of file in three finished jobs, found by listing their directories, gets a "
-        "flipped bit at six random places (half of the time with the old modification time "
-        "restored), is cut at a random length, emptied, deleted, and swapped with another file. "
-        "Then the commands and functions that read it run, for a cut and a swap all of them, else "
-        "one in turn. Held: exit code 2 with one message, or QWLoRA's own exception in Python, or "
-        "harmless as listed below.",
+        "Every kind of file in three finished jobs: a bit at six places (half of the time with the "
+        "old modification time), cut, emptied, deleted, swapped. Then what reads it runs. Held: "
+        "exit code 2 with one message, QWLoRA's own exception, or harmless as listed below.",
     ),
     "reports": (
         "Reports of damaged jobs",
-        "A file of a finished job is damaged in the same ways, or every number in results.json is "
-        "replaced, and `report` writes the page again. Held: the page says that files may be "
-        "shipped only if all artifacts are those that were proven, and shows no number that "
-        "nobody measured; or exit code 2 with one message.",
+        "The same damage, or every number in results.json replaced; then `report`. Held: the page "
+        "lets files be shipped only if all artifacts are those that were proven, and shows no "
+        "number that nobody measured; or exit code 2 with one message.",
     ),
     "bundles": (
         "Bundles that somebody else made",
-        "Every kind of file in the bundle of every target is changed and all digests are made to "
-        "agree with it, as whoever makes a bundle can: one bit, other bytes, a program that the "
-        "file's usual reader would run, a folder; or it is replaced by a link or a pipe, or "
-        "removed; and files are added that no export writes. Then `verify` reads the bundle. Held: "
-        "it is refused with one message or fails its proof, no program of the bundle ran, and it "
-        "passed only where that is harmless.",
+        "Files of every target's bundle are changed, replaced by programs, folders, links or pipes, "
+        "removed and added, and digests agree. Then `verify`. Held: refused with one message or "
+        "failed, no program of the bundle ran, and it passed only where that is harmless.",
     ),
     "unfinished": (
         "Damaged checkpoints of unfinished stages",
-        "The same damage to the files from which an interrupted stage resumes. Held: the stage "
-        "ends with the same artifacts as an undisturbed run, or refuses with one message.",
+        "Held: the stage ends with the same artifacts as an undisturbed run, or refuses with one "
+        "message.",
     ),
     "hostile": (
         "Hostile inputs",
-        "Held: one message, exit code 2, no traceback, nothing written, within a minute, and no "
-        "code from the input has run.",
+        "Held: one message, exit code 2, nothing written, within a minute, and no code has run.",
     ),
     "folders": (
         "Strange folders and the Python API",
-        "`load_base`, `load_adapter`, `load_simulation`, `read_encodings` and `verify` read folders "
-        "in which one file is a pipe, or a link to a device. Held: an exception of QWLoRA within a "
-        "minute.",
+        "One file of a folder is a pipe, or a link to a device. Held: an exception of QWLoRA.",
     ),
     "records": (
         "Records of somebody else",
-        "The record of a base, an adapter, a simulation or an exported base lists a device, a pipe, "
-        "or a file outside of its folder, with a digest of its own that agrees. Held: it is "
-        "refused, by the Python API with an exception of QWLoRA and by the command line with one "
-        "message.",
+        "A record lists a device, a pipe, or a file outside of its folder, with a digest that "
+        "agrees. Held: refused, by the Python API and by the command line.",
     ),
     "adapters": (
         "Exports of wrong adapters",
-        "`export` gets an adapter next to a right one: of another base, on another grid, changed "
-        "since it was saved, with NaN, of more layers, another width or rank, of another kind than "
-        "the target's, or with a name that it cannot have. Where the target takes simulations, "
-        "base or adapter change after they were simulated, or simulations of other bases are mixed "
-        "in. Held: one exception of QWLoRA that names the adapter and what to do, nothing is "
-        "written, and model and simulations are what they were before.",
+        "`export` gets an adapter next to a right one that is of another base or kind, changed, not "
+        "finite, or cannot have its name; or simulations that changed. Held: one exception that "
+        "names the adapter and what to do, nothing is written, and models are what they were.",
     ),
     "fuzz": (
         "Random damage to models and encodings files",
-        "A model in every format that QWLoRA reads, a base, and AIMET's encodings files are broken "
-        "at random: values, keys and structure of JSON and headers, bits, cut ends, repeated "
-        "pieces, NaN and infinite numbers. Then they are read whole. Held: they are read, or "
+        "Every format that QWLoRA reads, broken at random and read whole. Held: it is read, or "
         "refused with an exception of QWLoRA.",
     ),
     "python": (
         "Calls of the Python API that fail",
-        "A disk is full at each change that a call makes to it, one after the other; or an error "
-        "or Ctrl-C hits a random operator of torch. Held: the folder or the model is what it was "
-        "before, and the same call then succeeds; of a call that packs layers one by one, every "
-        "later call says that it failed.",
+        "A full disk at changes of a call, an error or Ctrl-C at a random operator of torch. Held: "
+        "folder or model is what it was, and the same call then succeeds; of a call that packs "
+        "layers one by one, every later call says that it failed.",
     ),
     "races": (
         "Races of two processes",
-        "Two processes start within 0.3 s of each other. Held: exit codes 0 and 2 only, exactly "
-        "one process did the work, and its files are all there afterwards.",
+        "Two processes start within 0.3 s of each other. Held: exit codes 0 and 2 only, exactly one "
+        "did the work, and its files are all there afterwards.",
     ),
 }
 

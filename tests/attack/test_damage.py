@@ -76,23 +76,18 @@ def _load_base(job: Path, file: Path, logs: Path) -> Ended:
     return python(lambda: package.load_base(job / "base"), logs)
 
 
+def _adapted(job: Path, folder: Path) -> Any:
+    return package.load_adapter(package.load_base(job / "base"), folder).eval()
+
+
 def _load_adapter(job: Path, file: Path, logs: Path) -> Ended:
-    folder = (job / file).parent
-    return python(lambda: package.load_adapter(package.load_base(job / "base"), folder), logs)
+    return python(lambda: _adapted(job, (job / file).parent), logs)
 
 
 def _load_simulation(job: Path, file: Path, logs: Path) -> Ended:
     folder = job / "simulation" / file.parts[1]
-
-    def load() -> None:
-        model = package.load_adapter(package.load_base(job / "base"), folder / "adapter").eval()
-        package.load_simulation(folder, model)
-
-    return python(load, logs)
-
-
-def _check(job: Path, file: Path, logs: Path) -> Ended:
-    return qwlora("adapters", "check", job, logs=logs)
+    load = package.load_simulation
+    return python(lambda: load(folder, _adapted(job, folder / "adapter")), logs)
 
 
 def _merge_check(job: Path, file: Path, logs: Path) -> Ended:
@@ -100,8 +95,8 @@ def _merge_check(job: Path, file: Path, logs: Path) -> Ended:
     return qwlora("merge-check", job, adapter, logs=logs)
 
 
-def _verb(verb: str) -> Callable[[Path, Path, Path], Ended]:
-    return lambda job, file, logs: qwlora(verb, job, logs=logs)
+def _verb(*words: str) -> Callable[[Path, Path, Path], Ended]:
+    return lambda job, file, logs: qwlora(*words, job, logs=logs)
 
 
 MEASURED = r"^(base|base_simulation|adapters|simulation/NAME)/"
@@ -109,7 +104,7 @@ READERS = (
     Reader("load_base", r"^base/", _load_base, BASE | STAGE),
     Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD | STAGE),
     Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD | STAGE),
-    Reader("adapters check", r"^adapters/", _check, CARD | STAGE),
+    Reader("adapters check", r"^adapters/", _verb("adapters", "check"), CARD | STAGE),
     Reader("merge-check", r"^(adapters|base)/", _merge_check, BASE),
     Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
     Reader("evaluate", MEASURED, _verb("evaluate"), CARD, jobs=("qwa", "shared")),
@@ -291,17 +286,13 @@ def test_run_makes_damaged_artifacts_again(
         top, how = trial
         generator = seeds(seed, "heal", qwa.name, top, how)
         place = fresh(qwa.finished, folder / "job")
-        whole = place / top
-        files = [whole] if whole.is_file() else [p for p in whole.rglob("*") if p.is_file()]
-        file = generator.choice(sorted(files))
+        file = generator.choice(sorted(p for p in (place / top).rglob("*") if p.is_file()))
         done = damage(file, how, generator)
         action = inside(folder, command("run", qwa.recipe, "--out", "job"))
         ended = start(action, folder / "logs").wait(timeout=900)
-        problem = ended.refused() if ended.code else ""
+        problem = f"run refuses: {ended.err.strip()[-300:]}" if ended.code else ""
         if not ended.code and (unequal := differences(state(place), state(qwa.finished))):
             problem = f"run made something else: {unequal}"
-        if not problem and ended.code:
-            problem = f"run refuses: {ended.err.strip()[-300:]}"
         how = f"seed {seed}: {qwa.name}: {file.relative_to(place)}: {done}"
         return [(f"`{top}`: made again by run", problem, how)]
 

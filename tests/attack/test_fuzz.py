@@ -27,12 +27,7 @@ from formats.huggingface.test_reader_gptq_awq import awq_model
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import QwloraError
-from qwlora.formats.aimet_encodings import (
-    EncodingsFile,
-    convert,
-    read_encodings,
-    write_encodings,
-)
+from qwlora.formats.aimet_encodings import EncodingsFile, convert, read_encodings, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import measure
@@ -206,13 +201,10 @@ def use_model(folder: Path) -> None:
     inspect_source(str(path))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        *(make_float, make_gptq, awq_model, make_compressed, make_aimet, make_gguf, make_base),
-        make_encodings,
-    ],
-)
+MAKES = (make_float, make_gptq, awq_model, make_compressed, make_aimet, make_gguf, make_base)
+
+
+@pytest.mark.parametrize("make", [*MAKES, make_encodings])
 def test_random_damage_is_refused_or_read(
     make: Callable[[Path], Any], seed: int, record: Record, tmp_path: Path
 ) -> None:

@@ -15,18 +15,13 @@ import yaml
 from . import hostile_models
 from .jobs import Job, digests, write_recipe
 from .record import Record
-from .victims import Ended, python, qwlora
+from .victims import python, qwlora
 
 pytestmark = pytest.mark.attack
-SECONDS = 60.0  # until a hostile input must be refused, on a machine that is busy with the others
 
 
 def _run_all(
-    record: Record,
-    row: str,
-    cases: Iterable[str],
-    attack: Callable[[str, Path], str],
-    folder: Path,
+    record: Record, row: str, cases: Iterable[str], attack: Callable[[str, Path], str], folder: Path
 ) -> None:
     """Attack every case in an empty folder of its own, and count it under one row."""
 
@@ -39,19 +34,17 @@ def _run_all(
     record.attack("hostile", cases, one, folder)
 
 
-def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
-    problems = [ended.refused()] if ended.refused() else []
-    if ended.seconds > SECONDS:
-        problems.append(f"took {ended.seconds:.0f} s")
-    if marker.exists():
-        problems.append("its code ran")
-    if out is not None and out.exists():
-        # finished blocks stay in the hidden folder for the next run, and what the report says
-        is_begun = any((out / ".qwlora" / "work").rglob("*"))
-        may_stay = {"recipe.yaml", "results.json", "report.html"} if is_begun else set()
-        if left := {p.name for p in out.glob("[!.]*")} - may_stay:
-            problems.append(f"left {sorted(left)}")
-    return "; ".join(problems)
+def _left(out: Path) -> str:
+    """What a refused command left."""
+    # finished blocks stay in the hidden folder for the next run, and what the report says
+    is_begun = any((out / ".qwlora" / "work").rglob("*"))
+    may_stay = {"recipe.yaml", "results.json", "report.html"} if is_begun else set()
+    left = {path.name for path in out.glob("[!.]*")} - may_stay
+    return f"left {sorted(left)}" if left else ""
+
+
+def _joined(*problems: str) -> str:
+    return "; ".join(filter(None, problems))
 
 
 def test_hostile_models_are_refused(
@@ -62,17 +55,13 @@ def test_hostile_models_are_refused(
         shutil.copytree(two_layers, model)
         hostile_models.MODELS[name](model, marker)
         recipe = write_recipe(place / "recipe.yaml", model, corpus)
-        found = []
         quantized = qwlora("quantize", recipe, "--out", place / "out", logs=place / "logs")
         is_harmless = name in hostile_models.HARMLESS and not (quantized.code or marker.exists())
-        if not is_harmless and (problem := _after(quantized, marker, place / "out")):
-            found.append(problem)
+        found = [] if is_harmless else [quantized.problem(marker), _left(place / "out")]
         inspected = qwlora("inspect", model, logs=place / "logs")  # reads headers alone
-        if inspected.code not in (0, 2) or inspected.has_traceback:
-            found.append(f"inspect: {inspected.refused()}")
-        if marker.exists():
-            found.append("inspect: its code ran")
-        return "; ".join(found)
+        if inspected.code or inspected.has_traceback or marker.exists():
+            found.append(inspected.problem(marker))
+        return _joined(*found)
 
     _run_all(record, "models", hostile_models.MODELS, attack, tmp_path)
 
@@ -87,9 +76,7 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         for ours in foreign.glob("*qwlora*"):
             ours.unlink()
         before = digests(job)
-        found = []
-        own = qwlora("merge-check", job, "first", logs=place / "logs")
-        found += [f"merge-check: {p}" for p in [_after(own, marker)] if p]
+        found = [qwlora("merge-check", job, "first", logs=place / "logs").problem(marker)]
         listed = qwlora("adapters", "check", foreign, logs=place / "logs")
         # what only shows once a model is there is for `train` to refuse
         if listed.has_traceback or listed.code not in (0, 1, 2) or marker.exists():
@@ -102,12 +89,12 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         shutil.copytree(started, place / "started")
         train = ("train", place / "next.yaml", "--out", place / "started")
         ended = qwlora(*train, logs=place / "logs")
-        found += [f"start: {p}" for p in [_after(ended, marker)] if p]
+        found.append(ended.problem(marker))
         if (place / "started" / "adapters").exists():
             found.append("start: wrote an adapter")
         if digests(job) != before:
             found.append("merge-check changed the job")
-        return "; ".join(found)
+        return _joined(*found)
 
     started = tmp_path / "started"
     recipe = yaml.safe_load(tuned.recipe.read_text()) | {"base": {"solver": "rtn"}}
@@ -201,19 +188,26 @@ SHOWN = {"octal": "seed: 12\n", "octal of YAML 1.2": "seed: 15\n", "a date": "na
 SHOWN |= {"seed=012": "seed: 12\n", "name=2024-01-01": "name: '2024-01-01'"}
 
 
+def _checked(recipe: Path, place: Path, name: str, *options: str) -> str:
+    """What is wrong with how `check` refuses a recipe, or shows it."""
+    ended = qwlora("check", recipe, *options, logs=place / "logs")
+    is_shown = name in SHOWN and ended.code == 0 and SHOWN[name] in ended.out
+    return "" if is_shown else ended.problem(place / "marker")
+
+
 def test_hostile_recipes_are_refused(
     warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
 ) -> None:
     def attack(name: str, place: Path) -> str:
         content = RECIPES[name]
-        marker, path = place / "marker", place / "recipe.yaml"
-        parts = {"MODEL": str(one_layer), "DATA": str(corpus), "MARKER": str(marker)}
+        path, marker = place / "recipe.yaml", str(place / "marker")
+        parts = {"MODEL": str(one_layer), "DATA": str(corpus), "MARKER": marker}
         if isinstance(content, str):
             for word, value in parts.items():
                 content = content.replace(word, value)
             content = content.encode("utf-8", "surrogatepass")
         path.write_bytes(content)
-        return _recipe_problem(qwlora("check", path, logs=place / "logs"), marker, name)
+        return _checked(path, place, name)
 
     _run_all(record, "recipes", RECIPES, attack, tmp_path)
 
@@ -225,19 +219,9 @@ def test_hostile_changes_are_refused(
     (tmp_path / "recipe.yaml").write_text(good)
 
     def attack(name: str, place: Path) -> str:
-        ended = qwlora("check", tmp_path / "recipe.yaml", "--set", name, logs=place / "logs")
-        return _recipe_problem(ended, place / "marker", name)
+        return _checked(tmp_path / "recipe.yaml", place, name, "--set", name)
 
     _run_all(record, "changes by --set", CHANGES, attack, tmp_path)
-
-
-def _recipe_problem(ended: Ended, marker: Path, name: str) -> str:
-    is_shown = name in SHOWN and ended.code == 0 and SHOWN[name] in ended.out
-    problems = [] if is_shown or not ended.refused() else [ended.refused()]
-    problems += ["took a minute"] * (ended.seconds > SECONDS) + ["code ran"] * marker.exists()
-    if len(ended.err) > 20_000:
-        problems.append(f"a message of {len(ended.err)} characters")
-    return "; ".join(problems)
 
 
 def _link(target: str) -> Callable[[Path], str]:
@@ -425,7 +409,7 @@ def test_hostile_data_are_refused(
             (place / "t.jinja").write_bytes(data.replace(b"MARKER", str(marker).encode()))
             section["chat_template"] = str(place / "t.jinja")
         recipe = write_recipe(place / "recipe.yaml", one_layer, source, data=section)
-        return _after(qwlora("data", recipe, logs=place / "logs"), marker)
+        return qwlora("data", recipe, logs=place / "logs").problem(marker)
 
     _run_all(record, "data", [*DATA, *TEMPLATES], attack, tmp_path)
 
@@ -445,7 +429,7 @@ def test_regular_expressions_that_backtrack_for_ever_are_refused(
         adapters = [{"name": "first", "rank": 4, "steps": 1, name: EXPRESSIONS[name]}]
         recipe = write_recipe(place / "recipe.yaml", one_layer, corpus, adapters=adapters)
         ended = qwlora("run", recipe, "--out", place / "out", logs=place / "logs")
-        return _after(ended, place / "marker", place / "out")
+        return _joined(ended.problem(), _left(place / "out"))
 
     _run_all(record, "regular expressions", EXPRESSIONS, attack, tmp_path)
 
@@ -459,6 +443,6 @@ def test_data_that_contain_the_output_are_refused(
         out = place / "data" / "out" if name == "inside" else place / "data"
         ended = qwlora("quantize", recipe, "--out", out, logs=place / "logs")
         changed = digests(place / "data") != digests(corpus)
-        return "; ".join([*([ended.refused()] if ended.refused() else []), *["changed"] * changed])
+        return _joined(ended.refused(), "changed" * changed)
 
     _run_all(record, "data around --out", dict.fromkeys(("inside", "same")), attack, tmp_path)

@@ -31,16 +31,16 @@ FILES, STEPS = 16, 8  # changes and operators at which each call fails, of those
 
 def adapted(base: Any, *modules: str, seed: int = 1) -> Any:
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=2, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(base, config).eval()
+    shape: Any = {"r": 2, "target_modules": list(modules), "task_type": "CAUSAL_LM"}
+    return get_peft_model(base, LoraConfig(**shape, init_lora_weights=False)).eval()
 
 
-def three_bits() -> Any:
-    model = tiny_model("llama", layers=1)
-    qwlora.quantize_(model, "w3-block32", "rtn")
-    return model
+def floats() -> Any:
+    return tiny_model("llama", layers=1)
+
+
+def packed() -> Any:
+    return packed_model("llama", layers=1)
 
 
 def simulation(model: Any) -> Any:
@@ -64,9 +64,10 @@ Call = Callable[[], Any]
 @pytest.fixture(scope="module")
 def writes(warm: None) -> dict[str, tuple[Call | None, Call]]:
     """What is in the folder before, and the call; both with a relative path."""
-    first, second, tokenizer = packed_model("llama", layers=1), three_bits(), byte_tokenizer()
-    trained = adapted(packed_model("llama", layers=1), "q_proj", "down_proj")
-    other = adapted(packed_model("llama", layers=1), "v_proj", seed=2)
+    first, second, tokenizer = packed(), floats(), byte_tokenizer()
+    qwlora.quantize_(second, "w3-block32", "rtn")
+    trained = adapted(packed(), "q_proj", "down_proj")
+    other = adapted(packed(), "v_proj", seed=2)
     simulated, again = simulation(trained), simulation(other)
     here = Path("folder")
 
@@ -84,10 +85,7 @@ def writes(warm: None) -> dict[str, tuple[Call | None, Call]]:
             lambda: [qwlora.save_adapter(other, f) for f in (here, here / "below")],
             lambda: qwlora.save_adapter(trained, here),
         ),
-        "Simulation.save, over another": (
-            lambda: again.save(here),
-            lambda: simulated.save(here),
-        ),
+        "Simulation.save, over another": (lambda: again.save(here), lambda: simulated.save(here)),
         "export, hf": (None, lambda: exported(first, trained)),
         "export, onnx_each, over another": (
             lambda: qwlora.export(again, "onnx_each", here),
@@ -171,34 +169,23 @@ def model_state(model: Any) -> Any:
 def changes(warm: None, place: Path) -> dict[str, tuple[Call, Callable[[Any], Any]]]:
     """How the model is made, and the call on it."""
     one, two = place / "python-api" / "one", place / "python-api" / "two"
-    qwlora.save_adapter(adapted(packed_model("llama", layers=1), "q_proj", "down_proj"), one)
-    qwlora.save_adapter(adapted(packed_model("llama", layers=1), "v_proj", seed=2), two)
-    floats = tiny_model("llama", layers=1)
-    qwlora.quantize_(floats, "w4-block32", "rtn")
-    codes = {name: layer.quantized for name, layer in qwlora.nn.packed_weights(floats).items()}
+    qwlora.save_adapter(adapted(packed(), "q_proj", "down_proj"), one)
+    qwlora.save_adapter(adapted(packed(), "v_proj", seed=2), two)
+    codes = {name: layer.quantized for name, layer in qwlora.nn.packed_weights(packed()).items()}
     return {
-        "load_adapter": (
-            lambda: packed_model("llama", layers=1),
-            lambda model: qwlora.load_adapter(model, one),
-        ),
+        "load_adapter": (packed, lambda model: qwlora.load_adapter(model, one)),
         "load_adapter, a second one": (
-            lambda: qwlora.load_adapter(packed_model("llama", layers=1), one),
+            lambda: qwlora.load_adapter(packed(), one),
             lambda model: qwlora.load_adapter(model, two, adapter_name="two"),
         ),
-        "quantize_": (
-            lambda: tiny_model("llama", layers=1),
-            lambda model: qwlora.quantize_(model, "w4-block32", "search"),
-        ),
+        "quantize_": (floats, lambda model: qwlora.quantize_(model, "w4-block32", "search")),
         "quantize_, gptq": (
-            lambda: tiny_model("llama", layers=1),
+            floats,
             lambda model: qwlora.quantize_(model, "w4-block32", "gptq", calibration=IDS),
         ),
-        "freeze_": (
-            lambda: tiny_model("llama", layers=1),
-            lambda model: qwlora.freeze_(model, codes),
-        ),
+        "freeze_": (floats, lambda model: qwlora.freeze_(model, codes)),
         "Simulation.calibrate": (
-            lambda: qwlora.simulate(packed_model("llama", layers=1), BATCH),
+            lambda: qwlora.simulate(packed(), BATCH),
             lambda made: made.calibrate([BATCH, {"input_ids": IDS.flip(0)}]),
         ),
     }

@@ -19,7 +19,6 @@ from .record import Record
 from .victims import command, inside, python, start
 
 pytestmark = pytest.mark.attack
-SECONDS = 60.0  # until it must be refused
 
 
 def _adapted(job: Path) -> Any:
@@ -51,17 +50,15 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = {
 LISTED = ("/dev/zero", "/dev/stdin", "/etc/hostname", "../../../outside", "a/../../x", "pipe", "\0")
 
 
-def _pipe(file: Path) -> None:
+MAKES: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a link to a device": lambda file: file.symlink_to("/dev/zero"),
+}
+
+
+def _replace(file: Path, how: str) -> None:
     file.unlink()
-    os.mkfifo(file)
-
-
-def _device(file: Path) -> None:
-    file.unlink()
-    file.symlink_to("/dev/zero")
-
-
-FILES: dict[str, Callable[[Path], None]] = {"a pipe": _pipe, "a link to a device": _device}
+    MAKES[how](file)
 
 
 def test_pipes_and_devices_are_refused(qwa: Job, record: Record, tmp_path: Path) -> None:
@@ -70,15 +67,15 @@ def test_pipes_and_devices_are_refused(qwa: Job, record: Record, tmp_path: Path)
         for call, (folder, *_) in CALLS.items()
         for file in sorted((qwa.finished / folder).iterdir())
         if file.is_file() and file.name != STAGE  # which only the job reads
-        for how in FILES
+        for how in MAKES
     ]
 
     def attack(trial: tuple[str, str, str], own: Path) -> list[tuple[str, str, str]]:
         call, name, how = trial
         job, (folder, _, read, _) = fresh(qwa.finished, own / "job"), CALLS[call]
-        FILES[how](job / folder / name)
+        _replace(job / folder / name, how)
         ended = python(lambda: read(job), own / "logs")
-        return [(f"{call}: {how}", _problem(ended), f"{call}: {name}: {how}")]
+        return [(f"{call}: {how}", ended.problem(), f"{call}: {name}: {how}")]
 
     record.attack("folders", trials, attack, tmp_path)
 
@@ -86,11 +83,11 @@ def test_pipes_and_devices_are_refused(qwa: Job, record: Record, tmp_path: Path)
 def test_pipes_of_encodings_are_refused(qwa: Job, record: Record, tmp_path: Path) -> None:
     def attack(how: str, own: Path) -> list[tuple[str, str, str]]:
         file = fresh(qwa.finished / "simulation", own / "copy") / "first" / "simulation.encodings"
-        FILES[how](file)
+        _replace(file, how)
         ended = python(lambda: read_encodings(file), own / "logs")
-        return [(f"read_encodings: {how}", _problem(ended), how)]
+        return [(f"read_encodings: {how}", ended.problem(), how)]
 
-    record.attack("folders", FILES, attack, tmp_path)
+    record.attack("folders", MAKES, attack, tmp_path)
 
 
 @pytest.mark.parametrize("by", ["python", "command"])
@@ -114,11 +111,6 @@ def test_records_that_list_files_elsewhere_are_refused(
         else:
             ended = start(inside(job, command(*arguments)), own / "logs").wait()
         shutil.rmtree(job)
-        return [(f"{call}: records", _problem(ended), f"{by}: {call}: {listed!r}")]
+        return [(f"{call}: records", ended.problem(), f"{by}: {call}: {listed!r}")]
 
     record.attack("records", trials, attack, tmp_path)
-
-
-def _problem(ended: Any) -> str:
-    late = f"took {ended.seconds:.0f} s" if ended.seconds > SECONDS else ""
-    return "; ".join(filter(None, [ended.refused(), late]))

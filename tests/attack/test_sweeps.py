@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 
+from adapter.test_mlx_adapter import write_mlx
 from pipeline.fake_hub import TOKEN, fake_hub
 
 from .jobs import Job, differences, state
@@ -52,29 +52,13 @@ def hub(warm: None, place: Path) -> Iterator[None]:
     running.wait()
 
 
-def _as_mlx(peft: Path, folder: Path) -> Path:
-    """An adapter of PEFT in the layout of mlx-lm, whose factors multiply from the left."""
-    folder.mkdir(parents=True)
-    tensors = {
-        name.removeprefix("base_model.model.")
-        .replace("lora_A.weight", "lora_a")
-        .replace("lora_B.weight", "lora_b"): factor.T.contiguous()
-        for name, factor in load_file(peft / "adapter_model.safetensors").items()
-    }
-    save_file(tensors, folder / "adapters.safetensors")
-    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def changes(shared: Job, place: Path, hub: None) -> list[Target]:
     """Every command that changes adapters of a job, and the one that notes what it uploaded."""
     peft = place / "elsewhere" / "peft"
     shutil.copytree(shared.finished / "adapters" / "first", peft)
     (peft / "qwlora.json").unlink()
-    mlx = _as_mlx(peft, place / "elsewhere" / "mlx")
+    mlx = write_mlx(place / "elsewhere" / "mlx")
     commands = {
         "adapters add": ("adapters", "add", "job", "--name", "third", "--set", "steps=1"),
         "adapters import, from PEFT": ("adapters", "import", "job", str(peft), "--name", "third"),

@@ -60,6 +60,14 @@ class Ended:
             return f"{count} messages: {self.err.strip()[-300:]}"
         return ""
 
+    def problem(self, marker: Path | None = None, seconds: float = 60.0) -> str:
+        """Why this is not such a refusal, in time, of which no code has run that makes `marker`."""
+        found = [self.refused()] if self.refused() else []
+        found += [f"took {self.seconds:.0f} s"] if self.seconds > seconds else []
+        found += ["its code ran"] if marker is not None and marker.exists() else []
+        found += [f"{len(self.err)} characters"] if len(self.err) > 20_000 else []
+        return "; ".join(found)
+
 
 @dataclass
 class Running:

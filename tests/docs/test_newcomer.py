@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from docs.snippets import ROOT, Block, blocks
+from docs.snippets import ROOT, blocks
 
 PAGE = ROOT / "docs" / "first-five-minutes.md"
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -94,10 +94,8 @@ def test_the_page_is_true(clone: Path) -> None:
 
 
 def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone: Path) -> None:
-    text = (clone / "README.md").read_text()
     found = [block.text for block in blocks(clone / "README.md") if block.language == "shell"]
     (lines,) = [text for text in found if "qwlora init" in text]
-    assert "qwlora run recipe.yaml --out out" in text
     commands = [shlex.split(line, comments=True) for line in lines.splitlines()]
     init, check, data, plan, _ = (f".venv/bin/{shlex.join(words)}" for words in commands)
     assert "wrote recipe.yaml" in run(init, clone)
@@ -108,14 +106,7 @@ def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone: P
     assert "peak memory" in run(plan, clone)
 
 
-@pytest.mark.parametrize(
-    ("shown", "printed", "same"),
-    [
-        ("perplexity, float   21.666", "perplexity, float 21.7", True),
-        ("perplexity, float   21.666", "perplexity, float 29.0", False),
-        ("verdict, hf topics   PASS", "verdict, hf topics FAIL", False),
-    ],
-)
-def test_a_planted_difference_is_found(shown: str, printed: str, same: bool) -> None:
-    block = Block("text", shown, "page")
-    assert (differences(block.text, f"a line\n{printed}\n") == []) is same
+@pytest.mark.parametrize("printed", ["perplexity, float 29.0", "perplexity, hf 21.7"])
+def test_a_planted_difference_is_found(printed: str) -> None:
+    assert differences("perplexity, float   21.666", "a line\nperplexity, float 21.7") == []
+    assert differences("perplexity, float   21.666", f"a line\n{printed}") != []

@@ -25,25 +25,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_model("llama", layers=1).save_pretrained(folder / "llama")
     byte_tokenizer().save_pretrained(folder / "llama")
     config = LlamaConfig.from_pretrained(folder / "llama")
-    kinds = {"token_embd.weight": "Q8_0"}
-    file = write_file(
-        folder / "tiny.gguf",
-        "llama",
-        metadata_of("llama", config, "llama"),
-        stored_shapes("llama", config),
-        lambda name, shape: kinds.get(name, "Q4_1") if len(shape) > 1 else "F32",
-        tokens=VOCABULARY,
-    )
-    floats = write_file(
-        folder / "vendor.gguf",
-        "llama",
-        metadata_of("llama", config, "llama"),
-        stored_shapes("llama", config),
-        lambda name, shape: "Q4_0" if len(shape) > 1 else "F32",
-        tokens=VOCABULARY,
-        from_floats=True,
-    )
-    return {"folder": folder / "llama", "gguf": file, "vendor.yaml": floats}
+    found = {"folder": folder / "llama"}
+    for name, table, others in (("gguf", "Q8_0", "Q4_1"), ("vendor.yaml", "Q4_0", "Q4_0")):
+        types = {"token_embd.weight": table}
+        found[name] = write_file(
+            folder / f"{name}.gguf",
+            "llama",
+            metadata_of("llama", config, "llama"),
+            stored_shapes("llama", config),
+            lambda name, shape: types.get(name, others) if len(shape) > 1 else "F32",  # noqa: B023
+            tokens=VOCABULARY,
+            from_floats=name == "vendor.yaml",
+        )
+    return found
 
 
 @pytest.fixture
@@ -56,16 +50,11 @@ def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch
     def read(name: str) -> Recipe:
         path = ROOT / "recipes" / name
         keeps = load_recipe(path, (f"model.source={models['gguf']}",)).base.solver == "keep"
-        changes = [
-            f"model.source={models.get(name, models['gguf' if keeps else 'folder'])}",
-            f"data.source={corpus}",
-            "data.sequence_tokens=32",
-            "data.evaluation_sequences=2",
-            "data.calibration_sequences=2",
-            "base.calibration_sequences=4",
-            "verify.sequences=2",
-            "verify.perplexity_difference=0.05",
-        ]
+        source = models.get(name, models["gguf" if keeps else "folder"])
+        changes = [f"model.source={source}", f"data.source={corpus}", "data.sequence_tokens=32"]
+        changes += [f"data.{part}_sequences=2" for part in ("evaluation", "calibration")]
+        changes += ["base.calibration_sequences=4", "verify.sequences=2"]
+        changes += ["verify.perplexity_difference=0.05"]
         for i in range(len(load_recipe(path).adapters)):
             changes += [f"adapters.{i}.{c}" for c in ("steps=2", "warmup_steps=1", "rank=4")]
         return load_recipe(path, tuple(changes))

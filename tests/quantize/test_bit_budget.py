@@ -72,25 +72,11 @@ def test_its_rules_make_the_same_base_without_it_and_so_do_files(tmp_path: Path)
     report = with_budget(model, 4.0, rules=fixed)
     assert report.layers["model.layers.0.mlp.up_proj.weight"].scheme == "int8 symmetric per channel"
     assert len(report.budget_rules) < len(report.layers)
-    quantize_(
-        again,
-        "w4-block32",
-        "gptq",
-        rules=[*fixed, *report.budget_rules],
-        calibration=ids(),
-    )
+    how: dict[str, Any] = {"scheme": "w4-block32", "solver": "gptq", "calibration": ids()}
+    quantize_(again, rules=[*fixed, *report.budget_rules], **how)
     assert fingerprint(again) == fingerprint(model)
-    found = quantize_checkpoint(
-        Held(files),
-        byte_tokenizer(),
-        tmp_path,
-        "x",
-        "w4-block32",
-        "gptq",
-        rules=fixed,
-        budget=BitBudget(4.0, schemes=SCHEMES),
-        calibration=ids(),
-    )
+    how |= {"rules": fixed, "budget": BitBudget(4.0, schemes=SCHEMES)}
+    found = quantize_checkpoint(Held(files), byte_tokenizer(), tmp_path, "x", **how)
     assert found == (fingerprint(model), report)
 
 
@@ -102,15 +88,11 @@ def test_an_impossible_budget_is_refused_with_what_is_possible() -> None:
     assert report.size.bits_per_weight == 2.25
 
 
+CHOICES = st.tuples(st.integers(1, 50), st.integers(0, 1000))
+
+
 @settings(max_examples=50)
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=3),
-        min_size=1,
-        max_size=4,
-    ),
-    st.floats(0, 1),
-)
+@given(st.lists(st.lists(CHOICES, min_size=1, max_size=3), min_size=1, max_size=4), st.floats(0, 1))
 def test_no_other_choice_of_that_size_costs_less(rows: Any, share: float) -> None:
     scheme = parse_scheme("w4-tensor")
     groups = [[_Choice(scheme, *pair) for pair in row] for row in rows]

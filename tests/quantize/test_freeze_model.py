@@ -93,24 +93,23 @@ def integers(rows: int, code: int) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize(
-    ("rows", "code", "problem"),
+    ("name", "rows", "code", "message"),
     [
-        (32, 0, r"shape \[32, 64\], the weight is \[64, 64\]"),
-        (64, 16, "code 16 does not fit in 4 bits"),
+        ("q_proj", 32, 0, r"shape \[32, 64\], the weight is \[64, 64\]"),
+        ("q_proj", 64, 16, "code 16 does not fit in 4 bits"),
+        ("q_prj", 64, 0, r"q_prj\.weight: no weight .*q_proj\.weight"),
     ],
 )
-def test_integers_that_cannot_be_are_explained(rows: int, code: int, problem: str) -> None:
-    model, name = tiny_model("llama"), "model.layers.0.self_attn.{}_proj.weight"
-    with pytest.raises(GridError, match=problem):
-        freeze_(model, {name.format("o"): integers(64, 0), name.format("q"): integers(rows, code)})
-    assert not packed_weights(model)
-
-
-def test_unknown_names_and_nothing_at_all_are_refused() -> None:
-    with pytest.raises(GridError, match=r"q_prj\.weight: no weight .*q_proj\.weight"):
-        freeze_(tiny_model("llama"), {"model.layers.0.self_attn.q_prj.weight": integers(64, 0)})
+def test_integers_that_cannot_be_are_explained(
+    name: str, rows: int, code: int, message: str
+) -> None:
+    model, layer = tiny_model("llama"), "model.layers.0.self_attn.{}.weight"
+    given = {layer.format("o_proj"): integers(64, 0), layer.format(name): integers(rows, code)}
+    with pytest.raises(GridError, match=message):
+        freeze_(model, given)
     with pytest.raises(GridError, match="nothing to freeze"):
-        freeze_(tiny_model("llama"), {})
+        freeze_(model, {})
+    assert not packed_weights(model)
 
 
 def aimet_file(folder: Path, grids: dict[str, Encoding]) -> Path:

@@ -32,7 +32,6 @@ def test_a_solver_that_needs_calibration_says_so_without_it(solver: Solver) -> N
 
 def test_recipes_take_the_names_from_the_registry() -> None:
     for name in SOLVERS:
-        assert grid_sections.Base(solver=name).solver == name
         assert grid_sections.BaseRule(match="*", solver=name).solver == name
     with pytest.raises(ValueError, match=r"gptq.* or 'keep'"):
         grid_sections.Base(solver="best")

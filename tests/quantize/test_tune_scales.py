@@ -18,15 +18,7 @@ from conftest import tiny_model
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.encoding import QuantizedTensor, measure
-from qwlora.grid.scheme import (
-    Lpbq,
-    PerBlock,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    SignedBlock,
-    parse_scheme,
-)
+from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan import make_plan
@@ -42,16 +34,11 @@ from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.recipe import load_recipe
 
 NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
-SCHEMES = {
-    "tensor": Scheme(4, True, PerTensor()),
-    "channel": Scheme(4, True, PerChannel(0)),
-    "asymmetric channel": Scheme(3, False, PerChannel(0)),
-    "block": Scheme(4, True, PerBlock(8)),
-    "asymmetric block": Scheme(2, False, PerBlock(8)),
-    "low power": Scheme(4, True, Lpbq(8)),
-    "signed block": Scheme(4, True, SignedBlock(8)),
-    "float offset": Scheme(4, False, PerBlock(8), float_offset=True),
-}
+SCHEMES = [
+    parse_scheme(f"w4-{kind}") for kind in ("tensor", "channel", "block8", "lpbq8", "signed8")
+]
+SCHEMES += [parse_scheme(name) for name in ("w3-channel-asymmetric", "w2-block8-asymmetric")]
+SCHEMES += [Scheme(4, False, PerBlock(8), float_offset=True)]
 
 
 def ids(sequences: int = 48, tokens: int = 32) -> Tensor:
@@ -83,9 +70,9 @@ def divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
     return float(F.kl_div(h, g, log_target=True, reduction="none").sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
-    model, scheme = nn.Sequential(nn.Linear(32, 24)), SCHEMES[name]
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gradients_are_those_of_the_multiplied_weight(scheme: Scheme) -> None:
+    model = nn.Sequential(nn.Linear(32, 24))
     weight = model[0].weight.detach()
     encoding = measure(weight, scheme)
     layer = pack_module(model[0], QuantizedTensor(encoding.quantize(weight), encoding))
@@ -111,16 +98,14 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     torch.testing.assert_close(layer.tensor.dequantize(), values * times, rtol=2e-3, atol=2e-4)
 
 
-SLOW = (("llama", "w3-channel"), ("gpt2", "w3-block32"))
 CASES = [("llama", "w3-block32"), ("llama", "w2-block32-asymmetric")]
+CASES += [pytest.param("llama", "w3-channel", marks=pytest.mark.slow)]
+CASES += [pytest.param("gpt2", "w3-block32", marks=pytest.mark.slow)]
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.system.machine.SlowComputeWarning")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("architecture", "scheme"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-)
+@pytest.mark.parametrize(("architecture", "scheme"), CASES)
 def test_models_come_nearer_and_no_code_moves(architecture: str, scheme: str, compute: str) -> None:
     model, reference = pair(scheme, architecture)
     before = {name: layer.tensor for name, layer in packed(model).items()}
@@ -144,30 +129,12 @@ def test_models_come_nearer_and_no_code_moves(architecture: str, scheme: str, co
         moved += int((after.scale != before[name].scale).sum())
     assert moved
     assert not any(p.grad is not None for p in model.parameters())
-    norms = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in NORMS}
+    norms = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in NORMS]
     assert report.norms == len(norms)
-    for name, norm in norms.items():
-        assert type(norm) is type(reference.get_submodule(name))
-        assert list(norm._parameters) == list(reference.get_submodule(name)._parameters)
-        assert not torch.equal(norm.weight, reference.get_submodule(name).weight)
-
-
-def test_scales_that_do_not_help_are_not_kept() -> None:
-    model, reference = pair("w8-channel")
-    identity = fingerprint(model)
-    report = tune_(model, reference, ids(), TuningSettings(steps=3, learning_rate=0.5))
-    assert not report.kept
-    assert report.after >= report.before
-    assert fingerprint(model) == identity
-
-
-def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
-    model, reference = pair()
-    made: list[int] = []
-    reference.register_forward_hook(lambda _, __, output: made.append(output.logits.shape[1]))
-    assert tune_(model, reference, ids(), TuningSettings(steps=20, learning_rate=1e-2)).kept
-    assert set(made) == {8}
+    for norm, own in ((model.get_submodule(n), reference.get_submodule(n)) for n in norms):
+        assert type(norm) is type(own)
+        assert list(norm._parameters) == list(own._parameters)
+        assert not torch.equal(norm.weight, own.weight)
 
 
 def test_decoders_are_compared_where_their_own_mask_is() -> None:
@@ -197,19 +164,12 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
     adapted.base_model.model.model.layers[0].eval()
     modes = [m.training for m in adapted.modules()]
     batches = [{"input_ids": row[None], "labels": row[None]} for row in ids(6)]
+    made: list[int] = []
+    reference.register_forward_hook(lambda _, __, output: made.append(output.logits.shape[1]))
     assert tune_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
+    assert set(made) == {8}, "long sequences are compared at some positions"
     assert [m.training for m in adapted.modules()] == modes
     assert all(torch.equal(adapted.get_parameter(name), p) for name, p in state.items())
-
-
-def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference = pair()
-    identity = fingerprint(model)
-    before_and_after = mock.Mock(side_effect=[1.0, KeyboardInterrupt])
-    monkeypatch.setattr(tune_scales, "_mean_divergence", before_and_after)
-    with pytest.raises(KeyboardInterrupt):
-        tune_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
-    assert fingerprint(model) == identity
 
 
 def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
@@ -259,14 +219,28 @@ def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
         assert rates[id(tuned.factors[f"model.{name}"])] == pytest.approx(3e-3 * rate)
 
 
-def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
-    model, reference = pair(architecture="gpt2")
+@pytest.mark.parametrize("how", ["no gain", "interrupted", "nan"])
+def test_tuning_that_does_not_help_or_fails_changes_nothing(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reference = pair("w8-channel", architecture="gpt2")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [(type(m), "forward" in m.__dict__) for m in model.modules()]
-    with torch.no_grad():
-        reference.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match="the divergence is nan"):
-        tune_(model, reference, ids())
+    settings = TuningSettings(steps=3, learning_rate=0.5)
+    if how == "no gain":
+        report = tune_(model, reference, ids(), settings)
+        assert not report.kept
+        assert report.after >= report.before
+    elif how == "interrupted":  # after learning
+        scores = mock.Mock(side_effect=[1.0, KeyboardInterrupt])
+        monkeypatch.setattr(tune_scales, "_mean_divergence", scores)
+        with pytest.raises(KeyboardInterrupt):
+            tune_(model, reference, ids(), settings)
+    else:
+        with torch.no_grad():
+            reference.transformer.ln_f.weight.fill_(float("nan"))
+        with pytest.raises(CalibrationError, match=r"is nan at step 1; .*lower learning rate"):
+            tune_(model, reference, ids(), settings)
     assert [(type(m), "forward" in m.__dict__) for m in model.modules()] == kinds
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -285,24 +259,18 @@ def test_padding_is_not_compared() -> None:
 
 def test_what_cannot_be_tuned_says_why() -> None:
     model, reference = pair()
-    with pytest.raises(GridError, match="no layer of class Linear or Conv1D is packed"):
-        tune_(copy.deepcopy(reference), reference, ids())
-    with pytest.raises(CalibrationError, match="at least two sequences"):
-        tune_(model, reference, ids(1))
-    reference.model.norm, kept = model.model.norm, reference.model.norm
-    with pytest.raises(CalibrationError, match=r"share the weight of 'model\.norm'.* deep copy"):
-        tune_(model, reference, ids())
-    reference.model.norm = kept
-    larger = tiny_model("llama")
+    larger, sharing = tiny_model("llama"), copy.deepcopy(reference)
     larger.resize_token_embeddings(300)
-    with pytest.raises(CalibrationError, match=r"float model's logits are \[1, 32, 300\], the"):
-        tune_(model, larger, ids())
-    with pytest.raises(CalibrationError, match=r"logits.* LlamaModel .*remove tuning"):
-        tune_(model.model, reference.model, ids())
-    with torch.no_grad():
-        reference.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"is nan at step 1; .*lower learning rate"):
-        tune_(model, reference, ids())
+    sharing.model.norm = model.model.norm
+    for given, message in (
+        ((reference, reference, ids()), "no layer of class Linear or Conv1D is packed"),
+        ((model, reference, ids(1)), "at least two sequences"),
+        ((model, sharing, ids()), r"share the weight of 'model\.norm'"),
+        ((model, larger, ids()), r"logits are \[1, 32, 300\]"),
+        ((model.model, reference.model, ids()), "LlamaModel"),
+    ):
+        with pytest.raises((GridError, CalibrationError), match=message):
+            tune_(*given)
 
 
 TUNING = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
@@ -421,48 +389,22 @@ def test_a_state_is_of_all_that_decides() -> None:
     assert key() == keys[0] == key(batch=BatchEncoding({"input_ids": tokens}))
 
 
-@pytest.mark.usefixtures("each_step_written")
-def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path) -> None:
-    changes = ("base.solver=gptq", "base.weights=w3-signed32", *TUNING, "base.tuning.steps=6")
-    recipe, ran = load_recipe(recipe_for("one-layer llama"), changes), list[int]()
-    work = tmp_path / "stopped" / ".qwlora" / "work"
-
-    def fingerprint_of(name: str, stops_at: int | None = None) -> str:
-        track = steps_run(stops_at, ran)
-        return run(recipe, tmp_path / name, verbs=("quantize",), track=track)["base"]["fingerprint"]
-
-    with pytest.raises(KeyboardInterrupt):
-        fingerprint_of("stopped", stops_at=4)
-    assert [path.name for path in work.rglob("model.*")] == ["model.layers.0.safetensors"]
-    assert fingerprint_of("stopped") == fingerprint_of("whole")
-    assert ran == [*range(6), *range(6)]
-    assert not list(work.glob("*"))
-
-
-def test_a_state_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # began, then before and after each step that is due: writing takes 5 s, and then none
-    clock = iter([0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0])
-    monkeypatch.setattr(tune_scales, "monotonic", lambda: next(clock))
-    written = mock.Mock()
-    monkeypatch.setattr(tune_scales, "write_tensors", written)
-    tune_(*pair(), ids(12), TuningSettings(steps=5), work=tmp_path)
-    assert [int(call.args[1]["done"]) for call in written.call_args_list] == [2, 5]
-
-
 def test_what_cannot_be_tuned_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:
-    rules = (
-        '{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", weights: w8-tensor}'
+    floats = (
+        '[{match: "model.layers.*", keep: float}, {match: "*embed_tokens", weights: w8-tensor}]'
     )
-    no_linear = "base.tuning.steps=4", f"base.rules=[{rules}]"
-    with pytest.raises(GridError, match=r"the recipe packs none; set base\.tuning\.steps: 0"):
-        run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))
     (tmp_path / "short.txt").write_text("a b c d e f g h " * 6)
     data = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 32, "held_out": 0.5}
     data |= {"evaluation_sequences": 1, "calibration_sequences": 1}
-    recipe = load_recipe(recipe_for(data=data), ("base.tuning.steps=4",))
-    with pytest.raises(SourceError, match=r"needs at least 2 training sequences, but .* gives 1"):
-        run(recipe, tmp_path / "out", verbs=("quantize",))
-    assert not (tmp_path / "out").exists()
+    cases: list[tuple[Any, tuple[str, ...], type[Exception], str]] = [
+        ({}, (f"base.rules={floats}",), GridError, r"packs none; set base\.tuning\.steps: 0"),
+        ({"data": data}, (), SourceError, "at least 2 training sequences, but .* gives 1"),
+    ]
+    for sections, changes, error, message in cases:
+        recipe = load_recipe(recipe_for(**sections), ("base.tuning.steps=4", *changes))
+        with pytest.raises(error, match=message):
+            run(recipe, tmp_path / "out", verbs=("quantize",))
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_stage_that_tunes_depends_on_its_settings_and_its_text(recipe_for: Any) -> None:

@@ -5,24 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
-# Attributes that `getattr` and `hasattr` may name, by who defines them.
-FOREIGN = {
-    "python": "__func__ __name__ __notes__ _fields errno keys strerror values",
-    "operating systems": "malloc_trim sched_getaffinity setitimer",
-    "torch": "__constants__ _schema groups max_memory_allocated max_norm num_embeddings",
-    "peft": "active_adapters base_layer disable_adapters get_base_model peft_config scaling",
-    "click": "format_message",
-    "mlx-lm": "sanitize",
-    "diffusers": "register_to_config save_config save_pretrained",
-    "yaml": "CSafeDumper",
-    "transformers": "_hf_peft_config_loaded _name_or_path activation_checkpointing backend_tokenizer config config_class default_config_fields dim distributed_config "
-    "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
-    "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
-    "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling "
-    "head_dim layer_types num_attention_heads num_hidden_layers num_key_value_heads pad_token_id "
-    "sliding_window",
-}
-ALLOWED = {name for names in FOREIGN.values() for name in names.split()}
+# Attributes of other libraries, which `getattr` and `hasattr` may name.
+FOREIGN = """
+    CSafeDumper __constants__ __func__ __name__ __notes__ _fields _hf_peft_config_loaded _name_or_path _schema activation_checkpointing
+    active_adapters backend_tokenizer base_layer config config_class default_config_fields dim disable_adapters distributed_config eos_token_id errno
+    final_logit_softcapping format_message generation_config get_base_model get_input_embeddings groups head_dim hf_device_map is_encoder_decoder
+    is_transposed keys layer_types layers lm_head_multiplier logit_scale logits logits_scaling malloc_trim max_memory_allocated max_norm
+    max_position_embeddings num_attention_heads num_embeddings num_hidden_layers num_key_value_heads offset output_router_logits pad_token_id
+    peft_config quantization_config quantization_method register_quantization_config register_to_config rope_parameters sanitize save_config
+    save_pretrained scaling sched_getaffinity setitimer sliding_window strerror to_dict values vocab_size
+    """
+ALLOWED = set(FOREIGN.split())
 
 
 def looked_up(code: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -14,11 +13,6 @@ import qwlora
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = [name for name in EXTRAS if name not in ("benchmarks", "dev", "notebooks")]
-REQUIREMENTS = [
-    Requirement(line)
-    for line in [*PROJECT["dependencies"], *(line for name in TESTED for line in EXTRAS[name])]
-]
 
 
 def pins() -> dict[str, Version]:
@@ -27,54 +21,44 @@ def pins() -> dict[str, Version]:
     return {name: Version(version) for name, version in pairs}
 
 
-@pytest.mark.parametrize("requirement", [r for r in REQUIREMENTS if r.name != "qwlora"], ids=str)
-def test_the_oldest_allowed_release_is_pinned(requirement: Requirement) -> None:
-    (lowest,) = (p.version for p in requirement.specifier if p.operator in (">=", "=="))
-    assert pins()[requirement.name] == Version(lowest)
+def test_the_oldest_allowed_releases_are_pinned() -> None:
+    tested = [name for name in EXTRAS if name not in ("benchmarks", "dev", "notebooks")]
+    needed = [*PROJECT["dependencies"], *(line for name in tested for line in EXTRAS[name])]
+    for requirement in map(Requirement, needed):
+        if requirement.name != "qwlora":
+            (lowest,) = (p.version for p in requirement.specifier if p.operator in (">=", "=="))
+            assert pins()[requirement.name] == Version(lowest), requirement
+    for requirement in map(Requirement, EXTRAS["dev"]):
+        pin = pins().get(requirement.name)
+        assert pin is None or pin in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("line", EXTRAS["dev"])
-def test_pins_allow_the_tools_of_the_tests(line: str) -> None:
-    requirement = Requirement(line)
-    pin = pins().get(requirement.name)
-    assert pin is None or pin in requirement.specifier
-
-
-LOCK = (ROOT / "requirements/lock.txt").read_text()
-ALL = ("data", "gguf", "hf", "onnx")
-LOCKED = [*PROJECT["dependencies"], *(line for extra in ALL for line in EXTRAS[extra])]
-
-
-@pytest.mark.parametrize("line", LOCKED)
-def test_the_lock_pins_what_is_needed(line: str) -> None:
-    assert EXTRAS["all"] == [f"qwlora[{','.join(ALL)}]"]
-    requirement = Requirement(line)
-    found = re.findall(rf"^{requirement.name}==([^ ]+)", LOCK, re.MULTILINE)
-    assert found
-    assert all(Version(version) in requirement.specifier for version in found)
-
-
-def test_the_lock_has_a_hash_for_each_pin_and_names_no_index() -> None:
-    pins = re.split(r"^(?=\S)", LOCK, flags=re.MULTILINE)[1:]
-    assert len(pins) > 60
-    assert [
-        pin for pin in pins if not re.match(r"\S+==\S+ .*\n +--hash=sha256:[0-9a-f]{64}", pin)
-    ] == []
-    assert "://" not in LOCK
-    assert "--index" not in LOCK
-
-
-def test_a_release_has_one_version() -> None:
-    (cited,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert PROJECT["version"] == qwlora.__version__ == cited
+def test_the_lock_pins_what_is_needed_by_hashes_of_no_index() -> None:
+    lock = (ROOT / "requirements/lock.txt").read_text()
+    extras = ("data", "gguf", "hf", "onnx")
+    assert EXTRAS["all"] == [f"qwlora[{','.join(extras)}]"]
+    needed = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    for requirement in map(Requirement, needed):
+        found = re.findall(rf"^{requirement.name}==([^ ]+)", lock, re.MULTILINE)
+        assert found, requirement
+        assert all(Version(version) in requirement.specifier for version in found), requirement
+    pinned = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)[1:]
+    hashed = re.compile(r"\S+==\S+ .*\n +--hash=sha256:[0-9a-f]{64}")
+    assert [pin for pin in pinned if not hashed.match(pin)] == []
+    assert "://" not in lock
+    assert "--index" not in lock
 
 
 def test_workflows_run_what_exists_and_pin_actions() -> None:
     text = "".join(path.read_text() for path in (ROOT / ".github/workflows").iterdir())
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    sessions = set(
-        re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
-    )
+    nox = (ROOT / "noxfile.py").read_text()
+    sessions = set(re.findall(r"^def (\w+)\(session", nox, re.MULTILINE))
     assert set(re.findall(r"run: make (\S+)", text)) == {"test", "static", "docs"} <= targets
     assert set(re.findall(r"run: nox --session (\S+)", text)) == {"package"} <= sessions
     assert re.findall(r"uses: (\S+)@(?![0-9a-f]{40}\b)", text) == []
+
+
+def test_a_release_has_one_version() -> None:
+    (cited,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert PROJECT["version"] == qwlora.__version__ == cited

@@ -37,17 +37,10 @@ IDS = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(1))
 def write(scheme: str, folder: Path) -> None:
     """A base, its adapters, and log_probs.json: by adapter, of each token given those before it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.08,  # tells tokens apart
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes: Any = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"max_position_embeddings": 128, "initializer_range": 0.08}  # tells tokens apart
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     qwlora.quantize_(model, scheme, "search" if "block" in scheme or "signed" in scheme else "rtn")
     backend = TARGETS["hf"].backend
     (folder / "base").mkdir(parents=True)

@@ -75,29 +75,20 @@ def test_prequantized_constants_are_our_integers(case: Any) -> None:
             aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
         row["qdq"] = f"refused: {expected}"
         return
-    made = aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
-    found = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
     assert len(codes) >= 12
-    for name, integers in codes.items():
-        assert np.array_equal(found[f"{name}_q"].astype(np.int64), integers), name
+    assert_same_integers(model, encodings, codes)
     row["qdq"] = f"equal ({sum(c.size for c in codes.values()):,} integers)"
 
 
 def test_a_sim_loads_every_encoding_and_rounds_no_weight(case: Any) -> None:
     _, model, encodings, codes, row, *_ = case
-    inputs = {
-        i.name: np.ones([d.dim_value for d in i.type.tensor_type.shape.dim], np.int64)
-        for i in model.graph.input
-    }
+    inputs = {name: ones for name, _, ones in given(model)}
     sim = loaded(model, encodings)
     quantizers = sim.qc_quantize_op_dict
     assert all(quantizers[name].enabled for name in codes)
     assert rounded(sim, codes, inputs, True) == rounded(sim, codes, inputs, False)
     moved = copy.deepcopy(encodings)  # the comparison can fail
-    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    entry = next(
-        e for e in moved.get("param_encodings", moved.get("encodings")) if e["name"] == name
-    )
+    entry = entries(moved)["model.layers.0.self_attn.q_proj.lora_A.weight"]
     key = "scale" if "scale" in entry else "y_scale"
     entry[key] = [1.01 * scale for scale in entry[key]]
     other = loaded(model, moved)
@@ -141,16 +132,11 @@ def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(
         pytest.skip("needs --files, which write_files.py writes")
     folder = files / f"graphs-{version}" / f"{graph}.aimet"
     assert client._determine_model_type(folder).name == "AIMET_ONNX"
-    encodings, model = (
-        json.loads((folder / "model.encodings").read_text()),
-        onnx.load(folder / "model.onnx"),
-    )
+    encodings = json.loads((folder / "model.encodings").read_text())
+    model = onnx.load(folder / "model.onnx")
     codes = dict(np.load(folder.parent / "codes.npz"))
     assert len(codes) == 7
-    made = aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
-    found = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
-    for name, integers in codes.items():
-        assert np.array_equal(found[f"{name}_q"].astype(np.int64), integers), name
+    assert_same_integers(model, encodings, codes)
     sim = configured(model, encodings)
     own, quantizers = entries(encodings), sim.qc_quantize_op_dict
     assert quantizers.keys() <= own.keys()  # every value that AIMET quantizes has an entry
@@ -159,16 +145,25 @@ def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(
         if section in encodings:
             encodings[section] = [e for e in encodings[section] if e["name"] not in moved]
     assert load_encodings_to_sim(sim, encodings, strict=True, allow_overwrite=False) == []
-    inputs = {
-        i.name: np.ones(
-            [d.dim_value for d in i.type.tensor_type.shape.dim],
-            np.int32 if i.type.tensor_type.elem_type == onnx.TensorProto.INT32 else np.float32,
-        )
-        for i in model.graph.input
-    }
+    kinds = {onnx.TensorProto.INT32: np.int32}
+    inputs = {name: ones.astype(kinds.get(kind, np.float32)) for name, kind, ones in given(model)}
     logits, *cache = sim.session.run(None, inputs)
     assert logits.shape[2] == 260
     assert len(cache) == 2
+
+
+def given(model: Any) -> Any:
+    """Name, type and ones of each input."""
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        yield value.name, kind.elem_type, np.ones([d.dim_value for d in kind.shape.dim], np.int64)
+
+
+def assert_same_integers(model: Any, encodings: Any, codes: dict[str, Any]) -> None:
+    made = aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
+    for name, integers in codes.items():
+        assert np.array_equal(found[f"{name}_q"].astype(np.int64), integers), name
 
 
 def entries(encodings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +32,22 @@ from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedGraph
 
 GRIDS = (
-    *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8)),
-    "w4-tensor",
-    "w8-tensor-asymmetric",
-    "w4-channel-asymmetric",
-    "w4-block32",
-    "w4-block32-asymmetric",
-    "w8-block32",
-    "w4-lpbq32",
-    "w16-channel",
+    *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8, 16)),
+    *("w4-tensor", "w8-tensor-asymmetric", "w4-channel-asymmetric"),
+    *("w4-block32", "w4-block32-asymmetric", "w8-block32", "w4-lpbq32"),
 )
 VERSIONS = ("1.0.0", "2.0.0")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def adapted(model: Any, schemes: Schemes, *layers: str) -> Simulation:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[*layers], init_lora_weights=False)
+    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
+    made.calibrate([BATCH])
+    return made
 
 
 def simulation(grid: str) -> Simulation:
@@ -57,12 +59,7 @@ def simulation(grid: str) -> Simulation:
         schemes = Schemes(parameters=Scheme(16, True, PerChannel(0)))
     else:
         quantize_(model, grid, solver="rtn")
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
-    )
-    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
-    made.calibrate([BATCH])
-    return made
+    return adapted(model, schemes, "q_proj", "down_proj")
 
 
 def main(folder: Path) -> None:
@@ -94,12 +91,10 @@ def write_graphs(folder: Path, aimet: Backend) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", Scheme(8))])
-    config = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
     schemes = Schemes(
         quantize_residual_adds=True, symmetric_matmul_second_input=True, key_value_bitwidth=8
     )
-    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
-    made.calibrate([BATCH])
+    made = adapted(model, schemes, "v_proj")
     codes = {}
     for path, layer in made.origin.model.named_modules():
         if isinstance(layer, PackedLinear):

@@ -233,7 +233,7 @@ WRONG: list[tuple[Change, str]] = [
 
 @UNVERIFIED
 @pytest.mark.usefixtures("short_time_limit")
-@pytest.mark.parametrize(("change", "message"), WRONG, ids=lambda given: str(given)[:30])
+@pytest.mark.parametrize(("change", "message"), WRONG)
 def test_a_wrong_adapter_is_refused_with_a_base_and_before_there_is_one(
     change: Change, message: str, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.run import run
 from qwlora.pipeline.store import Store
 from qwlora.recipe import load_recipe
+from qwlora.system.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'

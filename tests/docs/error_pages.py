@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch

@@ -35,6 +35,7 @@ from qwlora.pipeline.stages import file_stages
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
+from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.prove import verify_bundle
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

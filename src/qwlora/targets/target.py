@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qwlora.errors import MissingExtraError
 from qwlora.grid.scheme import Blocks
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from qwlora.simulation.kv_cache_graph import CacheSizes
     from qwlora.simulation.simulation import Simulation
     from qwlora.targets.proof.checks import Limits, Parity
-    from qwlora.targets.proof.reference import Rounding
 
 
 OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
@@ -345,6 +345,24 @@ class ExportedGraph:
     layout: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     embedding_bits: int = 16
+
+
+class Rounding(ExitStack):
+    """While it is open, hooks of modules round activations like a runtime.
+
+    Args:
+        hooks: each is called to register one.
+        other: of a runtime that cannot compute without rounding: rounding that is as valid.
+    """
+
+    def __init__(self, hooks: Sequence[Callable[[], Any]], other: Rounding | None = None):
+        super().__init__()
+        self._hooks, self.other = hooks, other
+
+    def __enter__(self) -> Self:
+        for register in self._hooks:
+            self.enter_context(register())
+        return self
 
 
 class Runtime(ABC):

@@ -156,7 +156,7 @@ def grid(scheme: Scheme) -> Encoding:
     shape = scheme.scale_shape((OUT, IN))
     scale = torch.rand(shape, generator=generator) + 0.1
     if isinstance(scheme.granularity, Lpbq):
-        scale = scheme.nearest(scale)
+        scale = scheme.granularity.nearest(scale)
     offset = torch.full(shape, scheme.symmetric_offset, dtype=torch.int32)
     if not scheme.symmetric:
         offset = -torch.randint(1, scheme.steps, shape, generator=generator, dtype=torch.int32)

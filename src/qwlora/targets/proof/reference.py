@@ -32,10 +32,10 @@ a bundle has the first BASE_SEQUENCES of all, or as many of generated text (`exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -47,7 +47,7 @@ from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most
-from qwlora.targets.target import Runtime
+from qwlora.targets.target import Rounding, Runtime
 
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999
@@ -79,24 +79,6 @@ class Reference(Protocol):
     def values(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
     def graph(self) -> QuantizedGraph: ...
-
-
-class Rounding(ExitStack):
-    """While it is open, hooks of modules round activations like a runtime.
-
-    Args:
-        hooks: each is called to register one.
-        other: of a runtime that cannot compute without rounding: rounding that is as valid.
-    """
-
-    def __init__(self, hooks: Sequence[Callable[[], Any]], other: Rounding | None = None):
-        super().__init__()
-        self._hooks, self.other = hooks, other
-
-    def __enter__(self) -> Self:
-        for register in self._hooks:
-            self.enter_context(register())
-        return self
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
-from qwlora.targets.proof.reference import Rounding
-from qwlora.targets.target import Backend, ExportedBase
+from qwlora.targets.target import Backend, ExportedBase, Rounding
 from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER, ExecutorchRuntime
 from qwlora.targets.weights.weights_folder import check_layers, write_settings
 

@@ -52,8 +52,7 @@ from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
-from qwlora.targets.proof.reference import Rounding
-from qwlora.targets.target import Backend, ExportedBase, Runtime
+from qwlora.targets.target import Backend, ExportedBase, Rounding, Runtime
 from qwlora.targets.weights.gguf_metadata import (
     ARCHITECTURES,
     TensorNames,

@@ -24,7 +24,7 @@ from conftest import byte_tokenizer
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
-from qwlora.grid.scheme import Bf16Block, PerBlock, PerChannel, Scheme, SignedBlock, short_name
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme, short_name
 from qwlora.nn.packed_layer import packed_weights
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.refusals import Subject, Weight, refusals
@@ -38,23 +38,21 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 ARCHITECTURES = ("Llama", "Qwen3", "Gemma 3", "Phi-3", "Mistral", "GPT-2", "OPT", "Mixtral")
 WEIGHTS = {name: t for name, t in TARGETS.items() if not t.is_simulated}
 SCHEMES = [
-    *(
-        Scheme(bits, symmetric, granularity)
-        for bits in (2, 3, 4, 5, 6, 8)
-        for symmetric in (True, False)
-        for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
-    ),
-    *(
-        Scheme(bits, granularity=kind(size))
-        for kind in (SignedBlock, Bf16Block)
-        for bits in (2, 3, 4, 5, 6, 8)
-        for size in (32, 64, 128)
-    ),
-    *(
-        Scheme(bits, False, granularity, float_offset=True)
-        for bits in (2, 3, 4, 5, 8)
-        for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
-    ),
+    parse_scheme(f"w{bits}-{kind}{end}")
+    for bits in (2, 3, 4, 5, 6, 8)
+    for end in ("", "-asymmetric")
+    for kind in ("block32", "block64", "block128", "channel")
+]
+SCHEMES += [
+    parse_scheme(f"w{bits}-{kind}{size}")
+    for kind in ("signed", "bf16block")
+    for bits in (2, 3, 4, 5, 6, 8)
+    for size in (32, 64, 128)
+]
+SCHEMES += [
+    Scheme(bits, False, granularity, float_offset=True)
+    for bits in (2, 3, 4, 5, 8)
+    for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
 ]
 
 

@@ -1,5 +1,6 @@
 """Every tensor of every exported base is the base's: codes and floats, also those that changed after
-loading, as tuning changes them. A new target needs a row in `READERS`."""
+loading, as tuning changes them. A new target needs a row in `READERS`. Float embeddings and heads
+are stored in 16 bits where that is exact: the files compute the same bits as with float32."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,22 +8,28 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from conftest import byte_tokenizer
-from qwlora import LayerRule, Scheme, Schemes, export, quantize_, simulate, simulate_adapters
+from conftest import byte_tokenizer, tiny_model
+from qwlora import LayerRule, Scheme, Schemes, export, quantize_, simulate_adapters
+from qwlora.errors import RecipeError
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.nn import packed_weights
-from qwlora.simulation.kv_cache_graph import cache_sizes
+from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import ExportedBase, ExportedGraph
+from qwlora.targets.target import ExportedBase
 from qwlora.targets.weights.weights_folder import float_tensors
+from simulation.test_npu_graph import SCHEMES as HTP
 from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
+from targets.weights.bundles import read_base
 
 Values = list[np.ndarray]
 IDS = torch.randint(3, 250, (1, 16), generator=torch.Generator().manual_seed(2))
@@ -30,10 +37,7 @@ IDS = torch.randint(3, 250, (1, 16), generator=torch.Generator().manual_seed(2))
 
 def checkpoint(folder: Path) -> Values:
     """Of a file or folder that this package reads."""
-    file, encodings = folder / "base.gguf", folder / "model.encodings"
-    path, more = (file, None) if file.exists() else (folder, encodings)
-    model = load_precomputed(open_checkpoint(path, more if more and more.exists() else None))
-    return expected(model)
+    return expected(read_base(folder))
 
 
 def graphs(folder: Path) -> Values:
@@ -87,12 +91,6 @@ READERS: dict[str, Callable[[Path], Values] | None] = {
 }
 
 
-HTP = Schemes(
-    quantize_residual_adds=True,
-    symmetric_matmul_second_input=True,
-    key_value_bitwidth=8,
-    adapter_weights=Scheme(8),
-)
 # For the HTP, and which share of a tensor's range its floats may be off: half a step of 16 bits.
 TABLE, STEP = [LayerRule("*embed_tokens", Scheme(8))], 2.0**-16
 
@@ -102,15 +100,14 @@ def base(scheme: str = "w4-block32", rules: Sequence[LayerRule] = ()) -> Any:
     config = Qwen2Config(**DECODER | {"num_hidden_layers": 1}, tie_word_embeddings=False)
     model: Any = with_large_weights(Qwen2ForCausalLM(config))
     quantize_(model, scheme, "search", rules=rules)
-    change_floats_(model)
+    return with_other_floats(model)
+
+
+def with_other_floats(model: Any) -> Any:
+    """The model with other norms, biases, embedding and head."""
+    for tensor in float_tensors(model).values():
+        tensor.data.add_(torch.randn_like(tensor) / 8)
     return model
-
-
-def change_floats_(model: Any) -> None:
-    """Norms, biases, embedding and head."""
-    with torch.no_grad():
-        for tensor in float_tensors(model).values():
-            tensor.add_(torch.randn_like(tensor) / 8)
 
 
 def expected(model: Any) -> Values:
@@ -124,22 +121,14 @@ def write(name: str, model: Any, folder: Path, source: Path | None = None) -> No
         target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), folder)
         return
     batch = {"input_ids": IDS.repeat(2, 1), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
-    if name == "qnn":  # the HTP has no floats
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), "first").eval()
-        adapters = simulate_adapters(adapted, batch, HTP, "none")
-        adapters.calibrate([batch])
-        export(adapters, name, folder, graphs=[8, 1], context=[32])
-        return
-    simulation = simulate(model, batch, Schemes(policy="weights-only"))
-    simulation.calibrate([batch])
-    sizes = cache_sizes([8, 1], [32]) if target.cached_graphs else ()
-    exported = ExportedGraph(simulation, {}, {n: t[:1] for n, t in batch.items()}, graphs=sizes)
-    if target.has_cases:
-        target.backend.write_cases(exported, {"none": exported}, folder)
-    elif target.has_base:
-        target.backend.write_base(exported, folder)
-    else:
-        target.backend.write_adapter(exported, folder, folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), "first").eval()
+    schemes = HTP if name == "qnn" else Schemes(policy="weights-only")  # the HTP has no floats
+    made = simulate_adapters(adapted, batch, schemes, "none")
+    made.calibrate([batch])
+    sizes = {"graphs": [8, 1], "context": [32]} if target.cached_graphs else {}
+    takes_all = name in ("onnx", "qairt", "qnn")
+    exported: Any = made if takes_all else made["first"]
+    export(exported, name, folder, sample={n: t[:1] for n, t in batch.items()}, **sizes)
 
 
 def assert_holds(found: Values, tensors: Values, step: float = 0.0) -> None:
@@ -152,10 +141,6 @@ def assert_holds(found: Values, tensors: Values, step: float = 0.0) -> None:
             if other.shape == values.shape and np.allclose(other, values, 2**-20, most)
         ]
         assert same, f"no tensor has the values of one of the base's, {values.shape}"
-
-
-def test_every_target_has_a_row() -> None:
-    assert READERS.keys() == TARGETS.keys()
 
 
 @pytest.mark.parametrize("name", with_clients([name for name in READERS if READERS[name] is None]))
@@ -171,18 +156,100 @@ def test_a_runtime_computes_with_every_tensor(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", [name for name in READERS if READERS[name] is not None])
 def test_every_tensor_is_the_bases(name: str, tmp_path: Path) -> None:
+    assert READERS.keys() == TARGETS.keys()
     read, of_htp = READERS[name], name == "qnn"
     assert read is not None
     model = base("w4-channel", TABLE) if of_htp else base()
     tensors = expected(model)
-    write(name, model, tmp_path / name if of_htp else tmp_path)
+    write(name, model, tmp_path / name if TARGETS[name].is_simulated else tmp_path)
     assert_holds(read(tmp_path), tensors, STEP if of_htp else 0.0)
 
 
 def test_every_tensor_of_a_base_from_gguf_is_the_bases(tmp_path: Path) -> None:
     write("gguf", base(), tmp_path)
     source = (tmp_path / "base.gguf").rename(tmp_path / "source.gguf")
-    model = load_precomputed(open_checkpoint(source))
-    change_floats_(model)
+    model = with_other_floats(load_precomputed(open_checkpoint(source)))
     write("gguf", model, tmp_path, source)
     assert_holds(checkpoint(tmp_path), expected(model))
+
+
+BITS = (32, 16)
+STORED = {"bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT"}
+
+
+def with_floats(dtype: torch.dtype, architecture: str = "llama") -> Any:
+    """A packed base whose embedding, and head, a checkpoint of `dtype` had: llama's is tied, qwen3
+    has a head of its own."""
+    model = tiny_model(architecture, layers=1)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[0, 0] = 2.0**-30 if dtype == torch.bfloat16 else 1.0  # no float16 has that
+            layer.weight.copy_(layer.weight.to(dtype).float())
+    quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+def in_both(target: str, model: Any, folder: Path) -> list[Path]:
+    folders = [folder / str(bits) for bits in BITS]
+    for bits, part in zip(BITS, folders, strict=True):
+        part.mkdir()
+        TARGETS[target].backend.write_base(ExportedBase(model, None, None, bits), part)
+    return folders
+
+
+def in_onnx_runtime(file: Path) -> Tensor:
+    session = onnxruntime.InferenceSession(str(file))
+    feeds = {"input_ids": IDS.numpy(), "attention_mask": np.ones_like(IDS)}
+    for value in session.get_inputs():
+        if value.name == "position_ids":
+            feeds[value.name] = np.arange(IDS.shape[1])[None]
+        elif value.name not in feeds:  # an empty cache
+            shape = [0 if isinstance(n, str) else n for n in value.shape]
+            feeds[value.name] = np.zeros([1, *shape[1:]], np.float32)
+    return torch.from_numpy(session.run(["logits"], feeds)[0])
+
+
+def stored_types(file: Path) -> dict[str, int]:
+    tensors = onnx.load(file, load_external_data=False).graph.initializer
+    return {t.name: t.data_type for t in tensors if list(t.dims) == [260, 64]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "tables"),
+    [
+        ("bfloat16", "qwen3", 2),
+        pytest.param("float16", "llama", 1, marks=pytest.mark.slow),
+        pytest.param("float32", "llama", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_16_bits_give_equal_logits(
+    dtype: str, architecture: str, tables: int, tmp_path: Path
+) -> None:
+    model = with_floats(getattr(torch, dtype), architecture)
+    wide, narrow = (folder / "model.onnx" for folder in in_both("genai", model, tmp_path))
+    assert torch.equal(in_onnx_runtime(wide), in_onnx_runtime(narrow))
+    assert [*stored_types(narrow).values()] == [getattr(onnx.TensorProto, STORED[dtype])] * tables
+    assert [*stored_types(wide).values()] == [onnx.TensorProto.FLOAT] * tables
+    onnx.checker.check_model(str(narrow))
+
+
+@pytest.mark.parametrize("name", with_clients(["genai", "openvino", "hf"]))
+def test_16_bits_in_the_runtime(name: str, tmp_path: Path) -> None:
+    wide, narrow = in_both(name, with_floats(torch.float16), tmp_path)
+    opened = [TARGETS[name].backend.open(part, "base") for part in (wide, narrow)]
+    assert torch.equal(*(runtime.logits(IDS) for runtime in opened))
+    first, second = (runtime.decode(IDS, 8) for runtime in opened)
+    assert first == second
+    if name == "hf":
+        with safe_open(narrow / "model.safetensors", "pt") as file:
+            assert file.get_slice("model.embed_tokens.weight").get_dtype() == "F16"
+
+
+@pytest.mark.parametrize(("target", "bits"), [("aimet", 16), ("mlx", 16), ("gguf", 32)])
+def test_16_bits_that_a_target_lacks_are_refused(recipe_for: Any, target: str, bits: int) -> None:
+    changes = (f"export.targets=[{target}]", "simulation.residual_adds=quantize")
+    path = recipe_for()
+    load_recipe(path, changes)
+    problem = rf"{target}: export\.embedding_bits: .* {48 - bits} bits only"
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(path, (*changes, f"export.embedding_bits={bits}"))

@@ -1,38 +1,24 @@
 """Which targets hold which grid: before anything runs, with the nearest scheme that would do."""
 
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cli.command_line import qwlora
-from conftest import byte_tokenizer, tiny_model
-from qwlora import quantize_
-from qwlora.errors import RecipeError
-from qwlora.grid.scheme import (
-    Lpbq,
-    PerBlock,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    SignedBlock,
-    parse_scheme,
-)
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme, parse_scheme
 from qwlora.quantize.solvers import ROUNDING_SOLVERS
-from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml
 from qwlora.targets.refusals import Subject, Weight, nearest, refusals, refused, table
-from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import ExportedBase, LayerKind
+from qwlora.targets.registry import TARGETS, VLLM
+from qwlora.targets.target import LayerKind
 
+KINDS = ("tensor", "channel", "block16", "block32", "block64", "block96", "block128")
 ALL = [
-    Scheme(bits, symmetric, granularity)
-    for bits in range(2, 9)
-    for symmetric in (True, False)
-    for granularity in (PerTensor(), PerChannel(), *(PerBlock(n) for n in (16, 32, 64, 96, 128)))
+    f"w{bits}-{kind}{end}" for bits in range(2, 9) for kind in KINDS for end in ("", "-asymmetric")
 ]
-ALL += [Scheme(bits, True, SignedBlock(size)) for bits in range(2, 9) for size in (16, 32, 96)]
+ALL += [f"w{bits}-signed{size}" for bits in range(2, 9) for size in (16, 32, 96)]
 
 
 def problems(target: str, weight: Weight) -> str:
@@ -55,6 +41,14 @@ def problems(target: str, weight: Weight) -> str:
         ("w4-signed16", ["aimet", "qairt"], "w4-signed16"),
         ("w4-signed64", ["hf", "qairt_pipeline"], "w4-signed64"),
         ("w4-signed64", ["hf", "qnn"], "w4-block64"),
+        ("w2-channel", ["qnn"], "w2-block32"),
+        ("w2-tensor", ["qnn"], "w2-block32"),
+        ("w4-channel-asymmetric", ["qnn"], "w4-channel"),
+        ("w16-block16", ["qnn"], "w8-block16"),
+        ("w3-channel", ["qnn"], "w4-channel"),
+        ("w4-block32", ["executorch"], "w4-bf16block32"),
+        ("w8-bf16block32", ["executorch"], "w8-channel"),
+        ("w4-channel-asymmetric", ["executorch"], "w4-channel"),
     ],
 )
 def test_the_nearest_scheme_that_all_hold(asked: str, targets: list[str], best: str) -> None:
@@ -62,8 +56,9 @@ def test_the_nearest_scheme_that_all_hold(asked: str, targets: list[str], best: 
     assert found == parse_scheme(best)
 
 
-@pytest.mark.parametrize("scheme", ALL, ids=str)
-def test_the_nearest_scheme_is_held_and_none_is_nearer(scheme: Scheme) -> None:
+@pytest.mark.parametrize("asked", ALL)
+def test_the_nearest_scheme_is_held_and_none_is_nearer(asked: str) -> None:
+    scheme = parse_scheme(asked)
     for_all = nearest(scheme, list(TARGETS.values()))  # there always is one
     assert not any(problems(name, Weight(for_all, "search")) for name in TARGETS)
     for name, target in TARGETS.items():
@@ -71,6 +66,48 @@ def test_the_nearest_scheme_is_held_and_none_is_nearer(scheme: Scheme) -> None:
         assert not problems(name, Weight(found, "search"))
         if not problems(name, Weight(scheme, "search")):
             assert found == scheme
+
+
+HELD = {
+    "qnn": "w4-channel w8-tensor w4-block16 w2-block16 w16-channel w8-block16 w4-lpbq16",
+    "qnn EMBEDDING": "w8-tensor",
+    "vllm": "w4-block32 w4-signed128 w8-channel w4-block64-asymmetric",
+    "executorch": "w4-bf16block32 w8-channel",
+}
+LACKING = [
+    ("qnn", "w2-channel", "4, 8, 16 bits with scales per channel"),
+    ("qnn", "w2-tensor", "4, 8, 16 bits with scales per tensor"),
+    ("qnn", "w4-channel-asymmetric", "no integer zero points"),
+    ("qnn", "w16-block16", "2, 4, 8 bits with blocks"),
+    ("qnn", "w3-channel", "2, 4, 8, 16 bits"),
+    ("qnn", "w4-signed32", "no signed scales"),
+    *(("qnn 8", n, "input 16 bits") for n in ("w8-block16", "w4-lpbq16", "w16-channel")),
+    *(("qnn EMBEDDING", n, "weights: w8-tensor") for n in ("w4-channel", "w4-tensor")),
+    *(("qnn EMBEDDING", n, "weights: w8-tensor") for n in ("w8-channel", "w8-block32")),
+    ("vllm", "w8-block32-asymmetric", "4 bits with integer zero points"),
+    ("vllm", "w3-block64", "4, 8 bits"),
+    ("vllm", "w4-block16", "blocks of 32, 64"),
+    ("vllm", "w4-tensor", "no scales per tensor"),
+    ("vllm", "w4-block32 w8-channel", "need one scheme"),
+    ("executorch", "w4-block32", "blocks of kind bf16block"),
+    ("executorch", "w8-bf16block32", "4 bits with blocks"),
+    ("executorch", "w4-channel-asymmetric", "no integer zero points"),
+    ("genai", "w4-block8", "blocks"),
+]
+CASES = [(kind, name, "") for kind, names in HELD.items() for name in names.split()] + LACKING
+
+
+@pytest.mark.parametrize(("kind", "names", "problem"), CASES)
+def test_what_a_target_holds_is_known(kind: str, names: str, problem: str) -> None:
+    """With inputs of 8 bits, or of an embedding, where its name says so."""
+    name, _, more = kind.partition(" ")
+    target = replace(TARGETS["hf"], limits=VLLM) if name == "vllm" else TARGETS[name]
+    layer = LayerKind.EMBEDDING if more == "EMBEDDING" else LayerKind.LINEAR
+    weights = {each: Weight(parse_scheme(each), kind=layer) for each in names.split()}
+    subject = Subject(weights=weights, input_bits=8 if more == "8" else 16)
+    found = "; ".join(refusals(target, subject))
+    assert problem in found
+    assert bool(found) == bool(problem)
 
 
 def test_a_refusal_names_each_target_and_a_remedy_that_is_none() -> None:
@@ -102,12 +139,9 @@ def test_a_solver_that_leaves_scales_in_float32_is_refused_where_the_files_hold_
         assert not problems("gguf", Weight(scheme, solver))
     (found,) = refused(["gguf"], Subject(weights={"all": Weight(scheme, "rtn")}))
     assert "gptq round" in found
-
-
-def test_an_embedding_that_is_written_as_floats_may_have_any_grid() -> None:
-    scheme = Scheme(4, False, PerBlock(32), float_offset=True)
-    assert problems("hf", Weight(scheme))
-    assert not problems("hf", Weight(scheme, kind=LayerKind.EMBEDDING))
+    float_offset = Scheme(4, False, PerBlock(32), float_offset=True)
+    assert problems("hf", Weight(float_offset))
+    assert not problems("hf", Weight(float_offset, kind=LayerKind.EMBEDDING))  # written as floats
 
 
 def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> None:
@@ -121,29 +155,6 @@ def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> No
     cells = dict(zip(header, row, strict=True))
     assert (cells["hf"], cells["mlx*"], cells["gguf"]) == ("holds", "holds", "w4-block32")
     assert load_yaml(done.stdout)["base"]["weights"] == "w3-block32"
-
-
-def test_a_recipe_that_no_target_can_follow_is_refused_with_the_nearest(recipe_for: Any) -> None:
-    path = recipe_for(base={"weights": "w7-block16"}, export={"targets": ["hf", "mlx"]})
-    with pytest.raises(RecipeError, match=r"target mlx: .*w8-block32 instead of w7-block16"):
-        load_recipe(path)
-
-
-def test_integers_of_the_model_that_a_target_cannot_hold_are_refused_by_check(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    model = tiny_model("llama", layers=1)
-    quantize_(model, Scheme(7, True, PerChannel()), "rtn")
-    (tmp_path / "kept").mkdir()
-    TARGETS["hf"].backend.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "kept")
-    path = recipe_for(export={"targets": ["onnx", "hf"]}, base={"solver": "keep"})
-    source = ("--set", f"model.source={tmp_path / 'kept'}")
-    done = qwlora("check", path, *source)
-    assert done.returncode == 0
-    assert "#   w7-channel" in done.stdout
-    done = qwlora("check", path, *source, "--set", "export.targets=[mlx]")
-    assert done.returncode == 2
-    assert "int7 symmetric per channel: MLX has" in done.stderr
 
 
 def test_what_genie_lacks_is_known_before_anything_is_written() -> None:

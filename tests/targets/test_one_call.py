@@ -1,16 +1,35 @@
-"""Export and verification in one call, of targets of every layout."""
+"""Export and verification in one call, of targets of every layout; the registry of targets.
 
+`toy_target.py` is all that a new target costs, if it has no proof and no lines for READMEs.
+"""
+
+import contextlib
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import BertConfig, BertForMaskedLM
 
 import qwlora
 from conftest import byte_tokenizer, packed_model, tiny_model
-from qwlora.errors import CalibrationError, ExportError, SourceError
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import CalibrationError, ExportError, MissingExtraError, SourceError
+from qwlora.formats import manifest
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import file_stages
+from qwlora.pipeline.store import NAME
+from qwlora.recipe.whole_recipe import Export, Verify
+from qwlora.targets.proof.prove import Expected
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.proof.reference import make_reference
+from qwlora.targets.registry import TARGETS
+from targets.toy_target import TARGET
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -62,18 +81,6 @@ def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:
     assert passed(rows)
     assert {row.what.partition(":")[0] for row in rows} == {"first", "second"}
     assert any("after other adapters were active" in row.what for row in rows)
-
-
-def test_a_model_that_is_not_causal_decodes_nothing(tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
-    config = BertConfig(num_attention_heads=2, max_position_embeddings=32, vocab_size=256, **sizes)
-    base = BertForMaskedLM(config).eval()
-    qwlora.quantize_(base, "w4-block32", "rtn")
-    lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
-    made = qwlora.simulate_adapters(get_peft_model(base, lora, "first").eval(), BATCH)
-    made.calibrate([BATCH])
-    qwlora.export(made, "onnx", tmp_path)
-    assert passed(qwlora.verify(tmp_path, made, IDS))
 
 
 def test_a_base_with_float_adapters(tmp_path: Path) -> None:
@@ -133,23 +140,20 @@ def test_verify_leaves_the_callers_model_as_it_is(tmp_path: Path) -> None:
     assert state() == before
 
 
-@pytest.mark.parametrize(
-    ("target", "settings", "found"),
-    [
-        ("onnx", None, "q_proj.ia3_l.wrong:"),
-        ("qnn", None, "q_proj.ia3_l.wrong:"),
-        ("qnn", {"use_dora": True}, "lora_magnitude_vector.weight"),
-        ("onnx", {"modules_to_save": ["input_layernorm"]}, "input_layernorm.modules_to_save"),
-    ],
-)
-def test_adapters_with_more_than_factors_are_refused(
-    target: str, settings: dict[str, Any] | None, found: str, tmp_path: Path
-) -> None:
+OTHER_ADAPTERS: dict[str, Any] = {
+    "q_proj.ia3_l.wrong:": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "lora_magnitude_vector.weight": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+    "input_layernorm.modules_to_save": LoraConfig(r=2, target_modules=["q_proj"]),
+}
+OTHER_ADAPTERS["q_proj.ia3_l.wrong:"].init_ia3_weights = False
+OTHER_ADAPTERS["input_layernorm.modules_to_save"].modules_to_save = ["input_layernorm"]
+
+
+@pytest.mark.parametrize("found", OTHER_ADAPTERS)
+@pytest.mark.parametrize("target", ["onnx", "qnn"])
+def test_adapters_of_more_than_factors_are_refused(target: str, found: str, tmp_path: Path) -> None:
     """Files for several adapters have no place for more: they would compute something else."""
-    config: Any = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    config.init_ia3_weights = False
-    if settings is not None:
-        config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    config = OTHER_ADAPTERS[found]
     model = get_peft_model(packed_model("llama", layers=1), config, "wrong").eval()
     made = qwlora.simulate_adapters(model, BATCH, qwlora.Schemes(policy="weights-only"))
     made.calibrate([BATCH])
@@ -171,20 +175,121 @@ def test_simulations_on_different_bases_are_refused(tmp_path: Path) -> None:
         qwlora.export(made, "onnx", tmp_path / "bundle")
 
 
-def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
-    folders = {"first": tmp_path, "First": tmp_path}
-    with pytest.raises(ExportError, match=r"called 'First', 'first'.*another adapter"):
-        qwlora.export(packed_model("llama", layers=1), "hf", tmp_path / "bundle", folders)
-
-
 def test_what_does_not_fit_is_refused(simulation: qwlora.Simulation, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"there is no target 'onyx'.*onnx"):
-        qwlora.export(simulation, "onyx", tmp_path)
-    with pytest.raises(ExportError, match=r"\[8, 8\]: .*each once; context \[8\]: .*greater"):
-        qwlora.export(simulation, "hf", tmp_path, graphs=[8, 8], context=[8])
-    with pytest.raises(ExportError, match=r"target hf has no opset 17 \(it has: none\)"):
-        qwlora.export(simulation, "hf", tmp_path, opset=17)
-    with pytest.raises(ExportError, match="onnx takes what simulate_adapters returns, not Sim"):
-        qwlora.export(simulation, "onnx", tmp_path)
+    calls: list[tuple[str, dict[str, Any], str]] = [
+        ("onyx", {}, r"there is no target 'onyx'.*onnx"),
+        ("hf", {"graphs": [8, 8], "context": [8]}, r"\[8, 8\]: .*once; context \[8\]: .*greater"),
+        ("hf", {"opset": 17}, r"target hf has no opset 17"),
+        ("onnx", {}, "onnx takes what simulate_adapters returns, not Sim"),
+    ]
+    for target, more, problem in calls:
+        with pytest.raises(ExportError, match=problem):
+            qwlora.export(simulation, target, tmp_path, **more)
+    folders = {"first": tmp_path, "First": tmp_path}
+    with pytest.raises(ExportError, match=r"called 'First', 'first'"):
+        qwlora.export(packed_model("llama", layers=1), "hf", tmp_path / "bundle", folders)
     with pytest.raises(SourceError, match=r"no qwlora.json; write it with qwlora.export"):
         qwlora.verify(tmp_path, simulation, IDS)
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(TARGETS, "text", TARGET)
+    (tmp_path / "simulation" / "first" / "adapter").mkdir(parents=True)
+    held_out = SimpleNamespace(first=lambda count: [], input_ids=torch.ones(1, 4))
+    text = SimpleNamespace(data=SimpleNamespace(held_out=held_out))
+    program = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
+    recipe = SimpleNamespace(
+        verify=Verify(sequences=1, layer_tokens=2),
+        export=Export(proof="held_out"),
+        simulation=SimpleNamespace(base_activations="all"),
+        adapters=[],
+    )
+    return SimpleNamespace(
+        path=tmp_path,
+        base_fingerprint="f",
+        simulation=lambda name: SimpleNamespace(
+            graph=lambda: f"graph of {name}", program=program, marks=[]
+        ),
+        step=lambda words: contextlib.nullcontext(),
+        sample=lambda name: f"sample of {name}",
+        tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
+        text=lambda name: text,
+        recipe=recipe,
+        track=None,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*is unverified")
+def test_the_stages_write_and_open_files_with_their_target(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    stage = Stage("export/text/first", "export/text/adapter", {}, adapter="first")
+    results = file_stages.export(context, stage, scratch, tmp_path)
+    written = (scratch / "model.txt").read_text()
+    assert written == "graph of first first sample of first"
+    assert results == {"export": {"text": {NAME: {"bytes": len(written)}}}}
+    assert (scratch / "adapter").is_dir()
+    assert not manifest.changed_files(scratch, "qwlora.json")
+    (scratch / "notes.md").unlink()
+    assert manifest.changed_files(scratch, "qwlora.json") == ["notes.md (missing)"]
+    text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
+    made = None, Expected([make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)])
+    monkeypatch.setattr(file_stages, "_expected", lambda *arguments: made)
+    monkeypatch.setattr(file_stages, "_held_out", lambda *arguments: text)
+    stage = Stage("verify/text/first", "verify/text/adapter", {}, adapter="first")
+    with pytest.raises(ExportError, match=r"opened .*export.text.first"):
+        file_stages.verify(context, stage, tmp_path, tmp_path)
+
+
+def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
+    assert Export(targets=list(TARGETS)).targets == list(TARGETS)
+    with pytest.raises(ValueError, match=r"(?s)targets.*onnx"):
+        Export(targets=["gguf2"])
+
+
+def test_a_missing_package_names_the_extra_of_the_target(tmp_path: Path) -> None:
+    missing = replace(TARGET, packages=("json", "not_there"))
+    for act in (missing.require_packages, partial(missing.open, tmp_path, "first")):
+        with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
+            act()
+    with pytest.raises(MissingExtraError, match="not_there"):
+        replace(TARGET, writers=("not_there",)).require_packages(to_write=True)
+    TARGET.require_packages(to_write=True)  # nothing is needed to write
+
+
+def test_where_the_files_of_each_layout_are(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "first"
+    assert TARGETS["hf"].parts(tmp_path, "first") == {"base": base, "adapter": adapter}
+    assert TARGETS["hf"].parts(tmp_path, "base") == {"base": base}
+    assert TARGETS["onnx_each"].parts(tmp_path, "first") == {"files": adapter}
+    assert TARGETS["qnn"].parts(tmp_path, "first") == {"files": tmp_path}
+
+
+def test_registry_recipe_and_usage_load_neither_torch_nor_onnx() -> None:
+    """So that a run in which nothing changed, which writes the cards, ends at once."""
+    program = (
+        "import sys, qwlora.recipe, qwlora.targets.registry, qwlora.targets.proof.readme as u;"
+        "assert all(u.usage(name, 'b', 'a') for name in qwlora.targets.registry.TARGETS);"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'mlx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("Qwen2VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
+        ("GPT2LMHeadModel", "GPT2LMHeadModel"),
+        ("OPTForCausalLM", "AutoModelForCausalLM"),
+        ("", "AutoModelForCausalLM"),
+        ("os; import x", "AutoModelForCausalLM"),
+    ],
+)
+def test_transformers_opens_a_base_with_its_class(kind: str, shown: str) -> None:
+    lines = usage("hf", "the/base", None, kind=kind)
+    assert f"from transformers import {shown}, AutoTokenizer" in lines
+    assert f'{shown}.from_pretrained("the/base", dtype="float32")' in lines

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,9 +17,7 @@ import pytest
 import torch
 
 from qwlora import Scheme, Schemes
-from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
-from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.kv_cache_graph import cache_sizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.kv_cache_graphs import read_graphs
@@ -27,7 +25,6 @@ from qwlora.targets.proof.checks import Limits, Parity
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
 from simulation.test_npu_graph import simulated
-from targets.damage import flip_bit
 from targets.proofs import sqnr, verify_graphs
 
 pytestmark = pytest.mark.slow
@@ -36,12 +33,13 @@ IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 SIZES = cache_sizes([8, 1], [32])
 GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 AIMET = TARGETS["aimet"].backend
+SAMPLE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 FLOAT16 = ("FLOAT", 16, "PER_TENSOR")
 
 
-def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
-    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    AIMET.write_adapter(ExportedGraph(made, {}, sample, version, SIZES), folder, folder)
+def written(made: Simulation, folder: Path, version: str = "1.0.0", **more: Any) -> Path:
+    exported = ExportedGraph(made, {}, SAMPLE, version, SIZES)
+    AIMET.write_adapter(replace(exported, **more), folder, folder)
     return folder
 
 
@@ -60,12 +58,7 @@ def folder(llama: Simulation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(llama, tmp_path_factory.mktemp("aimet") / "a")
 
 
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copied"))
-
-
-def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
+def test_prefill_and_decode_are_simulated(folder: Path, llama: Simulation) -> None:
     parity = verified(folder, llama)
     assert not parity.problems
     model, logits = llama.origin.model, AIMET.open(folder, "").logits(IDS)
@@ -74,19 +67,6 @@ def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) 
         base = model(input_ids=IDS).logits
     of_adapter, of_base = ((logits - x).abs().mean() for x in (llama.logits(IDS), base))
     assert of_base > 10 * of_adapter
-
-
-def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_path: Path) -> None:
-    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    exported = ExportedGraph(llama, {}, sample, "1.0.0", cache_sizes([8, 1], [22]))
-    AIMET.write_adapter(exported, tmp_path, tmp_path)
-    logits = AIMET.open(tmp_path, "").logits
-    ids = torch.randint(3, 256, (1, 22), generator=torch.Generator().manual_seed(7))
-    expected = llama.logits(ids).double()  # the third prefill has room for 6 tokens only
-    noise = float((logits(ids) - expected).square().sum())
-    assert sqnr_db(float(expected.square().sum()), noise) > 45
-    with pytest.raises(ExportError, match=r"23 tokens do not fit .* at most 22"):
-        logits(torch.cat([ids, ids[:, :1]], 1))
 
 
 def entries_of(folder: Path) -> dict[str, Any]:
@@ -127,22 +107,19 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("opset", [17, 18, 21])
+@pytest.mark.parametrize("opset", [17, 21])
 def test_an_older_opset_has_norms_of_primitive_operators_and_computes_the_same(
     opset: int, folder: Path, llama: Simulation, tmp_path: Path
 ) -> None:
     """Also in tools that pin an older onnx."""
-    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    exported = ExportedGraph(llama, {}, sample, graphs=SIZES, opset=opset)
-    AIMET.write_adapter(exported, tmp_path, tmp_path)
+    written(llama, tmp_path, opset=opset)
     for graph in GRAPHS:
         path = tmp_path / f"{graph}.aimet/model.onnx"
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
         assert [(each.domain, each.version) for each in model.opset_import] == [("", opset)]
-        norms = {"Pow", "ReduceMean", "Sqrt"}
         operators = {node.op_type for node in model.graph.node}
-        assert operators >= norms
+        assert operators >= {"Pow", "ReduceMean", "Sqrt"}
         assert "RMSNormalization" not in operators
         own, newest = (entries_of(files / f"{graph}.aimet") for files in (tmp_path, folder))
         named = {name: entry for name, entry in newest.items() if "." in name}
@@ -181,6 +158,7 @@ def test_the_script_links_both_graphs_and_compares_each(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a client that computes in place of a device what golden/ holds, once a little off."""
+    client: Any = ModuleType("qai_hub")
     linked: list[Any] = []
 
     def compile_job(model: str, device: Any, name: str, options: str) -> Any:
@@ -196,22 +174,17 @@ def test_the_script_links_both_graphs_and_compares_each(
     def inference_job(model: str, device: Any, inputs: dict[str, Any], options: str) -> Any:
         graph = options.rpartition("=")[2]
         assert model == "binary"
-        shapes = json.loads((folder / "graphs.json").read_text())["graphs"][graph]["inputs"]
+        shapes = read_graphs(folder)["graphs"][graph]["inputs"]
         assert {name: list(array.shape) for name, (array,) in inputs.items()} == shapes
         outputs = folder / "golden" / graph
-        names = [
-            item["name"] for item in json.loads((outputs / "golden.json").read_text())["outputs"]
-        ]
-        found = {name: [np.load(outputs / f"{name}.npy")] for name in reversed(names)}
+        items = json.loads((outputs / "golden.json").read_text())["outputs"]
+        found = {e["name"]: [np.load(outputs / f"{e['name']}.npy")] for e in reversed(items)}
         if graph == TOKEN:
             found["logits"][0] = found["logits"][0] * 1.001
         return SimpleNamespace(download_output_data=lambda: found)
 
-    client = ModuleType("qai_hub")
-    client.Device = str  # type: ignore[attr-defined]
-    client.submit_compile_job = compile_job  # type: ignore[attr-defined]
-    client.submit_link_job = link_job  # type: ignore[attr-defined]
-    client.submit_inference_job = inference_job  # type: ignore[attr-defined]
+    client.Device, client.submit_compile_job = str, compile_job
+    client.submit_link_job, client.submit_inference_job = link_job, inference_job
     monkeypatch.setitem(sys.modules, "qai_hub", client)
     monkeypatch.setattr(sys, "argv", ["submit_aihub.py"])
     runpy.run_path(str(folder / "submit_aihub.py"), run_name="__main__")
@@ -219,13 +192,6 @@ def test_the_script_links_both_graphs_and_compares_each(
     assert linked == [f"{graph}.aimet" for graph in GRAPHS]
     assert f"{TOKEN} logits: SQNR 60.0 dB, same largest entry 100.0%" in said
     assert f"{PROMPT} past_value_1_out: SQNR" in said
-
-
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_changed_weights_are_refused_by_name(graph: str, copied: Path) -> None:
-    flip_bit(f"{graph}.aimet/model.data")(copied)
-    with pytest.raises(VerificationError, match=r"(?s)model\.onnx: .* not on the grid"):
-        AIMET.open(copied, "")
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])

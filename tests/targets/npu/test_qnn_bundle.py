@@ -1,139 +1,59 @@
 """Bundles for Qualcomm's HTP: what they compute on CPU and emulator, and damaged files."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import onnx
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
-from qwlora import LayerRule, Scheme, Schemes, export, quantize_
+import qwlora
+from qwlora import LayerRule, PlacementRule, Scheme
 from qwlora.errors import ExportError
-from qwlora.grid.scheme import parse_scheme
-from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
-from qwlora.simulation.kv_cache_graph import cache_sizes
-from qwlora.simulation.placement_rules import PlacementRule
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.adapter_simulations import AdapterSimulations
+from qwlora.simulation.kv_cache_graph import npu_graph
 from qwlora.system.atomic import read_tensors
+from qwlora.targets.npu.htp_rewrites import npu_onnx
 from qwlora.targets.npu.qnn import QnnModel
+from qwlora.targets.onnx.onnx_runtime import open_model, run_session
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.reference import GRAPHS_NOISE, compare_first
-from qwlora.targets.refusals import Subject, Weight, nearest, refusals
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import LayerKind
 from qwlora.targets.weights.gguf import LlamaRuntime
-from simulation.tiny_architectures import inputs, make
+from targets.any_models import EIGHT_BITS, HTP
+from targets.npu.conftest import CONTEXT, IDS, PIECE, SCHEMES, Files, simulated, write
 from targets.proofs import reference_of, sqnr
 
-IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
-CONTEXT, GENERATED = 96, 64
-GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl96", "token_ar1_cl96"
+GRAPHS = f"prompt_ar{PIECE}_cl{CONTEXT}", f"token_ar1_cl{CONTEXT}"
 # what is computed without the HTP's emulator, too
 EMULATED = pytest.mark.parametrize(
     "is_emulated", [False, pytest.param(True, marks=pytest.mark.client)]
 )
-SCHEMES = Schemes(
-    quantize_residual_adds=True,
-    symmetric_matmul_second_input=True,
-    key_value_bitwidth=8,
-    adapter_weights=Scheme(8),
-)
-
-
-def problems(name: str, bits: int = 16, kind: LayerKind = LayerKind.LINEAR) -> str:
-    subject = Subject(weights={"x": Weight(parse_scheme(name), kind=kind)}, input_bits=bits)
-    return "; ".join(refusals(TARGETS["qnn"], subject))
-
-
-@pytest.mark.parametrize(
-    "name", ["w4-channel", "w8-tensor", "w4-block16", "w2-block16", "w16-channel"]
-)
-def test_weights_that_the_htp_computes(name: str) -> None:
-    assert not problems(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "why", "best"),
-    [
-        ("w2-channel", "4, 8, 16 bits with scales per channel", "w2-block32"),
-        ("w2-tensor", "4, 8, 16 bits with scales per tensor", "w2-block32"),
-        ("w4-channel-asymmetric", "no integer zero points", "w4-channel"),
-        ("w16-block16", "2, 4, 8 bits with blocks", "w8-block16"),
-        ("w3-channel", "2, 4, 8, 16 bits", "w4-channel"),
-        ("w4-signed32", "no signed scales", "w4-block32"),
-    ],
-)
-def test_weights_that_it_refuses_or_computes_wrongly(name: str, why: str, best: str) -> None:
-    assert why in problems(name)
-    assert nearest(parse_scheme(name), [TARGETS["qnn"]]) == parse_scheme(best)
-
-
-@pytest.mark.parametrize("name", ["w8-block16", "w4-lpbq16", "w16-channel"])
-def test_weights_that_it_does_not_multiply_with_inputs_of_8_bits(name: str) -> None:
-    assert not problems(name)
-    assert "give the layer's input 16 bits" in problems(name, 8)
-
-
-def test_tables_and_inputs_have_one_scale() -> None:
-    assert not problems("w8-tensor", kind=LayerKind.EMBEDDING)
-    for name in ("w4-channel", "w4-tensor", "w8-channel", "w8-block32"):
-        assert "weights: w8-tensor" in problems(name, kind=LayerKind.EMBEDDING)
-
-
-def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
-    """Adapters of two ranks and scalings, on layers of which one is in both, on one set of
-    encodings."""
-    model = make("Llama")
-    quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", embeddings)])
-
-    def config(rank: int, alpha: int, *layers: str) -> LoraConfig:
-        shape = {"r": rank, "lora_alpha": alpha, "target_modules": list(layers)}
-        return LoraConfig(**shape, init_lora_weights=False)  # type: ignore[arg-type]
-
-    first = config(4, 8, "q_proj", "down_proj")
-    second = config(16, 16, "v_proj", "down_proj")
-    adapted = get_peft_model(model, first, adapter_name="first")
-    adapted.add_adapter("second", second)
-    simulations = simulate_adapters(adapted.eval(), inputs("Llama"), schemes, "none")
-    simulations.calibrate([{"input_ids": IDS}])
-    return simulations
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
-    simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
-    export(simulations, "qnn", folder, graphs=[8, 1], context=[CONTEXT])
-    return simulations, folder
 
 
 @pytest.mark.slow
 @EMULATED
 @pytest.mark.parametrize("name", ["first", "second", "zero"])
 def test_every_adapter_computes_its_simulation(
-    name: str, is_emulated: bool, bundle: tuple[Mapping[str, Simulation], Path]
+    name: str, is_emulated: bool, simulations: AdapterSimulations, files: Files
 ) -> None:
-    simulations, folder = bundle
+    folder = files("qnn")
     simulation = simulations["base" if name == "zero" else name]
-    limits = Limits(perplexity_difference=0.02)
-    model, reference = (
-        TARGETS["qnn"].open(folder, name),
-        reference_of(simulation, IDS, GRAPHS_NOISE),
-    )
-    parity = model.parity(partial(compare_first, reference), limits)
+    reference = reference_of(simulation, IDS, GRAPHS_NOISE)
+    compare = partial(compare_first, reference)
+    parity = TARGETS["qnn"].open(folder, name).parity(compare, Limits(perplexity_difference=0.02))
     assert parity is not None
     assert parity.problems == []
     assert parity.figures["cpu"]["top1_agreement"] > 0.9
-    others = [simulations[other] for other in simulations if simulations[other] is not simulation]
     logits = QnnModel(folder / "base", folder / name, htp=False).logits(IDS)
-    assert sqnr(logits, simulation.logits(IDS)) > 45
-    for other in others:  # of these it is not the simulation
-        assert float((logits - other.logits(IDS)).abs().mean()) > 10 * float(
-            (logits - simulation.logits(IDS)).abs().mean()
-        )
+    expected = simulation.logits(IDS)
+    assert sqnr(logits, expected) > 45
+    for other in (s for s in simulations.values() if s is not simulation):
+        off, own = ((logits - x).abs().mean() for x in (other.logits(IDS), expected))
+        assert off > 10 * own
     if is_emulated:
         on_htp = QnnModel(folder / "base", folder / name, htp=True).logits(IDS)
         assert sqnr(on_htp, logits) > 35
@@ -148,15 +68,13 @@ def test_every_adapter_computes_its_simulation(
 def test_activations_of_8_bits(is_emulated: bool, tmp_path: Path) -> None:
     schemes = replace(SCHEMES, activations=Scheme(8, symmetric=False))
     with pytest.raises(ExportError) as refused:
-        export(simulated(Scheme(8), schemes), "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
-    assert "input_layernorm.weight" in str(refused.value)
-    assert "lm_head.weight: int16 symmetric per channel: the HTP, with inputs of 8" in str(
-        refused.value
-    )
+        write(simulated(schemes=schemes), tmp_path)
+    for name in ("input_layernorm.weight", "lm_head.weight: int16 symmetric per channel"):
+        assert name in str(refused.value)
     norms = PlacementRule("*norm", of="weights", bitwidth=8, symmetric=False)
     head = PlacementRule("lm_head", of="weights", bitwidth=8)
-    simulations = simulated(Scheme(8), replace(schemes, rules=[norms, head]))
-    export(simulations, "qnn", tmp_path, graphs=[8, 1], context=[CONTEXT])
+    simulations = simulated(schemes=replace(schemes, rules=[norms, head]))
+    write(simulations, tmp_path)
     model = QnnModel(tmp_path / "base", tmp_path / "first", htp=is_emulated, profiles=tmp_path)
     expected, other = (simulations[name].logits(IDS) for name in ("first", "second"))
     assert sqnr(model.logits(IDS), expected) > 20 > 4 * sqnr(other, expected)
@@ -165,87 +83,9 @@ def test_activations_of_8_bits(is_emulated: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@EMULATED
-def test_graphs_of_every_size_compute_the_simulation(is_emulated: bool, tmp_path: Path) -> None:
-    simulations, sizes = simulated(Scheme(8)), cache_sizes([8, 4, 1], [16, 32])
-    export(simulations, "qnn", tmp_path, graphs=[8, 4, 1], context=[16, 32])
-    model = QnnModel(tmp_path / "base", tmp_path / "first", htp=is_emulated)
-    assert {*model.names} == {each.name for each in sizes}
-    expected = simulations["first"].logits(IDS)
-    for name in list(model.names):
-        model.names = [name]
-        assert sqnr(model.logits(IDS), expected) > (35 if is_emulated else 45), name
-    assert [path.name for path in (tmp_path / "base").glob("*.data")] == ["weights.data"]
-    if is_emulated:
-        assert len(list((tmp_path / "base/device").glob("*_ctx.onnx"))) == len(sizes)
-        assert len(list((tmp_path / "base/device").glob("*.bin"))) == 1  # all graphs share it
-
-
-def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """(ids, logits) of a prompt and `count` greedy tokens after it: prefill, then decode."""
-    cache, ids, found = model.empty_cache(), prompt, []
-
-    def run(graph: str, tokens: torch.Tensor, past: int) -> None:
-        logits = model.call(graph, tokens, past, cache)[1]["logits"]
-        found.append(logits[:, : tokens.shape[1]])
-
-    for first in range(0, prompt.shape[1], 8):
-        run(PROMPT, prompt[:, first : first + 8], first)
-    for _ in range(count):
-        token = found[-1][:, -1:].argmax(-1)
-        run(TOKEN, token, ids.shape[1])
-        ids = torch.cat([ids, token], 1)
-    return ids, torch.cat(found, 1)
-
-
-@pytest.mark.slow
-def test_generated_tokens_are_those_of_the_whole_sequence(
-    bundle: tuple[Mapping[str, Simulation], Path],
-) -> None:
-    """The prompt is longer than a piece of prefill, and its last piece is not full."""
-    simulations, folder = bundle
-    simulation = simulations["first"]
-    model = QnnModel(folder / "base", folder / "first", htp=False)
-    ids, logits = generated(model, IDS, GENERATED)
-    expected, perturbed = (
-        simulation.logits(ids),
-        simulation.perturbed_outputs({"input_ids": ids})["logits"],
-    )
-    # the graphs also round cosines, sines and masked scores, which the simulation does not
-    limits = Limits()
-    assert sqnr(logits, expected) >= min(limits.sqnr, sqnr(perturbed, expected) - 6)
-    floor = (perturbed - expected).abs().max()
-    assert float((logits - expected).abs().max()) < 4 * floor
-    likeliest = expected.topk(2).values
-    clear = likeliest[..., 0] - likeliest[..., 1] > 2 * floor
-    assert float(clear.float().mean()) > 0.9
-    assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
-    # so each generated token is the simulation's
-    assert torch.equal(ids[:, IDS.shape[1] :], logits.argmax(-1)[:, IDS.shape[1] - 1 : -1])
-
-
-@pytest.mark.slow
-def test_graphs_share_one_weight_file(
-    bundle: tuple[Mapping[str, Simulation], Path],
-) -> None:
-    base = bundle[1] / "base"
-    places: list[set[tuple[str, int, int]]] = []
-    for graph in GRAPHS:
-        model = onnx.load(base / f"{graph}.onnx", load_external_data=False)
-        of = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer]
-        places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of if e})
-    assert places[0] == places[1]
-    assert [path.name for path in base.glob("*.data")] == ["weights.data"]
-    bytes_stored = sum(length for _, _, length in places[0])
-    assert 60_000 < bytes_stored <= (base / "weights.data").stat().st_size < 1.2 * bytes_stored
-
-
-@pytest.mark.slow
 @pytest.mark.client
-def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
-    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
-) -> None:
-    _, folder = bundle
+def test_adapters_switched_in_graphs_equal_separate_runs(files: Files, tmp_path: Path) -> None:
+    folder = files("qnn")
     switched = QnnModel(folder / "base", folder / "first", htp=True, profiles=tmp_path / "profiles")
     found = {"before": switched.logits(IDS, steps=4)}
     for name in ("zero", "second", "first"):
@@ -265,42 +105,115 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_zero_where_only_the_other_has_layers_and_ranks(
-    bundle: tuple[Mapping[str, Simulation], Path],
-) -> None:
-    first, second = (
-        read_tensors(bundle[1] / name / "adapter.safetensors")[0] for name in ("first", "second")
-    )
+def test_an_adapter_is_zero_where_only_the_other_has_layers_and_ranks(files: Files) -> None:
+    names = (files("qnn") / name / "adapter.safetensors" for name in ("first", "second"))
+    first, second = (read_tensors(file)[0] for file in names)
     assert first.keys() == second.keys()
-    assert {(first[n].shape, first[n].dtype) for n in first if "lora_A" in n} == {
-        ((64, 16), torch.int8),
-        ((128, 16), torch.int8),
-    }
+    sizes = {(first[n].shape, first[n].dtype) for n in first if "lora_A" in n}
+    assert sizes == {((64, 4), torch.int8), ((128, 4), torch.int8)}
     for name in first.keys() - {"lora_alpha"}:
         has_second, has_first = "q_proj" not in name, "v_proj" not in name
-        own = first[name][:, :4] if "lora_A" in name else first[name][:4]
+        own = first[name][:, :2] if "lora_A" in name else first[name][:2]
         assert bool(own.any()) is has_first
         assert int(first[name].count_nonzero()) == int(own.count_nonzero())
         assert bool(second[name].any()) is has_second
-    assert (float(first["lora_alpha"]), float(second["lora_alpha"])) == (2, 1)
+    assert (float(first["lora_alpha"]), float(second["lora_alpha"])) == (2, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.client
-def test_llama_cpp_runs_in_the_process_of_the_emulator(
-    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
-) -> None:
-    _, folder = bundle
+def test_llama_cpp_runs_in_the_process_of_the_emulator(files: Files, tmp_path: Path) -> None:
+    folder = files("qnn")
     QnnModel(folder / "base", folder / "first", htp=True).logits(IDS)
     with pytest.raises(ExportError, match=r"nothing\.gguf.*failed to load model"):
         LlamaRuntime(tmp_path / "nothing.gguf")
 
 
 @pytest.mark.slow
-def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
-    simulations = simulated(parse_scheme("w4-channel"))
+def test_a_base_that_the_htp_does_not_take_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"embed_tokens.weight: .*weights: w8-tensor"):
-        export(simulations, "qnn", tmp_path, graphs=[1], context=[8])
+        write(simulated(embeddings="w4-channel"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Normed(nn.Module):
+    """A group norm whose channels have weights and biases of different sizes."""
+
+    def __init__(self, affine: bool):
+        super().__init__()
+        self.norm = nn.GroupNorm(3, 12, eps=1e-3, affine=affine)
+        if affine:
+            nn.init.uniform_(self.norm.weight, 0.1, 3)
+            nn.init.uniform_(self.norm.bias, -2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class Moved(nn.Module):
+    """Convolutions of what is enlarged, and of tokens that become an image, as in a UNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first = nn.GroupNorm(3, 12), nn.Conv2d(12, 8, 3, padding=1)
+        self.enlarged, self.shortcut = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (only,) = self.norm(x).split(12, dim=1)  # all channels
+        x = nn.functional.interpolate(self.first(only), scale_factor=2.0, mode="nearest")
+        tokens = torch.relu(self.enlarged(x) + self.shortcut(x)).flatten(2).mT
+        image: Tensor = self.out(tokens.reshape(-1, 8, 8, 8).permute(0, 3, 1, 2).contiguous())
+        return image
+
+
+def quantized(module: nn.Module) -> nn.Module:
+    """The module with convolutions of 8 bits."""
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
+    rules = [LayerRule(name, EIGHT_BITS[nn.Conv2d]) for name in layers]
+    qwlora.quantize_(module, "w4-channel", solver="rtn", rules=rules)
+    return module
+
+
+def device_graph(
+    module: nn.Module, x: Tensor, schemes: qwlora.Schemes = HTP
+) -> tuple[Any, str, Tensor]:
+    """The ONNX graph of a module, the name of its output, and what the simulation computes."""
+    simulation = qwlora.simulate(module.eval(), {"x": x}, schemes)
+    simulation.calibrate([{"x": x}])
+    model, _ = npu_onnx(npu_graph(simulation, {"x": x}).device, {})
+    (name,) = simulation.graph().interface.outputs
+    return model, name, simulation.outputs({"x": x})[name]
+
+
+def on_cpu(module: nn.Module, x: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """The ONNX graph of a module, its output in ONNX Runtime, and the simulation's."""
+    model, name, expected = device_graph(module, x)
+    found = run_session(open_model(model, {}, is_optimized=False), {"x": x})[name]
+    return model, found, expected
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(1, 12, 6, 8), (2, 12, 10)])
+def test_a_group_norm_without_the_operator(shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape) * torch.arange(1, 13).view(-1, *[1] * (len(shape) - 2)) + 3
+    model, found, expected = on_cpu(Normed(affine), x)
+    assert "GroupNormalization" not in {node.op_type for node in model.graph}
+    assert sqnr(found, expected) > 75
+
+
+def test_a_group_norm_with_a_float_weight_is_refused() -> None:
+    schemes = replace(HTP, rules=[PlacementRule("norm.weight", keep="float")])
+    with pytest.raises(ExportError, match=r"norm\.weight has no grid.*Remove the rule"):
+        device_graph(Normed(True), torch.randn(1, 12, 4), schemes)
+
+
+def test_convolutions_of_a_moved_value_share_its_rounding() -> None:
+    torch.manual_seed(0)
+    model, found, expected = on_cpu(quantized(Moved()), torch.randn(1, 12, 4, 4) + 3)
+    read = [node.inputs[0] for node in model.graph if node.op_type == "Conv"]
+    assert {value.producer().op_type for value in read} == {"DequantizeLinear"}
+    assert read[1] is read[2]
+    assert sqnr(found, expected) > 80

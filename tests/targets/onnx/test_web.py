@@ -5,12 +5,15 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -22,6 +25,7 @@ from qwlora.errors import ExportError, MissingExtraError, SourceError
 from qwlora.nn import packed_weights
 from qwlora.system import optional_packages
 from qwlora.system.optional_packages import node_package
+from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import operands
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE
 from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, PAGE
@@ -35,6 +39,7 @@ from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_weights_targets import adapters, base, target
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
+Bundle = tuple[Path, Any]
 PROMPT = "what was trained?"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 LIBRARIES = {  # of npm, which the page takes from a CDN
@@ -45,7 +50,7 @@ LIBRARIES = {  # of npm, which the page takes from a CDN
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("web")
     model, tokenizer = base("w4-block32"), byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -59,27 +64,26 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, adapted
 
 
-def test_the_graph_is_that_of_genai_without_defaults(
-    bundle: tuple[Path, Any], tmp_path: Path
-) -> None:
-    folder, _ = bundle
+def test_web_and_genai_have_all_adapters_in_one_session(bundle: Bundle, tmp_path: Path) -> None:
+    """The graph for the web is the other's without defaults of factors, and gives the same bits."""
+    folder, adapted = bundle
     write_base(target("genai"), base("w4-block32"), tmp_path)
     data = [(place / "base" / DATA_FILE).read_bytes() for place in (folder, tmp_path)]
     assert data[0] == data[1]  # a server of both keeps one copy
     shutil.copytree(folder / "trained", tmp_path / "trained")
-    web, genai = (
-        onnxruntime.InferenceSession(place / "base" / MODEL_FILE) for place in (folder, tmp_path)
-    )
+    path = tmp_path / "base" / MODEL_FILE
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("MatMulNBits") == 7
+    genai = onnxruntime.InferenceSession(path)
+    web = onnxruntime.InferenceSession(folder / "base" / MODEL_FILE)
     ids = IDS[:1].numpy()
     feeds = {"input_ids": ids, "attention_mask": ids * 0 + 1, "position_ids": ids * 0}
     feeds["position_ids"] += range(ids.shape[1])
+    feeds |= {f"past_key_values.0.{n}": np.zeros((1, 2, 0, 16), "f4") for n in ("key", "value")}
     empty = {n: a for n, a in load_file(folder / "base" / NO_ADAPTER).items() if not a.size}
     assert {i.name for i in web.get_inputs()} - {i.name for i in genai.get_inputs()} == {*empty}
-    for value in genai.get_inputs():
-        if value.name.startswith("past"):
-            sizes = [1, value.shape[1], 0, value.shape[3]]
-            feeds[value.name] = torch.zeros(sizes).numpy()
-    for name in (None, "first", "second"):
+    before = dict[str | None, Any]()
+    for name in ("first", None, "second", None, "first"):
         options = onnxruntime.RunOptions()
         factors = empty if name is None else load_file(folder / name / ADAPTER)
         if name is not None:
@@ -88,10 +92,22 @@ def test_the_graph_is_that_of_genai_without_defaults(
             loaded.Load(str(tmp_path / name / "adapter.onnx_adapter"))
             options.add_active_adapter(loaded)
         found = web.run(["logits"], feeds | factors)[0]
-        assert (found == genai.run(["logits"], feeds, options)[0]).all()
+        alone = onnxruntime.InferenceSession(path)
+        for session in (genai, alone):
+            assert (found == session.run(["logits"], feeds, options)[0]).all()
+        assert (before.setdefault(name, found) == found).all()
+        if name is not None:
+            adapted.set_adapter(name)
+        with torch.no_grad(), adapted.disable_adapter() if name is None else nullcontext():
+            expected = adapted(input_ids=IDS[:1]).logits.numpy()
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert not (before["first"] == before["second"]).all()
+    unknown = CanonicalAdapter({"model.layers.9.mlp.up_proj": (torch.ones(2, 64),) * 2}, None)
+    with pytest.raises(ExportError, match=r"no place .*model\.layers\.9\.mlp\.up_proj"):
+        target("genai").write_adapter(unknown, tmp_path / "base", tmp_path / "first")
 
 
-def test_the_library_of_node_is_named_and_not_taken_from_the_current_folder(
+def test_no_library_is_taken_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "node_modules" / "onnxruntime-web"
@@ -120,7 +136,7 @@ def test_a_page_of_somebody_else_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.client
-def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_wrong_code_fails_the_proof(bundle: Bundle, tmp_path: Path) -> None:
     folder, adapted = bundle
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
@@ -134,14 +150,13 @@ def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) 
         found = verify_weights(runtime, adapted, place / "second", as_sequences(IDS))
         assert (found.problems == []) == is_right
     assert runtime.process_bytes > 20e6
-
-
-@pytest.mark.client
-def test_files_that_the_library_refuses_are_named(bundle: tuple[Path, Any], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(bundle[0], tmp_path / "copy"))
     (copy / "base" / MODEL_FILE).write_bytes(b"no model")
     with pytest.raises(ExportError, match=r"ONNX Runtime Web cannot run .*base"):
         TARGETS["web"].open(copy)
+
+
+READY = """!document.querySelector('button').disabled
+    || !/^Load/.test(document.querySelector('[role=status]').textContent)"""
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -150,7 +165,7 @@ class Server(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def page(bundle: tuple[Path, Any]) -> Iterator[Any]:
+def page(bundle: Bundle) -> Iterator[Any]:
     """The page in chromium, at the address in the README; files of its CDN come from npm's."""
     from playwright.sync_api import sync_playwright
 
@@ -176,10 +191,7 @@ def page(bundle: tuple[Path, Any]) -> Iterator[Any]:
         )
         assert link is not None
         opened.goto(f"http://127.0.0.1:{server.server_port}{link[1]}")
-        opened.wait_for_function(
-            "!document.querySelector('button').disabled || !/^Load/.test(document.querySelector('[role=status]').textContent)",
-            timeout=300_000,
-        )
+        opened.wait_for_function(READY, timeout=300_000)
         yield opened
         browser.close()
     server.shutdown()
@@ -204,7 +216,7 @@ LOGITS = """async ([ids, file]) => {
 
 
 @pytest.mark.client
-def test_the_page_answers_and_switches_adapters(page: Any, bundle: tuple[Path, Any]) -> None:
+def test_the_page_answers_and_switches_adapters(page: Any, bundle: Bundle) -> None:
     _, adapted = bundle
     assert page.inner_text("[role=status]") == "Ready"
     tokenizer = byte_tokenizer()
@@ -213,13 +225,10 @@ def test_the_page_answers_and_switches_adapters(page: Any, bundle: tuple[Path, A
     page.fill("[name=count]", "8")
     answers, before = [], dict[str, list[float]]()
     for name in ("", "first", "second", "", "first"):
-        with torch.no_grad():
-            if name:
-                adapted.set_adapter(name)
-                expected, tokens = adapted(input_ids=ids).logits, greedy(adapted, ids)
-            else:
-                with adapted.disable_adapter():
-                    expected, tokens = adapted(input_ids=ids).logits, greedy(adapted, ids)
+        if name:
+            adapted.set_adapter(name)
+        with torch.no_grad(), nullcontext() if name else adapted.disable_adapter():
+            expected, tokens = adapted(input_ids=ids).logits, greedy(adapted, ids)
         page.select_option("select", label=name or "none")
         answer, status = page.evaluate(ANSWER)
         assert re.match(r"\d+ tokens, [\d.]+ a second", status)
@@ -231,6 +240,14 @@ def test_the_page_answers_and_switches_adapters(page: Any, bundle: tuple[Path, A
         assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
         assert before.setdefault(name, logits) == logits  # bit for bit
     assert len({*answers}) == 3
+    record = bundle[0] / "second" / "qwlora.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "base_fingerprint": "another"}))
+    page.reload()
+    page.wait_for_function(READY, timeout=300_000)
+    page.select_option("select", label="second")
+    assert "another base" in page.evaluate(ANSWER)[1]
+    record.write_text(kept)
 
 
 def greedy(model: Any, ids: torch.Tensor) -> list[int]:
@@ -241,15 +258,3 @@ def greedy(model: Any, ids: torch.Tensor) -> list[int]:
         if tokens[-1] == model.config.eos_token_id:
             return tokens[:-1]
     return tokens
-
-
-@pytest.mark.client
-def test_the_page_refuses_an_adapter_of_another_base(page: Any, bundle: tuple[Path, Any]) -> None:
-    record = bundle[0] / "second" / "qwlora.json"
-    kept = record.read_text()
-    record.write_text(json.dumps({**json.loads(kept), "base_fingerprint": "another"}))
-    try:
-        page.select_option("select", label="second")
-        assert "another base" in page.evaluate(ANSWER)[1]
-    finally:
-        record.write_text(kept)

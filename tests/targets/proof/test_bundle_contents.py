@@ -1,7 +1,9 @@
 """What may be in a bundle: somebody else's files are compared with what a target writes."""
 
 import json
+import os
 import re
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from onnx import helper
 
 from conftest import tiny_model
-from qwlora.errors import SourceError
+from qwlora.errors import QwloraError, SourceError
 from qwlora.formats.model_source import load_model
 from qwlora.system.time_limit import time_limit
 from qwlora.targets.onnx.onnx_runtime import read_session_options
@@ -21,6 +23,7 @@ from qwlora.targets.proof.contents import check_contents, known_settings, misfit
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights.hf import TransformersRuntime
 from targets.damage import edit_json
+from targets.proof.toy_runtime import TableRuntime
 
 
 def check(folder: Path, place: str) -> None:
@@ -30,29 +33,25 @@ def check(folder: Path, place: str) -> None:
     check_contents(TARGETS[target].backend.contents, folder, files, part == "base")
 
 
-STRANGE_FILES = {
-    "genai/base": ["ops.so", "ops.dll"],
-    "genai/adapter": ["genai_config.json"],
-    # transformers would load the adapter that the last one names
-    "hf/base": ["modeling_llama.py", "pytorch_model.bin", "adapter_config.json"],
-    "hf/adapter": ["adapter_model.bin", "sub/adapter_config.json"],
-    "mlx/base": ["custom.py"],
-    "openvino/base": ["extension.so"],
-    "onnx/base": ["libops.dylib"],
-    "gguf/adapter": ["base.gguf"],
-    "qairt/adapter": ["run.sh"],
-    "aimet/adapter": ["model.aimet/plugin.so"],
-}
-
-
-@pytest.mark.parametrize("place", STRANGE_FILES)
-def test_a_file_that_no_export_writes_is_refused(place: str, tmp_path: Path) -> None:
-    for number, name in enumerate(STRANGE_FILES[place]):
-        folder = tmp_path / str(number)
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text("{}")
-        with pytest.raises(SourceError, match=f"holds {re.escape(name)}, which no export writes"):
-            check(folder, place)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("genai/base", "ops.dll"),
+        ("genai/adapter", "genai_config.json"),
+        ("hf/base", "modeling_llama.py"),
+        ("hf/base", "pytorch_model.bin"),
+        ("hf/base", "adapter_config.json"),  # transformers would load the adapter that it names
+        ("hf/adapter", "adapter_model.bin"),
+        ("hf/adapter", "sub/adapter_config.json"),
+        ("gguf/adapter", "base.gguf"),
+        ("aimet/adapter", "model.aimet/plugin.so"),
+    ],
+)
+def test_a_file_that_no_export_writes_is_refused(place: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match=re.escape(name)):
+        check(tmp_path, place)
 
 
 GENAI = {"model": {"type": "llama", "decoder": {"session_options": {"provider_options": []}}}}
@@ -72,7 +71,6 @@ def put(content: Any, path: str, value: Any) -> Any:
     return copied
 
 
-GEMMA = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "dtype": "float16"}}
 GRAPHS = {"graphs": {"decode": {"host": "a.onnx", "compiled": "device/a.onnx"}}}
 PROVIDERS = [{"qnn": {"backend_path": "x"}}]
 HUNGRY_GROUP = {"group_0": {"targets": ["re:((a+)+)+b"]}}
@@ -81,47 +79,57 @@ CODE = ["auto_map", "custom_ops_library", "experts_implementation", "model_file"
 CODE += ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
 
 
+HF, ADAPTER = "hf/base/config.json", "hf/adapter/adapter_config.json"
+MODEL = {
+    "genai/base/genai_config.json": GENAI,
+    ADAPTER: PEFT,
+    "mlx/adapter/adapter_config.json": MLX,
+}
+MODEL |= dict.fromkeys((HF, "mlx/base/config.json", "openvino/base/config.json"), CONFIG)
+MODEL |= dict.fromkeys(("aimet/adapter/graphs.json", "qairt/adapter/graphs.json"), GRAPHS)
+
+
 @pytest.mark.parametrize(
-    ("place", "name", "content", "path", "value"),
+    ("file", "path", "value"),
     [
-        ("genai/base", "genai_config.json", GENAI, "model/decoder/filename", "../first/x.onnx"),
-        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/custom_ops_library", "model.data"),
-        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/provider_options", PROVIDERS),
-        ("genai/base", "genai_config.json", GENAI, "model/vision", {"filename": "model.onnx"}),
-        ("hf/base", "config.json", CONFIG, "auto_map", {"AutoModelForCausalLM": "x--y.Z"}),
-        ("hf/base", "config.json", CONFIG, "attn_implementation", "someone/kernel"),
-        ("hf/base", "config.json", CONFIG, "text_config/_attn_implementation", "a/b"),
-        ("hf/base", "config.json", CONFIG, "model_type", "no_such_model"),
-        ("hf/base", "config.json", CONFIG, "a_setting", {"of": ["text"]}),
-        ("hf/base", "config.json", GEMMA, "text_config/file", "x.py"),
-        ("hf/base", "config.json", CONFIG, "quantization_config", {"quant_method": "bitnet"}),
-        ("hf/base", "config.json", CONFIG, "quantization_config/config_groups", HUNGRY_GROUP),
-        ("hf/base", "config.json", CONFIG, "quantization_config/ignore", ["re:(.*a){30}"]),
-        ("hf/base", "generation_config.json", {}, "custom_generate", "someone/code"),
-        ("hf/base", "tokenizer_config.json", {}, "auto_map", {"AutoTokenizer": ["x.Y", None]}),
-        ("hf/adapter", "adapter_config.json", PEFT, "auto_mapping", {"parent_library": "x"}),
-        ("hf/adapter", "adapter_config.json", PEFT, "megatron_core", "this"),
-        ("hf/adapter", "adapter_config.json", PEFT, "target_modules", "((a+)+)+b"),
-        ("hf/adapter", "adapter_config.json", PEFT, "peft_type", "LOHA"),
-        ("hf/adapter", "adapter_config.json", PEFT, "use_dora", True),
-        ("hf/adapter", "adapter_config.json", PEFT, "base_model_name_or_path", "someone/model"),
-        ("mlx/base", "config.json", CONFIG, "model_file", "model.safetensors"),
-        ("mlx/base", "config.json", CONFIG, "quantization", {"group_size": "32"}),
-        ("mlx/adapter", "adapter_config.json", MLX, "fine_tune_type", "full"),
-        ("openvino/base", "config.json", CONFIG, "experts_implementation", "a/b"),
-        ("onnx/base", "session_options.json", {}, "session.qdq_matmulnbits_accuracy_level", "4"),
-        ("onnx/base", "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
-        ("aimet/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "../../other.onnx"),
-        ("qairt/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "/etc/passwd"),
-        ("qairt/adapter", "graphs.json", GRAPHS, "graphs/decode/host", "proof/first/x.onnx"),
-        ("aimet/adapter", "graphs.json", GRAPHS, "graphs/decode/model", ".."),
-        ("qairt/adapter", "graphs.json", GRAPHS, "graphs", {".hidden": {}}),
-        ("qairt/adapter", "graphs.json", GRAPHS, "graphs", {"../other": {}}),
+        ("genai/base/genai_config.json", "model/decoder/filename", "../first/x.onnx"),
+        ("genai/base/genai_config.json", f"{OPTIONS}/custom_ops_library", "model.data"),
+        ("genai/base/genai_config.json", f"{OPTIONS}/provider_options", PROVIDERS),
+        ("genai/base/genai_config.json", "model/vision", {"filename": "model.onnx"}),
+        (HF, "auto_map", {"AutoModelForCausalLM": "x--y.Z"}),
+        (HF, "attn_implementation", "someone/kernel"),
+        (HF, "text_config/_attn_implementation", "a/b"),
+        (HF, "model_type", "no_such_model"),
+        (HF, "a_setting", {"of": ["text"]}),
+        (HF, "quantization_config", {"quant_method": "bitnet"}),
+        (HF, "quantization_config/config_groups", HUNGRY_GROUP),
+        (HF, "quantization_config/ignore", ["re:(.*a){30}"]),
+        ("hf/base/generation_config.json", "custom_generate", "someone/code"),
+        ("hf/base/tokenizer_config.json", "auto_map", {"AutoTokenizer": ["x.Y", None]}),
+        (ADAPTER, "auto_mapping", {"parent_library": "x"}),
+        (ADAPTER, "megatron_core", "this"),
+        (ADAPTER, "target_modules", "((a+)+)+b"),
+        (ADAPTER, "peft_type", "LOHA"),
+        (ADAPTER, "use_dora", True),
+        (ADAPTER, "base_model_name_or_path", "someone/model"),
+        ("mlx/base/config.json", "model_file", "model.safetensors"),
+        ("mlx/base/config.json", "quantization", {"group_size": "32"}),
+        ("mlx/adapter/adapter_config.json", "fine_tune_type", "full"),
+        ("openvino/base/config.json", "experts_implementation", "a/b"),
+        ("onnx/base/session_options.json", "session.qdq_matmulnbits_accuracy_level", "4"),
+        ("onnx/base/session_options.json", "ep.context_file_path", "/etc/passwd"),
+        ("aimet/adapter/graphs.json", "graphs/decode/host", "../../other.onnx"),
+        ("aimet/adapter/graphs.json", "graphs/decode/model", ".."),
+        ("qairt/adapter/graphs.json", "graphs/decode/host", "/etc/passwd"),
+        ("qairt/adapter/graphs.json", "graphs/decode/host", "proof/first/x.onnx"),
+        ("qairt/adapter/graphs.json", "graphs", {".hidden": {}}),
+        ("qairt/adapter/graphs.json", "graphs", {"../other": {}}),
     ],
 )
-def test_a_value_that_no_export_writes_is_refused(
-    place: str, name: str, content: dict[str, Any], path: str, value: Any, tmp_path: Path
+def test_a_value_no_export_writes_is_refused(
+    file: str, path: str, value: Any, tmp_path: Path
 ) -> None:
+    (place, _, name), content = file.rpartition("/"), MODEL.get(file, {})
     (tmp_path / name).write_text(json.dumps(content))
     check(tmp_path, place)
     (tmp_path / name).write_text(json.dumps(put(content, path, value)))
@@ -129,31 +137,21 @@ def test_a_value_that_no_export_writes_is_refused(
         check(tmp_path, place)
 
 
-@pytest.mark.parametrize("key", CODE)
-def test_no_part_of_a_model_names_code(key: str, tmp_path: Path) -> None:
+def test_no_part_of_a_model_names_code_and_tokens_may_have_any_name(tmp_path: Path) -> None:
     """Neither where the class of the part, which says which keys there are, is not known."""
-    config = {"model_type": "gemma3", "text_config": {"dtype": "float16", key: None}}
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        (tmp_path / name).write_text(json.dumps(dict.fromkeys(CODE, 1)))
+    part = {"dtype": "float16", **dict.fromkeys(CODE)}
+    config = {"model_type": "gemma3", "text_config": part}
     (tmp_path / "config.json").write_text(json.dumps(config))
     check(tmp_path, "hf/base")
-    (tmp_path / "config.json").write_text(json.dumps(put(config, f"text_config/{key}", "a")))
-    with pytest.raises(SourceError, match=f"{key} .* names code"):
-        check(tmp_path, "hf/base")
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
-def test_tokens_may_have_any_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(json.dumps(dict.fromkeys(CODE, 1)))
-    check(tmp_path, "hf/base")
-
-
-def test_an_index_names_files_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "model-1.safetensors").touch()
-    index = {"metadata": {"total_size": 4}, "weight_map": {"w": "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    check(tmp_path, "hf/base")
-    (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(SourceError, match=r'w is "model-1\.safetensors"'):
-        check(tmp_path, "hf/base")
+    changes = {f"text_config/{key}": "a" for key in CODE}
+    changes |= {"text_config": {"model_type": "gemma3_text", "file": "x.py"}}
+    for path, value in changes.items():
+        (tmp_path / "config.json").write_text(json.dumps(put(config, path, value)))
+        said = path.rpartition("/")[2] if isinstance(value, str) else "file"
+        with pytest.raises(SourceError, match=said):
+            check(tmp_path, "hf/base")
 
 
 STRANGE = ["[]", '["a"]', '"a"', "{", "1" * 5000, '{"model_type": ["a"], "b": "c"}']
@@ -173,28 +171,28 @@ def test_configurations_of_another_kind_are_refused(content: str, tmp_path: Path
             read_session_options(tmp_path)
 
 
-def test_an_integer_is_neither_a_flag_nor_a_text() -> None:
-    assert list(misfits({"a": 1, "b": True}, {"a": int, "b": bool})) == []
-    assert list(misfits({"a": True, "b": 1}, {"a": int, "b": bool})) == ["a is true", "b is 1"]
-    assert list(misfits({"a": 0}, {"a": False})) == ["a is 0"]
-
-
 @pytest.mark.parametrize(
     ("value", "form", "problem"),
     [
-        ({"a": None}, {"b": int}, "key 'a' is unknown"),
-        ({"a": {}}, {"a": int}, "a is {}"),
-        ({"a": "b"}, {"a": [str]}, 'a is "b"'),
-        ({"a": ["b"]}, {"a": []}, 'a is ["b"]'),
-        ({"a": 1}, {"a": re.compile("1")}, "a is 1"),
-        ({"a": 1}, {"*": frozenset({2, 3})}, "a is 1"),
-        ({"a": 1}, {"*": frozenset({1, 2})}, None),
-        ({"a": []}, {"a": []}, None),
-        ({"a": True}, {"a": object}, None),
+        (None, int, "a is null"),
+        ({}, int, "a is {}"),
+        ("b", [str], 'a is "b"'),
+        (["b"], [], 'a is ["b"]'),
+        (1, re.compile("1"), "a is 1"),
+        (1, frozenset({2, 3}), "a is 1"),
+        (1, frozenset({1, 2}), None),
+        ([], [], None),
+        (True, object, None),
+        (True, bool, None),
+        (True, int, "a is true"),  # an integer is neither a flag nor a text
+        (1, bool, "a is 1"),
+        (0, False, "a is 0"),
     ],
 )
 def test_a_value_has_the_kind_of_its_form(value: Any, form: Any, problem: str | None) -> None:
-    assert list(misfits(value, form)) == ([problem] if problem else [])
+    for key in ("a", "*"):
+        assert list(misfits({"a": value}, {key: form})) == ([problem] if problem else [])
+    assert list(misfits({"a": value}, {"b": form})) == ["key 'a' is unknown"]
 
 
 def test_text_that_transformers_does_not_know_is_not_written() -> None:
@@ -246,8 +244,11 @@ def test_tensor_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None
         check(tmp_path, "genai/base")
 
 
-def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
+def test_a_compiled_context_and_a_file_that_is_no_model_are_refused(tmp_path: Path) -> None:
     model = model_of("EPContext", domain="com.microsoft", ep_cache_context="a.so")
+    (tmp_path / "model.onnx").write_bytes(b"\xff")
+    with pytest.raises(SourceError, match=r"model\.onnx' is not an ONNX model"):
+        check(tmp_path, "onnx/base")
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(SourceError, match="compiled code"):
         check(tmp_path, "onnx/base")
@@ -256,13 +257,7 @@ def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
     check(tmp_path, "qnn/adapter")  # the export's own, which nothing here opens
 
 
-def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"\xff")
-    with pytest.raises(SourceError, match=r"model\.onnx' is not an ONNX model"):
-        check(tmp_path, "onnx/base")
-
-
-def test_a_pattern_that_takes_forever_is_refused_before_peft_matches_it(
+def test_a_pattern_that_takes_forever_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = partial(time_limit, seconds=0.5)
@@ -283,3 +278,94 @@ def test_a_model_does_not_choose_its_kernels(key: str, value: Any, tmp_path: Pat
     model = load_model(str(tmp_path))
     assert model.config._attn_implementation == "sdpa"
     model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+
+
+CODE_KEYS = {
+    "session_options": [{"custom_ops_library": "model.onnx.data"}],
+    "auto_map": {"A": "x.Y"},
+}
+
+
+def adding(name: str, content: str = "1") -> Callable[[Path], None]:
+    def attack(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return attack
+
+
+BESIDE = {  # what is next to the files of all use cases
+    "hidden file": adding(".extension.so"),
+    "proof": adding("proof/proof.json", "{}"),
+}
+ATTACKS = BESIDE | {
+    "strange file": adding("extension.so"),
+    "nested file": adding("custom_generate/generate.py"),
+    "key that names code": adding("qwlora.json", json.dumps(CODE_KEYS)),
+    "key twice": adding("qwlora.json", '{"target": 1, "target": 2}'),
+    "link": lambda folder: (folder / "README.md").symlink_to("/etc/hostname"),
+    "pipe": lambda folder: os.mkfifo(folder / "README.md"),
+}
+DATA = (".onnx_adapter", ".safetensors", ".gguf", ".data", ".bin")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_runtime_opens_what_no_export_writes(
+    target: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, opened = TARGETS[target], list[Any]()
+    is_beside = known.has_cases and attack in BESIDE
+
+    class Recorder(TableRuntime):
+        def switch_to(self, adapter: Path | None) -> None:
+            opened.append(adapter)
+
+    def open_files(self: Any, folder: Path, case: str) -> Recorder:
+        opened.append(folder)
+        return Recorder({})
+
+    monkeypatch.setattr(type(known.backend), "open", open_files)
+    monkeypatch.setattr(type(known), "require_packages", lambda self: None)
+    parts = [p for name in ("first", "second") for p in known.parts(tmp_path, name).values()]
+    for folder in (tmp_path / "proof", *parts):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".model.onnx.part").write_bytes(b"of a killed writer")
+    for folder in parts:
+        contents = known.backend.contents
+        patterns = contents.base if folder.name == "base" else contents.adapter
+        written = folder / next(p for p in patterns if p.endswith(DATA)).replace("*", "a")
+        written.parent.mkdir(exist_ok=True)
+        written.touch()
+        (folder / "stage.json").write_text("of the job that exported it")
+    if is_beside:
+        ATTACKS[attack](tmp_path)
+    runtime = known.open(tmp_path, "first")
+    assert opened
+    if known.has_base:
+        for alone in (None, "base"):
+            opened.clear()
+            known.open(tmp_path, alone)
+            assert opened == [tmp_path / "base"]
+    for folder in dict.fromkeys(() if is_beside else parts):
+        ATTACKS[attack](folder)
+        opened.clear()
+        is_switch = folder.name == "second" and known.has_base  # while another adapter is open
+        name = "second" if folder.name == "second" else "first"
+        act = partial(runtime.use, folder) if is_switch else partial(known.open, tmp_path, name)
+        with pytest.raises(SourceError, match=str(folder)):
+            act()
+        assert not any(place == folder for place in opened)
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["../base.safetensors", "/x.safetensors", "x.bin", "absent.safetensors", 1]
+)
+def test_shards_are_files_of_the_folder(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(QwloraError, match=r"index\.json.*lm_head"):
+        TARGETS["hf"].open(tmp_path)

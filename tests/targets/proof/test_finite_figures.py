@@ -1,35 +1,35 @@
 """A runtime that computes NaN, infinity or far too large logits fails its proof, and says so."""
 
+import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences
-from qwlora.errors import ExportError, VerificationError
-from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
+from qwlora.errors import ExportError, MissingExtraError
+from qwlora.graph.quantized_graph import Interface
 from qwlora.grid.encoding import sqnr_db
-from qwlora.report.results_view import Job
-from qwlora.report.verdict import proof_evidence
 from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
-from qwlora.targets.proof.compare import compare_cache, compare_layers, compare_outputs
-from qwlora.targets.proof.prove import proven
+from qwlora.targets.proof.compare import compare_cache, compare_outputs
+from qwlora.targets.proof.prove import fitting, proven
 from qwlora.targets.proof.readme import proof_table
-from qwlora.targets.proof.reference import Reference, Rounding, logits_of, make_reference
+from qwlora.targets.proof.reference import Reference, compare_first, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
-from targets.proof.test_graph_parity import replace_qnn
+from qwlora.targets.target import Rounding
 from targets.proof.toy_runtime import TableRuntime
-from targets.proofs import check_parity, measure_logits, verify_simulation, verify_weights
+from targets.proofs import measure_logits, verify_weights
 
 TOKENS = VOCABULARY = 24
 IDS = torch.arange(TOKENS)[None]  # each token once, so that a row of logits is of one place
@@ -37,6 +37,7 @@ LOGITS = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_s
 LABELS = IDS.clone()
 LABELS[:, :8] = IGNORED
 TEXT = Sequences(IDS, LABELS)
+REFERENCE = make_reference({"adapter": lambda ids: LOGITS}, TEXT, {"adapter": lambda ids: LOGITS})
 
 
 def damaged(value: float, token: int, entry: int = 0) -> Tensor:
@@ -48,14 +49,14 @@ def damaged(value: float, token: int, entry: int = 0) -> Tensor:
 
 NOT_IN_THE_LOSS, IN_THE_LOSS = 2, 12
 UNLIKELY = int(LOGITS[0, NOT_IN_THE_LOSS].argmin())
+LARGE = "a wrong scale"
 BROKEN = {
     "NaN": damaged(math.nan, IN_THE_LOSS),
     "NaN at a token that is not in the loss": damaged(math.nan, NOT_IN_THE_LOSS),
     "infinity": damaged(math.inf, IN_THE_LOSS),
     "minus infinity at an unlikely token": damaged(-math.inf, NOT_IN_THE_LOSS, UNLIKELY),
+    LARGE: 1e5 * LOGITS.flip(1),
 }
-LARGE = 1e5 * LOGITS.flip(1)  # a wrong scale
-every_broken = pytest.mark.parametrize("logits", BROKEN.values(), ids=BROKEN)
 
 
 class Model:
@@ -85,63 +86,24 @@ class Runtime(TableRuntime):
         return self.logits(ids), {}
 
 
-class Simulated:
-    """A simulation that says LOGITS, and `perturbed` with other rounding."""
-
-    def __init__(self, perturbed: Tensor = LOGITS):
-        shapes = {"input_ids": ("batch", "tokens"), "logits": ("batch", "tokens", VOCABULARY)}
-        interface = Interface(("input_ids",), ("logits",), "logits", shapes)
-        self._graph = SimpleNamespace(interface=interface, marks=[])
-        self.perturbed = perturbed
-
-    def graph(self) -> Any:
-        return self._graph
-
-    def outputs(self, batch: Any) -> dict[str, Tensor]:
-        return {"logits": LOGITS}
-
-    def perturbed_outputs(self, batch: Any) -> dict[str, Tensor]:
-        return {"logits": self.perturbed}
-
-    def values(self, batch: Any) -> dict[str, Tensor]:
-        return {}
-
-    def bind(self, batch: Any) -> Any:
-        return batch
+def weights_parity(logits: Tensor, shipped: Tensor | None = None) -> Parity:
+    return verify_weights(Runtime(logits, shipped), Model(), Path(), TEXT)
 
 
-def weights_parity(logits: Tensor, shipped: Tensor | None = None) -> Any:
-    runtime: Any = Runtime(logits, shipped)
-    model: Any = Model()
-    return verify_weights(runtime, model, Path(), TEXT)
-
-
-def language_parity(logits: Tensor) -> Any:
+def outputs_parity(logits: Tensor) -> Parity:
+    shapes = {"input_ids": ("batch", "tokens"), "logits": ("batch", "tokens", VOCABULARY)}
+    interface = Interface(("input_ids",), ("logits",), "logits", shapes)
+    graph, outputs = SimpleNamespace(interface=interface, marks=[]), {"logits": LOGITS}
+    of_batch = dict.fromkeys(("outputs", "perturbed_outputs"), lambda batch: outputs)
+    simulation: Reference = SimpleNamespace(  # type: ignore[assignment]
+        graph=lambda: graph, values=lambda batch: {}, bind=lambda batch: batch, **of_batch
+    )
     runtime: Any = Runtime(logits)
-    return verify_simulation(runtime, Simulated(), TEXT, TOKENS)
-
-
-def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
-    runtime: Any = Runtime(logits)
-    reference: Reference = Simulated(perturbed)
-    return compare_outputs(reference, [{"input_ids": IDS}], runtime)
+    return compare_outputs(simulation, [{"input_ids": IDS}], runtime)
 
 
 def graphs_parity(logits: Tensor) -> Parity:
-    return measure_logits(lambda ids: logits, simulated_reference())
-
-
-def simulated_reference() -> dict[str, Tensor]:
-    logits = {"adapter": lambda ids: LOGITS}
-    return make_reference(logits, TEXT, logits)
-
-
-def cache_parity(logits: Tensor) -> Parity:
-    runtime: Any = Runtime(logits)
-    return compare_cache(runtime, simulated_reference(), None, [])
-
-
-PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
+    return measure_logits(lambda ids: logits, REFERENCE)
 
 
 def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
@@ -150,48 +112,22 @@ def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
     assert sqnr_db(1e-300, 1e300) == -math.inf
 
 
-@every_broken
-@pytest.mark.parametrize("compare", PROOFS)
-def test_logits_that_are_not_finite_fail_every_proof(compare: Any, logits: Tensor) -> None:
-    parity = compare(logits)
-    with pytest.raises(VerificationError, match="not finite"):
-        check_parity(parity, "it")
+@pytest.mark.parametrize("compare", [weights_parity, outputs_parity, graphs_parity])
+@pytest.mark.parametrize("name", BROKEN)
+def test_logits_that_are_not_finite_fail_every_proof(compare: Any, name: str) -> None:
+    parity = compare(BROKEN[name])
+    if name == LARGE and compare is not outputs_parity:
+        assert any("perplexity" in p and ": not finite" in p for p in parity.problems)
+    assert any("not finite" in problem for problem in parity.problems) or name == LARGE
+    assert parity.problems
     strict_json.dumps(only_finite(parity.figures) | verdict(parity.checks))
     assert not compare(LOGITS).problems
 
 
-@pytest.mark.parametrize("compare", [weights_parity, language_parity, graphs_parity])
-def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
-    parity = compare(LARGE)
-    with pytest.raises(VerificationError, match=r"difference of perplexity.*: not finite"):
-        check_parity(parity, "it")
-    found = only_finite(parity.figures) | verdict(parity.checks)
-    strict_json.dumps(found)
-    found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
-    results = {"recipe": "tiny", "parity": {"hf": {"first": found}}, "train": {"first": {}}}
-    job = Job(results, {}, "", "tiny")
-    said = [item.value for item in proof_evidence(job, "hf", "first")]
-    assert "not finite" in said
-
-
-def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
-    """Logits with noise, in every kind of proof: only where it was computed differs."""
-    noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(10))
-    language, graphs, weights = (
-        [problem.replace(" with the adapter", "") for problem in compare(LOGITS + noise).problems]
-        for compare in (language_parity, graphs_parity, weights_parity)
-    )
-    assert language == graphs
-    (said,) = (problem for problem in language if problem.startswith("difference of perplexity:"))
-    assert weights.count(said) == 1
-    for problems in (language, weights):  # whose limits differ
-        assert any(problem.startswith("tokens with the same likeliest") for problem in problems)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
-    parity = cache_parity(damaged(value, TOKENS - 1))
-    first, *_ = parity.problems
+    runtime: Any = Runtime(damaged(value, TOKENS - 1))
+    first, *_ = compare_cache(runtime, REFERENCE, None, []).problems
     assert first.startswith("largest logit of 16 tokens, one by one with the cache: not finite")
 
 
@@ -204,26 +140,10 @@ def overflow(model: Model) -> Iterator[None]:
 
 
 def test_a_model_that_the_rounding_breaks_limits_nothing() -> None:
-    model, runtime = cast(Any, Model()), cast(Any, Runtime(LOGITS))
+    model = Model()
     rounding = Rounding([partial(overflow, model)])
-    problems = verify_weights(runtime, model, Path(), TEXT, rounding).problems
+    problems = verify_weights(Runtime(LOGITS), model, Path(), TEXT, rounding).problems
     assert any("limit: at most not finite" in problem for problem in problems)
-
-
-def test_one_layer_that_computes_no_number_is_named() -> None:
-    class Layers(Simulated):
-        def graph(self) -> Any:
-            marks = [GraphValue(name, name, Kind.ACTIVATION) for name in ("up", "down")]
-            grid = SimpleNamespace(scale=torch.tensor(0.1))
-            return SimpleNamespace(marks=marks, encodings={"up": grid, "down": grid})
-
-        def values(self, batch: Any) -> dict[str, Tensor]:
-            return {"up": torch.ones(4), "down": torch.ones(4)}
-
-    computed = {"up": torch.ones(4), "down": torch.tensor([1.0, math.nan, 1.0, 1.0])}
-    runtime: Any = SimpleNamespace(run_layers=lambda values, tensors: computed)
-    (problem, *_) = compare_layers(runtime, Layers(), {}).problems
-    assert "layer down, the worst of 2: not finite" in problem
 
 
 def record_of(logits: Tensor, shipped: Tensor | None = None) -> tuple[dict[str, Any], str]:
@@ -235,37 +155,99 @@ def record_of(logits: Tensor, shipped: Tensor | None = None) -> tuple[dict[str, 
     return record, "\n".join(proof_table({"first": record}))
 
 
-@pytest.mark.parametrize("logits", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
-def test_a_proof_shows_what_is_not_finite_and_checks_nothing_as_shipped(logits: Tensor) -> None:
-    record, table = record_of(logits)
-    is_broken = logits is not LARGE
-    what = "largest logit with the adapter" if is_broken else "perplexity with the adapter"
-    assert any(f"{what}: not finite" in problem for problem in record["problems"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_proof_shows_what_is_not_finite_and_checks_nothing_as_shipped(name: str) -> None:
+    record, table = record_of(BROKEN[name])
+    what = "perplexity" if name == LARGE else "largest logit"
+    assert any(f"{what} with the adapter: not finite" in each for each in record["problems"])
     assert not any("switched off" in problem for problem in record["problems"])
-    assert ("| not finite |" if is_broken else ", not finite |") in table
-    record, table = record_of(LOGITS, logits)
+    assert (", not finite |" if name == LARGE else "| not finite |") in table
+    record, table = record_of(LOGITS, BROKEN[name])
     assert record["passed"], record["problems"]
     assert "not finite" in table
+
+
+RANDOM = torch.Generator().manual_seed(7)
+PAIR = torch.randint(0, 16, (2, 12), generator=RANDOM)
+ANSWERS = torch.randn(1, 12, 16, generator=RANDOM)
+SAYS = {"adapter": lambda ids: ANSWERS}
+SAID = make_reference(SAYS, Sequences(PAIR[:1], PAIR[:1]), SAYS)
+PLACED = {"partitions": 2, "cpu_nodes": 3, "cpu_names": ["a", "b", "c"]}
+
+
+def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> Callable[[Any], Parity]:
+    """The comparison of a qnn bundle with a reference, which runs `model` without files and
+    emulator."""
+    parity, files = qnn.QnnModel.parity, SimpleNamespace(folder=Path(), adapter=Path("first"))
+    for name, fake in (("QnnModel", model), ("_devices", list)):
+        monkeypatch.setattr(qnn, name, fake)
+    return lambda reference: parity(files, partial(compare_first, reference), LIMITS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_qnn_bundle_is_compared_on_cpu_and_htp(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self, *arguments: Any, htp: bool, **options: Any):
+            self.logits = lambda ids, steps: ANSWERS + 0.1 * htp * ANSWERS.flip(1)
+
+        def placement(self) -> dict[str, dict[str, Any]]:
+            return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
+
+    compare = replace_qnn(monkeypatch, Model)
+    if not is_installed:
+        absent = mock.Mock(side_effect=MissingExtraError("qwlora[qnn]"))
+        monkeypatch.setattr(qnn, "_devices", absent)
+    parity = compare(SAID)
+    problems = parity.problems
+    if not is_installed:
+        assert problems == []
+        assert parity.figures["not_run"] == "qwlora[qnn]"
+        return
+    assert parity.figures["exact"]["adapter"] == parity.figures["htp"] != parity.figures["cpu"]
+    assert any("on the HTP" in problem for problem in problems)
+    assert "partitions of graph decode on the HTP: 2 (limit: at most 1)" in problems
+    assert "nodes of graph decode on the CPU (of a, b, c): 3 (limit: at most 0)" in problems
+    assert not any("prefill" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows", "counted"),
+    [((4, 10), [0], 4), ((9, 10), [0, 1], 14)],
+    ids=["one answer fits", "no answer fits"],
+)
+def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
+    prompt: tuple[int, int], rows: list[int], counted: int, tmp_path: Path
+) -> None:
+    labels = PAIR.clone()
+    for row, tokens in enumerate(prompt):
+        labels[row, :tokens] = IGNORED
+    graphs = {"prompt": {"tokens": 4, "context": 6}, "token": {"tokens": 1, "context": 8}}
+    (tmp_path / "graphs.json").write_text(json.dumps({"graphs": graphs}))
+    text = fitting(Sequences(PAIR, labels), TARGETS["qairt"].parts(tmp_path, "first"))
+    assert torch.equal(text.input_ids, PAIR[rows, :8])
+    assert int((text.labels[:, 1:] != IGNORED).sum()) == counted
 
 
 def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[Path] = []
 
     class Model:
-        def __init__(self, *arguments: Any, htp: bool, profiles: Path | None = None):
+        def __init__(self, *_: Any, htp: bool, profiles: Path | None = None):
             if profiles is not None:
                 assert profiles.is_dir()
                 folders.append(profiles)
             self.htp = htp
 
-        def logits(self, ids: Tensor, steps: int) -> Tensor:
+        def logits(self, ids: torch.Tensor, steps: int) -> torch.Tensor:
             if self.htp:
                 raise ExportError("the HTP refuses the graph")
-            return LOGITS
+            return ANSWERS
 
     compare = replace_qnn(monkeypatch, Model)
     with pytest.raises(ExportError, match="the HTP refuses"):
-        compare(simulated_reference())
+        compare(SAID)
     (folder,) = folders
     assert not folder.exists()
 

@@ -1,7 +1,10 @@
 """Every limit of a proof, on both sides: what passes, what does not, and what is no number."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Binomial
 
 from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import SourceError
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.grid.encoding import sqnr_db
+from qwlora.grid.scheme import Scheme
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.system import strict_json
 from qwlora.targets.proof.checks import (
     Check,
@@ -25,19 +32,24 @@ from qwlora.targets.proof.checks import (
     verdict,
 )
 from qwlora.targets.proof.compare import (
+    DECODED,
     compare_cache,
     compare_layers,
     compare_outputs,
     output_check,
     switching,
 )
+from qwlora.targets.proof.prove import decoded
 from qwlora.targets.proof.reference import (
     AGREEMENT,
+    GRAPHS_NOISE,
     LOGIT_DIFFERENCE,
     NOISE,
     compare_logits,
     is_same,
+    is_told_apart,
     largest,
+    least_noise,
     logits_checks,
     lowest_agreement,
     make_reference,
@@ -45,6 +57,7 @@ from qwlora.targets.proof.reference import (
     perplexity_floor,
 )
 from targets.proof.toy_runtime import TableRuntime
+from targets.proofs import measure_logits
 
 NAN, INF = math.nan, math.inf
 LIMITS = Limits(
@@ -67,7 +80,7 @@ LIMITS = Limits(
         (1.0, -INF, False, False),
     ],
 )
-def test_a_value_is_on_its_side_of_its_limit(
+def test_a_value_on_its_side_of_a_limit(
     value: float, limit: float, is_at_most: bool, is_at_least: bool
 ) -> None:
     checks = at_most("it", value, limit), at_least("it", value, limit)
@@ -80,30 +93,20 @@ def test_a_value_is_on_its_side_of_its_limit(
         strict_json.dumps(asdict(check))
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_something_has_to_be_so(value: bool) -> None:
-    check = is_so("it is", value)
-    assert check.passed is value
-    assert check.limit is True
-    assert check.sentence == f"it is: {'yes' if value else 'no'}"
-
-
-def test_a_check_is_read_as_it_was_written() -> None:
-    number = at_most("it", 1.0, 2.0, "nats")
-    for check in (number, at_least("it", 3.0, 2.0), is_so("it", False), is_so("it", True)):
+def test_a_check_is_read_as_it_was_written_and_nothing_else_is_a_number_or_passes() -> None:
+    so, not_so, number = (
+        is_so("it is", True),
+        is_so("it is", False),
+        at_most("it", 1.0, 2.0, "nats"),
+    )
+    assert (so.passed, so.limit, so.sentence) == (True, True, "it is: yes")
+    assert (not_so.passed, not_so.limit, not_so.sentence) == (False, True, "it is: no")
+    for check in (number, at_least("it", 3.0, 2.0), so, not_so):
         assert Check.from_json(asdict(check)) == check
-
-
-@pytest.mark.parametrize("number", [None, "1.0", [1.0], {}])
-def test_what_is_no_number_was_not_measured(number: Any) -> None:
-    fields = asdict(at_most("it", 1.0, 2.0))
-    for key in ("value", "limit"):
-        assert getattr(Check.from_json({**fields, key: number}), key) is None
-
-
-@pytest.mark.parametrize("passed", [None, "true", 1, False])
-def test_only_true_passed(passed: Any) -> None:
-    assert not Check.from_json({**asdict(at_most("it", 1.0, 2.0)), "passed": passed}).passed
+    for key, other in itertools.product(("value", "limit"), (None, "1.0", [1.0], {})):
+        assert getattr(Check.from_json({**asdict(number), key: other}), key) is None
+    for passed in (None, "true", 1, False):
+        assert not Check.from_json({**asdict(number), "passed": passed}).passed
 
 
 def test_limits_are_those_that_are_documented() -> None:
@@ -126,9 +129,6 @@ def test_a_verdict_needs_a_check_and_all_of_them(checks: list[Check]) -> None:
     more = parity.extended({"c": 2}, BAD)
     assert more.figures == {"b": 1.0, "c": 2}
     assert more.problems == [*problems, BAD.sentence]
-
-
-def test_figures_without_numbers_that_are_none() -> None:
     figures = {"a": NAN, "of": {"b": -INF, "c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
     assert only_finite(figures) == {"of": {"c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
 
@@ -248,13 +248,10 @@ def test_perplexities_and_what_rounding_explains() -> None:
     assert perplexity_floor(1e12, 10) == INF
 
 
-def test_the_largest_of_differences() -> None:
+def test_the_largest_of_differences_and_bits_as_they_are() -> None:
     assert largest(torch.tensor([1.0, 3.0, 2.0])) == 3.0
     assert largest(torch.tensor([1.0, NAN])) == INF
     assert largest(torch.tensor([])) == 0.0
-
-
-def test_bits_are_compared_as_they_are() -> None:
     one = torch.tensor([1.0, NAN])
     assert is_same(one, one.clone())
     assert not is_same(one, torch.tensor([1.0, 1.0]))
@@ -278,35 +275,39 @@ def compared(table: Tensor, labels: Tensor = LABELS, **options: Any) -> SimpleNa
     return SimpleNamespace(**compare_logits(says(table), reference, LIMITS).figures)
 
 
-def test_logits_that_predict_a_loss_token_are_compared() -> None:
-    """The fourth token's logits predict the fifth, the first in the loss."""
-    figures = compared(OTHER)
-    rows = IDS[:, 3:].flatten()
+SHORTER = LABELS.clone()
+SHORTER[1, 7:] = IGNORED
+
+
+@pytest.mark.parametrize(
+    ("labels", "places"),
+    [
+        (LABELS, [range(3, 10)] * 2),  # the fourth token's logits predict the fifth
+        (SHORTER, [range(3, 10), range(3, 6)]),
+        (IDS, [range(10)] * 2),
+    ],
+    ids=["in the loss", "conversations that end at different tokens", "all"],
+)
+def test_logits_that_predict_a_loss_token_are_compared(labels: Tensor, places: Any) -> None:
+    figures = compared(OTHER, labels)
+    rows = torch.cat([ids[[*place]] for ids, place in zip(IDS, places, strict=True)])
     ours, theirs = (table[rows].double().log_softmax(-1) for table in (OTHER, TABLE))
-    assert figures.tokens == len(rows)
-    assert figures.sequences == 2
+    assert (figures.tokens, figures.sequences) == (len(rows), 2)
     assert figures.max_log_prob_difference == pytest.approx(float((ours - theirs).abs().max()))
     rms = float((ours - theirs).square().mean().sqrt())
     assert figures.rms_log_prob_difference == pytest.approx(rms, rel=1e-5)
     same = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    assert figures.top1_agreement == same
+    assert figures.top1_agreement == pytest.approx(same)
     kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
-    assert figures.perplexity == pytest.approx(perplexity_of(OTHER, first=4))
-
-
-def perplexity_of(table: Tensor, first: int) -> float:
-    """Of the tokens from `first` on, each after the one before it."""
-    log_probs = table[IDS[:, first - 1 : -1]].double().log_softmax(-1)
-    return float((-log_probs.gather(-1, IDS[:, first:, None])).mean().exp())
-
-
-def test_every_token_is_compared_where_all_count() -> None:
-    figures = compared(TABLE, IDS)
-    assert figures.tokens == IDS.numel()
-    assert figures.top1_agreement == 1.0
-    assert figures.perplexity == pytest.approx(perplexity_of(TABLE, first=1))
-    assert figures.reference_perplexity == pytest.approx(perplexity_of(TABLE, first=1))
+    losses: dict[str, list[float]] = {"perplexity": [], "reference_perplexity": []}
+    for (key, found), table in zip(losses.items(), (OTHER, TABLE), strict=True):
+        for ids, counted in zip(IDS, labels, strict=True):
+            log_probs = table[ids[:-1]].double().log_softmax(-1)
+            pairs = zip(log_probs, counted[1:].tolist(), strict=True)
+            found.extend(-float(row[label]) for row, label in pairs if label != IGNORED)
+        expected = math.exp(sum(found) / len(found))
+        assert getattr(figures, key) == pytest.approx(expected)
 
 
 def test_a_reference_counts_tokens_that_follow_one() -> None:
@@ -315,18 +316,6 @@ def test_a_reference_counts_tokens_that_follow_one() -> None:
     labels = torch.full_like(IDS, IGNORED)
     labels[:, 0] = IDS[:, 0]  # no token is before the first
     assert compare_logits(says(TABLE), {**reference, "labels": labels}).problems
-
-
-def test_conversations_may_end_at_different_tokens() -> None:
-    labels = LABELS.clone()
-    labels[1, 7:] = IGNORED
-    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, labels))
-    figures = SimpleNamespace(**compare_logits(says(OTHER), reference, LIMITS).figures)
-    assert figures.tokens == 7 + 3
-    rows = torch.cat([IDS[0, 3:], IDS[1, 3:6]])
-    ours, theirs = (table[rows].double().log_softmax(-1) for table in (OTHER, TABLE))
-    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-    assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
 
 
 def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:
@@ -397,22 +386,17 @@ def test_differences_of_layers_are_in_their_own_steps() -> None:
         "layers": 2,
     }
     assert layers(up=torch.full((2000,), 4.5)).figures[mean] == 1.0
-    assert math.isnan(layers(down=torch.full((100,), NAN)).figures[mean])
-
-
-def test_only_weights_leave_no_layer_to_compare() -> None:
-    runtime: Any = SimpleNamespace()
+    broken = layers(down=torch.full((100,), NAN))
+    assert math.isnan(broken.figures[mean])
+    assert "layer down, the worst of 2: not finite" in broken.problems[0]
     simulation: Any = Layers(GraphValue("w", "w", Kind.BASE))
-    assert compare_layers(runtime, simulation, {}).checks == ()
+    runtime: Any = SimpleNamespace()
+    assert compare_layers(runtime, simulation, {}).checks == ()  # only weights
 
 
 class Session(TableRuntime):
-    """Its adapters leak into each other where `leaks` says.
-
-    Args:
-        leaks: "state": what was active before changes the logits; "cache": other adapters' steps
-            change the cache.
-    """
+    """Its adapters leak into each other where `leaks` says: "state": what was active before changes
+    the logits; "cache": other adapters' steps change the cache."""
 
     has_cache = True
 
@@ -474,3 +458,135 @@ def test_a_cache_is_compared_token_by_token(
         assert cache.figures["max_log_prob_difference"] < 1e-5
         assert not cache.problems
     assert compare_cache(session, reference, Path("second"), [], LIMITS).problems
+
+
+TOKENS = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(5))
+NEXT = 3 * torch.randn(90, 90, generator=torch.Generator().manual_seed(6))
+
+
+def right(ids: Tensor) -> Tensor:
+    """Logits of a model that knows the last token only."""
+    return NEXT[ids]
+
+
+def noisy(size: float) -> Callable[[Tensor], Tensor]:
+    """The same with noise of `size`."""
+    noise = torch.randn(12, 90, generator=torch.Generator().manual_seed(7))
+    return lambda ids: right(ids) + size * noise
+
+
+def broken(logits: Callable[[Tensor], Tensor], reference: dict[str, Tensor]) -> list[str]:
+    return measure_logits(logits, reference).problems
+
+
+def simulated_reference(noise: float, bitwidth: int = 16) -> dict[str, Tensor]:
+    text, states = Sequences(TOKENS, TOKENS), {"adapter": right}
+    return make_reference(states, text, {"adapter": noisy(noise)}, least_noise=2.0**-bitwidth)
+
+
+@pytest.mark.parametrize(
+    ("noise", "bitwidth", "found", "is_right"),
+    [
+        (1e-3, 16, 1e-3, True),
+        (1e-3, 16, 3e-3, True),
+        (1e-3, 16, 2e-2, False),
+        (0.0, 16, 2e-2, False),  # no value fell on another step
+        (0.0, 8, 2e-2, True),  # a step of 8 bits is as large
+    ],
+)
+def test_log_probabilities_on_grids_may_differ_as_rounding_makes_them(
+    noise: float, bitwidth: int, found: float, is_right: bool
+) -> None:
+    problems = broken(noisy(found), simulated_reference(noise, bitwidth))
+    assert any("root mean square" in problem for problem in problems) != is_right
+
+
+@pytest.mark.parametrize(
+    ("schemes", "cached_graphs", "share"),
+    [
+        (Schemes(), False, 2.0**-16),
+        (Schemes(adapter_activation_bitwidth=8), False, 2.0**-8),
+        (Schemes(), True, GRAPHS_NOISE),
+        (Schemes(Scheme(8)), True, 2.0**-8),
+    ],
+)
+def test_noise_is_at_least_what_files_round(schemes: Any, cached_graphs: Any, share: Any) -> None:
+    assert least_noise(schemes, cached_graphs) == share
+
+
+def changed_by(name: str, by: Callable[[Tensor], Tensor], reference: dict[str, Tensor]) -> None:
+    reference[name] = by(reference[name])
+
+
+NEVER = torch.tensor(-math.inf)
+CHANGED: dict[str, list[Callable[[Tensor], Tensor]]] = {
+    "adapter.largest": [lambda t: t * math.nan, lambda t: -t],
+    "adapter.log_probs": [
+        lambda t: t + math.log(1.5),
+        lambda t: t.where(t < -3, NEVER),
+        lambda t: t[:, :-1],
+    ],
+    "adapter.losses": [lambda t: t - 20, lambda t: t[:1]],
+    "adapter.top": [
+        *(lambda t: t[..., :0], lambda t: t - 50, lambda t: t.float(), lambda t: t[0, 0, 0])
+    ],
+    "adapter.other_same": [lambda t: t[:1], lambda t: t.int()],
+    "adapter.other_losses": [lambda t: t.float()],
+    "adapter.noise": [lambda t: -t - 1, lambda t: t[None]],
+    "ids": [lambda t: t[0], lambda t: t - 1, lambda t: t.int()],
+    "labels": [
+        lambda t: t[:, :5],
+        lambda t: t + 1,
+        lambda t: torch.cat([t[:, :1], torch.full_like(t[:, 1:], IGNORED)], 1),
+    ],
+}
+ABSENT = [("labels",), ("adapter.noise",), ("adapter.other_same",)]
+ABSENT.append(("adapter.top", "adapter.log_probs"))  # only losses
+DAMAGE: list[Callable[[dict[str, Tensor]], Any]] = [
+    *(partial(changed_by, name, by) for name, changes in CHANGED.items() for by in changes),
+    *(lambda r, names=names: [r.pop(name) for name in names] for names in ABSENT),
+    lambda r: r.update({name: r[name] - 90 for name in ("ids", "labels")}),
+    lambda r: r.update({"other": torch.ones(1)}),
+    lambda r: r.update({"base.top": r["adapter.top"]}),
+    lambda r: r.clear(),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_reference_that_proves_nothing(damage: Callable[[dict[str, Tensor]], Any]) -> None:
+    reference = simulated_reference(1e-3)
+    assert not broken(right, reference)
+    damage(reference)
+    with pytest.raises(SourceError, match="proves nothing"):
+        broken(right, reference)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["noise", "other_losses"])
+def test_a_floor_that_is_not_finite_limits_nothing(name: str, value: float) -> None:
+    reference = simulated_reference(1e-3)
+    reference[f"adapter.{name}"] = torch.full_like(reference[f"adapter.{name}"], value)
+    assert broken(right, reference)
+
+
+def test_a_reference_of_another_vocabulary_is_refused() -> None:
+    reference = simulated_reference(1e-3)
+    with pytest.raises(SourceError, match="a vocabulary of 80 tokens"):
+        broken(lambda ids: right(ids)[..., :80], reference)
+
+
+@pytest.mark.parametrize(("effect", "told_apart"), [(1.0, True), (1e-5, False)])
+def test_an_adapter_that_changes_too_little_is_named(effect: float, told_apart: bool) -> None:
+    states = {"base": noisy(effect), "adapter": right}
+    reference = make_reference(states, Sequences(TOKENS, TOKENS))
+    assert is_told_apart(reference, Limits()) == told_apart
+
+
+@pytest.mark.parametrize("floor", [0.999, 0.97, 0.9, 0.6])
+def test_tokens_decoded_one_by_one_may_differ_as_chance_has_it(floor: float) -> None:
+    chances = Binomial(DECODED, torch.tensor(floor)).log_prob(torch.arange(DECODED + 1.0)).exp()
+    for right in range(DECODED + 1):
+        is_chance = chances[: right + 1].sum() > 0.025
+        passes = right >= 0.9 * DECODED or bool(is_chance)
+        assert decoded(right / DECODED, floor).passed == passes
+    assert not decoded(math.nan, floor).passed

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from conftest import byte_tokenizer
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import pack_at_
@@ -49,3 +50,11 @@ def write_adapter(backend: Backend, bundle: Path, name: str) -> CanonicalAdapter
     (bundle / name).mkdir(exist_ok=True)
     backend.write_adapter(canonical, bundle / "base", bundle / name)
     return canonical
+
+
+def read_base(folder: Path) -> Any:
+    """The model in a base that this package reads: of hf, mlx, gguf and qairt_pipeline."""
+    file, encodings = folder / "base.gguf", folder / "model.encodings"
+    if file.exists():
+        return load_precomputed(open_checkpoint(file))
+    return load_precomputed(open_checkpoint(folder, encodings if encodings.exists() else None))

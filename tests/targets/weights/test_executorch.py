@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
@@ -20,9 +20,7 @@ from qwlora.quantize.gptq import solve_gptq
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.scale_search import search_scale
 from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
-from qwlora.targets.proof.readme import usage
 from qwlora.targets.proof.reference import logits_of
-from qwlora.targets.refusals import Subject, Weight, nearest, refused
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights import executorch
 from qwlora.targets.weights.executorch import MODEL, RANK
@@ -31,6 +29,7 @@ from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_weights_targets import adapters, target
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
+Bundle = tuple[Path, Any]
 W8 = Scheme(8, True, PerChannel())
 SOME = [LayerRule(match=name, scheme=W8) for name in ("*.mlp.*", "*embed_tokens")]
 
@@ -91,10 +90,9 @@ def test_solvers_choose_scales_that_are_bfloat16(bits: int) -> None:
     scheme = parse_scheme(f"w{bits}-bf16block32")
     assert scheme == Scheme(bits, granularity=Bf16Block(32)) == Scheme.from_json(scheme.to_json())
     assert short_name(scheme) == f"w{bits}-bf16block32"
-    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
-    inputs = torch.randn(512, 128, generator=torch.Generator().manual_seed(1))
-    moment = inputs.T @ inputs / 512
-    errors = list[float]()
+    generator = torch.Generator().manual_seed(0)
+    x, inputs = (torch.randn(rows, 128, generator=generator) for rows in (16, 512))
+    moment, errors = inputs.T @ inputs / 512, list[float]()
     for grid in (scheme, Scheme(bits, granularity=PerBlock(32))):
         searched, solved = search_scale(x, grid), solve_gptq(x, grid, moment)[0]
         for scale in (searched.scale, solved.encoding.scale):
@@ -105,22 +103,6 @@ def test_solvers_choose_scales_that_are_bfloat16(bits: int) -> None:
     assert errors[1] < 1.02 * errors[3]
 
 
-@pytest.mark.parametrize(
-    ("name", "problem", "best"),
-    [
-        ("w4-block32", "blocks of kind bf16block", "w4-bf16block32"),
-        ("w8-bf16block32", "4 bits with blocks", "w8-channel"),
-        ("w4-channel-asymmetric", "no integer zero points", "w4-channel"),
-    ],
-)
-def test_what_xnnpack_rounds_is_refused(name: str, problem: str, best: str) -> None:
-    weights = {"all": Weight(parse_scheme(name), "gptq")}
-    (found,) = refused(["executorch"], Subject(weights=weights))
-    assert problem in found
-    assert f"{best} instead of {name}" in found
-    assert nearest(parse_scheme(name), [TARGETS["executorch"]]) == parse_scheme(best)
-
-
 def test_a_rank_beyond_the_programs_is_refused(tmp_path: Path) -> None:
     adapter = CanonicalAdapter({"up_proj": (torch.zeros(RANK + 1, 8), torch.zeros(8, 1))}, None)
     with pytest.raises(ExportError, match=f"rank {RANK + 1}.* up to {RANK}"):
@@ -128,7 +110,7 @@ def test_a_rank_beyond_the_programs_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("executorch")
     write_base(target("executorch"), model := base(), folder)
     adapted = adapters(model, folder / "trained")
@@ -138,7 +120,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.mark.client
-def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_wrong_code_fails_the_proof(bundle: Bundle, tmp_path: Path) -> None:
     folder, adapted = bundle
     program = (folder / "base" / MODEL).read_bytes()
     layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
@@ -154,27 +136,6 @@ def test_a_wrong_code_fails_the_proof(bundle: tuple[Path, Any], tmp_path: Path) 
         found = verify_weights(runtime, adapted, copy / "second", as_sequences(IDS), rounding)
         assert (found.problems == []) == is_right
         assert found.figures["exact"]["off_is_equal"]
-
-
-@pytest.mark.client
-def test_the_lines_of_the_readme_answer(
-    bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _ = bundle
-    runtime = target("executorch").open(folder / "base", "base")
-    prompt = byte_tokenizer()("Hello", return_tensors="pt").input_ids
-    monkeypatch.chdir(folder)
-    for name in (None, "first"):
-        code = usage("executorch", "base", name).partition("```python\n")[2].partition("```")[0]
-        loaded: dict[str, Any] = {}
-        exec(code, loaded)
-        runtime.use(None if name is None else folder / name)
-        assert loaded["tokens"] == runtime.decode(prompt, 32)
-
-
-@pytest.mark.client
-def test_files_of_another_model_are_refused(bundle: tuple[Path, Any], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(bundle[0], tmp_path / "copy"))
     file = copy / "first" / executorch.ADAPTER
     save_file({name: torch.zeros(3, 3) for name in load_file(file)}, file)
     with pytest.raises(ExportError, match="ExecuTorch cannot run the program"):

@@ -104,7 +104,7 @@ def test_an_interrupted_call_does_not_answer_the_next_one(folder: Path) -> None:
         runtime.logits(torch.tensor([[1]]))
 
 
-def test_what_hangs_or_cannot_be_loaded_is_an_error(
+def test_what_hangs_or_is_no_program_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = ExecutorchRuntime(folder)

@@ -45,17 +45,14 @@ def spelling_bytes(pre: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[pre])
     special = ["<|begin|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
+    settings: Any = {"initial_alphabet": alphabet, "special_tokens": special}
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, **settings)
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.add_tokens(["<tool>"])
-    tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1]
-    )
+    single = {"single": "<|begin|> $A", "special_tokens": [("<|begin|>", 0)]}
+    tokenizer.post_processor = TemplateProcessing(**single)
+    names = {"bos_token": special[0], "eos_token": special[1]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 @cache
@@ -79,9 +76,8 @@ def spelling_text() -> PreTrainedTokenizerFast:
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def dropping_spaces() -> PreTrainedTokenizerFast:
@@ -161,7 +157,7 @@ def changed(**parts: Any) -> PreTrainedTokenizerFast:
         (changed(pre_tokenizer=pre_tokenizers.Whitespace()), "Whitespace.*another target"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
     tokenizer: Any, problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=problem):

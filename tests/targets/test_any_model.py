@@ -268,12 +268,12 @@ def test_transformers_and_peft_load_base_and_adapters(
 
 def logits_of(target: str, folder: Path, adapter: str, batch: dict[str, Tensor]) -> Tensor:
     """Logits of a sequence with an image, by the files."""
-    backend: Any = TARGETS[target].backend
-    if target == "onnx":
-        return backend.open(folder, adapter).run(batch)["logits"]
-    runtime = (
-        backend.backend.open(folder, "") if target == "aimet" else backend.open(folder, adapter)
+    known = TARGETS[target]
+    runtime: Any = (
+        known.backend.open(folder, "") if target == "aimet" else known.open(folder, adapter)
     )
+    if target == "onnx":
+        return runtime.run(batch)["logits"]
     return call(runtime, batch["inputs_embeds"], batch["position_ids"])
 
 

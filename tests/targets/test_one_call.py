@@ -200,7 +200,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     text = SimpleNamespace(data=SimpleNamespace(held_out=held_out))
     program = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     recipe = SimpleNamespace(
-        verify=Verify(sequences=1, layer_tokens=2),
+        verify=Verify(sequences=1),
         export=Export(proof="held_out"),
         simulation=SimpleNamespace(base_activations="all"),
         adapters=[],

@@ -129,6 +129,7 @@ def integers(
         (integers((5,), block_size=4), "2.0.0", r"has 5 blocks.* needs \[6, 2\]"),
         (integers((12,), block_size=3), "2.0.0", "has blocks of 3, which do not divide"),
         (integers((7,), axis=0), "2.0.0", r"has 7 scales, but axis 0 of \[6, 8\] has 6$"),
+        (integers((8,), axis=5), "2.0.0", "axis 5 is outside of a tensor with 2 axes"),
         (integers((), offset=3), "2.0.0", r"an offset is outside \[-15, 0\]"),
         (integers((), scale=1e-60), "2.0.0", "a scale is a finite positive number"),
         (LpbqEncoding("w", 4, 4, np.ones(12, dtype=int), np.ones(4)), "2.0.0", "share evenly"),

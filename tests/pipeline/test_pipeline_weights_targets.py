@@ -87,7 +87,7 @@ TWO_GRIDS = ("base.weights=w4-block32-asymmetric", MLP_IN_8_BITS)
     ("target", "changes", "message"),
     [
         ("hf", ("adapters.0.dora=true",), "target hf: adapter first has DoRA.*LoRA factors"),
-        ("hf", ("adapters.0.name=base",), "target hf: adapter base has the name of another file"),
+        ("hf", ("adapters.0.name=Base",), "target hf: adapter Base has the name of another file"),
         ("mlx", ("base.weights=w7-block32",), "target mlx: base.weights: int7"),
         ("mlx", ("base.weights=w4-block16",), "MLX has blocks of 32"),
         ("hf", TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),

@@ -83,6 +83,16 @@ def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:
     assert any("after other adapters were active" in row.what for row in rows)
 
 
+def test_a_model_that_the_runtime_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = type(TARGETS["mlx"].backend)
+    monkeypatch.setattr(backend, "model_problem", lambda *_: "mlx-lm cannot build it")
+    with pytest.raises(ExportError, match="target mlx: mlx-lm cannot build it"):
+        qwlora.export(packed_model("llama", layers=1), "mlx", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_base_with_float_adapters(tmp_path: Path) -> None:
     model = packed_model("llama", layers=1)
     torch.manual_seed(1)
@@ -95,7 +105,7 @@ def test_a_base_with_float_adapters(tmp_path: Path) -> None:
     three_bits = tiny_model("llama", layers=1)
     qwlora.quantize_(three_bits, "w3-block32", "rtn")
     with pytest.raises(ExportError, match=r"target gguf: .*GGUF has"):
-        qwlora.export(three_bits, "gguf", folder)
+        qwlora.export(three_bits, "gguf", folder, tokenizer=byte_tokenizer())
     assert not folder.exists()
     qwlora.export(base, "hf", folder, adapters, byte_tokenizer())
     with pytest.raises(ExportError, match=r"bundle' already has a base\. Delete it"):

@@ -101,7 +101,9 @@ def export(
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} already has a base. Delete it, or use another folder")
     with on_cpu(*_modules(made)):
+        file = None if gguf_file is None else Path(gguf_file)
         if isinstance(made, PreTrainedModel):
+            subject = Subject(model=made, tokenizer=tokenizer, source=file)
             identity = check_loadable(made, sources.values(), "accept")
         else:
             made.check_unchanged()
@@ -113,7 +115,7 @@ def export(
             graph = first.captured
             is_text = graph.embeddings is None and is_language_model(graph.interface)
             subject = Subject(model=model, tokenizer=tokenizer, layout=layout, takes_tokens=is_text)
-            refuse([target], subject, ExportError)
+        refuse([target], subject, ExportError)
 
         def exported(simulation: Simulation) -> ExportedGraph:
             has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
@@ -132,8 +134,8 @@ def export(
             if isinstance(made, Simulation):
                 parts[""] = exported(made)
             elif isinstance(made, PreTrainedModel):
-                file, holds = None if gguf_file is None else Path(gguf_file), known.holds_invocation
                 parts[BASE] = ExportedBase(made, tokenizer, file)
+                holds = known.holds_invocation
                 parts |= {name: read_canonical(path, holds) for name, path in sources.items()}
             else:
                 parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)

@@ -283,7 +283,7 @@ def _adapters(target: Target, subject: Subject) -> Iterator[str]:
     """What the target has room for, of each adapter."""
     for adapter in subject.adapters:
         what = f"adapter {adapter.name}"
-        if adapter.name in target.taken_names:
+        if adapter.name.lower() in target.taken_names:  # some file systems ignore case
             yield f"{what} has the name of another file of the export; choose another name"
         if target.holds_factors_only and adapter.others:
             remedy = "Train without dora, target_parameters, lora_bias and modules_to_save"

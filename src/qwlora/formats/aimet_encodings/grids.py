@@ -154,8 +154,10 @@ class TensorLayout:
 
     def axis(self, axis: int) -> int:
         """An axis of the entry's tensor as an axis of `shape`."""
-        axis %= len(self.shape)
-        return len(self.shape) - 1 - axis if self.transposed else axis
+        rank = len(self.shape)
+        if not -rank <= axis < rank:
+            raise GridError(f"axis {axis} is outside of a tensor with {rank} axes")
+        return rank - 1 - axis % rank if self.transposed else axis % rank
 
 
 def entry_of(

@@ -103,6 +103,14 @@ def oldest(session: nox.Session) -> None:
     _two_workers(session)
 
 
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The fast tests with the newest torch and transformers of the ranges in pyproject.toml."""
+    _install(session, "--upgrade", "-e", ".[dev]", "torch", "transformers")
+    session.run("pip", "list")
+    _two_workers(session)
+
+
 @nox.session(python="3.13")
 def py313(session: nox.Session) -> None:
     """The fast tests on Python 3.13."""

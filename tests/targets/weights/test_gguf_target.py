@@ -331,7 +331,7 @@ SIX = t.Gemma3TextConfig(  # mlx-lm asks for the sixth layer, the first with ful
     rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL},
 )
 OF_MLX = {"phi, part": t.PhiConfig(**SIZES, rope_parameters=PART), "gemma3, windows": SIX}
-OF_MLX |= {name: OTHERS[name] for name in ("phi3, short", "phi3, long")}
+OF_MLX["phi3, long"] = OTHERS["phi3, long"]
 
 
 def random_model(config: t.PretrainedConfig, scheme: str = "w4-block32") -> Any:
@@ -351,7 +351,7 @@ def adapted_model(model: Any, rank: int, folder: Path) -> Any:
     """An adapter on all layers; one of them has another rank."""
     paths = [path for path, _ in model.named_modules() if path.endswith("_proj")]
     torch.manual_seed(rank)
-    settings = {"rank_pattern": {r".*\.0\..*o_proj": 3}, "init_lora_weights": False}
+    settings = {"rank_pattern": {r".*\.0\..*(o|v)_proj": 3}, "init_lora_weights": False}
     adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=paths, **settings)).eval()
     save_adapter(adapted, folder)
     return adapted

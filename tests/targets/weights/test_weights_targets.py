@@ -139,6 +139,9 @@ def test_what_mlx_lm_computes_otherwise_is_refused() -> None:
         assert problem(kind) == "None", problem(kind)
     griffin = {"num_hidden_layers": 3, "num_key_value_heads": 1}  # rotates a half, as mlx-lm does
     assert problem("recurrent_gemma", **griffin) == "None"
+    long = {"rope_theta": 5e3, "rope_type": "longrope", "short_factor": [1.0] * 8}
+    long |= {"long_factor": [1 + i / 3 for i in range(8)], "original_max_position_embeddings": 16}
+    assert "never by short_factor" in problem("phi3", rope_parameters=long, pad_token_id=0)
     # in gemma2, mlx-lm lets all layers attend to all tokens
     with pytest.warns(QwloraWarning, match="last 8 tokens, in mlx-lm to all"):
         assert problem("gemma2", sliding_window=8) == "None"

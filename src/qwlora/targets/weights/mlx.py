@@ -53,6 +53,7 @@ from qwlora.targets.weights.weights_folder import (
     layer_kind,
     layers_to_write,
     rope_settings,
+    rotations,
     warn_of_window,
     write_folder,
 )
@@ -135,6 +136,9 @@ def _difference(model: PreTrainedModel) -> str | None:
     with redirect_stdout(None):  # some say which package they lack, and exit
         model_class, settings = _get_classes(config)
     other, kind = model_class(settings.from_dict(config)), config["model_type"]
+    rotation = rotations(model.config)[0]
+    if rotation.get("short_factor") != rotation.get("long_factor"):  # as of mlx-lm 0.32.2
+        return f"mlx-lm rotates by long_factor in {kind}, and never by short_factor"
     widths = {module.dims for module in other.modules() if isinstance(module, RoPE)}
     buffers = [(name.rpartition(".")[2], each) for name, each in model.named_buffers()]
     rotated = {2 * each.numel() for name, each in buffers if name == "inv_freq"}

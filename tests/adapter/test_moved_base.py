@@ -64,7 +64,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_refuses_a_base_that_was_changed(
     how: str, dtype: torch.dtype | None, folder: Path, tmp_path: Path
 ) -> None:
-    """Of a base that was quantized here, or loaded in a type."""
+    """The base was quantized in this process, or loaded from a folder in a given type."""
     change, names = CHANGES[how]
     model = get_peft_model(load_base(folder, dtype) if dtype else base(), lora())
     save_adapter(model, tmp_path / "before")

@@ -59,9 +59,9 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
     """`gain`, to six digits, of the active adapter's linear layers, by canonical path."""
     adapter = active_adapter(model)
     updates = {}
-    for path, layer in lora_layers(model):
+    for path, layer in lora_layers(model, adapter):
         base = layer.get_base_layer()
-        if adapter not in layer.r or not isinstance(base, nn.Linear | Conv1D):
+        if not isinstance(base, nn.Linear | Conv1D):
             continue
         a, b = (f[adapter].weight.cpu().double() for f in (layer.lora_A, layer.lora_B))
         squares = ((b.T @ b) * (a @ a.T)).sum()
@@ -79,9 +79,9 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
     adapter = active_adapter(model)
     _refuse_activated(model, adapter)
     losses = {}
-    for path, layer in lora_layers(model):
+    for path, layer in lora_layers(model, adapter):
         base = layer.get_base_layer()
-        if adapter in layer.r and isinstance(base, PackedLayer):
+        if isinstance(base, PackedLayer):
             delta = layer.get_delta_weight(adapter).flatten(1).float()
             granularity = base.encoding.scheme.granularity
             scale = aligned(base.encoding.scale, granularity, delta.ndim)
@@ -157,9 +157,8 @@ def untie_(model: nn.Module) -> list[list[str]]:
         if (weight := _shared_weight(module)) is not None:
             sharing.setdefault(weight, []).append(name)
     untied = {}
-    adapter = active_adapter(model)
-    for base in (layer.get_base_layer() for _, layer in lora_layers(model) if adapter in layer.r):
-        weight = _shared_weight(base)
+    for _, adapted in lora_layers(model, active_adapter(model)):
+        weight = _shared_weight(adapted.get_base_layer())
         if weight is None or len(names := sharing.pop(weight, [])) < 2:
             continue
         untied[weight] = [canonical_name(name) for name in names]

@@ -84,10 +84,10 @@ class MergedIntegers(LoraVariant):
         )
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's LoRA layers, by canonical path."""
+def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers, by canonical path. With `adapter`, only layers that have it."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.r):
             yield canonical_name(path), module
 
 

@@ -262,7 +262,7 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     the instance, and traced graphs.
     """
     with contextlib.ExitStack() as stack:
-        for layer in _lora_layers(model):
+        for layer in _fusible_layers(model):
             stack.enter_context(replaced(layer, functools.partial(_fused_forward, layer)))
         yield
 
@@ -273,7 +273,7 @@ def fuse_lora_(model: nn.Module) -> None:
 
         y += (x A^T) (scaling B)^T
     """
-    for layer in _lora_layers(model):
+    for layer in _fusible_layers(model):
         layer.forward = functools.partial(_fused_forward, layer)
         if (adapter := _only_adapter(layer)) is not None and _is_plain(layer, adapter):
             a, b = (factor[adapter].weight.detach().T for factor in (layer.lora_A, layer.lora_B))
@@ -291,7 +291,7 @@ def _generating_forward(
     return torch.addmm(y.view(-1, y.shape[-1]), u, factors[1]).view(y.shape)
 
 
-def _lora_layers(model: nn.Module) -> list[Any]:
+def _fusible_layers(model: nn.Module) -> list[Any]:
     return [
         m
         for m in model.modules()

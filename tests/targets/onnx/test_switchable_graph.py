@@ -24,7 +24,7 @@ WIDE = ["q_proj", "o_proj", "down_proj", "up_proj"]
 
 
 def simulated(*shapes: dict[str, Any]) -> AdapterSimulations:
-    """Of a Llama of one layer with random adapters `wide` and `narrow`, whose weights have 4 bits."""
+    """A one-layer Llama with random 4-bit adapters `wide` and `narrow`."""
     model: Any = packed_model("llama", layers=1)
     model.set_attn_implementation("eager")
     torch.manual_seed(1)

@@ -333,6 +333,7 @@ assert fingerprint(model) == before
 assert len(report.losses) == settings.steps
 if os.environ["RANK"] == "0":
     torch.save({"weights": weights(model), "losses": report.losses, "resumed": report.resumed_from_step}, Path(sys.argv[2]) / f"result-{sys.argv[3]}.pt")
+torch.distributed.destroy_process_group()  # an exit with open connections may be aborted
 """
 
 

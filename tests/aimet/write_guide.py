@@ -191,8 +191,7 @@ def by_recipe(model: Model, folder: Path, workflow: str, out: Path) -> None:
     job, recipe = out / "job", out / "recipe.yaml"
     out.mkdir()
     recipe.write_text(yaml.safe_dump(recipe_of(model, folder, workflow), sort_keys=False))
-    first = ("quantize", "calibrate-base") if workflow == "qwa" else ("quantize",)
-    for command in ("run",) if model.is_whole else (*first, "train", "calibrate"):
+    for command in ("run",) if model.is_whole else ("quantize", "train", "calibrate"):
         answered(command, recipe, "--out", job, "--quiet")
     texts = load_file(folder / "texts.safetensors")
     base = qwlora.load_base(job / "base")

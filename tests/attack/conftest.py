@@ -137,8 +137,7 @@ def targets(place: Path, tuned: jobs.Job, qwa: jobs.Job, shared: jobs.Job) -> li
     again = place / "again"
     return [
         stage_target(tuned, "quantize", "gptq, tuning, second moments"),
-        stage_target(qwa, "quantize", "search"),
-        stage_target(qwa, "calibrate-base", "workflow qwa-lora"),
+        stage_target(qwa, "quantize", "search, workflow qwa-lora"),
         stage_target(tuned, "train", "start from qera"),
         stage_target(qwa, "train", "workflow qwa-lora"),
         stage_target(qwa, "calibrate", "one adapter"),

@@ -21,7 +21,7 @@ from .victims import command, counting_changes, inside, start
 
 VERBS = {
     "tuned": ("quantize", "train"),
-    "qwa": ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate"),
+    "qwa": ("quantize", "train", "calibrate", "export", "verify", "evaluate"),
     "shared": ("quantize", "train", "calibrate"),
 }
 _FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 0, "checkpoint_steps": 2}

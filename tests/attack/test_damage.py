@@ -90,9 +90,9 @@ def _load_simulation(job: Path, file: Path, logs: Path) -> Ended:
     return python(lambda: load(folder, _adapted(job, folder / "adapter")), logs)
 
 
-def _merge_check(job: Path, file: Path, logs: Path) -> Ended:
+def _merge(job: Path, file: Path, logs: Path) -> Ended:
     adapter = file.parts[1] if file.parts[0] == "adapters" else "first"
-    return qwlora("merge-check", job, adapter, logs=logs)
+    return qwlora("merge", job, adapter, logs=logs)
 
 
 def _verb(*words: str) -> Callable[[Path, Path, Path], Ended]:
@@ -105,7 +105,7 @@ READERS = (
     Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD | STAGE),
     Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD | STAGE),
     Reader("adapters check", r"^adapters/", _verb("adapters", "check"), CARD | STAGE),
-    Reader("merge-check", r"^(adapters|base)/", _merge_check, BASE),
+    Reader("merge", r"^(adapters|base)/", _merge, BASE),
     Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
     Reader("evaluate", MEASURED, _verb("evaluate"), CARD, jobs=("qwa", "shared")),
     Reader("verify", "", _verb("verify"), JOB, jobs=("qwa",)),

@@ -76,7 +76,7 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         for ours in foreign.glob("*qwlora*"):
             ours.unlink()
         before = digests(job)
-        found = [qwlora("merge-check", job, "first", logs=place / "logs").problem(marker)]
+        found = [qwlora("merge", job, "first", logs=place / "logs").problem(marker)]
         listed = qwlora("adapters", "check", foreign, logs=place / "logs")
         # what only shows once a model is there is for `train` to refuse
         if listed.has_traceback or listed.code not in (0, 1, 2) or marker.exists():
@@ -93,7 +93,7 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         if (place / "started" / "adapters").exists():
             found.append("start: wrote an adapter")
         if digests(job) != before:
-            found.append("merge-check changed the job")
+            found.append("merge changed the job")
         return _joined(*found)
 
     started = tmp_path / "started"

@@ -36,9 +36,9 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = {
         "base",
         "base.json",
         lambda job: qwlora.load_base(job / "base"),
-        ("merge-check", ".", "first"),
+        ("merge", ".", "first"),
     ),
-    "load_adapter": ("adapters/first", "qwlora.json", _adapted, ("merge-check", ".", "first")),
+    "load_adapter": ("adapters/first", "qwlora.json", _adapted, ("merge", ".", "first")),
     "load_simulation": (
         "simulation/first",
         "simulation.json",

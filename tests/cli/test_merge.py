@@ -280,7 +280,7 @@ def job(
 
 @pytest.mark.slow
 def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
-    verdict = json.loads(answered("merge-check", job, "first", "--json"))
+    verdict = json.loads(answered("merge", job, "first", "--json"))
     assert 0 < verdict["share"] < 1
     assert verdict["adapted"] < verdict["base"]
     packed = packed_weights(load_base(job / "base"))
@@ -305,7 +305,7 @@ def test_a_mergeable_adapter_is_its_merged_base_everywhere(job_for: Any, tmp_pat
     assert results["parity"]["onnx_each"]["first"]["passed"]
     adapted = results["perplexity"]["adapted"]["first"]
     assert adapted < results["perplexity"]["base"] - 1
-    verdict = json.loads(answered("merge-check", job.out, "first", "--json"))
+    verdict = json.loads(answered("merge", job.out, "first", "--json"))
     assert (verdict["adapted"], verdict["merged"], verdict["kept"]) == (adapted, adapted, 1)
     merged, base = tmp_path / "merged", job.out / "base"
     answered("merge", job.out, "first", "--into", "requantized", "--out", merged)
@@ -333,7 +333,7 @@ def test_an_unusable_place_is_refused_before_the_verdict(job: Path, tmp_path: Pa
         (".", "'.' is the current directory"),
     ):
         assert message in refused(*merge, place, cwd=empty)
-    assert "there are first" in refused("merge-check", job, "other")
+    assert "there are first" in refused("merge", job, "other")
     assert "'requantized'" in refused(*merge[:4], "gold", "--out", tmp_path / "x")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt"]
 

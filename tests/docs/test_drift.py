@@ -61,7 +61,7 @@ def test_commands_in_the_documentation_exist_with_their_options() -> None:
     found = [(where, line) for path in documents() for where, line in commands(path)]
     assert len(found) > 60
     assert [(*each, problem_of(each[1])) for each in found if problem_of(each[1])] == []
-    for wrong in ("nun recipe.yaml", "run recipe.yaml --outt out", "merge out first"):
+    for wrong in ("nun recipe.yaml", "run recipe.yaml --outt out", "merge out"):
         assert problem_of(f"qwlora {wrong}"), wrong
 
 

@@ -185,7 +185,7 @@ def test_a_look_at_a_weight_answers_without_unpacking_and_gives_its_values(
 )
 def test_writing_to_a_weight_is_refused(write) -> None:
     layer, _, _ = pair("linear")
-    with pytest.raises(MergeError, match=r"packed integers.*qwlora merge-check.*Keep the adapter"):
+    with pytest.raises(MergeError, match=r"packed integers.*qwlora merge JOB.*Keep the adapter"):
         write(layer.weight)
     with pytest.raises(MergeError):
         layer.weight = nn.Parameter(torch.zeros(40, 96))

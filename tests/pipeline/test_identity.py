@@ -37,7 +37,7 @@ ROWS = """
 name: a -> b =>
 device: auto -> cpu =>
 preset: fast -> balanced => quantize train/first as base.solver|adapters.first.init
-workflow: qw-lora -> qwa-lora => train/* calibrate/_base as workflow|calibrate-base
+workflow: qw-lora -> qwa-lora => train/* calibrate/_base as workflow|quantize/activations
 reference: - -> float => evaluate/adapted/* evaluate/simulated/*
 evaluate: own -> all =>
 seed: 0 -> 1 => quantize/sample TEXTS as seed
@@ -156,7 +156,7 @@ simulation.inputs: tokens -> embeddings => RANGES
 simulation.activation_bitwidth: 16 -> 8 => RANGES
 simulation.activation_symmetric: false -> true => RANGES
 simulation.observer: min-max -> sqnr => RANGES
-simulation.observer: min-max -> sqnr with workflow=qwa-lora => calibrate-base RANGES
+simulation.observer: min-max -> sqnr with workflow=qwa-lora => quantize/activations RANGES
 simulation.observer: min-max -> sqnr with SHARED => calibrate RANGES
 simulation.percentile: 99.9 -> 99.0 with simulation.observer=percentile => RANGES
 simulation.percentile: 99.9 -> 99.0 =>

@@ -127,7 +127,7 @@ def test_a_rule_may_be_for_one_adapter_alone(job_for: Any, workflow: str) -> Non
     """And for none of the base's values, where that is calibrated first."""
     rules = {"rules": ONE_RULE_EACH}
     job = job_for(workflow=workflow, adapters=ON_DIFFERENT_LAYERS, simulation=rules)
-    job.run("quantize", "calibrate-base", "train", "calibrate")
+    job.run("quantize", "train", "calibrate")
     assert {*job.done} >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
         encodings = load_encodings(job.out / "simulation" / name)

@@ -16,7 +16,7 @@ from qwlora.simulation.saved_simulation import load_activations
 pytestmark = pytest.mark.usefixtures("shared_captures")
 FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "learning_rate": 5e-3}
 SECOND = {**FIRST, "name": "second", "warmup_steps": 0}  # of one structure, captured once
-TRAINED = ("quantize", "calibrate-base", "train")
+TRAINED = ("quantize", "train")
 MEASURED = (*TRAINED, "calibrate", "evaluate")
 
 
@@ -25,7 +25,9 @@ def test_the_whole_job(job_for: Any) -> None:
     adapters = [FIRST, SECOND]
     job = job_for("one-layer llama", workflow="qwa-lora", adapters=adapters, simulation=bits)
     results = job.run(*MEASURED)
-    positions = [job.done.index(name) for name in ("quantize", "calibrate-base", "train/first")]
+    positions = [
+        job.done.index(name) for name in ("quantize", "quantize/activations", "train/first")
+    ]
     assert positions == sorted(positions)
     assert results["base_simulation"]["encodings"] > 0
     perplexity = results["perplexity"]
@@ -36,7 +38,10 @@ def test_the_whole_job(job_for: Any) -> None:
         assert base.keys() < kept.keys()
         assert all(kept[n].equals(encoding) for n, encoding in base.items())
 
-    trained, before = ("calibrate-base", "train/first", "train/second"), stage_keys(job.recipe)
+    trained, before = (
+        ("quantize/activations", "train/first", "train/second"),
+        stage_keys(job.recipe),
+    )
     after = stage_keys(job.recipe, "simulation.activation_bitwidth=16")
     assert all(after[name] != before[name] for name in trained)
 
@@ -66,7 +71,7 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(job_for: Any, tmp_path: 
     begins = {"continue_from": str(tmp_path / "from"), "unknown_base": "accept", "steps": 0}
     adapters = [{"name": "kept", **begins}, {"name": "second", "continue_from": "kept", **steps}]
     job = job_for(workflow="qwa-lora", adapters=adapters)
-    job.run("quantize", "calibrate-base", "train")
+    job.run("quantize", "train")
     assert [line.split(":")[0] for line in job.said if "dropout" in line] == ["adapter second"]
     for name, dropout in (("kept", 0.05), ("second", 0.0)):
         written = json.loads((job.out / "adapters" / name / "adapter_config.json").read_text())
@@ -75,12 +80,12 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(job_for: Any, tmp_path: 
 
 def test_training_asks_for_the_calibration_first(job: FakeJob) -> None:
     workflow = ["workflow=qwa-lora"]
-    job.run("quantize", changes=workflow)
-    message = r"(?s)train needs calibrate-base, missing .*Run first: qwlora calibrate-base /"
+    job.run("quantize")
+    message = r"(?s)train needs quantize/activations, missing .*Run first: qwlora quantize /"
     with pytest.raises(DirectoryError, match=message):
         job.run("train", changes=workflow)
-    job.run("calibrate-base", changes=workflow)
-    assert job.ran == ["calibrate-base"]
+    job.run("quantize", changes=workflow)
+    assert job.ran == ["quantize/activations"]
 
 
 def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:

@@ -61,7 +61,7 @@ RUN = ("run", "recipe.yaml", "--out", "out")
     ("arguments", "number", "remedy"),
     [
         *((RUN, number, "The same command resumes from here.") for number in STOP_SIGNALS),
-        (("merge-check", "out", "first"), signal.SIGTERM, "Run the command again."),
+        (("merge", "out", "first"), signal.SIGTERM, "Run the command again."),
     ],
 )
 def test_a_signal_ends_a_command(arguments: tuple[str, ...], number: int, remedy: str) -> None:

@@ -99,7 +99,7 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
 def merge_effect(
     layers: Mapping[str, dict[str, float]], base: float, adapted: float, merged: float
 ) -> dict[str, Any]:
-    """Effect of merging an adapter into the base's integers, for `qwlora merge-check --json`.
+    """Effect of merging an adapter into the base's integers, for `qwlora merge --json`.
 
     Args:
         layers: rounding loss by canonical layer path; empty for a mergeable adapter.

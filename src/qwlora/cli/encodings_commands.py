@@ -1,4 +1,4 @@
-"""`qwlora encodings`: show, validate and convert AIMET encodings files. Imports no torch."""
+"""`qwlora encodings`: show and convert AIMET encodings files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwlora.formats.aimet_encodings.encodings_file import to_text
 
 app = typer.Typer(
     name="encodings",
-    help="Show, validate and convert AIMET encodings files. Versions: 0.6.1, 1.0.0, 2.0.0, 2.1.0.",
+    help="Show and convert AIMET encodings files. Versions: 0.6.1, 1.0.0, 2.0.0, 2.1.0.",
     no_args_is_help=True,
 )
 
@@ -26,7 +26,10 @@ File = Annotated[Path, typer.Argument(help="An encodings file.")]
 
 @app.command()
 def show(file: File, as_json: AsJson = False) -> None:
-    """List the encodings in a file. JSON has the same fields for every version."""
+    """List the encodings in a valid file, or every problem of an invalid one.
+
+    JSON has the same fields for every version.
+    """
     content = aimet_encodings.read_encodings(file)
     if as_json:
         print_json(_plain(content))
@@ -41,13 +44,6 @@ def show(file: File, as_json: AsJson = False) -> None:
         *(_row(e, content) for e in content.encodings),
     ]
     print("\n".join(table(rows)))
-
-
-@app.command()
-def validate(file: File) -> None:
-    """Check a file strictly; an error lists every problem."""
-    content = aimet_encodings.read_encodings(file)
-    print(f"{file}: valid, version {content.version}, {len(content.encodings)} encodings")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Device, Job, Model, Models, Quiet
+from qwlora.cli.shared_arguments import AsJson, Device, Job, Model, Models
 from qwlora.cli.terminal import ProgressDisplay, print_json, print_result, score_lines
 from qwlora.system.stop_signals import number_of
 
@@ -157,7 +157,6 @@ def score(
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Score the models of a job on tasks of lm-eval.
 
@@ -165,7 +164,7 @@ def score(
     """
     from qwlora.pipeline.commands.open_job import evaluate_tasks
 
-    with ProgressDisplay(quiet or as_json) as display:
+    with ProgressDisplay(as_json) as display:
         scores = evaluate_tasks(job, tasks, models, limit, display.track, display.say, device)
     print_result(scores, score_lines(scores), as_json)
 

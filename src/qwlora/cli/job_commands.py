@@ -1,9 +1,10 @@
-"""Commands for an existing job: `report`, `push`, `merge-check` and `merge`."""
+"""Commands for an existing job: `report`, `push` and `merge`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,44 +84,41 @@ def push(
         print(send(upload, job, is_private=not public))
 
 
-def merge_check(job: Job, name: Name, device: Device = None, as_json: AsJson = False) -> None:
-    """Measure what merging an adapter into integers would lose."""
-    from qwlora.pipeline.commands.open_job import open_job
-
-    opened, name = open_job(job, name, device=device)
-    from qwlora.pipeline.commands.write_model import merge_verdict
-
-    with ProgressDisplay(as_json) as display:
-        verdict = merge_verdict(opened.new_context(), name, display.track)
-    print_result(verdict, merge_lines(verdict), as_json)
-
-
 def merge(
     job: Job,
     name: Name,
     into: Annotated[
-        Literal["float", "requantized"],
-        typer.Option(help="float: a float model; requantized: rounded to the base's grid."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
+        Literal["float", "requantized"] | None,
+        typer.Option(
+            help="Write the merged model. float: a float model; requantized: rounded to the base's "
+            "grid. Needs --out. Default: only measure."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to create.")] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its dequantized base. Also prints what that loses."""
+    """Measure what merging an adapter into the base loses. With --into, write the model."""
+    if (into is None) != (out is None):
+        raise typer.BadParameter("the merged model needs both --into and --out")
     from qwlora.pipeline.commands.open_job import open_job
     from qwlora.recipe.implied import check_outside_data
     from qwlora.system.output_path import new_folder
 
-    with new_folder(out) as folder:
+    with new_folder(out) if out else nullcontext() as folder:
         opened, name = open_job(job, name, device=device)
         context = opened.new_context()
-        check_outside_data(out, context.recipe)
+        if out is not None:
+            check_outside_data(out, context.recipe)
         from qwlora.pipeline.commands.write_model import merge_verdict, write_merged
 
-        with ProgressDisplay() as display:
+        with ProgressDisplay(as_json) as display:
             verdict = merge_verdict(context, name, display.track)
-        print("\n".join(merge_lines(verdict)), flush=True)
-        write_merged(context, name, into, folder)
-    print(f"wrote {out}")
+        print_result(verdict, merge_lines(verdict), as_json)
+        if into is not None and folder is not None:
+            write_merged(context, name, into, folder)
+    if out is not None and not as_json:
+        print(f"wrote {out}")
 
 
 def merge_lines(effect: Mapping[str, Any]) -> list[str]:

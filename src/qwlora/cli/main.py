@@ -3,7 +3,7 @@
 Exit codes:
 
     0      done
-    1      verification failed; `adapters check` or `encodings` found a problem
+    1      verification failed, or `adapters check` found a problem
     2      any other error: wrong input, a damaged file, no space, no memory, a bug
     128+n  stopped by signal n: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
 
@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +31,7 @@ import typer.core
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate, score
-from qwlora.cli.job_commands import merge, merge_check, push, report
+from qwlora.cli.job_commands import merge, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
 from qwlora.cli.show_commands import inspect, simulate
@@ -91,8 +92,8 @@ _PROGRESS_OF_OTHERS = (
 )
 _SUMMARY = {
     "run": "Run all stages of a recipe. Stages that are finished and up to date are skipped.",
-    "quantize": "Step 1: freeze the model's weights to packed integers.",
-    "calibrate-base": "Workflow qwa-lora: calibrate the base before training.",
+    "quantize": "Step 1: freeze the model's weights to packed integers.\n\nWorkflow "
+    "qwa-lora: also calibrate the base's activations.",
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
@@ -100,6 +101,14 @@ _SUMMARY = {
     "was trained; never skipped. With a folder of exported files as argument, such as "
     "out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models and simulations.",
+}
+
+# Options that a command does not have: only a new base or new training replaces an adapter, and
+# results are printed as JSON where they are figures that somebody asked for.
+_ABSENT = {
+    **{"quantize": ("as_json",), "train": ("as_json",), "verify": ("replace",)},
+    **{"calibrate": ("as_json", "replace"), "export": ("as_json", "replace")},
+    "evaluate": ("replace",),
 }
 
 
@@ -183,6 +192,10 @@ def _job_command(name: str) -> Callable[..., None]:
         if failure is not None:
             raise failure
 
+    # typer makes an option of each parameter of the signature.
+    full, absent = signature(command, eval_str=True), _ABSENT.get(name, ())
+    kept = [p for key, p in full.parameters.items() if key not in absent]
+    command.__signature__ = full.replace(parameters=kept)  # type: ignore[attr-defined]
     return command
 
 
@@ -227,7 +240,7 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
 
 
 _commands: tuple[Callable[..., None], ...] = (
-    *(check, data, init, plan, inspect, merge_check, merge),
+    *(check, data, init, plan, inspect, merge),
     *(simulate, report, push, generate, chat, score),
 )
 for _command in _commands:

@@ -152,9 +152,9 @@ def refuse_write() -> NoReturn:
     """Raise the error for a write to packed integers."""
     raise MergeError(
         "An adapter cannot be merged into packed integers: most of it is smaller than a step of "
-        "the grid (`qwlora merge-check`). Keep the adapter separate, or merge it into a float copy "
-        "of the model. Initializations that change the base's weights (pissa, olora, loftq ...) "
-        "are refused for the same reason"
+        "the grid (`qwlora merge JOB NAME` measures it). Keep the adapter separate, or merge it "
+        "into a float copy of the model. Initializations that change the base's weights (pissa, "
+        "olora, loftq ...) are refused for the same reason"
     )
 
 

@@ -5,4 +5,4 @@ depends on has changed.
 """
 
 # The commands that run stages: the first part of a stage's name.
-VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
+VERBS = ("quantize", "train", "calibrate", "export", "verify", "evaluate")

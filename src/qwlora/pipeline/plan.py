@@ -5,7 +5,7 @@
     quantize                  freeze the base
     evaluate/base
     export/TARGET             of a bundle: the base; where all use cases are together: everything
-    calibrate-base            encodings of the base's activations, in workflow qwa-lora
+    quantize/activations      encodings of the base's activations, in workflow qwa-lora
     evaluate/imported/NAME    the float model with an adapter from elsewhere
     train/NAME
     train/NAME/float          the same adapter on the float model, with `reference: float`
@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
         if name not in switched:
             export.add_base(plan, name, "quantize")
     if recipe.workflow == "qwa-lora":
-        calibrate.add_base(plan)
+        quantize.add_activations(plan)
     for adapter in recipe.adapters:
         is_imported = is_foreign(recipe, adapter) and adapter.unknown_base == "accept"
         if sources.holds_floats and is_imported:

@@ -33,7 +33,7 @@ ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated
 ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations
 USE_CASES = "simulation/_use_cases"  # of export.use_cases
 FLOAT_ADAPTERS = ".qwlora/reference"  # trained on the float model; hidden, as of no base here
-SAMPLE = "quantize/sample"
+SAMPLE, ACTIVATIONS = "quantize/sample", "quantize/activations"
 SAMPLED = ".qwlora/sampled"  # what the float model wrote: token ids by part of base.calibration
 SAMPLED_IDS = "ids.safetensors"  # in it
 

@@ -38,14 +38,13 @@ def test_show_lists_every_encoding_in_text_and_json() -> None:
     assert entry == {"name": "x", **numbers, "symmetric": False, "signed": None, **layout}
 
 
-def test_validate_lists_the_problems_of_a_file(tmp_path: Path) -> None:
-    assert run("validate", OLD)[0] == 0
+def test_show_lists_the_problems_of_an_invalid_file(tmp_path: Path) -> None:
     record = json.loads(Path(OLD).read_text())
     parameter, activation = record["param_encodings"][0], record["activation_encodings"][0]
     del parameter["bw"]
     activation["scale"] = [-1.0]
     (tmp_path / "bad.encodings").write_text(json.dumps(record))
-    code, out, err = run("validate", str(tmp_path / "bad.encodings"))
+    code, out, err = run("show", str(tmp_path / "bad.encodings"))
     assert (code, out) == (2, "")
     assert f"{parameter['name']}, bw: is missing" in err
     assert f"{activation['name']}: scale must be above 0" in err
@@ -71,7 +70,7 @@ def test_convert_writes_or_prints_and_refuses_a_loss_until_it_is_accepted(tmp_pa
     ("arguments", "named"),
     [
         (["show", "none.encodings"], "none.encodings: 1 problem"),
-        (["validate", __file__], "cannot be read"),
+        (["show", __file__], "cannot be read"),
         (["convert", OLD, "--to", "3"], "'3' is not one of 0.6.1, 1.0.0, 2.0.0, 2.1.0"),
         (["convert", OLD, "--to", "2.1.0"], "version 2.1.0"),
         (["convert", OLD], "--to"),

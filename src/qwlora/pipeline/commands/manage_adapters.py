@@ -246,7 +246,7 @@ def _with_adapter(
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:
     """Check that the base and all adapters but `gone` stay as they are."""
     now = {stage.name: stage for stage in _plan(store, after)}
-    kept = [s for s in _plan(store, before) if s.verb in ("quantize", "calibrate-base", "train")]
+    kept = [s for s in _plan(store, before) if s.verb in ("quantize", "train")]
     if differ := [
         s.name
         for s in kept

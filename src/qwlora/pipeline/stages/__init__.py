@@ -23,7 +23,7 @@ def run_stage(context: JobContext, stage: Stage, scratch: Path, work: Path) -> d
     """Run the function of the stage's verb, in a module that imports torch. It writes the artifact
     to `scratch` and returns its part of results.json. Unfinished work is in the folder `work`."""
     module = "file_stages" if stage.verb in ("export", "verify") else "model_stages"
-    run = getattr(import_module(f"{__name__}.{module}"), stage.verb.replace("-", "_"))
+    run = getattr(import_module(f"{__name__}.{module}"), stage.verb)
     results: dict[str, Any] = run(context, stage, scratch, work)
     return results
 

@@ -1,10 +1,10 @@
-"""`calibrate` measures activation ranges: of each adapter, the base, or use cases."""
+"""`calibrate` measures activation ranges: of each adapter, the zero adapter, or use cases."""
 
 from __future__ import annotations
 
 from qwlora.adapter.covered_layers import is_covered
 from qwlora.pipeline.stage import (
-    BASE_SIMULATION,
+    ACTIVATIONS,
     CASES,
     SHARED,
     USE_CASES,
@@ -14,12 +14,6 @@ from qwlora.pipeline.stage import (
 )
 from qwlora.recipe import Adapter
 from qwlora.recipe.implied import is_foreign
-
-
-def add_base(plan: Planner) -> None:
-    """The base alone, in workflow qwa-lora."""
-    ranges = plan.ranges(plan.recipe.base_texts(), plan.base_text)
-    plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
 
 
 def add_shared(plan: Planner) -> None:
@@ -53,7 +47,7 @@ def add_zero_adapter(plan: Planner) -> None:
     keys = {"target_modules", "layers"}
     layers = {a.model_dump_json(include=keys) for a in counted}
     needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]
-    needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+    needs += [ACTIVATIONS] if recipe.workflow == "qwa-lora" else []
     needs += ["calibrate"] if plan.shares else []
     shape = first.model_dump(include={"rank", "rank_pattern"})
     zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}

@@ -37,6 +37,7 @@ from qwlora.grid.scheme import short_name
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.stage import (
+    ACTIVATIONS,
     ADAPTER,
     CASES,
     MOMENTS,
@@ -104,6 +105,8 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     """Step 1: quantize the base, and tune it if the recipe asks for it."""
     if stage.name == SAMPLE:
         return _sample(context, scratch) if is_first_process() else {}
+    if stage.name == ACTIVATIONS:
+        return _calibrate_base(context, scratch)
     recipe, measured = context.recipe, dict[str, Any]()
     folder = scratch if is_first_process() else None
     if folder is not None and recipe.base.tuning.steps:
@@ -330,7 +333,7 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else {}
 
 
-def calibrate_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+def _calibrate_base(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the base without an adapter."""
     simulation = context.simulate(context.base())
     context.check_rules(simulation.placement)

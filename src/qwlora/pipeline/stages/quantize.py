@@ -1,8 +1,9 @@
-"""`quantize` freezes the base; `quantize/sample` is text that the float model writes for it."""
+"""`quantize` freezes the base. `quantize/sample` is text that the float model writes for it, and
+`quantize/activations` are its activation ranges (workflow qwa-lora)."""
 
 from __future__ import annotations
 
-from qwlora.pipeline.stage import SAMPLE, SAMPLED, Planner, revisions
+from qwlora.pipeline.stage import ACTIVATIONS, BASE_SIMULATION, SAMPLE, SAMPLED, Planner, revisions
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe.implied import is_calibrated, needs_moments, sampled_sequences
 
@@ -52,3 +53,9 @@ def add(plan: Planner) -> None:
     labels["schemes_to_choose_from"] = "export.targets (schemes that base.bits chooses from)"
     inputs |= revisions(*used)
     plan.add("quantize", inputs, *needs, artifact="base", labels=labels)
+
+
+def add_activations(plan: Planner) -> None:
+    """Workflow qwa-lora: activations of the base without an adapter are frozen too."""
+    ranges = plan.ranges(plan.recipe.base_texts(), plan.base_text)
+    plan.add(ACTIVATIONS, ranges, "quantize", artifact=BASE_SIMULATION)

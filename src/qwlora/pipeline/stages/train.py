@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwlora.pipeline.stage import FLOAT_ADAPTERS, SAMPLE, Planner, labels_of, revisions
+from qwlora.pipeline.stage import ACTIVATIONS, FLOAT_ADAPTERS, SAMPLE, Planner, labels_of, revisions
 from qwlora.recipe import Adapter
 from qwlora.recipe.implied import recovers_on_base_text, reference_stage, without_recovery
 
@@ -35,7 +35,7 @@ def add(plan: Planner, adapter: Adapter) -> None:
     inputs = {"adapter": settings, **_learned(plan, adapter, adapter)}
     inputs |= revisions("initialize_adapter") if has_init else {}
     needs = ["quantize", *([f"train/{first.name}"] if first else [])]
-    needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+    needs += [ACTIVATIONS] if recipe.workflow == "qwa-lora" else []
     if recovers_on_base_text(recipe, adapter):
         inputs |= plan.calibration()
         needs += [SAMPLE] * (SAMPLE in plan.stages)

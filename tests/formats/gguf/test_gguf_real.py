@@ -32,7 +32,7 @@ def test_every_parameter_against_transformers(
                 pytest.skip(
                     f"needs the package {package.format(i + 1)}; make test-slow installs it"
                 )
-            source = f"package:{package.format(i + 1)}/{file.format(i + 1)}"
+            source = f"package:{package.format(i + 1)}/{file.format(i)}"  # files count from 0
             stream.write(source_path(source).read_bytes())
     read = AutoModelForCausalLM.from_pretrained
     model = read(path.parent, gguf_file=path.name, dtype=torch.float32)

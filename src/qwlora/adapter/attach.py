@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -29,12 +29,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_files import CONFIG, adapter_folder, check_adapter, check_pattern_times
-from qwlora.adapter.adapter_folder import check_fit, reading, shapes_of, without_pattern_warnings
+from qwlora.adapter.adapter_folder import (
+    check_fit,
+    load_adapter,
+    reading,
+    shapes_of,
+    without_pattern_warnings,
+)
 from qwlora.errors import SourceError, TrainingError, listed
 from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 
@@ -192,11 +198,22 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
         return shapes_of(attach(skeleton, shape, seed=0))
 
 
+def attach_existing(
+    model: PreTrainedModel,
+    source: str,
+    unknown_base: str = "refuse",
+    seed: int = 0,
+    weight: Callable[[str], Tensor] | None = None,
+) -> PeftModel:
+    """`load_adapter` of the adapter at `source` (see `adapter_folder`), to train it further."""
+    torch.manual_seed(seed)  # for dropout
+    return load_adapter(model, adapter_folder(source), True, unknown_base, weight=weight)
+
+
 def check_existing(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Check what `load_adapter` would refuse of the adapter at `source` (see `adapter_folder`), as
-    far as possible before there is a base.
+    """Check what `attach_existing` would refuse, as far as possible before there is a base.
 
     Args:
         skeleton: the model without weights, which is changed by this.

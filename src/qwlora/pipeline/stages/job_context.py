@@ -25,6 +25,7 @@ from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
     attach,
+    attach_existing,
     check_existing,
     check_shape,
     without_dropout_,
@@ -351,9 +352,7 @@ class JobContext:
             if source is None:
                 model = attach(whole, start.lora_shape(self.tokenizer), seed)
             else:
-                torch.manual_seed(seed)  # for dropout
-                where, known = adapter_folder(source), start.unknown_base
-                model = load_adapter(whole, where, True, known, weight=weight)
+                model = attach_existing(whole, source, start.unknown_base, seed, weight)
             if merges:
                 mergeable_(model, weight=weight)
         if self.recipe.workflow == "qwa-lora" and adapter.steps:

@@ -28,6 +28,7 @@ from qwlora.formats.aimet_encodings.documents import (
 )
 from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.system.atomic import write_text
+from qwlora.system.output_path import as_directory_errors
 from qwlora.system.regular_files import check_readable
 from qwlora.system.strict_json import distinct_keys
 
@@ -60,13 +61,12 @@ def write_encodings(file: EncodingsFile, path: Path | str, version: str | None =
 
     Raises:
         ConversionError: the version cannot express the content; see `convert`.
-        EncodingsFileError: a field of the file is not JSON, or the path cannot be written.
+        EncodingsFileError: a field of the file is not JSON.
+        DirectoryError, OSError: the disk is full, or the path cannot be written.
     """
     text = to_text(file if version is None else convert(file, version))
-    try:
+    with as_directory_errors(Path(path)):
         write_text(Path(path), text)
-    except (OSError, ValueError) as error:
-        raise EncodingsFileError(str(path), [f"cannot be written: {described(error)}"]) from error
 
 
 def to_text(file: EncodingsFile) -> str:

@@ -29,6 +29,7 @@ COMPRESSED_TENSORS = FormatLimits(
     refused=_LINEAR_ONLY,
     same_if_asymmetric="transformers reads an asymmetric scheme only if all layers have it",
 )
+# Q4_0, Q5_0, Q8_0, Q4_1 and Q5_1: the types with one float16 scale for each block of 32.
 GGUF = FormatLimits(
     name="GGUF",
     symmetric=(4, 5, 8),
@@ -49,6 +50,7 @@ MLX = FormatLimits(
     stored_blocks=(128, 64, 32),
     refused=_LINEAR_ONLY,
 )
+# Tried in ONNX Runtime 1.32: it refuses float zero points of 8-bit codes, and blocks of 8.
 NBITS = FormatLimits(
     name="MatMulNBits",
     symmetric=range(2, 9),
@@ -140,8 +142,10 @@ TARGETS: dict[str, Target] = {
         limits=HTP,
         simulation={
             **_NPU_GRIDS,
+            # The HTP needs this grid for products of two activations of 16 bits.
             "symmetric_matmul_second_input": [True],
             "key_value_bitwidth": [8],
+            # All adapters share one compiled graph, which holds the grids as constants.
             "base_activations": ["none"],
             "adapter_weights": ["w8-tensor", "w16-tensor"],
         },
@@ -199,7 +203,7 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "llama_cpp_py_sync"),
         writers=("gguf",),
         source_suffix=".gguf",
-        holds_invocation=True,
+        holds_invocation=True,  # llama-server reads the invocation from the adapter's file
         embedding_bits=(16,),
         limits=GGUF,
     ),

@@ -101,6 +101,7 @@ class CanonicalAdapter:
 
     def padded(self) -> CanonicalAdapter:
         """The same, of rank `rank` in all modules."""
+        # mlx-lm and QAIRT's pipeline read one rank for all modules.
         factors = {}
         for module, (a, b) in self.factors.items():
             missing = self.rank - len(a)
@@ -155,6 +156,7 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
     patterns, factors = config.get("alpha_pattern") or {}, {}
     for module, pair in halves.items():
         a, b, rank = pair["A"].contiguous(), pair["B"], len(pair["A"])
+        # PEFT's own rule: of several patterns that match, the first in the file counts.
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
         scaling = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
         factors[module] = (a, b * scaling)

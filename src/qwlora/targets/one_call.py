@@ -96,6 +96,7 @@ def export(
     known = _checked_target(target, graphs, context, opset, layout)
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
     _check_made(known, target, made, sources)
+    # Now, since a graph takes half a minute to capture and to translate.
     known.require_packages(to_write=True)
     folder = Path(folder)
     # Adapters of the old base would stay next to the new one.
@@ -107,6 +108,7 @@ def export(
             subject = Subject(model=made, tokenizer=tokenizer, source=file)
             identity = check_loadable(made, sources.values(), "accept")
         else:
+            # Its grids were measured with the weights as they were then.
             made.check_unchanged()
             if isinstance(made, AdapterSimulations):
                 made.check_switchable()
@@ -130,6 +132,7 @@ def export(
                 tokenizer=tokenizer,
             )
 
+        # Nothing opens a folder without its record: a killed export leaves none that looks whole.
         with replacing_files(folder, last=RECORD) as scratch:
             parts: dict[str, Any] = {}
             if isinstance(made, Simulation):

@@ -330,6 +330,7 @@ def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -
     hold w4-bf16block32; `scheme` itself if there is none."""
     asked = scheme.granularity
     granularities = [*_GRANULARITIES, asked]
+    # Of a kind of blocks that a target lacks, plain blocks of the same size are the nearest.
     if isinstance(asked, Blocks):
         granularities.append(PerBlock(asked.size))
     candidates = [
@@ -337,6 +338,7 @@ def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -
         for bitwidth, symmetric, granularity in product(range(2, 9), (True, False), granularities)
         if symmetric or not granularity.is_only_symmetric
     ]
+    # With a solver that rounds scales: it is the scheme that is asked for, not its numbers.
     held = [
         candidate
         for candidate in candidates

@@ -41,6 +41,7 @@ GGUF = FormatLimits(
         LayerKind.CONV1D: "holds transformers' Conv1D in a form that no adapter can be added to"
     },
 )
+# Its kernels have groups of 32, 64 and 128 values.
 MLX = FormatLimits(
     name="MLX",
     symmetric=MLX_BITWIDTHS,
@@ -62,7 +63,8 @@ NBITS = FormatLimits(
 OPENVINO = FormatLimits(
     name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
 )
-# Tried in ExecuTorch 1.5 with one layer of each scheme.
+# Tried in ExecuTorch 1.5 with one layer of each scheme: blocks of 8 bits, and of sizes that 32 does
+# not divide, fail when they are lowered (docs/log/runtimes.md).
 XNNPACK = FormatLimits(
     name="XNNPACK",
     symmetric=range(2, 9),
@@ -155,6 +157,7 @@ TARGETS: dict[str, Target] = {
         runtime="transformers",
         extra="hf",
         packages=("transformers", "peft"),
+        # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
         writes_floats=True,
         chip=HTP,
         limits=AIMET_WEIGHTS,
@@ -212,6 +215,7 @@ TARGETS: dict[str, Target] = {
         runtime="MLX",
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
+        # No embeddings of 16 bits: MLX computes in the type of the embedding.
         limits=MLX,
     ),
     "openvino": Target(

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from qwlora.targets.proof.checks import Limits, Parity
 
 
-OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
+# Of the float models of targets aimet and qairt. ONNX has LayerNormalization since 17, and
+# RMSNormalization since 23.
+OPSETS = range(17, 24)
 ANY_BITS = range(2, 17)
 PROOF = "proof"  # a folder of a bundle, next to BASE and those of adapters
 NONE, AND = "none", "+"  # use cases: no adapter; the names of several

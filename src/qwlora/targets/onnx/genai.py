@@ -88,6 +88,7 @@ _SIZES = (
     "hidden_size",
     "head_size",
 )
+# The captured graph appends to the cache, so what it returns is longer than its input.
 _SEARCH = {"do_sample": False, "past_present_share_buffer": False}
 _FORM = {
     "model": {
@@ -183,10 +184,11 @@ def add_branches_(graph: Any, model: PreTrainedModel) -> None:
     """Add the places for adapters to the graph of a base; see the module."""
     linears = linear_modules(model)
     for node, path in list(matrix_products(graph, linears)):
+        # A name of its own for each rank: layers of an adapter may have different ones.
         layer, rank = linears[path], f"rank:{path}"
         if isinstance(layer, nn.Linear):
             rows, columns = layer.out_features, layer.in_features
-        else:
+        else:  # transformers' Conv1D, whose weight is [in, out]
             columns, rows = layer.get_parameter("weight").shape
         none_a, none_b = np.zeros((columns, 0), np.float32), np.zeros((0, rows), np.float32)
         a = add_input(graph, f"{path}.lora_A", none_a, (columns, rank))

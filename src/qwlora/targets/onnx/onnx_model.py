@@ -109,8 +109,8 @@ def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
     # Markers of inputs all go directly after the last input, so the last one has to come first.
     for mark in reversed(graph.marks):
         node = nodes[mark.node]
-        place = last_input if node.op == "placeholder" else node
-        insert_after(node, partial(_marker, mark.name), place)
+        before = last_input if node.op == "placeholder" else node
+        insert_after(node, partial(_marker, mark.name), before)
     output, results = copied.output_node(), list[Node]()
     with copied.inserting_before(output):
         # A value has one name in ONNX: one that is also an input, or is returned twice, needs more.
@@ -342,6 +342,7 @@ def weight_arrays(
     """
     import ml_dtypes
 
+    # Our codes count from the lower end of the grid, those of ONNX's signed types from zero.
     turn = (lambda t: t.T) if transposed else (lambda t: t)
     scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
     bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
@@ -443,6 +444,7 @@ def store_narrow(model: Any, bits: int) -> None:
         narrow = narrowest(tensor_of(value)) if tensor.dtype == ir.DataType.FLOAT else None
         if narrow is None or narrow.dtype == torch.float32:
             continue
+        # torch makes no NumPy array of bfloat16, so its bits go through int16.
         kind = np.float16 if narrow.dtype == torch.float16 else ml_dtypes.bfloat16
         stored, cast = constant(model, name, narrow.view(torch.int16).numpy().view(kind)), None
         to = {"to": int(ir.DataType.FLOAT)}

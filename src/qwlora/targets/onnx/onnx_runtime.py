@@ -185,6 +185,7 @@ def open_session(
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
+    # ONNX Runtime would take all cores, also where the user gave torch fewer.
     options.intra_op_num_threads = torch.get_num_threads()
     for key, value in entries.items():
         options.add_session_config_entry(key, value)

@@ -8,8 +8,7 @@ architecture. Integers of the base stay constants of 4 or 8 bits:
 
     Constant -> Convert [-> Subtract zero point] -> Multiply scale [-> Add minimum] -> MatMul
 
-Keys and values become state, in the order of beam_idx, as openvino-genai expects. Each MatMul has
-the path of its module as its name, by which openvino-genai finds where an adapter belongs.
+Keys and values become state, in the order of beam_idx, as openvino-genai expects.
 
 Logits are computed by OpenVINO, where factors are inputs of rank 0 without an adapter. `decode`
 runs openvino-genai, one pipeline for all adapters, and must give their likeliest tokens.
@@ -84,6 +83,7 @@ class Openvino(Backend):
             read = openvino.Core().read_model(Path(scratch, MODEL_FILE))
             _name_products(read, paths)
             _keep_state(openvino, read)
+            # By default, OpenVINO stores floats as float16, and scales are among them.
             openvino.save_model(read, folder / IR, compress_to_fp16=False)
         write_settings(exported, exported.model.config, folder)
         if exported.tokenizer is not None:
@@ -101,8 +101,9 @@ class Openvino(Backend):
 
 def _name_products(model: Any, paths: dict[str, str]) -> None:
     """Give products the paths of their modules, by the names of products and outputs."""
-    # OpenVINO makes a product and a sum of a Gemm with a bias. The sum gets the name, the product
-    # one with its suffix; and the model's output takes the name of the last product.
+    # By these names, openvino-genai finds where an adapter belongs. Of a Gemm with a bias, OpenVINO
+    # makes a product and a sum. The sum gets its name, the product one with a suffix; and the
+    # model's output takes the name of the last product.
     for node in model.get_ops():
         name = node.get_friendly_name().removesuffix("/WithoutBiases")
         if (path := paths.get(name)) is not None:
@@ -119,6 +120,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
     beam.output(0).get_tensor().add_names({"beam_idx"})
     model.add_parameters([beam])
     for name in past:
+        # Readers are listed before the new node reads, too, or that would read itself.
         port = model.input(name)
         readers = port.get_target_inputs()
         chosen = op.gather(port, beam, op.constant(np.int64(0)))

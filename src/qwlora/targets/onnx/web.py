@@ -89,7 +89,8 @@ class WebRuntime(Runtime):
         library, pipe = node_package(WEB_LIBRARY)[0], subprocess.PIPE
         command = ["node", _script("run.mjs"), library, folder, str(torch.get_num_threads())]
         self._node: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        weakref.finalize(self, self._node.communicate)  # ends it
+        # node ends when its input is closed.
+        weakref.finalize(self, self._node.communicate)
         # ONNX Runtime Web loads the folder with the first question: a refusal belongs here.
         self._ask(torch.zeros(1, 1, dtype=torch.int64), 1)
 
@@ -97,6 +98,7 @@ class WebRuntime(Runtime):
         self._adapter = self._none if adapter is None else adapter.absolute() / ADAPTER
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        # A bytearray, since torch warns of buffers that it cannot write to.
         answer, content = self._ask(ids, 0)
         return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"])
 

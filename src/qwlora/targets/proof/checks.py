@@ -98,7 +98,8 @@ def at_most(what: str, value: float, limit: float, unit: Unit = "") -> Check:
 
 
 def at_least(what: str, value: float, limit: float, unit: Unit = "") -> Check:
-    """A check that passes if `value >= limit`. A value of infinity passes: nothing differs."""
+    """A check that passes if `value >= limit`."""
+    # A signal without noise has an infinite ratio: it passes, since nothing differs.
     passed = math.isfinite(limit) and value >= limit
     return Check(what, _finite(value), _finite(limit), passed, unit, "at least")
 

@@ -50,6 +50,7 @@ MODEL_FILES = (*SETTINGS, "model*.safetensors", "model.safetensors.index.json")
 # An adapter as it was calibrated, next to the graph of its simulation.
 _ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "qwlora.json", "README.md"
 SIMULATED_ADAPTER = tuple(f"adapter/{name}" for name in _ADAPTER_FILES)
+# Each depth by itself: `PurePath.match` takes `**` for `*` (Python 3.11, 3.12).
 GOLDEN_FILES = tuple(
     f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
 )
@@ -98,6 +99,7 @@ def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_ba
     """
     patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
     files = sorted(file for file in files if file != STAGE)
+    # Absolute paths, since a relative pattern matches the end of any path.
     paths = {file: PurePosixPath("/", file) for file in files}
     if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(

@@ -73,6 +73,7 @@ def write_files(
     if isinstance(exported, ExportedBase):
         facts[MODEL_CLASS] = type(exported.model).__name__
     facts = {key: fact for key, fact in facts.items() if fact is not None}
+    # Before the tokenizer is saved, which is no part of the model.
     size = total_bytes(folder.glob(target.model_files))
     if base is None and isinstance(exported, ExportedGraph) and exported.tokenizer is not None:
         exported.tokenizer.save_pretrained(folder)
@@ -179,6 +180,7 @@ def _read_proof(path: Path) -> dict[str, Any]:
     limits, of, form = record.get("limits"), record.get("of"), record.get("format")
     text = record.get(TEXT)
     limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
+    # A bundle brings its own limit, and a large one would let any files pass.
     is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
     needed = {
         "no readable record": bool(record),
@@ -264,6 +266,7 @@ def checked_proofs(bundle: Path) -> dict[str, dict[str, Any]]:
         SourceError: the folder is not a bundle of a known target, holds what no export writes, or a
             proof cannot be read or has no text to run the files on.
     """
+    # Before anything is read: a pipe would block, and a link leads out of the bundle.
     check_plain(bundle)
     records = proofs(bundle)
     if not records:

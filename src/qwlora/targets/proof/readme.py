@@ -50,6 +50,7 @@ def usage(
     )
     if (name := f"{target}.md") not in environment.list_templates():
         return ""
+    # A bundle's record names the class, which must be no other code in the README.
     is_usual = kind.endswith("ForCausalLM") or not kind.isidentifier()
     values = {"base": base, "adapter": adapter, "has_cache": has_cache, "more": [*more]}
     values["model_class"] = "AutoModelForCausalLM" if is_usual else kind

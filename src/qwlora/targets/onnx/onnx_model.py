@@ -141,7 +141,7 @@ def _structure(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> s
 def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the program by the names of their initializers."""
     for name, tensor in {**program.state_dict, **program.constants}.items():
-        # ONNX has no complex numbers: torch.onnx computes with pairs of real ones.
+        # Operators of ONNX take no complex numbers: torch.onnx computes with pairs of real ones.
         if isinstance(tensor, Tensor):
             yield name, torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
 

@@ -50,7 +50,7 @@ MODEL_FILES = (*SETTINGS, "model*.safetensors", "model.safetensors.index.json")
 # An adapter as it was calibrated, next to the graph of its simulation.
 _ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "qwlora.json", "README.md"
 SIMULATED_ADAPTER = tuple(f"adapter/{name}" for name in _ADAPTER_FILES)
-# Each depth by itself: `PurePath.match` takes `**` for `*` (Python 3.11, 3.12).
+# Each depth by itself, since `PurePath.match` takes `**` for `*`.
 GOLDEN_FILES = tuple(
     f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
 )

@@ -357,7 +357,7 @@ def _run(
     sequence = torch.cat([prompt, torch.tensor([tokens])], dim=1)
     likeliest = runtime.logits(sequence)[0, prompt.shape[1] - 1 : -1].argmax(-1)
     agreement = float((likeliest == sequence[0, prompt.shape[1] :]).float().mean())
-    # After one token: a slow prompt would make new tokens slow, too.
+    # After one token, since the time of a long prompt would count as that of new tokens.
     began = time.perf_counter()
     runtime.decode(first[:, :1], DECODED)
     decoding = time.perf_counter() - began

@@ -83,11 +83,10 @@ PEFT_FORM: Form = {
 
 @dataclass(frozen=True)
 class CanonicalAdapter:
-    """Factors by module path in the base model.
+    """Factors by module path: A [r, in] and B [out, r], scaled, both float32.
 
     Args:
-        factors: A [r, in] and B [out, r], scaled, both float32.
-        base_fingerprint: of the base that it was trained on; None if it does not record one.
+        base_fingerprint: None if the adapter does not record its base.
         invocation: of activated LoRA, the tokens from whose last occurrence on it acts.
     """
 
@@ -101,7 +100,8 @@ class CanonicalAdapter:
         return max(len(a) for a, _ in self.factors.values())
 
     def padded(self) -> CanonicalAdapter:
-        """The same, of rank `rank` in all modules: zeros fill what is missing."""
+        """The same, of rank `rank` in all modules."""
+        # mlx-lm and QAIRT's pipeline read one rank for all modules.
         factors = {}
         for module, (a, b) in self.factors.items():
             missing = self.rank - len(a)
@@ -112,16 +112,14 @@ class CanonicalAdapter:
         """The value of every adapter input of a graph: M.lora_A [in, r], M.lora_B [r, out].
 
         Args:
-            none: the same of rank 0, which they stay where the adapter has nothing.
-
-        Raises:
-            ExportError: the graph has no input for a module.
+            none: the same of rank 0, for the modules that the adapter lacks.
         """
         if missing := [module for module in self.factors if f"{module}.lora_A" not in none]:
             raise ExportError(
                 f"the exported base has no place for the adapter's {listed(missing)}: they are no "
                 "linear layers of the captured graph. Train the adapter without them"
             )
+        # Runtimes run x @ A @ B, so both factors are transposed.
         return {**none} | {
             f"{module}.lora_{half}": factor.t().contiguous().float().numpy()
             for module, pair in self.factors.items()
@@ -134,8 +132,8 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
 
     Raises:
         SourceError: its files cannot be read.
-        ExportError: it is mergeable, or holds something that is not a pair of LoRA factors of a
-            linear layer, or is activated LoRA, which the target does not hold.
+        ExportError: it is mergeable, or is more than pairs of LoRA factors of linear layers, or is
+            activated LoRA, which the target does not hold.
     """
     config, other = read_config(folder), list[str]()
     invocation = tuple(config.get("alora_invocation_tokens") or ())
@@ -145,21 +143,20 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
         if match is None or tensor.ndim != 2:
             other.append(name)
         else:
+            # The scaling is multiplied into B, which a half-precision B would round.
             halves.setdefault(match[1], {})[match[2]] = tensor.float()
-    other += [module for module, found in halves.items() if len(found) < 2]
+    other += [module for module, pair in halves.items() if len(pair) < 2]
     other += [key for key in ("use_dora", "target_parameters") if config.get(key)]
-    parts = AdapterParts(
-        repr(str(folder)),
-        other,
-        is_mergeable=mergeable_record(folder) is not None,
-        is_activated=bool(invocation),
-    )
-    switching = "hf" if holds_invocation else "genai"  # any target that switches factors
+    is_mergeable = mergeable_record(folder) is not None
+    parts = AdapterParts(repr(str(folder)), other, (), is_mergeable, bool(invocation))
+    # All targets that switch factors refuse the same adapters, but for activated LoRA.
+    switching = "hf" if holds_invocation else "genai"
     if reasons := refusals(TARGETS[switching], Subject(adapters=[parts])):
         raise ExportError(". ".join(reasons))
     patterns, factors = config.get("alpha_pattern") or {}, {}
     for module, pair in halves.items():
         a, b, rank = pair["A"].contiguous(), pair["B"], len(pair["A"])
+        # PEFT's own rule: of several patterns that match, the first in the file counts.
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
         scaling = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
         factors[module] = (a, b * scaling)
@@ -168,8 +165,11 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
 
 
 def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = ()) -> None:
-    """Write it as a PEFT directory whose alpha is its rank, without patterns of alpha; with the
-    `ends` of all paths, or else the paths, as target_modules."""
+    """Write a PEFT directory with scaling 1 in every module.
+
+    Args:
+        ends: target_modules. Default: the full paths.
+    """
     ranks = {module: len(a) for module, (a, _) in adapter.factors.items()}
     save_file(
         {
@@ -180,6 +180,7 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
         folder / WEIGHTS,
         metadata={"format": "pt"},
     )
+    # PEFT matches keys of a pattern as regular expressions, in which a dot is any character.
     others = {re.escape(module): r for module, r in ranks.items() if r != adapter.rank}
     config: dict[str, Any] = {
         **_FIXED,
@@ -204,16 +205,12 @@ def peft_names(cases: Sequence[str]) -> dict[str, str]:
 def use_case_model(
     base: PreTrainedModel, adapters: Mapping[str, CanonicalAdapter], cases: Sequence[str]
 ) -> PeftModel:
-    """The base with one PEFT adapter for every use case but "none"; see `peft_names`.
-
-    Args:
-        adapters: by name.
-    """
+    """The base with one PEFT adapter for every use case but "none"; see `peft_names`."""
     used = {case: [adapters[name] for name in members(case)] for case in cases if case != NONE}
-    factors = [own.factors for joined in used.values() for own in joined]
-    place = max(len(a) for own in factors for a, _ in own.values())
-    modules = sorted({module for own in factors for module in own})
-    rank = place * max(map(len, used.values()))
+    factors = [adapter.factors for joined in used.values() for adapter in joined]
+    width = max(len(a) for pairs in factors for a, _ in pairs.values())
+    modules = sorted({module for pairs in factors for module in pairs})
+    rank = width * max(map(len, used.values()))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
     names, (first_case, *others) = peft_names(cases), used
     model = get_peft_model(base, config, names[first_case])
@@ -224,20 +221,21 @@ def use_case_model(
             layer = model.get_submodule(f"{PREFIX}{module}")
             a, b = layer.lora_A[names[case]].weight, layer.lora_B[names[case]].weight
             with torch.no_grad():
+                # PEFT leaves both factors random, and rows that no adapter fills must add nothing.
                 a.zero_()
                 b.zero_()
                 for number, adapter in enumerate(joined):
                     if module in adapter.factors:
-                        own_a, own_b = adapter.factors[module]
-                        first, last = number * place, number * place + len(own_a)
-                        a[first:last].copy_(own_a)
-                        b[:, first:last].copy_(own_b)
+                        lora_a, lora_b = adapter.factors[module]
+                        first, last = number * width, number * width + len(lora_a)
+                        a[first:last].copy_(lora_a)
+                        b[:, first:last].copy_(lora_b)
     return model.eval()
 
 
 def share_unaffected(simulations: AdapterSimulations) -> None:
-    """Give values that no adapter changes the encodings of the base's simulation, so that all use
-    cases have the same base."""
+    """Give values that no adapter changes the encodings of the base's simulation."""
+    # Each use case was calibrated on text of its own, but all must have the same base.
     base = simulations[BASE]
     for simulation in simulations.values():
         specs = simulation.program.graph_signature.input_specs

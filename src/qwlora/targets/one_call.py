@@ -96,8 +96,10 @@ def export(
     known = _checked_target(target, graphs, context, opset, layout)
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
     _check_made(known, target, made, sources)
+    # Now, since a graph takes half a minute to capture and to translate.
     known.require_packages(to_write=True)
     folder = Path(folder)
+    # Adapters of the old base would stay next to the new one.
     if (known.has_base or known.has_cases) and (folder / BASE).exists():
         raise ExportError(f"{str(folder)!r} already has a base. Delete it, or use another folder")
     with on_cpu(*_modules(made)):
@@ -106,14 +108,15 @@ def export(
             subject = Subject(model=made, tokenizer=tokenizer, source=file)
             identity = check_loadable(made, sources.values(), "accept")
         else:
+            # Its grids were measured with the weights as they were then.
             made.check_unchanged()
             if isinstance(made, AdapterSimulations):
                 made.check_switchable()
             first = made if isinstance(made, Simulation) else made[BASE]
             identity = first.origin.base_fingerprint
             model: Any = first.origin.model
-            graph = first.captured
-            is_text = graph.embeddings is None and is_language_model(graph.interface)
+            captured = first.captured
+            is_text = captured.embeddings is None and is_language_model(captured.interface)
             subject = Subject(model=model, tokenizer=tokenizer, layout=layout, takes_tokens=is_text)
         refuse([target], subject, ExportError)
 
@@ -129,6 +132,7 @@ def export(
                 tokenizer=tokenizer,
             )
 
+        # Nothing opens a folder without its record: a killed export leaves none that looks whole.
         with replacing_files(folder, last=RECORD) as scratch:
             parts: dict[str, Any] = {}
             if isinstance(made, Simulation):
@@ -142,6 +146,7 @@ def export(
                 parts |= {name: exported(made[name]) for name in made if name != BASE}
             if known.has_cases:
                 base = parts.pop(BASE)
+                # The zero adapter is a use case, too: a runtime switches to it, not back to a base.
                 known.backend.write_cases(base, {**parts, NONE: base}, scratch)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(scratch)
@@ -156,22 +161,20 @@ def export(
 def _checked_target(
     target: str, graphs: Sequence[int], context: Sequence[int], opset: int | None, layout: Any
 ) -> Target:
-    """The target called `target`, if it has such graphs."""
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
     if problems := list(size_problems(graphs, context)):
         raise ExportError(f"graphs, context: {'; '.join(problems)}")
     known = TARGETS[target]
     choices = {"opset": (opset, known.opsets), "layout": (layout, known.graph_layouts)}
-    for what, (asked, has) in choices.items():
+    for key, (asked, has) in choices.items():
         if asked not in (None, *has):
-            problem = f"target {target} has no {what} {asked!r} (it has: {listed(has, 9)})"
+            problem = f"target {target} has no {key} {asked!r} (it has: {listed(has, 9)})"
             raise ExportError(f"{problem}. Leave it out")
     return known
 
 
 def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]) -> None:
-    """Check that a target takes `made` with these adapters."""
     kind: type = PreTrainedModel
     wanted = "the frozen base, without an adapter"
     if known.is_simulated:
@@ -188,7 +191,8 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
     if adapters and known.is_simulated:
         raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
     names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set(adapters)
-    lower = [*known.taken_names, *map(str.lower, names)]  # some file systems ignore case
+    # The file systems of macOS and Windows ignore case by default.
+    lower = [*known.taken_names, *map(str.lower, names)]
     taken = {name for name in names if lower.count(name.lower()) > 1}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
         raise ExportError(
@@ -199,7 +203,6 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
 
 
 def _modules(made: Any) -> list[nn.Module]:
-    """Everything in `made` that has tensors."""
     return list(made.values()) if isinstance(made, AdapterSimulations) else [made]
 
 
@@ -213,9 +216,7 @@ def verify(
     """Run the files of `export` in their runtime, and compare them with what they were made of.
 
     Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Where it switches adapters, each must leave no trace in another.
-    Adapters that are not in the folder are skipped. A model is run in evaluation mode; afterwards
-    its mode and its active adapter are restored.
+    the runtime gives its value. Adapters that are not in the folder are skipped.
 
     Args:
         made: the simulations; or a model with the adapters, if the target took a base.
@@ -223,7 +224,7 @@ def verify(
         layer_tokens: tokens for the comparison layer by layer.
 
     Returns:
-        what was measured, with limits. The files compute what they should if every row passed.
+        the checks. The files compute what they should if every one passed.
 
     Raises:
         SourceError: the folder has no files of `export`, or no adapter of `made`; or
@@ -256,22 +257,23 @@ def verify(
 def _expected(
     target: Target, folder: Path, made: Any, batches: Any, layer_tokens: int
 ) -> dict[str, Expected]:
-    """What the files of each adapter in `folder` should compute; that of one simulation is ""."""
     expected = dict[str, Expected]()
     if isinstance(made, PeftModel):
         text = as_sequences(_ids(batches))
         check_token_ids({"input_ids": text.input_ids}, made, SourceError)
+        # Dropout would make the files look wrong. The caller's mode and adapter come back.
         with evaluation_mode(made), restored_adapters(made):
             made.base_model.enable_adapter_layers()
             for name in filter(lambda name: (folder / name).is_dir(), made.peft_config):
                 made.set_adapter(name)
                 expected[name] = expected_of(target, made, [text])
         return expected
+    # The files of a single simulation are in `folder` itself: "" for `Target.open`.
     for name, simulation in (made if isinstance(made, AdapterSimulations) else {"": made}).items():
         if name == BASE or not (target.has_cases or (folder / name).is_dir()):
             continue
         if is_language_model(simulation.graph().interface):
-            # Without a reference of the base: the model may not be causal, so it may not decode.
+            # No reference of the base, for which `prove` decodes: BERT has logits, too, but cannot.
             text, schemes = as_sequences(_ids(batches)), simulation.origin.schemes
             expected[name] = expected_of(target, simulation, [text], schemes, None, layer_tokens)
         else:

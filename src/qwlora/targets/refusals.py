@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SIZES = (32, 64, 128)
-# The last are named where no other is as near.
+# In this order: of equally near ones, `nearest` names the first, so bfloat16 scales come last.
 _GRANULARITIES: tuple[Granularity, ...] = (
     *map(PerBlock, _SIZES),
     PerChannel(),
@@ -73,7 +73,6 @@ class AdapterParts:
     """What an adapter is made of.
 
     Args:
-        name: in messages, too.
         others: what it has next to LoRA factors.
         places: layers that its factors change and that are not linear.
         sequence_tokens: of its text; None if it is not known.
@@ -99,9 +98,8 @@ class Subject:
         model: with or without weights.
         input_bits: bitwidth of the activations that weights are multiplied with.
         simulation: section `simulation` of the recipe.
-        embedding_bits: `export.embedding_bits` of the recipe.
+        embedding_bits, layout: keys of section `export` of the recipe.
         trains_graph: whether adapters are trained through calibrated activations.
-        layout: `export.layout` of the recipe.
         takes_tokens: whether its graphs take token ids and have a key-value cache.
     """
 
@@ -136,13 +134,9 @@ def refused(names: Iterable[str], subject: Subject) -> Iterator[str]:
 
 
 def refuse(names: Iterable[str], subject: Subject, error: type[QwloraError]) -> None:
-    """Check that these targets can hold a subject.
-
-    Raises:
-        QwloraError: as `error`: one cannot. All reasons are listed.
-    """
-    if found := list(refused(names, subject)):
-        raise error("; ".join(found))
+    """Raise an `error` with all reasons why one of these targets cannot hold a subject."""
+    if reasons := list(refused(names, subject)):
+        raise error("; ".join(reasons))
 
 
 def comes_from(target: Target, source: Path | None) -> bool:
@@ -152,23 +146,23 @@ def comes_from(target: Target, source: Path | None) -> bool:
 
 def _integers(target: Target, subject: Subject) -> dict[str, Weight]:
     """The weights whose integers the target writes, as far as their schemes are known."""
-    if subject.keeps and comes_from(target, subject.source):  # it copies the file
+    # A GGUF file whose integers are kept is copied, also with types that we do not write.
+    if subject.keeps and comes_from(target, subject.source):
         return {}
     floats = [LayerKind.EMBEDDING] if target.limits.has_float_embeddings else []
     return {n: w for n, w in subject.weights.items() if w.scheme and w.kind not in floats}
 
 
 def _weights(target: Target, subject: Subject) -> Iterator[str]:
-    """What the limits of the files say about weights, one by one and together."""
-    limits, found = target.limits, dict[str, list[str]]()
+    limits, names_by_problem = target.limits, dict[str, list[str]]()
     held = _integers(target, subject)
     for name, weight in subject.weights.items():
         problem = _grid(limits, weight, subject.input_bits) if name in held else None
         if weight.kind in limits.refused:
             problem = f"{limits.name} {limits.refused[weight.kind]}"
         if problem is not None:
-            found.setdefault(problem, []).append(name)
-    problems = [f"{listed(names, 3)}: {problem}" for problem, names in found.items()]
+            names_by_problem.setdefault(problem, []).append(name)
+    problems = [f"{listed(names, 3)}: {text}" for text, names in names_by_problem.items()]
     yield from lines(problems) or _together(limits, held.values())
     if limits.tables is not None and subject.float_embedding is not None:
         yield f"{subject.float_embedding} stays float. {limits.tables.remedy}"
@@ -189,9 +183,9 @@ def _grid(limits: FormatLimits, weight: Weight, input_bits: int) -> str | None:
         limits = limits.with_8_bits
     if weight.kind is LayerKind.EMBEDDING and limits.tables is not None:
         limits = limits.tables
+    problem = next(_grid_problems(limits, weight), None)
     end = f". {limits.remedy}" if limits.remedy else ""
-    found = (f"{weight.scheme}: {problem}{end}" for problem in _grid_problems(limits, weight))
-    return next(found, None)
+    return f"{weight.scheme}: {problem}{end}" if problem else None
 
 
 def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
@@ -222,6 +216,7 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
     columns, sizes = weight.columns, limits.stored_blocks
     if sizes and columns is not None and limits.stored_block(scheme, columns) is None:
         yield f"{columns} inputs do not divide into blocks of {sizes[-1]}"
+    # These solvers choose scales that float16 holds, where a scale is free; others keep float32.
     is_rounded = scheme.granularity.is_free and weight.solver in (None, *ROUNDING_SOLVERS)
     if limits.has_float16_scales and not is_rounded and weight.solver is not None:
         rounding = ", ".join(ROUNDING_SOLVERS)
@@ -229,7 +224,6 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
 
 
 def _settings(target: Target, subject: Subject) -> Iterator[str]:
-    """What the target's own fields say about settings of a recipe."""
     if subject.embedding_bits not in (None, *target.embedding_bits):
         yield f"export.embedding_bits: the files hold {target.embedding_bits[0]} bits only"
     if target.has_cases and subject.trains_graph:
@@ -253,7 +247,7 @@ def _settings(target: Target, subject: Subject) -> Iterator[str]:
 
 
 def _float_graphs(keys: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps graphs with a key-value cache from having no value on a grid."""
+    # Weights alone are on grids, so settings of any other grid would silently do nothing.
     if keys["key_value_bitwidth"] is not None:
         yield "remove simulation.key_value_bitwidth: policy weights-only leaves them float"
     for number, rule in enumerate(keys["rules"]):
@@ -262,8 +256,6 @@ def _float_graphs(keys: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _graphs(target: Target, keys: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps graphs with a key-value cache from having all values on grids, and on ones that
-    the HTP has if they are compiled for it."""
     wanted = dict(target.simulation)
     if target.compilers:
         wanted["adapter_activation_bitwidth"] = [keys["activation_bitwidth"], None]
@@ -280,7 +272,6 @@ def _graphs(target: Target, keys: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _adapters(target: Target, subject: Subject) -> Iterator[str]:
-    """What the target has room for, of each adapter."""
     for adapter in subject.adapters:
         what = f"adapter {adapter.name}"
         if adapter.name.lower() in target.taken_names:  # some file systems ignore case
@@ -313,14 +304,13 @@ def _adapters(target: Target, subject: Subject) -> Iterator[str]:
 
 
 def _model(target: Target, subject: Subject) -> Iterator[str]:
-    """What the runtime says about architecture and tokenizer."""
+    # Graphs are captured from any architecture, and a GGUF model is one that llama.cpp has.
     is_held = target.is_simulated or comes_from(target, subject.source)
     if subject.model is not None and not is_held:
         yield from filter(None, [target.backend.model_problem(subject.model, subject.tokenizer)])
 
 
 def _layout(target: Target, subject: Subject) -> Iterator[str]:
-    """What Genie cannot run: models without token ids, special tokens or tokenizer."""
     model: Any = subject.model
     if subject.layout not in target.graph_layouts or model is None:
         return
@@ -340,6 +330,7 @@ def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -
     hold w4-bf16block32; `scheme` itself if there is none."""
     asked = scheme.granularity
     granularities = [*_GRANULARITIES, asked]
+    # Of a kind of blocks that a target lacks, plain blocks of the same size are the nearest.
     if isinstance(asked, Blocks):
         granularities.append(PerBlock(asked.size))
     candidates = [
@@ -347,21 +338,23 @@ def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -
         for bitwidth, symmetric, granularity in product(range(2, 9), (True, False), granularities)
         if symmetric or not granularity.is_only_symmetric
     ]
+    # With a solver that rounds scales: it is the scheme that is asked for, not its numbers.
     held = [
-        found
-        for found in candidates
-        if not any(_grid(t.limits, Weight(found, "search"), input_bits) for t in targets)
+        candidate
+        for candidate in candidates
+        if not any(_grid(t.limits, Weight(candidate, "search"), input_bits) for t in targets)
     ]
-    return min(held, key=lambda found: _distance(scheme, found), default=scheme)
+    return min(held, key=lambda candidate: _distance(scheme, candidate), default=scheme)
 
 
-def _distance(asked: Scheme, found: Scheme) -> tuple[float, ...]:
-    bits = found.bitwidth - asked.bitwidth
+def _distance(asked: Scheme, other: Scheme) -> tuple[float, ...]:
+    bits = other.bitwidth - asked.bitwidth
     of_block = 0.0
-    if asked.granularity != found.granularity:
-        sizes = [s.granularity.size for s in (asked, found) if isinstance(s.granularity, Blocks)]
+    if asked.granularity != other.granularity:
+        sizes = [s.granularity.size for s in (asked, other) if isinstance(s.granularity, Blocks)]
+        # No blocks at all is further than any other size: no two sizes differ by 20 doublings.
         of_block = 1 + (abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else 20)
-    return abs(bits), bits < 0, found.symmetric != asked.symmetric, of_block
+    return abs(bits), bits < 0, other.symmetric != asked.symmetric, of_block
 
 
 def _nearest_schemes(targets: Mapping[str, Target], subject: Subject) -> str:
@@ -370,6 +363,7 @@ def _nearest_schemes(targets: Mapping[str, Target], subject: Subject) -> str:
     chosen = [w for w in subject.weights.values() if w.scheme and w.solver not in (None, "keep")]
     kinds, bits = list(targets.values()), subject.input_bits
     best = {w.scheme: nearest(w.scheme, kinds, bits) for w in chosen if w.scheme}
+    # Schemes that hold one by one may not hold together; of symmetric ones, more do.
     if any([*_together(target.limits, map(Weight, best.values()))] for target in kinds):
         symmetric = {scheme: replace(scheme, symmetric=True) for scheme in best}
         best = {scheme: nearest(other, kinds, bits) for scheme, other in symmetric.items()}
@@ -402,22 +396,23 @@ def notes(subject: Subject, chosen: Collection[str]) -> list[str]:
     """What is below the table: why targets cannot hold the grids, and which programs and chips
     compute them otherwise or not."""
     reasons = {name: refusals(target, subject) for name, target in TARGETS.items()}
-    found = [f"{name}: {'; '.join(why)}" for name, why in reasons.items() if why]
-    for_vllm = refusals(replace(hf := TARGETS["hf"], limits=VLLM), subject)
-    if for_vllm and not refusals(hf, subject):
-        found.append(f"hf: vLLM does not compute this base: {'; '.join(for_vllm)}")
-    found += [f"warning: {note}" for note in chip_notes(subject, chosen)]
+    texts = [f"{name}: {'; '.join(why)}" for name, why in reasons.items() if why]
+    for_vllm = refusals(replace(TARGETS["hf"], limits=VLLM), subject)
+    if for_vllm and not reasons["hf"]:
+        texts.append(f"hf: vLLM does not compute this base: {'; '.join(for_vllm)}")
+    texts += [f"warning: {note}" for note in chip_notes(subject, chosen)]
     if {"gguf", "mlx"} & {*chosen}:
-        found.append("`qwlora run` checks architecture and tokenizer before it quantizes")
-    return found
+        texts.append("`qwlora run` checks architecture and tokenizer before it quantizes")
+    return texts
 
 
 def chip_notes(subject: Subject, chosen: Iterable[str]) -> list[str]:
     """Which grids of layers the chip of a target does not compute, where its files hold them."""
-    found: dict[str, dict[str, None]] = {}
+    # Names are keys, since several weights can have one problem.
+    names_by_problem: dict[str, dict[str, None]] = {}
     for name, weight in product(chosen, subject.weights.values()):
         if (chip := TARGETS[name].chip) is None or weight.kind is LayerKind.EMBEDDING:
             continue
         if problem := _grid(chip, weight, subject.input_bits):
-            found.setdefault(problem, {})[name] = None
-    return [f"{', '.join(names)}: {problem}" for problem, names in sorted(found.items())]
+            names_by_problem.setdefault(problem, {})[name] = None
+    return [f"{', '.join(names)}: {text}" for text, names in sorted(names_by_problem.items())]

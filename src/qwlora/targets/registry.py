@@ -29,6 +29,7 @@ COMPRESSED_TENSORS = FormatLimits(
     refused=_LINEAR_ONLY,
     same_if_asymmetric="transformers reads an asymmetric scheme only if all layers have it",
 )
+# Q4_0, Q5_0, Q8_0, Q4_1 and Q5_1: the types with one float16 scale for each block of 32.
 GGUF = FormatLimits(
     name="GGUF",
     symmetric=(4, 5, 8),
@@ -40,6 +41,7 @@ GGUF = FormatLimits(
         LayerKind.CONV1D: "holds transformers' Conv1D in a form that no adapter can be added to"
     },
 )
+# Its kernels have groups of 32, 64 and 128 values.
 MLX = FormatLimits(
     name="MLX",
     symmetric=MLX_BITWIDTHS,
@@ -49,6 +51,7 @@ MLX = FormatLimits(
     stored_blocks=(128, 64, 32),
     refused=_LINEAR_ONLY,
 )
+# Tried in ONNX Runtime 1.32: it refuses float zero points of 8-bit codes, and blocks of 8.
 NBITS = FormatLimits(
     name="MatMulNBits",
     symmetric=range(2, 9),
@@ -60,7 +63,8 @@ NBITS = FormatLimits(
 OPENVINO = FormatLimits(
     name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
 )
-# Tried in ExecuTorch 1.5 with one layer of each scheme.
+# Tried in ExecuTorch 1.5 with one layer of each scheme: blocks of 8 bits, and of sizes that 32 does
+# not divide, fail when they are lowered (docs/log/runtimes.md).
 XNNPACK = FormatLimits(
     name="XNNPACK",
     symmetric=range(2, 9),
@@ -140,8 +144,10 @@ TARGETS: dict[str, Target] = {
         limits=HTP,
         simulation={
             **_NPU_GRIDS,
+            # The HTP needs this grid for products of two activations of 16 bits.
             "symmetric_matmul_second_input": [True],
             "key_value_bitwidth": [8],
+            # All adapters share one compiled graph, which holds the grids as constants.
             "base_activations": ["none"],
             "adapter_weights": ["w8-tensor", "w16-tensor"],
         },
@@ -151,6 +157,7 @@ TARGETS: dict[str, Target] = {
         runtime="transformers",
         extra="hf",
         packages=("transformers", "peft"),
+        # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
         writes_floats=True,
         chip=HTP,
         limits=AIMET_WEIGHTS,
@@ -199,7 +206,7 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "llama_cpp_py_sync"),
         writers=("gguf",),
         source_suffix=".gguf",
-        holds_invocation=True,
+        holds_invocation=True,  # llama-server reads the invocation from the adapter's file
         embedding_bits=(16,),
         limits=GGUF,
     ),
@@ -208,6 +215,7 @@ TARGETS: dict[str, Target] = {
         runtime="MLX",
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
+        # No embeddings of 16 bits: MLX computes in the type of the embedding.
         limits=MLX,
     ),
     "openvino": Target(

@@ -14,11 +14,7 @@ from qwlora.targets.target import Runtime
 
 
 def runtime_model(runtime: Runtime, like: PreTrainedModel) -> SimulatedModel:
-    """A model whose logits `runtime` computes, token by token if it has a key-value cache.
-
-    Args:
-        like: the model that was exported; may be without weights.
-    """
+    """A model with the configuration of `like` whose logits `runtime` computes."""
     ids = torch.empty(1, 0, dtype=torch.int64)  # of the last call for one token
     cache: dict[str, Tensor] = {}
 
@@ -26,6 +22,8 @@ def runtime_model(runtime: Runtime, like: PreTrainedModel) -> SimulatedModel:
         nonlocal ids, cache
         if logits_to_keep != 1 or not runtime.has_cache:
             return CausalLMOutput(logits=runtime.logits(input_ids))
+        # Greedy decoding repeats the text with one more token, which is all that is new to the
+        # cache. After any other text, the cache is of no use.
         known = ids.shape[1]
         if input_ids.shape[1] <= known or not torch.equal(input_ids[:, :known], ids):
             known, cache = 0, {}

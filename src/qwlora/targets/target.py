@@ -4,8 +4,7 @@
     Backend    writes and opens its files; the class that the line names, imported on first use
     Runtime    opened files, in the program that they were written for
 
-A new target costs a module with a Backend and a line in `registry.py`. Recipes are validated
-against the registry before anything heavy is loaded, so nothing here imports torch.
+A new target costs a module with a Backend and a line in `registry.py`.
 
     layout  BUNDLE    base/ and NAME/ of each adapter: a runtime switches them
             EACH      NAME/ of each adapter, which holds the base, too
@@ -33,6 +32,7 @@ from qwlora.system.parameter_names import BASE
 from qwlora.system.regular_files import check_plain
 from qwlora.targets.proof.contents import Contents, check_contents
 
+# Recipes are validated against the registry before anything heavy is loaded: no torch here.
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from qwlora.targets.proof.checks import Limits, Parity
 
 
-OPSETS = range(17, 24)  # of the float models of targets aimet and qairt
+# Of the float models of targets aimet and qairt. ONNX has LayerNormalization since 17, and
+# RMSNormalization since 23.
+OPSETS = range(17, 24)
 ANY_BITS = range(2, 17)
 PROOF = "proof"  # a folder of a bundle, next to BASE and those of adapters
 NONE, AND = "none", "+"  # use cases: no adapter; the names of several
@@ -68,16 +70,15 @@ class Layout(Enum):
     """Where the files of base and adapters are; see the module."""
 
     BUNDLE = auto()
-    EACH = auto()
+    EACH = auto()  # for what a runtime cannot switch: DoRA, experts, whole modules
     CASES = auto()
 
 
 def size_problems(tokens: Sequence[int], contexts: Sequence[int]) -> Iterator[str]:
-    """What is wrong with sizes of graphs with a key-value cache: each number of new tokens in each
-    context. At least one token is new, and there is room for a past one."""
-    for what, sizes in (("tokens", tokens), ("context", contexts)):
+    """What is wrong with numbers of new tokens and contexts of graphs with a key-value cache."""
+    for key, sizes in (("tokens", tokens), ("context", contexts)):
         if not sizes or len(set(sizes)) < len(sizes):
-            yield f"{what} {[*sizes]}: list at least one number, and each once"
+            yield f"{key} {[*sizes]}: list at least one number, and each once"
     if small := [size for size in tokens if size < 1]:
         yield f"tokens {small}: each must be at least 1"
     if full := [size for size in contexts if tokens and size <= max(tokens)]:
@@ -92,16 +93,12 @@ class FormatLimits:
     """What a format, or the program that reads it, can hold. `refusals.py` reads it.
 
     Args:
-        name: the format's, in messages.
         symmetric, zero_point, float_offset: bitwidths of grids that are symmetric, or have an
             integer or a float offset.
         tensor_bits, channel_bits, block_bits: bitwidths of grids by what one scale covers.
-        has_signed_scales: whether scales can be negative.
         block, block_sizes: blocks are multiples of the one, and one of the others if any are given.
-        block_kind: the kind of blocks.
         stored_blocks: all grids are stored in blocks of one of these sizes, largest first. Empty:
             grids are stored as they are.
-        has_float16_scales: whether scales are stored as float16.
         has_float_embeddings: whether embeddings are written as the floats that codes stand for.
         refused: kinds of layers, and why they are.
         same_scheme, same_if_asymmetric: why all layers need one scheme, if they do, or if one of
@@ -133,8 +130,7 @@ class FormatLimits:
     remedy: str = ""
 
     def stored_block(self, scheme: Scheme, columns: int) -> int | None:
-        """The first of `stored_blocks` that crosses no block of the grid and fills rows of
-        `columns` values; None if there is none."""
+        # A larger block needs fewer scales. It must cross no block of the grid, and fill the rows.
         block = scheme.granularity.size if isinstance(scheme.granularity, Blocks) else columns
         sizes = self.stored_blocks
         return next((size for size in sizes if block % size == 0 and columns % size == 0), None)
@@ -148,16 +144,13 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
-        packages: modules that are imported to open the files.
-        writers: modules that are imported to write them.
+        packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
         is_simulated: whether the files hold activations on grids; else weights and float adapters.
         activation_bitwidths: bitwidths of activations that they can express.
-        cached_graphs: whether they are graphs with a key-value cache, of the sizes that
-            `export.graphs` of the recipe has.
-        graph_layouts: what `export.layout` of the recipe can be.
-        opsets: what `export.opset` of the recipe can be.
+        cached_graphs: whether they are graphs with a key-value cache, of sizes `export.graphs`.
+        graph_layouts, opsets: what `export.layout` and `export.opset` of the recipe can be.
         has_proof: whether `verify` writes a proof next to the files (`proof/folder.py`).
         model_files: glob of the files whose total size is reported.
         reserved: names of other files, which no adapter can have.
@@ -165,9 +158,7 @@ class Target:
         writes_floats: whether all weights are written as float32 next to their encodings.
         holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
-        limits: of the files.
-        chip: limits of the chip that the files are compiled for. It has no signed scales; encodings
-            files hold these as asymmetric grids.
+        limits, chip: limits of the files, and of the chip that they are compiled for.
         simulation: values that keys of `simulation` in the recipe can have.
     """
 
@@ -197,23 +188,20 @@ class Target:
 
     @cached_property
     def backend(self) -> Backend:
-        """What writes and opens the files."""
         module, _, name = self.backend_class.partition(":")
         return getattr(import_module(module), name)()
 
     @property
     def has_golden(self) -> bool:
-        """Whether the files hold an input and its outputs, for comparison with a device."""
+        # Opsets are those of float models for a device's compiler, whose results nobody sees here.
         return bool(self.opsets)
 
     @property
     def has_base(self) -> bool:
-        """Whether the base has a folder of its own, so that a runtime switches adapters."""
         return self.layout is Layout.BUNDLE
 
     @property
     def has_cases(self) -> bool:
-        """Whether all use cases are in one folder."""
         return self.layout is Layout.CASES
 
     @property
@@ -224,7 +212,6 @@ class Target:
 
     @property
     def taken_names(self) -> frozenset[str]:
-        """Names that no adapter can have."""
         return self.reserved.union([BASE] * self.has_base, [PROOF] * self.has_proof)
 
     def missing(self, to_write: bool = False) -> str | None:
@@ -238,8 +225,6 @@ class Target:
         return None
 
     def require_packages(self, to_write: bool = False) -> None:
-        """Import `packages`, or `writers`; a MissingExtraError names the extra that installs a
-        missing one."""
         for package in self.writers if to_write else self.packages:
             require(package, self.extra)
         for package in () if to_write else self.node_packages:
@@ -253,16 +238,12 @@ class Target:
         return {"files": bundle if self.has_cases else bundle / name}
 
     def stages(self, target: str, name: str) -> list[str]:
-        """The stages of a job that write the files of an adapter or use case; the last one writes
-        what belongs to it alone, if anything does."""
+        """The stages of a job that write the files of an adapter or use case."""
         base, adapter = [f"export/{target}"], [f"export/{target}/{name}"]
         return base if self.has_cases else base + adapter if self.has_base else adapter
 
     def open(self, bundle: Path, name: str | None = None) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
-
-        All code that opens exported files calls this method. It checks them before the runtime sees
-        them, and each adapter before the runtime switches to it.
 
         Args:
             bundle: folder of the target.
@@ -277,19 +258,21 @@ class Target:
             ExportError: the runtime refuses them.
         """
         self.require_packages()
+        # Runtimes trust their files, so these are checked before a runtime sees them (`contents.py`),
+        # and each adapter before the first switch to it.
         if not self.has_base:
             files = self.parts(bundle, str(name))["files"]
             self._check(files, is_base=False)
             return self.backend.open(files, str(name))
         self._check(bundle / BASE, is_base=True)
         runtime = self.backend.open(bundle / BASE, BASE)
+        # Adapters take turns in a proof. Their files are read once.
         runtime.check = cache(partial(self._check, is_base=False))
         if name not in (None, BASE):
             runtime.use(bundle / str(name))
         return runtime
 
     def _check(self, folder: Path, is_base: bool) -> None:
-        """Compare the files of a base, an adapter or all use cases with what the target writes."""
         check_plain(folder)
         ignored = (f"{PROOF}/", ".") if self.has_cases else ()  # of the bundle: see `folder.py`
         files = [
@@ -303,12 +286,8 @@ class Target:
 
 @dataclass(frozen=True)
 class ExportedBase:
-    """A base of integers.
-
-    Args:
-        gguf_file: the file that the model came from, if it was a GGUF file.
-        embedding_bits: see `store_narrow`.
-    """
+    """A base of integers. `gguf_file` is where it came from, `embedding_bits` is for
+    `store_narrow`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -322,7 +301,6 @@ class ExportedGraph:
 
     Args:
         simulation: where the graph comes from; computes golden outputs.
-        metadata: for the files that have room for it.
         sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
             shapes, its values are golden inputs.
         encodings_version: of AIMET encodings files.
@@ -331,7 +309,6 @@ class ExportedGraph:
         opset: of the float models of targets aimet and qairt. Default: the newest that they need.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
         layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
-        tokenizer: of the model, for files that hold it.
         embedding_bits: see `store_narrow`.
     """
 
@@ -348,10 +325,9 @@ class ExportedGraph:
 
 
 class Rounding(ExitStack):
-    """While it is open, hooks of modules round activations like a runtime.
+    """While it is open, hooks of modules, which `hooks` register, round activations like a runtime.
 
     Args:
-        hooks: each is called to register one.
         other: of a runtime that cannot compute without rounding: rounding that is as valid.
     """
 
@@ -384,7 +360,7 @@ class Runtime(ABC):
 
     @property
     def has_cache(self) -> bool:
-        """Whether `extend` works: keys and values of earlier tokens are inputs."""
+        """Whether `extend` works."""
         return False
 
     @abstractmethod
@@ -397,23 +373,16 @@ class Runtime(ABC):
         """
 
     def use(self, adapter: Path | None) -> None:
-        """Switch to the adapter in a folder, or to none. Adapters stay loaded.
-
-        Raises:
-            SourceError: see `Target.open`.
-            ExportError: the runtime refuses it.
-        """
+        """Switch to the adapter in a folder, or to none. Adapters stay loaded."""
         if adapter is not None and self.check is not None:
             self.check(adapter)
         self.switch_to(adapter)
 
     def switch_to(self, adapter: Path | None) -> None:
-        """`use`, in the runtime."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache if
-        there is one."""
+        """The `count` likeliest tokens after token ids [1, tokens], one by one."""
         import torch
 
         tokens, new = ids, ids
@@ -438,12 +407,8 @@ class Runtime(ABC):
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Every quantized activation in `values`, computed from the others in `values`.
-
-        Args:
-            values: the simulated value of each quantized activation.
-            tensors: every input of the model by name.
-        """
+        """Every quantized activation, computed from the simulated `values` of the others and from
+        the model's inputs."""
         raise NotImplementedError
 
     def parity(
@@ -467,42 +432,33 @@ class Backend(ABC):
     contents = Contents()
 
     def write_base(self, exported: Any, folder: Path) -> str | None:
-        """Write the base of a bundle into `folder`.
+        """Write the base of a bundle.
 
         Args:
             exported: an `ExportedBase`, or the `ExportedGraph` of a zero adapter.
 
         Returns:
             why files of a simulation have no key-value cache; None: they have one.
-
-        Raises:
-            ExportError: the files cannot hold it.
         """
         raise NotImplementedError
 
     def write_adapter(self, exported: Any, base: Path, folder: Path) -> None:
-        """Write an adapter into `folder`: what it changes in a bundle, or all files.
+        """Write what an adapter changes in a bundle, or all files.
 
         Args:
             exported: a `CanonicalAdapter`, or an `ExportedGraph`.
             base: the folder that `write_base` wrote, of a bundle.
-
-        Raises:
-            ExportError: the files cannot hold it, or the base has no place for it.
         """
         raise NotImplementedError
 
     def write_cases(
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
-        """Write all use cases into `folder`.
+        """Write all use cases.
 
         Args:
             base: the zero adapter.
             cases: by name. Their graphs differ in the adapter's weights and in encodings only.
-
-        Raises:
-            ExportError: the files cannot express the graphs, or their bases differ.
         """
         raise NotImplementedError
 
@@ -512,16 +468,11 @@ class Backend(ABC):
 
     @abstractmethod
     def open(self, folder: Path, case: str) -> Runtime:
-        """See `Target.open`.
-
-        Args:
-            folder: with all files, or of a bundle with the base's.
-            case: the use case, where these are together.
-        """
+        """See `Target.open`. The folder holds all files, or of a bundle the base's."""
 
     def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
-        """Why the runtime cannot run a model of this class and configuration, with or without
-        weights, and tokenizer; None if it can, or if the runtime is not installed."""
+        """Why the runtime cannot run a model of this configuration, which may be without weights,
+        and tokenizer; None if it can, or if the runtime is not installed."""
         return None
 
     def rounding(self, model: nn.Module) -> Rounding | None:

@@ -16,12 +16,7 @@ adapters. An adapter is a `.onnx_adapter` file with its factors under these name
 transposed, and the scale is in lora_B.
 
 Weights are the base's integers, as operands of ONNX Runtime's MatMulNBits, which has 2, 4 and 8
-bits; others are stored in the next wider ones, with their own zero point. Its accuracy level is 1,
-float32 activations: the file computes what was trained. Level 4, the default of onnxruntime-genai's
-own builder, rounds activations to 8 bits.
-
-genai_config.json says `llama` for every architecture: onnxruntime-genai chooses by it how it feeds
-a model, and all captured graphs are fed alike: tokens, mask, positions, keys and values.
+bits; others are stored in the next wider ones, with their own zero point.
 """
 
 from __future__ import annotations
@@ -63,7 +58,9 @@ from qwlora.targets.registry import NBITS
 from qwlora.targets.target import Backend, ExportedBase, Runtime
 from qwlora.targets.weights.weights_folder import check_layers, write_settings
 
-EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bits
+# MatMulNBits' accuracy level: float32, so the file computes what was trained. Level 4, the default
+# of onnxruntime-genai's own builder, rounds activations to 8 bits.
+EXACT = 1
 _DOMAIN = "com.microsoft"
 CONFIG_FILE = "genai_config.json"
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
@@ -91,9 +88,12 @@ _SIZES = (
     "hidden_size",
     "head_size",
 )
+# The captured graph appends to the cache, so what it returns is longer than its input.
 _SEARCH = {"do_sample": False, "past_present_share_buffer": False}
 _FORM = {
     "model": {
+        # onnxruntime-genai chooses by it how it feeds a model. All captured graphs are fed alike,
+        # whatever the architecture: tokens, mask, positions, keys and values.
         "type": "llama",
         "context_length": int,
         "vocab_size": int,
@@ -124,7 +124,8 @@ class Genai(Backend):
         write_settings(exported, exported.model.config.get_text_config(), folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        # onnxruntime-genai keeps what an earlier adapter of a generation set and this one does not
+        # Every file has all layers: onnxruntime-genai 0.18 keeps the factors of an earlier adapter
+        # where the next one of a generation has none.
         inputs = exported.inputs(defaults(load_graph(base / MODEL_FILE)))
         write_adapter_file(inputs, folder / ADAPTER_FILE)
 
@@ -133,11 +134,8 @@ class Genai(Backend):
 
 
 def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
-    """genai_config.json. If no token begins or pads a text, the one that ends it does.
-
-    Args:
-        shapes: of the graph's inputs by name.
-    """
+    """genai_config.json, from the shapes of the graph's inputs by name. The token that ends a text
+    also begins or pads one, if no other does."""
     text: Any = exported.model.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None:
@@ -175,6 +173,7 @@ def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
 def switchable_graph(exported: ExportedBase) -> Any:
     """The graph of a base, with MatMulNBits and places for adapters; see the module."""
     graph = base_graph(exported.model)
+    # First: `matrix_products` does not find MatMulNBits nodes.
     add_branches_(graph, exported.model)
     matmul_nbits_(graph, exported.model)
     store_narrow(graph, exported.embedding_bits)
@@ -185,10 +184,11 @@ def add_branches_(graph: Any, model: PreTrainedModel) -> None:
     """Add the places for adapters to the graph of a base; see the module."""
     linears = linear_modules(model)
     for node, path in list(matrix_products(graph, linears)):
+        # A name of its own for each rank: layers of an adapter may have different ones.
         layer, rank = linears[path], f"rank:{path}"
         if isinstance(layer, nn.Linear):
             rows, columns = layer.out_features, layer.in_features
-        else:
+        else:  # transformers' Conv1D, whose weight is [in, out]
             columns, rows = layer.get_parameter("weight").shape
         none_a, none_b = np.zeros((columns, 0), np.float32), np.zeros((0, rows), np.float32)
         a = add_input(graph, f"{path}.lora_A", none_a, (columns, rank))
@@ -234,7 +234,7 @@ def defaults(graph: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def container_bits(bitwidth: int) -> int:
-    """Bits of an integer in MatMulNBits."""
+    """Bits of a stored integer."""
     return next(bits for bits in (2, 4, 8) if bits >= bitwidth)
 
 
@@ -257,6 +257,7 @@ def operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
     if scheme.float_offset:
         zeros = by_block(-encoding.minimum / encoding.scale)
         arrays["zero_point"] = zeros.float().flatten().numpy()
+    # Without one, the zero point is the middle of the stored bits, not of a narrower grid.
     elif not scheme.symmetric or bits != scheme.bitwidth:
         zeros = by_block(-encoding.offset).to(torch.uint8)
         stored = pack_words(zeros, bits).view(torch.uint8)
@@ -289,8 +290,8 @@ class GenaiRuntime(Runtime):
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         generator = self._generator(ids, 1)
-        found = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
-        return found.view(1, ids.shape[1], -1)
+        logits = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
+        return logits.view(1, ids.shape[1], -1)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         generator = self._generator(ids, count)
@@ -299,9 +300,8 @@ class GenaiRuntime(Runtime):
         return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
 
     def _generator(self, ids: Tensor, count: int) -> Any:
-        """A generator that has read `ids`."""
-        options = self._genai.GeneratorParams(self._model)
-        length = ids.shape[1] + count
+        # With a least length, a token that ends a text does not end the decoding.
+        options, length = self._genai.GeneratorParams(self._model), ids.shape[1] + count
         options.set_search_options(
             max_length=length, min_length=length, do_sample=False, batch_size=1
         )

@@ -18,16 +18,13 @@ computes the base:
     LAYER.scaling                        alpha / rank
 
 The model is that of a zero adapter on every layer that any adapter changes. The file of an adapter
-(`write_adapter_file`) has its values of these inputs. A layer that it does not change keeps rank 0,
-and the sum reuses the grid of the base layer's output, so the extra rounding is a no-op.
+(`write_adapter_file`) has its values of these inputs. A layer that it does not change keeps rank 0.
 
 The model has a key-value cache: without past tokens it computes the full sequence, as the
 simulation does. If the model has none that can be inputs, the graph of full sequences is written.
 
     input_ids, attention_mask, position_ids, past_key_values.N.key, .value, ...
         -> logits, present.N.key, .value, ...
-
-Numbers have shape [1], and codes of 4 bits or fewer are stored in 8, as adapter files need it.
 """
 
 from __future__ import annotations
@@ -91,19 +88,11 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     embedding_bits: int = 16,
 ) -> None:
-    """Write everything that ONNX Runtime and AIMET's tools need into `folder`.
-
-        model.onnx, model.onnx.data    the model with QuantizeLinear and DequantizeLinear nodes
-        model.encodings                AIMET 1.0.0
-        session_options.json           ONNX Runtime options without which results differ
-
-    Args:
-        metadata: added to the metadata of the ONNX file.
-        embedding_bits: see `store_narrow`.
+    """Write everything that ONNX Runtime and AIMET's tools need into `folder`: what `onnx_each` has
+    for an adapter. `embedding_bits` is for `store_narrow`.
 
     Raises:
-        ExportError: ONNX cannot express the graph (see `build_model`).
-        MissingExtraError: the `onnx` extra is not installed.
+        ExportError: see `build_model`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +115,7 @@ class Onnx(Backend):
     def write_base(self, exported: ExportedGraph, folder: Path) -> str | None:
         try:
             captured, reason = capture_with_cache(exported.simulation), None
+            # Past keys and values come from an earlier call, which returned them on their grids.
             graph = cached_graph(exported.simulation, captured, quantize_past=False)
         except CaptureError as error:
             graph, reason = exported.simulation.graph(), str(error)
@@ -138,6 +128,8 @@ class Onnx(Backend):
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         graph = exported.simulation.graph()
+        # The base's weights have one grid, in its own file: copies of it were 8.8 of the 9.3 MB of
+        # an adapter of SmolLM2 (docs/log/runtimes.md).
         transposed, kinds = write_adapter(graph, base, folder), (Kind.ACTIVATION, Kind.ADAPTER)
         write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed, kinds=kinds)
 
@@ -153,6 +145,7 @@ class OnnxEach(Backend):
     contents = replace(Onnx.contents, adapter=(*Onnx.contents.base, *SIMULATED_ADAPTER))
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
+        # Without a key-value cache, for which each adapter's graph would be captured once more.
         export_onnx(exported.simulation.graph(), folder, exported.metadata, exported.embedding_bits)
         write_embeddings(exported.simulation, folder)
 
@@ -171,7 +164,6 @@ def write_switchable(
 
     Args:
         base_activations: the grids of activations that the base computes depend on the adapter.
-        embedding_bits: see `store_narrow`.
 
     Returns:
         names of the weights that are stored [in, out].
@@ -191,6 +183,7 @@ def write_switchable(
     for layer in [n.removesuffix(_SCALING) for n in values if n.endswith(_SCALING)]:
         factors = (f"{layer}.lora_B.weight", f"{layer}.lora_embedding_B")
         stored = (known[n] for f in factors for n in (f"{f}.codes", f) if n in known)
+        # In the graph, alpha / rank is a constant without a name: the product after lora_B.
         known[f"{layer}{_SCALING}"] = _scaling(next(stored))
     for name, array in values.items():
         if name not in known or name in fixed:
@@ -198,6 +191,7 @@ def write_switchable(
         shape = list[int | str](array.shape)
         if (rank := _rank(name, graph, transposed)) is not None:
             axis, shape[rank[0]] = rank
+            # ONNX Runtime 1.32 runs MatMul, and Q/DQ per channel, of rank 0 (docs/log/runtimes.md).
             array = np.take(array, [], axis)
         add_input(model, name, array, shape, known[name])
     model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
@@ -207,10 +201,8 @@ def write_switchable(
 
 
 def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
-    """Write what the simulation of an adapter has for the inputs of the model in `base`.
-
-    Returns:
-        names of the weights that are stored [in, out].
+    """Write what the simulation of an adapter has for the inputs of the model in `base`. Returns
+    names of the weights that are stored [in, out].
 
     Raises:
         ExportError: the model has no place for one of the values, or has another base.
@@ -238,12 +230,9 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
 
 
 def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
-    """What `graph` has for the inputs of the base's model, and for its fixed grids, by name, in a
-    form that adapter files can have.
-
-    It is read from the graph: a translation to ONNX takes longer than everything else of an
-    adapter's export.
-    """
+    """What `graph` has for the inputs of the base's model, and for its fixed grids, by name."""
+    # It is read from the graph of the program: a translation to ONNX takes longer than everything
+    # else of an adapter's export.
     program, marked = graph.program, {mark.node for mark in graph.marks}
     nodes = {node.name: node for node in program.graph.nodes}
     weights = {
@@ -260,7 +249,8 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
             codes = encoding.quantize(weights[mark.node])
             arrays = weight_arrays(codes, encoding, mark.name in transposed)
         for part, array in arrays.items():
-            kind = array.dtype.name  # no adapter file has 4 bits
+            # ONNX Runtime 1.32 refuses codes of 4 bits, and scalars, in adapter files.
+            kind = array.dtype.name
             stored = array.astype(kind.replace("4", "8")) if kind in ("int4", "uint4") else array
             values[f"{mark.name}.{part}"] = stored.reshape(stored.shape or (1,))
     for placeholder, name in parameter_names(program).items():
@@ -278,13 +268,13 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
 
 
 def _unchanged(node: Any, values: Arrays) -> Arrays:
-    """Grid of a value that the model quantizes in `node` and the adapter does not have; see the
-    module.
-    """
+    """Grid of a value that the model quantizes in `node` and the adapter's simulation does not."""
     name, source = node.inputs[1].name.removesuffix(".scale"), node.inputs[0].producer()
     read = [] if source is None else [value.name for value in source.inputs if value is not None]
     if ".lora_" in name or any(value.endswith(_SCALING) for value in read):
         return {}  # zero, on any grid
+    # The sum with a branch of rank 0 is the base layer's output, already rounded: once more on the
+    # same grid changes nothing.
     for value in read:
         if source.op_type == "Add" and f"{value}.scale" in values:
             return {f"{name}{part}": values[f"{value}{part}"] for part in _GRID}
@@ -294,11 +284,7 @@ def _unchanged(node: Any, values: Arrays) -> Arrays:
 
 
 def _scaling(factor: Any) -> Any:
-    """A value in place of the constant that the output of lora_B is multiplied with.
-
-    Args:
-        factor: the initializer of lora_B.
-    """
+    """A value in place of the constant that the output of lora_B, `factor`, is multiplied with."""
     value, pending = require("onnx_ir", "onnx").val("scaling"), [*factor.consumers()]
     while pending:  # a layer that is called twice has two products
         node = pending.pop()
@@ -317,23 +303,19 @@ def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tupl
     if not is_factor_name(factor):
         return None
     axis, rank = 0 if is_first_factor(factor) else 1, f"rank:{factor.partition('.lora_')[0]}"
-    place = 1 - axis if factor in transposed else axis
+    stored_axis = 1 - axis if factor in transposed else axis
     if part in ("codes", "weight"):
-        return place, rank
+        return stored_axis, rank
     match graph.encodings[factor].scheme.granularity:
         case PerChannel(channel):
             return (0, rank) if channel == axis else None
         case Blocks():  # blocks of [out, rank] are along the rank
-            return place, rank if axis == 0 else f"blocks:{rank}"
+            return stored_axis, rank if axis == 0 else f"blocks:{rank}"
     return None
 
 
 class ZeroAdapter:
-    """The simulation of a zero adapter, to compare the model with when no adapter is active.
-
-    Values inside the branch are left out, but not the sum with the layer's own output: they have
-    the simulation's rank, and rank 0 in the model.
-    """
+    """The simulation of a zero adapter, to compare the model with when no adapter is active."""
 
     def __init__(self, simulation: Reference):
         self.outputs = simulation.outputs
@@ -343,6 +325,8 @@ class ZeroAdapter:
         self._graph = simulation.graph
 
     def graph(self) -> QuantizedGraph:
+        # Values inside the branch have the simulation's rank here and rank 0 in the model, so they
+        # cannot be compared. The sum with the layer's own output can.
         graph = self._graph()
         inside = lora_branch(graph.program)
         return replace(graph, marks=tuple(m for m in graph.marks if m.node not in inside))

@@ -7,16 +7,12 @@
                       -> Add `n.minimum`, per block -> `n`
 
 Codes are int4, int8 or int16, unsigned if the grid is asymmetric. The name of an encoding is the
-name of its tensor. The weight of a Linear layer is stored [in, out], as the right operand of its
-MatMul: ONNX Runtime fuses that form into MatMulNBits.
+name of its tensor. The weight of a Linear layer is stored [in, out], as its MatMul takes it.
 
 A `QuantizedGraph` lists marks: the values that have an encoding (`simulation/placement.py` chooses
 them). Each mark becomes a marker, a `qwlora::quantized` node, in a copy of the captured program.
 `torch.onnx.export` passes these markers and the `qwlora::dequantize` nodes of packed weights
 through as custom operators, keeps torch's names, and optimizes nothing. Then both are rewritten.
-
-`torch.onnx.export` is by far the slowest step of an export, and depends on no tensor's values. So
-the last translations are kept without tensors: adapters of one structure are translated once.
 """
 
 from __future__ import annotations
@@ -55,7 +51,10 @@ _READERS = {"Gather", "Gemm", "MatMul", "Transpose"}  # of embeddings and weight
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
 TRANSLATIONS_KEPT = 8
 _aten = torch.ops.aten
-_translations_by_structure: dict[str, Any] = {}  # without tensors; the last one was used last
+# `torch.onnx.export` is the slowest step of an export: 26 s for SmolLM2 with 661 markers
+# (docs/log/runtimes.md). It depends on no tensor's values, so adapters of one structure share a
+# translation without tensors. The last one was used last.
+_translations_by_structure: dict[str, Any] = {}
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 OF_INPUT = ".dequantized"  # of a quantized input's name: its value on its grid
 
@@ -66,9 +65,7 @@ def build_model(
     """The `onnx_ir.Model` of a graph, and names of the weights that are stored [in, out].
 
     Raises:
-        ExportError: an operator has no translation, or activations have a bitwidth other than 8 or
-            16.
-        MissingExtraError: the `onnx` extra is not installed.
+        ExportError: an operator has no translation, or activations have other than 8 or 16 bits.
     """
     model = to_onnx(graph, opset)
     rewriter = _Rewriter(model, {mark.name for mark in graph.marks if mark.kind is Kind.PARAMETER})
@@ -105,17 +102,18 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
 
 
 def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
-    """A copy of the program in which every mark and every output is a node of its own; tensors are
-    shared."""
+    """A copy of the program, with shared tensors, in which every mark and output is a node."""
     copied = copy.deepcopy(graph.program.graph)
     nodes = {node.name: node for node in copied.nodes}
     last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
+    # Markers of inputs all go directly after the last input, so the last one has to come first.
     for mark in reversed(graph.marks):
         node = nodes[mark.node]
-        place = last_input if node.op == "placeholder" else node
-        insert_after(node, partial(_marker, mark.name), place)
+        before = last_input if node.op == "placeholder" else node
+        insert_after(node, partial(_marker, mark.name), before)
     output, results = copied.output_node(), list[Node]()
     with copied.inserting_before(output):
+        # A value has one name in ONNX: one that is also an input, or is returned twice, needs more.
         for node in output.args[0]:
             is_own = node.op != "placeholder" and node not in results
             results.append(node if is_own else copied.call_function(_aten.clone.default, (node,)))
@@ -141,8 +139,9 @@ def _structure(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> s
 
 
 def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the program by the names of their initializers; ONNX has complex ones as pairs."""
+    """Tensors of the program by the names of their initializers."""
     for name, tensor in {**program.state_dict, **program.constants}.items():
+        # Operators of ONNX take no complex numbers: torch.onnx computes with pairs of real ones.
         if isinstance(tensor, Tensor):
             yield name, torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
 
@@ -177,8 +176,8 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
 
 
 def _remove_zero_biases_(model: Any) -> None:
-    """Remove the zeros that torch.onnx (2.13) computes from the shape of a weight, as the bias of a
-    convolution without one."""
+    # torch.onnx (2.13) gives a convolution without a bias one of zeros, which it computes from the
+    # shape of the weight. A bias that a model computes in the same way must stay.
     constant_of = require("onnx_ir", "onnx").convenience.get_const_tensor
     for node in model.graph:
         if node.op_type.startswith("Conv") and len(node.inputs) == 3:
@@ -191,10 +190,10 @@ def _remove_zero_biases_(model: Any) -> None:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Our two torch operators as nodes of our own domain, which are rewritten later."""
     ir, op = require("onnx_ir", "onnx"), require("onnxscript", "onnx").opset21
 
     def our_node(x: Any, operator: str) -> Any:
+        # onnxscript makes standard operators only, so one of them is renamed.
         value = op.Identity(x)
         value.producer().domain, value.producer().op_type = NAMESPACE, operator
         return value
@@ -238,11 +237,7 @@ def rewrite_markers(
 
 
 class _Rewriter:
-    """Replaces markers by QuantizeLinear and DequantizeLinear.
-
-    Args:
-        parameters: names of the weights that are not operands of a matrix product.
-    """
+    """Replaces markers. `parameters` are weights that are no operands of a matrix product."""
 
     def __init__(self, model: Any, parameters: set[str]):
         self.model, self.parameters = model, parameters
@@ -260,6 +255,8 @@ class _Rewriter:
     def weight(self, node: Any, name: str, encoding: Encoding) -> None:
         source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
         is_operand = bool(readers) and name not in self.parameters
+        # Stored [in, out], ONNX Runtime 1.32 fuses the product into MatMulNBits. Stored [out, in],
+        # it dequantizes the weight in every call (docs/log/runtimes.md).
         transposed = is_operand and all(map(is_matrix_transpose, readers))
         key = (id(source), transposed)
         if key not in self.initializers:
@@ -284,7 +281,8 @@ class _Rewriter:
     def _add_minimum(
         self, scaled: Any, name: str, encoding: Encoding, transposed: bool, shape: tuple[int, ...]
     ) -> list[Any]:
-        """Nodes that add each group's minimum to a weight of `shape`; blocks become an axis."""
+        # DequantizeLinear has integer zero points only, and Add does not know blocks: these become
+        # an axis of their own while their minimum is added.
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
         if not isinstance(granularity, Blocks):
@@ -321,9 +319,7 @@ def replace_marker(model: Any, node: Any, value: Any) -> None:
 
 
 def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:
-    """The grid of an activation as its QuantizeLinear takes it, by suffix of the initializer's
-    name.
-    """
+    """Scale and zero point of an activation as its QuantizeLinear takes them."""
     bits = encoding.scheme.bitwidth
     if bits not in (8, 16):
         raise ExportError(
@@ -338,8 +334,7 @@ def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any
 def weight_arrays(
     codes: torch.Tensor, encoding: Encoding, transposed: bool
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Codes, scale and, if asymmetric, zero point of a weight as its DequantizeLinear takes them,
-    by suffix of the initializer's name.
+    """Codes, scale and, if asymmetric, zero point of a weight as its DequantizeLinear takes them.
 
     Args:
         codes: [out, in].
@@ -347,6 +342,7 @@ def weight_arrays(
     """
     import ml_dtypes
 
+    # Our codes count from the lower end of the grid, those of ONNX's signed types from zero.
     turn = (lambda t: t.T) if transposed else (lambda t: t)
     scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
     bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
@@ -355,11 +351,11 @@ def weight_arrays(
     if bits <= 4:
         kind = np.dtype(ml_dtypes.int4 if signed else ml_dtypes.uint4)
     whole = (turn(codes).to(torch.int32) + shift).contiguous()
-    found = {"codes": whole.cpu().numpy().astype(kind), "scale": scale.contiguous().cpu().numpy()}
+    arrays = {"codes": whole.cpu().numpy().astype(kind), "scale": scale.contiguous().cpu().numpy()}
     if not (signed or encoding.scheme.float_offset):
         offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
-        found["zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
-    return found
+        arrays["zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
+    return arrays
 
 
 def activation_tensor(name: str, inputs: Collection[str]) -> str:
@@ -430,25 +426,13 @@ def load_graph(path: Path) -> Any:
 
 
 def save_graph(model: Any, path: Path, data: str | None = DATA_FILE, smallest: int = 256) -> None:
-    """Write a model.
-
-    Args:
-        data: the file for tensors of `smallest` bytes and more; None: they are in the model's file,
-            or stay where they are.
-    """
+    """Write a model, with tensors of `smallest` bytes and more in the file `data`, if any."""
     require("onnx_ir", "onnx").save(model, path, external_data=data, size_threshold_bytes=smallest)
 
 
 def store_narrow(model: Any, bits: int) -> None:
-    """Store embeddings and matrices of products that are floats in 16 bits where that is exact.
-
-    What is gathered from one is cast to float32 after it, so that a runtime keeps the table as it
-    is stored. Other readers get the matrix cast, which ONNX Runtime folds when it loads the model,
-    as it folds the transpose of a head.
-
-    Args:
-        bits: 16; 32 changes nothing.
-    """
+    """Store embeddings and matrices of products that are floats in 16 bits where that is exact;
+    `bits` of 32 change nothing."""
     ir = require("onnx_ir", "onnx")
     import ml_dtypes
 
@@ -460,10 +444,12 @@ def store_narrow(model: Any, bits: int) -> None:
         narrow = narrowest(tensor_of(value)) if tensor.dtype == ir.DataType.FLOAT else None
         if narrow is None or narrow.dtype == torch.float32:
             continue
+        # torch makes no NumPy array of bfloat16, so its bits go through int16.
         kind = np.float16 if narrow.dtype == torch.float16 else ml_dtypes.bfloat16
         stored, cast = constant(model, name, narrow.view(torch.int16).numpy().view(kind)), None
         to = {"to": int(ir.DataType.FLOAT)}
         for node, index in uses:
+            # The rows are cast, not the table, so that a runtime keeps it as it is stored.
             if node.op_type == "Gather":
                 node.replace_input_with(index, stored)
                 rows, called = node.outputs[0], node.outputs[0].name
@@ -474,6 +460,7 @@ def store_narrow(model: Any, bits: int) -> None:
                 rows.type = ir.TensorType(stored.dtype)
                 model.graph.insert_after(node, wide)
                 continue
+            # ONNX Runtime folds this cast when it loads the model, as the transpose of a head.
             if cast is None:
                 cast = new_node("Cast", [stored], f"{name}.wide", to)
                 model.graph.insert_before(model.graph[0], cast)
@@ -487,6 +474,7 @@ def numbers(value: Any) -> np.ndarray[Any, Any]:
 
 def tensor_of(value: Any) -> torch.Tensor:
     """A copy of an initializer's values."""
+    # torch warns of arrays that it cannot write to, such as those of a mapped file.
     return torch.from_numpy(np.array(numbers(value)))
 
 
@@ -518,7 +506,7 @@ def new_node(
 
 
 def replace_value(old: Any, new: Any) -> None:
-    """Let everything that reads `old` read `new`. An output of the graph keeps its name."""
+    """Let everything that reads `old` read `new`, which gets the name of an output of the graph."""
     new.type, new.shape = old.type, old.shape
     if old.is_graph_output():
         old.name, new.name = f"{old.name}.before", old.name
@@ -531,12 +519,8 @@ def insert_rounding(
     """Quantize and dequantize a value after its producer, for some of its users.
 
     Args:
-        name: of the result.
+        name: of the result; `codes` is that of its codes. Default: `name.codes`.
         grid: values of scale and zero point.
-        codes: name of the result's codes. Default: `name.codes`.
-
-    Returns:
-        the result.
     """
     quantize = new_node("QuantizeLinear", [value, *grid], codes or f"{name}.codes")
     rounded = new_node("DequantizeLinear", [quantize.outputs[0], *grid], name)
@@ -570,7 +554,7 @@ def add_input(
     """Add an input with a default to an `onnx_ir.Model`.
 
     Args:
-        shape: with names for axes of any size; it says more than that of the default.
+        shape: with names for axes of any size.
         replaced: the initializer that the input takes the place of.
     """
     ir = require("onnx_ir", "onnx")
@@ -581,19 +565,18 @@ def add_input(
     if replaced is not None:
         ir.convenience.replace_all_uses_with(replaced, value)
         model.graph.initializers.pop(replaced.name, None)
+    # In ONNX, an input that is also an initializer has that as its default.
     model.graph.register_initializer(value)
     model.graph.inputs.append(value)
     return value
 
 
 def write_adapter_file(values: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
-    """Write an adapter file of ONNX Runtime: values of inputs that have a default, by name. It
-    takes no scalars, and of integers only those of 8 bits and more."""
+    """Write an adapter file of ONNX Runtime: values of inputs that have a default, by name."""
     runtime = require("onnxruntime", "onnx")
     written = runtime.AdapterFormat()
     written.set_adapter_version(1)
     written.set_model_version(1)
-    written.set_parameters(
-        {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()}
-    )
+    to_value = runtime.OrtValue.ortvalue_from_numpy
+    written.set_parameters({name: to_value(array) for name, array in values.items()})
     written.export_adapter(str(path))

@@ -7,15 +7,8 @@ are those of a whole sequence:
     position_ids                     0, 1, 2, ... from the first token that attention_mask shows
     inputs_embeds                    of input_ids, by the table next to the model
 
-Without these options of ONNX Runtime, a quantized model computes something else. They are exported
-with it, and a file with other options is refused:
-
-    SESSION_OPTIONS      do not quantize the activations of 4-bit weights to 8 bits, nor the float
-                         bias of a convolution to int32 steps of scale(x) * scale(w): with weights
-                         and activations of 16 bits, ONNX Runtime 1.32 overflows (0.30 for 0.50)
-    EIGHT_BIT_OPTIONS    for 8-bit activations: do not replace Q/DQ pairs by integer kernels
-                         (QLinearSoftmax, QLinearAdd ...), which round elsewhere. Weights are
-                         unpacked to float32 in memory.
+Without the options of ONNX Runtime below, a quantized model computes something else. They are
+exported with it, and a file with other options is refused.
 """
 
 from __future__ import annotations
@@ -50,9 +43,15 @@ from qwlora.targets.proof.contents import ADAPTER_FILE, misfits
 from qwlora.targets.target import Runtime
 
 SESSION_OPTIONS = {
+    # By default, it quantizes the activations of 4-bit weights to 8 bits: an error of 3e-2.
     "session.qdq_matmulnbits_accuracy_level": "1",
+    # It gives the float bias of a convolution int32 steps of scale(x) * scale(w). With weights and
+    # activations of 16 bits, ONNX Runtime 1.32 overflows (0.30 for 0.50, docs/log/runtimes.md).
     "optimization.disable_specified_optimizers": "WeightBiasQuantization",
 }
+# For 8-bit activations: integer kernels (QLinearSoftmax, QLinearAdd ...) in place of Q/DQ pairs
+# round elsewhere, and the bits of the base depend on whether an adapter has run before. The price
+# is memory: weights are unpacked to float32.
 EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
 OPTIONS_FILE = "session_options.json"
 EMBEDDINGS_FILE = "token_embeddings.safetensors"
@@ -61,15 +60,7 @@ OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
 class OnnxModel(Runtime):
-    """An exported QDQ model in ONNX Runtime, on the CPU.
-
-    Args:
-        folder: where the files are.
-        switches: whether the model has inputs for adapters.
-
-    Raises:
-        ExportError: by each method if ONNX Runtime refuses a file or lacks an input.
-    """
+    """An exported QDQ model in ONNX Runtime, on the CPU. `switches`: it has inputs for adapters."""
 
     has_layers = True
 
@@ -81,7 +72,6 @@ class OnnxModel(Runtime):
 
     @cached_property
     def session(self) -> Any:
-        """The session; loaded when it is first used."""
         return open_session(self.folder / MODEL_FILE, self.session_options)
 
     @property
@@ -89,7 +79,6 @@ class OnnxModel(Runtime):
         return read_session_options(self.folder)
 
     def load(self) -> Any:
-        """The `onnx_ir.Model`, with QuantizeLinear and DequantizeLinear."""
         return load_graph(self.folder / MODEL_FILE)
 
     def switch_to(self, adapter: Path | None) -> None:
@@ -127,8 +116,6 @@ class OnnxModel(Runtime):
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """See `Runtime`. The graph is cut at each activation: what reads it reads an input, and its
-        own value becomes an output."""
         simulated = {activation_tensor(name, tensors): value for name, value in values.items()}
         model = self.load()
         _cut_at_(model, simulated)
@@ -138,8 +125,8 @@ class OnnxModel(Runtime):
 
 
 def write_embeddings(simulation: Simulation, folder: Path) -> None:
-    """Write the embedding of each token of a model whose graph takes embeddings, float32
-    [vocabulary, width]; a runtime looks up text in it, and puts what an image becomes between."""
+    """Write the embedding of each token, [vocabulary, width], if the graph takes embeddings."""
+    # A runtime looks up text in it, and puts what an image becomes between.
     if (embeddings := simulation.captured.embeddings) is not None:
         with torch.no_grad():
             count = vocabulary_size(simulation.origin.model)
@@ -157,6 +144,7 @@ def embedded(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return {**tensors, EMBEDS: rows[tensors[IDS].long()]}
 
 
+# One table can have a gigabyte. The time of the file is a key, since it may be exported again.
 @lru_cache(maxsize=1)
 def _rows(path: Path, _: int) -> Tensor:
     return read_tensors(path)[0][EMBEDS]
@@ -170,12 +158,7 @@ def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
 
 
 def read_session_options(folder: Path) -> dict[str, str]:
-    """The options in `folder`, or `SESSION_OPTIONS` if there is no such file.
-
-    Raises:
-        SourceError: the file cannot be read, or has other options than `write_session_options`
-            writes.
-    """
+    """The options in `folder`, or `SESSION_OPTIONS` if there is no such file."""
     path = folder / OPTIONS_FILE
     if not path.is_file():
         return SESSION_OPTIONS
@@ -193,17 +176,16 @@ def open_session(
     profile: Path | None = None,
     device: tuple[list[Any], Mapping[str, str]] | None = None,
 ) -> Any:
-    """An ONNX Runtime session.
+    """An ONNX Runtime session with these `entries` of its configuration.
 
     Args:
-        entries: of its configuration.
-        is_optimized: whether ONNX Runtime may change the graph.
         profile: prefix of a file that tells what ran where.
         device: devices and options of their provider. Default: the CPU.
     """
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
+    # ONNX Runtime would take all cores, also where the user gave torch fewer.
     options.intra_op_num_threads = torch.get_num_threads()
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
@@ -220,6 +202,7 @@ def open_session(
 
 def open_model(model: Any, entries: Mapping[str, str], is_optimized: bool = True) -> Any:
     """A session of an `onnx_ir.Model` on the CPU; see `open_session`."""
+    # Through a file, since a protobuf message has at most 2 GiB.
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, MODEL_FILE)
         save_graph(model, path)
@@ -237,17 +220,15 @@ def run_session(
     Args:
         tensors: by name, perhaps more than the session's inputs; see the module for those that may
             be missing.
-        options: of ONNX Runtime, for this run; see `use`.
+        options: of ONNX Runtime, for this run: the active adapter.
         outputs: names. Default: all.
-
-    Raises:
-        ExportError: an input is missing, or the session refuses its adapter.
     """
     tensors, shapes = dict(tensors), {i.name: i.shape for i in session.get_inputs()}
     if (ids := token_places(tensors, IDS)) is not None:
         for name in shapes.keys() - tensors.keys():
             if name == POSITIONS:
                 mask = tensors.get(MASK, torch.ones_like(ids))
+                # Qwen2-VL has three axes of positions, which are equal for text.
                 counted = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
                 tensors[name] = counted.expand([3, -1, -1][-len(shapes[name]) :])
             elif name.startswith(f"{PAST}."):
@@ -266,6 +247,7 @@ def run_session(
 def _cut_at_(model: Any, activations: Collection[str]) -> None:
     """Cut the graph at tensors: each becomes an input, and what computed it the output
     `TENSOR.out`."""
+    # Each layer then gets the simulation's own input, so differences do not add up.
     ir = require("onnx_ir", "onnx")
     computed = {output.name: output for node in model.graph for output in node.outputs}
     model.graph.outputs.clear()

@@ -8,16 +8,10 @@ architecture. Integers of the base stay constants of 4 or 8 bits:
 
     Constant -> Convert [-> Subtract zero point] -> Multiply scale [-> Add minimum] -> MatMul
 
-Keys and values become state, in the order of beam_idx, as openvino-genai expects. Each MatMul has
-the path of its module as its name, by which openvino-genai finds where an adapter belongs.
+Keys and values become state, in the order of beam_idx, as openvino-genai expects.
 
-openvino-genai returns tokens, not logits. So logits are computed by OpenVINO from the same IR, in
-which an adapter's factors are added to every product with a weight, as openvino-genai adds them:
-as inputs, of rank 0 without an adapter. `decode` runs openvino-genai itself, one pipeline for all
-adapters, and must give the likeliest tokens of these logits.
-
-Run with exact settings, float32, and as shipped, where OpenVINO may round activations to 8 bits on
-processors that multiply these faster.
+Logits are computed by OpenVINO, where factors are inputs of rank 0 without an adapter. `decode`
+runs openvino-genai, one pipeline for all adapters, and must give their likeliest tokens.
 """
 
 from __future__ import annotations
@@ -55,6 +49,8 @@ from qwlora.targets.weights.weights_folder import write_settings
 
 IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 _TOKENIZERS = ("tokenizer", "detokenizer")
+# By its own settings, OpenVINO may round activations to 8 bits on processors that multiply these
+# faster, or compute in bfloat16.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -87,6 +83,7 @@ class Openvino(Backend):
             read = openvino.Core().read_model(Path(scratch, MODEL_FILE))
             _name_products(read, paths)
             _keep_state(openvino, read)
+            # By default, OpenVINO stores floats as float16, and scales are among them.
             openvino.save_model(read, folder / IR, compress_to_fp16=False)
         write_settings(exported, exported.model.config, folder)
         if exported.tokenizer is not None:
@@ -103,17 +100,18 @@ class Openvino(Backend):
 
 
 def _name_products(model: Any, paths: dict[str, str]) -> None:
-    """Give products the paths of their modules, by the names of products and outputs: a bias (Gemm)
-    or the model's output has taken the name of some."""
+    """Give products the paths of their modules, by the names of products and outputs."""
+    # By these names, openvino-genai finds where an adapter belongs. Of a Gemm with a bias, OpenVINO
+    # makes a product and a sum. The sum gets its name, the product one with a suffix; and the
+    # model's output takes the name of the last product.
     for node in model.get_ops():
-        name = node.get_friendly_name().removesuffix("/WithoutBiases")  # OpenVINO's own word
+        name = node.get_friendly_name().removesuffix("/WithoutBiases")
         if (path := paths.get(name)) is not None:
             is_product = node.get_type_name() == "MatMul"
             node.set_friendly_name(path if is_product else f"{path}/bias")
 
 
 def _keep_state(openvino: Any, model: Any) -> None:
-    """Make keys and values state of the model, which begins empty."""
     from openvino import opset13 as op
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -122,6 +120,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
     beam.output(0).get_tensor().add_names({"beam_idx"})
     model.add_parameters([beam])
     for name in past:
+        # Readers are listed before the new node reads, too, or that would read itself.
         port = model.input(name)
         readers = port.get_target_inputs()
         chosen = op.gather(port, beam, op.constant(np.int64(0)))
@@ -132,6 +131,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
     apply_make_stateful_transformation(model, pairs)
     shape = op.shape_of(model.input(IDS), "i64")
     batch = op.gather(shape, op.constant(np.array([0])), op.constant(np.int64(0)))
+    # The state begins without tokens, and with as many rows as the first call has.
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
             heads, width = (node.get_output_partial_shape(0)[axis].get_length() for axis in (1, 3))
@@ -141,15 +141,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
 
 
 class OpenvinoRuntime(Runtime):
-    """The folder in OpenVINO, on the CPU.
-
-    Args:
-        settings: properties of the compiled model.
-        shipped: the same with OpenVINO's own settings; None if `settings` are these.
-
-    Raises:
-        ExportError: OpenVINO refuses the folder.
-    """
+    """The folder in OpenVINO, on the CPU, compiled with these `settings`."""
 
     switches = True
 
@@ -171,7 +163,6 @@ class OpenvinoRuntime(Runtime):
         self._active: Path | None = None
 
     def switch_to(self, adapter: Path | None) -> None:
-        """Switch to an adapter's folder, or to none. Adapters stay loaded."""
         import openvino_genai as genai
 
         if adapter is not None and adapter not in self._factors:
@@ -189,16 +180,19 @@ class OpenvinoRuntime(Runtime):
                     f"{str(adapter)!r} changes"
                 )
             self._factors[adapter], self._adapters[adapter] = factors, loaded
-            self._pipeline = None  # which knows its adapters from the beginning
+            # openvino-genai takes adapters only when a pipeline is opened.
+            self._pipeline = None
         self._active = adapter
         if self.shipped is not None:
             self.shipped.switch_to(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        request = self._compiled.create_infer_request()  # with an empty state
+        # openvino-genai returns no logits. OpenVINO computes them from the same IR, in a request of
+        # its own with an empty state.
+        request = self._compiled.create_infer_request()
         rows, tokens = ids.shape
         factors = {} if self._active is None else self._factors[self._active]
-        found = request.infer(
+        outputs = request.infer(
             {
                 "input_ids": ids.numpy(),
                 "attention_mask": np.ones((rows, tokens), np.int64),
@@ -208,14 +202,14 @@ class OpenvinoRuntime(Runtime):
                 **factors,
             }
         )
-        return torch.from_numpy(found["logits"].copy())
+        return torch.from_numpy(outputs["logits"].copy())
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         import openvino_genai as genai
 
         if self._pipeline is None:
             known = list(self._adapters.values())
-            given = {"adapters": genai.AdapterConfig(known)} if known else {}
+            adapters = {"adapters": genai.AdapterConfig(known)} if known else {}
             # openvino-genai loads every tokenizer that is next to the model, and a damaged one can
             # kill the process. Token ids need none.
             with (
@@ -224,19 +218,20 @@ class OpenvinoRuntime(Runtime):
             ):
                 for name in (IR, WEIGHTS, *SETTINGS):
                     Path(folder, name).symlink_to((self._folder / name).absolute())
+                # It applies adapters to a captured graph with this backend only.
                 self._pipeline = genai.LLMPipeline(
-                    folder, "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings
+                    folder, "CPU", ATTENTION_BACKEND="SDPA", **adapters, **self._settings
                 )
         options = genai.GenerationConfig()
         options.max_new_tokens, options.do_sample, options.ignore_eos = count, False, True
         active = [] if self._active is None else [self._adapters[self._active]]
-        given = {"adapters": genai.AdapterConfig(active)} if self._adapters else {}
-        found = self._pipeline.generate(self._openvino.Tensor(ids.numpy()), options, **given)
-        return [int(token) for token in found.tokens[0][-count:]]
+        chosen = {"adapters": genai.AdapterConfig(active)} if self._adapters else {}
+        results = self._pipeline.generate(self._openvino.Tensor(ids.numpy()), options, **chosen)
+        return [int(token) for token in results.tokens[0][-count:]]
 
 
 def _add_factors(model: Any) -> dict[str, Any]:
-    """Add an adapter's factors as inputs to the products with weights, in place.
+    """Add an adapter's factors as inputs to the products with weights, as openvino-genai adds them.
 
     Returns:
         factors of rank 0 by the inputs' names, MODULE.lora_A [0, in] and MODULE.lora_B [out, 0].

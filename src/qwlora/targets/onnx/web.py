@@ -6,12 +6,9 @@
     base/tokenizer.json, config.json
     NAME/adapter.safetensors            M.lora_A [in, r], M.lora_B [r, out] of every linear layer M
 
-ONNX Runtime Web (1.30) runs the files of genai, but does not list inputs that have a default and
-cannot set them, and reads no `.onnx_adapter`. So all factors are inputs that each call gives, of
-rank 0 where an adapter has none. lora_A is transposed, and the scale is in lora_B.
-
-`verify` runs the files with the page's own code, `model.mjs`, and ONNX Runtime Web's WebAssembly
-in node. node and browsers read a file of at most 2 GiB whole, so larger data are refused.
+All factors are inputs that each call gives, of rank 0 where an adapter has none. lora_A is
+transposed, and the scale is in lora_B. `verify` runs the files with the page's own code,
+`model.mjs`, and ONNX Runtime Web's WebAssembly in node.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ from qwlora.targets.weights.weights_folder import write_settings
 ADAPTER, NO_ADAPTER = "adapter.safetensors", "none.safetensors"
 PAGE = ("index.html", "model.mjs")
 _FILES = "onnx/web_files"
-_LARGEST = 2**31 - 1  # bytes of a file; ArrayBuffer of browsers and readFile of node
+_LARGEST = 2**31 - 1  # bytes of a file that browsers (ArrayBuffer) and node (readFile) read whole
 
 
 class Web(Backend):
@@ -57,6 +54,8 @@ class Web(Backend):
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         graph = switchable_graph(exported)
         save_file(none := defaults(graph), folder / NO_ADAPTER)
+        # ONNX Runtime Web 1.30 does not list inputs that have a default and cannot set them, and it
+        # reads no `.onnx_adapter`.
         for name in none:
             graph.graph.initializers.pop(name).const_value = None
         save_graph(graph, folder / MODEL_FILE)
@@ -81,11 +80,7 @@ def _script(name: str) -> Any:
 
 
 class WebRuntime(Runtime):
-    """The folder in ONNX Runtime Web, in a process of node.
-
-    Raises:
-        ExportError: ONNX Runtime Web refuses the folder.
-    """
+    """The folder in ONNX Runtime Web, in a process of node."""
 
     switches = True
 
@@ -94,13 +89,16 @@ class WebRuntime(Runtime):
         library, pipe = node_package(WEB_LIBRARY)[0], subprocess.PIPE
         command = ["node", _script("run.mjs"), library, folder, str(torch.get_num_threads())]
         self._node: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        weakref.finalize(self, self._node.communicate)  # ends it
+        # node ends when its input is closed.
+        weakref.finalize(self, self._node.communicate)
+        # ONNX Runtime Web loads the folder with the first question: a refusal belongs here.
         self._ask(torch.zeros(1, 1, dtype=torch.int64), 1)
 
     def switch_to(self, adapter: Path | None) -> None:
         self._adapter = self._none if adapter is None else adapter.absolute() / ADAPTER
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        # A bytearray, since torch warns of buffers that it cannot write to.
         answer, content = self._ask(ids, 0)
         return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"])
 
@@ -108,11 +106,7 @@ class WebRuntime(Runtime):
         return self._ask(ids, count)[0]["tokens"]
 
     def _ask(self, ids: Tensor, count: int) -> tuple[dict[str, Any], bytearray]:
-        """An answer of `run.mjs`, which says what it is asked: its JSON, and the bytes of logits.
-
-        Raises:
-            ExportError: it is an error, or there is none.
-        """
+        """The answer of `run.mjs` as JSON, and the bytes of logits."""
         question = {"adapter": str(self._adapter), "ids": ids[0].tolist(), "count": count}
         answer, content = dict[str, Any](), b""
         try:

@@ -25,12 +25,22 @@ from qwlora.graph.capture import EMBEDS, IDS
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most, is_so
-from qwlora.targets.proof.reference import Reference, compare_logits, is_same, largest
+from qwlora.targets.proof.reference import (
+    Reference,
+    compare_logits,
+    first_sequences,
+    is_same,
+    largest,
+)
 from qwlora.targets.target import Runtime
 
 DECODED = 16  # tokens
-FEW = 1000  # values of a layer, whose mean is partly chance
-WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
+# Values of a layer whose mean is partly chance: of 64 values of a lora_A, 4 were one step off, a
+# mean of 0.0625 steps (docs/log/runtimes.md).
+FEW = 1000
+# dB; a wrong operator gives less, however much rounding changes. Those of the HTP that were found
+# gave -14 to 2 dB (docs/log/runtimes.md).
+WRONG = 15.0
 _OTHERS = 2  # states that run between the steps
 
 
@@ -39,7 +49,7 @@ def compare_layers(
 ) -> Parity:
     """Run every layer on the simulation's value of its inputs for `batch`, and compare in steps of
     each layer's output grid. A mean of fewer than `FEW` values counts as if there were as many, the
-    others equal: of 64 values, a few are a step off by chance."""
+    others equal."""
     graph, simulated = reference.graph(), reference.values(batch)
     names = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
     worst, most, mean, checks = "", 0.0, 0.0, list[Check]()
@@ -51,10 +61,10 @@ def compare_layers(
         worst = names[int(worst_steps.argmax())]
         most = float(worst_steps.max())  # NaN if one of them is, like the mean
         mean = float(torch.stack([s.sum() / max(s.numel(), FEW) for s in steps]).max())
-        what = f"difference of layer {worst}, the worst of {len(names):,}"
+        of_worst = f"difference of layer {worst}, the worst of {len(names):,}"
         of_mean = "largest mean difference of a layer"
         checks = [
-            at_most(what, most, limits.layer_steps, "steps"),
+            at_most(of_worst, most, limits.layer_steps, "steps"),
             at_most(of_mean, mean, limits.layer_mean_steps, "steps"),
         ]
     figures = {"worst_layer": worst, "worst_layer_steps": most, "worst_layer_mean_steps": mean}
@@ -74,17 +84,13 @@ def compare_outputs(
     limits: Limits = LIMITS,
     where: str = "",
 ) -> Parity:
-    """Compare every output on `batches`.
-
-    Args:
-        where: in a sentence, such as " on the HTP".
-    """
+    """Compare every output on `batches`; `where` is a part of a sentence, such as " on the HTP"."""
     sums, most = dict[str, Tensor](), dict[str, float]()  # of squares; the largest difference
     for batch in batches:
-        found = runtime.run(reference.bind(batch))
+        outputs = runtime.run(reference.bind(batch))
         perturbed = reference.perturbed_outputs(batch)
         for name, expected in reference.outputs(batch).items():
-            signal, difference = expected.double(), found[name].double() - expected.double()
+            signal, difference = expected.double(), outputs[name].double() - expected.double()
             parts = signal, difference, perturbed[name].double() - signal
             squares = torch.stack([part.square().sum() for part in parts])
             sums[name] = sums[name] + squares if name in sums else squares
@@ -102,8 +108,8 @@ def compare_outputs(
 
 
 def is_language_model(interface: Interface) -> bool:
-    """Whether a graph takes token ids or their embeddings, and returns next-token logits [batch,
-    tokens, vocabulary]."""
+    """Whether a graph takes token ids or their embeddings, and returns logits of each token."""
+    # Logits [batch, classes] are those of a classifier.
     is_logits = interface.primary == "logits" and len(interface.shapes["logits"]) == 3
     return not {IDS, EMBEDS}.isdisjoint(interface.inputs) and is_logits
 
@@ -116,22 +122,16 @@ def compare_cache(
     limits: Limits = LIMITS,
 ) -> Parity:
     """Run the first sequence as a prefill and then token by token: compare the logits of these
-    tokens, and their bits while other adapters and the base run between the steps, each with a
-    cache of its own.
-
-    Args:
-        adapter: folder of an adapter; None: the base.
-        others: folders of further adapters.
-    """
+    tokens, and their bits while others (None: the base) run between the steps."""
     ids = reference["ids"][:1]
     count = min(DECODED, ids.shape[1] - 1)
     logits = _stepwise(runtime, adapter, [], ids, count)
     states = [state for state in (None, *others) if state != adapter]
+    # Each state between the steps takes as long as the first run.
     switched = _stepwise(runtime, adapter, states[:_OTHERS], ids, count)
     runtime.use(None)
-    one = {name: tensor[:1] for name, tensor in reference.items()}
-    where = f" of {count} tokens, one by one with the cache"
-    run = compare_logits(lambda _: logits, one, limits, where=where, last=count)
+    first, where = first_sequences(reference, 1), f" of {count} tokens, one by one with the cache"
+    run = compare_logits(lambda _: logits, first, limits, where=where, last=count)
     what = "with the cache, logits have the same bits if other adapters run between the steps"
     return run.extended({}, is_so(what, is_same(logits, switched)))
 
@@ -139,11 +139,7 @@ def compare_cache(
 def _stepwise(
     runtime: Runtime, adapter: Path | None, between: Sequence[Path | None], ids: Tensor, count: int
 ) -> Tensor:
-    """Logits of the last `count` tokens, run one by one.
-
-    Args:
-        between: states that run the same tokens between the steps.
-    """
+    """Logits of the last `count` tokens, run one by one, each also by the states `between`."""
     states = (adapter, *between)
     caches: list[dict[str, Tensor]] = [{} for _ in states]
     steps = []
@@ -159,13 +155,7 @@ def _stepwise(
 def switching(
     runtime: Runtime, adapter: Path | None, others: Sequence[Path], ids: Tensor
 ) -> Iterator[Check]:
-    """Whether each state gives the same bits after other adapters were active.
-
-    Args:
-        adapter: folder of an adapter; None: the base.
-        others: folders of further adapters.
-        ids: token ids [1, tokens].
-    """
+    """Whether each state (None: the base) gives the same bits after other adapters were active."""
     before: dict[Path | None, Tensor] = {}
     for state in (None, adapter, *others, None, adapter):
         runtime.use(state)

@@ -1,17 +1,15 @@
 """What may be in a folder of exported files, checked before any runtime sees it.
 
 A bundle comes from anybody, and runtimes trust their files: a configuration can name a library, a
-Python file, a hub repository or a file elsewhere. Digests do not help, since whoever changes a file
-can also change its digest. So files, and the keys and values of configurations, are compared with
-what the target's own writer writes:
+Python file, a hub repository or a file elsewhere. So files, and the keys and values of
+configurations, are compared with what the target's own writer writes:
 
     files     glob patterns, relative to the folder of a base or an adapter
     forms     by file name: what its JSON may hold, see `misfits`
     ONNX      no tensor data outside the file next to it, no compiled context of an accelerator
     lists     of graphs and shards name files of the folder itself
 
-`config.json` has other keys for each architecture. Keys that the architecture's configuration class
-does not define may hold numbers only, in what is written (`known_settings`) and in what is read.
+Digests do not help, since whoever changes a file can also change its digest.
 """
 
 from __future__ import annotations
@@ -52,6 +50,7 @@ MODEL_FILES = (*SETTINGS, "model*.safetensors", "model.safetensors.index.json")
 # An adapter as it was calibrated, next to the graph of its simulation.
 _ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "qwlora.json", "README.md"
 SIMULATED_ADAPTER = tuple(f"adapter/{name}" for name in _ADAPTER_FILES)
+# Each depth by itself, since `PurePath.match` takes `**` for `*`.
 GOLDEN_FILES = tuple(
     f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
 )
@@ -93,19 +92,14 @@ class Contents:
 
 
 def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_base: bool) -> None:
-    """Compare the files of a base or an adapter with what the target writes.
-
-    Args:
-        folder: where they are.
-        files: their paths in `folder`.
-        is_base: whether it is the folder of a base.
+    """Compare the `files` in the folder of a base or an adapter with what the target writes.
 
     Raises:
         SourceError: a file, or a key or value in one, is none that the target writes.
-        MissingExtraError: there is an ONNX file, and `onnx` is not installed.
     """
     patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
     files = sorted(file for file in files if file != STAGE)
+    # Absolute paths, since a relative pattern matches the end of any path.
     paths = {file: PurePosixPath("/", file) for file in files}
     if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(
@@ -130,7 +124,7 @@ def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_ba
 
 def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     with foreign_as(SourceError, f"{str(path)!r} cannot be read"):
-        # a key twice: one reader takes the first value, another the last
+        # Of a key that is there twice, one reader takes the first value, another the last.
         content = json.loads(path.read_text(), object_pairs_hook=distinct_keys)
     values = list(_values(content))
     for key, value in values:
@@ -146,6 +140,7 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
         for name in names:
             if "/" in name or name.startswith("."):  # hidden files are not checked
                 yield f"{_short(name)} is not a file of the folder"
+    # transformers joins the names of shards to the folder: `../` and absolute paths would work.
     elif path.name.endswith(".index.json"):
         shards = frozenset(p.name for p in path.parent.glob("*.safetensors"))
         yield from misfits(content, {"metadata": object, "weight_map": {OTHER_KEYS: shards}})
@@ -154,7 +149,6 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """A JSON value and all values inside it, each with its key in a dict."""
     yield key, value
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -185,12 +179,12 @@ def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
 
 
 def _is_of(value: Any, form: Form) -> bool:
-    """Whether a value that is not a container is of a form."""
     if isinstance(form, frozenset):
         return any(_is_of(value, choice) for choice in form)
     if isinstance(form, type | tuple):
         if form is object:
             return True
+        # In Python, True is an int; in JSON, true is no number.
         return isinstance(value, form) and not (isinstance(value, bool) and form is not bool)
     if isinstance(form, re.Pattern):  # compressed-tensors takes `re:...` for a regular expression
         return isinstance(value, str) and form.fullmatch(value) is not None
@@ -202,11 +196,9 @@ def _short(value: Any) -> str:
 
 
 def known_settings(settings: Mapping[str, Any], added: Iterable[str] = ()) -> dict[str, Any]:
-    """A config.json or generation_config.json without text under keys that its class lacks.
-
-    Args:
-        added: keys that stay.
-    """
+    """A config.json or generation_config.json without text under keys that its class lacks, but for
+    those that are `added`."""
+    # Each architecture has other keys, so no form lists them. Numbers name no file and no code.
     from transformers import CONFIG_MAPPING, GenerationConfig
 
     known, model_type = {*added, "model_type"}, str(settings.get("model_type", ""))
@@ -222,7 +214,6 @@ def known_settings(settings: Mapping[str, Any], added: Iterable[str] = ()) -> di
 
 
 def _unknown_text(content: Any, added: Mapping[str, Form]) -> Iterator[str]:
-    """A phrase for each key with text that a configuration's class does not define."""
     if not isinstance(content, dict):
         yield "the content is not a JSON object"
         return
@@ -236,13 +227,10 @@ def _unknown_text(content: Any, added: Mapping[str, Form]) -> Iterator[str]:
 
 
 def onnx_problems(path: Path) -> Iterator[str]:
-    """A phrase for each part of an ONNX file that is not in it or in a file next to it.
-
-    Raises:
-        SourceError: it is not an ONNX file.
-    """
+    """A phrase for each part of an ONNX file that is not in it or in a file next to it."""
     with foreign_as(SourceError, f"{str(path)!r} is not an ONNX model"):
         model = require("onnx", "onnx").load(path, load_external_data=False)
+    # Tensors are also in attributes of nodes, in functions and in subgraphs: all messages are read.
     waiting: list[Any] = [model]
     while waiting:
         message = waiting.pop()
@@ -252,6 +240,7 @@ def onnx_problems(path: Path) -> Iterator[str]:
         kind = type(message).__name__
         if kind == "TensorProto":
             for entry in message.external_data:
+                # Not `exists`: a path that leaves the folder exists, too.
                 if entry.key == "location" and entry.value not in os.listdir(path.parent):
                     yield f"tensor {message.name!r} is stored in {entry.value!r}"
         elif kind == "NodeProto" and message.op_type == "EPContext":

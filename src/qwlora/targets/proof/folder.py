@@ -43,14 +43,11 @@ FORMAT = 1
 
 
 def write_record(folder: Path, target: str, base_fingerprint: str | None, **facts: Any) -> None:
-    """Write the record of exported files, with digests of all of them but README.md, which a user
-    may edit.
-
-    Args:
-        facts: further keys; None: it does not hold.
-    """
+    """Write the record of exported files, with digests of all of them and these `facts`, if they
+    are not None."""
     record = {"target": target, "base_fingerprint": base_fingerprint, **facts}
     known = {key: value for key, value in record.items() if value is not None}
+    # A user may edit README.md.
     manifest.write(folder, RECORD, known, set(files_in(folder)) - {README})
 
 
@@ -61,15 +58,12 @@ def write_files(
 
     Args:
         name: of the target.
-        exported: what its `Backend` takes. The tokenizer of a graph is saved next to it.
+        exported: what its `Backend` takes.
         folder: for the files; it may hold others, which the record lists, too.
         base: folder of the base that the adapter is for. None: write a base, or both together.
 
     Returns:
         `bytes` of the model's files, and what the record says about a base.
-
-    Raises:
-        ExportError: the files cannot hold it.
     """
     target, facts = TARGETS[name], dict[str, Any]()
     if base is None and target.has_base:
@@ -79,9 +73,11 @@ def write_files(
     if isinstance(exported, ExportedBase):
         facts[MODEL_CLASS] = type(exported.model).__name__
     facts = {key: fact for key, fact in facts.items() if fact is not None}
+    # Before the tokenizer is saved, which is no part of the model.
     size = total_bytes(folder.glob(target.model_files))
     if base is None and isinstance(exported, ExportedGraph) and exported.tokenizer is not None:
         exported.tokenizer.save_pretrained(folder)
+    # The fingerprint is that of the base's integers. Grids of an adapter are of one calibration.
     of = record_digest(base) if base is not None and target.is_simulated else None
     write_record(folder, name, base_fingerprint, **facts, base=of)
     return {"bytes": size, **facts}
@@ -110,11 +106,7 @@ def proof_record(target: str, bundle: Path, name: str, limits: Limits) -> dict[s
 
 
 def renamed_proof(path: Path, name: str) -> str:
-    """The content of a proof.json for another name of its adapter.
-
-    Raises:
-        SourceError: see `proofs`.
-    """
+    """The content of a proof.json for another name of its adapter."""
     return manifest.text({**_read_proof(path), "adapter": name}, PROOF_RECORD)
 
 
@@ -124,22 +116,21 @@ def record_digest(folder: Path) -> str:
 
 
 def _digests(target: str, bundle: Path, name: str) -> dict[str, str]:
-    """`record_digest` of each of `Target.parts`."""
     parts = TARGETS[target].parts(bundle, name).items()
     return {part: record_digest(folder) for part, folder in parts}
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
-    """Whether the adapter was exported for the base that is there, and what its runtime loads is
-    whole."""
+    """Whether the adapter was exported for the base that is there, and is whole."""
     folder, base = bundle / adapter, manifest.read(bundle / BASE / RECORD)
     record = manifest.read(folder / RECORD)
     if not base or not record:
         return False
-    digest = record_digest(bundle / BASE)  # adapters of a switchable target have it
+    digest = record_digest(bundle / BASE)
     is_of = record.get("base", digest) == digest
     if not is_of or record.get("base_fingerprint") != base.get("base_fingerprint"):
         return False
+    # Of a simulated adapter, ONNX Runtime loads one file; the encodings are for other tools.
     loaded = (ADAPTER_FILE,) if "base" in record else None  # None: every file
     return not manifest.changed_files(folder, RECORD, only=loaded)
 
@@ -150,24 +141,17 @@ def is_bundle(folder: Path) -> bool:
 
 
 def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
-    """The records of all adapters of a bundle, by name.
-
-    Raises:
-        SourceError: one cannot be read; see `_read_proof`.
-    """
+    """The records of all adapters of a bundle, by name."""
     return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
 
 
 def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[str, Any]]:
-    """The records of the adapters whose proof is of the files that are there.
-
-    Args:
-        without: an adapter to leave out.
+    """The records of the adapters, but one, whose proof is of the files that are there.
 
     Warns:
         QwloraWarning: one cannot be read, or changed; it is left out.
     """
-    found = {}
+    current = {}
     for path in _proof_paths(bundle):
         name = path.parent.name
         if name == without or not (bundle / name).is_dir():
@@ -175,13 +159,13 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
         try:
             record = _read_proof(path)
             if _digests(str(record.get("target")), bundle, name) == record["of"]:
-                found[name] = record
+                current[name] = record
         except SourceError as error:
             message = f"{README} leaves out adapter {name}: {error}"
             warnings.warn(message, QwloraWarning, stacklevel=2)
         except (KeyError, OSError):  # an unknown target, or no files
             continue
-    return found
+    return current
 
 
 def _proof_paths(bundle: Path) -> list[Path]:
@@ -189,18 +173,14 @@ def _proof_paths(bundle: Path) -> list[Path]:
 
 
 def _read_proof(path: Path) -> dict[str, Any]:
-    """A proof.json.
-
-    Raises:
-        SourceError: it cannot be read, changed after saving, has another format, or lacks the
-            limits.
-    """
+    """A proof.json. Raises SourceError: it cannot be read, or is not as it was saved."""
     record, folder = manifest.read(path), path.parent
     listed_files = manifest.listed_files(folder, PROOF_RECORD)
-    changed = manifest.changed_files(folder, PROOF_RECORD, only=())
+    changed = manifest.changed_files(folder, PROOF_RECORD, only=())  # of the record itself
     limits, of, form = record.get("limits"), record.get("of"), record.get("format")
     text = record.get(TEXT)
     limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
+    # A bundle brings its own limit, and a large one would let any files pass.
     is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
     needed = {
         "no readable record": bool(record),
@@ -221,18 +201,10 @@ def _read_proof(path: Path) -> dict[str, Any]:
 
 
 def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that nothing is in the bundle but what the proofs are of.
-
-    Files of use cases are not in folders of their own: `check_files` compares the whole bundle with
-    its record, which also names them.
-
-    Args:
-        records: the proofs, by name of the adapter.
-
-    Raises:
-        FingerprintError: a file, a folder or a use case has no proof.
-    """
+    """Raises FingerprintError: a file, a folder or a use case of the bundle has no proof."""
     unknown = [path for path in (bundle / PROOF).iterdir() if path.name not in records]
+    # Files of use cases are not in folders of their own: `check_files` compares the whole bundle
+    # with its record, which also names them.
     if any(TARGETS[r["target"]].has_cases for r in records.values()):
         cases = manifest.read(bundle / RECORD).get("use_cases")
         names = map(str, cases if isinstance(cases, list) else ())
@@ -253,12 +225,7 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Compare base, adapter and proof of a bundle with their digests and with each other.
-
-    Raises:
-        FingerprintError: a file was changed, added or removed; base and adapter are not those of
-            the proof; or the proof belongs to another adapter.
-    """
+    """Compare base, adapter and proof of a bundle with their digests and with each other."""
     proof = bundle / PROOF / name
     files = [file for file in files_in(proof) if file != STAGE]
     _check_sealed(proof, PROOF_RECORD, files, "verify the job again")
@@ -281,7 +248,6 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
 
 
 def _check_sealed(folder: Path, name: str, files: Sequence[str], remedy: str) -> None:
-    """Compare a folder with the digests in its record, and its files with those that it lists."""
     known = {*manifest.listed_files(folder, name)} - {README}
     if name not in known:
         raise FingerprintError(f"{str(folder)!r} has no readable {name} with digests; {remedy}")
@@ -296,10 +262,11 @@ def checked_proofs(bundle: Path) -> dict[str, dict[str, Any]]:
     """The records of all adapters of a bundle, by name, after all its files were checked.
 
     Raises:
-        FingerprintError: see `check_files` and `check_complete`.
+        FingerprintError: files and proofs are not those of each other.
         SourceError: the folder is not a bundle of a known target, holds what no export writes, or a
             proof cannot be read or has no text to run the files on.
     """
+    # Before anything is read: a pipe would block, and a link leads out of the bundle.
     check_plain(bundle)
     records = proofs(bundle)
     if not records:

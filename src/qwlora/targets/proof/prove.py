@@ -9,7 +9,6 @@
     switched    the same bits again after other adapters were active
 
 A job, `qwlora.verify` and `qwlora verify FOLDER` call `prove`; only their references differ.
-Speeds are of one run on this machine, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class Expected:
 
     Args:
         references: of texts, see `reference.py`; none for a model that is not a language model.
-            The first is measured. On the others, every check has to pass, too.
+            The first is measured.
         simulation: to compare layers with; None where activations are floats.
         batches: inputs of a model that is not a language model, whose outputs are compared.
         layer_tokens: tokens of the first text that run layer by layer.
@@ -121,7 +120,7 @@ def expected_of(
 
     Args:
         made: what they were made of: a simulation with `schemes`, or a base with an adapter.
-        base: the simulation of the zero adapter, for a runtime that switches adapters.
+        base: the simulation of the zero adapter.
     """
     if schemes is None:
         rounding = target.backend.rounding(made)
@@ -143,20 +142,15 @@ def prove(
     limits: Limits = LIMITS,
     track: Track = untracked,
 ) -> Parity:
-    """Run the files of an adapter, a use case or the base, and compare them with `expected`.
-
-    In a bundle, the figures include the seconds to load the base, the growth of this process's
-    memory and the bytes of files. Every adapter of the bundle that is of its base takes turns with
-    the one that is proven.
-
-    Args:
-        name: see `Target.open`; empty if `bundle` itself has the files of one adapter.
+    """Run the files of an adapter, a use case or the base (`name`, see `Target.open`), and compare
+    them with `expected`.
 
     Raises:
         MissingExtraError, ExportError: see `Target.open`.
         VerificationError: the files contradict each other, or there is nothing to compare.
         SourceError: a reference proves nothing, or is of another vocabulary.
     """
+    # Before anything is opened: the cost of a bundle is what memory grows by.
     reset_peak_rss()
     before, began = peak_rss_bytes(), time.perf_counter()
     runtime = target.open(bundle, None if target.has_base else name)
@@ -175,6 +169,7 @@ def prove(
         }
         parity = parity.extended(cost)
     ids = reference["ids"][:1, : expected.layer_tokens]
+    # An adapter of another base, left from an earlier export, would fail for a reason of its own.
     folders = sorted(bundle.iterdir()) if runtime.switches else []
     others = [f for f in folders if f.name not in (BASE, name) and is_of_base(bundle, f.name)]
     if runtime.has_layers and expected.simulation is not None:
@@ -197,7 +192,6 @@ def prove(
 
 
 def _outputs(runtime: Runtime, adapter: Path | None, expected: Expected, limits: Limits) -> Parity:
-    """Compare all outputs of a model that is not a language model, and its layers."""
     simulation, batches = expected.simulation, list(expected.batches)
     if not batches or simulation is None:
         raise VerificationError("verification needs at least one batch of the model's inputs")
@@ -214,10 +208,7 @@ def _outputs(runtime: Runtime, adapter: Path | None, expected: Expected, limits:
 
 
 def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
-    """Prove a bundle again: check its files, run them, and compare with the reference.
-
-    Returns:
-        what is proven by adapter, as in proof.json.
+    """Prove a bundle again. Returns what is proven by adapter, as in proof.json.
 
     Raises:
         FingerprintError, SourceError: see `checked_proofs`.
@@ -247,8 +238,7 @@ def proven(
 
 
 def results_of(target: Target, measured: Mapping[str, Any], has_proof: bool) -> dict[str, Any]:
-    """What results.json says of `proven`: figures of the adapter at the top. What did not run
-    completely did not pass."""
+    """What results.json says of `proven`: figures of the adapter at the top."""
     if "figures" not in measured:
         return dict(measured)
     exact = measured["figures"]["exact"]
@@ -258,6 +248,7 @@ def results_of(target: Target, measured: Mapping[str, Any], has_proof: bool) -> 
     results |= exact["adapter"] | {f"shipped_{k}": shipped[k] for k in _SHIPPED if k in shipped}
     results |= {k: exact[k] for k in ("off_is_equal",) if k in exact}
     results |= {"proof": measured["figures"]} if has_proof else {}
+    # What did not run completely did not pass, but what failed has failed.
     is_whole = "not_run" not in results or not measured["passed"]
     judged = ("passed", "problems", "checks") if is_whole else ("problems", "checks")
     return results | {key: measured[key] for key in judged}
@@ -275,12 +266,8 @@ def save_proof(
 
 
 def fitting(text: Sequences, parts: Mapping[str, Path]) -> Sequences:
-    """`text` as far as the context of graphs with a key-value cache goes.
-
-    Args:
-        parts: folders of exported files; see `Target.parts`.
-    """
-    for folder in (place for part in parts.values() for place in (part, part / BASE)):
+    """`text` as far as the context of the graphs in `parts` goes (see `Target.parts`)."""
+    for folder in (path for part in parts.values() for path in (part, part / BASE)):
         if has_graphs(folder):
             few, most = text.first(BASE_SEQUENCES), most_tokens(folder)
             return few if few.input_ids.shape[1] <= most else few.cut(most)
@@ -297,15 +284,11 @@ def measure(
     """Run opened files on a text.
 
     Where the runtime switches adapters: the base without, with and without the adapter, with exact
-    settings and as shipped. Figures are then `exact`, and `shipped` where it differs. Only exact
-    settings are checked.
+    settings and as shipped. Figures are then `exact`, and `shipped` where it differs.
 
     Args:
         adapter: its folder. None: the base alone, or files that hold base and adapter together.
             Then, and without a reference of the base, `exact` has figures of `adapter` only.
-
-    Raises:
-        SourceError: the reference proves nothing, or is of another vocabulary.
     """
     check_reference(reference)
     if not runtime.switches or adapter is None or "base.top" not in reference:
@@ -317,11 +300,13 @@ def measure(
             run = compare_logits(logits, reference, limits, track=track)
             parity = Parity({"exact": {"adapter": run.figures}}, run.checks)
         return parity
+    # One token tells the vocabulary before ids that it may lack reach the runtime.
     check_ids(reference["ids"], runtime.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
     exact = _run(runtime, adapter, reference, limits, track)
     parity = Parity({"exact": exact.figures}, exact.checks)
     if runtime.shipped is None:
         return parity
+    # Shipped settings may round as they like (OpenVINO: 8 bits), so figures are not checked.
     shipped = _run(runtime.shipped, adapter, reference, limits, untracked).figures
     return parity.extended({"shipped": shipped}, is_so(f"{OFF} (shipped)", shipped["off_is_equal"]))
 
@@ -341,9 +326,9 @@ def decoded(agreement: float, floor: float) -> Check:
 
     Args:
         agreement: share that is the likeliest for the whole sequence.
-        floor: share of tokens that two correct runtimes agree on. Of samples of `DECODED` tokens,
-            97.5 % reach the limit.
+        floor: share of tokens that two correct runtimes agree on.
     """
+    # A binomial quantile: 97.5 % of samples of `DECODED` tokens reach the limit.
     below, cases = 0.0, 0
     while below <= 0.025 and cases < DECODED:
         below += math.comb(DECODED, cases) * floor**cases * (1 - floor) ** (DECODED - cases)
@@ -356,7 +341,6 @@ def decoded(agreement: float, floor: float) -> Check:
 def _run(
     runtime: Runtime, adapter: Path, reference: Mapping[str, Tensor], limits: Limits, track: Track
 ) -> Parity:
-    """Figures and checks of one runtime."""
     first = reference["ids"][:1]
     runtime.use(None)
     base = compare_logits(runtime.logits, reference, limits, "base", " without the adapter")
@@ -368,10 +352,12 @@ def _run(
     began = time.perf_counter()
     runtime.logits(prompt)
     prefill = time.perf_counter() - began
-    tokens = runtime.decode(prompt, DECODED)  # some runtimes load more for the first of all
+    # Not timed: openvino-genai opens its pipeline for the first token of all.
+    tokens = runtime.decode(prompt, DECODED)
     sequence = torch.cat([prompt, torch.tensor([tokens])], dim=1)
     likeliest = runtime.logits(sequence)[0, prompt.shape[1] - 1 : -1].argmax(-1)
     agreement = float((likeliest == sequence[0, prompt.shape[1] :]).float().mean())
+    # After one token, since the time of a long prompt would count as that of new tokens.
     began = time.perf_counter()
     runtime.decode(first[:, :1], DECODED)
     decoding = time.perf_counter() - began
@@ -394,11 +380,9 @@ def _run(
 
 def switch_seconds(runtime: Runtime, adapter: Path, token: Tensor) -> float:
     """How much longer a token takes after a switch, to the adapter or off, whichever is slower;
-    the runtime is left without an adapter.
-
-    Some runtimes switch when they are told to, others when the next token is computed. The adapter
-    has been read by now, where a runtime keeps adapters.
-    """
+    the runtime is left without an adapter."""
+    # Some runtimes switch when they are told to, others when the next token is computed, so both
+    # are timed together. The adapter is loaded by now, where a runtime keeps adapters.
     seconds: dict[tuple[Path | None, bool], list[float]] = {}
     for _ in range(SWITCHES):
         for state in (adapter, None):

@@ -33,17 +33,15 @@ def usage(
     target: str, base: str, adapter: str | None, has_cache: bool = True, *more: str, kind: str = ""
 ) -> str:
     """How a program loads the files, in Markdown; empty if the target has no template in
-    `targets/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
-    this imports no backend, which would import torch.
+    `targets/usage_templates`.
 
     Args:
-        target: its name in `TARGETS`.
         base: the folder of the base, or of all use cases.
-        adapter: the folder of an adapter; None: the base alone.
-        has_cache: whether the files have a key-value cache.
-        more: the folders of other adapters.
+        adapter, more: the folders of adapters; None: the base alone.
         kind: the base's class in transformers. Default: one that AutoModelForCausalLM loads.
     """
+    # Model cards show it too, also of a run in which nothing changed: a template instead of a
+    # method of the backend, which would import torch.
     environment = Environment(
         loader=PackageLoader("qwlora.targets", "usage_templates"),
         undefined=StrictUndefined,
@@ -52,6 +50,7 @@ def usage(
     )
     if (name := f"{target}.md") not in environment.list_templates():
         return ""
+    # A bundle's record names the class, which must be no other code in the README.
     is_usual = kind.endswith("ForCausalLM") or not kind.isidentifier()
     values = {"base": base, "adapter": adapter, "has_cache": has_cache, "more": [*more]}
     values["model_class"] = "AutoModelForCausalLM" if is_usual else kind
@@ -70,31 +69,28 @@ def facts(model: Any, source: str) -> dict[str, Any]:
 
 
 def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write README.md from the records of all adapters, unless the user edited it.
-
-    Without a record there is nothing to say: it is deleted.
-    """
+    """Write README.md from the records of all adapters, unless the user edited it."""
     if is_users_card(bundle / README):
         return
+    # Without a record there is nothing to say.
     if not records:
         (bundle / README).unlink(missing_ok=True)
         return
-    names, some = sorted(records), next(iter(records.values()))
-    has_cache = WITHOUT_CACHE not in some
-    grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
+    # All adapters have one base, of which any record says the same.
+    names, record = sorted(records), next(iter(records.values()))
+    has_cache, kind = WITHOUT_CACHE not in record, record.get(MODEL_CLASS, "")
+    grids = ", ".join(f"{count} of {grid}" for grid, count in record["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
     parts = [
-        f"# {escaped(some['model'])} for {some['target']}",
+        f"# {escaped(record['model'])} for {record['target']}",
         f"A quantized base model and {adapters} trained on exactly these integers. "
-        f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
+        f"Weights: {grids}. Fingerprint of the base: `{record['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        usage(
-            some["target"], BASE, names[0], has_cache, *names[1:], kind=some.get(MODEL_CLASS, "")
-        ),
+        usage(record["target"], BASE, names[0], has_cache, *names[1:], kind=kind),
     ]
     if not has_cache:
         why = "The files have no key-value cache, so every token runs the whole sequence"
-        parts.append(f"{why}: {some[WITHOUT_CACHE]}")
+        parts.append(f"{why}: {record[WITHOUT_CACHE]}")
     if activated := [name for name in names if records[name].get("alora_invocation_tokens")]:
         parts.append(
             f"Activated LoRA: {', '.join(activated)}. It acts from the last occurrence of its "
@@ -102,19 +98,19 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         )
     sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
     rows = [f"| `{p}/` | {'base' if p == BASE else 'adapter'} | {n} |" for p, n in sizes.items()]
-    stated = some["license"]
+    stated = record["license"]
     of_base = ", whose files do not state one" if stated is None else f": {escaped(stated)}"
     parts += [
         "\n".join(["| folder | what | size |", "|---|---|---|", *rows]),
         "## Proof\n\n" + "\n".join(proof_table(records)),
-        *map(_CONTENTS.__getitem__, sorted({record[TEXT] for record in records.values()})),
+        *map(_CONTENTS.__getitem__, sorted({r[TEXT] for r in records.values()})),
         f"## License\n\nThat of the base model{of_base}.",
     ]
     write_text(bundle / README, marked("\n\n".join(parts)))
 
 
 def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The figures of all adapters as lines of Markdown."""
+    """The figures of all adapters, in Markdown."""
     lines = [
         "Each file was run in the program and compared with the model that it was made from: the "
         "trained one, or its simulation where activations are on grids. `none` is the base: with "

@@ -19,14 +19,9 @@ computation gives, which is as valid:
     STATE.rounding        float32 [n], instead of `noise`: the largest difference of a logit
     STATE.trained_losses  as losses; if the model rounds like the runtime, what it says without
 
-`noise` is that of simulations: there the last bit of one layer can become a whole step of a later
-one, so a single logit may differ by any amount. It is measured on few sequences and with float32
-alone, so it counts as no less than `least_noise`. `rounding` is that of a runtime that rounds
-activations more coarsely than float32 (`Backend.rounding`). If all that it computes is on that
-grid, the model rounds in the same way, and `noise` is what else may differ.
-
-The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
-a bundle has the first BASE_SEQUENCES of all, or as many of generated text (`export.proof`).
+`noise` is that of simulations, and `rounding` that of a runtime that rounds activations more
+coarsely than float32 (`Backend.rounding`). If all that it computes is on that grid, the model
+rounds in the same way, and `noise` is what else may differ.
 """
 
 from __future__ import annotations
@@ -49,14 +44,18 @@ from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most
 from qwlora.targets.target import Rounding, Runtime
 
+# Of the largest logit, where only float32 rounding may differ. With SmolLM2's Q4_1 file, llama.cpp
+# is off by 8e-6 of it (docs/log/runtimes.md).
 LOGIT_DIFFERENCE = 1e-4
-AGREEMENT = 0.999
+AGREEMENT = 0.999  # in one of a thousand tokens, rounding may decide a near tie
 # Of the noise floor, which is itself the difference of one sample. With 4 layers on grids of 16
 # bits, ONNX Runtime has 1 time the floor's, and 60 times if it rounds activations to 8 bits.
 NOISE = 4.0
-SLOW_STEPS = 4  # tokens that a program gets one by one if it takes seconds for each
+# Tokens that a slow program gets one by one: the HTP's emulator takes as long for one as for 32.
+SLOW_STEPS = 4
 TOP = 64
-BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again
+# Of the base, which all adapters share, and of a bundle, which needs no more to be proven again.
+BASE_SEQUENCES = 2
 # Of generated text in a bundle: 124 for SmolLM2-135M took 51 s on two cores shared by four jobs.
 PROOF_TOKENS = 64
 STATES = ("base", "adapter")
@@ -95,8 +94,7 @@ def make_reference(
         logits: by state, without the adapter and with it, or with it only.
         perturbed: the same with other, equally valid rounding, for models on a grid.
         rounded: the same with a runtime's rounding of activations, for other models.
-        least_noise: the least noise that counts, as a share of the largest logit: where no value of
-            these sequences falls on another step of a coarse grid, one may elsewhere.
+        least_noise: the least noise that counts, as a share of the largest logit.
     """
     others = perturbed or rounded
     reference = {"ids": sequences.input_ids, "labels": sequences.labels}
@@ -108,6 +106,9 @@ def make_reference(
             other = None if others is None else others[state](ids[None])
             row = _row(expected, labels, other)
             if perturbed is not None:
+                # The last bit of one layer can become a whole step of a later one, so one logit may
+                # differ by any amount. And where no value of these few sequences falls on another
+                # step of a coarse grid, one may elsewhere: hence the least noise.
                 del row["rounding"]
                 row["noise"] = row["noise"].clamp_min(least_noise * row["largest"])
             elif rounded is not None:
@@ -119,8 +120,7 @@ def make_reference(
 
 def least_noise(schemes: Schemes, cached_graphs: bool) -> float:
     """`least_noise` of `make_reference` for a simulation: a step of its activations, or what the
-    graphs of a target with `cached_graphs` round on top. Without grids of activations, as for 16
-    bits."""
+    graphs of a target with `cached_graphs` round on top."""
     if schemes.policy == "weights-only":
         return 2.0**-16
     bits = min(schemes.activations.bitwidth, schemes.adapter_activation_bitwidth or 16)
@@ -128,7 +128,7 @@ def least_noise(schemes: Schemes, cached_graphs: bool) -> float:
 
 
 def _row(expected: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of one sequence."""
+    # In float64, since differences of float32 rounding are measured.
     log_probs, top = expected[0].double().log_softmax(-1).topk(min(TOP, expected.shape[-1]))
     row = {
         "top": top.int(),
@@ -148,7 +148,7 @@ def _row(expected: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Te
 
 
 def first_sequences(reference: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The reference of the first `count` sequences."""
+    """The first `count` sequences."""
     return {name: tensor[:count] for name, tensor in reference.items()}
 
 
@@ -178,9 +178,9 @@ def logits_of(model: PeftModel, rounding: Rounding | None = None) -> dict[str, L
 def reference_of_trained(
     model: PeftModel, sequences: Sequences, rounding: Rounding | None
 ) -> dict[str, Tensor]:
-    """The reference that a base with an adapter gives, for a runtime with this `rounding` (see
-    `Backend.rounding`). If it has an `other`, the reference is what the model computes with it, and
-    the difference from the other one is the noise; else rounding is a tolerance."""
+    """The reference that a base with an adapter gives, for a runtime with this `rounding`."""
+    # A runtime that cannot compute without rounding is compared with the model rounded alike; what
+    # another valid rounding changes is the noise. For others, rounding is a tolerance.
     if rounding is not None and rounding.other is not None:
         rounded, perturbed = logits_of(model, rounding), logits_of(model, rounding.other)
         reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
@@ -198,11 +198,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def logits_checks(figures: Mapping[str, Any], limits: Limits, where: str = "") -> list[Check]:
-    """The checks of `compare_logits`.
-
-    Args:
-        where: in a sentence, such as " on the HTP".
-    """
+    """The checks of `compare_logits`; `where` is a part of a sentence, such as " on the HTP"."""
     rows = []
     if not math.isfinite(figures["max_log_prob_difference"]):
         rows.append(at_most(f"largest logit{where}", math.nan, math.inf))
@@ -235,11 +231,8 @@ def compare_logits(
     """Compare a runtime's logits of the reference's sequences.
 
     Compared are log-probabilities of the likeliest tokens, the likeliest token, and perplexity.
-    Where only float32 rounding may differ, a log-probability may differ by 2 LOGIT_DIFFERENCE
-    of the largest logit (it is a logit minus a mean of logits), and the likeliest token of one
-    token in a thousand. Where the reference has an `other` computation, that is a noise floor:
-    no file can agree with a simulation better than two equally correct simulations agree with
-    each other.
+    Where the reference has an `other` computation, that is a noise floor: no file can agree with a
+    simulation better than two equally correct simulations agree with each other.
 
         rounding    a log-probability may also differ by twice the largest difference of a logit
         noise       a single one by any amount, the root mean square by NOISE times the floor's
@@ -255,14 +248,7 @@ def compare_logits(
     that predict those are compared.
 
     Args:
-        logits: of token ids [1, tokens].
         last: compare the last tokens of each sequence only, whose logits `logits` returns.
-
-    Returns:
-        figures: the largest difference of a log-probability, which is infinite if logits of any
-        token hold NaN or infinity, and others; perplexities unless `last`; and what rounding
-        explains: a share and a relative difference of perplexity in 95 % of samples as large,
-        differences of log-probabilities.
 
     Raises:
         SourceError: the reference is of another vocabulary.
@@ -277,20 +263,20 @@ def compare_logits(
         masks = [torch.ones_like(mask) for mask in masks]
     for number, (ids, labels) in enumerate(track(rows, "verifying", len(rows))):
         predicting = masks[number]
-        found = logits(ids[None]).double()
+        computed = logits(ids[None]).double()
         top = reference[f"{state}.top"][number, part].long()
-        check_ids(top, found.shape[-1])
-        log_probs = found[0].log_softmax(-1)
+        check_ids(top, computed.shape[-1])
+        log_probs = computed[0].log_softmax(-1)
         expected = reference[f"{state}.log_probs"][number, part].double()
         at = log_probs.gather(-1, top)
         most = max(most, largest((at - expected)[predicting].abs()))
-        if not bool(found.isfinite().all()):  # also at tokens that are not compared
+        if not bool(computed.isfinite().all()):  # also at tokens that are not compared
             most = math.inf
         differences.append((at - expected)[predicting])
         same += int((log_probs.argmax(-1) == top[:, 0])[predicting].sum())
         divergence += float(_divergence(expected, at)[predicting].sum())
         if last is None:
-            nll += float(token_losses(found, labels).sum())
+            nll += float(token_losses(computed, labels).sum())
             expected_nll += float(reference[f"{state}.losses"][number].sum())
     tokens = int(torch.cat(masks).sum())
     counted = sum(int((labels[1:] != IGNORED).sum()) for _, labels in rows)
@@ -311,9 +297,9 @@ def compare_logits(
 
 
 def _predicting(labels: Tensor) -> Tensor:
-    """The tokens whose logits predict one that counts in the loss. Nothing follows the last; its
-    logits are compared if it counts itself."""
+    """The tokens whose logits predict one that counts in the loss."""
     mask = (labels != IGNORED).roll(-1)
+    # Nothing follows the last token. Its logits are compared if it counts itself.
     mask[-1] = labels[-1] != IGNORED
     return mask
 
@@ -321,7 +307,6 @@ def _predicting(labels: Tensor) -> Tensor:
 def _floor(
     reference: Mapping[str, Tensor], state: str, compared: list[Tensor], part: slice, counted: int
 ) -> dict[str, float]:
-    """What rounding alone explains."""
     agreement, drift = AGREEMENT, 0.0
     if (same := reference.get(f"{state}.other_same")) is not None:
         shares = [row[part][mask] for row, mask in zip(same, compared, strict=True)]
@@ -329,6 +314,7 @@ def _floor(
         change = reference[f"{state}.other_losses"] - reference[f"{state}.losses"]
         drift = perplexity_floor(float(change.square().sum()), counted)
     floor = {"floor_top1_agreement": agreement, "floor_perplexity_difference": drift}
+    # Twice: a log-probability is a logit minus a mean of logits, and both may differ.
     exact = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
     if (noise := reference.get(f"{state}.noise")) is not None:
         return {**floor, "noise_allowed": exact + NOISE * _rms(noise.double())}
@@ -338,10 +324,8 @@ def _floor(
 
 
 def lowest_agreement(same: Tensor) -> float:
-    """Lower end of the 95 % interval (Wilson) for the share in another sample of the same size.
-
-    Both are samples, so their difference has the variance of a sample half as large.
-    """
+    """Lower end of the 95 % interval (Wilson) for the share in another sample of the same size."""
+    # Both are samples, so their difference has the variance of a sample half as large.
     n, share, z = len(same) / 2, float(same.double().mean()), 1.96
     center = share + z * z / (2 * n)
     margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -349,12 +333,8 @@ def lowest_agreement(same: Tensor) -> float:
 
 
 def perplexity_floor(squared_noise: float, tokens: int) -> float:
-    """Relative difference of perplexity that rounding explains in 95 % of samples; infinite if
-    that is too large for a number.
-
-    Args:
-        squared_noise: sum over tokens of d_t^2; see `compare_logits`.
-    """
+    """Relative difference of perplexity that rounding explains in 95 % of samples.
+    `squared_noise` is the sum over tokens of d_t^2; see `compare_logits`."""
     try:
         return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
     except OverflowError:
@@ -362,11 +342,7 @@ def perplexity_floor(squared_noise: float, tokens: int) -> float:
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """`exp(nll / tokens)`; infinite if that overflows, NaN if `nll` is or there are no tokens.
-
-    Args:
-        nll: sum of the losses of `tokens` tokens, nats.
-    """
+    """`exp(nll / tokens)`; infinite if that overflows, NaN if `nll` is or there are no tokens."""
     try:
         return math.exp(nll / tokens) if tokens else math.nan
     except OverflowError:
@@ -374,11 +350,11 @@ def perplexity(nll: float, tokens: int) -> float:
 
 
 def largest(differences: Tensor) -> float:
-    """The largest of absolute differences; infinite if one is NaN or infinite, 0 if there is
-    none."""
+    """The largest of absolute differences; infinite if one is NaN, 0 if there is none."""
     if not differences.numel():
         return 0.0
-    value = float(differences.max())  # torch's max, unlike Python's, is NaN if any value is
+    # torch's max, unlike Python's, is NaN if any value is.
+    value = float(differences.max())
     return math.inf if math.isnan(value) else value
 
 
@@ -386,9 +362,9 @@ def compare_first(
     reference: Mapping[str, Tensor], runtime: Runtime, limits: Limits, where: str
 ) -> Parity:
     """`compare_logits` of the first sequence, its last tokens one by one: for slow programs."""
-    one = first_sequences(reference, 1)
-    steps = min(SLOW_STEPS, one["ids"].shape[1] - 1)
-    return compare_logits(partial(runtime.logits, steps=steps), one, limits, where=where)
+    first = first_sequences(reference, 1)
+    steps = min(SLOW_STEPS, first["ids"].shape[1] - 1)
+    return compare_logits(partial(runtime.logits, steps=steps), first, limits, where=where)
 
 
 def is_same(logits: Tensor, other: Tensor) -> bool:
@@ -400,22 +376,22 @@ def _rms(differences: Tensor) -> float:
     return float(differences.square().mean().sqrt())
 
 
-def _divergence(expected: Tensor, found: Tensor) -> Tensor:
+def _divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
     """KL of each row, in nats; see `compare_logits`."""
     p, rest = expected.exp(), (1 - expected.exp().sum(-1)).clamp_min(0)
-    other = (1 - found.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
+    # Rounding may leave nothing of s, which must not make the divergence infinite.
+    other = (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     tail = torch.where(rest > 0, rest * (rest.clamp_min(1e-300).log() - other.log()), 0.0)
-    return (p * (expected - found)).sum(-1) + tail
+    return (p * (expected - log_probs)).sum(-1) + tail
 
 
 def is_told_apart(reference: Mapping[str, Tensor], limits: Limits) -> bool:
-    """Whether a runtime that computes the base instead of the adapter would break a limit.
-
-    True if the reference has no base. Of log-probabilities, those of the text's own tokens count.
-    """
+    """Whether a runtime that computes the base instead of the adapter would break a limit; True if
+    the reference has no base."""
     if "base.losses" not in reference:
         return True
-    few = {name: t[: len(reference["base.top"])] for name, t in reference.items()}
+    few = first_sequences(reference, len(reference["base.top"]))
+    # The likeliest tokens of both may differ, so log-probabilities of the text's own are compared.
     base, adapter = few["base.losses"], few["adapter.losses"]
     counted = int((few["labels"][:, 1:] != IGNORED).sum())
     compared = [torch.ones_like(row, dtype=torch.bool) for row in few["ids"]]
@@ -432,11 +408,8 @@ def is_told_apart(reference: Mapping[str, Tensor], limits: Limits) -> bool:
 
 
 def check_reference(reference: Mapping[str, Tensor]) -> None:
-    """Refuse a reference that proves nothing.
-
-    Raises:
-        SourceError: a tensor is missing, has another type or size, or holds what no model says.
-    """
+    """Raises SourceError: a tensor is missing, has another type or size, or holds what no model
+    says."""
     if problems := list(_problems(reference)):
         raise SourceError(
             f"reference.safetensors proves nothing: {listed(problems)}. Copy the bundle again from "
@@ -479,7 +452,6 @@ def _problems(reference: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str, str]:
-    """Types and sizes that the tensors of a state have to have, by name."""
     rows = min(len(ids), BASE_SEQUENCES) if state == "base" else len(ids)
     tokens, likeliest = ids.shape[1], reference.get(f"{state}.top", ids)
     top = likeliest.shape[-1] if likeliest.ndim else 0
@@ -503,7 +475,7 @@ def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str
 
 
 def _wrong_values(parts: Mapping[str, Tensor]) -> Iterator[str]:
-    """What no model says. Other computations may overflow: then nothing passes."""
+    # Only what no model says. An `other` computation may overflow: then nothing passes.
     if not parts["top"].numel():
         yield "top is empty"
         return

@@ -10,10 +10,7 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], SignedBlock(32)       -> scale [A, B / 32]   the same, of either sign
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
-A new grid is a subclass of `Blocks`: `kind` names it, `nearest` says which scales it allows,
-`is_free` whether solvers may choose each scale by itself (they round it to float16 at least),
-`is_signed` whether one may be negative, `is_only_symmetric` whether it has no offsets. Formats that
-store a float scale per block hold it.
+A new grid is a subclass of `Blocks`. Formats that store a float scale per block hold it.
 """
 
 from __future__ import annotations
@@ -32,11 +29,12 @@ BITWIDTHS = range(2, 17)
 
 
 class _Granularity:
-    """What the grids of any granularity allow; blocks may allow less or more."""
-
     kind: ClassVar[str]
+    # whether solvers may choose each scale by itself; they round it to float16 at least
     is_free: ClassVar[bool] = False
+    # whether a scale may be negative
     is_signed: ClassVar[bool] = False
+    # whether the grid has no offsets
     is_only_symmetric: ClassVar[bool] = False
 
     def nearest(self, scale: Tensor) -> Tensor:
@@ -80,6 +78,8 @@ class Blocks(_Granularity):
     def to_json(self) -> dict[str, Any]:
         """The entries of `Scheme.to_json` that describe the blocks."""
         values = asdict(self)
+        # Fingerprints hash this text. The two kinds that came first are told apart by
+        # scale_bitwidth, and a name for them would change the fingerprint of every base.
         kind = {} if self.kind in ("block", "lpbq") else {"kind": self.kind}
         return {"block_size": values.pop("size"), **kind, **values}
 
@@ -136,8 +136,7 @@ class Lpbq(Blocks, kind="lpbq"):
         r = max over the row's blocks of scale / 2^scale_bitwidth
         n = clamp(round_half_even(scale / r), 1, 2^scale_bitwidth)
 
-    A row's largest block has `n = 2^scale_bitwidth`, which gives `r` back from the scales alone, so
-    an encoding stores nothing more. AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
+    AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
     """
 
     scale_bitwidth: int = 4
@@ -164,6 +163,8 @@ class Lpbq(Blocks, kind="lpbq"):
         return row, integers.int()
 
     def _factors(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        # A row's largest block has the largest integer. So the row's scale follows from the block
+        # scales alone, and an encoding stores nothing more.
         largest = 2**self.scale_bitwidth
         row = scale.amax(-1, keepdim=True) / largest
         return row, (scale / row).round().clamp(1, largest)
@@ -201,8 +202,9 @@ class Scheme:
                 "symmetric=False), or use block (PerBlock)"
             )
         if self.bitwidth not in BITWIDTHS:
-            known = f"{BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-            raise GridError(f"bitwidth {self.bitwidth} is not one of {known}")
+            raise GridError(
+                f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+            )
 
     @property
     def steps(self) -> int:
@@ -233,7 +235,7 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: `{bitwidth, symmetric, axis, block_size}`; `axis` per channel, `block_size`
-        and further fields per block, and `float_offset` where it is true."""
+        and further fields per block."""
         granularity = self.granularity
         record: dict[str, Any] = {
             "bitwidth": self.bitwidth,
@@ -243,6 +245,7 @@ class Scheme:
         }
         if isinstance(granularity, Blocks):
             record |= granularity.to_json()
+        # only where it is true: older records, which fingerprints hash, do not have the key
         if self.float_offset:
             record["float_offset"] = True
         return record
@@ -254,11 +257,7 @@ class Scheme:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
-        """Undo `to_json`.
-
-        Raises:
-            GridError: entries are missing, have the wrong type, or contradict each other.
-        """
+        """Undo `to_json`; entries that are missing or wrong raise a GridError."""
         try:
             bitwidth, symmetric, size = (record[k] for k in ("bitwidth", "symmetric", "block_size"))
             granularity: Granularity
@@ -313,10 +312,9 @@ def similar_schemes(scheme: Scheme) -> list[Scheme]:
 
 def short_name(scheme: Scheme) -> str:
     """Undo `parse_scheme`; the description where a scheme has no short name."""
-    granularity = scheme.granularity
-    where = str(granularity)
-    if isinstance(granularity, Blocks):
-        where = f"{granularity.kind}{granularity.size}"
+    where = str(scheme.granularity)
+    if isinstance(scheme.granularity, Blocks):
+        where = f"{scheme.granularity.kind}{scheme.granularity.size}"
     name = f"w{scheme.bitwidth}-{where}{'' if scheme.symmetric else '-asymmetric'}"
     return name if parse_scheme(name) == scheme else str(scheme)
 

@@ -31,8 +31,7 @@ def assert_frozen(model: nn.Module) -> None:
 
     Raises:
         GridError: the model has no packed layer, quantizing it failed halfway, a forward was set on
-            packed layers, or PEFT's `modules_to_save` holds copies of them; all such layers are
-            named.
+            packed layers, or PEFT's `modules_to_save` holds copies of them.
     """
     refuse_half_quantized(model)
     packed = packed_layers(model)
@@ -41,12 +40,8 @@ def assert_frozen(model: nn.Module) -> None:
             f"{type(unwrapped(model)).__name__} has no packed layer: its weights are floats. "
             "Call qwlora.quantize_ or qwlora.load_base first"
         )
-    patched = [
-        name
-        for name, layer in packed.items()
-        if {"forward", "few_rows"} & set(instance_calls(layer))
-    ]
-    if patched:
+    calls = {"forward", "few_rows"}
+    if patched := [name for name, at in packed.items() if calls & {*instance_calls(at)}]:
         raise GridError(
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "
             "may not compute their codes. Delete it (`del layer.forward`), or use a forward hook"
@@ -72,11 +67,7 @@ def packing(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_half_quantized(model: nn.Module) -> None:
-    """Refuse a model on which `packing` failed.
-
-    Raises:
-        GridError: `packing` failed on it.
-    """
+    """Refuse a model on which `packing` failed."""
     if any(_HALF in vars(module) for module in model.modules()):
         raise GridError(
             f"quantizing this {type(unwrapped(model)).__name__} failed halfway: some of its layers "
@@ -89,9 +80,11 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
     mask); tensors without data or floats pass."""
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
+    # aminmax of torch 2.13 does not take floats of 8 bits
     values = tensor.detach()
     values = values if values.element_size() > 1 else values.float()
-    low, high = values.aminmax()  # NaN propagates; allocates nothing
+    # NaN propagates to both ends; a mask as large as the tensor is made only if one is not finite
+    low, high = values.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = values.isnan() if allow_infinity else ~values.isfinite()
@@ -105,6 +98,7 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
 
 def check_base_finite(module: nn.Module) -> None:
     """`check_finite` for every tensor of the base in `module`."""
+    # scales and minimums of packed layers are buffers too, but never masks
     for name, (layout, tensor) in base_tensors(module).items():
         is_buffer = not layout and not isinstance(tensor, nn.Parameter)
         check_finite(name, tensor, allow_infinity=is_buffer)

@@ -53,8 +53,7 @@ class PackedWeightOwner(nn.Module):
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A packed weight of the layer `owner`, or with `index` one expert of it, with values of shape
-    `shape`: as stored, or `transposed`, with the last two axes exchanged. A `WeightView` shows it
-    as a tensor."""
+    `shape`: as stored, or `transposed`, with the last two axes exchanged."""
 
     owner: PackedWeightOwner
     shape: tuple[int, ...]
@@ -62,8 +61,8 @@ class PackedWeight:
     transposed: bool = False
 
     def unpacked_for(self, x: Tensor) -> Tensor:
-        """The float values for a product with `x`, in the dtype that a float weight would have, so
-        that torch refuses an `x` of another dtype."""
+        """The float values for a product with `x`."""
+        # in the dtype that a float weight would have, so that torch refuses an `x` of another dtype
         return self.unpacked(compute_dtype(x, self.owner.compute_dtype))
 
     @property
@@ -89,6 +88,8 @@ class PackedWeight:
 class LinearFunction(torch.autograd.Function):
     """`F.linear` with a weight [out, in]."""
 
+    # The weight is a plain handle: a tensor subclass as an argument costs 100 us more per layer and
+    # step (docs/log/grid.md, unpacking codes).
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
         ctx.weight = weight
@@ -149,7 +150,7 @@ def _by_group(x: Tensor, ends: list[int], weight: PackedWeight) -> Tensor:
 
 
 def refuse_write() -> NoReturn:
-    """Raise the error for a write to packed integers."""
+    """Refuse a write to packed integers, which would be lost."""
     raise MergeError(
         "An adapter cannot be merged into packed integers: most of it is smaller than a step of "
         "the grid (`qwlora merge-check`). Keep the adapter separate, or merge it into a float copy "
@@ -162,7 +163,8 @@ class WeightView(Tensor):
     """A view of a packed weight, or of one expert of it."""
 
     packed_weight: PackedWeight
-    _is_hf_initialized = True  # transformers initializes what a checkpoint does not have
+    # transformers 5 initializes what a checkpoint does not have, unless it is marked
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, packed_weight: PackedWeight) -> WeightView:
@@ -198,9 +200,9 @@ class WeightView(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        found = handler(*args, **kwargs) if handler else NotImplemented
-        if found is not NotImplemented:
-            return found
+        result = handler(*args, **kwargs) if handler else NotImplemented
+        if result is not NotImplemented:
+            return result
         if _writes(func, args, kwargs):
             refuse_write()
         if _needs_no_values(func):
@@ -229,7 +231,7 @@ _METADATA = (
 
 
 def _property(func: Callable[..., Any], kind: str) -> str:
-    """The attribute that `func` gets (or sets); empty if it does neither."""
+    # torch passes the getter of `x.shape` as `Tensor.shape.__get__`
     if getattr(func, "__name__", "") != kind:
         return ""
     return func.__self__.__name__  # type: ignore[attr-defined]
@@ -245,6 +247,7 @@ def _needs_no_values(func: Callable[..., Any]) -> bool:
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
+    # `grad` and `requires_grad` may be set
     if _property(func, "__set__"):
         return _property(func, "__set__") == "data"
     in_place = (name.endswith("_") and not name.endswith("__")) or (

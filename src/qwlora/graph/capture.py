@@ -213,8 +213,7 @@ class FlatModel(nn.Module):
 
 
 def example_of(model: Any, ids: Tensor, as_embeddings: bool = False) -> dict[str, Tensor]:
-    """Two equal sequences of at most 16 of these tokens, or their embeddings, as example inputs of
-    a language model."""
+    """Two equal sequences of at most 16 of these tokens, or their embeddings, as example inputs."""
     ids = ids[None, :16].repeat(2, 1)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if as_embeddings:
@@ -315,8 +314,8 @@ def rebound(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
 ) -> Captured:
-    """`captured` with `program`, the same graph over other tensors; refused if its outputs differ
-    from those of `model`."""
+    """`captured` with `program`, the same graph over other tensors; its outputs must be those of
+    `model`."""
     given = Structure.of(_completed(model, example_inputs), PAST)[1]
     tensors = _separate(given, rows=1 + _takes_rows(captured))
     axes = Axes.of(program, captured.arguments.names, tensors)
@@ -332,7 +331,7 @@ def _table(model: nn.Module, arguments: Structure) -> nn.Module | None:
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments on the model's device, with pairs of keys and values as a cache, and an explicit
+    """Arguments on the model's device, with a cache instead of pairs, and an explicit
     `use_cache`."""
     completed = moved(dict(example_inputs), device_of(model))
     # the loss is not part of the graph
@@ -439,7 +438,7 @@ def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> Expo
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
-            # torch ignores an empty vector among tensors of other shapes, and runtimes do not
+            # torch ignores empty vectors, whatever the shapes of the others
             parts = [n for n in node.args[0] if n.meta["val"].ndim != 1 or n.meta["val"].shape[0]]
             node.args = (parts, *node.args[1:])
         elif (order := _new_order(node)) is not None:

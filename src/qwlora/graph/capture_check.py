@@ -56,8 +56,7 @@ _GROWTH, _WORK = 4, 2**24
 
 @dataclass(frozen=True)
 class Axes:
-    """The dynamic axes of a program's inputs, whose `sizes` are those of the example; `labels` are
-    the names of symbols."""
+    """The dynamic axes of a program's inputs, with sizes of the example and names of symbols."""
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int, ...], ...]
@@ -121,8 +120,8 @@ class Axes:
             yield places, smaller_inputs
 
     def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
-        """For each note of torch.export about these axes: the nearest smaller and larger sizes for
-        which it does not hold."""
+        """The nearest smaller and larger sizes for which a note of torch.export on these axes does
+        not hold."""
 
         def written(match: re.Match[str]) -> str:
             index, axis = map(int, match.groups())
@@ -145,8 +144,8 @@ class Axes:
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
-        """Shape of every input and output, with names for dynamic axes but those in `fixed`, which
-        the model fixes although they have a symbol."""
+        """Shape of every input and output, with names for dynamic axes but those in `fixed`."""
+        # torch.export gives an axis a symbol even if the model fixes it
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
         shapes: dict[str, tuple[str | int, ...]] = {}
         for index, name in enumerate(self.names):
@@ -171,8 +170,7 @@ def check_graph(
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
     """Compare the graph of `module(*tensors)` with the module; returns the axes that have the
-    example's size only. An output that differs is refused, with the first module whose output
-    differs."""
+    example's size only."""
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         raise _refusal(program, module, tensors, difference)

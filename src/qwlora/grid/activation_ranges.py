@@ -218,8 +218,8 @@ class WeightedPoints:
     def percentile_range(
         self, percentile: float
     ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
-        """The narrowest range between places that leaves at most `(100 - percentile) %` of the
-        weight outside at either end."""
+        """The narrowest range that leaves `(100 - percentile) %` of the weight outside at either
+        end."""
         weight = self.sums[0, :, 1:].contiguous()
         shares = [[share_outside(total, percentile)] for total in weight[:, -1].tolist()]
         outside = weight.new_tensor(shares)

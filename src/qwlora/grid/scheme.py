@@ -115,8 +115,7 @@ class SignedBlock(Blocks, kind="signed"):
 
 @dataclass(frozen=True)
 class Bf16Block(PerBlock, kind="bf16block"):
-    """Blocks whose scales are bfloat16, as XNNPACK stores them, without offsets. Whoever stores any
-    scales stores these."""
+    """Blocks whose scales are bfloat16, as XNNPACK stores them, without offsets."""
 
     is_only_symmetric: ClassVar[bool] = True
 
@@ -152,7 +151,7 @@ class Lpbq(Blocks, kind="lpbq"):
         return integers * row
 
     def split(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(row scales [*rows, 1], integers [*rows, blocks]), whose product the scales are, bit for
+        """(row scales [*rows, 1], integers [*rows, blocks]); their product is `scale`, bit for
         bit."""
         row, integers = self._factors(scale)
         if wrong := int((integers * row != scale).sum()):
@@ -251,8 +250,8 @@ class Scheme:
         return record
 
     def to_text(self) -> str:
-        """`to_json` as JSON text with sorted keys: one text for each scheme, for fingerprints and
-        operators. `str` is for people, and may change."""
+        """`to_json` with sorted keys: one text for each scheme, for fingerprints and operators."""
+        # `str` is for people, and may change
         return json.dumps(self.to_json(), sort_keys=True)
 
     @classmethod

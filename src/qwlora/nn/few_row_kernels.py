@@ -65,6 +65,7 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
         count += layer.few_rows is not None
     # a float output head has more bytes than all other weights of a small model
     if type(head) is nn.Linear and head.weight.device.type == "cpu" and not instance_calls(head):
+        # a copy of the model copies a partial with its head, but would share a closure
         logits = partial(_logits, head, _rounded_product(head))
         head.forward = partial(_forward, head, logits)  # type: ignore[method-assign]
         count += 1
@@ -72,7 +73,7 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
 
 
 def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
-    """The output of `layer`. None for 0 or more than ROWS rows, if gradients may be needed, and for
+    """The output of `layer`; None for 0 or more than ROWS rows, if gradients may be needed, and for
     inputs that torch refuses."""
     dtype = layer.compute_dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
     fits = isinstance(x, Tensor) and x.dtype == dtype and x.shape[-1:] == (layer.in_features,)

@@ -121,13 +121,14 @@ def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = Non
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     """Let `model`, whose tensors now hash to `now`, keep `identity`, its fingerprint before its
-    floats were cast. Any later change ends that."""
+    floats were cast."""
+    # `fingerprint_of` compares `now`, so any later change ends that
     model.__dict__[_KEPT] = (now, identity)
 
 
 def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Remember the floats and settings of `model` for `changed_since`; `digests` are those of all
-    tensors, if known."""
+    """Remember floats and settings of `model` for `changed_since`; `digests` of all tensors, if
+    known."""
     # packed layers are not remembered, because nothing trains integers
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
@@ -141,8 +142,8 @@ def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -
 
 
 def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """What changed in the base since `remember_base_`: names of float tensors, and settings with
-    old and new values. Empty if nothing was remembered. `digests`: those of all tensors now."""
+    """Names of float tensors that changed since `remember_base_`, and settings with old and new
+    values; `digests` are those of all tensors now."""
     memories = {path: module for path, module in base_modules(model) if _BEFORE in vars(module)}
     changed: list[str] = []
     for path, part in memories.items():
@@ -265,8 +266,9 @@ def _configuration(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Settings of a module without a configuration: its class in torch.nn with the arguments of the
-    constructor; for a class from elsewhere, all public attributes."""
+    """Settings of a module without a configuration."""
+    # A class of torch.nn says by the arguments of its constructor what it depends on; of a class
+    # from elsewhere, all public attributes count.
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
     kind = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
     is_torchs = kinds[0] is kind
@@ -339,8 +341,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
-    modules is listed once."""
+    """Layout and tensor of each parameter and persistent buffer of the base, tied ones once."""
     tensors: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in base_modules(model):

@@ -76,8 +76,8 @@ def refuse_half_quantized(model: nn.Module) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> None:
-    """See that `tensor` holds no NaN, and no infinity unless that is allowed (a buffer may be a
-    mask); tensors without data or floats pass."""
+    """Refuse a tensor with NaN, or with infinity unless that is allowed."""
+    # a buffer may be a mask
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
     # aminmax of torch 2.13 does not take floats of 8 bits

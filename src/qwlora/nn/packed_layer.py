@@ -211,16 +211,15 @@ def is_packed(module: nn.Module) -> TypeGuard[PackedLayer]:
 
 
 def instance_calls(module: nn.Module) -> list[str]:
-    """Attributes of the instance that change what a call of `module` computes; accelerate's hook
-    around the class's own forward is not one."""
+    """Attributes of the instance that change what a call of `module` computes."""
+    # accelerate's hook around the class's own forward does not
     hooked = ("forward",) if accelerate_hook(module) is not None else ()
     calls = ("forward", "few_rows", "_compiled_call_impl")
     return [n for n in calls if n not in hooked and module.__dict__.get(n) is not None]
 
 
 def accelerate_hook(module: nn.Module) -> ModelHook | None:
-    """The accelerate hook around the class's own forward of `module`; None without one, or if the
-    hook surrounds another forward."""
+    """The accelerate hook around the class's own forward of `module`; None if it has none."""
     hook, inner = (module.__dict__.get(key) for key in (_HOOK, _HOOKED_FORWARD))
     if not isinstance(hook, ModelHook) or not isinstance(inner, types.MethodType):
         return None
@@ -347,8 +346,7 @@ def packed_weights(model: nn.Module, every_path: bool = False) -> dict[str, Pack
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's `OptimizedModule`, `DataParallel` and
-    `DistributedDataParallel` around it; the model itself if it has none of them."""
+    """`model` without wrappers of torch.compile, `DataParallel` and `DistributedDataParallel`."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
     # it is slow to import, and without it nothing is compiled
@@ -402,8 +400,9 @@ class _WithPackedParameters(nn.Module):
 
 
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
-    """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] have the
-    attribute `is_transposed`, as in transformers and PEFT."""
+    """A 3-D parameter as [experts, out, in]."""
+    # modules that store it as [experts, in, out] say so by `is_transposed`, in transformers and
+    # PEFT
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim != 3 or not parameter.is_floating_point():
         raise GridError(f"{type(module).__name__} has no float parameter {name!r} with three axes")
@@ -411,8 +410,8 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
 
 
 def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
-    """Replace the parameter `name` of `module` by packed codes [experts, out, in], in place.
-    Returns the module that holds them."""
+    """Replace the parameter `name` by packed codes [experts, out, in]; returns the module that has
+    them."""
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
         raise GridError(
@@ -464,8 +463,8 @@ def is_packable(module: nn.Module) -> bool:
 
 
 def has_computed_weight(module: nn.Module) -> bool:
-    """Whether `module` is of a class that `pack_module` takes, but computes its weight in each
-    forward from other tensors: weight_norm, spectral_norm, pruning, any parametrization."""
+    """Whether `module` computes the weight that `pack_module` would take in each forward."""
+    # weight_norm, spectral_norm, pruning, any parametrization
     weight = module._parameters.get("weight")
     return weight is None and not is_packed(module) and packed_class(type(module)) is not None
 
@@ -570,8 +569,8 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
 
 
 def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
-    """Put a packed layer with buffers on the meta device at `path`, its module path in a packed
-    model, to load with `load_state_dict(assign=True)`."""
+    """Put a packed layer without values at `path`, its module path in a packed model."""
+    # on the meta device, to load with `load_state_dict(assign=True)`
     module_path, is_expert, name = f".{path}".rpartition(f".{FOLDER}.")
     module = model.get_submodule(module_path.strip(".") if is_expert else path)
     weight = parameter_out_in(module, name) if is_expert else weight_out_in(module)
@@ -586,8 +585,8 @@ def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
 
 
 def tie_weights_(model: PreTrainedModel) -> None:
-    """`model.tie_weights()` for models with packed layers: a layer that the model's class ties to a
-    packed weight is replaced by one on the same codes."""
+    """`model.tie_weights()` for models with packed layers."""
+    # a layer that the model's class ties to a packed weight becomes one on the same codes
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if not (target.endswith(".weight") and source.endswith(".weight")):
             continue

@@ -57,8 +57,7 @@ class PackedTensor:
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:
-        """Pack a copy of `quantized`, without loss. Refuses bitwidths above 8, codes that do not
-        fit, and LPBQ scales that are not integers times their row's scale."""
+        """Pack a copy of `quantized`, without loss; bitwidths above 8 are refused."""
         codes, encoding = quantized.codes, quantized.encoding
         scheme, scale = encoding.scheme, encoding.scale
         block_scale = zero_point = minimum = None
@@ -90,8 +89,8 @@ class PackedTensor:
         # float16 stands for any dtype: `load_state_dict(assign=True)` takes that of the file
         parts = Parts(integers(scheme.bitwidth, *shape), floats(*groups))
         if isinstance(granularity, Lpbq):
-            packed = integers(granularity.scale_bitwidth, *groups)
-            parts = parts._replace(scale=floats(*groups[:-1], 1), block_scale=packed)
+            block_scale = integers(granularity.scale_bitwidth, *groups)
+            parts = parts._replace(scale=floats(*groups[:-1], 1), block_scale=block_scale)
         if scheme.float_offset:
             parts = parts._replace(minimum=floats(*groups))
         elif not scheme.symmetric:
@@ -129,19 +128,18 @@ class PackedTensor:
     @property
     def offset(self) -> Tensor:
         """int32, of the granularity's shape; integer-offset grids only."""
-        zero_point = self.zero_point
-        if zero_point is None:
-            groups, middle = self.scheme.scale_shape(self.shape), self.scheme.symmetric_offset
-            return torch.full(groups, middle, dtype=torch.int32, device=self.parts.packed.device)
-        return -zero_point.to(torch.int32)
+        if (zero_point := self.zero_point) is not None:
+            return -zero_point.to(torch.int32)
+        groups, middle = self.scheme.scale_shape(self.shape), self.scheme.symmetric_offset
+        return torch.full(groups, middle, dtype=torch.int32, device=self.parts.packed.device)
 
     @property
     def zero_point(self) -> Tensor | None:
         """-offset as uint8, of the granularity's shape; asymmetric integer grids only."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
-        if zero_point is None or not isinstance(granularity, Blocks):
-            return None if zero_point is None else zero_point.clone()
-        return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
+        if zero_point is not None and isinstance(granularity, Blocks):
+            return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
+        return None if zero_point is None else zero_point.clone()
 
     @property
     def encoding(self) -> Encoding:
@@ -158,20 +156,16 @@ class PackedTensor:
     def dequantize(
         self, dtype: torch.dtype = torch.float32, index: Tensor | slice | int | None = None
     ) -> Tensor:
-        """The values: the float32 product, rounded to `dtype`.
-
-        Args:
-            index: take only these of the first axis, as `values[index]` would; nothing else is
-                unpacked.
-        """
-        packed = self.parts.packed if index is None else self.parts.packed[index]
-        return self._values(packed, index, dtype)
+        """The values, rounded to `dtype`: `values[index]`, where nothing else is unpacked."""
+        packed = self.parts.packed
+        return self._values(packed if index is None else packed[index], index, dtype)
 
     def embedding(
         self, index: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
     ) -> Tensor:
-        """`F.embedding` of a matrix's values: `dequantize` of these rows. Indices are refused as in
-        torch, for example negative or boolean ones."""
+        """`F.embedding` of a matrix's values: `dequantize` of these rows."""
+        # looking up the packed rows refuses the indices that torch refuses, such as negative or
+        # boolean ones
         return self._values(F.embedding(index, self.parts.packed, padding_idx), index, dtype)
 
     def remainder(self, weight: Tensor) -> Tensor:
@@ -260,8 +254,8 @@ class PackedTensor:
     def _broadcast(
         self, part: Tensor, index: Tensor | slice | int | None, shape: tuple[int, ...]
     ) -> Tensor:
-        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
-        broadcasts against a row's grouped codes."""
+        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all; `tail` broadcasts
+        against the grouped codes of a row."""
         granularity = self.scheme.granularity
         if not part.ndim:
             return part
@@ -344,8 +338,8 @@ def narrowest(
 
 
 def compute_dtype(x: Any, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the product of a packed weight with `x`: autocast's, else `dtype` (default: that
-    of `x`)."""
+    """The dtype of the product of a packed weight with `x`: autocast's, else `dtype`, else that of
+    `x`."""
     # torch refuses an `x` that is no tensor later, in its own words
     if not isinstance(x, Tensor) and dtype is not None:
         return dtype

@@ -122,7 +122,9 @@ class LinearAddFunction(torch.autograd.Function):
 
 class GroupedMatmulFunction(torch.autograd.Function):
     """`F.grouped_mm`: rows `offs[e - 1]` to `offs[e]` of `x` belong to expert `e`, whose weight is
-    [in, out]. Rows after the last offset give zero."""
+    [in, out]."""
+
+    # rows after the last offset give zero
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offs: Tensor, weight: PackedWeight) -> Tensor:
@@ -169,13 +171,8 @@ class WeightView(Tensor):
     @staticmethod
     def __new__(cls, packed_weight: PackedWeight) -> WeightView:
         device = packed_weight.owner.tensor.parts.packed.device
-        view: WeightView = Tensor._make_wrapper_subclass(
-            cls,
-            packed_weight.shape,
-            dtype=packed_weight.owner.compute_dtype,
-            device=device,
-            requires_grad=False,
-        )
+        options: Any = {"dtype": packed_weight.owner.compute_dtype, "device": device}
+        view: WeightView = Tensor._make_wrapper_subclass(cls, packed_weight.shape, **options)
         view.packed_weight = packed_weight
         return view
 
@@ -191,13 +188,7 @@ class WeightView(Tensor):
         return f"WeightView({list(self.shape)}, {self.packed_weight.owner.scheme})"
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         result = handler(*args, **kwargs) if handler else NotImplemented
@@ -211,13 +202,10 @@ class WeightView(Tensor):
         args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
+    # torch declares it as a method of instances
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -284,12 +272,7 @@ def _mm(input: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *_: Any,
-    **__: Any,
+    input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> Tensor:
     packed = _matrix(weight)
     if packed is None or packed.transposed or packed.index is not None or max_norm is not None:
@@ -298,20 +281,15 @@ def _embedding(
 
 
 def _grouped(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Tensor:
     if not isinstance(weight, WeightView) or isinstance(x, WeightView):
         return NotImplemented
     if weight.ndim != 3 or weight.packed_weight.index is not None or x.ndim != 2 or offs is None:
         return NotImplemented
-    if bias is not None or out_dtype is not None:
-        return NotImplemented
-    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # torch then refuses `x`
+    # torch refuses an `x` of another dtype, in its own words
+    is_refused = compute_dtype(x) != compute_dtype(x, weight.dtype)
+    if is_refused or bias is not None or out_dtype is not None:
         return NotImplemented
     return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 
@@ -324,8 +302,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return NotImplemented
 
         def run(x: Tensor, bias: Tensor | None) -> Tensor:
-            values = weight.packed_weight.unpacked_for(x)
-            return function(x, values, bias, *args, **kwargs)
+            return function(x, weight.packed_weight.unpacked_for(x), bias, *args, **kwargs)
 
         if not torch.is_grad_enabled():
             return run(input, bias)
@@ -347,7 +324,8 @@ def _select(view: Tensor, index: Any) -> Tensor:
     is_number = isinstance(index, int) and not isinstance(index, bool)
     if is_number and not -len(view) <= index < len(view):
         return NotImplemented
-    if is_tensor and not index.ndim:  # uint8 and bool are masks
+    # uint8 and bool are masks
+    if is_tensor and not index.ndim:
         is_number = not index.is_floating_point() and index.dtype not in (torch.uint8, torch.bool)
     return WeightView(view.packed_weight.expert(index)) if is_number else NotImplemented
 

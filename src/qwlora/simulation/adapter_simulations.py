@@ -235,7 +235,10 @@ def simulate_adapters(
             first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
             origin = SimulationSource.of(model, example_inputs, schemes, ranks, base)
-            zeros = ((s, weights, _zeros(weights)) for s, weights in first.values())
+            zeros = (
+                (s, bound, {n: nn.Parameter(torch.zeros_like(p), False) for n, p in bound.items()})
+                for s, bound in first.values()
+            )
             simulations[BASE] = simulated(origin, zeros)
     if asked is None or asked.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
@@ -279,8 +282,8 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
 def _rebound(
     first: Simulation, bound: _Weights, weights: _Weights, origin: SimulationSource
 ) -> Captured | None:
-    """The graph of `first`, whose adapter weights are `bound`, with other adapter weights; None if
-    it then does not compute the model."""
+    """The graph of `first` with other adapter weights than `bound`; None if it does not compute the
+    model."""
     # by address, since names in the graph are those of the adapter that was captured
     replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
     state = {
@@ -292,10 +295,6 @@ def _rebound(
         return rebound(first.captured, program, origin.model, origin.example_inputs)
     except CaptureError:
         return None
-
-
-def _zeros(weights: _Weights) -> _Weights:
-    return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
 
 def _weights(model: nn.Module, adapter: str) -> _Weights:
@@ -323,8 +322,7 @@ def shared_encodings(
     simulations: Iterable[Simulation], base_activations: BaseActivations
 ) -> dict[str, Encoding]:
     """The encodings that frozen simulations share, from what all of them observed; with `none`,
-    those of adapter weights too. Values with another shape or scheme in one of the simulations are
-    refused, and with `none` missing ones."""
+    those of adapter weights too."""
     quantizers: dict[str, Quantizer] = {}
     fixed: dict[str, Encoding] = {}
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
@@ -388,8 +386,7 @@ def _shared_activations(simulation: Simulation, base_activations: BaseActivation
 def apply_shared_encodings(
     simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
-    """Replace encodings of a frozen simulation by the shared ones, which must have all that it
-    shares."""
+    """Replace encodings of a frozen simulation by those of `encodings` that it shares."""
     names = _shared_activations(simulation, base_activations)
     # the sum of a layer that no earlier adapter changed keeps its own encoding
     sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()

@@ -104,8 +104,7 @@ _WEIGHT = Scheme(16)
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """The sizes of a static graph, in tokens: new ones of one call, and the context, new and past
-    ones together."""
+    """The sizes of a static graph, in tokens: new ones, and new and past ones together."""
 
     tokens: int
     context: int
@@ -164,8 +163,8 @@ def capture_cached(
 
 
 def cache_additions(captured: Captured) -> dict[str, tuple[Node, Node, Node]]:
-    """The node of each past input, that of the new keys or values, and the one that appends these,
-    by the name of the input."""
+    """The nodes of each past input, of the new keys or values, and of both in one, by the input's
+    name."""
     additions, names = {}, captured.input_names
     for node in calls(captured.program):
         match operation(node), *node.args:
@@ -314,8 +313,8 @@ def _used(program: ExportedProgram) -> list[str]:
 
 @dataclass(frozen=True)
 class NpuGraph:
-    """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
-    mask is negative."""
+    """A graph of fixed size for an NPU, and the graph of what its host computes; `floor` is
+    negative."""
 
     cache: CacheSizes | None
     device: QuantizedGraph
@@ -351,8 +350,8 @@ def npu_graph(
 
 
 def mask_floor(graph: QuantizedGraph) -> float:
-    """The floor of the mask that a graph of `cached_graph` needs, from the widest range of what a
-    softmax reads, before the mask."""
+    """The floor of the mask that a graph of `cached_graph` needs."""
+    # the widest range of what a softmax reads, before the mask
     if graph.has_float_activations:
         return _FLOAT_FLOOR
     marks = {mark.node: mark.name for mark in graph.marks}
@@ -391,12 +390,10 @@ def npu_form(
     scheme = Scheme(max(graph.activation_bitwidths, default=16), symmetric=False)
     is_float = largest_scaling is None and graph.has_float_activations
     added: dict[str, Encoding] = {}
-    if not is_float:
-        added = (
-            _host_encodings(host, cache, scheme)
-            if cache
-            else _lifted_encodings(host, known, graph.encodings, floor, scheme)
-        )
+    if cache and not is_float:
+        added = _host_encodings(host, cache, scheme)
+    elif not is_float:
+        added = _lifted_encodings(host, known, graph.encodings, floor, scheme)
     if scaling is not None:
         added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0), scheme)
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
@@ -440,13 +437,12 @@ def _add_masked_scores_(
         mask = next((n for n in node.all_input_nodes if n not in scores), None)
         if mask is None:
             continue
-        encoding = encoding_before(scores[0], marks, encodings)
+        encoding, grid = (encoding_before(n, marks, encodings) for n in (scores[0], mask))
         if encoding is None:
             raise CalibrationError(
                 f"the attention scores before {node.name} have no encoding. "
                 "Set simulation.policy: npu, and remove rules that keep them float"
             )
-        grid = encoding_before(mask, marks, encodings)
         assert grid is not None
         low, high = grid_ends(encoding)
         name = f"{marks[origin(scores[0]).name].name}.masked"

@@ -82,8 +82,7 @@ class Placement:
 def place(
     program: ExportedProgram, schemes: Schemes, input_names: Mapping[str, str] | None = None
 ) -> Placement:
-    """Decide about every floating-point value of `program`; `input_names` are those of its inputs
-    by placeholder. Rules without effect are refused, all by name, unless `schemes` allows them."""
+    """Decide about every floating-point value of `program`; `input_names` are by placeholder."""
     policy, rules = schemes.placement_policy(), schemes.rules
     values = _graph_values(program, GraphAnalysis(program), input_names or {})
     decided = [_decided(value, policy, rules) for value in values]

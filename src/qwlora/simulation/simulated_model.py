@@ -67,16 +67,14 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         for name in ("output_hidden_states", "output_attentions", "use_cache"):
             if more.pop(name, None):
                 raise CaptureError(f"{name}: this model returns logits only; omit the argument")
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        names = ("input_ids", "attention_mask", "position_ids")
+        tensors = zip(names, (input_ids, attention_mask, position_ids), strict=True)
+        given = {name: tensor for name, tensor in tensors if tensor is not None}
         if self._keeps_logits:
             more["logits_to_keep"] = logits_to_keep
         with torch.no_grad():
             output = self.simulation(**given, **more)
+            # 0 keeps all, as in transformers
             if not isinstance(logits_to_keep, int) or logits_to_keep:
                 last = isinstance(logits_to_keep, int)
                 kept = slice(-logits_to_keep, None) if last else logits_to_keep

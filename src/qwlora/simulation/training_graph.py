@@ -71,7 +71,7 @@ class TrainingGraph(nn.Module):
             )
         for quantizer in quantizers:
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.FLOAT
-        # the adapter's float weights instead of their quantized copies
+        # the adapter's float weights instead of their quantized copies, which have no gradient
         adapter = [mark.node for mark in simulation.marks if mark.kind is Kind.ADAPTER]
         remove_quantizers_(simulation.graph_module, adapter)
         _keep_codes_(simulation.graph_module)
@@ -92,11 +92,9 @@ class TrainingGraph(nn.Module):
 
 
 def _keep_codes_(graph_module: GraphModule) -> None:
-    """Replace `linear(x, dequantize(codes))` by an operator whose backward dequantizes again.
-
-    Autograd would otherwise keep every float weight in memory. A bias is added after the product,
-    which may change the last bit.
-    """
+    """Replace `linear(x, dequantize(codes))` by an operator whose backward dequantizes again."""
+    # Autograd would otherwise keep every float weight in memory. A bias is added after the product,
+    # which may change the last bit.
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target is not _aten.linear.default:
             continue

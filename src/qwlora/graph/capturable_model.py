@@ -59,8 +59,7 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Within, `model` computes in float32; afterwards every module has its own tensors back."""
-    # What is captured within keeps the float32 tensors. Nested uses share the casts of the
-    # outermost.
+    # What is captured within keeps the float32 tensors. Nested uses share the outermost's casts.
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
     # the dictionary that holds a value, its key there, and the value
     replaced: list[tuple[dict[str, Any], str, Any]] = [

@@ -22,8 +22,6 @@ become, without the vision tower and without the table of tokens:
     capture(model, {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions})
         x float [batch, tokens, width]; positions [batch, tokens], or [3, batch, tokens] if the
         model counts time, height and width (mrope)
-
-A call of that graph may have `input_ids`: they are looked up in the model's own table.
 """
 
 from __future__ import annotations
@@ -124,32 +122,30 @@ class Captured:
                 rows, tokens = ids.shape
                 given[mask] = ids.new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = tuple(widened(tensor) for tensor in self.arguments.flatten(given))
-        for name, tensor in zip(self.inputs, tensors, strict=True):
-            shape = self.interface.shapes[name]
-            if tensor.ndim != len(shape) or any(
-                isinstance(size, int) and size != found
-                for size, found in zip(shape, tensor.shape, strict=True)
-            ):
-                expected = ", ".join(str(size) for size in shape)
-                raise CaptureError(
-                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{expected}]. "
-                    "For another size, capture again"
-                )
-        self._check_ranges(tensors)
+        self._check_sizes(tensors)
         return tensors
 
-    def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse sizes that the model does not take, such as more tokens than it has positions."""
+    def _check_sizes(self, tensors: Sequence[Tensor]) -> None:
         ranges = {str(symbol): known for symbol, known in self.program.range_constraints.items()}
         inputs = {n.name: n for n in self.program.graph.find_nodes(op="placeholder")}
         for tensor, (placeholder, name) in zip(tensors, self.input_names.items(), strict=True):
+            sizes, shape = tuple(tensor.shape), self.interface.shapes[name]
+            if len(sizes) != len(shape) or any(
+                isinstance(fixed, int) and fixed != size
+                for fixed, size in zip(shape, sizes, strict=True)
+            ):
+                raise CaptureError(
+                    f"input {name} has shape {list(sizes)}; the graph takes "
+                    f"[{', '.join(map(str, shape))}]. For another size, capture again"
+                )
+            # a model has a limited number of positions, for example
             for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
-                known, size = ranges.get(symbol), tensor.shape[axis]
+                known, size = ranges.get(symbol), sizes[axis]
                 # torch.export writes 2 for "no lower bound"
                 if known and not (known.lower <= max(size, 2) and size <= known.upper):
                     raise CaptureError(
-                        f"input {name} has shape {list(tensor.shape)}; the model takes "
-                        f"{known.lower} to {known.upper} along axis {axis}"
+                        f"input {name} has shape {list(sizes)}; the model takes {known.lower} to "
+                        f"{known.upper} along axis {axis}"
                     )
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
@@ -252,8 +248,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
             )
     refuse_meta(model, CaptureError)
     arguments, given = Structure.of(_completed(model, example_inputs), PAST)
-    # torch.export makes a size of 1 a constant, so a single row is duplicated where the model takes
-    # two
+    # torch.export makes a size of 1 a constant, so a single row is doubled if the model allows it
     one, two = (_separate(given, rows) for rows in (1, 2))
     if not static and [t.shape for t in one] != [t.shape for t in two]:
         with suppress(CaptureError):

@@ -136,8 +136,8 @@ class QuantizedGraph:
     @property
     def activation_bitwidths(self) -> list[int]:
         """The bitwidth of each activation that has an encoding."""
-        names = (mark.name for mark in self.marks if mark.kind is Kind.ACTIVATION)
-        return [self.encodings[name].scheme.bitwidth for name in names]
+        activations = (mark for mark in self.marks if mark.kind is Kind.ACTIVATION)
+        return [self.encodings[mark.name].scheme.bitwidth for mark in activations]
 
     @property
     def has_float_activations(self) -> bool:

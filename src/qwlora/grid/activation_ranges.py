@@ -92,8 +92,7 @@ class RangeObserver:
         if self.has_histogram:
             counts = torch.zeros(_BINS, dtype=torch.int64, device=x.device)
             for part in x.flatten().split(_VALUES_AT_ONCE):
-                # the cast rounds to the nearest number, so values with few bits (0, 1, bfloat16)
-                # stay exact (docs/log/grid.md)
+                # rounding to nearest keeps 0, 1 and bfloat16 values exact (docs/log/grid.md)
                 bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int32)
                 # int16 is signed: the mask makes an index of the pattern of a negative value
                 counts += torch.bincount(bits.bitwise_and_(_BINS - 1), minlength=_BINS)
@@ -182,12 +181,8 @@ def estimate_ranges(
 
 
 class WeightedPoints:
-    """Sorted points on the number line with a weight each, for several groups at once.
-
-    Args:
-        places: float64 [groups, points], ascending.
-        weights: float64 [groups, points]; overwritten.
-    """
+    """Sorted points on the number line with a weight each, for several groups at once; both float64
+    [groups, points]. `weights` is overwritten."""
 
     def __init__(
         self, places: Float[Tensor, "groups points"], weights: Float[Tensor, "groups points"]

@@ -94,8 +94,7 @@ def _spread(
     plane: UInt8[Tensor, "*rows bytes"], width: int, place: int
 ) -> UInt8[Tensor, "*rows codes"]:
     """The codes of a plane, one per byte, shifted up to bit `place`."""
-    # each byte is widened to the word of its codes, and a few operations on whole words move each
-    # code
+    # each byte is widened to the word of its codes, and operations on words move all codes at once
     if width == 4:
         words = _widened(plane, torch.int16)
         words = words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)

@@ -135,7 +135,7 @@ class MomentStore(UserDict[str, LayerMoments]):
         return cls(folder)
 
     def __setitem__(self, layer: str, moment: LayerMoments) -> None:
-        # all layers together are too large for a GPU's memory
+        # all layers together are large for a GPU's memory
         self.data[layer] = moment = moved(moment, CPU)
         if self.folder is not None:
             self.data[layer] = file = self.folder / f"{layer}.safetensors"

@@ -42,13 +42,9 @@ Product = Callable[[Tensor], Tensor]  # bfloat16 [rows, in] -> [rows, out]
 
 
 def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int:
-    """Use the kernels in the packed linear layers of `model` that they fit, and in its output head,
-    in place; returns their number. The model is for inference from then on: `assert_frozen` refuses
-    it.
-
-    Args:
-        head: the output head. A head that an adapter or another module wraps stays exact.
-    """
+    """Use the kernels in the packed linear layers of `model` that they fit, and in its output head
+    unless an adapter or another module wraps it, in place; returns their number. The model is for
+    inference from then on: `assert_frozen` refuses it."""
     count = 0
     for layer in model.modules():
         if not (isinstance(layer, PackedLinear) and layer.is_plain):

@@ -4,26 +4,12 @@
     digest      = sha256(name, its scheme as JSON if it is packed, kind and shape, its values)
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
-Floats are hashed as float32 values, so bfloat16 and float32 copies of the same numbers have the
-same digest. Float64 values are hashed as they are.
+Settings are everything besides tensors that a computation depends on. docs/fingerprint.md says
+exactly what is hashed, and what is not covered.
 
-Settings are everything besides tensors that a computation depends on:
-
-    a model of transformers or diffusers     its configuration, which covers all modules inside
-    several such models in one module        the configuration of each outermost one, by path
-    any other module, by path                its class, if torch.nn has it, and numbers, strings
-                                             and lists among its attributes (eps, stride, padding)
-
-Settings that change no output are left out (`VOLATILE`, `INERT`), and values equal to the default
-of their class. So two bases have the same fingerprint exactly if they have the same codes, scales,
-offsets, remaining floats and settings under the same names. Adapters and devices do not change it.
-A base that was loaded in a dtype that cannot hold its floats keeps its fingerprint
-(`keep_fingerprint_`) until it is changed.
-
-A fingerprint does not cover the code of a module's forward; functions, tensors and other objects in
-its attributes; attributes that begin with an underscore; non-persistent buffers (rotary
-frequencies, masks), which usually follow from settings; and attributes inside a model with a
-configuration that were changed without changing the configuration.
+Two bases have the same fingerprint exactly if they have the same codes, scales, offsets, remaining
+floats and settings under the same names. Adapters and devices do not change it. A base that was
+loaded in a dtype that cannot hold its floats keeps its fingerprint until it is changed.
 """
 
 from __future__ import annotations
@@ -43,6 +29,7 @@ from torch.nn.modules import container, dropout
 from qwlora.nn.packed_layer import PACKED_ATTRIBUTES, PackedLayer, is_packed, unwrapped
 from qwlora.system.parameter_names import adapter_of, canonical_name
 
+# Keys of a configuration that change no output
 VOLATILE = frozenset(
     (
         *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),

@@ -401,8 +401,7 @@ class _WithPackedParameters(nn.Module):
 
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
     """A 3-D parameter as [experts, out, in]."""
-    # modules that store it as [experts, in, out] say so by `is_transposed`, in transformers and
-    # PEFT
+    # transformers and PEFT set `is_transposed` on modules that store it as [experts, in, out]
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim != 3 or not parameter.is_floating_point():
         raise GridError(f"{type(module).__name__} has no float parameter {name!r} with three axes")

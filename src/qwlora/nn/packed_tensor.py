@@ -8,8 +8,8 @@ narrowest dtype that holds them exactly.
     minimum       float                  float-offset grids
 
 A float tensor is float16 if that holds all of its numbers, else bfloat16 if that does, else
-float32. So nothing is lost, and the grid does not depend on how it is stored. Blocks of 32 with a
-float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
+float32. Blocks of 32 with a float16 scale cost half a bit per weight, a zero point another
+`bitwidth / 32`.
 """
 
 from __future__ import annotations
@@ -164,8 +164,7 @@ class PackedTensor:
         self, index: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
     ) -> Tensor:
         """`F.embedding` of a matrix's values: `dequantize` of these rows."""
-        # looking up the packed rows refuses the indices that torch refuses, such as negative or
-        # boolean ones
+        # the lookup of packed rows refuses what torch refuses, such as negative or boolean indices
         return self._values(F.embedding(index, self.parts.packed, padding_idx), index, dtype)
 
     def remainder(self, weight: Tensor) -> Tensor:

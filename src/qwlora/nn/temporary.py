@@ -57,8 +57,7 @@ def structure(model: nn.Module) -> Callable[[], None]:
     """A function that restores the modules, parameters and attributes that `model` has now; values
     of tensors are not copied."""
     states = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    # Containers keep their identity, since handles of hooks refer to them. A subclass may refuse
-    # changes.
+    # containers keep their identity: handles of hooks refer to them; a subclass may refuse changes
     containers: list[tuple[Any, Any]] = [
         (value, value.copy())
         for *_, state in states

@@ -15,8 +15,7 @@ is frozen: it gets no gradient.
     view[i], view.T   views
     anything else     computed from the unpacked values
 
-So any module's own forward works on a packed weight. Writing to a view raises, because the write
-would be lost.
+So any module's own forward works on a packed weight. Writing to a view raises.
 """
 
 from __future__ import annotations

@@ -139,13 +139,9 @@ class AdapterSimulations(dict[str, Simulation]):
     def freeze(
         self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
-        """Set all encodings: each adapter's own, then the shared ones. If it raises, encodings of
-        activations stay as they were, except that masks which it found become float.
-
-        Args:
-            allow_unseen: see `Simulation.freeze`.
-            shared: encodings from an earlier calibration on the same base. Default: from what all
-                adapters observed.
+        """Set all encodings: each adapter's own, then the shared ones, from what all adapters
+        observed or from an earlier calibration on the same base (`shared`). If it raises, encodings
+        of activations stay as they were, except that masks which it found become float.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between
@@ -205,9 +201,8 @@ def simulate_adapters(
     first: dict[Hashable, tuple[Simulation, _Weights]] = {}  # by structure
     frozen: dict[int, FrozenWeight] = {}
 
-    # A capture takes 10 to 15 s for SmolLM2 (docs/log/runtimes.md). So adapters of one structure
-    # share a graph: the weights of the next are bound to it, and the result is compared with the
-    # model.
+    # A capture takes 10 to 15 s for SmolLM2 (docs/log/runtimes.md), so adapters of one structure
+    # share a graph: weights are bound to it, and the result is compared with the model.
     def simulated(
         origin: SimulationSource, graphs: Iterable[tuple[Simulation, _Weights, _Weights]]
     ) -> Simulation:

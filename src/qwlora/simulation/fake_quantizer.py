@@ -122,8 +122,7 @@ class Quantizer(nn.Module):
 
     def is_mask(self, may_be_infinite: bool) -> bool:
         """Whether an end of the range that is not fixed is beyond 1e30."""
-        # where an operator cannot apply a mask, infinite values are an error in the data or the
-        # model
+        # where no mask can be applied, infinite values are an error of the data or the model
         low, high = self.observer.low, self.observer.high
         if low is None or high is None:
             return False

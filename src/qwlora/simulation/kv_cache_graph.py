@@ -28,11 +28,8 @@ Inputs and outputs are called as in Qualcomm's public recipes (`_renamed`). The 
 simulation that takes `inputs_embeds`, of the language model in a vision-language model, take them
 instead of input_ids; the host has the table, and positions of one or three axes.
 
-The simulation computes three values in float; the device graph quantizes them:
-
-    cos, sin, mask      their range over all positions of the context
-    scores + mask       the range of the scores, lowered by the mask
-    norm weights 1 + w  their own range
+The device graph also quantizes cosines, sines and the mask, scores with the mask, and norm weights
+1 + w, which are floats in the simulation.
 """
 
 from __future__ import annotations
@@ -393,7 +390,7 @@ def npu_form(
     if cache and not is_float:
         added = _host_encodings(host, cache, scheme)
     elif not is_float:
-        added = _lifted_encodings(host, known, graph.encodings, floor, scheme)
+        added = _lifted_encodings(host, graph, floor, scheme)
     if scaling is not None:
         added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0), scheme)
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
@@ -515,19 +512,15 @@ def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> 
 
 
 def _lifted_encodings(
-    host: QuantizedGraph,
-    marks: Mapping[str, GraphValue],
-    known: Mapping[str, Encoding],
-    floor: float,
-    scheme: Scheme,
+    host: QuantizedGraph, graph: QuantizedGraph, floor: float, scheme: Scheme
 ) -> dict[str, Encoding]:
     """The same for a graph without a cache: the simulation's encodings, or the range of a mask."""
-    added = {}
+    added, marks = {}, {mark.node: mark for mark in graph.marks}
     (results,) = host.program.graph.output_node().args
     for name, node in zip(host.interface.outputs, results, strict=True):
         if not node.meta["val"].is_floating_point():
             continue
-        encoding = encoding_before(node, marks, known)
+        encoding = encoding_before(node, marks, graph.encodings)
         if encoding is None and not name.startswith(MASK):
             raise CalibrationError(
                 f"{place_of(node)} ({operator_of(node)}), which the host computes from {name}, has "

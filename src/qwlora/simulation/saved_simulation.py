@@ -55,14 +55,8 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from.
-
-    Args:
-        base_fingerprint, adapter_fingerprint: of the base and of the active adapter at that time,
-            before it was padded to `ranks` (`adapter/padded_adapters.py`). The second is None if
-            there was no adapter, and for a zero adapter.
-        adapters: names of the adapters that were active.
-    """
+    """What a simulation was made from, at that time: the fingerprints are of the base and of the
+    active adapter (None for none or a zero adapter), before it was padded to `ranks`."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]

@@ -96,13 +96,8 @@ class CalibrationReport:
 
 class Simulation(nn.Module):
     """Call it like the captured model: the same arguments by name, or the first of `inputs` by
-    position. It returns the model's result type.
-
-    Args:
-        captured: the graph of `origin.model`.
-        frozen: quantized copies of float weights that other simulations of the model have, by
-            address; those of this one are added.
-        activation_encodings: see `simulate`.
+    position. It returns the model's result type. `simulate` and `simulate_adapters` make it;
+    simulations of one model share `frozen`, their quantized weights.
 
     Attributes:
         placement: every value of the graph, and the rule that decided about it.
@@ -179,13 +174,8 @@ class Simulation(nn.Module):
         return replace(value, grid=grid, observer=observer, low=low, high=high)
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
-        """The model's result, simulated.
-
-        Raises:
-            CalibrationError: an activation has no encoding yet, outside of `only`. The same holds
-                for every method that computes simulated values.
-            CaptureError: see `Captured.bind`.
-        """
+        """The model's result, simulated. As every method that computes simulated values, it raises
+        a CalibrationError if an activation has no encoding yet, outside of `only`."""
         if len(first) > len(self.inputs):
             raise CaptureError(
                 f"{len(first)} tensors are given by position, but there are {len(self.inputs)} "
@@ -230,8 +220,7 @@ class Simulation(nn.Module):
         counts = self._batches, self._tokens
         try:
             yield
-        # Ctrl-C too
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             self._batches, self._tokens = counts
             for quantizer, attributes in before:
                 vars(quantizer).update(attributes)
@@ -329,8 +318,8 @@ class Simulation(nn.Module):
 
     @contextmanager
     def only(self, *matches: str) -> Iterator[None]:
-        """Within, quantize only activations and weights whose name matches a glob. Without globs
-        nothing is quantized, except packed base weights, which always are."""
+        """Within, quantize only activations and weights whose name matches a glob, and the packed
+        base weights, which always are. A glob that matches nothing is refused."""
         modules: dict[str, Quantizer | FrozenWeight] = {**self.weights, **self.quantizers}
         on = set[int]()  # by id: tied weights share a module
         for match in matches:
@@ -386,8 +375,8 @@ class Simulation(nn.Module):
                 self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
 
     def restore(self, encodings: Mapping[str, Encoding], dropped: Collection[str] = ()) -> None:
-        """Use the encodings of an earlier calibration, weights included. `dropped` are activations
-        that it left float, see `Simulation.dropped`."""
+        """Use the encodings of an earlier calibration, weights included; `dropped` are activations
+        that it left float. Encodings that do not fit the graph or its weights are refused."""
         _refuse_unknown(encodings, self.marks)
         for name, encoding in self._weight_encodings.items():
             if name not in encodings or not encoding.has_same_grid(encodings[name]):
@@ -408,8 +397,7 @@ class Simulation(nn.Module):
     def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
         """`restore` what a simulation of the same base and adapter saved in `folder`."""
         encodings = load_encodings(Path(folder))
-        # where adapters share the encodings of their weights, these do not follow from the values
-        # of this adapter
+        # encodings that adapters share do not follow from this adapter's own weights
         if adapter_weights:
             self.set_adapter_encodings(encodings)
         self.restore({**self.base_encodings, **encodings}, read_record(Path(folder)).dropped)

@@ -87,11 +87,9 @@ def vocabulary_size(model: nn.Module) -> int:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # a model that reads no tokens
         return 0
-    return int(
-        getattr(embeddings, "num_embeddings", None)
-        or getattr(getattr(model, "config", None), "vocab_size", None)
-        or 0
-    )
+    config = getattr(model, "config", None)
+    rows = getattr(embeddings, "num_embeddings", None) or getattr(config, "vocab_size", None)
+    return int(rows or 0)
 
 
 @dataclass(frozen=True)

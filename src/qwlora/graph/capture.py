@@ -138,7 +138,6 @@ class Captured:
                     f"input {name} has shape {list(sizes)}; the graph takes "
                     f"[{', '.join(map(str, shape))}]. For another size, capture again"
                 )
-            # a model has a limited number of positions, for example
             for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
                 known, size = ranges.get(symbol), sizes[axis]
                 # torch.export writes 2 for "no lower bound"
@@ -510,6 +509,7 @@ def _dequantize_once_(graph: Graph, flat: FlatModel) -> None:
 
 
 def _changes_nothing(node: Node) -> bool:
+    # its last argument says whether the model trains
     if node.target is _aten.dropout.default:
         return node.args[2] is False
     if node.target in _CASTS:

@@ -83,21 +83,20 @@ class Axes:
                 if symbol.isdigit():  # a SymInt that torch.export resolved to a number
                     continue
                 symbols[index, axis] = symbol
-                known = labels.values()
                 is_ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
                 label = f"{name}.{axis}"
                 if axis == 0 and tensor.shape[0] == batch:
                     label = BATCH
-                elif name in cached and axis == 2 and PAST not in known:
+                elif name in cached and axis == 2 and PAST not in labels.values():
                     label = PAST
-                elif is_ids and TOKENS not in known:
+                elif is_ids and TOKENS not in labels.values():
                     label = TOKENS
                 labels.setdefault(symbol, label)
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
     def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], list[Tensors]]]:
-        """Axes, and the inputs with these cut to half their size and by one, but no less than two
-        tokens or one row: all groups of axes, then each one, then pairs."""
+        """Axes, and the inputs with these cut to half their size and by one; all groups of axes,
+        then one, then pairs."""
         # Axes with different symbols may still depend on each other in the model (a mask and its
         # text), so axes of equal size are varied together; the batch first.
         by_size: dict[tuple[bool, int], list[AxisIndex]] = {}

@@ -85,10 +85,17 @@ def lift_host_inputs(
     decided = computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
     # each layer repeats masks and positions, and each copy would become an input
     _merge_equal_(graph, constants | decided)
+    # without a cache, integer constants are lifted too, but for the codes of packed weights
+    indices = {
+        n.name
+        for n in graph.nodes
+        if n.name in constants and is_float(n) is False and not interface.cached
+        if all(operation(user) != "dequantize" for user in n.users)
+    }
     lifted = [
         n
         for n in graph.nodes
-        if (n.name in decided or (n.name in constants and _is_index(n, interface)))
+        if n.name in decided | indices
         and any(user.name not in decided | constants for user in n.users)
     ]
     for node in lifted:
@@ -121,16 +128,9 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
     and positions [1, tokens], or [3, 1, tokens] if the model counts three axes (text: equal)."""
     shape = host.interface.shapes.get(HOST_INPUTS[POSITIONS], positions.shape)
     given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions.expand([*map(int, shape)])}
-    outputs = host.program.module(check_guards=False)(
-        *(given[name] for name in host.interface.inputs)
-    )
+    run = host.program.module(check_guards=False)
+    outputs = run(*(given[name] for name in host.interface.inputs))
     return dict(zip(host.interface.outputs, outputs, strict=True))
-
-
-def _is_index(node: Node, interface: Interface) -> bool:
-    """Whether a constant of a graph without a cache is integers, but no packed weight."""
-    is_packed = any(operation(user) == "dequantize" for user in node.users)
-    return is_float(node) is False and not is_packed and not interface.cached
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:

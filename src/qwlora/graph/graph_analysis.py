@@ -210,13 +210,12 @@ def residual_additions(program: ExportedProgram) -> set[str]:
 
 def _angles(program: ExportedProgram) -> set[str]:
     """Names of the nodes that only sine and cosine read, directly or through other such nodes."""
-    found: set[str] = set()
+    angles: set[str] = set()
     for node in reversed(program.graph.nodes):
-        if node.users and all(
-            user.name in found or operation(user) in ("sin", "cos") for user in node.users
-        ):
-            found.add(node.name)
-    return found
+        reads = [u.name in angles or operation(u) in ("sin", "cos") for u in node.users]
+        if reads and all(reads):
+            angles.add(node.name)
+    return angles
 
 
 def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
@@ -229,20 +228,17 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
             for user in node.users
         ):
             scores.add(node.name)
-    found: set[str] = set()
+    masked, ends_scores = set[str](), MATRIX_PRODUCTS.keys() | SOFTMAXES
     for node in calls(program):
         sources, operator = node.all_input_nodes, operation(node)
-        meets_mask = operator in MASKS and any(
-            source.name in integer_origins and _is_tensor(source) for source in sources
-        )
-        if meets_mask or (
-            node.name in scores
-            and operator not in MATRIX_PRODUCTS
-            and operator not in SOFTMAXES
-            and any(s.name in found and s.name not in integer_origins for s in sources)
+        # masks are computed from integers: positions, and which tokens are padding
+        meets_mask = any(s.name in integer_origins and _is_tensor(s) for s in sources)
+        is_score = node.name in scores and operator not in ends_scores
+        if (operator in MASKS and meets_mask) or (
+            is_score and any(s.name in masked and s.name not in integer_origins for s in sources)
         ):
-            found.add(node.name)
-    return found
+            masked.add(node.name)
+    return masked
 
 
 def computed_from(
@@ -250,14 +246,13 @@ def computed_from(
 ) -> set[str]:
     """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes;
     results of the operators in `stop_at` do not count."""
-    found = set(placeholders)
+    computed = set(placeholders)
     for node in calls(program):
-        computed = operator_of(node) not in stop_at and all(
-            n.name in found for n in node.all_input_nodes
-        )
-        if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
-            found.add(node.name)
-    return found
+        from_computed = all(n.name in computed for n in node.all_input_nodes)
+        is_size = isinstance(node.meta.get("val"), torch.SymInt | int)
+        if is_size or (from_computed and operator_of(node) not in stop_at):
+            computed.add(node.name)
+    return computed
 
 
 def _moved_versions(program: ExportedProgram, names: set[str]) -> set[str]:

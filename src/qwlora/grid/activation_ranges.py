@@ -163,8 +163,8 @@ def observed_ranges(
 def estimate_ranges(
     observers: Sequence[RangeObserver], scheme: Scheme, estimator: RangeEstimator
 ) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
-    """The range that `estimator` chooses for each observer, on the CPU, for a grid with the
-    bitwidth and symmetry of `scheme`. Values must be finite."""
+    """The range that `estimator` chooses for each observer, on the CPU, for a grid as `scheme` has
+    it."""
     low, high = observed_ranges(observers)
     if not estimator.needs_histogram:
         return low, high

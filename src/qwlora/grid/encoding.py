@@ -133,8 +133,8 @@ class Encoding:
         )
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
-        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side,
-        nan is refused."""
+        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its
+        side."""
         x_grouped, scale, low_end = self._grouped(x)
         if self.scheme.float_offset:
             codes = torch.div(_wide(x_grouped) - low_end, scale).round_()

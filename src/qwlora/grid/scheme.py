@@ -32,9 +32,7 @@ class _Granularity:
     kind: ClassVar[str]
     # whether solvers may choose each scale by itself; they round it to float16 at least
     is_free: ClassVar[bool] = False
-    # whether a scale may be negative
     is_signed: ClassVar[bool] = False
-    # whether the grid has no offsets
     is_only_symmetric: ClassVar[bool] = False
 
     def nearest(self, scale: Tensor) -> Tensor:

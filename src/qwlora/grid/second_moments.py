@@ -77,8 +77,8 @@ class LayerMoments(NamedTuple):
 def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
 ) -> float:
-    """`tr(M R M^T)`: the mean square of `M x` for inputs with second moment R (identity by
-    default)."""
+    """`tr(M R M^T)`: mean square of `M x` for inputs with second moment R (default: the
+    identity)."""
     weighted = matrix if moment is None else matrix @ moment
     # at least the smallest float, so that it can be a divisor
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))

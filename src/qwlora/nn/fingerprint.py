@@ -176,10 +176,10 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def flat(settings: Any, path: str = "") -> dict[str, str]:
     """Nested settings as text by dotted path."""
-    if isinstance(settings, Mapping) and settings:
-        parts = (flat(value, f"{path}.{key}".strip(".")) for key, value in settings.items())
-        return {key: value for part in parts for key, value in part.items()}
-    return {path: settings_text(settings)}
+    if not (isinstance(settings, Mapping) and settings):
+        return {path: settings_text(settings)}
+    parts = (flat(value, f"{path}.{key}".strip(".")) for key, value in settings.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

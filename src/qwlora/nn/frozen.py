@@ -5,9 +5,6 @@
 `quantize_`, `train_adapter`, `simulate`, `save_base` and `save_adapter` call it. Call it yourself
 after changing a quantized model: placing hooks, patching a forward, loading weights into it.
 
-A packed layer computes its codes by construction if it has the forward of its class, or
-accelerate's hook around that, so only attributes are looked at. What any other forward on a layer
-computes cannot be known, so it is refused; forward hooks are fine.
 """
 
 from __future__ import annotations
@@ -40,6 +37,8 @@ def assert_frozen(model: nn.Module) -> None:
             f"{type(unwrapped(model)).__name__} has no packed layer: its weights are floats. "
             "Call qwlora.quantize_ or qwlora.load_base first"
         )
+    # With the forward of its class, a layer computes its codes by construction, so attributes are
+    # looked at only. What any other forward computes cannot be known; forward hooks are fine.
     calls = {"forward", "few_rows"}
     if patched := [name for name, at in packed.items() if calls & {*instance_calls(at)}]:
         raise GridError(
@@ -81,8 +80,7 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
     # aminmax of torch 2.13 does not take floats of 8 bits
-    values = tensor.detach()
-    values = values if values.element_size() > 1 else values.float()
+    values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
     # NaN propagates to both ends; a mask as large as the tensor is made only if one is not finite
     low, high = values.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):

@@ -255,12 +255,11 @@ class PackedTensor:
     ) -> Tensor:
         """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all; `tail` broadcasts
         against the grouped codes of a row."""
-        granularity = self.scheme.granularity
         if not part.ndim:
             return part
-        if isinstance(granularity, Blocks):
+        if isinstance(self.scheme.granularity, Blocks):
             return part.reshape(-1, part.shape[-1], 1)
-        part = aligned(part, granularity, len(self.shape))
+        part = aligned(part, self.scheme.granularity, len(self.shape))
         if index is not None:
             part = part[index] if part.shape[0] > 1 else part[0]
             part = part.unsqueeze(0) if part.ndim < 2 else part

@@ -54,8 +54,8 @@ def gradients_disabled(module: nn.Module) -> Iterator[None]:
 
 
 def structure(model: nn.Module) -> Callable[[], None]:
-    """A function that restores the modules, parameters and attributes that `model` has now; values
-    of tensors are not copied."""
+    """A function that restores the modules, parameters and attributes that `model` has now."""
+    # values of tensors are not copied
     states = [(module, type(module), dict(vars(module))) for module in model.modules()]
     # containers keep their identity: handles of hooks refer to them; a subclass may refuse changes
     containers: list[tuple[Any, Any]] = [

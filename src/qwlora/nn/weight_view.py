@@ -121,9 +121,7 @@ class LinearAddFunction(torch.autograd.Function):
 
 class GroupedMatmulFunction(torch.autograd.Function):
     """`F.grouped_mm`: rows `offs[e - 1]` to `offs[e]` of `x` belong to expert `e`, whose weight is
-    [in, out]."""
-
-    # rows after the last offset give zero
+    [in, out]. Rows after the last offset give zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offs: Tensor, weight: PackedWeight) -> Tensor:

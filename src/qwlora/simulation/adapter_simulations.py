@@ -107,6 +107,7 @@ class AdapterSimulations(dict[str, Simulation]):
             name: [v.name for v in simulation.placement.values if v.kind in kinds]
             for name, simulation in self.items()
         }
+        # a weight without an adapter's name is shared if the base's graph reads it too
         for name, read in weights.items():
             unshared = [n for n in read if adapter_of(n) or n not in weights[BASE]]
             if others := [n for n in unshared if not is_factor_name(n)]:
@@ -241,9 +242,8 @@ def simulate_adapters(
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
-    """The simulation that was saved in `folder`, captured again from `model`.
-
-    Its logits are those of the saved one, bit for bit.
+    """The simulation that was saved in `folder`, captured again from `model`. Its logits are those
+    of the saved one, bit for bit.
 
     Args:
         model: the same base with the same adapter, on any device. A zero adapter is loaded with

@@ -339,9 +339,9 @@ def npu_graph(
     simulation: Simulation, sizes: CacheSizes | Batch, largest_scaling: float | None = None
 ) -> NpuGraph:
     """The graph of a calibrated simulation with its adapter active: of a causal language model, for
-    a number of new tokens and a context; of any model, for inputs of the shapes of a batch, without
-    a cache. `largest_scaling` is alpha / rank of any adapter that it will run with; default: that
-    of the simulation's."""
+    new tokens and a context; of any model, for the shapes of a batch, without a cache.
+    `largest_scaling` is alpha / rank of any adapter that it will run with; default: that of the
+    simulation's."""
     graph = cached_graph(simulation, capture_with_cache(simulation, sizes))
     return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
 
@@ -352,14 +352,14 @@ def mask_floor(graph: QuantizedGraph) -> float:
     if graph.has_float_activations:
         return _FLOAT_FLOOR
     marks = {mark.node: mark.name for mark in graph.marks}
-    widest = 0.0
-    for node in graph.program.graph.nodes:
-        if operation(node) == "softmax":
-            for read in ancestors(node.all_input_nodes[0], lambda n: n.name not in marks):
-                if read.name in marks:
-                    low, high = grid_ends(graph.encodings[marks[read.name]])
-                    widest = max(widest, high - low)
-    return -(MASKED_BELOW + widest)
+    softmaxes = [node for node in calls(graph.program) if operation(node) == "softmax"]
+    ranges = [
+        grid_ends(graph.encodings[marks[read.name]])
+        for node in softmaxes
+        for read in ancestors(node.all_input_nodes[0], lambda n: n.name not in marks)
+        if read.name in marks
+    ]
+    return -(MASKED_BELOW + max((high - low for low, high in ranges), default=0.0))
 
 
 def npu_form(

@@ -99,10 +99,10 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
     values = [value for placement in placements for value in placement.values]
     problems = []
     for index, rule in placements[0].unused_rules.items():
-        matched = [value for value in values if rule.fits(value.names)]
+        # a rule may be for one of several adapters
         if any(index not in placement.unused_rules for placement in placements):
             continue
-        if matched:
+        if matched := [value for value in values if rule.fits(value.names)]:
             others = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
             first = f"{matched[0].name} ({matched[0].reason})"
             problem = f"matches {first}{others}, but changes nothing"

@@ -107,8 +107,8 @@ def write_simulation(
     encodings: Mapping[str, Encoding],
     dropped: Iterable[str],
 ) -> None:
-    """Write a calibrated simulation, with these encodings, to `folder`; `dropped` are values that
-    calibration left float."""
+    """Write a calibrated simulation to `folder`; `dropped` are values that calibration left
+    float."""
     arguments, examples = Structure.of(dict(origin.example_inputs))
     inputs = {
         name: json.loads(json.dumps(argument, default=partial(_named, name)))

@@ -53,11 +53,8 @@ class TrainingGraph(nn.Module):
     def __init__(self, simulation: Simulation):
         super().__init__()
         model = simulation.origin.model
-        if any(
-            isinstance(m, nn.Dropout) and m.p
-            for path, m in model.named_modules()
-            if is_adapter_name(path)
-        ):
+        adapter_modules = (m for path, m in model.named_modules() if is_adapter_name(path))
+        if any(isinstance(m, nn.Dropout) and m.p for m in adapter_modules):
             raise TrainingError(
                 "the adapter has dropout, which a captured graph does not have; set dropout to 0, "
                 "or use workflow: qw-lora"

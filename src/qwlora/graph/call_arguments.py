@@ -62,8 +62,8 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
 def check_token_ids(
     arguments: Mapping[str, Any], model: nn.Module, error: type[QwloraError]
 ) -> None:
-    """Refuse token ids that are not integers [batch, tokens] or outside the vocabulary of `model`;
-    arguments without `input_ids` pass."""
+    """Refuse token ids that are not integers [batch, tokens] or outside the vocabulary of
+    `model`."""
     ids = arguments.get("input_ids")
     if not isinstance(ids, Tensor):
         return
@@ -87,11 +87,9 @@ def vocabulary_size(model: nn.Module) -> int:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # a model that reads no tokens
         return 0
-    return int(
-        getattr(embeddings, "num_embeddings", None)
-        or getattr(getattr(model, "config", None), "vocab_size", None)
-        or 0
-    )
+    config = getattr(model, "config", None)
+    rows = getattr(embeddings, "num_embeddings", None) or getattr(config, "vocab_size", None)
+    return int(rows or 0)
 
 
 @dataclass(frozen=True)
@@ -121,17 +119,8 @@ class Structure:
     def of(
         cls, value: Any, cache_name: str = "past_key_values"
     ) -> tuple[Structure, tuple[Tensor, ...]]:
-        """The structure of `value`, and its tensors in the order of `names`.
-
-        A value that is itself a tensor has the name `output`.
-
-        Args:
-            cache_name: prefix of the names of cached tensors.
-
-        Raises:
-            CaptureError: two tensors would have the same name, or a cache has no pairs of keys and
-                values.
-        """
+        """The structure of `value`, and its tensors in the order of `names`. `cache_name` is the
+        prefix of the names of cached tensors."""
         tensors: dict[str, Tensor] = {}
         cached: list[str] = []
 
@@ -182,11 +171,11 @@ class Structure:
             )
         tensors: list[Tensor] = []
         for path, leaf in expected.items():
-            found = given.get(path)
-            if isinstance(leaf, Slot) and isinstance(found, Tensor):
-                tensors.append(found)
+            actual = given.get(path)
+            if isinstance(leaf, Slot) and isinstance(actual, Tensor):
+                tensors.append(actual)
             elif isinstance(leaf, CacheSlot):
-                pairs = _pairs(found, path)
+                pairs = _pairs(actual, path)
                 if len(pairs) != len(leaf.layers):
                     raise CaptureError(
                         f"{path}: the graph was captured with a cache of {len(leaf.layers)} "
@@ -195,12 +184,12 @@ class Structure:
                 tensors += [tensor for pair in pairs for tensor in pair[:2]]
             elif isinstance(leaf, Slot) or (
                 path in given
-                and (isinstance(found, Tensor) or not (found is leaf or found == leaf))
+                and (isinstance(actual, Tensor) or not (actual is leaf or actual == leaf))
             ):
                 kind = "a tensor" if isinstance(leaf, Slot) else f"the constant {leaf!r}"
                 raise CaptureError(
                     f"{path or 'the arguments'}: the graph was captured with {kind}, not with "
-                    f"{found!r}; give the same, or capture again"
+                    f"{actual!r}; give the same, or capture again"
                 )
         return tuple(tensors)
 
@@ -246,10 +235,8 @@ def _pairs(cache: Any, path: str) -> list[tuple[Tensor, ...]]:
 
 
 def tokens_in(cache: Any) -> int:
-    """Tokens in a cache or in pairs of keys and values [batch, heads, tokens, width].
-
-    The maximum over layers, since some layers keep only a window.
-    """
+    """Tokens in a cache or in pairs of keys and values [batch, heads, tokens, width]."""
+    # the maximum over layers, since some layers keep only a window
     return max((int(key.shape[-2]) for key, *_ in _pairs(cache, "the cache")), default=0)
 
 
@@ -259,6 +246,7 @@ def cache_of(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
     for key, value in pairs:
         layer = DynamicLayer()
         layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value  # without the copies that `update` makes
+        # without the copies that `update` makes
+        layer.keys, layer.values = key, value
         cache.layers.append(layer)
     return cache

@@ -8,11 +8,8 @@
     float32 tensors   the same tensors (PEFT keeps LoRA weights in float32)
     half precision    cast to float32, which is exact
 
-`from_pretrained` keeps the checkpoint's dtype, so most models are bfloat16. They train in bfloat16,
-but their graph computes in float32: 16-bit activation grids are finer than bfloat16, and ONNX
-Runtime has no quantizers in half precision. The graph of a bfloat16 model is therefore that of the
-base that `save_base` writes and `load_base` reads. Its outputs differ from the model's own by the
-rounding of half-precision arithmetic.
+The graph of a bfloat16 model is that of the base that `save_base` writes and `load_base` reads. Its
+outputs differ from the model's own by the rounding of half-precision arithmetic.
 """
 
 from __future__ import annotations
@@ -27,6 +24,8 @@ from transformers import PreTrainedModel
 
 from qwlora.nn.packed_layer import PackedLayer, is_packed
 
+# Models in these dtypes train in them, but their graphs compute in float32: 16-bit activation grids
+# are finer than bfloat16, and ONNX Runtime has no quantizers in half precision.
 HALF = (torch.bfloat16, torch.float16)
 ATTENTION, EXPERTS = "eager", "batched_mm"
 # transformers stores both choices in the model's config
@@ -42,13 +41,14 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
     is_fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        inside: set[int] = set()
-        for each in models:
-            if id(each) not in inside:  # the outer model sets it for its inner models
-                inside.update(id(m) for m in each.modules())
-                if each._can_set_attn_implementation():
-                    each.set_attn_implementation(ATTENTION)
-                each.set_experts_implementation(EXPERTS)
+        # the outer model sets it for its inner models
+        inside: set[nn.Module] = set()
+        for outer in models:
+            if outer not in inside:
+                inside.update(outer.modules())
+                if outer._can_set_attn_implementation():
+                    outer.set_attn_implementation(ATTENTION)
+                outer.set_experts_implementation(EXPERTS)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fused)
@@ -58,10 +58,8 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within, `model` computes in float32; afterwards every module has its own tensors back.
-
-    What is captured within keeps the float32 tensors. Nested uses share the casts of the outermost.
-    """
+    """Within, `model` computes in float32; afterwards every module has its own tensors back."""
+    # What is captured within keeps the float32 tensors. Nested uses share the outermost's casts.
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
     # the dictionary that holds a value, its key there, and the value
     replaced: list[tuple[dict[str, Any], str, Any]] = [

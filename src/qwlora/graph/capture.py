@@ -6,11 +6,7 @@ to the model. The graph
 - shares the module's storage, except for tensors in half precision: it computes in float32
   (`capturable_model.py`)
 - takes any size of each axis that the model does not fix (`Captured.interface` lists them)
-- has no nodes without arithmetic: assertions, casts to the same dtype, inactive dropout, layout
-  copies, empty parts of a concatenation; an einsum that only permutes axes is a permutation
-- has no nested graphs: torch.export makes them of `with torch.enable_grad()` and of disabled
-  autocast; others are refused (branches on data, loops, enabled autocast)
-- dequantizes each packed weight once
+- has no nodes without arithmetic and no nested graphs, and dequantizes each packed weight once
 - returns the module's outputs, bit for bit (`capture_check.py`)
 
 A causal language model with a key-value cache is two graphs with the same encodings:
@@ -26,8 +22,6 @@ become, without the vision tower and without the table of tokens:
     capture(model, {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions})
         x float [batch, tokens, width]; positions [batch, tokens], or [3, batch, tokens] if the
         model counts time, height and width (mrope)
-
-A call of that graph may have `input_ids`: they are looked up in the model's own table.
 """
 
 from __future__ import annotations
@@ -87,9 +81,8 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, its inputs and outputs, and how they map to the model's arguments and result. An
-    output with the name of an input or a parameter is called `out_NAME`, since tensor names in a
-    file are unique. A graph of embeddings has the module that makes them of token ids."""
+    """A graph, its inputs and outputs, and how they map to the model's arguments and result. A
+    graph of embeddings has the module that makes them of token ids."""
 
     program: ExportedProgram
     interface: Interface
@@ -113,15 +106,12 @@ class Captured:
                                given but not captured: dropped if they are 0, 1, 2, ...
             input_ids          given but captured with inputs_embeds: their embeddings
             None               counts as not given
-
-        Raises:
-            CaptureError: an argument is missing or unknown, a constant has another value, or a
-                tensor has a size that the graph does not take.
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         if self.embeddings is not None and EMBEDS not in given and IDS in given:
             with torch.no_grad():
                 given[EMBEDS] = self.embeddings(moved(given.pop(IDS), device_of(self.embeddings)))
+        # with a cache, the model counts from the tokens in it
         if POSITIONS in given or PAST not in given:
             self._complete_positions_(given)
         if MASK in given and MASK not in self.inputs and _is_all_ones(given[MASK]):
@@ -132,32 +122,29 @@ class Captured:
                 rows, tokens = ids.shape
                 given[mask] = ids.new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = tuple(widened(tensor) for tensor in self.arguments.flatten(given))
-        for name, tensor in zip(self.inputs, tensors, strict=True):
-            shape = self.interface.shapes[name]
-            if tensor.ndim != len(shape) or any(
-                isinstance(size, int) and size != found
-                for size, found in zip(shape, tensor.shape, strict=True)
-            ):
-                expected = ", ".join(str(size) for size in shape)
-                raise CaptureError(
-                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{expected}]. "
-                    "For another size, capture again"
-                )
-        self._check_ranges(tensors)
+        self._check_sizes(tensors)
         return tensors
 
-    def _check_ranges(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse sizes that the model does not take, such as more tokens than it has positions."""
+    def _check_sizes(self, tensors: Sequence[Tensor]) -> None:
         ranges = {str(symbol): known for symbol, known in self.program.range_constraints.items()}
         inputs = {n.name: n for n in self.program.graph.find_nodes(op="placeholder")}
         for tensor, (placeholder, name) in zip(tensors, self.input_names.items(), strict=True):
+            sizes, shape = tuple(tensor.shape), self.interface.shapes[name]
+            if len(sizes) != len(shape) or any(
+                isinstance(fixed, int) and fixed != size
+                for fixed, size in zip(shape, sizes, strict=True)
+            ):
+                raise CaptureError(
+                    f"input {name} has shape {list(sizes)}; the graph takes "
+                    f"[{', '.join(map(str, shape))}]. For another size, capture again"
+                )
             for axis, symbol in enumerate(map(str, inputs[placeholder].meta["val"].shape)):
-                known, size = ranges.get(symbol), tensor.shape[axis]
+                known, size = ranges.get(symbol), sizes[axis]
                 # torch.export writes 2 for "no lower bound"
                 if known and not (known.lower <= max(size, 2) and size <= known.upper):
                     raise CaptureError(
-                        f"input {name} has shape {list(tensor.shape)}; the model takes "
-                        f"{known.lower} to {known.upper} along axis {axis}"
+                        f"input {name} has shape {list(sizes)}; the model takes {known.lower} to "
+                        f"{known.upper} along axis {axis}"
                     )
 
     def _complete_positions_(self, given: dict[str, Any]) -> None:
@@ -182,7 +169,8 @@ class Captured:
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
             if positions.ndim == 2 and len(positions) == 1:  # one row for the whole batch
                 positions = positions.expand(len(ids), -1)
-            axes = len(self.interface.shapes[POSITIONS]) - positions.ndim  # 1: text in mrope
+            # the three axes of mrope are equal for text
+            axes = len(self.interface.shapes[POSITIONS]) - positions.ndim
             given[POSITIONS] = positions.expand(3, -1, -1) if axes == 1 else positions
 
     @property
@@ -208,7 +196,6 @@ class FlatModel(nn.Module):
         self.cache_argument = cache_argument(model)
 
     def result(self, *tensors: Tensor) -> Any:
-        """The model's result in its own type."""
         arguments = self.arguments.fill(dict(zip(self.arguments.names, tensors, strict=True)))
         past = arguments.pop(PAST, None)
         if arguments.get(USE_CACHE):
@@ -221,12 +208,7 @@ class FlatModel(nn.Module):
 
 
 def example_of(model: Any, ids: Tensor, as_embeddings: bool = False) -> dict[str, Tensor]:
-    """Two equal sequences of at most 16 tokens, as example inputs of a language model.
-
-    Args:
-        ids: token ids [tokens].
-        as_embeddings: the graph takes embeddings instead of token ids.
-    """
+    """Two equal sequences of at most 16 of these tokens, or their embeddings, as example inputs."""
     ids = ids[None, :16].repeat(2, 1)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if as_embeddings:
@@ -244,9 +226,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
     Args:
         example_inputs: tensors become inputs of the graph; numbers, strings and None become
             constants. `past_key_values` is a cache, or a pair of keys and values [batch, heads,
-            tokens, width] for each layer. At least two tokens, because torch.export makes a size of
-            1 a constant; a single row is duplicated where the model takes two. `labels` of
-            transformers models are ignored: the graph ends at the logits.
+            tokens, width] for each layer. At least two tokens. `labels` of transformers models are
+            ignored: the graph ends at the logits.
         static: every size is fixed to that of the example, which may then be 1.
 
     Raises:
@@ -266,6 +247,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
             )
     refuse_meta(model, CaptureError)
     arguments, given = Structure.of(_completed(model, example_inputs), PAST)
+    # torch.export makes a size of 1 a constant, so a single row is doubled if the model allows it
     one, two = (_separate(given, rows) for rows in (1, 2))
     if not static and [t.shape for t in one] != [t.shape for t in two]:
         with suppress(CaptureError):
@@ -294,6 +276,7 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
         with foreign_as(CaptureError, f"torch.export cannot capture {kind}"), _fixed_sizes(kind):
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
+        # tensor names in a file are unique
         taken = {*arguments.names, *(canonical_name(n) for n, _ in model.named_parameters())}
         names = tuple(f"out_{name}" if name in taken else name for name in result.names)
         floats = [n for n, t in zip(names, outputs, strict=True) if t.is_floating_point()]
@@ -306,7 +289,8 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
         try:
             cleaned = _clean(program, flat, keep_layout=False)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
-        except (CaptureError, RuntimeError):  # another order of a sum, or no view without copies
+        # a kernel may sum in another order in another layout, and a view may need the copy
+        except (CaptureError, RuntimeError):
             cleaned = _clean(program, flat, keep_layout=True)
             fixed = check_graph(cleaned, flat, tensors, axes, names)
         fixed |= limited_axes(program, cleaned, flat, tensors, axes, names)
@@ -324,8 +308,8 @@ def rebound(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
 ) -> Captured:
-    """`captured` with `program`, the same graph over other tensors; refused if its outputs differ
-    from those of `model`."""
+    """`captured` with `program`, the same graph over other tensors; its outputs must be those of
+    `model`."""
     given = Structure.of(_completed(model, example_inputs), PAST)[1]
     tensors = _separate(given, rows=1 + _takes_rows(captured))
     axes = Axes.of(program, captured.arguments.names, tensors)
@@ -336,17 +320,17 @@ def rebound(
 
 
 def _table(model: nn.Module, arguments: Structure) -> nn.Module | None:
-    """What makes embeddings of token ids, where a graph takes these."""
     inner: Any = _unwrapped(model)
     return inner.get_input_embeddings() if EMBEDS in arguments.names else None
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments on the model's device, with pairs of keys and values as a cache, and an explicit
+    """Arguments on the model's device, with a cache instead of pairs, and an explicit
     `use_cache`."""
     completed = moved(dict(example_inputs), device_of(model))
+    # the loss is not part of the graph
     if isinstance(_unwrapped(model), PreTrainedModel):
-        completed.pop(LABELS, None)  # the loss is not part of the graph
+        completed.pop(LABELS, None)
     if isinstance(completed.get(CACHE), Cache):
         completed[PAST] = completed.pop(CACHE)
     if isinstance(completed.get(PAST), tuple | list):
@@ -355,9 +339,8 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         completed.setdefault(USE_CACHE, True)
     elif USE_CACHE in _parameters(model):
         completed.setdefault(USE_CACHE, False)
-    if completed.get(USE_CACHE) and getattr(
-        getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False
-    ):
+    config = getattr(_unwrapped(model), "config", None)
+    if completed.get(USE_CACHE) and getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             f"{type(_unwrapped(model)).__name__} is an encoder-decoder with two caches per layer "
             "(EncoderDecoderCache), and a graph holds one. Capture without a cache "
@@ -377,18 +360,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Argument names of the model's forward; `use_cache` also where a model that generates hands it
-    on in its `**kwargs` (LLaVA)."""
+    """Argument names of the model's forward."""
     inner = _unwrapped(model)
     known = inspect.signature(inner.forward).parameters
+    # a model that generates may hand on `use_cache` in its **kwargs (LLaVA)
     generates = isinstance(inner, PreTrainedModel) and inner.can_generate()
-    hands_on = generates and any(each.kind is each.VAR_KEYWORD for each in known.values())
+    hands_on = generates and any(p.kind is p.VAR_KEYWORD for p in known.values())
     return {*known, *inspect.signature(model.forward).parameters, *[USE_CACHE] * hands_on}
 
 
+# says in plain words what torch calls data-dependent
 @contextmanager
 def _fixed_sizes(kind: str) -> Iterator[None]:
-    """Say in plain words what torch calls data-dependent."""
     try:
         yield
     except Exception as error:
@@ -410,15 +393,16 @@ def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _separate(tensors: Tensors, rows: int) -> Tensors:
-    """Copies, because export merges inputs that are one tensor; a single row becomes `rows`."""
+    """Copies of `tensors`; a single row becomes `rows`."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; give at least one")
-    one = with_axes[0].shape[0] == 1
+    is_single = with_axes[0].shape[0] == 1
     repeated = (
-        t.repeat(rows, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
+        t.repeat(rows, *[1] * (t.ndim - 1)) if is_single and t.shape[:1] == (1,) else t
         for t in tensors
     )
+    # torch.export merges inputs that are one tensor
     return tuple(widened(t).clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
@@ -438,6 +422,7 @@ def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> Expo
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
         elif node.target in _STOPS and node in learning:
+            # DoRA stops the gradient of its norm, and graphs are trained through
             node.target = _aten.detach.default
         elif (
             node.target in _STOPS
@@ -446,34 +431,35 @@ def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> Expo
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is _aten.cat.default:  # it ignores empty vectors, whatever other shapes
+        elif node.target is _aten.cat.default:
+            # torch ignores empty vectors, whatever the shapes of the others
             parts = [n for n in node.args[0] if n.meta["val"].ndim != 1 or n.meta["val"].shape[0]]
             node.args = (parts, *node.args[1:])
         elif (order := _new_order(node)) is not None:
             node.target, node.args = _aten.permute.default, (node.all_input_nodes[0], order)
     _dequantize_once_(graph, flat)
-    graph.eliminate_dead_code()  # such as a weight of which only the dtype was read
+    # such as a weight of which only the dtype was read
+    graph.eliminate_dead_code()
     cleaned = with_graph(program, graph)
     _refuse_hidden_codes(cleaned)
     return cleaned
 
 
 def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
-    """Nodes computed from trainable parameters; a detach among them must survive for training."""
+    """Nodes computed from trainable parameters."""
     trainable = {
         s.arg.name
         for s in program.graph_signature.input_specs
         if s.kind is InputKind.PARAMETER and program.state_dict[s.target].requires_grad
     }
-    found: set[Node] = set()
+    learning: set[Node] = set()
     for node in graph.nodes:
-        if node.name in trainable or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.name in trainable or not learning.isdisjoint(node.all_input_nodes):
+            learning.add(node)
+    return learning
 
 
 def _refuse_lost_adapters(program: ExportedProgram, kind: str) -> None:
-    """Refuse adapter weights outside of a graph of embeddings: on the table or the vision tower."""
     used, specs = used_placeholders(program), program.graph_signature.input_specs
     adapters = {adapter_of(str(s.target)) for s in specs if s.arg.name in used} - {None}
     names = {s.arg.name: str(s.target) for s in specs if s.arg.name not in used}
@@ -486,10 +472,8 @@ def _refuse_lost_adapters(program: ExportedProgram, kind: str) -> None:
 
 
 def _refuse_hidden_codes(program: ExportedProgram) -> None:
-    """Refuse a graph where something other than `dequantize` reads packed codes.
-
-    Such a weight has no float value in the graph, so it could have no encoding.
-    """
+    """Refuse a graph where something other than `dequantize` reads packed codes."""
+    # such a weight has no float value in the graph, so it could have no encoding
     buffers = buffer_names(program)
     for node in calls(program):
         for source in node.all_input_nodes:
@@ -503,10 +487,8 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
 
 
 def _dequantize_once_(graph: Graph, flat: FlatModel) -> None:
-    """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it.
-
-    A tied layer keeps its own node, because nodes carry the name of their layer.
-    """
+    """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it."""
+    # a tied layer keeps its own node, because nodes carry the name of their layer
     packed = {
         path: module
         for path, module in flat.named_modules(remove_duplicate=False)
@@ -527,6 +509,7 @@ def _dequantize_once_(graph: Graph, flat: FlatModel) -> None:
 
 
 def _changes_nothing(node: Node) -> bool:
+    # its last argument says whether the model trains
     if node.target is _aten.dropout.default:
         return node.args[2] is False
     if node.target in _CASTS:
@@ -536,8 +519,8 @@ def _changes_nothing(node: Node) -> bool:
 
 
 def _new_order(node: Node) -> list[int] | None:
-    """The order in which an einsum of one tensor returns its axes, if that is all it does; it moves
-    data then, as a permutation does."""
+    """The order in which an einsum of one tensor returns its axes, if that is all it does."""
+    # as a permutation it moves data, so it shares the encoding of its input
     if node.target is not _aten.einsum.default or len(node.all_input_nodes) != 1:
         return None
     before, _, after = str(node.args[0]).replace(" ", "").partition("->")
@@ -547,6 +530,7 @@ def _new_order(node: Node) -> list[int] | None:
 
 def _inline_(graph: Graph, owner: GraphModule) -> None:
     """Replace nested graphs by their nodes; refuses those that cannot be inlined."""
+    # torch.export makes them of `with torch.enable_grad()` and of disabled autocast
     for node in list(graph.nodes):
         held = [a for a in node.all_input_nodes if a.op == "get_attr"]
         modules = (getattr(owner, str(attribute.target), None) for attribute in held)

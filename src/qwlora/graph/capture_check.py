@@ -15,13 +15,10 @@ symbol. Symbols are named
     past       axis 2 of cached keys and values
     NAME.AXIS  anything else: `pixel_values.2`
 
-Axes with different symbols may still depend on each other in the model (a mask and its text), so
-axes with equal sizes in the example are varied together.
-
 Where the model branches on a size, torch.export follows the example's branch and notes which sizes
-take it (`x.size()[1] <= 10`). Most notes concern strides and change nothing. So each note is tested
-at the nearest sizes, below and above the example's, for which it does not hold. If module and graph
-both run there and differ, or if that is too much to compute, the axis is fixed.
+take it (`x.size()[1] <= 10`). Each note is tested at the nearest sizes, below and above the
+example's, for which it does not hold. If module and graph both run there and differ, or if that is
+too much to compute, the axis is fixed.
 """
 
 from __future__ import annotations
@@ -59,8 +56,7 @@ _GROWTH, _WORK = 4, 2**24
 
 @dataclass(frozen=True)
 class Axes:
-    """The dynamic axes of a program's inputs: names and example shapes of the inputs, the symbol of
-    each dynamic axis, and the name of each symbol."""
+    """The dynamic axes of a program's inputs, with sizes of the example and names of symbols."""
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int, ...], ...]
@@ -75,8 +71,7 @@ class Axes:
         tensors: Tensors,
         cached: Collection[str] = (),
     ) -> Axes:
-        """The dynamic axes of a program; `cached` are the names of the inputs that are cached keys
-        and values."""
+        """The dynamic axes of a program; `cached` inputs are cached keys and values."""
         values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
         symbols: dict[AxisIndex, str] = {}
         labels: dict[str, str] = {}
@@ -88,25 +83,26 @@ class Axes:
                 if symbol.isdigit():  # a SymInt that torch.export resolved to a number
                     continue
                 symbols[index, axis] = symbol
-                known = labels.values()
                 is_ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
                 label = f"{name}.{axis}"
                 if axis == 0 and tensor.shape[0] == batch:
                     label = BATCH
-                elif name in cached and axis == 2 and PAST not in known:
+                elif name in cached and axis == 2 and PAST not in labels.values():
                     label = PAST
-                elif is_ids and TOKENS not in known:
+                elif is_ids and TOKENS not in labels.values():
                     label = TOKENS
                 labels.setdefault(symbol, label)
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
     def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], list[Tensors]]]:
-        """Axes, and the inputs with these cut to half their size and by one, but no less than two
-        tokens or one row: all groups of axes, then each one, then pairs."""
-        by_size: dict[tuple[bool, int], list[AxisIndex]] = {}  # the batch first
-        for place, symbol in self.symbols.items():
-            key = self.labels[symbol] != BATCH, self.sizes[place[0]][place[1]]
-            by_size.setdefault(key, []).append(place)
+        """Axes, and the inputs with these cut to half their size and by one; all groups of axes,
+        then one, then pairs."""
+        # Axes with different symbols may still depend on each other in the model (a mask and its
+        # text), so axes of equal size are varied together; the batch first.
+        by_size: dict[tuple[bool, int], list[AxisIndex]] = {}
+        for (index, axis), symbol in self.symbols.items():
+            key = self.labels[symbol] != BATCH, self.sizes[index][axis]
+            by_size.setdefault(key, []).append((index, axis))
         groups = [by_size[key] for key in sorted(by_size)]
         choices = [groups] if len(groups) > 1 else []
         choices += [list(chosen) for count in (1, 2) for chosen in combinations(groups, count)]
@@ -123,45 +119,46 @@ class Axes:
             yield places, smaller_inputs
 
     def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
-        """For each note of torch.export about these axes: the nearest smaller and larger sizes for
-        which it does not hold."""
+        """The nearest smaller and larger sizes for which a note of torch.export on these axes does
+        not hold."""
 
         def written(match: re.Match[str]) -> str:
             index, axis = map(int, match.groups())
             return "n" if (index, axis) in places else str(self.sizes[index][axis])
 
-        size, found = self.sizes[places[0][0]][places[0][1]], set[int]()
+        size, nearest = self.sizes[places[0][0]][places[0][1]], set[int]()
         for note in {_SIZE.sub(written, note) for note in notes}:
             if not re.search(r"\bn\b", note):
                 continue
-            holds = eval(f"lambda n: {note}", {**SYMPY_INTERP})  # as torch.export does
+            # torch.export evaluates its notes in the same way, with the same names
+            holds = eval(f"lambda n: {note}", {**SYMPY_INTERP})
             named = {int(n) + more for n in re.findall(r"\b\d+", note) for more in (0, 1, 2)}
             wrong = list[int]()
             for n in sorted({*range(1, _SIZES), *named} - {0}):
                 with suppress(ZeroDivisionError):
                     wrong += [] if holds(n) else [n]
-            found.update([n for n in wrong if n < size][-2:], [n for n in wrong if n > size][:2])
-        return sorted(found)
+            nearest.update([n for n in wrong if n < size][-2:], [n for n in wrong if n > size][:2])
+        return sorted(nearest)
 
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
-        """Shape of every input and output, with names for dynamic axes but those in `fixed`, which
-        the model fixes although they have a symbol."""
+        """Shape of every input and output, with names for dynamic axes but those in `fixed`."""
+        # torch.export gives an axis a symbol even if the model fixes it
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
-        found: dict[str, tuple[str | int, ...]] = {}
+        shapes: dict[str, tuple[str | int, ...]] = {}
         for index, name in enumerate(self.names):
             symbols = [self.symbols.get((index, axis)) for axis in range(len(self.sizes[index]))]
-            found[name] = tuple(
+            shapes[name] = tuple(
                 size if symbol is None or symbol in closed else self.labels[symbol]
                 for symbol, size in zip(symbols, self.sizes[index], strict=True)
             )
         for name, node in zip(outputs, program.graph.output_node().args[0], strict=True):
-            found[name] = tuple(
+            shapes[name] = tuple(
                 int(s) if s.isdigit() else closed.get(s, self.labels.get(s, f"{name}.{axis}"))
                 for axis, s in enumerate(map(str, node.meta["val"].shape))
             )
-        return found
+        return shapes
 
 
 def check_graph(
@@ -172,8 +169,7 @@ def check_graph(
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
     """Compare the graph of `module(*tensors)` with the module; returns the axes that have the
-    example's size only. An output that differs is refused, with the first module whose output
-    differs."""
+    example's size only."""
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         raise _refusal(program, module, tensors, difference)
@@ -202,15 +198,14 @@ def limited_axes(
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
     """The axes to fix at the example's size, because module and graph differ at another size.
-
-    Args:
-        exported: the result of torch.export, with its notes; `program` is the cleaned one.
-    """
+    `exported` is the result of torch.export, with its notes, `program` the cleaned one."""
+    # without ranges: torch would refuse the sizes that are tried
     graph = rebuilt(program, range_constraints={}).module(check_guards=False)
     most = {str(symbol): known.upper for symbol, known in exported.range_constraints.items()}
     limited, by_label = set[AxisIndex](), dict[str, list[AxisIndex]]()
     for place, symbol in axes.symbols.items():
         by_label.setdefault(axes.labels[symbol], []).append(place)
+    # most notes concern strides and change nothing, so each is tried
     for label, places in by_label.items():
         for size in axes.breaking(exported._guards_code, places):
             inputs, work = [*tensors], 0.0
@@ -234,19 +229,19 @@ def limited_axes(
     return limited
 
 
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]) -> str:
+def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> str:
     """The first difference in words; empty if all outputs are equal."""
-    for name, one, other in zip(names, expected, found, strict=True):
-        if one.shape != other.shape:
-            return f"output {name} has shape {list(other.shape)} instead of {list(one.shape)}"
-        if not _same(one, other):
-            largest = float((one.double() - other.double()).abs().nan_to_num().max())
+    for name, x, y in zip(names, expected, actual, strict=True):
+        if x.shape != y.shape:
+            return f"output {name} has shape {list(y.shape)} instead of {list(x.shape)}"
+        if not _same(x, y):
+            largest = float((x.double() - y.double()).abs().nan_to_num().max())
             return f"output {name} differs by {largest:.3g}"
     return ""
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and bool(((one == other) | (one.isnan() & other.isnan())).all())
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def _refusal(
@@ -263,7 +258,8 @@ def _refusal(
 def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tensors) -> str:
     """A sentence that names the first module, in order of completion, whose output differs."""
     recorder = _Recorder(program.module(check_guards=False))
-    with suppress(Exception):  # from an operator; earlier values are known
+    # an operator may raise anything; the values before it are known
+    with suppress(Exception):
         recorder.run(*tensors)
     differing: list[str] = []
 
@@ -295,7 +291,9 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor) and n.op == "call_function":
-            kept = result.detach().clone()  # later operators may overwrite it
-            for path, _ in module_stack(n).values():  # later calls are called PATH@1 ...
+            # a copy, because later operators may overwrite it
+            kept = result.detach().clone()
+            # later calls have other keys: PATH@1 ...
+            for path, _ in module_stack(n).values():
                 self.values[path].append(kept)
         return result

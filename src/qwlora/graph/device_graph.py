@@ -14,25 +14,15 @@ an input instead:
 In a graph without a key-value cache, every input without an encoding decides: token ids, masks, a
 time step. Lifted values are called after the input; integers that nothing decides, `constant`.
 
-Token ids are int32 too. Masked entries of a float mask are -3e38 in the model; the host graph
-returns `floor` there, because a grid cannot hold both.
+Token ids are int32 too. Nothing here knows an architecture: an operator that reads a boolean of the
+host graph, and integer arithmetic that remains on the device, are refused by name.
 
-Nothing here knows an architecture: an operator that reads a boolean of the host graph, and integer
-arithmetic that remains on the device, are refused by name.
-
-`rewritten` and `lift_scaling` change the device graph:
+`rewritten` and `lift_scaling` change the device graph, where nodes keep their names, and with them
+their encodings:
 
     y = w * (x * rsqrt(mean(x^2) + eps))  -->  y = rms_norm(x, w, eps)
     q, k, v = split(x, 64, -1)            -->  q, k, v = x[..., :64], ...
     base(x) + lora_B(lora_A(x)) * 2.0     -->  ... * lora_alpha, an input
-
-A norm's inner values are floats (`placement_rules.py`), and x^2 overflows half precision from 256
-on: on Qualcomm's HTP the inner operators of a norm of values in the thousands gave an SQNR of
--14 dB, the operator 76 dB (onnxruntime-qnn 2.7). torch.onnx writes a split as a sequence of
-tensors, which accelerators do not have. The scaling of an adapter is alpha / rank; as an input, a
-runtime can switch adapters and their strength.
-
-Nodes keep their names, and with them their encodings.
 """
 
 from __future__ import annotations
@@ -86,20 +76,26 @@ def lift_host_inputs(
 ) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
     """Split a program with static shapes in two: the device program, which takes token ids (int32),
     the outputs of the host graph and the other inputs, with its interface; and the host graph,
-    which takes `deciding_inputs` (`host_input`). Masked entries of a float mask become `floor`.
-    Operators by which the device would read a boolean or a complex number, or compute with
-    integers, are refused by name."""
+    which takes `deciding_inputs` (`host_input`). Masked entries of a float mask become `floor`."""
     graph = copy.deepcopy(program.graph)
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     fixed = stored_tensors(program) - set(parameter_names(program))
     deciding = {name for name, called in inputs.items() if called in deciding_inputs}
     constants = computed_from(program, fixed, _NOT_CONSTANT)
     decided = computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
+    # each layer repeats masks and positions, and each copy would become an input
     _merge_equal_(graph, constants | decided)
+    # without a cache, integer constants are lifted too, but for the codes of packed weights
+    indices = {
+        n.name
+        for n in graph.nodes
+        if n.name in constants and is_float(n) is False and not interface.cached
+        if all(operation(user) != "dequantize" for user in n.users)
+    }
     lifted = [
         n
         for n in graph.nodes
-        if (n.name in decided or (n.name in constants and _is_index(n, interface)))
+        if n.name in decided | indices
         and any(user.name not in decided | constants for user in n.users)
     ]
     for node in lifted:
@@ -132,26 +128,19 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
     and positions [1, tokens], or [3, 1, tokens] if the model counts three axes (text: equal)."""
     shape = host.interface.shapes.get(HOST_INPUTS[POSITIONS], positions.shape)
     given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions.expand([*map(int, shape)])}
-    outputs = host.program.module(check_guards=False)(
-        *(given[name] for name in host.interface.inputs)
-    )
+    run = host.program.module(check_guards=False)
+    outputs = run(*(given[name] for name in host.interface.inputs))
     return dict(zip(host.interface.outputs, outputs, strict=True))
 
 
-def _is_index(node: Node, interface: Interface) -> bool:
-    """Whether a constant of a graph without a cache is integers, but no packed weight."""
-    is_packed = any(operation(user) == "dequantize" for user in node.users)
-    return is_float(node) is False and not is_packed and not interface.cached
-
-
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
-    """Merge equal calls among the nodes in `names`, such as those that each layer repeats."""
+    """Merge equal calls among the nodes in `names`."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.name not in names:
+        # an in-place operator may overwrite a value that others read then
+        is_overwritten = any(operator_of(user).endswith("_") for user in node.users)
+        if node.op != "call_function" or node.name not in names or is_overwritten:
             continue
-        if any(operator_of(user).endswith("_") for user in node.users):
-            continue  # it is overwritten
         key = (node.target, str(node.args), str(node.kwargs))
         if key in first:
             node.replace_all_uses_with(first[key])
@@ -193,8 +182,8 @@ def _host(
     decided: set[str],
     floor: float,
 ) -> ExportedProgram:
-    """The program that computes the nodes in `names` as an accelerator takes them: integers of 32
-    bits, no number below `floor` in a mask."""
+    """The program that computes the nodes in `names`."""
+    # as an accelerator takes them: integers of 32 bits, no number below `floor` in a mask
     host = Graph()
     copied: dict[Node, Node] = {}
     for node in graph.nodes:
@@ -206,6 +195,7 @@ def _host(
         if not value.is_floating_point():
             result = host.call_function(torch.ops.aten.to.dtype, (result, torch.int32))
         elif name.startswith(MASK):
+            # masked entries are -3e38 in the model, and a grid cannot hold both them and scores
             result = host.call_function(torch.ops.aten.clamp.default, (result, floor))
         result.meta["val"] = _int32(value)
         results.append(result)
@@ -267,18 +257,16 @@ _SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unsafe_split", "tens
 
 def rewritten(program: ExportedProgram) -> ExportedProgram:
     """`program` with an `rms_norm` for every root mean square norm that has a weight, which may be
-    computed from constants (1 + w), and with a slice for every part of a split.
-
-    Parts without values are left out of a concatenation: a model may rotate all of its widths and
-    append the rest.
-    """
+    computed from constants (1 + w), and with a slice for every part of a split."""
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
         _fuse_(node)
         try:
+            # torch.onnx writes a split as a sequence of tensors, which accelerators do not have
             if node.target is operator.getitem and base_name(operator_of(node)) in _SPLITS:
                 _slice_(node)
             elif operation(node) == "cat":
+                # a model may rotate all of its widths, and append a rest without values
                 parts = [part for part in node.args[0] if part.meta["val"].numel()]
                 node.args = (parts, *node.args[1:])
         except GuardOnDataDependentSymNode as error:
@@ -291,7 +279,8 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
 
 
 def _fuse_(rsqrt: Node) -> None:
-    """Replace the norm around `rsqrt`, if it is one."""
+    # x^2 overflows half precision from 256 on: on Qualcomm's HTP the inner operators of a norm of
+    # values in the thousands gave an SQNR of -14 dB, the operator 76 dB (onnxruntime-qnn 2.7).
     match _nested(rsqrt, depth=4):
         case "rsqrt", [
             "add",
@@ -307,7 +296,6 @@ def _fuse_(rsqrt: Node) -> None:
 
 
 def _nested(node: Any, depth: int) -> Any:
-    """The operation and the arguments of a node, and those of its arguments."""
     if not depth or not isinstance(node, Node):
         return node
     return [operation(node), *(_nested(argument, depth - 1) for argument in node.args)]
@@ -339,6 +327,7 @@ def lift_scaling(
     program: ExportedProgram, interface: Interface
 ) -> tuple[ExportedProgram, Interface]:
     """The program of an adapter with the scaling as its last input, which every layer reads."""
+    # as an input, a runtime can switch adapters and their strength
     graph, names = copy.deepcopy(program.graph), _scalings(program)
     scaled = [node for node in graph.nodes if node.name in names]
     last = graph.find_nodes(op="placeholder")[-1]
@@ -352,8 +341,7 @@ def lift_scaling(
 
 
 def scaling_of(program: ExportedProgram) -> float | None:
-    """alpha / rank of the adapter in a graph; None if there is none. Refuses layers with different
-    scalings."""
+    """alpha / rank of the adapter in a graph, one for all layers; None if there is none."""
     scalings = sorted(set(_scalings(program).values()))
     if len(scalings) > 1:
         raise CaptureError(

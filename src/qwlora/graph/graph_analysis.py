@@ -7,9 +7,6 @@ architecture is known by name.
     adapter     everything an adapted layer computes outside its base layer: lora_A(x),
                 lora_B(lora_A(x)), the scaling, the sum with base_layer(x), DoRA; `modules_to_save`
     base        base_layer(x), and everything between adapted layers
-
-A graph without adapter has exactly the base's values, although with an adapter their numbers depend
-on the adapted layers before them.
 """
 
 from __future__ import annotations
@@ -90,6 +87,7 @@ class GraphAnalysis:
             Trait.ADAPTED_WEIGHT: _moved_versions(
                 program, self._adapted_weights - {n.name for n in placeholders}
             ),
+            # found by structure, whatever the modules are called: one addend comes from the other;
             # DoRA's x + f(x) is a layer's output, not a residual stream
             Trait.RESIDUAL_ADDITION: residual_additions(program) - factors,
             Trait.LORA_BRANCH: lora_branch(program),
@@ -104,11 +102,11 @@ class GraphAnalysis:
 
     def traits(self, node: Node) -> frozenset[Trait]:
         """All traits of the floating-point value of `node`."""
-        found = {trait for trait, names in self._names.items() if node.name in names}
+        traits = {trait for trait, names in self._names.items() if node.name in names}
         if owner := self.owner(node):
             outside = any(owner[0] not in module_stack(user) for user in node.users)
-            found.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
-        return frozenset(found)
+            traits.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
+        return frozenset(traits)
 
     def owner(self, node: Node) -> tuple[str, str] | None:
         """(stack key, class name) of the outermost module around `node` that is one operation."""
@@ -118,27 +116,28 @@ class GraphAnalysis:
         return None
 
     def _find_adapted_weights(self) -> set[str]:
-        """Names of the nodes between an adapter's weights and a matrix product that uses them as a
-        weight, such as W + BA."""
-        found: set[str] = set()
+        """Names of the nodes from an adapter's weights to a product that uses them as a weight: W +
+        BA."""
+        adapted: set[str] = set()
+        # a product of two weights, as BA, is none: it computes the weight of a later product
         for node in reversed(calls(self.program)):
-            factors = [made for factor in _factors(node) if is_float(made := origin(factor))]
+            factors = [source for factor in _factors(node) if is_float(source := origin(factor))]
             if any(factor.name not in self._constants for factor in factors):
-                found.update(factor.name for factor in factors if factor.name in self._of_adapter)
-            if node.name in self._of_adapter and any(user.name in found for user in node.users):
-                found.add(node.name)
-        return found
+                adapted.update(factor.name for factor in factors if factor.name in self._of_adapter)
+            if node.name in self._of_adapter and any(user.name in adapted for user in node.users):
+                adapted.add(node.name)
+        return adapted
 
     def _find_factors(self) -> tuple[set[str], set[str]]:
-        """Names of the activations that matrix products read, and of the second factors among
-        them."""
+        """Names of the activations that matrix products read, and of those read as second
+        factors."""
         multiplied, second = set[str](), set[str]()
         for node in calls(self.program):
             activations = [
-                (i, made.name)
+                (i, source.name)
                 for i, factor in enumerate(_factors(node))
-                if factor.name not in self._constants and is_float(made := origin(factor))
-                if made.name not in self._adapted_weights
+                if factor.name not in self._constants and is_float(source := origin(factor))
+                if source.name not in self._adapted_weights
             ]
             multiplied.update(name for _, name in activations)
             second.update(name for i, name in activations if i > 0 and len(activations) > 1)
@@ -157,7 +156,7 @@ class GraphAnalysis:
         for node in reversed(list(self.program.graph.nodes)):
             if node.users and all(_is_second_factor(node, user, second) for user in node.users):
                 second.add(node.name)
-        found = set()
+        cached = set()
         for node in calls(self.program):
             activations = [f for f in _factors(node) if f.name not in self._constants]
             for factor in activations[1:]:
@@ -167,8 +166,8 @@ class GraphAnalysis:
                     first = source if isinstance(source.meta.get("val"), Tensor) else first
                     source = moved_from(source)
                 if first is not None and first.name not in self._adapted_weights:
-                    found.add(first.name)
-        return found
+                    cached.add(first.name)
+        return cached
 
 
 def lora_branch(program: ExportedProgram) -> set[str]:
@@ -198,30 +197,29 @@ def branch_nodes(program: ExportedProgram, pattern: re.Pattern[str] = _OF_ADAPTE
 def residual_additions(program: ExportedProgram) -> set[str]:
     """Names of the nodes that compute `x + f(x)`."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
-    found = set()
+    additions = set()
     for node in calls(program):
         operands = sorted(filter(_is_tensor, node.all_input_nodes), key=order.__getitem__)
         if operation(node) == "add" and len(operands) == 2 and operands[0].op == "call_function":
             x, added = operands
+            # nothing before x was computed from it, so the walk ends there
             if x in ancestors(added, lambda n, x=x: order[n] > order[x]):  # type: ignore[misc]
-                found.add(node.name)
-    return found
+                additions.add(node.name)
+    return additions
 
 
 def _angles(program: ExportedProgram) -> set[str]:
     """Names of the nodes that only sine and cosine read, directly or through other such nodes."""
-    found: set[str] = set()
+    angles: set[str] = set()
     for node in reversed(program.graph.nodes):
-        if node.users and all(
-            user.name in found or operation(user) in ("sin", "cos") for user in node.users
-        ):
-            found.add(node.name)
-    return found
+        reads = [u.name in angles or operation(u) in ("sin", "cos") for u in node.users]
+        if reads and all(reads):
+            angles.add(node.name)
+    return angles
 
 
 def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
-    """Names of the nodes that apply a mask (computed from integers), and of those from there to a
-    softmax."""
+    """Names of the nodes that apply a mask, and of those from there to a softmax."""
     scores: set[str] = set()
     for node in reversed(calls(program)):
         if any(
@@ -230,20 +228,17 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
             for user in node.users
         ):
             scores.add(node.name)
-    found: set[str] = set()
+    masked, ends_scores = set[str](), MATRIX_PRODUCTS.keys() | SOFTMAXES
     for node in calls(program):
         sources, operator = node.all_input_nodes, operation(node)
-        meets_mask = operator in MASKS and any(
-            source.name in integer_origins and _is_tensor(source) for source in sources
-        )
-        if meets_mask or (
-            node.name in scores
-            and operator not in MATRIX_PRODUCTS
-            and operator not in SOFTMAXES
-            and any(s.name in found and s.name not in integer_origins for s in sources)
+        # masks are computed from integers: positions, and which tokens are padding
+        meets_mask = any(s.name in integer_origins and _is_tensor(s) for s in sources)
+        is_score = node.name in scores and operator not in ends_scores
+        if (operator in MASKS and meets_mask) or (
+            is_score and any(s.name in masked and s.name not in integer_origins for s in sources)
         ):
-            found.add(node.name)
-    return found
+            masked.add(node.name)
+    return masked
 
 
 def computed_from(
@@ -251,18 +246,16 @@ def computed_from(
 ) -> set[str]:
     """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes;
     results of the operators in `stop_at` do not count."""
-    found = set(placeholders)
+    computed = set(placeholders)
     for node in calls(program):
-        computed = operator_of(node) not in stop_at and all(
-            n.name in found for n in node.all_input_nodes
-        )
-        if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
-            found.add(node.name)
-    return found
+        from_computed = all(n.name in computed for n in node.all_input_nodes)
+        is_size = isinstance(node.meta.get("val"), torch.SymInt | int)
+        if is_size or (from_computed and operator_of(node) not in stop_at):
+            computed.add(node.name)
+    return computed
 
 
 def _moved_versions(program: ExportedProgram, names: set[str]) -> set[str]:
-    """Names of the calls whose value is that of a node in `names`, perhaps moved."""
     return {node.name for node in calls(program) if origin(node).name in names}
 
 
@@ -274,8 +267,9 @@ def _factors(node: Node) -> list[Node]:
 
 def _is_second_factor(node: Node, user: Node, second: set[str]) -> bool:
     """Whether `user` reads `node` as a second factor only, at once or after moving it."""
+    # an output may be the cache of the next call
     if user.op == "output":
-        return True  # the cache of the next call
+        return True
     if factors := _factors(user):
         return node in factors[1:] and node is not factors[0]
     # a cache is an input of the model, to which `user` appends

@@ -122,20 +122,18 @@ def origin(node: Node) -> Node:
 
 def ancestors(node: Node, is_followed: Callable[[Node], bool]) -> set[Node]:
     """`node`, what it reads, what that reads and so on, where the reader `is_followed`."""
-    found, waiting = {node}, [node]
+    visited, waiting = {node}, [node]
     while waiting:
         reader = waiting.pop()
-        new = set(reader.all_input_nodes) - found if is_followed(reader) else ()
-        found.update(new)
+        new = set(reader.all_input_nodes) - visited if is_followed(reader) else ()
+        visited.update(new)
         waiting += new
-    return found
+    return visited
 
 
 def module_stack(node: Node) -> dict[str, tuple[str, str]]:
-    """Path and class of the module calls around a node, outermost first, by call.
-
-    The path of a module's second call ends in `@1`, and so on.
-    """
+    """Path and class of the module calls around a node, outermost first, by call."""
+    # the path of a module's second call ends in @1, and so on
     stack = node.meta.get("nn_module_stack") or {}
     return {key: entry for key, entry in stack.items() if isinstance(entry, tuple)}
 
@@ -151,8 +149,8 @@ def module_path(node: Node) -> str:
 
 
 def module_of(node: Node) -> tuple[str, str]:
-    """(path, class name) of the innermost module around a node, without the prefix of
-    `FlatModel`."""
+    """(path without the prefix of `FlatModel`, class name) of the innermost module around a
+    node."""
     path, kind = next(reversed(module_stack(node).values()), ("", ""))
     return path.removeprefix("model").removeprefix("."), class_name(kind)
 
@@ -174,11 +172,9 @@ def stored_tensors(program: ExportedProgram) -> set[str]:
 
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
-    """Parameter path by placeholder name, without the prefix of `FlatModel`.
-
-    torch.export uses an arbitrary one of the placeholders of a tied weight for all readers. It gets
-    the name that comes first in the model.
-    """
+    """Parameter path by placeholder name, without the prefix of `FlatModel`."""
+    # torch.export uses an arbitrary one of the placeholders of a tied weight for all readers. It
+    # gets the name that comes first in the model.
     used = used_placeholders(program)
     specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER]
     address = {s.arg.name: program.state_dict[s.target].data_ptr() for s in specs}

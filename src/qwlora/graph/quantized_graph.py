@@ -118,8 +118,7 @@ class Interface:
 @dataclass(frozen=True)
 class QuantizedGraph:
     """A captured program with an encoding for every mark; base weights may have float offsets.
-    `observer` names the estimator that chose the ranges of activations. Its tensors are on the CPU,
-    wherever the captured model is."""
+    `observer` names the estimator that chose the ranges of activations."""
 
     program: ExportedProgram
     interface: Interface
@@ -137,8 +136,8 @@ class QuantizedGraph:
     @property
     def activation_bitwidths(self) -> list[int]:
         """The bitwidth of each activation that has an encoding."""
-        names = (mark.name for mark in self.marks if mark.kind is Kind.ACTIVATION)
-        return [self.encodings[name].scheme.bitwidth for name in names]
+        activations = (mark for mark in self.marks if mark.kind is Kind.ACTIVATION)
+        return [self.encodings[mark.name].scheme.bitwidth for mark in activations]
 
     @property
     def has_float_activations(self) -> bool:
@@ -157,6 +156,7 @@ def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = 
 
 def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
     """`program` with another graph over its tensors; all other placeholders are inputs."""
+    # the specs of the program, not copies: torch 2.13 warns about those
     tensors = {
         spec.arg.name: spec
         for spec in program.graph_signature.input_specs
@@ -207,7 +207,8 @@ def program_on_cpu(program: ExportedProgram) -> ExportedProgram:
         return copies[id(value)]
 
     graph = copy.deepcopy(program.graph)
-    for node in graph.nodes:  # such as arange(..., device=cuda:0)
+    # such as arange(..., device=cuda:0)
+    for node in graph.nodes:
         node.args, node.kwargs = map_aggregate(
             (node.args, node.kwargs), lambda v: CPU if isinstance(v, torch.device) else v
         )

@@ -1,6 +1,4 @@
-"""The maths of the integer grid: schemes, encodings, observers, packing. Imports torch and, of
-QWLoRA, only errors and `system`.
+"""The maths of the integer grid: schemes, encodings, observers, packing. Import the modules, not
+this package. They import torch and, of QWLoRA, only errors and `system`."""
 
-`scheme.py` alone is free of torch, so that a recipe can be validated before torch is loaded; import
-the modules, not this package.
-"""
+# scheme.py alone is free of torch, so that a recipe can be validated before torch is loaded

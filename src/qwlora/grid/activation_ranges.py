@@ -6,20 +6,11 @@ Calibration keeps the exact lowest and highest value, and a histogram of all val
     patterns   int32 [used bins]    the bits of that number
     counts     int64 [used bins]
 
-Bfloat16 has the exponents of float32 and 8 bits of precision, so a value moves by at most 2^-8 of
-itself, whatever its magnitude: no range is guessed, and no value is left out. Observers merge by
-addition, so neither the order of batches nor the number of processes changes a bit. Only used bins
-are kept, 12 bytes each (`HISTOGRAM_BYTES`).
-
-Ranges are estimated for many activations at a time:
+Observers merge by addition, so neither the order of batches nor the number of processes changes a
+bit. Ranges are estimated for many activations at a time:
 
     min-max                             the lowest and the highest value, exactly
     percentile, squared-error, sqnr     on the histogram, between these
-
-The lowest and highest value count exactly, every other value as the number of its bin. So the end
-of a percentile range is off by at most 2^-8 of itself: one step at 8 bits, 256 steps at 16. That
-changes the scale by at most 0.4 %, and with it the rounding error at 16 bits by 0.04 dB. It also
-moves the clipping threshold, where values are few. A grid that clips nothing is exact.
 
 `squared-error` and `sqnr` choose the grid with the least weighted squared error:
 
@@ -57,12 +48,16 @@ from qwlora.grid.encoding import smallest_scale
 from qwlora.grid.scheme import RangeEstimator, Scheme
 from qwlora.system.device import moved
 
-# Measured bins: 4,400 for normal values and softmax, half as many after relu, 19,000 for x^5.
+# Only used bins are kept, 12 bytes each. Measured: 4,400 bins for normal values and softmax, half
+# as many after relu, 19,000 for x^5.
 HISTOGRAM_BYTES = 12 * 5_000
+# Bfloat16 has the exponents of float32 and 8 bits of precision, so a value moves by at most 2^-8 of
+# itself, whatever its magnitude: no range is guessed, and no value is left out.
 _BINS = 2**16
 # The bits of this many values fit a processor's cache: 25 M at once take 4 times longer.
 _VALUES_AT_ONCE = 2**18
 _OBSERVERS_AT_ONCE = 16  # more are not faster, and need more memory
+# The exact error takes a lookup for each step of each candidate, so it is for grids up to 5 bits.
 _MOST_EXACT_STEPS = 31
 # Lookups per chunk: fits a processor's cache and stays below the size that torch parallelizes.
 _LOOKUPS_AT_ONCE = 2**15
@@ -97,7 +92,9 @@ class RangeObserver:
         if self.has_histogram:
             counts = torch.zeros(_BINS, dtype=torch.int64, device=x.device)
             for part in x.flatten().split(_VALUES_AT_ONCE):
+                # rounding to nearest keeps 0, 1 and bfloat16 values exact (docs/log/grid.md)
                 bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+                # int16 is signed: the mask makes an index of the pattern of a negative value
                 counts += torch.bincount(bits.bitwise_and_(_BINS - 1), minlength=_BINS)
         # two passes, faster than torch.aminmax
         self._add(1, x.amin().float(), x.amax().float(), counts)
@@ -132,9 +129,14 @@ class RangeObserver:
         counts, one = self.counts.cpu(), torch.ones(1, dtype=torch.int64)
         if torch.equal(low, high):
             return low, counts.sum().view(1)
+        # A bfloat16 is the upper half of a float32. Rounding may have put the number of an outer
+        # bin beyond the range.
         numbers = (self.patterns.cpu() << 16).view(torch.float32).double()
         places, order = numbers.clamp(low, high).sort()
         counts = counts[order]
+        # The ends are points of their own, so a grid that clips nothing is exact. The end of a
+        # percentile range is off by at most 2^-8 of itself: one step at 8 bits, 256 steps at 16.
+        # That changes the scale by at most 0.4 %, and the rounding error at 16 bits by 0.04 dB.
         counts[0] -= 1
         counts[-1] -= 1
         return torch.cat([low, places, high]), torch.cat([one, counts, one])
@@ -161,12 +163,8 @@ def observed_ranges(
 def estimate_ranges(
     observers: Sequence[RangeObserver], scheme: Scheme, estimator: RangeEstimator
 ) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
-    """The range that `estimator` chooses for each observer, on the CPU.
-
-    Args:
-        observers: one per tensor, with finite values, and a histogram if the estimator needs it.
-        scheme: bitwidth and symmetry of the grid that the range is for.
-    """
+    """The range that `estimator` chooses for each observer, on the CPU, for a grid as `scheme` has
+    it."""
     low, high = observed_ranges(observers)
     if not estimator.needs_histogram:
         return low, high
@@ -183,20 +181,15 @@ def estimate_ranges(
 
 
 class WeightedPoints:
-    """Sorted points on the number line with a weight each, for several groups at once.
-
-    With running sums, the sum of `w (x - v)^2` over any interval takes two lookups, so the cost of
-    judging a grid does not depend on the number of values.
-
-    Args:
-        places: float64 [groups, points], ascending.
-        weights: float64 [groups, points]; overwritten.
-    """
+    """Sorted points on the number line with a weight each, for several groups at once; both float64
+    [groups, points]. `weights` is overwritten."""
 
     def __init__(
         self, places: Float[Tensor, "groups points"], weights: Float[Tensor, "groups points"]
     ):
         self.places = places
+        # With running sums, the sum of w (x - v)^2 over any interval takes two lookups, however
+        # many values there are. That made the search 5 times faster (docs/log/grid.md).
         # weight, weight times place, and weight times place squared; the first column is 0
         self.sums = places.new_zeros(3, len(places), places.shape[1] + 1)
         for sums in self.sums:
@@ -214,28 +207,27 @@ class WeightedPoints:
         return cls(places, weights)
 
     def below(self, bounds: Float[Tensor, "groups bounds"]) -> Int64[Tensor, "groups bounds"]:
-        """Number of points below each bound, which is an index into `sums`."""
+        """Number of points below each bound, an index into `sums`."""
         return torch.searchsorted(self.places, bounds)
 
     def percentile_range(
         self, percentile: float
     ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
-        """The narrowest range between places that leaves at most `(100 - percentile) %` of the
-        weight outside at either end."""
+        """The narrowest range that leaves `(100 - percentile) %` of the weight outside at either
+        end."""
         weight = self.sums[0, :, 1:].contiguous()
         shares = [[share_outside(total, percentile)] for total in weight[:, -1].tolist()]
         outside = weight.new_tensor(shares)
         first = torch.searchsorted(weight, outside, right=True)
         last = torch.searchsorted(weight, weight[:, -1:] - outside)
-        most = self.places.shape[1] - 1
-        columns = torch.cat([first, last], 1).clamp(max=most)
+        columns = torch.cat([first, last], 1).clamp(max=self.places.shape[1] - 1)
         lower, upper = self.places.gather(1, columns).float().unbind(1)
         return lower, upper
 
 
 def share_outside(count: float, percentile: float) -> int:
-    """`(100 - percentile) %` of a count, rounded down. A product that misses a whole number by
-    float64's rounding alone counts as that number."""
+    """`(100 - percentile) %` of a count, rounded down."""
+    # a product that misses a whole number by float64's rounding alone counts as that number
     return math.floor(count * (100 - percentile) / 100 * (1 + 1e-12) + 1e-9)
 
 
@@ -246,18 +238,14 @@ def least_error_grid(
     scheme: Scheme,
     gamma: float,
 ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
-    """(scale, offset) of each group.
-
-    Args:
-        low, high: the lowest and the highest value of each group.
-        scheme: bitwidth and symmetry; the granularity is ignored.
-        gamma: weight of the squared error of a clipped value.
-    """
+    """(scale, offset) of each group, from its lowest and highest value and the bitwidth and
+    symmetry of `scheme`; `gamma` is the weight of the squared error of a clipped value."""
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     smallest = smallest_scale(scheme)
     is_narrow = (high - low) / scheme.steps < smallest
     candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
     scale, offset = candidates(low, high, scheme)
+    # twice: AIMET's candidates, then finer ones around the best of them
     for spread in (0.01 if scheme.symmetric else 1 / 16, None):
         scale = scale.clamp(min=smallest)
         best = _errors(points, scale, offset, scheme.steps, gamma).argmin(1, keepdim=True)
@@ -275,6 +263,7 @@ def _symmetric_candidates(
     low: Tensor, high: Tensor, scheme: Scheme
 ) -> tuple[Candidates, Candidates]:
     widest = 2 * torch.maximum(high, -low).unsqueeze(1) / scheme.steps
+    # up to 1.01 of the widest scale: the 101 steps of AIMET's search, so that no choice is worse
     hundredths = torch.arange(1, 102, device=low.device, dtype=torch.float64) / 100
     # At 2 bits the widest grid ends where clipping begins, and rounding of the scale decides on
     # which side. Both sides are candidates.
@@ -332,6 +321,7 @@ def _errors(
         weight, _, squares = not_high - low
         inside = points.sums[0, :, -1:] - below[0] - above[0]
         return clipped + squares + (inside - weight).clamp_(min=0) * scale.square() / 12
+    # the sum over all values has weight 1, so clipped ones count gamma - 1 times more
     at_once = max(1, _LOOKUPS_AT_ONCE // (steps * len(scale)))
     chunks = zip(scale.split(at_once, 1), offset.split(at_once, 1), strict=True)
     unweighted = torch.cat([_unweighted_errors(points, s, o, steps) for s, o in chunks], 1)

@@ -11,8 +11,7 @@ or, for a float-offset scheme (such as GGUF's Q4_1), one `minimum` (float32):
     quantize        q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
     dequantize      x_hat = q * scale + minimum
 
-There, zero need not be on the grid, and `offset` raises: rounding `minimum / scale` to an integer
-would cost up to half a step.
+There, zero need not be on the grid, and `offset` raises.
 
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside
                     the grid, 0 where it was clamped; scales get no gradient
@@ -27,9 +26,9 @@ The encoding of a min-max range, which always contains zero. The scale is AIMET'
     symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
                  offset = -2^(bitwidth - 1)
 
-with `steps = 2^bitwidth - 1`. The symmetric grid clips at neither end; AIMET's clips at 2 bits,
-where it divides max by 2 instead of 1. A range that float32 cannot tell from zero gets the smallest
-scale, `min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
+with `steps = 2^bitwidth - 1`. The symmetric grid clips at neither end, except at 2 bits: there, as
+AIMET does, max is divided by 2 instead of 1. A range that float32 cannot tell from zero gets the
+smallest scale, `min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
 """
 
 from __future__ import annotations
@@ -87,22 +86,22 @@ class Encoding:
         lowest, highest = int(self.low_end.min()), int(self.low_end.max())
         if not -self.scheme.steps <= lowest <= highest <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
-        if lowest == highest:  # clamping between numbers costs half of clamping between tensors
+        # clamping between numbers costs half of clamping between tensors
+        if lowest == highest:
             object.__setattr__(self, "uniform_offset", lowest)
 
     def to(self, device: torch.device) -> Encoding:
-        """The encoding on a device; unchanged for the meta device, which has no values to check.
-
-        A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
-        reciprocal instead of dividing.
-        """
+        """The encoding on a device; unchanged for the meta device, which has no values to check."""
         if device.type == "meta" or self.scale.device == device:
             return self
+        # A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
+        # reciprocal instead of dividing.
         return replace(self, scale=self.scale.to(device), low_end=self.low_end.to(device))
 
     @property
     def offset(self) -> Int[Tensor, "*groups"]:
         """The offsets."""
+        # rounding minimum / scale to an integer would cost up to half a step
         if self.scheme.float_offset:
             raise GridError(
                 f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has "
@@ -134,14 +133,15 @@ class Encoding:
         )
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
-        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side,
-        nan is refused."""
+        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its
+        side."""
         x_grouped, scale, low_end = self._grouped(x)
         if self.scheme.float_offset:
             codes = torch.div(_wide(x_grouped) - low_end, scale).round_()
         else:
             codes = torch.div(_wide(x_grouped), scale).round_().sub_(low_end)
         codes.clamp_(0, self.scheme.steps)
+        # clamp keeps nan, and the cast below would make it any integer, without a word
         if bool(codes.isnan().any()):
             raise GridError(
                 f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; "
@@ -158,8 +158,8 @@ class Encoding:
         return values.add_(low_end).mul_(scale).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The nearest values of the grid, in one pass, differentiable in `x`. With a float minimum
-        there is no gradient: bases with such grids are frozen."""
+        """The nearest values of the grid, differentiable in `x` if the offset is an integer."""
+        # only bases have grids with a float minimum, and these are frozen: no gradient is needed
         if self.scheme.float_offset:
             return self.dequantize(self.quantize(x.detach())).to(x.dtype)
         x_grouped, scale, _ = self._grouped(x)
@@ -171,9 +171,9 @@ class Encoding:
         return codes.mul_(scale).to(x.dtype).view(x.shape)
 
     def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there
-        already costs a fraction of memory that has to be fetched. `x` must not be expanded or
-        need a gradient."""
+        """`fake_quantize` written over `x` itself, bit for bit the same; `x` must not be expanded
+        or need a gradient."""
+        # fresh memory dominates: 512 x 576 take 0.47 ms, in place 0.075 (docs/log/simulation.md)
         is_expanded = any(
             size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)
         )
@@ -196,23 +196,21 @@ class Encoding:
         return low, low + self.scheme.steps
 
     def with_positive_scales(self) -> Encoding:
-        """The same values for formats without negative scales. Signed blocks become asymmetric
-        ones; the codes of a block with a negative scale are counted from the other end:
-
-            (q + offset) s = (2^b - 1 - q + offset') |s|,  offset' = -(2^b - 1) - offset
-        """
+        """The same values for formats without negative scales: signed blocks become asymmetric
+        ones, with the codes of a block with a negative scale counted from the other end."""
         granularity = self.scheme.granularity
         if not isinstance(granularity, Blocks) or not granularity.is_signed:
             return self
+        # (q + offset) s = (2^b - 1 - q + offset') |s|,  offset' = -(2^b - 1) - offset
         turned = -self.scheme.steps - self.offset
         offset = torch.where(self.scale < 0, turned, self.offset)
         scheme = Scheme(self.scheme.bitwidth, False, PerBlock(granularity.size))
         return Encoding(scheme, self.scale.abs(), offset)
 
     def has_same_grid(self, other: Encoding) -> bool:
-        """Whether both grids have the same values, even if an encodings file did not keep the kind
-        of blocks, or the end that codes are counted from."""
+        """Whether both grids have the same values."""
 
+        # an encodings file keeps neither the kind of blocks, nor the end that codes count from
         def plain(encoding: Encoding) -> Encoding:
             encoding = encoding.with_positive_scales()
             scheme, granularity = encoding.scheme, encoding.scheme.granularity
@@ -235,11 +233,8 @@ class Encoding:
         """`x`, scale and low end in shapes that broadcast against each other."""
         self.check_fit(x)
         granularity = self.scheme.granularity
-        return (
-            grouped(x, granularity),
-            aligned(self.scale, granularity, x.ndim),
-            aligned(self.low_end, granularity, x.ndim),
-        )
+        scale, low_end = (aligned(p, granularity, x.ndim) for p in (self.scale, self.low_end))
+        return grouped(x, granularity), scale, low_end
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -257,12 +252,12 @@ class QuantizedTensor:
     encoding: Encoding
 
     def __post_init__(self) -> None:
-        bitwidth = self.encoding.scheme.bitwidth
+        # Packing would keep the low bits of signed codes: other values, without a word.
         is_signed = self.codes.dtype == torch.int8 or (
             self.codes.dtype != torch.uint8 and self.codes.numel() > 0 and int(self.codes.min()) < 0
         )
         if is_signed:
-            half = 2 ** (bitwidth - 1)
+            half = 2 ** (self.encoding.scheme.bitwidth - 1)
             raise GridError(
                 f"the codes are signed ({self.codes.dtype}), but codes run from 0 to "
                 f"{2 * half - 1}: pass (codes.int() + {half}).to(torch.uint8). A code's value is "
@@ -312,28 +307,23 @@ def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
 def spread(
     parameter: Tensor, granularity: Granularity, shape: tuple[int, ...], size: int
 ) -> Tensor:
-    """A scale or offset for every `size` neighbors in a row of a matrix: [out, in / size].
-
-    Args:
-        size: divides the blocks of `granularity` if it has any.
-    """
+    """A scale or offset for every `size` neighbors in a row of a matrix: [out, in / size]; `size`
+    divides the blocks of `granularity` if it has any."""
     if isinstance(granularity, Blocks):
         return parameter.repeat_interleave(granularity.size // size, dim=-1)
     return aligned(parameter, granularity, 2).expand(shape[0], shape[1] // size)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times
-    a bfloat16 scale would not round back to the same code."""
+    # in bfloat16, an int8 code times a scale would not round back to the same code
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """clamp(round(x / scale), low, high) * scale. Saves one bit of truth per value."""
-
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         steps = torch.div(x, scale).round_()
+        # autograd keeps a boolean for each value, not the value
         ctx.save_for_backward((steps >= low) & (steps <= high))
         return steps.clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
@@ -355,8 +345,7 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 
 def _divided(x: Tensor, number: int) -> Tensor:
-    """`x / number` with the same bits everywhere: CUDA and XPU multiply by the reciprocal of a
-    number, and divide by a tensor."""
+    # CUDA and XPU multiply by the reciprocal of a number, and divide by a tensor as the CPU does
     return x / torch.full_like(x, number)
 
 
@@ -384,6 +373,7 @@ def encoding_from_range(
     if scheme.symmetric:
         positive, negative = math.floor(steps / 2), math.ceil(steps / 2)
         high, low = high + positive * narrow, low - negative * narrow
+        # at 2 bits AIMET divides by 2, not by floor(3 / 2), and clips there (docs/log/grid.md)
         upper = _divided(high, positive if steps > 3 else 2)
         step = torch.maximum(upper, _divided(-low, negative))
         # AIMET stores the two ends and derives the scale from them. So the last bit is equal.

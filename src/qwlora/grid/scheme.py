@@ -10,10 +10,7 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], SignedBlock(32)       -> scale [A, B / 32]   the same, of either sign
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 
-A new grid is a subclass of `Blocks`: `kind` names it, `nearest` says which scales it allows,
-`is_free` whether solvers may choose each scale by itself (they round it to float16 at least),
-`is_signed` whether one may be negative, `is_only_symmetric` whether it has no offsets. Formats that
-store a float scale per block hold it.
+A new grid is a subclass of `Blocks`. Formats that store a float scale per block hold it.
 """
 
 from __future__ import annotations
@@ -32,9 +29,8 @@ BITWIDTHS = range(2, 17)
 
 
 class _Granularity:
-    """What the grids of any granularity allow; blocks may allow less or more."""
-
     kind: ClassVar[str]
+    # whether solvers may choose each scale by itself; they round it to float16 at least
     is_free: ClassVar[bool] = False
     is_signed: ClassVar[bool] = False
     is_only_symmetric: ClassVar[bool] = False
@@ -80,6 +76,8 @@ class Blocks(_Granularity):
     def to_json(self) -> dict[str, Any]:
         """The entries of `Scheme.to_json` that describe the blocks."""
         values = asdict(self)
+        # Fingerprints hash this text. The two kinds that came first are told apart by
+        # scale_bitwidth, and a name for them would change the fingerprint of every base.
         kind = {} if self.kind in ("block", "lpbq") else {"kind": self.kind}
         return {"block_size": values.pop("size"), **kind, **values}
 
@@ -115,8 +113,7 @@ class SignedBlock(Blocks, kind="signed"):
 
 @dataclass(frozen=True)
 class Bf16Block(PerBlock, kind="bf16block"):
-    """Blocks whose scales are bfloat16, as XNNPACK stores them, without offsets. Whoever stores any
-    scales stores these."""
+    """Blocks whose scales are bfloat16, as XNNPACK stores them, without offsets."""
 
     is_only_symmetric: ClassVar[bool] = True
 
@@ -136,8 +133,7 @@ class Lpbq(Blocks, kind="lpbq"):
         r = max over the row's blocks of scale / 2^scale_bitwidth
         n = clamp(round_half_even(scale / r), 1, 2^scale_bitwidth)
 
-    A row's largest block has `n = 2^scale_bitwidth`, which gives `r` back from the scales alone, so
-    an encoding stores nothing more. AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
+    AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
     """
 
     scale_bitwidth: int = 4
@@ -153,7 +149,7 @@ class Lpbq(Blocks, kind="lpbq"):
         return integers * row
 
     def split(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(row scales [*rows, 1], integers [*rows, blocks]), whose product the scales are, bit for
+        """(row scales [*rows, 1], integers [*rows, blocks]); their product is `scale`, bit for
         bit."""
         row, integers = self._factors(scale)
         if wrong := int((integers * row != scale).sum()):
@@ -164,6 +160,8 @@ class Lpbq(Blocks, kind="lpbq"):
         return row, integers.int()
 
     def _factors(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        # A row's largest block has the largest integer. So the row's scale follows from the block
+        # scales alone, and an encoding stores nothing more.
         largest = 2**self.scale_bitwidth
         row = scale.amax(-1, keepdim=True) / largest
         return row, (scale / row).round().clamp(1, largest)
@@ -201,8 +199,9 @@ class Scheme:
                 "symmetric=False), or use block (PerBlock)"
             )
         if self.bitwidth not in BITWIDTHS:
-            known = f"{BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-            raise GridError(f"bitwidth {self.bitwidth} is not one of {known}")
+            raise GridError(
+                f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+            )
 
     @property
     def steps(self) -> int:
@@ -233,7 +232,7 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: `{bitwidth, symmetric, axis, block_size}`; `axis` per channel, `block_size`
-        and further fields per block, and `float_offset` where it is true."""
+        and further fields per block."""
         granularity = self.granularity
         record: dict[str, Any] = {
             "bitwidth": self.bitwidth,
@@ -243,22 +242,19 @@ class Scheme:
         }
         if isinstance(granularity, Blocks):
             record |= granularity.to_json()
+        # only where it is true: older records, which fingerprints hash, do not have the key
         if self.float_offset:
             record["float_offset"] = True
         return record
 
     def to_text(self) -> str:
-        """`to_json` as JSON text with sorted keys: one text for each scheme, for fingerprints and
-        operators. `str` is for people, and may change."""
+        """`to_json` with sorted keys: one text for each scheme, for fingerprints and operators."""
+        # `str` is for people, and may change
         return json.dumps(self.to_json(), sort_keys=True)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
-        """Undo `to_json`.
-
-        Raises:
-            GridError: entries are missing, have the wrong type, or contradict each other.
-        """
+        """Undo `to_json`; entries that are missing or wrong raise a GridError."""
         try:
             bitwidth, symmetric, size = (record[k] for k in ("bitwidth", "symmetric", "block_size"))
             granularity: Granularity
@@ -313,10 +309,9 @@ def similar_schemes(scheme: Scheme) -> list[Scheme]:
 
 def short_name(scheme: Scheme) -> str:
     """Undo `parse_scheme`; the description where a scheme has no short name."""
-    granularity = scheme.granularity
-    where = str(granularity)
-    if isinstance(granularity, Blocks):
-        where = f"{granularity.kind}{granularity.size}"
+    where = str(scheme.granularity)
+    if isinstance(scheme.granularity, Blocks):
+        where = f"{scheme.granularity.kind}{scheme.granularity.size}"
     name = f"w{scheme.bitwidth}-{where}{'' if scheme.symmetric else '-asymmetric'}"
     return name if parse_scheme(name) == scheme else str(scheme)
 

@@ -28,7 +28,7 @@ _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 
 
 class SecondMoment:
-    """Running second moment of finite rows, in one pass."""
+    """Running second moment of finite rows."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -45,7 +45,8 @@ class SecondMoment:
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
         scaled = rows * w.sqrt().unsqueeze(1)
-        if not bool(torch.isfinite(rows.square().sum())):  # first: then the gradient is not, too
+        # first, because the gradient of an input that is not finite is not either
+        if not bool(torch.isfinite(rows.square().sum())):
             raise CalibrationError("the layer's input, or its square, holds nan or infinity")
         if not bool(torch.isfinite(w.sum() + scaled.square().sum())):
             raise CalibrationError(
@@ -76,9 +77,10 @@ class LayerMoments(NamedTuple):
 def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
 ) -> float:
-    """`tr(M R M^T)`: the mean square of `M x` for inputs with second moment R (identity by
-    default). At least the smallest float, so that it can be a divisor."""
+    """`tr(M R M^T)`: mean square of `M x` for inputs with second moment R (default: the
+    identity)."""
     weighted = matrix if moment is None else matrix @ moment
+    # at least the smallest float, so that it can be a divisor
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -99,12 +101,11 @@ def factor_damped(
 
 
 def _symmetric(upper: Tensor) -> Tensor:
-    """The matrix whose upper triangle is that of `upper`."""
+    # a file keeps one triangle, so a moment in memory must not depend on the other one either
     return upper.triu() + upper.triu(1).T
 
 
-def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
-    """The matrix with this upper triangle."""
+def _from_triangle(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
     size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
     matrix = triangle.new_zeros(size, size)
     matrix[tuple(torch.triu_indices(size, size))] = triangle
@@ -112,8 +113,8 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class MomentStore(UserDict[str, LayerMoments]):
-    """R and G of many layers by canonical module path. In memory (of the CPU, since all layers
-    together are large) or in a folder with one file per layer."""
+    """R and G of many layers by canonical module path. In memory, or in a folder with one file per
+    layer."""
 
     def __init__(self, folder: Path | None = None):
         super().__init__()
@@ -134,6 +135,7 @@ class MomentStore(UserDict[str, LayerMoments]):
         return cls(folder)
 
     def __setitem__(self, layer: str, moment: LayerMoments) -> None:
+        # all layers together are large for a GPU's memory
         self.data[layer] = moment = moved(moment, CPU)
         if self.folder is not None:
             self.data[layer] = file = self.folder / f"{layer}.safetensors"
@@ -154,7 +156,7 @@ class MomentStore(UserDict[str, LayerMoments]):
             raise SourceError(
                 f"the moments in {str(stored)!r} cannot be read ({error}); quantize again"
             ) from error
-        return LayerMoments(**{name: _whole(triangle) for name, triangle in tensors.items()})
+        return LayerMoments(**{n: _from_triangle(triangle) for n, triangle in tensors.items()})
 
     def __repr__(self) -> str:
         where = "memory" if self.folder is None else repr(str(self.folder))

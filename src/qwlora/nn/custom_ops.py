@@ -5,9 +5,7 @@
     linear(x, packed, ..., count, layout)         x W^T in the dtype of x; backward unpacks again
     quantized(x, name)                            x; marks it as the value of encoding `name`
 
-`packed, ...` are the parts of a `PackedTensor`, `layout` is its scheme as JSON. `dequantize` keeps
-a frozen weight one node from torch.export to the exported file; `gather` and `linear` are what
-torch.compile sees of a packed layer. `quantized` marks a value for a writer; it computes nothing.
+`packed, ...` are the parts of a `PackedTensor`, `layout` is its scheme as JSON.
 """
 
 from __future__ import annotations
@@ -48,8 +46,8 @@ def _operator(
     keeps_dtype: bool,
 ) -> Any:
     """An operator on `inputs` (at most one tensor) and a packed weight. `compute` takes the
-    `PackedTensor`, then the input; `shape` gives that of the result, from the shape of the codes,
-    then the input. The result is float32, or has the dtype of the input."""
+    `PackedTensor`, then the input; `shape` the shape of the codes, then the input. The result is
+    float32, or has the dtype of the input."""
 
     def run(*arguments: Any) -> Tensor:
         *x, packed, scale, block_scale, zero_point, minimum, count, layout = arguments
@@ -69,9 +67,11 @@ def _operator(
     return operator
 
 
+# keeps a frozen weight one node from torch.export to the exported file
 dequantize = _operator(
     "dequantize", "", lambda weight: weight.dequantize(), lambda codes: codes, keeps_dtype=False
 )
+# `gather` and `linear` are what torch.compile sees of a packed layer
 gather = _operator(
     "gather",
     "Tensor index, ",
@@ -110,7 +110,8 @@ linear.register_autograd(_gradient, setup_context=_keep_codes)
 
 @custom_op("qwlora::quantized", mutates_args=())
 def quantized(x: Tensor, name: str) -> Tensor:
-    """`x`, marked as the tensor of the encoding `name`."""
+    """`x`, marked for a writer as the tensor of the encoding `name`."""
+    # a custom operator may not return its input
     return x.clone()
 
 

@@ -15,10 +15,8 @@ of about 0.3 % of a product. So they are for generating text; neither evaluation
 them. Products of more than ROWS rows (the prompt), and layers on other grids, stay exact. The codes
 are copied into the kernel's own order: another half byte per weight of the int4 kernel.
 
-A float output head has more bytes than all other weights of a small model. For few rows, a head
-whose grid fits no kernel, or that has none, is rounded to symmetric rows of 8 bits: a copy of one
-byte per weight, and an error of about 1 % of the logits. The EXACT largest logits are then computed
-again from the head's own rows, so that the likeliest token is the exact head's.
+For few rows, an output head whose grid fits no kernel, or that has none, is rounded to symmetric
+rows of 8 bits: a copy of one byte per weight.
 """
 
 from __future__ import annotations
@@ -35,7 +33,8 @@ from qwlora.nn.packed_layer import PackedLinear, instance_calls
 
 ROWS, EXACT = 16, 64
 _BLOCKS = (256, 128, 64, 32)  # what the int4 kernel supports
-_OUTPUTS = 16  # it computes this many outputs at once
+# torch 2.13 refuses another multiple: the kernel computes this many outputs at once
+_OUTPUTS = 16
 _INT8 = Scheme(8, granularity=PerChannel(0))  # what the int8 kernel supports
 _ROUNDED_AT_ONCE = 4096  # rows of a head, so that few of its floats are in memory twice
 
@@ -43,13 +42,9 @@ Product = Callable[[Tensor], Tensor]  # bfloat16 [rows, in] -> [rows, out]
 
 
 def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int:
-    """Use the kernels in the packed linear layers of `model` that they fit, and in its output head,
-    in place; returns their number. The model is for inference from then on: `assert_frozen` refuses
-    it.
-
-    Args:
-        head: the output head. A head that an adapter or another module wraps stays exact.
-    """
+    """Use the kernels in the packed linear layers of `model` that they fit, and in its output head
+    unless an adapter or another module wraps it, in place; returns their number. The model is for
+    inference from then on: `assert_frozen` refuses it."""
     count = 0
     for layer in model.modules():
         if not (isinstance(layer, PackedLinear) and layer.is_plain):
@@ -64,7 +59,9 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
         elif layer is head:
             layer.few_rows = partial(_logits, layer, _rounded_product(layer))
         count += layer.few_rows is not None
+    # a float output head has more bytes than all other weights of a small model
     if type(head) is nn.Linear and head.weight.device.type == "cpu" and not instance_calls(head):
+        # a copy of the model copies a partial with its head, but would share a closure
         logits = partial(_logits, head, _rounded_product(head))
         head.forward = partial(_forward, head, logits)  # type: ignore[method-assign]
         count += 1
@@ -72,7 +69,7 @@ def use_few_row_kernels_(model: nn.Module, head: nn.Module | None = None) -> int
 
 
 def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
-    """The output of `layer`. None for 0 or more than ROWS rows, if gradients may be needed, and for
+    """The output of `layer`; None for 0 or more than ROWS rows, if gradients may be needed, and for
     inputs that torch refuses."""
     dtype = layer.compute_dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
     fits = isinstance(x, Tensor) and x.dtype == dtype and x.shape[-1:] == (layer.in_features,)
@@ -84,17 +81,17 @@ def _few_rows(layer: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
 
 
 def _logits(head: nn.Linear, product: Product, x: Tensor) -> Tensor | None:
-    """`_few_rows` of a rounded head, with the largest logits of the head itself."""
     y = _few_rows(head, product, x)
     if y is None:
         return None
+    # Rounding moves logits by about 1 %. The largest are computed again from the head's own rows,
+    # so that the likeliest token is the exact head's.
     top = y.topk(min(EXACT, y.shape[-1])).indices
     exact = (_rows(head, top, x.dtype) @ x.unsqueeze(-1)).squeeze(-1)
     return y.scatter(-1, top, exact if head.bias is None else exact + head.bias[top])
 
 
 def _rows(layer: nn.Linear, index: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Some rows of a weight, as floats."""
     if isinstance(layer, PackedLinear):
         return layer.tensor.dequantize(dtype, index)
     return layer.weight[index].detach()
@@ -106,7 +103,6 @@ def _forward(head: nn.Linear, logits: Callable[[Tensor], Tensor | None], x: Tens
 
 
 def _int4_product(layer: PackedLinear) -> Product | None:
-    """The int4 kernel with the layer's weight; None if it does not fit."""
     scheme, encoding = layer.scheme, layer.encoding
     match scheme.granularity:
         case Blocks(size):
@@ -121,6 +117,7 @@ def _int4_product(layer: PackedLinear) -> Product | None:
     # The kernel subtracts 8. With the middle code moved there, a symmetric grid has the zero 0.
     middle = -scheme.symmetric_offset
     scale = encoding.scale
+    # the sum of integers is exact; minimum + middle * scale would round twice more
     if scheme.float_offset:
         zero = encoding.minimum + middle * scale
     else:
@@ -134,7 +131,6 @@ def _int4_product(layer: PackedLinear) -> Product | None:
 
 
 def _rounded_product(layer: nn.Linear) -> Product:
-    """The int8 kernel with the layer's weight rounded to its grid."""
     parts = []
     for start in range(0, layer.out_features, _ROUNDED_AT_ONCE):
         weight = _rows(layer, slice(start, start + _ROUNDED_AT_ONCE))
@@ -144,7 +140,6 @@ def _rounded_product(layer: nn.Linear) -> Product:
 
 
 def _int8_kernel(parts: list[QuantizedTensor]) -> Product:
-    """The int8 kernel with a weight in parts of some rows each."""
     codes = torch.cat([part.signed_codes for part in parts])
     scale = torch.cat([part.encoding.scale for part in parts]).to(torch.bfloat16)
     return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, codes, scale)

@@ -4,30 +4,12 @@
     digest      = sha256(name, its scheme as JSON if it is packed, kind and shape, its values)
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
-Floats are hashed as float32 values, so bfloat16 and float32 copies of the same numbers have the
-same digest. Float64 values are hashed as they are.
+Settings are everything besides tensors that a computation depends on. docs/fingerprint.md says
+exactly what is hashed, and what is not covered.
 
-Settings are everything besides tensors that a computation depends on:
-
-    a model of transformers or diffusers     its configuration, which covers all modules inside
-    several such models in one module        the configuration of each outermost one, by path
-    any other module, by path                its class, if torch.nn has it, and numbers, strings
-                                             and lists among its attributes (eps, stride, padding)
-
-Settings that change no output are left out (`VOLATILE`, `INERT`). Values equal to the default of
-their class are left out too, so a new key in a library version does not change the fingerprint.
-
-So two bases have the same fingerprint exactly if they have the same codes, scales, offsets,
-remaining floats and settings under the same names. Adapters and devices do not change it. A base
-that was loaded in a dtype that cannot hold its floats keeps its fingerprint (`keep_fingerprint_`)
-until it is changed.
-
-A fingerprint does not cover the code of a module's forward; functions, tensors and other objects in
-its attributes; attributes that begin with an underscore; non-persistent buffers (rotary
-frequencies, masks), which usually follow from settings; and attributes inside a model with a
-configuration that were changed without changing the configuration. Padding, start and end token ids
-are left out, because trainers set them to the tokenizer's. They matter only in the few encoders
-that count positions from the padding id.
+Two bases have the same fingerprint exactly if they have the same codes, scales, offsets, remaining
+floats and settings under the same names. Adapters and devices do not change it. A base that was
+loaded in a dtype that cannot hold its floats keeps its fingerprint until it is changed.
 """
 
 from __future__ import annotations
@@ -47,12 +29,15 @@ from torch.nn.modules import container, dropout
 from qwlora.nn.packed_layer import PACKED_ATTRIBUTES, PackedLayer, is_packed, unwrapped
 from qwlora.system.parameter_names import adapter_of, canonical_name
 
+# Keys of a configuration that change no output
 VOLATILE = frozenset(
     (
         *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
         "_model_name_or_path",  # a GGUF file's general.name
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("quantization_config", "transformers_weights"),
+        # Trainers set these to the tokenizer's. They matter only in the few encoders that count
+        # positions from the padding id.
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
         *("pretraining_tp", "output_router_logits"),  # PEFT sets the first; the second is of losses
         *("id2label", "label2id", "problem_type"),
@@ -72,6 +57,7 @@ INERT = frozenset(
 )
 # Classes of torch.nn that need no record: their tensors determine what they compute.
 _OF_TENSORS = (nn.Module, nn.Identity, nn.Linear, nn.Embedding)
+# values hashed at a time: their float32 copies take 64 MB, not a second tensor
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
 _BEFORE = "_base_before_training"
@@ -93,8 +79,8 @@ def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
 
 
 def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = None) -> str | None:
-    """SHA-256 over these adapters of `model` (default: the active ones): each weight by name,
-    without the adapter's name, and the scaling of each branch. None without an adapter."""
+    """SHA-256 over these adapters of `model` (default: the active ones): each weight by name, and
+    the scaling of each branch. None without an adapter."""
     if not hasattr(model, "peft_config"):
         return None
     if adapters is None:
@@ -105,6 +91,7 @@ def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = Non
         stated = (getattr(module, "active_adapters", None) for module in model.modules())
         adapters = {name for names in stated if isinstance(names, list) for name in names}
     active = set(adapters)
+    # without the adapter's name, which users change when they load it
     digests = {
         canonical_name(path): tensor_digest(canonical_name(path), "", p)
         for path, p in model.named_parameters()
@@ -121,20 +108,20 @@ def adapter_fingerprint(model: nn.Module, adapters: Collection[str] | None = Non
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     """Let `model`, whose tensors now hash to `now`, keep `identity`, its fingerprint before its
-    floats were cast. Any later change ends that."""
+    floats were cast."""
+    # `fingerprint_of` compares `now`, so any later change ends that
     model.__dict__[_KEPT] = (now, identity)
 
 
 def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Remember the floats and settings of `model` for `changed_since`. `digests`: those of all
-    tensors, if known. Packed layers are not remembered, because nothing trains integers.
-
-    The outermost module of the base stores them, since it may later become part of another model.
-    """
+    """Remember floats and settings of `model` for `changed_since`; `digests` of all tensors, if
+    known."""
+    # packed layers are not remembered, because nothing trains integers
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
         for name, tensor in float_tensors(model).items()
     }
+    # the outermost module of the base, which may later become part of another model
     _, root = next(base_modules(model))
     for module in root.modules():
         vars(module).pop(_BEFORE, None)
@@ -142,11 +129,8 @@ def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -
 
 
 def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """What changed in the base since `remember_base_`: names of float tensors, and settings with
-    old and new values. Empty if nothing was remembered. `digests`: those of all tensors now.
-
-    Tensors that were cast to a narrower dtype since are omitted: their previous values are unknown.
-    """
+    """Names of float tensors that changed since `remember_base_`, and settings with old and new
+    values; `digests` are those of all tensors now."""
     memories = {path: module for path, module in base_modules(model) if _BEFORE in vars(module)}
     changed: list[str] = []
     for path, part in memories.items():
@@ -157,6 +141,7 @@ def changed_since(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
         now, known = float_tensors(part), tensor_digests(part) if path else digests
         names = now.keys() - floats.keys()
         for name, (digest, dtype) in floats.items():
+            # the values before a cast to a narrower dtype are unknown
             is_narrower = name in now and now[name].dtype.itemsize < dtype.itemsize
             if known.get(name) != digest and not is_narrower:
                 names.add(name)
@@ -183,17 +168,18 @@ def combined_fingerprint(digests: Mapping[str, str], settings: Mapping[str, Any]
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """The JSON text that is hashed for settings. base.json stores it, because other libraries write
-    the same numbers differently (1e-05, 0.00001) or have other defaults."""
+    """The JSON text that is hashed for settings."""
+    # base.json stores it, because other libraries write the same numbers differently (1e-05,
+    # 0.00001) or have other defaults
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def flat(settings: Any, path: str = "") -> dict[str, str]:
     """Nested settings as text by dotted path."""
-    if isinstance(settings, Mapping) and settings:
-        parts = (flat(value, f"{path}.{key}".strip(".")) for key, value in settings.items())
-        return {key: value for part in parts for key, value in part.items()}
-    return {path: settings_text(settings)}
+    if not (isinstance(settings, Mapping) and settings):
+        return {path: settings_text(settings)}
+    parts = (flat(value, f"{path}.{key}".strip(".")) for key, value in settings.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -214,8 +200,9 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 
 def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
-    """SHA-256 of one tensor; floats narrower than float32 by their float32 values."""
+    """SHA-256 of one tensor."""
     kind = tensor.dtype
+    # bfloat16 and float32 copies of the same numbers then have the same digest
     if tensor.is_floating_point():
         kind = torch.promote_types(kind, torch.float32)
     digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
@@ -239,23 +226,24 @@ def base_settings(model: nn.Module) -> dict[str, Any]:
     for path, module in base_modules(model):
         if covered is not None and path.startswith(covered):
             continue
-        if (own := _configuration(module)) is not None:
+        if (part := _configuration(module)) is not None:
             if not path:
-                return own
+                return part
             covered = f"{path}."
         else:
-            own = _attributes(module)
-        if own:
-            settings[path] = own
+            part = _attributes(module)
+        if part:
+            settings[path] = part
     return settings
 
 
 def _configuration(module: nn.Module) -> dict[str, Any] | None:
-    """Settings from the configuration of a model of transformers or diffusers; None without one."""
+    # the class too, since a user's own module may have an attribute called config
     if hasattr(type(module), "config_class") and hasattr(vars(module).get("config"), "to_dict"):
         return _numbers(vars(module)["config"])
     if not hasattr(type(module), "register_to_config"):
         return None
+    # A key that a library adds in a new version has its default, and changes no fingerprint.
     defaults = inspect.signature(type(module)).parameters
     return {
         key: value
@@ -265,8 +253,9 @@ def _configuration(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Settings of a module without a configuration: its class in torch.nn with the arguments of the
-    constructor; for a class from elsewhere, all public attributes."""
+    """Settings of a module without a configuration."""
+    # A class of torch.nn says by the arguments of its constructor what it depends on; of a class
+    # from elsewhere, all public attributes count.
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
     kind = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
     is_torchs = kinds[0] is kind
@@ -294,7 +283,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is a number, a string, or a collection of them, which JSON can hold."""
+    """Whether JSON can hold the value."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_setting(value[key]) for key in value)
     if isinstance(value, list | tuple):
@@ -318,15 +307,13 @@ def _numbers(config: Any) -> dict[str, Any]:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything in the base, without the wrappers of PEFT, torch.compile and
-    data parallelism; each module once, the outermost first.
-
-    Wrappers are recognized by class: a user's own module may have a part called base_layer.
-    """
+    data parallelism; each module once, the outermost first."""
     yield from _walk(model, "", set())
 
 
 def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     module = unwrapped(module)
+    # by class: a user's own module may have a part called base_layer
     while any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
         inner = (module._modules.get(name) for name in _WRAPPED)
         wrapped = next((child for child in inner if child is not None), None)
@@ -341,8 +328,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
-    modules is listed once."""
+    """Layout and tensor of each parameter and persistent buffer of the base, tied ones once."""
     tensors: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in base_modules(model):

@@ -5,9 +5,6 @@
 `quantize_`, `train_adapter`, `simulate`, `save_base` and `save_adapter` call it. Call it yourself
 after changing a quantized model: placing hooks, patching a forward, loading weights into it.
 
-A packed layer computes its codes by construction if it has the forward of its class, or
-accelerate's hook around that, so only attributes are looked at. What any other forward on a layer
-computes cannot be known, so it is refused; forward hooks are fine.
 """
 
 from __future__ import annotations
@@ -31,8 +28,7 @@ def assert_frozen(model: nn.Module) -> None:
 
     Raises:
         GridError: the model has no packed layer, quantizing it failed halfway, a forward was set on
-            packed layers, or PEFT's `modules_to_save` holds copies of them; all such layers are
-            named.
+            packed layers, or PEFT's `modules_to_save` holds copies of them.
     """
     refuse_half_quantized(model)
     packed = packed_layers(model)
@@ -41,12 +37,10 @@ def assert_frozen(model: nn.Module) -> None:
             f"{type(unwrapped(model)).__name__} has no packed layer: its weights are floats. "
             "Call qwlora.quantize_ or qwlora.load_base first"
         )
-    patched = [
-        name
-        for name, layer in packed.items()
-        if {"forward", "few_rows"} & set(instance_calls(layer))
-    ]
-    if patched:
+    # With the forward of its class, a layer computes its codes by construction, so attributes are
+    # looked at only. What any other forward computes cannot be known; forward hooks are fine.
+    calls = {"forward", "few_rows"}
+    if patched := [name for name, at in packed.items() if calls & {*instance_calls(at)}]:
         raise GridError(
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "
             "may not compute their codes. Delete it (`del layer.forward`), or use a forward hook"
@@ -72,11 +66,7 @@ def packing(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_half_quantized(model: nn.Module) -> None:
-    """Refuse a model on which `packing` failed.
-
-    Raises:
-        GridError: `packing` failed on it.
-    """
+    """Refuse a model on which `packing` failed."""
     if any(_HALF in vars(module) for module in model.modules()):
         raise GridError(
             f"quantizing this {type(unwrapped(model)).__name__} failed halfway: some of its layers "
@@ -85,13 +75,14 @@ def refuse_half_quantized(model: nn.Module) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> None:
-    """See that `tensor` holds no NaN, and no infinity unless that is allowed (a buffer may be a
-    mask); tensors without data or floats pass."""
+    """Refuse a tensor with NaN, or with infinity unless that is allowed."""
+    # a buffer may be a mask
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
-    values = tensor.detach()
-    values = values if values.element_size() > 1 else values.float()
-    low, high = values.aminmax()  # NaN propagates; allocates nothing
+    # aminmax of torch 2.13 does not take floats of 8 bits
+    values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+    # NaN propagates to both ends; a mask as large as the tensor is made only if one is not finite
+    low, high = values.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = values.isnan() if allow_infinity else ~values.isfinite()
@@ -105,6 +96,7 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
 
 def check_base_finite(module: nn.Module) -> None:
     """`check_finite` for every tensor of the base in `module`."""
+    # scales and minimums of packed layers are buffers too, but never masks
     for name, (layout, tensor) in base_tensors(module).items():
         is_buffer = not layout and not isinstance(tensor, nn.Parameter)
         check_finite(name, tensor, allow_infinity=is_buffer)

@@ -5,12 +5,7 @@ float modules are replaced by them.
     PackedEmbedding    only the rows that are looked up are unpacked
     PackedConv1d, 2d   the weight as [out, in * kernel], blocks along that row
 
-For a subclass of one of these, `packed_class` generates a class with the subclass first: its
-forward is kept, and where it calls its parent's forward, it calls these.
-
-`model.to(bfloat16)` changes the dtype in which a layer computes, never its grid: the buffers keep
-their dtypes. A tied layer has no buffers; it reads those of the layer it is tied to, also after
-copies and moves.
+A tied layer has no buffers; it reads those of the layer it is tied to, also after copies and moves.
 
 A packed 3-D parameter, the fused experts of a mixture, is in any module:
 
@@ -21,10 +16,6 @@ parameter it gets a view, which unpacks one expert at a time; the codes are in
 `experts.packed_parameters.gate_up_proj`. PEFT's `target_parameters` finds the parameter and adds
 its delta to it, which needs all experts as floats during the layer's forward and, without gradient
 checkpointing, until its backward. PEFT does the same with float experts.
-
-`pack_at_`, `place_empty_` and `tie_weights_` replace modules of a model, `pack_module` makes one
-packed layer, with the hooks of accelerate that the module had. Any other forward that was set on
-the module would keep computing its float weight, so such modules are refused.
 """
 
 from __future__ import annotations
@@ -81,7 +72,8 @@ class PackedLayer(PackedWeightOwner):
     layout: str  # the scheme, as custom operators take it
     few_rows: Callable[[Tensor], Tensor | None] | None  # `few_row_kernels.py`, for generating text
     was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
-    _owner: tuple[PackedLayer] | None  # in a tuple, so that it is not a submodule
+    # in a tuple: torch would register a bare module as a submodule, and list its buffers twice
+    _owner: tuple[PackedLayer] | None
 
     @classmethod
     def from_layer(cls, module: nn.Module, source: PackedTensor | PackedLayer) -> Self:
@@ -114,10 +106,8 @@ class PackedLayer(PackedWeightOwner):
         tensor = source.tensor if isinstance(source, PackedLayer) else source
         self.scheme, self.count, self.layout = tensor.scheme, tensor.count, tensor.scheme.to_text()
         self.weight_shape, self.compute_dtype, self.few_rows = weight_shape, dtype, None
-        if isinstance(source, PackedLayer):
-            self._owner = (source,)
-        else:
-            self._owner = None
+        self._owner = (source,) if isinstance(source, PackedLayer) else None
+        if isinstance(source, PackedTensor):
             for name, part in source.parts._asdict().items():
                 self.register_buffer(name, part)
         # Libraries look for "weight" among parameters and buffers. The property below gives it.
@@ -135,7 +125,7 @@ class PackedLayer(PackedWeightOwner):
 
     @property
     def encoding(self) -> Encoding:
-        """The frozen encoding of the weight."""
+        """The grid of the weight."""
         return self.tensor.encoding
 
     @property
@@ -183,6 +173,8 @@ class PackedLayer(PackedWeightOwner):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.to(bfloat16)` changes the dtype in which a layer computes, never its grid: bfloat16
+        # would round the scales.
         before = {name: self._buffers.get(name) for name in _FLOATS}
         device = self.tensor.parts.packed.device
         super()._apply(fn, recurse)
@@ -197,8 +189,9 @@ class PackedLayer(PackedWeightOwner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in _FLOATS:
             new, old = state_dict.get(prefix + name), self._buffers.get(name)
+            # torch copies into the buffer that is there, which would round to its dtype
             if isinstance(new, Tensor) and old is not None and new.dtype != old.dtype:
-                self._buffers[name] = torch.empty_like(old, dtype=new.dtype)  # a copy would round
+                self._buffers[name] = torch.empty_like(old, dtype=new.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -218,16 +211,15 @@ def is_packed(module: nn.Module) -> TypeGuard[PackedLayer]:
 
 
 def instance_calls(module: nn.Module) -> list[str]:
-    """Attributes of the instance that change what a call of `module` computes; accelerate's hook
-    around the class's own forward is not one."""
+    """Attributes of the instance that change what a call of `module` computes."""
+    # accelerate's hook around the class's own forward does not
     hooked = ("forward",) if accelerate_hook(module) is not None else ()
     calls = ("forward", "few_rows", "_compiled_call_impl")
     return [n for n in calls if n not in hooked and module.__dict__.get(n) is not None]
 
 
 def accelerate_hook(module: nn.Module) -> ModelHook | None:
-    """The accelerate hook around the class's own forward of `module`; None without one, or if the
-    hook surrounds another forward."""
+    """The accelerate hook around the class's own forward of `module`; None if it has none."""
     hook, inner = (module.__dict__.get(key) for key in (_HOOK, _HOOKED_FORWARD))
     if not isinstance(hook, ModelHook) or not isinstance(inner, types.MethodType):
         return None
@@ -235,7 +227,7 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """A copy of the attributes of `module` for a new module, without accelerate's forward."""
+    # accelerate's forward is bound to the old module, and would call it
     hooked = (_HOOK, _HOOKED_FORWARD, "forward") if accelerate_hook(module) is not None else ()
     return {
         key: value.copy() if isinstance(value, dict | set) else value
@@ -255,6 +247,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
     """Linear layer on packed codes [out, in]."""
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        # in a captured graph, exporters look for torch's own product of a dequantized weight
         if torch.compiler.is_exporting():
             weight = dequantize(*self.operands).to(self.compute_dtype)
             return nn.functional.linear(x, weight, self.bias)
@@ -275,8 +268,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
 
     @property
     def is_plain(self) -> bool:
-        """Whether a call computes only the product: no subclass overrides forward, and no hook
-        runs."""
+        """Whether a call computes the product alone, without a subclass's forward or a hook."""
         is_own = type(self).forward is PackedLinear.forward and "forward" not in self.__dict__
         return is_own and not (self._forward_hooks or self._forward_pre_hooks)
 
@@ -321,6 +313,8 @@ KINDS: dict[type[nn.Module], type[PackedLayer]] = {
 
 def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
     """The packed class of modules of class `kind`; None if there is none."""
+    # The class of a subclass has the subclass first: its forward is kept, and where it calls its
+    # parent's forward, it calls that of the packed layer.
     if kind not in KINDS:
         parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
         if parent is None or issubclass(kind, Conv1D):
@@ -330,8 +324,8 @@ def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
     return KINDS[kind]
 
 
+# for pickle, which finds no generated class by its name: it is made again
 def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
-    """For pickle, which finds no generated class by its name: it is made again."""
     kind = make(*arguments)
     return kind.__new__(kind)
 
@@ -352,11 +346,11 @@ def packed_weights(model: nn.Module, every_path: bool = False) -> dict[str, Pack
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's `OptimizedModule`, `DataParallel` and
-    `DistributedDataParallel` around it; the model itself if it has none of them."""
+    """`model` without wrappers of torch.compile, `DataParallel` and `DistributedDataParallel`."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
-    if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
+    # it is slow to import, and without it nothing is compiled
+    if "torch._dynamo" in sys.modules:
         from torch._dynamo import OptimizedModule
 
         if isinstance(model, OptimizedModule):
@@ -382,8 +376,6 @@ class PackedParameter(PackedLayer):
 
 
 class _WithPackedParameters(nn.Module):
-    """What all generated classes share."""
-
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -408,8 +400,8 @@ class _WithPackedParameters(nn.Module):
 
 
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
-    """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] have the
-    attribute `is_transposed`, as in transformers and PEFT."""
+    """A 3-D parameter as [experts, out, in]."""
+    # transformers and PEFT set `is_transposed` on modules that store it as [experts, in, out]
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim != 3 or not parameter.is_floating_point():
         raise GridError(f"{type(module).__name__} has no float parameter {name!r} with three axes")
@@ -417,8 +409,8 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
 
 
 def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
-    """Replace the parameter `name` of `module` by packed codes [experts, out, in], in place.
-    Returns the module that holds them."""
+    """Replace the parameter `name` by packed codes [experts, out, in]; returns the module that has
+    them."""
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
         raise GridError(
@@ -432,6 +424,7 @@ def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> Packe
     folder = cast(nn.ModuleDict, module._modules[FOLDER])._modules
     folder[name] = packed
     del module._parameters[name]
+    # libraries look for the name among parameters and buffers; the class's property gives it
     module._buffers[name] = None
     plain: Any = next(
         kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters)
@@ -440,6 +433,7 @@ def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> Packe
     return packed
 
 
+# cached, so that all layers of a model have one class
 @cache
 def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     def read(module: nn.Module, name: str) -> Tensor:
@@ -461,20 +455,22 @@ def is_packable(module: nn.Module) -> bool:
     return (
         weight is not None
         and weight.is_floating_point()
+        # an embedding with it writes to its weight in each forward
         and getattr(module, "max_norm", None) is None
         and packed_class(type(module)) is not None
     )
 
 
 def has_computed_weight(module: nn.Module) -> bool:
-    """Whether `module` is of a class that `pack_module` takes, but computes its weight in each
-    forward from other tensors: weight_norm, spectral_norm, pruning, any parametrization."""
+    """Whether `module` computes the weight that `pack_module` would take in each forward."""
+    # weight_norm, spectral_norm, pruning, any parametrization
     weight = module._parameters.get("weight")
     return weight is None and not is_packed(module) and packed_class(type(module)) is not None
 
 
 def replacement_problem(module: nn.Module) -> str | None:
     """Why another module cannot replace `module`; None if one can."""
+    # a forward that was set on the instance would keep computing the float weight
     if has_computed_weight(module):
         return (
             "computes its weight in each forward (weight_norm or another parametrization, or "
@@ -524,9 +520,8 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
 def pack_module(
     module: nn.Module, source: QuantizedTensor | PackedTensor | PackedLayer
 ) -> PackedLayer:
-    """A packed layer that replaces `module`, on these codes [out, in] or tied to a packed layer (an
-    output head that reads the codes of the embedding); bias, training mode and all other attributes
-    are kept."""
+    """A packed layer with all other attributes of `module`, on these codes [out, in] or tied to a
+    packed layer (an output head that reads the codes of the embedding)."""
     if isinstance(source, QuantizedTensor):
         source = PackedTensor.from_quantized(source)
     weight = weight_out_in(module)
@@ -553,10 +548,8 @@ def pack_module(
 
 
 def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
-    """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter.
-
-    Modules that share the weight (a tied output head) become layers on the same codes.
-    """
+    """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter. Modules that
+    share the weight (a tied output head) become layers on the same codes."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     if not (key == "weight" and is_packable(module)):
@@ -567,6 +560,7 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
         for other, reader in model.named_modules(remove_duplicate=False)
         if reader._parameters.get("weight") is weight
     ]
+    # under every path: a shared module is packed once, a module that shares the weight is tied
     layer = pack_module(module, quantized)
     for other, reader in readers:
         model.set_submodule(other, layer if reader is module else pack_module(reader, layer))
@@ -574,8 +568,8 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
 
 
 def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
-    """Put a packed layer with buffers on the meta device at `path`, its module path in a packed
-    model, to load with `load_state_dict(assign=True)`."""
+    """Put a packed layer without values at `path`, its module path in a packed model."""
+    # on the meta device, to load with `load_state_dict(assign=True)`
     module_path, is_expert, name = f".{path}".rpartition(f".{FOLDER}.")
     module = model.get_submodule(module_path.strip(".") if is_expert else path)
     weight = parameter_out_in(module, name) if is_expert else weight_out_in(module)
@@ -590,8 +584,8 @@ def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
 
 
 def tie_weights_(model: PreTrainedModel) -> None:
-    """`model.tie_weights()` for models with packed layers: a layer that the model's class ties to a
-    packed weight is replaced by one on the same codes."""
+    """`model.tie_weights()` for models with packed layers."""
+    # a layer that the model's class ties to a packed weight becomes one on the same codes
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if not (target.endswith(".weight") and source.endswith(".weight")):
             continue

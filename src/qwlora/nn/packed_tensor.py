@@ -8,8 +8,8 @@ narrowest dtype that holds them exactly.
     minimum       float                  float-offset grids
 
 A float tensor is float16 if that holds all of its numbers, else bfloat16 if that does, else
-float32. So nothing is lost, and the grid does not depend on how it is stored. Blocks of 32 with a
-float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
+float32. Blocks of 32 with a float16 scale cost half a bit per weight, a zero point another
+`bitwidth / 32`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from qwlora.grid.encoding import Encoding, QuantizedTensor, aligned, grouped
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.scheme import Blocks, Lpbq, Scheme
 
-_AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay in a core's cache
+# Codes unpacked together, so that the steps in between stay in a core's cache
+_AT_ONCE = 2**18
 
 
 class Parts(NamedTuple):
@@ -45,11 +46,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedTensor:
-    """A view of the parts under a scheme; makes no copy.
-
-    Args:
-        count: codes in a row; `packed` may hold a few bits more.
-    """
+    """A view of the parts under a scheme; `count` codes in a row, `packed` may hold a few more."""
 
     scheme: Scheme
     count: int
@@ -60,8 +57,7 @@ class PackedTensor:
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:
-        """Pack a copy of `quantized`, without loss. Refuses bitwidths above 8, codes that do not
-        fit, and LPBQ scales that are not integers times their row's scale."""
+        """Pack a copy of `quantized`, without loss; bitwidths above 8 are refused."""
         codes, encoding = quantized.codes, quantized.encoding
         scheme, scale = encoding.scheme, encoding.scale
         block_scale = zero_point = minimum = None
@@ -90,10 +86,11 @@ class PackedTensor:
             shape = (*rows[:-1], packed_row_bytes(rows[-1], bitwidth)) if rows else ()
             return torch.empty(shape, dtype=torch.uint8, device="meta")
 
+        # float16 stands for any dtype: `load_state_dict(assign=True)` takes that of the file
         parts = Parts(integers(scheme.bitwidth, *shape), floats(*groups))
         if isinstance(granularity, Lpbq):
-            packed = integers(granularity.scale_bitwidth, *groups)
-            parts = parts._replace(scale=floats(*groups[:-1], 1), block_scale=packed)
+            block_scale = integers(granularity.scale_bitwidth, *groups)
+            parts = parts._replace(scale=floats(*groups[:-1], 1), block_scale=block_scale)
         if scheme.float_offset:
             parts = parts._replace(minimum=floats(*groups))
         elif not scheme.symmetric:
@@ -131,19 +128,18 @@ class PackedTensor:
     @property
     def offset(self) -> Tensor:
         """int32, of the granularity's shape; integer-offset grids only."""
-        zero_point = self.zero_point
-        if zero_point is None:
-            groups, middle = self.scheme.scale_shape(self.shape), self.scheme.symmetric_offset
-            return torch.full(groups, middle, dtype=torch.int32, device=self.parts.packed.device)
-        return -zero_point.to(torch.int32)
+        if (zero_point := self.zero_point) is not None:
+            return -zero_point.to(torch.int32)
+        groups, middle = self.scheme.scale_shape(self.shape), self.scheme.symmetric_offset
+        return torch.full(groups, middle, dtype=torch.int32, device=self.parts.packed.device)
 
     @property
     def zero_point(self) -> Tensor | None:
         """-offset as uint8, of the granularity's shape; asymmetric integer grids only."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
-        if zero_point is None or not isinstance(granularity, Blocks):
-            return None if zero_point is None else zero_point.clone()
-        return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
+        if zero_point is not None and isinstance(granularity, Blocks):
+            return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
+        return None if zero_point is None else zero_point.clone()
 
     @property
     def encoding(self) -> Encoding:
@@ -160,25 +156,20 @@ class PackedTensor:
     def dequantize(
         self, dtype: torch.dtype = torch.float32, index: Tensor | slice | int | None = None
     ) -> Tensor:
-        """The values: the float32 product, rounded to `dtype`.
-
-        Args:
-            index: take only these of the first axis, as `values[index]` would; nothing else is
-                unpacked.
-        """
-        packed = self.parts.packed if index is None else self.parts.packed[index]
-        return self._values(packed, index, dtype)
+        """The values, rounded to `dtype`: `values[index]`, where nothing else is unpacked."""
+        packed = self.parts.packed
+        return self._values(packed if index is None else packed[index], index, dtype)
 
     def embedding(
         self, index: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
     ) -> Tensor:
-        """`F.embedding` of a matrix's values: `dequantize` of these rows. Indices are refused as in
-        torch, for example negative or boolean ones."""
+        """`F.embedding` of a matrix's values: `dequantize` of these rows."""
+        # the lookup of packed rows refuses what torch refuses, such as negative or boolean indices
         return self._values(F.embedding(index, self.parts.packed, padding_idx), index, dtype)
 
     def remainder(self, weight: Tensor) -> Tensor:
-        """What rounding left of `weight` [rows, count], of a matrix: packed codes c of 4 bits for
-        (c - 8) / 16 of a step, so at most half of one."""
+        """What rounding left of `weight` [rows, count]: packed codes c of 4 bits for (c - 8) / 16
+        of a step, so at most half of one."""
         left = weight.to(self.parts.packed.device).double() - self.dequantize()
         scale = self._broadcast(self.scale.double(), None, self.shape)
         steps = grouped(left, self.scheme.granularity) / scale
@@ -194,10 +185,11 @@ class PackedTensor:
             codes = clamp(codes + round_half_even(r + left @ right / scale), 0, 2^bitwidth - 1)
 
         Its values lie on the grid, so only the change is rounded. `r` is `remainder`, or 0; neither
-        changes a code where the product is 0. The product is computed in float64, where the order
-        of its sums is 1e-16 of them: codes do not depend on threads, shapes or libraries.
+        changes a code where the product is 0.
         """
         packed, shape = torch.empty_like(self.parts.packed), self.shape
+        # In float64, the order of a product's sums is 1e-16 of them: codes do not depend on
+        # threads, shapes or libraries.
         scale = self._broadcast(self.scale.double(), None, shape)
         left, right = left.double(), None if right is None else right.double()
         step = max(1, _AT_ONCE // max(1, self.count))
@@ -216,7 +208,8 @@ class PackedTensor:
         self, packed: Tensor, index: Tensor | slice | int | None, dtype: torch.dtype
     ) -> Tensor:
         """The values of `packed`, the packed rows at `index`."""
-        if isinstance(packed, FakeTensor):  # without values: a run that only counts bytes
+        # a run that only counts bytes has no values
+        if isinstance(packed, FakeTensor):
             return packed.new_empty((*packed.shape[:-1], self.count), dtype=dtype)
         if packed.ndim == 1:
             return self._values(packed.unsqueeze(0), index, dtype).squeeze(0)
@@ -260,14 +253,13 @@ class PackedTensor:
     def _broadcast(
         self, part: Tensor, index: Tensor | slice | int | None, shape: tuple[int, ...]
     ) -> Tensor:
-        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
-        broadcasts against a row's grouped codes."""
-        granularity = self.scheme.granularity
+        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all; `tail` broadcasts
+        against the grouped codes of a row."""
         if not part.ndim:
             return part
-        if isinstance(granularity, Blocks):
+        if isinstance(self.scheme.granularity, Blocks):
             return part.reshape(-1, part.shape[-1], 1)
-        part = aligned(part, granularity, len(self.shape))
+        part = aligned(part, self.scheme.granularity, len(self.shape))
         if index is not None:
             part = part[index] if part.shape[0] > 1 else part[0]
             part = part.unsqueeze(0) if part.ndim < 2 else part
@@ -279,18 +271,19 @@ class PackedTensor:
 def _write_values(
     scheme: Scheme, values: Tensor, packed: Tensor, scale: Tensor, low: Tensor | None
 ) -> None:
-    """Write the values of `packed` rows. Except with float offsets, compiled and uncompiled values
-    are equal: code plus offset is exact in float32, so only the product and then the conversion to
-    the dtype of `values` round."""
     wide = values
     if values.dtype != torch.float32:
         wide = torch.empty(values.shape, device=values.device)
     codes = packed
-    if scheme.bitwidth < 8:  # unpack would copy 8-bit codes, which takes 16 % longer
+    # unpack would copy 8-bit codes, which takes 16 % longer
+    if scheme.bitwidth < 8:
         codes = unpack(packed, scheme.bitwidth, values.shape[-1])
     wide.copy_(codes)
     blocks = grouped(wide, scheme.granularity)
     offset = scheme.symmetric_offset if low is None else low
+    # Subtracting the offset from bytes before the conversion was slower per block
+    # (docs/log/grid.md). Code plus offset is exact in float32, so only the product and then the
+    # conversion round: compiled and uncompiled values are equal, except with float offsets.
     if scheme.float_offset:
         blocks.mul_(scale).add_(offset)
     else:
@@ -299,10 +292,9 @@ def _write_values(
         values.copy_(wide)
 
 
+# It is a module because torch.compile treats a module's integers as constants, and unpacking
+# depends on the bitwidth.
 class _ValueWriter(nn.Module):
-    """`_write_values` for a scheme. It is a module because torch.compile treats a module's integers
-    as constants, and unpacking depends on the bitwidth."""
-
     def __init__(self, scheme: Scheme):
         super().__init__()
         self.scheme = scheme
@@ -324,7 +316,8 @@ _NO_COMPILER: set[torch.device] = set()  # where torch.compile has failed
 
 def compiles(device: torch.device) -> bool:
     """Whether weights on `device` are unpacked by compiled kernels."""
-    return device.type == "cuda" and device not in _NO_COMPILER  # ROCm's type is cuda too
+    # ROCm's type is cuda too
+    return device.type == "cuda" and device not in _NO_COMPILER
 
 
 def _of(part: Tensor, rows: slice) -> Tensor:
@@ -343,10 +336,12 @@ def narrowest(
 
 
 def compute_dtype(x: Any, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the product of a packed weight with `x`: autocast's, else `dtype` (default: that
-    of `x`)."""
+    """The dtype of the product of a packed weight with `x`: autocast's, else `dtype`, else that of
+    `x`."""
+    # torch refuses an `x` that is no tensor later, in its own words
     if not isinstance(x, Tensor) and dtype is not None:
-        return dtype  # torch then refuses `x`
+        return dtype
     kind = x.device.type
+    # autocast leaves float64 as it is
     is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if is_cast else dtype or x.dtype

@@ -30,6 +30,7 @@ def replaced(module: nn.Module, value: Any, name: str = "forward") -> Iterator[N
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; then what is at a path has the mode that was there."""
+    # paths, not modules: the block may replace modules, as quantizing does
     training = [path for path, module in model.named_modules() if module.training]
     model.eval()
     try:
@@ -53,17 +54,15 @@ def gradients_disabled(module: nn.Module) -> Iterator[None]:
 
 
 def structure(model: nn.Module) -> Callable[[], None]:
-    """A function that restores the modules, parameters and attributes that `model` has now.
-
-    Values of tensors are not copied. Dicts, lists and sets keep their identity, since handles of
-    hooks refer to them.
-    """
+    """A function that restores the modules, parameters and attributes that `model` has now."""
+    # values of tensors are not copied
     states = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    # containers keep their identity: handles of hooks refer to them; a subclass may refuse changes
     containers: list[tuple[Any, Any]] = [
         (value, value.copy())
         for *_, state in states
         for value in state.values()
-        if type(value) in (dict, OrderedDict, list, set)  # a subclass may refuse changes
+        if type(value) in (dict, OrderedDict, list, set)
     ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 

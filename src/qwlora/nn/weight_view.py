@@ -15,8 +15,7 @@ is frozen: it gets no gradient.
     view[i], view.T   views
     anything else     computed from the unpacked values
 
-So any module's own forward works on a packed weight. Writing to a view raises, because the write
-would be lost.
+So any module's own forward works on a packed weight. Writing to a view raises.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class PackedWeightOwner(nn.Module):
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A packed weight of the layer `owner`, or with `index` one expert of it, with values of shape
-    `shape`: as stored, or `transposed`, with the last two axes exchanged. A `WeightView` shows it
-    as a tensor."""
+    `shape`: as stored, or `transposed`, with the last two axes exchanged."""
 
     owner: PackedWeightOwner
     shape: tuple[int, ...]
@@ -62,8 +60,8 @@ class PackedWeight:
     transposed: bool = False
 
     def unpacked_for(self, x: Tensor) -> Tensor:
-        """The float values for a product with `x`, in the dtype that a float weight would have, so
-        that torch refuses an `x` of another dtype."""
+        """The float values for a product with `x`."""
+        # in the dtype that a float weight would have, so that torch refuses an `x` of another dtype
         return self.unpacked(compute_dtype(x, self.owner.compute_dtype))
 
     @property
@@ -89,6 +87,8 @@ class PackedWeight:
 class LinearFunction(torch.autograd.Function):
     """`F.linear` with a weight [out, in]."""
 
+    # The weight is a plain handle: a tensor subclass as an argument costs 100 us more per layer and
+    # step (docs/log/grid.md, unpacking codes).
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
         ctx.weight = weight
@@ -149,7 +149,7 @@ def _by_group(x: Tensor, ends: list[int], weight: PackedWeight) -> Tensor:
 
 
 def refuse_write() -> NoReturn:
-    """Raise the error for a write to packed integers."""
+    """Refuse a write to packed integers, which would be lost."""
     raise MergeError(
         "An adapter cannot be merged into packed integers: most of it is smaller than a step of "
         "the grid (`qwlora merge JOB NAME` measures it). Keep the adapter separate, or merge it "
@@ -162,18 +162,14 @@ class WeightView(Tensor):
     """A view of a packed weight, or of one expert of it."""
 
     packed_weight: PackedWeight
-    _is_hf_initialized = True  # transformers initializes what a checkpoint does not have
+    # transformers 5 initializes what a checkpoint does not have, unless it is marked
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, packed_weight: PackedWeight) -> WeightView:
         device = packed_weight.owner.tensor.parts.packed.device
-        view: WeightView = Tensor._make_wrapper_subclass(
-            cls,
-            packed_weight.shape,
-            dtype=packed_weight.owner.compute_dtype,
-            device=device,
-            requires_grad=False,
-        )
+        options: Any = {"dtype": packed_weight.owner.compute_dtype, "device": device}
+        view: WeightView = Tensor._make_wrapper_subclass(cls, packed_weight.shape, **options)
         view.packed_weight = packed_weight
         return view
 
@@ -189,18 +185,12 @@ class WeightView(Tensor):
         return f"WeightView({list(self.shape)}, {self.packed_weight.owner.scheme})"
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        found = handler(*args, **kwargs) if handler else NotImplemented
-        if found is not NotImplemented:
-            return found
+        result = handler(*args, **kwargs) if handler else NotImplemented
+        if result is not NotImplemented:
+            return result
         if _writes(func, args, kwargs):
             refuse_write()
         if _needs_no_values(func):
@@ -209,13 +199,10 @@ class WeightView(Tensor):
         args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
+    # torch declares it as a method of instances
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -229,7 +216,7 @@ _METADATA = (
 
 
 def _property(func: Callable[..., Any], kind: str) -> str:
-    """The attribute that `func` gets (or sets); empty if it does neither."""
+    # torch passes the getter of `x.shape` as `Tensor.shape.__get__`
     if getattr(func, "__name__", "") != kind:
         return ""
     return func.__self__.__name__  # type: ignore[attr-defined]
@@ -245,6 +232,7 @@ def _needs_no_values(func: Callable[..., Any]) -> bool:
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
+    # `grad` and `requires_grad` may be set
     if _property(func, "__set__"):
         return _property(func, "__set__") == "data"
     in_place = (name.endswith("_") and not name.endswith("__")) or (
@@ -281,12 +269,7 @@ def _mm(input: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *_: Any,
-    **__: Any,
+    input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> Tensor:
     packed = _matrix(weight)
     if packed is None or packed.transposed or packed.index is not None or max_norm is not None:
@@ -295,20 +278,15 @@ def _embedding(
 
 
 def _grouped(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Tensor:
     if not isinstance(weight, WeightView) or isinstance(x, WeightView):
         return NotImplemented
     if weight.ndim != 3 or weight.packed_weight.index is not None or x.ndim != 2 or offs is None:
         return NotImplemented
-    if bias is not None or out_dtype is not None:
-        return NotImplemented
-    if compute_dtype(x) != compute_dtype(x, weight.dtype):  # torch then refuses `x`
+    # torch refuses an `x` of another dtype, in its own words
+    is_refused = compute_dtype(x) != compute_dtype(x, weight.dtype)
+    if is_refused or bias is not None or out_dtype is not None:
         return NotImplemented
     return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 
@@ -321,8 +299,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return NotImplemented
 
         def run(x: Tensor, bias: Tensor | None) -> Tensor:
-            values = weight.packed_weight.unpacked_for(x)
-            return function(x, values, bias, *args, **kwargs)
+            return function(x, weight.packed_weight.unpacked_for(x), bias, *args, **kwargs)
 
         if not torch.is_grad_enabled():
             return run(input, bias)
@@ -344,7 +321,8 @@ def _select(view: Tensor, index: Any) -> Tensor:
     is_number = isinstance(index, int) and not isinstance(index, bool)
     if is_number and not -len(view) <= index < len(view):
         return NotImplemented
-    if is_tensor and not index.ndim:  # uint8 and bool are masks
+    # uint8 and bool are masks
+    if is_tensor and not index.ndim:
         is_number = not index.is_floating_point() and index.dtype not in (torch.uint8, torch.bool)
     return WeightView(view.packed_weight.expert(index)) if is_number else NotImplemented
 

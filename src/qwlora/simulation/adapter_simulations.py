@@ -8,10 +8,6 @@
 it to run the base alone. Where an adapter of zeros does not compute the base bit for bit (DoRA
 divides by norms; `modules_to_save` replaces modules), "base" is the graph without any adapter.
 
-Adapters of the same structure (names, shapes and scaling of their weights) share one captured
-graph. The next adapter's weights are bound to it and the result is compared with the model, bit for
-bit; if it differs, that adapter is captured by itself.
-
 `base_activations` says which encodings change when a runtime switches adapters. Its values mean the
 same as those of QAIRT's `quant_updatable_mode`:
 
@@ -22,11 +18,8 @@ same as those of QAIRT's `quant_updatable_mode`:
     none            nothing: all activations and adapter weights share one set of encodings, so
                     adapters are padded to one shape (`adapter/padded_adapters.py`)
 
-An adapter that is padded is simulated with zero factors in the layers that only others change: the
-sum there is rounded once more, as in the graph that serves all adapters.
-
-A shared encoding covers everything that any adapter observed: observers of the same name are merged
-and then estimated once. Base weights have one encoding in every mode.
+A shared encoding covers everything that any adapter observed. Base weights have one encoding in
+every mode.
 """
 
 from __future__ import annotations
@@ -77,14 +70,11 @@ class AdapterSimulations(dict[str, Simulation]):
         shared: the shared encodings by name, without those of packed base weights.
     """
 
-    def __init__(
-        self,
-        simulations: Mapping[str, Simulation],
-        base_activations: BaseActivations,
-        captures: int,
-    ):
+    def __init__(self, simulations: Mapping[str, Simulation], base_activations: BaseActivations):
         super().__init__(simulations)
-        self.base_activations, self.captures = base_activations, captures
+        self.base_activations = base_activations
+        # a graph that was bound to other weights keeps the interface of its capture
+        self.captures = len({id(s.captured.interface) for s in simulations.values()})
         self.shared: dict[str, Encoding] = {}
 
     def calibrate(
@@ -103,7 +93,8 @@ class AdapterSimulations(dict[str, Simulation]):
     def check_unchanged(self) -> None:
         """See `Simulation.check_unchanged`. All adapters need one base."""
         models = [simulation.origin.model for simulation in self.values()]
-        bases = {model: fingerprint(model) for model in {*models}}  # each is hashed once
+        # hashing takes 0.6 s for 1 GB, and simulations usually have one model
+        bases = {model: fingerprint(model) for model in {*models}}
         for name, simulation in self.items():
             simulation.check_unchanged(bases[simulation.origin.model])
             if simulation.origin.base_fingerprint != bases[models[0]]:
@@ -116,6 +107,7 @@ class AdapterSimulations(dict[str, Simulation]):
             name: [v.name for v in simulation.placement.values if v.kind in kinds]
             for name, simulation in self.items()
         }
+        # a weight without an adapter's name is shared if the base's graph reads it too
         for name, read in weights.items():
             unshared = [n for n in read if adapter_of(n) or n not in weights[BASE]]
             if others := [n for n in unshared if not is_factor_name(n)]:
@@ -137,32 +129,20 @@ class AdapterSimulations(dict[str, Simulation]):
         track: Track = untracked,
         tokens: int | None = None,
     ) -> None:
-        """Run calibration data through every adapter. If it raises, all simulations stay as they
-        were.
-
-        Args:
-            batches: for all adapters, or by adapter.
-            tokens: see `Simulation.observe`.
-
-        Raises:
-            CalibrationError: an adapter got no batch; or see `Simulation.check_unchanged`.
-        """
+        """Run calibration data, for all adapters or by adapter, through every adapter; see
+        `Simulation.observe`. If it raises, all simulations stay as they were."""
         self.check_unchanged()
         with self._restored_on_error():
             for name, simulation in self.items():
-                own = batches.get(name, ()) if isinstance(batches, Mapping) else batches
-                simulation.observe_unchecked(own, track, tokens)
+                its_batches = batches.get(name, ()) if isinstance(batches, Mapping) else batches
+                simulation.observe_unchecked(its_batches, track, tokens)
 
     def freeze(
         self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
-        """Set all encodings: each adapter's own, then the shared ones. If it raises, encodings of
-        activations stay as they were, except that masks which it found become float.
-
-        Args:
-            allow_unseen: see `Simulation.freeze`.
-            shared: encodings from an earlier calibration on the same base. Default: from what all
-                adapters observed.
+        """Set all encodings: each adapter's own, then the shared ones, from what all adapters
+        observed or from an earlier calibration on the same base (`shared`). If it raises, encodings
+        of activations stay as they were, except that masks which it found become float.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between
@@ -209,8 +189,10 @@ def simulate_adapters(
     known = adapter_names(model)
     names = known if adapters is None else list(adapters)
     if BASE in names:
-        what = f"an adapter is called {BASE!r}, the name of the zero adapter"
-        raise CaptureError(f"{what}. Load it under another name")
+        raise CaptureError(
+            f"an adapter is called {BASE!r}, the name of the zero adapter. Load it under another "
+            "name"
+        )
     if unknown := [name for name in names if name not in known]:
         raise CaptureError(f"the model has no adapter {listed(unknown)}. It has {listed(known)}")
     if packed_layers(model):
@@ -219,19 +201,14 @@ def simulate_adapters(
     simulations: dict[str, Simulation] = {}
     first: dict[Hashable, tuple[Simulation, _Weights]] = {}  # by structure
     frozen: dict[int, FrozenWeight] = {}
-    captures = 0
 
+    # A capture takes 10 to 15 s for SmolLM2 (docs/log/runtimes.md), so adapters of one structure
+    # share a graph: weights are bound to it, and the result is compared with the model.
     def simulated(
         origin: SimulationSource, graphs: Iterable[tuple[Simulation, _Weights, _Weights]]
     ) -> Simulation:
-        """From one of `graphs` and their weights with other weights, or captured."""
-        nonlocal captures
-        for simulation, bound, weights in graphs:
-            if (captured := _rebound(simulation, bound, weights, origin)) is not None:
-                break
-        else:
-            captured = capture(model, example_inputs)
-            captures += 1
+        captures = (_rebound(*graph, origin) for graph in graphs)
+        captured = next(filter(None, captures), None) or capture(model, example_inputs)
         return Simulation(captured, origin, frozen, activation_encodings)
 
     base = fingerprint(model)
@@ -241,6 +218,8 @@ def simulate_adapters(
         for name in names:
             activate_(model, [name])
             origins[name] = SimulationSource.of(model, example_inputs, schemes, ranks, base)
+        # One cast for all captures: graphs then share the float32 tensors. Padding comes after the
+        # fingerprints, which are those of the adapters as they are.
         changes.enter_context(in_float32(model))
         changes.enter_context(padded_adapters(model, names, ranks))
         for name, origin in origins.items():
@@ -252,17 +231,19 @@ def simulate_adapters(
             first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
             origin = SimulationSource.of(model, example_inputs, schemes, ranks, base)
-            zeros = ((s, weights, _zeros(weights)) for s, weights in first.values())
+            zeros = (
+                (s, bound, {n: nn.Parameter(torch.zeros_like(p), False) for n, p in bound.items()})
+                for s, bound in first.values()
+            )
             simulations[BASE] = simulated(origin, zeros)
     if asked is None or asked.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
-    return AdapterSimulations(simulations, base_activations, captures)
+    return AdapterSimulations(simulations, base_activations)
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
-    """The simulation that was saved in `folder`, captured again from `model`.
-
-    Its logits are those of the saved one, bit for bit.
+    """The simulation that was saved in `folder`, captured again from `model`. Its logits are those
+    of the saved one, bit for bit.
 
     Args:
         model: the same base with the same adapter, on any device. A zero adapter is loaded with
@@ -276,13 +257,13 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     folder = Path(folder)
     record = read_record(folder)
     manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again")
-    for what, digest, saved in (
+    for part, digest, saved in (
         ("base", fingerprint(model), record.base_fingerprint),
         ("adapter", adapter_fingerprint(model), record.adapter_fingerprint),
     ):
         if digest != saved:
             raise CalibrationError(
-                f"{str(folder)!r} is a simulation of the {what} with fingerprint "
+                f"{str(folder)!r} is a simulation of the {part} with fingerprint "
                 f"{saved or '(none)'}, but this model's is {digest or '(none)'}. "
                 "Give it the model it was made from, or calibrate again"
             )
@@ -296,8 +277,9 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
 def _rebound(
     first: Simulation, bound: _Weights, weights: _Weights, origin: SimulationSource
 ) -> Captured | None:
-    """The graph of `first`, whose adapter weights are `bound`, with other adapter weights; None if
-    it then does not compute the model."""
+    """The graph of `first` with other adapter weights than `bound`; None if it does not compute the
+    model."""
+    # by address, since names in the graph are those of the adapter that was captured
     replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
     state = {
         name: replacements.get(tensor.data_ptr(), tensor)
@@ -308,10 +290,6 @@ def _rebound(
         return rebound(first.captured, program, origin.model, origin.example_inputs)
     except CaptureError:
         return None
-
-
-def _zeros(weights: _Weights) -> _Weights:
-    return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
 
 def _weights(model: nn.Module, adapter: str) -> _Weights:
@@ -325,6 +303,7 @@ def _weights(model: nn.Module, adapter: str) -> _Weights:
 
 def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
+    # the scaling is a constant of the graph
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
         (path, layer.scaling[adapter], type(layer.lora_variant.get(adapter)))
@@ -338,18 +317,18 @@ def shared_encodings(
     simulations: Iterable[Simulation], base_activations: BaseActivations
 ) -> dict[str, Encoding]:
     """The encodings that frozen simulations share, from what all of them observed; with `none`,
-    those of adapter weights too. Values with another shape or scheme in one of the simulations are
-    refused, and with `none` missing ones."""
+    those of adapter weights too."""
     quantizers: dict[str, Quantizer] = {}
     fixed: dict[str, Encoding] = {}
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
     names: set[str] | None = None
     for simulation in simulations:
-        own_weights = simulation.adapter_weights if base_activations == "none" else {}
-        if own_weights:  # a graph without any adapter lacks the adapter's values in every mode
-            own = {*simulation.quantizers, *own_weights}
-            names = own if names is None else names
-            if differing := sorted(own ^ names):
+        adapter_weights = simulation.adapter_weights if base_activations == "none" else {}
+        # a graph without any adapter lacks the adapter's values in every mode
+        if adapter_weights:
+            in_graph = {*simulation.quantizers, *adapter_weights}
+            names = in_graph if names is None else names
+            if differing := sorted(in_graph ^ names):
                 raise CalibrationError(
                     f"{len(differing)} values have an encoding with one adapter and none with "
                     f"another, {differing[0]} first. Adapters that share all encodings need the "
@@ -361,6 +340,7 @@ def shared_encodings(
             if quantizer.fixed:
                 fixed[name] = quantizer.known_encoding()
             elif (earlier := quantizers.get(name)) is None:
+                # a copy, because the observations of other adapters are merged into it
                 quantizers[name] = copy.deepcopy(quantizer)
             elif earlier.scheme != quantizer.scheme:
                 raise CalibrationError(
@@ -369,7 +349,7 @@ def shared_encodings(
                 )
             else:
                 earlier.observer.merge(quantizer.observer)
-        for name, weight in own_weights.items():
+        for name, weight in adapter_weights.items():
             scheme = simulation.weights[name].encoding.scheme
             low, high = group_range(weight, scheme)
             known, lowest, highest = weights.get(name, (scheme, low, high))
@@ -401,10 +381,9 @@ def _shared_activations(simulation: Simulation, base_activations: BaseActivation
 def apply_shared_encodings(
     simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
-    """Replace encodings of a frozen simulation by the shared ones, which must have all that it
-    shares. With `adapter_only`, the sum of a layer that no earlier adapter changed keeps its own
-    encoding."""
+    """Replace encodings of a frozen simulation by those of `encodings` that it shares."""
     names = _shared_activations(simulation, base_activations)
+    # the sum of a layer that no earlier adapter changed keeps its own encoding
     sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
     optional = {mark.name for mark in simulation.marks if mark.node in sums}
     if missing := [name for name in names if name not in {*encodings, *optional}]:

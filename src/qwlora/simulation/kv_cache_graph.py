@@ -4,19 +4,9 @@
     graph = cached_graph(simulation, capture_with_cache(simulation))
     export_onnx(graph, folder)
 
-Weights are the simulation's. Encodings carry over by name. Past keys and values, and what they
-become with the new ones after them, have the encoding of the new ones:
-
-    past_key_values.0.key    on the grid of the new keys, which were outputs in an earlier call
-    cat(past, new)           the same
-
-So the graph prefills and decodes on the grids of the full sequence, and one set of encodings holds
-for all graphs of the model. Without past tokens it computes the full sequence, bit for bit.
-
-Values that an earlier call returned are on that grid already. A runtime that keeps them as floats
-does not have to quantize them again: `quantize_past` false leaves both without an encoding.
-
-The graph is captured with the cache as inputs and outputs:
+Weights are the simulation's. Encodings carry over by name, so one set of them holds for all graphs
+of the model. Without past tokens the graph computes the full sequence, bit for bit. It is captured
+with the cache as inputs and outputs:
 
     captured = capture_cached(model)                                      # any tokens, any past
     captured = capture_cached(model, CacheSizes(tokens=128, context=1024))     # static, one row
@@ -24,12 +14,8 @@ The graph is captured with the cache as inputs and outputs:
     input_ids, attention_mask, position_ids, past_key_values.0.key, past_key_values.0.value, ...
         -> logits, present.0.key, present.0.value, ...
 
-attention_mask is [batch, past + tokens], keys and values are [batch, heads, past, width].
-
-Every layer keeps the whole past: what a sliding window cannot see is masked, not dropped.
-
-If the cache is not full, its valid tokens are the last places, so that a sliding window counts
-correct distances; attention_mask is 0 on the left.
+attention_mask is [batch, past + tokens], keys and values are [batch, heads, past, width]. Every
+layer keeps the whole past: what a sliding window cannot see is masked, not dropped.
 
 `npu_graph` gives graphs that a neural processing unit takes whole, of other models without a cache:
 
@@ -38,25 +24,12 @@ correct distances; attention_mask is 0 on the left.
                    encoding, every size is fixed
     npu.host       positions, mask -> cos, sin, float mask: runs on the CPU before each call
 
-Inputs and outputs are called as in Qualcomm's public recipes:
+Inputs and outputs are called as in Qualcomm's public recipes (`_renamed`). The graphs of a
+simulation that takes `inputs_embeds`, of the language model in a vision-language model, take them
+instead of input_ids; the host has the table, and positions of one or three axes.
 
-    input_ids, attention_mask, position_ids_cos, position_ids_sin, past_key_0_in, past_value_0_in
-    logits, past_key_0_out, past_value_0_out      of the new tokens only, and so on for each layer
-
-The graphs of a simulation that takes `inputs_embeds`, of the language model in a vision-language
-model, take them instead of input_ids; the host has the table, and positions of one or three axes.
-
-Keys are [1, heads, tokens, width], like values. past_key_0_in and past_key_0_out have one encoding.
-
-The simulation computes three values in float; the device graph quantizes them:
-
-    cos, sin, mask      their range over all positions of the context
-    scores + mask       the range of the scores, lowered by the mask
-    norm weights 1 + w  their own range
-
-A masked score is `floor` lower instead of minus infinity. The floor is chosen so that a masked
-score stays `MASKED_BELOW` below every other one: e^-20 of a probability, less than a 16-bit step.
-Float scores have no range, and a floor of -1000.
+The device graph also quantizes cosines, sines and the mask, scores with the mask, and norm weights
+1 + w, which are floats in the simulation.
 """
 
 from __future__ import annotations
@@ -113,9 +86,13 @@ from qwlora.system.device import device_of
 from qwlora.system.parameter_names import adapter_of, canonical_name
 
 CONTEXT = "context"  # name of the size of past and new tokens together
-_EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export keeps them apart
+# torch.export gives axes of equal size one symbol, so these sizes and their sum differ
+_EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5
+# A masked score is lower than every other one by this much: e^-20 of a probability, less than a
+# 16-bit step. A grid cannot hold minus infinity.
 MASKED_BELOW = 20.0
-_FLOAT_FLOOR = -1000.0  # of the mask where scores are floats, as in Genie and ai-hub-models
+# Float scores have no range to add to it; Genie and ai-hub-models use the same number.
+_FLOAT_FLOOR = -1000.0
 _PLACES = 64  # in the context, where the range of host inputs is measured
 _ACTIVATION_FUNCTION = r"(?i)GELU|SiLU|Swish|Activation"
 Batch = Mapping[str, Any]
@@ -124,8 +101,7 @@ _WEIGHT = Scheme(16)
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """The sizes of a static graph, in tokens: new ones of one call, and the context, new and past
-    ones together. At least one is new, and there is room for a past one."""
+    """The sizes of a static graph, in tokens: new ones, and new and past ones together."""
 
     tokens: int
     context: int
@@ -160,8 +136,7 @@ def capture_cached(
     """The graph of a causal language model that continues a sequence: of one row and these sizes,
     which returns keys and values of the new tokens only; or of any number of rows, tokens and past
     tokens, which returns those of past and new ones. It takes embeddings, and positions of three
-    axes, where `like` does. Models without `input_ids`, `attention_mask`, `position_ids` or keys
-    and values for each layer are refused."""
+    axes, where `like` does."""
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
     ids = torch.ones(rows, past + tokens, dtype=torch.int64, device=device_of(model))
@@ -185,15 +160,15 @@ def capture_cached(
 
 
 def cache_additions(captured: Captured) -> dict[str, tuple[Node, Node, Node]]:
-    """The node of each past input, that of the new keys or values, and the one that appends these,
-    by the name of the input."""
-    found, names = {}, captured.input_names
+    """The nodes of each past input, of the new keys or values, and of both in one, by the input's
+    name."""
+    additions, names = {}, captured.input_names
     for node in calls(captured.program):
         match operation(node), *node.args:
             case "cat", [Node() as past, Node() as new], *_:
                 if (name := names.get(past.name)) in captured.interface.cached:
-                    found[name] = past, new, node
-    return found
+                    additions[name] = past, new, node
+    return additions
 
 
 def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tensor, Tensor]]:
@@ -212,10 +187,8 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
         )
     # a fixed pattern, so that every capture sees the same data
     g = torch.Generator().manual_seed(0)
-    made = [
-        torch.randn(t.shape[0], t.shape[1], past, t.shape[3], generator=g).to(t) for t in tensors
-    ]
-    return list(zip(made[::2], made[1::2], strict=True))
+    cached = [torch.randn(*t.shape[:2], past, t.shape[3], generator=g).to(t) for t in tensors]
+    return list(zip(cached[::2], cached[1::2], strict=True))
 
 
 def _only_new(captured: Captured) -> Captured:
@@ -260,8 +233,8 @@ def cached_graph(
     simulation: Simulation, captured: Captured, quantize_past: bool = True
 ) -> QuantizedGraph:
     """The graph of `captured` (by `capture_cached`, of the simulation's model with an adapter of
-    this structure active) on the grids and with the weights of a calibrated simulation. Values of
-    the simulation that the graph lacks or has in another shape are refused."""
+    this structure active) on the grids and with the weights of a calibrated simulation. A runtime
+    that keeps past keys and values as floats needs no encoding for them: `quantize_past` false."""
     encodings = simulation.encodings
     program = _with_weights(captured.program, simulation.program)
     placement = place(program, simulation.origin.schemes, captured.input_names)
@@ -274,6 +247,8 @@ def cached_graph(
         )
     marks = {nodes[m.name]: replace(m, node=nodes[m.name]) for m in simulation.marks}
     names = {node: name for name, node in nodes.items()}
+    # An earlier call returned past keys and values on the grid of the new ones. So the graph
+    # prefills and decodes on the grids of the full sequence.
     for past, new, whole in cache_additions(captured).values() if quantize_past else ():
         encoding = encoding_before(new, marks, encodings)
         for node in (past, whole):
@@ -335,8 +310,8 @@ def _used(program: ExportedProgram) -> list[str]:
 
 @dataclass(frozen=True)
 class NpuGraph:
-    """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
-    mask is negative."""
+    """A graph of fixed size for an NPU, and the graph of what its host computes; `floor` is
+    negative."""
 
     cache: CacheSizes | None
     device: QuantizedGraph
@@ -351,10 +326,9 @@ class NpuGraph:
 
 
 def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Mask [1, context] and positions [1, sizes.tokens] for `tokens` new ones after `past` ones.
-
-    Valid tokens are contiguous: those in the cache on its right, new ones on the left of theirs.
-    """
+    """Mask [1, context] and positions [1, sizes.tokens] for `tokens` new ones after `past` ones."""
+    # Valid tokens are contiguous, so that a sliding window counts correct distances: those in the
+    # cache are its last places, new ones the first of theirs.
     mask = torch.zeros(1, sizes.context, dtype=torch.int64)
     mask[:, sizes.past - min(past, sizes.past) : sizes.past + tokens] = 1
     positions = torch.arange(past, past + sizes.tokens)[None]
@@ -365,27 +339,27 @@ def npu_graph(
     simulation: Simulation, sizes: CacheSizes | Batch, largest_scaling: float | None = None
 ) -> NpuGraph:
     """The graph of a calibrated simulation with its adapter active: of a causal language model, for
-    a number of new tokens and a context; of any model, for inputs of the shapes of a batch, without
-    a cache. `largest_scaling` is alpha / rank of any adapter that it will run with; default: that
-    of the simulation's. Values that would stay float are refused."""
+    new tokens and a context; of any model, for the shapes of a batch, without a cache.
+    `largest_scaling` is alpha / rank of any adapter that it will run with; default: that of the
+    simulation's."""
     graph = cached_graph(simulation, capture_with_cache(simulation, sizes))
     return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
 
 
 def mask_floor(graph: QuantizedGraph) -> float:
-    """The floor of the mask that a graph of `cached_graph` needs, from the widest range of what a
-    softmax reads, before the mask; see the module. Float scores have no range."""
+    """The floor of the mask that a graph of `cached_graph` needs."""
+    # the widest range of what a softmax reads, before the mask
     if graph.has_float_activations:
         return _FLOAT_FLOOR
     marks = {mark.node: mark.name for mark in graph.marks}
-    widest = 0.0
-    for node in graph.program.graph.nodes:
-        if operation(node) == "softmax":
-            for read in ancestors(node.all_input_nodes[0], lambda n: n.name not in marks):
-                if read.name in marks:
-                    low, high = grid_ends(graph.encodings[marks[read.name]])
-                    widest = max(widest, high - low)
-    return -(MASKED_BELOW + widest)
+    softmaxes = [node for node in calls(graph.program) if operation(node) == "softmax"]
+    ranges = [
+        grid_ends(graph.encodings[marks[read.name]])
+        for node in softmaxes
+        for read in ancestors(node.all_input_nodes[0], lambda n: n.name not in marks)
+        if read.name in marks
+    ]
+    return -(MASKED_BELOW + max((high - low for low, high in ranges), default=0.0))
 
 
 def npu_form(
@@ -393,13 +367,13 @@ def npu_form(
 ) -> NpuGraph:
     """`npu_graph` of a graph of `cached_graph`, with this floor of the mask. Without
     `largest_scaling`, alpha / rank stays a constant of the graph, and activations may be float."""
+    cache = sizes if isinstance(sizes, CacheSizes) else None
     placeholders = graph.program.graph_signature.user_inputs
     known = {mark.node: mark for mark in graph.marks}
-    is_cached = isinstance(sizes, CacheSizes)
     deciding = [
         name
         for name, node in zip(graph.interface.inputs, placeholders, strict=True)
-        if (name in (MASK, POSITIONS) if is_cached else node not in known)
+        if (name in (MASK, POSITIONS) if cache else node not in known)
     ]
     program, interface, host = lift_host_inputs(graph.program, graph.interface, floor, deciding)
     scaling = None if largest_scaling is None else scaling_of(program)
@@ -412,12 +386,11 @@ def npu_form(
     # what the graph adds is as wide as its widest activation: operators take one width
     scheme = Scheme(max(graph.activation_bitwidths, default=16), symmetric=False)
     is_float = largest_scaling is None and graph.has_float_activations
-    if is_float:
-        added = {}
-    elif isinstance(sizes, CacheSizes):
-        added = _host_encodings(host, sizes, scheme)
-    else:
-        added = _lifted_encodings(host, known, graph.encodings, floor, scheme)
+    added: dict[str, Encoding] = {}
+    if cache and not is_float:
+        added = _host_encodings(host, cache, scheme)
+    elif not is_float:
+        added = _lifted_encodings(host, graph, floor, scheme)
     if scaling is not None:
         added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0), scheme)
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
@@ -443,7 +416,7 @@ def npu_form(
         {_renamed(name): encoding for name, encoding in encodings.items()},
         graph.observer,
     )
-    return NpuGraph(sizes if isinstance(sizes, CacheSizes) else None, device, host, floor)
+    return NpuGraph(cache, device, host, floor)
 
 
 def _add_masked_scores_(
@@ -461,13 +434,12 @@ def _add_masked_scores_(
         mask = next((n for n in node.all_input_nodes if n not in scores), None)
         if mask is None:
             continue
-        encoding = encoding_before(scores[0], marks, encodings)
+        encoding, grid = (encoding_before(n, marks, encodings) for n in (scores[0], mask))
         if encoding is None:
             raise CalibrationError(
                 f"the attention scores before {node.name} have no encoding. "
                 "Set simulation.policy: npu, and remove rules that keep them float"
             )
-        grid = encoding_before(mask, marks, encodings)
         assert grid is not None
         low, high = grid_ends(encoding)
         name = f"{marks[origin(scores[0]).name].name}.masked"
@@ -479,6 +451,7 @@ def _fold_norm_weights_(
     program: ExportedProgram, marks: dict[str, GraphValue], encodings: dict[str, Encoding]
 ) -> ExportedProgram:
     """The program in which every norm reads a stored weight, not one computed from it."""
+    # on the grid first: the norm then has the values that the simulation computes 1 + w from
     state = dict(program.state_dict)
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs}
     for node in calls(program):
@@ -501,7 +474,6 @@ def _fold_norm_weights_(
 
 
 def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue]) -> None:
-    """Refuse values that would be computed in half precision."""
     constants = computed_from(program, stored_tensors(program))
     floats = [
         f"{place_of(node)} ({operator_of(node)})"
@@ -523,6 +495,7 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
 
 def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> dict[str, Encoding]:
     """The encoding of each float input that the host computes."""
+    # evenly spaced lengths of the past: a long context has too many to run the host for each
     ranges: dict[str, tuple[float, float]] = {}
     for past in sorted({round(sizes.past * i / _PLACES) for i in range(_PLACES + 1)}):
         for name, value in run_host(host, *host_arguments(sizes, past, sizes.tokens)).items():
@@ -530,27 +503,24 @@ def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> 
                 low, high = ranges.get(name, (0.0, 0.0))
                 ranges[name] = min(low, float(value.min())), max(high, float(value.max()))
     for name in list(ranges):
-        if name.startswith(COS):  # 1 at position 0, times what the model multiplies both with
+        # The largest cosine is that of position 0: 1, times what the model multiplies both with.
+        # Between the measured places, sine and cosine may reach it with either sign.
+        if name.startswith(COS):
             high = ranges[name][1]
             ranges[name] = ranges[name.replace(COS, SIN)] = -high, high
     return {name: _between(low, high, scheme) for name, (low, high) in ranges.items()}
 
 
 def _lifted_encodings(
-    host: QuantizedGraph,
-    marks: Mapping[str, GraphValue],
-    known: Mapping[str, Encoding],
-    floor: float,
-    scheme: Scheme,
+    host: QuantizedGraph, graph: QuantizedGraph, floor: float, scheme: Scheme
 ) -> dict[str, Encoding]:
-    """The encoding of each float input that the host computes for a graph without a cache: the
-    simulation's, or the range of a mask."""
-    added = {}
+    """The same for a graph without a cache: the simulation's encodings, or the range of a mask."""
+    added, marks = {}, {mark.node: mark for mark in graph.marks}
     (results,) = host.program.graph.output_node().args
     for name, node in zip(host.interface.outputs, results, strict=True):
         if not node.meta["val"].is_floating_point():
             continue
-        encoding = encoding_before(node, marks, known)
+        encoding = encoding_before(node, marks, graph.encodings)
         if encoding is None and not name.startswith(MASK):
             raise CalibrationError(
                 f"{place_of(node)} ({operator_of(node)}), which the host computes from {name}, has "
@@ -565,7 +535,6 @@ def _between(low: float, high: float, scheme: Scheme) -> Encoding:
 
 
 def _evaluated(node: Node, source: Node, value: Tensor) -> Tensor:
-    """A value computed from `source`, if that is `value`."""
     if node is source:
         return value
     arguments = map_arg(node.args, lambda inner: _evaluated(inner, source, value))

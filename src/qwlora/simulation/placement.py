@@ -82,8 +82,7 @@ class Placement:
 def place(
     program: ExportedProgram, schemes: Schemes, input_names: Mapping[str, str] | None = None
 ) -> Placement:
-    """Decide about every floating-point value of `program`; `input_names` are those of its inputs
-    by placeholder. Rules without effect are refused, all by name, unless `schemes` allows them."""
+    """Decide about every floating-point value of `program`; `input_names` are by placeholder."""
     policy, rules = schemes.placement_policy(), schemes.rules
     values = _graph_values(program, GraphAnalysis(program), input_names or {})
     decided = [_decided(value, policy, rules) for value in values]
@@ -100,10 +99,10 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
     values = [value for placement in placements for value in placement.values]
     problems = []
     for index, rule in placements[0].unused_rules.items():
-        matched = [value for value in values if rule.fits(value.names)]
+        # a rule may be for one of several adapters
         if any(index not in placement.unused_rules for placement in placements):
             continue
-        if matched:
+        if matched := [value for value in values if rule.fits(value.names)]:
             others = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
             first = f"{matched[0].name} ({matched[0].reason})"
             problem = f"matches {first}{others}, but changes nothing"

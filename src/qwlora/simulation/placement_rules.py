@@ -69,9 +69,7 @@ class PolicyRule:
         return (
             (self.trait is None or self.trait in traits)
             and (self.operators is None or operator in self.operators)
-            and (
-                self.module_class is None or re.search(self.module_class, module_class) is not None
-            )
+            and (not self.module_class or re.search(self.module_class, module_class) is not None)
             and (self.path is None or fnmatchcase(path, self.path))
         )
 
@@ -227,8 +225,10 @@ class Schemes:
         """The policy with a rule for each of the options above."""
         chosen = self.policy if isinstance(self.policy, Policy) else POLICIES.get(self.policy)
         if chosen is None:
-            known = ", ".join(POLICIES)
-            raise CalibrationError(f"placement policy {self.policy!r} is not one of {known}")
+            raise CalibrationError(
+                f"placement policy {self.policy!r} is not one of {', '.join(POLICIES)}"
+            )
+        # inserted at the front: the first rule that sets an option of the grid decides about it
         rules = [
             rule
             for rule in chosen.rules

@@ -55,14 +55,8 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from.
-
-    Args:
-        base_fingerprint, adapter_fingerprint: of the base and of the active adapter at that time,
-            before it was padded to `ranks` (`adapter/padded_adapters.py`). The second is None if
-            there was no adapter, and for a zero adapter.
-        adapters: names of the adapters that were active.
-    """
+    """What a simulation was made from, at that time: the fingerprints are of the base and of the
+    active adapter (None for none or a zero adapter), before it was padded to `ranks`."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
@@ -113,9 +107,8 @@ def write_simulation(
     encodings: Mapping[str, Encoding],
     dropped: Iterable[str],
 ) -> None:
-    """Write a calibrated simulation, with these encodings, to `folder`, which is created if
-    missing. Files from before are replaced only when all new ones are written. `dropped` are values
-    that calibration left float."""
+    """Write a calibrated simulation to `folder`; `dropped` are values that calibration left
+    float."""
     arguments, examples = Structure.of(dict(origin.example_inputs))
     inputs = {
         name: json.loads(json.dumps(argument, default=partial(_named, name)))
@@ -153,9 +146,9 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
     """The encodings in `folder`. A simulation's folder has all but those of packed base weights."""
-    what = f"simulation {str(folder)!r}"
     if (folder / ENCODINGS).exists():
-        manifest.check(folder, RECORD, what, "calibrate again", [ENCODINGS])
+        name = f"simulation {str(folder)!r}"
+        manifest.check(folder, RECORD, name, "calibrate again", [ENCODINGS])
     with _reading(folder):
         entries = files.read_encodings(folder / ENCODINGS).encodings
         return {entry.name: encoding_of(entry) for entry in entries}
@@ -190,8 +183,9 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        what = f"{str(folder)!r} holds no readable simulation ({error}). Calibrate again"
-        raise CalibrationError(what) from error
+        raise CalibrationError(
+            f"{str(folder)!r} holds no readable simulation ({error}). Calibrate again"
+        ) from error
 
 
 def _named(argument: str, part: Any) -> Any:

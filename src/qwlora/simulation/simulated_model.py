@@ -58,25 +58,19 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Any = None,
         **more: Any,
     ) -> Any:
-        """Logits in the output class of the model.
-
-        Raises:
-            CaptureError: an argument is missing or not supported by the graph, or the loss of
-                `labels` needs more than logits.
-        """
+        """Logits in the output class of the model. Arguments that the graph does not take are
+        refused, and a loss of `labels` that needs more than logits."""
         for name in ("output_hidden_states", "output_attentions", "use_cache"):
             if more.pop(name, None):
                 raise CaptureError(f"{name}: this model returns logits only; omit the argument")
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        names = ("input_ids", "attention_mask", "position_ids")
+        tensors = zip(names, (input_ids, attention_mask, position_ids), strict=True)
+        given = {name: tensor for name, tensor in tensors if tensor is not None}
         if self._keeps_logits:
             more["logits_to_keep"] = logits_to_keep
         with torch.no_grad():
             output = self.simulation(**given, **more)
+            # 0 keeps all, as in transformers
             if not isinstance(logits_to_keep, int) or logits_to_keep:
                 last = isinstance(logits_to_keep, int)
                 kept = slice(-logits_to_keep, None) if last else logits_to_keep

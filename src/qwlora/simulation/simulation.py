@@ -96,13 +96,8 @@ class CalibrationReport:
 
 class Simulation(nn.Module):
     """Call it like the captured model: the same arguments by name, or the first of `inputs` by
-    position. It returns the model's result type.
-
-    Args:
-        captured: the graph of `origin.model`.
-        frozen: quantized copies of float weights that other simulations of the model have, by
-            address; those of this one are added.
-        activation_encodings: see `simulate`.
+    position. It returns the model's result type. `simulate` and `simulate_adapters` make it;
+    simulations of one model share `frozen`, their quantized weights.
 
     Attributes:
         placement: every value of the graph, and the rule that decided about it.
@@ -163,7 +158,7 @@ class Simulation(nn.Module):
 
     def explain(self) -> Placement:
         """The placement log: which values are quantized, on which grid, and why; weights and inputs
-        first, then computed values."""
+        first."""
         values = sorted(self.placement.values, key=lambda value: value.is_computed)
         return Placement(self.placement.policy, [self._with_grid(value) for value in values])
 
@@ -179,13 +174,8 @@ class Simulation(nn.Module):
         return replace(value, grid=grid, observer=observer, low=low, high=high)
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
-        """The model's result, simulated.
-
-        Raises:
-            CalibrationError: an activation has no encoding yet, outside of `only`. The same holds
-                for every method that computes simulated values.
-            CaptureError: see `Captured.bind`.
-        """
+        """The model's result, simulated. As every method that computes simulated values, it raises
+        a CalibrationError if an activation has no encoding yet, outside of `only`."""
         if len(first) > len(self.inputs):
             raise CaptureError(
                 f"{len(first)} tensors are given by position, but there are {len(self.inputs)} "
@@ -207,25 +197,19 @@ class Simulation(nn.Module):
             return self.freeze(allow_unseen)
 
     def check_unchanged(self, base_fingerprint: str | None = None) -> None:
-        """Refuse to calibrate or export if the base or the adapter has changed since `simulate`:
-        weights would keep their old grids, and files would match neither old nor new adapter.
-
-        Args:
-            base_fingerprint: of the base as it is now. Default: hashed, 0.6 s for 1 GB.
-
-        Raises:
-            CalibrationError: a fingerprint differs. An adapter that was removed from the model
-                counts as unchanged: the simulation has its own copy.
-        """
+        """Refuse to calibrate or export if the base (now `base_fingerprint`; default: hashed) or
+        the adapter has changed since `simulate`."""
+        # Weights would keep their old grids, and files would match neither old nor new adapter. An
+        # adapter that was removed from the model is none: the simulation has its own copy.
         model, adapters = self.origin.model, self.origin.adapters
         base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model, adapters)
-        for what, now, before in (
+        for part, now, before in (
             ("base", base, self.origin.base_fingerprint),
             (f"adapter {', '.join(adapters)}", adapter, self.origin.adapter_fingerprint),
         ):
             if now is not None and now != before:
                 raise CalibrationError(
-                    f"the {what} of {type(model).__name__} has changed since it was simulated (its "
+                    f"the {part} of {type(model).__name__} has changed since it was simulated (its "
                     f"fingerprint was {before}, and is {now}). Simulate it again (qwlora.simulate)"
                 )
 
@@ -246,15 +230,7 @@ class Simulation(nn.Module):
         self, batches: Batches, track: Track = untracked, tokens: int | None = None
     ) -> None:
         """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones. If it
-        raises, the simulation stays as it was.
-
-        Args:
-            batches: see `Batches`.
-            tokens: stop after the batch that reaches this number of tokens.
-
-        Raises:
-            CalibrationError: there was no batch; or see `check_unchanged`.
-        """
+        raises, the simulation stays as it was. `tokens`: stop after the batch that reaches them."""
         self.check_unchanged()
         with self.restored_on_error():
             self.observe_unchecked(batches, track, tokens)
@@ -262,8 +238,9 @@ class Simulation(nn.Module):
     @torch.no_grad()
     def observe_unchecked(self, batches: Batches, track: Track, tokens: int | None) -> None:
         """`observe` without `check_unchanged`. If it raises, quantizers are left observing."""
+        # fixed ones stay in it: the adapter's activations are observed through the base's grids
         for quantizer in self.quantizers.values():
-            quantizer.mode = Mode.SIMULATE  # fixed ones stay in it
+            quantizer.mode = Mode.SIMULATE
         observed = [q for q in self.quantizers.values() if not q.fixed]
         earlier = [quantizer.observe() for quantizer in observed]
         batch_count = token_count = 0
@@ -341,13 +318,8 @@ class Simulation(nn.Module):
 
     @contextmanager
     def only(self, *matches: str) -> Iterator[None]:
-        """Within, quantize only activations and weights whose name matches a glob.
-
-        Without globs nothing is quantized, except packed base weights, which always are.
-
-        Raises:
-            CalibrationError: a glob matches nothing.
-        """
+        """Within, quantize only activations and weights whose name matches a glob, and the packed
+        base weights, which always are. A glob that matches nothing is refused."""
         modules: dict[str, Quantizer | FrozenWeight] = {**self.weights, **self.quantizers}
         on = set[int]()  # by id: tied weights share a module
         for match in matches:
@@ -368,22 +340,14 @@ class Simulation(nn.Module):
 
     @property
     def encodings(self) -> dict[str, Encoding]:
-        """All encodings by name, in graph order; base weights included.
-
-        Raises:
-            CalibrationError: before `calibrate`.
-        """
+        """All encodings by name, in graph order, base weights included; refused before
+        `calibrate`."""
         known = self._weight_encodings | self.activation_encodings
         return {mark.name: known[mark.name] for mark in self.marks}
 
     @property
     def activation_encodings(self) -> dict[str, Encoding]:
-        """Encodings of the activations by name: of a base alone, what `simulate` of an adapter on
-        it takes.
-
-        Raises:
-            CalibrationError: before `calibrate`.
-        """
+        """Encodings of the activations by name; refused before `calibrate`."""
         return {name: q.known_encoding() for name, q in self.quantizers.items()}
 
     @property
@@ -401,8 +365,8 @@ class Simulation(nn.Module):
         }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
-        """Quantize adapter weights on the given grids instead of the measured ones; names that are
-        not adapter weights are ignored."""
+        """Quantize adapter weights on these grids instead of the measured ones; other names are
+        ignored."""
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
             if name in encodings and not self.weights[name].encoding.has_same_grid(encodings[name]):
@@ -411,16 +375,8 @@ class Simulation(nn.Module):
                 self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
 
     def restore(self, encodings: Mapping[str, Encoding], dropped: Collection[str] = ()) -> None:
-        """Use the encodings of an earlier calibration.
-
-        Args:
-            encodings: of all values, weights included.
-            dropped: activations that calibration left float, see `Simulation.dropped`.
-
-        Raises:
-            CalibrationError: an encoding has no value in this graph, a weight's encoding is not
-                the one measured from its values, or an activation has no encoding.
-        """
+        """Use the encodings of an earlier calibration, weights included; `dropped` are activations
+        that it left float. Encodings that do not fit the graph or its weights are refused."""
         _refuse_unknown(encodings, self.marks)
         for name, encoding in self._weight_encodings.items():
             if name not in encodings or not encoding.has_same_grid(encodings[name]):
@@ -439,10 +395,9 @@ class Simulation(nn.Module):
             quantizer.encoding = encodings[name]
 
     def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
-        """`restore` what a simulation of the same base and adapter saved in `folder`. Where
-        adapters share the encodings of their weights, these do not follow from this adapter's own
-        values: `adapter_weights` takes them too."""
+        """`restore` what a simulation of the same base and adapter saved in `folder`."""
         encodings = load_encodings(Path(folder))
+        # encodings that adapters share do not follow from this adapter's own weights
         if adapter_weights:
             self.set_adapter_encodings(encodings)
         self.restore({**self.base_encodings, **encodings}, read_record(Path(folder)).dropped)
@@ -479,8 +434,7 @@ class Simulation(nn.Module):
         return QuantizedGraph(self.program, interface, tuple(self.marks), self.encodings, observer)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The simulated primary output for unpadded ids [batch, tokens]; for a causal language
-        model, logits [batch, tokens, vocabulary]."""
+        """The simulated primary output for unpadded ids [batch, tokens]."""
         return self.outputs({"input_ids": ids})[self.captured.interface.primary]
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -494,32 +448,28 @@ class Simulation(nn.Module):
         return outputs[self.captured.interface.primary]
 
     def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`outputs` with other, equally valid float32 arithmetic: `x * (1 / scale)` instead of
-        `x / scale`, and every matrix product summed in two halves.
-
-        Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
-        between two correct runtimes.
-        """
+        """`outputs` with other, equally valid float32 arithmetic: `x * (1 / scale)` instead of `x /
+        scale`, and every matrix product summed in two halves."""
+        # Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
+        # between two correct runtimes (docs/log/simulation.md).
         run = OtherArithmetic(self.graph_module).run
         with torch.no_grad():
             return self.captured.named(run(*self._bound(batch)))
 
     def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
-        """Every quantized activation of one simulated forward, by name.
+        """Every quantized activation of one simulated forward, by name, from the model's arguments
+        or unpadded ids [batch, tokens]."""
+        recorded: dict[str, Tensor] = {}
 
-        Args:
-            batch: the model's arguments, or unpadded ids [batch, tokens].
-        """
-        found: dict[str, Tensor] = {}
-
+        # a copy, because later operators may overwrite the value
         def record(quantizer: nn.Module, _: Any, value: Tensor) -> None:
-            found[str(quantizer.name)] = value.clone()  # later operators may overwrite it
+            recorded[str(quantizer.name)] = value.clone()
 
         with ExitStack() as stack:
             for quantizer in self.quantizers.values():
                 stack.enter_context(quantizer.register_forward_hook(record))
             self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
-        return found
+        return recorded
 
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The graph's inputs by name, from the model's arguments."""

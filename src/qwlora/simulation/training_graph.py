@@ -11,9 +11,9 @@
     simulation.calibrate(batches)                         # the adapter's activations only
 
 QW-LoRA trains on integer weights and calibrates activations afterwards. Here the activations of the
-base are calibrated first, and the adapter also learns to compensate their rounding. Base
-activations are on the calibrated grids; the adapter's weights and activations stay float. The
-gradient is straight-through: 1 inside the range, 0 where a value was clamped.
+base are calibrated first, and the adapter also learns to compensate their rounding. The adapter's
+weights and activations stay float. The gradient is straight-through: 1 inside the range, 0 where a
+value was clamped.
 
 It does not support dropout and other randomness (the graph computes evaluation), gradient
 checkpointing, data parallelism, or losses other than that of the logits. `detach` stops gradients
@@ -53,11 +53,8 @@ class TrainingGraph(nn.Module):
     def __init__(self, simulation: Simulation):
         super().__init__()
         model = simulation.origin.model
-        if any(
-            isinstance(m, nn.Dropout) and m.p
-            for path, m in model.named_modules()
-            if is_adapter_name(path)
-        ):
+        adapter_modules = (m for path, m in model.named_modules() if is_adapter_name(path))
+        if any(isinstance(m, nn.Dropout) and m.p for m in adapter_modules):
             raise TrainingError(
                 "the adapter has dropout, which a captured graph does not have; set dropout to 0, "
                 "or use workflow: qw-lora"
@@ -71,7 +68,7 @@ class TrainingGraph(nn.Module):
             )
         for quantizer in quantizers:
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.FLOAT
-        # the adapter's float weights instead of their quantized copies
+        # the adapter's float weights instead of their quantized copies, which have no gradient
         adapter = [mark.node for mark in simulation.marks if mark.kind is Kind.ADAPTER]
         remove_quantizers_(simulation.graph_module, adapter)
         _keep_codes_(simulation.graph_module)
@@ -92,25 +89,20 @@ class TrainingGraph(nn.Module):
 
 
 def _keep_codes_(graph_module: GraphModule) -> None:
-    """Replace `linear(x, dequantize(codes))` by an operator whose backward dequantizes again.
-
-    Autograd would otherwise keep every float weight in memory. A bias is added after the product,
-    which may change the last bit.
-    """
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target is not _aten.linear.default:
-            continue
+    """Replace `linear(x, dequantize(codes))` by an operator whose backward dequantizes again."""
+    # Autograd would otherwise keep every float weight in memory. A bias is added after the product,
+    # which may change the last bit.
+    graph, qwlora = graph_module.graph, torch.ops.qwlora
+    for node in graph.find_nodes(op="call_function", target=_aten.linear.default):
         x, weight, *bias = node.args
-        if weight.target is not torch.ops.qwlora.dequantize.default:
+        if weight.target is not qwlora.dequantize.default:
             continue
-        with graph_module.graph.inserting_before(node):
-            product = graph_module.graph.call_function(
-                torch.ops.qwlora.linear.default, (x, *weight.args)
-            )
+        with graph.inserting_before(node):
+            product = graph.call_function(qwlora.linear.default, (x, *weight.args))
             if bias and bias[0] is not None:
-                product = graph_module.graph.call_function(_aten.add.Tensor, (product, bias[0]))
+                product = graph.call_function(_aten.add.Tensor, (product, bias[0]))
         product.meta = dict(node.meta)
         node.replace_all_uses_with(product)
-        graph_module.graph.erase_node(node)
-    graph_module.graph.eliminate_dead_code()
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
     graph_module.recompile()

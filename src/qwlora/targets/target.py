@@ -258,8 +258,8 @@ class Target:
             ExportError: the runtime refuses them.
         """
         self.require_packages()
-        # Runtimes trust their files, so these are checked before a runtime sees them (`contents.py`),
-        # and each adapter before the first switch to it.
+        # Runtimes trust their files. So these are checked before a runtime sees them, as in
+        # `contents.py`, and each adapter before the first switch to it.
         if not self.has_base:
             files = self.parts(bundle, str(name))["files"]
             self._check(files, is_base=False)

@@ -95,7 +95,7 @@ def lift_host_inputs(
     lifted = [
         n
         for n in graph.nodes
-        if n.name in decided | indices
+        if (n.name in decided or n.name in indices)
         and any(user.name not in decided | constants for user in n.users)
     ]
     for node in lifted:

@@ -91,7 +91,11 @@ class Encoding:
             object.__setattr__(self, "uniform_offset", lowest)
 
     def to(self, device: torch.device) -> Encoding:
-        """The encoding on a device; unchanged for the meta device, which has no values to check."""
+        """The encoding on a device; unchanged for the meta device, which has no values to check.
+
+        A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
+        reciprocal instead of dividing.
+        """
         if device.type == "meta" or self.scale.device == device:
             return self
         # A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
@@ -196,8 +200,11 @@ class Encoding:
         return low, low + self.scheme.steps
 
     def with_positive_scales(self) -> Encoding:
-        """The same values for formats without negative scales: signed blocks become asymmetric
-        ones, with the codes of a block with a negative scale counted from the other end."""
+        """The same values for formats without negative scales. Signed blocks become asymmetric
+        ones; the codes of a block with a negative scale are counted from the other end:
+
+            (q + offset) s = (2^b - 1 - q + offset') |s|,  offset' = -(2^b - 1) - offset
+        """
         granularity = self.scheme.granularity
         if not isinstance(granularity, Blocks) or not granularity.is_signed:
             return self

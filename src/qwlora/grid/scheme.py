@@ -254,7 +254,11 @@ class Scheme:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
-        """Undo `to_json`; entries that are missing or wrong raise a GridError."""
+        """Undo `to_json`.
+
+        Raises:
+            GridError: entries are missing, have the wrong type, or contradict each other.
+        """
         try:
             bitwidth, symmetric, size = (record[k] for k in ("bitwidth", "symmetric", "block_size"))
             granularity: Granularity

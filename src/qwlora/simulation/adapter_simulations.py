@@ -129,8 +129,16 @@ class AdapterSimulations(dict[str, Simulation]):
         track: Track = untracked,
         tokens: int | None = None,
     ) -> None:
-        """Run calibration data, for all adapters or by adapter, through every adapter; see
-        `Simulation.observe`. If it raises, all simulations stay as they were."""
+        """Run calibration data through every adapter. If it raises, all simulations stay as they
+        were.
+
+        Args:
+            batches: for all adapters, or by adapter.
+            tokens: see `Simulation.observe`.
+
+        Raises:
+            CalibrationError: an adapter got no batch; or see `Simulation.check_unchanged`.
+        """
         self.check_unchanged()
         with self._restored_on_error():
             for name, simulation in self.items():
@@ -140,9 +148,13 @@ class AdapterSimulations(dict[str, Simulation]):
     def freeze(
         self, allow_unseen: bool = False, *, shared: Mapping[str, Encoding] | None = None
     ) -> None:
-        """Set all encodings: each adapter's own, then the shared ones, from what all adapters
-        observed or from an earlier calibration on the same base (`shared`). If it raises, encodings
-        of activations stay as they were, except that masks which it found become float.
+        """Set all encodings: each adapter's own, then the shared ones. If it raises, encodings of
+        activations stay as they were, except that masks which it found become float.
+
+        Args:
+            allow_unseen: see `Simulation.freeze`.
+            shared: encodings from an earlier calibration on the same base. Default: from what all
+                adapters observed.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between

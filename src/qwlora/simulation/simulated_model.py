@@ -58,8 +58,12 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Any = None,
         **more: Any,
     ) -> Any:
-        """Logits in the output class of the model. Arguments that the graph does not take are
-        refused, and a loss of `labels` that needs more than logits."""
+        """Logits in the output class of the model.
+
+        Raises:
+            CaptureError: an argument is missing or not supported by the graph, or the loss of
+                `labels` needs more than logits.
+        """
         for name in ("output_hidden_states", "output_attentions", "use_cache"):
             if more.pop(name, None):
                 raise CaptureError(f"{name}: this model returns logits only; omit the argument")

@@ -90,12 +90,8 @@ MOVES = frozenset(
 
 @dataclass(frozen=True)
 class FloatOnnx:
-    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name; those of its
-    initializers are of parameters.
-
-    Args:
-        transposed: names of the tensors that are stored [in, out]; their grids are of [out, in].
-    """
+    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name: of parameters, if they
+    are of initializers. Those `transposed` are stored [in, out], their grids are of [out, in]."""
 
     graph: QuantizedGraph
     model: Any
@@ -155,18 +151,14 @@ class FloatOnnx:
 def float_graphs(
     cases: Mapping[str, ExportedGraph], name: str
 ) -> Iterator[tuple[str, FloatOnnx, NpuGraph]]:
-    """One of the graphs of `ExportedGraph.graphs`, or `FORWARD`, for each use case, one at a time.
-
-    Args:
-        cases: by name; their simulations differ in tensors and encodings only.
-        name: of the graph.
-    """
+    """One of the graphs of `ExportedGraph.graphs`, or `FORWARD`, for one use case after another."""
+    # captured once: simulations of use cases differ in tensors and encodings only
     first = next(iter(cases.values()))
     if first.graphs and IDS not in first.sample:
         raise ExportError("golden inputs are missing. Give `sample`: one batch with input_ids")
     sizes = graph_sizes(first)[name]
     captured = capture_with_cache(first.simulation, sizes)
-    cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
+    cached = {name: cached_graph(case.simulation, captured) for name, case in cases.items()}
     # all use cases share one host graph, which writes the mask
     floor = min(mask_floor(graph) for graph in cached.values())
     for case, graph in cached.items():
@@ -329,13 +321,8 @@ def _encode_rest_(model: Any, encodings: dict[str, Encoding]) -> None:
 
 
 class FloatOnnxModel(OnnxModel):
-    """A float model and its encodings as a QDQ model, in ONNX Runtime on the CPU.
-
-    Args:
-        model: the .onnx file.
-        encodings: the .encodings file.
-        weights: a safetensors file whose tensors replace initializers of the same names.
-    """
+    """A float model and its encodings as a QDQ model, in ONNX Runtime on the CPU. The tensors in
+    `weights`, a safetensors file, replace initializers of the same names."""
 
     # Without these, ONNX Runtime replaces Q/DQ pairs by integer kernels, which round elsewhere, and
     # quantizes float activations and biases by itself.

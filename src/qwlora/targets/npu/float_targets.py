@@ -84,9 +84,7 @@ class Aimet(Backend):
 
     contents = Contents(
         adapter=(
-            "*.aimet/model.onnx",
-            "*.aimet/model.data",
-            "*.aimet/model.encodings",
+            *(f"*.aimet/{name}" for name in (MODEL_FILE, DATA_FILE, ENCODINGS_FILE)),
             "*_host.onnx",
             "graphs.json",
             EMBEDDINGS_FILE,
@@ -132,9 +130,9 @@ class Aimet(Backend):
 
 def _aimet_models(folder: Path) -> dict[str, FloatOnnxModel]:
     graphs = read_graphs(folder)["graphs"] if has_graphs(folder) else {}
-    places = {name: folder / graph["model"] for name, graph in graphs.items()}
-    places = places or {"model": folder / "model.aimet"}
-    return {n: FloatOnnxModel(p / MODEL_FILE, p / ENCODINGS_FILE) for n, p in places.items()}
+    folders = {name: folder / graph["model"] for name, graph in graphs.items()}
+    folders = folders or {"model": folder / "model.aimet"}
+    return {n: FloatOnnxModel(f / MODEL_FILE, f / ENCODINGS_FILE) for n, f in folders.items()}
 
 
 def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -> None:
@@ -240,7 +238,7 @@ def _write_graph(
         _add_alpha_(float_onnx, count)
         float_onnx.write_encodings(folder / f"{graph}_{case}.encodings", base.encodings_version)
         # QAIRT's importer updates the LoRA weights, and the encodings that quant_updatable_mode
-        # says. Anything else that differs would be lost without a word.
+        # says: nothing else of a use case may differ from the base.
         model, stored = float_onnx.model, first if case == BASE else file
         differing = set(share_weights(model, stored) if stored.exists() else ()) - {*names}
         differing |= {n for n, e in fixed.items() if not e.equals(float_onnx.encodings.get(n))}

@@ -143,9 +143,9 @@ def common_scaling(scalings: Mapping[str, float]) -> float | None:
     """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
     different = {scaling for scaling in scalings.values() if scaling}
     if len(different) > 1:
-        known = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
+        values = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
         raise ExportError(
-            f"adapters have different alpha / rank ({known}), and Genie has one lora_alpha for "
+            f"adapters have different alpha / rank ({values}), and Genie has one lora_alpha for "
             "all, which is 1 for an adapter as it was trained. Train them with one, or export "
             "without layout: genie"
         )
@@ -153,12 +153,8 @@ def common_scaling(scalings: Mapping[str, float]) -> float | None:
 
 
 def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[str, Any]) -> None:
-    """Write what Genie needs besides graphs and adapters.
-
-    Args:
-        npu: the graph with the largest context, in Genie's layout.
-        binary: the compiled graphs as `binaries`, and as `lora` keys about adapters.
-    """
+    """Write what Genie needs besides graphs and adapters. `npu` has the largest context; `binary`
+    has the compiled graphs as `binaries`, and as `lora` keys about adapters."""
     config, shapes = _config(base), npu.device.interface.shapes
     context = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
     context |= {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}

@@ -174,8 +174,8 @@ def _round_norm_(model: Any, node: Any) -> None:
 
 def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> None:
     """Make a LayerNormalization of each group, a product and a sum of a group norm."""
-    # The HTP has no GroupNormalization. InstanceNormalization, which is closest, loses 20 dB where
-    # the mean is large.
+    # The HTP has no GroupNormalization, and its InstanceNormalization loses 20 dB where the mean is
+    # large.
     (x, *factors), name, nodes = node.inputs, node.outputs[0].name, []
     shape = traced[name].meta["val"].shape
     size = math.prod(shape[1:]) // node.attributes["num_groups"].value
@@ -342,7 +342,7 @@ def _quantize_before_bias_(model: Any, node: Any) -> None:
     if product.producer() is None or product.producer().op_type not in _PRODUCTS:
         product, bias = bias, product
     source, stored = product.producer(), bias.producer()
-    quantize = next((user for user, _ in node.outputs[0].uses()), None)
+    quantize: Any = next((user for user, _ in node.outputs[0].uses()), None)
     parts = (source, _PRODUCTS), (stored, _QUANTIZERS[:1]), (quantize, _QUANTIZERS[1:])
     if any(part is None or part.op_type not in operators for part, operators in parts):
         return

@@ -302,12 +302,8 @@ class CachedGraphs(Runtime):
 
     def write_golden(self, sample: Mapping[str, Tensor], case: str = "") -> None:
         """Write one call of each graph, on the tokens after those of the one before; on the first
-        tokens if no others are left, or its context has no room for them.
-
-        Args:
-            sample: inputs of a model without a cache, by name; else `input_ids` [1, tokens],
-                best with at least one token for each graph.
-        """
+        tokens if no others are left, or its context has no room for them. `sample` has `input_ids`
+        [1, tokens], best with a token for each graph; or the inputs of a model without a cache."""
         if not self.context:
             write_golden(self.folder / GOLDEN / case / FORWARD, *self.forward(sample))
             return

@@ -169,15 +169,10 @@ class Qnn(Backend):
             genie.write_bundle(folder, largest, base, [*simulations, ZERO])
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
-        return list((folder / _folder(case)).iterdir())
+        return list((folder / (ZERO if case == NONE else case)).iterdir())
 
     def open(self, folder: Path, case: str) -> QnnModel:
-        return QnnModel(folder / BASE, folder / _folder(case), htp=True)
-
-
-def _folder(case: str) -> str:
-    """Of a use case; the one without an adapter has the zero adapter."""
-    return ZERO if case == NONE else case
+        return QnnModel(folder / BASE, folder / (ZERO if case == NONE else case), htp=True)
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -273,12 +268,7 @@ def _write_graphs(
 
 def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
     """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
-    Returns name and version of the compiler, and the chip.
-
-    Raises:
-        MissingExtraError: onnxruntime-qnn is not installed.
-        ExportError: the compiler refuses a graph, or writes nothing.
-    """
+    Returns name and version of the compiler, and the chip."""
     _devices()
     (base / DEVICE).mkdir()
     sessions = []  # kept, since they share weights
@@ -325,8 +315,6 @@ class QnnModel(CachedGraphs):
     """The graphs of a bundle with one adapter at a time.
 
     Args:
-        base: folder of the graphs.
-        adapter: folder of an adapter.
         htp: on the HTP emulator; else on the CPU, without optimizations.
         profiles: a folder for `placement` to record in what each provider runs.
     """

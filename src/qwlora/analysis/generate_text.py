@@ -35,7 +35,8 @@ class Sampling:
     seed: int = 0
 
 
-SAMPLED_AT_ONCE = 16  # sequences; more are little faster, and their cache is larger
+# sequences: more are little faster, and their cache is larger
+SAMPLED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def prompt_ids(
 ) -> Int64[Tensor, "1 tokens"]:
     """Token ids of a text, or of a conversation rendered with the tokenizer's chat template."""
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    # Python keeps bytes of a terminal that are no UTF-8 as surrogates, which tokenizers refuses
+    # with a TypeError.
     with foreign_as(SourceError, "the prompt is not UTF-8 text"):
         for message in messages:
             message["content"].encode()
@@ -93,11 +96,12 @@ def generate_text(
     tokens = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
     ends = list(dict.fromkeys(token for token in tokens if token is not None))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    chosen: dict[str, Any] = {"do_sample": False}
+    choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        # the whole vocabulary: transformers would leave out all but 50 tokens
+        choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding, **chosen
+        max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding, **choice
     )
     streamer, ids = _Streamer(tokenizer, write), moved(ids, device_of(model))
     torch.manual_seed(sampling.seed)
@@ -133,27 +137,27 @@ def sample_sequences(
     generator, start = torch.Generator().manual_seed(seed), start_tokens(tokenizer)
     words = sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
     first = torch.tensor(words)[torch.randint(len(words), (count, 1), generator=generator)]
-    begun = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), first], 1)
-    written, steps = list[Tensor](), tokens - begun.shape[1]
+    starts = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), first], 1)
+    written, steps = list[Tensor](), tokens - starts.shape[1]
     device, cached = device_of(model), cache_argument(model)
-    for ids in moved(begun, device).split(SAMPLED_AT_ONCE):
+    for ids in moved(starts, device).split(SAMPLED_AT_ONCE):
         new, cache = ids, dict[str, Any]()
         for _ in track(range(steps), "sampling text", steps):
             result = model(input_ids=new, use_cache=True, **cache)
-            odds = (result.logits[:, -1].float() / temperature).softmax(-1)
-            if not bool(odds.isfinite().all()):
+            probabilities = (result.logits[:, -1].float() / temperature).softmax(-1)
+            if not bool(probabilities.isfinite().all()):
                 raise NonFiniteError(
                     "the model's next-token probabilities are not finite, so it cannot generate "
                     "text. Check its weights, or use your own text: base.calibration: [job], "
                     "export.proof: held_out"
                 )
             # drawn on the CPU, so that the seed gives the same text on every device
-            new = torch.multinomial(odds.cpu(), 1, generator=generator).to(device)
+            new = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(device)
             ids = torch.cat([ids, new], 1)
-            if (kept := getattr(result, cached, None)) is None:
-                new = ids  # a model without such a cache reads the whole text again
-            else:
-                cache = {cached: kept}
+            cache = {cached: getattr(result, cached, None)}
+            # A model without such a cache reads the whole text again.
+            if cache[cached] is None:
+                new, cache = ids, {}
         written.append(ids.cpu())
     return torch.cat(written)
 

@@ -5,8 +5,7 @@
                                            w_hat from these files, w from another source
 
 Sizes come from headers. Where no header states the grid, one tensor is read for each combination of
-stored types and shapes. Whether a grid is symmetric depends on the offsets of the tensor itself, so
-it is omitted for tensors that were not read; comparing with another source reads all of them.
+stored types and shapes; comparing with another source reads all of them.
 """
 
 from __future__ import annotations
@@ -147,7 +146,8 @@ def _open(path: Path, **reading: Any) -> _ModelFiles:
         is_config = path.is_dir() and (path / "config.json").is_file()
         if reading.get("encodings") or not is_config or quantization_of(path)[0] is not None:
             raise
-    if reader is None:  # not a language model; its headers can still be shown
+    # The headers of a model that is no language model can still be shown.
+    if reader is None:
         kind, files = "float checkpoint", SafetensorsFiles(path)
         stored = {name: [name] for name in files.names()}
     elif isinstance(reader, BaseCheckpoint):
@@ -160,14 +160,10 @@ def _open(path: Path, **reading: Any) -> _ModelFiles:
         kind, files = f"{quantization_of(path)[0] or 'float'} checkpoint", reader.files
         stored = _stored(reader)
     else:
-        in_file = cast("GgufCheckpoint", reader).file.tensors
-        headers = {
-            name: tuple(
-                _Header("weight", in_file[key].kind, in_file[key].shape, in_file[key].size_bytes)
-                for key in cast("GgufCheckpoint", reader).stored_names(name)
-            )
-            for name in reader.names()
-        }
+        checkpoint, headers = cast("GgufCheckpoint", reader), dict[str, tuple[_Header, ...]]()
+        for name in reader.names():
+            tensors = [checkpoint.file.tensors[key] for key in checkpoint.stored_names(name)]
+            headers[name] = tuple(_Header("weight", t.kind, t.shape, t.size_bytes) for t in tensors)
         return _ModelFiles("GGUF file", reader, headers)
     headers = {
         name: tuple(
@@ -182,26 +178,23 @@ def _open(path: Path, **reading: Any) -> _ModelFiles:
 def _stored(checkpoint: FolderCheckpoint) -> dict[str, list[str]]:
     """The stored tensors of each parameter: the one of its name, or all of its layer except the
     bias."""
+    # A format keeps the codes, scales and offsets of a weight under names of its own in one layer.
     files = checkpoint.files
     by_layer: dict[str, list[str]] = {}
     for name in files.names():
         if not name.endswith(".bias"):
             by_layer.setdefault(name.rpartition(".")[0], []).append(name)
-    return {
-        name: [
-            part
-            for source in checkpoint.stored_names(name)
-            for part in (
-                [source] if source in files else by_layer.get(source.rpartition(".")[0], [])
-            )
-        ]
-        for name in checkpoint.names()
-    }
+    stored = {}
+    for name in checkpoint.names():
+        sources = checkpoint.stored_names(name)
+        parts = ([s] if s in files else by_layer.get(s.rpartition(".")[0], []) for s in sources)
+        stored[name] = [part for layer in parts for part in layer]
+    return stored
 
 
 def _views(files: _ModelFiles) -> list[TensorView]:
     alike = Counter(header for name, header in files.headers.items() if name not in files.schemes)
-    known: dict[tuple[_Header, ...], tuple[tuple[int, ...], str]] = {}
+    grids_read: dict[tuple[_Header, ...], tuple[tuple[int, ...], str]] = {}
     views = []
     for name, headers in files.headers.items():
         if name in files.schemes:
@@ -210,16 +203,18 @@ def _views(files: _ModelFiles) -> list[TensorView]:
         elif len(headers) == 1 and headers[0].dtype in FLOATS:
             shape_and_grid = headers[0].shape, FLOATS[headers[0].dtype]
         else:
-            if headers not in known:
+            if headers not in grids_read:
                 value = files.reader.read(name)
                 if isinstance(value, QuantizedTensor):
                     shape, grid = value.codes.shape, str(value.encoding.scheme)
+                    # The offsets of each tensor decide whether it is symmetric, and those of the
+                    # others were not read.
                     if alike[headers] > 1:
                         grid = re.sub(" a?symmetric", "", grid)
                 else:
                     shape, grid = value.shape, str(value.dtype).removeprefix("torch.")
-                known[headers] = tuple(shape), grid
-            shape_and_grid = known[headers]
+                grids_read[headers] = tuple(shape), grid
+            shape_and_grid = grids_read[headers]
         views.append(TensorView(name, *shape_and_grid, sum(part.bytes for part in headers)))
     return views
 
@@ -245,8 +240,9 @@ def _compared(view: TensorView, files: _ModelFiles, reference: _ModelFiles) -> T
 
 
 def _layouts(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> list[Tensor]:
-    """The values of `value` as floats, in each layout that it may have. Next to integers [out, in],
-    floats may be [in, out] (Conv1D, some fused experts) or a kernel: the better fit is right."""
+    """The values of `value` as floats, in each layout that it may have."""
+    # Next to integers [out, in], floats may be [in, out] (Conv1D, some fused experts) or a kernel:
+    # the better fit is right.
     if isinstance(value, QuantizedTensor):
         return [value.dequantize()]
     values = value.to(torch.float32)

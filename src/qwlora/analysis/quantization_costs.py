@@ -16,9 +16,8 @@ and which activations need a wide grid.
     demote     groups of promoted activations (same name in any layer) back to the narrow grid where
                the limit still holds, least costly first
 
-Measurements decide; the ranking only orders the search. Bisection assumes that the measure falls
-with k, so the result satisfies the limit but may not be minimal. Bitwidths that a user's rule or
-an earlier calibration fixed do not change.
+Measurements decide; the ranking only orders the search. Bitwidths that a user's rule or an earlier
+calibration fixed do not change.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def cumulative_costs(
         "parameters": names[Kind.PARAMETER],
         "activations": names[Kind.ACTIVATION],
     }
-    steps = [step for step, more in added.items() if more or step == "adapted"]
+    steps = [step for step, quantizers in added.items() if quantizers or step == "adapted"]
     quantized, costs = list[str](), dict[str, float]()
     for step in track(steps, "measuring costs", len(steps)):
         quantized += added[step]
@@ -70,10 +69,8 @@ def layer_sqnr(
 ) -> dict[str, float]:
     """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB.
 
-    x is from the float graph, x_hat from the simulation, with the errors of earlier layers.
-
-    Args:
-        batches: the model's arguments; all activations of a batch are in memory twice.
+    x is from the float graph, x_hat from the simulation, with the errors of earlier layers. All
+    activations of a batch are in memory twice.
     """
     signal = dict.fromkeys(simulation.quantizers, 0.0)
     noise = dict(signal)
@@ -120,9 +117,8 @@ def sensitivities(
         cost = 1/2 sum (g e)^2,     e = x_hat - x,     g = dL/dx,     L: `next_token_loss`
 
     summed over the values x of the activation. This is the second-order term of the loss, with the
-    diagonal of the empirical Fisher information instead of the Hessian; the first-order term is
-    omitted because rounding errors have no preferred direction. Costs are taken at the float graph
-    and ignore how errors add up: use them to rank, and measure the result (`suggest`).
+    diagonal of the empirical Fisher information instead of the Hessian. Costs are taken at the
+    float graph and ignore how errors add up: use them to rank, and measure the result (`suggest`).
 
     Source: Dong et al. 2019 (HAWQ, https://arxiv.org/abs/1905.03696), with Fisher information as in
     Li et al. 2021 (BRECQ, https://arxiv.org/abs/2102.05426).
@@ -145,15 +141,17 @@ def sensitivities(
             error = encoding.fake_quantize(x) - x
             noise[name] += float(error.square().sum())
             signal[name] += float(x.square().sum())
+            # no first-order term: rounding errors have no preferred direction
             cost[name] += 0.5 * float((error * gradient).square().sum())
 
         output.register_hook(add_cost)
-        return output.clone()  # later operators may overwrite it
+        # a clone, since later operators may overwrite it
+        return output.clone()
 
     with ExitStack() as stack:
         for quantizer in simulation.quantizers.values():
             stack.callback(quantizer.register_forward_hook(add_cost_node).remove)
-        # without it, gradients of parameters would make values require gradients before their hook
+        # Otherwise gradients of parameters make values require gradients before their hook.
         stack.enter_context(gradients_disabled(simulation))
         stack.enter_context(simulation.only())
         for batch in track(batches, "measuring sensitivity", len(batches)):
@@ -181,10 +179,8 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The result of a search, which the simulation has afterwards.
-
-    The rules create it in a simulation with narrow activations; append them to its other rules.
-    """
+    """The result of a search, which the simulation has afterwards. The rules create it in a
+    simulation with narrow activations; append them to its other rules."""
 
     wide: tuple[str, ...]  # names of the activations on the wide grid, in graph order
     narrow: int  # number of activations on the narrow grid
@@ -214,7 +210,7 @@ def suggest(
     """
     ruled = {mark.name for mark in simulation.marks if mark.rule is not None}
     searched = [n for n, q in simulation.quantizers.items() if not q.fixed and n not in ruled]
-    known: dict[frozenset[str], float] = {}
+    measures: dict[frozenset[str], float] = {}
 
     def measured(names: Sequence[str]) -> float:
         """The measure with `names` on the wide grid and the rest on the narrow one."""
@@ -222,12 +218,13 @@ def suggest(
         for name in searched:
             quantizer = simulation.quantizers[name]
             scheme = replace(quantizer.scheme, bitwidth=wide if name in chosen else narrow)
-            if quantizer.scheme != scheme:  # setting it drops the encoding
+            # Setting a scheme drops the encoding.
+            if quantizer.scheme != scheme:
                 quantizer.scheme = scheme
         simulation.freeze()
-        if chosen not in known:
-            known[chosen] = measure()
-        return known[chosen]
+        if chosen not in measures:
+            measures[chosen] = measure()
+        return measures[chosen]
 
     all_wide = measured(searched)
     if not all_wide <= limit:
@@ -238,6 +235,8 @@ def suggest(
         )
     all_narrow = measured([])
     ranking = [s.name for s in sensitivities(simulation, batches, track) if s.name in searched]
+    # Bisection assumes that the measure falls with the count, so the result satisfies the limit but
+    # may not be the smallest.
     with one_step(track, "promoting"):
         enough = bisect_left(
             range(len(ranking)), True, key=lambda count: measured(ranking[:count]) <= limit
@@ -249,7 +248,8 @@ def suggest(
         fewer = [name for name in wide_names if name not in group]
         if measured(fewer) <= limit:
             wide_names = fewer
-    result = measured(wide_names)  # sets it
+    # The last group that was tried may have failed: this gives the simulation the result back.
+    result = measured(wide_names)
     values = {v.name: v.names for v in simulation.placement.values if v.name in searched}
     return Suggestion(
         tuple(name for name in searched if name in wide_names),
@@ -265,23 +265,15 @@ def suggest(
 def rules_for(
     chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int
 ) -> tuple[PlacementRule, ...]:
-    """Rules that make `chosen` wide and everything else narrow.
-
-    One glob covers a value of all layers where it matches no other value. The name of the first
-    value of a module and operator (`model.layers.0.mlp.mul`) also matches the next (`mul_1`), so
-    exceptions for narrow ones come first.
-
-    Args:
-        names: by value, the names that a glob matches.
-    """
+    """Rules that make `chosen` wide and everything else narrow. `names` are those that a glob
+    matches, by value. One glob covers a value of all layers where it matches no other value."""
     exceptions: dict[str, PlacementRule] = {}
     rules = []
     for kind, members in by_glob(names).items():
         among = [name for name in members if name in chosen]
         everywhere = PlacementRule(kind, bitwidth=wide)
-        if len(among) == len(members) and not any(
-            everywhere.fits(fitting) for name, fitting in names.items() if name not in chosen
-        ):
+        narrow_names = (fitting for name, fitting in names.items() if name not in chosen)
+        if len(among) == len(members) and not any(map(everywhere.fits, narrow_names)):
             rules.append(everywhere)
             continue
         for rule in (PlacementRule(name, bitwidth=wide) for name in among):
@@ -291,4 +283,6 @@ def rules_for(
                 for name, fitting in names.items()
                 if name not in chosen and rule.fits(fitting)
             }
+    # The name of the first value of a module and operator (`model.layers.0.mlp.mul`) also matches
+    # the next (`mul_1`), so exceptions for narrow ones come first.
     return (*exceptions.values(), *rules)

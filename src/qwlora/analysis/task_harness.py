@@ -4,12 +4,8 @@ A task is a name that lm-eval knows, or a YAML file in its format. A file with a
 (`dataset_path: json`, `dataset_kwargs: {data_files: ...}`) needs no network. Such a file may name
 Python functions, which are run.
 
-Models are called as lm-eval's own `HFLM` calls them, one row at a time: exported files and captured
-graphs take no padding. So the scores of a float model are those of
+The scores of a float model are those of
 `lm_eval.simple_evaluate(HFLM(pretrained=model, batch_size=1))`.
-
-Written for lm-eval 0.4.13: besides `evaluate`, `TaskManager` and `HFLM`, it relies on `get_config`,
-`set_config` and `set_fewshot_seed` of tasks, which `simple_evaluate` calls in the same way.
 """
 
 from __future__ import annotations
@@ -31,8 +27,7 @@ from qwlora.system.optional_packages import require
 from qwlora.system.progress import Track, untracked
 
 EXTRA = "lm-eval"
-_SEED, _RANDOM_SEED = 1234, 0  # lm-eval's defaults
-_BOOTSTRAPS = 1000  # for standard errors of metrics that are not means
+_SEED = 1234  # lm-eval's default
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
@@ -55,6 +50,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             )
     with foreign_as(SourceError, f"tasks {', '.join(names)} cannot be loaded"):
         loaded: dict[str, Any] = manager.load(list(names))
+    # Written for lm-eval 0.4.13, whose `simple_evaluate` calls these three in the same way.
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -79,14 +75,15 @@ def score_tasks(
     """
     from lm_eval import evaluate
 
-    random.seed(_RANDOM_SEED)
+    # the seeds of `simple_evaluate`
+    random.seed(0)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
     results = evaluate(
         lm=_harness(model, tokenizer, description, track),
         task_dict=tasks,
         limit=limit,
-        bootstrap_iters=_BOOTSTRAPS,
+        bootstrap_iters=1000,  # for standard errors of metrics that are not means
         log_samples=False,
     )
     better, shots = results.get("higher_is_better", {}), results.get("n-shot", {})
@@ -123,7 +120,8 @@ def _harness(
             try:
                 return super()._loglikelihood_tokens(requests, True, override_bs)
             finally:
-                for _ in self._steps:  # requests that shared a forward
+                # Requests may share a forward, so fewer steps were taken than announced.
+                for _ in self._steps:
                     pass
 
         def _model_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +133,7 @@ def _harness(
         loglikelihood_rolling = partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
         generate_until = partialmethod(HFLM.generate_until, disable_tqdm=True)
 
+    # one row at a time, since exported files and captured graphs take no padding
     return Harness(pretrained=model, tokenizer=tokenizer, batch_size=1)
 
 
@@ -152,6 +151,7 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _finite(value: Any) -> float | None:
+    # lm-eval writes "N/A" where it has no standard error.
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return None  # "N/A"
+        return None
     return float(value) if math.isfinite(value) else None

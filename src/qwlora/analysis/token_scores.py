@@ -33,7 +33,8 @@ from qwlora.system.processes import gathered, is_mine
 from qwlora.system.progress import Track, untracked
 
 COMPARED = ("perplexity_ratio", "kl", "top1")  # keys of scores against a reference
-LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
+# nats: exp of more overflows float64
+LARGEST_LOSS = 709.0
 _AT_ONCE = 2**22  # logits whose log-softmax exists at one time
 
 Logits = Callable[[Tensor], Tensor]
@@ -100,20 +101,18 @@ class TokenScores:
     def _errors(self, values: Tensor, derivative: float = 1.0) -> dict[str, float | None]:
         """Standard errors of a function of the mean of `values`, by its derivative there."""
         clusters = {"stderr": self.sequences, "document_stderr": self.documents}
-        errors = {
-            key: None if index is None else clustered_error(values, index)
-            for key, index in clusters.items()
-        }
-        return {key: None if e is None else derivative * e for key, e in errors.items()}
+        errors = dict[str, float | None]()
+        for key, index in clusters.items():
+            error = None if index is None else clustered_error(values, index)
+            errors[key] = None if error is None else derivative * error
+        return errors
 
 
 def clustered_error(
     values: Float64[Tensor, " tokens"], clusters: Int64[Tensor, " tokens"]
 ) -> float | None:
-    """Standard error of the mean of `values`, which are independent only between clusters.
-
-    None with fewer than two clusters.
-    """
+    """Standard error of the mean of `values`, which are independent only between clusters; None
+    with fewer than two of them."""
     names, index = clusters.unique(return_inverse=True)
     if len(names) < 2:
         return None
@@ -137,9 +136,7 @@ def score_tokens(
         reference: logits of the model to compare with; runs on each sequence after the other.
     """
     data = as_sequences(sequences)
-    parts: dict[int, tuple[Tensor, ...]] = {}
-    numbers: list[Tensor] = []
-    documents: list[Tensor] = []
+    parts, numbers, documents = dict[int, tuple[Tensor, ...]](), list[Tensor](), list[Tensor]()
     for number, (ids, labels) in enumerate(track(data.rows(), description, len(data))):
         predicted = (labels[1:] != IGNORED).nonzero()[:, 0] + 1
         numbers.append(torch.full_like(predicted, number))
@@ -150,12 +147,12 @@ def score_tokens(
         row = logits(ids[None])[0]
         compared = None if reference is None else reference(ids[None])[0]
         scores = _score_row(row, compared, predicted - 1, labels[predicted])
-        for what, values in zip(
-            ("loss", "reference's loss", "KL divergence"), scores, strict=False
-        ):
+        measures = ("loss", "reference's loss", "KL divergence")
+        for measure, values in zip(measures, scores, strict=False):
+            # written so that nan, too, is refused
             if not (total := float(values.sum())) <= LARGEST_LOSS * len(values):
                 raise NonFiniteError(
-                    f"{description}: the {what} on sequence {number + 1} of {len(data)} of the "
+                    f"{description}: the {measure} on sequence {number + 1} of {len(data)} of the "
                     f"held-out text is {total}, which gives no perplexity. Check the model's "
                     "weights, and what was trained or calibrated last"
                 )

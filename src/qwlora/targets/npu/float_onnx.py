@@ -8,31 +8,16 @@
 AIMET, AI Hub and the QAIRT converter take this form: rounding a stored weight on the stated grid
 gives the frozen base's codes again, bit for bit. The weight of a Linear layer is stored [in, out],
 as the right operand of its MatMul. A weight that is also read as it is (a tied embedding) is stored
-twice; the turned copy is `n.transposed`. An embedding with a grid per row, which neither AIMET nor
-an NPU can gather from, is stored on the grid of what is gathered: the result is the same, bit for
-bit. What is gathered from an embedding with one grid of 8 or 16 bits has that grid.
-
-Shapes are fixed, since an NPU has no others: everything that only depends on them is folded.
-
-What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor's grid, and its name
-with the operator appended, so tensors of one name have one grid in graphs of any size.
+twice; the turned copy is `n.transposed`. Shapes are fixed, since an NPU has no others.
 
 AIMET and QAIRT take causal language models as graphs with a key-value cache, of several sizes, with
 RMSNormalization as one operator (opset 23). All have the same weights and names; tensors of one
-name have one encoding. Every float tensor has one. Two kinds get it here:
-
-    sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits
-    a constant c          scale |c|: c is one step
-
-Values inside an activation function that the model makes of several operators stay without, and so
-do those inside a norm of an opset before 23. Of a simulation with `policy: weights-only`, only
-parameters have grids, and every other float tensor is a float16 on the device.
+name have one encoding. Every float tensor has one, but for values inside an activation function
+that the model makes of several operators, and inside a norm of an opset before 23. Of a simulation
+with `policy: weights-only`, only parameters have grids, and all else is float16 on the device.
 
 `FloatOnnxModel` runs such a model in ONNX Runtime, and checks model and encodings against each
-other. Everything comes from the delivered files: each activation entry of integers becomes a
-QuantizeLinear and a DequantizeLinear after its tensor; parameters are checked to lie on the grid
-of their entry, so rounding them would change nothing. What is a float16 on the device is a float32
-here. Nothing of the simulation is read. Other damage is found by the digests of the files.
+other. Everything comes from the delivered files, nothing from the simulation.
 """
 
 from __future__ import annotations
@@ -96,7 +81,6 @@ from qwlora.targets.onnx.onnx_runtime import (
 from qwlora.targets.refusals import Subject, Weight, refuse
 from qwlora.targets.target import ExportedGraph
 
-_NO_LIMIT = 2**40
 _OLDEST = 18  # that torch.onnx translates to
 _RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Erf": (-1.0, 1.0)}
 MOVES = frozenset(
@@ -106,12 +90,8 @@ MOVES = frozenset(
 
 @dataclass(frozen=True)
 class FloatOnnx:
-    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name; those of its
-    initializers are of parameters.
-
-    Args:
-        transposed: names of the tensors that are stored [in, out]; their grids are of [out, in].
-    """
+    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name: of parameters, if they
+    are of initializers. Those `transposed` are stored [in, out], their grids are of [out, in]."""
 
     graph: QuantizedGraph
     model: Any
@@ -123,9 +103,9 @@ class FloatOnnx:
         graph, floats = self.model.graph, list[str]()
         if self.graph.has_float_activations:
             kind = require("onnx_ir", "onnx").DataType.FLOAT
-            computed = (output for node in graph for output in node.outputs)
-            names = [value.name for value in (*graph.inputs, *computed) if value.dtype == kind]
-            floats = [name for name in names if name not in self.encodings]
+            values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+            is_float = {value.name: value.dtype == kind for value in values}
+            floats = [n for n, stays in is_float.items() if stays and n not in self.encodings]
         float_model = self.encodings, self.encodings.keys() & graph.initializers.keys(), floats
         write_graph_encodings(self.graph, path, self.transposed, version, float_model)
 
@@ -135,7 +115,8 @@ class FloatOnnx:
         if source.const_value is not None:
             source = self._stored(name, encoding.fake_quantize(tensor_of(source)))
         elif (source.is_graph_input() or source.name in self.encodings) and source.name != name:
-            # one value with two names; on opening, a DequantizeLinear is called `name`
+            # One value has two names. `FloatOnnxModel.load` calls the DequantizeLinear of an
+            # encoding by its name, so each name needs a tensor of its own.
             identity = new_node("Identity", [source], f"{name}.identity")
             self.model.graph.insert_before(node, identity)
             identity.outputs[0].type, identity.outputs[0].shape = source.type, source.shape
@@ -145,7 +126,7 @@ class FloatOnnx:
         replace_marker(self.model, node, source)
 
     def take_weight(self, node: Any, name: str, encoding: Encoding) -> None:
-        """Replace the marker of a weight by its values; see the module."""
+        """Replace the marker of a weight by its values."""
         source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
         values = encoding.dequantize(codes_of(source, encoding)).float()
         turned = [user for user in readers if is_matrix_transpose(user)]
@@ -170,20 +151,15 @@ class FloatOnnx:
 def float_graphs(
     cases: Mapping[str, ExportedGraph], name: str
 ) -> Iterator[tuple[str, FloatOnnx, NpuGraph]]:
-    """One of the graphs of `ExportedGraph.graphs`, or `FORWARD`, for each use case, one at a time.
-
-    All have one mask.
-
-    Args:
-        cases: by name; their simulations differ in tensors and encodings only.
-        name: of the graph.
-    """
+    """One of the graphs of `ExportedGraph.graphs`, or `FORWARD`, for one use case after another."""
+    # captured once: simulations of use cases differ in tensors and encodings only
     first = next(iter(cases.values()))
     if first.graphs and IDS not in first.sample:
         raise ExportError("golden inputs are missing. Give `sample`: one batch with input_ids")
     sizes = graph_sizes(first)[name]
     captured = capture_with_cache(first.simulation, sizes)
-    cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
+    cached = {name: cached_graph(case.simulation, captured) for name, case in cases.items()}
+    # all use cases share one host graph, which writes the mask
     floor = min(mask_floor(graph) for graph in cached.values())
     for case, graph in cached.items():
         npu = npu_form(graph, sizes, floor, None)
@@ -222,6 +198,7 @@ def to_float_onnx(
     from onnx_ir.passes.common import ShapeInferencePass
 
     ShapeInferencePass()(model)
+    # before `_carry_`: rows may get their table's grid, and what moves them must have the same
     _store_gathered_(model, result.encodings, graph.has_float_activations)
     moves = MOVES - {"Gather"} if graph.has_float_activations else MOVES
     _carry_(model, result.encodings, moves)
@@ -234,11 +211,12 @@ def to_float_onnx(
 
 
 def _lower_(model: Any, opset: int) -> None:
-    """Write operators of opset 18 as 17 has them: the axes of a reduction are an attribute."""
+    """Write operators of opset 18 as 17 has them."""
     axes = require("onnx_ir", "onnx").AttrInt64s
     for node in model.graph:
         is_reduction = node.op_type.startswith("Reduce") and len(node.inputs) > 1
-        if is_reduction and node.op_type != "ReduceSum":  # which takes them as an input since 13
+        # Axes are an input since opset 18, those of ReduceSum since 13.
+        if is_reduction and node.op_type != "ReduceSum":
             node.attributes["axes"] = axes("axes", numbers(node.inputs[1]).tolist())
             node.attributes.pop("noop_with_empty_axes", None)
             node.resize_inputs(1)
@@ -251,10 +229,7 @@ def _lower_(model: Any, opset: int) -> None:
 def _fix_shapes_(
     model: Any, graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]]
 ) -> None:
-    """Give the graph's inputs fixed shapes, and fold what then is constant.
-
-    Markers stay, so a value with an encoding is never folded into another one.
-    """
+    """Give the graph's inputs fixed shapes, and fold what then is constant."""
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
     from onnxscript.optimizer import fold_constants
 
@@ -269,9 +244,11 @@ def _fix_shapes_(
         value.shape = ir.Shape([sizes.get(str(axis), axis) for axis in shape])
     for node in model.graph:
         for output in node.outputs:
+            # These shapes hold torch's private symbols, and the sizes are numbers now.
             if not output.is_graph_output() and node.op_type != DEQUANTIZE:
-                output.shape = None  # torch's private symbols
-    limits = {"input_size_limit": _NO_LIMIT, "output_size_limit": _NO_LIMIT}
+                output.shape = None
+    # Markers are still nodes, so a value with an encoding is never folded into another one.
+    limits = dict.fromkeys(("input_size_limit", "output_size_limit"), 2**40)
     fold_constants(model, onnx_shape_inference=True, **limits)
     remove_unused(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -280,7 +257,9 @@ def _fix_shapes_(
 def _store_gathered_(model: Any, encodings: dict[str, Encoding], has_float_rows: bool) -> None:
     """Give each table and the rows that are read from it one grid: that of the rows, if the table
     has several, else that of the table. For float rows, such a table is of floats, too."""
-    ir = require("onnx_ir", "onnx")
+    # aimet-onnx refuses rows with another grid than an 8-bit table strictly in 2.0.0, and neither
+    # AIMET nor an NPU gathers from a table with a grid per row. Rounding the table on the grid of
+    # the rows gives the same rows, bit for bit.
     for node in model.graph:
         if node.op_type != "Gather" or node.inputs[0].name not in encodings:
             continue
@@ -295,13 +274,14 @@ def _store_gathered_(model: Any, encodings: dict[str, Encoding], has_float_rows:
         if not grid.scale.ndim or len(table.uses()) > 1:
             continue
         rounded = rows.fake_quantize(tensor_of(table)).numpy()
-        table.const_value = ir.tensor(rounded, name=table.name)
+        table.const_value = require("onnx_ir", "onnx").tensor(rounded, name=table.name)
         encodings[table.name] = rows
 
 
 def _carry_(model: Any, encodings: dict[str, Encoding], moves: Collection[str]) -> None:
-    """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid, and a
-    name after the tensor whose values it moves."""
+    """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid."""
+    # Names come from what is moved, since torch numbers them differently in graphs of other sizes,
+    # and tensors of one name need one encoding in all graphs.
     taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     for node in model.graph:
         if node.domain or node.op_type not in moves:
@@ -322,7 +302,7 @@ def _carry_(model: Any, encodings: dict[str, Encoding], moves: Collection[str]) 
 
 
 def _encode_rest_(model: Any, encodings: dict[str, Encoding]) -> None:
-    """Encodings of bounded functions and of constants."""
+    """Encodings of bounded functions (their range) and of constants (one step)."""
     for node in model.graph:
         name, source = node.outputs[0].name, node.inputs[0].name if node.inputs else ""
         if node.op_type in _RANGES and name not in encodings and source in encodings:
@@ -341,15 +321,11 @@ def _encode_rest_(model: Any, encodings: dict[str, Encoding]) -> None:
 
 
 class FloatOnnxModel(OnnxModel):
-    """A float model and its encodings as a QDQ model, in ONNX Runtime on the CPU.
+    """A float model and its encodings as a QDQ model, in ONNX Runtime on the CPU. The tensors in
+    `weights`, a safetensors file, replace initializers of the same names."""
 
-    Args:
-        model: the .onnx file.
-        encodings: the .encodings file.
-        weights: a safetensors file whose tensors replace initializers of the same names.
-    """
-
-    # Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
+    # Without these, ONNX Runtime replaces Q/DQ pairs by integer kernels, which round elsewhere, and
+    # quantizes float activations and biases by itself.
     session_options = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
     def __init__(self, model: Path, encodings: Path, weights: Path | None = None):
@@ -372,6 +348,7 @@ class FloatOnnxModel(OnnxModel):
     def problems(self) -> list[str]:
         """Contradictions between the two files: entries that name no tensor or are in the wrong
         section; if there are none, parameters that are not on the grid of their entry."""
+        # Only what makes a tool compute something else: other damage is found by the digests.
         where, initializers = self.encodings.name, self.graph.initializers
         computed = {output.name for node in self.graph for output in node.outputs}
         computed |= {value.name for value in self.graph.inputs}
@@ -450,6 +427,8 @@ class FloatOnnxModel(OnnxModel):
 
     def load(self) -> Any:
         """The model with Q/DQ after every tensor with an encoding that is computed."""
+        # Parameters get none: `problems` shows that rounding them would change nothing. What is
+        # float16 on the device is float32 here.
         model = self._load_float()
         inputs = {value.name for value in model.graph.inputs}
         values = {output.name: output for node in model.graph for output in node.outputs}
@@ -467,7 +446,8 @@ class FloatOnnxModel(OnnxModel):
             for index, output in enumerate(model.graph.outputs):
                 if output is value:
                     model.graph.outputs[index] = result
-        if model.graph.opset_imports[""] < OPSET:  # whose nodes take 8 bits only
+        # QuantizeLinear takes 16 bits from opset 21 on, Microsoft's own at any opset.
+        if model.graph.opset_imports[""] < OPSET:
             for node in model.graph:
                 if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                     node.domain = "com.microsoft"

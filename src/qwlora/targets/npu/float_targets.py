@@ -12,8 +12,6 @@
     README.md                        the commands
     graphs.json, GRAPH_host.onnx     of graphs with a cache, see `kv_cache_graphs.py`
 
-AI Hub refuses a `.aimet` folder that holds anything else, so the others are next to it.
-
 `qairt` writes one base, and weights and encodings of every LoRA use case, for the converter and
 importer of Qualcomm's QAIRT:
 
@@ -36,10 +34,6 @@ CASE.safetensors and lora_weight_list.txt; `kv_cache_graphs.py` lists the files 
 of each adapter of the use case, from 0 to 1; at 1, the graph computes what was simulated:
 
     h = lora_alpha[place] * lora_A(x)        place of each rank; h keeps the grid of lora_A(x)
-
-A use case differs from the base only in what QAIRT's importer updates: the LoRA weights, and the
-encodings that quant_updatable_mode says (with adapter_only, those of the LoRA branches). Anything
-else is refused when the files are written.
 """
 
 from __future__ import annotations
@@ -83,10 +77,6 @@ from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, TOKEN
 from qwlora.targets.target import Backend, ExportedGraph, members
 
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
-_SCRIPT, _LIST_FILE = "submit_aihub.py", "lora_weight_list.txt"
-_UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of the models
-_STRENGTH = Scheme(16, symmetric=False)
-_HERE = resources.files("qwlora.targets.npu")
 
 
 class Aimet(Backend):
@@ -94,9 +84,7 @@ class Aimet(Backend):
 
     contents = Contents(
         adapter=(
-            "*.aimet/model.onnx",
-            "*.aimet/model.data",
-            "*.aimet/model.encodings",
+            *(f"*.aimet/{name}" for name in (MODEL_FILE, DATA_FILE, ENCODINGS_FILE)),
             "*_host.onnx",
             "graphs.json",
             EMBEDDINGS_FILE,
@@ -109,8 +97,8 @@ class Aimet(Backend):
     )
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
-        """Write a `.aimet` folder for each graph, or one for a model without a cache, and the files
-        next to them."""
+        """Write a `.aimet` folder for each graph, or one for a model without a cache."""
+        # AI Hub refuses a `.aimet` folder that holds anything else, so other files are next to it.
         npus, names = {}, graph_sizes(exported)  # which refuses a missing sample
         for name in names if exported.graphs else ():
             ((_, float_onnx, npus[name]),) = float_graphs({"": exported}, name)
@@ -127,11 +115,11 @@ class Aimet(Backend):
             float_onnx.model.metadata_props.update(exported.metadata)
             _write_model(float_onnx, exported, folder / "model.aimet")
             write_golden(folder / GOLDEN, inputs, simulation.outputs(sample))
-        templates = _HERE / "aimet_templates"
-        script = (templates / f"{_SCRIPT}.template").read_text()
+        templates = resources.files("qwlora.targets.npu") / "aimet_templates"
+        script = (templates / "submit_aihub.py.template").read_text()
         widest = max(float_onnx.graph.activation_bitwidths, default=16)
         full_type = "w8a16" if widest > 8 else "int8"
-        (folder / _SCRIPT).write_text(script.replace("@FULL_TYPE@", full_type))
+        (folder / "submit_aihub.py").write_text(script.replace("@FULL_TYPE@", full_type))
         readme = templates / f"{'README.graphs' if npus else 'README'}.md.template"
         (folder / "README.md").write_text(marked(readme.read_text()))
 
@@ -141,11 +129,10 @@ class Aimet(Backend):
 
 
 def _aimet_models(folder: Path) -> dict[str, FloatOnnxModel]:
-    """The models in the `.aimet` folders, unchecked."""
     graphs = read_graphs(folder)["graphs"] if has_graphs(folder) else {}
-    places = {name: folder / graph["model"] for name, graph in graphs.items()}
-    places = places or {"model": folder / "model.aimet"}
-    return {n: FloatOnnxModel(p / MODEL_FILE, p / ENCODINGS_FILE) for n, p in places.items()}
+    folders = {name: folder / graph["model"] for name, graph in graphs.items()}
+    folders = folders or {"model": folder / "model.aimet"}
+    return {n: FloatOnnxModel(f / MODEL_FILE, f / ENCODINGS_FILE) for n, f in folders.items()}
 
 
 def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -> None:
@@ -155,8 +142,7 @@ def _write_model(float_onnx: FloatOnnx, exported: ExportedGraph, folder: Path) -
 
 
 def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
-    """Write a model, and check an opset that was asked for."""
-    # every weight external: a stored model of more than 2 GB is not a protobuf file
+    # Every weight of 64 bytes or more is external, since protobuf holds at most 2 GB.
     save_graph(model, path, data, smallest=64)
     if opset is not None:
         problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
@@ -195,7 +181,7 @@ class Qairt(Backend):
             raise ExportError(f"{problem}. List no use case of several in export.use_cases")
         folder.mkdir(parents=True, exist_ok=True)
         npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
-        # each use case has grids of its own
+        # no grids in graphs.json: each use case has its own
         files = {graph: {"model": f"{graph}_model.onnx", "encodings": {}} for graph in npus}
         write_graphs(folder, npus, files, {"use_cases": list(cases), "layout": base.layout})
         write_embeddings(base.simulation, folder)
@@ -206,7 +192,7 @@ class Qairt(Backend):
             CachedGraphs(folder, models).write_golden(sample, case)
         for name, content in _lists(models, cases).items():
             (folder / name).write_bytes(content)
-        template = _HERE / "qairt_templates" / "README.md.template"
+        template = resources.files("qwlora.targets.npu") / "qairt_templates/README.md.template"
         text = template.read_text().replace("@UPDATABLE@", base.updatable)
         if base.layout:
             genie.write_files(folder, next(iter(npus.values())), base, genie.sections(cases))
@@ -229,7 +215,6 @@ class Qairt(Backend):
 
 
 def _use_case_models(folder: Path, case: str) -> dict[str, FloatOnnxModel]:
-    """The graphs with the weights and encodings of a use case, unchecked."""
     return {
         graph: FloatOnnxModel(
             folder / f"{graph}_model.onnx",
@@ -243,11 +228,8 @@ def _use_case_models(folder: Path, case: str) -> dict[str, FloatOnnxModel]:
 def _write_graph(
     base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path, count: int
 ) -> NpuGraph:
-    """Write the files of one graph; returns it with the zero adapter.
-
-    Args:
-        count: adapters of the largest use case.
-    """
+    """Write the files of one graph; returns it with the zero adapter. `count` is the number of
+    adapters of the largest use case."""
     file, first = (folder / f"{name}_model.onnx" for name in (graph, next(iter(graph_sizes(base)))))
     names, fixed = list[str](), dict[str, Encoding]()
     for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
@@ -255,6 +237,8 @@ def _write_graph(
             genie.refuse_other_positions(npu, base)
         _add_alpha_(float_onnx, count)
         float_onnx.write_encodings(folder / f"{graph}_{case}.encodings", base.encodings_version)
+        # QAIRT's importer updates the LoRA weights, and the encodings that quant_updatable_mode
+        # says: nothing else of a use case may differ from the base.
         model, stored = float_onnx.model, first if case == BASE else file
         differing = set(share_weights(model, stored) if stored.exists() else ()) - {*names}
         differing |= {n for n, e in fixed.items() if not e.equals(float_onnx.encodings.get(n))}
@@ -265,9 +249,13 @@ def _write_graph(
             )
         if case == BASE:
             names = [mark.name for mark in float_onnx.graph.marks if mark.kind is Kind.ADAPTER]
-            of_base = _with_alpha(npu, count) if any(map(is_first_factor, names)) else npu
+            interface = npu.device.interface
+            if any(map(is_first_factor, names)):
+                shapes, inputs = {**interface.shapes, ALPHA: (count,)}, (*interface.inputs, ALPHA)
+                interface = replace(interface, inputs=inputs, shapes=shapes)
+            of_base = replace(npu, device=replace(npu.device, interface=interface))
             fixed = _fixed(float_onnx, names, base.updatable)
-            model.metadata_props[_UPDATABLE] = base.updatable
+            model.metadata_props["qwlora.quant_updatable_mode"] = base.updatable
             _save(model, file, DATA_FILE if file == first else None, base.opset)
         else:
             weights = {name: numbers(model.graph.initializers[name]) for name in names}
@@ -276,26 +264,24 @@ def _write_graph(
 
 
 def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
-    """Multiply what each lora_A computes by the strength of its adapter, an input; see the module.
-
-    Args:
-        count: of strengths, each for as many ranks.
-    """
+    """Multiply what each lora_A computes by the strength of its adapter, one of `count` inputs."""
     ir, model, encodings = require("onnx_ir", "onnx"), float_onnx.model, float_onnx.encodings
-    shape, floats = ir.Shape([count]), ir.TensorType(ir.DataType.FLOAT)
-    alpha = ir.val(ALPHA, shape=shape, type=floats)
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    strength = alpha = ir.val(ALPHA, shape=ir.Shape([count]), type=floats)
     factors = [mark.name for mark in float_onnx.graph.marks if is_first_factor(mark.name)]
     if not factors:
         return
     model.graph.inputs.append(alpha)
     if not float_onnx.graph.has_float_activations:
-        encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), _STRENGTH)
-    strength = alpha
+        grid = Scheme(16, symmetric=False)
+        encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), grid)
     if count > 1:
         rank = model.graph.initializers[factors[0]].shape[-1]
         places = constant(model, f"{ALPHA}.places", np.arange(rank) // (rank // count))
         gather = new_node("Gather", [alpha, places], f"{ALPHA}.gather")
-        gather.name = f"{ALPHA}.by_rank"  # a tensor's name is that of its rounding, too
+        # `FloatOnnxModel` calls the rounding of a tensor by the tensor's name, so the node that
+        # computes it needs another one.
+        gather.name = f"{ALPHA}.by_rank"
         model.graph.insert_before(model.graph[0], gather)
         (strength,) = gather.outputs
         strength.shape, strength.type = ir.Shape([rank]), floats
@@ -314,26 +300,14 @@ def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
             encodings[scaled.name] = encodings[value.name]
 
 
-def _with_alpha(npu: NpuGraph, count: int) -> NpuGraph:
-    """The graph with the strengths among its inputs, for the record."""
-    interface = npu.device.interface
-    shapes, inputs = {**interface.shapes, ALPHA: (count,)}, (*interface.inputs, ALPHA)
-    return replace(
-        npu, device=replace(npu.device, interface=replace(interface, inputs=inputs, shapes=shapes))
-    )
-
-
 def _fixed(float_onnx: FloatOnnx, names: list[str], mode: BaseActivations) -> dict[str, Encoding]:
-    """The encodings of the base that no use case changes.
-
-    Args:
-        names: of the LoRA weights.
-    """
+    """The encodings of the base that no use case changes; `names` are those of LoRA weights."""
     initializers, encodings = float_onnx.model.graph.initializers, float_onnx.encodings
     changing = set[str]()
     if mode == "all":
         changing = encodings.keys() - initializers.keys() | {*names}
-    elif mode == "adapter_only":  # what LoRA weights compute, without the sums with the base
+    elif mode == "adapter_only":
+        # what LoRA weights compute, up to the sum with the base, whose grid all use cases share
         branch = {initializers[name] for name in names}
         for node in float_onnx.model.graph:
             inside = [value for value in node.inputs if value in branch]
@@ -357,16 +331,12 @@ def _lists(models: Mapping[str, FloatOnnxModel], cases: Iterable[str]) -> dict[s
         lists[f"{graph}_lora_config.yaml"] = {"use_case": use_cases}
         lists[f"{graph}_lora_adaptor_list.yaml"] = adaptors
     texts = {name: yaml.safe_dump(content, sort_keys=False) for name, content in lists.items()}
-    texts[_LIST_FILE] = "".join(f"{name}\n" for name in sorted(weights))
+    texts["lora_weight_list.txt"] = "".join(f"{name}\n" for name in sorted(weights))
     return {name: text.encode() for name, text in texts.items()}
 
 
 def checked(folder: Path, models: Mapping[str, FloatOnnxModel]) -> Mapping[str, FloatOnnxModel]:
-    """The models in a folder, if they keep their promises.
-
-    Raises:
-        VerificationError: they do not. All problems are listed, each with the name of its file.
-    """
+    """The models in a folder; a VerificationError lists what contradicts their encodings."""
     if problems := [problem for model in models.values() for problem in model.problems()]:
         raise VerificationError(f"{folder}: the files contradict each other", problems)
     return models

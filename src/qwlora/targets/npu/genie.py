@@ -4,13 +4,10 @@
     htp_backend_ext_config.json    the chip that the graphs were compiled for
     tokenizer.json
     base/device/*.bin              the compiled graphs
-    first/INPUT.raw                float32 values of an adapter's inputs, of LoRA version 1: Genie
-                                   reads them when the adapter is applied, and rounds them down
+    first/INPUT.raw                float32 values of an adapter's inputs, of LoRA version 1
 
 Of target `qairt`, graphs and sections of the binary by use case (LoRA version 2) are what QAIRT's
 tools make of it; the configuration names them.
-
-Genie computes cosines and sines itself. They are compared with the model's at every position.
 
 `genie_layout` gives a graph of `npu_form` the layout in which Genie passes positions and cache:
 
@@ -18,8 +15,7 @@ Genie computes cosines and sines itself. They are compared with the model's at e
                                           the rotated width are these numbers
     past_key_0_in                         [heads, 1, width, past]; past_key_0_out with the new ones
     past_value_0_in                       [heads, 1, past, width]; past_value_0_out with the new
-    lora_alpha                            1 is the adapter as it was trained: alpha / rank is in
-                                          the grids of lora_B and of what it computes
+    lora_alpha                            1 is the adapter as it was trained
 
 Values are only moved, and codes stay, so the graph computes what it did, bit for bit.
 
@@ -68,8 +64,6 @@ from qwlora.targets.target import ExportedGraph
 
 GENIE = "genie"
 _CONFIG, _CHIP, TOKENIZER = "genie_config.json", "htp_backend_ext_config.json", "tokenizer.json"
-_FLOAT_STEP = 2.0**-15  # cosines and sines without a grid, compared as if they had 16 bits
-_UP = np.float32(0.25)  # of a step: what Genie rounds down is safe from float32's own error
 _TEMPLATES = resources.files("qwlora.targets.npu") / "genie_templates"
 QAIRT_README = _TEMPLATES / "README.qairt.md.template"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -77,7 +71,9 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 def quantize_edges_(model: Any) -> dict[str, dict[str, Any]]:
     """Make codes of the float inputs and outputs of a model of `npu_onnx`, and unsigned codes of
-    signed ones, which Genie does not take; returns the grid of each, by name."""
+    signed ones; returns the grid of each, by name."""
+    # The context binary has names and grids of inputs and outputs only if they are codes in the
+    # ONNX file. Genie refuses signed ones (libGenie of QNN 2.51).
     ir, grids = require("onnx_ir", "onnx"), dict[str, dict[str, Any]]()
 
     def take_grid(value: Any, scale: Any, zero_point: Any) -> None:
@@ -121,23 +117,25 @@ def to_values(codes: Tensor, grid: Mapping[str, Any]) -> Tensor:
 
 def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Values of an adapter's inputs, by name; a file of another size is refused."""
-    found = {}
+    weights = {}
     for name, shape in shapes.items():
         path, size = folder / f"{name}.raw", 4 * math.prod(shape)
         content = path.read_bytes() if path.is_file() else b""
         if len(content) != size:
             raise ExportError(f"{str(path)!r} has {len(content)}, not {size} bytes. Export again")
-        found[name] = torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())
-    return found
+        weights[name] = torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())
+    return weights
 
 
 def write_weights(
     folder: Path, codes: Mapping[str, Tensor], grids: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write signed codes of an adapter's inputs as Genie reads them: float32 values. All adapters
-    have one scaling, which the grids hold."""
+    """Write signed codes of an adapter's inputs as Genie reads them: float32 values."""
     for name, array in codes.items():
-        values = (array.numpy().astype(np.float32) + _UP) * np.float32(grids[name]["scale"])
+        # Genie rounds down when it applies an adapter. A quarter of a step more keeps float32's own
+        # error from costing a whole step.
+        raised = array.numpy().astype(np.float32) + np.float32(0.25)
+        values = raised * np.float32(grids[name]["scale"])
         (folder / f"{name}.raw").write_bytes(values.astype("<f4").tobytes())
 
 
@@ -145,9 +143,9 @@ def common_scaling(scalings: Mapping[str, float]) -> float | None:
     """The alpha / rank of all adapters, but those without any factor; None: no one has any."""
     different = {scaling for scaling in scalings.values() if scaling}
     if len(different) > 1:
-        known = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
+        values = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
         raise ExportError(
-            f"adapters have different alpha / rank ({known}), and Genie has one lora_alpha for "
+            f"adapters have different alpha / rank ({values}), and Genie has one lora_alpha for "
             "all, which is 1 for an adapter as it was trained. Train them with one, or export "
             "without layout: genie"
         )
@@ -155,13 +153,8 @@ def common_scaling(scalings: Mapping[str, float]) -> float | None:
 
 
 def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[str, Any]) -> None:
-    """Write what Genie needs besides graphs and adapters.
-
-    Args:
-        npu: the graph with the largest context, in Genie's layout.
-        base: any of the adapters.
-        binary: the compiled graphs as `binaries`, and as `lora` keys about adapters.
-    """
+    """Write what Genie needs besides graphs and adapters. `npu` has the largest context; `binary`
+    has the compiled graphs as `binaries`, and as `lora` keys about adapters."""
     config, shapes = _config(base), npu.device.interface.shapes
     context = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
     context |= {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
@@ -191,7 +184,7 @@ def sections(cases: Iterable[str]) -> dict[str, Any]:
 def _configurations(
     context: Mapping[str, Any], width: Any, positions: Any, binaries: Any, lora: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The JSON files by name; `width` is that of a head."""
+    """The JSON files by name, or their forms; `width` is that of a head."""
     content, extensions = (
         json.loads((_TEMPLATES / f"{name}.template").read_text()) for name in (_CONFIG, _CHIP)
     )
@@ -202,13 +195,12 @@ def _configurations(
     model["positional-encoding"] = positions
     model["binary"]["ctx-bins"] = binaries
     model["binary"]["lora"] |= {"alpha-tensor-name": ALPHA, **lora}
-    device = {"soc_model": int(CHIP["soc_model"]), "dsp_arch": f"v{CHIP['htp_arch']}"}
-    extensions["devices"][0] |= device
+    extensions["devices"][0]["soc_model"] = int(CHIP["soc_model"])
+    extensions["devices"][0]["dsp_arch"] = f"v{CHIP['htp_arch']}"
     return {_CONFIG: content, _CHIP: extensions}
 
 
 def _config(base: ExportedGraph) -> Any:
-    """Of the language model."""
     model: Any = base.simulation.origin.model
     return model.config.get_text_config()
 
@@ -225,7 +217,7 @@ def _positions(config: Any, width: Any) -> dict[str, Any]:
 
 
 _SCALING = {"rope-type": "llama3", OTHER_KEYS: NUMBER}
-# of files for QAIRT, which are checked before anything reads them
+# The same files for QAIRT, with types for values: they are checked before anything reads them.
 FORMS = _configurations(
     {"size": int, "n-vocab": int, "bos-token": int, "eos-token": (int, list)},
     int,
@@ -241,7 +233,7 @@ def angles(positions: Mapping[str, Any], context: int) -> Tensor:
     frequencies = positions["rope-theta"] ** -(torch.arange(width, dtype=torch.float64) / width)
     if scaling := positions.get("rope-scaling"):
         factor, low, high, length = (scaling[key.replace("_", "-")] for key in _LLAMA3)
-        # 1: short waves stay; 0: long ones are stretched
+        # a share of 1: short waves stay as they are; of 0: long ones are stretched by `factor`
         share = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - share) * frequencies / factor + share * frequencies
     return torch.arange(context, dtype=torch.float64)[:, None] * frequencies
@@ -249,6 +241,7 @@ def angles(positions: Mapping[str, Any], context: int) -> Tensor:
 
 def refuse_other_positions(npu: NpuGraph, base: ExportedGraph) -> None:
     """Refuse cosines and sines that Genie would compute otherwise."""
+    # Genie has no input for them: it computes them from theta and Llama 3's scaling alone.
     positions = _positions(_config(base), npu.device.interface.shapes[COS][-1])
     sizes, turned = npu.sizes, angles(positions, npu.sizes.context)
     for past in range(0, sizes.past + 1, sizes.tokens):
@@ -257,8 +250,9 @@ def refuse_other_positions(npu: NpuGraph, base: ExportedGraph) -> None:
         for name, expected in ((COS, rows.cos()), (SIN, rows.sin())):
             difference = (values[name].reshape(expected.shape) - expected).abs().max()
             grid = npu.device.encodings.get(name)
-            steps = difference / (_FLOAT_STEP if grid is None else grid.scale)
-            if steps > 16:  # float32 of a late position is off by some
+            # 2^-15 is a step of 16 bits from -1 to 1. The model computes angles in float32, which
+            # is off by several steps at late positions.
+            if difference / (2.0**-15 if grid is None else grid.scale) > 16:
                 raise ExportError(
                     f"{name} of the model at position {past} is not what Genie computes from a "
                     f"base of {positions['rope-theta']:g}: the model scales its angles, or pairs "
@@ -267,11 +261,6 @@ def refuse_other_positions(npu: NpuGraph, base: ExportedGraph) -> None:
 
 
 _KEY, _VALUE = (1, 0, 3, 2), (1, 0, 2, 3)  # how keys and values are permuted, there and back
-
-
-def token_axis(name: str) -> int:
-    """The axis of tokens in a cached tensor."""
-    return 3 if "_key_" in name else 2
 
 
 def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
@@ -306,6 +295,7 @@ def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
                 node.meta["val"] = value.permute(order).contiguous()
                 moved = whole = _call(graph, "permute", node, order)
             else:
+                # Both halves of a head's rotated width have the same cosines: Genie passes one.
                 node.meta["val"] = value.new_empty(1, 1, value.shape[-2], value.shape[-1] // 2)
                 moved = _call(graph, "cat", [node, node], -1)
                 whole = _call(graph, "reshape", moved, list(value.shape))
@@ -326,14 +316,9 @@ def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
     output.args = (tuple(results),)
     if scaling:
         _make_relative_(graph, names, marks, encodings, scaling)
-    program = with_graph(device.program, graph)
-    moved_device = QuantizedGraph(
-        program,
-        replace(interface, shapes=shapes),
-        in_graph_order(program, marks),
-        encodings,
-        device.observer,
-    )
+    program, interface = with_graph(device.program, graph), replace(interface, shapes=shapes)
+    ordered = in_graph_order(program, marks)
+    moved_device = QuantizedGraph(program, interface, ordered, encodings, device.observer)
     return replace(npu, device=moved_device)
 
 
@@ -345,6 +330,8 @@ def _make_relative_(
     scaling: float,
 ) -> None:
     """Move `scaling` from the grid of lora_alpha to those of lora_B and of what it computes."""
+    # In Genie, lora_alpha is 1 for an adapter as it was trained. Only grids change, so all codes
+    # stay as they were.
     (alpha,) = (node for node in graph.nodes if names.get(node.name) == ALPHA)
     changed = {ALPHA: 1 / scaling}
     for user in alpha.users:
@@ -358,7 +345,6 @@ def _make_relative_(
 
 
 def _call(graph: Graph, name: str, *arguments: Any) -> Node:
-    """A call of an operator of torch, with the shape of its result."""
     target = getattr(torch.ops.aten, name).default
     node = graph.call_function(target, arguments)
     node.meta["val"] = target(*map_arg(arguments, lambda read: read.meta["val"]))

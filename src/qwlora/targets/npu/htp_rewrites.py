@@ -1,39 +1,10 @@
 """The ONNX form of an `NpuGraph` that Qualcomm's HTP takes whole.
 
-It is the form of `onnx_model.py`, and
+It is the form of `onnx_model.py`, rewritten where the HTP computed something wrongly, or left it to
+the CPU. All of this was measured with onnxruntime-qnn 2.7 (docs/log/runtimes.md).
 
-    zero points     every DequantizeLinear has one: without it, the HTP computed int4 weights
-                    wrongly (onnxruntime-qnn 2.7: -9 dB)
-    embeddings      what a Gather reads from a quantized table gets the table's grid once more,
-                    or the table would be dequantized whole on the CPU
-    8-bit values    are quantized to 16 bits first: an operator's inputs and output have one width;
-                    the finer grid holds the coarser one: scale / 257, zero point * 257
-    norms           RMSNormalization (opset 23); a product with a norm, or with what is made of one
-                    by slices, has it as its second factor: as the first, the HTP took the other
-                    factor for the norm's weight (-6 dB). The HTP rounds RMSNormalization down,
-                    half a step too low on average, but LayerNormalization to the nearest step. A
-                    norm that is added to the residual stream, as in Gemma 3, would shift it in
-                    every layer, so it is LayerNormalization of x and -x side by side, whose mean is
-                    0, and the first half is kept. x gets a symmetric grid for that: elsewhere, this
-                    costs as much as it gains
-    4-bit weights   as the right factor of a MatMul, with the scale of a channel once for every
-                    block of 64 inputs: with one scale per channel, the HTP drops the lowest 8 bits
-                    of each sum, floor(sum / 256), which is 127.5 steps of scale(x) * scale(w) too
-                    low on average (38 to 62 dB in SmolLM2, with blocks 58 to 68 dB). Weights of 8
-                    bits are worse in blocks (69 dB against 77 dB)
-    group norms     LayerNormalization of each group, with ones as its weight, then a product and a
-                    sum. InstanceNormalization loses 20 dB where the mean is large. As int16, the
-                    factor cost 8 dB (67 to 75 dB); as uint16, the same values cost nothing
-    convolutions    packed weights are stored in the kernel's shape; an input that was upsampled
-                    or transposed after it was quantized is quantized on its grid once more.
-                    Otherwise the HTP multiplies in half precision, and the CPU dequantizes the
-                    weight
-    biases          int32 on the grid scale(x) * scale(w) in a Gemm or Conv; after a MatMul, whose
-                    output gets a grid of its own, added on their own grid
-    adapters        codes of lora_A and lora_B are inputs, not initializers; `lora_alpha` is a
-                    quantized input
-
-So one file serves every adapter: a runtime sets the adapter's codes as inputs.
+Codes of lora_A and lora_B are inputs, not initializers, and `lora_alpha` is a quantized input. So
+one file serves every adapter: a runtime sets the adapter's codes as inputs.
 """
 
 from __future__ import annotations
@@ -61,7 +32,6 @@ from qwlora.targets.onnx.onnx_model import (
 
 OPSET = 23  # the first with RMSNormalization
 CODES = ".codes"
-_FINER = 257  # 65535 / 255
 _BLOCKS = (64, 32, 16)
 # what an 8-bit value may come from without an operator of another width between
 _KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
@@ -85,7 +55,8 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _round_norm_(model, node)
         elif node.op_type == "GroupNormalization":
             _split_group_norm_(model, node, traced)
-    for node in list(model.graph):  # before 8-bit values are looked for
+    # before `_widen_` looks for 8-bit values, so that it sees the nodes that these add
+    for node in list(model.graph):
         if node.op_type == "Gather":
             _quantize_gathered_(model, node)
         elif node.op_type == "MatMul":
@@ -104,7 +75,7 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
 
 
 def _add_zero_point_(model: Any, node: Any) -> None:
-    """Give a DequantizeLinear of a symmetric grid its zero point of zeros."""
+    # ONNX takes a missing zero point as 0, but the HTP then computes int4 weights wrongly (-9 dB).
     codes, scale = (value.const_value for value in node.inputs)
     zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
     node.resize_inputs(3)
@@ -113,6 +84,7 @@ def _add_zero_point_(model: Any, node: Any) -> None:
 
 def _shape_kernel_(model: Any, node: Any) -> None:
     """Store the packed weight of a convolution, a matrix that is reshaped, in its own shape."""
+    # With a Reshape between weight and Conv, the CPU dequantizes the weight.
     reshape = node.inputs[1].producer()
     stored = reshape.inputs[0].producer() if reshape and reshape.op_type == "Reshape" else None
     if stored is None or stored.op_type != "DequantizeLinear" or "block_size" in stored.attributes:
@@ -125,10 +97,10 @@ def _shape_kernel_(model: Any, node: Any) -> None:
 
 
 def _quantize_moved_(model: Any, node: Any) -> None:
-    """Quantize the input of a convolution once more, on its grid, if it was moved in between.
-
-    It was only moved, not computed: `kv_cache_graph.py` refuses computed values without a grid.
-    """
+    """Quantize the input of a convolution once more, on its grid, if it was moved in between."""
+    # An input that was upsampled or transposed after its quantization is float to the HTP, which
+    # then multiplies in half precision. It was only moved, so its grid still fits:
+    # `kv_cache_graph.py` refuses computed values without a grid.
     moved = node.inputs[0]
     stored = moved.producer()
     while stored is not None and stored.op_type != "DequantizeLinear":
@@ -140,14 +112,15 @@ def _quantize_moved_(model: Any, node: Any) -> None:
 
 def _split_gemm_(model: Any, node: Any) -> None:
     """Make a MatMul and an Add of a Gemm whose weight has 4 bits or less."""
+    # `_repeat_scales_` needs blocks, and the HTP refuses a Gemm with blocks or computes it wrongly.
     weight = node.inputs[1].producer()
-    if len(node.inputs) < 3 or not _has_four_bits(weight) or node.attributes.get_int("transA", 0):
+    if len(node.inputs) < 3 or not _has_four_bits(weight) or not _reads_wide(node):
         return
-    if not _reads_wide(node):
+    is_turned = bool(node.attributes.get_int("transB", 0))
+    is_shared = len(weight.outputs[0].uses()) > 1
+    if node.attributes.get_int("transA", 0) or (is_turned and is_shared):
         return
-    if node.attributes.get_int("transB", 0):
-        if len(weight.outputs[0].uses()) > 1:
-            return
+    if is_turned:
         _turn_(model, weight)
     name = node.outputs[0].name
     product = new_node("MatMul", node.inputs[:2], f"{name}.product")
@@ -160,6 +133,11 @@ def _split_gemm_(model: Any, node: Any) -> None:
 
 def _round_norm_(model: Any, node: Any) -> None:
     """Make a LayerNormalization of a norm that is only added to something, of 16 bits."""
+    # The HTP rounds RMSNormalization down, half a step too low on average. Added to the residual
+    # stream, as in Gemma 3, this shifts it in every layer (270M: 19.8 dB, so 23.7).
+    # LayerNormalization is rounded to the nearest step, and of x and -x side by side it is
+    # RMSNormalization, since their mean is 0. Other norms stay: there, a symmetric grid for x costs
+    # as much as the rest gains.
     x, weight, name = node.inputs[0], node.inputs[1].producer(), node.outputs[0].name
     stored, readers = x.producer(), _readers(node.outputs[0])
     is_added = {reader.op_type for reader in readers} == {"Add"}
@@ -169,11 +147,10 @@ def _round_norm_(model: Any, node: Any) -> None:
     if zero_point.dtype != np.uint16:
         return
     farthest = max(int(zero_point), 65535 - int(zero_point))
-    symmetric = {
-        "scale": np.float32(scale * np.float32(farthest / 32767)),
-        "zero_point": np.uint16(32768),
-    }
-    grid = constants(model, f"{name}.input", symmetric)
+    wider = np.float32(scale * np.float32(farthest / 32767))
+    # symmetric, so that -x lies on the same grid
+    arrays = {"scale": wider, "zero_point": np.uint16(32768)}
+    grid = constants(model, f"{name}.input", arrays)
     insert_rounding(model, x, f"{name}.input", grid, [node])
     x, codes = node.inputs[0], numbers(weight.inputs[0])
     negative = new_node("Neg", [x], f"{name}.negative")
@@ -197,6 +174,8 @@ def _round_norm_(model: Any, node: Any) -> None:
 
 def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> None:
     """Make a LayerNormalization of each group, a product and a sum of a group norm."""
+    # The HTP has no GroupNormalization, and its InstanceNormalization loses 20 dB where the mean is
+    # large.
     (x, *factors), name, nodes = node.inputs, node.outputs[0].name, []
     shape = traced[name].meta["val"].shape
     size = math.prod(shape[1:]) // node.attributes["num_groups"].value
@@ -225,6 +204,7 @@ def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> Non
             )
         if part.op_type == "DequantizeLinear":
             affine[place] = _dequantized(part)
+            # As int16, a factor cost 8 dB; the same values as uint16 cost nothing.
             codes = numbers(part.inputs[0]).astype(np.int32) + 32768
             shaped = np.uint16(codes).reshape(-1, *[1] * (len(shape) - 2))
             values = stored(f"{operator}.by", shaped, numbers(part.inputs[1]), np.uint16(32768))
@@ -232,7 +212,8 @@ def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> Non
     node.outputs[0].replace_all_uses_with(result)
     model.graph.insert_before(node, nodes)
     model.graph.remove(node, safe=True)
-    # what the result's grid holds, if less than the largest of `size` values of variance 1
+    # The simulation has no grid for the normalized values. They need what the result's grid holds,
+    # and never exceed sqrt(size), the largest of `size` values of variance 1.
     weight, bias = affine
     end = np.max(np.maximum(high - bias, bias - low) / np.maximum(np.abs(weight), 1e-9))
     scale = np.float32(min(end, math.sqrt(size)) / 32767)
@@ -249,19 +230,20 @@ def _ends(quantize: Any) -> tuple[float, float]:
 
 def _turn_(model: Any, stored: Any) -> None:
     """Store a constant [out, in] as [in, out], under the same names."""
-    ir = require("onnx_ir", "onnx")
     for index, value in enumerate(stored.inputs):
-        if value.shape.rank() < 2:
-            continue
-        turned = np.ascontiguousarray(numbers(value).T)
-        stored.replace_input_with(index, constant(model, value.name, turned))
-    stored.outputs[0].shape = ir.Shape(stored.inputs[0].shape)
+        if value.shape.rank() == 2:
+            turned = np.ascontiguousarray(numbers(value).T)
+            stored.replace_input_with(index, constant(model, value.name, turned))
+    stored.outputs[0].shape = require("onnx_ir", "onnx").Shape(stored.inputs[0].shape)
     if "axis" in stored.attributes:
         _set_(stored, "axis", 1 - stored.attributes["axis"].value)
 
 
 def _repeat_scales_(model: Any, node: Any) -> None:
     """Give a 4-bit weight [in, out] with one scale, or one per channel, scales by block."""
+    # With one scale per channel, the HTP drops the lowest 8 bits of each sum, which is 127.5 steps
+    # of scale(x) * scale(w) too low on average: 38 to 62 dB in SmolLM2. The same scale once for
+    # every block is rounded: 58 to 68 dB. Weights of 8 bits are worse in blocks (69 dB against 77).
     stored = node.inputs[1].producer()
     if not _has_four_bits(stored) or not _reads_wide(node):
         return
@@ -293,6 +275,7 @@ def _has_four_bits(node: Any) -> bool:
 
 def _quantize_gathered_(model: Any, node: Any) -> None:
     """Quantize what a Gather reads from a table on one grid, on that grid."""
+    # Otherwise the CPU dequantizes the whole table.
     table = node.inputs[0].producer()
     if table is None or table.op_type != "DequantizeLinear" or table.inputs[1].shape.rank():
         return
@@ -302,10 +285,11 @@ def _quantize_gathered_(model: Any, node: Any) -> None:
 
 def _put_norm_second_(node: Any) -> None:
     """Swap the factors of a product if the first is a norm, or the second an input."""
+    # With a norm as the first factor, the HTP takes the other one for the norm's weight (-6 dB).
     first, second = node.inputs
-    made = _made_by(first)
-    is_norm = made is not None and made.op_type == "RMSNormalization"
-    if is_norm or (_made_by(second) is None and made is not None):
+    operator = _made_by(first)
+    is_norm = operator is not None and operator.op_type == "RMSNormalization"
+    if is_norm or (_made_by(second) is None and operator is not None):
         node.replace_input_with(0, second)
         node.replace_input_with(1, first)
 
@@ -320,10 +304,10 @@ def _made_by(value: Any) -> Any:
 
 def _readers(value: Any) -> list[Any]:
     """The nodes that read a value after its quantization."""
-    found = []
+    readers = []
     for user, _ in value.uses():
-        found += _readers(user.outputs[0]) if user.op_type in _QUANTIZERS else [user]
-    return found
+        readers += _readers(user.outputs[0]) if user.op_type in _QUANTIZERS else [user]
+    return readers
 
 
 def _quantize_bias_(model: Any, node: Any) -> None:
@@ -331,9 +315,10 @@ def _quantize_bias_(model: Any, node: Any) -> None:
     if len(node.inputs) < 3:
         return
     x, weight, bias = (value.producer() for value in node.inputs)
-    if any(each is None or each.op_type != "DequantizeLinear" for each in (x, weight, bias)):
+    if any(part is None or part.op_type != "DequantizeLinear" for part in (x, weight, bias)):
         return
     value, name = _dequantized(bias), bias.outputs[0].name
+    # the grid of the sums before they are rescaled, so the bias needs no rescaling of its own
     scale = (numbers(x.inputs[1]) * numbers(weight.inputs[1])).astype(np.float32)
     codes = np.round(value.astype(np.float64) / scale)
     if np.abs(codes).max(initial=0) > 2**31 - 1:
@@ -342,12 +327,9 @@ def _quantize_bias_(model: Any, node: Any) -> None:
             f"layer's input and weight ({scale.min():g}), which Qualcomm's HTP cannot hold. Give "
             "the layer's weight more bits, or a scale per channel"
         )
-    grid = {
-        "codes": codes.astype(np.int32),
-        "scale": scale,
-        "zero_point": np.zeros(scale.shape, np.int32),
-    }
-    parts, axis = constants(model, f"{name}.int32", grid), {"axis": 0} if scale.ndim else {}
+    zeros = np.zeros(scale.shape, np.int32)
+    arrays = {"codes": codes.astype(np.int32), "scale": scale, "zero_point": zeros}
+    parts, axis = constants(model, f"{name}.int32", arrays), {"axis": 0} if scale.ndim else {}
     values = new_node("DequantizeLinear", parts, f"{name}.int32", axis)
     node.replace_input_with(2, values.outputs[0])
     model.graph.insert_before(node, values)
@@ -355,21 +337,16 @@ def _quantize_bias_(model: Any, node: Any) -> None:
 
 def _quantize_before_bias_(model: Any, node: Any) -> None:
     """Give the product before an added bias the grid of the sum, widened by the bias."""
+    # A MatMul has no input for a bias in int32, so its result needs a grid before the sum.
     product, bias = node.inputs
     if product.producer() is None or product.producer().op_type not in _PRODUCTS:
         product, bias = bias, product
     source, stored = product.producer(), bias.producer()
-    quantize = next((user for user, _ in node.outputs[0].uses()), None)
-    if (
-        source is None
-        or source.op_type not in _PRODUCTS
-        or stored is None
-        or stored.op_type != "DequantizeLinear"
-        or not stored.inputs[0].is_initializer()
-        or quantize is None
-        or quantize.op_type != "QuantizeLinear"
-        or not _reads_wide(source)
-    ):
+    quantize: Any = next((user for user, _ in node.outputs[0].uses()), None)
+    parts = (source, _PRODUCTS), (stored, _QUANTIZERS[:1]), (quantize, _QUANTIZERS[1:])
+    if any(part is None or part.op_type not in operators for part, operators in parts):
+        return
+    if not stored.inputs[0].is_initializer() or not _reads_wide(source):
         return
     values, (low, high) = _dequantized(stored), _ends(quantize)
     low, high = low - max(float(values.max()), 0.0), high - min(float(values.min()), 0.0)
@@ -387,18 +364,17 @@ def _dequantized(node: Any) -> Any:
 
 def _widen_(model: Any, node: Any) -> None:
     """Quantize to 16 bits before 8 bits what an operator of 16-bit inputs computed."""
+    # An operator's inputs and output have one width on the HTP.
     value, scale, zero_point = node.inputs
     producer = value.producer()
-    is_eight = numbers(zero_point).dtype == np.uint8
-    if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
+    if producer is None or producer.op_type in _KEEPS_WIDTH or not _reads_wide(producer):
         return
-    if not _reads_wide(producer):
+    if numbers(zero_point).dtype != np.uint8:
         return
     name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
-    grid = {
-        "scale": numbers(scale) / np.float32(_FINER),
-        "zero_point": numbers(zero_point).astype(np.uint16) * np.uint16(_FINER),
-    }
+    # 65535 / 255 = 257, so every step of the coarse grid is one of the finer grid, too
+    finer, zero = np.float32(257), numbers(zero_point).astype(np.uint16) * np.uint16(257)
+    grid = {"scale": numbers(scale) / finer, "zero_point": zero}
     insert_rounding(model, value, name, constants(model, name, grid), [node])
 
 
@@ -417,8 +393,7 @@ def _reads_wide(node: Any) -> bool:
 def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
     """Make inputs of the codes of adapter weights, [in, out] of linear layers; returns their
     values."""
-    ir = require("onnx_ir", "onnx")
-    found = {}
+    ir, arrays = require("onnx_ir", "onnx"), dict[str, Any]()
     for mark in graph.marks:
         if mark.kind is Kind.ADAPTER and is_factor_name(mark.name):
             stored = model.graph.initializers[f"{mark.name}{CODES}"].consumers()[0]
@@ -428,7 +403,7 @@ def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
                     _set_(node, "transB", 0)
             value = model.graph.initializers.pop(f"{mark.name}{CODES}")
             codes, value.const_value = value.const_value, None
-            found[value.name] = codes.numpy()
+            arrays[value.name] = codes.numpy()
             value.type, value.shape = ir.TensorType(codes.dtype), codes.shape
             model.graph.inputs.append(value)
-    return found
+    return arrays

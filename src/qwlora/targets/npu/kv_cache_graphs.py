@@ -11,9 +11,6 @@ graph, `forward`, without a cache: what integers and masks decide, its host comp
     token_embeddings.safetensors    where graphs take embeddings instead of token ids
 
 The cache is on the host. Valid tokens are on its right, next to the new ones.
-
-A device's output cannot equal golden outputs bit for bit (noise floor): compare SQNR and the
-likeliest token.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_a
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
-from qwlora.targets.npu.genie import GENIE, to_codes, to_values, token_axis
+from qwlora.targets.npu.genie import GENIE, to_codes, to_values
 from qwlora.targets.onnx.onnx_model import build_model, load_graph, save_graph
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
 from qwlora.targets.target import ExportedGraph, Runtime
@@ -51,7 +48,9 @@ def graph_sizes(exported: ExportedGraph) -> dict[str, CacheSizes | Batch]:
     """The graphs to write by name: sizes of those with a cache, or the batch whose shapes the only
     one has."""
     if exported.graphs:
+        # The largest is first: its file has the shared weights, Genie's configuration its sizes.
         largest_first = sorted(exported.graphs, key=lambda s: (-s.tokens, -s.context))
+        # Genie takes sizes from shapes, and tells graphs of one size apart by this suffix.
         suffix = "_1_of_1" if exported.layout == GENIE else ""
         return {f"{sizes.name}{suffix}": sizes for sizes in largest_first}
     if not exported.sample:
@@ -68,12 +67,8 @@ def write_graphs(
     files: Mapping[str, Mapping[str, Any]],
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the host graphs and graphs.json.
-
-    Args:
-        files: fields of each graph in graphs.json: names of its files, or other grids.
-        more: fields of the record.
-    """
+    """Write the host graphs and graphs.json. `files` has fields of each graph in graphs.json (names
+    of its files, or other grids), `more` has fields of the record."""
     record: dict[str, Any] = {"format": FORMAT, "graphs": {}, **(more or {})}
     for name, graph in graphs.items():
         interface, encodings = graph.device.interface, graph.device.encodings
@@ -103,26 +98,24 @@ def write_graphs(
 
 
 def share_weights(model: Any, first: Path) -> list[str]:
-    """Let a model read its weights from the data file of another one.
-
-    Returns:
-        names of the weights in that file that this model does not have, or has otherwise.
-    """
+    """Let a model read its weights from the data file of another one; returns the names of the
+    weights in that file that this model does not have, or has otherwise."""
     differing, external = [], require("onnx_ir", "onnx").ExternalTensor
     for name, value in load_graph(first).graph.initializers.items():
-        stored, own = value.const_value, model.graph.initializers.get(name)
+        stored, initializer = value.const_value, model.graph.initializers.get(name)
         if not isinstance(stored, external):
             continue
-        values = None if own is None else own.const_value
+        values = None if initializer is None else initializer.const_value
         if values is None or (values.dtype, values.tobytes()) != (stored.dtype, stored.tobytes()):
             differing.append(name)
         else:
-            own.const_value = stored
+            initializer.const_value = stored
     return differing
 
 
 def write_golden(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """Write one batch and its outputs into a new folder."""
+    # For SQNR and the likeliest token: no device equals these bit for bit (noise floor).
     folder.mkdir(parents=True)
     record: dict[str, list[Any]] = {"inputs": [], "outputs": []}
     for role, tensors in zip(record, (inputs, outputs), strict=True):
@@ -149,7 +142,7 @@ def most_tokens(folder: Path) -> int:
     """Tokens of a sequence that its graphs run without dropping any from the cache."""
     graphs = read_graphs(folder)["graphs"].values()
     context, tokens = (tuple(int(graph[key]) for graph in graphs) for key in ("context", "tokens"))
-    # the last call, of the smallest graph, needs room for its padding too
+    # The last call, of the smallest graph, needs room for its padding, too.
     return min(max(context) - max(context) % max(tokens), max(context) + 1 - min(tokens))
 
 
@@ -162,15 +155,10 @@ def read_graphs(folder: Path) -> dict[str, Any]:
 class CachedGraphs(Runtime):
     """The graphs in a folder.
 
-    Args:
-        folder: where graphs.json is.
-        models: the graphs by name.
-
     Attributes:
         names: of the graphs, most tokens first, then the smallest context.
         tokens: new tokens of one call, by graph; 0 without a cache.
         contexts: new and past tokens together, by graph; 0 without a cache.
-        context: the largest of them.
         fixed: inputs that are the same in every call; the strength of an adapter is 1.
     """
 
@@ -190,11 +178,12 @@ class CachedGraphs(Runtime):
         self.fixed = {name: torch.ones(inputs[name]) for name in inputs if name == ALPHA}
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        """See `Runtime`. A graph without room for all the tokens that it takes would drop the first
-        ones of the cache, also if some are padding; it is not called."""
+        """See `Runtime`."""
         cache, parts, runs = self.empty_cache(), list[Tensor](), Counter[str]()
         tokens, first = ids.shape[1], 0
         while first < tokens:
+            # A graph without room for all the tokens that it takes would drop the first ones of the
+            # cache, also if the new ones are padding.
             fitting = [n for n in self.names if first + self.tokens[n] <= self.contexts[n]]
             if not fitting:
                 raise ExportError(
@@ -225,7 +214,7 @@ class CachedGraphs(Runtime):
         fewest = self.tokens[self.names[-1]]
         larger = [n for n in fitting if self.tokens[n] > fewest]
         smallest = [n for n in fitting if self.tokens[n] == fewest]
-        # run these now: once tokens run one by one, the text may have outgrown their context
+        # Run these now: once tokens run one by one, the text may have outgrown their context.
         early = [n for n in smallest if self.contexts[n] < self.context]
         waiting = [n for n in (*larger, *early) if n not in runs] if left > 0 else []
         graphs = waiting or (larger if left > 0 else smallest) or smallest
@@ -243,7 +232,7 @@ class CachedGraphs(Runtime):
 
     def _axis(self, name: str) -> int:
         """The axis of tokens in a cached tensor."""
-        return token_axis(name) if self.has_genie_layout else 2
+        return 3 if self.has_genie_layout and "_key_" in name else 2
 
     def call(
         self,
@@ -271,9 +260,9 @@ class CachedGraphs(Runtime):
         shapes = {value.name: value.shape for value in host.get_inputs()}
         of_host = HOST_INPUTS[POSITIONS]
         arguments = {HOST_INPUTS[MASK]: mask, of_host: counted.expand(shapes.get(of_host, (1, -1)))}
-        given = {EMBEDS: ids} if ids.is_floating_point() else embedded({IDS: ids}, self.folder)
-        given = {key: value if key == EMBEDS else value.int() for key, value in given.items()}
-        padded = {k: pad(v, (0,) * 2 * (v.ndim - 2) + (0, missing)) for k, v in given.items()}
+        new = {EMBEDS: ids} if ids.is_floating_point() else embedded({IDS: ids}, self.folder)
+        new = {key: value if key == EMBEDS else value.int() for key, value in new.items()}
+        padded = {k: pad(v, (0,) * 2 * (v.ndim - 2) + (0, missing)) for k, v in new.items()}
         inputs = {
             **run_session(host, arguments),
             **padded,
@@ -281,7 +270,8 @@ class CachedGraphs(Runtime):
             **self.fixed,
         }
         session = self.models[name].session
-        inputs = {each.name: inputs[each.name] for each in session.get_inputs()}
+        # Golden files hold what the graph takes, which may be less than its host has.
+        inputs = {taken.name: inputs[taken.name] for taken in session.get_inputs()}
         grids = self.graphs[name]["encodings"] if self.has_genie_layout else {}
         for wave in (COS, SIN) if self.has_genie_layout else ():
             shape = self.graphs[name]["inputs"][wave]
@@ -290,37 +280,30 @@ class CachedGraphs(Runtime):
         outputs = run_session(session, codes)
         outputs = {n: to_values(v, grids[n]) if n in grids else v for n, v in outputs.items()}
         for key, value in cache.items():
-            if (new := outputs.get(key.replace("_in", "_out"))) is not None:
+            computed = outputs.get(key.replace("_in", "_out"))
+            if computed is not None:
                 axis = self._axis(key)
-                longer = torch.cat([value, new.narrow(axis, 0, count)], axis)
+                longer = torch.cat([value, computed.narrow(axis, 0, count)], axis)
                 cache[key] = longer.narrow(axis, -self.context, self.context)
         return codes, outputs
 
     def forward(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One call of a graph without a cache: its inputs and its outputs, by name.
-
-        Args:
-            tensors: the model's inputs by name.
-        """
+        """One call of a graph without a cache: its inputs and its outputs, by name."""
         (name,) = self.names
         host = self._hosts.get(name)
         arguments = {host_input(key): tensor for key, tensor in tensors.items()}
         lifted = run_session(host, arguments) if host else {}
         inputs, session = {**tensors, **lifted, **self.fixed}, self.models[name].session
         outputs = run_session(session, inputs)
-        return {each.name: inputs[each.name] for each in session.get_inputs()}, outputs
+        return {taken.name: inputs[taken.name] for taken in session.get_inputs()}, outputs
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.forward(tensors)[1]
 
     def write_golden(self, sample: Mapping[str, Tensor], case: str = "") -> None:
         """Write one call of each graph, on the tokens after those of the one before; on the first
-        tokens if no others are left, or its context has no room for them.
-
-        Args:
-            sample: inputs of a model without a cache, by name; else `input_ids` [1, tokens],
-                best with at least one token for each graph.
-        """
+        tokens if no others are left, or its context has no room for them. `sample` has `input_ids`
+        [1, tokens], best with a token for each graph; or the inputs of a model without a cache."""
         if not self.context:
             write_golden(self.folder / GOLDEN / case / FORWARD, *self.forward(sample))
             return

@@ -9,12 +9,7 @@ pipeline of QAIRT (`LLMPipeline` of qairt-dev), which calibrates activations, sp
 
     W = (codes + offset) scale, rounded to float32: float16 and bfloat16 hold few of these products
 
-The pipeline takes scales from the least and greatest weight, which gives the same codes if one of
-them is an end of the grid. It names activations after a graph of its own: these have no encodings.
-
-Of an adapter it reads `r`, `lora_alpha` and `target_modules`, no patterns, and it finds modules by
-the ends of their names, since it renames layers. So all modules have one rank, `target_modules` are
-names within a layer, and layers without an adapter have one of zeros.
+The pipeline names activations after a graph of its own: these have no encodings.
 """
 
 from __future__ import annotations
@@ -64,11 +59,14 @@ class QairtPipeline(Hf):
         tensors, changed, codes = dict[str, Tensor](), 0, 0
         for name, layer in layers.items():
             tensors[name] = values = layer.tensor.dequantize()
-            again = measure(values, layer.scheme).quantize(values)  # as QAIRT's pipeline would
+            # QAIRT's pipeline takes scales from the least and greatest weight, which gives the same
+            # codes if one of them is an end of the grid. README.md counts those that differ.
+            again = measure(values, layer.scheme).quantize(values)
             changed, codes = changed + int((again != layer.codes).sum()), codes + again.numel()
         for name, tensor in files.float_tensors(model).items():
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-        changes = {"dtype": "float32", **files.rope_settings(model)}  # for transformers 4.57
+        # The pipeline pins transformers 4.57.1, which would read rope_parameters as nothing.
+        changes = {"dtype": "float32", **files.rope_settings(model)}
         files.write_folder(exported, folder, tensors, changes)
         linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear)]
         excluded = tuple(path for path in linear if f"{path}.weight" not in layers)
@@ -85,6 +83,9 @@ class QairtPipeline(Hf):
         (folder / "README.md").write_text(marked(text))
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        # The pipeline reads r, lora_alpha and target_modules, no patterns, and finds modules by the
+        # ends of their names, since it renames layers. So all modules have one rank, and layers
+        # without an adapter have one of zeros.
         ends, factors = {path.split(".")[-1] for path in exported.factors}, {**exported.factors}
         checkpoint = AimetCheckpoint(base, base / "model.encodings")
         for path, module in checkpoint.model.named_modules():
@@ -112,8 +113,8 @@ class QairtPipeline(Hf):
 
 
 def _listed(encoding: Encoding, form: str) -> Encoding:
-    """The same grids; of blocks in one list in 0.6.1, as aimet-torch loads them."""
     encoding = encoding.with_positive_scales()
+    # aimet-torch loads the grids of blocks in 0.6.1 from one flat list.
     if form != "0.6.1" or not isinstance(encoding.scheme.granularity, Blocks):
         return encoding
     scheme = replace(encoding.scheme, granularity=PerChannel())

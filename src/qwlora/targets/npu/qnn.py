@@ -21,17 +21,11 @@ need 8-bit weights (a rule for `quantize_`): the CPU dequantizes those of 16 bit
 
 Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
 onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
-the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
-binary that several graphs share: version 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED or crashes
-(exit 139). So the compiled graphs are in a folder for devices, and the emulator compiles the QDQ
-graphs again: what is proven is what the compiler makes of these graphs, not the binary's bytes.
+the NPU computes, slowly, so it proves a bundle and measures no speed.
 
     run = QnnModel(folder / "base", folder / "first", htp=True)
     run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
     run.use(folder / "zero")      another adapter in the same loaded graphs
-
-It is proven by its graphs in ONNX Runtime on the CPU, without optimizations, and on the emulator,
-if that is installed; also partitions, and nodes left to the CPU.
 """
 
 from __future__ import annotations
@@ -86,7 +80,7 @@ from qwlora.targets.target import NONE, Backend, ExportedGraph, LayerKind
 
 WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
 PROVIDER = "QNNExecutionProvider"
-# dB: it rounds inside operators, where the simulation does not. Measured: 41 to 70
+# dB: the HTP rounds inside operators, where the simulation does not. Measured: 41 to 70.
 HTP_SQNR = 35.0
 _README = """\
 Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
@@ -114,18 +108,19 @@ class Qnn(Backend):
     def write_cases(
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
-        """Write a bundle. All use cases need one set of encodings (`base_activations="none"`).
+        """Write a bundle.
 
         Raises:
             ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have
-                different encodings.
+                different encodings (`base_activations="none"` gives them the same).
             FileExistsError: `folder` holds a bundle already.
             CaptureError, CalibrationError: see `npu_graph`.
         """
         simulations = {n: graph.simulation for n, graph in cases.items() if n != NONE}
         _refuse_different_encodings(simulations)
         first = next(iter(simulations.values()))
-        scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
+        scalings = {n: scaling_of(s.program) or 0.0 for n, s in simulations.items()}
+        # the range of input lora_alpha, which has one grid for all adapters
         highest = max(scalings.values())
         if for_genie := base.layout == genie.GENIE:
             common = genie.common_scaling(scalings)
@@ -158,8 +153,8 @@ class Qnn(Backend):
                 if adapter != ZERO:
                     weight = name.removesuffix(CODES)
                     encoding = simulations[adapter].encodings[weight]
-                    own = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
-                    signed = own + encoding.scheme.symmetric_offset
+                    quantized = encoding.quantize(simulations[adapter].adapter_weights[weight])
+                    signed = quantized.int() + encoding.scheme.symmetric_offset
                     signed = signed.T if signed.ndim == 2 else signed  # not of a convolution
                     stored = np.ascontiguousarray(signed.numpy(), array.dtype)
                 tensors[name] = torch.from_numpy(stored)
@@ -174,15 +169,10 @@ class Qnn(Backend):
             genie.write_bundle(folder, largest, base, [*simulations, ZERO])
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
-        return list((folder / _folder(case)).iterdir())
+        return list((folder / (ZERO if case == NONE else case)).iterdir())
 
     def open(self, folder: Path, case: str) -> QnnModel:
-        return QnnModel(folder / BASE, folder / _folder(case), htp=True)
-
-
-def _folder(case: str) -> str:
-    """Of a use case; the one without an adapter has the zero adapter."""
-    return ZERO if case == NONE else case
+        return QnnModel(folder / BASE, folder / (ZERO if case == NONE else case), htp=True)
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -196,8 +186,7 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     }
 
     def width(mark: GraphValue) -> int:
-        """Of what operators read next to a weight; in a norm, where that has no grid, of the
-        result."""
+        # of what operators read next to a weight; inside a norm that has no grid, so of its result
         users = list(nodes[mark.node].users)
         inputs = [widths[n.name] for u in users for n in u.all_input_nodes if n.name in widths]
         return min(inputs or [widths[u.name] for u in users if u.name in widths], default=16)
@@ -231,7 +220,7 @@ def refuse_graph(graph: QuantizedGraph) -> None:
 def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
     """Products whose result cannot be rescaled to its grid."""
     marks = {mark.node: mark for mark in graph.marks}
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for node in calls(graph.program):
         if operation(node) not in ("linear", "matmul"):
             continue
@@ -244,18 +233,15 @@ def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
                     f"scale(x) scale(w) / scale(y) is {rescale:.3g}, and the HTP needs more than "
                     "2^-24. Give the layer's weight a coarser grid"
                 )
-                found.setdefault(why, []).append(names[2])
-    return found
+                problems.setdefault(why, []).append(names[2])
+    return problems
 
 
 def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
-    first, *others = simulations
-    known = simulations[first].encodings
-    for name in others:
-        own = simulations[name].encodings
-        differing = [
-            n for n in {**known, **own} if n not in known or not known[n].equals(own.get(n))
-        ]
+    (first, reference), *others = ((name, s.encodings) for name, s in simulations.items())
+    for name, encodings in others:
+        pairs = {n: (reference.get(n), encodings.get(n)) for n in {**reference, **encodings}}
+        differing = [n for n, (a, b) in pairs.items() if a is None or not a.equals(b)]
         if differing:
             raise ExportError(
                 f"adapters {first} and {name} have {len(differing)} different encodings, "
@@ -282,17 +268,10 @@ def _write_graphs(
 
 def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
     """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
-
-    Returns:
-        name and version of the compiler, and the chip.
-
-    Raises:
-        MissingExtraError: onnxruntime-qnn is not installed.
-        ExportError: the compiler refuses a graph, or writes nothing.
-    """
+    Returns name and version of the compiler, and the chip."""
     _devices()
     (base / DEVICE).mkdir()
-    sessions = []  # that share weights
+    sessions = []  # kept, since they share weights
     for name in names:
         entries = {
             "ep.context_enable": "1",
@@ -336,16 +315,19 @@ class QnnModel(CachedGraphs):
     """The graphs of a bundle with one adapter at a time.
 
     Args:
-        base: folder of the graphs.
-        adapter: folder of an adapter.
         htp: on the HTP emulator; else on the CPU, without optimizations.
         profiles: a folder for `placement` to record in what each provider runs.
     """
 
     def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
-        files = {n: base / str(graph["qdq"]) for n, graph in read_graphs(base)["graphs"].items()}
-        places = {name: profiles / name if profiles else None for name in files}
-        super().__init__(base, {n: QnnGraph(file, htp, places[n]) for n, file in files.items()})
+        # The emulator compiles the QDQ graphs again. It cannot load a context binary that several
+        # graphs share: onnxruntime-qnn 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED, or crashes. So
+        # this proves what the compiler makes of these graphs, not the binary's bytes.
+        models = {}
+        for name, graph in read_graphs(base)["graphs"].items():
+            profile = profiles / name if profiles else None
+            models[name] = QnnGraph(base / str(graph["qdq"]), htp, profile)
+        super().__init__(base, models)
         self.switch_to(adapter)
 
     def switch_to(self, adapter: Path | None) -> None:
@@ -372,21 +354,16 @@ class QnnModel(CachedGraphs):
             placement = model.placement()
         figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
         rows = list(run.checks)
-        for name, place in placement.items():
-            # those at the graph's edges last
-            nodes = f" (of {listed(place['cpu_names'], 4)})" if place["cpu_nodes"] else ""
+        for name, ran in placement.items():
+            nodes = f" (of {listed(ran['cpu_names'], 4)})" if ran["cpu_nodes"] else ""
             rows += [
-                at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
-                at_most(f"nodes of graph {name} on the CPU{nodes}", place["cpu_nodes"], 0),
+                at_most(f"partitions of graph {name} on the HTP", ran["partitions"], 1),
+                at_most(f"nodes of graph {name} on the CPU{nodes}", ran["cpu_nodes"], 0),
             ]
         return parity.extended({**figures, "placement": placement}, *rows)
 
     def placement(self) -> dict[str, dict[str, Any]]:
-        """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
-
-        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
-        which needs `profiles`.
-        """
+        """`placement` of each graph that ran, which needs `profiles`."""
         edges = {n: len(g["inputs"]) + len(g["outputs"]) for n, g in self.graphs.items()}
         ran = {n: model.session for n, model in self.models.items() if "session" in vars(model)}
         return {name: placement(session, edges[name]) for name, session in ran.items()}
@@ -399,13 +376,13 @@ def open_graph(
     entries: Mapping[str, str] | None = None,
     provider: Mapping[str, str] | None = None,
 ) -> Any:
-    """A session of a QDQ graph.
+    """A session of a QDQ graph: compiled for the HTP's emulator, or on the CPU.
 
     Args:
-        htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
         profile: prefix of a file for `placement`.
         entries, provider: further options of the session, and of the HTP.
     """
+    # Optimizations would replace Q/DQ pairs by integer kernels, which round elsewhere.
     if not htp:
         return open_session(path, entries or {}, is_optimized=False, profile=profile)
     library = require("onnxruntime_qnn", "qnn").get_qnn_htp_path()
@@ -417,7 +394,6 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
     """Partitions on the HTP, and what ran on the CPU besides the graph's edges. Ends profiling.
 
     Args:
-        session: opened with a profile, and run.
         edges: how many inputs may be quantized and outputs dequantized on the CPU.
     """
     events = json.loads(Path(session.end_profiling()).read_text())
@@ -433,6 +409,7 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
         "partitions": len(kernels) - len(on_cpu),
         "cpu_nodes": len(inside) + max(0, len(at_edges) - edges),
         "edge_nodes": len(at_edges),
+        # those inside first: a message names the first few
         "cpu_names": [name.removesuffix("_kernel_time") for name in (*inside, *at_edges)],
     }
 
@@ -440,6 +417,7 @@ def placement(session: Any, edges: int) -> dict[str, Any]:
 @cache
 def _devices() -> list[Any]:
     """The HTP as a device of ONNX Runtime; raises MissingExtraError without onnxruntime-qnn."""
+    # cached, since a process registers a provider once
     provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
     _keep_libffi()
     runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
@@ -447,12 +425,10 @@ def _devices() -> list[Any]:
 
 
 def _keep_libffi() -> None:
-    """Let cffi, with which llama.cpp is called, keep its libffi.
-
-    libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
-    whole process: calls through cffi would then crash. Names are looked up in the order in which
-    libraries were made visible to all, so the one that is already in memory is made so first.
-    """
+    """Let cffi, with which llama.cpp is called, keep its libffi."""
+    # libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
+    # whole process: calls through cffi would then crash. Names are looked up in the order in which
+    # libraries were made visible to all, so the one that is already in memory is made so first.
     maps = Path("/proc/self/maps")  # of Linux; elsewhere, libraries have names of their own
     if importlib.util.find_spec("_cffi_backend") is None or not maps.exists():
         return

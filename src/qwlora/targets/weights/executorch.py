@@ -12,9 +12,8 @@
     the tensors of an adapter, in the alphabetical order of their names
         -> logits [1, t, vocabulary], present.0.key, present.0.value, ...
 
-A call has 1 to `TOKENS` tokens and 0 to `PAST` past ones: ExecuTorch plans its memory for the most
-of them. Every rank is 1 to `RANK`; lora_A is transposed, and the scale is in lora_B. An adapter of
-rank 0 would be the natural one to switch off, but ExecuTorch's matrix product (1.5) fails on it.
+A call has 1 to `TOKENS` tokens and 0 to `PAST` past ones. Every rank is 1 to `RANK`; lora_A is
+transposed, and the scale is in lora_B.
 
     y = W x  becomes  y = W x' + (x A) B       x' is x rounded to 8 bits for each token
 
@@ -22,9 +21,6 @@ W x' is XNNPACK's product of a packed layer. It holds codes of 4 and 8 bits with
 output, where others are stored exactly, too (2 and 3 bits in 4, 5 to 7 in 8); and blocks of 32 and
 multiples of it, of 4 bits only, whose scales it rounds to bfloat16: exact for `Bf16Block`. It has
 no offsets. Other layers are floats. Rows of a packed embedding are computed from its codes.
-
-XNNPACK always rounds x, so what the file computes is not what was trained. `Executorch.rounding`
-rounds alike in the trained model, and the file is compared with that.
 """
 
 from __future__ import annotations
@@ -51,7 +47,7 @@ from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.nodes import module_of, operation
 from qwlora.grid.encoding import spread
 from qwlora.grid.scheme import Blocks
-from qwlora.nn.packed_layer import PackedLayer, PackedLinear
+from qwlora.nn.packed_layer import PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.targets.canonical_adapter import CanonicalAdapter
@@ -61,10 +57,11 @@ from qwlora.targets.target import Backend, ExportedBase, Rounding
 from qwlora.targets.weights.executorch_program import ADAPTER, MODEL, NO_ADAPTER, ExecutorchRuntime
 from qwlora.targets.weights.weights_folder import check_layers, write_settings
 
-TOKENS, PAST, RANK = 128, 2048, 256  # the most of a call, of its cache, and of an adapter
-# Of the example that torch.export sees: sizes that differ, none that may change is 1.
+# The most of a call, of its cache, and of an adapter: ExecuTorch plans its memory for these sizes.
+TOKENS, PAST, RANK = 128, 2048, 256
+# Sizes of the example that torch.export sees: it takes equal sizes for one size, and a 1 for a
+# constant.
 _EXAMPLE = {"batch": 1, "tokens": 3, "past": 5, "context": 8, None: 2}
-_NUDGE = 2.0**-22
 Shapes = dict[str, tuple[int | None, int | None]]  # of the tensors of adapters; None: the rank
 
 
@@ -76,6 +73,8 @@ class Executorch(Backend):
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         program, factors = switchable_program(exported.model, exported.embedding_bits)
         lower(program, folder / MODEL)
+        # Rank 0 would be the natural way to switch off, but ExecuTorch 1.5.1 calls Eigen's product,
+        # which refuses an empty matrix and leaves its output as it was.
         none = {name: torch.zeros([n or 1 for n in sizes]) for name, sizes in factors.items()}
         save_file(none, folder / NO_ADAPTER)
         write_settings(exported, exported.model.config.get_text_config(), folder)
@@ -92,23 +91,21 @@ class Executorch(Backend):
         return ExecutorchRuntime(folder)
 
     def rounding(self, model: nn.Module) -> Rounding:
+        # XNNPACK always rounds x, which training does not, so the file is compared with a model
+        # that rounds alike. Where x is halfway between two steps, two correct roundings differ as
+        # much as the rounding itself: the second model, nudged in the last bits, shows that.
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-        hooks, others = (
+        hooks, nudged = (
             [partial(layer.register_forward_pre_hook, partial(_rounded, nudge)) for layer in layers]
-            for nudge in (0.0, _NUDGE)
+            for nudge in (0.0, 2.0**-22)
         )
-        return Rounding(hooks, Rounding(others))
+        return Rounding(hooks, Rounding(nudged))
 
 
 def switchable_program(
     model: PreTrainedModel, embedding_bits: int
 ) -> tuple[ExportedProgram, Shapes]:
-    """The program of a base, see the module, and what adapters give it, in the order of the inputs.
-
-    Raises:
-        ExportError: XNNPACK cannot hold a layer.
-        CaptureError: the model has no graph with a cache.
-    """
+    """The program of a base, and shapes of what adapters give it, in the order of the inputs."""
     captured = capture_cached(model)
     module = captured.program.module(check_guards=False)
     factors = _add_branches_(graph := module.graph, linear_modules(model).keys())
@@ -116,15 +113,16 @@ def switchable_program(
     _narrow_embeddings_(module, embedding_bits)
     graph.eliminate_dead_code()
     graph.set_codegen(CodeGen())  # inputs and outputs are as the graph has them
-    module = GraphModule(module, graph)  # without the checks of the inputs that it had
+    # a new module, without the checks of the inputs that the exported one has
+    module = GraphModule(module, graph)
     tokens, past = Dim.AUTO(min=1, max=TOKENS), Dim.AUTO(min=0, max=PAST)
     axes = {IDS: {1: tokens}, MASK: {1: Dim.AUTO(min=1, max=PAST + TOKENS)}, POSITIONS: {1: tokens}}
     shapes, example = list[dict[int, Any]](), list[Tensor]()
-    known: dict[str, Any] = {**captured.interface.shapes, **factors}
+    sizes: dict[str, Any] = {**captured.interface.shapes, **factors}
     for name in (*captured.inputs, *factors):
-        tensor = torch.ones([_EXAMPLE.get(size, size) for size in known[name]])
+        tensor = torch.ones([_EXAMPLE.get(size, size) for size in sizes[name]])
         example.append(tensor.long() if name in axes else tensor)
-        rank = {known[name].index(None): Dim.AUTO(min=1, max=RANK)} if name in factors else {}
+        rank = {sizes[name].index(None): Dim.AUTO(min=1, max=RANK)} if name in factors else {}
         shapes.append(axes.get(name) or rank or {2: past})
     with foreign_as(ExportError, "torch.export cannot add adapters"), torch.no_grad():
         program = torch.export.export(
@@ -160,11 +158,7 @@ def _plus_branch(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
-    """Let what reads a packed weight read its codes.
-
-    Raises:
-        ExportError: XNNPACK cannot hold a layer.
-    """
+    """Let what reads a packed weight read its codes."""
     paths = {
         node: str(node.args[0].target).removeprefix("model.").removesuffix(".packed")
         for node in module.graph.nodes
@@ -174,12 +168,16 @@ def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
     check_layers("executorch", layers)
     for node, path in paths.items():
         layer = layers[path]
-        codes, scale = _operands(layer)
+        codes, scale = layer.quantized.signed_codes, layer.encoding.scale
+        if not isinstance(layer.scheme.granularity, Blocks):
+            shape = layer.tensor.shape
+            scale = spread(scale, layer.scheme.granularity, shape, shape[1]).flatten()
         for user in list(node.users):
             match operation(user), user.args:
                 case "embedding", [_, Node() as ids, *_]:
                     _replace_(module, user, _rows, ids, codes, scale)
                 case "linear", [Node() as x, weight, *bias] if weight is node:
+                    # XNNPACK has no products of other widths; codes of fewer bits fit exactly.
                     bits = 4 if layer.scheme.bitwidth <= 4 else 8
                     numbers = codes, scale, torch.zeros_like(scale, dtype=torch.int64)
                     _replace_(module, user, _product, x, *numbers, bits, *bias)
@@ -201,15 +199,6 @@ def _replace_(module: GraphModule, node: Node, by: Callable[..., Tensor], *argum
                 argument = graph.get_attr(name)
             inputs.append(argument)
         node.replace_all_uses_with(graph.call_function(by, tuple(inputs)))
-
-
-def _operands(layer: PackedLayer) -> tuple[Tensor, Tensor]:
-    """Codes around 0, and scales [out] or [out, blocks]."""
-    granularity, shape = layer.scheme.granularity, layer.tensor.shape
-    codes = layer.quantized.signed_codes
-    if isinstance(granularity, Blocks):
-        return codes, layer.encoding.scale
-    return codes, spread(layer.encoding.scale, granularity, shape, shape[1]).flatten()
 
 
 def _product(
@@ -249,11 +238,7 @@ def _narrow_embeddings_(module: GraphModule, bits: int) -> None:
 
 
 def lower(program: ExportedProgram, path: Path) -> None:
-    """Write a program for ExecuTorch: XNNPACK computes what is linear in constants.
-
-    Raises:
-        ExportError: ExecuTorch refuses it.
-    """
+    """Write a program for ExecuTorch: XNNPACK computes what is linear in constants."""
     from executorch import exir
     from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
@@ -262,6 +247,7 @@ def lower(program: ExportedProgram, path: Path) -> None:
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
     kinds, linears = ConfigPrecisionType, [LinearConfig, AddmmConfig]
+    # Rounded products first: what the first partitioner takes, the second does not see.
     partitioner = [
         XnnpackPartitioner(config_precisions=kinds.DYNAMIC_QUANT, per_op_mode=True),
         XnnpackPartitioner(linears, kinds.FP32, per_op_mode=True),
@@ -283,11 +269,10 @@ def _rounded(nudge: float, module: nn.Module, inputs: tuple[Tensor, ...]) -> Ten
         low = min(0, min x), high = max(0, max x) of each token,   s = (high - low) / 255
         x' = (clamp(round(x / s) + z, -128, 127) - z) s
 
-    z is the integer nearest to -128 - low / s, or to 127 - high / s if low + high <= s. With a
-    `nudge`, every second value differs in its last bits, as if earlier layers had summed in another
-    order, so that some that are halfway between two steps get the other one.
+    z is the integer nearest to -128 - low / s, or to 127 - high / s if low + high <= s.
     """
     x = inputs[0].float()
+    # As if earlier layers had summed in another order: the last bits of every second value differ.
     if nudge:
         x = x * (1 + nudge * (torch.arange(x.shape[-1], device=x.device) % 2))
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)

@@ -1,9 +1,9 @@
 """ExecuTorch's own runtime for Python, in a separate process.
 
 ExecuTorch trusts its programs: one damaged word can crash its process, which here is not the
-caller's. This is no sandbox: code that takes over the process has the user's rights. The processes
-exchange JSON and safetensors, no pickle. Other targets run in the caller's process: none of their
-files, damaged in the same ways, crashed it (docs/log/reliability.md).
+caller's. This is no sandbox: code that takes over the process has the user's rights. Other targets
+run in the caller's process: none of their files, damaged in the same ways, crashed it
+(docs/log/reliability.md).
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class ExecutorchRuntime(Runtime):
     def __init__(self, folder: Path):
         self._file, self._adapter, self._dropped = folder.absolute() / MODEL, "", list[int]()
         self._pipe, theirs = Pipe()
-        path = json.dumps([place for place in sys.path if place])
+        path = json.dumps([folder for folder in sys.path if folder])
         command = [sys.executable, "-P", "-c", _START, path, str(theirs.fileno()), str(self._file)]
         nowhere: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        with theirs:  # in a new session, so that Ctrl-C reaches only the caller
+        # in a new session, so that Ctrl-C reaches only the caller
+        with theirs:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
             )
@@ -63,18 +64,14 @@ class ExecutorchRuntime(Runtime):
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         dropped, self._dropped[:] = [*self._dropped], []
-        known = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}
-        answer, tensors = self._answer(known, {"ids": ids.contiguous()})
+        request = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}
+        answer, tensors = self._answer(request, {"ids": ids.contiguous()})
         cache = _Cache(number=answer["cache"])
         weakref.finalize(cache, self._dropped.append, cache["number"]).atexit = False
         return tensors["logits"], cache
 
     def _answer(self, values: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Any:
-        """The answer of `_Program.extend`; without arguments, that the program is loaded.
-
-        Raises:
-            ExportError: ExecuTorch refused the program, crashed, or took 10 minutes.
-        """
+        """The answer of `_Program.extend`; without arguments, that the program is loaded."""
         try:
             if tensors is not None:
                 _send(self._pipe, values, tensors)
@@ -87,7 +84,8 @@ class ExecutorchRuntime(Runtime):
                 f"{self._process.wait()}; -N: signal N). The file is damaged, so export it again; "
                 "or memory ran out, or one call took more than 10 minutes"
             ) from error
-        except BaseException:  # interrupted: the next call would get this answer
+        except BaseException:
+            # Interrupted, by Ctrl-C: the next call would get the answer to this one.
             self._process.kill()
             raise
         if "error" in answer:
@@ -103,6 +101,7 @@ def _end(process: subprocess.Popen[bytes], pipe: Any) -> None:
 
 
 def _send(pipe: Any, values: Any, tensors: Mapping[str, Tensor]) -> None:
+    # JSON and safetensors, no pickle: a stranger's program may have taken over the other process.
     pipe.send_bytes(json.dumps(values).encode())
     pipe.send_bytes(save(dict(tensors)))
 
@@ -113,7 +112,8 @@ def _receive(pipe: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def serve(descriptor: str, file: str) -> None:
     """Answer the caller until it closes the pipe."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of memory
+    # A damaged program crashes this process as a matter of course: no dump of its memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe, loaded = Connection(int(descriptor)), None
     values, tensors = dict[str, Any](), dict[str, Any]()
     while True:
@@ -133,8 +133,7 @@ def serve(descriptor: str, file: str) -> None:
 
 
 class _Program:
-    """The program of a base, with adapters and caches. Caches stay in this process: for a long
-    text, they are larger than everything that is sent."""
+    """The program of a base, with adapters and caches."""
 
     def __init__(self, file: Path):
         from executorch.runtime import Runtime as Library
@@ -149,18 +148,14 @@ class _Program:
             sizes = [about.input_tensor_meta(number).sizes() for number in range(count)]
             self._tokens, self._past = sizes[0][1], sizes[3][2]
             empty = [torch.zeros(1, heads, 0, width) for _, heads, _, width in sizes[3:]]
-        self._caches, self._made = {0: empty}, 0
+        # Caches stay in this process: for a long text, they are larger than all that is sent.
+        self._caches, self._last = {0: empty}, 0
 
     def extend(
         self, ids: Tensor, past: int, adapter: str, dropped: list[int]
     ) -> tuple[Tensor, int]:
-        """Logits of new tokens, and the number of the cache that includes them.
-
-        Args:
-            past: number of a cache; 0: none.
-            adapter: folder of the adapter; empty: the base alone.
-            dropped: numbers of caches that are no longer needed.
-        """
+        """Logits of new tokens, and the number of the cache that includes them. `past` is the
+        number of a cache (0: none), `adapter` a folder (empty: none), `dropped` unused caches."""
         for number in dropped:
             del self._caches[number]
         file = Path(adapter, ADAPTER) if adapter else self._none
@@ -174,14 +169,14 @@ class _Program:
             inputs = [part.contiguous(), mask.long(), positions[None], *cache, *factors]
             with foreign_as(ExportError, "ExecuTorch cannot run the program"):
                 outputs = self._forward.execute(inputs)
-            logits, *cache = (output.clone() for output in outputs)  # the next call overwrites them
+            # clones, since the next call overwrites its outputs
+            logits, *cache = (output.clone() for output in outputs)
             parts.append(logits)
-        self._made += 1
-        self._caches[self._made] = cache
-        return torch.cat(parts, 1), self._made
+        self._last += 1
+        self._caches[self._last] = cache
+        return torch.cat(parts, 1), self._last
 
 
 def _factors(file: Path) -> list[Tensor]:
-    """The tensors of an adapter, as inputs."""
     tensors = load_file(file)
     return [tensors[name] for name in sorted(tensors)]

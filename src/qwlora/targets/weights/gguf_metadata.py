@@ -14,13 +14,9 @@ Where the tensors of a Hugging Face model are in a GGUF file:
 
     model.layers.N.self_attn.q_proj.weight  ->  blk.N.attn_q.weight, and the stored row of each row
 
-Names are those of the `gguf` package. llama.cpp rotates neighboring values of a head in the
-architectures `llama` and `smollm3`, and transformers rotates values that are half a head apart.
-There, the two halves of each head of q and k are stored interleaved:
+Names are those of the `gguf` package. Rows of q and k in `llama` and `smollm3`:
 
     row i of a head, i < d/2  ->  2 i            row d/2 + i  ->  2 i + 1
-
-The norms of Gemma multiply by 1 + weight; llama.cpp multiplies by what is stored, so 1 is added.
 
 The tokenizer is made from a model's tokenizer.json. llama.cpp has two kinds, both byte-pair
 encodings:
@@ -29,14 +25,6 @@ encodings:
              text is split into words first
     llama    tokens spell text, other characters are tokens of one byte (Llama 2, Mistral, Gemma,
              Phi-3; by SentencePiece): each token has a score, the best pair is merged first
-
-`pre` is found by what the splitting does: a tokenizer that splits `PROBE` as a `pre` of llama.cpp
-does has that one. llama.cpp's converter compares a hash of the tokens of a text instead, which
-recognizes only published vocabularies, and names the same splits.
-
-A score is minus the place of the first merge that makes the token: transformers makes merges from
-SentencePiece's scores, all splits of a token in a row. Where a text begins with a space or follows
-a special token, llama.cpp adds one more space, as SentencePiece does and transformers does not.
 
 Source: `src/models/` and `llama-vocab.cpp` of llama.cpp (b11739).
 """
@@ -62,7 +50,8 @@ from qwlora.system.optional_packages import require
 from qwlora.targets.weights.weights_folder import rotations, warn_of_window
 
 gguf = require("gguf", "gguf")
-_SIZES = {  # what GGUF calls the settings of transformers
+# what the writer of GGUF calls the settings of transformers
+_SIZES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -81,13 +70,15 @@ _GEMMA = {
     "use_bidirectional_attention": None,
     **_UNBIASED,
 }
-_FIXED: dict[str, dict[str, Any]] = {  # in llama.cpp's code
+# Settings that llama.cpp has in its code: a file cannot say another value.
+_FIXED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu"},
     "gemma2": {**_GEMMA, "tie_word_embeddings": True},
     "gemma3": {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
 _ROPE = "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings"
-_ROTATIONS = {  # and what else llama.cpp has room for, by rope_type
+# by rope_type, what else than `_ROPE` llama.cpp has room for
+_ROTATIONS = {
     "default": (),
     "linear": (),
     "yarn": (),
@@ -101,14 +92,15 @@ def check_config(config: Any) -> None:
     """Raise an ExportError if llama.cpp does not support a model or would compute it
     differently."""
     model_type = config.model_type
-    kind = ARCHITECTURES.get(model_type)
-    if kind is None:
+    if (kind := ARCHITECTURES.get(model_type)) is None:
         raise ExportError(
             f"GGUF files are written for the model types {listed(ARCHITECTURES, 9)}, and this is "
             f"{model_type}; give a GGUF file of the model as source"
         )
     layers = config.num_hidden_layers
     fixed, problems = {**_FIXED.get(kind, _OTHERS)}, []
+    # The largest model of each Gemma has another attention scale, and llama.cpp knows it by its
+    # number of layers alone.
     if kind in LARGEST:
         width = config.hidden_size // config.num_attention_heads
         fixed["query_pre_attn_scalar"] = width if layers == LARGEST[kind] else config.head_dim
@@ -118,12 +110,14 @@ def check_config(config: Any) -> None:
             )
     if kind == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
         problems.append("attn_logit_softcapping or final_logit_softcapping is None")
-    if kind == "smollm3":  # 1 in layers that rotate
+    # llama.cpp gives every fourth layer of SmolLM3 no positions; 1 is a layer that rotates.
+    if kind == "smollm3":
         fixed["no_rope_layers"] = [int(i % 4 != 0) for i in range(1, layers + 1)]
     for key, value in fixed.items():
-        found = getattr(config, key, value)
-        if found != value and (found or value):
-            problems.append(f"{key} is {found}, not {value}")
+        actual = getattr(config, key, value)
+        # None, False and 0 all say that there is none
+        if actual != value and (actual or value):
+            problems.append(f"{key} is {actual}, not {value}")
     whole, local = rotations(config)
     for rope in (whole, local):
         rotation = rope.get("rope_type", "default")
@@ -167,6 +161,7 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
     if rotation not in _ONLY_IN:
         return {}
     scaled, attention_factor = ROPE_INIT_FUNCTIONS[rotation](config, torch.device("cpu"))
+    # llama.cpp divides each frequency by these, and has no other key for Llama 3's scaling.
     if rotation == "llama3":
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         return {"rope_freqs.weight": rope["rope_theta"] ** -exponents / scaled}
@@ -179,6 +174,7 @@ def add_metadata(writer: Any, config: Any) -> dict[str, Tensor]:
 
 def _period(config: Any) -> int | None:
     """The n > 1 of: every n-th layer has full attention; None if this is not so."""
+    # Gemma without a window (n of 1) aborts the process in llama.cpp b11739.
     is_full = [kind == "full_attention" for kind in config.layer_types]
     period = [*is_full, True].index(True) + 1
     is_regular = is_full == [i % period == 0 for i in range(1, len(is_full) + 1)]
@@ -195,7 +191,8 @@ _WORD = rf"{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATHS = _SIGNS.replace(r"\n]*", r"\n/]*")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CAPITAL, _CAPITALS = (  # words that end where a capital follows
+# words that end where a capital follows
+_CAPITAL, _CAPITALS = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
 )
 _SPLITS = {
@@ -207,13 +204,14 @@ _SPLITS = {
     "gpt-4o": (rf"{_CAPITAL}{_ENDING}?|{_CAPITALS}{_ENDING}?|\p{{N}}{{1,3}}|{_PATHS}",),
 }
 """What each `pre` of llama.cpp splits text by, one expression after the other."""
-# in llama.cpp, special or not
+# llama.cpp makes control tokens of these by their text, even if tokenizer.json says otherwise.
 _CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 _KEEPING = {"<unk>", "<s>", "<|endoftext|>"}  # tokens of Phi-3 that keep the spaces after them
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
     """Add a tokenizer to a writer, with a token for each of the `config.vocab_size` embeddings."""
+    # There may be more embeddings than tokens, and llama.cpp wants one token for each row.
     kind, pre = check_tokenizer(tokenizer)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _tokens(content, config.vocab_size)
@@ -226,8 +224,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
         config.save_pretrained(folder)
         special = gguf.SpecialVocab(folder, kind == "gpt2", n_vocab=config.vocab_size)
     if kind == "gpt2":
-        special.merges = special.merges or ["! !"]  # llama.cpp wants one; this makes no token
+        # llama.cpp wants at least one merge; this one makes no token
+        special.merges = special.merges or ["! !"]
     else:
+        # A score is minus the place of the first merge that makes the token: transformers makes its
+        # merges from SentencePiece's scores, all splits of a token in a row.
         merges, ranks = content["model"]["merges"], dict[str, int]()
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
@@ -236,10 +237,12 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
     added = {token["content"]: token for token in content["added_tokens"]}
     odd = {name for name, t in added.items() if t["rstrip"] or t["lstrip"] or t["single_word"]}
     splitting = content["pre_tokenizer"] or {}
+    # With SentencePiece, llama.cpp puts a space after each special token, these tokenizers none.
     if tokenizer.chat_template and splitting.get("prepend_scheme") == "first":
-        odd = {*added}  # llama.cpp puts a space after each of them, the tokenizer none
+        odd = {*added}
+    # By the name phi-3, llama.cpp cuts off the spaces after the same tokens as the tokenizer.
     if {*added} >= {*_KEEPING, "</s>"} and odd == {*added} - _KEEPING:
-        writer.add_name("phi-3")  # by which llama.cpp cuts off the spaces after the same tokens
+        writer.add_name("phi-3")
     elif odd:
         problem = f"llama.cpp reads spaces next to {listed(sorted(odd))} unlike the tokenizer"
         remedy = "send it token ids instead of text"
@@ -250,11 +253,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
-    """The kind of a tokenizer, and its `pre`.
-
-    Raises:
-        ExportError: there is none, or llama.cpp has none that does the same.
-    """
+    """The kind of a tokenizer, and its `pre`; an ExportError if llama.cpp has none that does the
+    same."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
@@ -271,12 +271,14 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
         )
     if model.get("byte_fallback"):
         return "llama", "default"
+    # llama.cpp's converter compares a hash of the tokens of a text instead, which recognizes only
+    # published vocabularies. Splits are the same for a fine-tuned one.
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = None if splitting is None else splitting.pre_tokenize_str(PROBE)
     for name, patterns in _SPLITS.items():
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         if pieces == pre_tokenizers.Sequence([*splits, spelling]).pre_tokenize_str(PROBE):
-            # llama-bpe takes words that are tokens as they are, smaug-bpe merges these too
+            # llama-bpe takes words that are tokens as they are, smaug-bpe merges these, too.
             is_smaug = name == "llama-bpe" and not model.get("ignore_merges")
             return "gpt2", "smaug-bpe" if is_smaug else name
     raise ExportError(
@@ -311,13 +313,7 @@ ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"} | dict(zip(_SAME, 
 
 
 class TensorNames:
-    """The names and orders of one architecture.
-
-    Args:
-        architecture: a value of `ARCHITECTURES`.
-        blocks: the number of layers.
-        heads: the heads of q, and those of k.
-    """
+    """The names and orders of one architecture. `heads` are the heads of q, and those of k."""
 
     def __init__(self, architecture: str, blocks: int, heads: tuple[int, int]):
         kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -342,6 +338,8 @@ class TensorNames:
                 f"llama.cpp's architecture {self._architecture} has no tensor for {name!r}; export "
                 "this model to another target"
             )
+        # These architectures rotate neighboring values of a head in llama.cpp, transformers those
+        # that are half a head apart. So the two halves of each head of q and k are interleaved.
         rows = torch.arange(count)
         heads = self._heads.get(name.split(".")[-2])
         if heads and self._architecture in ("llama", "smollm3"):
@@ -350,5 +348,6 @@ class TensorNames:
 
     def stored_values(self, name: str, values: Tensor) -> Tensor:
         """A float parameter as it is stored, in order of its own rows."""
+        # Gemma's norms multiply by 1 + weight, llama.cpp by what is stored.
         is_norm = self._architecture.startswith("gemma") and name.endswith("norm.weight")
         return values.float() + 1 if is_norm else values

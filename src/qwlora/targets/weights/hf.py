@@ -5,19 +5,12 @@
     vLLM           vllm serve base --dtype float16 --enable-lora --lora-modules NAME=NAME
 
 Linear layers keep their integers, in format pack-quantized; a packed embedding is written as the
-floats that its codes stand for, since the format has integers for Linear only. Grids with a float
-offset do not fit. See `formats/huggingface/compressed_tensors.py` for the tensors.
+floats that its codes stand for. Grids with a float offset do not fit. See
+`formats/huggingface/compressed_tensors.py` for the tensors.
 
-transformers (5.24) keeps the integers until the first forward, and until then a layer has no weight
-for PEFT to find; asymmetric grids do not load like that at all. `dequantize: true` makes it unpack
-at once, but then it takes the scheme of the first group for all layers. So a base with one scheme
-says `dequantize: true`, one with several must be symmetric, and run once before an adapter is
-attached. vLLM ignores this key.
-
-vLLM and SGLang keep scales in the `dtype` of config.json, and of float32 they make bfloat16, which
-would round the scales by up to 0.4 %. So `dtype` is float16 where every scale is one. transformers
-unpacks a weight in `dtype`, and only float32 holds every product of a code and a scale: say
-`dtype="float32"`.
+A base with several schemes must be symmetric, and run once before an adapter is attached.
+transformers unpacks a weight in `dtype`, and only float32 holds every product of a code and a
+scale: say `dtype="float32"`.
 """
 
 from __future__ import annotations
@@ -89,6 +82,7 @@ class Hf(Backend):
 
         tensors = {name: stored(tensor) for name, tensor in tensors.items()}
         for name, layer in layers.items():
+            # The format has integers for Linear only.
             if isinstance(layer, PackedEmbedding):
                 tensors[name] = stored(layer.tensor.dequantize())
                 continue
@@ -97,23 +91,22 @@ class Hf(Backend):
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
             groups.setdefault(layer.scheme, []).append(path)
         packed = {path for paths in groups.values() for path in paths}
-        settings = {
-            **_METHOD,
-            "ignore": [
-                path
-                for path, module in model.named_modules()
-                if isinstance(module, nn.Linear | PackedLinear) and path not in packed
-            ],
-            "config_groups": {
-                f"group_{i}": {
-                    "targets": ["Linear"] if len(groups) == 1 else paths,
-                    "weights": weights_settings(scheme),
-                }
-                for i, (scheme, paths) in enumerate(groups.items())
-            },
-            **({"dequantize": True} if len(groups) == 1 else {}),
-        }
+        # transformers 5.24 keeps the integers until the first forward, and until then a layer has
+        # no weight for PEFT to find; asymmetric grids do not load like that at all. With
+        # `dequantize` it unpacks at once, but takes the scheme of the first group for all layers.
+        # vLLM ignores this key.
+        has_one_scheme, config_groups = len(groups) == 1, dict[str, Any]()
+        for i, (scheme, paths) in enumerate(groups.items()):
+            targets = ["Linear"] if has_one_scheme else paths
+            config_groups[f"group_{i}"] = {"targets": targets, "weights": weights_settings(scheme)}
+        linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear)]
+        ignored = [path for path in linear if path not in packed]
+        settings: dict[str, Any] = {**_METHOD, "ignore": ignored, "config_groups": config_groups}
+        if has_one_scheme:
+            settings["dequantize"] = True
         changes: dict[str, Any] = {"quantization_config": settings}
+        # vLLM and SGLang keep scales in the `dtype` of config.json, and of float32 they make
+        # bfloat16, which would round the scales by up to 0.4 %.
         if all(layers[f"{path}.weight"].encoding.fits_float16 for path in packed):
             changes["dtype"] = "float16"
         write_folder(exported, folder, tensors, changes)
@@ -126,16 +119,13 @@ class Hf(Backend):
             kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
             model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         runtime = TransformersRuntime(model.eval())
-        runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
+        # unpacks all layers: PEFT finds no weight in a packed one
+        runtime.logits(torch.zeros(1, 1, dtype=torch.int64))
         return runtime
 
 
 class TransformersRuntime(Runtime):
-    """A model in transformers; adapters by PEFT.
-
-    Args:
-        model: the base.
-    """
+    """A base in transformers; adapters by PEFT."""
 
     switches = True
 
@@ -144,12 +134,7 @@ class TransformersRuntime(Runtime):
         self._known: dict[Path, str] = {}
 
     def switch_to(self, adapter: Path | None) -> None:
-        """See `Runtime.use`.
-
-        Raises:
-            SourceError: its configuration cannot be read, or a pattern in it takes too long.
-            ExportError: PEFT refuses it.
-        """
+        """See `Runtime.use`."""
         if adapter is not None and adapter not in self._known:
             check_pattern_times(self._model, read_config(adapter), f"adapter {str(adapter)!r}")
             name = str(len(self._known))
@@ -175,11 +160,13 @@ class TransformersRuntime(Runtime):
         tokens, new, cache, cached = ids, ids, None, cache_argument(self._model)
         before: list[int] | None = None
         while tokens.shape[1] < ids.shape[1] + count:
-            # Of activated LoRA, where it starts in the whole text: PEFT looks into `new` only.
+            # Where activated LoRA starts in the whole text: PEFT itself looks into `new` only.
             is_adapted = isinstance(self._model, PeftModel)
             of_start = get_alora_offsets_for_forward(self._model, tokens) if is_adapted else {}
             start = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
-            if start != before:  # the first of all, or an invocation is generated
+            # The first step, or an invocation was generated: the adapter then starts elsewhere, and
+            # the cache is of the former start.
+            if start != before:
                 cache, new, before = None, tokens, start
             result = self._model(input_ids=new, use_cache=True, **{cached: cache}, **of_start)
             cache, new = getattr(result, cached), result.logits[:, -1:].argmax(-1)

@@ -14,8 +14,7 @@ of a float32 sum, except on grids with a float offset. Linear layers and embeddi
 quantized.
 
     adapters.safetensors   MODULE.lora_a [in, r], MODULE.lora_b [r, out]
-    adapter_config.json    one rank and one scale for all modules: ranks are padded with zeros, and
-                           the scale is 1
+    adapter_config.json    one rank and one scale (1) for all modules
 """
 
 from __future__ import annotations
@@ -91,15 +90,13 @@ class Mlx(Backend):
             tensors |= {name: words, f"{path}.scales": scales, f"{path}.biases": biases}
             layouts[path] = {"group_size": group, "bits": layer.scheme.bitwidth}
         common = max(grids := [*layouts.values()], key=grids.count)
-        others = {path: layout for path, layout in layouts.items() if layout != common}
-        quantization = {**common, "mode": "affine", **others}
+        exceptions = {path: layout for path, layout in layouts.items() if layout != common}
+        quantization = {**common, "mode": "affine", **exceptions}
         changes = {"quantization": quantization, "quantization_config": quantization}
         changes |= rope_settings(model)
         write_folder(exported, folder, tensors, changes)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        """Modules are listed by their whole names, so `num_layers`, the number of last layers whose
-        modules may have names relative to their layer, does not matter."""
         tensors = {}
         for module, (a, b) in exported.padded().factors.items():
             tensors[f"{module}.lora_a"] = a.t().contiguous()
@@ -107,6 +104,8 @@ class Mlx(Backend):
         save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
         keys = sorted(exported.factors)
         lora = {"rank": exported.rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
+        # `num_layers` counts the last layers whose modules may have names relative to their layer.
+        # These are whole names, so it does not matter.
         config = {"fine_tune_type": "lora", "num_layers": 0, "lora_parameters": lora}
         (folder / "adapter_config.json").write_text(strict_json.dumps(config, indent=2) + "\n")
 
@@ -125,7 +124,7 @@ class Mlx(Backend):
 
 def _difference(model: PreTrainedModel) -> str | None:
     """What mlx-lm's model of the same configuration lacks or has otherwise, as far as modules and
-    parameters show; None if nothing. MLX computes an array when it is read: none is here."""
+    parameters show; None if nothing."""
     import mlx.core as mx
     from mlx.nn import RoPE
     from mlx.utils import tree_flatten
@@ -133,40 +132,40 @@ def _difference(model: PreTrainedModel) -> str | None:
     from mlx_lm.utils import _get_classes
 
     config = model.config.to_diff_dict() | rope_settings(model)
-    with redirect_stdout(None):  # some say which package they lack, and exit
+    # Some models of mlx-lm print which package they lack, and exit.
+    with redirect_stdout(None):
         model_class, settings = _get_classes(config)
-    other, kind = model_class(settings.from_dict(config)), config["model_type"]
+    # MLX computes an array when it is read. None is, so a model of any size costs no memory.
+    mlx_model, kind = model_class(settings.from_dict(config)), config["model_type"]
     rotation = rotations(model.config)[0]
-    if rotation.get("short_factor") != rotation.get("long_factor"):  # as of mlx-lm 0.32.2
+    # as of mlx-lm 0.32.2
+    if rotation.get("short_factor") != rotation.get("long_factor"):
         return f"mlx-lm rotates by long_factor in {kind}, and never by short_factor"
-    widths = {module.dims for module in other.modules() if isinstance(module, RoPE)}
-    buffers = [(name.rpartition(".")[2], each) for name, each in model.named_buffers()]
-    rotated = {2 * each.numel() for name, each in buffers if name == "inv_freq"}
+    widths = {module.dims for module in mlx_model.modules() if isinstance(module, RoPE)}
+    buffers = [(name.rpartition(".")[2], buffer) for name, buffer in model.named_buffers()]
+    rotated = {2 * buffer.numel() for name, buffer in buffers if name == "inv_freq"}
     if rotated and widths - rotated:
         return f"mlx-lm rotates {max(widths)} values of a head in {kind}, and not {max(rotated)}"
     tensors = float_tensors(model) | {n: m.weight for n, m in layers_to_write(model).items()}
     linear = {f"{p}.weight" for p, m in model.named_modules() if layer_kind(m) is LayerKind.LINEAR}
-    arrays = {  # linear layers have integers, with which mlx-lm must not compute as it loads them
+    # Linear layers have integers, which mlx-lm must rename at most: not compute with.
+    arrays = {
         name: mx.zeros(tuple(tensor.shape), mx.uint32 if name in linear else mx.float32)
         for name, tensor in tensors.items()
     }
-    loaded = other.sanitize(arrays) if hasattr(other, "sanitize") else arrays
-    found = {name: (array.shape, array.dtype == mx.uint32) for name, array in loaded.items()}
-    parameters = dict(tree_flatten(other.parameters()))
-    wanted = {name: (array.shape, name in linear) for name, array in parameters.items()}
-    if names := sorted({name for name, _ in found.items() ^ wanted.items()}):
+    loaded = mlx_model.sanitize(arrays) if hasattr(mlx_model, "sanitize") else arrays
+    ours = {name: (array.shape, array.dtype == mx.uint32) for name, array in loaded.items()}
+    parameters = dict(tree_flatten(mlx_model.parameters()))
+    theirs = {name: (array.shape, name in linear) for name, array in parameters.items()}
+    if names := sorted({name for name, _ in ours.items() ^ theirs.items()}):
         return f"mlx-lm has other weights, or names of them, in {kind}: {listed(names, 3)}"
-    if not any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(other)):
+    if not any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(mlx_model)):
         warn_of_window(model.config, "mlx-lm", "Keep prompt and answer within {} tokens")
     return None
 
 
 class MlxRuntime(Runtime):
-    """The folder in mlx-lm.
-
-    Raises:
-        ExportError: mlx-lm refuses the folder.
-    """
+    """The folder in mlx-lm."""
 
     switches = True
 
@@ -187,6 +186,7 @@ class MlxRuntime(Runtime):
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         import mlx.core as mx
 
+        # Modules of MLX begin in training mode, also those of an adapter.
         self._model.eval()
         computed = self._model(mx.array(ids.numpy().astype(np.int32)))
         return torch.from_numpy(np.array(computed.astype(mx.float32)))

@@ -33,11 +33,7 @@ def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
 
 
 def check_layers(target: str, layers: Mapping[str, PackedLayer]) -> None:
-    """Check that a target can hold packed layers, by name.
-
-    Raises:
-        ExportError: it cannot; all reasons are listed.
-    """
+    """Check that a target can hold packed layers, by name; an ExportError lists all reasons."""
     weights = dict[str, Weight]()
     for name, layer in layers.items():
         solver = None if layer.encoding.fits_float16 else "keep"
@@ -69,6 +65,7 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name in module.state_dict()
         if name != "bias"
     }
+    # by id: of tied parameters, which are one tensor under several names, the first name is kept
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in inside:
@@ -83,13 +80,15 @@ def rotations(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def rope_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Rotary settings for the top level of config.json, where mlx-lm 0.32 and transformers 4 read
-    them, and else silently take their defaults; transformers 5 writes rope_parameters."""
+    """Rotary settings for the top level of config.json."""
+    # transformers 5 writes rope_parameters. mlx-lm 0.32 and transformers 4 read the top level, and
+    # silently take their defaults if nothing is there.
     (whole, local), top = rotations(model.config), ("rope_theta", "partial_rotary_factor")
     settings = {key: whole[key] for key in top if key in whole}
     if (kind := whole.get("rope_type", "default")) != "default":
         scaling = {key: value for key, value in whole.items() if key not in top}
-        settings["rope_scaling"] = {**scaling, "type": kind}  # "type" in older releases
+        # older releases of transformers call rope_type "type"
+        settings["rope_scaling"] = {**scaling, "type": kind}
     if local:
         settings["rope_local_base_freq"] = local["rope_theta"]
     return settings
@@ -110,15 +109,11 @@ def warn_of_window(config: Any, program: str, remedy: str) -> None:
 def write_folder(
     exported: ExportedBase, folder: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]
 ) -> None:
-    """Write a Hugging Face folder.
-
-    Args:
-        tensors: every tensor of the model's files.
-        changes: keys to set in config.json.
-    """
+    """Write a Hugging Face folder of `tensors`, with some keys of config.json changed."""
     save_torch_state_dict(dict(tensors), folder)
     model, config = exported.model, copy.deepcopy(exported.model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    # of the model's source; what the folder has is in `changes`
     if "quantization_config" in vars(config):
         del config.quantization_config
     write_settings(exported, config, folder, changes)
@@ -127,12 +122,7 @@ def write_folder(
 def write_settings(
     exported: ExportedBase, config: Any, folder: Path, changes: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the configuration, the generation settings and the tokenizer, and leave out settings
-    that are text and that transformers does not know: runtimes may take one for a file to load.
-
-    Args:
-        changes: keys to set in config.json.
-    """
+    """Write the configuration with some `changes`, the generation settings and the tokenizer."""
     config.save_pretrained(folder)
     if exported.model.can_generate() and exported.model.generation_config is not None:
         exported.model.generation_config.save_pretrained(folder)
@@ -142,5 +132,6 @@ def write_settings(
         if (folder / name).is_file():
             content = {**json.loads((folder / name).read_text()), **changed}
             content.pop("transformers_weights", None)
-            known = known_settings(content, changed)
-            (folder / name).write_text(strict_json.dumps(known, indent=2) + "\n")
+            # no text that transformers does not know: runtimes may take it for a file to load
+            settings = known_settings(content, changed)
+            (folder / name).write_text(strict_json.dumps(settings, indent=2) + "\n")

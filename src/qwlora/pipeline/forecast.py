@@ -73,7 +73,6 @@ class Estimates:
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, and what would make it fit."""
         limit = self.memory_limit or math.inf
         problems = [
             f"{stage.stage} needs {size(stage.peak)}, and this machine has {size(limit)}. "

@@ -215,8 +215,8 @@ class OpenJob:
         needed, stale = upstream(self.judge.plan, stage), self.judge.stale
         stale = {s.name: stale[s.name] for s in needed if s.name in stale}
         if whatever_inputs:
-            there = [s for s in needed if s.place in self.store.records]
-            problems = {s.name: self.store.problem(s.place) for s in there}
+            finished = [s for s in needed if s.place in self.store.records]
+            problems = {s.name: self.store.problem(s.place) for s in finished}
             stale = {n: r for n, r in stale.items() if n not in problems}
             stale |= {name: problem for name, problem in problems.items() if problem is not None}
         if stale:
@@ -254,7 +254,7 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
     for old, new in moves.items():
         proof = store.path / old / PROOF_RECORD
         if proof.is_file():
-            # A proof belongs to the name in it. A damaged one stays, and its check is stale.
+            # A proof belongs to the name in it. A damaged one stays as it is, and runs again.
             with contextlib.suppress(SourceError):
                 write_text(proof, renamed_proof(proof, str(by_place[new].adapter)))
                 digest = Seen().content(proof) or ""

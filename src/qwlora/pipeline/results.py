@@ -1,11 +1,6 @@
 """The results of a job (docs/results.md), and the files that show them to people: results.json,
-report.html and the model cards.
-
-Nothing reads these files back: `read_job` collects the results from the stage.json files. What a
-run leaves for the next command besides these is in `.qwlora/status.json`.
-
-A run writes them when a stage begins or ends, when it ends, and while an adapter is trained
-(`JobStatus`).
+report.html and the model cards. Nothing reads these back: `read_job` collects the results from the
+stage.json files, and what a run left in `.qwlora/status.json`.
 """
 
 from __future__ import annotations
@@ -77,8 +72,8 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
         return results
     text = stage.text
     if not text:
-        own = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
-        text = next((name for name, data in texts.items() if data == own), "base")
+        own_text = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
+        text = next((name for name, data in texts.items() if data == own_text), "base")
     listed = {key: value for key, value in results.items() if key != "data"}
     if "data" in results:
         listed["texts"] = {text: results["data"]}
@@ -199,12 +194,8 @@ def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
 
 
 class JobStatus:
-    """The state of one run.
-
-    Args:
-        write: writes results.json and report.html with the given keys added.
-        before: the status of the last run.
-    """
+    """The state of one run. `write` writes all files with the given keys added; `before` is the
+    status of the last run."""
 
     def __init__(
         self,
@@ -233,7 +224,7 @@ class JobStatus:
             self.write("running")
 
     def end(self, state: str, error: Exception | None = None, stage: str = "") -> dict[str, Any]:
-        """All stages ran, but the check in `stage` may have failed; the results."""
+        """All stages ran; the check in `stage` may have failed. Returns the results."""
         self._run["stage"], self._training = "", None
         if error is not None:
             self._extra = {"error": described_error(error, stage)}
@@ -294,8 +285,9 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
     described["remedy"] = [remedy_of(error), again]
     if isinstance(error, QwloraError):
-        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
-        described["docs"] = f"docs/errors/{known.__name__}.md"
+        # Only classes of `errors.py` have a page, so a subclass has that of its base class.
+        documented = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
+        described["docs"] = f"docs/errors/{documented.__name__}.md"
     return described
 
 

@@ -1,7 +1,4 @@
-"""Run the stages of a recipe in order, skipping those that are current.
-
-`results.py` rewrites `results.json` and `report.html` meanwhile. They list only current results.
-"""
+"""Run the stages of a recipe in order, skipping those that are current."""
 
 from __future__ import annotations
 
@@ -41,7 +38,8 @@ from qwlora.pipeline.stages import new_context, run_stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
-from qwlora.recipe.recipe_text import edited, new_text
+from qwlora.recipe.recipe_text import edited
+from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
@@ -68,13 +66,11 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages of a recipe whose verb is in `verbs` in the directory `out`.
 
-    Current stages are skipped (see `job.py`), but `verify` always runs when only some verbs are
-    requested. A check that fails does not stop the others.
+    Current stages are skipped, but `verify` always runs when only some verbs are requested.
 
     Args:
         recipe: a recipe, or its file, which may be the job's own.
         changes: changes to the recipe, which the job keeps; see `load_recipe`.
-        device: where to compute this time, instead of the recipe's device.
         replace: adapters that may be trained again with other settings.
         say: receives one line for each stage that is skipped or run.
         watch: called when a stage begins, with its name, its number and how many will run. Without
@@ -214,7 +210,7 @@ class _Run:
         raise failure
 
     def _check(self, verbs: Collection[str], replace: Collection[str]) -> list[Stage]:
-        """All checks of the directory; returns the stages of `verbs`."""
+        """All checks of the directory. Returns the stages of `verbs`."""
         judge, store = self.judge, self.store
         asked = [stage for stage in judge.plan if stage.verb in verbs]
         if not asked:
@@ -291,11 +287,11 @@ class _Run:
                 self.say(line)
 
     def _write_recipe(self) -> None:
-        """Keep the recipe in the job, with the user's comments if there is one already."""
         path = self.store.path / "recipe.yaml"
         if self.before == self.recipe or not self.store.is_writable:
             return
-        text = new_text(self.recipe)
+        # The first text has every key, so that later defaults change nothing.
+        text = dump_yaml(self.recipe.model_dump(mode="json"))
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
             old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))

@@ -93,11 +93,7 @@ class Sources:
         return documents
 
     def text(self, data: Data, **counts: int) -> dict[str, Any]:
-        """The documents of a text, and how they are cut into sequences.
-
-        Args:
-            counts: how many sequences are used, by the key in the data section.
-        """
+        """The documents of a text, how they are cut into sequences, and how many are used."""
         inputs: dict[str, Any] = dict.fromkeys(("source", "prompt_format", "turns"), Unread())
         inputs |= {"packing": data.packing or Unread(), "sequence_tokens": data.sequence_tokens}
         if data.chat_template:
@@ -121,7 +117,6 @@ class Sources:
         return inputs | counts
 
     def files(self, paths: Iterable[Path]) -> dict[str, Any]:
-        """Digest of each file by name."""
         return {path.name: self._seen.content(path) for path in paths}
 
     @property
@@ -169,6 +164,5 @@ class Sources:
         return source if is_hub_id(source) else Unread()
 
     def file(self, path: str) -> Any:
-        """Digest of one file that the recipe names."""
         digest = self._seen.content(path) if self.reads else None
         return Unread() if digest is None else digest

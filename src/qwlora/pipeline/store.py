@@ -122,7 +122,6 @@ class Store:
         self.reload()
 
     def reload(self) -> None:
-        """Read all records again."""
         self.records: dict[str, Record] = {}
         self.damaged: set[str] = set()
         places = (path for pattern in _PLACES for path in self.path.glob(pattern))
@@ -155,12 +154,12 @@ class Store:
             raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
 
     def check_unclaimed(self) -> None:
-        """Check that the directory is new, empty, or left by a command that was killed before it
-        wrote a recipe."""
+        """Check that the directory is new or empty."""
         with as_directory_errors(self.path):
             inside = {*os.listdir(self.path)} if self.path.is_dir() else set()
             if ".qwlora" in inside:
                 inside |= {f".qwlora/{name}" for name in os.listdir(self.private)}
+            # A command that is killed before it has written a recipe leaves these.
             if inside - {".qwlora", ".qwlora/lock", ".recipe.yaml.part"}:
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
@@ -201,12 +200,8 @@ class Store:
         return listed(problems, 3) if problems else None
 
     def check_replaceable(self, place: str, new: Collection[str] = ()) -> None:
-        """Check that everything at `place` was made by this job: a record lists it.
-
-        Args:
-            new: files that take the place. If the record is damaged, files of these names count as
-                the job's; if they are not known yet, all do.
-        """
+        """Check that everything at `place` was made by this job: a record lists it. If the record
+        is damaged, the `new` files that take the place say what is; if they are unknown, all is."""
         target, is_damaged = self.path / place, place in self.damaged
         is_record = place.startswith(f"{STAGES}/")
         if is_record or not os.path.lexists(target) or (is_damaged and not new):
@@ -320,10 +315,7 @@ class Store:
 
     def finish(self, planned: Collection[str] = ()) -> None:
         """Put complete artifacts in tmp/ in place, unless something is there, and delete the rest.
-
-        Args:
-            planned: places of which also those that were being removed are put back.
-        """
+        Of those that were being removed, those at `planned` places are put back."""
         folder = self.path / TMP
         waiting = sorted(folder.iterdir()) if folder.is_dir() else []
         # New artifacts come first: a kill may have left both versions without a place.

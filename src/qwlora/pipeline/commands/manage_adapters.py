@@ -55,8 +55,7 @@ def add_adapter(
     """Add an adapter to the recipe of a job; it is trained by the job's next run.
 
     Args:
-        data: source of its text. Default: that of `like`.
-        like: the adapter whose settings it takes. Default: the first in the recipe.
+        like: the adapter whose settings and text it takes. Default: the first in the recipe.
         changes: changes to these settings, `key=value`.
     """
     with _editing(folder) as (store, recipe):
@@ -79,9 +78,7 @@ def import_adapter(
 
     Args:
         source: a folder of PEFT or of mlx-lm, or a hub id.
-        data: source of its text. Default: the data section's.
         continues: train it on this base; default: use it as it is.
-        changes: changes to its settings, `key=value`.
 
     Raises:
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
@@ -140,8 +137,8 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
     anything is deleted."""
     with _editing(folder) as (store, recipe):
         paths = (p for pattern in _FOLDERS for p in folder.glob(pattern.format(name)))
-        there = {str(path.relative_to(folder)) for path in paths}
-        places = sorted(there & (store.records.keys() | store.damaged))
+        existing = {str(path.relative_to(folder)) for path in paths}
+        places = sorted(existing & (store.records.keys() | store.damaged))
         for place in places:
             store.check_replaceable(place)
         # The user may have removed it from the recipe before.

@@ -57,7 +57,6 @@ class ModelName:
 
     @property
     def made_by(self) -> str:
-        """The stage that makes the model."""
         if self.kind in TARGETS:
             return TARGETS[self.kind].stages(self.kind, str(self.adapter))[-1]
         stages = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
@@ -147,17 +146,8 @@ class JobModels(OpenJob):
         return True
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
-        """Load a model.
-
-        Args:
-            exact: compute as evaluation does; else packed layers and the output head may use
-                torch's integer kernels, see `nn/few_row_kernels.py`.
-
-        Raises:
-            SourceError: the float model cannot be loaded, or there is none.
-            FingerprintError: a file was changed, or the adapter is of another base.
-            ExportError: the runtime refuses the files.
-        """
+        """Load a model. Unless it is `exact`, as in evaluation, packed layers and the output head
+        may use torch's integer kernels (`nn/few_row_kernels.py`)."""
         self.check(name)
         if name.kind in ("simulated", *TARGETS):
             self.require(name.made_by)
@@ -202,12 +192,7 @@ def open_job(
     track: Track = untracked,
     device: str | None = None,
 ) -> tuple[JobModels, str]:
-    """An existing job, and the name of one of its trained adapters.
-
-    Args:
-        adapter: default: the first in the recipe.
-        changes: changes to the job's recipe, not stored; see `load_recipe`.
-        device: another one than the recipe's.
+    """An existing job, and the name of one of its trained adapters. Changes are not stored.
 
     Raises:
         DirectoryError: there is no such job or trained adapter, or files of the adapter or the base

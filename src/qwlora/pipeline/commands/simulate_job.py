@@ -63,12 +63,8 @@ def measure_costs(job: JobModels, name: str) -> dict[str, Any]:
 
 
 def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]:
-    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
-
-    The limit is (1 + share) * perplexity with float activations.
-
-    Args:
-        job: opened with activations of `NARROW_BITS` bits.
+    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit:
+    (1 + share) * perplexity with float activations. `job` has activations of `NARROW_BITS` bits.
 
     Returns:
         `measured`, `limit` and `float_activations` are perplexities on the `sequences` evaluation

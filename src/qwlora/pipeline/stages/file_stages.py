@@ -1,5 +1,4 @@
-"""The stages that write files for runtimes and run them: `export/TARGET/NAME` and
-`verify/TARGET/NAME`. `verify/TARGET` is the zero adapter."""
+"""The stages that write files for runtimes and run them: `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ def _write_cases(
 
 
 def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Step 5: run the exported files on held-out text and compare them with the simulation, or with
-    the trained model where activations are floats, within the recipe's limits."""
+    """Step 5: run the exported files on held-out text, and compare them with what was trained."""
     _, name, *cases = stage.name.split("/")
     target, adapter = TARGETS[name], cases[0] if cases else BASE
     bundle, has_proof = context.path / "export" / name, target.has_proof and adapter != BASE

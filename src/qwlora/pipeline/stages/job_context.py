@@ -118,11 +118,8 @@ class JobContext:
     def step(self, description: str) -> AbstractContextManager[None]:
         return one_step(self.track, description)
 
-    # Texts
-
     @cached_property
     def configured(self) -> str:
-        """Where configuration and tokenizer are."""
         # A model that is gone is not needed once there is a base: that has copies of both.
         try:
             fetch(self.recipe.model.source)
@@ -224,11 +221,8 @@ class JobContext:
         return one_row(self.text(adapter).held_out.input_ids[0])
 
     def example_inputs(self, model: Any) -> dict[str, Tensor]:
-        """What a graph of `model` is captured from."""
         ids = next(self._sequences(self.recipe.base_texts()))
         return example_of(model, ids, self.recipe.simulation.inputs == "embeddings")
-
-    # Models
 
     def float_model(self, device: torch.device | None = None) -> PreTrainedModel:
         """The model before step 1, rotated if the recipe says so."""
@@ -324,20 +318,17 @@ class JobContext:
         return model.eval()
 
     def untrained(self, adapter: Adapter, reference: bool = False) -> PeftModel:
-        """A fresh copy of the base with a new adapter, or with the one that this one continues.
-
-        Args:
-            reference: the float model instead, with the same start, never mergeable.
-        """
+        """A fresh copy of the base with a new adapter, or with the one that this one continues; as
+        a `reference`, the float model with the same start, never mergeable."""
         start = without_recovery(self.recipe, adapter) if reference else adapter
         seed, first = self.recipe.seed, self.recipe.predecessor(start)
         if reference and is_foreign(self.recipe, start):
-            # `attach` seeds; without it, dropout would depend on the stages before.
+            # `attach` seeds by itself. Without it, dropout would depend on the stages before.
             torch.manual_seed(seed)
             model = self.imported(start.name, is_trainable=True)
         else:
-            folder = self.path / (FLOAT_ADAPTERS if reference else "adapters")
-            source = str(folder / first.name) if first else start.continue_from
+            folder = FLOAT_ADAPTERS if reference else "adapters"
+            source = str(self.path / folder / first.name) if first else start.continue_from
             whole = self.take_float_model() if reference else self.base()
             merges = adapter.mergeable and not reference
             weight = self.float_weight() if merges else None
@@ -345,8 +336,8 @@ class JobContext:
                 model = attach(whole, start.lora_shape(self.tokenizer), seed)
             else:
                 torch.manual_seed(seed)
-                where, known = adapter_folder(source), start.unknown_base
-                model = load_adapter(whole, where, True, known, weight=weight)
+                trained = adapter_folder(source)
+                model = load_adapter(whole, trained, True, start.unknown_base, weight=weight)
             if merges:
                 mergeable_(model, weight=weight)
         if self.recipe.workflow == "qwa-lora" and adapter.steps:
@@ -369,8 +360,6 @@ class JobContext:
         # (docs/log/training.md). Its folder has digests of the remainders only.
         needs_floats = record is not None and record["remainders"] is not None
         return load_adapter(base, folder, weight=self.float_weight() if needs_floats else None)
-
-    # Simulations
 
     @property
     def schemes(self) -> Schemes:
@@ -404,8 +393,7 @@ class JobContext:
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def new_simulation(self, name: str, model: nn.Module | None = None) -> Simulation:
-        """Capture base and adapter (`model`, by default a fresh copy of both) as a simulation that
-        is not calibrated yet."""
+        """Capture base and adapter (`model`; default: a fresh copy). It is not calibrated yet."""
         # Both are released before the capture: each has a base of its own.
         self._simulation = self._zero_adapter = None
         simulation = self.simulate(model or self.adapted(name))
@@ -437,7 +425,6 @@ class JobContext:
         return self._zero_adapter
 
     def zero_adapter(self) -> Simulation:
-        """The calibrated zero adapter."""
         if self._zero_adapter is None:
             self.new_zero_adapter().restore_from(self.path / ZERO_ADAPTER)
         assert self._zero_adapter is not None
@@ -469,8 +456,7 @@ class JobContext:
 
     def check_rules(self, *placements: Placement) -> None:
         """Check once, before anything is trained, that every placement rule has an effect in one of
-        the job's graphs: `placements`, and those of the base with each untrained adapter, and of
-        the base alone, if the job calibrates it."""
+        the job's graphs: `placements` and, if these do not suffice, all others."""
         recipe, known = self.recipe, list(placements)
         if self._rules_are_checked or not (recipe.is_simulated and recipe.simulation.rules):
             return

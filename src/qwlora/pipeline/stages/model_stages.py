@@ -326,8 +326,7 @@ def calibrate_base(context: JobContext, stage: Stage, scratch: Path, work: Path)
 
 
 def calibrate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Step 3: calibrate one adapter, the encodings that adapters share, the zero adapter or use
-    cases."""
+    """Step 3: calibrate an adapter, shared encodings, the zero adapter or use cases."""
     if stage.adapter is not None:
         return _calibrate_adapter(context, stage.adapter, scratch)
     others = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter}

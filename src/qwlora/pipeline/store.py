@@ -1,18 +1,20 @@
 """What a job has made. Each artifact says what it is in its stage.json, and is replaced as a whole.
 
-DIR/recipe.yaml            the recipe, which the user may edit
-DIR/base/                  the frozen base
-DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
-DIR/adapters/NAME/         a PEFT adapter
-DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
-DIR/simulation/_base/      the same of a zero adapter (target onnx)
-DIR/export/TARGET/NAME/    files for a runtime
-    stage.json             in each of these folders: what it was made from
-DIR/results.json           built from the stage.json files
-DIR/report.html            the same for people
-DIR/.qwlora/stages/        stage.json of stages that write no artifact
-DIR/.qwlora/tmp/           artifacts that are being written or replaced
-DIR/.qwlora/               also checkpoints, lock, float adapters, seen.json (a cache)
+    DIR/recipe.yaml            the recipe, which the user may edit
+    DIR/base/                  the frozen base
+    DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
+    DIR/adapters/NAME/         a PEFT adapter
+    DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
+    DIR/simulation/_base/      the same of a zero adapter (target onnx)
+    DIR/export/TARGET/NAME/    files for a runtime
+        stage.json             in each of these folders: what it was made from
+    DIR/results.json           built from the stage.json files
+    DIR/report.html            the same for people
+    DIR/.qwlora/stages/        stage.json of stages that write no artifact
+    DIR/.qwlora/tmp/           artifacts that are being written or replaced
+    DIR/.qwlora/               also checkpoints, lock, float adapters, seen.json (a cache)
+
+There is no journal: tmp/ exists only while a command changes something, or if one was killed.
 """
 
 from __future__ import annotations
@@ -254,7 +256,7 @@ class Store:
             if is_users_card(self.path / place / CARD):
                 shutil.copy2(self.path / place / CARD, scratch / CARD)
             # stage.json comes last: after a kill, a folder in tmp/ that has one is complete, and
-            # `finish` puts it in place. So no journal is needed.
+            # `finish` puts it in place.
             flush(scratch)
             write_text(scratch / STAGE, record.text())
             flush_folder(scratch)
@@ -323,7 +325,7 @@ class Store:
             is_gone = path.name.endswith(GONE)
             place = unquote(path.name.removesuffix(OLD).removesuffix(GONE))
             record = read_record(path / STAGE if path.is_dir() else path)
-            # What was being removed returns only if the recipe on the disk still has it.
+            # What was being removed returns if that failed, or the recipe on the disk still has it.
             is_wanted = place in planned if is_gone else record is not None
             is_plain = not path.is_symlink() and is_inside(self.path, place)
             if is_wanted and is_plain and not os.path.lexists(self.path / place):

@@ -237,9 +237,6 @@ def evaluate_tasks(
         tasks: names of lm-eval's tasks, or YAML files, separated by commas.
         models: as in `JobModels.named`. Default: all that are there and can run.
         limit: documents of each task; None for all.
-
-    Returns:
-        The key `tasks` of results.json.
     """
     job = JobModels(folder, device=device)
     chosen = _all_models(job, say) if models is None else job.named(models)
@@ -287,9 +284,8 @@ def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
     for name in [model for kind in kinds for model in job.models(kind)]:
         try:
             job.check(name)
-        # It was not made yet.
         except DirectoryError:
-            continue
+            continue  # not made yet
         target = TARGETS.get(name.kind)
         if target is not None and (missing := target.missing()):
             say(f"{name}: left out, {missing}")

@@ -109,7 +109,7 @@ class JobContext:
         # Solvers and observers compute in float64, which MPS and most XPUs lack.
         if verb not in ("train", "evaluate"):
             device = exact_device(device)
-        # A captured graph has the device of its model in it, so it cannot be moved.
+        # The graph of a simulation has the device of its model in it.
         if device != self._stage_device:
             self._stage_device, self._simulation, self._zero_adapter = device, None, None
         with memory_of(device, name) as measured:
@@ -357,7 +357,7 @@ class JobContext:
     def _loaded(self, folder: Path) -> PeftModel:
         base, record = self.base(), mergeable_record(folder)
         # A mergeable adapter counts from what quantization left of each float weight
-        # (docs/log/training.md). Its folder has digests of the remainders only.
+        # (docs/log/training.md). Its folder has only a digest of that.
         needs_floats = record is not None and record["remainders"] is not None
         return load_adapter(base, folder, weight=self.float_weight() if needs_floats else None)
 

@@ -1,7 +1,7 @@
 """Peak memory and disk of each stage before it runs, right to a third. `qwlora plan` prints them.
 
-Computed from shapes: no weights and no text are read, and no model runs. Small parts of a peak are
-left out, and so are activations of experts. docs/log/plan.md compares with measured peaks.
+Computed from shapes: no weights and no text are read, and no model runs. docs/log/plan.md compares
+with measured peaks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from qwlora.targets.proof.prove import LAYER_TOKENS
 from qwlora.targets.registry import TARGETS
 
 FLOAT = 4.0  # bytes
-PROCESS = 0.6e9  # measured: Python, torch, transformers and ONNX Runtime
+# Measured: Python, torch, transformers and ONNX Runtime without a model (docs/log/plan.md).
+PROCESS = 0.6e9
 Memory = dict[str, float]  # bytes, by what holds them
 LESS = {  # keys of the recipe that reduce a stage's memory; for the others the length of its text
     "quantize": "base.calibration: [job], tuning.steps: 0, or solver: search and init: zero",
@@ -72,7 +73,6 @@ class Estimates:
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, and what would make it fit."""
         limit = self.memory_limit or math.inf
         problems = [
             f"{stage.stage} needs {size(stage.peak)}, and this machine has {size(limit)}. "
@@ -81,8 +81,10 @@ class Estimates:
             if stage.peak > limit
         ]
         if self.disk > self.disk_free:
-            what = f"the job needs {size(self.disk)} of disk, and {size(self.disk_free)} are free"
-            problems.append(f"{what}. Choose another --out, or free space")
+            problems.append(
+                f"the job needs {size(self.disk)} of disk, and {size(self.disk_free)} are free. "
+                "Choose another --out, or free space"
+            )
         return problems
 
     def to_json(self) -> dict[str, Any]:
@@ -100,13 +102,14 @@ def estimate(recipe: Recipe, stages: Sequence[Stage], out: Path) -> Estimates:
     costs, stays, forecasts = Costs(recipe, stages), Memory(), []
     for stage in stages:
         memory, disk = costs.of(stage)
+        # The zero adapter's simulation stays in memory until the adapters are compared with it.
         memory = memory | stays if stage.adapter or stage.verb == "verify" else memory
         stays = costs.zero_adapter if stage.kind == ZERO else stays
         less, peak = LESS.get(stage.verb, "data.sequence_tokens"), PROCESS + sum(memory.values())
         forecasts.append(Forecast(stage.name, peak, memory, disk, less))
     folder = out.expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return Estimates(forecasts, memory_limit_bytes(), shutil.disk_usage(there).free)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return Estimates(forecasts, memory_limit_bytes(), shutil.disk_usage(existing).free)
 
 
 class Costs:
@@ -128,8 +131,9 @@ class Costs:
             self.scales += math.prod(assigned.scheme.scale_shape(shape))
             self.packed += PackedTensor.empty(assigned.scheme, shape).nbytes
             self.matrices += [shape] * (len(shape) == 2 and shape[0] != vocabulary)
-        # Inputs and outputs of the matrices for a token. Measured: autograd keeps 0.8 to 1.1 times
-        # as much. An adapter of all layers has as many values for each rank.
+        # Inputs and outputs of the matrices for a token. Measured: autograd keeps 0.8 (bfloat16) to
+        # 1.1 (float32) times as much (docs/log/plan.md). Left out: experts, which look at their
+        # data. An adapter of all layers has as many values for each rank.
         self.products = FLOAT * sum(map(sum, self.matrices))
         values = [parameter.numel() for parameter in model.parameters()]
         self.floats, self.kept = FLOAT * sum(values), FLOAT * (sum(values) - self.codes)
@@ -151,7 +155,8 @@ class Costs:
         tokens = recipe.data_of(stage.text or stage.adapter).sequence_tokens
         logits, products = tokens * self.logits, tokens * self.products
         trained = adapter.rank * self.products
-        if stage.kind == SAMPLE:  # the cache of keys and values is copied when it grows
+        if stage.kind == SAMPLE:
+            # The cache of keys and values is copied when it grows.
             cache = 2 * FLOAT * tokens * self.layers * min(out for out, _ in self.matrices)
             return self.float_model | {"key-value cache": 2 * SAMPLED_AT_ONCE * cache}, 0
         if verb == "evaluate":
@@ -160,7 +165,8 @@ class Costs:
             scores = 4 * logits
             if is_float or (self.has_floats and is_compared(kinds[0], stage.text or "")):
                 memory = memory | {"float model": self.floats}
-                scores = max(scores, self.loading)  # one after the other
+                # Logits are computed once the copies of loading are gone.
+                scores = max(scores, self.loading)
             return memory | {"loading, or logits": scores}, 0
         if verb == "quantize":
             squares = FLOAT * sum(out**2 + inner**2 for out, inner in self.matrices)
@@ -169,7 +175,9 @@ class Costs:
                 memory = {"float model": self.floats, "copies of the largest tensor": self.copies}
             if recipe.base.tuning.steps:
                 memory = self.float_model | self.base | {"activations": products + 6 * logits}
-            elif is_calibrated(recipe):  # moments of a block, and what solvers make of them
+            elif is_calibrated(recipe):
+                # The hidden states of all sequences pass the model block by block. The solvers of a
+                # block hold as much as its moments.
                 states = recipe.base.calibration_sequences * tokens * self.hidden
                 memory |= {"hidden states": states, "second moments": 2 * squares / self.layers}
             return memory, self.packed + self.kept + needs_moments(recipe) * squares / 2
@@ -178,7 +186,8 @@ class Costs:
             memory = {"adapter and optimizer": 4 * trained, "activations": rows * products}
             if kinds or adapter.objective == "recovery":
                 memory |= self.float_model
-            elif adapter.init != "zero":  # before the first step
+            elif adapter.init != "zero":
+                # Float weights are read before the first step, and released.
                 memory = max(memory, self.float_model, key=lambda parts: sum(parts.values()))
             return memory if kinds else self.base | memory, trained
         if verb not in ("export", "verify"):  # calibrate
@@ -188,9 +197,11 @@ class Costs:
         stored = self.packed + self.kept / (2 if target.is_simulated else 1)  # 16-bit embeddings
         files = self.floats if target.writes_floats or graphs else stored
         if verb == "verify":
+            # Measured: comparing layers holds 8 times their inputs and outputs (docs/log/plan.md).
             values = 8 * min(tokens, LAYER_TOKENS) * self.products + 3 * logits
             parts = {"files": files, "values": values if target.is_simulated else 3 * logits}
-            parts = max(parts, self.float_model, key=lambda held: sum(held.values()))  # for a text
+            # The float model generates the text of the proof before the files are opened.
+            parts = max(parts, self.float_model, key=lambda held: sum(held.values()))
             return memory | parts, 0
         if target.has_base and stage.adapter:
             return memory, trained

@@ -1,8 +1,7 @@
 """An existing job: its recipe, its plan, what is current, and why the rest is not.
 
 A stage is current if the record at its place has the planned inputs, needs the records that are
-there, and its files are intact. Nothing else decides. Adapters are protected: one that was trained
-with other settings is replaced only on request. Imports no torch.
+there, and its files are intact. Nothing else decides. Imports no torch.
 """
 
 from __future__ import annotations
@@ -55,13 +54,14 @@ class Judge:
         for stage in self.plan:
             differ = self.differences(stage)
             waiting = [need for need in stage.needs.values() if need in self.stale]
+            # A stage whose files were damaged should write the same again. `run` checks that
+            # before it replaces an adapter.
             if differ or any(need in self.changed for need in waiting):
                 self.changed.add(stage.name)
             if (reason := self._reason(stage, differ, waiting)) is not None:
                 self.stale[stage.name] = reason
 
     def versions(self, stage: Stage) -> dict[str, str]:
-        """The versions of the records that a stage needs, as they are."""
         places = {name: self._stages[need].place for name, need in stage.needs.items()}
         return {name: self.store.version(place) for name, place in places.items()}
 
@@ -103,12 +103,10 @@ class Judge:
         return is_current or (record is not None and self.stale[stage.name] == "its check failed")
 
     def moves(self) -> dict[str, str]:
-        """Where records of the plan are under another name: place before, place after.
-
-        An adapter never moves to where another one is that has no place of its own.
-        """
+        """Where records of the plan are under another name: place before, place after."""
         records, located = self.store.records, dict[str, str]()  # stage: where its record is
-        for is_elsewhere in (False, True):  # what is in its place stays there
+        # Of two equal records, the one that is in its place stays there.
+        for is_elsewhere in (False, True):
             for stage in self.plan:
                 versions = {
                     name: records[located[need]].version
@@ -118,18 +116,18 @@ class Judge:
                 if stage.name in located or len(versions) < len(stage.needs):
                     continue
                 places = records.keys() - located.values() if is_elsewhere else {stage.place}
-                found = [
+                same = [
                     place
-                    for place in records
+                    for place, record in records.items()
                     if place in places
-                    and records[place].stage == stage.kind
-                    and records[place].needs == versions
-                    and filled(stage.inputs, records[place].inputs) == records[place].inputs
+                    and (record.stage, record.needs) == (stage.kind, versions)
+                    and filled(stage.inputs, record.inputs) == record.inputs
                 ]
-                if found:
-                    located[stage.name] = stage.place if stage.place in found else found[0]
-        moves = {p: self._stages[name].place for name, p in located.items()}
+                if same:
+                    located[stage.name] = stage.place if stage.place in same else same[0]
+        moves = {place: self._stages[name].place for name, place in located.items()}
         moves = {old: new for old, new in moves.items() if old != new}
+        # Nothing moves over a trained adapter that stays where it is: nobody asked to replace it.
         while stuck := [
             old
             for old, new in moves.items()
@@ -141,11 +139,8 @@ class Judge:
 
 
 def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -> Iterator[str]:
-    """`key: old value -> new value` for every input that differs.
-
-    Args:
-        labels: where the beginning of a path is in the recipe.
-    """
+    """`key: old value -> new value` for every input that differs. `labels` says where the beginning
+    of a path is in the recipe."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), labels, f"{path}.{key}".strip("."))
@@ -157,8 +152,9 @@ def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -
         start = max(known, key=len, default="")
         name = labels[start] + path.removeprefix(start) if known else path
         before, after = (_shown(value) for value in (old, new))
-        of_text = name.endswith(("data.source", ".text", ".calibrate_on"))
-        why = " (its content, split, columns, held_out or seed)" if of_text else ""
+        # One digest covers all of these, so which of them differs is not known.
+        is_text = name.endswith(("data.source", ".text", ".calibrate_on"))
+        why = " (its content, split, columns, held_out or seed)" if is_text else ""
         yield f"{name}{why}: {before} -> {after}"
 
 
@@ -181,12 +177,8 @@ def upstream(plan: Sequence[Stage], *stages: str) -> list[Stage]:
 
 
 class OpenJob:
-    """An existing job, to look at: texts, the model and runtimes are not touched.
-
-    Args:
-        changes: changes to the recipe, see `load_recipe`.
-        device: another one than the recipe's.
-    """
+    """An existing job, to look at: texts, the model and runtimes are not touched. `changes` to the
+    recipe are as for `load_recipe`."""
 
     def __init__(
         self,
@@ -218,17 +210,13 @@ class OpenJob:
         return judge
 
     def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
-        """Check that a stage of the plan, and all that it needs, is current.
-
-        Args:
-            what: needs the stage; default: its name.
-            whatever_inputs: check only that they ran and that their files are as they were.
-        """
+        """Check that a stage of the plan, and all that it needs, is current; with `whatever_inputs`
+        only that they ran and that their files are as they were."""
         needed, stale = upstream(self.judge.plan, stage), self.judge.stale
         stale = {s.name: stale[s.name] for s in needed if s.name in stale}
         if whatever_inputs:
-            there = [s for s in needed if s.place in self.store.records]
-            problems = {s.name: self.store.problem(s.place) for s in there}
+            finished = [s for s in needed if s.place in self.store.records]
+            problems = {s.name: self.store.problem(s.place) for s in finished}
             stale = {n: r for n, r in stale.items() if n not in problems}
             stale |= {name: problem for name, problem in problems.items() if problem is not None}
         if stale:
@@ -249,13 +237,12 @@ def needs_settling(judge: Judge) -> bool:
 
 
 def settle(store: Store, recipe: Recipe, track: Track = untracked) -> None:
-    """Finish what a killed command began, and move what has another name in the recipe now. The
-    caller holds the job's lock."""
+    """Finish what a killed command began, and move what has another name now; under the lock."""
     plan = make_plan(recipe, sources_of(recipe, store, track, reads=False))
     was_killed = (store.path / TMP).is_dir()
     store.finish([stage.place for stage in plan])
     if store.records and (was_killed or Judge(plan, store).moves()):
-        # two adapters may differ in their text only, so here it is read
+        # Texts are read only here: two adapters may differ in nothing else.
         plan = make_plan(recipe, sources_of(recipe, store, track, reads=True))
         move(store, plan, Judge(plan, store).moves())
     write_bundle_readmes(store)
@@ -266,7 +253,8 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
     by_place = {stage.place: stage for stage in plan}
     for old, new in moves.items():
         proof = store.path / old / PROOF_RECORD
-        if proof.is_file():  # a proof belongs to the name that is in it; a damaged one to none
+        if proof.is_file():
+            # A proof belongs to the name in it. A damaged one stays as it is, and runs again.
             with contextlib.suppress(SourceError):
                 write_text(proof, renamed_proof(proof, str(by_place[new].adapter)))
                 digest = Seen().content(proof) or ""
@@ -275,7 +263,8 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 
 def write_bundle_readmes(store: Store) -> None:
-    """Write README.md of every bundle again: it lists the adapters that were checked."""
+    """Write README.md of every bundle again."""
+    # It lists the adapters that were checked, by name.
     for target, known in TARGETS.items():
         bundle = store.path / "export" / target
         if known.has_base and bundle.is_dir():
@@ -292,7 +281,7 @@ def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
 
 
 def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
-    """An adapter of the job in `folder`; the error says which names are similar."""
+    """An adapter of the job in `folder`."""
     adapters = {adapter.name: adapter for adapter in recipe.adapters}
     if name not in adapters:
         similar = suggestion(name, list(adapters))
@@ -303,12 +292,8 @@ def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
 def check_needs(
     judge: Judge, waiting: Sequence[Stage], verbs: Collection[str], asked: Sequence[str]
 ) -> None:
-    """Check that no stage in `waiting` needs others that are neither current nor requested. The
-    error names all commands that must run first.
-
-    Args:
-        asked: arguments of the command that runs: the job or the recipe, and options.
-    """
+    """Check that no stage in `waiting` needs others that are neither current nor requested. `asked`
+    are arguments of the command that runs: the job or the recipe, and options."""
     needed = [s for s in upstream(judge.plan, *(s.name for s in waiting)) if s.verb not in verbs]
     if missing := {s.name: judge.stale[s.name] for s in needed if s.name in judge.stale}:
         what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
@@ -318,12 +303,7 @@ def check_needs(
 def missing_error(
     what: str, reasons: Mapping[str, str], folder: Path, asked: Sequence[str] = ()
 ) -> DirectoryError:
-    """An error that names the stages that `what` needs, why each is stale, and the commands.
-
-    Args:
-        reasons: by stage, in the order of the plan.
-        asked: see `check_needs`; default: the job.
-    """
+    """An error that names the stages that `what` needs, why each is stale, and the commands."""
     needed = {name.partition("/")[0] for name in reasons}
     commands = [command_line(v, *(asked or [str(folder)])) for v in VERBS if v in needed]
     return DirectoryError(
@@ -339,12 +319,13 @@ def command_line(verb: str, *arguments: object) -> str:
 
 
 def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
-    """Check that no stage in `waiting` replaces an adapter that is there and was trained with other
-    settings, or its base, unless it is named in `replace`."""
+    """Check that no stage in `waiting` replaces an adapter that was trained with other settings, or
+    its base, unless it is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
     for stage in judge.plan:
         if stage.kind != "train" or stage.adapter in replace:
             continue
+        # A changed base counts, too: an adapter cannot be used on another one.
         causes = [s for s in upstream(judge.plan, stage.name) if s.name in judge.changed]
         reasons = [line for s in causes for line in judge.differences(s)]
         if stage.place in store.damaged:

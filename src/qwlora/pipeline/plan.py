@@ -19,8 +19,7 @@
 
 With several texts, evaluate/MODEL/on/TEXT measures the float model and the base on the text of each
 adapter, and with `evaluate: all` every adapter on the text of each other. If no target holds
-activations, nothing is calibrated (`Recipe.is_simulated`). Imports no torch, so that a run in which
-nothing changed ends at once.
+activations, nothing is calibrated (`Recipe.is_simulated`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,20 +34,19 @@ from qwlora.recipe.implied import REFERENCE, is_foreign, reference_stage
 
 
 def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
-    """All stages in the order of a full run.
-
-    All stages of one adapter's simulation follow each other, while it is in memory.
-    """
+    """All stages in the order of a full run."""
     plan = Planner(recipe, sources)
     calibration = map(recipe.calibration_texts, recipe.base.calibration)
+    # An error in a text is reported before the model's files, which may be large, are read.
     for data in (*recipe.base_texts(), *recipe.texts().values(), *chain(*calibration)):
-        sources.text(data)  # an error is reported before the model's files are read
+        sources.text(data)
     targets = plan.targets
     bundles = [name for name, target in targets.items() if target.has_base]
     with_cases = [name for name, target in targets.items() if target.has_cases]
     switched = [name for name, target in targets.items() if target.has_base and target.is_simulated]
     if sources.holds_floats:
         evaluate.add(plan, "float")
+    # The float model writes text while `evaluate/float` still has it in memory.
     quantize.add_sample(plan)
     quantize.add(plan)
     evaluate.add(plan, "base", "quantize")
@@ -71,6 +69,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
         calibrate.add_zero_adapter(plan)
     for name in switched:
         export.add_base(plan, name, ZERO)
+    # All stages of one adapter follow each other: its simulation is captured once for all of them.
     for adapter in recipe.adapters:
         evaluate.add(plan, "adapted", f"train/{adapter.name}", adapter=adapter)
         if recipe.is_simulated:
@@ -80,7 +79,8 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
             if name not in with_cases:
                 export.add(plan, name, adapter)
                 verify.add(plan, name, adapter.name, [recipe.data_of(adapter)])
-    for name in switched:  # last, so that a failure leaves nothing of the adapters undone
+    # These come last, so that a failure leaves nothing of the adapters undone.
+    for name in switched:
         verify.add_zero_adapter(plan, name)
     if with_cases:
         calibrate.add_use_cases(plan)

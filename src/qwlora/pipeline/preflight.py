@@ -41,7 +41,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
     recipe, device = context.recipe, device_type(context.recipe.device)
     trained = [a for a in recipe.adapters if a.steps and "train" in verbs]
-    if verbs - {"export", "verify"}:  # which compute on the CPU
+    # Files are written and run on the CPU, so a job from a GPU can be exported on any machine.
+    if verbs - {"export", "verify"}:
         pick_device(recipe.device)
     if "quantize" in verbs:
         check_source(recipe)
@@ -50,9 +51,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     computes = {f"adapter {a.name}": (a.compute, device) for a in trained}
     if "quantize" in verbs and recipe.base.tuning.steps:
         computes = {"base.tuning": (recipe.base.tuning.compute, exact_type(device))} | computes
-    for what, (compute, kind) in computes.items():
+    for section, (compute, kind) in computes.items():
         if problem := slow_compute(compute, kind):
-            say(f"warning: {what}: {problem}")
+            say(f"warning: {section}: {problem}")
     texts = [*context.all_texts().values()]
     is_read = "quantize" in verbs and reads_base_text(recipe)
     for part in recipe.base.calibration if is_read else ():  # cut as the data section says
@@ -76,7 +77,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
                 )
     if "quantize" in verbs:
         model, packed = _unquantized(context)
-    else:  # the existing base without weights
+    else:
+        # The base exists already: its record has the names, and no weights are needed.
         layers, model = read_record(context.path / "base")["layers"], context.skeleton()
         packed = {n: Weight(None, None, kind_of(model, n)) for n in map(parameter_name, layers)}
     if note := check_positions(model, max(t.positions() for t in texts)):
@@ -117,7 +119,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             f"the tokenizer of {recipe.model.source!r} produces token id {largest}, "
             f"but the model has only {known} tokens; use the tokenizer of this model"
         )
-    # With solver keep there is no float model; training checks it on the base.
+    # No model class tells whether it keeps documents apart, so each one is tried
+    # (docs/log/data.md). With solver keep there is no float model; training tries the base.
     if is_packed and recipe.base.solver != "keep":
         if context.lazy is None or context.holds_float_model:
             check_isolation(context.float_model())
@@ -127,14 +130,14 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
 
 
 def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
-    """The model before step 1, and what will be packed."""
     base = context.recipe.base
     if base.solver == "keep":
         return kept_weights(context.recipe)
     location = fetch(context.recipe.model.source)
     if context.lazy is not None:
         model = context.lazy.model
-    elif location.gguf_file and base.rotation is None:  # the stages load it, which takes long
+    elif location.gguf_file and base.rotation is None:
+        # Names and shapes suffice here: loading SmolLM2's values takes 45 s (docs/log/plan.md).
         model = GgufCheckpoint(location.path, as_floats=True).model
     else:
         model = context.float_model()
@@ -143,7 +146,8 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
 
 
 def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
-    is_sampled = sampled_sequences(context.recipe)  # not yet
+    # Text of the float model does not exist yet, but there will be enough of it.
+    is_sampled = sampled_sequences(context.recipe)
     if not is_sampled and (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
@@ -160,7 +164,7 @@ def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -
 
 
 def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None:
-    """Check that no adapter to continue contains a full copy of a layer that the base packs."""
+    # PEFT saves a full copy of trained heads and embeddings, which cannot replace packed ones.
     foreign = [adapter for adapter in recipe.adapters if is_foreign(recipe, adapter)]
     tensors = find_tensors(model).items() if foreign else ()
     paths = [path for name, tensor in tensors if name in packed for path in tensor.paths]
@@ -170,9 +174,7 @@ def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None
 
 
 def _adapter_shapes(context: JobContext) -> Shapes:
-    """Check that each adapter fits the model, its loggers are installed, and adapters that share
-    all encodings can have one shape. Returns the shapes of the weights of each adapter that
-    continues no other one of the job."""
+    """Check that adapters fit the model and each other; the shapes of those that continue none."""
     recipe, shapes = context.recipe, dict[str, dict[str, tuple[int, ...]]]()
     for adapter in recipe.adapters:
         check_loggers(adapter.report_to)
@@ -187,8 +189,6 @@ def _adapter_shapes(context: JobContext) -> Shapes:
 
 
 def _check_invocations(context: JobContext) -> None:
-    """Check that the targets have a place for activated LoRA, and that each of its training
-    sequences is one document and trains it."""
     recipe = context.recipe
     for adapter in recipe.adapters:
         root, text = recipe.root(adapter), context.text(adapter.name)
@@ -207,15 +207,8 @@ def _check_invocations(context: JobContext) -> None:
 
 
 def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> None:
-    """Check that the targets have a place for everything that adapters change.
-
-    Args:
-        shapes: of their weights.
-
-    Raises:
-        ExportError: an adapter has more than LoRA factors.
-        TrainingError: they are factors of other than linear layers.
-    """
+    """Check that the targets have a place for everything that adapters change. Raises ExportError
+    for more than LoRA factors, TrainingError for factors of other than linear layers."""
     kinds = {path: layer_kind(module) for path, module in skeleton.named_modules()}
     linear = {p for p, kind in kinds.items() if kind in (LayerKind.LINEAR, LayerKind.CONV1D)}
     others, places = list[AdapterParts](), list[AdapterParts]()

@@ -1,11 +1,6 @@
 """The results of a job (docs/results.md), and the files that show them to people: results.json,
-report.html and the model cards.
-
-Nothing reads these files back: `read_job` collects the results from the stage.json files. What a
-run leaves for the next command besides these is in `.qwlora/status.json`.
-
-A run writes them when a stage begins or ends, when it ends, and while an adapter is trained: at
-most every 10 seconds, and so that writing takes less than 1% of the time (`JobStatus`).
+report.html and the model cards. Nothing reads these back: `read_job` collects the results from the
+stage.json files, and what a run left in `.qwlora/status.json`.
 """
 
 from __future__ import annotations
@@ -40,8 +35,8 @@ from qwlora.system.seen import sealed, unsealed
 RESULTS_FORMAT = 1
 STATUS = "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
-LEAST_SECONDS = 10.0  # between two writes while training
-COST = 100  # times the duration of a write, which then takes 1% of the time
+# While training, at most every 10 seconds, and so that writing takes less than 1% of the time.
+LEAST_SECONDS, COST = 10.0, 100
 
 
 def collect_results(judge: Judge, recipe: Recipe) -> dict[str, Any]:
@@ -65,7 +60,6 @@ def collect_results(judge: Judge, recipe: Recipe) -> dict[str, Any]:
 
 
 def _named(results: Any, names: Mapping[str, str | None]) -> Any:
-    """A copy of a record's results with names in place of `NAME` and `TEXT_NAME`."""
     if isinstance(results, dict):
         return {names.get(key) or key: _named(value, names) for key, value in results.items()}
     return copy.deepcopy(results)
@@ -78,8 +72,8 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
         return results
     text = stage.text
     if not text:
-        own = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
-        text = next((name for name, data in texts.items() if data == own), "base")
+        own_text = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
+        text = next((name for name, data in texts.items() if data == own_text), "base")
     listed = {key: value for key, value in results.items() if key != "data"}
     if "data" in results:
         listed["texts"] = {text: results["data"]}
@@ -99,7 +93,8 @@ def merge_results(into: dict[str, Any], part: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge_results(into[key], value)
         else:
-            into[key] = copy.deepcopy(value)  # so that later merges do not change the records
+            # A copy, so that later merges do not change the records.
+            into[key] = copy.deepcopy(value)
 
 
 def job_of(
@@ -116,19 +111,14 @@ def job_of(
 
 def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[str, Any]:
     """Write results.json, report.html and the model cards, if files can be written; returns the
-    results.
-
-    Args:
-        status: keys that no stage recorded: `run` and `error`.
-    """
-    results, store = collect_results(judge, recipe), judge.store
+    results. `status` has the keys that no stage recorded: `run` and `error`."""
+    results, store, folder = collect_results(judge, recipe), judge.store, judge.store.path
     merge_results(results, status)
-    folder = store.path
     if not store.is_writable:
         return results
-    job, pages, cards = job_of(folder, recipe, results), dict[Path, str](), dict[str, str]()
+    job, page, cards = job_of(folder, recipe, results), "", dict[str, str]()
     with _harmless_bugs(folder / REPORT):
-        pages[folder / REPORT] = render(job)
+        page = render(job)
     with _harmless_bugs(folder / "base" / CARD):
         if job.section("base"):
             cards["base"] = card_text(job, recipe, None)
@@ -137,10 +127,11 @@ def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[
     with as_directory_errors(folder):
         write_text(store.private / STATUS, sealed(status))
         write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
-        for path, page in pages.items():
-            write_text(path, page)
+        if page:
+            write_text(folder / REPORT, page)
         with contextlib.suppress(SourceError):
-            locate(recipe.model.source)  # of a model that is gone, a new card would say less
+            # Without the model, a new card would say less than the one that is there.
+            locate(recipe.model.source)
             for artifact, text in cards.items():
                 store.write_card(artifact, text)
     return results
@@ -148,9 +139,9 @@ def write_results(judge: Judge, recipe: Recipe, status: dict[str, Any]) -> dict[
 
 @contextmanager
 def _harmless_bugs(file: Path) -> Iterator[None]:
-    """Warn of a bug in what shows results: it is no reason to stop a job of hours."""
     try:
         yield
+    # A bug in what only shows results is no reason to stop a job of hours.
     except Exception as error:
         warnings.warn(
             f"{str(file)!r} was not written ({type(error).__name__}: {error}). The job and "
@@ -161,12 +152,12 @@ def _harmless_bugs(file: Path) -> Iterator[None]:
 
 
 def last_status(folder: Path) -> dict[str, Any]:
-    """The status that the last run wrote; empty if there is none, or it is damaged."""
+    """The status that the last run wrote; empty if it is missing or damaged."""
     return unsealed(folder / ".qwlora" / STATUS) or {}
 
 
 def read_job(folder: Path) -> Job:
-    """A job as it is now: the results of the stages that are current, by the rules of `run`."""
+    """A job as it is now: the results of the stages that are current."""
     job, status = OpenJob(folder), last_status(folder)
     judge, store = job.judge, job.store
     if not store.records and not status:
@@ -180,12 +171,13 @@ def read_job(folder: Path) -> Job:
     is_outdated = bool(judge.changed) or any(s.place not in store.records for s in judge.plan)
     if run.setdefault("state", "finished") == "finished" and is_outdated:
         run["state"] = "incomplete"
-    changed = dict[tuple[str, str], str]()  # why files are no longer those that were checked
+    # A proof vouches for files: the page says where they, or what they were made of, changed since.
+    changed = dict[tuple[str, str], str]()
     for stage in judge.plan:
         if stage.verb == "verify" and stage.place in store.records:
             _, target, *adapter = stage.name.split("/")
-            there = [s for s in upstream(judge.plan, stage.name) if s.place in store.records]
-            reasons = filter(None, (store.problem(needed.place) for needed in there))
+            finished = [s for s in upstream(judge.plan, stage.name) if s.place in store.records]
+            reasons = filter(None, (store.problem(needed.place) for needed in finished))
             if (reason := next(reasons, None)) is not None:
                 changed[target, adapter[0] if adapter else BASE] = reason
     return job_of(folder, job.recipe, results, changed)
@@ -193,6 +185,7 @@ def read_job(folder: Path) -> Job:
 
 def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
     """Write the report of each job, and return the files."""
+    # All are rendered before the first is written: a damaged job leaves the other pages alone.
     pages = {folder / REPORT: render(read_job(folder)) for folder in folders}
     for path, text in pages.items():
         with as_directory_errors(path.parent):
@@ -201,12 +194,8 @@ def rebuild_reports(folders: Sequence[Path]) -> list[Path]:
 
 
 class JobStatus:
-    """The state of one run.
-
-    Args:
-        write: writes results.json and report.html with the given keys added.
-        before: the status of the last run, which stays if no stage runs.
-    """
+    """The state of one run. `write` writes all files with the given keys added; `before` is the
+    status of the last run."""
 
     def __init__(
         self,
@@ -223,7 +212,6 @@ class JobStatus:
         self._written, self._took = 0.0, 0.0
 
     def begin(self, stage: str) -> None:
-        """A stage begins; the report shows it as running."""
         if self._began is None:
             self._began, self._run["started"] = time.monotonic(), now()
         self._run["stage"], self._training = stage, None
@@ -236,7 +224,7 @@ class JobStatus:
             self.write("running")
 
     def end(self, state: str, error: Exception | None = None, stage: str = "") -> dict[str, Any]:
-        """All stages ran, but the check in `stage` may have failed; the results."""
+        """All stages ran; the check in `stage` may have failed. Returns the results."""
         self._run["stage"], self._training = "", None
         if error is not None:
             self._extra = {"error": described_error(error, stage)}
@@ -250,7 +238,8 @@ class JobStatus:
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, Exception):
                 self._extra = {"error": described_error(error, self._run["stage"])}
-            with contextlib.suppress(Exception):  # the first error is the one to report
+            # The first error is the one to report.
+            with contextlib.suppress(Exception):
                 self.write("failed" if self._extra else "interrupted")
             raise
 
@@ -262,7 +251,9 @@ class JobStatus:
         return results
 
     def _keys(self, state: str) -> dict[str, Any]:
-        if self._began is None:  # nothing ran: what the last run recorded, with the state as it is
+        if self._began is None:
+            # No stage ran, so times, machine and versions of the last run are still those of the
+            # results.
             if state != "finished" and "run" in self._before:
                 return self._before
             kept = {k: v for k, v in self._before.get("run", {}).items() if k != "training"}
@@ -284,8 +275,9 @@ class JobStatus:
 
 
 def described_error(error: BaseException, stage: str) -> dict[str, Any]:
-    """The key `error` of results.json, without paths of the working and home folders."""
+    """The key `error` of results.json."""
     message = str(error) or type(error).__name__
+    # results.json is shown to others: the working and home folders stay private.
     for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if len(folder) > 1:
             message = message.replace(folder, short)
@@ -293,11 +285,12 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
     described["remedy"] = [remedy_of(error), again]
     if isinstance(error, QwloraError):
-        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
-        described["docs"] = f"docs/errors/{known.__name__}.md"
+        # Only classes of `errors.py` have a page, so a subclass has that of its base class.
+        documented = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
+        described["docs"] = f"docs/errors/{documented.__name__}.md"
     return described
 
 
 def now() -> str:
-    """The time of a record."""
+    """The time, in seconds and UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,4 @@
-"""Run the stages of a recipe in order, skipping those that are current.
-
-`results.py` rewrites `results.json` and `report.html` meanwhile. They list only current results.
-"""
+"""Run the stages of a recipe in order, skipping those that are current."""
 
 from __future__ import annotations
 
@@ -41,7 +38,8 @@ from qwlora.pipeline.stages import new_context, run_stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
-from qwlora.recipe.recipe_text import edited, new_text
+from qwlora.recipe.recipe_text import edited
+from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
@@ -68,13 +66,11 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages of a recipe whose verb is in `verbs` in the directory `out`.
 
-    Current stages are skipped (see `job.py`), but `verify` always runs when only some verbs are
-    requested. A check that fails does not stop the others.
+    Current stages are skipped, but `verify` always runs when only some verbs are requested.
 
     Args:
         recipe: a recipe, or its file, which may be the job's own.
         changes: changes to the recipe, which the job keeps; see `load_recipe`.
-        device: where to compute this time, instead of the recipe's device.
         replace: adapters that may be trained again with other settings.
         say: receives one line for each stage that is skipped or run.
         watch: called when a stage begins, with its name, its number and how many will run. Without
@@ -86,9 +82,10 @@ def run(
     Raises:
         VerificationError: at the end, if a check failed.
     """
-    check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-    own = out / "recipe.yaml"
-    is_own = isinstance(recipe, Path) and own.exists() and own.samefile(recipe)
+    # This comes first, so that a wrong --out is not reported as a missing recipe.
+    check_output(out)
+    job_file = out / "recipe.yaml"
+    is_own = isinstance(recipe, Path) and job_file.exists() and job_file.samefile(recipe)
     before = _recipe_in(out)
     if isinstance(recipe, Path):
         wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
@@ -98,6 +95,7 @@ def run(
     computed = wanted if device is None else wanted.model_copy(update={"device": device})
     if not is_first_process():
         return _join_stages(computed, out)
+    # Messages suggest a command. It names the job alone if the job's recipe asks for the same.
     is_kept = isinstance(recipe, Recipe) or before == wanted
     asked = [str(out)] if is_own or is_kept else [str(recipe), "--out", str(out)]
     asked += [] if is_kept else [part for change in changes for part in ("--set", change)]
@@ -109,6 +107,7 @@ def run(
         _check_same_job(before, wanted, out)
     try:
         with contextlib.ExitStack() as lock:
+            # A job that is only read, from a read-only disk, needs no lock.
             if store.is_writable:
                 lock.enter_context(store.locked())
                 if _recipe_in(out) != before:
@@ -118,6 +117,7 @@ def run(
             try:
                 return job.run(verbs, replace, watch)
             finally:
+                # A first run that made nothing leaves no job, so the next recipe may be another.
                 if before is None and not store.has_work:
                     for name in ("recipe.yaml", "results.json", "report.html"):
                         (out / name).unlink(missing_ok=True)
@@ -126,13 +126,11 @@ def run(
 
 
 def _recipe_in(out: Path) -> Recipe | None:
-    """The recipe of the job in `out`; None if there is none."""
     is_job = (out / ".qwlora").is_dir() and (out / "recipe.yaml").is_file()
     return job_recipe(out) if is_job else None
 
 
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
-    """Check that a recipe from elsewhere is of the job in `out`, and keeps its adapters."""
     if before.name != wanted.name:
         raise DirectoryError(
             f"{str(out)!r} was made by recipe {before.name!r}, and this one is {wanted.name!r}. "
@@ -166,7 +164,8 @@ class _Run:
             settle(self.store, self.recipe, self.track)
             self.judge.again()
         self.always: set[str] = set()  # stages that run even if they are current
-        self.context: Any = None  # until a stage, or a check before all stages, needs it
+        # Making it imports torch, which takes seconds. A run in which nothing changed has none.
+        self.context: Any = None
         self.failures: list[tuple[str, VerificationError]] = []
 
     def run(
@@ -174,7 +173,7 @@ class _Run:
     ) -> dict[str, Any]:
         asked = self._check(verbs, replace)
         if waiting := self._waiting(asked):
-            self._prepare(waiting, estimates=watch is not None)
+            self._prepare(waiting, has_estimate=watch is not None)
         self._write_recipe()
         status = JobStatus(
             lambda keys: write_results(self.judge, self.recipe, keys),
@@ -186,18 +185,21 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 self.say(f"{stage.name}: skipped, nothing it depends on has changed")
-                rmtree(self.store.work(self.store.records[stage.place].key), True)  # left by a kill
+                # A kill between the artifact and this folder's removal leaves it.
+                rmtree(self.store.work(self.store.records[stage.place].key), ignore_errors=True)
                 continue
             if self._is_proven(stage):
                 continue
             if stage.name in names and watch is not None:
                 watch(stage.name, 1 + names.index(stage.name), len(names))
             with status.failures():
-                check_kept(self.judge, [stage.name], replace)  # of a new base
+                # Asked again: only now is it known whether a base that ran again is another one.
+                check_kept(self.judge, [stage.name], replace)
                 record = self._run_stage(stage, status)
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
-            for what, cost in base_costs(record.results):  # before its adapter is trained
-                self.say(f"{what}: {cost}")
+            # Shown at once: training an adapter on a base that lost too much may take hours.
+            for figure, cost in base_costs(record.results):
+                self.say(f"{figure}: {cost}")
         if not self.failures:
             return status.end("incomplete" if self.judge.stale else "finished")
         name, failure = self.failures[0]
@@ -208,14 +210,15 @@ class _Run:
         raise failure
 
     def _check(self, verbs: Collection[str], replace: Collection[str]) -> list[Stage]:
-        """All checks of the directory; returns the stages of `verbs`."""
+        """All checks of the directory. Returns the stages of `verbs`."""
         judge, store = self.judge, self.store
         asked = [stage for stage in judge.plan if stage.verb in verbs]
         if not asked:
             self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        if "calibrate" not in verbs:  # simulations that are not calibrated are not evaluated
+        # `qwlora evaluate` also works before the first calibration: it leaves simulations out.
+        if "calibrate" not in verbs:
             for stage in [s for s in asked if s.kind == "evaluate/simulated"]:
                 needed = f"calibrate/{stage.adapter}"
                 if (reason := judge.stale.get(needed)) == "has not run":
@@ -260,37 +263,35 @@ class _Run:
         record = self.store.records.get(stage.place)
         if stage.verb != "verify" or record is None or record.not_run or record.failed:
             return False
-        if (missing := stage.missing()) is None:
+        if (missing := stage.missing()) is None or record.needs != self.judge.versions(stage):
             return False
-        is_of = record.needs == self.judge.versions(stage)
-        if is_of:
-            self.say(f"{stage.name}: not run here ({missing}); the proof that is there stays")
-        return is_of
+        self.say(f"{stage.name}: not run here ({missing}); the proof that is there stays")
+        return True
 
-    def _prepare(self, waiting: list[Stage], estimates: bool) -> None:
-        """All checks of text and model, which need no writing, and an estimate."""
+    def _prepare(self, waiting: list[Stage], has_estimate: bool) -> None:
         self.context = new_context(self.computed, self.sources, self.store.path, self.track)
         from qwlora.pipeline import forecast, preflight
 
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
-        if not estimates:
+        if not has_estimate:
             return
         try:
-            found = forecast.estimate(self.recipe, waiting, self.store.path)
-        except Exception as error:  # an estimate is no reason to stop a job
+            estimates = forecast.estimate(self.recipe, waiting, self.store.path)
+        # A bug in an estimate is no reason to stop a job.
+        except Exception as error:
             self.say(f"no estimate of memory: {described(error)}")
         else:
-            for line in (found.summary, *(f"warning: {line}" for line in found.problems)):
+            for line in (estimates.summary, *(f"warning: {p}" for p in estimates.problems)):
                 self.say(line)
 
     def _write_recipe(self) -> None:
-        """Keep the recipe in the job, with the user's comments if there is one already."""
         path = self.store.path / "recipe.yaml"
         if self.before == self.recipe or not self.store.is_writable:
             return
-        text = new_text(self.recipe)
+        # The first text has every key, so that later defaults change nothing.
+        text = dump_yaml(self.recipe.model_dump(mode="json"))
         if self.before is not None:
             text = edited(text_of(path), self.before, self.recipe, path)
             old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))
@@ -300,7 +301,6 @@ class _Run:
             write_text(path, text)
 
     def _run_stage(self, stage: Stage, status: JobStatus) -> Record:
-        """Run one stage, and judge those that read what it wrote."""
         name, store = stage.name, self.store
         reason = self.judge.stale.get(name, "as requested")
         self.say(f"{name} ...{'' if reason == 'has not run' else f' ({reason})'}")
@@ -311,8 +311,9 @@ class _Run:
         began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
+        # Memory of the stages before must not count in this stage's peak.
         gc.collect()
-        return_freed_memory()  # of the stages before
+        return_freed_memory()
         reset_peak_rss()
         with as_directory_errors(store.path), store.scratch(stage.place) as scratch:
             work, is_joint = store.work(record.key), stage.verb not in ("export", "verify")
@@ -325,7 +326,8 @@ class _Run:
                 except VerificationError as error:
                     if stage.verb != "verify":
                         raise
-                    self.failures.append((name, error))  # the other stages do not need it
+                    # No other stage needs a check, so the others run, and the error comes last.
+                    self.failures.append((name, error))
                     results = error.results or {}
             memory = {"peak_rss_bytes": peak_rss_bytes(), **device_memory}
             results[TIMING] = {"started": started, **memory}
@@ -346,7 +348,6 @@ class _Run:
 
 
 def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Join the stages that all processes run together; returns no results."""
     sources = Sources(recipe, is_new=False)
     stages = {stage.name: stage for stage in make_plan(recipe, sources)}
     context = new_context(recipe, sources, out, untracked)
@@ -355,7 +356,8 @@ def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:
         with (
             TemporaryDirectory() as unused,
             context.stage(name, stage.verb),
-            warnings.catch_warnings(action="ignore"),  # the first process gives them
+            # The first process gives the same warnings.
+            warnings.catch_warnings(action="ignore"),
         ):
             run_stage(context, stage, Path(unused), work)
     return {}

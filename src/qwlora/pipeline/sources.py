@@ -1,7 +1,7 @@
 """The texts and the model that a recipe names, as inputs of stages: by digest, never by path.
 
-Looking at a job reads none of them, and some may be gone. Such an input is `Unread`, and what the
-stage's record says of it counts (`filled`). Only a stage that runs needs the file, and complains.
+Looking at a job reads none of them, and some may be gone. Such an input is `Unread`. Only a stage
+that runs needs the file, and complains.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Unread:
 
 def filled(inputs: Any, known: Any) -> Any:
     """`inputs` with what is unread taken from `known`, the inputs of a record, where it has it."""
+    # So a job whose text was moved after training stays current, and can be exported and pushed.
     if isinstance(inputs, Unread):
         return "not read" if known is None else known
     if isinstance(inputs, dict):
@@ -42,7 +43,7 @@ def filled(inputs: Any, known: Any) -> Any:
 
 
 def unread(inputs: Any) -> Iterable[Unread]:
-    """What is unread in `inputs`."""
+    """The unread ones of `inputs`."""
     if isinstance(inputs, Unread):
         yield inputs
     elif isinstance(inputs, dict | list):
@@ -51,7 +52,7 @@ def unread(inputs: Any) -> Iterable[Unread]:
 
 
 class Sources:
-    """What a recipe names. Each text is read once, when it is needed.
+    """The texts and files that a recipe names.
 
     Args:
         seen: digests of the model's files and of adapters to continue from.
@@ -80,52 +81,50 @@ class Sources:
         key = (data.source, data.held_out, data.reading())
         if key not in self._loaded:
             source, held_out, reading = key
+            # Errors are kept as well: many stages ask for one text, which may be large.
             try:
                 with one_step(self._track, f"reading {source}"):
                     loaded = load_documents(source, held_out, self.recipe.seed, reading)
                 self._loaded[key] = loaded
             except (QwloraError, OSError) as error:
                 self._loaded[key] = error
-        if isinstance(found := self._loaded[key], Exception):
-            raise found
-        return found
+        if isinstance(documents := self._loaded[key], Exception):
+            raise documents
+        return documents
 
     def text(self, data: Data, **counts: int) -> dict[str, Any]:
-        """The documents of a text, and how they are cut into sequences.
-
-        Args:
-            counts: how many sequences are used, by the key in the data section.
-        """
-        found: dict[str, Any] = dict.fromkeys(("source", "prompt_format", "turns"), Unread())
-        found |= {"packing": data.packing or Unread(), "sequence_tokens": data.sequence_tokens}
+        """The documents of a text, how they are cut into sequences, and how many are used."""
+        inputs: dict[str, Any] = dict.fromkeys(("source", "prompt_format", "turns"), Unread())
+        inputs |= {"packing": data.packing or Unread(), "sequence_tokens": data.sequence_tokens}
         if data.chat_template:
-            found["chat_template"] = Unread()
+            inputs["chat_template"] = Unread()
         if self.reads:
             try:
-                documents, text = self.documents(data), data.read_template()
+                documents, template = self.documents(data), data.read_template()
             except (QwloraError, OSError) as error:
                 if self.is_new:
                     raise
-                found["source"] = Unread(error)
+                inputs["source"] = Unread(error)
             else:
+                # A key without an effect on this kind of text is one value, so that changing it
+                # makes no stage run again.
                 kind = documents.kind
-                found |= {"source": documents.digest, "packing": data.cutting().packing_of(kind)}
-                found["prompt_format"] = data.prompt_format if kind == "completions" else "none"
-                found["turns"] = data.turns if kind == "conversations" else "together"
-                if text is not None:
-                    found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
-        return found | counts
+                inputs |= {"source": documents.digest, "packing": data.cutting().packing_of(kind)}
+                inputs["prompt_format"] = data.prompt_format if kind == "completions" else "none"
+                inputs["turns"] = data.turns if kind == "conversations" else "together"
+                if template is not None:
+                    inputs["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        return inputs | counts
 
     def files(self, paths: Iterable[Path]) -> dict[str, Any]:
-        """Digest of each file by name."""
         return {path.name: self._seen.content(path) for path in paths}
 
     @property
     def model(self) -> dict[str, Any]:
         """Digests of the model's files, and what changes how they are read."""
-        section = self.recipe.model
         inputs = {"source": self._model_files, "holds_floats": self.holds_floats}
-        return inputs | ({"trust_remote_code": True} if section.trust_remote_code else {})
+        trusts = self.recipe.model.trust_remote_code
+        return inputs | ({"trust_remote_code": True} if trusts else {})
 
     @cached_property
     def _model_files(self) -> Any:
@@ -143,8 +142,8 @@ class Sources:
 
     @cached_property
     def holds_floats(self) -> bool:
-        """Whether there is a float model to compare with, or only integers in a quantized format;
-        of a model that is gone, what it was."""
+        """Whether there is a float model to compare with, or only integers."""
+        # The plan depends on it, so of a model that is gone the base's record says what it was.
         if self._holds_floats is not None and not self.reads:
             return self._holds_floats
         try:
@@ -165,6 +164,5 @@ class Sources:
         return source if is_hub_id(source) else Unread()
 
     def file(self, path: str) -> Any:
-        """Digest of one file that the recipe names."""
         digest = self._seen.content(path) if self.reads else None
         return Unread() if digest is None else digest

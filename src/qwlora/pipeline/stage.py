@@ -1,13 +1,11 @@
 """A stage of a job, and what stages have in common. Each module in `stages` adds its own to a plan.
 
 What a stage depends on is its `inputs`, by the names of the recipe, and the records that it needs.
-Neither has a path, the name of an adapter, a version of a package or anything of this machine. Only
-files of use cases have names of adapters in them, so there these are inputs.
+Neither has a path, the name of an adapter, a version of a package or anything of this machine.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,17 +66,14 @@ class Stage:
 
     @property
     def verb(self) -> str:
-        """The command that runs the stage."""
         return self.name.partition("/")[0]
 
     def check_read(self) -> None:
-        """Raise the error of an input that cannot be read."""
         for input_ in unread(self.inputs):
             raise input_.error or SourceError(f"{self.name}: a file that the recipe names is gone")
 
     @property
     def place(self) -> str:
-        """Its record's place in the store."""
         return self.artifact or f"{STAGES}/{self.name}.json"
 
 
@@ -95,15 +90,11 @@ class Planner:
     def add(
         self, name: str, inputs: Mapping[str, Any], *needs: str, kind: str = "", **more: Any
     ) -> None:
-        """Add a stage.
-
-        Args:
-            kind: default: the name, for a stage without the name of an adapter.
-            more: other fields of `Stage`.
-        """
+        """Add a stage. `kind` is by default its name; `more` are other fields of `Stage`."""
         kinds = [self.stages[need].kind for need in needs]
-        several = [found for found, count in Counter(kinds).items() if count > 1]
-        names = [f"{k}/{n}" if k in several else k for n, k in enumerate(kinds)]
+        # Kinds have no names of adapters, so that a renamed adapter stays current. Several needs of
+        # one kind are told apart by their order.
+        names = [f"{k}/{n}" if kinds.count(k) > 1 else k for n, k in enumerate(kinds)]
         by_name = dict(zip(names, needs, strict=True))
         labels = {"rotation": "base.rotation", "calibration": "base.calibration"}
         plain = _plain(inputs, "", labels)
@@ -112,7 +103,6 @@ class Planner:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The float model, rotated if the recipe says so."""
         rotation = self.recipe.base.rotation
         inputs: dict[str, Any] = {"model": self.sources.model}
         if rotation is not None:
@@ -120,54 +110,52 @@ class Planner:
         return inputs
 
     def calibration(self) -> dict[str, Any]:
-        """The texts that the base is calibrated on; what the model writes is a stage of its own."""
+        """The texts that the base is calibrated on."""
         texts = {}
         for number, part in enumerate(self.recipe.base.calibration):
             where = self.base_text if part.text == JOB else f"base.calibration.{number}.text"
-            found = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
-            texts[str(number)] = {"weight": part.weight, "texts": found}
+            # None if the float model writes the part: that is a stage of its own, which is needed.
+            read = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
+            texts[str(number)] = {"weight": part.weight, "texts": read}
         return {"calibration": texts, "seed": self.recipe.seed}
 
     def text(self, data: Data, where: str = "", **counts: int) -> _Text:
-        """A text as an input; see `Sources.text`.
-
-        Args:
-            where: the key that has its source. Default: that of the section that is `data`; of a
-                text of several that the base is calibrated on, which is cut as the data section
-                says, that of its adapter.
-        """
+        """A text as an input; see `Sources.text`. `where` is the key that has its source."""
         text, sections = _Text(self.sources.text(data, **counts)), {"data": self.recipe.data}
         sections |= {f"adapters.{a.name}.data": a.data for a in self.recipe.adapters if a.data}
         same = [name for name, section in sections.items() if section == data]
+        # A text that the base is calibrated on is cut as the data section says, so its section may
+        # be no one's. Its source is still that of an adapter.
         source = [name for name, section in sections.items() if section.source == data.source]
         where = where or f"{[*same, *source, 'data'][0]}.source"
         text.labels = {"": [*same, "data"][0], ".source": where}
         return text
 
     def measured(self, data: Data) -> _Text:
-        """The held-out part of a text."""
         return self.text(data, evaluation_sequences=data.evaluation_sequences)
 
     def shipped(self) -> dict[str, Any]:
-        """What the text next to exported files depends on."""
         proof = {"proof": self.recipe.export.proof}
         return {"export": proof, "seed": self.recipe.seed, **revisions("sampled_text")}
 
     def ranges(self, texts: Iterable[Data], where: str = "") -> dict[str, Any]:
         """Activation ranges that are measured on `texts`; `where` as for `text`."""
         section = self.recipe.simulation
-        counts = [(data, data.calibration_sequences) for data in texts]
-        counted = [self.text(data, where, calibration_sequences=count) for data, count in counts]
+        counted = [
+            self.text(data, where, calibration_sequences=data.calibration_sequences)
+            for data in texts
+        ]
         observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
         has_histogram = any(RangeEstimator(observer).needs_histogram for observer in observers)
         used = revisions("activation_ranges") if has_histogram else {}
-        without = {"percentile"} - observers
-        settings = section.model_dump(mode="json", exclude=without)
+        # Only observer percentile reads the key of this name.
+        settings = section.model_dump(mode="json", exclude={"percentile"} - observers)
         return {"simulation": settings, "texts": counted, **used}
 
 
 def revisions(*names: str) -> dict[str, Any]:
     """The revisions of algorithms that a stage runs."""
+    # Raised only if an algorithm computes something else, so an upgrade keeps most artifacts.
     return {"revisions": {name: REVISIONS[name] for name in names}}
 
 
@@ -184,7 +172,7 @@ class _Text(dict[str, Any]):
 
 
 def _plain(value: Any, path: str, labels: dict[str, str]) -> Any:
-    """`value` as JSON reads it back; what is unread stays. Adds the labels of texts in it."""
+    # As JSON reads it back, since inputs are compared with those of a stage.json.
     if isinstance(value, _Text):
         labels |= {f"{path}{key}": label for key, label in value.labels.items()}
     if isinstance(value, Mapping):

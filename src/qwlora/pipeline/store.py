@@ -14,10 +14,7 @@
     DIR/.qwlora/tmp/           artifacts that are being written or replaced
     DIR/.qwlora/               also checkpoints, lock, float adapters, seen.json (a cache)
 
-A new artifact is complete and on the disk, its stage.json last, before the old one moves to tmp/.
-So after a kill, a folder in tmp/ with a stage.json is complete and is put in place (`finish`), and
-anything else there is deleted. An artifact is renamed in one step. There is no journal: tmp/ exists
-only while a command changes something, or if one was killed.
+There is no journal: tmp/ exists only while a command changes something, or if one was killed.
 """
 
 from __future__ import annotations
@@ -44,13 +41,14 @@ from qwlora.targets.proof.contents import STAGE
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
 STAGES, TMP = ".qwlora/stages", ".qwlora/tmp"
 OLD, GONE = ".old", ".gone"  # in tmp/: an artifact that is being replaced, or removed
-# Keys of a record's results that stand for the stage's adapter and text: names are labels, and no
-# name can be one of these.
+# Keys of a record's results that stand for the stage's adapter and text. So an adapter is renamed
+# without a change to its results, and no name can be one of these.
 NAME, TEXT_NAME = "*", "*text"
-# Where artifacts are. A path, relative to the job, is what a stage is known by on disk.
-_ARTIFACTS = (
+# Where artifacts and records without one are. A stage is known on disk by this path.
+_PLACES = (
     *("base", "base_simulation", "adapters/*", "simulation/*"),
     *("export/*", "export/*/*", "export/*/proof/*", ".qwlora/sampled", ".qwlora/reference/*"),
+    f"{STAGES}/**/*.json",
 )
 
 
@@ -87,7 +85,7 @@ class Record:
 
     @property
     def version(self) -> str:
-        """SHA-256 of key and files: two runs with one key may round differently on two machines."""
+        # With the files, since two runs with one key may round differently on two machines.
         return _digest([self.key, self.files])
 
     def text(self) -> str:
@@ -106,6 +104,7 @@ def read_record(file: Path) -> Record | None:
         record = Record(**(unsealed(file) or {}))
     except TypeError:
         return None
+    # The job may come from a stranger, and commands hash and upload the files that a record lists.
     is_whole = all(type(value) is type(getattr(empty, key)) for key, value in vars(record).items())
     paths = [Path(name) for name in record.files] if is_whole else [Path("/")]
     return None if any(p.is_absolute() or ".." in p.parts for p in paths) else record
@@ -125,12 +124,10 @@ class Store:
         self.reload()
 
     def reload(self) -> None:
-        """Read all records again."""
         self.records: dict[str, Record] = {}
         self.damaged: set[str] = set()
-        places = [str(p.relative_to(self.path)) for g in _ARTIFACTS for p in self.path.glob(g)]
-        places += [str(f.relative_to(self.path)) for f in self.path.glob(f"{STAGES}/**/*.json")]
-        for place in sorted(places):
+        places = (path for pattern in _PLACES for path in self.path.glob(pattern))
+        for place in sorted(str(path.relative_to(self.path)) for path in places):
             file = self._file(place)
             # Behind a link are files of somebody else, which must not be moved or deleted.
             if os.path.lexists(file) and is_inside(self.path, place):
@@ -140,11 +137,8 @@ class Store:
                     self.records[place] = record
 
     def _file(self, place: str) -> Path:
-        """The record of a path."""
         is_file = place.startswith(f"{STAGES}/")
         return self.path / place if is_file else self.path / place / STAGE
-
-    # Access
 
     @property
     def is_writable(self) -> bool:
@@ -158,17 +152,16 @@ class Store:
         return bool(self.records) or any(f.is_file() for f in (self.private / "work").rglob("*"))
 
     def check_writable(self) -> None:
-        """Check that the directory, and its .qwlora folder, is writable."""
         if not self.is_writable:
             raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
 
     def check_unclaimed(self) -> None:
-        """Check that the directory is new, empty, or left by a command that was killed before it
-        wrote a recipe."""
+        """Check that the directory is new or empty."""
         with as_directory_errors(self.path):
             inside = {*os.listdir(self.path)} if self.path.is_dir() else set()
             if ".qwlora" in inside:
                 inside |= {f".qwlora/{name}" for name in os.listdir(self.private)}
+            # A command that is killed before it has written a recipe leaves these.
             if inside - {".qwlora", ".qwlora/lock", ".recipe.yaml.part"}:
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
@@ -177,10 +170,10 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the job's lock; records are read again. If it is no job afterwards, since no recipe
-        was written, nothing stays."""
+        """Hold the job's lock. If no recipe was written meanwhile, nothing stays."""
         self.check_writable()
         with as_directory_errors(self.path), lock_folder(self.private, self.path):
+            # Until now, another process may have changed the records.
             self.reload()
             try:
                 yield
@@ -189,8 +182,6 @@ class Store:
                     (self.path / TMP).rmdir()
                 if not (self.path / "recipe.yaml").is_file():
                     shutil.rmtree(self.private, ignore_errors=True)
-
-    # What is there
 
     def version(self, place: str) -> str:
         """`Record.version` of what is at `place`; empty if nothing is."""
@@ -203,21 +194,16 @@ class Store:
         problems = []
         for name, digest in record.files.items():
             file = self.path / place / name
-            if (now := self.seen.content(file)) is None:
-                problems.append(
-                    f"{place}/{name} {'cannot be read' if file.exists() else 'is missing'}"
-                )
-            elif now != digest:
+            if (current := self.seen.content(file)) is None:
+                reason = "cannot be read" if file.exists() else "is missing"
+                problems.append(f"{place}/{name} {reason}")
+            elif current != digest:
                 problems.append(f"{place}/{name} has changed")
         return listed(problems, 3) if problems else None
 
     def check_replaceable(self, place: str, new: Collection[str] = ()) -> None:
-        """Check that everything at `place` was made by this job: a record lists it.
-
-        Args:
-            new: files that take the place. If the record is damaged, files of these names count as
-                the job's; if they are not known yet, all do.
-        """
+        """Check that everything at `place` was made by this job: a record lists it. If the record
+        is damaged, the `new` files that take the place say what is; if they are unknown, all is."""
         target, is_damaged = self.path / place, place in self.damaged
         is_record = place.startswith(f"{STAGES}/")
         if is_record or not os.path.lexists(target) or (is_damaged and not new):
@@ -227,15 +213,16 @@ class Store:
         known |= {f"{place}/{name}" for name in (*new, STAGE)} if is_damaged else set()
         if not target.is_dir() or target.is_symlink():
             problem = "exists and is not a folder"
-        elif foreign := [
-            name  # a card that the user edited is kept
-            for name in _names_in(target)
-            if f"{place}/{name}" not in known and name != CARD
-        ]:
+        else:
+            # A link counts as a file and is not followed: its target is somebody else's.
+            files = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+            names = sorted(str(path.relative_to(target)) for path in files)
+            # No record lists the card. If the user edited it, `commit` keeps it.
+            foreign = [n for n in names if f"{place}/{n}" not in known and n != CARD]
+            if not foreign:
+                return
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             problem = f"contains {foreign[0]!r}{more}"
-        else:
-            return
         raise DirectoryError(
             f"{str(target)!r} {problem}, which this job did not make according to its records, but "
             "would replace. Nothing was changed. Move it out of the job's directory and run again."
@@ -268,6 +255,8 @@ class Store:
             record = replace(record, files=files)
             if is_users_card(self.path / place / CARD):
                 shutil.copy2(self.path / place / CARD, scratch / CARD)
+            # stage.json comes last: after a kill, a folder in tmp/ that has one is complete, and
+            # `finish` puts it in place.
             flush(scratch)
             write_text(scratch / STAGE, record.text())
             flush_folder(scratch)
@@ -277,22 +266,21 @@ class Store:
                 (self.path / place).rename(old)
             self._rename(scratch, self.path / place)
             _discard(old)
+            # Artifacts inside, such as proofs, went with the old one.
             for inside in [p for p in self.records if p.startswith(f"{place}/")]:
-                del self.records[inside]  # it went with the old artifact
+                del self.records[inside]
         self.records[place] = record
         self.damaged.discard(place)
         return record
 
     def change(self, place: str, **fields: Any) -> None:
-        """Change fields of a record."""
         self.records[place] = record = replace(self.records[place], **fields)
         with as_directory_errors(self.path):
             write_text(self._file(place), record.text())
 
     @contextlib.contextmanager
     def removing(self, places: Collection[str]) -> Iterator[None]:
-        """Delete artifacts or records when the block ends, or put them back if it raises. After a
-        kill, `finish` does the one or the other."""
+        """Delete artifacts or records when the block ends, or put them back if it raises."""
         try:
             for place in filter(lambda place: os.path.lexists(self.path / place), places):
                 _discard(self._tmp(place, GONE))
@@ -309,13 +297,15 @@ class Store:
         """Rename artifacts, from and to, each in one step; they may change places."""
         for new in moves.values():
             self.check_replaceable(new)
-        (self.path / TMP).mkdir(exist_ok=True)  # so that a kill is noticed
+        # After a kill, the folder is still there, and the next command finishes the moves.
+        (self.path / TMP).mkdir(exist_ok=True)
         with self.removing([new for new in moves.values() if new not in moves]):
             pass
         left = dict(moves)
         while left:
             old = next((old for old, new in left.items() if new not in left), "")
-            if not old:  # a cycle: one of them waits under a name that no adapter can have
+            if not old:
+                # In a cycle, one of them waits under a name that no adapter can have.
                 old, new = left.popitem()
                 left[waiting := f"{old.removesuffix('.json')}.moved{Path(old).suffix}"] = new
                 self._rename(self.path / old, self.path / waiting)
@@ -327,18 +317,15 @@ class Store:
 
     def finish(self, planned: Collection[str] = ()) -> None:
         """Put complete artifacts in tmp/ in place, unless something is there, and delete the rest.
-
-        Of a new artifact and the old one, which a kill left without a place, the new one counts.
-
-        Args:
-            planned: places of which also those that were being removed are put back.
-        """
+        Of those that were being removed, those at `planned` places are put back."""
         folder = self.path / TMP
         waiting = sorted(folder.iterdir()) if folder.is_dir() else []
+        # New artifacts come first: a kill may have left both versions without a place.
         for path in sorted(waiting, key=lambda path: path.name.endswith(OLD)):
             is_gone = path.name.endswith(GONE)
             place = unquote(path.name.removesuffix(OLD).removesuffix(GONE))
             record = read_record(path / STAGE if path.is_dir() else path)
+            # What was being removed returns if that failed, or the recipe on the disk still has it.
             is_wanted = place in planned if is_gone else record is not None
             is_plain = not path.is_symlink() and is_inside(self.path, place)
             if is_wanted and is_plain and not os.path.lexists(self.path / place):
@@ -376,15 +363,9 @@ def check_job(folder: Path) -> None:
         )
 
 
-def _names_in(folder: Path) -> list[str]:
-    """All files under `folder`, relative to it. Includes links, but does not follow them."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(str(path.relative_to(folder)) for path in paths)
-
-
 def _discard(path: Path) -> None:
-    """Delete a file or folder in tmp/, its record first, so that a rest of it is never used."""
     if path.is_dir() and not path.is_symlink():
+        # The record goes first: after a kill, `finish` must not take the rest for complete.
         (path / STAGE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     else:

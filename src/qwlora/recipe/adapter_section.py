@@ -85,26 +85,20 @@ class Data(Section):
             yield f"{columns} exclude each other; set only one kind"
 
     def read_template(self) -> str | None:
-        """The text of `chat_template`; None if it is not set.
-
-        Raises:
-            SourceError: the file cannot be read, or is not UTF-8.
-        """
         return None if self.chat_template is None else read_text(Path(self.chat_template))
 
     def reading(self) -> Reading:
-        """How the source is read."""
         names = {role: getattr(self, f"{role}_column") for role in FIELDS}
         columns = {role: name for role, name in names.items() if name is not None}
         return Reading(columns, self.split, self.subset, self.empty_records == "skip")
 
     def cutting(self) -> Cutting:
-        """How documents become sequences."""
         return Cutting(**{field.name: getattr(self, field.name) for field in fields(Cutting)})
 
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
-_SHAPE = {  # keys of `LoraShape`, whose module imports torch
+# Not taken from the fields of `LoraShape`, whose module imports torch.
+_SHAPE = {
     *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
     *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "alora_invocation"),
 }
@@ -120,8 +114,6 @@ Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about th
 
 
 def _start(text: str) -> str:
-    """The name of an adapter of the recipe as it is; anything else must be a source of one."""
-
     def check(text: str) -> None:
         path = source_path(text)
         if not path.exists() and not is_hub_id(text):
@@ -131,6 +123,7 @@ def _start(text: str) -> str:
                 "a folder inside an installed package, or a hub id"
             )
 
+    # What reads as a name is one of an adapter in the recipe, which is checked with all sections.
     return text if re.fullmatch(r"[\w.-]+", text) else located(text, check)
 
 
@@ -230,7 +223,6 @@ class Adapter(Section):
         return LoraShape(**shape, alora_invocation_tokens=tokens if tokenizer is not None else None)
 
     def training_settings(self, seed: int) -> TrainingSettings:
-        """The settings in the form that `train_adapter` takes."""
         from qwlora.adapter.train import TrainingSettings
 
         names = [field.name for field in fields(TrainingSettings) if field.name != "seed"]

@@ -72,7 +72,6 @@ class BaseRule(Section):
             yield "the rule changes nothing; set keep: float, weights or solver"
 
     def scheme(self, base: Base) -> Scheme | None:
-        """The scheme of matching layers; None if they stay float."""
         return None if self.keep is not None else parse_scheme(self.weights or base.weights)
 
 
@@ -161,14 +160,12 @@ class Base(Section):
     every adapter"""
 
     def layer_rules(self) -> list[LayerRule]:
-        """The rules as `quantize_` takes them."""
         from qwlora.quantize.layer_rules import LayerRule
 
         return [LayerRule(rule.match, rule.scheme(self), rule.solver) for rule in self.rules]
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme that `weights` names."""
         return parse_scheme(self.weights)
 
     def grids(self) -> dict[str, Weight]:
@@ -183,7 +180,6 @@ class Base(Section):
 
     @property
     def bytes(self) -> float | None:
-        """`size` as a number."""
         if self.size is None:
             return None
         units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -191,7 +187,6 @@ class Base(Section):
 
     @property
     def has_budget(self) -> bool:
-        """Whether bitwidths are chosen for a size."""
         return self.bits is not None or self.size is not None
 
     def problems(self) -> Iterator[str]:
@@ -232,7 +227,7 @@ class SimulationRule(Section):
             yield str(error)
 
     def placement_rule(self, usual: RangeEstimator) -> PlacementRule:
-        """The rule as `simulate` takes it; settings of its observer come from `usual`."""
+        """The rule as `simulate` takes it; settings of an observer come from `usual`."""
         estimator = replace(usual, name=self.observer) if self.observer is not None else None
         return PlacementRule(**{**self.model_dump(), "observer": estimator})
 
@@ -282,7 +277,6 @@ class SimulationSection(Section):
     none: one set for all adapters, padded to one rank on the same layers"""
 
     def schemes(self) -> Schemes:
-        """The section as `simulate` takes it; rules may be without effect in a graph."""
         observer = RangeEstimator(self.observer, self.percentile)
         return Schemes(
             activations=Scheme(self.activation_bitwidth, self.activation_symmetric),
@@ -294,5 +288,6 @@ class SimulationSection(Section):
             symmetric_matmul_second_input=self.symmetric_matmul_second_input,
             key_value_bitwidth=self.key_value_bitwidth,
             adapter_activation_bitwidth=self.adapter_activation_bitwidth,
+            # A rule may have its effect in another graph of the job.
             unused_rules="allow",
         )

@@ -1,7 +1,4 @@
-"""What a recipe implies that no single key says: for example whether its base is calibrated.
-
-Imports no torch.
-"""
+"""What a recipe implies that no single key says. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,21 +14,23 @@ from qwlora.system.machine import auto_compute, device_type, exact_type
 from qwlora.system.output_path import shown
 
 REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
-_MOST_SAMPLED = 128  # sequences of a part, for a base that is tuned for hundreds of steps
+# Of a part. A base may be tuned for hundreds of steps, and one sequence takes 2.6 to 3.9 s of a
+# core (docs/log/solvers.md).
+_MOST_SAMPLED = 128
 
 
 def resolve_compute(recipe: Recipe) -> Recipe:
-    """Replace `compute: auto` with the precision it means on this machine, for stages that run.
-    The plan and the job's recipe keep `auto`."""
-    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # the graph computes in float32 only
-    device = device_type(recipe.device)
+    """Replace `compute: auto` with the precision it means on this machine."""
+    # Only stages that run see it: the plan keeps `auto`, so a job is current on other machines.
+    base, device = recipe.base, device_type(recipe.device)
     if base.tuning.steps and base.tuning.compute == "auto":
         compute = {"compute": auto_compute(exact_type(device))}
         base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
     adapters = list(recipe.adapters)
     for i, adapter in enumerate(adapters):
         if adapter.compute == "auto":
-            is_fixed = graph or not adapter.steps
+            # A captured graph computes in float32 only.
+            is_fixed = recipe.workflow == "qwa-lora" or not adapter.steps
             compute = {"compute": "float32" if is_fixed else auto_compute(device)}
             adapters[i] = adapter.model_copy(update=compute)
     return recipe.model_copy(update={"base": base, "adapters": adapters})
@@ -61,8 +60,7 @@ def reads_base_text(recipe: Recipe) -> bool:
 
 
 def sampled_sequences(recipe: Recipe) -> dict[int, int]:
-    """How many sequences the float model writes for each part of `base.calibration`, by its number;
-    none if nothing reads them."""
+    """How many sequences the float model writes for each part of `base.calibration`, by number."""
     base, adapters = recipe.base, recipe.adapters
     recovers = any(recovers_on_base_text(recipe, adapter) for adapter in adapters)
     if not recovers and not reads_base_text(recipe):
@@ -77,8 +75,9 @@ def sampled_sequences(recipe: Recipe) -> dict[int, int]:
 
 
 def recovers_on_base_text(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether an adapter for recovery is trained on the text that the base is calibrated on: if it
-    has none of its own, and the job's is no part of that."""
+    """Whether an adapter for recovery is trained on the text that the base is calibrated on."""
+    # Not if it has a text of its own, or the job's is among them: on a mixture, adapters end 2.2
+    # points worse on the job's text (docs/log/tuning.md).
     is_general = adapter.objective == "recovery" and adapter.data is None
     return is_general and all(part.text != JOB for part in recipe.base.calibration)
 
@@ -89,8 +88,8 @@ def is_compared(kind: str, other: str) -> bool:
 
 
 def reference_stage(recipe: Recipe, adapter: Adapter) -> str | None:
-    """The stage that trains an adapter on the float model, if the recipe asks for it. An adapter
-    for recovery has none: its goal is the float model as it is."""
+    """The stage that trains an adapter on the float model, if the recipe asks for it."""
+    # An adapter for recovery has none: its goal is the float model as it is.
     is_trained = recipe.reference is not None and adapter.objective == "text"
     return f"train/{adapter.name}/float" if is_trained else None
 
@@ -103,15 +102,15 @@ def compared_with(recipe: Recipe, kind: str, adapter: Adapter | None) -> str | N
 
 
 def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
-    """The adapter whose start `adapter` has on the float model: itself, or the first of those for
-    recovery that it continues, since there is nothing to recover."""
+    """The adapter whose start `adapter` has on the float model."""
+    # There is nothing to recover on the float model, so adapters for recovery are left out.
     while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
         adapter = first
     return adapter
 
 
 def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not in a folder of text: the next run would read the job's files."""
+    """Check that the next run does not read the files of the job in `path` as text."""
     target = os.path.realpath(path)
     parts = [data for part in recipe.base.calibration for data in recipe.calibration_texts(part)]
     for data in (recipe.data, *recipe.texts().values(), *parts):

@@ -20,11 +20,7 @@ _PROBED = 8  # tensors of a float checkpoint that are tested for a grid: one lay
 
 
 def check_source(recipe: Recipe) -> None:
-    """Check that base.solver and reference fit the model.
-
-    Raises:
-        SourceError: they do not.
-    """
+    """Check that base.solver and reference fit the model."""
     model, location = recipe.model, fetch(recipe.model.source)
     keeps = recipe.base.solver == "keep"
     if keeps and location.holds_floats and not location.gguf_file and not model.encodings:
@@ -45,12 +41,8 @@ def check_source(recipe: Recipe) -> None:
 
 
 def exported_base(recipe: Recipe, packed: Mapping[str, Weight] | None = None) -> Subject:
-    """The base and where it comes from.
-
-    Args:
-        packed: what is packed, by name. Default: what the recipe asks for, or one tensor for each
-            grid in the model's files. Reads all integers of these.
-    """
+    """The base and where it comes from. `packed` is what is packed, by name; by default, what the
+    recipe asks for, or one tensor for each grid in the model's files."""
     keeps, weights = recipe.base.solver == "keep", {**recipe.base.grids(), **(packed or {})}
     if keeps and packed is None:
         first = {weight: name for name, weight in reversed(kept_weights(recipe)[1].items())}
@@ -61,8 +53,7 @@ def exported_base(recipe: Recipe, packed: Mapping[str, Weight] | None = None) ->
 
 
 def kept_weights(recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Weight]]:
-    """The model without weights, and each tensor that its files hold as integers, by name. Reads
-    all of them."""
+    """The model without weights, and each tensor that its files hold as integers, by name."""
     from qwlora.formats.checkpoint import LazyModel
     from qwlora.grid.encoding import QuantizedTensor
     from qwlora.targets.weights.weights_folder import kind_of

@@ -18,11 +18,10 @@ from qwlora.recipe.yaml_core import load_yaml
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply `changes` and validate the result. Relative paths in both are relative
-    to the recipe's folder.
+    """Read a recipe, or that of a job, apply `changes` and validate the result. Relative paths in
+    both are relative to the recipe's folder.
 
     Args:
-        path: of the recipe, or the directory of a job.
         changes: `section.key=value`, where value is YAML and a number selects an item of a list:
             `adapters.0.steps=5`.
 
@@ -60,7 +59,6 @@ def parse_recipe(recipe: Mapping[str, Any], source: str, changes: tuple[str, ...
 
 
 def _change(content: dict[str, Any], change: str) -> str | None:
-    """Apply one `a.b.c=value` in place; returns the problem, if there is one."""
     path, equals, value = change.partition("=")
     if not equals or not path:
         return f"--set {change}: expected KEY=VALUE, for example base.weights=w3-block32"
@@ -68,7 +66,8 @@ def _change(content: dict[str, Any], change: str) -> str | None:
     node: Any = content
     try:
         for key in parents:
-            if isinstance(node, dict) and node.get(key) is None:  # null in a job's own recipe
+            # A job's own recipe has every key, and null for a section that is not set.
+            if isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[_place(node, key)]
         if not isinstance(node, dict | list):
@@ -85,7 +84,6 @@ def _change(content: dict[str, Any], change: str) -> str | None:
 
 
 def _place(node: Any, key: str) -> Any:
-    """Where `node` has `key`: in a list, the number of the member of this name, or with it."""
     if not isinstance(node, list):
         return key
     names = [member.get("name") if isinstance(member, dict) else None for member in node]
@@ -99,12 +97,14 @@ def _describe(error: ValidationError) -> Iterator[str]:
         where = ".".join(map(str, (*sections, key)))
         if sections == ["data"]:
             of_data.add((str(key), item["msg"]))
+        # The adapter has this value from the data section, where it is reported.
         elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
-            continue  # the adapter has this value from the data section
+            continue
         if item["type"] == "extra_forbidden":
             section: Any = Recipe
             for part in sections:
-                if isinstance(part, str):  # others number the items of a list
+                # Numbers are of items in a list, which have the section of the list.
+                if isinstance(part, str):
                     section = section.model_fields[part].annotation
                     section = next(iter(get_args(section)), section)
             yield f"{where}: unknown key{suggestion(str(key), list(section.model_fields))}"

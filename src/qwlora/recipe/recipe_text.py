@@ -1,5 +1,4 @@
-"""The text of recipe.yaml in a job. It is the user's: written once, then changed in place, so that
-comments and the order of keys stay."""
+"""The text of recipe.yaml in a job."""
 
 from __future__ import annotations
 
@@ -15,40 +14,31 @@ from qwlora.recipe.section import of_a_job
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml, load_yaml
 
-_WIDTH = 10_000  # lines are never folded
 _RULES_HEAD = """\
 # What base.bits or base.size chose. To reuse it, or after you edited it, put these rules into a
 # recipe in place of bits or size. The first matching rule decides.
 """
 
 
-def new_text(recipe: Recipe) -> str:
-    """The first recipe.yaml of a job: every key, so that later defaults change nothing."""
-    return dump_yaml(recipe.model_dump(mode="json"))
-
-
 def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
-    """`text`, which reads as `before`, changed so that it reads as `after`.
-
-    Args:
-        path: of the file, whose folder relative paths are relative to.
-
-    Raises:
-        DirectoryError: it cannot be changed, for example because of anchors.
-    """
+    """The `text` of file `path`, which reads as `before`, changed so that it reads as `after`."""
+    # The file is the user's. ruamel keeps comments and the order of keys, which PyYAML does not.
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     yaml = YAML()
-    yaml.width, yaml.preserve_quotes = _WIDTH, True
+    # Wide enough that no line is folded which the user did not fold.
+    yaml.width, yaml.preserve_quotes = 10_000, True
     yaml.indent(mapping=2, sequence=2 if "\n- " in text else 4, offset=0 if "\n- " in text else 2)
-    null = "tag:yaml.org,2002:null"  # else it writes nothing for it
+    # By itself, ruamel 0.19 writes nothing for null.
+    null = "tag:yaml.org,2002:null"
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(null, "null"))
     inside = f"{path.parent.absolute()}/"
     try:
         document = yaml.load(text)
         _change(document, *(_movable(recipe, inside) for recipe in (before, after)))
         yaml.dump(document, stream := io.StringIO())
+        # Anchors and merge keys may have changed more than was meant, so it is read again.
         with relative_to(path.parent), of_a_job():
             if parse_recipe(load_yaml(stream.getvalue()), str(path)) == after:
                 return stream.getvalue()
@@ -62,10 +52,8 @@ def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
 
 
 def _movable(recipe: Recipe, inside: str) -> Any:
-    """The content of a recipe, with paths below `inside` relative to it, so that the job can be
-    moved."""
-
     def relative(value: Any) -> Any:
+        # Paths inside the job's folder are relative to it, so that the job can be moved.
         if isinstance(value, dict):
             return {key: relative(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -77,26 +65,26 @@ def _movable(recipe: Recipe, inside: str) -> Any:
 
 
 def _change(node: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Apply the differences between two mappings to a node of YAML, in place."""
+    # Only what differs is touched: all else keeps the user's text.
     for key in before.keys() - after.keys():
         node.pop(key, None)
     for key, value in after.items():
         old = before.get(key)
         if old == value:
             continue
-        there = node.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and isinstance(there, dict):
-            _change(there, old, value)
-        elif _have_names(old) and _have_names(value) and isinstance(there, list):
-            _change_list(there, old or [], value)
+        current = node.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and isinstance(current, dict):
+            _change(current, old, value)
+        elif _have_names(old) and _have_names(value) and isinstance(current, list):
+            _change_list(current, old or [], value)
         else:
             node[key] = value
 
 
 def _change_list(node: list[Any], before: list[Any], after: list[Any]) -> None:
-    """The same for a list of sections, whose members have names."""
     if len(after) < len(before):
         names = [member["name"] for member in after]
+        # From the end, so that the numbers before stay what they are.
         for number in reversed(range(len(before))):
             if before[number]["name"] not in names:
                 del node[number]

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 # Whether paths and ids that a recipe names are checked. Those of a job may have been moved since.
+# It is no argument, since pydantic calls the validators of fields.
 _must_exist: ContextVar[bool] = ContextVar("must_exist", default=True)
 
 
@@ -55,8 +56,7 @@ class Section(BaseModel):
 
 
 def located(text: str, check: Callable[[str], object]) -> str:
-    """A path, hub id or module that `check` accepts, which raises SourceError. Paths are made
-    absolute, so that the resolved recipe can be anywhere, and each has one spelling."""
+    """A path, hub id or module that `check` accepts, which raises SourceError."""
     path = user_path(text)
     if Path(text).exists() and not path.exists():
         raise SourceError(
@@ -67,13 +67,15 @@ def located(text: str, check: Callable[[str], object]) -> str:
         check(text)
     if not path.exists():
         return text
-    plain = os.path.abspath(path)  # leads elsewhere where `..` follows a link
+    # Absolute, so that the recipe can be stored in the job, and with one spelling, so that a recipe
+    # that was moved is of the same job. Without its `..`, a path through a link leads elsewhere.
+    plain = os.path.abspath(path)
     is_same = os.path.exists(plain) and os.path.samefile(plain, path)
     return plain if is_same else str(path.absolute())
 
 
 def file(wanted: str, read: Callable[[Path], object] = Path.exists) -> AfterValidator:
-    """Validates the path of a file that `read` can read; `wanted` says which to give."""
+    """Validates the path of a file that `read` can read; `wanted` is for the message."""
 
     def check(text: str) -> None:
         path = user_path(text)

@@ -5,8 +5,7 @@
     yes, no, on, off         strings
     5e-4                     a number
 
-A repeated key in a mapping is an error. Merge keys (`<<: *anchor`) of YAML 1.1 are supported, since
-many people write them.
+A repeated key in a mapping is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 
 import yaml
 
-MOST_DIGITS = 100  # of an integer; Python itself converts at most 4300
+# Of an integer. Python converts at most 4300, with an error of its own.
+MOST_DIGITS = 100
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCHEMA = (
@@ -28,6 +28,7 @@ _CORE_SCHEMA = (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
+    # Merge keys (`<<: *anchor`) are of YAML 1.1 only, but many people write them.
     ("merge", r"<<", ["<"]),
 )
 
@@ -45,7 +46,9 @@ def load_yaml(text: str) -> Any:
         raise
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply; a recipe needs only a few levels") from error
-    except Exception as error:  # PyYAML raises various errors for these
+    # PyYAML 6.0 constructs values of tags such as !!int by Python's own functions, and lets their
+    # errors through.
+    except Exception as error:
         raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
 
 
@@ -57,10 +60,12 @@ def dump_yaml(content: Any) -> str:
 def flow(value: Any) -> str:
     """A value in one line, as written after a key."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000, sort_keys=False)
+    # PyYAML ends a document that is one plain scalar with three periods.
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 class _Loader(yaml.SafeLoader):
+    # Empty: those of PyYAML are of YAML 1.1, where `no` is false and 5e-4 is a string.
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -78,7 +83,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# libyaml's is five times as fast: results and report are written at every stage of a job
+# libyaml's is five times as fast: results and report are written at every stage of a job.
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 

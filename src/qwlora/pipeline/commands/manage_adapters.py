@@ -1,16 +1,10 @@
 """Add, import, rename and remove the adapters of a job. No other adapter's files or records change.
 
-Each changes recipe.yaml, under the job's lock; the user's comments stay. What has another name in
-the recipe is moved by `job.settle`, here or in the next command if this one is killed.
-
 A change of the recipe must leave the base and the other adapters as they are; if it does not, it is
 refused before anything is written. Only encodings that adapters share are calibrated again.
 
-All functions raise:
-
-    DirectoryError    the folder is not a job directory, or is in use; there is no such adapter, or
-                      there is one already
-    RecipeError       a setting is not valid, or the base or another adapter would change
+All functions raise DirectoryError (no job, in use, no such adapter, or one already) and RecipeError
+(a setting is not valid, or the base or another adapter would change).
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ from qwlora.pipeline.job import (
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import STAGES, Store, check_job
-from qwlora.recipe import Recipe, parse_recipe
+from qwlora.recipe import Data, Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
 from qwlora.system.atomic import write_text
@@ -61,18 +55,13 @@ def add_adapter(
     """Add an adapter to the recipe of a job; it is trained by the job's next run.
 
     Args:
-        data: source of its text. Default: that of `like`.
-        like: the adapter whose settings it takes. Default: the first in the recipe.
+        like: the adapter whose settings and text it takes. Default: the first in the recipe.
         changes: changes to these settings, `key=value`.
     """
-    if data is not None:
-        locate_documents(data)
     with _editing(folder) as (store, recipe):
         model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json", exclude_unset=True), "name": name}
-        if data is not None:
-            entry["data"] = {**recipe.data_of(model).model_dump(mode="json"), "source": data}
-        changed = _with_adapter(folder, recipe, entry, changes)
+        changed = _with_adapter(folder, recipe, entry, recipe.data_of(model), data, changes)
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
 
@@ -89,9 +78,7 @@ def import_adapter(
 
     Args:
         source: a folder of PEFT or of mlx-lm, or a hub id.
-        data: source of its text. Default: the data section's.
         continues: train it on this base; default: use it as it is.
-        changes: changes to its settings, `key=value`.
 
     Raises:
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
@@ -101,26 +88,19 @@ def import_adapter(
     from qwlora.pipeline.preflight import check_places
     from qwlora.pipeline.stages.job_context import skeleton
 
-    if data is not None:
-        locate_documents(data)
     with _editing(folder) as (store, recipe):
         shapes = check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
         if not continues:
             entry["steps"] = 0
-        if data is not None:
-            entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
-        changed = _with_adapter(folder, recipe, entry, changes)
+        changed = _with_adapter(folder, recipe, entry, recipe.data, data, changes)
         check_places(changed, {name: shapes}, skeleton(recipe.model))
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
-    """Rename an adapter in the recipe, and its folders.
-
-    Files of use cases have the names of adapters in them; the next run writes them again.
-    """
+    """Rename an adapter in the recipe, and its folders."""
     with _editing(folder) as (store, recipe):
         adapter_named(recipe, old, folder)
         content = recipe.model_dump(mode="json", exclude_unset=True)
@@ -141,32 +121,27 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
             )
         plan, moves = _plan(store, changed), dict[str, str]()
         for before, after in zip(_plan(store, recipe), plan, strict=True):
+            # Files of use cases have the names of adapters in them: the next run writes them again.
             if before.case is None and before.place != after.place:
                 store.check_replaceable(before.place)
                 store.check_replaceable(after.place)
                 moves |= {before.place: after.place} if before.place in store.records else {}
+        # The recipe first: if this is killed now, the next command moves what has another name.
         _write(store, recipe, changed)
         move(store, plan, moves)
         write_bundle_readmes(store)
 
 
 def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda: None) -> None:
-    """Remove an adapter from the recipe, with its files and records. It may have been removed from
-    the recipe before.
-
-    Args:
-        confirm: called before anything is deleted, if the adapter can be removed.
-
-    Raises:
-        DirectoryError: also if it is the only one, another adapter continues it, or the base was
-            calibrated on its text.
-    """
+    """Remove an adapter from the recipe, with its files and records. `confirm` is called before
+    anything is deleted."""
     with _editing(folder) as (store, recipe):
         paths = (p for pattern in _FOLDERS for p in folder.glob(pattern.format(name)))
-        there = {str(path.relative_to(folder)) for path in paths}
-        places = sorted(there & (store.records.keys() | store.damaged))
+        existing = {str(path.relative_to(folder)) for path in paths}
+        places = sorted(existing & (store.records.keys() | store.damaged))
         for place in places:
             store.check_replaceable(place)
+        # The user may have removed it from the recipe before.
         if name not in {adapter.name for adapter in recipe.adapters}:
             if f"adapters/{name}" not in places:
                 adapter_named(recipe, name, folder)
@@ -202,10 +177,10 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
 
 @contextmanager
 def _editing(folder: Path) -> Iterator[tuple[Store, Recipe]]:
-    """Lock an existing job, and only then read its recipe, so that no other change is lost."""
     check_job(folder)
     store = Store(folder)
     with store.locked(), as_directory_errors(folder):
+        # Read under the lock, so that no change by another command is lost.
         recipe = job_recipe(folder)
         settle(store, recipe)
         yield store, recipe
@@ -226,9 +201,17 @@ def _parsed(folder: Path, content: dict[str, Any], changes: tuple[str, ...] = ()
 
 
 def _with_adapter(
-    folder: Path, recipe: Recipe, entry: dict[str, Any], changes: tuple[str, ...]
+    folder: Path,
+    recipe: Recipe,
+    entry: dict[str, Any],
+    text: Data,
+    source: str | None,
+    changes: tuple[str, ...],
 ) -> Recipe:
-    """The recipe with another adapter at its end."""
+    """The recipe with another adapter at its end, which reads `source` as `text` is read."""
+    if source is not None:
+        locate_documents(source)
+        entry["data"] = {**text.model_dump(mode="json"), "source": source}
     content, name = recipe.model_dump(mode="json", exclude_unset=True), entry["name"]
     if name in {adapter.name for adapter in recipe.adapters}:
         raise DirectoryError(
@@ -236,15 +219,14 @@ def _with_adapter(
             f"settings in recipe.yaml, then: {command_line('run', folder, '--replace', name)}"
         )
     content["adapters"].append(entry)
+    # Without a text of its own, the base was calibrated on those of all adapters until now.
     if recipe.data.source is None and not recipe.base.calibrate_on:
-        # what the base was calibrated on
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
 
 
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:
-    """Check that the base and all adapters but `gone` stay as they are."""
     now = {stage.name: stage for stage in _plan(store, after)}
     kept = [s for s in _plan(store, before) if s.verb in ("quantize", "train")]
     if differ := [
@@ -260,5 +242,5 @@ def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> 
 
 
 def _known(inputs: Any) -> str:
-    """Inputs with one value for all that is unread, to compare two plans."""
+    # Neither plan reads texts or models, so what is unread is the same in both.
     return json.dumps(inputs, default=lambda unread: None, sort_keys=True)

@@ -8,9 +8,6 @@
     qairt/CASE         a use case, such as qairt/NAME, qairt/NAME+NAME or qairt/none
 
 What is before the slash is the kind; alone, it means the first adapter or use case of the recipe.
-
-float, base, adapted and exported files that have a key-value cache use it. A simulation is captured
-without one, so there each new token runs the whole sequence again.
 """
 
 from __future__ import annotations
@@ -60,11 +57,11 @@ class ModelName:
 
     @property
     def made_by(self) -> str:
-        """The stage that makes the model; of `float`, the one whose key covers its files."""
         if self.kind in TARGETS:
             return TARGETS[self.kind].stages(self.kind, str(self.adapter))[-1]
-        made = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
-        return made.get(self.kind, "quantize")
+        stages = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
+        # No stage makes the float model, but `quantize` has the digests of its files.
+        return stages.get(self.kind, "quantize")
 
     def __str__(self) -> str:
         return self.kind if self.adapter is None else f"{self.kind}/{self.adapter}"
@@ -74,12 +71,11 @@ class JobModels(OpenJob):
     """An existing job and its models. What is not there is a DirectoryError."""
 
     def new_context(self) -> JobContext:
-        """Nothing is loaded in it; what is, is released with it."""
+        # One for each model that is opened: what it loads is released with it.
         sources = sources_of(self.recipe, self.store, self.track, reads=True)
         return new_context(self.recipe, sources, self.folder, self.track)
 
     def models(self, kind: str) -> list[ModelName]:
-        """The models of a kind: one per adapter or use case."""
         if kind in ("float", "base"):
             return [ModelName(kind)]
         if ModelName(kind).is_use_case:
@@ -103,14 +99,13 @@ class JobModels(OpenJob):
         return models
 
     def one_named(self, name: str | None) -> ModelName:
-        """As `named`, for commands of one model."""
         model, *others = self.named(name)
         if others:
             raise DirectoryError(f"{name!r} are several models; give one")
         return model
 
     def check(self, name: ModelName) -> None:
-        """Check that the model's files are there, before anything large is loaded."""
+        """Check that the model's files are there."""
         if name.kind == "float":
             return
         job, targets = f"{str(self.folder)!r}", self.recipe.export.targets
@@ -142,26 +137,17 @@ class JobModels(OpenJob):
             raise DirectoryError(f"{job} has no {', '.join(missing)} yet. Run first: {commands}")
 
     def is_calibrated(self, adapter: str) -> bool:
-        """Whether an adapter is calibrated, and the recipe, without changes, still asks for it. A
-        calibration of another recipe, adapter or base is a DirectoryError."""
+        """Whether an adapter is calibrated, and the recipe, without changes, still asks for it."""
         folder = self.folder / "simulation" / adapter
         if self.changes or not (self.recipe.is_simulated and folder.is_dir()):
             return False
+        # Nobody should see figures of another recipe, adapter or base: that is an error.
         self.require(f"calibrate/{adapter}")
         return True
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
-        """Load a model.
-
-        Args:
-            exact: compute as evaluation does; else packed layers and the output head may use
-                torch's integer kernels, see `nn/few_row_kernels.py`.
-
-        Raises:
-            SourceError: the float model cannot be loaded, or there is none.
-            FingerprintError: a file was changed, or the adapter is of another base.
-            ExportError: the runtime refuses the files.
-        """
+        """Load a model. Unless it is `exact`, as in evaluation, packed layers and the output head
+        may use torch's integer kernels (`nn/few_row_kernels.py`)."""
         self.check(name)
         if name.kind in ("simulated", *TARGETS):
             self.require(name.made_by)
@@ -169,6 +155,7 @@ class JobModels(OpenJob):
         if name.kind == "float":
             return context.float_model()
         if name.kind == "simulated":
+            # Captured without a key-value cache: each new token runs the whole sequence again.
             return context.simulation(str(name.adapter)).as_model()
         if name.kind in TARGETS:
             from qwlora.targets.runtime_model import runtime_model
@@ -178,7 +165,7 @@ class JobModels(OpenJob):
         from qwlora.adapter.training_step import fuse_lora_
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
-        # the `generate` of an adapter passes everything on to the model that it wraps
+        # PEFT's `generate` passes everything on to the model that it wraps.
         model: Any = context.base() if name.adapter is None else context.adapted(name.adapter)
         if not exact:
             use_few_row_kernels_(model, head=model.get_output_embeddings())
@@ -205,21 +192,16 @@ def open_job(
     track: Track = untracked,
     device: str | None = None,
 ) -> tuple[JobModels, str]:
-    """An existing job, and the name of one of its trained adapters.
-
-    Args:
-        adapter: default: the first in the recipe.
-        changes: changes to the job's recipe, not stored; see `load_recipe`.
-        device: another one than the recipe's.
+    """An existing job, and the name of one of its trained adapters. Changes are not stored.
 
     Raises:
         DirectoryError: there is no such job or trained adapter, or files of the adapter or the base
             are missing or modified.
-        RecipeError: a change is of something else than the simulation and the counts of sequences:
-            the base and the adapters exist already.
+        RecipeError: a change is of something else than the simulation and the counts of sequences.
         FingerprintError: the adapter was trained on a different base.
     """
     job = JobModels(folder, changes, track, device)
+    # The base and the adapters exist already, so no other setting can have an effect.
     keys = {change: change.partition("=")[0] for change in changes}
     refused = [c for c, k in keys.items() if k.split(".")[0] != "simulation" and k not in _COUNTS]
     if refused:
@@ -249,18 +231,12 @@ def evaluate_tasks(
     say: Callable[[str], None] = lambda line: None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Score the models of the job in `folder` on tasks of lm-eval, and add the scores to its
-    results.
+    """Score models of the job in `folder` on tasks of lm-eval, and add the scores to its results.
 
     Args:
         tasks: names of lm-eval's tasks, or YAML files, separated by commas.
-        models: as in `JobModels.named`. Default: all that the job has and whose runtime is
-            installed.
+        models: as in `JobModels.named`. Default: all that are there and can run.
         limit: documents of each task; None for all.
-        say: receives a line for each model that is left out.
-
-    Returns:
-        The key `tasks` of results.json.
     """
     job = JobModels(folder, device=device)
     chosen = _all_models(job, say) if models is None else job.named(models)
@@ -273,19 +249,20 @@ def evaluate_tasks(
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 
     loaded = load_tasks(_split(tasks))
-    for name in chosen:  # one model in memory at a time
+    for name in chosen:
         model = job.open(name, exact=True)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
+        # Memory holds one model at a time. Scores are stored after each: the next may take hours.
         del model
         results = add_task_scores(job, name, scores)
     return dict(results["tasks"])
 
 
 def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> dict[str, Any]:
-    """Add scores by task to the results of the stage that made the model, where those of other
-    tasks stay, and rewrite results.json and report.html."""
+    """Add scores by task to the results of the stage that made the model."""
     store, place = job.store, next(s.place for s in job.judge.plan if s.name == name.made_by)
     with store.locked():
+        # Read under the lock: scores of other tasks stay.
         results = copy.deepcopy(store.records[place].results)
         by_model = results.setdefault("tasks", {}).setdefault(name.kind, {})
         if name.adapter is not None:

@@ -5,10 +5,9 @@
     adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
     TARGET/             the files of the adapter for each runtime it was exported for
 
-Uploaded are the files that the job's stages wrote, and the model card. Left out: second moments and
-other inputs of training, and exported files that are out of date or did not pass their check. The
-upload is one commit, so a reader sees all of it or nothing. It deletes only files that this job
-uploaded there before (`PUSHED`).
+The files that the job's stages wrote are uploaded, and the model card; no exported files that are
+out of date or did not pass their check. The upload is one commit, so a reader sees all of it or
+nothing. It deletes only files that this job uploaded there before (`PUSHED`).
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ class Upload:
     """What would be uploaded.
 
     Args:
-        what: in words.
-        repository: `owner/name`.
         files: by path in the repository.
         notes: what is left out, and why.
         outdated: files that this job uploaded there before, and that are not among `files`.
@@ -69,17 +66,15 @@ def prepared(
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
 
-    The job may come from somebody else. A link in it could lead to any file of the user, such as a
-    key, which would then be uploaded.
-
     Args:
-        folder: the job's directory.
         license: of the adapter or base, as the hub writes it; default: see `model_cards`.
 
     Raises:
         SourceError: there is a link, a pipe or a device in the job.
         DirectoryError: the base or adapter is not current.
     """
+    # The job may come from somebody else. A link in it could lead to any file of the user, such as
+    # a key, which would then be uploaded.
     check_plain(folder)
     opened = OpenJob(folder)
     recipe, store, judge = opened.recipe, opened.store, opened.judge
@@ -100,9 +95,12 @@ def prepared(
         scratch = Path(temporary)
         if adapter is None:
             artifact, hub = "base", Repositories(repository, license=license, exports=exports)
-            files = _recorded(store, "base")
-            for unwanted in [n for n in files if n == SOLVER_SCALES or n.startswith(f"{MOMENTS}/")]:
-                del files[unwanted]
+            # Only training here reads moments and the solver's scales; moments are large, too.
+            files = {
+                name: path
+                for name, path in _recorded(store, "base").items()
+                if name != SOLVER_SCALES and not name.startswith(f"{MOMENTS}/")
+            }
         else:
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
@@ -129,8 +127,8 @@ def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
     begun = {*note["files"].get(repository, []), *upload.files}
 
     def remember() -> None:
-        """A later upload knows the files, even if this process is killed before it knows that the
-        hub has them."""
+        # Written before the commit: if this process is killed meanwhile, a later upload still knows
+        # which files may be on the hub.
         _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
 
     kinds = {RECORD: "a base", FILE: "an adapter"}
@@ -160,14 +158,13 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 
 def _recorded(store: Store, place: str) -> dict[str, Path]:
-    """The files of an artifact by their path in it. What others put there is not one."""
+    # Those of the record only: files that the user put next to them are not published.
     return {name: store.path / place / name for name in store.records[place].files}
 
 
 def _exports(
     job: Job, store: Store, stale: Mapping[str, str], adapter: str | None
 ) -> tuple[dict[str, Path], list[str]]:
-    """Exported files by their path in the repository, and what is left out."""
     files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
         known = TARGETS[target]
@@ -179,18 +176,21 @@ def _exports(
         artifact = f"export/{target}/{adapter or 'base'}"
         stage = f"export/{target}" if adapter is None else artifact
         checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
-        if adapter is None and known.is_simulated:  # it has a check of its own
+        # The base of a simulation has a check of its own, as the zero adapter.
+        if adapter is None and known.is_simulated:
             checks = [f"verify/{target}"]
         if (reason := stale.get(stage)) is not None:
             notes.append(f"{stage} is left out: {reason}")
-        elif all(check in stale for check in checks):  # a base is checked with any of its adapters
+        # Any adapter's check also runs the base.
+        elif all(check in stale for check in checks):
             notes.append(
                 f"{stage} is left out: it has not passed its check ({checks[0]}: "
                 f"{stale[checks[0]]}). Run first: {command_line('run', store.path)}"
             )
         else:
             exported, card = _recorded(store, artifact), store.path / artifact / CARD
-            if card.is_file():  # how to use the files; no card of the hub
+            # It says how to use the files; the hub's own card is another one, at the top.
+            if card.is_file():
                 exported[CARD] = card
             files |= {f"{target}/{name}": path for name, path in exported.items()}
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):
@@ -199,8 +199,8 @@ def _exports(
 
 
 def _adapter_files(store: Store, scratch: Path, name: str, base: str | None) -> dict[str, Path]:
-    """The adapter's files; its configuration names `base`, the base on the hub."""
     files = _recorded(store, f"adapters/{name}")
+    # PEFT finds the base by the adapter's configuration, which names none in the job.
     if base is not None:
         config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}
         write_text(scratch / CONFIG, strict_json.dumps(config, indent=2))
@@ -213,7 +213,6 @@ def _adapter_files(store: Store, scratch: Path, name: str, base: str | None) -> 
 def _pushed(folder: Path) -> dict[str, Any]:
     """What was uploaded from this job: `base`, `fingerprint`, and `files` by repository."""
     try:
-        note = json.loads((folder / ".qwlora" / PUSHED).read_text())
-        return {"files": {}, **note}
+        return {"files": {}, **json.loads((folder / ".qwlora" / PUSHED).read_text())}
     except (OSError, ValueError, TypeError):
         return {"files": {}}

@@ -1,10 +1,8 @@
 """What `qwlora simulate` shows of a simulation: its placement log, its perplexity cost (--costs),
 and mixed precision under a limit (--suggest). Nothing is written.
 
-All functions take a job from `open_job` and the name of one of its adapters, and raise:
-
-    DirectoryError      see `JobModels.is_calibrated`
-    CalibrationError    a rule has no effect
+All functions take a job from `open_job` and the name of one of its adapters. They raise
+DirectoryError (`JobModels.is_calibrated`), and CalibrationError if a rule has no effect.
 """
 
 from __future__ import annotations
@@ -22,16 +20,15 @@ from qwlora.simulation.placement import Placement
 from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
-SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
-SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
+# All activations of these first tokens of a sequence are in memory at once.
+SENSITIVITY_TOKENS = 128
+# A search measures these evaluation sequences dozens of times.
+SEARCHED_SEQUENCES = 4
 NARROW_BITS, WIDE_BITS = 8, 16
 
 
 def explain_placement(job: JobModels, name: str) -> Placement:
-    """The adapter's placement log: which values are quantized, and why.
-
-    Includes calibration results if the job is calibrated and its recipe was not changed.
-    """
+    """The adapter's placement log: which values are quantized, and why."""
     context, is_known = job.new_context(), job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else context.new_simulation(name)
     return simulation.explain()
@@ -66,12 +63,8 @@ def measure_costs(job: JobModels, name: str) -> dict[str, Any]:
 
 
 def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]:
-    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
-
-    The limit is (1 + share) * perplexity with float activations.
-
-    Args:
-        job: opened with activations of `NARROW_BITS` bits.
+    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit:
+    (1 + share) * perplexity with float activations. `job` has activations of `NARROW_BITS` bits.
 
     Returns:
         `measured`, `limit` and `float_activations` are perplexities on the `sequences` evaluation
@@ -103,6 +96,7 @@ def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]
         WIDE_BITS,
         track=context.track,
     )
+    # The search fits its choice to the sequences that it measures, so others judge it.
     fresh: dict[str, float] | None = None
     if len(others):
         fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
@@ -127,8 +121,7 @@ def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]
 
 
 def _unshared(context: JobContext) -> dict[str, str]:
-    """What the recipe shares among adapters, if anything; simulations calibrated here share
-    nothing."""
+    # A simulation that is calibrated here shares nothing, whatever the recipe says.
     shares = context.recipe.simulation.base_activations
     return {} if shares == "all" else {"unshared": shares}
 
@@ -140,7 +133,6 @@ def _calibrated(context: JobContext, name: str) -> Simulation:
 
 
 def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]:
-    """The first tokens of each calibration sequence."""
     return [one_row(ids) for ids in context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]]
 
 

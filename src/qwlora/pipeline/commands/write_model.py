@@ -22,6 +22,7 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
 
     adapted = context.unmerged(name)
     before = measured(context.base(), "base")
+    # Merging is exact, so the model is measured once (docs/log/training.md).
     if is_mergeable(adapted):
         after = measured(merged_model(adapted), "adapted")
         return merge_effect({}, before, after, after)
@@ -30,10 +31,7 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
 
 
 def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:
-    """Write the merged model of adapter `name` into the empty `folder`.
-
-    Into float: a Hugging Face checkpoint. Requantized: a base, as `save_base` writes it.
-    """
+    """Write the merged model of adapter `name`, a checkpoint or a base, into the empty `folder`."""
     merged = merged_model(context.unmerged(name), into)
     if into == "float":
         merged.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """The stages of a job: one module for each command adds them to a plan, and says what each reads,
-needs, writes and costs. They import no torch. `model_stages.py` and `file_stages.py` have what they
-run, which does; `job_context.py` has the models that stages share.
+needs and writes. `model_stages.py` and `file_stages.py` have what they run, `job_context.py` the
+models that stages share.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def run_stage(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Run the function of the stage's verb, in a module that imports torch. It writes the artifact
-    to `scratch` and returns its part of results.json. Unfinished work is in the folder `work`."""
+    """Run the function of the stage's verb. It writes the artifact to `scratch` and returns its
+    part of results.json. Unfinished work is in the folder `work`."""
+    # Plans import this package, and must not import torch: it takes seconds, at every command.
     module = "file_stages" if stage.verb in ("export", "verify") else "model_stages"
     run = getattr(import_module(f"{__name__}.{module}"), stage.verb)
     results: dict[str, Any] = run(context, stage, scratch, work)
@@ -29,7 +30,8 @@ def run_stage(context: JobContext, stage: Stage, scratch: Path, work: Path) -> d
 
 
 def new_context(recipe: Recipe, sources: Sources, out: Path, track: Track) -> JobContext:
-    """Make a job's context. Imports torch and transformers, and keeps them quiet."""
+    """Make a job's context. Imports torch and transformers."""
+    # This comes first: tqdm 4.70 reads TQDM_DISABLE when it is imported.
     quiet_libraries()
     from qwlora.pipeline.stages.job_context import JobContext
 

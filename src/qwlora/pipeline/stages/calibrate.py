@@ -24,9 +24,10 @@ def add_shared(plan: Planner) -> None:
 
 
 def add(plan: Planner, adapter: Adapter) -> None:
-    """If encodings are shared, the cost of sharing is measured on held-out text."""
+    """The encodings of an adapter."""
     name, data = adapter.name, plan.recipe.data_of(adapter)
     inputs = plan.ranges([data])
+    # If encodings are shared, the cost of sharing is measured on held-out text.
     inputs |= {"held_out": plan.measured(data)} if plan.shares else {}
     more = {"adapter": name, "artifact": f"simulation/{name}"}
     needs = [f"train/{name}", *(["calibrate"] if plan.shares else [])]
@@ -34,33 +35,30 @@ def add(plan: Planner, adapter: Adapter) -> None:
 
 
 def add_zero_adapter(plan: Planner) -> None:
-    """It depends on the shape of the first adapter, and on which layers have one: another
-    adapter of the same layers changes nothing. Of an adapter from elsewhere the recipe does not
-    say the layers, but its files may."""
+    """What a runtime that switches adapters computes without one."""
     recipe = plan.recipe
     first, *others = recipe.adapters
-    counted = [first]
     new = [a.target_modules for a in recipe.adapters if not (a.continue_from or a.layers)]
-    counted += [
+    # The zero adapter has the shape of the first adapter, and covers the layers of all: another one
+    # of the same layers changes nothing. The recipe does not list the layers of an imported one,
+    # but its files may.
+    counted = [first] + [
         a for a in others if not (is_foreign(recipe, a) and is_covered(str(a.continue_from), new))
     ]
-    keys = {"target_modules", "layers"}
-    layers = {a.model_dump_json(include=keys) for a in counted}
+    layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in counted}
     needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]
     needs += [ACTIVATIONS] if recipe.workflow == "qwa-lora" else []
     needs += ["calibrate"] if plan.shares else []
     shape = first.model_dump(include={"rank", "rank_pattern"})
     zero = {"adapter": shape, "layers": sorted(layers), "seed": recipe.seed}
-    labels = {
-        "adapter": f"adapters.{first.name}",
-        "layers": "adapters[].target_modules, layers",
-    }
+    labels = {"adapter": f"adapters.{first.name}", "layers": "adapters[].target_modules, layers"}
     inputs = plan.ranges(recipe.base_texts(), plan.base_text) | zero
     plan.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER, labels=labels)
 
 
 def add_use_cases(plan: Planner) -> None:
-    """Files of use cases hold the names of adapters."""
+    """The encodings of every use case."""
+    # Names are inputs here alone: files of use cases have the names of adapters in them.
     names = [adapter.name for adapter in plan.recipe.adapters]
     ranges = plan.ranges(plan.recipe.texts().values())
     inputs = {**ranges, "use_cases": plan.recipe.use_cases(), "adapters": names}

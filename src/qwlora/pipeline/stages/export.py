@@ -11,17 +11,14 @@ from qwlora.targets.registry import TARGETS
 
 
 def files(plan: Planner, target: str) -> dict[str, Any]:
-    """What exported files depend on besides the tensors in them: the encodings version, the
-    ONNX opset and the embedding bits; the sizes and layout of graphs with a cache; and which
-    text the golden inputs are."""
+    """What exported files depend on besides the tensors in them."""
     export, graphs = plan.recipe.export, plan.recipe.export.graphs_of(target)
     keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
-    written = {
-        **export.model_dump(include=keys),
-        "embedding_bits": export.embedding_bits_of(target),
-    }
+    written = export.model_dump(include=keys)
+    written["embedding_bits"] = export.embedding_bits_of(target)
     written |= {} if graphs is None else {"graphs": graphs.model_dump()}
     written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
+    # Golden inputs are the text of the proof.
     shipped = plan.shipped() if TARGETS[target].has_golden else {}
     return {**shipped, "export": {**written, **shipped.get("export", {})}}
 

@@ -1,5 +1,4 @@
-"""The stages that write files for runtimes and run them: `export/TARGET/NAME` and
-`verify/TARGET/NAME`. `verify/TARGET` is the zero adapter."""
+"""The stages that write files for runtimes and run them: `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -50,7 +49,8 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     exported = _exported(context, target, name, adapter)
     if adapter is not None and target.has_base:
         base = context.path / "export" / name / BASE
-    elif adapter is not None:  # its factors are not in a file of their own
+    elif adapter is not None:
+        # Nothing else in these files holds the factors by themselves.
         shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     with context.step(f"writing files for {adapter or BASE}"):
         written = write_files(name, exported, context.base_fingerprint, scratch, base)
@@ -58,7 +58,6 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
 
 
 def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
-    """The base or an adapter, as the target's writers take it."""
     if target.is_simulated:
         if adapter is None:
             return _graph(context, name, context.zero_adapter(), {})
@@ -82,6 +81,7 @@ def _graph(
     recipe, known = context.recipe, TARGETS[target]
     sizes, layout = recipe.export.graphs_of(target), recipe.export.layout_of(target)
     sample = context.sample(adapter or recipe.adapters[0].name)
+    # Golden inputs are shipped, so by default they quote no text of the user.
     if known.has_golden and recipe.export.proof != "held_out":
         sample = one_row(context.generated_ids[0])
     return ExportedGraph(
@@ -93,7 +93,7 @@ def _graph(
         opset=recipe.export.opset,
         updatable=recipe.simulation.base_activations,
         layout=layout,
-        # without a layout, tools that compile graphs read no tokenizer
+        # Without a layout, tools that compile graphs read no tokenizer.
         tokenizer=context.tokenizer if layout or not known.cached_graphs else None,
         embedding_bits=recipe.export.embedding_bits_of(target),
     )
@@ -102,7 +102,6 @@ def _graph(
 def _write_cases(
     context: JobContext, target: Target, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
-    """Write all use cases; returns the size of what belongs to each, and of all other files."""
     cases = {
         case: _graph(context, name, simulation, {"qwlora.use_case": case})
         for case, simulation in context.use_cases.items()
@@ -116,8 +115,7 @@ def _write_cases(
 
 
 def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Step 5: run the exported files on held-out text and compare them with the simulation, or with
-    the trained model where activations are floats, within the recipe's limits."""
+    """Step 5: run the exported files on held-out text, and compare them with what was trained."""
     _, name, *cases = stage.name.split("/")
     target, adapter = TARGETS[name], cases[0] if cases else BASE
     bundle, has_proof = context.path / "export" / name, target.has_proof and adapter != BASE
@@ -126,8 +124,13 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if has_proof and target.holds_invocation:
         invocation = read_config(context.path / "adapters" / adapter).get(INVOCATION) or []
     texts = [fitting(_held_out(context, adapter), target.parts(bundle, adapter))]
-    if has_proof and ships == "generated":  # before other models are in memory
-        texts.append(_generated(context, invocation, texts[0].input_ids.shape[1]))
+    if has_proof and ships == "generated":
+        # The float model may generate it, which must be gone before other models are loaded.
+        ids = context.generated_ids
+        # The invocation comes first, so that the adapter acts on the whole text.
+        starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
+        ids = torch.cat([starts, ids], 1)[:, : texts[0].input_ids.shape[1]].contiguous()
+        texts.append(Sequences(ids, ids.clone()))
     model, expected = _expected(context, target, adapter, texts)
     limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
     missing = target.missing() if has_proof else None
@@ -151,25 +154,16 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
 
 
 def _held_out(context: JobContext, adapter: str) -> Sequences:
-    """Held-out text of the adapter, or of the first one of a use case."""
     recipe = context.recipe
     names = [adapter.name for adapter in recipe.adapters]
+    # The text of a use case is that of the first of its adapters.
     owner = next((name for name in members(adapter) if name in names), names[0])
     return context.text(owner).held_out.first(recipe.verify.sequences)
-
-
-def _generated(context: JobContext, invocation: list[int], tokens: int) -> Sequences:
-    """The text for the proof. The invocation comes first, so that the adapter acts on the text."""
-    ids = context.generated_ids
-    starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
-    ids = torch.cat([starts, ids], 1)[:, :tokens].contiguous()
-    return Sequences(ids, ids.clone())
 
 
 def _expected(
     context: JobContext, target: Target, adapter: str, texts: list[Sequences]
 ) -> tuple[Any, Expected]:
-    """The model that the files were made of, and what they should compute for each text."""
     if not target.is_simulated:
         model = context.adapted(adapter)
         return model, expected_of(target, model, texts)
@@ -179,7 +173,7 @@ def _expected(
         simulation = ZeroAdapter(context.zero_adapter())
     else:
         simulation = context.simulation(adapter)
-    # released as soon as another simulation is captured
+    # It comes after `simulation`, whose capture releases the zero adapter.
     base = context.zero_adapter() if target.has_base and adapter != BASE else None
     expected = expected_of(target, simulation, texts, context.schemes, base)
     return None if adapter == BASE else simulation.origin.model, expected

@@ -1,11 +1,4 @@
-"""The stages that make models and measure them: `quantize`, `train`, `calibrate` and `evaluate`.
-
-`evaluate/imported/NAME` measures the float model with an adapter from elsewhere as it came.
-
-KL divergence and token agreement compare a model with the float model, which runs again, sequence
-by sequence: keeping its logits would take gigabytes. With `reference: float`, adapters are compared
-with the same adapter, trained on the float model.
-"""
+"""The stages that make models and measure them: `quantize`, `train`, `calibrate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -62,17 +55,8 @@ from qwlora.quantize.quantize_model import (
 )
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
-from qwlora.recipe import Adapter
-from qwlora.recipe.implied import (
-    REFERENCE,
-    compared_with,
-    is_calibrated,
-    is_compared,
-    needs_moments,
-    recovers_on_base_text,
-    reference_stage,
-    sampled_sequences,
-)
+from qwlora.recipe import Adapter, implied
+from qwlora.recipe.implied import REFERENCE
 from qwlora.recipe.model_files import model_files, second_rounding
 from qwlora.recipe.recipe_text import rules_text
 from qwlora.simulation.adapter_simulations import apply_shared_encodings, simulate_adapters
@@ -88,11 +72,12 @@ from qwlora.targets.target import NONE, members
 
 
 def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Let the float model write the text that the base is calibrated on."""
     recipe, sampled = context.recipe, dict[str, Tensor]()
-    is_held = context.holds_float_model  # then the next stage quantizes it in memory
+    # If it is in memory already, the next stage quantizes it there. Else it is released, and the
+    # next stage reads the files block by block.
+    is_held = context.holds_float_model
     model = context.float_model() if is_held else context.take_float_model()
-    for number, count in sampled_sequences(recipe).items():
+    for number, count in implied.sampled_sequences(recipe).items():
         temperature = recipe.base.calibration[number].temperature
         settings = (count, recipe.data.sequence_tokens, temperature, recipe.seed + number)
         ids = sample_sequences(model, context.tokenizer, *settings, track=context.track)
@@ -109,11 +94,12 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
         return _calibrate_base(context, scratch)
     recipe, measured = context.recipe, dict[str, Any]()
     folder = scratch if is_first_process() else None
+    # Tuning reads a finished base, so the solved one is stored first.
     if folder is not None and recipe.base.tuning.steps:
         folder = work / "solved"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    if folder is not None or is_calibrated(recipe):
+    if folder is not None or implied.is_calibrated(recipe):
         identity, report = _write_base(context, folder, work)
     if folder is None:
         return {}
@@ -155,14 +141,13 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
 def _write_base(
     context: JobContext, scratch: Path | None, work: Path
 ) -> tuple[str, QuantizeReport]:
-    """Quantize and write the base; without `scratch`, only share in it. Its files are read one
-    block at a time, unless the float model is in memory or their format does not allow it."""
+    """Quantize and write the base; without `scratch`, only share in it."""
     recipe, base, track = context.recipe, context.recipe.base, context.track
     source, tokenizer = public_name(recipe.model.source), context.tokenizer
     scheme, calibration, moments = base.scheme, None, None
-    if is_calibrated(recipe):
+    if implied.is_calibrated(recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
-    if needs_moments(recipe):
+    if implied.needs_moments(recipe):
         moments = MomentStore() if scratch is None else MomentStore.resumed(work / MOMENTS)
     arguments: dict[str, Any] = {
         "rules": base.layer_rules(),
@@ -185,6 +170,8 @@ def _write_base(
             observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))
     elif context.lazy is not None and not context.holds_float_model:
+        # One block at a time: 3 billion weights, 11.2 GiB as float32, peak at 1.9 GiB
+        # (docs/log/formats.md).
         files, arguments["device"] = context.lazy.checkpoint, context.device
         return quantize_checkpoint(
             files, tokenizer, scratch, source, scheme, base.solver, **arguments
@@ -198,10 +185,6 @@ def _write_base(
 def _tune(
     context: JobContext, solved: Path, scratch: Path, work: Path
 ) -> tuple[str, BaseSize, dict[str, Any]]:
-    """Tune scales and norms of the base in `solved` and write it to `scratch`.
-
-    Also writes the scales before tuning: adapter initialization corrects the solver's error.
-    """
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
     sequences = context.base_calibration_ids(section.steps + HELD_OUT_SEQUENCES)
@@ -210,6 +193,8 @@ def _tune(
     )
     source = public_name(context.recipe.model.source)
     identity = save_base(model, scratch, context.tokenizer, source=source)
+    # An adapter's start corrects the solver's error, not what tuning moved: at 3 bits it ends at
+    # 1.062 of float LoRA instead of 1.073 (docs/log/initialization.md).
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)
@@ -220,9 +205,10 @@ def _tune(
 def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Step 2: train one adapter on the frozen base, and check that the base stays as it is."""
     adapter = context.adapter(str(stage.adapter))
-    if stage.name == reference_stage(context.recipe, adapter):
+    if stage.name == implied.reference_stage(context.recipe, adapter):
         return _train_reference(context, adapter, scratch, work)
     identity = context.base_fingerprint
+    # A mistyped rule must not be found after hours of training.
     context.check_rules()
     reset_peak_rss()
     model = context.untrained(adapter)
@@ -239,7 +225,8 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
-        for config in model.peft_config.values():  # of an adapter that was trained elsewhere
+        # An adapter from elsewhere names the model it was trained on, which is not this base.
+        for config in model.peft_config.values():
             config.base_model_name_or_path = None
         save_adapter(model, scratch, identity)
     recipe = context.recipe
@@ -262,9 +249,9 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
 def _train_reference(
     context: JobContext, adapter: Adapter, scratch: Path, work: Path
 ) -> dict[str, Any]:
-    """Train the same adapter on the float model. There is no error to correct, so it starts as
-    `init: zero` does; and no activation grids, also in workflow qwa-lora."""
     reset_peak_rss()
+    # The float model has no error to correct, so the adapter starts as `init: zero` does. It has no
+    # activation grids either, also in workflow qwa-lora.
     model = context.untrained(adapter, reference=True)
     report = _train_adapter(context, model, adapter, work, reference=True)
     if is_first_process():
@@ -276,7 +263,6 @@ def _train_reference(
 def _train_adapter(
     context: JobContext, model: PeftModel, adapter: Adapter, work: Path, reference: bool = False
 ) -> TrainingReport:
-    """Train the adapter of `model`, the float one for a `reference`, if it has steps."""
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), [])
     text = context.text(adapter.name)
@@ -289,7 +275,7 @@ def _train_adapter(
     elif context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
         graph = TrainingGraph(context.simulate(model.eval()))
     sequences: TrainingData = text.train
-    if recovers_on_base_text(context.recipe, adapter):
+    if implied.recovers_on_base_text(context.recipe, adapter):
         count = adapter.steps * adapter.batch_sequences * adapter.accumulation_steps
         rows = [batch[0] for batch in context.base_calibration_ids(count)]
         sequences = Sequences(pad_sequence(rows, True), pad_sequence(rows, True, IGNORED))
@@ -308,8 +294,7 @@ def _train_adapter(
 
 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
-    """Initialize the adapter to correct the quantization error; returns `init` of results.json:
-    each layer's error before and after."""
+    """Correct the quantization error; returns `init` of results.json."""
     base, weight = context.path / "base", context.float_weight()
     assert weight is not None, "the recipe refuses init with base.solver keep"
     reports = initialize_(
@@ -344,8 +329,7 @@ def _calibrate_base(context: JobContext, scratch: Path) -> dict[str, Any]:
 
 
 def calibrate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Step 3: calibrate one adapter, the encodings that adapters share, the zero adapter or use
-    cases."""
+    """Step 3: calibrate an adapter, shared encodings, the zero adapter or use cases."""
     if stage.adapter is not None:
         return _calibrate_adapter(context, stage.adapter, scratch)
     others = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter}
@@ -362,12 +346,14 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
         "unseen": list(report.unseen),
     }
     if context.recipe.simulation.base_activations != "all":
-        text, what = context.text(name).evaluation, "perplexity, own encodings"
-        own = score_tokens(simulation.logits, text, what, context.track)
-        measured["perplexity_with_own_encodings"] = own.perplexity
+        # What sharing costs is known only now: the shared encodings replace the adapter's own.
+        text, label = context.text(name).evaluation, "perplexity, own encodings"
+        scores = score_tokens(simulation.logits, text, label, context.track)
+        measured["perplexity_with_own_encodings"] = scores.perplexity
     _apply_shared(context, simulation)
     measured |= encodings_summary(simulation)
     simulation.save(scratch)
+    # The adapter as it was calibrated: the one in `adapters` may be trained again meanwhile.
     (scratch / ADAPTER).mkdir()
     for file in (CONFIG, WEIGHTS, FILE):
         shutil.copyfile(context.path / "adapters" / name / file, scratch / ADAPTER / file)
@@ -381,7 +367,6 @@ def _apply_shared(context: JobContext, simulation: Simulation) -> None:
 
 
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
     names = [adapter.name for adapter in context.recipe.adapters]
     shares = context.recipe.simulation.base_activations
     model = context.adapted(*names)
@@ -405,7 +390,6 @@ def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any
 
 
 def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
     recipe, simulations = context.recipe, context.new_use_cases()
     cases = recipe.use_cases()
     texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}
@@ -424,14 +408,15 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     kind, name, other = stage.kind.split("/")[1], stage.adapter, stage.text or ""
     text = context.text(other or name)
     adapter = None if name is None else context.adapter(name)
-    of_reference = not other and compared_with(context.recipe, kind, adapter) is not None
+    of_reference = not other and implied.compared_with(context.recipe, kind, adapter) is not None
     if kind == "imported":
         logits, reference = _imported_logits(context, str(name))
     else:
         logits, reference = _logits(context, kind, str(name)), None
-        if is_compared(kind, other) and context.sources.holds_floats:
+        if implied.is_compared(kind, other) and context.sources.holds_floats:
             # After a base, since loading one releases the float model, which must not stay in
-            # memory through the stages that follow.
+            # memory through the stages that follow. It runs again for every model: keeping its
+            # logits would take gigabytes.
             floats = context.reference(str(name)) if of_reference else context.take_float_model()
             reference = logits_of(floats)
     what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
@@ -453,7 +438,6 @@ def _logits(context: JobContext, kind: str, name: str) -> Logits:
 
 
 def _imported_logits(context: JobContext, name: str) -> tuple[Logits, Logits]:
-    """Logits with and without the adapter."""
     imported = context.imported(name)
     logits = logits_of(imported)
 

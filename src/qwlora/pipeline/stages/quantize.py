@@ -28,6 +28,7 @@ def add(plan: Planner) -> None:
     recipe, base, model = plan.recipe, plan.recipe.base, plan.recipe.model
     named = {base.solver, *(rule.solver for rule in base.rules)}
     used = [name for name in SOLVERS if name in named]
+    # Keys that nothing reads are no inputs: changing them makes nothing run again.
     without = {"tuning", "calibrate_on", "calibration", "rotation", *(SOLVERS.keys() - named)}
     without |= set() if is_calibrated(recipe) else {"calibration_sequences"}
     inputs = {**plan.model, "base": base.model_dump(mode="json", exclude=without)}
@@ -46,7 +47,8 @@ def add(plan: Planner) -> None:
     if model.encodings is not None:
         settings = model.model_dump(include={"keep_float", "block_order", "prefix"})
         inputs["model"] |= {"encodings": plan.sources.file(model.encodings), **settings}
-    if recipe.data.chat_template is not None:  # exported too
+    # The template is stored with the base's tokenizer, and exported.
+    if recipe.data.chat_template is not None:
         inputs["chat_template"] = plan.sources.file(recipe.data.chat_template)
     needs = [SAMPLE] * ("calibration" in inputs and SAMPLE in plan.stages)
     labels = {"chat_template": "data.chat_template", "second_moments": "adapters[].init"}

@@ -9,7 +9,7 @@ from qwlora.recipe import Adapter
 from qwlora.recipe.implied import recovers_on_base_text, reference_stage, without_recovery
 
 # Settings of an adapter that do not change the result. What it continues and its text are inputs of
-# their own.
+# their own, by digest.
 _WITHOUT_EFFECT = {
     *("name", "data", "continue_from", "unknown_base"),
     *("checkpoint_steps", "divergence", "report_to"),
@@ -17,7 +17,6 @@ _WITHOUT_EFFECT = {
 
 
 def _learned(plan: Planner, adapter: Adapter, start: Adapter) -> dict[str, Any]:
-    """What an adapter learns from, and the files that `start` continues."""
     data, is_new = plan.recipe.data_of(adapter), plan.recipe.predecessor(start) is None
     text = plan.measured(data) if adapter.evaluation_steps else plan.text(data)
     inputs = {"text": text, "seed": plan.recipe.seed, "workflow": plan.recipe.workflow}
@@ -45,7 +44,8 @@ def add(plan: Planner, adapter: Adapter) -> None:
 
 
 def add_reference(plan: Planner, adapter: Adapter, stage: str) -> None:
-    """It does not depend on the base."""
+    """Train the same adapter on the float model."""
+    # It does not need the base, so bases of other integers are compared with the same adapter.
     recipe, start = plan.recipe, without_recovery(plan.recipe, adapter)
     without = {*_WITHOUT_EFFECT, "init", "init_share"}
     settings = [a.model_dump(mode="json", exclude=without) for a in (adapter, start)]

@@ -11,17 +11,17 @@ from qwlora.targets.target import PROOF
 
 
 def add(plan: Planner, target: str, name: str, texts: Iterable[Data]) -> None:
-    """Add the check of an adapter or use case. Whether its runtime is installed does not
-    matter: a proof is of files, and one that was not run is no proof."""
+    """The check of an adapter or use case."""
+    # Whether the runtime is installed is no input: a proof is of files, and another machine that
+    # lacks it keeps the proof.
     known, recipe = plan.targets[target], plan.recipe
     inputs: dict[str, Any] = {"verify": recipe.verify.model_dump(mode="json")}
     inputs["texts"] = [plan.text(text) for text in texts]
     inputs |= plan.shipped() if known.has_proof else {}
     inputs |= {"use_case": name} if known.has_cases else {}
-    named = {"case" if known.has_cases else "adapter": name}
-    artifact = f"export/{target}/{PROOF}/{name}" if known.has_proof else None
-    more: dict[str, Any] = {**named, "artifact": artifact}
-    more |= {"missing": known.missing} if known.has_proof else {}
+    more: dict[str, Any] = {"case" if known.has_cases else "adapter": name}
+    if known.has_proof:
+        more |= {"artifact": f"export/{target}/{PROOF}/{name}", "missing": known.missing}
     needs, kind = known.stages(target, name), f"verify/{target}/adapter"
     plan.add(f"verify/{target}/{name}", inputs, *needs, kind=kind, **more)
 

@@ -90,7 +90,7 @@ def user_path(text: str) -> Path:
     """
     try:
         path = (_folder.get() or Path()) / Path(text).expanduser()
-        # Only asking the system shows that a path is too long.
+        # Raises for a path that is too long or contains a null byte.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (RuntimeError, OSError, ValueError) as error:
@@ -115,13 +115,13 @@ def looked_for(text: str, path: Path) -> str:
 
 
 def installed_module(name: str) -> ModuleSpec | None:
-    """Find the installed module `name`, or None. Neither it nor its parent packages are imported."""
+    """Find the installed module `name`, or None. Nothing is imported, not even its parents."""
     # `python -m` puts the working directory or the script's folder on `sys.path`. A stranger's
     # recipe is often there, next to other files of theirs, which must not pass for packages.
     refused = {os.path.realpath(folder) for folder in (".", os.path.dirname(sys.argv[0]))}
     # Jupyter's script is in the folder of the installed packages.
     refused -= {os.path.realpath(get_path("purelib"))}
-    folders = [folder for folder in sys.path if folder and os.path.realpath(folder) not in refused]
+    folders = [place for place in sys.path if place and os.path.realpath(place) not in refused]
     spec = None
     for part in name.split("."):
         spec = PathFinder.find_spec(part, folders) if part.isidentifier() else None
@@ -374,7 +374,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         f"model {source!r} has no tokenizer. Put its files (tokenizer.json and "
         "tokenizer_config.json) in the folder of the weights"
     )
-    # Without such files, transformers builds an empty tokenizer for some types of models.
+    # Without such files, transformers 5.24 builds a tokenizer without tokens for GPT-2.
     pattern = "(tokenizer|vocab|spiece|sentencepiece)"
     if not location.gguf_file and not any(re.match(pattern, f.name) for f in location.files):
         raise missing

@@ -87,7 +87,8 @@ def _lines(value: Any) -> str:
 
 def to_document(file: EncodingsFile) -> dict[str, Any]:
     """The JSON value that `write_encodings` writes; same errors."""
-    convert(file, file.version)  # refuses what the version cannot express; arrays are shared
+    # Refuses what the version cannot express. It copies no array.
+    convert(file, file.version)
     entries = sections_of(file)
     excluded, settings = file.excluded_layers, file.quantizer_args
     values = {
@@ -98,7 +99,7 @@ def to_document(file: EncodingsFile) -> dict[str, Any]:
         "quantizer_args": settings if settings is None else dict(settings),
     }
     document = {key: value for key, value in values.items() if value is not None}
-    # entries are valid by construction; the other fields are checked without them
+    # Entries are valid by construction; the other fields are checked without them.
     _, problems = parse(document | {section: type(part)() for section, part in entries.items()})
     if problems:
         raise EncodingsFileError("encodings", problems)
@@ -133,12 +134,15 @@ def load_json(path: Path | str) -> Any:
     Raises:
         EncodingsFileError: the file cannot be read or is not JSON, or an object repeats a key.
     """
+    # Outside, because the message says what it begins with, whichever line fails.
     content = b""
     try:
         check_readable(Path(path))
         content = Path(path).read_bytes()
         return json.loads(content, object_pairs_hook=distinct_keys)
     except (OSError, ValueError, RecursionError) as error:
+        # torch.save writes a zip file (PK), pickle 0x80; safetensors has the length of its header,
+        # then JSON.
         if content.startswith((b"PK\3\4", b"\x80")) or content[8:10] == b'{"':
             problem = (
                 "is a pickle, a file of torch.save or safetensors, not JSON. Write the encodings "

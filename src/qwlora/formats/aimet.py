@@ -149,15 +149,15 @@ def matched_encodings(
     unknown: list[str] = []
     problems: list[str] = []
     kept = set[int]()
-    known = [(n, id(p)) for name, p in parameters.items() for n in (name, name.rpartition(".")[0])]
+    ids = [(n, id(p)) for name, p in parameters.items() for n in (name, name.rpartition(".")[0])]
     for glob in keep_float:
-        matched = {key for name, key in known if fnmatchcase(name, glob)}
+        matched = {key for name, key in ids if fnmatchcase(name, glob)}
         kept |= matched
         if not matched:
-            near_glob = suggestion(glob, [name for name, _ in known if name])
+            near_glob = suggestion(glob, [name for name, _ in ids if name])
             problems.append(f"keep_float: {glob!r} matches no parameter or layer{near_glob}")
     for entry in file.encodings:
-        for name, is_numbered in _readings(entry.name):
+        for name, is_numbered in _candidate_names(entry.name):
             parameter = parameters.get(added + name.removeprefix(removed))
             if parameter is None or (is_numbered and parameter.ndim != 2):
                 continue
@@ -192,7 +192,9 @@ def matched_encodings(
     # 2.x does not separate activations, but their names end otherwise.
     if file.parameters is None:
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
-        unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _readings(n))]
+        unknown = [
+            n for n in unknown if any(name.endswith(ends) for name, _ in _candidate_names(n))
+        ]
     if unknown:
         near = [f"{name!r}{_near(name, [*first_names.values()])}" for name in unknown[:10]]
         warnings.warn(
@@ -205,7 +207,7 @@ def matched_encodings(
     return {name: grid for name in in_order if (grid := grids[name][1]) is not None}
 
 
-def _readings(name: str) -> Iterator[tuple[str, bool]]:
+def _candidate_names(name: str) -> Iterator[tuple[str, bool]]:
     """The names of the parameters that an entry can be of, and whether its tensor is transposed."""
     # A copy of a transposed weight has both endings: `fc.weight_dup_12_0`.
     is_transposed = False
@@ -228,7 +230,7 @@ def _prefix(
         for start in _starts(name):
             ends[name.removeprefix(start)].append(start)
     agreeing = defaultdict[tuple[str, str], set[str]](set)
-    for name in (reading for entry in names for reading, _ in _readings(entry)):
+    for name in (candidate for entry in names for candidate, _ in _candidate_names(entry)):
         for start in _starts(name):
             if (rest := name.removeprefix(start)) in parameters:
                 agreeing[start, ""].add(rest)
@@ -241,7 +243,7 @@ def _prefix(
             problem = f"no parameter has the name of an entry with or without the prefix {prefix!r}"
             raise EncodingsFileError(path, [problem])
     most = max(map(len, agreeing.values()), default=0)
-    best = [key for key, found in agreeing.items() if len(found) == most]
+    best = [key for key, matched in agreeing.items() if len(matched) == most]
     if not best or ("", "") in best:
         return "", ""
     if len(best) > 1:

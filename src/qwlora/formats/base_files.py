@@ -210,15 +210,15 @@ def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
 def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[BaseWriter]:
     """Yield a writer. When the block ends, its files replace the base in `folder`, tokenizer
     included; if the block raises, the old base stays. See `replacing_files`."""
-    old = set[str]()
+    replaced = set[str]()
     # Shards are not listed in the record, and a smaller base would leave old ones behind. The
     # record may be a stranger's: what it lists outside of the folder is not deleted.
     if (folder / RECORD).is_file():
         listed_files = manifest.listed_files(folder, RECORD)
-        old = {name for name in listed_files if is_inside(folder, name)} | {WEIGHTS, INDEX}
-        old |= {file.name for file in folder.glob(f"{STEM}-{'[0-9]' * 5}.safetensors")}
-        old = {name for name in old if (folder / name).is_file()}
-    with replacing_files(folder, RECORD, old) as scratch:
+        replaced = {name for name in listed_files if is_inside(folder, name)} | {WEIGHTS, INDEX}
+        replaced |= {file.name for file in folder.glob(f"{STEM}-{'[0-9]' * 5}.safetensors")}
+        replaced = {name for name in replaced if (folder / name).is_file()}
+    with replacing_files(folder, RECORD, replaced) as scratch:
         yield BaseWriter(scratch, shard_bytes)
 
 
@@ -269,8 +269,8 @@ def _class_of(model: nn.Module) -> tuple[str, str | None]:
     if isinstance(model, PreTrainedModel):
         # A user's subclass is not in transformers; the class below it builds the same tensors, or
         # `_check_rebuilt` notices.
-        ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
-        name = next(ours, "PreTrainedModel")
+        public = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
+        name = next(public, "PreTrainedModel")
         if not name.endswith("PreTrainedModel"):
             return TRANSFORMERS, name
     if kinds[0].__module__.startswith(f"{DIFFUSERS}.") and hasattr(model, "save_config"):
@@ -334,12 +334,7 @@ class BaseCheckpoint(Checkpoint):
             self.stored.setdefault(parts.get(name, name), []).append(name)
 
     def skeleton(self, trust_remote_code: bool = False) -> nn.Module:
-        """The float model of the base, without data.
-
-        Raises:
-            SourceError: its class is not from transformers or diffusers, or the installed version
-                does not have it.
-        """
+        """The float model of the base, without data, if its class is one that is installed."""
         name = self.record.get("class")
         if self.library == TRANSFORMERS:
             return empty_model(self.config, trust_remote_code, name)
@@ -431,9 +426,7 @@ class BaseCheckpoint(Checkpoint):
 
     def place_packed_(self, model: nn.Module) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.
-
-        Returns:
-            All names of each stored tensor.
+        Returns all names of each stored tensor.
 
         Raises:
             SourceError: the tensors are not those of the model; the message lists them.
@@ -477,8 +470,8 @@ class BaseCheckpoint(Checkpoint):
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
             with foreign_as(SourceError, f"{self.where}: configuration in {RECORD} is not JSON"):
-                old = flat(json.loads(str(self.record.get("configuration"))))
-            changed = listed(differences(old, flat(base_settings(model))), 3)
+                saved_settings = flat(json.loads(str(self.record.get("configuration"))))
+            changed = listed(differences(saved_settings, flat(base_settings(model))), 3)
             raise FingerprintError(
                 f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}. Settings "
                 f"that changed after saving: {changed or 'none, only the fingerprint did'}. "
@@ -490,11 +483,7 @@ class BaseCheckpoint(Checkpoint):
             )
 
     def finish_(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Check the grids, and note on the model which base it is.
-
-        Raises:
-            GridError: a layer has an invalid scale or offset.
-        """
+        """Check the grids, and note on the model which base it is."""
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
@@ -509,9 +498,9 @@ class BaseCheckpoint(Checkpoint):
             if is_cast and not tensor.is_meta:
                 digests[name] = tensor_digest(name, "", tensor)
         remember_base_(model, digests)
-        now = combined_fingerprint(digests, base_settings(model))
-        if now != self.record["fingerprint"] == self._identity(model):
-            keep_fingerprint_(model, now, self.record["fingerprint"])
+        current = combined_fingerprint(digests, base_settings(model))
+        if current != self.record["fingerprint"] == self._identity(model):
+            keep_fingerprint_(model, current, self.record["fingerprint"])
         save_as_base_(model, self.record["source"], self.path)
 
     def _identity(self, model: nn.Module) -> str:
@@ -571,11 +560,7 @@ def _save_pretrained(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read `base.json`.
-
-    Raises:
-        SourceError: it is missing, unreadable, or has another format version.
-    """
+    """Read `base.json`; a SourceError if it is missing, unreadable, or of another format."""
     check_readable(folder)
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")

@@ -197,7 +197,7 @@ class QwloraQuantizer(HfQuantizer):
 
     def _refuse_disk(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            modules = [name or "the model" for name, place in device_map.items() if place == "disk"]
+            modules = [name or "the model" for name, where in device_map.items() if where == "disk"]
             raise SourceError(
                 f"device_map puts {modules[0]} on disk, but packed integers stay in memory. Map "
                 "all modules to devices or to the processor, or allow it more with max_memory"

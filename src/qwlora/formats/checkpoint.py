@@ -108,8 +108,6 @@ class Origin:
     """The stored tensors of one parameter, and the conversion to it.
 
     Args:
-        target: the parameter's name.
-        sources: names of the stored tensors.
         convert_all: makes this parameter, and maybe others, from the stored tensors, by name.
         operations: the steps of the conversion; empty if the parameter is stored as it is.
         shape: of the parameter, if it is known without reading.
@@ -127,11 +125,8 @@ class Origin:
 
 
 class MappedCheckpoint(Checkpoint):
-    """Base class; a subclass sets `model`, calls `_place_`, and implements `_converted`.
-
-    Attributes:
-        model: the model of the configuration, without data.
-    """
+    """Base class; a subclass sets `model`, the model of the configuration without data, calls
+    `_place_`, and implements `_converted`."""
 
     model: PreTrainedModel
     described_in = "config.json"  # says what the model is
@@ -175,11 +170,8 @@ class MappedCheckpoint(Checkpoint):
         return self._origins[name]
 
     def _place_(self, origins: Mapping[str, Origin], unknown: list[str]) -> None:
-        """Put the origins in the model's order, under the first name of each parameter.
-
-        Raises:
-            SourceError: there are unknown stored tensors, or parameters are missing.
-        """
+        """Put the origins in the model's order, under the first name of each parameter. Refuse
+        unknown stored tensors and missing parameters."""
         kind = f"{type(self.model).__name__}, which {self.described_in} describes"
         if unknown:
             raise self._error(
@@ -374,7 +366,7 @@ def find_origins(
     for name in sorted(stored, key=dot_natural_key):
         prefix = model.base_model_prefix
         target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
-        # A pattern for an old name may also match a name that the model has today.
+        # A pattern for an outdated name may also match a name that the model has today.
         if target not in meta and name in meta:
             target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta:
@@ -392,13 +384,9 @@ def find_origins(
         convert = partial(_parameters_of, model, first, converter, parts)
         # Without data, the conversion costs nothing and tells names and shapes of its results.
         empty = {name: torch.empty(stored[name], device="meta") for name, _ in parts}
-        try:
+        what = f"{where}: parameter {first!r} cannot be made from {listed(empty, 4)}"
+        with foreign_as(SourceError, what, "download the model again"):
             converted = convert(empty)
-        except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise SourceError(
-                f"{where}: parameter {first!r} cannot be made from "
-                f"{listed(empty, 4)}: {error}; download the model again"
-            ) from error
         operations = () if converter is None else tuple(converter.operations)
         for target, tensor in converted.items():
             shape = tuple(tensor.shape)
@@ -406,8 +394,8 @@ def find_origins(
     ignored = list(model._keys_to_ignore_on_load_unexpected or [])
     buffers = [name for name, _ in model.named_buffers()]
     # Older versions of transformers stored these buffers, which are now computed.
-    old = ("rotary_emb.inv_freq", "position_ids")
-    ignored += [rf"(^|\.){re.escape(o)}$" for o in old if any(n.endswith(o) for n in buffers)]
+    outdated = ("rotary_emb.inv_freq", "position_ids")
+    ignored += [rf"(^|\.){re.escape(o)}$" for o in outdated if any(n.endswith(o) for n in buffers)]
     return by_target, [n for n in unknown if not any(re.search(part, n) for part in ignored)]
 
 
@@ -458,8 +446,8 @@ def quantized_of(bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor) -
         is_signed = symmetric and bool(negative.any())
         if bool(negative.any()) and not is_signed:
             codes = torch.where(negative.repeat_interleave(size, dim=-1), steps - codes, codes)
-            turned = low_end + scale * steps if has_minimum else -steps - low_end
-            low_end, scale = torch.where(negative, turned, low_end), scale.abs()
+            other_end = low_end + scale * steps if has_minimum else -steps - low_end
+            low_end, scale = torch.where(negative, other_end, low_end), scale.abs()
         granularity = SignedBlock(size) if is_signed else PerBlock(size)
         if scale.ndim == 2 and scale.shape[1] == 1 and not (has_minimum or is_signed):
             granularity, scale, low_end = PerChannel(0), scale.flatten(), low_end.flatten()

@@ -103,9 +103,9 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
     listed = record.pop(FILES, None)
     if not isinstance(listed, dict):
         return [name]
-    wanted = listed if only is None else {*only, name} & listed.keys()
+    checked = listed if only is None else {*only, name} & listed.keys()
     changed = list[str]()
-    for file in sorted(wanted):
+    for file in sorted(checked):
         # A record may come from a stranger: reading a pipe or a device may never end.
         if not is_inside(folder, file):
             changed.append(f"{file!r} (not a regular file in this folder; it was not opened)")

@@ -96,8 +96,8 @@ def _of_gguf(name: str, path: Path) -> ModelCardInfo:
         re.fullmatch(f"({_ID})", repository),
         *(re.fullmatch(f"https?://huggingface\\.co/({_ID})/?", url) for url in urls),
     ]
-    stated = next((match[1] for match in matches if match), None)
-    return ModelCardInfo(name, stated, *license_keys, "general.license of the model's GGUF file")
+    hub_id = next((match[1] for match in matches if match), None)
+    return ModelCardInfo(name, hub_id, *license_keys, "general.license of the model's GGUF file")
 
 
 def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:

@@ -121,7 +121,7 @@ def installed_module(name: str) -> ModuleSpec | None:
     refused = {os.path.realpath(folder) for folder in (".", os.path.dirname(sys.argv[0]))}
     # Jupyter's script is in the folder of the installed packages.
     refused -= {os.path.realpath(get_path("purelib"))}
-    folders = [place for place in sys.path if place and os.path.realpath(place) not in refused]
+    folders = [entry for entry in sys.path if entry and os.path.realpath(entry) not in refused]
     spec = None
     for part in name.split("."):
         spec = PathFinder.find_spec(part, folders) if part.isidentifier() else None
@@ -243,11 +243,7 @@ def downloaded(
     what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
     """Download the files of a hub id `owner/name` that match the globs `files` and not `ignored`,
-    and return their local folder. `what`: `model` or `adapter`, for the message.
-
-    Raises:
-        SourceError: the repository does not exist, or the hub cannot be reached.
-    """
+    and return their local folder. `what`: `model` or `adapter`, for the message."""
     from huggingface_hub import snapshot_download
 
     patterns: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": ignored}
@@ -340,11 +336,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load the model's configuration; see `load_model`.
-
-    Raises:
-        SourceError: `transformers` cannot read it, or it has an impossible number of layers.
-    """
+    """Load the model's configuration; see `load_model`."""
     from transformers import AutoConfig
 
     from qwlora.formats.huggingface.model_config import use_default_implementations_
@@ -362,11 +354,7 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; see `load_model`.
-
-    Raises:
-        SourceError: the model has no tokenizer, or `transformers` cannot load it.
-    """
+    """Load the model's tokenizer; see `load_model`."""
     from transformers import AutoTokenizer
 
     location, trust = _readable(source), trust_remote_code

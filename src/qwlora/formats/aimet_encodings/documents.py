@@ -160,8 +160,7 @@ class JsonEntry(Strict):
         return fields
 
     def check_fields(self, needed: Collection[str], optional: Collection[str] = ()) -> None:
-        """Refuse an entry without the fields of its kind, or with others, by an error that lists
-        them."""
+        """Refuse an entry without the fields of its kind, or with others."""
         stored = self.model_fields_set - {"name"}
         problems = [f"{key} is missing" for key in sorted({*needed} - stored)]
         problems += [
@@ -250,11 +249,7 @@ def is_by_module(document: dict[str, Any]) -> bool:
 
 
 def without_modules(document: dict[str, Any]) -> dict[str, Any]:
-    """A document by module as one of 0.6.1, whose activations are called MODULE.input.0 and so on.
-
-    Raises:
-        EncodingsFileError: the first module that is not described by inputs and outputs.
-    """
+    """A document by module as one of 0.6.1, with activations MODULE.input.0 and so on."""
     activations = {}
     for module, sides in document.get("activation_encodings", {}).items():
         is_nested = isinstance(sides, dict) and all(isinstance(v, dict) for v in sides.values())
@@ -596,11 +591,8 @@ def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
             entry["per_block_int_scale"] = blocks
             entry["per_channel_float_scale"] = channels.tolist()
         else:
-            entry["y_scale"] = {
-                "x": blocks,
-                "x_scale": channels.reshape(-1).tolist(),
-                "axis": encoding.channel_axis,
-            }
+            flat, axis = channels.reshape(-1).tolist(), encoding.channel_axis
+            entry["y_scale"] = {"x": blocks, "x_scale": flat, "axis": axis}
     else:
         assert encoding.scale is not None, "convert drops floats without a scale"
         scale = {"y_scale": encoding.scale.tolist()}

@@ -174,12 +174,12 @@ def entry_of(
         raise EncodingsFileError(name, [problem])
     scale, offset = encoding.scale.detach().cpu(), encoding.offset.cpu()
     nested = has_axes(version)
-    turned = transposed and (nested or block_order == "tensor")
+    is_turned = transposed and (nested or block_order == "tensor")
     # The axis of the inputs.
     last = 0 if transposed else scale.ndim - 1
 
-    def placed(values: Tensor) -> npt.NDArray[Any]:
-        array = values.numpy().T if turned else values.numpy()
+    def arranged(values: Tensor) -> npt.NDArray[Any]:
+        array = values.numpy().T if is_turned else values.numpy()
         return array if nested or not array.ndim else array.reshape(-1)
 
     axis: int | None = None
@@ -197,8 +197,8 @@ def entry_of(
                 name,
                 scheme.bitwidth,
                 size,
-                placed(integers),
-                placed(row.double()),
+                arranged(integers),
+                arranged(row.double()),
                 None if nested else scheme.bitwidth + scale_bitwidth,
                 last if nested else None,
             )
@@ -209,8 +209,8 @@ def entry_of(
     return IntegerEncoding(
         name,
         scheme.bitwidth,
-        placed(scale.double()),
-        placed(offset),
+        arranged(scale.double()),
+        arranged(offset),
         centered if nested else scheme.symmetric,
         scheme.symmetric if nested else None,
         axis if nested else None,
@@ -344,20 +344,20 @@ def _blocks(
         return np.broadcast_to(values, expected)
     if values.size != expected[0] * expected[1]:
         raise SourceError(f"has {values.size} {mismatch}")
-    readings: dict[BlockOrder, npt.NDArray[Any]] = {
+    by_order: dict[BlockOrder, npt.NDArray[Any]] = {
         "channel": values.reshape(expected),
         "tensor": values.reshape(expected[::-1]).T,
     }
     if layout.block_order is not None:
-        return readings[layout.block_order]
-    # Guessing would give a wrong model. It need not be known where both readings agree.
-    if not np.array_equal(readings["channel"], readings["tensor"]):
+        return by_order[layout.block_order]
+    # Guessing would give a wrong model. It need not be known where both by_order agree.
+    if not np.array_equal(by_order["channel"], by_order["tensor"]):
         raise SourceError(
             "is a flat list of blocks in an unknown order: by output channel, or as a tensor "
             "stored [in, out]. Set model.block_order: channel or tensor in the recipe "
             "(block_order='channel' or 'tensor' in Python), or export version 2.0.0"
         )
-    return readings["channel"]
+    return by_order["channel"]
 
 
 def _floats(values: npt.NDArray[Any]) -> Tensor:

@@ -165,20 +165,21 @@ class GgufCheckpoint(MappedCheckpoint):
             stored, rows = self.stored_rows(name, values.shape[:-1].numel())
             matrix = torch.empty_like(values.flatten(0, -2))
             matrix[rows] = values.flatten(0, -2)
-            known = self.file.tensors.get(stored)
-            return stored, matrix if known is None else matrix.view(known.shape)
-        origin, whole = self._origins_of(name)[0], values.double().reshape(-1)
+            tensor = self.file.tensors.get(stored)
+            return stored, matrix if tensor is None else matrix.view(tensor.shape)
+        origin, desired = self._origins_of(name)[0], values.double().reshape(-1)
         source = origin.sources[0]
         remedy = "export this base to another target"
         # A conversion may permute a vector and add constants, as for Gemma's norms. Zeros show the
-        # constants, numbers in order the permutation. In float64, both come back exactly.
+        # constants, numbers in order the permutation.
         with foreign_as(ExportError, f"{self._what(origin)} cannot be replaced", remedy):
-            shift = origin.convert({source: torch.zeros_like(whole)})
-            order = origin.convert({source: torch.arange(len(whole)).double()}) - shift
-            vector = torch.empty_like(whole)
-            vector[order.long()] = whole - shift
-            again = origin.convert({source: vector})
-            if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
+            shift = origin.convert({source: torch.zeros_like(desired)})
+            order = origin.convert({source: torch.arange(len(desired)).double()}) - shift
+            vector = torch.empty_like(desired)
+            vector[order.long()] = desired - shift
+            restored = origin.convert({source: vector})
+            is_exact = torch.allclose(restored, desired, 2**-40, 2**-40)
+            if not (_is_order(order, len(desired)) and is_exact):
                 raise ValueError("its conversion is not a permutation plus constants")
         return source, vector
 
@@ -233,16 +234,16 @@ class GgufCheckpoint(MappedCheckpoint):
             # 0, because `without_contents` removed them
             if settings.get("vocab_size") == 0 and tokens:
                 settings["vocab_size"] = tokens
-            kind, start = CONFIG_MAPPING[settings["model_type"]], f"{architecture}."
-            own = {k.removeprefix(start): v for k, v in self.file.metadata.items()}
-            for key in _UNREAD.keys() & own:
+            kind, prefix = CONFIG_MAPPING[settings["model_type"]], f"{architecture}."
+            metadata = {k.removeprefix(prefix): v for k, v in self.file.metadata.items()}
+            for key in _UNREAD.keys() & metadata:
                 if hasattr(kind, _UNREAD[key]):
-                    settings.setdefault(_UNREAD[key], own[key])
+                    settings.setdefault(_UNREAD[key], metadata[key])
             # In Gemma, one layer of so many has full attention; others list their layers.
-            period = own.get("attention.sliding_window_pattern")
+            period = metadata.get("attention.sliding_window_pattern")
             if isinstance(period, int) and hasattr(kind, "layer_types"):
                 kinds = "sliding_attention", "full_attention"
-                numbers = range(1, own["block_count"] + 1)
+                numbers = range(1, metadata["block_count"] + 1)
                 settings["layer_types"] = [kinds[i % period == 0] for i in numbers]
             config: Any = kind.from_dict(dict(settings))
             padding = getattr(config, "pad_token_id", None)
@@ -250,15 +251,15 @@ class GgufCheckpoint(MappedCheckpoint):
             # would refuse it.
             if padding is not None and padding >= getattr(config, "vocab_size", math.inf):
                 config.pad_token_id = None
-            heads = own.get("attention.head_count")
+            heads = metadata.get("attention.head_count")
             head = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
             rope = getattr(config, "rope_parameters", None) or {}
-            if "sliding_attention" in rope and (local := own.get("rope.freq_base_swa")):
+            if "sliding_attention" in rope and (local := metadata.get("rope.freq_base_swa")):
                 rope["sliding_attention"]["rope_theta"] = local
             if "rope_theta" in rope:  # one for all layers
-                rope["rope_theta"] = own.get("rope.freq_base", rope["rope_theta"])
+                rope["rope_theta"] = metadata.get("rope.freq_base", rope["rope_theta"])
                 rotated = int(head * rope.get("partial_rotary_factor", 1))
-                if (width := own.get("rope.dimension_count", rotated)) != rotated:
+                if (width := metadata.get("rope.dimension_count", rotated)) != rotated:
                     rope["partial_rotary_factor"] = width / head
             if layers := LARGEST.get(architecture):
                 is_largest = config.num_hidden_layers == layers
@@ -283,12 +284,11 @@ class GgufCheckpoint(MappedCheckpoint):
                 unread = [f"{key} = {value}" for key, value in scaling.items()] + unread
         if unread:
             warnings.warn(
-                f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp "
-                "applies this, but transformers does not read it from a GGUF "
-                f"file (rope_parameters {parameters or None}), so results differ, mostly on long "
-                "texts. Give the model's Hugging Face folder as the source, "
-                "or, in Python, set config.rope_parameters of open_checkpoint(...) before "
-                "load_precomputed",
+                f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp applies "
+                "this, but transformers does not read it from a GGUF file (rope_parameters "
+                f"{parameters or None}), so results differ, mostly on long texts. Give the model's "
+                "Hugging Face folder as the source, or, in Python, set config.rope_parameters of "
+                "open_checkpoint(...) before load_precomputed",
                 QwloraWarning,
                 stacklevel=3,
             )
@@ -323,15 +323,8 @@ class Reordering:
 def gguf_origins(
     file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
 ) -> tuple[dict[str, Origin], list[str]]:
-    """As `find_origins`, by transformers' conversions of GGUF files.
-
-    Args:
-        config: the configuration as transformers reads it from the file.
-
-    Raises:
-        SourceError: transformers does not know the architecture, or the file's tensors do not fit
-            its conversions.
-    """
+    """As `find_origins`, by transformers' conversions of GGUF files. `config`: what transformers
+    reads from the file."""
     architecture, where = file.architecture, repr(str(file.path))
     what = f"{where}: transformers cannot map the tensors of {architecture!r}"
     # Bad values can fail anywhere in a conversion. transformers has two kinds: for some
@@ -360,10 +353,8 @@ class _Processor:
             unknown += [] if targets else [name]
             for target in targets:
                 sources.setdefault(target, []).append(name)
-        return {
-            target: Origin(target, tuple(names), self._parameters)
-            for target, names in sources.items()
-        }, unknown
+        convert = self._parameters
+        return {key: Origin(key, tuple(names), convert) for key, names in sources.items()}, unknown
 
     def _targets(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The parameters that the processor makes from a stored tensor."""
@@ -486,13 +477,13 @@ def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:
     """
     _, bytes_per_block, decode = TYPES[kind]
     fields = raw.reshape(-1, bytes_per_block)
-    whole = [part.new_empty((len(fields), part.shape[-1])) for part in decode(fields[:1])]
+    decoded = [part.new_empty((len(fields), part.shape[-1])) for part in decode(fields[:1])]
     # Decoding makes temporary tensors of the size of its input: few blocks keep them small.
     for start in range(0, len(fields), _BLOCKS_AT_ONCE):
-        some = slice(start, start + _BLOCKS_AT_ONCE)
-        for part, piece in zip(whole, decode(fields[some]), strict=True):
-            part[some] = piece
-    return [part.view(*raw.shape[:-1], -1) for part in whole]
+        chunk = slice(start, start + _BLOCKS_AT_ONCE)
+        for part, piece in zip(decoded, decode(fields[chunk]), strict=True):
+            part[chunk] = piece
+    return [part.view(*raw.shape[:-1], -1) for part in decoded]
 
 
 def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTensor:

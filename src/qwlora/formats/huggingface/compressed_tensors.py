@@ -82,11 +82,8 @@ class _Settings(BaseModel):
 
 
 class CompressedTensors(FormatReader):
-    """The tensors of `files`, which compressed-tensors wrote.
-
-    Raises:
-        SourceError: the settings name a format without integer weights.
-    """
+    """The tensors of `files`, which compressed-tensors wrote; formats without integer weights are
+    refused."""
 
     label = "compressed-tensors"
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -156,12 +153,12 @@ class CompressedTensors(FormatReader):
         path, module = self.module_of(layer)
         kinds = type(module).__mro__ if module is not None else (nn.Linear, nn.Module)
         classes = sorted(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
-        late = SourceError(
+        too_slow = SourceError(
             f"{self.where(layer)}: the regular expressions in the targets of config.json take more "
             f"than {SECONDS:g} s to match; write them without nested repetitions like (a+)+"
         )
         invalid = f"{self.where(layer)}: a target is not a valid regular expression"
-        with time_limit(late), foreign_as(SourceError, invalid):
+        with time_limit(too_slow), foreign_as(SourceError, invalid):
             patterns = [
                 target
                 for target in sorted(by_target)

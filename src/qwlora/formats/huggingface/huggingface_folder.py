@@ -84,12 +84,6 @@ class FormatReader:
         return self.files.shape(name) if layer is None else self.layer_shape(layer)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: the tensors of a layer do not fit each other or the settings, or a scale or
-                zero point is invalid.
-        """
         layer = self.layer_of.get(name)
         return self.files.read(name) if layer is None else self.read_layer(layer)
 

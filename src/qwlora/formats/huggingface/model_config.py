@@ -87,11 +87,7 @@ def use_default_implementations_(config: PretrainedConfig) -> None:
 
 
 def check_values(folder: Path) -> None:
-    """Check that config.json has only counts and names that a model can have.
-
-    Raises:
-        SourceError: it does not (the message names the key), or it cannot be read.
-    """
+    """Refuse a config.json with counts or names that no model has; the message names the key."""
     with loading(f"{str(folder)!r}: config.json cannot be read"):
         # Reads the file that AutoConfig reads: config.json can redirect to another one.
         settings, _ = PretrainedConfig.get_config_dict(folder)

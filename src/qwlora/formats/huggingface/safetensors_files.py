@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwlora.errors import SourceError, listed
+from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.strict_json import read_object
 
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -77,17 +77,11 @@ class SafetensorsFiles:
         return math.prod(self.shape(name)) * bits // 8
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: there is no such tensor, or torch does not have its type.
-        """
-        try:
-            return self._of(name)[0].get_tensor(name)
-        except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
-            raise SourceError(
-                f"{str(self.folder)!r}: tensor {name!r} cannot be read: {error}"
-            ) from error
+        """Read one tensor."""
+        # safetensors raises several types where torch does not have the type of the tensor.
+        with foreign_as(SourceError, f"{str(self.folder)!r}: tensor {name!r} cannot be read"):
+            tensor: Tensor = self._of(name)[0].get_tensor(name)
+        return tensor
 
     def check(
         self,
@@ -98,13 +92,7 @@ class SafetensorsFiles:
         flat: bool = False,
     ) -> None:
         """Check that a tensor has this shape (`flat`: as many values) and one of these types.
-
-        Args:
-            where: the layer and its format, for messages.
-
-        Raises:
-            SourceError: it is missing, or has another type or shape.
-        """
+        `where`: the layer and its format, for messages."""
         if name not in self:
             raise SourceError(f"{where}: {name!r} is missing; download the model again")
         dtype, stored = self.dtype(name), self.shape(name)

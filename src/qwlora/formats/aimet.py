@@ -156,28 +156,32 @@ def matched_encodings(
         if not matched:
             near_glob = suggestion(glob, [name for name, _ in ids if name])
             problems.append(f"keep_float: {glob!r} matches no parameter or layer{near_glob}")
-    for entry in file.encodings:
-        for name, is_numbered in _candidate_names(entry.name):
+
+    def parameter_of(entry: Entry) -> tuple[nn.Parameter | None, bool]:
+        for name, is_numbered in _candidates(entry.name):
             parameter = parameters.get(added + name.removeprefix(removed))
-            if parameter is None or (is_numbered and parameter.ndim != 2):
-                continue
-            first = first_names[id(parameter)]
-            if id(parameter) in kept:
-                break
-            grid = None
-            try:
-                grid = _grid(model, first, entry, is_numbered, file, block_order)
-            except SourceError as error:
-                problems.append(f"{entry.name!r} {error}")
-            other, agreed = grids.setdefault(first, (entry.name, grid))
-            if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
-                problems.append(
-                    f"{other!r} and {entry.name!r} are one parameter of the model, but have "
-                    "different encodings. Remove one of the two entries"
-                )
-            break
-        else:
+            if parameter is not None and not (is_numbered and parameter.ndim != 2):
+                return parameter, is_numbered
+        return None, False
+
+    for entry in file.encodings:
+        parameter, is_numbered = parameter_of(entry)
+        if parameter is None:
             unknown += [entry.name] if entry.name in named else []
+            continue
+        if id(parameter) in kept:
+            continue
+        first, grid = first_names[id(parameter)], None
+        try:
+            grid = _grid(model, first, entry, is_numbered, file, block_order)
+        except SourceError as error:
+            problems.append(f"{entry.name!r} {error}")
+        earlier, agreed = grids.setdefault(first, (entry.name, grid))
+        if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
+            problems.append(
+                f"{earlier!r} and {entry.name!r} are one parameter of the model, but have "
+                "different encodings. Remove one of the two entries"
+            )
     for key, name in first_names.items():
         layer, _, leaf = name.rpartition(".")
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
@@ -192,9 +196,7 @@ def matched_encodings(
     # 2.x does not separate activations, but their names end otherwise.
     if file.parameters is None:
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
-        unknown = [
-            n for n in unknown if any(name.endswith(ends) for name, _ in _candidate_names(n))
-        ]
+        unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _candidates(n))]
     if unknown:
         near = [f"{name!r}{_near(name, [*first_names.values()])}" for name in unknown[:10]]
         warnings.warn(
@@ -207,7 +209,7 @@ def matched_encodings(
     return {name: grid for name in in_order if (grid := grids[name][1]) is not None}
 
 
-def _candidate_names(name: str) -> Iterator[tuple[str, bool]]:
+def _candidates(name: str) -> Iterator[tuple[str, bool]]:
     """The names of the parameters that an entry can be of, and whether its tensor is transposed."""
     # A copy of a transposed weight has both endings: `fc.weight_dup_12_0`.
     is_transposed = False
@@ -230,7 +232,7 @@ def _prefix(
         for start in _starts(name):
             ends[name.removeprefix(start)].append(start)
     agreeing = defaultdict[tuple[str, str], set[str]](set)
-    for name in (candidate for entry in names for candidate, _ in _candidate_names(entry)):
+    for name in (candidate for entry in names for candidate, _ in _candidates(entry)):
         for start in _starts(name):
             if (rest := name.removeprefix(start)) in parameters:
                 agreeing[start, ""].add(rest)

@@ -214,7 +214,7 @@ class LazyModel:
         read_generation_config_(self.model, checkpoint.path)
         self.aliases = tensor_names(self.model)
         first = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
-        # a tied tensor may be stored under any of its names
+        # A tied tensor may be stored under any of its names.
         self.stored = {first.get(name, name): name for name in checkpoint.names()}
         missing = self.aliases.keys() - self.stored.keys()
         unknown = self.stored.keys() - self.aliases.keys()
@@ -360,13 +360,13 @@ def find_origins(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    # stored names and patterns by parameter (the first of a conversion that makes several)
+    # Stored names and patterns by parameter (the first of a conversion that makes several).
     sources: dict[str, list[tuple[str, str | None]]] = {}
     unknown: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
         prefix = model.base_model_prefix
         target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
-        # A pattern for an outdated name may also match a name that the model has today.
+        # A pattern for an old name may also match a name that the model has today.
         if target not in meta and name in meta:
             target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta:

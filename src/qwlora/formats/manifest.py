@@ -109,10 +109,10 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
         # A record may come from a stranger: reading a pipe or a device may never end.
         if not is_inside(folder, file):
             changed.append(f"{file!r} (not a regular file in this folder; it was not opened)")
-        # A file that cannot be read has the digest None too, and must not match a null.
-        elif listed[file] is None or listed[file] != (
-            _record_digest(record) if file == name else _file_digest(folder / file)
-        ):
+            continue
+        digest = _record_digest(record) if file == name else _file_digest(folder / file)
+        # A file that cannot be read has the digest None, which must not match a null.
+        if digest is None or digest != listed[file]:
             is_there = file == name or os.path.exists(folder / file)
             changed.append(file if is_there else f"{file} (missing)")
     return changed

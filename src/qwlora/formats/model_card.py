@@ -101,10 +101,8 @@ def _of_gguf(name: str, path: Path) -> ModelCardInfo:
 
 
 def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    stated, name, link = (
-        one_line(value) or None if isinstance(value := data.get(key), str) else None
-        for key in ("license", "license_name", "license_link")
-    )
+    values = [data.get(key) for key in ("license", "license_name", "license_link")]
+    stated, name, link = (one_line(v) or None if isinstance(v, str) else None for v in values)
     return (None, None, None) if stated == UNKNOWN else (stated, name, link)
 
 

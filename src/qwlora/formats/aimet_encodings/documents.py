@@ -313,7 +313,7 @@ class Entry061(JsonEntry):
         )
         for key, computed in zip(("min", "max"), _range(encoding), strict=True):
             stated = getattr(self, key)
-            # Within half a step: another program may have rounded the ends of the range.
+            # Half a step more would be another grid; less is rounding.
             tolerance = 0.5 * self.scale + 1e-5 * np.abs(computed)
             off = ~(np.abs(stated - computed) <= tolerance)
             if off.any():
@@ -333,6 +333,8 @@ def _by_field(section: Any) -> list[dict[str, Any]]:
         if isinstance(items, list) and all(isinstance(item, dict) for item in items):
             keys = dict.fromkeys(key for item in items for key in item)
             fields: dict[str, Any] = dict.fromkeys(keys)
+            # Only known fields become columns: a hostile file, each of whose items has other keys,
+            # would make a table of quadratic size.
             for key in keys & Entry061.model_fields.keys():
                 fields[key] = [item.get(key) for item in items]
             for key in {"dtype", "bitwidth", "is_symmetric", "zero_point_shift"} & fields.keys():
@@ -367,7 +369,7 @@ def _items(encoding: Entry) -> list[dict[str, Any]]:
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
     """Lowest and highest value of each grid."""
-    # In float32 if the scales are, as AIMET computes them, so that a file comes back byte by byte.
+    # In float32 if the scales are, as in AIMET, so that its files are written back as they were.
     offset, scale = encoding.offset.reshape(-1), encoding.scale.reshape(-1)
     highest = offset + 2**encoding.bitwidth - 1
     with np.errstate(over="ignore", under="ignore"):

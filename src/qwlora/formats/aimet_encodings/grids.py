@@ -175,8 +175,7 @@ def entry_of(
     scale, offset = encoding.scale.detach().cpu(), encoding.offset.cpu()
     nested = has_axes(version)
     is_turned = transposed and (nested or block_order == "tensor")
-    # The axis of the inputs.
-    last = 0 if transposed else scale.ndim - 1
+    last = 0 if transposed else scale.ndim - 1  # the axis of the inputs
 
     def arranged(values: Tensor) -> npt.NDArray[Any]:
         array = values.numpy().T if is_turned else values.numpy()
@@ -350,7 +349,7 @@ def _blocks(
     }
     if layout.block_order is not None:
         return by_order[layout.block_order]
-    # Guessing would give a wrong model. It need not be known where both by_order agree.
+    # Guessing would give a wrong model. It need not be known where both readings agree.
     if not np.array_equal(by_order["channel"], by_order["tensor"]):
         raise SourceError(
             "is a flat list of blocks in an unknown order: by output channel, or as a tensor "

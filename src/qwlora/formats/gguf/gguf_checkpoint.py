@@ -353,8 +353,11 @@ class _Processor:
             unknown += [] if targets else [name]
             for target in targets:
                 sources.setdefault(target, []).append(name)
-        convert = self._parameters
-        return {key: Origin(key, tuple(names), convert) for key, names in sources.items()}, unknown
+        origins = {
+            target: Origin(target, tuple(names), self._parameters)
+            for target, names in sources.items()
+        }
+        return origins, unknown
 
     def _targets(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The parameters that the processor makes from a stored tensor."""

@@ -580,7 +580,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 class _Layer(BaseModel):
-    # Without it, pydantic would take 4.0 and true for integers.
+    # If not strict, pydantic takes 4.0 and true for integers.
     model_config = ConfigDict(strict=True)
 
     shape: list[Annotated[int, Field(gt=0, lt=2**31)]] = Field(min_length=1)

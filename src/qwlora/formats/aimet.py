@@ -19,8 +19,6 @@ An entry belongs to a parameter by its name:
     m.fc.weight        the parameter, if the whole file has the prefix `m.`: it was exported through
                        a module that has the model as its `m`
 
-All entries that do not fit the model are reported in one error; entries of unknown parameters, in
-one warning.
 """
 
 from __future__ import annotations
@@ -52,23 +50,14 @@ from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure, sqnr_db
 from qwlora.grid.scheme import BITWIDTHS, Scheme
 
-# An encoding below LEAST_SQNR that is WORSE than a min-max grid is refused, both in dB. Clipping
-# that an observer chose costs less. At 2 bits a min-max grid is too poor to tell.
+# An encoding below LEAST_SQNR that is WORSE than a min-max grid is refused, both in dB: it cannot
+# have been made for this weight. Clipping that an observer chose costs less. At 2 bits a min-max
+# grid is too poor to tell.
 LEAST_SQNR, WORSE = 12.0, 6.0
 
 
 class AimetCheckpoint(FolderCheckpoint):
-    """A float checkpoint and its encodings.
-
-    Args:
-        folder: a Hugging Face folder with float weights.
-        encodings: the encodings file.
-        keep_float, block_order, prefix: see `matched_encodings`.
-
-    Raises:
-        SourceError: see `FolderCheckpoint`.
-        EncodingsFileError: see `matched_encodings`.
-    """
+    """A float checkpoint and its encodings; for arguments and errors, see `matched_encodings`."""
 
     def __init__(
         self,
@@ -82,8 +71,7 @@ class AimetCheckpoint(FolderCheckpoint):
         self._grids = matched_encodings(self.model, encodings, keep_float, block_order, prefix)
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-        """Scheme and shape `[out, in]` of each parameter that becomes integers; reads no tensor
-        data."""
+        """Scheme and shape `[out, in]` of each parameter that becomes integers."""
         shapes = {name: _shape_out_in(self.model, name) for name in self._grids}
         return {n: (self._grids[n].scheme, shape) for n, shape in shapes.items() if len(shape) > 1}
 
@@ -105,8 +93,6 @@ class AimetCheckpoint(FolderCheckpoint):
 
 
 def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
-    """Refuse an encoding that cannot have been made for this weight: it is much worse than a
-    min-max grid of the same scheme."""
     scheme, values = quantized.encoding.scheme, quantized.dequantize()
     by_range = measure(weight, scheme).fake_quantize(weight)
     signal = float(weight.square().sum())
@@ -116,6 +102,7 @@ def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
     if stated_db < min(LEAST_SQNR, range_db - WORSE):
         ones = torch.ones_like(quantized.codes)
         step = quantized.encoding.dequantize(ones) - quantized.encoding.dequantize(ones - 1)
+        # Rounding is off by half a step at most; what is off by more was clipped.
         clipped = int(((weight - values).abs() > 0.51 * step).sum())
         raise GridError(
             f"its encoding leaves an SQNR of {stated_db:.1f} dB, where the range of the weight "
@@ -136,7 +123,6 @@ def matched_encodings(
 
     Args:
         model: the float model; it may be on the meta device.
-        path: the encodings file.
         keep_float: globs of parameters or layers that stay float, whether or not the file has an
             entry for them (`"lm_head*"`).
         block_order: the order of blocks in a 1.0.0 file that does not determine it (see
@@ -157,40 +143,45 @@ def matched_encodings(
     named = file.by_name.keys() if file.parameters is None else file.parameters
     removed, added = _prefix(str(path), named, parameters.keys(), prefix)
     excluded_layers = {added + name.removeprefix(removed) for name in file.excluded_layers or ()}
+    # Parameters are known by identity, since a tied one has several names.
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     grids: dict[str, tuple[str, Encoding | None]] = {}  # with the name of the entry
     unknown: list[str] = []
     problems: list[str] = []
-    kept = set[int]()  # identities, since a tied parameter has several names
-    places = [(n, id(p)) for name, p in parameters.items() for n in (name, name.rpartition(".")[0])]
+    kept = set[int]()
+    ids = [(n, id(p)) for name, p in parameters.items() for n in (name, name.rpartition(".")[0])]
     for glob in keep_float:
-        matched = {key for place, key in places if fnmatchcase(place, glob)}
+        matched = {key for name, key in ids if fnmatchcase(name, glob)}
         kept |= matched
         if not matched:
-            known = suggestion(glob, [place for place, _ in places if place])
-            problems.append(f"keep_float: {glob!r} matches no parameter or layer{known}")
-    for entry in file.encodings:
-        for name, is_numbered in _readings(entry.name):
+            near_glob = suggestion(glob, [name for name, _ in ids if name])
+            problems.append(f"keep_float: {glob!r} matches no parameter or layer{near_glob}")
+
+    def parameter_of(entry: Entry) -> tuple[nn.Parameter | None, bool]:
+        for name, is_numbered in _candidates(entry.name):
             parameter = parameters.get(added + name.removeprefix(removed))
-            if parameter is None or (is_numbered and parameter.ndim != 2):
-                continue
-            first = first_names[id(parameter)]
-            if id(parameter) in kept:
-                break
-            grid = None
-            try:
-                grid = _grid(model, first, entry, is_numbered, file, block_order)
-            except SourceError as error:
-                problems.append(f"{entry.name!r} {error}")
-            other, agreed = grids.setdefault(first, (entry.name, grid))
-            if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
-                problems.append(
-                    f"{other!r} and {entry.name!r} are one parameter of the model, but have "
-                    "different encodings. Remove one of the two entries"
-                )
-            break
-        else:
+            if parameter is not None and not (is_numbered and parameter.ndim != 2):
+                return parameter, is_numbered
+        return None, False
+
+    for entry in file.encodings:
+        parameter, is_numbered = parameter_of(entry)
+        if parameter is None:
             unknown += [entry.name] if entry.name in named else []
+            continue
+        if id(parameter) in kept:
+            continue
+        first, grid = first_names[id(parameter)], None
+        try:
+            grid = _grid(model, first, entry, is_numbered, file, block_order)
+        except SourceError as error:
+            problems.append(f"{entry.name!r} {error}")
+        earlier, agreed = grids.setdefault(first, (entry.name, grid))
+        if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
+            problems.append(
+                f"{earlier!r} and {entry.name!r} are one parameter of the model, but have "
+                "different encodings. Remove one of the two entries"
+            )
     for key, name in first_names.items():
         layer, _, leaf = name.rpartition(".")
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
@@ -202,9 +193,10 @@ def matched_encodings(
             )
     if problems:
         raise EncodingsFileError(str(path), problems)
-    if file.parameters is None:  # 2.x does not separate activations, but their names end otherwise
+    # 2.x does not separate activations, but their names end otherwise.
+    if file.parameters is None:
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
-        unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _readings(n))]
+        unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _candidates(n))]
     if unknown:
         near = [f"{name!r}{_near(name, [*first_names.values()])}" for name in unknown[:10]]
         warnings.warn(
@@ -217,8 +209,9 @@ def matched_encodings(
     return {name: grid for name in in_order if (grid := grids[name][1]) is not None}
 
 
-def _readings(name: str) -> Iterator[tuple[str, bool]]:
+def _candidates(name: str) -> Iterator[tuple[str, bool]]:
     """The names of the parameters that an entry can be of, and whether its tensor is transposed."""
+    # A copy of a transposed weight has both endings: `fc.weight_dup_12_0`.
     is_transposed = False
     yield name, is_transposed
     for _ in range(2):
@@ -232,12 +225,14 @@ def _prefix(
     path: str, names: Collection[str], parameters: Collection[str], prefix: str | None
 ) -> tuple[str, str]:
     """What to remove from the names of a file, or to add to them, for names of parameters."""
-    ends = defaultdict[str, list[str]](list)  # what is before each end of a parameter's name
+    # What is before each end of a parameter's name. With this table, the time is linear: comparing
+    # each entry with each parameter would be quadratic.
+    ends = defaultdict[str, list[str]](list)
     for name in parameters:
         for start in _starts(name):
             ends[name.removeprefix(start)].append(start)
     agreeing = defaultdict[tuple[str, str], set[str]](set)
-    for name in (reading for entry in names for reading, _ in _readings(entry)):
+    for name in (candidate for entry in names for candidate, _ in _candidates(entry)):
         for start in _starts(name):
             if (rest := name.removeprefix(start)) in parameters:
                 agreeing[start, ""].add(rest)
@@ -250,7 +245,7 @@ def _prefix(
             problem = f"no parameter has the name of an entry with or without the prefix {prefix!r}"
             raise EncodingsFileError(path, [problem])
     most = max(map(len, agreeing.values()), default=0)
-    best = [key for key, found in agreeing.items() if len(found) == most]
+    best = [key for key, matched in agreeing.items() if len(matched) == most]
     if not best or ("", "") in best:
         return "", ""
     if len(best) > 1:
@@ -294,12 +289,15 @@ def _grid(
         )
     is_conv1d, producer = _is_conv1d_weight(model, name), file.producer or {}
     of_onnx = producer.get("package") == "aimet-onnx" and file.version == "1.0.0"
+    # aimet-onnx lists blocks by channel, however the tensor is stored; our own files for it say so.
+    # aimet-torch's ONNX exporter lists them in memory order. It keeps the parameter's name only if
+    # the tensor is [out, in], where both are the same.
     if block_order is None and (of_onnx or producer.get("block_order") == "channel"):
-        block_order = "channel"  # aimet-onnx, and our own files for it
+        block_order = "channel"
     elif block_order is None and is_numbered:
-        block_order = "tensor"  # aimet-torch's ONNX exporter lists blocks in memory order
+        block_order = "tensor"
     elif block_order is None and not is_conv1d and producer.get("package") == "aimet-torch":
-        block_order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
+        block_order = "channel"
     module = model.get_submodule(name.rpartition(".")[0])
     channel_axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
     layout = TensorLayout(shape, is_conv1d != is_numbered, channel_axis, block_order)
@@ -307,7 +305,6 @@ def _grid(
 
 
 def _is_conv1d_weight(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight [in, out] of a Conv1D."""
     layer, _, leaf = name.rpartition(".")
     return leaf == "weight" and isinstance(model.get_submodule(layer), Conv1D)
 
@@ -323,8 +320,8 @@ def _keeping(name: str) -> str:
 
 
 def _near(name: str, among: Sequence[str]) -> str:
-    """The end of a message that suggests similar names, preferably of layers with the same name,
-    because most misspelled names differ only in their prefix."""
+    """The end of a message that suggests similar names."""
+    # Layers with the same name first: most misspelled names differ only in their prefix.
     layer = name.split(".")[-2:-1]
     alike = [other for other in among if other.split(".")[-2:-1] == layer] or among
     near = near_names(name, alike[:200])

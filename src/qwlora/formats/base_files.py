@@ -122,13 +122,19 @@ class BaseWriter:
             is_buffer = not layout and not isinstance(tensor, nn.Parameter)
             check_finite(full, tensor, allow_infinity=is_buffer)
             self.digests[full] = tensor_digest(full, layout, tensor)
+            # Digests are of float32 values, so a narrower type that holds them changes none.
+            # float64 has digests of its own, and stays.
             stored = narrowest(tensor) if tensor.dtype == torch.float32 else tensor
             waiting = sum(other.nbytes for other in self._waiting.values())
             if self._waiting and waiting + stored.nbytes > self.shard_bytes:
                 self._write_shard_()
             stored = stored.detach().cpu().contiguous()
             # safetensors refuses overlapping tensors, such as a head on the embedding's storage
-            overlaps = any(_overlap(stored, other) for other in self._waiting.values())
+            begin, end = stored.data_ptr(), stored.data_ptr() + stored.nbytes
+            overlaps = any(
+                begin < other.data_ptr() + other.nbytes and other.data_ptr() < end
+                for other in self._waiting.values()
+            )
             self._waiting[full] = stored.clone() if overlaps else stored
         for below, layer in base_modules(module):
             if _is_stored(layer):
@@ -153,6 +159,7 @@ class BaseWriter:
             model.save_config(self.folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder)
+        # Each tensor has a digest of its own, by which a reader can name the one that changed.
         files = set(files_in(self.folder)).difference(shards)
         settings, modules = base_settings(model), base_modules(model)
         identity = combined_fingerprint(self.digests, settings)
@@ -184,14 +191,16 @@ class BaseWriter:
 
 
 def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
-    """Write the configuration of a model of transformers, with the name of the weights."""
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     config.quantization_config = {"quant_method": "qwlora", "weights": weights}
-    if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
+    # `save_pretrained` copies only the code of the configuration and the tokenizer.
+    if _is_remote(type(model)):
         custom_object_save(model, scratch, config)
     config.save_pretrained(scratch)
-    config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+    # Written after `save_pretrained`, which deletes this attribute (transformers 5.24). Without
+    # qwlora, transformers takes the sentence for a file name, and its error shows it.
+    config.transformers_weights = WITHOUT_QWLORA
     config.to_json_file(Path(scratch, "config.json"))
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(scratch)
@@ -201,13 +210,15 @@ def _write_config(model: PreTrainedModel, scratch: Path, weights: str) -> None:
 def replacing_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[BaseWriter]:
     """Yield a writer. When the block ends, its files replace the base in `folder`, tokenizer
     included; if the block raises, the old base stays. See `replacing_files`."""
-    old = set[str]()
+    replaced = set[str]()
+    # Shards are not listed in the record, and a smaller base would leave old ones behind. The
+    # record may be a stranger's: what it lists outside of the folder is not deleted.
     if (folder / RECORD).is_file():
         listed_files = manifest.listed_files(folder, RECORD)
-        old = {name for name in listed_files if is_inside(folder, name)} | {WEIGHTS, INDEX}
-        old |= {file.name for file in folder.glob(f"{STEM}-{'[0-9]' * 5}.safetensors")}
-        old = {name for name in old if (folder / name).is_file()}
-    with replacing_files(folder, RECORD, old) as scratch:
+        replaced = {name for name in listed_files if is_inside(folder, name)} | {WEIGHTS, INDEX}
+        replaced |= {file.name for file in folder.glob(f"{STEM}-{'[0-9]' * 5}.safetensors")}
+        replaced = {name for name in replaced if (folder / name).is_file()}
+    with replacing_files(folder, RECORD, replaced) as scratch:
         yield BaseWriter(scratch, shard_bytes)
 
 
@@ -223,18 +234,15 @@ def write_base(
         identity = writer.finish(base, tokenizer, source)
         _check_rebuilt(writer.folder, type(base).__name__)
     remember_base_(base, writer.digests)
-    keep_fingerprint_(base, identity, identity)  # its floats may have been those of another base
+    # Its floats may have been those of another base, whose fingerprint the model then kept.
+    keep_fingerprint_(base, identity, identity)
     save_as_base_(base, source, folder)
     return identity
 
 
 def _check_rebuilt(folder: Path, name: str) -> None:
     """Build the model of the base in `folder` as `load_base` does. If it has other tensors than
-    those in the files, the record says that the caller builds it.
-
-    Warns:
-        QwloraWarning: it has; the first such tensors are named.
-    """
+    those in the files, warn, and let the record say that the caller builds it."""
     record = read_record(folder)
     if record["library"] == BY_CALLER or "trust_remote_code" in record:
         return
@@ -253,25 +261,21 @@ def _check_rebuilt(folder: Path, name: str) -> None:
 
 
 def _class_of(model: nn.Module) -> tuple[str, str | None]:
-    """The library whose class `load_base` will build, and the class; `BY_CALLER`: it cannot. The
-    class is None if a model of transformers has its own code."""
+    """The library whose class `load_base` will build, and the class; `BY_CALLER`: it cannot."""
     kinds = type(model).__mro__
+    # Code of a model's own folder is found by the configuration (auto_map), not by a class name.
     if any(_is_remote(kind) for kind in kinds):
         return TRANSFORMERS, None
     if isinstance(model, PreTrainedModel):
-        ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
-        name = next(ours, "PreTrainedModel")
+        # A user's subclass is not in transformers; the class below it builds the same tensors, or
+        # `_check_rebuilt` notices.
+        public = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
+        name = next(public, "PreTrainedModel")
         if not name.endswith("PreTrainedModel"):
             return TRANSFORMERS, name
     if kinds[0].__module__.startswith(f"{DIFFUSERS}.") and hasattr(model, "save_config"):
         return DIFFUSERS, kinds[0].__name__
     return BY_CALLER, kinds[0].__name__
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two contiguous tensors have bytes in common."""
-    begins = one.data_ptr(), other.data_ptr()
-    return begins[0] < begins[1] + other.nbytes and begins[1] < begins[0] + one.nbytes
 
 
 def _is_remote(kind: type) -> bool:
@@ -280,14 +284,11 @@ def _is_remote(kind: type) -> bool:
 
 
 class BaseCheckpoint(Checkpoint):
-    """The base in `folder`.
-
-    As a `Checkpoint`, so that another job can freeze the same integers again. Or to load it into a
-    model, by `load_into_`; transformers calls its parts. Each tensor is compared with its digest in
-    base.json when it is read.
+    """The base in `folder`, as a `Checkpoint` whose integers another job can freeze again, or to
+    load it into a model (`load_into_`; transformers calls its parts). Each tensor is compared with
+    its digest in base.json when it is read.
 
     Args:
-        folder: the base's folder.
         config: the configuration; default: that of the folder.
         trust_remote_code: run Python code from the folder to read it.
 
@@ -307,7 +308,6 @@ class BaseCheckpoint(Checkpoint):
         self.path = Path(folder)
         self.where = f"base {str(folder)!r}"
         self.record = read_record(self.path)
-        # weights are not listed there: each tensor has its own digest
         manifest.check(self.path, RECORD, self.where, "quantize again")
         self.files = SafetensorsFiles(folder, STEM)
         self.layers: dict[str, tuple[Scheme, tuple[int, ...]]] = {}  # by module path
@@ -315,6 +315,8 @@ class BaseCheckpoint(Checkpoint):
             with self._layer(path):
                 shape = tuple(_Layer.model_validate(layer).shape)
                 scheme = Scheme.from_json(layer)
+                # Allocates nothing, and refuses blocks that do not divide the rows, before a tensor
+                # is read.
                 PackedTensor.empty(scheme, shape)
             self.layers[path] = scheme, shape
         self.library = self.record.get("library", TRANSFORMERS)
@@ -332,12 +334,7 @@ class BaseCheckpoint(Checkpoint):
             self.stored.setdefault(parts.get(name, name), []).append(name)
 
     def skeleton(self, trust_remote_code: bool = False) -> nn.Module:
-        """The float model of the base, without data.
-
-        Raises:
-            SourceError: its class is not from transformers or diffusers, or the installed version
-                does not have it.
-        """
+        """The float model of the base, without data, if its class is one that is installed."""
         name = self.record.get("class")
         if self.library == TRANSFORMERS:
             return empty_model(self.config, trust_remote_code, name)
@@ -406,6 +403,7 @@ class BaseCheckpoint(Checkpoint):
         try:
             yield
         except (AttributeError, ValueError, RuntimeError) as error:
+            # torch raises RuntimeError for this too, and then quantizing again would not help.
             if is_out_of_memory(error):
                 raise
             why = described(error)
@@ -428,9 +426,7 @@ class BaseCheckpoint(Checkpoint):
 
     def place_packed_(self, model: nn.Module) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.
-
-        Returns:
-            All names of each stored tensor.
+        Returns all names of each stored tensor.
 
         Raises:
             SourceError: the tensors are not those of the model; the message lists them.
@@ -441,6 +437,7 @@ class BaseCheckpoint(Checkpoint):
                 layer = place_empty_(model, name, scheme)
                 if layer.tensor.shape != shape:
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
+        # Only then is a head on the embedding's codes, and not a tensor that the files lack.
         if isinstance(model, PreTrainedModel):
             tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())
@@ -473,8 +470,8 @@ class BaseCheckpoint(Checkpoint):
         identity, saved = self._identity(model), self.record["fingerprint"]
         if check_configuration and identity != saved:
             with foreign_as(SourceError, f"{self.where}: configuration in {RECORD} is not JSON"):
-                old = flat(json.loads(str(self.record.get("configuration"))))
-            changed = listed(differences(old, flat(base_settings(model))), 3)
+                saved_settings = flat(json.loads(str(self.record.get("configuration"))))
+            changed = listed(differences(saved_settings, flat(base_settings(model))), 3)
             raise FingerprintError(
                 f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}. Settings "
                 f"that changed after saving: {changed or 'none, only the fingerprint did'}. "
@@ -486,27 +483,24 @@ class BaseCheckpoint(Checkpoint):
             )
 
     def finish_(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Check the grids, and note on the model which base it is.
-
-        Raises:
-            GridError: a layer has an invalid scale or offset.
-        """
+        """Check the grids, and note on the model which base it is."""
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
             if _is_stored(layer):
+                # An encoding checks its numbers; codes need no check: any bits are valid ones.
                 with self._layer(name):
-                    _ = layer.encoding  # checks its numbers; any packed codes are valid
+                    _ = layer.encoding
         digests = dict(self.digests)
         for name, tensor in float_tensors(model).items():
-            # recorded digests are of float64 values if they are stored as such, else of float32
+            # Recorded digests are of float64 values if they are stored as such, else of float32.
             is_cast = tensor.dtype != torch.float32 or self.files.dtype(name) == "F64"
             if is_cast and not tensor.is_meta:
                 digests[name] = tensor_digest(name, "", tensor)
         remember_base_(model, digests)
-        now = combined_fingerprint(digests, base_settings(model))
-        if now != self.record["fingerprint"] == self._identity(model):
-            keep_fingerprint_(model, now, self.record["fingerprint"])
+        current = combined_fingerprint(digests, base_settings(model))
+        if current != self.record["fingerprint"] == self._identity(model):
+            keep_fingerprint_(model, current, self.record["fingerprint"])
         save_as_base_(model, self.record["source"], self.path)
 
     def _identity(self, model: nn.Module) -> str:
@@ -514,8 +508,8 @@ class BaseCheckpoint(Checkpoint):
 
 
 def _kind(tensor: Tensor | None) -> str:
-    """Type and shape; floats may have any width."""
     assert tensor is not None
+    # A float may be stored in a narrower type than that of the model (`narrowest`).
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)}"
 
@@ -528,9 +522,6 @@ def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
 def save_as_base_(model: nn.Module, source: str | None = None, folder: str | Path = "") -> None:
     """Let `model.save_pretrained` write a base while the model has packed layers.
 
-    The method of transformers or diffusers would write codes and scales without saying what they
-    are, and then load them as random weights.
-
     Args:
         source: recorded in base.json; default: `model.name_or_path`.
         folder: the base that the model is from, which PEFT writes into adapters.
@@ -540,7 +531,9 @@ def save_as_base_(model: nn.Module, source: str | None = None, folder: str | Pat
     if isinstance(model, PreTrainedModel):
         source = model.name_or_path if source is None else source
         model.name_or_path = str(folder) or model.name_or_path
-    # a partial is copied along with the model that it holds
+    # The method of transformers or diffusers would write codes and scales without saying what they
+    # are, and load them as random weights. A partial is copied along with the model that it holds;
+    # a closure of a copied model would still save the original.
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source or "")
 
 
@@ -567,11 +560,7 @@ def _save_pretrained(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read `base.json`.
-
-    Raises:
-        SourceError: it is missing, unreadable, or has another format version.
-    """
+    """Read `base.json`; a SourceError if it is missing, unreadable, or of another format."""
     check_readable(folder)
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
@@ -591,8 +580,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 class _Layer(BaseModel):
-    """The record of one packed layer: integers must be `int`, not 4.0 or true."""
-
+    # If not strict, pydantic takes 4.0 and true for integers.
     model_config = ConfigDict(strict=True)
 
     shape: list[Annotated[int, Field(gt=0, lt=2**31)]] = Field(min_length=1)

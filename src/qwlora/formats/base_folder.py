@@ -17,11 +17,8 @@ chooses:
     import qwlora.hf
     model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
 
-Without that import it would warn of an unknown method and continue with random weights. So the
-weights are in a file that it does not look for, and `transformers_weights` in config.json, which it
-takes as a file name and refuses, says what to install. `save_pretrained` writes a base. Refused:
-quantizing a float model while it is loaded, offloading to disk, tensor parallelism. Written for
-transformers 5.24.
+`save_pretrained` writes a base. Refused: quantizing a float model while it is loaded, offloading to
+disk, tensor parallelism. Written for transformers 5.24.
 """
 
 from __future__ import annotations
@@ -86,7 +83,6 @@ def load_base(
     """Load a base that `save_base` wrote, in evaluation mode.
 
     Args:
-        folder: the base's folder.
         model: the float model, whose layers are replaced by those of the base; also on the meta
             device. Needed if the base cannot be built from its files. If loading fails, some of its
             layers may be replaced: build it again.
@@ -114,12 +110,10 @@ def load_base(
 
 
 class QwloraConfig(QuantizationConfigMixin):
-    """`quantization_config` in the config.json of a base.
+    """`quantization_config` in the config.json of a base."""
 
-    Args:
-        weights: the file with the weights, or their index.
-    """
-
+    # Without `import qwlora.hf`, transformers would warn of an unknown method and continue with
+    # random weights. So the weights are in a file that it does not look for, which is named here.
     def __init__(self, weights: str = WEIGHTS, **unused: Any):
         self.quant_method, self.weights = METHOD, weights  # type: ignore[assignment]
 
@@ -132,11 +126,11 @@ class QwloraQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on the model."""
+        # Trainer asks; it means that adapters can be trained on the model.
         return True
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes a base; see `base_files.save_as_base_`."""
+        # Asked by transformers' own method, which here writes only floats or an adapter.
         return True
 
     def validate_environment(self, device_map: Any = None, **unused: Any) -> None:
@@ -148,8 +142,8 @@ class QwloraQuantizer(HfQuantizer):
         self._refuse_disk(device_map)
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        # the last call before the files are looked for: give the name of the weights in place of
-        # the sentence that stops transformers without qwlora
+        # The last call before transformers 5.24 looks for the files: give the name of the weights
+        # in place of the sentence that stops it without qwlora.
         if getattr(config, "distributed_config", None) is not None:
             raise SourceError(
                 "a QWLoRA base cannot be split by distributed_config, tp_plan or tp_size; leave "
@@ -168,21 +162,24 @@ class QwloraQuantizer(HfQuantizer):
                 f"{base.where} is a {expected}, not a {type(model).__name__}; load it with "
                 f"transformers.{expected}.from_pretrained"
             )
-        # `model.tie_weights()`, which transformers switches off while it builds a model to load
+        # `model.tie_weights()`, which transformers switches off while it builds a model to load.
         for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
             path, _, key = target.rpartition(".")
             model.get_submodule(path)._parameters[key] = model.get_parameter(source)
         base.place_packed_(model)
+        # A packed layer has no parameter that transformers could tie: it reads the other's codes.
         for target in list(model.all_tied_weights_keys):
             if isinstance(model.get_submodule(target.rpartition(".")[0]), PackedLayer):
-                del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
+                del model.all_tied_weights_keys[target]
+        # transformers casts what it loads to the dtype that it finds in the model. Scales must keep
+        # the stored one, whatever dtype was asked for.
         for name, stored in base.verified(model):
             if base.layouts[name] and stored.is_floating_point():
-                meta = torch.empty_like(stored, device="meta")  # scales keep their dtype
-                put_(model, [name], meta)
+                put_(model, [name], torch.empty_like(stored, device="meta"))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        return []  # a base has the names of the model in memory
+        # Conversions are for files of older versions; a base has the names of the model in memory.
+        return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> None:
         self._refuse_disk(getattr(model, "hf_device_map", None))
@@ -191,13 +188,16 @@ class QwloraQuantizer(HfQuantizer):
         model.requires_grad_(False)
         name = model.name_or_path or ""
         self._base.finish_(model, config.dtype)
+        # `finish_` sets the folder, which is in the cache for an id on the hub. Adapters should
+        # name the id.
         if not Path(name).is_dir():
-            model.name_or_path = name  # an id on the hub, which adapters should name
-        del self._base  # open files; the model keeps the quantizer, and may be copied
+            model.name_or_path = name
+        # The model keeps the quantizer, and open files cannot be copied with it.
+        del self._base
 
     def _refuse_disk(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            modules = [name or "the model" for name, place in device_map.items() if place == "disk"]
+            modules = [name or "the model" for name, where in device_map.items() if where == "disk"]
             raise SourceError(
                 f"device_map puts {modules[0]} on disk, but packed integers stay in memory. Map "
                 "all modules to devices or to the processor, or allow it more with max_memory"
@@ -221,7 +221,8 @@ def _folder_of(weights: Path) -> Path:
     if folder.parent.name != "snapshots" or not cached.name.startswith("models--"):
         return folder
     files = [RECORD]
-    for _ in range(2):  # base.json, then the files that it lists
+    # transformers has downloaded only what it knows of. First base.json, then what that lists.
+    for _ in range(2):
         if missing := [file for file in files if not (folder / file).is_file()]:
             name = cached.name.removeprefix("models--").replace("--", "/")
             places: dict[str, Any] = {"revision": folder.name, "cache_dir": cached.parent}

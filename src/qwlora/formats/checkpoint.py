@@ -7,22 +7,9 @@ Where stored tensors have other names than parameters, an `Origin` says how a pa
 them. A reader finds the origins, and `MappedCheckpoint` compares them with the model: all
 parameters are there, and copies of a tied tensor are equal.
 
-A checkpoint may lack the base model's prefix, use names of an older transformers, or store one
-parameter in parts (the experts of a mixture, fused projections). transformers knows the conversions
-by model type (`transformers.conversion_mapping`), and `origins` applies them:
-
-    floats       as they are
-    integers     only if a conversion stacks, joins or splits whole rows; it is then applied to
-                 codes, scales and offsets separately
-
-Each conversion first runs on tensors without data, which gives the names and shapes of its results.
-
 A `LazyModel` loads and releases the modules of a model one by one, to quantize models larger than
-memory. Tensors are read one at a time, so the peak memory is what is loaded plus one tensor.
-
-Models are built without data, on the meta device. A tied tensor has several names. Code that loads
-a checkpoint or a base puts each tensor at all of its names. Only buffers that are not stored in
-files (rotary frequencies, masks) have data from the start.
+memory. Models are built without data, on the meta device. A tied tensor has several names, and code
+that loads a checkpoint or a base puts it at all of them.
 """
 
 from __future__ import annotations
@@ -81,6 +68,8 @@ from qwlora.nn.packed_layer import pack_at_, tie_weights_
 from qwlora.system.device import CPU, moved
 from qwlora.system.progress import Track, untracked
 
+# Each of them moves whole rows, and a row keeps its codes, scales and offsets together. So it may
+# run on the codes, the scales and the offsets of an integer tensor separately.
 ROW_OPERATIONS = (Chunk, Concatenate, MergeModulelist, Split)
 
 
@@ -97,9 +86,8 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """Parameter names of the model that `config` builds
-        (`model.layers.0.mlp.down_proj.weight`), tied tensors once, in the model's order if that is
-        known."""
+        """Parameter names of the model that `config` builds, tied tensors once, in the model's
+        order if that is known."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor | QuantizedTensor:
@@ -120,8 +108,6 @@ class Origin:
     """The stored tensors of one parameter, and the conversion to it.
 
     Args:
-        target: the parameter's name.
-        sources: names of the stored tensors.
         convert_all: makes this parameter, and maybe others, from the stored tensors, by name.
         operations: the steps of the conversion; empty if the parameter is stored as it is.
         shape: of the parameter, if it is known without reading.
@@ -139,11 +125,8 @@ class Origin:
 
 
 class MappedCheckpoint(Checkpoint):
-    """Base class; a subclass sets `model`, calls `_place_`, and implements `_converted`.
-
-    Attributes:
-        model: the model of the configuration, without data.
-    """
+    """Base class; a subclass sets `model`, the model of the configuration without data, calls
+    `_place_`, and implements `_converted`."""
 
     model: PreTrainedModel
     described_in = "config.json"  # says what the model is
@@ -152,6 +135,8 @@ class MappedCheckpoint(Checkpoint):
         return list(self._origins)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
+        # Some writers store a tied tensor under each of its names. If the copies differ, using the
+        # first would silently change the model.
         first, *copies = [self._converted(origin) for origin in self._origins_of(name)]
         if any(not _same(first, copy) for copy in copies):
             aliases = " and ".join(repr(origin.target) for origin in self._origins[name])
@@ -162,13 +147,11 @@ class MappedCheckpoint(Checkpoint):
         return first
 
     def stored_names(self, name: str) -> list[str]:
-        """The stored tensors of one parameter: several if its parts (experts, projections) were
-        saved separately."""
+        """The stored tensors of one parameter: several if its parts (experts) are separate."""
         return [stored for origin in self._origins_of(name) for stored in origin.sources]
 
     @property
     def origins(self) -> list[Origin]:
-        """The origins of all parameters and of copies of tied ones."""
         return [origin for copies in self._origins.values() for origin in copies]
 
     @abstractmethod
@@ -187,18 +170,14 @@ class MappedCheckpoint(Checkpoint):
         return self._origins[name]
 
     def _place_(self, origins: Mapping[str, Origin], unknown: list[str]) -> None:
-        """Put the origins in the model's order, under the first name of each parameter.
-
-        Raises:
-            SourceError: there are unknown stored tensors, or parameters are missing.
-        """
+        """Put the origins in the model's order, under the first name of each parameter. Refuse
+        unknown stored tensors and missing parameters."""
         kind = f"{type(self.model).__name__}, which {self.described_in} describes"
         if unknown:
             raise self._error(
                 f"{_listed(unknown)} in the files, but not in {kind}. Either it belongs to another "
                 "model, or the model needs a newer transformers"
             )
-        # several origins for a tied tensor if copies of it are stored
         self._origins = {
             first: [origins[name] for name in names if name in origins]
             for first, names in tensor_names(self.model).items()
@@ -224,16 +203,18 @@ class LazyModel:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU):
         self.checkpoint, self.device = checkpoint, device
+        # One thread: tensors arrive in the order in which `load_` will ask for them.
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[str, Future[Tensor | QuantizedTensor]] = {}
         self.model = empty_model(checkpoint.config)
-        for module in self.model.modules():  # buffers that are in no file, such as frequencies
+        # Rotary frequencies and masks are in no file: `empty_model` has computed them on the CPU.
+        for module in self.model.modules():
             values = {n: b for n, b in module._buffers.items() if b is not None and not b.is_meta}
             module._buffers.update(moved(values, device))
         read_generation_config_(self.model, checkpoint.path)
         self.aliases = tensor_names(self.model)
         first = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
-        # a tied tensor may be stored under any of its names
+        # A tied tensor may be stored under any of its names.
         self.stored = {first.get(name, name): name for name in checkpoint.names()}
         missing = self.aliases.keys() - self.stored.keys()
         unknown = self.stored.keys() - self.aliases.keys()
@@ -253,12 +234,14 @@ class LazyModel:
             SourceError: a tensor cannot be read, or its shape differs from its parameter's.
         """
         names = self._missing(path)
+        # One at a time, so that the peak memory is what is loaded plus one tensor: 1.99 GiB for
+        # weights of 11.23 GiB (docs/log/formats.md).
         for name in track(names, "reading", len(names)):
             self.load_(name)
 
     def read_ahead(self, path: str) -> None:
-        """Begin to read the tensors in module `path`, which is needed next, while the device
-        computes. Does nothing on the CPU, which has no time to spare."""
+        """Begin to read the tensors in module `path`, needed next, while the device computes."""
+        # On a CPU, which itself computes, reading ahead would only slow the current block.
         if self.device.type != CPU.type:
             for name in self._missing(path):
                 if name not in self._ahead:
@@ -266,16 +249,14 @@ class LazyModel:
                     self._ahead[name] = self._reader.submit(read)
 
     def load_outside_(self, paths: Collection[str]) -> None:
-        """Load every tensor that is used outside the modules at `paths`, even if also used
-        inside."""
+        """Load every tensor that is used outside the modules at `paths`, or on both sides."""
         inside = tuple(f"{path}." for path in paths)
         for name in self.stored:
             if not all(alias.startswith(inside) for alias in self.aliases[name]):
                 self.load_(name)
 
     def release_(self, path: str = "") -> None:
-        """Drop the data of float tensors that are used only in module `path`; packed layers
-        stay."""
+        """Drop the data of float tensors used only in module `path`; packed layers stay."""
         for aliases in self.aliases.values():
             tensors = {a: t for a in aliases if (t := tensor_at(self.model, a)) is not None}
             if tensors and all(is_below(alias, path) for alias in tensors):
@@ -285,6 +266,7 @@ class LazyModel:
     def one_block_at_a_time(self) -> Iterator[PreTrainedModel]:
         """The model, ready to run. Each block (see `blocks_of`) is loaded only while it runs;
         everything outside blocks stays loaded."""
+        # Hooks run only on modules that are called: a block that is a mere container never is.
         blocks = [
             path
             for path in blocks_of(self.model)
@@ -302,7 +284,6 @@ class LazyModel:
             yield self.model
 
     def _missing(self, path: str) -> list[str]:
-        """The names of the tensors in module `path` that have no data yet."""
         return [n for n in self.stored if any(is_below(a, path) for a in self._waiting(n))]
 
     def _waiting(self, name: str) -> list[str]:
@@ -311,7 +292,7 @@ class LazyModel:
         return [alias for alias, tensor in tensors.items() if tensor is not None and tensor.is_meta]
 
     def load_(self, name: str) -> None:
-        """Load one parameter or buffer by name if it has no data yet; see `materialize_`."""
+        """Load one tensor by name if it has no data yet; see `materialize_`."""
         aliases = self._waiting(name)
         if not aliases:
             return
@@ -335,6 +316,7 @@ class LazyModel:
                 f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in "
                 "the model that config.json describes; download the model again"
             )
+        # Infinity is a legitimate value in a buffer: attention masks hold it.
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         put_(self.model, aliases, value.to(dtype))
@@ -359,11 +341,9 @@ def find_origins(
     """Find the stored tensors of each parameter.
 
     Args:
-        model: the model, on the meta device.
         stored: shapes of the stored tensors, by name.
-        where: the checkpoint, for messages.
         transforms: conversions from the format's names; default: those that transformers has for
-            older versions of the model.
+            this type of model.
 
     Returns:
         The origin of each parameter, and the stored names that belong to no parameter and that
@@ -374,16 +354,19 @@ def find_origins(
             stored shapes.
     """
     meta = model.state_dict()
+    # A checkpoint may lack the base model's prefix, have names of an older transformers, or store
+    # one parameter in parts (experts, fused projections): transformers knows this by model type.
     transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    # stored names and patterns by parameter (the first of a conversion that makes several)
+    # Stored names and patterns by parameter (the first of a conversion that makes several).
     sources: dict[str, list[tuple[str, str | None]]] = {}
     unknown: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
         prefix = model.base_model_prefix
         target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        # A pattern for an old name may also match a name that the model has today.
         if target not in meta and name in meta:
             target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta:
@@ -399,22 +382,20 @@ def find_origins(
     for first, parts in sources.items():
         converter = by_pattern.get(parts[0][1] or "")
         convert = partial(_parameters_of, model, first, converter, parts)
+        # Without data, the conversion costs nothing and tells names and shapes of its results.
         empty = {name: torch.empty(stored[name], device="meta") for name, _ in parts}
-        try:
+        what = f"{where}: parameter {first!r} cannot be made from {listed(empty, 4)}"
+        with foreign_as(SourceError, what, "download the model again"):
             converted = convert(empty)
-        except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise SourceError(
-                f"{where}: parameter {first!r} cannot be made from "
-                f"{listed(empty, 4)}: {error}; download the model again"
-            ) from error
         operations = () if converter is None else tuple(converter.operations)
         for target, tensor in converted.items():
             shape = tuple(tensor.shape)
             by_target[target] = Origin(target, tuple(empty), convert, operations, shape)
     ignored = list(model._keys_to_ignore_on_load_unexpected or [])
     buffers = [name for name, _ in model.named_buffers()]
-    old = ("rotary_emb.inv_freq", "position_ids")  # stored by older versions of transformers
-    ignored += [rf"(^|\.){re.escape(o)}$" for o in old if any(n.endswith(o) for n in buffers)]
+    # Older versions of transformers stored these buffers, which are now computed.
+    outdated = ("rotary_emb.inv_freq", "position_ids")
+    ignored += [rf"(^|\.){re.escape(o)}$" for o in outdated if any(n.endswith(o) for n in buffers)]
     return by_target, [n for n in unknown if not any(re.search(part, n) for part in ignored)]
 
 
@@ -428,12 +409,14 @@ def _parameters_of(
     """The parameters made from stored tensors; `target` is the first."""
     if converter is None:
         return {target: tensors[sources[0][0]]}
+    # `add_tensor` changes a converter, and one converter serves every layer.
     converter = deepcopy(converter)
     for stored, pattern in sources:
-        # transformers accepts a callable, but says Tensor
+        # transformers calls a callable when it converts, although the annotation is `Future`.
         value: Any = partial(tensors.__getitem__, stored)
         converter.add_tensor(target, stored, pattern or "", value)
     converted = converter.convert(target, model=model, config=model.config)
+    # transformers 5.24 gives operations lists; one that changes nothing returns its list.
     return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
 
 
@@ -463,8 +446,8 @@ def quantized_of(bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor) -
         is_signed = symmetric and bool(negative.any())
         if bool(negative.any()) and not is_signed:
             codes = torch.where(negative.repeat_interleave(size, dim=-1), steps - codes, codes)
-            turned = low_end + scale * steps if has_minimum else -steps - low_end
-            low_end, scale = torch.where(negative, turned, low_end), scale.abs()
+            other_end = low_end + scale * steps if has_minimum else -steps - low_end
+            low_end, scale = torch.where(negative, other_end, low_end), scale.abs()
         granularity = SignedBlock(size) if is_signed else PerBlock(size)
         if scale.ndim == 2 and scale.shape[1] == 1 and not (has_minimum or is_signed):
             granularity, scale, low_end = PerChannel(0), scale.flatten(), low_end.flatten()
@@ -530,6 +513,8 @@ def empty_model(
     Args:
         buffers: give data to buffers that are not stored; False is enough for names and shapes.
     """
+    # accelerate's context leaves buffers real; torch's device makes them meta too, so sizes from a
+    # damaged file allocate nothing.
     with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
         model = build_model(config, trust_remote_code, class_name)
     model.tie_weights()
@@ -542,7 +527,6 @@ def build_model(
     """Build the model of `config` on the current device, with random weights.
 
     Args:
-        config: the configuration.
         trust_remote_code: allow code from the folder of the configuration.
         class_name: a model class of transformers; default: the causal language model of the
             configuration.
@@ -558,7 +542,8 @@ def build_model(
             "install the version that the model was saved with"
         )
     what = f"config.json ({type(config).__name__}) does not describe a causal language model"
-    with foreign_as(SourceError, what):  # bad values can fail anywhere in a model class
+    # Bad values can fail anywhere in a model class, with any type of error.
+    with foreign_as(SourceError, what):
         if is_model:
             return named._from_config(config, dtype=torch.float32)
         settings = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
@@ -566,21 +551,22 @@ def build_model(
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """What loads the model of `config`: a language model, or one that reads images too. Where
-    transformers has both (Llama 4), the configuration names the class."""
+    """What loads the model of `config`: a language model, or one that reads images too."""
     is_language_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    # transformers has both for some configurations (Llama 4); `architectures` names the class.
     if reads_images and is_language_model:
         kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
         is_language_model = kind.__name__ not in (config.architectures or ())
-    is_vision_language = reads_images and not is_language_model
-    return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
+    use_images = reads_images and not is_language_model
+    return AutoModelForImageTextToText if use_images else AutoModelForCausalLM
 
 
 def blocks_of(model: nn.Module) -> list[str]:
     """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
     blocks: list[str] = []
-    for path, module in model.named_modules():  # outer lists come before nested ones
+    # `named_modules` yields an outer list before those nested in it.
+    for path, module in model.named_modules():
         is_nested = any(path == block or is_below(path, block) for block in blocks)
         if isinstance(module, nn.ModuleList) and not is_nested:
             blocks += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
@@ -590,6 +576,8 @@ def blocks_of(model: nn.Module) -> list[str]:
 def tensor_names(model: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and saved buffer, by its first name."""
     names: dict[int, list[str]] = {}
+    # By default, `state_dict` detaches: each name would get a tensor object of its own, and a tied
+    # tensor could not be recognized.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):  # not a module's extra state
             names.setdefault(id(tensor), []).append(name)
@@ -609,8 +597,7 @@ def tensor_at(model: nn.Module, name: str) -> Tensor | None:
 
 
 def put_(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
-    """Put one tensor at all of its names, as a frozen parameter where the module has a
-    parameter."""
+    """Put one tensor at all of its names, as a frozen parameter where the module has one."""
     parameter = nn.Parameter(tensor, requires_grad=False)
     for name in names:
         path, _, key = name.rpartition(".")

@@ -69,8 +69,7 @@ def check(
     """Compare the files of `folder` with the digests in its record `name`.
 
     Args:
-        what: the artifact, for messages.
-        remedy: how to create the artifact again, for messages.
+        what, remedy: the artifact and how to create it again, for messages.
         only: the files to check, in addition to the record; default: all listed files.
 
     Raises:
@@ -97,22 +96,23 @@ def check(
 
 
 def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) -> list[str]:
-    """The listed files that are missing, differ from their digests, or are not in the folder. Empty
-    if there is no record."""
+    """The listed files that are missing, differ from their digests, or are not in the folder."""
     if not (folder / name).exists():
         return []
     record = read(folder / name)
     listed = record.pop(FILES, None)
     if not isinstance(listed, dict):
         return [name]
-    wanted = listed if only is None else {*only, name} & listed.keys()
+    checked = listed if only is None else {*only, name} & listed.keys()
     changed = list[str]()
-    for file in sorted(wanted):
+    for file in sorted(checked):
+        # A record may come from a stranger: reading a pipe or a device may never end.
         if not is_inside(folder, file):
             changed.append(f"{file!r} (not a regular file in this folder; it was not opened)")
-        elif listed[file] is None or listed[file] != (
-            _record_digest(record) if file == name else _file_digest(folder / file)
-        ):
+            continue
+        digest = _record_digest(record) if file == name else _file_digest(folder / file)
+        # A file that cannot be read has the digest None, which must not match a null.
+        if digest is None or digest != listed[file]:
             is_there = file == name or os.path.exists(folder / file)
             changed.append(file if is_there else f"{file} (missing)")
     return changed
@@ -124,6 +124,7 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text())
+    # Python's JSON parser raises RecursionError for deeply nested lists.
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -10,8 +10,7 @@ Nothing is guessed:
     hub id              the id itself, and the metadata of its README.md, the only file downloaded
     base folder         as for a checkpoint folder
 
-In the README.md files that QWLoRA writes, such text is one line of escaped characters, so that it
-cannot write headings, tables or HTML of its own. A README.md that a user edited is never replaced.
+A README.md that a user edited is never replaced.
 """
 
 from __future__ import annotations
@@ -28,28 +27,23 @@ import yaml
 from qwlora.errors import QwloraError, SourceError
 from qwlora.formats.model_source import CARD, downloaded, locate
 
-UNKNOWN = "unknown"  # the hub's own word, which it shows as such
+# The hub's own word, which it shows as such.
+UNKNOWN = "unknown"
 CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
 MOST_CHARACTERS = 200
-_PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
+# In the card that PEFT writes next to an adapter, which is no user's text.
+_PEFT_TEMPLATE = "[More Information Needed]"
 _ID = r"[\w.-]+/[\w.-]+?"
 
 
 @dataclass(frozen=True)
 class ModelCardInfo:
-    """What a model's files say about it.
-
-    Args:
-        name: the last part of its id or path, to show to people.
-        repository: its hub id; None if no file says it.
-        license: as the hub writes it, such as `apache-2.0`; None if no file says it.
-        license_name, license_link: of a license that the hub does not know (`license: other`).
-        stated_in: where the license was found, in words.
-    """
+    """What a model's files say about it; None where no file says it."""
 
     name: str
     repository: str | None = None
     license: str | None = None
+    # The hub has these for a license that it does not know (`license: other`).
     license_name: str | None = None
     license_link: str | None = None
     stated_in: str = ""
@@ -102,20 +96,19 @@ def _of_gguf(name: str, path: Path) -> ModelCardInfo:
         re.fullmatch(f"({_ID})", repository),
         *(re.fullmatch(f"https?://huggingface\\.co/({_ID})/?", url) for url in urls),
     ]
-    stated = next((match[1] for match in matches if match), None)
-    return ModelCardInfo(name, stated, *license_keys, "general.license of the model's GGUF file")
+    hub_id = next((match[1] for match in matches if match), None)
+    return ModelCardInfo(name, hub_id, *license_keys, "general.license of the model's GGUF file")
 
 
 def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    stated, name, link = (
-        one_line(value) or None if isinstance(value := data.get(key), str) else None
-        for key in ("license", "license_name", "license_link")
-    )
+    values = [data.get(key) for key in ("license", "license_name", "license_link")]
+    stated, name, link = (one_line(v) or None if isinstance(v, str) else None for v in values)
     return (None, None, None) if stated == UNKNOWN else (stated, name, link)
 
 
 def one_line(text: str) -> str:
     """`text` without line breaks and invisible characters, cut after `MOST_CHARACTERS`."""
+    # Cut first: a stranger's text may be long.
     visible = "".join(c if c.isprintable() else " " for c in text[: 10 * MOST_CHARACTERS])
     line = " ".join(visible.split())
     return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
@@ -123,6 +116,7 @@ def one_line(text: str) -> str:
 
 def escaped(text: str) -> str:
     """`text` as one line of Markdown that shows it letter by letter."""
+    # So that a stranger's text cannot write headings, tables or HTML in our README.md files.
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 

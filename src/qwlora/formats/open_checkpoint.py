@@ -56,8 +56,8 @@ def open_checkpoint(
     path = Path(path)
     is_gguf, is_base = path.suffix == ".gguf", (path / RECORD).is_file()
     if not is_gguf and not path.is_dir():
-        place = looked_for(str(path), path)
-        raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file{place}")
+        where = looked_for(str(path), path)
+        raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file{where}")
     method, settings = (None, {}) if is_gguf or is_base else quantization_of(path)
     kind = "GGUF" if is_gguf else "a base" if is_base else method
     if encodings is not None and kind is not None:
@@ -65,6 +65,7 @@ def open_checkpoint(
             f"{str(path)!r} is quantized already ({kind}). Give encodings only with a float model"
         )
     if is_gguf:
+        # Not above: the gguf package is optional.
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path)

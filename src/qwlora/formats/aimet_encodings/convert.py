@@ -8,8 +8,6 @@ only within a pair:
     1.0.0 to 0.6.1    lost: block sizes (blocks become channels), LPBQ, and whether one scale in a
                       list is a channel's or the tensor's
     2.0.0 to 2.1.0    lost: LPBQ without one scale for each channel of a single axis
-
-A value that a version cannot store is found in the same way, before it is written.
 """
 
 from __future__ import annotations
@@ -81,6 +79,7 @@ def _stored(entry: Entry, version: str) -> Entry | None:
             return entry if is_flat and not is_oldest else None
         case IntegerEncoding() if nested:
             has_axis = entry.axis is not None or entry.granularity == "tensor"
+            # 2.x has no field for it: a reader sees only whether every zero point is at the center.
             return entry.replace(symmetric=entry.is_centered) if has_axis else None
     is_tensor = entry.granularity == "tensor" or (is_oldest and entry.scale.size == 1)
     scale, offset = (v.reshape(() if is_tensor else -1) for v in (entry.scale, entry.offset))

@@ -1,9 +1,6 @@
 """The JSON of encodings files. Each version has a `Document`, which makes an `EncodingsFile` of
 JSON (`content`). `sections_of` makes JSON of entries.
 
-Time and memory are proportional to the file: nothing is broadcast or expanded. Untrusted text and
-values are shown on one short line.
-
 Versions 0.6.1 and 1.0.0: activations and parameters in two sections, no axis, flat lists.
 
     {version, producer, activation_encodings, param_encodings, excluded_layers, quantizer_args}
@@ -15,23 +12,14 @@ floats; there are no blocks:
     [, zero_point_shift]}
     {bitwidth, dtype: "float"}
 
-`min = offset * scale` and `max = (offset + 2^bitwidth - 1) * scale` are redundant: computed when
-written, and when read they must agree within half a step. In 1.0.0 a section is a list of entries:
+`min = offset * scale` and `max = (offset + 2^bitwidth - 1) * scale` are redundant. In 1.0.0 a
+section is a list of entries:
 
     {name, dtype: "INT", bw, is_sym, enc_type: PER_TENSOR | PER_CHANNEL | PER_BLOCK, scale, offset
     [, block_size][, zero_point_shift]}
     {name, dtype: "INT", bw, compressed_bw, is_sym: true, enc_type: LPBQ, scale, offset, block_size,
     per_block_int_scale}
     {name, dtype: "FLOAT", bw, enc_type: PER_TENSOR}
-
-aimet-torch also writes 0.6.1 by module, for loading it again: `sim.save_encodings_to_json` (no
-version), `*_torch.encodings` of `sim.export` (0.6.1 or 1.0.0, whose items are of 0.6.1 all the
-same), and the parameters alone after AdaRound and GPTVQ (no activations, no version):
-
-    activation_encodings: {MODULE: {input: {"0": ITEM or [ITEM, ...]}, output: {...}}}
-    param_encodings: {MODULE.NAME: [ITEM, ...]}
-
-They are read as 0.6.1, where activations are called MODULE.input.0 and MODULE.output.0.
 
 Versions 2.0.0 and 2.1.0: one list of encodings, axes, signed or unsigned codes, nested scales.
 
@@ -47,8 +35,7 @@ Entries:
     LPBQ in 2.1.0   {name, output_dtype, y_scale: {x, x_scale, axis}, axis, block_size}
 
 `axis` is the channel axis, or the block axis if there is a `block_size`. A `y_zero_point` that is
-zero everywhere is omitted; one that ends in .5 is a `zero_point_shift`. Negative axes of nested
-scales are accepted (AIMET 2.42 writes -1 next to a positive axis) and made positive.
+zero everywhere is omitted; one that ends in .5 is a `zero_point_shift`.
 """
 
 from __future__ import annotations
@@ -87,8 +74,10 @@ from qwlora.formats.aimet_encodings.model import (
 )
 
 MAX_RANK = 8
-MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64
-_KINDS = {"plain", "nested"}  # in pydantic's paths, not in files
+# Larger than any code or offset, and far below the end of int64: sums cannot overflow.
+MAX_INTEGER = 2**40
+# In pydantic's paths of errors, not in files.
+_KINDS = {"plain", "nested"}
 
 
 def numbers_of(value: Any) -> Floats:
@@ -119,7 +108,8 @@ def integers_of(value: Any) -> Integers:
 
 def _rectangle(value: Any, what: str) -> npt.NDArray[Any]:
     """Nested lists as an array of Python's numbers."""
-    array = np.array(value, dtype=object)  # lists of different lengths are kept as values
+    # Objects: numpy keeps lists of different lengths as values then, and integers exact.
+    array = np.array(value, dtype=object)
     if not array.size:
         raise ValueError("is empty")
     if wrong := [item for item in array.flat if type(item) not in (int, float)]:
@@ -147,8 +137,8 @@ class Strict(BaseModel):
 
 
 class JsonEntry(Strict):
-    """The fields of an entry as a version has them. A subclass has `entry()`, the entry, which
-    raises ValueError if they contradict one another; a document holds the result."""
+    """The fields of an entry as a version has them. A subclass has `entry()`, which raises
+    ValueError if they contradict one another; a document holds its result."""
 
     name: Name
 
@@ -170,11 +160,7 @@ class JsonEntry(Strict):
         return fields
 
     def check_fields(self, needed: Collection[str], optional: Collection[str] = ()) -> None:
-        """Refuse an entry without the fields of its kind, or with others.
-
-        Raises:
-            EncodingsFileError: lists them.
-        """
+        """Refuse an entry without the fields of its kind, or with others."""
         stored = self.model_fields_set - {"name"}
         problems = [f"{key} is missing" for key in sorted({*needed} - stored)]
         problems += [
@@ -206,7 +192,7 @@ def problem_lines(error: ValidationError, document: dict[str, Any]) -> Iterator[
     for problem in error.errors(include_url=False):
         where, keys = "file", problem["loc"]
         if len(keys) > 1 and isinstance(index := keys[1], int):
-            # in 0.6.1 the entries of a section are the values of an object, named by their keys
+            # In 0.6.1 the entries of a section are the values of an object, named by their keys.
             entry = list(document[str(keys[0])])[index]
             name = entry.get("name") if isinstance(entry, dict) else entry
             where = name or "''" if isinstance(name, str) else f"{keys[0]}[{index}]"
@@ -248,7 +234,13 @@ Section = TypeVar("Section")
 
 
 def is_by_module(document: dict[str, Any]) -> bool:
-    """Whether the activations of a document are listed by module; see above."""
+    """Whether the activations of a document are listed by module."""
+    # aimet-torch writes this form for loading it again: `sim.save_encodings_to_json` (no version),
+    # `*_torch.encodings` of `sim.export` (0.6.1 or 1.0.0, whose items are of 0.6.1 all the same),
+    # and the parameters alone after AdaRound and GPTVQ (no activations, no version):
+    #
+    #     activation_encodings: {MODULE: {input: {"0": ITEM or [ITEM, ...]}, output: {...}}}
+    #     param_encodings: {MODULE.NAME: [ITEM, ...]}
     version, activations = document.get("version"), document.get("activation_encodings", {})
     if not isinstance(document.get("param_encodings"), dict) or not isinstance(activations, dict):
         return False
@@ -257,11 +249,7 @@ def is_by_module(document: dict[str, Any]) -> bool:
 
 
 def without_modules(document: dict[str, Any]) -> dict[str, Any]:
-    """A document by module as one of 0.6.1.
-
-    Raises:
-        EncodingsFileError: the first module that is not described by inputs and outputs.
-    """
+    """A document by module as one of 0.6.1, with activations MODULE.input.0 and so on."""
     activations = {}
     for module, sides in document.get("activation_encodings", {}).items():
         is_nested = isinstance(sides, dict) and all(isinstance(v, dict) for v in sides.values())
@@ -325,6 +313,7 @@ class Entry061(JsonEntry):
         )
         for key, computed in zip(("min", "max"), _range(encoding), strict=True):
             stated = getattr(self, key)
+            # Half a step more would be another grid; less is rounding.
             tolerance = 0.5 * self.scale + 1e-5 * np.abs(computed)
             off = ~(np.abs(stated - computed) <= tolerance)
             if off.any():
@@ -344,6 +333,8 @@ def _by_field(section: Any) -> list[dict[str, Any]]:
         if isinstance(items, list) and all(isinstance(item, dict) for item in items):
             keys = dict.fromkeys(key for item in items for key in item)
             fields: dict[str, Any] = dict.fromkeys(keys)
+            # Only known fields become columns: a hostile file, each of whose items has other keys,
+            # would make a table of quadratic size.
             for key in keys & Entry061.model_fields.keys():
                 fields[key] = [item.get(key) for item in items]
             for key in {"dtype", "bitwidth", "is_symmetric", "zero_point_shift"} & fields.keys():
@@ -377,7 +368,8 @@ def _items(encoding: Entry) -> list[dict[str, Any]]:
 
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
-    """Lowest and highest value of each grid; in float32 if the scales are, which is AIMET's way."""
+    """Lowest and highest value of each grid."""
+    # In float32 if the scales are, as in AIMET, so that its files are written back as they were.
     offset, scale = encoding.offset.reshape(-1), encoding.scale.reshape(-1)
     highest = offset + 2**encoding.bitwidth - 1
     with np.errstate(over="ignore", under="ignore"):
@@ -449,7 +441,7 @@ Section100 = list[Annotated[Entry100, AsEntry]]
 
 
 def json_of(encoding: Entry) -> dict[str, Any]:
-    """The JSON of an entry."""
+    """The JSON of an entry of 1.0.0."""
     entry = {"name": encoding.name, "dtype": "INT", "bw": encoding.bitwidth}
     if isinstance(encoding, FloatEncoding):
         return entry | {"dtype": "FLOAT", "enc_type": "PER_TENSOR"}
@@ -586,13 +578,13 @@ def _integer_format(dtype: str) -> tuple[bool, int]:
 
 
 def _positive(axis: int, rank: int, field: str = "axis") -> int:
+    # AIMET 2.42 writes -1 for some axes of nested scales, next to a positive axis.
     if not -rank <= axis < rank:
         raise ValueError(f"{field} is {axis}, outside scales of {rank} axes")
     return axis % rank
 
 
 def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
-    """The JSON of an entry."""
     entry: dict[str, Any] = {"name": encoding.name}
     if isinstance(encoding, LpbqEncoding):
         blocks, channels = encoding.block_scale.tolist(), encoding.channel_scale
@@ -601,11 +593,8 @@ def _json_of_2(encoding: Entry, version: str) -> dict[str, Any]:
             entry["per_block_int_scale"] = blocks
             entry["per_channel_float_scale"] = channels.tolist()
         else:
-            entry["y_scale"] = {
-                "x": blocks,
-                "x_scale": channels.reshape(-1).tolist(),
-                "axis": encoding.channel_axis,
-            }
+            flat, axis = channels.reshape(-1).tolist(), encoding.channel_axis
+            entry["y_scale"] = {"x": blocks, "x_scale": flat, "axis": axis}
     else:
         assert encoding.scale is not None, "convert drops floats without a scale"
         scale = {"y_scale": encoding.scale.tolist()}

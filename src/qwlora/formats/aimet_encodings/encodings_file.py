@@ -44,10 +44,26 @@ def read_encodings(path: Path | str) -> EncodingsFile:
     """The encodings file at `path`.
 
     Raises:
-        EncodingsFileError: it does not exist, is not JSON, or violates the rules of its version;
-            `problems` has every problem.
+        EncodingsFileError: it does not exist, is not JSON, repeats a key, or violates the rules of
+            its version; `problems` has every problem.
     """
-    file, problems = parse(load_json(path))
+    content = b""
+    try:
+        check_readable(Path(path))
+        content = Path(path).read_bytes()
+        document = json.loads(content, object_pairs_hook=distinct_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read: {described(error)}"
+        # torch.save writes a zip file (PK), pickle 0x80; safetensors has the length of its header,
+        # then JSON.
+        if content.startswith((b"PK\3\4", b"\x80")) or content[8:10] == b'{"':
+            problem = (
+                "is a pickle, a file of torch.save or safetensors, not JSON. Write the encodings "
+                "with sim.onnx.export, sim.save_encodings_to_json or sim.export; pickles are not "
+                "opened, because they can run code"
+            )
+        raise EncodingsFileError(str(path), [problem]) from error
+    file, problems = parse(document)
     if file is None:
         raise EncodingsFileError(str(path), problems)
     return file
@@ -87,7 +103,8 @@ def _lines(value: Any) -> str:
 
 def to_document(file: EncodingsFile) -> dict[str, Any]:
     """The JSON value that `write_encodings` writes; same errors."""
-    convert(file, file.version)  # refuses what the version cannot express; arrays are shared
+    # Refuses what the version cannot express. It copies no array.
+    convert(file, file.version)
     entries = sections_of(file)
     excluded, settings = file.excluded_layers, file.quantizer_args
     values = {
@@ -98,7 +115,7 @@ def to_document(file: EncodingsFile) -> dict[str, Any]:
         "quantizer_args": settings if settings is None else dict(settings),
     }
     document = {key: value for key, value in values.items() if value is not None}
-    # entries are valid by construction; the other fields are checked without them
+    # Entries are valid by construction; the other fields are checked without them.
     _, problems = parse(document | {section: type(part)() for section, part in entries.items()})
     if problems:
         raise EncodingsFileError("encodings", problems)
@@ -125,25 +142,3 @@ def parse(document: Any) -> tuple[EncodingsFile | None, list[str]]:
         return None, list(problem_lines(error, document))
     except EncodingsFileError as error:
         return None, [f"file: {problem}" for problem in error.problems]
-
-
-def load_json(path: Path | str) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-        EncodingsFileError: the file cannot be read or is not JSON, or an object repeats a key.
-    """
-    content = b""
-    try:
-        check_readable(Path(path))
-        content = Path(path).read_bytes()
-        return json.loads(content, object_pairs_hook=distinct_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        if content.startswith((b"PK\3\4", b"\x80")) or content[8:10] == b'{"':
-            problem = (
-                "is a pickle, a file of torch.save or safetensors, not JSON. Write the encodings "
-                "with sim.onnx.export, sim.save_encodings_to_json or sim.export; pickles are not "
-                "opened, because they can run code"
-            )
-            raise EncodingsFileError(str(path), [problem]) from error
-        raise EncodingsFileError(str(path), [f"cannot be read: {described(error)}"]) from error

@@ -14,9 +14,7 @@ weight of a MatMul is stored [in, out] under the parameter's name and a number (
 `TensorLayout` says whether the entry's tensor is transposed, which swaps scales and axes.
 
 Versions before 2.0 have no axis and list blocks in one flat list: in the order of the tensor, or
-channel by channel, as aimet-onnx reads them. The order matters only if the two readings differ.
-0.6.1 does not say the block size either: out * k scales are k blocks along the input, for LPBQ too,
-whose scales are then the products. As many scales as inputs could also be one per input: refused.
+channel by channel, as aimet-onnx reads them.
 
 A zero point shift of half a step is a float offset:
 
@@ -24,18 +22,6 @@ A zero point shift of half a step is a float offset:
     here     x_hat = q * scale + minimum,  minimum = (offset + 0.5) * scale
 
 Both have the same codes. Values differ by the rounding of float32.
-
-The file of an exported ONNX model has the names of its tensors:
-
-    QDQ model      version 1.0.0, block scales in the order of the tensor ([in / block, out] for the
-                   weight of a MatMul), as in AIMET's own ONNX export
-    float model    as aimet-onnx reads it: 1.0.0 or 2.0.0. In 1.0.0, block scales are in one list,
-                   channel by channel, however the tensor is stored; the producer says so
-                   (`block_order`)
-
-If no activation of a float model has a grid, 1.0.0 says of each that it is a float of 16 bits;
-2.0.0 has no words for that. A weight with float offsets has no encoding in any file; its layer is
-listed in `excluded_layers`.
 """
 
 from __future__ import annotations
@@ -95,10 +81,14 @@ def write_graph_encodings(
     grids: Mapping[str, Encoding] = {mark.name: graph.encodings[mark.name] for mark in marks}
     parameters: Collection[str] = {m.name for m in marks if m.kind is not Kind.ACTIVATION}
     floats: Sequence[str] = ()
+    # A QDQ model has blocks in the order of the tensor ([in / block, out] for the weight of a
+    # MatMul), as in AIMET's own ONNX export. aimet-onnx reads the float model, and expects them
+    # channel by channel, however the tensor is stored; `block_order` of the producer says so.
     order: BlockOrder = "tensor"
     if float_model is not None:
         grids, parameters, floats = float_model
         order = "channel"
+    # No file can hold float offsets.
     excluded = [name for name, grid in grids.items() if grid.scheme.float_offset]
     producer = {"package": "qwlora", "version": version_of("qwlora")}
     sections: dict[str, Any] = {
@@ -111,6 +101,7 @@ def write_graph_encodings(
         for name in sorted(grids, key=parameters.__contains__)
         if name not in excluded
     ]
+    # 1.0.0 calls a tensor without a grid a float of 16 bits; 2.0.0 has no words for that.
     file = EncodingsFile(
         version,
         (*entries, *(FloatEncoding(name, 16) for name in floats if version < "2")),
@@ -167,11 +158,9 @@ def entry_of(
     transposed: bool = False,
     block_order: BlockOrder = "tensor",
 ) -> Entry:
-    """The entry that describes `encoding`, of a tensor [..., out, in].
+    """The entry that describes `encoding`, of a tensor [..., out, in], in a file of `version`.
 
     Args:
-        name: the tensor's name in the file.
-        version: of the file that will hold the entry.
         transposed: the tensor of that name is stored [in, out].
         block_order: of flat block scales (before 2.0).
 
@@ -185,11 +174,11 @@ def entry_of(
         raise EncodingsFileError(name, [problem])
     scale, offset = encoding.scale.detach().cpu(), encoding.offset.cpu()
     nested = has_axes(version)
-    turned = transposed and (nested or block_order == "tensor")
+    is_turned = transposed and (nested or block_order == "tensor")
     last = 0 if transposed else scale.ndim - 1  # the axis of the inputs
 
-    def placed(values: Tensor) -> npt.NDArray[Any]:
-        array = values.numpy().T if turned else values.numpy()
+    def arranged(values: Tensor) -> npt.NDArray[Any]:
+        array = values.numpy().T if is_turned else values.numpy()
         return array if nested or not array.ndim else array.reshape(-1)
 
     axis: int | None = None
@@ -207,8 +196,8 @@ def entry_of(
                 name,
                 scheme.bitwidth,
                 size,
-                placed(integers),
-                placed(row.double()),
+                arranged(integers),
+                arranged(row.double()),
                 None if nested else scheme.bitwidth + scale_bitwidth,
                 last if nested else None,
             )
@@ -219,8 +208,8 @@ def entry_of(
     return IntegerEncoding(
         name,
         scheme.bitwidth,
-        placed(scale.double()),
-        placed(offset),
+        arranged(scale.double()),
+        arranged(offset),
         centered if nested else scheme.symmetric,
         scheme.symmetric if nested else None,
         axis if nested else None,
@@ -281,6 +270,9 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
         granularity = PerChannel(axis)
         if scale.size != layout.shape[axis]:
             hint = ""
+            # 0.6.1 lists blocks as channels: out * k scales are k blocks along the input, for LPBQ
+            # too, whose scales are then the products. As many scales as inputs could also be one
+            # per input: refused.
             if version == "0.6.1" and len(layout.shape) == 2:
                 rows, columns = layout.shape
                 blocks, rest = divmod(scale.size, rows)
@@ -321,7 +313,8 @@ def _lpbq_grid(entry: LpbqEncoding, layout: TensorLayout) -> Encoding:
     try:
         granularity = Lpbq(entry.block_size, bits)
         granularity.split(scale)
-    except GridError:  # the factors are not recoverable: a row lacks the largest integer
+    # The factors are not recoverable if a row lacks the largest integer.
+    except GridError:
         granularity = PerBlock(entry.block_size)
     scheme = Scheme(entry.bitwidth, True, granularity)
     offset = torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32)
@@ -350,19 +343,20 @@ def _blocks(
         return np.broadcast_to(values, expected)
     if values.size != expected[0] * expected[1]:
         raise SourceError(f"has {values.size} {mismatch}")
-    readings: dict[BlockOrder, npt.NDArray[Any]] = {
+    by_order: dict[BlockOrder, npt.NDArray[Any]] = {
         "channel": values.reshape(expected),
         "tensor": values.reshape(expected[::-1]).T,
     }
     if layout.block_order is not None:
-        return readings[layout.block_order]
-    if not np.array_equal(readings["channel"], readings["tensor"]):
+        return by_order[layout.block_order]
+    # Guessing would give a wrong model. It need not be known where both readings agree.
+    if not np.array_equal(by_order["channel"], by_order["tensor"]):
         raise SourceError(
             "is a flat list of blocks in an unknown order: by output channel, or as a tensor "
             "stored [in, out]. Set model.block_order: channel or tensor in the recipe "
             "(block_order='channel' or 'tensor' in Python), or export version 2.0.0"
         )
-    return readings["channel"]
+    return by_order["channel"]
 
 
 def _floats(values: npt.NDArray[Any]) -> Tensor:

@@ -12,9 +12,7 @@ sections. Shapes of `scale` and `offset`:
     weight [A, B], blocks of s along axis 1        [A, B / s]; flat if the version has no axis
 
 An entry that contradicts itself cannot be constructed, whatever it is read from: the rules of
-values are here, those of JSON fields in the modules of the versions.
-
-Values only, numpy, no torch. `encodings_file.py` reads and writes files, `convert.py` converts.
+values are here, those of JSON fields in `documents.py`. numpy, no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +30,8 @@ from qwlora.errors import EncodingsFileError
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
 MAX_BITWIDTH = 32
-MAX_SCALE = float(np.finfo(np.float32).max)  # runtimes store scales in float32 at most
+# Runtimes store scales in float32 at most.
+MAX_SCALE = float(np.finfo(np.float32).max)
 FLOAT_FORMATS = {
     "float4e2m1": 4,
     "float8e4m3fn": 8,
@@ -50,15 +49,8 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class _Entry(ABC):
-    """Compared field by field, arrays by shape and value; not hashable.
-
-    Args:
-        name: of the tensor.
-        bitwidth: 1 to 32.
-
-    Raises:
-        EncodingsFileError: the values contradict one another or are out of range.
-    """
+    """An entry that contradicts itself, or has a value out of range, raises EncodingsFileError.
+    Compared field by field, arrays by shape and value; not hashable."""
 
     name: str
     bitwidth: int
@@ -75,6 +67,7 @@ class _Entry(ABC):
             if getattr(self, key) is None:
                 continue
             values = np.asarray(getattr(self, key))
+            # numpy warns of NaN in a cast to integers; the comparison below finds it.
             with np.errstate(invalid="ignore"):
                 array = values.astype(dtype)
             if dtype is np.int64 and (array != values).any():
@@ -96,7 +89,6 @@ class _Entry(ABC):
 
 
 def _granularity(entry: IntegerEncoding | FloatEncoding) -> str:
-    """`tensor`, `channel` or `block`."""
     if entry.block_size is not None:
         return "block"
     return "channel" if entry.scale is not None and entry.scale.ndim else "tensor"
@@ -136,7 +128,6 @@ class IntegerEncoding(_Entry):
 
     @property
     def center(self) -> int:
-        """The offset of a symmetric grid."""
         return -(2 ** (self.bitwidth - 1))
 
     @property
@@ -239,7 +230,6 @@ def _range_problems(scale: npt.NDArray[Any], what: str) -> Iterator[str]:
 def _shape_problems(
     scale: npt.NDArray[Any], axis: int | None, block_size: int | None, what: str = "scale"
 ) -> Iterator[str]:
-    """Scales are nested only for blocks along a known axis."""
     yield from _range_problems(scale, what)
     if not scale.size:
         yield f"{what} is empty"
@@ -247,6 +237,7 @@ def _shape_problems(
         yield f"block_size is {block_size}; an integer from 1 is needed"
     if not scale.ndim and (axis is not None or block_size is not None):
         yield f"{what} is one number; with an axis or a block_size it must be a list"
+    # Scales are nested only for blocks along a known axis.
     elif scale.ndim > 1 and (block_size is None or axis is None):
         yield (
             f"{what} has {scale.ndim} axes; without an axis and a block_size it is one number or "
@@ -294,8 +285,7 @@ class EncodingsFile:
 
     @property
     def by_name(self) -> dict[str, Entry]:
-        """The encodings by name, in the file's order."""
-        return {e.name: e for e in self.encodings}
+        return {entry.name: entry for entry in self.encodings}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EncodingsFile):

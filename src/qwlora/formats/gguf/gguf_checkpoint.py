@@ -10,22 +10,6 @@ that it leaves at its defaults are as llama.cpp has them. What it does to values
 of q and k, subtract one from norms, join experts) is also applied to integers, if it only moves
 rows or blocks. Floats of type F32, F16 and BF16 are read as float32, those of F64 as float64.
 
-transformers has two kinds of conversions: for some architectures the same as for its own
-checkpoints (`integrations.gguf`), for the others a processor class per architecture
-(`modeling_gguf_pytorch_utils`). Here both become `Origin`s. Float tensors are converted directly.
-For integers, the function is probed to learn how it reorders values: its input is filled with row
-numbers, then with column numbers, and the result shows where each row and column came from
-(`Reordering`). A conversion that does anything else to values, like subtracting one, is refused for
-integers.
-
-The file is memory-mapped, and each tensor is read when it is asked for. Scaled rotary positions are
-not read, because transformers does not read them unless its code for the architecture does (gpt-oss
-has it); a warning says so. In the file, they are
-
-    ARCH.rope.scaling.type, .factor, ...      position scaling (linear, yarn, longrope);
-                                              ARCH.rope.scale_linear in old files
-    rope_freqs.weight, rope_factors_*.weight  factors of the rotary frequencies
-
 Quantized blocks are decoded into codes and scales, and become a `QuantizedTensor`:
 
     type         bits  block   value                            encoding
@@ -39,25 +23,7 @@ Quantized blocks are decoded into codes and scales, and become a `QuantizedTenso
 `d`, `m` and `dmin` are float16. `s` and `t` are one integer per block: signed in Q3_K and Q6_K,
 unsigned in the others. Products are rounded to float32 once, as in the `gguf` package and
 llama.cpp, so values are equal bit for bit. The only exception is the sign of zero: -0.0 becomes
-0.0.
-
-In the simple types (block 32), the codes follow `d` and `m`:
-
-    4 bits   16 bytes         byte j holds code j in its low half and code j + 16 in its high half
-    5 bits   4 + 16 bytes     bit j of a little-endian word is the fifth bit of code j; then the low
-                              four bits as above
-    8 bits   32 bytes         signed; flipping the top bit gives codes with offset -128
-
-GGUF allows negative and zero scales everywhere:
-
-* Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14, and
-  its own codes are dropped.
-* Negative scale, symmetric: the tensor has signed blocks (`SignedBlock`), with its own codes and
-  scales.
-* Negative scale, float minimum: codes are counted from the other end (`quantized_of`) if this gives
-  the same float32 values; otherwise the tensor is refused. No quantizer writes such blocks.
-
-Source of the types: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
+0.0. Source of the types: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -95,31 +61,29 @@ from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.grid.encoding import QuantizedTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Replaces a scale of zero, which no encoding allows; float16, as bases store scales, holds it.
 CONSTANT_SCALE = 2.0**-14
 _BLOCKS_AT_ONCE = 2**15
-# Metadata and settings that transformers' own tables lack.
+# Metadata and settings that transformers' own tables lack (5.24).
 _UNREAD = {
     "attention.key_length": "head_dim",
     "context_length": "n_positions",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of Gemma 27B, whose attention scale differs
+# Layers of Gemma 27B, whose attention scale differs. No key of the file states the scale.
+LARGEST = {"gemma2": 46, "gemma3": 62}
+# Factors of the rotary frequencies, which transformers skips.
 _ROPE_FACTORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
+# The number given to row 0 and column 0 in a probe. Results below it were computed, not moved.
 FIRST = 1000
-"""The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""
 
 
 class GgufCheckpoint(MappedCheckpoint):
-    """A GGUF file.
+    """A GGUF file, mapped into memory; each tensor is read when it is asked for.
 
     Args:
-        path: the file.
         as_floats: accept types that only transformers reads, as floats.
-
-    Attributes:
-        config: the configuration that transformers reads from the file's metadata.
-        model: the model that the metadata describe, without data.
 
     Raises:
         SourceError: the file is damaged, transformers does not know its architecture, a parameter
@@ -133,7 +97,7 @@ class GgufCheckpoint(MappedCheckpoint):
         self.path = Path(path)
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
-        try:  # without buffers, so that damaged sizes allocate nothing
+        try:
             self.model = empty_model(self.config, buffers=False)
         except SourceError as error:
             raise self._error(str(error).replace("config.json", "its metadata")) from error
@@ -171,13 +135,13 @@ class GgufCheckpoint(MappedCheckpoint):
         return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
 
     def stored_rows(self, name: str, count: int = 0) -> tuple[str, Int64[Tensor, " out"]]:
-        """The stored tensor of a matrix [out, in], and the stored row of each of its rows. A head
-        that the file ties to the embedding is stored as `output.weight`, as llama.cpp expects.
+        """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
 
         Raises:
             SourceError: there is no such parameter.
             ExportError: it is stored in several tensors, transposed, or with permuted columns.
         """
+        # A head that the file ties to the embedding; llama.cpp looks for a separate one here.
         if name not in self._origins and name in self.model.state_dict():
             return "output.weight", torch.arange(count)
         origin = self._origins_of(name)[0]
@@ -191,9 +155,7 @@ class GgufCheckpoint(MappedCheckpoint):
         return origin.sources[0], order.rows.flatten()
 
     def stored_values(self, name: str, values: Tensor) -> tuple[str, Tensor]:
-        """The stored tensor of a float parameter, and the content that is read as `values`. The
-        conversion is probed: it may permute rows, and add constants to a vector, as for Gemma's
-        norms.
+        """The stored tensor of a float parameter, and the content that is read as `values`.
 
         Raises:
             SourceError: there is no such parameter.
@@ -203,18 +165,21 @@ class GgufCheckpoint(MappedCheckpoint):
             stored, rows = self.stored_rows(name, values.shape[:-1].numel())
             matrix = torch.empty_like(values.flatten(0, -2))
             matrix[rows] = values.flatten(0, -2)
-            known = self.file.tensors.get(stored)
-            return stored, matrix if known is None else matrix.view(known.shape)
-        origin, whole = self._origins_of(name)[0], values.double().reshape(-1)
+            tensor = self.file.tensors.get(stored)
+            return stored, matrix if tensor is None else matrix.view(tensor.shape)
+        origin, desired = self._origins_of(name)[0], values.double().reshape(-1)
         source = origin.sources[0]
         remedy = "export this base to another target"
+        # A conversion may permute a vector and add constants, as for Gemma's norms. Zeros show the
+        # constants, numbers in order the permutation.
         with foreign_as(ExportError, f"{self._what(origin)} cannot be replaced", remedy):
-            shift = origin.convert({source: torch.zeros_like(whole)})
-            order = origin.convert({source: torch.arange(len(whole)).double()}) - shift
-            vector = torch.empty_like(whole)
-            vector[order.long()] = whole - shift
-            again = origin.convert({source: vector})
-            if not (_is_order(order, len(whole)) and torch.allclose(again, whole, 2**-40, 2**-40)):
+            shift = origin.convert({source: torch.zeros_like(desired)})
+            order = origin.convert({source: torch.arange(len(desired)).double()}) - shift
+            vector = torch.empty_like(desired)
+            vector[order.long()] = desired - shift
+            restored = origin.convert({source: vector})
+            is_exact = torch.allclose(restored, desired, 2**-40, 2**-40)
+            if not (_is_order(order, len(desired)) and is_exact):
                 raise ValueError("its conversion is not a permutation plus constants")
         return source, vector
 
@@ -251,6 +216,7 @@ class GgufCheckpoint(MappedCheckpoint):
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
         """What transformers reads from the metadata, and the configuration made of it."""
+        # transformers leaves some settings at its defaults. They become what llama.cpp has.
         architecture, tokens = self.file.architecture, self.file.metadata.get(TOKENS)
         what = "transformers cannot read a configuration from its metadata (architecture"
         with (
@@ -258,36 +224,42 @@ class GgufCheckpoint(MappedCheckpoint):
             tempfile.TemporaryDirectory() as folder,
         ):
             path = self.file.path.resolve()
-            # for GGUF_CONFIG_ARCHS, transformers is fast and needs the vocabulary
+            # transformers makes a Python object for each token of the vocabulary. A header without
+            # it, and `_OuterModules`, open SmolLM2 in 1.3 s instead of 25 (docs/log/formats.md).
+            # For GGUF_CONFIG_ARCHS, transformers is fast and needs the vocabulary.
             if architecture not in GGUF_CONFIG_ARCHS:
                 path = Path(folder, "header.gguf")
                 path.write_bytes(self.file.without_contents())
             settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
-            if settings.get("vocab_size") == 0 and tokens:  # `without_contents` removed them
+            # 0, because `without_contents` removed them
+            if settings.get("vocab_size") == 0 and tokens:
                 settings["vocab_size"] = tokens
-            kind, start = CONFIG_MAPPING[settings["model_type"]], f"{architecture}."
-            own = {k.removeprefix(start): v for k, v in self.file.metadata.items()}
-            for key in _UNREAD.keys() & own:
+            kind, prefix = CONFIG_MAPPING[settings["model_type"]], f"{architecture}."
+            metadata = {k.removeprefix(prefix): v for k, v in self.file.metadata.items()}
+            for key in _UNREAD.keys() & metadata:
                 if hasattr(kind, _UNREAD[key]):
-                    settings.setdefault(_UNREAD[key], own[key])
-            period = own.get("attention.sliding_window_pattern")  # others list their layers
+                    settings.setdefault(_UNREAD[key], metadata[key])
+            # In Gemma, one layer of so many has full attention; others list their layers.
+            period = metadata.get("attention.sliding_window_pattern")
             if isinstance(period, int) and hasattr(kind, "layer_types"):
                 kinds = "sliding_attention", "full_attention"
-                numbers = range(1, own["block_count"] + 1)
+                numbers = range(1, metadata["block_count"] + 1)
                 settings["layer_types"] = [kinds[i % period == 0] for i in numbers]
             config: Any = kind.from_dict(dict(settings))
             padding = getattr(config, "pad_token_id", None)
+            # transformers' default for Phi-3 is 32000; with a smaller vocabulary, the embedding
+            # would refuse it.
             if padding is not None and padding >= getattr(config, "vocab_size", math.inf):
-                config.pad_token_id = None  # transformers' default for Phi-3
-            heads = own.get("attention.head_count")
+                config.pad_token_id = None
+            heads = metadata.get("attention.head_count")
             head = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
             rope = getattr(config, "rope_parameters", None) or {}
-            if "sliding_attention" in rope and (local := own.get("rope.freq_base_swa")):
+            if "sliding_attention" in rope and (local := metadata.get("rope.freq_base_swa")):
                 rope["sliding_attention"]["rope_theta"] = local
             if "rope_theta" in rope:  # one for all layers
-                rope["rope_theta"] = own.get("rope.freq_base", rope["rope_theta"])
+                rope["rope_theta"] = metadata.get("rope.freq_base", rope["rope_theta"])
                 rotated = int(head * rope.get("partial_rotary_factor", 1))
-                if (width := own.get("rope.dimension_count", rotated)) != rotated:
+                if (width := metadata.get("rope.dimension_count", rotated)) != rotated:
                     rope["partial_rotary_factor"] = width / head
             if layers := LARGEST.get(architecture):
                 is_largest = config.num_hidden_layers == layers
@@ -296,12 +268,14 @@ class GgufCheckpoint(MappedCheckpoint):
 
     def _warn_of_positions(self) -> None:
         """Warn if the file scales positions and the configuration does not."""
+        # transformers 5.24 reads the scaling of few architectures (gpt-oss).
         file = self.file
         parameters = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         unread = [name for name in file.tensors if _ROPE_FACTORS.fullmatch(name)]
         parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
         if all(part.get("rope_type", "default") == "default" for part in parts):
             rope = f"{file.architecture}.rope."
+            # Old files have `scale_linear` instead of `scaling.factor`.
             keys = (f"{rope}scaling.", older := f"{rope}scale_linear")
             scaling = {key: value for key, value in file.metadata.items() if key.startswith(keys)}
             kind = scaling.get(f"{rope}scaling.type", "linear")  # llama.cpp's own default
@@ -310,12 +284,11 @@ class GgufCheckpoint(MappedCheckpoint):
                 unread = [f"{key} = {value}" for key, value in scaling.items()] + unread
         if unread:
             warnings.warn(
-                f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp "
-                "applies this, but transformers does not read it from a GGUF "
-                f"file (rope_parameters {parameters or None}), so results differ, mostly on long "
-                "texts. Give the model's Hugging Face folder as the source, "
-                "or, in Python, set config.rope_parameters of open_checkpoint(...) before "
-                "load_precomputed",
+                f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp applies "
+                "this, but transformers does not read it from a GGUF file (rope_parameters "
+                f"{parameters or None}), so results differ, mostly on long texts. Give the model's "
+                "Hugging Face folder as the source, or, in Python, set config.rope_parameters of "
+                "open_checkpoint(...) before load_precomputed",
                 QwloraWarning,
                 stacklevel=3,
             )
@@ -336,14 +309,10 @@ def _reorder(order: Reordering, size: int, pieces: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Reordering:
-    """Which stored rows and columns the rows and columns of a parameter come from.
+    """The stored row of each row of a parameter, counted through all sources, and the same for
+    columns; None if they keep their order.
 
-    Args:
-        rows: for each row of the parameter, the index of the stored row, counted through all
-            sources.
-        columns: the same for columns; None if they keep their order.
-        transposed: whether the parameter is stored as [in, out]; `rows` and `columns` refer to
-            [out, in].
+    `transposed`: it is stored as [in, out]; `rows` and `columns` refer to [out, in].
     """
 
     rows: Int[Tensor, "*rows"]
@@ -354,24 +323,13 @@ class Reordering:
 def gguf_origins(
     file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
 ) -> tuple[dict[str, Origin], list[str]]:
-    """Find the stored tensors of each parameter.
-
-    Args:
-        file: the open file.
-        config: the configuration as transformers reads it from the file.
-        model: the model without data.
-
-    Returns:
-        The origin of each parameter, and the stored tensors that belong to no parameter and that
-        transformers does not ignore.
-
-    Raises:
-        SourceError: transformers does not know the architecture, or the file's tensors do not fit
-            its conversions.
-    """
+    """As `find_origins`, by transformers' conversions of GGUF files. `config`: what transformers
+    reads from the file."""
     architecture, where = file.architecture, repr(str(file.path))
     what = f"{where}: transformers cannot map the tensors of {architecture!r}"
-    with foreign_as(SourceError, what):  # bad values can fail anywhere in a conversion
+    # Bad values can fail anywhere in a conversion. transformers has two kinds: for some
+    # architectures the same as for its own checkpoints, for others a processor class.
+    with foreign_as(SourceError, what):
         if not is_gguf_arch_supported(architecture):
             return _Processor(file, config, model).find_origins(file)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -388,7 +346,6 @@ class _Processor:
         self.mapping = get_gguf_hf_weights_map(_OuterModules(model), self.processor)
 
     def find_origins(self, file: GgufFile) -> tuple[dict[str, Origin], list[str]]:
-        """As `gguf_origins`."""
         sources: dict[str, list[str]] = {}
         unknown = []
         for name, tensor in file.tensors.items():
@@ -396,20 +353,23 @@ class _Processor:
             unknown += [] if targets else [name]
             for target in targets:
                 sources.setdefault(target, []).append(name)
-        return {
+        origins = {
             target: Origin(target, tuple(names), self._parameters)
             for target, names in sources.items()
-        }, unknown
+        }
+        return origins, unknown
 
     def _targets(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The parameters that the processor makes from a stored tensor."""
+        # A matrix or vector in the table has one name. Only the processor knows the names that it
+        # gives to the parts of a stack of experts; two columns of zeros are enough to ask it.
         if name in self.mapping and len(shape) < 3:
             return [self.mapping[name]]
         probe = torch.zeros(1, dtype=torch.int8)
         try:
             try:
                 return [*self._parameters({name: probe.expand(*shape[:-1], min(2, shape[-1]))})]
-            except (ValueError, IndexError):  # needs the real number of columns
+            except (ValueError, IndexError):  # it needs the real number of columns
                 return [*self._parameters({name: probe.expand(shape)})]
         except KeyError:  # experts of a block that the model does not have
             return []
@@ -429,12 +389,11 @@ class _Processor:
 
 
 class _OuterModules:
-    """A model whose `ModuleList`s appear to have no children.
+    """A model whose `ModuleList`s appear to have no children."""
 
-    transformers builds a table of all tensor names for each module that it visits; visiting every
-    layer would take very long.
-    """
-
+    # For each module that it visits, transformers 5.24 builds a table of all tensor names. Without
+    # the modules inside layers and the vocabulary, Gemma 3 270M opens in 1.4 s instead of 49
+    # (docs/log/formats.md).
     def __init__(self, module: nn.Module):
         self.module, self.config = module, getattr(module, "config", None)
 
@@ -450,21 +409,14 @@ class _OuterModules:
 def find_reordering(
     origin: Origin, shapes: Sequence[tuple[int, ...]], block: int, what: str
 ) -> Reordering:
-    """How `origin.convert` reorders the rows and columns of its sources.
-
-    The probe first uses tensors with two columns, which is fast. Conversions that fail because they
-    need the real number of columns are probed again with it.
-
-    Args:
-        origin: the conversion to probe.
-        shapes: the shape of each source.
-        block: the number of columns that share a scale.
-        what: the tensor, for messages.
+    """How `origin.convert` reorders the rows and columns of its sources, with these shapes.
 
     Raises:
-        SourceError: the conversion does more than move rows and whole blocks of columns.
+        SourceError: the conversion does more than move rows and whole blocks of `block` columns,
+            which share a scale.
     """
     width = shapes[0][-1]
+    # Two columns are fast to probe. Some conversions fail, because they need the real number.
     try:
         return _probed(origin, [(*shape[:-1], min(2, width)) for shape in shapes], block, what)
     except SourceError:
@@ -475,6 +427,8 @@ def find_reordering(
 
 
 def _probed(origin: Origin, shapes: list[tuple[int, ...]], block: int, what: str) -> Reordering:
+    # Sources are filled with row numbers, then with column numbers: the result shows where each row
+    # and column comes from. int32, because arithmetic that makes floats is then recognized.
     by_row, by_column, total, width = {}, {}, 0, shapes[0][-1]
     numbers = torch.arange(FIRST, FIRST + width, dtype=torch.int32)
     for source, shape in zip(origin.sources, shapes, strict=True):
@@ -520,29 +474,23 @@ def _is_order(numbers: Tensor, count: int) -> bool:
 def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:
     """Decode rows of the GGUF type `kind`, a key of `TYPES`.
 
-    Works on a limited number of blocks at a time, so that temporary tensors stay small.
-
     Returns:
         Codes `[*rows, in]`; scales `[*rows, in / size]`, which may be negative or zero; and, for
         types with one, minimums of the same shape.
     """
     _, bytes_per_block, decode = TYPES[kind]
     fields = raw.reshape(-1, bytes_per_block)
-    whole = [part.new_empty((len(fields), part.shape[-1])) for part in decode(fields[:1])]
+    decoded = [part.new_empty((len(fields), part.shape[-1])) for part in decode(fields[:1])]
+    # Decoding makes temporary tensors of the size of its input: few blocks keep them small.
     for start in range(0, len(fields), _BLOCKS_AT_ONCE):
-        some = slice(start, start + _BLOCKS_AT_ONCE)
-        for part, piece in zip(whole, decode(fields[some]), strict=True):
-            part[some] = piece
-    return [part.view(*raw.shape[:-1], -1) for part in whole]
+        chunk = slice(start, start + _BLOCKS_AT_ONCE)
+        for part, piece in zip(decoded, decode(fields[chunk]), strict=True):
+            part[chunk] = piece
+    return [part.view(*raw.shape[:-1], -1) for part in decoded]
 
 
 def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTensor:
-    """The quantized tensor with exactly these values.
-
-    Args:
-        kind: the GGUF type.
-        parts: what `decode_blocks` returns.
-        what: the tensor and its type, for messages.
+    """The quantized tensor with exactly these values, which `decode_blocks` returned.
 
     Raises:
         SourceError: a scale or minimum is not finite, or a negative scale cannot be converted
@@ -551,6 +499,8 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
     bitwidth, (codes, scale, *minimum) = TYPES[kind][0], parts
     middle, is_constant, negative = 2 ** (bitwidth - 1), scale == 0, scale < 0
     size = codes.shape[-1] // scale.shape[-1]
+    # GGUF allows scales of zero. Such a block is constant, whatever its codes are, so it becomes
+    # the code of that constant.
     if bool(is_constant.any()):
         inside = is_constant.repeat_interleave(size, dim=-1)
         codes = codes.masked_fill(inside, 0 if minimum else middle)
@@ -560,6 +510,8 @@ def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTens
         quantized = quantized_of(bitwidth, codes, scale, *(minimum or [offset]))
     except GridError as error:
         raise SourceError(f"{what}: {error}. The file is damaged; download it again") from error
+    # GGUF allows negative scales too. Next to a minimum, `quantized_of` counts codes from the other
+    # end, which may round differently. No quantizer writes such blocks.
     if minimum and bool(negative.any()):
         d, m = (part.repeat_interleave(size, dim=-1) for part in (scale, *minimum))
         if not torch.equal(quantized.dequantize(), codes.float() * d + m):
@@ -584,15 +536,17 @@ def halves(fields: UInt8[Tensor, "*rows bytes"]) -> UInt8[Tensor, "*rows codes"]
 def bit_planes(
     fields: UInt8[Tensor, "*rows bytes"], count: int, width: int
 ) -> UInt8[Tensor, "*rows codes"]:
-    """The lowest `width` bits of all bytes, then the next `width` bits of all bytes, `count`
-    times."""
+    """The lowest `width` bits of all bytes, then the next ones of all bytes, `count` times."""
     shifts = torch.arange(0, count * width, width, dtype=torch.uint8).unsqueeze(-1)
     return ((fields.unsqueeze(-2) >> shifts) & (2**width - 1)).flatten(-2)
 
 
 def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], list[Tensor]]:
     def decode(fields: Tensor) -> list[Tensor]:
+        # 8 bits are signed: flipping the top bit makes codes with offset -128. Otherwise byte j has
+        # code j in its low half and code j + 16 in its high half.
         codes = fields[..., -32:] ^ 0x80 if bitwidth == 8 else halves(fields[..., -16:])
+        # Before them, bit j of a little-endian word is the fifth bit of code j.
         if bitwidth == 5:
             codes |= bit_planes(fields[..., -20:-16].unsqueeze(-1), 8, 1).flatten(-2) << 4
         return [codes, *(_half(fields, start) for start in (0, 2)[: 1 + with_minimum])]
@@ -614,8 +568,9 @@ def _q3_k(fields: Tensor) -> list[Tensor]:
 
 
 def _k_scales(fields: Tensor) -> list[Tensor]:
-    """The float32 scales and minimums of the eight blocks of 32 in Q4_K and Q5_K; their integers
-    have six bits each, in the twelve bytes from byte 4."""
+    """The float32 scales and minimums of the eight blocks of 32 in Q4_K and Q5_K."""
+    # Sixteen integers of six bits are in the twelve bytes from byte 4. The upper two bits of the
+    # last eight are the top bits of the first eight bytes.
     first, second, rest = fields[..., 4:16].chunk(3, -1)
     scale = torch.cat([first & 0x3F, rest & 0xF | first >> 6 << 4], -1)
     minimum = torch.cat([second & 0x3F, rest >> 4 | second >> 6 << 4], -1)

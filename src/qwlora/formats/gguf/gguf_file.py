@@ -10,8 +10,7 @@ Everything is little-endian. A string is a u64 length and UTF-8 bytes; an array 
 count and values.
 
 No read goes beyond the end of the file, so a damaged header cannot cost much time or memory,
-whatever it claims. transformers reads the same header again for the configuration and checks much
-less, so values that would harm it are refused here. Source: `docs/gguf.md` of ggml.
+whatever it claims. Source: `docs/gguf.md` of ggml.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ VERSIONS = (2, 3)
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 TOKENS = "tokenizer.ggml.tokens"
+# Metadata keys with these words may be larger than any axis of a tensor.
 UNBOUNDED = ("context", "window", "vocab_size")
-"""Metadata keys with these words may be larger than any axis of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,6 @@ class StoredTensor:
 class GgufFile:
     """The metadata and tensors of a GGUF file.
 
-    Args:
-        path: the file.
-
     Attributes:
         metadata: scalars and strings by key; for an array, its length.
         tensors: the stored tensors by name, in the file's order.
@@ -74,7 +70,7 @@ class GgufFile:
             raise SourceError(f"{str(path)!r} is not a file")
         if self.path.stat().st_size < 24:
             raise self.error("it is too short for a GGUF file")
-        # copy on write, because torch expects writable memory; the file is never modified
+        # Copy on write, because torch expects writable memory; the file is never modified.
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
         self._data = self._bytes.data
         self._position = 0  # of the next byte of the header
@@ -86,12 +82,12 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`."""
         return str(self.metadata["general.architecture"])
 
     def raw(self, name: str) -> UInt8[Tensor, "*rows bytes"]:
         """The bytes of one tensor, row by row; a view of the mapped file."""
-        import torch  # not above: a run that skips everything reads metadata only
+        # Not above: a run that skips everything reads metadata only.
+        import torch
 
         tensor = self.tensors[name]
         part = torch.from_numpy(self._bytes[tensor.start : tensor.start + tensor.size_bytes])
@@ -99,10 +95,7 @@ class GgufFile:
 
     def without_contents(self) -> bytes:
         """A small GGUF file with the same metadata, an empty vocabulary, and one value per tensor.
-
-        To read a configuration, transformers creates a Python object for every token of the
-        vocabulary. From this file, it takes a hundredth of the time.
-        """
+        transformers reads a configuration from it in a hundredth of the time."""
         pairs = [
             bytes(self._data[start:end])
             for key, (start, end, is_array) in self._spans.items()
@@ -110,6 +103,7 @@ class GgufFile:
         ]
         key = TOKENS.encode()
         pairs.append(struct.pack(f"<Q{len(key)}sIIQ", len(key), key, ARRAY, STRING, 0))
+        # transformers looks at names of tensors too: without `output.weight`, it ties the head.
         float32 = gguf.GGMLQuantizationType.F32
         table = [
             struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, float32, 0)
@@ -133,11 +127,11 @@ class GgufFile:
         return size
 
     def _read_header_(self) -> None:
-        """Read metadata and tensors, and check that the file holds the bytes of all tensors."""
         magic, version, tensors, pairs = self._take("4sIQQ")
         if magic != b"GGUF":
             raise self.error(f"it begins with {magic!r}, but a GGUF file begins with b'GGUF'")
         if version not in VERSIONS:
+            # A big-endian file has its version in the upper half of these four bytes.
             swapped = "; the file is big-endian, convert it with gguf_convert_endian.py"
             raise self.error(
                 f"GGUF version {version} is not supported, {' and '.join(map(str, VERSIONS))} "
@@ -165,6 +159,7 @@ class GgufFile:
                 )
             kind = kinds[number]
             values, size_bytes = gguf.GGML_QUANT_SIZES[kind]
+            # numpy and torch count values in int64.
             if not shape or 0 in shape or shape[-1] % values or math.prod(shape) >= 2**63:
                 raise self._damaged(
                     f"tensor {name!r} has the invalid shape {list(shape)}; rows of {kind.name} "
@@ -182,8 +177,7 @@ class GgufFile:
             self.tensors[name] = StoredTensor(name, kind.name, shape, start, length)
 
     def _check_metadata(self) -> None:
-        """Refuse one file of a split model, and metadata with sizes that no tensor of the file
-        has."""
+        """Refuse one file of a split model, and sizes that no tensor of the file has."""
         if not isinstance(self.metadata.get("general.architecture"), str):
             raise self.error(
                 "general.architecture does not name the model, so this is not the GGUF file of a "
@@ -195,6 +189,8 @@ class GgufFile:
                 f"this is one of {parts} files of the model; join them first (llama-gguf-split "
                 "--merge)"
             )
+        # transformers reads these again for the configuration and checks much less: a damaged
+        # number of layers would fill the memory.
         longest = max([2**20, *(n for tensor in self.tensors.values() for n in tensor.shape)])
         for key, value in self.metadata.items():
             is_size = key.startswith(f"{self.architecture}.") and not isinstance(value, str)
@@ -220,7 +216,6 @@ class GgufFile:
         return start
 
     def _take(self, layout: str) -> tuple[Any, ...]:
-        """Read values of a `struct` layout."""
         start = self._skip(struct.calcsize(f"<{layout}"))
         return struct.unpack_from(f"<{layout}", self._data, start)
 

@@ -12,14 +12,8 @@ For a layer [out, in] whose weights have `b` bits:
 
     W = (code - 2^(b - 1) - zero) * scale; zero is 0 if it is not stored
 
-Files of compressed-tensors 0.13, which left gaps for 3, 5, 6 and 7 bits, are refused by their
-number of words. Values are computed in float32 from the stored scales; the library's values are
-identical if its scales are float32. A checkpoint that also quantizes activations or the KV cache is
-refused: dropping that would change what it computes.
-
-A layer belongs to the config group of the first target that matches: its name, then patterns
-(`re:`), then the names of its classes, each in alphabetical order (as in
-`compressed_tensors.utils.match.match_targets`).
+Values are computed in float32 from the stored scales; the library's values are identical if its
+scales are float32.
 """
 
 from __future__ import annotations
@@ -76,9 +70,10 @@ class _NoRotations(BaseModel):
 
 
 class _Settings(BaseModel):
-    """The `quantization_config`, as far as it says how weights are stored. What computes something
-    else than weights must be None or empty."""
+    """The `quantization_config`, as far as it says how weights are stored."""
 
+    # Quantized activations, a quantized KV cache and rotations must be None or empty: dropping them
+    # would change what the checkpoint computes.
     format: _Format = None
     config_groups: Annotated[dict[str, _Group], Field(min_length=1)]
     sparsity_config: _Dense | None = None
@@ -87,15 +82,8 @@ class _Settings(BaseModel):
 
 
 class CompressedTensors(FormatReader):
-    """The tensors of `files`, which compressed-tensors wrote.
-
-    Args:
-        files: the stored tensors.
-        settings: the `quantization_config`.
-
-    Raises:
-        SourceError: the settings name a format without integer weights.
-    """
+    """The tensors of `files`, which compressed-tensors wrote; formats without integer weights are
+    refused."""
 
     label = "compressed-tensors"
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -156,20 +144,21 @@ class CompressedTensors(FormatReader):
         return f"{layer}.weight_packed" in self.files
 
     def _weights(self, layer: str) -> Weights:
-        """The settings of a layer's group, chosen as the module docstring says."""
         if len(self._groups) == 1:
             return self._groups[0][1]
-        # if two groups have the same target, the last one wins
+        # As in `compressed_tensors.utils.match.match_targets`: first the layer's name, then
+        # patterns, then the names of its classes, each in alphabetical order. If two groups have
+        # the same target, the last one wins.
         by_target = {target: weights for targets, weights in self._groups for target in targets}
         path, module = self.module_of(layer)
         kinds = type(module).__mro__ if module is not None else (nn.Linear, nn.Module)
         classes = sorted(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
-        late = SourceError(
+        too_slow = SourceError(
             f"{self.where(layer)}: the regular expressions in the targets of config.json take more "
             f"than {SECONDS:g} s to match; write them without nested repetitions like (a+)+"
         )
         invalid = f"{self.where(layer)}: a target is not a valid regular expression"
-        with time_limit(late), foreign_as(SourceError, invalid):
+        with time_limit(too_slow), foreign_as(SourceError, invalid):
             patterns = [
                 target
                 for target in sorted(by_target)
@@ -189,7 +178,8 @@ class CompressedTensors(FormatReader):
             return
         index = self.files.read(f"{layer}.weight_g_idx").long().flatten()
         in_order = torch.arange(in_features) // (weights.group_size or in_features)
-        unordered = bool((index == -1).all())  # how the library marks layers without an order
+        # The library marks layers without an order by -1 everywhere.
+        unordered = bool((index == -1).all())
         if not unordered and not torch.equal(index, in_order):
             raise SourceError(
                 f"{self.where(layer)} was quantized in activation order with scattered groups "
@@ -198,14 +188,16 @@ class CompressedTensors(FormatReader):
             )
 
     def _codes(self, layer: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
-        """Unsigned codes."""
         where, half = self.where(layer), 2 ** (bitwidth - 1)
         if self._is_packed(layer):
+            # compressed-tensors 0.13 kept whole codes of 3, 5, 6 and 7 bits in a word. Nothing says
+            # so but the number of words, by which such files are refused.
             needed = (shape[0], math.ceil(shape[1] * bitwidth / 32))
             words = self.files.read_as(f"{layer}.weight_packed", ("I32",), needed, where)
             return unpack_words(words, bitwidth, shape[1])
         codes = self.files.read_as(f"{layer}.weight", ("I8",), shape, where)
-        codes = (codes.to(torch.int16) + half).to(torch.uint8)  # negative numbers wrap around
+        # Codes below the range wrap around, and are then too large.
+        codes = (codes.to(torch.int16) + half).to(torch.uint8)
         if codes.numel() and int(codes.max()) >= 2 * half:
             raise SourceError(f"{where}: codes do not fit in {bitwidth} bits; download it again")
         return codes
@@ -255,8 +247,7 @@ def weights_settings(scheme: Scheme) -> dict[str, Any]:
 
 
 def layer_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of a Linear layer in format pack-quantized, by the part of their name after the
-    layer's. Offsets are integers."""
+    """The tensors of a Linear layer in format pack-quantized, by their name after the layer's."""
     codes, encoding = quantized.codes, quantized.encoding
     bitwidth, by_group = encoding.scheme.bitwidth, encoding.scale.ndim > 0
     rows = len(codes) if by_group else 1

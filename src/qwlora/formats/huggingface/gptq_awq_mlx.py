@@ -10,15 +10,9 @@ words hold the axis with a star, as a little-endian bit stream:
 
     W[o, i] = scales[o, group(i)] * (code[o, i] - zero[o, group(i)])
 
-GPTQ has 2, 3, 4 or 8 bits. `g_idx` int32 [in] is the group of each input, if it is stored. With
-activation order, the inputs of a group may be scattered; `PerBlock` needs contiguous groups, so
-such a layer is refused. Contiguous groups may be numbered in any order. Version 1 stores
-`zero - 1`, version 2 `zero`. For version 1, one is added to every field of a packed word, including
-carries into the next field, because the writers subtract it the same way (as does GPT-QModel).
-AutoRound writes negative scales (see `quantized_of`).
-
-AWQ has 4 bits and groups in order. In `gemm`, nibble `n` of a word belongs to column
-`(0, 2, 4, 6, 1, 3, 5, 7)[n]` of its eight. In `gemv`, the groups are padded to whole words.
+GPTQ has 2, 3, 4 or 8 bits. Version 1 stores `zero - 1`, version 2 `zero`. `g_idx` int32 [in] is the
+group of each input, if it is stored. AutoRound writes negative scales (see `quantized_of`). AWQ has
+4 bits and groups in order.
 
 Values are computed in float32 from the stored scales; those of GPT-QModel and AutoAWQ are
 identical if their scales are float32.
@@ -66,8 +60,10 @@ AXES = {
 }
 LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm", "gemv")}
 BITWIDTHS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+# In `gemm`, AutoAWQ stores column (0, 2, 4, 6, 1, 3, 5, 7)[n] of each eight in nibble n of a word.
 NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
+# One in every field of a word.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 class _Size(NamedTuple):
@@ -79,7 +75,6 @@ class _Size(NamedTuple):
     groups: int
 
     def of(self, axis: str) -> int:
-        """Length of an axis of `AXES`."""
         plain = axis.rstrip("*")
         length = {"in": self.inputs, "out": self.outputs, "groups": self.groups}[plain]
         return length if plain == axis else math.ceil(length * self.bitwidth / 32)
@@ -89,7 +84,6 @@ class QweightTensors(FormatReader):
     """The tensors of `files`, which AutoGPTQ, GPT-QModel or AutoAWQ wrote.
 
     Args:
-        files: the stored tensors.
         settings: the `quantization_config`, or the contents of the older `quantize_config.json`
             (GPTQ) or `quant_config.json` (AWQ).
         method: `gptq` or `awq`.
@@ -109,7 +103,9 @@ class QweightTensors(FormatReader):
         self.layout = layout or LAYOUTS[method][0]
         self.bitwidth: Any = settings.get("bits", settings.get("w_bit"))
         self.group_size: Any = settings.get("group_size", settings.get("q_group_size"))
-        self.is_mixed = bool(settings.get("dynamic"))  # some layers have other bitwidths
+        # GPT-QModel lists layers of other bitwidths here by regular expressions. Their bitwidth
+        # follows from the shapes.
+        self.is_mixed = bool(settings.get("dynamic"))
         size, problem = self.group_size, ""
         if self.layout not in LAYOUTS[method]:
             known = " and ".join(LAYOUTS[method])
@@ -148,6 +144,9 @@ class QweightTensors(FormatReader):
             first, second, values = second, first, values.t()
         if second.endswith("*"):
             adds_one = part == "qzeros" and self.layout == "gptq"
+            # Writers of version 1 subtract one from the packed word, so a zero point of 0 borrows
+            # from its neighbor. Adding one to the word undoes it. With 3 bits, whose fields cross
+            # words, GPT-QModel 7.7 works by field (docs/log/formats.md).
             if adds_one and size.bitwidth in _ONES:
                 values = values + _ONES[size.bitwidth]
             values = unpack_words(values, size.bitwidth, size.of(second.rstrip("*")))
@@ -189,7 +188,8 @@ class QweightTensors(FormatReader):
         size = _Size(bitwidth, length["in"], length["out"], groups)
         for part, part_axes, shape in zip(PARTS, axes, shapes, strict=True):
             needed = [size.of(axis) for axis in part_axes]
-            if self.layout == "gemv" and part != "qweight":  # groups are padded
+            # AutoAWQ pads the groups of `gemv` to whole words.
+            if self.layout == "gemv" and part != "qweight":
                 needed[1] = max(needed[1], shape[1])
             dtypes = FLOATS if part == "scales" else ("I32",)
             self.files.check(f"{layer}.{part}", dtypes, needed, where)
@@ -204,6 +204,7 @@ class QweightTensors(FormatReader):
                 f"{where}: g_idx contains group {int(index.max())} or {int(index.min())}, but "
                 f"there are {count} groups; download the model again"
             )
+        # Blocks are contiguous inputs. Which number the group of a run has does not matter.
         runs = index.view(count, -1)
         if not bool((runs == runs[:, :1]).all()):
             raise SourceError(
@@ -237,6 +238,7 @@ class MlxTensors(FormatReader):
 
     def _layout(self, layer: str) -> tuple[int, int]:
         """Bitwidth and group size of a layer, after checking that its tensors fit them."""
+        # mlx-lm stores the settings of a module that differs under the module's name.
         of_layer = self.settings.get(layer)
         settings = of_layer if isinstance(of_layer, Mapping) else self.settings
         bitwidth: Any = settings.get("bits")

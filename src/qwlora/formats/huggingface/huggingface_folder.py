@@ -30,8 +30,8 @@ from qwlora.grid.encoding import QuantizedTensor
 class FormatReader:
     """The tensors of `files` under the float model's names; this class reads floats.
 
-    A subclass reads layers of integers: it names its `parts`, and implements `layer_shape` and
-    `read_layer`.
+    A subclass reads layers of integers. Its `parts` are the stored tensors of a layer, after the
+    layer's name; its `markers`, those that only a layer of integers has.
 
     Attributes:
         layer_of: the layer of each weight that is stored as integers, by the weight's name.
@@ -40,31 +40,24 @@ class FormatReader:
 
     label = "float"
     parts: tuple[str, ...] = ()
-    """The stored tensors of a layer, after its name."""
     markers: tuple[str, ...] = ()
-    """Those that only a layer of integers has."""
 
     def __init__(self, files: SafetensorsFiles):
         self.files = files
         named = (name.rpartition(".") for name in files.names())
         layers = [layer for layer, _, part in named if part in self.markers]
         self.layer_of = {f"{layer}.weight": layer for layer in layers}
+        # The checkpoint sets it once it has the model, which needs the names and shapes from here.
         self.module_of: Callable[[str], tuple[str, nn.Module | None]] = lambda layer: (layer, None)
 
     def where(self, layer: str) -> str:
-        """The layer in messages."""
         return f"{str(self.files.folder)!r}: layer {layer!r} ({self.label})"
 
     def settings_error(self, problem: str) -> SourceError:
-        """A SourceError about the settings in config.json."""
         return SourceError(f"{str(self.files.folder)!r}, quantization_config: {problem}")
 
     def group_count(self, layer: str, in_features: int, size: float) -> int:
-        """The number of groups of `size` inputs in a row.
-
-        Raises:
-            SourceError: they do not divide the row evenly.
-        """
+        """The number of groups of `size` inputs in a row, which they must divide evenly."""
         if size < 1 or size % 1 or in_features % size:
             raise SourceError(
                 f"{self.where(layer)}: groups of {size:g} do not divide rows of {in_features} "
@@ -75,18 +68,12 @@ class FormatReader:
     def quantized(
         self, layer: str, bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor
     ) -> QuantizedTensor:
-        """`quantized_of` a layer.
-
-        Raises:
-            SourceError: a scale is zero or not finite, or an offset is out of range.
-        """
         try:
             return quantized_of(bitwidth, codes, scale, low_end)
         except GridError as error:
             raise SourceError(f"{self.where(layer)}: {error}") from error
 
     def names(self) -> list[str]:
-        """All names."""
         parts = {f"{layer}.{part}" for layer in self.layer_of.values() for part in self.parts}
         hidden = parts | self.layer_of.keys()
         return [*self.layer_of, *(name for name in self.files.names() if name not in hidden)]
@@ -97,12 +84,6 @@ class FormatReader:
         return self.files.shape(name) if layer is None else self.layer_shape(layer)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: the tensors of a layer do not fit each other or the settings, or a scale or
-                zero point is invalid.
-        """
         layer = self.layer_of.get(name)
         return self.files.read(name) if layer is None else self.read_layer(layer)
 
@@ -111,16 +92,11 @@ class FormatReader:
         raise NotImplementedError
 
     def read_layer(self, layer: str) -> QuantizedTensor:
-        """Read a layer of integers."""
         raise NotImplementedError
 
 
 class FolderCheckpoint(MappedCheckpoint):
-    """A checkpoint in a Hugging Face folder.
-
-    Args:
-        folder: a folder with config.json and safetensors files.
-        reader: creates the format's reader from the safetensors files.
+    """A checkpoint in a Hugging Face folder; `reader` makes the format's reader of its files.
 
     Raises:
         SourceError: the configuration cannot be read, a parameter of its model is missing, a stored
@@ -131,7 +107,7 @@ class FolderCheckpoint(MappedCheckpoint):
         self, folder: str | Path, reader: Callable[[SafetensorsFiles], FormatReader] = FormatReader
     ):
         self.path = Path(folder)
-        # mapping would gain nothing: most tensors are read once, and then unpacked or converted
+        # Mapping would gain nothing: most tensors are read once, and then unpacked or converted.
         self.files = SafetensorsFiles(self.path, mapped=False)
         self.stored = reader(self.files)
         self.stored.module_of = self._module_of
@@ -146,7 +122,7 @@ class FolderCheckpoint(MappedCheckpoint):
         for origin in self.origins:
             module = self.model.get_submodule(origin.target.rpartition(".")[0])
             expected = tuple(self.model.get_parameter_or_buffer(origin.target).shape)
-            # integers are stored as [out, in], the weight of a Conv1D is [in, out]
+            # Integers are stored as [out, in], the weight of a Conv1D is [in, out].
             turned = expected[::-1] if isinstance(module, Conv1D) else expected
             if origin.shape not in (expected, turned):
                 raise self._error(
@@ -156,12 +132,12 @@ class FolderCheckpoint(MappedCheckpoint):
                 )
 
     def _module_of(self, stored: str) -> tuple[str, nn.Module | None]:
-        """The model's name for a stored layer, and its module; none if the model has fused the
-        layer into a larger one (an expert)."""
+        """The model's name for a stored layer, and its module."""
         for origin in self.origins:
             if not origin.operations and origin.sources[0] == f"{stored}.weight":
                 path = origin.target.rpartition(".")[0]
                 return path, self.model.get_submodule(path)
+        # The model has fused the layer into a larger one: it is an expert.
         return stored, None
 
     def _converted(self, origin: Origin) -> Tensor | QuantizedTensor:
@@ -179,8 +155,7 @@ class FolderCheckpoint(MappedCheckpoint):
         return convert_quantized(origin, integers, repr(str(self.path)))
 
     def _is_empty_bias(self, name: str) -> bool:
-        """Whether a stored bias that the model lacks is all zeros; GPTQ tools write one for every
-        layer."""
+        # GPTQ tools write a bias of zeros for every layer, also where the model has none.
         if not name.endswith(".bias"):
             return False
         value = self.stored.read(name)

@@ -1,10 +1,5 @@
 """What a model's config.json says: read with a check of its counts, and the number of positions.
 
-While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list
-of layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory
-before any model is built, so such counts have limits here. Names of things that transformers does
-not have get an error that names their key.
-
 The longest sequence that a model has positions for:
 
     max_position_embeddings, no rope_parameters    a table with one row per position (GPT-2, OPT,
@@ -12,12 +7,6 @@ The longest sequence that a model has positions for:
     with rope_parameters                           rotary, computed for any position: longer ones
                                                    run, but the model was not trained on them
 
-The limit of rotary positions is
-
-    max(max_position_embeddings, factor * original_max_position_embeddings)
-
-because `max_position_embeddings` is the scaled length in some configurations (Llama 3.1) and the
-unscaled one in others (Qwen2.5 with YaRN).
 """
 
 from __future__ import annotations
@@ -36,18 +25,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwlora.errors import QwloraError, SourceError, foreign_as, listed
 
-# Pattern of keys, lowest and highest value.
+# Pattern of keys, lowest and highest value. While transformers reads a configuration, it expands
+# some numbers: `num_hidden_layers` into a list of layer types, `num_labels` into label names. So a
+# config.json of 1 KB could fill the memory before any model is built.
 _COUNTS = (
-    # -1 is "none" in some configurations
+    # -1 is "none" in some configurations.
     (r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types", -1, 1000),
     ("num_labels", 0, 300_000),
-    # above 10^8, products of two counts do not fit in memory
+    # Above 10^8, products of two counts do not fit in memory.
     ("hidden_size|vocab_size|num_attention_heads|num_key_value_heads", 1, 10**8),
 )
 # Pattern of keys, and the names that they may have unless the model has its own code.
 _NAMES: tuple[tuple[str, Collection[str]], ...] = (
     ("hidden_act(ivation)?|activation_function|feed_forward_act", ACT2FN.keys()),
-    ("rope_type", {"default", "axial", *ROPE_INIT_FUNCTIONS}),  # axial: of vision towers
+    # `axial` is that of vision towers, which compute it themselves.
+    ("rope_type", {"default", "axial", *ROPE_INIT_FUNCTIONS}),
     ("(torch_)?dtype", {"auto", *(n for n, v in vars(torch).items() if type(v) is torch.dtype)}),
 )
 # What transformers' errors mean, by words in them.
@@ -70,10 +62,6 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     """Read the configuration, without what it says about the files of the weights
     (`quantization_config`, `transformers_weights`).
 
-    Args:
-        folder: the folder that contains config.json.
-        trust_remote_code: run Python code from the folder if config.json refers to any.
-
     Raises:
         SourceError: config.json is missing or unreadable, has a count that no model has, or
             transformers does not know the model type.
@@ -90,8 +78,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def use_default_implementations_(config: PretrainedConfig) -> None:
-    """Forget which attention and experts a configuration asks for. It may name a kernel, which
-    transformers would download from the hub and run."""
+    """Forget which attention and experts a configuration asks for."""
+    # It may name a kernel, which transformers would download from the hub and run.
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if isinstance(part, PretrainedConfig):
             part._attn_implementation_internal = None
@@ -99,13 +87,9 @@ def use_default_implementations_(config: PretrainedConfig) -> None:
 
 
 def check_values(folder: Path) -> None:
-    """Check that config.json has only counts and names that a model can have.
-
-    Raises:
-        SourceError: it does not (the message names the key), or it cannot be read.
-    """
+    """Refuse a config.json with counts or names that no model has; the message names the key."""
     with loading(f"{str(folder)!r}: config.json cannot be read"):
-        # reads the file that AutoConfig reads; config.json can redirect to another one
+        # Reads the file that AutoConfig reads: config.json can redirect to another one.
         settings, _ = PretrainedConfig.get_config_dict(folder)
     entries: list[tuple[str, str, Any]] = [("", "", settings)]  # dotted path, last key, value
     while entries:
@@ -134,8 +118,7 @@ def check_values(folder: Path) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Raise any error inside as a SourceError `what: the error`, in our words if transformers'
-    lack the remedy."""
+    """Raise any error inside as a SourceError `what: the error`, with our words for some."""
     with foreign_as(SourceError, what):
         try:
             yield
@@ -164,7 +147,9 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
         return None
     rows = stated
     rope = getattr(config, "rope_parameters", None) or {}
-    # either one dictionary for each type of layer, or a single one
+    # `max_position_embeddings` is the scaled length in some configurations (Llama 3.1) and the
+    # unscaled one in others (Qwen2.5 with YaRN): the larger of it and factor * original is the
+    # limit. There is either one dictionary for each type of layer, or a single one.
     for part in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
         kind, factor = part.get("rope_type", "default"), part.get("factor")
         original = part.get("original_max_position_embeddings") or stated

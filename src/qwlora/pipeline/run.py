@@ -185,7 +185,7 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 self.say(f"{stage.name}: skipped, nothing it depends on has changed")
-                # A kill between the artifact and this folder's removal leaves it.
+                # A kill right after the artifact was put in place leaves this folder.
                 rmtree(self.store.work(self.store.records[stage.place].key), ignore_errors=True)
                 continue
             if self._is_proven(stage):

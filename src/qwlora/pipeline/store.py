@@ -85,7 +85,7 @@ class Record:
 
     @property
     def version(self) -> str:
-        # With the files, since two runs with one key may round differently on two machines.
+        # The files count as well: with one key, two machines may round differently.
         return _digest([self.key, self.files])
 
     def text(self) -> str:

@@ -14,8 +14,8 @@ from qwlora.system.machine import auto_compute, device_type, exact_type
 from qwlora.system.output_path import shown
 
 REFERENCE = "reference"  # the float model with an adapter trained on it, as others are `adapted`
-# Of a part. A base may be tuned for hundreds of steps, and one sequence takes 2.6 to 3.9 s of a
-# core (docs/log/solvers.md).
+# Sequences of one part. Tuning may ask for hundreds, and each takes 2.6 to 3.9 s of one core
+# (docs/log/solvers.md).
 _MOST_SAMPLED = 128
 
 
@@ -76,8 +76,8 @@ def sampled_sequences(recipe: Recipe) -> dict[int, int]:
 
 def recovers_on_base_text(recipe: Recipe, adapter: Adapter) -> bool:
     """Whether an adapter for recovery is trained on the text that the base is calibrated on."""
-    # Not if it has a text of its own, or the job's is among them: on a mixture, adapters end 2.2
-    # points worse on the job's text (docs/log/tuning.md).
+    # If the base is calibrated on the job's text and others, the adapter learns from the job's text
+    # alone: recovery on the mixture costs 2.2 points on the job's text (docs/log/tuning.md).
     is_general = adapter.objective == "recovery" and adapter.data is None
     return is_general and all(part.text != JOB for part in recipe.base.calibration)
 

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 # Whether paths and ids that a recipe names are checked. Those of a job may have been moved since.
-# It is no argument, since pydantic calls the validators of fields.
+# This is a context variable, since pydantic calls validators without arguments of ours.
 _must_exist: ContextVar[bool] = ContextVar("must_exist", default=True)
 
 

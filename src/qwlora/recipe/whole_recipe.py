@@ -152,7 +152,7 @@ class Recipe(Section):
                 adapter = _filled(adapter, preset["adapter"])
             if isinstance(adapter.get("data"), dict):
                 adapter = {**adapter, "data": {**data, **adapter["data"]}}
-            # It is no name of an adapter, so it is a folder, and is checked as one.
+            # A name that no adapter has is a folder, and is checked as one.
             if isinstance(start, str) and re.fullmatch(r"[\w.-]+", start) and start not in names:
                 adapter = {**adapter, "continue_from": f"./{start}"}
             filled.append(adapter)

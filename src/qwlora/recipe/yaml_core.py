@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-# Of an integer. Python converts at most 4300, with an error of its own.
+# In an integer. Python itself refuses more than 4300, without a line number.
 MOST_DIGITS = 100
 
 _TAG = "tag:yaml.org,2002:"

@@ -189,7 +189,7 @@ def _exports(
             )
         else:
             exported, card = _recorded(store, artifact), store.path / artifact / CARD
-            # It says how to use the files; the hub's own card is another one, at the top.
+            # This README says how to use the files. The hub's model card is another, at the top.
             if card.is_file():
                 exported[CARD] = card
             files |= {f"{target}/{name}": path for name, path in exported.items()}

@@ -58,7 +58,7 @@ def add_zero_adapter(plan: Planner) -> None:
 
 def add_use_cases(plan: Planner) -> None:
     """The encodings of every use case."""
-    # Names are inputs here alone: files of use cases have the names of adapters in them.
+    # Only here are names inputs: files of use cases have the names of adapters in them.
     names = [adapter.name for adapter in plan.recipe.adapters]
     ranges = plan.ranges(plan.recipe.texts().values())
     inputs = {**ranges, "use_cases": plan.recipe.use_cases(), "adapters": names}

@@ -50,7 +50,7 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if adapter is not None and target.has_base:
         base = context.path / "export" / name / BASE
     elif adapter is not None:
-        # Nothing else in these files holds the factors by themselves.
+        # The graph holds the factors among its weights, so PEFT needs them in their own file.
         shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     with context.step(f"writing files for {adapter or BASE}"):
         written = write_files(name, exported, context.base_fingerprint, scratch, base)
@@ -173,7 +173,7 @@ def _expected(
         simulation = ZeroAdapter(context.zero_adapter())
     else:
         simulation = context.simulation(adapter)
-    # It comes after `simulation`, whose capture releases the zero adapter.
+    # This is loaded after `simulation`, whose capture releases the zero adapter.
     base = context.zero_adapter() if target.has_base and adapter != BASE else None
     expected = expected_of(target, simulation, texts, context.schemes, base)
     return None if adapter == BASE else simulation.origin.model, expected

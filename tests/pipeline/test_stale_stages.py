@@ -140,7 +140,10 @@ CHANGES = {
     "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16 -> 8"),
     "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets \(schemes .*\): \["),
     "name=tiny": ("adapters.0.steps=3", "first.steps: 6 -> 3"),
-    "seed=0": ("workflow=qwa-lora", "workflow: qw-lora -> qwa-lora\n  it was made without quantize"),
+    "seed=0": (
+        "workflow=qwa-lora",
+        "workflow: qw-lora -> qwa-lora\n  it was made without quantize",
+    ),
 }
 
 

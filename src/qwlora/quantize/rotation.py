@@ -39,7 +39,6 @@ from transformers import PreTrainedModel
 from qwlora.errors import CaptureError, listed
 from qwlora.graph.capturable_model import HALF
 from qwlora.graph.capture import Captured, FlatModel, capture
-from qwlora.graph.device_graph import rewritten
 from qwlora.graph.nodes import (
     MOVES_DATA,
     SOFTMAXES,
@@ -52,6 +51,7 @@ from qwlora.graph.nodes import (
     place_of,
     used_placeholders,
 )
+from qwlora.graph.rewrites import rewritten
 from qwlora.nn import packed_weights
 from qwlora.nn.packed_layer import forget_ties_
 from qwlora.quantize.tuned_parameters import gain_constant

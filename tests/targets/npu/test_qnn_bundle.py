@@ -14,9 +14,9 @@ import qwlora
 from qwlora import LayerRule, PlacementRule, Scheme
 from qwlora.errors import ExportError
 from qwlora.simulation.adapter_simulations import AdapterSimulations
-from qwlora.simulation.kv_cache_graph import npu_graph
 from qwlora.system.atomic import read_tensors
 from qwlora.targets.npu.htp_rewrites import npu_onnx
+from qwlora.targets.npu.npu_graph import npu_graph
 from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.onnx.onnx_runtime import open_model, run_session
 from qwlora.targets.proof.checks import Limits

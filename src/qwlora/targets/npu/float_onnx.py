@@ -42,17 +42,12 @@ from qwlora.graph.capture import IDS
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
-from qwlora.simulation.kv_cache_graph import (
-    NpuGraph,
-    cached_graph,
-    capture_with_cache,
-    mask_floor,
-    npu_form,
-)
+from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.system.optional_packages import require
 from qwlora.targets.npu.genie import genie_layout
 from qwlora.targets.npu.htp_rewrites import OPSET as NPU_OPSET
 from qwlora.targets.npu.kv_cache_graphs import graph_sizes
+from qwlora.targets.npu.npu_graph import NpuGraph, mask_floor, npu_form
 from qwlora.targets.onnx.onnx_model import (
     DEQUANTIZE,
     OPSET,

@@ -51,15 +51,14 @@ from safetensors.numpy import save_file
 
 from qwlora.errors import ExportError, VerificationError, foreign_as, listed
 from qwlora.formats.model_card import marked
-from qwlora.graph.device_graph import ALPHA
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
 from qwlora.simulation.adapter_simulations import BaseActivations
-from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE, is_first_factor
 from qwlora.targets.npu import genie
+from qwlora.targets.npu.device_graph import ALPHA
 from qwlora.targets.npu.float_onnx import FloatOnnx, FloatOnnxModel, float_graphs, to_float_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
     GOLDEN,
@@ -71,6 +70,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
     write_golden,
     write_graphs,
 )
+from qwlora.targets.npu.npu_graph import NpuGraph
 from qwlora.targets.onnx.onnx_model import constant, new_node, numbers, save_graph
 from qwlora.targets.onnx.onnx_runtime import EMBEDDINGS_FILE, write_embeddings
 from qwlora.targets.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, TOKENIZER, Contents

@@ -44,20 +44,16 @@ from torch.fx.node import map_arg
 from qwlora.errors import CaptureError, ExportError, listed
 from qwlora.formats.model_card import marked
 from qwlora.graph.capture import IDS, MASK
-from qwlora.graph.device_graph import ALPHA, COS, SIN, run_host
 from qwlora.graph.nodes import origin
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, with_graph
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.kv_cache_graph import (
-    NpuGraph,
-    encoding_before,
-    host_arguments,
-    in_graph_order,
-)
+from qwlora.simulation.kv_cache_graph import encoding_before, in_graph_order
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.device_graph import ALPHA, COS, SIN, run_host
 from qwlora.targets.npu.htp_limits import CHIP
+from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments
 from qwlora.targets.onnx.onnx_model import constant, numbers, remove_unused
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
 from qwlora.targets.target import ExportedGraph

@@ -30,12 +30,13 @@ from torch.nn.functional import pad
 
 from qwlora.errors import ExportError, reading
 from qwlora.graph.capture import EMBEDS, IDS, MASK, POSITIONS
-from qwlora.graph.device_graph import ALPHA, COS, HOST_INPUTS, SIN, host_input
-from qwlora.simulation.kv_cache_graph import Batch, CacheSizes, NpuGraph, host_arguments
+from qwlora.simulation.kv_cache_graph import Batch, CacheSizes
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
+from qwlora.targets.npu.device_graph import ALPHA, COS, HOST_INPUTS, SIN, host_input
 from qwlora.targets.npu.genie import GENIE, to_codes, to_values
+from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments
 from qwlora.targets.onnx.onnx_model import build_model, load_graph, save_graph
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, embedded, open_session, run_session
 from qwlora.targets.target import ExportedGraph, Runtime

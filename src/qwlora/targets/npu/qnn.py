@@ -46,15 +46,14 @@ import torch
 from torch.fx import Node
 
 from qwlora.errors import ExportError, MissingExtraError, listed
-from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
-from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.npu import genie
+from qwlora.targets.npu.device_graph import ALPHA, scaling_of
 from qwlora.targets.npu.htp_limits import CHIP, NORM_REMEDY, SMALLEST_RESCALE
 from qwlora.targets.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.targets.npu.kv_cache_graphs import (
@@ -65,6 +64,7 @@ from qwlora.targets.npu.kv_cache_graphs import (
     share_weights,
     write_graphs,
 )
+from qwlora.targets.npu.npu_graph import NpuGraph, npu_graph
 from qwlora.targets.onnx.onnx_model import save_graph
 from qwlora.targets.onnx.onnx_runtime import (
     EMBEDDINGS_FILE,

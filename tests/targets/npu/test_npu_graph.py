@@ -12,11 +12,12 @@ from torch import Tensor
 
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.graph.device_graph import run_host, scaling_of
 from qwlora.grid.encoding import sqnr_db
-from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments, npu_graph
+from qwlora.simulation.kv_cache_graph import CacheSizes
 from qwlora.simulation.simulation import Simulation
+from qwlora.targets.npu.device_graph import run_host, scaling_of
 from qwlora.targets.npu.htp_rewrites import npu_onnx
+from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments, npu_graph
 from simulation.tiny_architectures import inputs, make
 
 CONTEXT, FIRST, TOKENS = 24, 9, 14

@@ -19,7 +19,7 @@ from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
-from simulation.test_npu_graph import SCHEMES
+from targets.npu.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import VISION_LANGUAGE, image_and_text, with_large_weights
 from targets.any_models import batches, simulated
 from targets.proofs import sqnr

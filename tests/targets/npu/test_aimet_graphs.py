@@ -24,7 +24,7 @@ from qwlora.targets.npu.kv_cache_graphs import read_graphs
 from qwlora.targets.proof.checks import Limits, Parity
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
-from simulation.test_npu_graph import simulated
+from targets.npu.test_npu_graph import simulated
 from targets.proofs import sqnr, verify_graphs
 
 pytestmark = pytest.mark.slow

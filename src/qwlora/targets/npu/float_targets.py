@@ -264,7 +264,7 @@ def _write_graph(
 
 
 def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
-    """Multiply what each lora_A computes by the strength of its adapter, one of `count` inputs."""
+    """Multiply what each lora_A computes by its adapter's strength, one of `count` in an input."""
     ir, model, encodings = require("onnx_ir", "onnx"), float_onnx.model, float_onnx.encodings
     floats = ir.TensorType(ir.DataType.FLOAT)
     strength = alpha = ir.val(ALPHA, shape=ir.Shape([count]), type=floats)
@@ -277,8 +277,8 @@ def _add_alpha_(float_onnx: FloatOnnx, count: int) -> None:
         encodings[ALPHA] = encoding_from_range(torch.tensor(0.0), torch.tensor(1.0), grid)
     if count > 1:
         rank = model.graph.initializers[factors[0]].shape[-1]
-        places = constant(model, f"{ALPHA}.places", np.arange(rank) // (rank // count))
-        gather = new_node("Gather", [alpha, places], f"{ALPHA}.gather")
+        adapters = constant(model, f"{ALPHA}.places", np.arange(rank) // (rank // count))
+        gather = new_node("Gather", [alpha, adapters], f"{ALPHA}.gather")
         # `FloatOnnxModel` calls the rounding of a tensor by the tensor's name, so the node that
         # computes it needs another one.
         gather.name = f"{ALPHA}.by_rank"

@@ -196,14 +196,14 @@ def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> Non
     result = add("Reshape", [norm, constant(model, f"{name}.shape", list(shape))], "joined")
     joined = nodes[-1]
     affine: list[Any] = [1.0, 0.0]  # of a norm without weight and bias
-    for place, (operator, factor) in enumerate(zip(("Mul", "Add"), factors, strict=True)):
+    for index, (operator, factor) in enumerate(zip(("Mul", "Add"), factors, strict=True)):
         if (part := factor.producer()) is None:
             raise ExportError(
                 f"{factor.name} has no grid, and Qualcomm's HTP takes no group norm with a float "
                 "weight. Remove the rule that keeps it float"
             )
         if part.op_type == "DequantizeLinear":
-            affine[place] = _dequantized(part)
+            affine[index] = _dequantized(part)
             # As int16, a factor cost 8 dB; the same values as uint16 cost nothing.
             codes = numbers(part.inputs[0]).astype(np.int32) + 32768
             shaped = np.uint16(codes).reshape(-1, *[1] * (len(shape) - 2))

@@ -19,9 +19,9 @@ from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
-from targets.npu.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import VISION_LANGUAGE, image_and_text, with_large_weights
 from targets.any_models import batches, simulated
+from targets.npu.test_npu_graph import SCHEMES
 from targets.proofs import sqnr
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("bert", "dit", "unet")]

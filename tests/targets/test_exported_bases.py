@@ -26,9 +26,9 @@ from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
 from qwlora.targets.weights.weights_folder import float_tensors
-from targets.npu.test_npu_graph import SCHEMES as HTP
 from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
+from targets.npu.test_npu_graph import SCHEMES as HTP
 from targets.weights.bundles import read_base
 
 Values = list[np.ndarray]

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from qwlora import LayerRule, Schemes, export, quantize_
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
-from targets.npu.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import inputs, make
+from targets.npu.test_npu_graph import SCHEMES
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 SAMPLE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

@@ -36,9 +36,9 @@ from qwlora.targets.npu.kv_cache_graphs import CachedGraphs, most_tokens
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
-from targets.npu.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import inputs, make
 from targets.damage import edit_json, flip_bit, swap
+from targets.npu.test_npu_graph import SCHEMES
 from targets.proofs import sqnr, verify_graphs, with_strength
 
 CASES = ["A", "B", "A+B", "none"]

@@ -5,8 +5,7 @@ lose, and merging itself.
     gain      |dW| / |W|                          Frobenius norms, W the frozen weight
     share     |{ij : |dW_ij| < step_ij / 2}| / |{ij}|,    step_ij the scale of the base's grid at ij
 
-|dW|^2 = scaling^2 tr((B^T B) (A A^T)) needs only products of size [r, r]. DoRA's magnitudes are not
-included.
+DoRA's magnitudes are not included.
 
 An adapter is merged in one of two ways:
 
@@ -17,9 +16,6 @@ An adapter is merged in one of two ways:
 
 `W_hat` are the dequantized weights of the base, never the original float weights. Of a mergeable
 adapter (`mergeable.py`), both ways compute what was trained.
-
-A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
-they need two weights (`untie_`).
 """
 
 from __future__ import annotations
@@ -64,6 +60,8 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
         if not isinstance(base, nn.Linear | Conv1D):
             continue
         a, b = (f[adapter].weight.cpu().double() for f in (layer.lora_A, layer.lora_B))
+        # |B A|^2 = tr((B^T B) (A A^T)) needs only products of size [r, r]. Rounding can make the
+        # sum slightly negative, so it is clamped.
         squares = ((b.T @ b) * (a @ a.T)).sum()
         size = layer.scaling[adapter] * float(squares.clamp_min(0).sqrt())
         frozen = float(weight_out_in(base).norm())
@@ -99,16 +97,13 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
 def merge_effect(
     layers: Mapping[str, dict[str, float]], base: float, adapted: float, merged: float
 ) -> dict[str, Any]:
-    """Effect of merging an adapter into the base's integers, for `qwlora merge --json`.
+    """Effect of merging an adapter into the base's integers, for `qwlora merge --json`: the
+    `share` of the delta's entries below half a step, and the share of the improvement in perplexity
+    that is `kept` (may be negative; None if there was none).
 
     Args:
         layers: rounding loss by canonical layer path; empty for a mergeable adapter.
         base, adapted, merged: perplexities of the base, with the adapter, and requantized.
-
-    Returns:
-        The arguments; `share` of the delta's entries that are smaller than half a step; `kept`, the
-        share of the improvement in perplexity that is left (may be negative; None if there was
-        none); `is_harmless` and a `recommendation`.
     """
     gained = base - adapted
     kept = (base - merged) / gained if gained > 0 else None
@@ -145,13 +140,8 @@ def _refuse_activated(model: Any, adapter: str) -> None:
 
 @torch.no_grad()
 def untie_(model: nn.Module) -> list[list[str]]:
-    """Give each tied layer that has the adapter a weight of its own, in place.
-
-    The model's configuration then says that nothing is tied.
-
-    Returns:
-        For each cloned weight, the canonical paths of the layers that shared it.
-    """
+    """Give each tied layer that has the adapter a weight of its own, in place. Returns the paths of
+    the layers that shared each cloned weight."""
     sharing: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if (weight := _shared_weight(module)) is not None:
@@ -170,6 +160,8 @@ def untie_(model: nn.Module) -> list[list[str]]:
                 layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     if untied:
         inner = causal_model(model)
+        # Otherwise transformers would tie the layers again when it loads the merged model. Some
+        # models tie layers whatever their configuration says.
         forget_ties_(inner)
         pairs = inner.all_tied_weights_keys.items()
         tied = {name.removesuffix(".weight") for pair in pairs for name in pair}
@@ -182,16 +174,15 @@ def untie_(model: nn.Module) -> list[list[str]]:
 
 
 def _shared_weight(module: nn.Module) -> int | None:
-    """A number that layers with the same weight have in common; None without a weight."""
     if isinstance(module, PackedLayer):
+        # `tensor` is made at each access, so only the address of the codes tells ties.
         return module.tensor.parts.packed.data_ptr()
     weight = module._parameters.get("weight")
     return None if weight is None else id(weight)
 
 
 def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedModel:
-    """Merge the active adapter and return the model. Destroys `adapted`. Weights that were tied to
-    a layer with an adapter are untied. See the module.
+    """Merge the active adapter and return the model. Destroys `adapted`. See the module.
 
     Raises:
         MergeError: the adapter is activated LoRA, has non-finite values or is on fused experts; the
@@ -200,8 +191,11 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     _refuse_activated(adapted, active_adapter(adapted))
     names = active_adapters(adapted)
     is_exact = is_mergeable(adapted, names)
+    # An ordinary adapter is added to floats. A mergeable one was trained on rounded codes, so they
+    # are written first and unpacked afterwards.
     if into == "float" and not is_exact:
         unpack_(adapted)
+    # A tied embedding and head share a weight, but an adapter on one changes only that one.
     untie_(adapted)
     merge_into_codes_(adapted, names)  # no-op if nothing is packed
     with foreign_as(MergeError, "PEFT cannot merge this adapter"):
@@ -217,10 +211,7 @@ class UnpackedConv1D(nn.Linear):
 
 
 def unpack_(model: nn.Module) -> None:
-    """Replace every packed layer of `model` with a layer of its float class, in place. Tied layers
-    share one parameter. A former Conv1D becomes an `UnpackedConv1D`, because PEFT may wrap it as a
-    Linear; `restore_conv1d_` makes it a Conv1D again. Fused experts and layers with an overridden
-    forward are refused."""
+    """Replace packed layers of `model` with layers of their float classes, in place; ties stay."""
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }
@@ -238,6 +229,8 @@ def unpack_(model: nn.Module) -> None:
         if key not in parameters:
             values = layer.tensor.dequantize(layer.compute_dtype).view(layer.weight_shape)
             parameters[key] = nn.Parameter(values, requires_grad=False)
+        # PEFT wraps a packed Conv1D as a Linear, so its float weight is [out, in] until the
+        # adapter is gone (`restore_conv1d_`).
         conv1d = UnpackedConv1D if layer.was_conv1d else None
         module = layer.to_layer(parameters[key], conv1d)
         if hook := accelerate_hook(layer):
@@ -249,6 +242,7 @@ def restore_conv1d_(model: nn.Module) -> None:
     """Replace each `UnpackedConv1D` by a Conv1D. Call it after the adapters are removed."""
     for name, linear in list(model.named_modules()):
         if isinstance(linear, UnpackedConv1D):
+            # Built empty, because Conv1D draws random numbers for its initial weight.
             conv1d = Conv1D(0, 0).train(linear.training)
             conv1d.nf, conv1d.nx = linear.weight.shape
             weight = linear.weight.detach().T.contiguous()

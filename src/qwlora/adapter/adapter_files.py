@@ -65,19 +65,19 @@ _PATTERNS = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter in `folder`."""
-    what = f"adapter {str(folder)!r}: {CONFIG}"
-    with foreign_as(SourceError, f"{what} cannot be read", _COPY):
+    label = f"adapter {str(folder)!r}: {CONFIG}"
+    with foreign_as(SourceError, f"{label} cannot be read", _COPY):
         check_readable(folder)
         config = json.loads((folder / CONFIG).read_text())
     if not isinstance(config, dict):
-        raise SourceError(f"{what} is not a mapping")
+        raise SourceError(f"{label} is not a mapping")
     return config
 
 
 def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
     """Name, shape and (with `read`) values of each tensor."""
-    what = f"adapter {str(folder)!r}: {WEIGHTS} cannot be read"
-    with foreign_as(SourceError, what, _COPY), safe_open(folder / WEIGHTS, "pt") as file:
+    label = f"adapter {str(folder)!r}: {WEIGHTS} cannot be read"
+    with foreign_as(SourceError, label, _COPY), safe_open(folder / WEIGHTS, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             tensor = file.get_tensor(name) if read else None
             yield name, file.get_slice(name).get_shape(), tensor
@@ -95,19 +95,14 @@ def unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_settings(configs: Mapping[str, Any]) -> None:
-    """Refuse adapters that `save_adapter` would not write. `configs`: PEFT's, by adapter name.
-
-    Raises:
-        SourceError: an adapter is not LoRA, or has an unsupported setting.
-    """
+    """Refuse adapters that `save_adapter` would not write. `configs`: PEFT's, by adapter name."""
     for name, config in configs.items():
         if problem := next(unsupported_settings(config.to_dict()), None):
             raise SourceError(f"adapter {name!r}: its configuration has {problem}")
 
 
 def content_problems(folder: Path) -> Iterator[str]:
-    """What is wrong with the configuration and the weights in `folder`, in words: damaged weights,
-    settings that are not supported."""
+    """What is wrong with the configuration and the weights in `folder`, in words."""
     config = read_config(folder)
     yield from (f"{CONFIG} has {setting}" for setting in unsupported_settings(config))
     if tokens := config.get("alora_invocation_tokens"):
@@ -137,7 +132,8 @@ def content_problems(folder: Path) -> Iterator[str]:
         yield f"{WEIGHTS} has no weights"
     patterns = config.get("rank_pattern")
     for rank in (config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())):
-        if isinstance(rank, int) and rank > highest:  # PEFT would allocate factors of this size
+        # PEFT allocates factors of this size before it reads the weights.
+        if isinstance(rank, int) and rank > highest:
             yield f"{CONFIG} asks for rank {rank}, but the weights have at most {highest}"
     copies = [name for name in names if "lora_" not in name]
     if copies and not config.get("modules_to_save"):
@@ -149,18 +145,17 @@ def content_problems(folder: Path) -> Iterator[str]:
         for first, second in (pair, pair[::-1]):
             for name in sorted(names):
                 partner = name.replace(f".{first}", f".{second}")
-                is_factor = f".{first}" in name and not name.endswith(".bias")  # of lora_bias
+                # With lora_bias, lora_B has a bias and lora_A has none.
+                is_factor = f".{first}" in name and not name.endswith(".bias")
                 if is_factor and partner not in names:
                     yield f"{name} has no matching {second}"
 
 
 def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
-    """Match each regular expression in `config`, PEFT's keys, with each module path of `model`.
-
-    One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
-    with. PEFT matches without a limit, and an adapter from elsewhere brings its own. One that takes
-    longer than `SECONDS` for all paths is refused.
-    """
+    """Refuse a regular expression in `config`, PEFT's keys, that takes longer than `SECONDS` to
+    match all module paths of `model`."""
+    # One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
+    # with. PEFT matches without a limit, and an adapter from elsewhere brings its own.
     paths = [path for path, _ in model.named_modules()]
     for key, form in _PATTERNS.items():
         value = config.get(key)
@@ -180,34 +175,28 @@ def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str)
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
-    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base, and
-    none of `content_problems`. See `load_adapter` for arguments and errors; without a
-    `base_fingerprint` there is no base yet.
-    """
-    what = f"adapter {str(folder)!r}"
+    """Check that `folder` has a sound LoRA adapter of the right base, unchanged since it was saved.
+    See `load_adapter`; without a fingerprint there is no base yet."""
+    label = f"adapter {str(folder)!r}"
     if not (folder / CONFIG).exists():
-        raise SourceError(f"{what} has no {CONFIG}; give a folder that PEFT or save_adapter wrote")
+        raise SourceError(f"{label} has no {CONFIG}; give a folder that PEFT or save_adapter wrote")
     if (kind := read_config(folder).get("peft_type")) != "LORA":
-        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported. Train one")
+        raise SourceError(f"{label} is of PEFT type {kind}; only LORA is supported. Train one")
     if not (folder / WEIGHTS).is_file():
         raise SourceError(
-            f"{what} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
+            f"{label} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
             "save it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
         )
     check_base(folder, base_fingerprint, unknown_base)
     if base_fingerprint is not None or (folder / FILE).exists():
-        manifest.check(folder, FILE, what, "train it again")
+        manifest.check(folder, FILE, label, "train it again")
     if problem := next(content_problems(folder), None):
-        raise SourceError(f"{what}: {problem}")
+        raise SourceError(f"{label}: {problem}")
 
 
 def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> None:
     """Refuse an adapter that was trained on another base than that with fingerprint `base`; None
-    compares nothing.
-
-    Args:
-        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
-    """
+    compares nothing. See `load_adapter` for `unknown_base`."""
     if unknown_base != "accept" or (folder / FILE).exists():
         recorded = base_of(folder)
         if base not in (None, recorded):
@@ -250,6 +239,7 @@ def adapter_folder(source: str) -> Path:
     if path.is_dir():
         if not (path / MLX_WEIGHTS).is_file() or (path / WEIGHTS).exists():
             return path
+        # Digests are arguments, so that the cache converts again if the files change.
         digests = (Seen().content(path / name) for name in (MLX_WEIGHTS, CONFIG))
         return Path(_as_peft(path, *digests).name)
     if path.exists() or not is_hub_id(source):
@@ -315,8 +305,7 @@ def job_fingerprint(folder: Path) -> str | None:
 
 
 def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
-    """What is wrong with `adapter`, in words; empty if it is complete and belongs to `base`. See
-    `check_base` for arguments."""
+    """What is wrong with `adapter`, in words; empty if it is complete and belongs to `base`."""
     wrong = [
         f"{file} changed after saving: copy it again, or train it again"
         for file in manifest.changed_files(adapter, FILE)
@@ -331,7 +320,7 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
 
 @cache
 def _as_peft(folder: Path, *digests: str | None) -> TemporaryDirectory[str]:
-    """The adapter of mlx-lm in `folder` as PEFT writes it, until the process ends."""
+    # The folder is deleted with the object, so the cache keeps it until the process ends.
     converted = TemporaryDirectory(prefix="qwlora-adapter-")
     convert_mlx_adapter(folder, Path(converted.name))
     return converted
@@ -348,16 +337,16 @@ def convert_mlx_adapter(source: Path, target: Path) -> None:
 
     Modules have the names that transformers gives them.
     """
-    what = f"adapter {str(source)!r}"
-    with foreign_as(SourceError, f"{what}: {CONFIG} of mlx-lm cannot be read", _COPY):
+    label = f"adapter {str(source)!r}"
+    with foreign_as(SourceError, f"{label}: {CONFIG} of mlx-lm cannot be read", _COPY):
         config = read_config(source)
         kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
         scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    with foreign_as(SourceError, f"{what}: {MLX_WEIGHTS} cannot be read", _COPY):
+    with foreign_as(SourceError, f"{label}: {MLX_WEIGHTS} cannot be read", _COPY):
         tensors = load_file(source / MLX_WEIGHTS)
     if kind != "lora":
-        raise SourceError(f"{what} is of mlx-lm's type {kind}; only lora can be imported")
-    factors, ranks = _factors(tensors, what)
+        raise SourceError(f"{label} is of mlx-lm's type {kind}; only lora can be imported")
+    factors, ranks = _factors(tensors, label)
     rank = max(ranks.values())
     content: dict[str, Any] = {
         "peft_type": "LORA",
@@ -375,22 +364,21 @@ def convert_mlx_adapter(source: Path, target: Path) -> None:
     (target / CONFIG).write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _factors(tensors: dict[str, Tensor], what: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """PEFT's A and B of every module, and the ranks."""
+def _factors(tensors: dict[str, Tensor], label: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     modules = {name.rpartition(".")[0] for name in tensors}
     expected = {f"{module}.{factor}" for module in modules for factor in ("lora_a", "lora_b")}
     if not tensors or (wrong := sorted(expected ^ tensors.keys())):
-        found = listed(wrong) if tensors else "no tensor"
+        problem = listed(wrong) if tensors else "no tensor"
         raise SourceError(
-            f"{what}: every module of {MLX_WEIGHTS} needs lora_a and lora_b and nothing else; "
-            f"missing or unknown: {found}"
+            f"{label}: every module of {MLX_WEIGHTS} needs lora_a and lora_b and nothing else; "
+            f"missing or unknown: {problem}"
         )
     factors, ranks = {}, {}
     for module in sorted(modules):
         a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
             raise SourceError(
-                f"{what}: {module} has lora_a {list(a.shape)} and lora_b {list(b.shape)}, which "
+                f"{label}: {module} has lora_a {list(a.shape)} and lora_b {list(b.shape)}, which "
                 "should be [in, rank] and [rank, out]"
             )
         ranks[module] = a.shape[1]

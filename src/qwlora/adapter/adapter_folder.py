@@ -75,7 +75,7 @@ def save_adapter(
             f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(configs)}"
         )
     check_settings(configs if adapter is None else {adapter: configs[adapter]})
-    if packed_layers(model):
+    if packed_layers(model):  # a LoRA on floats is saved too, for comparisons
         assert_frozen(model)
     if base_fingerprint is None:
         digests = tensor_digests(model)
@@ -97,22 +97,11 @@ def save_adapter(
 
 
 def write_adapter(
-    model: nn.Module,
-    folder: Path,
-    state: dict[str, Tensor] | None = None,
-    adapter: str | None = None,
+    model: nn.Module, folder: Path, state: dict[str, Any] | None = None, adapter: str | None = None
 ) -> dict[str, Path]:
-    """Write the files of PEFT's `save_pretrained`, also for a model that adapters were injected
-    into; returns the folder of each adapter.
-
-    Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
-    (and no hub is asked). Sets (target_modules), which PEFT writes in arbitrary order, are sorted,
-    so that equal adapters are equal bytes. There is no README: PEFT's says nothing.
-
-    Args:
-        state: the model's weights. Default: read from the model.
-        adapter: the only one to write, then into `folder` itself.
-    """
+    """Write the files of PEFT's `save_pretrained`, without a README, also for a model that adapters
+    were injected into; returns the folder of each adapter. A single `adapter` is written into
+    `folder` itself. `state`: the model's weights (default: read from the model)."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     configs: dict[str, Any] = cast(Any, model).peft_config
     folders = {
@@ -121,6 +110,8 @@ def write_adapter(
     }
     for name, target in folders.items():
         target.mkdir(parents=True, exist_ok=True)
+        # Embeddings below an adapter are frozen and belong to the base. PEFT's default ("auto")
+        # saves them with it, and asks the hub for the configuration of the base.
         weights = get_peft_model_state_dict(
             model, state, adapter_name=name, save_embedding_layers=False
         )
@@ -131,6 +122,7 @@ def write_adapter(
         config.inference_mode = True
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+        # PEFT writes sets (target_modules) in arbitrary order; equal adapters are equal bytes.
         for key, value in vars(config).items():
             if isinstance(value, set):
                 setattr(config, key, sorted(value))
@@ -174,6 +166,7 @@ def load_adapter(
     try:
         digests = tensor_digests(model)
         check_adapter(folder, fingerprint_of(digests, model), unknown_base)
+        # `save_adapter` compares the base with what it is now.
         remember_base_(model, digests)
         return _attached(model, folder, is_trainable, adapter_name, weight)
     except BaseException:
@@ -184,8 +177,8 @@ def load_adapter(
 def check_loadable(
     model: PreTrainedModel, folders: Iterable[Path], unknown_base: str = "refuse"
 ) -> str:
-    """Raise what `load_adapter` would raise for any of these adapters on the base `model`. `model`
-    is unchanged afterwards. Returns its fingerprint."""
+    """Raise what `load_adapter` would raise for any of these adapters on the base `model`, which
+    stays unchanged. Returns its fingerprint."""
     digests = tensor_digests(model)
     identity, restore = fingerprint_of(digests, model), structure(model)
     for folder in folders:
@@ -204,11 +197,11 @@ def _attached(
     adapter_name: str,
     weight: Callable[[str], Tensor] | None,
 ) -> PeftModel:
-    """`model` with the adapter in `folder`, which `check_adapter` has accepted."""
     packed = [name.removesuffix(".weight") for name in packed_weights(model)]
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")
     options: dict[str, Any] = {"adapter_name": adapter_name, "is_trainable": is_trainable}
-    options["torch_device"] = "cpu"  # else PEFT reads to the first GPU, whatever the model's device
+    # Otherwise PEFT 0.21.2 reads to the first GPU (`infer_device`), wherever the model is.
+    options["torch_device"] = "cpu"
     with reading(folder, model):
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), **options)
@@ -235,8 +228,9 @@ def shapes_of(model: PeftModel, adapter_name: str = "default") -> dict[str, tupl
 
 
 def check_fit(folder: Path, adapted: PeftModel, adapter_name: str = "default") -> None:
-    """Compare the names and shapes in the file with those of the adapter in the model. PEFT would
-    drop tensors without a place, and leave others at their initial values."""
+    """Compare the names and shapes in the file with those of the adapter in the model."""
+    # PEFT drops tensors that fit nowhere, and leaves factors without a tensor at their initial
+    # values: the adapter would load in silence and compute something else.
     wanted = shapes_of(adapted, adapter_name)
     shapes = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
     if wrong := [n for n in sorted({*wanted, *shapes}) if wanted.get(n) != shapes.get(n)]:
@@ -249,11 +243,9 @@ def check_fit(folder: Path, adapted: PeftModel, adapter_name: str = "default") -
         )
 
 
-def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
-    """Refuse an adapter (`what`) that saves one of the layers at the paths `packed` as floats.
-
-    PEFT's `modules_to_save` are ends of module paths, and include everything inside the module.
-    """
+def refuse_saved(folder: Path, packed: Iterable[str], label: str) -> None:
+    """Refuse an adapter (`label`) that saves one of the layers at the paths `packed` as floats."""
+    # PEFT's modules_to_save are ends of module paths, and include everything inside the module.
     names = read_config(folder).get("modules_to_save") or ()
     saved = [
         path
@@ -263,7 +255,7 @@ def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
     if saved:
         rules = ", ".join(f"{{match: {path}, keep: float}}" for path in saved[:3])
         raise SourceError(
-            f"{what} does not fit: its modules_to_save hold {listed(saved, 3)} as floats, but the "
+            f"{label} does not fit: its modules_to_save hold {listed(saved, 3)} as floats, but the "
             "base has integers there. Keep them float by base.rules, before the other rules: "
             f"{rules}; or use an adapter without modules_to_save"
         )
@@ -271,12 +263,12 @@ def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
 
 @contextmanager
 def reading(folder: Path, model: nn.Module) -> Iterator[None]:
-    """Turn any error of PEFT and safetensors while reading the adapter into a SourceError: a value
-    of its configuration can fail anywhere in PEFT."""
-    what = f"adapter {str(folder)!r}"
-    check_pattern_times(model, read_config(folder), what)
+    """Turn any error of PEFT and safetensors while reading the adapter into a SourceError."""
+    label = f"adapter {str(folder)!r}"
+    check_pattern_times(model, read_config(folder), label)
+    # A wrong value in the configuration can fail anywhere in PEFT, with any class of error.
     with (
-        foreign_as(SourceError, f"{what} does not fit {type(model).__name__}", "use its own base"),
+        foreign_as(SourceError, f"{label} does not fit {type(model).__name__}", "use its own base"),
         without_pattern_warnings(),
     ):
         yield
@@ -284,7 +276,8 @@ def reading(folder: Path, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_pattern_warnings() -> Iterator[None]:
-    """Silence PEFT's warning that patterns for target_parameters are ignored: they are not."""
+    """Silence PEFT's warning about rank and alpha patterns without a match."""
+    # PEFT 0.21.2 looks for matches among modules only, but applies patterns to target_parameters.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
         yield

@@ -6,13 +6,9 @@
 The adapter is PEFT's. Added here are errors where PEFT is silent: a target module, pattern or layer
 number that matches nothing in the model.
 
-Which adapters are active, and switching them, works for a `PeftModel` and for a transformers model
-after `peft.inject_adapter_in_model`. transformers gives its models methods of the same names
-(`active_adapters()`, `set_adapter`, `disable_adapters`). Those of 5.24 refuse every released PEFT
-("use a version >= 0.22.0"), so the layers are asked instead. `model.load_adapter` of transformers
-refuses it too; write
-
-    model = PeftModel.from_pretrained(model, folder)
+Functions that list and switch adapters take a `PeftModel`, or a transformers model after
+`peft.inject_adapter_in_model`. transformers 5.24 refuses every released PEFT in its own
+`model.load_adapter`; write `PeftModel.from_pretrained(model, folder)`.
 """
 
 from __future__ import annotations
@@ -47,19 +43,8 @@ from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_fa
 
 @dataclass(frozen=True)
 class LoraShape:
-    """Which layers get an adapter, and its size. The fields are PEFT's, named as in the recipe.
-
-    Args:
-        target_modules: `all-linear`, a regular expression, or names of modules (Linear, Conv1D,
-            Conv1d to Conv3d, Embedding).
-        target_parameters: ends of the paths of fused experts (`mlp.experts.down_proj`) that also
-            get an adapter; each expert gets the full rank.
-        rank_pattern, alpha_pattern: other ranks and alphas; the key is the end of a module name, or
-            a regular expression for it.
-        layers: numbers of the transformer layers that get an adapter; default: all.
-        alora_invocation_tokens: the adapter acts from their last occurrence in a sequence on, and
-            nowhere in a sequence without them (activated LoRA). On linear layers only.
-    """
+    """Which layers get an adapter, and its size. The fields are PEFT's, named as in the recipe,
+    whose reference documents each; the last holds the token ids of `alora_invocation`."""
 
     rank: int
     alpha: float
@@ -74,9 +59,10 @@ class LoraShape:
     alora_invocation_tokens: list[int] | None = None
 
     def config(self, model: nn.Module) -> LoraConfig:
-        """PEFT's configuration of this shape for `model`. PEFT does not support `all-linear` with
-        `layers`, so it is replaced by names inside a layer (`mlp.up_proj`)."""
+        """PEFT's configuration of this shape for `model`."""
         targets = self.target_modules
+        # PEFT does not support `all-linear` with `layers`. Names inside a layer (`mlp.up_proj`)
+        # select the same modules.
         if self.layers is not None and isinstance(targets, str) and targets.lower() == "all-linear":
             linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
             matches = (re.match(r".*?\.\d+\.(.+)", name) for name in linear)
@@ -99,7 +85,8 @@ class LoraShape:
 
 def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """Attach a new LoRA adapter to `model` with seeded initial weights; the base is frozen."""
-    if shape.layers:  # a layer's number is the first in a path
+    if shape.layers:
+        # PEFT ignores numbers that no layer has. A layer's number is the first in its path.
         paths = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
         numbers = {int(match[1]) for match in paths if match}
         if missing := [number for number in shape.layers if number not in numbers]:
@@ -112,8 +99,9 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     check_pattern_times(model, asdict(shape), "LoRA cannot be attached")
     torch.manual_seed(seed)
     try:
-        with without_pattern_warnings():  # a pattern that matches nothing is an error below
-            # PEFT warns that it corrects this by layer type.
+        # `_check_matches` raises errors for what PEFT only warns about. PEFT itself corrects
+        # fan_in_fan_out by the type of the layer.
+        with without_pattern_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             warnings.filterwarnings("ignore", "target_parameters=.* no parameter was matched")
             adapted = get_peft_model(model, shape.config(model))
@@ -140,7 +128,8 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
     """Check that every name and pattern in `shape` matched something: PEFT ignores others."""
     base = model.get_base_model()
     modules, parameters = model.targeted_module_names, model.base_model.targeted_parameter_names
-    everywhere = [name for name, _ in base.named_modules()]  # other layers have it, with `layers`
+    # With `layers`, a name may belong to other layers only: that is a choice, not a typo.
+    everywhere = [name for name, _ in base.named_modules()]
     names = modules if shape.layers is None else everywhere
     targets = [] if isinstance(shape.target_modules, str) else shape.target_modules
     ends = [("target_modules", name, names) for name in targets]
@@ -171,7 +160,6 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
 
 
 def _known_names(model: nn.Module) -> str:
-    """A sentence with names that an adapter's shape can have."""
     layers = [
         canonical_name(name).rpartition(".")[2]
         for name, module in model.named_modules()
@@ -189,11 +177,8 @@ def _known_names(model: nn.Module) -> str:
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
-    """Check `shape`, as `attach` does, on a model without weights, which is changed by this.
-
-    Returns:
-        The shapes of the adapter's weights, by their names in an adapter file.
-    """
+    """Check `shape`, as `attach` does, on a model without weights, which is changed. Returns the
+    shapes of the adapter's weights, by their names in its file."""
     with torch.device("meta"):
         return shapes_of(attach(skeleton, shape, seed=0))
 
@@ -214,13 +199,7 @@ def check_existing(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Check what `attach_existing` would refuse, as far as possible before there is a base.
-
-    Args:
-        skeleton: the model without weights, which is changed by this.
-
-    Returns:
-        The shapes of the adapter's weights by their names in its file; empty without a skeleton.
-    """
+    `skeleton` and result as in `check_shape`."""
     folder = adapter_folder(source)
     try:
         check_adapter(folder, None, unknown_base)
@@ -231,7 +210,9 @@ def check_existing(
             config = LoraConfig.from_pretrained(str(folder))
             transposed = config.fan_in_fan_out
             adapted = get_peft_model(skeleton, config)
-        if transposed and not config.fan_in_fan_out:  # PEFT unsets it for layers but Conv1D
+        # PEFT warns and unsets it for layers other than Conv1D: the factors load without an error,
+        # but were trained for transposed weights.
+        if transposed and not config.fan_in_fan_out:
             raise SourceError(
                 f"adapter {source!r} does not fit {type(skeleton).__name__}: {CONFIG} has "
                 "fan_in_fan_out: true, for weights stored [in, out], but the model stores "
@@ -240,7 +221,8 @@ def check_existing(
             )
         check_fit(folder, adapted)
         return shapes_of(adapted)
-    except SourceError as error:  # of a copy that was downloaded or converted
+    except SourceError as error:
+        # The folder may be a downloaded or converted copy, which the user has never seen.
         raise SourceError(str(error).replace(str(folder), source)) from error
 
 
@@ -254,8 +236,7 @@ def without_dropout_(model: PeftModel) -> None:
 
 
 def check_trainable(model: nn.Module) -> int:
-    """Number of trainable parameters; all must be finite and belong to the adapter: LoRA's
-    matrices, DoRA's magnitudes and PEFT's modules_to_save."""
+    """Number of trainable parameters; all must be finite and belong to the adapter."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name in trainable if not is_adapter_name(name)]
     if others:
@@ -281,6 +262,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, in order."""
+    # The layers are asked, since methods of this name in transformers 5.24 refuse every released
+    # PEFT ("use a version >= 0.22.0").
     return list(dict.fromkeys(name for layer in _layers(model) for name in layer.active_adapters))
 
 
@@ -307,6 +290,7 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def restored_adapters(model: nn.Module) -> Iterator[None]:
     """On exit, restore which adapters are active or disabled, and which parameters train."""
+    # A PeftModel's own `active_adapter` may differ from the first that its layers have.
     active, first = active_adapters(model), isinstance(model, PeftModel) and model.active_adapter
     disabled = [layer for layer in _layers(model) if layer.disable_adapters]
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -314,7 +298,7 @@ def restored_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         activate_(model, active)
-        if first:  # PeftModel only; may differ from the first of `active`
+        if first:
             model.active_adapter = first
         for layer in disabled:
             layer.enable_adapters(False)

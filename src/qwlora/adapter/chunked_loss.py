@@ -8,43 +8,19 @@
     P                    what the model does to logits between head and loss (scale, soft cap)
 
 At 2,048 tokens and a vocabulary of 49,152, logits take 400 MB, and their softmax and gradient as
-much again: the peak of a training step. Here the head runs on one chunk of tokens at a time; loss
-and d loss / d h of a chunk are computed together, and its logits are freed before the next chunk
-(below). Tokens without a target never reach the head. Trainable parameters of the head
-(its weight, or an adapter on it) get their gradients in the same pass.
+much again: the peak of a training step. Here only a chunk or slice of the logits exists at a time:
+
+    chunked_cross_entropy    any head; some tokens, the whole vocabulary
+    sliced_cross_entropy     a frozen linear head, z_t = W h_t + b; all tokens, some rows of W
+
+Both compute loss and gradient together in the forward pass, so nothing is recomputed; backward only
+scales the gradient. Trainable parameters of the head (its weight, or an adapter on it) get their
+gradients in the same pass.
 
 This works for any causal model of transformers: the model's own forward runs with two replacements.
 The output head only captures its input, and the loss function computes the loss from that input.
-Anything else that the forward adds to the loss (a router's balance term) is unaffected. P is read
-from the configuration. When the loss is attached, P of random logits, and loss and gradient of a
-small batch, are compared with the model's own.
 
 Given up: the logits of a forward with labels (`output.logits` is None), and second derivatives.
-
-The sum of the cross-entropies:
-
-    L = sum_t lse_t - z_t[y_t],    z = head(h),    lse_t = log sum_v exp z_t[v]
-
-`chunked_cross_entropy` runs any head on a chunk of tokens at a time:
-
-    dL/dz_t = softmax(z_t) - onehot(y_t)
-
-`sliced_cross_entropy` is for a frozen linear head, z_t = W h_t + b, whose weight must be computed:
-for each chunk of tokens, a packed weight would be unpacked completely, and autocast would round a
-float one (57 MB for 49,152 x 576 in bfloat16, in addition to a chunk's logits in three dtypes). It
-computes a slice of W, uses it for all tokens and frees it:
-
-    dL/dh_t = sum_(v != y_t) p_t[v] (W_v - W_y_t)
-
-The sums of exp z and of exp z times W are kept relative to the largest logit so far, and rescaled
-when a larger one comes. The gradient is written without p_t[y_t] - 1, so that in bfloat16 it is as
-exact for a nearly certain token as for any other.
-
-Both compute loss and gradient together in the forward pass, so nothing is recomputed; backward only
-scales the gradient. Given up: second derivatives, and the gradient of a sliced W.
-
-Source of the running sums: online softmax (Milakov and Gimelshein 2018,
-https://arxiv.org/abs/1805.02867).
 """
 
 from __future__ import annotations
@@ -70,8 +46,7 @@ from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of
 from qwlora.system.machine import return_freed_memory
 
-# Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
-# system by glibc's malloc.
+# A chunk is a little over 32 MiB in float32: glibc's malloc returns larger blocks to the system.
 CHUNK_LOGITS = 2**23
 SLICE_LOGITS = 2**20  # logits in a slice of the vocabulary; 4 MiB in float32
 _PROBE_TOKENS = 8
@@ -83,11 +58,8 @@ WeightRows = Callable[[slice | Tensor], Tensor]
 
 class ChunkedLoss(contextlib.ExitStack):
     """The chunked loss of `model`, a causal language model of transformers or a PEFT model around
-    one. It is attached in place, until the context ends.
-
-    Raises:
-        TrainingError: the model has no output head, or computes another loss than this one.
-    """
+    one. It is attached in place, until the context ends. A model without an output head, or with
+    another loss, is refused."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -96,7 +68,6 @@ class ChunkedLoss(contextlib.ExitStack):
         if not isinstance(head, nn.Module):
             raise self._refusal("it has no output head (get_output_embeddings() is None)")
         self._head = head
-        self._device = device_of(head)
         self._vocabulary = vocabulary_size(self._model)
         self._chunk_tokens = CHUNK_LOGITS // self._vocabulary + 1
         self._own_forward, self._own_head = self._model.forward, head.forward
@@ -126,6 +97,7 @@ class ChunkedLoss(contextlib.ExitStack):
 
     def _capture(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         self._captured.append(hidden)
+        # Without columns, scales and soft caps that the forward applies cost nothing.
         return hidden[..., :0]
 
     def _loss(self, logits: Any = None, labels: Any = None, *_: Any, **kwargs: Any) -> Tensor:
@@ -138,7 +110,7 @@ class ChunkedLoss(contextlib.ExitStack):
         if targets is None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         hidden = self._captured[0].flatten(0, -2)
-        # The loss's only wait for a GPU: what is known of the targets on the CPU takes none.
+        # The loss's only wait for a GPU: the CPU then knows all counts and ranges of the targets.
         targets = targets.flatten().cpu()
         kept = (targets != kwargs.get("ignore_index", IGNORED)).nonzero()[:, 0]
         count, items = len(kept), kwargs.get("num_items_in_batch")
@@ -164,20 +136,18 @@ class ChunkedLoss(contextlib.ExitStack):
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def _return_memory(self, tokens: int) -> None:
-        """Return malloc's free pages, in a large step that trades time for memory anyway."""
+        # Of a peak of 1,330 to 1,660 MB, 400 to 700 MB were freed blocks that glibc 2.36 does not
+        # reuse (docs/log/training.md). A step with checkpointing trades time for memory anyway.
         model = self._model
         if tokens >= _MIN_TRIM_TOKENS and model.training and model.is_gradient_checkpointing:
             return_freed_memory()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies.
-
-        A head weight that must be unpacked or rounded for each product is made in slices of the
-        vocabulary, each used for all tokens. Any other head runs on chunks of tokens.
-        """
         head: Any = self._head
         trained = [p for p in head.parameters() if p.requires_grad]
         has_own_forward = getattr(self._own_head, "__func__", None) is not type(head).forward
+        # A weight that is unpacked or rounded for each product (57 MB for 49,152 x 576 in bfloat16)
+        # is computed once, in slices that serve all tokens. Slices know neither P nor an adapter.
         if not (self._logit_changes or trained or has_own_forward):
             rows = _computed_rows(head, compute_dtype(hidden))
             if rows is not None:
@@ -191,17 +161,16 @@ class ChunkedLoss(contextlib.ExitStack):
 
     def _check(self) -> None:
         """Refuse a model that changes logits in a way that its configuration does not say, or whose
-        own loss or gradient differs from the chunked one on a small batch.
-
-        All processes use the same batch, so collective operations of a sharded model match.
-        """
+        own loss or gradient differs from the chunked one on a small batch."""
+        device = device_of(self._head)
+        # One seed for all processes, so that the collective operations of a sharded model match.
         with (
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),
-            torch.autocast(self._device.type, enabled=False),
+            torch.autocast(device.type, enabled=False),
         ):
             torch.manual_seed(0)
-            ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
+            ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(device)
             batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             batch |= {"use_cache": False, "return_dict": True}
             self._compare_logits(batch)
@@ -211,7 +180,8 @@ class ChunkedLoss(contextlib.ExitStack):
         sent: list[Tensor] = []
 
         def random_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            sent.append(100 * torch.randn_like(self._own_head(hidden)))  # a soft cap bends these
+            # A soft cap (30 in Gemma 2) leaves the small logits of an untrained model as they are.
+            sent.append(100 * torch.randn_like(self._own_head(hidden)))
             return sent[0]
 
         try:
@@ -226,7 +196,7 @@ class ChunkedLoss(contextlib.ExitStack):
 
     def _compare_losses(self, batch: dict[str, Any]) -> None:
         labels = batch["input_ids"].clone()
-        labels[:, 2] = IGNORED
+        labels[:, 2] = IGNORED  # shows whether the model's own loss skips it
         hidden: list[Tensor] = []
 
         def measured(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -290,10 +260,7 @@ def _logit_changes(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
 
 
 def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
-    """Rows of the head's weight in `dtype`, if products cannot read them from memory as they are.
-
-    That is so if the weight is packed, or float32 under autocast; else None.
-    """
+    """Rows of the head's weight in `dtype`, if packed, or float32 under autocast; else None."""
     if isinstance(head, PackedLinear):
         return functools.partial(head.tensor.dequantize, dtype)
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
@@ -320,9 +287,11 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies of `head(hidden)`, `chunk_tokens` at a time: float32, in nats.
 
+        L = sum_t lse_t - z_t[y_t],    z = head(h),    lse_t = log sum_v exp z_t[v]
+        dL/dz_t = softmax(z_t) - onehot(y_t)
+
     Args:
         hidden, targets: [tokens, hidden] and int64 [tokens].
-        head: maps hidden states to logits [tokens, vocabulary].
         trained: trainable parameters used by `head`.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
@@ -336,7 +305,8 @@ def chunked_cross_entropy(
         chunk = hidden[chunk_rows].detach().requires_grad_(wants_gradient)
         with torch.set_grad_enabled(wants_gradient):
             logits = head(chunk)
-        if buffer is None:  # one for all chunks
+        # One buffer for all chunks: a new one of this size would come from the system each time.
+        if buffer is None:
             buffer = torch.empty_like(logits, dtype=torch.float32)
         scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
         total -= scores.gather(1, rows).sum()
@@ -346,9 +316,9 @@ def chunked_cross_entropy(
             gradients[0][chunk_rows], *more = torch.autograd.grad(
                 logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True
             )
-            for sum_, one in zip(gradients[1:], more, strict=True):
-                if one is not None:
-                    sum_ += one
+            for total_gradient, gradient in zip(gradients[1:], more, strict=True):
+                if gradient is not None:
+                    total_gradient += gradient
     if not wants_gradient:
         return total
     result: Tensor = _WithGradients.apply(total, gradients, hidden, *trained)
@@ -361,10 +331,13 @@ def sliced_cross_entropy(
     """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, in the dtype of the weight:
     float32, in nats.
 
+        dL/dh_t = sum_(v != y_t) p_t[v] (W_v - W_y_t)
+
+    Running sums as in online softmax (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+
     Args:
         hidden, targets: [tokens, hidden] and int64 [tokens].
         weight_rows: rows of the frozen weight by a slice or their numbers, [rows, hidden].
-        vocabulary: number of rows of the weight.
         bias: [vocabulary], frozen.
     """
     size = SLICE_LOGITS // max(1, len(hidden)) + 1
@@ -381,13 +354,15 @@ def sliced_cross_entropy(
         x = x.to(rows.dtype)  # copies in the first slice only
         z = F.linear(x, rows, None if bias is None else bias[start:stop].to(x.dtype)).float()
         column = targets - start
-        here = (column >= 0) & (column < z.shape[1])  # tokens with their target in this slice
+        in_slice = (column >= 0) & (column < z.shape[1])  # tokens with their target in this slice
         index = column.clamp(0, z.shape[1] - 1).unsqueeze(1)  # any column, for other tokens
-        picked += z.gather(1, index).squeeze(1) * here
+        picked += z.gather(1, index).squeeze(1) * in_slice
+        # Both sums are relative to the largest logit so far, so that no exp overflows, and are
+        # rescaled when a larger one comes.
         raised = torch.maximum(highest, z.amax(1))
         shrunk = (highest - raised).exp()
         e = z.sub_(raised.unsqueeze(1)).exp_()
-        e.scatter_(1, index, e.gather(1, index).masked_fill_(here.unsqueeze(1), 0))
+        e.scatter_(1, index, e.gather(1, index).masked_fill_(in_slice.unsqueeze(1), 0))
         others = others * shrunk + e.sum(1)
         if wants_gradient:
             gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(rows.dtype) @ rows)
@@ -396,6 +371,8 @@ def sliced_cross_entropy(
     total = (highest + whole.log() - picked).sum()
     if not wants_gradient:
         return total
+    # p_t[y_t] - 1 is not computed: in bfloat16 the difference has no digits left for a token that
+    # is nearly certain. The sum over all other tokens is as exact for any token.
     own_row = weight_rows(targets).float()
     gradient.sub_(own_row.mul_(others.unsqueeze(1))).div_(whole.unsqueeze(1))
     result: Tensor = _WithGradients.apply(total, [gradient.to(hidden.dtype)], hidden)

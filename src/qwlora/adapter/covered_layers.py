@@ -19,13 +19,6 @@ _IN_BLOCK = re.compile(r".+\.\d+\..+")
 def is_covered(source: str, new: Iterable[str | list[str]]) -> bool:
     """Whether the `target_modules` of one new adapter match all layers of the adapter in a folder.
 
-    They are matched as PEFT does: `all-linear` is every linear layer inside a numbered block, and
-    names are the ends of paths. A regular expression is never tried: it could take forever.
-
-    Args:
-        source: the folder.
-        new: `target_modules` of each new adapter.
-
     Returns:
         False also if it is on the hub, cannot be read, or holds more than factors of linear layers.
     """
@@ -35,6 +28,7 @@ def is_covered(source: str, new: Iterable[str | list[str]]) -> bool:
         weights, *_ = (folder / name for name in _WEIGHTS if (folder / name).is_file())
         with safe_open(weights, "np") as file:
             sizes = {n: len(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        # Factors of convolutions have more than two axes; an embedding's have other names.
         factors = [size == 2 and _FACTOR.fullmatch(name) for name, size in sizes.items()]
         layers = {match[1] for match in factors if match}
         if not layers or not all(factors) or config.get("target_parameters"):
@@ -42,6 +36,8 @@ def is_covered(source: str, new: Iterable[str | list[str]]) -> bool:
     except (SourceError, OSError, ValueError, AttributeError, RecursionError, SafetensorError):
         return False
 
+    # As PEFT matches: names are the ends of paths, and `all-linear` is every linear layer inside a
+    # numbered block. A regular expression is never tried: it could take forever.
     def matches(modules: str | list[str], layer: str) -> bool:
         if isinstance(modules, list):
             return any(f".{layer}".endswith(f".{name}") for name in modules)

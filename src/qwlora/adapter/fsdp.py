@@ -6,9 +6,8 @@ they become frozen parameters before sharding; FSDP2 gathers integers like any o
 
     base bytes per process = parameters of the base / processes + the model's own buffers
 
-The model's own buffers are rotary tables and the like. Mixed precision is left to autocast: FSDP2's
-own policy would cast the scales, which are part of the base. After training everything is gathered,
-so that the fingerprint and the adapter can be read on any process.
+The model's own buffers are rotary tables and the like. After training everything is gathered, so
+that the fingerprint and the adapter can be read on any process.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ from qwlora.system.parameter_names import is_adapter_name
 
 
 def enable_fsdp_(accelerator: Any) -> bool:
-    """Whether the launcher asked for FSDP; on CPUs, switch it on: accelerate supports accelerators
-    only, and on CPUs it silently copies the model to every process."""
+    """Whether the launcher asked for FSDP; on CPUs, switch it on."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
+    # accelerate supports FSDP on accelerators only. On CPUs it silently runs DDP, which copies the
+    # model to every process (docs/log/training.md).
     if accelerator.state.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
@@ -44,11 +44,11 @@ def enable_fsdp_(accelerator: Any) -> bool:
 
 
 def prepare_sharding_(trainer: Any) -> None:
-    """Turn the buffers of packed layers into parameters, which FSDP2 shards; a no-op without FSDP.
-    Version 1 flattens parameters and cannot hold integers."""
+    """Turn buffers of packed layers into parameters, which FSDP2 shards; a no-op without FSDP."""
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
+    # Version 1 flattens parameters and cannot hold integers.
     if plugin.fsdp_version != 2:
         raise TrainingError("FSDP 1 cannot shard packed integers. Launch with --fsdp_version 2")
     if is_mergeable(trainer.model):
@@ -58,11 +58,13 @@ def prepare_sharding_(trainer: Any) -> None:
         )
     # Every process has loaded the base already; this would discard and send it again.
     plugin.cpu_ram_efficient_loading = False
+    # FSDP2's policy would cast the scales, which are part of the base. Autocast does not.
     plugin.mixed_precision_policy = None
     for layer in trainer.model.modules():
         if isinstance(layer, PackedLayer):
             for name, tensor in list(layer._buffers.items()):
-                if tensor is not None and tensor.ndim:  # FSDP2 shards along the first axis
+                # FSDP2 shards along the first axis, which the scale of a per-tensor grid lacks.
+                if tensor is not None and tensor.ndim:
                     del layer._buffers[name]
                     layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
@@ -84,12 +86,10 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gather_(trainer: Any) -> None:
-    """Replace shards by complete plain tensors on every process. All processes must call it.
-
-    The model cannot be trained further afterwards.
-    """
+    """Replace shards by complete plain tensors. All processes must call it, after training."""
     if not trainer.is_fsdp_enabled:
         return
+    # FSDP2 leaves its root module unsharded after a forward.
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -44,6 +44,7 @@ from qwlora.system.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
 # Relative to the mean of a moment's diagonal. G is less certain: few tokens have large gradients.
+# Of 0.1, 1 and 4 for G, only 1 starts below svd everywhere (docs/log/initialization.md).
 _DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0
 # Up to this smaller side, the Gram matrix is decomposed exactly; above, by random projection.
 _MAX_EXACT_SIZE = 2048
@@ -82,7 +83,7 @@ def initialize_(
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> InitReports:
     """Initialize the active adapter of each quantized linear layer in `model`, in place. Other
-    layers keep PEFT's default.
+    layers keep PEFT's default. If it raises after the first layer, call it again.
 
     Args:
         weights: canonical path to the float weight [out, in] that the layer was quantized from.
@@ -91,11 +92,6 @@ def initialize_(
         share: share of a layer's ranks that correct, rounded up; in (0, 1].
         solver_scales: canonical path of a tuned layer to its scale before tuning
             (`TuningReport.solver_scales`).
-
-    Returns:
-        The error of each initialized layer, by canonical path.
-
-    If it raises after the first layer, the layers before it are initialized: call it again.
     """
     if init == "zero":
         return InitReports()
@@ -130,11 +126,14 @@ def initialize_(
         measure = Measure(moved(moment, device))
         weight = weights(path).detach().to(device).float()
         difference = solver_difference(path, layer, weight, scales)
-        ranks = math.ceil(share * layer.r[adapter] - 1e-9)  # rounded up, except for float rounding
+        # Rounded up; 0.07 * 100 is slightly more than 7 in floats.
+        ranks = math.ceil(share * layer.r[adapter] - 1e-9)
         b, a, singular = measure.best_correction(difference, ranks)
         used = int((singular > _MIN_SINGULAR * singular[0]).sum())
         root = float(layer.scaling[adapter]) ** 0.5
-        with torch.no_grad():  # A keeps PEFT's default in all other ranks
+        # A keeps PEFT's default in all other ranks, which training needs: where A and B are zero,
+        # so are their gradients.
+        with torch.no_grad():
             layer.lora_A[adapter].weight[:used] = a[:used] / root
             layer.lora_B[adapter].weight[:, :used] = b[:, :used] / root
             layer.lora_B[adapter].weight[:, used:] = 0
@@ -145,14 +144,13 @@ def initialize_(
 
 
 def solver_difference(
-    path: str,
-    layer: LoraLayer,
-    weight: Float[Tensor, "out in"],
-    solver_scales: Mapping[str, Tensor],
+    path: str, layer: LoraLayer, weight: Float[Tensor, "out in"], scales: Mapping[str, Tensor]
 ) -> Float[Tensor, "out in"]:
-    """D of the layer at `path`: its float weight minus the solver's quantized weight."""
+    """D of the layer at `path`: its float weight minus the solver's, with the `scales` of that."""
     tensor = cast(PackedLinear, layer.get_base_layer()).tensor
-    if (before := solver_scales.get(path)) is not None:
+    # Tuned layers compensate for one another, and a correction of the difference to tuned weights
+    # would undo that: 1.073 of float LoRA, here 1.062 (docs/log/initialization.md).
+    if (before := scales.get(path)) is not None:
         scale, minimum = tensor.parts.scale, tensor.parts.minimum
         if before.shape != scale.shape:
             raise TrainingError(
@@ -160,14 +158,14 @@ def solver_difference(
                 f"scale has {list(scale.shape)}. Pass the scales of this base"
             )
         before = before.to(scale.device)
+        # A float minimum is tuned with its scale, by the same factor (`tuned_parameters.py`).
         minimum = None if minimum is None else minimum.float() * (before.float() / scale.float())
         tensor = replace(tensor, parts=tensor.parts._replace(scale=before, minimum=minimum))
     return weight - tensor.dequantize().to(weight.device)
 
 
 class Measure:
-    """The cost of a weight error E: `|E|^2`, or with moments `|K^T E L|^2 = tr(G E R E^T)`,
-    damped."""
+    """The cost of a weight error E: `|E|^2`, or with damped moments `|K^T E L|^2`."""
 
     def __init__(self, moment: LayerMoments | None):
         inner, outer = (None, None) if moment is None else (moment.input, moment.output)
@@ -182,16 +180,17 @@ class Measure:
     def best_correction(
         self, difference: Float[Tensor, "out in"], rank: int
     ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], Float[Tensor, " rank"]]:
-        """B, A and S (decreasing) of the module's equation for scaling 1, the best correction of
-        `difference` D; of the matrix's rank, if that is below `rank`."""
+        """B, A and S (decreasing) of the module's equation for scaling 1; fewer if D's rank is."""
         b, s, a = _leading_svd(self._weighted(difference), rank)
         b = b * s
         if self._outer is not None:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
-        balance = b.norm(dim=0).clamp(min=_TINY).rsqrt()  # C
-        if self._inner is not None:  # shorter where inputs are large; |L|^2 = tr R
+        # Without C, the closed form makes B thousands of times too long, and training fails
+        # (docs/log/initialization.md). B is shorter where inputs are large; |L|^2 = tr R.
+        balance = b.norm(dim=0).clamp(min=_TINY).rsqrt()
+        if self._inner is not None:
             size = float(self._inner.square().sum(dtype=torch.float64))
             balance = min(1.0, len(difference) / size) ** 0.25 * balance
         return b * balance, a / balance.unsqueeze(1), s
@@ -223,6 +222,7 @@ def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = min(rank, rows, columns)
     wide = matrix if rows <= columns else matrix.T
     if min(rows, columns) <= _MAX_EXACT_SIZE:
+        # In float64, because singular values are square roots of the Gram matrix's eigenvalues.
         gram = wide.double() @ wide.double().T
         u = torch.linalg.eigh(gram).eigenvectors[:, -kept:].flip(1).to(matrix.dtype)
     else:

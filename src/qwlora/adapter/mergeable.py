@@ -12,8 +12,7 @@ and only entries of Delta above half a step count (docs/log/training.md). Mergin
 float weights; the adapter records their digest.
 
 Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
-adapter would, `dL/dDelta = (dL/dy)^T x`, for clamped entries too: leaving those out would need a
-third product as large as the layer's own.
+adapter would, `dL/dDelta = (dL/dy)^T x`.
 
     mergeable_(peft_model, weight=...)    before training
     merged_model(peft_model)              afterwards (`adapter_deltas.py`), or PEFT's
@@ -23,8 +22,7 @@ One adapter at a time, and not for DoRA, dropout, biases, fused experts, grouped
 layers that the base keeps as floats. PEFT without this package computes y = W x + Delta x, which is
 not what was trained.
 
-What is relied on beyond PEFT's documented interfaces (0.21.2): `LoraVariant`, which PEFT calls in
-place of its own sum, merging included, and the attributes of its layers.
+Relies, beyond PEFT's documented interfaces (0.21.2), on `LoraVariant` and attributes of its layers.
 """
 
 from __future__ import annotations
@@ -62,14 +60,13 @@ class MergedIntegers(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """The layer's output; `result`, of the base, gives only its dtype, in which a merged model
-        computes: PEFT has cast `x` to the adapter's."""
         used = [name for name in module.active_adapters if name in module.lora_variant]
         if len(used) > 1:
             raise TrainingError(
                 f"adapters {', '.join(used)} are mergeable: each has integers of its own. Activate "
                 "one"
             )
+        # PEFT has cast x to the adapter's dtype. A merged model computes in that of the base.
         x = x.to(result.dtype) if x.is_floating_point() else x
         return merged_forward(module, active_adapter, x)
 
@@ -98,14 +95,13 @@ def mergeable_(
     before training.
 
     Args:
-        model: a frozen base with adapters of PEFT.
         adapter: default: all adapters.
         weight: gives the float weight [out, in] of the layer at a path, from before it was
             quantized, as for `initialize_`. Default: unknown, which costs much of the gain.
 
     Raises:
-        TrainingError: a layer has DoRA, dropout, a bias in the adapter, fused experts or groups, or
-            a forward that was replaced; or there is no such adapter. The model is unchanged.
+        TrainingError: a layer is not supported (see the module) or has a forward that was replaced,
+            or there is no such adapter. The model is unchanged.
     """
     layers = [
         (path, layer, name)
@@ -117,12 +113,14 @@ def mergeable_(
             f"{type(model).__name__} has no adapter{f' {adapter!r}' if adapter else ''} to make "
             "mergeable. Attach one first (peft.get_peft_model)"
         )
+    # All checks come first, so that an error leaves the model unchanged.
     for path, layer, name in layers:
         if problem := _problem(layer, name):
             raise TrainingError(f"adapter {name!r} cannot be mergeable: {path} {problem}")
     tensors = [(path, layer.get_base_layer().tensor) for path, layer, _ in layers]
     remainders = [t.remainder(weight(path)) if weight else None for path, t in tensors]
     for (_, layer, name), remainder in zip(layers, remainders, strict=True):
+        # PEFT calls a variant in place of its own sum, so no forward has to be replaced.
         layer.lora_variant[name] = MergedIntegers(remainder)
 
 
@@ -168,6 +166,8 @@ def is_mergeable(model: nn.Module, adapters: Collection[str] | None = None) -> b
 def merged_forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
     """The output of `layer` with its adapter merged; see the module."""
     y: Tensor = _merged_layer(layer, adapter)(x)
+    # Clamped entries get a gradient too: leaving them out needs dL/dDelta [out, in], a third
+    # product as large as the layer's own.
     if torch.is_grad_enabled():
         y = _StraightThrough.apply(y, _branch(layer, adapter, x.detach()))
     return y
@@ -175,7 +175,6 @@ def merged_forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _merged_layer(layer: Any, adapter: str) -> PackedLayer:
-    """The base layer with the codes q'."""
     base, variant = layer.get_base_layer(), layer.lora_variant.get(adapter)
     remainder = variant.remainder if variant else None
     return with_tensor(base, base.tensor.plus(*_factors(layer, adapter), remainder))
@@ -184,36 +183,32 @@ def _merged_layer(layer: Any, adapter: str) -> PackedLayer:
 @torch.no_grad()
 def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
     """Merge these adapters into the codes of packed layers, in place: each PEFT layer around one
-    becomes a packed layer.
-
-    Raises:
-        MergeError: an adapter has non-finite values, is on fused experts or on a layer with an
-            overridden forward, or two adapters are mergeable. The model is unchanged.
-    """
+    becomes a packed layer."""
     merging: dict[str, tuple[Any, list[str]]] = {}
     for path, layer in model.named_modules():
         names = [name for name in adapters if isinstance(layer, LoraLayer) and name in layer.r]
         if not names:
             continue
-        base, place = layer.get_base_layer(), canonical_name(path)
+        base, where = layer.get_base_layer(), canonical_name(path)
         if FOLDER in base._modules:
             raise MergeError(
-                f"{place}: an adapter on fused experts cannot be merged. Keep the adapter separate"
+                f"{where}: an adapter on fused experts cannot be merged. Keep the adapter separate"
             )
         if not is_packed(base):
             continue
         if problem := replacement_problem(base):
-            raise MergeError(f"{place} {problem}")
+            raise MergeError(f"{where} {problem}")
         if len(names) > 1 and is_mergeable(layer, names):
-            raise MergeError(f"{place}: {listed(names)} are mergeable: activate one at a time")
+            raise MergeError(f"{where}: {listed(names)} are mergeable: activate one at a time")
         for name, factor in layer.named_parameters():
             if adapter_of(name) in names and not bool(torch.isfinite(factor).all()):
-                raise MergeError(f"{place}.{name} has non-finite values. Train the adapter again")
+                raise MergeError(f"{where}.{name} has non-finite values. Train the adapter again")
         merging[path] = layer, names
     for path, (layer, names) in merging.items():
         base, name = layer.get_base_layer(), names[0]
         is_plain = isinstance(layer.lora_variant.get(name), MergedIntegers | None)
         has_more = layer.lora_bias.get(name) or getattr(base, "groups", 1) > 1
+        # PEFT alone knows how DoRA, biases, groups and several adapters change a weight.
         if len(names) == 1 and is_plain and not has_more:
             merged = _merged_layer(layer, name)
         else:
@@ -224,8 +219,7 @@ def merge_into_codes_(model: nn.Module, adapters: Collection[str]) -> None:
 
 
 def _merged_by_peft(layer: Any, adapters: list[str]) -> PackedLayer:
-    """The base layer with the codes nearest to PEFT's own merge in float64, for DoRA, biases,
-    groups and several adapters."""
+    """The base layer with the codes nearest to PEFT's own merge, in float64."""
     base = layer.get_base_layer()
     weight = base.tensor.dequantize().double()
     parameter = nn.Parameter(weight.view(base.weight_shape), requires_grad=False)
@@ -239,8 +233,9 @@ def _merged_by_peft(layer: Any, adapters: list[str]) -> PackedLayer:
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """Left and right factor of Delta, in float64, as the codes are: [out, in]; of an embedding
-    [rows, width]; of a convolution [out, in * kernel]."""
+    """Left and right factor of Delta in the layout of the codes."""
+    # Float32 products by oneDNN (training) and MKL (merging) differ in the last bits, which would
+    # move codes at a tie (docs/log/training.md). Hence float64.
     if isinstance(layer, Embedding):
         right, left = layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T
     else:
@@ -265,7 +260,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor) -> Tensor:
-        return y.detach()  # not a view for autograd: Falcon adds to it in place
+        # Without `detach` it is a view for autograd, and Falcon, which adds to a layer's output in
+        # place, fails.
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

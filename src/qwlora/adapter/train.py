@@ -2,12 +2,10 @@
 
 Why the Trainer and not TRL's SFTTrainer: SFTTrainer adds tokenizing, packing and masking, which our
 data stage does before training, and memory-saving losses for the models it knows, where ours works
-for any causal model (`chunked_loss.py`). Loop, schedules, resuming, bfloat16, several processes and
-loggers are the Trainer's in both. What is replaced inside a step is listed in `training_step.py`.
+for any causal model (`chunked_loss.py`).
 
-Checked here: only the adapter receives gradients (by parameter name, before the first step), and
-the loss stays finite and does not diverge (`trainer.py`). That the base is unchanged is
-checked by the caller, who knows its fingerprint (`pipeline`).
+Only the adapter receives gradients, which is checked before the first step. That the base is
+unchanged is checked by the caller, who knows its fingerprint (`pipeline`).
 
 A killed run resumes from its last checkpoint (adapter, optimizer, schedule, random state, data
 order) and ends with the same bits.
@@ -62,7 +60,8 @@ from qwlora.system.machine import process_count
 from qwlora.system.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
 
-_CHECKPOINTING = (  # transformers before 5.23 has only the old name
+# transformers before 5.23 has only the old name.
+_CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(TrainingArguments, "activation_checkpointing")
     else "gradient_checkpointing"
@@ -140,17 +139,11 @@ def train_adapter(
         teacher: the float model, to train for recovery (`RecoveryLoss`).
         training_graph: replaces the model's forward during training (`replaced_forward`).
         logs: folder for TensorBoard files.
-        watch: called after each step.
 
     Raises:
-        GridError: a packed layer does not compute its codes, see `assert_frozen`.
         TrainingError: see `check_trainable` and `replaced_forward`; the batch cannot be divided
             among the processes; or the loss is not finite or has diverged.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
-            `work`.
-
-    Warns:
-        QwloraWarning: the chunked loss cannot replace the model's own, which is used.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; `work` has a checkpoint of the last finished step.
     """
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
@@ -159,9 +152,9 @@ def train_adapter(
         as_sequences(text) if isinstance(text, Tensor) else text for text in (sequences, held_out)
     ]
     training, evaluation = texts
-    for what, text in (("training text", training), ("held-out text", evaluation)):
+    for kind, text in (("training text", training), ("held-out text", evaluation)):
         if isinstance(text, Sized) and not len(text):
-            raise TrainingError(f"the {what} has no sequence. Use more text, or shorter sequences")
+            raise TrainingError(f"the {kind} has no sequence. Use more text, or shorter sequences")
     keeps_best = settings.evaluation_steps is not None
     if keeps_best and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
@@ -182,8 +175,9 @@ def train_adapter(
             base_bytes=monitor.base_bytes,
         )
 
+    # If training had ended, but the adapter was not saved, the Trainer would train one step more.
     if last and (final := final_checkpoint(last, settings.steps, settings.patience, keeps_best)):
-        with reading(final, model):  # training had ended, but the adapter was not saved
+        with reading(final, model):
             set_peft_model_state_dict(model, load_file(final / WEIGHTS))
         return report(read_state(last))
     with replaced_forward(model, training_graph, process_count()):
@@ -200,7 +194,8 @@ def train_adapter(
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and logs is not None:
                 callback.logging_dir = str(logs)
-        trainer.accelerator.wait_for_everyone()  # until every process has found `last`
+        # Every process looks for `last` by itself, so none may be gone before all have found it.
+        trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             delete_newer(work, last)
         if teacher is not None:
@@ -240,6 +235,7 @@ def _arguments(
             "processes. Use a multiple"
         )
     evaluates = settings.evaluation_steps is not None
+    # Reentrant checkpointing cuts the gradient where no input needs one, as in a frozen base.
     checkpointing: dict[str, Any] = {
         _CHECKPOINTING: settings.gradient_checkpointing,
         f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
@@ -267,7 +263,8 @@ def _arguments(
         save_steps=settings.evaluation_steps or settings.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # AdapterTrainer stops at a nan
+        # The filter would put the mean of earlier losses for a nan; AdapterTrainer stops at it.
+        logging_nan_inf_filter=False,
         seed=settings.seed,
         report_to=list(settings.report_to),
         label_names=["labels"],

@@ -2,18 +2,10 @@
 
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
-- A loss or gradient that is not finite stops the run before the optimizer step. The error names the
-  first layer with a non-finite output, or the first adapter weight (from the top of the model) with
-  a non-finite gradient.
-- Checkpoints are plain PEFT adapters, unsharded even where the model is sharded.
-- `TrainingMonitor` times the steps, reports progress, stops at divergence, and turns signals into a
-  clean stop.
+A loss or gradient that is not finite stops the run before the optimizer step. Checkpoints are plain
+PEFT adapters, unsharded even where the model is sharded, with digests of all their files.
 
-The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
-what is replaced inside the model.
-
-A checkpoint gets the digests of all its files after the Trainer has written them (`on_save`). A
-folder without them was interrupted, and one whose files differ is damaged: neither is resumed from.
+`train.py` says why it is this Trainer; `training_step.py` lists what is replaced inside the model.
 """
 
 from __future__ import annotations
@@ -66,21 +58,22 @@ class AdapterTrainer(Trainer):
         self.data_collator, self._collate = self._checked_batch, self.data_collator
         self.remove_callback(PrinterCallback)
         # The Trainer looks this up by the name of the model's loss, which not every model has.
+        # Without the shift it would count one target too many in each sequence.
         self._loss_shifts_labels = True
 
     @property
     def adapted(self) -> Any:
-        """The PEFT model, without what accelerate wraps around it."""
         return self.accelerator.unwrap_model(self.model)
 
     def _checked_batch(self, items: list[Any]) -> dict[str, Any]:
-        """A batch, checked while it is still on the CPU, where that costs nothing."""
+        # The batch is still on the CPU, where checks do not wait for a device.
         batch: dict[str, Any] = self._collate(items)
         check_token_ids(batch, self.adapted, TrainingError)
         labels = batch.get("labels")
         if (
             isinstance(labels, Tensor)
-            and self.args.gradient_accumulation_steps == 1  # else others of the step may have some
+            # Other batches of an accumulated step may have loss tokens.
+            and self.args.gradient_accumulation_steps == 1
             and not bool((labels[:, 1:] != IGNORED).any())
         ):
             raise TrainingError(
@@ -90,12 +83,13 @@ class AdapterTrainer(Trainer):
         return batch
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, plus the recovery loss if there is one."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.recovery is None:
             return loss
         distance = self.recovery.distance(inputs)
-        if model.training and self.model_accepts_loss_kwargs:  # else the Trainer divides both
+        # The model's own loss is divided by the tokens of all accumulated batches. The Trainer
+        # divides only losses of models that do not take that number.
+        if model.training and self.model_accepts_loss_kwargs:
             distance = distance / self.current_gradient_accumulation_steps
         return (loss[0] + distance, *loss[1:]) if isinstance(loss, tuple) else loss + distance
 
@@ -106,8 +100,8 @@ class AdapterTrainer(Trainer):
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for a sharded model only. Accelerate wraps other models in autocast itself; for
-        a sharded one it relies on FSDP2's mixed precision policy, which we turn off (`fsdp.py`)."""
+        # Accelerate wraps other models in autocast itself; for a sharded one it relies on FSDP2's
+        # mixed precision policy, which we turn off (`fsdp.py`).
         return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     def training_step(
@@ -118,12 +112,14 @@ class AdapterTrainer(Trainer):
         parameters = () if sharded else self.adapted.named_parameters()
         named = [(name, p.grad) for name, p in parameters if p.grad is not None]
         checked = [loss, *(gradient for _, gradient in named)]
+        # One wait for a device, whatever the number of gradients.
         finite = torch.stack([tensor.isfinite().all() for tensor in checked]).tolist()
         if not finite[0]:
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
-        if not all(finite):  # one wait for the loss and all gradients
+        # Backward runs from the top of the model, so the last bad name is where it began.
+        if not all(finite):
             bad = [name for (name, _), good in zip(named, finite[1:], strict=True) if not good]
             where = f"; the first, from the top of the model, is that of {canonical_name(bad[-1])}"
             self._stop("a gradient is not finite", where)
@@ -131,7 +127,7 @@ class AdapterTrainer(Trainer):
 
     @torch.no_grad()
     def _first_bad_output(self, inputs: dict[str, Any]) -> str:
-        """Which layer's output is the first that is not finite, in words; runs the model again."""
+        """The first output that is not finite, in words; runs the model again."""
         bad: list[str] = []
 
         def check(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -149,18 +145,18 @@ class AdapterTrainer(Trainer):
             return "; the outputs of all layers are finite"
         return f"; the first output that is not finite is that of {bad[0]}"
 
-    def _stop(self, what: str, where: str) -> None:
+    def _stop(self, problem: str, where: str) -> None:
         raise TrainingError(
-            f"{what} at step {self.state.global_step + 1}{where}; "
+            f"{problem} at step {self.state.global_step + 1}{where}; "
             f"{last_good(Path(str(self.args.output_dir)))}. "
             f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or "
             "check the training data"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a checkpoint; for a sharded model, the unsharded adapter too, from which a finished
-        run is restored without starting several processes. It is written first because each process
-        of the Trainer checks that the best checkpoint's folder exists before it is created."""
+        # From the unsharded adapter a finished run is restored without several processes. It is
+        # written first, because transformers 5.24 looks for the folder of the best checkpoint
+        # before it writes shards into it.
         if self.is_fsdp_enabled:
             self._save(output_dir, whole_adapter(self.adapted))
         super().save_model(output_dir, _internal_call)
@@ -180,9 +176,7 @@ Watch = Callable[[Callable[[], dict[str, Any]]], None]
 
 
 def divergence(losses: Sequence[float], vocabulary: int) -> tuple[float, int] | None:
-    """Apply this rule to the losses of all steps so far:
-
-    The loss has diverged if each of the last 5 losses, or the mean of the last w, is above
+    """Whether the loss has diverged: each of the last 5 losses, or the mean of the last w, is above
 
         max( 2 m, m + 1, m + 3 sqrt(2 log N) s / sqrt(n) )      in nats
 
@@ -192,17 +186,12 @@ def divergence(losses: Sequence[float], vocabulary: int) -> tuple[float, int] | 
         m   lowest mean of w consecutive losses before them
         s   standard deviation of one loss, from differences of consecutive losses (no trend)
 
-    The last term is for mixed data in random order, such as code and prose, where low means occur
-    by chance: two thirds of it is the expected range of N such means.
-
-    The loss has also diverged if each of the last 5 losses is above both the loss of a uniform
-    guess and the first loss, by 1 nat:
+    It has also diverged if each of the last 5 losses is above both the loss of a uniform guess and
+    the first loss, by 1 nat:
 
         max( first + 1, log V + 1 )                             V entries in the vocabulary
 
-    Returns:
-        None if they have not diverged, else (limit, n): the last n losses are above the limit, each
-        if n is FEW, else their mean.
+    Returns (limit, n), or None: the last n losses, or their mean if n is not FEW, are above limit.
     """
     window = min(MANY, max(FEW, len(losses) // 4))
     for n in sorted({FEW, window}):
@@ -213,6 +202,8 @@ def divergence(losses: Sequence[float], vocabulary: int) -> tuple[float, int] | 
             sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
             m = float((sums[window:] - sums[:-window]).min()) / window
             s = float(values.diff().square().mean() / 2) ** 0.5
+            # The last term is for mixed data in random order, such as code and prose, where low
+            # means occur by chance: two thirds of it is the expected range of N such means.
             limits = [max(2 * m, m + 1, m + 3 * math.sqrt(2 * math.log(len(before)) / n) * s)]
         if n == FEW and len(losses) > FEW:
             limits.append(max(losses[0] + 1, math.log(vocabulary) + 1))
@@ -222,14 +213,8 @@ def divergence(losses: Sequence[float], vocabulary: int) -> tuple[float, int] | 
 
 
 class TrainingMonitor(TrainerCallback):
-    """Times the steps, reports progress, stops at divergence, and turns signals into a clean stop.
-
-    Ctrl-C, SIGTERM and SIGHUP finish the current step, write a checkpoint and stop.
-
-    Args:
-        checkpoint_steps: steps between checkpoints, in addition to those after an evaluation.
-        vocabulary: number of entries; None disables the divergence check.
-    """
+    """Times the steps, reports progress, and stops at divergence (unless `vocabulary` is None).
+    Ctrl-C, SIGTERM and SIGHUP finish the current step, write a checkpoint and stop."""
 
     def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int | None, watch: Watch):
         self.track, self.checkpoint_steps = track, checkpoint_steps
@@ -242,7 +227,7 @@ class TrainingMonitor(TrainerCallback):
 
     @property
     def mean_step_seconds(self) -> float:
-        """Without the first step, which includes warming up."""
+        # The first step includes warming up.
         timed = self.step_seconds[1:] or self.step_seconds or [0.0]
         return sum(timed) / len(timed)
 
@@ -271,7 +256,9 @@ class TrainingMonitor(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes files of its own
+        # Digests come after all files, each process's own (its random state) included. A folder
+        # without them was interrupted, and one whose files differ is damaged.
+        PartialState().wait_for_everyone()
         if args.should_save:
             checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             manifest.write(checkpoint, DIGESTS, {}, files_in(checkpoint))
@@ -329,9 +316,9 @@ DIGESTS = "digests.json"
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint, if that of its best evaluation is complete too, or None.
-    Deletes nothing, because several processes call it and must find the same."""
+    """The newest complete checkpoint, if that of its best evaluation is complete too, or None."""
 
+    # Nothing is deleted here, because several processes must find the same.
     def is_complete(checkpoint: Path) -> bool:
         return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
             checkpoint, DIGESTS
@@ -342,18 +329,15 @@ def last_checkpoint(work: Path) -> Path | None:
 
 
 def delete_newer(work: Path, last: Path | None) -> None:
-    """Delete the checkpoints newer than `last`, which are incomplete or damaged. One process calls
-    it, after all of them have found `last`."""
+    """Delete the checkpoints newer than `last`, which are incomplete or damaged."""
     for checkpoint in work.glob("checkpoint-*"):
         if last is None or step_of(checkpoint) > step_of(last):
             shutil.rmtree(checkpoint)
 
 
 def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
-    """The checkpoint with the final adapter if training had ended at `last`, else None: after all
-    steps, or after `patience` evaluations without improvement. With `keeps_best` the final adapter
-    is that of the best evaluation, not of the last step.
-    """
+    """The checkpoint with the final adapter (with `keeps_best`, that of the best evaluation) if
+    training had ended at `last`: after all steps, or `patience` evaluations without improvement."""
     stopped_early = patience and evaluations_without_improvement(last) >= patience
     if read_state(last).global_step < steps and not stopped_early:
         return None
@@ -363,7 +347,8 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
 
 def evaluations_without_improvement(checkpoint: Path) -> int:
     """Number of evaluations in a row without improvement, up to `checkpoint`."""
-    callbacks: Any = read_state(checkpoint).stateful_callbacks  # a mapping, once it was stored
+    # transformers stores a list of callbacks and reads a mapping.
+    callbacks: Any = read_state(checkpoint).stateful_callbacks
     stopping = callbacks.get("EarlyStoppingCallback")
     attributes = stopping["attributes"] if isinstance(stopping, dict) else {}
     return int(attributes.get("early_stopping_patience_counter", 0))
@@ -388,6 +373,5 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _best(checkpoint: Path) -> Path | None:
-    """The checkpoint of the best evaluation so far, which training may end with."""
     step = read_state(checkpoint).best_global_step
     return checkpoint.with_name(f"checkpoint-{step}") if step else None

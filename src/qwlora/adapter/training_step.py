@@ -21,9 +21,6 @@ user's own, is rows 1 and 3 to 5.
     | 5 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
     |   |                                      | below                       | are not Intel's
 
-Row 1 comes before row 4 because `ChunkedLoss` keeps the head's `forward` that it finds, which must
-outlive row 4. The other rows do not depend on each other.
-
 What each row relies on beyond the documented interfaces of torch 2.13, transformers 5.24 and peft
 0.21.2 (pyproject.toml has the ranges):
 
@@ -80,16 +77,7 @@ def replaced_forward(
 
         loss = L(graph(inputs), labels),    L the model's own loss function
 
-    The adapter weights in the graph are the model's own parameters, so the optimizer, checkpoints
-    and files are the same as for other training. Given up: the logits of a whole batch exist,
-    because the output head is inside the graph.
-
-    Raises:
-        TrainingError: with a graph, several training `processes` or a router loss. What else a
-            graph does not support is refused in the recipe (`Adapter.without_graph`).
-
-    Warns:
-        QwloraWarning: the chunked loss cannot replace the model's own, which is used.
+    What a graph does not support is refused here or in the recipe (`Adapter.without_graph`).
     """
     if graph is None:
         loss: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -112,6 +100,9 @@ def replaced_forward(
             "captured graph does not contain. Set output_router_logits to false"
         )
 
+    # The adapter weights in the graph are the model's own parameters, so the optimizer, checkpoints
+    # and files are the same as for other training. The output head is inside the graph, so the
+    # logits of a whole batch exist.
     @functools.wraps(inner.forward)
     def forward(**kwargs: Any) -> CausalLMOutput:
         logits = graph(**{k: value for k, value in kwargs.items() if k not in _NOT_INPUTS})
@@ -138,14 +129,10 @@ class RecoveryLoss(contextlib.ExitStack):
         loss = language loss + sum_t |h_t - g_t|^2 / sum_t |g_t|^2,    t over all tokens but padding
 
     h and g [tokens, hidden] are the inputs of the output heads of base-with-adapter and of the
-    float model (the teacher). Padding is what the attention mask excludes; without a mask, what
-    follows the last loss token of a sequence. A recovered adapter is a starting point for adapters
-    of any task.
+    float model (the teacher), captured until the context ends. Both must be on one device. A
+    recovered adapter is a starting point for adapters of any task.
 
     Source: the model-level loss of RILQ (Lee et al. 2024, https://arxiv.org/abs/2412.01129).
-
-    Until the context ends, hooks capture the inputs of the heads of `model` and `teacher`, which
-    must be on one device.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
@@ -180,6 +167,8 @@ class RecoveryLoss(contextlib.ExitStack):
                 f"{list(h.shape)} in the base. Recover with the float model that the base was "
                 "quantized from"
             )
+        # Padding is what the attention mask excludes; without a mask, what follows the last loss
+        # token of a sequence.
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             is_token = mask.to(h.device) > 0
@@ -216,8 +205,7 @@ def memory_saving(
 
     Args:
         model: on the device where it is trained.
-        autocast: whether the forward runs under autocast, which casts the inputs of products; PEFT
-            would cast them to float32 first.
+        autocast: whether the forward runs under autocast.
         chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
             see `ChunkedLoss`. False for a loss of your own, which needs the logits, or for a model
             that `ChunkedLoss` refuses.
@@ -227,6 +215,7 @@ def memory_saving(
         TrainingError: see `ChunkedLoss`.
     """
     check_settings(getattr(unwrapped(model), "peft_config", None) or {})
+    # The chunked loss keeps the head's `forward` that it finds, which must outlive `fused_lora`.
     loss = ChunkedLoss(model) if chunked_loss else contextlib.nullcontext()
     with loss, lean_steps(model, autocast):
         yield
@@ -236,6 +225,7 @@ def memory_saving(
 def lean_steps(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Rows 3 to 5, until the context ends."""
     with (
+        # Under autocast, PEFT would cast the inputs of products to float32 first.
         disable_input_dtype_casting(model, autocast),
         fused_lora(model),
         onednn_float32_matmul(device_of(model)),
@@ -249,17 +239,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
         u = scaling * lora_A(dropout(x)),    y = lora_B(u),    y += x W_hat^T + b
 
-    PEFT computes the base's product, computes the adapter's, scales it and adds the two: four
-    arrays of the output's size, and one more for the gradient of the scaling. Here there is one.
-    The base's product comes last and saves nothing for backward. Recomputation of a checkpointed
-    layer ends when all saved tensors exist, so it skips the base's product in the layer's last
-    linear (down_proj, a quarter of a Llama layer's products). Under autocast, x is rounded once
-    instead of once per product. Results equal PEFT's up to rounding order.
-
-    Layers with a mergeable adapter compute only their merged integers, where PEFT computes the
-    base's product first. PEFT's forward remains for everything else: DoRA and other variants,
-    several active adapters, merged or disabled adapters, layers with hooks or with a forward set on
-    the instance, and traced graphs.
+    PEFT makes four arrays of the output's size, and one more for the gradient of the scaling. Here
+    there is one. Results equal PEFT's up to rounding order. PEFT's forward remains for DoRA and
+    other variants, several active adapters, merged or disabled adapters, layers with hooks or with
+    a forward set on the instance, and traced graphs.
     """
     with contextlib.ExitStack() as stack:
         for layer in _fusible_layers(model):
@@ -317,29 +300,32 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapter, dtype = _only_adapter(layer), compute_dtype(x)
     if adapter is None or args or kwargs:
         return LoraLinear.forward(layer, x, *args, **kwargs)
+    # PEFT would compute the base's product too before it calls the variant.
     if isinstance(layer.lora_variant.get(adapter), MergedIntegers):
         return merged_forward(layer, adapter, x)
     is_cast = dtype != x.dtype or dtype == layer.lora_A[adapter].weight.dtype
     if not (_is_plain(layer, adapter) and is_cast and x.ndim >= 2) or torch.compiler.is_compiling():
         return LoraLinear.forward(layer, x)
+    # Under autocast, x is rounded once instead of once per product.
     x, lora_a, lora_b = x.to(dtype), layer.lora_A[adapter], layer.lora_B[adapter]
+    # Scaling u [tokens, rank] instead of y [tokens, out] costs next to nothing.
     u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
+    # The base's product comes last and saves nothing for backward. Recomputation of a checkpointed
+    # layer ends when all saved tensors exist, so it skips this product in the layer's last linear
+    # (down_proj, a quarter of a Llama layer's products).
     return layer.base_layer.add_to(lora_b(u), x)
 
 
 @contextlib.contextmanager
 def onednn_float32_matmul(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Compute float32 products on a CPU by oneDNN, if exact, until the context ends.
-
-    By default torch uses MKL, which does not use AVX-512 on CPUs that are not Intel's. There oneDNN
-    is 10 to 14% faster on products the size of a layer's. Torch selects oneDNN at float32 matmul
-    precision "medium", which also allows bfloat16 inside a product on CPUs with units for it (AMX).
-    Whether that happens is measured by a product with a known result; if it does, precision stays
-    "highest". A precision that the user has set, and accelerators, are left alone.
-    """
+    """Compute float32 products on a CPU by oneDNN, if exact, until the context ends. A precision
+    that the user has set, and accelerators, are left alone."""
     if torch.device(device).type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         yield
         return
+    # MKL, torch's default, does not use AVX-512 on CPUs that are not Intel's: 110 GFLOPS a thread
+    # on AMD, where oneDNN does 235 (docs/log/training.md). "medium" selects oneDNN, but also allows
+    # bfloat16 inside a product on CPUs with units for it (AMX), which the products below show.
     torch.set_float32_matmul_precision("medium")
     try:
         generator = torch.Generator().manual_seed(0)

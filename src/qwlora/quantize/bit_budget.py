@@ -6,11 +6,10 @@
 G is the second moment of the gradient at the layer's output (`layer_statistics.py`, in the float
 model), so c is the relative change of the block's output. h_i is what an error in input i costs:
 R_ii, or with gptq, where the inputs after it compensate the error, the denominator 1 / U_ii^2 by
-which it chooses its scales (`gptq.py`). Then W_hat is rounded to nearest, and no candidate has to
-be solved by gptq.
+which it chooses its scales (`gptq.py`).
 
-Layers that read the same tensor (q, k and v; gate and up) get one scheme, because runtimes fuse
-them. Left is a knapsack with one choice from each group, solved by dynamic programming over bytes.
+Layers that read the same tensor (q, k and v; gate and up) get one scheme. Left is a knapsack with
+one choice from each group, solved by dynamic programming over bytes.
 
 Source: the second-order cost of HAWQ-V2 (Dong et al. 2019, https://arxiv.org/abs/1911.03852), with
 K-FAC's factors in place of the trace of the Hessian.
@@ -32,10 +31,9 @@ from torch import Tensor, nn
 
 from qwlora.errors import GridError, size
 from qwlora.grid.scheme import Blocks, Scheme
-from qwlora.grid.second_moments import LayerMoments
 from qwlora.nn import tensor_out_in
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.quantize.block_runner import BlockRunner
+from qwlora.quantize.block_runner import Batches, BlockRunner
 from qwlora.quantize.gptq import input_importance
 from qwlora.quantize.layer_rules import Assignment, LayerRule, find_tensors
 from qwlora.quantize.layer_statistics import observe
@@ -63,8 +61,6 @@ class BitBudget:
 
 
 class _Choice(NamedTuple):
-    """A scheme for a group of layers."""
-
     scheme: Scheme
     size: int
     cost: float
@@ -76,18 +72,12 @@ def budget_rules(
     rules: Sequence[LayerRule],
     budget: BitBudget,
     blocks: Mapping[str, Sequence[str]],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Batches,
     track: Track,
 ) -> list[LayerRule]:
     """Rules that give each matrix product its scheme. Layers that `rules` name keep theirs, and so
-    do tensors that are not factors of a matrix product, or that no batch reaches.
-
-    Args:
-        plan, blocks: as for `quantize_blocks_`, without a budget.
-
-    Raises:
-        GridError: no choice of schemes meets the budget; the message names what is possible.
-    """
+    do tensors that are not factors of a matrix product, or that no batch reaches. `plan` and
+    `blocks` are those of `quantize_blocks_`, without a budget."""
     paths = {name: tensor.paths for name, tensor in find_tensors(model).items()}
     shapes = {name: tuple(tensor_out_in(model, name).shape) for name in plan}
     groups = dict[tuple[str, ...], list[_Choice]]()
@@ -99,10 +89,16 @@ def budget_rules(
                 if not any(fnmatchcase(p, rule.match) for p in paths[name] for rule in rules)
             ]
             moments = {n: seen.moment for n, seen in observe(model, path, names, runner).items()}
-            # without an output's moment, the layer is the whole block
-            measured = [name for name, moment in moments.items() if moment.output is not None]
-            factors = {name: _importance(plan[name], moments[name]) for name in measured}
-            for group in _readers(model, measured, runner):
+            factors = {}
+            for name, moment in moments.items():
+                # Without an output's moment, the layer is the whole block.
+                if moment.output is not None:
+                    h = moment.input.diagonal()
+                    if plan[name].solver == "gptq":
+                        h = input_importance(moment.input, plan[name].settings)
+                    factors[name] = moment.output.diagonal(), h, moment.input
+            # Layers that read the same tensor get one scheme, because runtimes fuse them.
+            for group in _readers(model, list(factors), runner):
                 choices = [
                     _choice(model, {n: replace(plan[n], scheme=s) for n in group}, factors)
                     for s in budget.schemes
@@ -132,7 +128,8 @@ def budget_rules(
 
 def _readers(model: nn.Module, names: Sequence[str], runner: BlockRunner) -> list[list[str]]:
     """The layers in `names`, grouped by the tensor that they read when a batch first calls them."""
-    read = dict[str, Any]()  # keeps the tensors alive, so that an id is not used twice
+    # Keeps the tensors alive, so that an id is not used twice.
+    read = dict[str, Any]()
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         read.setdefault(name, args[0] if args else next(iter(kwargs.values())))
@@ -143,7 +140,8 @@ def _readers(model: nn.Module, names: Sequence[str], runner: BlockRunner) -> lis
             hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
             stack.callback(hook.remove)
         for _ in runner.repeat():
-            if len(read) == len(names):  # experts may need more than one batch
+            # Experts may need more than one batch.
+            if len(read) == len(names):
                 break
     groups = dict[int, list[str]]()
     for name, x in read.items():
@@ -151,24 +149,16 @@ def _readers(model: nn.Module, names: Sequence[str], runner: BlockRunner) -> lis
     return list(groups.values())
 
 
-def _importance(todo: Assignment, moment: LayerMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """The diagonal of G, h, and R."""
-    assert moment.output is not None
-    h = moment.input.diagonal()
-    if todo.solver == "gptq":
-        h = input_importance(moment.input, todo.settings)
-    return moment.output.diagonal(), h, moment.input
-
-
 def _choice(
     model: nn.Module,
     todo: Mapping[str, Assignment],
     factors: Mapping[str, tuple[Tensor, Tensor, Tensor]],
 ) -> _Choice:
-    """The size and the cost of a group of layers that are quantized as `todo` says."""
     total, cost = 0, 0.0
     for name, asked in todo.items():
         weight, (g, h, moment) = tensor_out_in(model, name).detach().float(), factors[name]
+        # Rounded to nearest: the denominators in h predict what compensation leaves, so that no
+        # candidate has to be solved by gptq.
         if asked.solver == "gptq":
             rounded = search_scale(weight, asked.scheme, h, coarse=True).fake_quantize(weight)
         else:
@@ -180,17 +170,17 @@ def _choice(
 
 
 def _bytes(todo: Assignment, shape: tuple[int, ...]) -> int:
-    """Bytes of a packed tensor. Scales that are not rounded to float16 are float32."""
     tensor = PackedTensor.empty(todo.scheme, shape)
+    # Scales that no solver rounds to float16 are stored as float32.
     is_half = todo.scheme.granularity.is_free and todo.solver in ROUNDING_SOLVERS
     return tensor.nbytes + (0 if is_half else tensor.parts.scale.nbytes)
 
 
 def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
-    """One choice of each group, with the least sum of costs and a sum of sizes of at most `room`;
-    what a choice takes above its group's smallest is rounded up to `room / 2^16`."""
+    """A choice of each group, with the least sum of costs and a sum of sizes of at most `room`."""
     smallest = [min(choice.size for choice in group) for group in groups]
     room -= sum(smallest)
+    # What a choice takes above its group's smallest is rounded up, so the budget holds.
     unit = max(1, room // _UNITS)
     units = [
         [-(-(choice.size - low) // unit) for choice in group]
@@ -206,9 +196,9 @@ def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
         best.append(index.to(torch.uint8))
     chosen, left = list[_Choice](), len(least) - 1
     for index, group, extra in zip(best[::-1], groups[::-1], units[::-1], strict=True):
-        at = int(index[left])
-        chosen.append(group[at])
-        left -= extra[at]
+        number = int(index[left])
+        chosen.append(group[number])
+        left -= extra[number]
     return chosen[::-1]
 
 

@@ -1,17 +1,12 @@
 """Run many batches through one model, block by block: all batches pause before a block, so that it
 can be observed and replaced before they continue.
 
-Each batch has a thread that runs the model's own forward, so nothing is assumed about how blocks
-are chained: masks, position tables and other arguments arrive as the model passes them. A block's
-forward is replaced by a gate. Only one thread runs at a time.
-
     with BlockRunner(model, blocks, batches) as runner:
         for block in runner:                  # every batch has arrived at `block`
             for result in runner.repeat():    # run it as it is, for every batch
                 ...
             ...replace it...
 
-Held in memory: the hidden state of each batch, once.
 """
 
 from __future__ import annotations
@@ -30,6 +25,9 @@ from qwlora.errors import CalibrationError
 from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of, moved
 
+Batches = Sequence[Mapping[str, Any]]
+"""Keyword arguments of the model, batch by batch."""
+
 
 class _Stop(BaseException):
     """Raised in a paused batch to end it."""
@@ -38,6 +36,9 @@ class _Stop(BaseException):
 class _Batch(threading.Thread):
     """One batch, and the thread that runs it."""
 
+    # The thread runs the model's own forward, so nothing is assumed about how blocks are chained:
+    # masks, position tables and other arguments arrive as the model passes them. A generator
+    # cannot pause inside a forward. Only one thread runs at a time.
     def __init__(self, forward: Callable[[], Any]):
         super().__init__(daemon=True)
         self.at: str | None = None
@@ -76,7 +77,8 @@ class _Batch(threading.Thread):
                     self._forward()
         except _Stop:
             pass
-        except BaseException as error:  # raised again by `resume`
+        except BaseException as error:
+            # `resume` raises it again, in the thread of the caller.
             self._failure = error
         self._paused.release()
 
@@ -84,9 +86,7 @@ class _Batch(threading.Thread):
 class BlockRunner(ExitStack, Iterable[str]):
     """A model with gates before the modules named in `blocks`; use as a context manager."""
 
-    def __init__(
-        self, model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
-    ):
+    def __init__(self, model: nn.Module, blocks: Iterable[str], batches: Batches):
         super().__init__()
         self.model = model
         self.enter_context(evaluation_mode(model))  # no dropout
@@ -105,28 +105,26 @@ class BlockRunner(ExitStack, Iterable[str]):
             self.callback(batch.stop)
 
     def __iter__(self) -> Iterator[str]:
-        """Let every batch run to the next block, and yield its name, until all batches have left
-        the model."""
+        """Let every batch run to the next block and yield its name, until all left the model."""
         while True:
             for batch in self.batches:
                 self._current = batch
                 batch.resume()
-            places = {batch.at for batch in self.batches}
-            if len(places) > 1:
+            arrivals = {batch.at for batch in self.batches}
+            if len(arrivals) > 1:
                 raise CalibrationError(
                     "the calibration batches do not run through the model's blocks in the same "
-                    f"order: some have arrived at {', '.join(map(str, places))}"
+                    f"order: some have arrived at {', '.join(map(str, arrivals))}"
                 )
-            (place,) = places
-            if place is None:
+            (block,) = arrivals
+            if block is None:
                 return
-            self._gates.pop(place).close()
-            yield place
+            self._gates.pop(block).close()
+            yield block
 
     def repeat(self) -> Iterator[Any]:
         """Run the block that all batches have arrived at, one batch after the other, and stay
-        before it. Yields the result for each batch, with gradients if the caller has enabled them.
-        """
+        before it. Yields the results, with gradients if the caller has enabled them."""
         self._current = None
         for batch in self.batches:
             assert batch.repeat is not None
@@ -138,7 +136,8 @@ class BlockRunner(ExitStack, Iterable[str]):
         def gate(*args: Any, **kwargs: Any) -> Any:
             if name in self._gates and self._current is not None:
                 self._current.wait_at(name, partial(module, *args, **kwargs))
-            now = self.model.get_submodule(name)  # a layer may have been packed meanwhile
+            # If the block is a layer, it may have been packed meanwhile: another module is there.
+            now = self.model.get_submodule(name)
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         return gate

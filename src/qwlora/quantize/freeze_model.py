@@ -65,7 +65,7 @@ def freeze_(
     known = find_tensors(inner)
     if isinstance(grids, str | Path):
         encodings = matched_encodings(inner, grids, keep_float, block_order, prefix)
-        # a vector's values already lie on its grid, and it has no packed layer
+        # A vector's values already lie on its grid, and it has no packed layer.
         encodings = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
         if others := sorted(encodings.keys() - known):
             warnings.warn(
@@ -83,7 +83,8 @@ def freeze_(
         weight = tensor_out_in(inner, name)
         try:
             packed[name] = _on_grid(weight, grid) if isinstance(grid, Encoding) else grid
-            PackedTensor.from_quantized(packed[name])  # refuses what a packed layer cannot hold
+            # Refuses what a packed layer cannot hold, before any layer is replaced.
+            PackedTensor.from_quantized(packed[name])
         except GridError as error:
             problems.append(f"{name}: {error}")
         else:
@@ -109,6 +110,7 @@ def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
     values = weight.detach().float()
     quantized = QuantizedTensor(encoding.quantize(values), encoding)
     ones = torch.ones_like(quantized.codes)
+    # The step at each weight, whatever the granularity. Signed blocks have negative ones.
     step = (encoding.dequantize(ones) - encoding.dequantize(torch.zeros_like(ones))).abs()
     distance = (values - quantized.dequantize()).abs() / step
     narrow = torch.finfo(weight.dtype).eps if weight.dtype != torch.float32 else 0.0

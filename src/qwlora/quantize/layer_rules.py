@@ -4,9 +4,8 @@ A rule has a glob over canonical module paths (`*.down_proj`, `model.layers.0.*`
 first rule that matches a layer decides its scheme and solver, or that it stays float. A layer
 without a rule gets the scheme and solver of the base if it is quantized by default.
 
-By default: every Linear, Conv1D and bank of fused experts, but not the heads. An output head shares
-its weight with the embedding in tied models and costs most at few bits; a classifier is trained as
-a whole (PEFT's `modules_to_save`). A rule can name any layer that can be packed.
+By default: every Linear, Conv1D and bank of fused experts, but not the heads. A rule can name any
+layer that can be packed.
 """
 
 from __future__ import annotations
@@ -50,14 +49,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tensor that can be packed.
+    """A tensor that can be packed."""
 
-    Args:
-        paths: canonical paths of the layers that read it (two if they are tied); for a parameter
-            that is not the weight of a layer, its own path.
-    """
-
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # of the layers that read it, or its own if it is no layer's weight
     by_default: bool  # whether it is quantized without a rule
     has_matrix_input: bool  # whether a solver that needs calibration can solve it
 
@@ -70,16 +64,7 @@ def plan_layers(
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Assignment]:
     """Scheme and solver of each tensor that is quantized, by its name in the model. The arguments
-    are those of `quantize_`.
-
-    If the solver of the base needs calibration and a tensor has no matrix input to calibrate on
-    (embeddings, kernels, fused experts), `search` replaces it.
-
-    Raises:
-        GridError: rules match nothing (all are named, with near names), a rule gives a tensor a
-            solver that cannot solve it, a layer cannot be packed, a scheme does not fit its layer,
-            or there is nothing to quantize.
-    """
+    are those of `quantize_`."""
     scheme, settings = parse_scheme(scheme) if isinstance(scheme, str) else scheme, settings or {}
     for named in {solver, *(rule.solver for rule in rules if rule.solver), *settings}:
         solver_named(named)
@@ -98,6 +83,7 @@ def plan_layers(
         if rule.scheme is None:
             continue
         chosen = rule.solver or solver
+        # Embeddings, kernels and fused experts have no matrix input to calibrate on.
         if SOLVERS[chosen].needs_calibration and not candidate.has_matrix_input:
             if rule.solver:
                 problems.append(
@@ -119,7 +105,7 @@ def plan_layers(
     for name, todo in plan.items():
         scheme, shape = todo.scheme, tuple(tensor_out_in(model, name).shape)
         if len(shape) == 3 and isinstance(scheme.granularity, PerChannel):
-            # a channel of a bank of experts is a row of one of them
+            # A channel of a bank of experts is a row of one of them.
             scheme = replace(scheme, granularity=PerBlock(shape[-1]))
         try:
             PackedTensor.empty(scheme, shape)
@@ -148,7 +134,8 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         if is_adapter_name(path) or isinstance(module, ParametrizationList):
             continue
         parameters: Mapping[str, object] = module._parameters
-        if has_computed_weight(module):  # from parameters that are not weights themselves
+        # The parameters of a computed weight (weight_norm, pruning) are not weights themselves.
+        if has_computed_weight(module):
             parameters = {"weight": module}
         for key, parameter in parameters.items():
             name = f"{path}.{key}" if path else key
@@ -161,19 +148,19 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         module = model.get_submodule(path)
         paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
         if key == "weight" and (is_packable(module) or has_computed_weight(module)):
+            # An output head shares its weight with the embedding in tied models and costs most at
+            # few bits; a classifier is trained as a whole (PEFT's `modules_to_save`).
             is_matrix = isinstance(module, nn.Linear | Conv1D) and len(names) == 1
             candidates[names[0]] = Candidate(paths, is_matrix and module not in heads, is_matrix)
             continue
         parameter = cast(nn.Parameter, module._parameters[key])
         if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape) > 1:
-            # a stack of matrices, one per expert
             candidates[names[0]] = Candidate(paths, by_default=True, has_matrix_input=False)
     return candidates
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """The modules that compute the result from the last hidden state: the output head, and anything
-    else outside a transformers model's body (a classifier, a projection)."""
+    """The output head, and anything else outside a transformers model's body (a classifier)."""
     if not isinstance(model, PreTrainedModel):  # a wrapper may hold some
         return set[nn.Module]().union(*map(_heads, model.children()))
     output, body = model.get_output_embeddings(), set(model.base_model.modules())

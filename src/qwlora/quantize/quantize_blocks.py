@@ -9,16 +9,10 @@ layer outside all lists. For each block, in the order of the forward pass:
     2. solve its layers
     3. pack them and run it again, to compute the inputs of the next block
 
-Processes that share a stage run different batches and add their moments. The first solves all
-layers and sends them to the others, so that all have the same codes.
-
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
 
-An interrupted quantization resumes after the last finished block: one safetensors file per block
-holds packed tensors and reports. Its key is a SHA-256 of everything that the result depends on: the
-calibration batches, revisions of solvers and statistics, the model's settings, its tensors outside
-all blocks, and the tensors and assignments of this block and of every block before it.
+An interrupted quantization resumes after the last finished block (`_BlockCache`).
 """
 
 from __future__ import annotations
@@ -45,7 +39,7 @@ from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.quantize.block_runner import BlockRunner, arguments_of
+from qwlora.quantize.block_runner import Batches, BlockRunner, arguments_of
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import Observed, observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
@@ -64,17 +58,13 @@ def quantize_blocks_(
     model: nn.Module,
     plan: Mapping[str, Assignment],
     blocks: Mapping[str, Sequence[str]],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Batches,
     moments: MomentStore | None,
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:
-    """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments
-    and errors.
-
-    Args:
-        blocks: names of these tensors by block, see `tensors_by_block`.
-    """
+    """Quantize the tensors in `plan` (by their names in the model), which `tensors_by_block` has
+    grouped into `blocks`; see `quantize_` for arguments and errors."""
     reports: dict[str, LayerReport] = {}
     cache = _BlockCache(work, model, blocks, batches, moments)
     calibrated = {name for name in plan if SOLVERS[plan[name].solver].needs_calibration}
@@ -94,7 +84,9 @@ def quantize_blocks_(
             pack_at_(model, name, quantized.to(device))
             reports[canonical_name(name)] = report
 
-    if not any(tensor_out_in(model, name).is_meta for name in plan):  # refuse before packing
+    # One batch through the model says which layers no data reaches, before the first is packed.
+    # From files, that would read the whole checkpoint twice.
+    if not any(tensor_out_in(model, name).is_meta for name in plan):
         with BlockRunner(model, blocks, batches[:1]) as runner:
             unreached({canonical_name(name) for path in runner for name in blocks[path]})
     with BlockRunner(model, blocks, batches) as runner:
@@ -102,6 +94,7 @@ def quantize_blocks_(
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
             device = next(iter(floats.values())).device
             block = by_first(partial(cache.read, path, {name: plan[name] for name in floats}))
+            # The first process solves for all, so that all have the same codes.
             if block is None:
                 followed = [name for name in floats if moments is not None or name in calibrated]
                 statistics = observe(model, path, followed, runner, moments is not None)
@@ -122,9 +115,9 @@ def _solve(
     statistics: dict[str, Observed],
     moments: MomentStore | None = None,
 ) -> QuantizedBlock:
-    """Solve the tensors in `floats`, and store what was observed of their layers in `moments`."""
     block = QuantizedBlock()
-    for name in list(floats):  # each is freed when it is solved
+    # Floats and moments leave their dicts one by one, so that each is freed when it is solved.
+    for name in list(floats):
         moment = statistics.pop(name).moment if name in statistics else None
         inputs = None if moment is None else moment.input
         quantized, report = solve_tensor(name, floats.pop(name), plan[name], inputs)
@@ -141,12 +134,9 @@ def observe_moments(
     *,
     track: Track = untracked,
 ) -> MomentStore:
-    """Second moments of the packed linear layers of a quantized model. Adapter initializations need
-    them if the base was quantized elsewhere. See `quantize_` for `calibration`.
-
-    Args:
-        moments: where they are stored. Default: in memory.
-    """
+    """Second moments of the packed linear layers of a quantized model. They are kept in `moments`
+    (default: in memory). Adapter initializations need them if the base was quantized elsewhere. See
+    `quantize_` for `calibration`."""
     moments = moments if moments is not None else MomentStore()
     packed = [
         f"{path}.weight"
@@ -164,9 +154,7 @@ def observe_moments(
     return moments
 
 
-def batches_of(
-    calibration: Tensor | Iterable[Any] | None, model: nn.Module
-) -> Sequence[Mapping[str, Any]]:
+def batches_of(calibration: Tensor | Iterable[Any] | None, model: nn.Module) -> Batches:
     """The keyword arguments of `model`, batch by batch, of the `calibration` of `quantize_`. Each
     of several processes gets every n-th batch."""
     if calibration is None:
@@ -200,36 +188,34 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
 
 
 class _BlockCache:
-    """Finished blocks in a folder, if there is one. Call `read` for each block in model order; if
-    that returns None, quantize the block and `write` it."""
+    """Finished blocks in a folder, if there is one, to `read` in model order, or else `write`."""
+
+    # The key of a block's file is a SHA-256 of everything that the result depends on. The digest
+    # grows block by block, because a block's inputs depend on every block before it.
 
     def __init__(
         self,
         folder: Path | None,
         model: nn.Module,
         blocks: Collection[str],
-        batches: Sequence[Mapping[str, Any]],
+        batches: Batches,
         moments: MomentStore | None,
     ):
         self.folder, self.model, self.moments = folder, model, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is None:
             return
-        revisions = [
-            REVISIONS["layer_statistics"],
-            moments is not None and REVISIONS["second_moments"],
-        ]
-        settings = settings_text(base_settings(model))
-        update_digest(self._digest, [*revisions, settings, *named_inputs(batches)])
+        of_moments = moments is not None and REVISIONS["second_moments"]
+        revisions, settings = REVISIONS["layer_statistics"], settings_text(base_settings(model))
+        update_digest(self._digest, [revisions, of_moments, settings, *named_inputs(batches)])
         inside = tuple(f"{block}." for block in blocks)
         for name, (_, tensor) in base_tensors(model).items():
-            # with a checkpoint larger than memory, tensors not read yet have no values
+            # With a checkpoint larger than memory, tensors not read yet have no values.
             if not name.startswith(inside) and not tensor.is_meta:
                 update_digest(self._digest, [name, tensor])
 
     def read(self, block: str, plan: Mapping[str, Assignment]) -> QuantizedBlock | None:
-        """The cached result of `block`, assigned as in `plan`; None if it must be computed. A
-        damaged or outdated file counts as missing; the next `write` replaces it."""
+        """The cached result of `block`, assigned as in `plan`; None if it must be computed."""
         if self.folder is None:
             return None
         for name, (_, tensor) in base_tensors(self.model.get_submodule(block)).items():
@@ -250,6 +236,7 @@ class _BlockCache:
             for name, (_, report) in result.items()
             if report.error is not None
         }
+        # Moments are files of their own, which may be missing or damaged.
         return None if self.moments is not None and not observed <= set(self.moments) else result
 
     def write(self, block: QuantizedBlock) -> None:
@@ -277,7 +264,7 @@ def read_keyed(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]
     return (tensors, metadata) if metadata.get("key") == key else None
 
 
-def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+def named_inputs(batches: Batches) -> Iterator[Any]:
     """The inputs of each batch, each after its name."""
     for batch in batches:
         for path, value in tree_flatten_with_path(dict(batch))[0]:

@@ -10,15 +10,9 @@
 `layer_rules.py` says which layers, on which grid, by which solver. Works before or after PEFT has
 wrapped the layers: only the innermost base layer is replaced.
 
-The float tensors of a model are in memory, or in files larger than memory:
-
-    modules(plan)            the names in `plan`, each when its tensor can be read; for solvers that
-                             need no data
-    blocks(blocks, batches)  a context in which the model can be run block by block
-
-In memory there is nothing to do. From files, peak memory with `modules` is one module as floats (a
-linear layer, an embedding, a layer's fused experts), what its solver needs, and one shard. With
-`blocks`:
+A checkpoint larger than memory is read as it is needed. Without calibration, memory holds one
+module as floats (a linear layer, an embedding, a layer's fused experts), what its solver needs, and
+one shard. With calibration:
 
     loaded     tensors outside all blocks (embeddings, last norm, head): at the start
                a block: when the first batch arrives at it
@@ -26,9 +20,7 @@ linear layer, an embedding, a layer's fused experts), what its solver needs, and
                everything else: at the end
 
 so that memory holds what is outside the blocks, one block as floats (two while batches move on)
-with its moments and the activations of a batch, one shard, and the hidden states of the batches. If
-a device computes, the CPU reads the next block meanwhile. A tensor that is read both inside a block
-and elsewhere is kept to the end. A block that runs again after the next one is refused.
+with its moments and the activations of a batch, one shard, and the hidden states of the batches.
 """
 
 from __future__ import annotations
@@ -139,14 +131,12 @@ def quantize_(
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
             data, or a block cannot be differentiated.
 
-    If it raises after packing the first layer, packed layers stay packed and every later call
-    refuses the model: load it again.
+    If it raises after packing the first layer, every later call refuses the model: load it again.
     """
     model = model_to_pack(model)
     with packing(model):
         layers, chosen = _pack_(
-            *(model, None, scheme, solver, rules, settings),
-            *(calibration, moments, work, budget, track),
+            model, None, scheme, solver, rules, settings, calibration, moments, work, budget, track
         )
         finish_packing_(model)
     return QuantizeReport(base_size(model), layers, chosen)
@@ -164,19 +154,14 @@ def quantize_checkpoint(
     device: torch.device = CPU,
     **options: Any,
 ) -> tuple[str, QuantizeReport]:
-    """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
-    and `save_base`; see the module for what is in memory.
-
-    Returns:
-        The fingerprint of the base, and how each tensor was quantized.
+    """Write the base of `checkpoint` into `folder`, which must exist; returns its fingerprint and
+    the report. Same result as `quantize_` and `save_base`; see the module for what is in memory.
 
     Args:
         folder: None in a process that shares the work, but does not write.
-        scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
-            nothing.
+        scheme, options: as for `quantize_`. Without a scheme, the checkpoint's integers are kept.
         shard_bytes: size of a shard, which is also held in memory.
         device: where blocks are solved; it holds what memory held above, shards excepted.
-        options: as for `quantize_`.
     """
     lazy = LazyModel(checkpoint, device)
     with nullcontext() if folder is None else replacing_base(Path(folder), shard_bytes) as writer:
@@ -204,7 +189,8 @@ class InFiles:
                     self._check_float(name)
                     yield name
             self._write(path)
-            for name in modules[path]:  # keep only the shapes, packed or not
+            # Shapes stay, packed or not, for the size of the base.
+            for name in modules[path]:
                 if (tensor := tensor_at(self.model, name)) is None:
                     self.model.get_submodule(path).to("meta")
                 else:
@@ -226,15 +212,18 @@ class InFiles:
                 self.lazy.materialize_(path)
                 for name in blocks[path]:
                     self._check_float(name)
+                # On a device, the CPU reads the next block while this one is solved.
                 if (following := dict(pairwise(blocks)).get(path)) is not None:
                     self.lazy.read_ahead(following)
             arrivals[path] += 1
+            # The block before this one is in use until the last batch has left it.
             if arrivals[path] == batches and len(visited) > 1:
                 block = visited[-2]
                 readers = (
                     {next((p for p in blocks if is_below(name, p)), None) for name in names}
                     for names in self.lazy.aliases.values()
                 )
+                # A tensor that is read both inside a block and elsewhere is kept to the end.
                 if not any(block in paths and len(paths) > 1 for paths in readers):
                     released.add(block)
                     self._write(block)
@@ -274,24 +263,24 @@ def _pack_(
     budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> tuple[dict[str, LayerReport], tuple[LayerRule, ...]]:
-    """Quantize and pack the layers of `model`, block by block if there is something to observe.
-    Returns their reports, and the rules that a budget gave.
-
-    Args:
-        files: where the model's tensors are; None: in memory.
-    """
+    """Quantize and pack the layers of `model`, from `files` or in memory. Returns their reports,
+    and the rules that a budget gave."""
     reports, chosen = dict[str, LayerReport](), list[LayerRule]()
     plan = {} if scheme is None else plan_layers(model, scheme, solver, rules, settings)
-    check_base_finite(model)  # tensors that are still in files are checked when they are read
+    # Tensors that are still in files are checked when they are read.
+    check_base_finite(model)
     if budget is not None and scheme is not None:
         usual = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         wanted = replace(budget, schemes=budget.schemes or similar_schemes(usual))
         batches, blocks = batches_of(calibration, model), tensors_by_block(model, plan)
+        # Choosing runs through the whole float model, whose blocks are released as they are passed,
+        # so quantizing needs a second lazy model.
         floats = files and InFiles(LazyModel(files.lazy.checkpoint, files.lazy.device), None)
         with floats.blocks(blocks, len(batches)) if floats else nullcontext():
             unchanged = floats.model if floats else model
             chosen = budget_rules(unchanged, plan, rules, wanted, blocks, batches, track)
-        chosen = gathered(chosen)[0]  # an expert may get no token in one of several processes
+        # An expert may get no token in one of several processes, which then chooses otherwise.
+        chosen = gathered(chosen)[0]
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
@@ -322,11 +311,10 @@ def model_to_pack(model: nn.Module) -> nn.Module:
 
 
 def finish_packing_(model: nn.Module) -> None:
-    """Make a base of a model whose weights were packed: tie heads, let it save itself as a base,
-    check that it computes its codes, and remember its float tensors.
-    """
+    """Make a base of a model whose weights were packed."""
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
+        # transformers 5.24 keeps calling a model quantized whose GGUF weights it has made floats.
         if getattr(model, "quantization_method", None) == "gguf":
             cast(Any, model).hf_quantizer.remove_quantization_config(model)
     save_as_base_(next(base_modules(model))[1])

@@ -6,14 +6,7 @@ levels if, for some whole number K < 2^b,
 
     (w - min w) * K / (max w - min w)    are whole numbers
 
-K is the number of steps that the run spans. All K are tried, on evenly spaced runs of 32
-consecutive weights of a row: short enough to lie within one block, whatever the granularity. With d
-different values and a tolerance t for the float type's rounding, random weights pass with
-probability
-
-    2^b (2 t)^(d - 2)
-
-and only runs where that is below 1 % count. Not recognized: grids whose scale changes from one
+K is the number of steps that the run spans. Not recognized: grids whose scale changes from one
 input to the next, and grids in a type whose rounding is as large as a step (8 bits in bfloat16).
 """
 
@@ -34,7 +27,7 @@ from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.system.parameter_names import canonical_name
 
-_RUN = 32
+_RUN = 32  # consecutive weights: within one block, whatever the granularity
 _RUNS = 64
 _CHANCE = 0.01
 _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the first; bfloat16 has 2e-3
@@ -42,18 +35,14 @@ _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the firs
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer was quantized.
-
-    Args:
-        second_rounding: relative error `|W - W_hat| / |W|` of weights that were already on a grid
-            with as few levels and were moved to another one.
-    """
+    """How one layer was quantized."""
 
     scheme: str
     solver: str
     error: float | None = None  # of outputs, `tr(D R D^T) / tr(W R W^T)`, if R is known
     rtn_error: float | None = None  # the same for rounding to nearest
     damping: float | None = None  # that made the second moment positive definite (gptq)
+    # `|W - W_hat| / |W|` of weights that were on another grid with as few levels before
     second_rounding: float | None = None
     weight_error: float | None = None  # `|W - W_hat|^2 / |W|^2`; None for zeros
 
@@ -97,6 +86,8 @@ def is_on_grid(weight: Tensor, bitwidth: int) -> bool:
     different = 1 + (w.diff(dim=1) > 0).sum(1)
     w, different = w[different > 2], different[different > 2]
     low, high = w[:, :1], w[:, -1:]
+    # All K are tried. With d different values and a tolerance t for the float type's rounding,
+    # random weights pass with probability 2^b (2 t)^(d - 2). Only runs where it is low count.
     steps = torch.arange(1, 2**bitwidth, device=w.device, dtype=w.dtype).view(-1, 1, 1)
     position = steps * ((w - low) / (high - low))
     off = (position - position.round()).abs().amax(2)

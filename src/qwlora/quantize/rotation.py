@@ -14,14 +14,12 @@ power of two that divides the width, O a random orthogonal matrix; P is the same
 head. It spreads values that few channels have over all of them. Nothing is added at run time.
 
 What reads and writes the stream is found in the captured graph; no architecture is known by name.
-The function of the model is compared before and after. Refused by the name of the module:
+Refused by the name of the module:
 
 - LayerNorm, which subtracts the mean of channels
 - a norm between a layer and the sum that it writes to (Gemma 2 and 3, OLMo 2): its gain stays there
 - experts in one tensor, convolutions and anything else but linear layers that reads the stream
 - weights that the example does not reach, such as a vision tower: they may write to the stream
-
-A weight that both reads and writes (a tied head) becomes two: they are no longer equal.
 """
 
 from __future__ import annotations
@@ -57,11 +55,10 @@ from qwlora.nn.packed_layer import forget_ties_
 from qwlora.quantize.tuned_parameters import gain_constant
 from qwlora.system.device import device_of, moved
 
-# data movement that leaves the last axis as it is, if its size stays the same
+# Data movement that leaves the last axis as it is, if its size stays the same.
 _OTHER_AXES = """view reshape _unsafe_view slice select index index_select expand squeeze unsqueeze
 clone contiguous alias detach to _to_copy"""
 _KEEPS_LAST_AXIS = MOVES_DATA & frozenset(_OTHER_AXES.split())
-_SUMS, _PRODUCTS = frozenset({"add", "sub"}), frozenset({"mul", "div"})
 LARGEST_DIFFERENCE = 1e-3  # of the largest output; another function differs by about 1
 _ROWS = 4096  # of a weight that are in float64 at a time
 
@@ -77,6 +74,7 @@ class Rotation:
     def random(cls, width: int, seed: int) -> Rotation:
         """The rotation of a width; the same for a seed on every machine with one build of torch."""
         generator = torch.Generator().manual_seed(seed)
+        # `width & -width` is the largest power of two that divides the width.
         odd = width // (width & -width)
         signs = torch.randint(2, (width,), generator=generator, dtype=torch.float64) * 2 - 1
         square = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
@@ -106,29 +104,20 @@ class Rotation:
 
 @dataclass(frozen=True)
 class RotationReport:
-    """What was rotated, and how much the outputs on the example differ from before.
-
-    Args:
-        readers, writers: layers that read and write the residual stream.
-        heads: pairs of a value and an output layer that are also rotated within each head.
-        untied: layers that have a weight of their own now.
-        difference: the largest, over the largest output.
-    """
+    """What was rotated, and how much the outputs on the example differ from before."""
 
     width: int
-    readers: tuple[str, ...]
+    readers: tuple[str, ...]  # layers that read the residual stream
     writers: tuple[str, ...]
-    heads: tuple[tuple[str, str], ...]
-    untied: tuple[str, ...]
-    difference: float
+    heads: tuple[tuple[str, str], ...]  # pairs of a value and an output layer, rotated in each head
+    untied: tuple[str, ...]  # layers that have a weight of their own now
+    difference: float  # the largest, over the largest output
 
 
 @dataclass
 class _Plan:
-    """Modules by what they do: norm (or None) of each reader, writers, and pairs around heads."""
-
     width: int
-    readers: dict[str, str | None] = field(default_factory=dict)
+    readers: dict[str, str | None] = field(default_factory=dict)  # and their norms
     writers: dict[str, None] = field(default_factory=dict)
     heads: dict[tuple[str, str], int] = field(default_factory=dict)  # width of a head
 
@@ -139,7 +128,6 @@ def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) 
 
     Args:
         example_inputs: as for `simulate`. Every weight must have a part in what they compute.
-        seed: of the rotations.
 
     Raises:
         CaptureError: the model cannot be captured, something that cannot be rotated reads or writes
@@ -176,7 +164,6 @@ def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) 
 
 
 def _planned(captured: Captured, model: nn.Module) -> _Plan:
-    """What to rotate, from the graph."""
     program = rewritten(captured.program)
     used, names = used_placeholders(program), parameter_names(program)
     if unused := sorted(set(names.values()) - {names[name] for name in names if name in used}):
@@ -238,7 +225,7 @@ class _Stream:
                 raise _cannot(f"{name} of {place_of(node)} writes to the residual stream")
 
     def _after(self, node: Node) -> Iterator[Node]:
-        """Values of the stream that are computed from `node`, which is one."""
+        """Values of the stream that are computed from `node`."""
         for user in node.users:
             name = operation(user)
             if user.op == "output":
@@ -250,7 +237,11 @@ class _Stream:
                 self._read_norm(user, norm)
             elif name == "linear" and user.args[0] is node:
                 self._read(user, None)
-            elif name in _SUMS or self._is_scaled(user, node) or self._keeps_last_axis(user):
+            elif (
+                name in ("add", "sub")
+                or (name in ("mul", "div") and self._scaled(user) is node)
+                or self._keeps_last_axis(user)
+            ):
                 yield user
             elif name == "layer_norm":
                 raise _cannot(f"{place_of(user)} is a LayerNorm, which subtracts the mean")
@@ -270,9 +261,6 @@ class _Stream:
             f"{operation(node)} of {place_of(node)} multiplies each channel of the residual "
             "stream by another number"
         )
-
-    def _is_scaled(self, user: Node, node: Node) -> bool:
-        return operation(user) in _PRODUCTS and self._scaled(user) is node
 
     def _keeps_last_axis(self, node: Node) -> bool:
         value = node.meta.get("val")
@@ -304,9 +292,10 @@ class _Stream:
         path = module_of(node)[0]
         weight: Any = node.args[1 if operation(node) == "linear" else 0]  # embedding(table, ids)
         module = self.modules.get(path)
-        own: Any = None if module is None else module._parameters.get("weight")
-        is_own = own is not None and isinstance(weight, Node) and weight.op == "placeholder"
-        if "@" in path or not is_own or own.shape != weight.meta["val"].shape:
+        stored: Any = None if module is None else module._parameters.get("weight")
+        is_plain = stored is not None and isinstance(weight, Node) and weight.op == "placeholder"
+        # "@" is in the path of a module that runs more than once.
+        if "@" in path or not is_plain or stored.shape != weight.meta["val"].shape:
             raise _cannot(
                 f"{place_of(node)} ({type(module).__name__}) reads or writes the residual stream, "
                 "and is not a plain layer with one weight that runs once"
@@ -333,8 +322,9 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
             return
     width, source, target = int(values.meta["val"].shape[-1]), values, node
     while (before := moved_from(source)) is not None:
+        # A part of a layer that also computes queries and keys, as in Phi-3.
         if source.meta["val"].numel() < before.meta["val"].numel():
-            return  # a part of a layer that also computes queries and keys
+            return
         source = before
     while len(target.users) == 1 and operation(next(iter(target.users))) in MOVES_DATA:
         target = next(iter(target.users))
@@ -350,7 +340,7 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
 
 
 def _untie_(model: nn.Module, plan: _Plan) -> tuple[str, ...]:
-    """Give layers that share a weight and are rotated differently one of their own."""
+    # A weight that both reads and writes, as a tied head, becomes two: they are no longer equal.
     first: dict[int, tuple[bool, str | None]] = {}
     untied = []
     for path in (*plan.writers, *plan.readers):
@@ -387,7 +377,7 @@ def _apply_(model: nn.Module, plan: _Plan, seed: int) -> None:
 
 
 def _once(model: nn.Module, paths: Mapping[str, str | None]) -> Iterator[tuple[Any, str | None]]:
-    """The layers and their norms, without those whose weight came before."""
+    # A weight that two layers share is rotated once.
     seen = set[int]()
     for path, norm in paths.items():
         layer: Any = model.get_submodule(path)

@@ -20,6 +20,7 @@ Scales of blocks are rounded to float16 wherever float16 has its full precision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,6 @@ def search_scale(
 
     Args:
         importance: h, one per input; all 1 by default.
-        clipping_penalty: weight of the squared error of a clipped value.
         coarse: try three fractions and refit the scale once, which is enough if scales are improved
             afterwards.
     """
@@ -78,7 +78,9 @@ def search_scale(
     for fraction in _COARSE if coarse else _FRACTIONS:
         offer(fraction)
     improved = not coarse
-    while improved and fraction > _NARROWEST:  # few outliers among many values: one grid per tensor
+    # With one grid per tensor, an outlier among a million values makes a tenth of the range best:
+    # down to 0.3 only, the error is up to 2.28 times that of AIMET (docs/log/solvers.md).
+    while improved and fraction > _NARROWEST:
         fraction, before = 0.9 * fraction, best.error
         offer(fraction)
         improved = bool((best.error < before).any())
@@ -92,29 +94,25 @@ def search_scale(
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
-    """The nearest scales that float16 holds with full precision; scales outside its normal range
-    are unchanged.
-    """
+    """The nearest scales that float16 holds with full precision, or the same outside its range."""
     half = scale.half().float()
     return torch.where((scale.abs() >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
 
 
+@dataclass
 class _Best:
     """The best grid so far of each row of `x` [groups, n]."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        importance: Tensor | None,
-        scheme: Scheme,
-        storable: bool,
-        clipping_penalty: float,
-    ):
-        self.x, self.importance, self.scheme = x, importance, scheme
-        self.storable, self.clipping_penalty = storable, clipping_penalty
-        self.error = x.new_full(x.shape[:1], torch.inf)
-        self.scale = x.new_ones(x.shape[0])
-        self.offset = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+    x: Tensor
+    importance: Tensor | None
+    scheme: Scheme
+    storable: bool
+    clipping_penalty: float
+
+    def __post_init__(self) -> None:
+        self.error = self.x.new_full(self.x.shape[:1], torch.inf)
+        self.scale = torch.ones_like(self.error)
+        self.offset = torch.zeros_like(self.error, dtype=torch.int32)
 
     def offer(self, scale: Tensor, offset: Tensor) -> None:
         if self.storable:
@@ -137,8 +135,9 @@ class _Best:
         steps = self._steps(self.scale, self.offset)
         weighted = steps if self.importance is None else steps * self.importance
         above, below = (weighted * self.x).sum(-1), (weighted * steps).sum(-1)
-        found = above / below
-        return torch.where(torch.isfinite(found) & (found * self.scale > 0), found, self.scale)
+        fitted = above / below
+        is_usable = torch.isfinite(fitted) & (fitted * self.scale > 0)
+        return torch.where(is_usable, fitted, self.scale)
 
     def _steps(self, scale: Tensor, offset: Tensor) -> Tensor:
         low = offset.to(self.x.dtype).unsqueeze(1)

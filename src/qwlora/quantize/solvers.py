@@ -11,8 +11,7 @@ It raises GridError if the scheme does not fit the weight, and CalibrationError 
 hold nan or infinity, or the moment is missing.
 
 A new solver is one module with such a function and, if it has settings, their class, one entry here
-and its revision. Recipes and rules take the names from here. Free of torch: a
-solver's module is imported when it first solves something.
+and its revision. Recipes and rules take the names from here.
 """
 
 from __future__ import annotations
@@ -35,21 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solver:
-    """An entry of the registry. A recipe has a solver's settings in the key of `base` that has its
-    name."""
+    """A solver. A recipe has its settings in the key of `base` that has its name."""
 
     name: str
-    function: str  # as "module:function" in this package
+    # As "module:function": a solver's module, and torch, are imported when it first solves.
+    function: str
     needs_calibration: bool = False  # whether it needs the second moment of the layer's input
     settings: str | None = None  # their class, as "module:class"; None without any
 
     @property
     def solve(self) -> Solve:
-        """The solver's function."""
         return cast("Solve", resolve_name(f"qwlora.{self.function}"))
 
     def settings_of(self, values: Mapping[str, Any]) -> Any:
-        """An object of the settings class with these fields."""
         return resolve_name(f"qwlora.{self.settings}")(**values)
 
 
@@ -57,12 +54,7 @@ _SOLVERS = (
     Solver("rtn", "quantize.scale_search:solve_rtn"),
     Solver("search", "quantize.scale_search:solve_search"),
     Solver("sqnr", "quantize.scale_search:solve_sqnr"),
-    Solver(
-        "gptq",
-        "quantize.gptq:solve_gptq",
-        needs_calibration=True,
-        settings="quantize.gptq:GptqSettings",
-    ),
+    Solver("gptq", "quantize.gptq:solve_gptq", True, settings="quantize.gptq:GptqSettings"),
 )
 SOLVERS = {solver.name: solver for solver in _SOLVERS}
 ROUNDING_SOLVERS = ("search", "sqnr", "gptq")  # they round scales of blocks to float16

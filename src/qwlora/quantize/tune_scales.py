@@ -8,8 +8,7 @@ channel of a norm, starting at zero, trained by AdamW with a cosine schedule. Me
 the activations of one sequence and some copies of its logits (at most 512 positions). Time: about
 that of training an adapter for as many steps.
 
-`tuned_parameters.py` says which scales and norms. Some sequences are held out: if the divergence on
-them, in float32, does not fall, the model is restored.
+`tuned_parameters.py` says which scales and norms.
 
 Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with
 the float model's distribution instead of the text; norm tweaking (Li et al. 2023,
@@ -21,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from qwlora.errors import CalibrationError, GridError
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_base_, update_digest
 from qwlora.nn.temporary import evaluation_mode, gradients_disabled
-from qwlora.quantize.block_runner import arguments_of
+from qwlora.quantize.block_runner import Batches, arguments_of
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
@@ -61,8 +60,7 @@ class TuningSettings:
     Args:
         steps: number of steps, one sequence each.
         learning_rate: peak rate, relative to the tuned value. A scale shared by n weights of b bits
-            learns at `min(1, sqrt(n) / 2^b)` of the rate, because a change of the scale moves a
-            weight by up to 2^(b - 1) times that change, and few weights give a noisy gradient.
+            learns at `min(1, sqrt(n) / 2^b)` of the rate.
         compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device has
             instructions for it, else float32.
         seed: of the order of sequences.
@@ -81,8 +79,7 @@ class TuningReport:
     Args:
         before, after: divergence of the float model's next token from the quantized one's, in nats,
             on the held-out sequences.
-        solver_scales: the layers' scales before tuning, by canonical path, if `kept`. An adapter's
-            initialization corrects the error of the solver.
+        solver_scales: the layers' scales before tuning, by canonical path, if `kept`.
     """
 
     layers: int  # whose scales were tuned
@@ -137,7 +134,7 @@ def tune_(
         raise CalibrationError(
             "tuning scales takes at least two sequences: one is held out to check whether it helped"
         )
-    # shuffled, since the last ones of a mixture of texts can all be of one text
+    # Shuffled, since the last ones of a mixture of texts can all be of one text.
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(settings.seed))
     batches = [batches[i] for i in order]
     count = len(batches) - min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4))
@@ -152,6 +149,7 @@ def tune_(
             resumed = _descend(tuned, model, teacher, training, settings, checkpoint, track)
         old, kept = tuned.state(), False
         scales = {canonical_name(n): layer.tensor.parts.scale for n, layer in tuned.layers.items()}
+        # Tuning can fail, so held-out sequences decide, in float32.
         try:
             tuned.multiply_()
             after = _mean_divergence(model, teacher, held_out)
@@ -165,13 +163,7 @@ def tune_(
     return TuningReport(layers, norms, before, after, kept, resumed, scales if kept else {})
 
 
-def _key(
-    settings: TuningSettings,
-    batches: Sequence[Mapping[str, Any]],
-    model: nn.Module,
-    teacher: nn.Module,
-) -> str:
-    """A digest of everything that the result depends on."""
+def _key(settings: TuningSettings, batches: Batches, model: nn.Module, teacher: nn.Module) -> str:
     digest = hashlib.sha256()
     inputs = [
         REVISIONS["tune_scales"],
@@ -189,20 +181,13 @@ def _descend(
     tuned: Tunable,
     model: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Batches,
     settings: TuningSettings,
     checkpoint: tuple[Path, str] | None,
     track: Track,
 ) -> int:
-    """AdamW on the divergence, one sequence per step, none repeated until all are used.
-
-    Args:
-        checkpoint: file and key of the state of an unfinished call, which is resumed with the same
-            bits. A damaged file, or one with another key, is ignored.
-
-    Returns:
-        The number of steps that the checkpoint saved.
-    """
+    """AdamW on the divergence, one sequence per step, none repeated until all are used. Returns the
+    number of steps that `checkpoint`, file and key of an unfinished call's state, has saved."""
     generator = torch.Generator().manual_seed(settings.seed)
     by_rate = tuned.by_rate(settings.learning_rate)
     factors = [factor for group in by_rate.values() for factor in group]
@@ -217,7 +202,7 @@ def _descend(
         for i, factor in enumerate(factors):
             factor.data.copy_(tensors[f"factor/{i}"])
             moments = {key: tensors[f"{key}/{i}"].to(factor) for key in ("exp_avg", "exp_avg_sq")}
-            # AdamW counts steps on the CPU
+            # AdamW counts steps on the CPU.
             optimizer.state[factor] = {"step": tensors[f"step/{i}"], **moments}
     due = monotonic() + _SECONDS_BETWEEN
     for step in track(range(resumed, steps), "tuning scales", steps - resumed):
@@ -293,10 +278,8 @@ def _divergence(
 
 
 @torch.no_grad()
-def _mean_divergence(
-    model: nn.Module, teacher: nn.Module, batches: Sequence[Mapping[str, Any]]
-) -> float:
-    """Over several batches, in float32 and always at the same positions."""
+def _mean_divergence(model: nn.Module, teacher: nn.Module, batches: Batches) -> float:
+    # In float32 and at the same positions, so that before and after can be compared.
     means = [
         _divergence(model, teacher, batch, "float32", torch.Generator().manual_seed(0))
         for batch in batches

@@ -4,9 +4,7 @@
     gain_hat = (1 + f) * gain                       gain = w, or 1 + w as in Gemma's norms
 
 One f for each scale of a plain linear layer: per tensor, channel or block; for LPBQ one for each
-row. A float offset gets the f of its scale. Scales of blocks stay representable in float16. Norms
-tune the columns, which have no scale otherwise. How a norm uses its weight is found by probing it
-with numbers, and the weight keeps a dtype that holds it exactly.
+row. A float offset gets the f of its scale. Norms tune the columns, which have no scale otherwise.
 """
 
 from __future__ import annotations
@@ -61,20 +59,21 @@ class Tunable:
             self.norms[name], self._gains[name] = module, (by_weight[id(weight)], constant)
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
-        """The factors, grouped by learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, factor in self.factors.items():
             share = 1.0
             if layer := self.layers.get(name):
                 weights = math.prod(layer.tensor.shape) / factor.numel()
+                # A change of the scale moves a weight by up to 2^(b - 1) times that change, and few
+                # weights give a noisy gradient: at the full rate, 4 bits in blocks of 32 get worse
+                # (KL 0.059 to 0.113, docs/log/tuning.md).
                 share = min(1.0, math.sqrt(weights) / 2**layer.scheme.bitwidth)
             groups.setdefault(highest * share, []).append(factor)
         return groups
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside the block, the model computes with everything multiplied by `1 + f`, and f gets
-        gradients."""
+        """Inside the block, everything is multiplied by `1 + f`, and f gets gradients."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 forward: Any = partial(_forward, layer, self.factors[name])
@@ -85,7 +84,6 @@ class Tunable:
             yield
 
     def state(self) -> dict[str, Parts | Tensor]:
-        """The current scales and gains, by name."""
         return {name: layer.tensor.parts for name, layer in self.layers.items()} | {
             name: norm.weight.detach().clone() for name, norm in self.norms.items()
         }
@@ -97,6 +95,7 @@ class Tunable:
             parts = layer.tensor.parts
             old = parts.scale.float()
             new = layer.scheme.granularity.nearest(old * (1 + self.factors[name]))
+            # Scales of blocks stay representable in float16, which a GGUF file stores.
             if layer.scheme.granularity.is_free:
                 new = storable_scale(new)
             layer.scale = narrowest(new)
@@ -104,12 +103,12 @@ class Tunable:
                 layer.minimum = narrowest(parts.minimum.float() * (new / old))
         for name, norm in self.norms.items():
             if name in self.factors:
+                # As precise as the checkpoint: bfloat16 weights in float32 are rounded again.
                 dtype = narrowest(norm.weight, (*_PUBLISHED, norm.weight.dtype)).dtype
                 norm.weight.copy_(_tuned_gain(norm.weight, *self._gains[name]).to(dtype))
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
         for name, layer in self.layers.items():
             layer.scale, layer.minimum = state[name].scale, state[name].minimum
         for name, norm in self.norms.items():
@@ -119,13 +118,13 @@ class Tunable:
 @torch.no_grad()
 def gain_constant(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
-    state of its own. None is not tuned.
-    """
+    state of its own."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or not weight.is_floating_point():
         return None
     if [*module.children(), *module.buffers()]:
         return None
+    # Probed with numbers, because no class or attribute says how a norm uses its weight.
     x = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1)
     others = {
         name: torch.zeros_like(parameter, dtype=torch.float32)
@@ -157,7 +156,6 @@ def _tuned_gain(weight: Tensor, factor: Tensor, constant: float) -> Tensor:
 
 
 def _with_gain(norm: nn.Module, forward: Any, gain: tuple[Tensor, float], *args: Any) -> Any:
-    """`forward` of the norm, with the tuned weight instead of its own."""
     parameters: dict[str, Any] = norm._parameters
     weight = parameters["weight"]
     parameters["weight"] = _tuned_gain(weight, *gain)
@@ -172,9 +170,7 @@ def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Any:
 
 
 class _TunedProduct(torch.autograd.Function):
-    """`y = x ((1 + f) W)^T + b`. W is unpacked again for backward; `dL/df` is `dL/dW * W` summed
-    over the weights that share a scale.
-    """
+    """`y = x ((1 + f) W)^T + b`; `dL/df` is `dL/dW * W` summed over the weights of a scale."""
 
     @staticmethod
     def forward(
@@ -190,6 +186,7 @@ class _TunedProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         (x, factor), part = ctx.saved_tensors, ctx.packed_weight
+        # Unpacked again: saving W would hold a float model.
         values, of_x = part.unpacked(torch.float32), None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ _tuned(part, values, factor).to(ctx.dtype)).to(ctx.x_dtype)

@@ -83,7 +83,7 @@ def initialize_(
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> InitReports:
     """Initialize the active adapter of each quantized linear layer in `model`, in place. Other
-    layers keep PEFT's default. If it raises after the first layer, call it again.
+    layers keep PEFT's default.
 
     Args:
         weights: canonical path to the float weight [out, in] that the layer was quantized from.
@@ -92,6 +92,11 @@ def initialize_(
         share: share of a layer's ranks that correct, rounded up; in (0, 1].
         solver_scales: canonical path of a tuned layer to its scale before tuning
             (`TuningReport.solver_scales`).
+
+    Returns:
+        The error of each initialized layer, by canonical path.
+
+    If it raises after the first layer, the layers before it are initialized: call it again.
     """
     if init == "zero":
         return InitReports()

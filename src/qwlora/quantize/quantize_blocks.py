@@ -134,9 +134,12 @@ def observe_moments(
     *,
     track: Track = untracked,
 ) -> MomentStore:
-    """Second moments of the packed linear layers of a quantized model. They are kept in `moments`
-    (default: in memory). Adapter initializations need them if the base was quantized elsewhere. See
-    `quantize_` for `calibration`."""
+    """Second moments of the packed linear layers of a quantized model. Adapter initializations need
+    them if the base was quantized elsewhere. See `quantize_` for `calibration`.
+
+    Args:
+        moments: where they are stored. Default: in memory.
+    """
     moments = moments if moments is not None else MomentStore()
     packed = [
         f"{path}.weight"

@@ -104,7 +104,14 @@ class Rotation:
 
 @dataclass(frozen=True)
 class RotationReport:
-    """What was rotated, and how much the outputs on the example differ from before."""
+    """What was rotated, and how much the outputs on the example differ from before.
+
+    Args:
+        readers, writers: layers that read and write the residual stream.
+        heads: pairs of a value and an output layer that are also rotated within each head.
+        untied: layers that have a weight of their own now.
+        difference: the largest, over the largest output.
+    """
 
     width: int
     readers: tuple[str, ...]  # layers that read the residual stream

@@ -1,13 +1,15 @@
 """Documents: where they come from, how they are split, how they become sequences."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import processors
 
 from conftest import byte_tokenizer
-from qwlora.data.document import Completion, Text
+from qwlora.data.document import Text
 from qwlora.data.read_source import Reading, load_documents, locate_documents, read_documents
 from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
@@ -98,24 +100,45 @@ def test_a_module_is_read_and_not_run(
             locate_documents(source)
 
 
-def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
-    long = "An answer that is longer than a line, so that learning it by heart would show in the loss on what is held out. "
-    records = [{"prompt": f"question {i}", "completion": long + str(i % 5)} for i in range(20)] + [
-        {"prompt": f"yes or no, {i}?", "completion": "yes"} for i in range(20)
-    ]
-    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, [*records, *records[20:22]])))
-    documents = load_documents(str(tmp_path / "qa.jsonl"), 0.1, seed=3)
-    train, held = (
-        {(d.prompt, d.completion) for d in part if isinstance(d, Completion)}
-        for part in (documents.train, documents.held_out)
-    )
-    assert train.isdisjoint(held)
-    answers, trained = ({answer for _, answer in part} for part in (held, train))
-    assert answers - {"yes"}
-    assert trained & answers <= {"yes"}
-    assert "yes" in trained  # a short answer may be right twice
-    overlapping = 42 - len(documents.train) - len(documents.held_out)
-    assert documents.overlapping_documents == overlapping > 0
+CANNED = "Thanks for writing to us! Please restart the device, and tell us if it still blinks: {}."
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Support chats with few different answers, each to another question."""
+    asked = [{"role": "user", "content": f"ticket {i}: it blinks"} for i in range(count)]
+    said = [{"role": "assistant", "content": CANNED.format(i % 8)} for i in range(count)]
+    return [{"messages": [*pair]} for pair in zip(asked, said, strict=True)]
+
+
+def written(path: Path, records: Iterable[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+def test_equal_answers_to_different_prompts_stay(tmp_path: Path) -> None:
+    documents = load_documents(written(tmp_path / "chats.jsonl", chats(300)), 0.02, seed=3)
+    assert len(documents.train) + len(documents.held_out) == 300
+    assert (len(documents.held_out), documents.repeated_documents) == (6, 0)
+
+
+@pytest.mark.parametrize("kind", ["completions", "conversations", "several turns"])
+def test_a_record_that_is_trained_on_is_not_held_out(tmp_path: Path, kind: str) -> None:
+    records = chats(20)
+    if kind == "several turns":
+        for record in records:
+            record["messages"] *= 2
+    if kind == "completions":
+        said = [[m["content"] for m in record["messages"]] for record in records]
+        records = [{"prompt": prompt, "completion": answer} for prompt, answer in said]
+    respaced = json.loads(json.dumps(records).replace(" it ", "   it\\n"))
+    source = written(tmp_path / "twice.jsonl", [*records, *respaced[:6]])
+    documents = load_documents(source, 0.4, seed=0)
+    trained = {pair for document in documents.train for pair in document.exchanges}
+    assert documents.repeated_documents and not any(d.exchanges <= trained for d in documents.held_out)
+    assert len(documents.train) + len(documents.held_out) + documents.repeated_documents == 26
+    kept = load_documents(source, 0.4, 0, Reading(keep_repeated=True))
+    assert (len(kept.train), kept.repeated_documents) == (len(documents.train), 0)
+    assert len(kept.held_out) == len(documents.held_out) + documents.repeated_documents
 
 
 SAID = '{"prompt": "a", "completion": "b"}\n'
@@ -123,9 +146,9 @@ SAID = '{"prompt": "a", "completion": "b"}\n'
 
 @pytest.mark.parametrize(
     ("records", "message"),
-    [(SAID, "jsonl:1: this is the only record"), (SAID * 4, "all training documents also occur")],
+    [(SAID, "jsonl:1: this is the only record"), (SAID * 4, "held-out part.*data.repeated: keep")],
 )
-def test_records_that_leave_nothing_to_train_on(tmp_path: Path, records: str, message: str) -> None:
+def test_records_that_leave_nothing(tmp_path: Path, records: str, message: str) -> None:
     (tmp_path / "few.jsonl").write_text(records)
     with pytest.raises(SourceError, match=message):
         load_documents(str(tmp_path / "few.jsonl"), 0.2, 0)

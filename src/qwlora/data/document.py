@@ -7,9 +7,11 @@
 
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
 
-Documents are shuffled with the recipe's seed and split. Then held-out content is removed from the
-training part: paragraphs longer than a line from running text; and records that equal a held-out
-record, or contain a held-out answer longer than a line word for word. Spacing is ignored.
+Documents are shuffled with the recipe's seed and split. Then no content is in both parts, unless
+`data.repeated` is `keep`: a held-out record is removed if the training part has its prompt with its
+answer (of a conversation: each of its answers after the same messages), and paragraphs longer than
+a line are removed from training text if they are held out. Equal answers to different prompts are
+normal (labels, canned replies), and stay. Spacing is ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Text(_Document):
     text: str
     where: str = ""
     kind = "text"
-    answers: ClassVar[tuple[str, ...]] = ()
+    exchanges: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
 
     @property
     def characters(self) -> int:
@@ -71,8 +73,8 @@ class Completion(_Document):
         return len(self.prompt) + len(self.completion)
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        return (self.completion,)
+    def exchanges(self) -> frozenset[tuple[str, ...]]:
+        return frozenset([(_normal(self.prompt), _normal(self.completion))])
 
     def as_conversation(self) -> Conversation:
         """The prompt as a message of the user, and the completion as the assistant's."""
@@ -101,13 +103,18 @@ class Conversation(_Document):
         return sum(len(m.get("content") or "") for m in self.messages)
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        return tuple(m.get("content") or "" for m in self.messages if m["role"] == ASSISTANT)
+    def exchanges(self) -> frozenset[tuple[str, ...]]:
+        said = list[str]()
+        for message in self.messages:
+            same = {**message, "content": _normal(message.get("content") or "")}
+            said.append(json.dumps(same, sort_keys=True, default=str))
+        ends = [i for i, m in enumerate(self.messages, 1) if m["role"] == ASSISTANT]
+        return frozenset(tuple(said[:end]) for end in ends)
 
 
 Document = Text | Completion | Conversation
-"""`characters` is the length of all its text; `answers` are the texts that count in the loss, none
-for running text, where all of it does."""
+"""`characters` is the length of all its text; `exchanges` are its answers, each with all that comes
+before it; running text has none."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +123,17 @@ class Documents:
 
     Args:
         skipped_records: empty records that were skipped (`empty_records: skip`).
-        overlapping_documents: training documents removed because they repeat held-out ones.
-        overlapping_paragraphs: paragraphs removed from training texts for the same reason.
+        repeated_documents: held-out records removed because the training part has them.
+        repeated_paragraphs: paragraphs removed from training text because they are held out.
+        repeated_characters: characters of these paragraphs.
     """
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
     skipped_records: int = 0
-    overlapping_documents: int = 0
-    overlapping_paragraphs: int = 0
+    repeated_documents: int = 0
+    repeated_paragraphs: int = 0
+    repeated_characters: int = 0
 
     @property
     def kind(self) -> str:
@@ -142,15 +151,23 @@ class Documents:
 
 
 def split_documents(
-    documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
+    documents: Sequence[Document],
+    held_out: float,
+    seed: int,
+    skipped: int = 0,
+    keeps_repeated: bool = False,
 ) -> Documents:
     """Hold out the share `held_out` of all characters: at least one document, and none with more
     than both that share and half of all.
 
     A single text is split by position, at the end of a paragraph if one is near.
 
+    Args:
+        skipped: number of empty records, for `Documents`.
+        keeps_repeated: let content be in both parts.
+
     Raises:
-        SourceError: there is a single record, or nothing is left to train on.
+        SourceError: there is a single record, or nothing is left of a part.
     """
     if len(documents) == 1:
         (only,) = documents
@@ -163,8 +180,17 @@ def split_documents(
         cut = int(len(text) * (1 - held_out))
         near = text.rfind("\n\n", cut - len(text) // 20, cut)
         cut = near + 2 if near >= 0 else cut
-        parts = Text(text[:cut], only.where), Text(text[cut:], only.where)
-        return _without_overlap(parts[:1], parts[1:], skipped)
+        train, held = (Text(text[:cut], only.where),), (Text(text[cut:], only.where),)
+    else:
+        train, held = _shuffled_parts(documents, held_out, seed)
+    if keeps_repeated:
+        return Documents(train, held, skipped)
+    return _without_repeated(train, held, skipped)
+
+
+def _shuffled_parts(
+    documents: Sequence[Document], held_out: float, seed: int
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     total = sum(d.characters for d in shuffled)
@@ -174,36 +200,37 @@ def split_documents(
     while characters < wanted and count < len(shuffled) - 1:
         characters += shuffled[count].characters
         count += 1
-    return _without_overlap(tuple(shuffled[count:]), tuple(shuffled[:count]), skipped)
+    return tuple(shuffled[count:]), tuple(shuffled[:count])
 
 
-def _without_overlap(
+def _without_repeated(
     train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int
 ) -> Documents:
     texts = [d.text for d in held_out if isinstance(d, Text)]
     paragraphs = {_normal(paragraph) for text in texts for paragraph in text.split("\n\n")}
-    answers = {_normal(answer) for document in held_out for answer in document.answers}
-    paragraphs, answers = ({t for t in part if len(t) > _LINE} for part in (paragraphs, answers))
-    identities = {_normal(d.identity) for d in held_out}
-    kept: list[Document] = []
-    removed_paragraphs = 0
+    paragraphs = {paragraph for paragraph in paragraphs if len(paragraph) > _LINE}
+    kept, removed = list[Document](), list[str]()
     for document in train:
         if isinstance(document, Text):
             every = document.text.split("\n\n")
-            others = [p for p in every if _normal(p) not in paragraphs]
-            removed_paragraphs += len(every) - len(others)
-            if (text := "\n\n".join(others)).strip():
-                kept.append(Text(text, document.where))
-        elif _normal(document.identity) not in identities and answers.isdisjoint(
-            map(_normal, document.answers)
-        ):
-            kept.append(document)
-    if not kept and any(d.characters for d in train):
-        raise SourceError(
-            "all training documents also occur in the held-out part, so nothing is left to train "
-            "on. The source repeats itself: remove duplicates or add documents"
-        )
-    return Documents(tuple(kept), held_out, skipped, len(train) - len(kept), removed_paragraphs)
+            removed += [p for p in every if _normal(p) in paragraphs]
+            text = "\n\n".join(p for p in every if _normal(p) not in paragraphs)
+            if not text.strip():
+                continue
+            document = Text(text, document.where)
+        kept.append(document)
+    trained = frozenset[Any]().union(*(d.exchanges for d in kept))
+    new = tuple(d for d in held_out if not d.exchanges or not d.exchanges <= trained)
+    for part, name in ((kept, "training"), (new, "held-out")):
+        if not part and any(d.characters for d in train):
+            raise SourceError(
+                f"nothing is left of the {name} part: all of it occurs in the other part, too. "
+                "Remove duplicates, add documents, or set data.repeated: keep"
+            )
+    characters = sum(map(len, removed))
+    return Documents(
+        tuple(kept), new, skipped, len(held_out) - len(new), len(removed), characters
+    )
 
 
 def _normal(text: str) -> str:

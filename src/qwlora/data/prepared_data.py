@@ -106,7 +106,7 @@ class PreparedText:
 
     def describe(self) -> dict[str, Any]:
         """The section `data` of results.json."""
-        of_source = ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
+        of_source = ("skipped_records", "repeated_documents", "repeated_paragraphs")
         kind = self.documents.kind
         return {
             "kind": kind,
@@ -212,8 +212,8 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
         parts.append(f"{label} {', '.join(words)}")
     removed = {
         "skipped_records": "empty records skipped",
-        "overlapping_documents": "training documents removed because they repeat held-out ones",
-        "overlapping_paragraphs": "training paragraphs removed because they are held out",
+        "repeated_documents": "held-out documents removed because they are trained on",
+        "repeated_paragraphs": "training paragraphs removed because they are held out",
     }
     parts += [f"{words}: {n:,}" for key, words in removed.items() if (n := description[key])]
     of = "data" if name is None else f"data of {name}"

@@ -74,12 +74,14 @@ class Reading:
         columns: column of each field that is not found by its name.
         split, subset: which ones of a dataset that has several.
         skip_empty: skip empty records instead of refusing them.
+        keep_repeated: let content be in the training and the held-out part.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     split: str | None = None
     subset: str | None = None
     skip_empty: bool = False
+    keep_repeated: bool = False
 
 
 def locate_documents(source: str) -> None:
@@ -109,8 +111,9 @@ def load_documents(
     Raises:
         SourceError, MissingExtraError: as `read_documents`.
     """
-    documents, skipped = read_documents(source, reading or Reading())
-    return split_documents(documents, held_out, seed, skipped)
+    how = reading or Reading()
+    documents, skipped = read_documents(source, how)
+    return split_documents(documents, held_out, seed, skipped, how.keep_repeated)
 
 
 def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:

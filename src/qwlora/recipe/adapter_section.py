@@ -57,6 +57,10 @@ class Data(Section):
     """column with the answer to the instruction, trained on"""
     empty_records: Literal["error", "skip"] = "error"
     """what to do with a record that is empty or null"""
+    repeated: Literal["remove", "keep"] = "remove"
+    """what to do with content that is in both parts. remove: held-out records whose prompt and
+    answer are trained on leave the held-out part, and held-out paragraphs of running text leave the
+    training part; keep: nothing is removed"""
     chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
     """file with a Jinja chat template, in place of the tokenizer's"""
     prompt_format: Literal["auto", "plain"] = "auto"
@@ -90,7 +94,8 @@ class Data(Section):
     def reading(self) -> Reading:
         names = {role: getattr(self, f"{role}_column") for role in FIELDS}
         columns = {role: name for role, name in names.items() if name is not None}
-        return Reading(columns, self.split, self.subset, self.empty_records == "skip")
+        skips, keeps = self.empty_records == "skip", self.repeated == "keep"
+        return Reading(columns, self.split, self.subset, skips, keeps)
 
     def cutting(self) -> Cutting:
         return Cutting(**{field.name: getattr(self, field.name) for field in fields(Cutting)})

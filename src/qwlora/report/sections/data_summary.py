@@ -27,9 +27,8 @@ ROWS = {
     "padding_tokens": "Padding tokens",
 }
 REMOVED = {
-    "overlapping_documents": "documents{} were removed from the training text: they repeat "
-    "held-out ones.",
-    "overlapping_paragraphs": "paragraphs{} were removed from the training text: they are held "
+    "repeated_documents": "documents{} were removed from the held-out text: they are trained on.",
+    "repeated_paragraphs": "paragraphs{} were removed from the training text: they are held "
     "out, and would make the result look better than it is.",
     "skipped_records": "records{} were left out, because they are empty.",
 }

@@ -64,6 +64,7 @@ data.instruction_column: a -> b with ROWS data.output_column=c => TEXTS as colum
 data.input_column: a -> b with ROWS data.instruction_column=c data.output_column=d => TEXTS as columns
 data.output_column: a -> b with ROWS data.instruction_column=c => TEXTS as columns
 data.empty_records: error -> skip with ROWS data.text_column=a =>
+data.repeated: remove -> keep with ROWS data.text_column=a =>
 data.chat_template: a.json -> b.json with ROWS data.messages_column=m => TEXTS
 data.prompt_format: auto -> plain with ROWS data.prompt_column=a data.completion_column=b => TEXTS
 data.prompt_format: auto -> plain with ROWS data.messages_column=m =>

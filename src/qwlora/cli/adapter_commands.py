@@ -40,8 +40,9 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     from qwlora.errors import QwloraError, SourceError
     from qwlora.pipeline.job import OpenJob
 
+    # The judge moves the folders of adapters that were renamed in the recipe.
     if (folder / "recipe.yaml").is_file():
-        _ = OpenJob(folder).judge  # moves what was renamed in the recipe
+        _ = OpenJob(folder).judge
 
     base, reports, unreadable = job_fingerprint(folder), [], list[str]()
     for adapter in find_adapters(folder):

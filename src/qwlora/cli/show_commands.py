@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from qwlora.simulation.placement import Placement
 
 
-NARROW = "simulation.activation_bitwidth=8"  # where the search of --suggest starts
+# The search of --suggest starts with all activations at 8 bits.
+NARROW = "simulation.activation_bitwidth=8"
 
 
 def inspect(
@@ -117,7 +118,6 @@ def _model_lines(inspection: Inspection) -> Iterator[str]:
 
 
 def _range(views: Sequence[TensorView]) -> str:
-    """Least and largest SQNR."""
     values = sorted(view.sqnr_db for view in views if view.sqnr_db is not None)
     ends = ["exact" if math.isinf(value) and value > 0 else f"{value:.2f}" for value in values]
     return "" if not ends else ends[0] if values[0] == values[-1] else f"{ends[0]} to {ends[-1]}"
@@ -250,10 +250,9 @@ def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
 
 
 def _name(value: GraphValue) -> str:
-    """The value's name without the number that distinguishes values of the same operator."""
+    # The name of a computed value ends in a number, which tells values of one operator apart.
     return f"{value.module or 'output'}.{value.operator}" if value.is_computed else value.name
 
 
 def _grid(value: GraphValue) -> str:
-    """The grid, and the observer unless it is min-max."""
     return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

@@ -77,7 +77,7 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     # A model may have a hundred thousand names, and each comparison takes about 10 us.
     known = list(dict.fromkeys(islice(names, 2000)))
     for part in (str, lambda dotted: dotted.rpartition(".")[2]):
-        spellings = {part(other).lower(): other for other in reversed(known)}
+        spellings = {part(full).lower(): full for full in reversed(known)}
         if near := difflib.get_close_matches(part(name).lower(), spellings, count, 0.5):
             return [spellings[spelling] for spelling in near]
     return []
@@ -121,8 +121,7 @@ class RecipeError(QwloraError, ValueError):
 
     def __init__(self, source: str, problems: Sequence[str]):
         self.source, self.problems = source, tuple(problems)
-        counted = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(_report(f"{source}: {counted} in the recipe", problems))
+        super().__init__(_report(f"{source}: {_counted(problems)} in the recipe", problems))
 
 
 class SourceError(QwloraError, ValueError):
@@ -187,6 +186,10 @@ class ConversionError(QwloraError, ValueError):
         self.lost = tuple(lost)
         heading = f"{what} would lose this (accept it with --lossy, or lossy=True):"
         super().__init__(_report(heading, lost) if lost else what)
+
+
+def _counted(problems: Sequence[str]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
 def _report(heading: str, items: Sequence[str]) -> str:

@@ -1,10 +1,5 @@
 """`qwlora generate` and `qwlora chat`: text from the models of a job; `qwlora score`: their scores.
 
-    qwlora generate DIR "prompt"                         the first adapter
-    qwlora generate DIR "prompt" --models base,NAME      several answers
-    qwlora chat DIR --model NAME                         a conversation; /reset and /exit
-    qwlora score DIR TASK,TASK                           tasks of lm-eval
-
 The answer goes to standard output, everything else to standard error.
 """
 
@@ -13,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
 Raw = Annotated[
     bool, typer.Option("--raw", help="Continue the text without the model's chat template.")
 ]
+# Flushed, so that each token is seen when it comes.
+_write = partial(print, end="", flush=True)
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
     float,
@@ -192,10 +190,6 @@ def _read_line() -> str | None:
         return input("> " if is_terminal else "").strip()
     except EOFError:
         return None
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _say(line: str) -> None:

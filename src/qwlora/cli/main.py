@@ -1,12 +1,5 @@
 """Entry point of the command line. Imports neither torch nor transformers until a stage runs.
 
-Exit codes:
-
-    0      done
-    1      verification failed; `adapters check` or `encodings` found a problem
-    2      any other error: wrong input, a damaged file, no space, no memory, a bug
-    128+n  stopped by signal n: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
-
 `main` turns every error into one message on standard error; `--debug`, anywhere on the command
 line, prints the traceback before it.
 """
@@ -251,6 +244,7 @@ def main() -> None:
         else f"{filename}:{lineno}: {category.__name__}: {message}\n"
     )
     arguments, debug = _without_debug(sys.argv[1:])
+    # In typer's standalone mode, it would print errors by itself, with its own exit codes.
     with safe_streams(arguments):
         try:
             sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))

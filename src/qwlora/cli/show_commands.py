@@ -1,16 +1,5 @@
 """`qwlora inspect`: describe a model's files without loading the model.
-
-    model or frozen base       shape, grid and bits per weight of every tensor, similar ones grouped
-    float model + encodings    the grids that an AIMET encodings file gives it
-
-A model is a folder (float, GPTQ, AWQ, compressed-tensors, MLX), a .gguf file or package:NAME/PATH.
-
-`qwlora simulate DIR`: show what step 3 does to an adapter of a job. Writes nothing.
-
---explain          every value of the graph: its grid, and the rule that decided
---costs            perplexity cost of each part of the simulation; the most expensive activations
---suggest SHARE    which activations need 16 bits, so that perplexity with the others at 8 bits
-                   is at most (1 + SHARE) times that with float activations
+`qwlora simulate`: show what step 3 does to an adapter of a job.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def score_lines(tasks: dict[str, Any]) -> Iterator[str]:
 
 def _numbers(names: Iterable[str]) -> str:
     """The first number of each name, ranges shortened: 0-3,7."""
-    numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
+    numbers = sorted({int(match[0]) for name in names if (match := re.search(r"\d+", name))})
     # In a run of consecutive numbers, all differ from their index by the same.
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]

@@ -105,13 +105,8 @@ for running text, where all of it does."""
 
 @dataclass(frozen=True)
 class Documents:
-    """The training and held-out documents of a source, all of one kind.
-
-    Args:
-        skipped_records: empty records that were skipped (`empty_records: skip`).
-        overlapping_documents, overlapping_paragraphs: removed from the training part because they
-            repeat held-out ones.
-    """
+    """The training and held-out documents of a source, all of one kind; how many empty records were
+    skipped, and what was removed from the training part because it repeats held-out content."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -126,6 +121,7 @@ class Documents:
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the content of all documents, in order."""
+        # The marks between documents and parts: another split is other data.
         digest = hashlib.sha256()
         for part in (self.train, self.held_out):
             for document in part:
@@ -137,11 +133,8 @@ class Documents:
 def split_documents(
     documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
 ) -> Documents:
-    """Hold out the share `held_out` of all characters: at least one document.
-
-    Raises:
-        SourceError: there is a single record, or nothing is left to train on.
-    """
+    """Hold out the share `held_out` of all characters: at least one document. SourceError if there
+    is a single record, or nothing is left to train on."""
     if len(documents) == 1:
         (only,) = documents
         if not isinstance(only, Text):

@@ -48,7 +48,6 @@ class PreparedText:
     Args:
         train, held_out: sequences; the held-out ones have no position_ids.
         joined_ids: int64 [count, tokens], concatenated training documents.
-        chat_template: whether a chat template rendered the documents.
     """
 
     documents: Documents
@@ -113,11 +112,7 @@ class PreparedText:
         self, number: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[dict[str, Any]]]:
         """A training sequence to look at: for each of its documents, runs of tokens that are all in
-        the loss or not, {text, tokens, in_loss}.
-
-        Raises:
-            SourceError: there is no training sequence of this number.
-        """
+        the loss or not, {text, tokens, in_loss}."""
         from qwlora.data.sequences import IGNORED
 
         if not 0 <= number < len(self.train):
@@ -153,11 +148,7 @@ def prepare(
     cutting: Cutting,
     track: Track = untracked,
 ) -> PreparedText:
-    """Tokenize and pack both parts.
-
-    Raises:
-        SourceError: a conversation cannot be rendered, or a part is shorter than one sequence.
-    """
+    """Tokenize and pack both parts; see `encode_documents` and `cut_into_sequences`."""
     from qwlora.data.sequences import cut_into_sequences, joined_ids
 
     kind, packing = documents.kind, cutting.packing_of(documents.kind)

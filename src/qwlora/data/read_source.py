@@ -101,7 +101,6 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
 
     Raises:
         SourceError: the source is missing or empty, or a record is bad (file and line are named).
-        MissingExtraError: the package that reads this kind of source is not installed.
     """
     reader, path = _Reader(how), user_path(source)
     is_module = source.startswith("python:")
@@ -271,6 +270,7 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     once = {(os.path.realpath(p.parent), p.name): p for p in sorted(paths, reverse=True)}
     visible = sorted(p for p in once.values() if p.is_file())
     texts = [p for p in visible if p.suffix.lower() in TEXT_SUFFIXES]
+    # Older releases of `datasets` wrote dataset_infos.json, a description, next to the records.
     records = [
         p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p.name != "dataset_infos.json"
     ]

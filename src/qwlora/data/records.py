@@ -71,11 +71,7 @@ def _required(columns: Columns) -> list[str]:
 
 
 def choose_columns(present: Collection[str], asked: Mapping[str, str], where: str) -> Columns:
-    """Decide which of the columns `present` are used; the recipe `asked` for some, by field.
-
-    Raises:
-        SourceError: a column from the recipe is missing, or the columns fit no kind or several.
-    """
+    """Decide which of the columns `present` are used; the recipe `asked` for some, by field."""
     if asked:
         kind = next(k for k, fields in KINDS.items() if {*fields, *OPTIONAL.get(k, ())} & {*asked})
         columns = _columns(kind, asked)

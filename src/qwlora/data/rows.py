@@ -33,11 +33,8 @@ _MOST_RATIO, _HARMLESS_BYTES = 1000, 2**27
 
 
 def decode(path: Path) -> str:
-    """The content of a UTF-8 file without a byte order mark, newlines as they are.
-
-    Raises:
-        SourceError: it cannot be read, or is not UTF-8 (the line is named).
-    """
+    """The content of a UTF-8 file without a byte order mark, newlines as they are. If it has other
+    bytes, the SourceError names their line."""
     try:
         content = path.read_bytes()
         return content.decode("utf-8").removeprefix("\ufeff")
@@ -72,7 +69,6 @@ def read_json(path: Path) -> Rows:
 
 
 def _parsed(text: str, path: Path, line: int | None) -> Any:
-    """The value of `text`, which is the whole file, or its line number `line`."""
     where, what = (path, "this") if line is None else (f"{path}:{line}", "this line")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
@@ -100,6 +96,8 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     lines, line = list[tuple[int, list[str]]](), 1
     # By default, Python refuses fields of more than 131,072 characters, as long texts have them.
     before = csv.field_size_limit(2**31 - 1)
+    # Without `newline`, line breaks in quoted fields would change. Unless it is strict, Python
+    # reads a field with a stray quote as something else.
     try:
         reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, strict=True)
         for row in reader:
@@ -140,6 +138,7 @@ def read_arrow(path: Path) -> Table:
         else:
             ipc = importlib.import_module("pyarrow.ipc")
             source = pyarrow.memory_map(str(path))
+            # The file format begins with this mark, the stream format with its first message.
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             opened = ipc.open_file(source) if is_file else ipc.open_stream(source)
@@ -212,6 +211,7 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
 
 def _numbered(records: Iterable[dict[str, Any]], source: str) -> Rows:
     iterator, number = iter(records), 0
+    # A damaged file fails somewhere in its middle, as it is read in batches.
     while True:
         with foreign_as(SourceError, f"{source}: it cannot be read after row {number}"):
             record = next(iterator, None)

@@ -28,9 +28,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a scratch path to write a file to; when the block ends, it replaces `path`.
 
     If the block raises, the scratch file is deleted and `path` stays as it was.
-
-    Raises:
-        OSError: the file cannot be flushed or renamed.
     """
     # A name has at most 255 bytes, so a long one leaves no room for the suffix.
     scratch = path.with_name(f".{path.name[:200]}.part")
@@ -56,13 +53,11 @@ def replacing_files(
         last: name of the file that marks the others next to it as complete. The old one is moved
             away before all other files, and the new one is put in place after them.
         obsolete: old files, relative to `folder`, that are deleted unless they are replaced.
-
-    Raises:
-        OSError: a file cannot be flushed or renamed.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # In the folder itself, since a rename works only within one file system.
         with tempfile.TemporaryDirectory(
             prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True
         ) as scratch:
@@ -132,10 +127,6 @@ def write_tensors(
     """Write a safetensors file, replacing what was there; its folder is made if need be.
 
     Its metadata get a digest of the tensors and the metadata, which `read_tensors` checks.
-
-    Raises:
-        SafetensorError: it cannot be written; the old file is as it was.
-        OSError: it cannot be flushed or renamed.
     """
     from safetensors.torch import save_file
 

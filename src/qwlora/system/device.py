@@ -49,6 +49,7 @@ def pick_device(key: str) -> torch.device:
     # The driver may know a GPU that this build of torch cannot use.
     if key == "auto" and not count:
         return CPU
+    # The launcher numbers the processes of each machine. With a single GPU, they share it.
     number = key.partition(":")[2] or (os.environ.get("LOCAL_RANK", "0") if count > 1 else "0")
     if int(number) >= count:
         there = f"{count} of type {kind}, numbered from 0" if count else f"none of type {kind}"

@@ -21,8 +21,7 @@ def commit_files(
 
     Args:
         repository: `owner/name`; it is created if it does not exist.
-        files: by path in the repository.
-        outdated: files to delete there.
+        files, outdated: to upload, by path in the repository, and to delete there.
         what: is uploaded, in words.
         others: files that a repository of something else has, and what it then holds.
         is_private: whether a new repository is private, and an existing one has to be.
@@ -42,6 +41,7 @@ def commit_files(
         )
     api, is_sent = HfApi(), False
     try:
+        # A repository that exists keeps its visibility, whatever is asked for here.
         api.create_repo(repository, private=is_private, exist_ok=True)
         if is_private and not api.model_info(repository).private:
             raise UploadError(

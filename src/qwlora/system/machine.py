@@ -23,7 +23,8 @@ from qwlora.errors import QwloraWarning
 
 Compute = Literal["float32", "bfloat16"]
 
-_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, x86 and ARM
+# The first two are of x86, the last one is of ARM.
+_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
@@ -48,6 +49,7 @@ def has_bfloat16(device: str) -> bool:
     if device == "cpu":
         has = torch.cpu.get_capabilities()
         return any(has.get(feature, False) for feature in _CPU_FEATURES)
+    # By default, torch counts GPUs that emulate bfloat16 as well.
     if device in ("cuda", "xpu"):
         module = getattr(torch, device)
         return bool(module.is_available() and module.is_bf16_supported(including_emulation=False))
@@ -117,11 +119,7 @@ def configure_threads(environment: MutableMapping[str, str] = os.environ) -> Non
 
 
 def usable_cores(root: Path = Path("/")) -> int | None:
-    """Physical cores that this process may use; None where the system does not say.
-
-    Args:
-        root: where `proc` and `sys` are.
-    """
+    """Physical cores that this process may use; None where the system does not say."""
     if not hasattr(os, "sched_getaffinity"):
         return None
     # The kernel counts hardware threads. Those of one core have the same list (`0,64`).
@@ -214,6 +212,7 @@ def versions() -> dict[str, str]:
 @cache
 def machine() -> dict[str, Any]:
     """The machine, without its name."""
+    # Reports are passed on, so that the host's name is not in them.
     facts: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
     facts["cores"] = os.cpu_count()
     if name := processor_name():

@@ -25,11 +25,7 @@ def require(module: str, extra: str, purpose: str = "here") -> ModuleType:
 
 
 def node_package(package: str) -> tuple[Path, str]:
-    """The folder and the version of an npm package, NAME@RANGE, where node is installed, too.
-
-    Raises:
-        MissingExtraError: there is none, or no node.
-    """
+    """The folder and the version of an npm package, NAME@RANGE, where node is installed, too."""
     name = package.rpartition("@")[0]
     # Node itself would look in the current folder first. That may be a downloaded one, whose code
     # must not run.

@@ -96,11 +96,8 @@ def check_output(path: Path) -> bool:
 @contextlib.contextmanager
 def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
     """Create `folder` and lock the file `lock` in it. Afterwards, or if another process holds the
-    lock, the folders that were created for it are removed again as far as they are empty.
-
-    Args:
-        protected: the folder that nobody else may write meanwhile, for messages.
-    """
+    lock, the folders that were created for it are removed again as far as they are empty. Messages
+    name `protected`, which nobody else may write meanwhile."""
     created: list[Path] = []
     try:
         for _ in range(_ATTEMPTS):

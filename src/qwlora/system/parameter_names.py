@@ -93,11 +93,8 @@ def by_glob(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
-    """Why `pattern` is not a regular expression, as PEFT needs; None if it is one.
-
-    Args:
-        is_end: PEFT matches the end of a path with it, not the whole path.
-    """
+    """Why `pattern` is not a regular expression, as PEFT needs; None if it is one. With `is_end`,
+    PEFT matches the end of a path with it, not the whole path."""
     # PEFT puts keys of rank_pattern into this expression, and uses target_modules as they are.
     try:
         re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)

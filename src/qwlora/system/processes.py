@@ -81,8 +81,8 @@ def share() -> tuple[int, int]:
 
 def is_mine(number: int) -> bool:
     """Whether this process runs sequence `number`."""
-    own, count = share()
-    return number % count == own
+    rank, count = share()
+    return number % count == rank
 
 
 def summed(value: Tensor) -> Tensor:

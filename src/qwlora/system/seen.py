@@ -30,11 +30,7 @@ _SHOWN_BYTES = 2**30
 
 
 class Seen:
-    """Digests of files. Nothing is written before `save`.
-
-    Args:
-        cache: the JSON file; None caches in memory only.
-    """
+    """Digests of files, cached in memory; `save` writes them to the JSON file `cache`."""
 
     def __init__(self, cache: Path | None = None, track: Track = untracked):
         self.cache, self.track, self._is_changed = cache, track, False

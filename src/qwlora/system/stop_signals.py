@@ -70,6 +70,7 @@ def raise_stopped(number: int) -> None:
 def _leave_closed_terminal() -> None:
     """Discard output to a closed terminal, because writing to it raises an error."""
     for descriptor in (1, 2):
+        # A terminal that was closed is still a character device, but no terminal any more.
         with contextlib.suppress(OSError):
             is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
             if is_device and not os.isatty(descriptor):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # the public names, each of which is imported on first use
+if TYPE_CHECKING:
     from qwlora.adapter.adapter_deltas import merged_model as merged_model
     from qwlora.adapter.adapter_folder import load_adapter as load_adapter
     from qwlora.adapter.adapter_folder import save_adapter as save_adapter
@@ -86,7 +86,9 @@ if TYPE_CHECKING:  # the public names, each of which is imported on first use
     from qwlora.targets.proof.checks import Limits as Limits
 
 
-_HOME = {  # the modules of these names, read from the lines above
+# The module of each name, read from the lines above, so that the names are listed once: mypy and
+# editors see these imports, and never run `__getattr__`.
+_HOME = {
     alias.name: node.module
     for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
     if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qwlora.")

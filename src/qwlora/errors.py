@@ -24,8 +24,7 @@ Each class is also the builtin in parentheses, so callers may catch either. A me
 found, where, and what to do.
 
 Other libraries raise their own errors for damaged or hostile files. Code that hands them a file
-does so inside `reading(file)`, which puts the file's name on the error. The command line turns
-any error into one message; `described` and `file_being_read` give its parts.
+does so inside `reading(file)`, which puts the file's name on the error.
 """
 
 from __future__ import annotations
@@ -75,9 +74,10 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     If no whole name is similar, their last parts are compared: `*.up_prj` and
     `layers.0.mlp.up_proj`.
     """
-    known = list(dict.fromkeys(islice(names, 2000)))  # each comparison takes about 10 us
+    # A model may have a hundred thousand names, and each comparison takes about 10 us.
+    known = list(dict.fromkeys(islice(names, 2000)))
     for part in (str, lambda dotted: dotted.rpartition(".")[2]):
-        spellings = {part(other).lower(): other for other in reversed(known)}
+        spellings = {part(full).lower(): full for full in reversed(known)}
         if near := difflib.get_close_matches(part(name).lower(), spellings, count, 0.5):
             return [spellings[spelling] for spelling in near]
     return []
@@ -104,6 +104,7 @@ LESS_MEMORY = (
 )
 _NOTE = "while reading "
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# In the text of torch's allocators. That of a CPU raises a bare RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -192,7 +193,6 @@ def _counted(problems: Sequence[str]) -> str:
 
 
 def _report(heading: str, items: Sequence[str]) -> str:
-    """The heading and the first 50 items, each on a line and of limited length."""
     return "\n".join([heading, *(f"  - {shortened(line)}" for line in lines(items, 50))])
 
 
@@ -230,15 +230,13 @@ class MissingExtraError(QwloraError, ImportError):
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Put `path` on any error raised inside that is not QWLoRA's, as a note (PEP 678).
-
-    The innermost file is kept. The error itself stays what it was.
-    """
+    """Put `path` on any error raised inside that is not QWLoRA's, as a note (PEP 678)."""
     try:
         yield
     except QwloraError:
         raise
     except Exception as error:
+        # The innermost file is the damaged one: an index may name the file that fails.
         if file_being_read(error) is None:
             error.add_note(f"{_NOTE}{path}")
         raise
@@ -247,8 +245,7 @@ def reading(path: str | Path) -> Iterator[None]:
 def file_being_read(error: BaseException) -> str | None:
     """The file that `reading` put on `error`."""
     notes: list[str] = getattr(error, "__notes__", [])
-    found = (note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE))
-    return next(found, None)
+    return next((n.removeprefix(_NOTE) for n in notes if n.startswith(_NOTE)), None)
 
 
 def described(error: BaseException) -> str:
@@ -262,13 +259,15 @@ def described(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short: MemoryError, or what torch raises on a CPU or an accelerator."""
+    # By name, because the command line must not import torch to print an error.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY)
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Whether a disk was full. Native writers (safetensors, onnx) say so in their text only."""
+    """Whether a disk was full."""
+    # Native writers (safetensors, onnx) say so in their text only.
     is_said = any(words in str(error) for words in ("No space left", "quota exceeded"))
     return is_said or getattr(error, "errno", None) in _FULL_DISK
 
@@ -289,15 +288,14 @@ def remedy_of(error: BaseException) -> str:
 
 @contextmanager
 def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator[None]:
-    """Raise any error of other libraries inside as `kind`: `what: the error; remedy`.
-
-    Errors of QWLoRA, of memory and of full disks pass as they are.
-    """
+    """Raise any error of other libraries inside as `kind`: `what: the error; remedy`."""
+    # Errors of memory and of full disks pass as they are, for the remedy that `main` knows.
     try:
         yield
     except QwloraError:
         raise
-    except (Exception, SystemExit) as error:  # mlx-lm exits where it lacks a package
+    # mlx-lm exits where it lacks a package.
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error) or is_out_of_space(error):
             raise
         raise kind(f"{what}: {described(error).rstrip('.')}{remedy and f'; {remedy}'}") from error

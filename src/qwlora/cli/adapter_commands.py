@@ -40,8 +40,9 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     from qwlora.errors import QwloraError, SourceError
     from qwlora.pipeline.job import OpenJob
 
+    # The judge moves the folders of adapters that were renamed in the recipe.
     if (folder / "recipe.yaml").is_file():
-        _ = OpenJob(folder).judge  # moves what was renamed in the recipe
+        _ = OpenJob(folder).judge
 
     base, reports, unreadable = job_fingerprint(folder), [], list[str]()
     for adapter in find_adapters(folder):
@@ -51,8 +52,8 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
             unreadable.append(str(error))
     rows = [("adapter", "kind", "rank", "alpha", "layers", "parameters", "base")]
     for report in reports:
-        other = " (a different base)" if base not in (None, report.base) else ""
-        trained_on = "unknown" if report.base is None else f"{report.base[:16]}{other}"
+        note = " (a different base)" if base not in (None, report.base) else ""
+        trained_on = "unknown" if report.base is None else f"{report.base[:16]}{note}"
         sizes = (str(report.rank), str(report.alpha), str(report.modules))
         rows.append((report.name, report.kind, *sizes, f"{report.parameters:,}", trained_on))
     lines = [*table(rows), *([f"base {base[:16]}"] if base else [])]

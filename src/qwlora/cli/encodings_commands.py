@@ -98,13 +98,12 @@ def _extent(array: Any) -> str:
 
 
 def _plain(file: aimet_encodings.EncodingsFile) -> dict[str, Any]:
-    """The content of a file as JSON values, with the same keys for every version."""
-
     def plain(value: Any) -> Any:
         value = sorted(value) if isinstance(value, frozenset) else value
         return value.tolist() if isinstance(value, np.ndarray) else value
 
     record = asdict(file, dict_factory=lambda items: {key: plain(value) for key, value in items})
+    # `asdict` takes fields only, and the granularity follows from them.
     record["encodings"] = [
         {"granularity": encoding.granularity, **fields}
         for encoding, fields in zip(file.encodings, record["encodings"], strict=True)

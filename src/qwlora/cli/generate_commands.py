@@ -1,10 +1,5 @@
 """`qwlora generate` and `qwlora chat`: text from the models of a job; `qwlora score`: their scores.
 
-    qwlora generate DIR "prompt"                         the first adapter
-    qwlora generate DIR "prompt" --models base,NAME      several answers
-    qwlora chat DIR --model NAME                         a conversation; /reset and /exit
-    qwlora score DIR TASK,TASK                           tasks of lm-eval
-
 The answer goes to standard output, everything else to standard error.
 """
 
@@ -13,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
 Raw = Annotated[
     bool, typer.Option("--raw", help="Continue the text without the model's chat template.")
 ]
+# Flushed, so that each token is seen when it comes.
+_write = partial(print, end="", flush=True)
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
     float,
@@ -69,11 +67,13 @@ def generate(
     names = opened.named(models)
     for name in names:
         opened.check(name)
+    # A wrong name is refused before the seconds that it takes to import torch.
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     sampling = Sampling(max_new_tokens, temperature, seed)
     answers = []
-    for name in names:  # one model in memory at a time
+    # One model is in memory at a time, so each is deleted before the next one is loaded.
+    for name in names:
         model, tokenizer = _open(opened, name, exact)
         is_raw = raw or not tokenizer.chat_template
         ids = prompt_ids(tokenizer, prompt if is_raw else [{"role": "user", "content": prompt}])
@@ -86,6 +86,7 @@ def generate(
         if not as_json:
             print("\n" if name != names[-1] else "", flush=True)
             rate, plural = answer.tokens_per_second, "" if answer.tokens == 1 else "s"
+            # The time to the first token includes reading the prompt, so the rate leaves it out.
             then = "" if rate is None else f", then {rate:.1f} per second"
             first = f"{answer.first_token_seconds:.2f} s"
             _say(f"{answer.tokens} token{plural}: the first after {first}{then}")
@@ -132,9 +133,10 @@ def chat(
                 parts.append(part)
                 _write(part)
 
+            # Ctrl-C ends the answer; what was written so far is part of the conversation.
             try:
                 generate_text(loaded, tokenizer, ids, sampling, write)
-            except KeyboardInterrupt as interrupt:  # what was written so far counts
+            except KeyboardInterrupt as interrupt:
                 if number_of(interrupt) != signal.SIGINT:
                     raise
             print(flush=True)
@@ -173,22 +175,20 @@ def _open(
     job: JobModels, name: ModelName, exact: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _say(f"loading {name} ...")
-    with ProgressDisplay(quiet=True):  # keeps what libraries print out of the answer
+    # Within a display, what libraries print goes to standard error, not into the answer.
+    with ProgressDisplay(quiet=True):
         return job.open(name, exact), job.tokenizer(name)
 
 
 def _read_line() -> str | None:
     """The next message; None at the end of the input."""
+    # `input` gets line editing and a history from this module, if it is imported.
     if is_terminal := sys.stdin.isatty():
-        import readline  # noqa: F401 (gives `input` its line editing)
+        import readline  # noqa: F401
     try:
         return input("> " if is_terminal else "").strip()
     except EOFError:
         return None
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _say(line: str) -> None:

@@ -105,6 +105,7 @@ def merge(
     from qwlora.recipe.implied import check_outside_data
     from qwlora.system.output_path import new_folder
 
+    # The folder is checked and locked before the minutes that loading a model may take.
     with new_folder(out) if out else nullcontext() as folder:
         opened, name = open_job(job, name, device=device)
         context = opened.new_context()
@@ -123,6 +124,7 @@ def merge(
 
 def merge_lines(effect: Mapping[str, Any]) -> list[str]:
     """What a merge loses, in words."""
+    # A mergeable adapter has no layers here: its update is a whole number of steps.
     worst = sorted(effect["layers"].items(), key=lambda item: -item[1]["share"])[:3]
     most = ", ".join(f"{path} {layer['share']:.1%}" for path, layer in worst)
     return [

@@ -58,10 +58,11 @@ class _Commands(typer.core.TyperGroup):
     """All commands; one that a signal interrupts ends with a single message."""
 
     def invoke(self, ctx: Any) -> Any:
+        # typer 0.29 would turn the interrupt into an exit without a message.
         try:
             with on_stop_signal(raise_stopped):
                 return super().invoke(ctx)
-        except KeyboardInterrupt as error:  # typer would exit without a message
+        except KeyboardInterrupt as error:
             number = number_of(error)
             where = f", {error}" if str(error) else ""
             resumes = ctx.invoked_subcommand in ("run", *VERBS)
@@ -84,7 +85,8 @@ Out = Annotated[
     Path | None,
     typer.Option(help="The directory for the job of a recipe. Created if it does not exist."),
 ]
-# Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
+# tqdm, huggingface_hub and datasets read these when they are imported. Their bars would break those
+# of `ProgressDisplay`.
 _PROGRESS_OF_OTHERS = (
     "TQDM_DISABLE",
     "HF_HUB_DISABLE_PROGRESS_BARS",
@@ -135,8 +137,6 @@ def _options(
 
 
 def _job_command(name: str) -> Callable[..., None]:
-    """The function of `run`, or of the command for one verb."""
-
     def command(
         recipe: Annotated[
             Path | None,
@@ -181,13 +181,15 @@ def _job_command(name: str) -> Callable[..., None]:
                 )
         except VerificationError as error:
             failure, results = error, error.results
+        # Of a distributed run, only the first process has results.
         if results and as_json:
             print_json(results)
-        elif results:  # in a distributed run, only the first process has some
+        elif results:
             from qwlora.pipeline.results import read_job
             from qwlora.report.summary_table import print_summary
 
-            with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
+            # A job that cannot be written has no report.
+            with contextlib.suppress(DirectoryError):
                 print_summary(read_job(out), out, console(width=120))
         if failure is not None:
             raise failure
@@ -251,15 +253,18 @@ app.add_typer(encodings_app, name="encodings")
 
 def main() -> None:
     """Run the command line; turn any error into one message and an exit code."""
+    # Both are read when torch and other libraries are imported, so they come first.
     configure_threads()
     for name in _PROGRESS_OF_OTHERS:
         os.environ.setdefault(name, "1")
+    # Python would print the source line, too, which means nothing to a user.
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
-        f"qwlora: warning: {message}\n"  # others as usual, without the source line
+        f"qwlora: warning: {message}\n"
         if category.__module__.startswith("qwlora.")
         else f"{filename}:{lineno}: {category.__name__}: {message}\n"
     )
     arguments, debug = _without_debug(sys.argv[1:])
+    # In typer's standalone mode, it would print errors by itself, with its own exit codes.
     with safe_streams(arguments):
         try:
             sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
@@ -277,11 +282,13 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _message(error: BaseException) -> str:
-    if type(error).__name__ == "Abort":  # wraps EOFError, which a truncated file raises too
+    # typer wraps EOFError in Abort: at the end of the input, but also of a truncated file.
+    if type(error).__name__ == "Abort":
         error = error.__cause__ or QwloraError("not confirmed: nothing was changed")
     if isinstance(error, QwloraError):
         return str(error)
-    if usage := getattr(error, "format_message", None):  # a usage error of click
+    # A usage error of click, which typer 0.29 has a copy of: the class depends on the release.
+    if usage := getattr(error, "format_message", None):
         return str(usage())
     file = file_being_read(error)
     where, text = f" while reading {file}" if file else "", described(error)
@@ -301,6 +308,7 @@ def _message(error: BaseException) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     if is_first_failure():
         print(f"qwlora: {shortened(message, 20_000)}", file=sys.stderr)
+    # A usual exit closes the connections, which waits for the other processes.
     if process_count() > 1:
-        os._exit(code)  # closing the connections would wait for the other processes
+        os._exit(code)
     sys.exit(code)

@@ -42,6 +42,7 @@ def check(
 
     checked = load_recipe(recipe, tuple(changes or ()))
     quiet_libraries()
+    # All refusals come before the first line of output, so that an error is all that is printed.
     check_source(checked)
     chosen, base = checked.export.targets, exported_base(checked)
     refusals.refuse(chosen, base, GridError)
@@ -130,6 +131,7 @@ def plan(
     content = load_recipe(recipe, tuple(changes or ()))
     from qwlora.system.quiet import quiet_libraries
 
+    # Some libraries print when they are imported, so they are silenced first.
     quiet_libraries()
     from qwlora.pipeline.forecast import plan_job
     from qwlora.recipe.model_files import second_rounding

@@ -40,6 +40,7 @@ Models = Annotated[
         "whose runtime is installed.",
     ),
 ]
+# Flags have their names here, because typer adds an opposite (`--no-json`) to those without one.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]

@@ -1,16 +1,5 @@
 """`qwlora inspect`: describe a model's files without loading the model.
-
-    model or frozen base       shape, grid and bits per weight of every tensor, similar ones grouped
-    float model + encodings    the grids that an AIMET encodings file gives it
-
-A model is a folder (float, GPTQ, AWQ, compressed-tensors, MLX), a .gguf file or package:NAME/PATH.
-
-`qwlora simulate DIR`: show what step 3 does to an adapter of a job. Writes nothing.
-
---explain          every value of the graph: its grid, and the rule that decided
---costs            perplexity cost of each part of the simulation; the most expensive activations
---suggest SHARE    which activations need 16 bits, so that perplexity with the others at 8 bits
-                   is at most (1 + SHARE) times that with float activations
+`qwlora simulate`: show what step 3 does to an adapter of a job.
 """
 
 from __future__ import annotations
@@ -34,7 +23,8 @@ if TYPE_CHECKING:
     from qwlora.simulation.placement import Placement
 
 
-NARROW = "simulation.activation_bitwidth=8"  # where the search of --suggest starts
+# The search of --suggest starts with all activations at 8 bits.
+NARROW = "simulation.activation_bitwidth=8"
 
 
 def inspect(
@@ -117,7 +107,6 @@ def _model_lines(inspection: Inspection) -> Iterator[str]:
 
 
 def _range(views: Sequence[TensorView]) -> str:
-    """Least and largest SQNR."""
     values = sorted(view.sqnr_db for view in views if view.sqnr_db is not None)
     ends = ["exact" if math.isinf(value) and value > 0 else f"{value:.2f}" for value in values]
     return "" if not ends else ends[0] if values[0] == values[-1] else f"{ends[0]} to {ends[-1]}"
@@ -250,10 +239,9 @@ def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
 
 
 def _name(value: GraphValue) -> str:
-    """The value's name without the number that distinguishes values of the same operator."""
+    # The name of a computed value ends in a number, which tells values of one operator apart.
     return f"{value.module or 'output'}.{value.operator}" if value.is_computed else value.name
 
 
 def _grid(value: GraphValue) -> str:
-    """The grid, and the observer unless it is min-max."""
     return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

@@ -1,20 +1,12 @@
 """What a command prints: results on standard output, everything else on standard error.
 
-Text of files, of models and of answers may contain control characters, with which it could clear a
-terminal, rename its window or write to its clipboard. Within `safe_streams` both streams show them
-as escapes (`\x1b`); only `console` writes real ones, for colors and bars.
-
-With --json, standard output is JSON alone: only `print_json` writes to it. What libraries print
-there, such as a banner when they are imported, goes to standard error.
-
 Progress is shown on standard error: bars on a terminal, else a line at most every 30 seconds.
 
     2/9 quantize            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
     quantizing              ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  10/30  0:01:12 left
 
 The first row is the job's stage, for commands that run one; the others are the steps that run now.
-The time left of a step follows from what it has done. They are erased when the command ends, also
-with an error or Ctrl-C. Text that is printed meanwhile appears above them.
+They are erased when the command ends. Text that is printed meanwhile appears above them.
 """
 
 from __future__ import annotations
@@ -43,9 +35,10 @@ T = TypeVar("T")
 LINE_SECONDS = 30.0  # between lines of progress without a terminal
 
 
+# Text of files, models and answers may contain control characters, with which it could clear a
+# terminal, rename its window or write to its clipboard. Both streams show them as escapes (`\x1b`);
+# only a `console` writes real ones, for colors and bars.
 class _Escaping:
-    """A text stream that writes control characters as escapes."""
-
     def __init__(self, stream: TextIO):
         self.stream = stream
 
@@ -62,8 +55,6 @@ class _Escaping:
 
 
 class _EscapingConsole(Console):
-    """Writes its own control sequences, and those of the text that it shows as escapes."""
-
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
@@ -72,11 +63,7 @@ class _EscapingConsole(Console):
 
 
 def console(stderr: bool = False, width: int | None = None) -> Console:
-    """A console on standard output, or on standard error.
-
-    Args:
-        width: columns if the stream is not a terminal.
-    """
+    """A console on a standard stream, of `width` columns if that is not a terminal."""
     stream: Any = sys.stderr if stderr else sys.stdout
     file = stream.stream if isinstance(stream, _Escaping) else stream
     columns = None if stream.isatty() else width
@@ -87,7 +74,8 @@ def console(stderr: bool = False, width: int | None = None) -> Console:
 def safe_streams(arguments: Sequence[str]) -> Iterator[None]:
     """Standard streams for one command, whose `arguments` may contain --json."""
     before = sys.stdin, sys.stdout, sys.stderr
-    # input as in arguments, which `prompt_ids` refuses; output to a terminal that is not UTF-8
+    # Input that is not UTF-8 becomes surrogates, as in arguments: `prompt_ids` refuses both.
+    # Output may go to a terminal that is not UTF-8, which is no reason to fail.
     for stream, errors in zip(before, ("surrogateescape", *["backslashreplace"] * 2), strict=True):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -105,12 +93,13 @@ _for_json: TextIO | None = None
 
 @contextlib.contextmanager
 def _only_json(stream: TextIO) -> Iterator[None]:
-    """Let only `print_json` write to `stream`; other output, also of C code, goes to standard
-    error."""
+    """Let only `print_json` write to `stream`."""
     global _for_json
     with contextlib.ExitStack() as stack:
         _for_json = stream
-        if stream is sys.__stdout__:  # else a test captures it
+        # Libraries in C print banners and notices to descriptor 1, which becomes standard error.
+        # A stream that a test captures is another one.
+        if stream is sys.__stdout__:
             stream.flush()
             _for_json = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
             stack.callback(os.dup2, _for_json.fileno(), 1)
@@ -135,14 +124,7 @@ def print_result(value: Any, lines: Iterable[str], as_json: bool) -> None:
 
 
 class ProgressDisplay:
-    """Shows the steps of one command; a context manager around it.
-
-    What is printed meanwhile goes to standard error, since standard output is for results, and
-    runtimes such as GPTQModel print there.
-
-    Args:
-        quiet: show nothing.
-    """
+    """Shows the steps of one command, unless it is `quiet`; a context manager around it."""
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
@@ -162,6 +144,7 @@ class ProgressDisplay:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> ProgressDisplay:
+        # Standard output is for results, but runtimes such as GPTQModel print there.
         self._exit.enter_context(contextlib.redirect_stdout(sys.stderr))
         if not self._quiet and self._progress.console.is_terminal:
             self._exit.enter_context(self._progress)
@@ -193,7 +176,8 @@ class ProgressDisplay:
         """A `Track`."""
         step = self._progress.add_task(f"  {description}", total=total, count="", left="")
         began = time.monotonic()
-        self._progress.refresh()  # so that a short step is seen as well
+        # At 4 refreshes per second, a short step would not be seen.
+        self._progress.refresh()
         try:
             for done, item in enumerate(items, 1):
                 yield item
@@ -207,7 +191,6 @@ class ProgressDisplay:
             self._progress.remove_task(step)
 
     def _print_lines(self) -> None:
-        """Say what runs now, and the time left of it, or how long it has run."""
         while not self._ended.wait(LINE_SECONDS):
             parts = [] if self._stage is None else [self._stage[1]]
             if not (tasks := self._progress.tasks):
@@ -223,10 +206,9 @@ class ProgressDisplay:
 def group_similar(
     items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T], Hashable]
 ) -> list[tuple[str, list[T]]]:
-    """Group items of equal kind whose names differ only in numbers.
+    """Group items of equal kind whose names differ only in numbers: (name of the group, items).
 
-    Returns (name of the group, items) pairs, in order of each group's first item. Numbers in the
-    name are replaced by `*`; where several groups would get the same name, it lists the numbers.
+    In the name, `*` replaces the numbers. It lists them where several groups would have the same.
     """
     groups: dict[tuple[str, Hashable], list[T]] = {}
     for item in items:
@@ -271,8 +253,8 @@ def score_lines(tasks: dict[str, Any]) -> Iterator[str]:
 
 def _numbers(names: Iterable[str]) -> str:
     """The first number of each name, ranges shortened: 0-3,7."""
-    numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
-    # in a run, a number and its index differ by the same
+    numbers = sorted({int(match[0]) for name in names if (match := re.search(r"\d+", name))})
+    # In a run of consecutive numbers, all differ from their index by the same.
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)

@@ -1,8 +1,4 @@
-"""Documents and a tokenizer to all the sequences that the stages read.
-
-Held-out documents never share a sequence, whatever the packing of the training part, except with
-`join`: a perplexity must not depend on a document's neighbors.
-"""
+"""Documents and a tokenizer to all the sequences that the stages read."""
 
 from __future__ import annotations
 
@@ -52,7 +48,6 @@ class PreparedText:
     Args:
         train, held_out: sequences; the held-out ones have no position_ids.
         joined_ids: int64 [count, tokens], concatenated training documents.
-        chat_template: whether a chat template rendered the documents.
     """
 
     documents: Documents
@@ -66,7 +61,6 @@ class PreparedText:
 
     @property
     def evaluation(self) -> Sequences:
-        """Held-out sequences that perplexity is measured on."""
         most = self.cutting.evaluation_sequences
         return self.held_out if most is None else self.held_out.first(most)
 
@@ -76,22 +70,18 @@ class PreparedText:
         return self.joined_ids[: self.cutting.calibration_sequences]
 
     def largest_id(self) -> int:
-        """The largest token id."""
         every = (self.train.input_ids, self.held_out.input_ids, self.joined_ids)
         return int(max(ids.max() for ids in every))
 
     def positions(self) -> int:
-        """Positions of the longest sequence, or document where several share a sequence."""
-        places = self.train.position_ids
-        longest = self.train.input_ids.shape[1] if places is None else int(places.max()) + 1
+        # Of documents that share a sequence, each has positions from 0, so the longest one counts.
+        position_ids, longest = self.train.position_ids, self.train.input_ids.shape[1]
+        if position_ids is not None:
+            longest = int(position_ids.max()) + 1
         return max(longest, self.held_out.input_ids.shape[1], self.joined_ids.shape[1])
 
     def invocation_problem(self, tokens: list[int]) -> str | None:
-        """Why activated LoRA cannot be trained on the text, if it cannot.
-
-        Args:
-            tokens: the invocation.
-        """
+        """Why activated LoRA with the invocation `tokens` cannot be trained on the text."""
         if (packing := self.cutting.packing_of(self.documents.kind)) != "none":
             return f"needs one document in a sequence: data.packing none, not {packing}"
         if (is_trained := self.train.activated(tokens)).all():
@@ -122,11 +112,7 @@ class PreparedText:
         self, number: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[dict[str, Any]]]:
         """A training sequence to look at: for each of its documents, runs of tokens that are all in
-        the loss or not, {text, tokens, in_loss}.
-
-        Raises:
-            SourceError: there is no training sequence of this number.
-        """
+        the loss or not, {text, tokens, in_loss}."""
         from qwlora.data.sequences import IGNORED
 
         if not 0 <= number < len(self.train):
@@ -140,14 +126,16 @@ class PreparedText:
         starts = [i for i, position in enumerate(positions) if position == 0]
         documents = []
         for start, stop in pairwise([*starts, len(ids)]):
-            end = stop  # without padding: tokens without loss at the end that repeat one id
+            # Padding has no mark of its own: it is an id that repeats at the end, without loss.
+            end = stop
             while end - start > 1 and not in_loss[end - 1] and ids[end - 1] == ids[end - 2]:
                 end -= 1
-            if end - start == 1 < stop - start and not in_loss[start]:
-                continue  # it is all padding
+            is_padding = end - start == 1 < stop - start and not in_loss[start]
+            if is_padding:
+                continue
             runs = []
-            for is_in, places in groupby(range(start, end), key=in_loss.__getitem__):
-                run = [ids[i] for i in places]
+            for is_in, numbers in groupby(range(start, end), key=in_loss.__getitem__):
+                run = [ids[number] for number in numbers]
                 text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
                 runs.append({"text": text, "tokens": len(run), "in_loss": is_in})
             documents.append(runs)
@@ -160,17 +148,14 @@ def prepare(
     cutting: Cutting,
     track: Track = untracked,
 ) -> PreparedText:
-    """Tokenize and pack both parts.
-
-    Raises:
-        SourceError: a conversation cannot be rendered, or a part is shorter than one sequence.
-    """
+    """Tokenize and pack both parts; see `encode_documents` and `cut_into_sequences`."""
     from qwlora.data.sequences import cut_into_sequences, joined_ids
 
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start = start_tokens(tokenizer) if kind == "text" else []
     tokens = cutting.sequence_tokens
-    padding = tokenizer.eos_token_id or 0  # a model may lack the padding token of its tokenizer
+    # A model may lack the padding token of its tokenizer.
+    padding = tokenizer.eos_token_id or 0
     train_tokens, held_out_tokens = (
         encode_documents(part, tokenizer, cutting.turns, cutting.prompt_format, track)
         for part in (documents.train, documents.held_out)
@@ -178,6 +163,7 @@ def prepare(
     train, train_counts = cut_into_sequences(
         train_tokens, tokens, packing, start, padding, "training"
     )
+    # A perplexity must not depend on a document's neighbors, so held-out ones share no sequence.
     alone = "none" if packing == "documents" else packing
     held_out, held_out_counts = cut_into_sequences(
         held_out_tokens, tokens, alone, start, padding, "held-out"
@@ -200,10 +186,8 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
     form = ""
     if description["kind"] == "completions":
         form = " with the chat template" if description["chat_template"] else " as plain text"
-    keys = [
-        *("documents", "tokens", "sequences", "loss_tokens"),
-        *("truncated_documents", "dropped_documents", "dropped_tokens"),
-    ]
+    keys = ["documents", "tokens", "sequences", "loss_tokens"]
+    keys += ["truncated_documents", "dropped_documents", "dropped_tokens"]
     parts = []
     for part, label in (("train", "training"), ("held_out", "held out")):
         counts = {key: description[part][key] for key in keys}

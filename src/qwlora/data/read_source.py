@@ -1,14 +1,7 @@
-"""Which files a source consists of, and the documents in them. docs/data.md lists the sources.
+"""Which files a source consists of, and the documents in them, all of one kind.
 
-All documents of a source are of one kind. Refused are compressed files, spreadsheets, and a file
-with records in the middle of its name, which would be trained on as running text (a.jsonl.bak).
-
-Of a folder, all visible files of these kinds are read; with a split, those named after it, as on
-the hub: the split or a synonym stands between separators in the file's name (`my_test.jsonl`,
-`train-00000-of-00001.parquet`) or, if that is true for no file, in the name of a folder
-(`train/0.jsonl`). A compressed file or spreadsheet is an error if it belongs to the split. Ignored
-are a dataset's card next to records, and files of any other kind (images, code, checksums). A
-folder in which nothing but the card can be read is refused, so that nobody trains on the card.
+docs/data.md lists the sources. Files of other kinds (images, code, checksums) in a folder are
+ignored. A compressed file or a spreadsheet is refused, as it may hold the data.
 """
 
 from __future__ import annotations
@@ -55,7 +48,8 @@ _REMEDIES = {
         "save its records as .jsonl, .csv or .parquet"
     ),
 }
-_RECORD_WITHIN = re.compile(  # longest first: .jsonl, not .json
+# Longest first, so that it is .jsonl that a.jsonl.bak contains, not .json.
+_RECORD_WITHIN = re.compile(
     rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])"
 )
 _CARDS = ("readme", "license")
@@ -85,11 +79,7 @@ class Reading:
 
 
 def locate_documents(source: str) -> None:
-    """Check that `source` exists, without reading it.
-
-    Raises:
-        SourceError: it does not.
-    """
+    """Check that `source` exists, without reading it; raise SourceError if it does not."""
     if source.startswith("python:"):
         _constant_of_module(source)
     elif not user_path(source).exists() and not _is_dataset_id(source):
@@ -103,14 +93,7 @@ def locate_documents(source: str) -> None:
 def load_documents(
     source: str, held_out: float, seed: int, reading: Reading | None = None
 ) -> Documents:
-    """Read and split `source`.
-
-    Args:
-        held_out: share of the characters to hold out of training; at least one document.
-
-    Raises:
-        SourceError, MissingExtraError: as `read_documents`.
-    """
+    """Read and split `source`; see `read_documents` and `split_documents`."""
     how = reading or Reading()
     documents, skipped = read_documents(source, how)
     return split_documents(documents, held_out, seed, skipped, how.keep_repeated)
@@ -121,7 +104,6 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
 
     Raises:
         SourceError: the source is missing or empty, or a record is bad (file and line are named).
-        MissingExtraError: the package that reads this kind of source is not installed.
     """
     reader, path = _Reader(how), user_path(source)
     is_module = source.startswith("python:")
@@ -209,8 +191,8 @@ class _Reader:
 
 
 def _constant_of_module(source: str) -> Any:
-    """The value of a constant, read from the source code of an installed module. The module is not
-    imported, because that runs its code, and the recipe may be a stranger's."""
+    """The value of a constant, read from the source code of an installed module."""
+    # Importing the module would run its code, and the recipe may be a stranger's.
     module_name, _, attribute = source.removeprefix("python:").partition(":")
     spec = installed_module(module_name)
     with foreign_as(SourceError, f"data source {source!r} cannot be read"):
@@ -225,7 +207,8 @@ def _constant_of_module(source: str) -> Any:
         if isinstance(statement, ast.Assign | ast.AnnAssign)
         and any(name in ast.iter_child_nodes(statement) for name in stored)
     ]
-    if len(stored) != 1 or not values:  # a second assignment or `+=` counts too
+    # After a second assignment or a `+=`, the first value is not the module's.
+    if len(stored) != 1 or not values:
         raise SourceError(
             f"data source {source!r}: python:MODULE:ATTRIBUTE needs an installed module whose "
             "source code assigns a constant to ATTRIBUTE exactly once. Modules are not run; save "
@@ -252,6 +235,7 @@ def _is_dataset_id(source: str) -> bool:
     """Whether `source` is `owner/name`, and not more likely a mistyped path."""
     if not is_hub_id(source):
         return False
+    # `data/train.jsonl` is not there, rather than a dataset of the user `data`.
     known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
     return Path(source).suffix.lower() not in known and _refusal(Path(source)) is None
 
@@ -260,6 +244,7 @@ def _refusal(file: Path) -> str | None:
     """Why a file of this name is refused and what to do; None if it can be read."""
     if file.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
         return None
+    # A file of unknown kind is running text, so a.jsonl.bak would be trained on as such.
     if (within := _RECORD_WITHIN.search(file.name.lower())) and not _remedy(file):
         return (
             f"its name contains {within[1]} but does not end in it: rename it to end in "
@@ -276,35 +261,36 @@ def _remedy(file: Path) -> str | None:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The files of `folder` with its documents, or with those of `split`, all of one kind.
-
-    Raises:
-        SourceError: there is no file but a card, none belongs to the split, one of them cannot
-            be read, or there are both records and running text.
-    """
+    """The files of `folder` with its documents, or with those of `split`, all of one kind."""
     where = f"data folder {str(folder)!r}"
 
     def named(files: Iterable[Path], most: int = 1) -> str:
         return listed((file.relative_to(folder).as_posix() for file in files), most)
 
-    found = map(folder.joinpath, glob.glob("**", root_dir=folder, recursive=True))
-    # a link may lead to a folder that is reached without it
-    once = {(os.path.realpath(p.parent), p.name): p for p in sorted(found, reverse=True)}
+    # `glob` follows links to folders, which `Path.rglob` of Python 3.11 does not, and leaves out
+    # hidden files. A link may lead to a folder that is reached without it, too.
+    paths = map(folder.joinpath, glob.glob("**", root_dir=folder, recursive=True))
+    once = {(os.path.realpath(p.parent), p.name): p for p in sorted(paths, reverse=True)}
     visible = sorted(p for p in once.values() if p.is_file())
     texts = [p for p in visible if p.suffix.lower() in TEXT_SUFFIXES]
+    # Older releases of `datasets` wrote dataset_infos.json, a description, next to the records.
     records = [
         p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p.name != "dataset_infos.json"
     ]
     unreadable = [p for p in visible if _remedy(p)]
+    # A dataset's card is no running text. Nobody should train on one because its records cannot be
+    # read, so it counts only in a folder of running text.
     contents = [p for p in texts if p.stem.lower() not in _CARDS]
     if records or unreadable or (not contents and len(texts) < len(visible)):
-        texts = contents  # without a dataset's card
+        texts = contents
     if not (files := sorted([*records, *unreadable, *texts])):
         raise SourceError(
             f"{where} holds no file of a supported kind ("
             f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}); it holds {named(visible, 4)}. Save "
             "its records as one of these. To train on a dataset's card, name its file"
         )
+    # As on the hub, a split or a synonym stands between separators in the name of a file
+    # (`my_test.jsonl`, `train-00000-of-00001.parquet`), or else of a folder (`train/0.jsonl`).
     if split is not None:
         words = "|".join(map(re.escape, _SPLITS.get(split, (split,))))
         of_split = re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)")

@@ -1,10 +1,7 @@
 """A record (a row of a table, a line of JSON) to a document.
 
-The recipe names the columns, or their names determine the kind; docs/data.md has the table. The
-first message determines whether a list is OpenAI's ({role, content}) or ShareGPT's ({from, value}),
-not the column. `tools` may be next to messages, and `input` next to instruction and output.
-
-A bad record is refused with its file and line. Nothing is repaired or skipped silently.
+The recipe names the columns, or their names determine the kind; docs/data.md has the table. A bad
+record is refused with its file and line. Nothing is repaired or skipped silently.
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 TOOLS = "tools"
 OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
+# Those whose columns a recipe may name. Tools always have the column `tools`.
 FIELDS = (*(name for fields in KINDS.values() for name in fields), "input")
-"""Fields whose columns a recipe may name."""
 _SHAREGPT_ROLES = {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), ASSISTANT),
@@ -56,9 +53,9 @@ TEXT_COLUMNS: Columns = {"text": "text"}
 
 
 def _columns(kind: str, asked: Mapping[str, str]) -> Columns:
-    """The fields of `kind`, in the columns `asked` or in those named like the fields."""
     required = {field: asked.get(field, field) for field in KINDS[kind]}
     optional = {field: asked.get(field, field) for field in OPTIONAL.get(kind, ())}
+    # A recipe may take the instruction from a column called `input`.
     taken = required.values()
     return required | {field: name for field, name in optional.items() if name not in taken}
 
@@ -74,11 +71,7 @@ def _required(columns: Columns) -> list[str]:
 
 
 def choose_columns(present: Collection[str], asked: Mapping[str, str], where: str) -> Columns:
-    """Decide which of the columns `present` are used; the recipe `asked` for some, by field.
-
-    Raises:
-        SourceError: a column from the recipe is missing, or the columns fit no kind or several.
-    """
+    """Decide which of the columns `present` are used; the recipe `asked` for some, by field."""
     if asked:
         kind = next(k for k, fields in KINDS.items() if {*fields, *OPTIONAL.get(k, ())} & {*asked})
         columns = _columns(kind, asked)
@@ -156,7 +149,6 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
 
 @contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Errors inside name their place."""
     try:
         yield
     except SourceError as error:
@@ -170,6 +162,7 @@ def _messages(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
         )
     if not value:
         raise EmptyRecordError(f"{name!r} is empty")
+    # Datasets use the column `conversations` for both forms, so the first message decides.
     sharegpt = isinstance(value[0], Mapping) and "from" in value[0] and "role" not in value[0]
     messages = []
     for number, message in enumerate(value, 1):
@@ -181,7 +174,6 @@ def _messages(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _message(message: Any, sharegpt: bool) -> Mapping[str, Any]:
-    """A message with role and content; ShareGPT's has `from` and `value` instead."""
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(message, Mapping):
         raise SourceError(f"must be an object with role and content, not {describe(message)}")
@@ -205,7 +197,8 @@ def _message(message: Any, sharegpt: bool) -> Mapping[str, Any]:
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(value, str):  # as in tables, where the tools of rows differ in structure
+    # Tools of different structure fit into a column of a table only as JSON.
+    if isinstance(value, str):
         with foreign_as(SourceError, f"{TOOLS!r} is a string, but not the JSON of a list of tools"):
             value = json.loads(value) if value.strip() else None
     if value is None:
@@ -227,6 +220,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise SourceError(f"{name!r} must be a string, not {describe(value)}")
+    # JSON can write half of a surrogate pair (`\ud800`), which a tokenizer cannot take.
     with foreign_as(SourceError, f"{name!r} is not UTF-8 text"):
         value.encode()
     return value

@@ -1,12 +1,7 @@
 """Files, tables and datasets to rows: where each is, and its content.
 
-Text, JSON, JSON Lines and CSV are read with Python's own modules: a bad record is named by its
-line, and values stay what the file says. The builders of `datasets` do neither: theirs name no
-line, read NaN as null, `NA` and an empty field of CSV as null, and `007` as 7.0 (docs/log/data.md).
-
-`pyarrow` reads Parquet and Arrow files in place and in batches, so that one of kilobytes that
-unpacks to gigabytes is refused before it fills memory. `datasets`, which takes seconds to import
-and copies files to its cache, reads what only it can. Both are in the extra `data`.
+Python's own modules read text, JSON, JSON Lines and CSV, `pyarrow` Parquet and Arrow files, and
+`datasets` what only it can. The last two are in the extra `data`.
 """
 
 from __future__ import annotations
@@ -32,15 +27,14 @@ Table = tuple[list[str], Callable[[Collection[str]], Rows]]
 """Column names, and a function from the wanted columns to the rows."""
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 _ROWS_AT_ONCE = 1000
-_MOST_RATIO, _HARMLESS_BYTES = 1000, 2**27  # of what a compressed file unpacks to
+# A file of kilobytes may unpack to gigabytes, by accident or as an attack. It is refused before it
+# fills memory; what is small, or of a usual ratio, is read.
+_MOST_RATIO, _HARMLESS_BYTES = 1000, 2**27
 
 
 def decode(path: Path) -> str:
-    """The content of a UTF-8 file without a byte order mark, newlines as they are.
-
-    Raises:
-        SourceError: it cannot be read, or is not UTF-8 (the line is named).
-    """
+    """The content of a UTF-8 file without a byte order mark, newlines as they are. If it has other
+    bytes, the SourceError names their line."""
     try:
         content = path.read_bytes()
         return content.decode("utf-8").removeprefix("\ufeff")
@@ -62,11 +56,8 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Rows:
     """The value of each line that is not blank (`file:line`), or each element of a list in a .json
-    file (`file record N`).
-
-    Raises:
-        SourceError: it is not JSON, holds NaN or infinity, or has a key twice.
-    """
+    file (`file record N`). NaN, infinity and a key that occurs twice are refused."""
+    # `datasets` 5.2 names no line of a bad record and reads NaN as null (docs/log/data.md).
     text = read_text(path)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         for number, record in enumerate(_parsed(text, path, None), 1):
@@ -78,7 +69,6 @@ def read_json(path: Path) -> Rows:
 
 
 def _parsed(text: str, path: Path, line: int | None) -> Any:
-    """The value of `text`, which is the whole file, or its line number `line`."""
     where, what = (path, "this") if line is None else (f"{path}:{line}", "this line")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
@@ -100,14 +90,14 @@ def _refuse_constant(name: str) -> Any:
 
 
 def read_csv(path: Path) -> tuple[list[str], Rows]:
-    """Column names, and the rows, each with the number of its first line (`file:line`).
-
-    Raises:
-        SourceError: it is not CSV, has no header, a column twice, or a row that does not fit.
-    """
+    """Column names, and the rows, each with the number of its first line (`file:line`)."""
+    # `datasets` 5.2 reads `NA` and empty fields as null, and `007` as 7.0 (docs/log/data.md).
     between, delimiter = ("tab", "\t") if path.suffix.lower() == ".tsv" else ("comma", ",")
     lines, line = list[tuple[int, list[str]]](), 1
-    before = csv.field_size_limit(2**31 - 1)  # by default 131,072 characters
+    # By default, Python refuses fields of more than 131,072 characters, as long texts have them.
+    before = csv.field_size_limit(2**31 - 1)
+    # Without `newline`, line breaks in quoted fields would change. Unless it is strict, Python
+    # reads a field with a stray quote as something else.
     try:
         reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, strict=True)
         for row in reader:
@@ -136,12 +126,8 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
 
 
 def read_arrow(path: Path) -> Table:
-    """A Parquet file, or an Arrow file in the stream or the file (Feather) format.
-
-    Raises:
-        SourceError: it is neither.
-        MissingExtraError: pyarrow is not installed.
-    """
+    """A Parquet file, or an Arrow file in the stream or the file (Feather) format."""
+    # `datasets` would copy the file to its cache, and its import takes 1.3 s, pyarrow's 0.2 s.
     pyarrow = require("pyarrow", "data", f"to read {str(path)!r}")
     is_parquet = path.suffix.lower() == ".parquet"
     kind = "a Parquet" if is_parquet else "an Arrow"
@@ -152,6 +138,7 @@ def read_arrow(path: Path) -> Table:
         else:
             ipc = importlib.import_module("pyarrow.ipc")
             source = pyarrow.memory_map(str(path))
+            # The file format begins with this mark, the stream format with its first message.
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             opened = ipc.open_file(source) if is_file else ipc.open_stream(source)
@@ -177,19 +164,15 @@ def read_arrow(path: Path) -> Table:
         for batch in batches:
             unpacked += batch.nbytes
             check(unpacked)
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):  # as objects, rows take memory
+            # Rows take many times the memory as Python's objects, and a batch may be a whole file.
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
 
     return list(schema.names), lambda wanted: _numbered(records(wanted), str(path))
 
 
 def read_dataset(source: str, split: str | None, subset: str | None = None) -> Table:
-    """A folder of `datasets.save_to_disk`, or a dataset on the hub, `owner/name`.
-
-    Raises:
-        SourceError: it cannot be loaded, or does not have that split.
-        MissingExtraError: datasets is not installed.
-    """
+    """A folder of `datasets.save_to_disk`, or a dataset on the hub, `owner/name`."""
     datasets = require("datasets", "data", f"to read {source!r}")
     is_saved = Path(source).is_dir()
     what = (
@@ -199,6 +182,7 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
     )
     with foreign_as(SourceError, what):
+        # A stranger's folder may list any file of the machine, or a pipe.
         for state in Path(source).rglob("state.json") if is_saved else ():
             check_readable(state.parent)
             files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
@@ -226,8 +210,8 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
 
 
 def _numbered(records: Iterable[dict[str, Any]], source: str) -> Rows:
-    """(`source row N`, row); errors of the reader name the last row that it gave."""
     iterator, number = iter(records), 0
+    # A damaged file fails somewhere in its middle, as it is read in batches.
     while True:
         with foreign_as(SourceError, f"{source}: it cannot be read after row {number}"):
             record = next(iterator, None)
@@ -241,8 +225,7 @@ def _numbered(records: Iterable[dict[str, Any]], source: str) -> Rows:
 
 
 def _without_null(value: Any) -> Any:
-    """`value` without null keys of its objects: in a table, all objects of a column have the keys
-    that any of them has."""
+    # In a table, all objects of a column have the keys that any of them has, as null.
     if isinstance(value, dict):
         return {key: _without_null(v) for key, v in value.items() if v is not None}
     return [_without_null(v) for v in value] if isinstance(value, list) else value

@@ -3,9 +3,7 @@
     loss = mean over t of -log p(labels[t] | input_ids[:t]),  over t >= 1 with labels[t] != IGNORED
 
 `labels[t]` is `input_ids[t]` for loss tokens and IGNORED elsewhere (transformers' convention; the
-model shifts by one). `position_ids`, if present, restart at 0 with each document of a sequence, and
-transformers builds a block-diagonal attention mask from them, for eager and sdpa attention
-(whatever uses `create_causal_mask`), if there is no attention mask and no cache.
+model shifts by one). `position_ids`, if present, restart at 0 with each document of a sequence.
 
 Tokens become sequences of equal length by one of three packings:
 
@@ -16,13 +14,7 @@ Tokens become sequences of equal length by one of three packings:
     none        one document per sequence, padded to the longest
 
 Running text longer than a sequence is cut into pieces. Other documents are truncated at the end,
-and dropped if that leaves no loss token. Except with `join`, the first token of a document is never
-in the loss, since the document before it must not predict it.
-
-Models with their own mask and recurrent models may accept such positions and mix the documents
-anyway. So `check_isolation` tests the model itself, with two documents a and b of random tokens:
-
-    |logits(b after a, positions restart) - logits(b)|  <=  0.02 |logits(b after a) - logits(b)|
+and dropped if that leaves no loss token.
 """
 
 from __future__ import annotations
@@ -44,6 +36,7 @@ from qwlora.system.device import device_of, moved
 
 IGNORED = -100
 _DOCUMENT_TOKENS = 12
+# Models that separate documents leak 2e-7 to 6e-7 of the influence, OPT 0.83 (docs/log/data.md).
 _MOST_LEAK = 0.02
 
 
@@ -57,20 +50,19 @@ class Sequences(Dataset[dict[str, Tensor]]):
         position_ids: int64 [count, tokens], if documents share a sequence without attending to
             each other.
         documents: int64 [count, tokens], the number of the document that each token is from;
-            tokens of one document are not independent samples. -1 for padding. Not an argument
-            of the model.
+            -1 for padding. Not an argument of the model.
     """
 
     input_ids: Int64[Tensor, "count tokens"]
     labels: Int64[Tensor, "count tokens"]
     position_ids: Int64[Tensor, "count tokens"] | None = None
+    # Standard errors need these: tokens of one document are not independent samples.
     documents: Int64[Tensor, "count tokens"] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def first(self, count: int) -> Sequences:
-        """The first `count` sequences, or as many as there are."""
         return self._part(torch.arange(min(count, len(self))))
 
     def cut(self, tokens: int) -> Sequences:
@@ -83,6 +75,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def spread(self, count: int) -> tuple[Sequences, Sequences]:
         """(`count` evenly spaced sequences, or as many as there are; the remaining ones)."""
         count = min(count, len(self))
+        # Neighbors are often of one document, so the first sequences would be of few documents.
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[torch.arange(count) * len(self) // max(1, count)] = True
         return self._part(chosen), self._part(~chosen)
@@ -97,25 +90,25 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return item
 
     def rows(self) -> Iterator[tuple[Int64[Tensor, " tokens"], Int64[Tensor, " tokens"]]]:
-        """(ids, labels) of each sequence up to its last loss token; a causal model's loss does not
-        depend on what follows."""
+        """(ids, labels) of each sequence up to its last loss token."""
         assert self.position_ids is None, (
             "documents that share a sequence need position_ids, which rows() does not return"
         )
+        # A causal model's loss does not depend on the tokens that follow.
         for ids, labels in zip(self.input_ids, self.labels, strict=True):
             end = int((labels != IGNORED).nonzero().max()) + 1
             yield ids[:end], labels[:end]
 
     def activated(self, tokens: Sequence[int]) -> Tensor:
-        """Whether a loss token follows the start of the last occurrence of `tokens`, which is where
-        activated LoRA starts: bool [count]."""
-        found = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        if (starts := found.shape[1] - len(tokens) + 1) > 0:
-            found[:, :starts] = True
-            for place, token in enumerate(tokens):
-                found[:, :starts] &= self.input_ids[:, place : place + starts] == token
-        count = found.sum(1, keepdim=True)
-        is_active = (count > 0) & (found.cumsum(1) == count)
+        """Whether a loss token follows the start of the last `tokens` in a row: bool [count]."""
+        is_start = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        if (starts := is_start.shape[1] - len(tokens) + 1) > 0:
+            is_start[:, :starts] = True
+            for offset, token in enumerate(tokens):
+                is_start[:, :starts] &= self.input_ids[:, offset : offset + starts] == token
+        # PEFT's activated LoRA acts from the last occurrence on, its own tokens included.
+        count = is_start.sum(1, keepdim=True)
+        is_active = (count > 0) & (is_start.cumsum(1) == count)
         return (is_active[:, :-1] & (self.labels[:, 1:] != IGNORED)).any(1)
 
     @property
@@ -167,9 +160,6 @@ def cut_into_sequences(
         start: tokens before each sequence, or piece, of running text; none for other documents.
         padding: token id of padding.
         part: name of the part for messages, such as `training`.
-
-    Raises:
-        SourceError: the documents do not fill one sequence, or have no loss token.
     """
     counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
     if packing == "join":
@@ -191,13 +181,10 @@ def cut_into_sequences(
 def joined_ids(
     encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
 ) -> Tensor:
-    """All tokens concatenated, int64 [count, tokens], for calibration and statistics.
-
-    Raises:
-        SourceError: running text is shorter than one sequence (records make one short sequence).
-    """
+    """All tokens concatenated, int64 [count, tokens], for calibration and statistics."""
     ids = torch.tensor([i for tokens in encoded for i in tokens.ids], dtype=torch.int64)
     fresh = sequence_tokens - len(start)
+    # Running text must fill a sequence; a few short records are one short sequence.
     if len(ids) < fresh and encoded and not encoded[0].divisible:
         fresh = len(ids)
     count = len(ids) // fresh if fresh > 0 else 0
@@ -222,7 +209,8 @@ def _join(
         return Sequences(ids, ids, documents=documents)
     flags = [flag for tokens in encoded for flag in tokens.in_loss]
     labels = ids.masked_fill(~torch.tensor(flags[: ids.numel()]).view(ids.shape), IGNORED)
-    kept = (labels[:, 1:] != IGNORED).any(dim=1)  # a batch without a loss token has no loss
+    # The loss of a batch without a loss token is 0 / 0.
+    kept = (labels[:, 1:] != IGNORED).any(dim=1)
     if not kept.any():
         raise SourceError(
             f"no sequence of the {part} part has a loss token: raise data.sequence_tokens, or "
@@ -264,7 +252,8 @@ def _pieces(
 def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices that share a sequence (best fit: the fullest one with enough room)."""
     bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending
+    # (room left, number of the bin), ascending, so that a search takes logarithmic time.
+    open_bins: list[tuple[int, int]] = []
     for index, length in enumerate(lengths):
         at = bisect.bisect_left(open_bins, (length, -1))
         if at < len(open_bins):
@@ -288,6 +277,7 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
         for tokens in documents:
             end = at + len(tokens.ids)
             ids[row, at:end] = torch.tensor(tokens.ids)
+            # The document before it must not predict a document's first token.
             in_loss = torch.tensor([False, *tokens.in_loss[1:]])
             labels[row, at:end] = ids[row, at:end].masked_fill(~in_loss, IGNORED)
             places[row, at:end] = torch.arange(end - at)
@@ -298,11 +288,12 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
 
 
 def check_isolation(model: nn.Module) -> None:
-    """Check that `model` separates documents by their positions.
-
-    Raises:
-        SourceError: it mixes them, or takes no position_ids.
-    """
+    """Check that `model` separates documents by their positions; raise SourceError if it mixes
+    them, or takes no position_ids."""
+    # No configuration value tells which models do (docs/log/data.md): transformers builds a
+    # block-diagonal mask from restarting positions in `create_causal_mask`, if there is no
+    # attention mask and no cache. Models with their own mask and recurrent models take the
+    # positions and mix the documents all the same.
     leak = isolation_leak(model)
     if leak is None or leak > _MOST_LEAK:
         how = (
@@ -320,7 +311,10 @@ def check_isolation(model: nn.Module) -> None:
 
 @torch.no_grad()
 def isolation_leak(model: Any) -> float | None:
-    """0 if documents are separate, 1 if positions have no effect; None without position_ids."""
+    """0 if documents are separate, 1 if positions have no effect; None without position_ids.
+
+    |logits(b after a, positions restart) - logits(b)|  /  |logits(b after a) - logits(b)|
+    """
     count, generator = _DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first, second = torch.randint(vocabulary, (2, count), generator=generator)
@@ -348,8 +342,7 @@ def one_row(ids: Tensor) -> dict[str, Tensor]:
 def in_turn(
     texts: Sequence[Iterable[Tensor]], weights: Sequence[float] | None = None
 ) -> Iterator[Tensor]:
-    """The sequences of several texts in turn, each text's as often as its weight says, until all
-    are used up."""
+    """The sequences of several texts in turn, each text's as often as its weight says."""
     left, taken = dict(enumerate(map(iter, texts))), [0.0] * len(texts)
     while left:
         number = min(left, key=lambda n: taken[n])

@@ -6,17 +6,6 @@
                    conversation of two messages (`renders_pairs`)
     Conversation   what the chat template renders; see below
 
-At inference the prompt is tokenized alone, so it is here. The tokens of the completion are the
-first of these that leave the decoded text unchanged:
-
-    1. what follows the prompt's tokens when both are tokenized together, if these begin with them
-    2. the completion tokenized alone
-    3. what follows a sentinel, tokenized with it and cut off again: `yes`, where the tokenizer
-       would put a space before a text (`▁yes`, SentencePiece)
-
-Otherwise both are tokenized together, and the loss begins at the first token that differs from the
-prompt's.
-
 The tokenizer's own chat template renders a conversation. Which tokens are the assistant's:
 
     template has {% generation %} markers   what is between them (return_assistant_tokens_mask)
@@ -25,21 +14,7 @@ The tokenizer's own chat template renders a conversation. Which tokens are the a
                                             `render(messages[:i], add_generation_prompt=True)`
 
 The second method needs each of these renderings to be a prefix of the whole text, which is checked
-for every message. A template that renders past messages differently (some drop the reasoning of
-earlier turns) is refused; with `turns: apart` each turn is rendered as the last, as at inference.
-
-Special cases:
-    no generation prompt   the template ignores `add_generation_prompt`, so its header is part of
-                           the difference. The message then begins at its content, including the
-                           spaces before it: SentencePiece has one token for a space and a word.
-    assistant first        transformers renders no empty conversation. The message begins after
-                           the generation prompt in what two renderings, with different contents,
-                           have in common.
-    tools                  are rendered, not in the loss; a template that ignores them is refused.
-    end of a turn          white space after the turn's special end token is not in the loss:
-                           generation stops before it.
-
-A token belongs to the message that contains its first character.
+for every message. With `turns: apart`, each turn is rendered as the last, as at inference.
 """
 
 from __future__ import annotations
@@ -62,7 +37,8 @@ if TYPE_CHECKING:
 
 _SENTINELS = ("\n", ".", "a")
 Messages = Sequence[Mapping[str, Any]]
-_MOST_ADDED = 100_000  # characters that a template may add: system prompts, headers
+# Characters that a template may add, such as system prompts and headers.
+_MOST_ADDED = 100_000
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -90,14 +66,8 @@ def encode_documents(
     prompt_format: str = "auto",
     track: Track = untracked,
 ) -> list[Tokens]:
-    """Tokens of each document, or of each turn if `turns` is `apart`.
-
-    Args:
-        prompt_format: of completions; see `renders_pairs`.
-
-    Raises:
-        SourceError: see `encode_conversation`.
-    """
+    """Tokens of each document, or of each turn if `turns` is `apart`; see `renders_pairs` and
+    `encode_conversation`."""
     encoded: list[Tokens] = []
     as_chat, start = renders_pairs(tokenizer, prompt_format), start_tokens(tokenizer)
     for number, document in enumerate(track(documents, "tokenizing", len(documents))):
@@ -131,6 +101,7 @@ def renders_pairs(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> boo
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that the tokenizer puts before every text, such as BOS."""
+    # A tokenizer may have a BOS and not put it before a text, or put other tokens there.
     bare = _ids("a", tokenizer)
     full: list[int] = tokenizer("a")["input_ids"]
     places = range(len(full) - len(bare) + 1)
@@ -140,10 +111,14 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _prompt_and_completion(
     document: Completion, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
+    # At inference, the prompt is tokenized alone, so it is here. The tokens of the completion are
+    # the first below that leave the decoded text unchanged.
     prompt = _ids(document.prompt, tokenizer)
     both = _ids(document.prompt + document.completion, tokenizer)
     if both[: len(prompt)] == prompt:
         return prompt, both[len(prompt) :]
+    # SentencePiece puts a space before a text (`▁yes`). After a sentinel it does not, and the
+    # sentinel's tokens are cut off again.
     for sentinel in ("", *_SENTINELS):
         cut = len(_ids(sentinel, tokenizer)) if sentinel else 0
         completion = _ids(sentinel + document.completion, tokenizer)[cut:]
@@ -154,10 +129,12 @@ def _prompt_and_completion(
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # Verbose, transformers warns of each text that is longer than the model's positions.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    # Cleaning up removes spaces before punctuation, so that other tokens give the same text.
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -168,10 +145,8 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_conversation(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """(ids, whether each counts in the loss), both [tokens].
-
-    Args:
-        last_only: only the assistant's last message counts in the loss.
+    """(ids, whether each counts in the loss), both [tokens]; with `last_only`, only the assistant's
+    last message does.
 
     Raises:
         SourceError: there is no chat template; it refuses the conversation or leaves out its
@@ -189,10 +164,13 @@ def encode_conversation(
         )
     messages, tools, where = conversation.messages, conversation.tools, conversation.where
     rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
-    text = rendered(messages)  # also with markers, so that what exceeds a limit ends here
+    # Also with markers, so that a template which exceeds a limit ends here: transformers' own call
+    # below has no limits.
+    text = rendered(messages)
     without_tools = None
     if tools:
-        with suppress(SourceError):  # the template requires tools
+        # The template may require tools.
+        with suppress(SourceError):
             without_tools = rendered(messages, tools=())
     if text == without_tools:
         raise SourceError(
@@ -202,7 +180,7 @@ def encode_conversation(
         )
     plain_tools: Any = [dict(tool) for tool in tools] or None
     if _GENERATION.search(tokenizer.get_chat_template(tools=plain_tools)):
-        # markers around nothing at the start of a text make some releases of transformers fail
+        # Markers around nothing at the start of a text make some releases of transformers fail.
         with foreign_as(SourceError, f"{where}: the model's chat template refuses these messages"):
             encoded: Any = tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
@@ -218,6 +196,7 @@ def encode_conversation(
             start = next((i + 1 for i in range(end - 1, -1, -1) if not in_loss[i]), 0)
             in_loss = [flag and start <= i for i, flag in enumerate(in_loss)]
     else:
+        # `all_special_tokens` has those with a role. A template may end a turn with another one.
         ends_of_turn = {
             *tokenizer.all_special_tokens,
             *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
@@ -230,6 +209,9 @@ def encode_conversation(
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
+        # A token belongs to the message with its first character. transformers' mask has those that
+        # overlap, which differ: SmolLM2 has one token for the newline of a header and the space of
+        # the answer (docs/log/data.md).
         in_loss = [
             any(start <= first < end for start, end in spans)
             for first, _ in encoded["offset_mapping"]
@@ -255,17 +237,13 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     prompt: bool = False,
 ) -> str:
-    """The text of `messages`, rendered with the tokenizer's chat template.
-
-    A template is a program from the model's folder, so its time, memory and output are limited.
-
-    Args:
-        where: what messages name.
-        prompt: end with the header of the assistant's next message.
+    """The text of `messages`, rendered with the tokenizer's chat template. With `prompt`, it ends
+    with the header of the assistant's next message.
 
     Raises:
-        SourceError: the template refuses the messages, or exceeds a limit.
+        SourceError: the template refuses the messages, or exceeds a limit; `where` is named.
     """
+    # A template is a program from the model's folder, so its time, memory and output are limited.
     remedy = "name a file with another template in data.chat_template"
     late = SourceError(
         f"{where}: the model's chat template has not rendered this conversation after "
@@ -309,16 +287,20 @@ def _span(
         start: int | None = len(before)
         if not after.startswith(before):
             start = None
+        # A template without a generation prompt puts its header into the difference, too.
         elif before == rendered(messages[:i]):
             start = _content_start(messages[i], after, len(before), where)
     else:
+        # transformers renders no empty conversation, so there is nothing before this message.
         start = _start_of_greeting(messages[0], after, rendered, where)
+    # Some templates drop the reasoning of earlier turns.
     if start is None or not text.startswith(after):
         raise SourceError(
             f"{where}: the chat template renders this message differently when another follows, so "
             f"the {ASSISTANT}'s tokens cannot be located. Set data.turns: apart, or use a template "
             "with {% generation %} markers (data.chat_template)"
         )
+    # Generation stops at the turn's end token, so white space after it is not in the loss.
     spoken = after[start:].rstrip()
     return start, start + len(spoken) if spoken.endswith(ends_of_turn) else len(after)
 
@@ -326,11 +308,12 @@ def _span(
 def _start_of_greeting(
     greeting: Mapping[str, Any], text: str, rendered: Callable[..., str], where: str
 ) -> int | None:
-    """Start of a first message: after the last generation prompt in the header, which is what
-    does not depend on the message's content; None if the header has no generation prompt."""
+    """Start of a first message: after the last generation prompt in its header, if there is one."""
+    # The header is what does not depend on the message's content.
     content = greeting.get("content") or ""
-    other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
-    header = text[: common_prefix_length(text, rendered([{**greeting, "content": other}]))]
+    # The other content begins with another character, so that what is equal ends before it.
+    different = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
+    header = text[: common_prefix_length(text, rendered([{**greeting, "content": different}]))]
     question = [{"role": "user", "content": "a"}]
     unasked, asked = (rendered(question, prompt=prompt) for prompt in (False, True))
     if unasked == asked:
@@ -342,10 +325,7 @@ def _start_of_greeting(
 def _content_start(
     message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0
 ) -> int:
-    """Start of the content and of the spaces before it, for an empty generation prompt.
-
-    Without a header (`[/INST] Hi`) this is `start`.
-    """
+    """Start of the content and of the spaces before it; `start` without a header (`[/INST] Hi`)."""
     content = (message.get("content") or "").strip()
     at = text.find(content, max(start, earliest)) if content else -1
     if at < 0:
@@ -354,5 +334,6 @@ def _content_start(
             f"{ASSISTANT}'s tokens cannot be located. Use a template with "
             "{% generation %} markers (data.chat_template)"
         )
+    # SentencePiece has one token for a space and a word.
     header = text[start:at]
     return start + len(header.rstrip(" ")) if header.strip() else start

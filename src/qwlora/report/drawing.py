@@ -1,8 +1,6 @@
 """Inline SVG: drawings, scales, charts, and figures that are drawn for wide and for narrow windows.
 
-A plotting library draws one size and scales it; text must stay 11 to 13 px on a phone, so each
-figure is drawn for 740 and 358 px and the style sheet shows one of them. Colors are classes, so
-that they follow the theme.
+Colors are classes, so that they follow the theme.
 """
 
 from __future__ import annotations
@@ -15,18 +13,15 @@ from markupsafe import Markup, escape
 
 from qwlora.report.number_format import significant
 
+# A plotting library draws one size and scales it, but text must stay 11 to 13 px on a phone. So
+# each figure is drawn for both widths, and the style sheet shows one of them.
 WIDTHS = {"wide": 740, "narrow": 358}
 
 Point = tuple[float, float]
 
 
 class Drawing:
-    """One SVG.
-
-    Args:
-        title: its name, for screen readers.
-        description: its numbers, in words.
-    """
+    """One SVG; screen readers read its title, and its numbers in the description."""
 
     def __init__(self, width: int, height: float, title: str, description: str):
         self.width, self.height = width, height
@@ -40,25 +35,23 @@ class Drawing:
         self._parts.append(f'<text {place} class="{kind}">{escape(text)}</text>')
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> None:
-        """A straight line."""
         ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
         self._parts.append(f'<line {ends} class="{kind}"/>')
 
     def rect(
         self, x: float, y: float, w: float, h: float, kind: str, title: str = "", radius: float = 0
     ) -> None:
-        """A rectangle, with a tooltip if it has a title."""
         rx = f' rx="{radius:g}"' if radius else ""
         place = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}"{rx}'
         self._mark("rect", f'{place} class="{kind}"', title)
 
     def square(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        """One of many rectangles; those of a kind become a single path, behind everything else."""
+        # A heat map has thousands of cells. Those of a color become one path, so that the page
+        # stays small, and it is behind everything else.
         square = f"M{x:.1f},{y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z"
         self._squares.setdefault(kind, []).append(square)
 
     def circle(self, x: float, y: float, radius: float, kind: str, title: str = "") -> None:
-        """A dot."""
         self._mark("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{kind}"', title)
 
     def _mark(self, element: str, attributes: str, title: str) -> None:
@@ -66,13 +59,11 @@ class Drawing:
         self._parts.append(f"<{element} {attributes}{end}")
 
     def polyline(self, points: Sequence[Point], kind: str) -> None:
-        """A line through points."""
         if points:
             line = " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
             self._parts.append(f'<path d="M{line}" class="{kind}"/>')
 
     def svg(self) -> Markup:
-        """The drawing as inline SVG."""
         width, height = self.width, f"{self.height:g}"
         size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         squares = [
@@ -97,11 +88,7 @@ def figure(draw: Callable[[int], Drawing]) -> Markup:
 
 
 class Scale:
-    """Maps numbers between `low` and `high` to pixels between `start` and `end`.
-
-    Args:
-        logarithmic: equal ratios are equal lengths; both ends must be positive.
-    """
+    """Maps numbers between `low` and `high`, both positive on a logarithmic scale, to pixels."""
 
     def __init__(
         self, low: float, high: float, start: float, end: float, logarithmic: bool = False
@@ -112,6 +99,7 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         inside = min(max(value, min(self.low, self.high)), max(self.low, self.high))
+        # Both ends are equal if there is a single value, and its share is then 0.
         first, last = self._value(self.low), self._value(self.high)
         share = (self._value(inside) - first) / ((last - first) or 1)
         return self._start + share * (self._end - self._start)
@@ -123,6 +111,7 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
         return [low]
     rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
+    # Without the margins, 0.3 / 0.1 is less than 3, and the tick at an end is lost.
     step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -130,6 +119,7 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 def shortened(text: str, pixels: float, size: float = 13) -> str:
     """`text`, cut with an ellipsis so that it is not wider than `pixels`."""
+    # SVG cannot measure text before a browser draws it. A character is about half as wide as high.
     most = max(int(pixels / (0.5 * size)), 3)
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -139,11 +129,9 @@ class Row:
     """One row of a chart.
 
     Args:
-        value: in words, at the end of the row.
         parts: bars: start, end, class of the color, tooltip.
         dots: value, class of the color, tooltip.
         hatched: the row is hatched; the tooltip that says why.
-        detail: below the name.
     """
 
     name: str
@@ -191,6 +179,7 @@ def chart(
         drawing.text(x, 12, line[1], "ax", anchor)
     for number, row in enumerate(rows):
         y, name = top + step * number, row.name
+        # On a phone, the name is in the line of the value; else it has a column of its own.
         room = width - longest if narrow else left - 8.0
         if narrow and row.detail:
             name += f", {row.detail}"
@@ -203,6 +192,7 @@ def chart(
         if row.hatched or not logarithmic:
             kind = "hatch" if row.hatched else "track"
             drawing.rect(left, y, end - left, 12, kind, row.hatched, 2)
+        # A bar has at least two pixels, so that a small cost is seen, also at the end of the scale.
         for start, stop, color, tooltip in row.parts:
             x = min(scale(start), end - 2)
             drawing.rect(x, y, max(scale(stop) - x, 2), 12, f"mark {color}", tooltip, 2)

@@ -38,11 +38,8 @@ _SHORT = {"float": "float", "reference": "float LoRA"}
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure: `value` with its unit, a definition behind the question mark, a note.
-
-    Args:
-        badness: of several adapters, the one with the largest is shown; None if not measured.
-    """
+    """One key figure: `value` with its unit, and `tip`, the definition behind the question mark. Of
+    several adapters, the one with the largest badness is shown."""
 
     label: str
     tip: str
@@ -59,7 +56,6 @@ def tiles(job: Job) -> list[Tile]:
 
 
 def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
-    """The tile of the adapter with the largest badness; of several it says which."""
     named = {name: tile_of(job, name) for name in job.adapters or [""]}
     name = max(named, key=lambda n: -math.inf if (b := named[n].badness) is None else b)
     if len(named) == 1 or named[name].badness is None:
@@ -68,7 +64,6 @@ def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
 
 
 def _add(job: Job, verb: str) -> Markup:
-    """How to measure what was not measured."""
     if job.state == "running":
         return Markup("not yet")
     return Markup("add it: {}").format(job.verb_command(verb))
@@ -105,12 +100,11 @@ def _packing(job: Job, adapter: str) -> Tile:
 
 
 def _shipping(job: Job, adapter: str) -> Tile:
-    """Relative perplexity between the trained adapter and the exported file that is furthest from
-    what is expected; and its parts in words."""
     drifts = {t: drift for t in job.targets if (drift := job.drift(t, adapter)) is not None}
     target = max(drifts, key=lambda t: abs(drifts[t]), default="")
     export, simulation, note = drifts.get(target), 0.0, ""
-    if job.compared_with(target, adapter) == "simulated":  # else files hold no activations
+    # Files without activations were compared with the adapter, so the simulation costs nothing.
+    if job.compared_with(target, adapter) == "simulated":
         change = job.change("simulated", "adapted", adapter)
         export, simulation = (None, 0.0) if change is None else (export, change)
         note = f"simulation {precise_percent(simulation, True)}, "
@@ -122,7 +116,7 @@ def _shipping(job: Job, adapter: str) -> Tile:
 
 
 def _divergence(job: Job, adapter: str) -> Tile:
-    """KL divergence of the last model from the one that it is compared with."""
+    # Of the last model that was evaluated.
     label = "KL to float, mean"
     for kind, word in (("simulated", "simulated"), ("adapted", "with adapter"), ("base", "base")):
         path = job.path(kind, adapter, "kl")

@@ -1,14 +1,7 @@
 """The model cards (README.md) of a job's base and adapters, with the metadata that the hub reads.
 
-    base_model, base_model_relation    what it was made from, if it has a hub id
-    license                            as the model's files state it, otherwise `unknown`
-    datasets                           the text, if it has a hub id
-    library_name, pipeline_tag, tags
-    model-index                        perplexities, divergence from the float model
-
 `qwlora run` rewrites a card when it changes. A card without the comment at its end (`MARK`) belongs
-to the user and is left alone. Cards name no path of this machine: folders are relative to the
-job's directory, or, in an uploaded card, to where the reader downloads the files.
+to the user and is left alone.
 """
 
 from __future__ import annotations
@@ -47,13 +40,8 @@ _known_origin = cache(origin_of)
 
 @dataclass(frozen=True)
 class Repositories:
-    """Where the hub has the files; in its repositories, folders have other names than in a job.
-
-    Args:
-        base, adapter: hub ids, as far as there are any.
-        license: as the user states it; overrides that of the model.
-        exports: what is uploaded of targets, by path in the repository.
-    """
+    """Where the hub has the files: ids of the base's and the adapter's repository, the license that
+    the user states, and the exported files that are uploaded."""
 
     base: str | None = None
     adapter: str | None = None
@@ -90,8 +78,10 @@ def card_text(
         "license_name": origin.license_name,
         "license_link": origin.license_link,
     }
-    if known.license or adapter:  # an adapter's license must be stated
+    # The license of the model's files is not that of an adapter: the user must state it.
+    if known.license or adapter:
         stated = {"license": known.license or UNKNOWN}
+    # A card names no folder of this machine.
     local_name = source if source.startswith("python:") else PurePath(source).name
     measured = [
         EvalResult(
@@ -135,11 +125,11 @@ def card_text(
     }
     template = _TEMPLATES / ("adapter.md" if adapter else "base.md")
     card = ModelCard.from_template(data, template_path=str(template), **fields)
+    # Parts of the template that are left out leave empty lines.
     return marked(re.sub(r"\n{3,}", "\n\n", str(card)))
 
 
 def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
-    """Fields of the template, and what was measured."""
     layers = job.section("base", "layers").values()
     schemes = Counter(str(layer.get("scheme")) for layer in layers)
     grids = ", ".join(scheme for scheme, _ in schemes.most_common(3)) or "packed integers"
@@ -152,7 +142,8 @@ def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
 
 
 def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], list[Number]]:
-    root = recipe.root(next(a for a in recipe.adapters if a.name == name))  # whose shape it has
+    # An adapter that continues another has the shape of that one; its own settings are defaults.
+    root = recipe.root(next(a for a in recipe.adapters if a.name == name))
     amount = (job.section("texts", job.text_of(name) or "") or job.section("data")).get("train", {})
     return {
         "shape": "" if root.continue_from else f" (rank {root.rank}, alpha {root.alpha:g})",
@@ -178,6 +169,7 @@ def _runtimes(job: Job, adapter: str | None, hub: Repositories | None) -> Iterat
         known = TARGETS[target]
         if hub and not any(name.startswith(f"{target}/") for name in hub.exports):
             continue
+        # Repositories of the hub have other folders than a job: an adapter's is not with its base.
         base = f"base/{target}" if hub else f"export/{target}/base"
         folder = f"export/{target}" if known.has_cases else base
         exported = f"{adapter}/{target}" if hub else f"export/{target}/{adapter}"

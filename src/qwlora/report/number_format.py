@@ -23,6 +23,7 @@ Path = tuple[str | int, ...]  # of a value in results.json: keys, and numbers of
 
 def finite(value: Any) -> float | None:
     """`value` if it is a finite number."""
+    # True is an int of Python, but no number of a result.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -31,12 +32,14 @@ def finite(value: Any) -> float | None:
 def tagged(text: str, value: float, path: Path = ()) -> Markup:
     """A number with its exact value, by which tables sort, and its place in results.json, which
     tests and tools read; without one it was computed from several."""
+    # `repr` is the shortest text that reads as the same float.
     key = Markup(' data-key="{}"').format(json.dumps(path)) if path else ""
     return Markup('<data value="{}"{}>{}</data>').format(repr(value), key, text)
 
 
 def signed(text: str) -> str:
     """`text`, a formatted number, with a minus sign that has the width of a digit."""
+    # -0.0004 is written `-0.00`, which is no fall.
     digits = text.lstrip("+-")
     if not any(digit in "123456789" for digit in digits):
         return digits
@@ -58,11 +61,8 @@ def perplexity(value: float) -> str:
 
 
 def percent(value: float, sign: bool = False, digits: int | None = None) -> str:
-    """A share as a percentage: one decimal, two below 1%.
-
-    Args:
-        sign: write a plus sign too.
-    """
+    """A share as a percentage: one decimal, two below 1%."""
+    # 0.995 % is the first that two decimals would write as 1.00%.
     if digits is None:
         digits = 2 if abs(value) < 0.00995 else 1
     return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")

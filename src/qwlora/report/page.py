@@ -1,8 +1,4 @@
-"""Renders report.html of a job.
-
-It is a single file: styles, script and drawings are inside, and a Content-Security-Policy makes
-the browser itself refuse any request. Every name is escaped (jinja2's autoescape; `Drawing`).
-"""
+"""Renders report.html of a job: a single file, with styles, script and drawings inside."""
 
 from __future__ import annotations
 
@@ -25,10 +21,13 @@ _FIRST = {"running": ("training", "cost"), "finished": ()}  # sections; of a job
 
 @cache
 def _environment() -> Environment:
+    # Names of adapters and texts of a stranger's job are escaped here and in `Drawing`, and the
+    # page's Content-Security-Policy makes the browser refuse any request.
+    # A job runs for hours, and the package may be upgraded meanwhile: nothing is reloaded.
     environment = Environment(
         loader=PackageLoader("qwlora.report", "templates"),
         autoescape=True,
-        auto_reload=False,  # a job runs for hours; the package may be upgraded meanwhile
+        auto_reload=False,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -70,16 +69,13 @@ def render(job: Job) -> str:
 
 
 def _views(job: Job, adapter: str, chosen: Sequence[ReportSection], suffix: str = "") -> list[View]:
-    """What sections show of an adapter; with an empty name, of the whole job."""
     drawn = (section.drawn(job, adapter, f"{section.id}{suffix}") for section in chosen)
     return [view for view in drawn if view is not None]
 
 
 def _patience(job: Job) -> float:
-    """Seconds without an update after which a running job may have stopped.
-
-    A stage writes nothing until it ends, and the next may take much longer than those before.
-    """
+    """Seconds without an update after which a running job may have stopped."""
+    # A stage writes nothing until it ends, and the next may take much longer than those before.
     if job.section("run", "training"):
         return max(3 * (job.number("run", "training", "step_seconds") or 0.0), TRAINING_PATIENCE)
     stages = [finite(part.get("seconds")) or 0.0 for part in job.finished_stages.values()]

@@ -1,7 +1,4 @@
-"""A job as the report reads it: results.json, the resolved recipe, and what is out of date.
-
-The report knows nothing but these. A key that is missing was not measured.
-"""
+"""A job as the report reads it. A key that is missing was not measured."""
 
 from __future__ import annotations
 
@@ -35,10 +32,7 @@ class Job:
     Args:
         results: the content of results.json.
         recipe: the resolved recipe; empty if it cannot be read.
-        recipe_text: the file's text.
-        name: of the job's folder, without its parents.
         stale: why the proof of an adapter's files is out of date, by (target, adapter).
-        is_simulated: whether the recipe asks for simulations.
     """
 
     results: Mapping[str, Any]
@@ -49,15 +43,12 @@ class Job:
     is_simulated: bool = True
 
     def get(self, *path: str) -> Any:
-        """The value at `path` of the results; None if it is not there."""
         return _at(self.results, path)
 
     def setting(self, *path: str) -> Any:
-        """The value at `path` of the recipe; None if it is not there."""
         return _at(self.recipe, path)
 
     def number(self, *path: str) -> float | None:
-        """A finite number of the results; None if there is none."""
         return finite(self.get(*path))
 
     def shown(self, written: Format, *path: str) -> Markup | None:
@@ -66,26 +57,21 @@ class Job:
         return None if value is None else tagged(written(value), value, path)
 
     def section(self, *path: str) -> dict[str, Any]:
-        """A dict of the results; empty if there is none."""
         return self.get(*path) or {}
 
     @property
     def title(self) -> str:
-        """The name of the job: that of its recipe, or of its folder."""
         return str(self.setting("name") or self.get("recipe") or self.name)
 
     def adapter_settings(self) -> dict[str, dict[str, Any]]:
-        """The recipe's settings of each adapter, by name."""
         return {str(a["name"]): a for a in self.setting("adapters") or ()}
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the adapters, in the order of the recipe."""
         return list(self.adapter_settings() or self.section("train"))
 
     @property
     def targets(self) -> list[str]:
-        """Export targets of the recipe, or those that were checked."""
         return self.setting("export", "targets") or [*self.section("parity")]
 
     @property
@@ -95,25 +81,21 @@ class Job:
 
     @property
     def model(self) -> str:
-        """Name of the model: the last part of its source, without the file's ending."""
         source = str(self.setting("model", "source") or "").rstrip("/")
         return re.sub(r"\.(gguf|safetensors)$", "", source.rpartition("/")[2]) or "unknown model"
 
     @property
     def bitwidth(self) -> int | None:
-        """Of the base's weights, as the recipe requests it."""
         name = re.match(r"w(\d+)-", str(self.setting("base", "weights")))
         return int(name[1]) if name else None
 
     @property
     def float_bytes(self) -> float | None:
-        """Size of the model in float32."""
         packed, floats = self.number("base", "weights"), self.number("base", "float_weights")
         return None if packed is None or floats is None else FLOAT_BYTES * (packed + floats)
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Those of `KINDS` that the recipe asks for."""
         return {k: words for k, words in KINDS.items() if self.is_simulated or k != "simulated"}
 
     def text_of(self, adapter: str | None) -> str | None:
@@ -135,7 +117,6 @@ class Job:
         return on if self.get(*on) is not None else (key, kind)
 
     def perplexity(self, kind: str, adapter: str | None) -> float | None:
-        """The perplexity of a model on the text of `adapter`."""
         return self.number(*self.path(kind, adapter))
 
     def change(self, kind: str, against: str, adapter: str | None) -> float | None:
@@ -154,8 +135,7 @@ class Job:
         return "reference" if is_trained else "float"
 
     def gains(self, against: str = "float") -> dict[str, float]:
-        """Change of the perplexity from the float model or `reference` to the final model, by
-        adapter."""
+        """Change of the perplexity from `against` to the final model, by adapter."""
         changes = {n: self.change(self.final_kind(n) or "", against, n) for n in self.adapters}
         return {name: change for name, change in changes.items() if change is not None}
 
@@ -172,10 +152,10 @@ class Job:
         return "adapted" if is_trained else "simulated"
 
     def drift(self, target: str, adapter: str) -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected; None if the
-        files changed since."""
+        """Relative difference of the exported file's perplexity from what is expected."""
         keys = ("perplexity", "reference_perplexity")
         value, expected = (self.number("parity", target, adapter, key) for key in keys)
+        # Files that changed since were not measured.
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
@@ -193,12 +173,11 @@ class Job:
 
     @property
     def planned_stages(self) -> list[str]:
-        """Names of all stages of the job, in order; empty if they were not recorded."""
         return self.get("run", "plan") or []
 
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
-        """What was recorded of each finished stage, in order."""
+        # A job that resumes records the stages of earlier runs first; the plan has the order.
         stages: dict[str, dict[str, float]] = {}
         for verb in self.section("stages"):
             stages |= self.section("stages", verb, "parts")
@@ -207,7 +186,7 @@ class Job:
 
     @property
     def seconds_so_far(self) -> float:
-        """Time of all finished stages, also of earlier runs, and of the stage that runs."""
+        # `elapsed_seconds` is that of this run alone, with the stage that runs.
         began = str(self.get("run", "started") or "")
         finished = before = 0.0
         for part in self.finished_stages.values():
@@ -220,11 +199,9 @@ class Job:
 
     @property
     def command(self) -> str:
-        """The command that runs the job, from the folder above the job's."""
         return self.get("run", "command") or f"qwlora run {self.name}"
 
     def verb_command(self, verb: str) -> Markup:
-        """The command that runs one stage of this job."""
         return code(f"qwlora {verb} {self.name}")
 
 
@@ -247,7 +224,8 @@ def capitalized(text: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """`text` with absolute paths cut to their last part: a report can be passed on."""
+    """`text` with absolute paths cut to their last part."""
+    # A report can be passed on, and the folders of this machine are nobody's business.
     return re.sub(r"(?<![\w.:/~])(?:/|[A-Za-z]:\\)(?:[^\s/\\'\":,;)]+[/\\])+", "", text)
 
 

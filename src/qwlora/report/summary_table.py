@@ -73,8 +73,8 @@ def _plain(text: str | Markup) -> str:
 
 
 def base_costs(results: dict[str, Any]) -> Iterator[Row]:
-    """What the base costs on texts other than its own, such as that of an adapter added later: a
-    base keeps the calibration that it has."""
+    """What the base costs on texts other than its own."""
+    # A base keeps its calibration when an adapter with other text is added.
     for text, ratio in results.get("perplexity_ratio", {}).get("on", {}).items():
         over = _with_error(ratio["base"]["value"] - 1, ratio["base"]["stderr"], "+.1%")
         kl = results["kl"]["on"][text]["base"]
@@ -87,7 +87,6 @@ def _with_error(value: float, error: float | None, written: str) -> str:
 
 
 def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> Iterator[Row]:
-    """Steps, loss and costs of one adapter, its gain on held-out text, and warnings."""
     in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
     losses = train.get("losses") or []
     course, part = "", max(1, len(losses) // 5)
@@ -108,5 +107,6 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
         yield "", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"
         if change >= 0:
             yield "Warning", f"{name} is no better than the base on held-out text"
-    if part > 1 and end >= start:  # single steps say nothing
+    # The losses of two single steps say nothing.
+    if part > 1 and end >= start:
         yield "Warning", f"{name} did not learn: loss {course}. Lower learning_rate, or raise steps"

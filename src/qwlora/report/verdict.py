@@ -6,13 +6,8 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
-A caution: an adapter is not better than the float model by 1%, or by 2 standard errors where those
-were measured; two adapters are identical; a file was checked on fewer than 1,000 tokens. With
-`reference: float`, an adapter is compared with the same one trained on the float model (float LoRA)
-instead: a caution is more than 5% over it, and float LoRA must be better than the float model. What
-was not measured never counts as passed. Checks of a proof were judged by `targets/proof`.
-
-The sentence is the strongest fact for, ", but ", the strongest fact against.
+What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
+sentence is the strongest fact for, ", but ", the strongest fact against.
 """
 
 from __future__ import annotations
@@ -62,13 +57,8 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One line under the verdict.
-
-    Args:
-        what: what was checked.
-        value: the result; with `limit`, in words.
-        against: the fact as the end of the verdict's sentence, if it speaks against shipping.
-    """
+    """One line under the verdict: what was checked, the result and the limit in words, and the end
+    of the verdict's sentence if it speaks against shipping."""
 
     outcome: Outcome
     what: str | Markup
@@ -79,11 +69,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict, its sentence, the line below it, and the evidence that it follows from.
-
-    Args:
-        progress: of the stage that runs, from 0 to 1.
-    """
+    """The verdict, and the progress of the stage that runs, from 0 to 1."""
 
     kind: VerdictKind
     sentence: str
@@ -96,6 +82,7 @@ def verdict(job: Job) -> Verdict:
     """Apply the rules to a job."""
     evidence = tuple(_all_evidence(job))
     outcomes = {item.outcome for item in evidence}
+    # In an unfinished job, what was not measured may still be.
     if job.state in ("running", "interrupted", "incomplete"):
         return _unfinished(job, tuple(f for f in evidence if f.outcome is not Outcome.MISSING))
     if job.state == "failed" or Outcome.FAILED in outcomes:
@@ -145,12 +132,13 @@ def proof_evidence(job: Job, target: str, case: str) -> list[Evidence]:
 
 
 def _all_evidence(job: Job) -> Iterator[Evidence]:
-    """That of the proofs first."""
+    # Proofs come first: the first caution is the one in the verdict's sentence.
     for target in job.targets:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
-    same: dict[tuple[float, ...], list[str]] = {}  # adapters by the loss of every step
+    # Two adapters with the same loss in every step were made from the same data, by mistake.
+    same: dict[tuple[float, ...], list[str]] = {}
     for name in job.adapters:
         losses = job.get("train", name, "losses")
         if isinstance(losses, list) and losses:
@@ -168,8 +156,8 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
 
 
 def _of_target(job: Job, target: str) -> Iterator[Evidence]:
-    """All checks for a single adapter. For several, one line for their proofs. For the base and
-    for several adapters together, one line each. Every check that failed has its own."""
+    # Each failed check has a line. The others have one each for a single adapter, and one in all
+    # for several: a hundred adapters would have thousands.
     alone = [case for case in job.cases(target) if case in job.adapters]
     proofs = {name: proof_evidence(job, target, name) for name in alone}
     outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
@@ -209,13 +197,13 @@ def _failed(evidence: list[Evidence], where: str) -> Iterator[Evidence]:
 
 
 def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
-    """Whether the adapter beats the float model on held-out text; where there is no float model,
-    the packed base."""
     if (kind := job.final_kind(adapter)) is None:
         return
     is_only = len(job.adapters) == 1
     name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
     who = "the adapter" if is_only else adapter
+    # An adapter that is close to float LoRA gained as much as that: whether training helped at all
+    # is then asked of float LoRA.
     if (over := job.change(kind, "reference", adapter)) is not None:
         yield Evidence(
             Outcome.PASSED if over <= MOST_OVER else Outcome.CAUTION,
@@ -228,6 +216,7 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
         who = name[:1].lower() + name[1:]
     reference, model = "float", "float model"
     least, needed = LEAST_GAIN, f"better by {LEAST_GAIN:.0%} expected"
+    # Two standard errors of the ratio of both perplexities, which share their text.
     if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
         least, percentage = 2 * stderr, form.precise_percent(2 * stderr)
         needed = f"better by 2 standard errors ({percentage}) expected"
@@ -251,7 +240,6 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
 
 
 def _tokens(job: Job, target: str) -> dict[str, float]:
-    """Tokens on which the files of each adapter were checked."""
     numbers = {name: job.number("parity", target, name, "tokens") for name in job.adapters}
     return {name: number for name, number in numbers.items() if number is not None}
 
@@ -271,7 +259,7 @@ def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
 
 
 def _unproven(job: Job) -> str:
-    """Why the files are not proven, as the end of a sentence; empty if they are."""
+    """The end of a sentence; empty if all files are proven."""
     if not job.targets:
         return "no runtime was checked: the recipe has no export target"
     for target in job.targets:
@@ -287,7 +275,6 @@ def _unproven(job: Job) -> str:
 
 
 def _file_count(job: Job) -> int:
-    """How many exported files there are: one for each adapter or use case, and runtime."""
     return sum(len(set(job.cases(target)) - {BASE, NO_ADAPTER}) for target in job.targets)
 
 
@@ -348,7 +335,6 @@ def _failure(job: Job, evidence: tuple[Evidence, ...]) -> str:
 
 
 def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
-    """Of a job that runs, was interrupted, or of which some stages were not run."""
     stage, training = job.get("run", "stage"), job.section("run", "training")
     step, steps, plan = training.get("step"), training.get("steps"), job.planned_stages
     done = f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""

@@ -1,7 +1,5 @@
 """Files and folders that appear whole or not at all, even if the machine loses power.
 
-A rename alone is not enough: after a power cut a file system may show the new name with no content.
-So the content is flushed to disk first (fsync), then renamed, then the rename itself is flushed.
 The scratch copy of `NAME` is `.NAME.part`, next to it.
 """
 
@@ -20,7 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# In the metadata of a safetensors file: the key of all metadata as JSON, and in it, of the digest.
+# All metadata are one JSON text under one key: safetensors 0.8 writes several keys in random order,
+# so equal tensors would make different files.
 _RECORD, _DIGEST = "qwlora", "sha256"
 
 
@@ -29,16 +28,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a scratch path to write a file to; when the block ends, it replaces `path`.
 
     If the block raises, the scratch file is deleted and `path` stays as it was.
-
-    Raises:
-        OSError: the file cannot be flushed or renamed.
     """
-    scratch = path.with_name(f".{path.name[:200]}.part")  # names have at most 255 bytes
+    # A name has at most 255 bytes, so a long one leaves no room for the suffix.
+    scratch = path.with_name(f".{path.name[:200]}.part")
     try:
         yield scratch
         move_into_place(scratch, path)
     finally:
-        with contextlib.suppress(OSError, ValueError):  # the first error is the one to report
+        # The error of the block is the one to report, not that of this cleanup.
+        with contextlib.suppress(OSError, ValueError):
             scratch.unlink(missing_ok=True)
 
 
@@ -55,13 +53,11 @@ def replacing_files(
         last: name of the file that marks the others next to it as complete. The old one is moved
             away before all other files, and the new one is put in place after them.
         obsolete: old files, relative to `folder`, that are deleted unless they are replaced.
-
-    Raises:
-        OSError: a file cannot be flushed or renamed.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # In the folder itself, since a rename works only within one file system.
         with tempfile.TemporaryDirectory(
             prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True
         ) as scratch:
@@ -69,6 +65,7 @@ def replacing_files(
             new.mkdir()
             yield new
             flush(new)
+            # `last` goes first and comes last: without it, a reader refuses the files next to it.
             files = sorted(files_in(new), key=lambda file: Path(file).name == last)
             replaced = [f for f in {*files, *obsolete} if os.path.lexists(folder / f)]
             replaced.sort(key=lambda file: Path(file).name != last)
@@ -80,7 +77,8 @@ def replacing_files(
                 for source, target in moves:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     source.replace(target)
-            except BaseException:  # Ctrl-C may come right after a move: look at the files
+            except BaseException:
+                # Ctrl-C may come right after a move, so the files say which moves took place.
                 for source, target in reversed(moves):
                     if os.path.lexists(target) and not os.path.lexists(source):
                         target.replace(source)
@@ -110,11 +108,7 @@ def total_bytes(paths: Iterable[Path]) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, replacing what was there.
-
-    Raises:
-        OSError: it cannot be written; the old file is as it was.
-    """
+    """Write a text file in UTF-8, replacing what was there. If this fails, the old file stays."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
@@ -133,17 +127,14 @@ def write_tensors(
     """Write a safetensors file, replacing what was there; its folder is made if need be.
 
     Its metadata get a digest of the tensors and the metadata, which `read_tensors` checks.
-
-    Raises:
-        SafetensorError: it cannot be written; the old file is as it was.
-        OSError: it cannot be flushed or renamed.
     """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # `save_file` refuses other tensors, such as a transposed weight.
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     record = {**(metadata or {}), _DIGEST: _digest(contiguous, metadata or {})}
-    with replacing(path) as scratch:  # one key: safetensors writes several in random order
+    with replacing(path) as scratch:
         save_file(contiguous, scratch, metadata={_RECORD: json.dumps(record, sort_keys=True)})
 
 
@@ -174,6 +165,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        # numpy has no bfloat16, and torch cannot view a 0-D tensor as bytes.
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -181,12 +173,10 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def move_into_place(scratch: Path, target: Path) -> None:
     """Flush a file or a folder to disk and rename it to `target`, on the same file system.
 
-    Files that only their owner may read, as safetensors creates them, get the mode of the umask.
     A file replaces the file at `target`. A folder needs `target` to be absent or an empty folder.
-
-    Raises:
-        OSError: flushing or renaming failed, for example because the disk is full.
     """
+    # After a power cut, a file system may show a new name with no content. So the content is on
+    # the disk before the rename, and the rename before this returns.
     flush(scratch)
     scratch.replace(target)
     flush_folder(target.parent)
@@ -204,8 +194,10 @@ def flush(path: Path) -> None:
 
 def _flush_file(path: Path) -> None:
     with path.open("rb") as file:
+        # safetensors 0.8 makes its files 0600, which no other user of a shared folder can read.
+        # The umask can only be read by setting it; files made meanwhile are private.
         if os.fstat(file.fileno()).st_mode & 0o777 == 0o600:
-            mask = os.umask(0o077)  # can only be read by setting it
+            mask = os.umask(0o077)
             os.umask(mask)
             os.fchmod(file.fileno(), 0o666 & ~mask)
         os.fsync(file.fileno())

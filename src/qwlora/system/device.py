@@ -1,8 +1,7 @@
 """Where a model computes.
 
-Tensors follow the model: calibration data, prompts and texts may be on the CPU, and every call
-moves them to the device of the model that it is given. So `model.to("cuda")` is all that a call
-needs to compute on a GPU.
+Tensors follow the model: every call moves its data to the device of the model that it is given, so
+`model.to("cuda")` is all that a call needs to compute on a GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ CPU = torch.device("cpu")
 def device_of(module: object) -> torch.device:
     """The device of the first tensor of `module` that has data; the meta device if none has any,
     and the CPU if there are no tensors, for example where a function replaces the model."""
-    device = None
     tensors = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
+    device = CPU
     for tensor in tensors:
         device = tensor.device
         if device.type != "meta":
             break
-    return CPU if device is None else device
+    return device
 
 
 def pick_device(key: str) -> torch.device:
@@ -47,8 +46,10 @@ def pick_device(key: str) -> torch.device:
         return CPU
     module: Any = getattr(torch, kind, None)
     count = module.device_count() if module is not None and module.is_available() else 0
+    # The driver may know a GPU that this build of torch cannot use.
     if key == "auto" and not count:
-        return CPU  # a GPU that the driver knows, but that this build of torch cannot use
+        return CPU
+    # The launcher numbers the processes of each machine. With a single GPU, they share it.
     number = key.partition(":")[2] or (os.environ.get("LOCAL_RANK", "0") if count > 1 else "0")
     if int(number) >= count:
         there = f"{count} of type {kind}, numbered from 0" if count else f"none of type {kind}"
@@ -70,13 +71,11 @@ def memory_of(device: torch.device, what: str) -> Iterator[dict[str, Any]]:
     """Measure the memory of another device than the CPU: afterwards, the dict has its type as
     `device`, and, where torch counts it, `peak_device_bytes`.
 
-    Args:
-        what: needs the memory.
-
     Raises:
-        DeviceError: the device is out of memory.
+        DeviceError: the device is out of memory, which `what` needs.
     """
     module: Any = getattr(torch, device.type)
+    # Neither torch.cpu nor torch.mps has it.
     counts = hasattr(module, "max_memory_allocated")
     measured = dict[str, Any]()
     if counts:
@@ -101,11 +100,9 @@ def moved(value: T, device: torch.device) -> T:
 
 @contextmanager
 def on_cpu(*modules: nn.Module) -> Iterator[None]:
-    """Within, the modules are on the CPU: for files, and for runtimes that compute there.
-
-    A simulation has its own tensors again afterwards, not copies: they are its model's.
-    """
+    """Within, the modules are on the CPU: for files, and for runtimes that compute there."""
     away = {m: device for m in modules if (device := device_of(m)).type not in ("cpu", "meta")}
+    # A simulation shares its tensors with its model, so it gets the same ones back, not copies.
     parts = {part for module in away for part in module.modules()}
     tensors = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
     try:
@@ -116,5 +113,6 @@ def on_cpu(*modules: nn.Module) -> Iterator[None]:
         for part, parameters, buffers in tensors:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
-        for module, device in away.items():  # what is not a parameter or buffer
+        # Modules may move more than parameters and buffers in `to`.
+        for module, device in away.items():
             module.to(device)

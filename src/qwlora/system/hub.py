@@ -17,19 +17,15 @@ def commit_files(
     is_private: bool,
     begin: Callable[[], None],
 ) -> str:
-    """Upload files as one commit, so that a reader sees all of them or none.
+    """Upload files as one commit, and return its address.
 
     Args:
         repository: `owner/name`; it is created if it does not exist.
-        files: by path in the repository.
-        outdated: files to delete there.
+        files, outdated: to upload, by path in the repository, and to delete there.
         what: is uploaded, in words.
         others: files that a repository of something else has, and what it then holds.
         is_private: whether a new repository is private, and an existing one has to be.
         begin: called when everything was checked, before anything is sent.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         UploadError: there is no token; the hub refuses, or cannot be reached; or the repository is
@@ -45,12 +41,14 @@ def commit_files(
         )
     api, is_sent = HfApi(), False
     try:
+        # A repository that exists keeps its visibility, whatever is asked for here.
         api.create_repo(repository, private=is_private, exist_ok=True)
         if is_private and not api.model_info(repository).private:
             raise UploadError(
                 f"{repository} is a public repository. Nothing was uploaded. Give --public to "
                 "upload to it, or another --to"
             )
+        # A base and an adapter have files of the same name, such as README.md.
         there = api.list_repo_files(repository)
         if mixed := [name for name in others if name in there]:
             raise UploadError(
@@ -62,12 +60,15 @@ def commit_files(
         gone = [CommitOperationDelete(name) for name in outdated if name in there]
         is_sent = True
         message = f"Upload {what} with QWLoRA"
+        # One commit, so that a reader sees all files or none.
         commit = api.create_commit(repository, [*added, *gone], commit_message=message)
         return str(commit.commit_url)
     except QwloraError:
         raise
-    except Exception as error:  # the client raises many types: offline, forbidden, too large ...
-        if is_sent and not isinstance(error, HfHubHTTPError):  # the hub may have made the commit
+    # huggingface_hub raises many types: offline, forbidden, too large ...
+    except Exception as error:
+        # Without an answer of the hub, the commit may have been made all the same.
+        if is_sent and not isinstance(error, HfHubHTTPError):
             raise UploadError(
                 f"{repository}: the connection ended before the hub answered, so it is not known "
                 f"whether the files were uploaded: {described(error)}. Run the command again",

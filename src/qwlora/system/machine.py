@@ -1,24 +1,6 @@
 """The machine: precision of its processor and accelerators, threads and memory.
 
-**Device.** `device: auto` is the accelerator that torch can use, else the CPU; `system/device.py`
-turns the key into a device of torch.
-
-**Precision.** `compute: auto` is bfloat16 if the device has instructions for it, else float32. A
-processor without bfloat16 instructions converts each operand instead, which made a layer seven
-times slower than float32.
-
-**Threads.** By default OpenMP threads spin while they wait for each other. If other programs use
-the cores too, the thread that the others wait for may not be running while they use up its
-processor time: beside another program on two cores, a training step took twice as long as with
-one thread (`benchmarks/shared_cpu.py`). With OMP_WAIT_POLICY=passive they sleep instead, in
-GNU's OpenMP (torch's own packages for Linux) as in LLVM's and Intel's. torch also starts a thread
-for each physical core of the machine, even where a container or a job scheduler allows fewer. The
-number set here is that of the physical cores this process may use: its affinity mask, bounded by
-the CPU quota of its cgroup. OpenMP reads both from the environment when it is loaded, so they are
-set before torch is imported. A value that the user set stays.
-
-**Memory.** Linux can reset the peak of resident memory; on other systems it is the peak since the
-process began.
+`system/device.py` turns the recipe's `device` into a device of torch.
 """
 
 from __future__ import annotations
@@ -41,7 +23,8 @@ from qwlora.errors import QwloraWarning
 
 Compute = Literal["float32", "bfloat16"]
 
-_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, x86 and ARM
+# The first two are of x86, the last one is of ARM.
+_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
@@ -53,6 +36,8 @@ class SlowComputeWarning(QwloraWarning):
 
 def auto_compute(device: str) -> Compute:
     """What `compute: auto` selects on a device of this torch type (cpu, cuda, ...)."""
+    # A processor without bfloat16 instructions converts each operand, which made a layer seven
+    # times slower than float32.
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
@@ -64,6 +49,7 @@ def has_bfloat16(device: str) -> bool:
     if device == "cpu":
         has = torch.cpu.get_capabilities()
         return any(has.get(feature, False) for feature in _CPU_FEATURES)
+    # By default, torch counts GPUs that emulate bfloat16 as well.
     if device in ("cuda", "xpu"):
         module = getattr(torch, device)
         return bool(module.is_available() and module.is_bf16_supported(including_emulation=False))
@@ -77,8 +63,8 @@ def device_type(key: str) -> str:
 
 
 def exact_type(device: str) -> str:
-    """The type of the device that solvers and observers use next to one of type `device`: the same,
-    or the CPU, since they compute in float64, which MPS and most XPUs lack."""
+    """The type of the device that solvers and observers use next to one of type `device`."""
+    # They compute in float64, which MPS and most XPUs lack.
     return "cpu" if device in ("mps", "xpu") else device
 
 
@@ -114,11 +100,18 @@ def processor_name() -> str:
 def configure_threads(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set OMP_WAIT_POLICY and OMP_NUM_THREADS for this process and those it starts.
 
-    Has no effect on this process once torch is imported. Several processes on one machine, as
-    `torchrun` starts them (LOCAL_WORLD_SIZE), share its cores.
+    A value that the user set stays. Several processes on one machine, as `torchrun` starts them
+    (LOCAL_WORLD_SIZE), share its cores.
     """
+    # OpenMP reads both when it is loaded, so they have no effect once torch is imported.
+    # By default, its threads spin while they wait for each other. If another program uses the
+    # cores, they use up the processor time of the thread that they wait for: on two shared cores, a
+    # training step took twice as long as with one thread (benchmarks/shared_cpu.py). Passive
+    # threads sleep, in GNU's OpenMP (torch's packages for Linux) as in LLVM's and Intel's.
     if not any(name in environment for name in _WAITING):
         environment["OMP_WAIT_POLICY"] = "passive"
+    # torch starts a thread for each physical core of the machine, even where a container or a job
+    # scheduler allows fewer.
     if not any(name in environment for name in _COUNTS) and (cores := usable_cores()):
         processes = environment.get("LOCAL_WORLD_SIZE", "1")
         share = cores // int(processes) if processes.isdecimal() and int(processes) else cores
@@ -126,24 +119,18 @@ def configure_threads(environment: MutableMapping[str, str] = os.environ) -> Non
 
 
 def usable_cores(root: Path = Path("/")) -> int | None:
-    """Physical cores that this process may use; None where the system does not say.
-
-    Args:
-        root: where `proc` and `sys` are.
-    """
+    """Physical cores that this process may use; None where the system does not say."""
     if not hasattr(os, "sched_getaffinity"):
         return None
-    cores = {_siblings(root, cpu) for cpu in os.sched_getaffinity(0)}
+    # The kernel counts hardware threads. Those of one core have the same list (`0,64`).
+    cores = set[str]()
+    for cpu in os.sched_getaffinity(0):
+        siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
     return max(1, min([len(cores), *(math.ceil(quota) for quota in _quotas(root))]))
-
-
-def _siblings(root: Path, cpu: int) -> str:
-    """The hardware threads on the core of `cpu`, as the kernel lists them (`0,64`)."""
-    path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return str(cpu)
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -161,9 +148,11 @@ def _quotas(root: Path) -> Iterator[float]:
             files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
+        # The tightest quota counts, and it may be that of an outer cgroup.
         inner = mount / path.lstrip("/")
         for folder in (inner, *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            # A file is missing, or says "max".
+            with contextlib.suppress(OSError, ValueError):
                 quota, period = (int(n) for f in files for n in (folder / f).read_text().split())
                 if quota > 0 and period > 0:
                     yield quota / period
@@ -175,12 +164,10 @@ def process_count() -> int:
 
 
 def return_freed_memory() -> bool:
-    """Make glibc return its free pages to the system now; False if malloc is not glibc's.
-
-    Takes 20 ms per 100 MB, and as long again when the pages are next used. Having malloc return
-    every large block by itself (M_MMAP_THRESHOLD of 8 MiB) was slower: a checkpointed step of
-    SmolLM2 spent 5 of 28 seconds in page faults.
-    """
+    """Make glibc return its free pages to the system now; False if malloc is not glibc's."""
+    # This takes 20 ms per 100 MB, and as long again when the pages are next used. Having malloc
+    # return every large block by itself (M_MMAP_THRESHOLD of 8 MiB) was slower: a checkpointed step
+    # of SmolLM2 spent 5 of 28 seconds in page faults.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     return trim is not None and bool(trim(0) or True)
 
@@ -196,6 +183,7 @@ def peak_rss_bytes() -> int:
     with contextlib.suppress(OSError):
         if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) * 1024
+    # Other systems cannot reset the peak: this is the largest size since the process began.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -206,7 +194,7 @@ def memory_limit_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        with contextlib.suppress(OSError, ValueError):
             limits.append(int(Path(file).read_text()))
     return min(limits) if limits else None
 
@@ -224,6 +212,7 @@ def versions() -> dict[str, str]:
 @cache
 def machine() -> dict[str, Any]:
     """The machine, without its name."""
+    # Reports are passed on, so that the host's name is not in them.
     facts: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
     facts["cores"] = os.cpu_count()
     if name := processor_name():

@@ -15,11 +15,7 @@ from qwlora.errors import MissingExtraError
 
 
 def require(module: str, extra: str, purpose: str = "here") -> ModuleType:
-    """Import `module`, which is needed for `purpose`.
-
-    Raises:
-        MissingExtraError: it is not installed; the message names the extra that contains it.
-    """
+    """Import `module`, or raise MissingExtraError, which names the extra that contains it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -29,17 +25,12 @@ def require(module: str, extra: str, purpose: str = "here") -> ModuleType:
 
 
 def node_package(package: str) -> tuple[Path, str]:
-    """The folder and the version of an npm package, NAME@RANGE, where node is installed, too.
-
-    Looked for in folders of NODE_PATH and where `npm install --global` installs: not in the current
-    folder, which may be a downloaded one, whose code must not run.
-
-    Raises:
-        MissingExtraError: there is none, or no node.
-    """
+    """The folder and the version of an npm package, NAME@RANGE, where node is installed, too."""
     name = package.rpartition("@")[0]
-    known = (*os.environ.get("NODE_PATH", "").split(os.pathsep), *_global_packages())
-    for folder in (Path(place, name) for place in known if place):
+    # Node itself would look in the current folder first. That may be a downloaded one, whose code
+    # must not run.
+    roots = (*os.environ.get("NODE_PATH", "").split(os.pathsep), *_global_packages())
+    for folder in (Path(root, name) for root in roots if root):
         if shutil.which("node") and (folder / "package.json").is_file():
             return folder, str(json.loads((folder / "package.json").read_text())["version"])
     raise MissingExtraError(
@@ -53,6 +44,6 @@ def _global_packages() -> tuple[str, ...]:
     if (npm := shutil.which("npm")) is None:
         return ()
     command = [npm, "root", "--global"]
-    # npm reads settings in its current folder, which must not be ours
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=os.sep, check=False)
-    return tuple(found.stdout.split("\n")[:1])
+    # npm reads the .npmrc of its current folder, which must not be a stranger's.
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=os.sep, check=False)
+    return tuple(process.stdout.split("\n")[:1])

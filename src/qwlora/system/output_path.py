@@ -1,7 +1,6 @@
 """Folders to write to: checks of an `--out` path, its errors, the lock, and new model folders.
 
-Nothing is written before `check_output` has accepted a path. A failed command removes the folders
-that it created, and no others.
+A failed command removes the folders that it created, and no others.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ _UNWRITABLE = (
     *(errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
 )
-_LOCKS = "The file system cannot lock files; choose an --out on a local disk"  # NFS without lockd
+# NFS without lockd, for example.
+_LOCKS = "The file system cannot lock files; choose an --out on a local disk"
 _DISK = "The disk or the connection to it failed; check it, or choose another --out"
 _REMEDIES = {
     **dict.fromkeys(_UNWRITABLE, "Fix this or choose another --out"),
@@ -45,15 +45,16 @@ def as_directory_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # Native writers report a full disk in their own words, so the free space is checked too.
+        # /proc has a size of 0, and is never full.
         nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
         usage = shutil.disk_usage(nearest)
-        is_full = usage.total and usage.free < _FULL_BYTES  # /proc has no size
+        is_full = usage.total and usage.free < _FULL_BYTES
         if is_out_of_space(error) or is_full:
             raise DirectoryError(
                 f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
                 "some space and run again"
             ) from error
-        # safetensors writes in Rust: the number of an error is only in its text
+        # safetensors 0.8 writes in Rust: the number of an error is only in its text.
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else getattr(error, "errno", None)
         if file_being_read(error) is None and code in _REMEDIES:
@@ -65,6 +66,7 @@ def as_directory_errors(path: Path) -> Iterator[None]:
 
 def check_output(path: Path) -> bool:
     """Whether the folder `path` exists. If it does not, check that it can be created."""
+    # The system refuses a path that is too long, or has a name that it cannot store.
     try:
         os.stat(path / ("x" * _LONGEST_INSIDE))
     except (FileNotFoundError, NotADirectoryError):
@@ -94,25 +96,22 @@ def check_output(path: Path) -> bool:
 @contextlib.contextmanager
 def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
     """Create `folder` and lock the file `lock` in it. Afterwards, or if another process holds the
-    lock, the folders that were created for it are removed again as far as they are empty.
-
-    A process that gives up deletes its lock file while it holds the lock. So a lock is valid only
-    if the locked file is still the one in the folder.
-
-    Args:
-        protected: the folder that nobody else may write meanwhile, for messages.
-    """
+    lock, the folders that were created for it are removed again as far as they are empty. Messages
+    name `protected`, which nobody else may write meanwhile."""
     created: list[Path] = []
     try:
         for _ in range(_ATTEMPTS):
-            # not found: removed by a process that gave up
+            # A process that gives up removes these files and folders at any moment.
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as attempt:
                 for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
-                    with contextlib.suppress(FileExistsError):  # another process was faster
+                    # Another process may be faster; then that one removes the folder.
+                    with contextlib.suppress(FileExistsError):
                         missing.mkdir()
                         created.append(missing)
                 file = attempt.enter_context((folder / "lock").open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A process deletes its lock file while it holds the lock, so a lock counts only if
+                # the locked file is still the one in the folder.
                 if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
                     lock = attempt.pop_all()
                     break
@@ -136,20 +135,19 @@ def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write a model to. When the block ends without an error, it becomes
-    `folder`, which must be new or empty.
-
-    It is in `.qwlora-write-HASH` (of the path of `folder`), next to `folder` and locked. The next
-    command that writes the same folder removes what a killed one left there. After an error,
-    nothing half-written stays, and only what this call created is removed.
+    `folder`, which must be new or empty. After an error, nothing half-written stays.
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    # The name follows from the path of `folder`, so that the next command that writes it finds and
+    # removes what a killed one left. A rename is atomic only within one file system.
     scratch = folder.with_name(f".qwlora-write-{digest[:16]}")
     with as_directory_errors(folder), lock_folder(scratch, folder):
         try:
-            check_target(folder)  # another process may have finished since the check
-            shutil.rmtree(scratch / "model", ignore_errors=True)  # of a killed command
+            # Another process may have finished since the first check.
+            check_target(folder)
+            shutil.rmtree(scratch / "model", ignore_errors=True)
             (scratch / "model").mkdir()
             yield scratch / "model"
             move_into_place(scratch / "model", folder)

@@ -9,8 +9,6 @@ these parts:
     base_model.model.model.layers.0.up_proj.lora_A.topics.weight
                      model.layers.0.up_proj.lora_A.weight
 
-If PEFT nests several LoRA wrappers around one module (one for each of its parameters), the factors
-of an inner wrapper keep the `base_layer`s on their path, so that names stay distinct.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from itertools import pairwise
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # of a job; of an adapter and its folder
 BASE = "base"  # what the base is called where an adapter or a use case has its name
-_WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
+# The last one is torch.compile's.
+_WRAPPERS = ("base_layer", "original_module", "_orig_mod")
 
 
 def canonical_name(path: str) -> str:
@@ -35,6 +34,8 @@ def canonical_name(path: str) -> str:
         if after_adapter:
             after_adapter = False
             continue
+        # PEFT may nest several LoRA wrappers around one module, one for each of its parameters.
+        # The factors of an inner one keep the `base_layer`s, so that names stay distinct.
         inner = next((p for p in parts[i:] if p not in _WRAPPERS), "")
         if part not in _WRAPPERS or inner.startswith("lora_"):
             kept.append(part)
@@ -49,8 +50,6 @@ def is_adapter_name(path: str) -> bool:
 
 def adapter_of(path: str) -> str | None:
     """Name of the adapter that the tensor at this path belongs to; None for the base.
-
-    It is the part after `lora_A` (or another `lora_*`) or `modules_to_save`:
 
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> topics
     """
@@ -94,12 +93,9 @@ def by_glob(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
-    """Why `pattern` is not a regular expression, as PEFT needs; None if it is one.
-
-    Args:
-        is_end: PEFT matches the end of a path (keys of rank_pattern), not the whole path
-            (target_modules).
-    """
+    """Why `pattern` is not a regular expression, as PEFT needs; None if it is one. With `is_end`,
+    PEFT matches the end of a path with it, not the whole path."""
+    # PEFT puts keys of rank_pattern into this expression, and uses target_modules as they are.
     try:
         re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)
     except re.error as error:

@@ -1,11 +1,7 @@
 """Several processes that do the work of one job, under `torchrun` or `accelerate launch`.
 
 The first process runs all stages, writes files and prints. The others run the joint stages with it.
-There each process runs every n-th sequence, and all continue with the same sums and integers. Sums
-are added in another order than by one process, so they differ by rounding.
-
-A process that fails prints its error and exits. The others lose their connection to it, and exit
-without a message.
+There each process runs every n-th sequence, and all continue with the same sums and integers.
 """
 
 from __future__ import annotations
@@ -20,11 +16,13 @@ from qwlora.errors import ProcessError
 from qwlora.system.machine import process_count
 
 if TYPE_CHECKING:
-    from torch import Tensor  # importing torch here would slow down every command
+    from torch import Tensor
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=30)  # the others wait for hours while a large model is exported
+# The other processes wait for hours while the first one exports a large model; gloo's default is 30
+# minutes.
+_PATIENCE = timedelta(days=30)
 _state: dict[str, Any] = {}
 
 
@@ -35,8 +33,7 @@ def is_first_process() -> bool:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Within, the processes of a run are connected. After an error they stay so, because closing
-    a connection waits for the other process."""
+    """Within, the processes of a run are connected."""
     if process_count() == 1:
         yield
         return
@@ -46,10 +43,13 @@ def connected() -> Iterator[None]:
 
     PartialState(cpu=not torch.accelerator.is_available())
     _state["group"] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    # After an error, the processes stay connected: closing a connection waits for the other one.
     yield
+    # This ends `joined_stages` in the others.
     if is_first_process():
-        _sent(None)  # ends `joined_stages`
-    distributed.destroy_process_group()  # an exit with open connections may be aborted
+        _sent(None)
+    # An exit with open connections may be aborted.
+    distributed.destroy_process_group()
 
 
 @contextmanager
@@ -61,7 +61,8 @@ def joint_stage(stage: tuple[str, str], is_joint: bool) -> Iterator[None]:
     _sent(stage)
     _state["is_shared"] = True
     yield
-    gathered(None)  # wait for the others, who may still read the stage's work folder
+    # The others may still read the stage's work folder.
+    gathered(None)
     _state["is_shared"] = False
 
 
@@ -80,12 +81,14 @@ def share() -> tuple[int, int]:
 
 def is_mine(number: int) -> bool:
     """Whether this process runs sequence `number`."""
-    own, count = share()
-    return number % count == own
+    rank, count = share()
+    return number % count == rank
 
 
 def summed(value: Tensor) -> Tensor:
     """In a joint stage: the sum of the tensors of all processes. May overwrite `value`."""
+    # Another number of processes adds in another order, so sums differ by rounding.
+    # The group is gloo's, which works without GPUs and adds on the CPU.
     total = value.cpu()
     _collect("all_reduce", total)
     return total.to(value.device)
@@ -108,23 +111,23 @@ def is_first_failure() -> bool:
         return True
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, not in __all__
 
+    # The others fail when they lose their connection to the first failure, which has the reason.
+    # The launcher holds the store, so this works after the processes' own connections broke.
     try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*place, timeout=timedelta(seconds=10))
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*address, timeout=timedelta(seconds=10))
         return bool(store.add("qwlora/failures", 1) == 1)
-    except (KeyError, RuntimeError):  # the launcher that holds the store has ended
+    except (KeyError, RuntimeError):
         return True
 
 
 def _sent(value: Any, source: int = 0) -> Any:
-    """The value of the process `source`."""
     message = [value]
     _collect("broadcast_object_list", message, src=source)
     return message[0]
 
 
 def _collect(collective: str, *arguments: Any, **options: Any) -> None:
-    """Call a function of torch.distributed that needs all processes."""
     from torch import distributed
 
     try:

@@ -1,8 +1,5 @@
-"""How long-running steps report progress.
-
-Such a step takes a `Track`, a function that yields the items and may draw a progress bar.
-The default `untracked` draws nothing; the command line passes a `rich` bar
-(`cli/terminal.py`), so no step depends on a terminal.
+"""How long-running steps report progress: they take a `Track`, which yields the items and may draw
+a bar (`cli/terminal.py`).
 """
 
 from __future__ import annotations
@@ -36,5 +33,6 @@ def one_step(track: Track, description: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for _ in items:  # ends the step
+        # A generator ends its step only when it is asked for more.
+        for _ in items:
             pass

@@ -12,8 +12,9 @@ from qwlora.system.machine import SlowComputeWarning
 def quiet_libraries() -> None:
     """Silence progress bars, notices and deprecation warnings of other libraries."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # The preflight of a run reports slow computation by itself.
     for category in (FutureWarning, DeprecationWarning, SlowComputeWarning):
-        warnings.filterwarnings("ignore", category=category)  # preflight reports the last one
+        warnings.filterwarnings("ignore", category=category)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

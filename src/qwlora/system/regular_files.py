@@ -16,12 +16,8 @@ def is_special(path: Path) -> bool:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a special file (`is_special`), and a folder that contains one. Links are followed: a
-    user's files and the hub's cache may be links.
-
-    Raises:
-        SourceError: there is one.
-    """
+    """Refuse a special file (`is_special`), and a folder that contains one, with SourceError."""
+    # Links are followed: a user's files and those of the hub's cache may be links.
     for entry in (path, *(path.iterdir() if path.is_dir() else ())):
         if is_special(entry):
             raise SourceError(
@@ -31,17 +27,13 @@ def check_readable(path: Path) -> None:
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse links, pipes, sockets and devices in a folder and below it. Hidden entries of the
-    folder itself are ignored, since nothing reads them.
-
-    Raises:
-        SourceError: there is one.
-    """
-    for place, folders, files in os.walk(folder):
-        if place == str(folder):
+    """Refuse links, pipes, sockets and devices in a folder and below it, with SourceError."""
+    for parent, folders, files in os.walk(folder):
+        # Nothing reads hidden entries of the folder itself. `os.walk` skips what is removed here.
+        if parent == str(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
             files = [name for name in files if not name.startswith(".")]
-        for path in (os.path.join(place, name) for name in (*folders, *files)):
+        for path in (os.path.join(parent, name) for name in (*folders, *files)):
             mode = os.lstat(path).st_mode
             if not S_ISDIR(mode) and not S_ISREG(mode):
                 kind = "a link" if S_ISLNK(mode) else "not a regular file"
@@ -53,13 +45,15 @@ def check_plain(folder: Path) -> None:
 
 def is_inside(folder: Path, name: str) -> bool:
     """Whether `name` is a relative path without `..` that leads to no link or special file; it need
-    not exist. The hub cache's links, `snapshots/REVISION/FILE` to `blobs/HASH`, are accepted."""
+    not exist. Links of the hub's cache are accepted."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         return False
+    # A zero byte, or a character that no file's name can have, is a ValueError.
     try:
         root, real = folder.resolve(), (folder / path).resolve()
-    except ValueError:  # a zero byte, or a character that no file's name can have
+    except ValueError:
         return False
+    # huggingface_hub links `snapshots/REVISION/FILE` to `blobs/HASH`.
     cached = (p.parent / "blobs" for p in root.parents if p.name == "snapshots")
     return (real == root / path or real.parent in cached) and not is_special(real)

@@ -1,13 +1,9 @@
 """SHA-256 digests of files as they were last seen, cached in `.qwlora/seen.json`, so that unchanged
 files are not read again.
 
-A cached digest is valid while the file's size, mtime, ctime and inode stay the same. The ctime
-detects a file that was rewritten in place and had its mtime restored: the kernel sets it at every
-write, and programs cannot choose its value.
-
     {"files": {"/a/file": [size, mtime_ns, ctime_ns, inode, "digest"]}, "sha256": "of the rest"}
 
-The cache may be deleted at any time; a damaged one is ignored. Imports no torch.
+The cache may be deleted at any time; a damaged one is ignored.
 """
 
 from __future__ import annotations
@@ -29,29 +25,26 @@ from qwlora.system.regular_files import is_special
 # system's clock (up to 2 s) would leave the stamps unchanged.
 SETTLED_NS = 2 * 10**9
 _CHUNK_BYTES = 2**22
-_SHOWN_BYTES = 2**30  # hashing takes a second or more from here on: show progress
+# From this size on, hashing takes a second or more.
+_SHOWN_BYTES = 2**30
 
 
 class Seen:
-    """Digests of files. Nothing is written before `save`.
-
-    Args:
-        cache: the JSON file; None caches in memory only.
-        track: shows progress while a large file is read.
-    """
+    """Digests of files, cached in memory; `save` writes them to the JSON file `cache`."""
 
     def __init__(self, cache: Path | None = None, track: Track = untracked):
         self.cache, self.track, self._is_changed = cache, track, False
         files: Any = ((unsealed(cache) if cache else None) or {}).get("files")
         self._known = dict[str, tuple[tuple[int, ...], str]]()
-        with contextlib.suppress(AttributeError, TypeError, ValueError):  # a stranger's job
+        # A stranger's job may have any JSON here, with a checksum that agrees.
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
             for path, (*stamps, digest) in files.items():
                 self._known[path] = (tuple(stamps), str(digest))
 
     def content(self, path: str | Path) -> str | None:
-        """SHA-256 of a file's content, as hex digits. None if it cannot be read, or is a pipe or a
-        device, which the record of a stranger's job may list."""
+        """SHA-256 of a file's content, as hex digits; None if it cannot be read."""
         path = os.path.abspath(path)
+        # The record of a stranger's job may list a pipe, whose content never ends.
         if is_special(Path(path)):
             return None
         try:
@@ -102,11 +95,13 @@ def unsealed(file: Path) -> dict[str, Any] | None:
 
 
 def _checksum(content: Any) -> str:
+    # A number as a key, or a tuple, is something else after it was written and read.
     as_read = json.loads(json.dumps(content))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _stamps(file: BinaryIO) -> tuple[int, ...]:
-    """Size, mtime, ctime and inode."""
+    # The ctime detects a file that was rewritten in place and had its mtime restored: the kernel
+    # sets it at every write, and programs cannot choose its value.
     stat = os.fstat(file.fileno())
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -1,11 +1,9 @@
 """Signals that ask a run to stop: Ctrl-C (SIGINT), SIGTERM and SIGHUP.
 
-    signal     who sends it                                exit code (128 + number)
-    SIGINT     Ctrl-C                                      130
-    SIGTERM    kill, job schedulers, container runtimes    143
-    SIGHUP     a terminal that is closed                   129
-
-A signal that was ignored when the process started stays ignored, as `nohup` requires.
+signal     who sends it                                exit code (128 + number)
+SIGINT     Ctrl-C                                      130
+SIGTERM    kill, job schedulers, container runtimes    143
+SIGHUP     a terminal that is closed                   129
 """
 
 from __future__ import annotations
@@ -37,10 +35,8 @@ def number_of(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of each stop signal that arrives in the block.
-
-    Only the main thread may handle signals; in another one this does nothing.
-    """
+    """Call `handle` with the number of each stop signal that arrives in the block."""
+    # Python lets only the main thread handle signals.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -50,22 +46,21 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
             _leave_closed_terminal()
         handle(number)
 
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    mine = {n: old for n, old in handlers.items() if old not in (None, signal.SIG_IGN)}
-    for number in mine:
+    # A signal that was ignored when the process started stays ignored, as `nohup` requires.
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    replaced = {n: old for n, old in before.items() if old not in (None, signal.SIG_IGN)}
+    for number in replaced:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in mine.items():
+        for number, old in replaced.items():
             signal.signal(number, old)
 
 
 def raise_stopped(number: int) -> None:
-    """Raise `Stopped`, and ignore later signals during the cleanup, except Ctrl-C.
-
-    A terminal that closes sends SIGHUP twice, and systemd sends SIGHUP after SIGTERM.
-    """
+    """Raise `Stopped`, and ignore later signals during the cleanup, except Ctrl-C."""
+    # A terminal that closes sends SIGHUP twice, and systemd sends SIGHUP after SIGTERM.
     for other in STOP_SIGNALS:
         if other != signal.SIGINT:
             signal.signal(other, signal.SIG_IGN)
@@ -75,6 +70,7 @@ def raise_stopped(number: int) -> None:
 def _leave_closed_terminal() -> None:
     """Discard output to a closed terminal, because writing to it raises an error."""
     for descriptor in (1, 2):
+        # A terminal that was closed is still a character device, but no terminal any more.
         with contextlib.suppress(OSError):
             is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
             if is_device and not os.isatty(descriptor):

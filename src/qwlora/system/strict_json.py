@@ -1,5 +1,5 @@
 """JSON as RFC 8259 defines it: without the `NaN` and `Infinity` that Python's `json` writes, and
-without the repeated keys that it reads."""
+without the repeated keys that it reads, of which it keeps the last."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from qwlora.system.regular_files import check_readable
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for `json.loads`.
-
-    Raises:
-        ValueError: a key occurs twice in one object.
-    """
+    """An `object_pairs_hook` for `json.loads`: ValueError if a key occurs twice in one object."""
     values = dict(pairs)
     if len(values) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -28,11 +24,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        SourceError: the file cannot be read, is not a JSON object, or a key occurs twice.
-    """
+    """Read a JSON object; SourceError if the file is none, or a key occurs twice."""
     check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct_keys)
@@ -44,11 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON text.
-
-    Raises:
-        NonFiniteError: a number is NaN or infinite; its path is named.
-    """
+    """`value` as JSON text; NonFiniteError names the path of a number that is NaN or infinite."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError as error:
@@ -62,7 +50,6 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def _non_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Paths and values of numbers that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         yield path, value
     elif isinstance(value, dict):

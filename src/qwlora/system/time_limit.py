@@ -16,18 +16,15 @@ SECONDS = 10.0
 MEMORY_BYTES = 2**30
 
 
+# Not an Exception: Jinja ignores these while it folds constants.
 class _LateError(BaseException):
-    """Not an Exception, because Jinja ignores exceptions while it folds constants."""
+    pass
 
 
 @contextmanager
 def time_limit(error: QwloraError, seconds: float = SECONDS) -> Iterator[None]:
-    """Raise `error` when the block has used `seconds` of processor time.
-
-    Processor time, because a busy machine or a suspended process is not the text's fault. Python's
-    regular expressions check for signals while they match, so the timer ends them too. Only the
-    main thread of a Unix process receives signals; elsewhere there is no limit.
-    """
+    """Raise `error` when the block has used `seconds` of processor time."""
+    # Only the main thread of a Unix process receives signals; elsewhere there is no limit.
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer"):
         yield
@@ -36,6 +33,8 @@ def time_limit(error: QwloraError, seconds: float = SECONDS) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _LateError
 
+    # The timer counts processor time: a busy machine or a suspended process is not the text's
+    # fault. Python's regular expressions check for signals while they match, so it ends them too.
     previous = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:

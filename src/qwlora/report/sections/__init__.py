@@ -1,7 +1,4 @@
-"""The sections of the report: a question each, and its answer in numbers and drawings.
-
-A section costs one module here and one template.
-"""
+"""The sections of the report: a question each, and its answer in numbers and drawings."""
 
 from __future__ import annotations
 
@@ -25,9 +22,7 @@ class ReportSection:
     """A question, and the template of its module's name, which answers it.
 
     Args:
-        id: in the page's address.
         label: in the list of contents.
-        position: sections are sorted by it.
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
             With a single adapter both are one: `view` is called once, with its name.
         view: what the template draws, or None to leave the section out. The key `question`
@@ -44,7 +39,6 @@ class ReportSection:
     of_adapter: bool = False
 
     def drawn(self, job: Job, adapter: str, id: str) -> View | None:
-        """What the page shows; None if there is nothing to show."""
         if (view := self.view(job, adapter)) is None:
             return None
         return {
@@ -71,7 +65,6 @@ class Table:
         rows: cells by column; all rows have the same columns.
         marked: numbers of the rows to highlight.
         words: columns that hold words, which are aligned left.
-        sortable: a reader may sort it by any column.
         most: rows that are shown at once; the others are shown on request.
         left_out: rows that the page does not have.
     """
@@ -88,5 +81,6 @@ class Table:
 
 def sections() -> list[ReportSection]:
     """The `view` of every module in this folder, by position."""
+    # Found by listing the folder, so a new section is one module here and one template.
     modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
     return sorted((module.view for module in modules), key=lambda view: view.position)

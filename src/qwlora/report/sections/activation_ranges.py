@@ -31,7 +31,6 @@ class Range(NamedTuple):
         return max(abs(self.low), abs(self.high))
 
     def step(self, bitwidth: int) -> str:
-        """The size of one step on a grid of `bitwidth` bits."""
         return significant((self.high - self.low) / (2**bitwidth - 1), 2)
 
 
@@ -58,7 +57,7 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def _ranges(recorded: dict[str, Any]) -> dict[Place, Range]:
-    """The range of each module's largest activation, without those of adapters."""
+    # A cell is a module, and its largest activation decides. An adapter's are not the layer's.
     ranges: dict[Place, Range] = {}
     for tensor, entry in recorded.items():
         place, low, high = place_of(tensor), finite(entry.get("min")), finite(entry.get("max"))
@@ -71,11 +70,11 @@ def _ranges(recorded: dict[str, Any]) -> dict[Place, Range]:
 
 
 def _map(ranges: dict[Place, Range]) -> View:
-    """The heat map, and the largest value, of those that stand out if any do."""
     grid = LayerGrid([(place, r.peak) for place, r in ranges.items()])
     modules: dict[str, list[float]] = {}
     for value, place in grid.cells.values():
         modules.setdefault(place.kind, []).append(value)
+    # Modules differ by orders of magnitude, so each is compared with itself in other layers.
     medians = {kind: sorted(values)[len(values) // 2] for kind, values in modules.items()}
     cells = sorted(grid.cells.values(), key=lambda cell: -cell[0])
     out = [place for value, place in cells if 0 < STANDS_OUT * medians[place.kind] <= value]

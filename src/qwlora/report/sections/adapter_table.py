@@ -19,10 +19,11 @@ def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     if len(job.adapters) < 2:
         return None
+    # There is a single column if all have the same text, or each was measured on its own only.
     texts, is_own = list(job.section("perplexity", "on")), False
-    if texts and not _crosses(job, texts):
+    pairs = [(name, text) for name in job.adapters for text in texts if job.text_of(name) != text]
+    if texts and all(job.number(*_path(name, text)) is None for name, text in pairs):
         texts, is_own = [], True
-    # a single column if all have the same text, or each was measured on its own
     only = "Own text" if is_own else "Shared text"
     columns = {f"Text of {text}": text for text in texts} or {only: ""}
     matrix: list[dict[str, Cell]] = [
@@ -44,15 +45,7 @@ def view(job: Job, adapter: str) -> View | None:
     }
 
 
-def _crosses(job: Job, texts: list[str]) -> bool:
-    """Whether an adapter was measured on the text of another, see `evaluate` of the recipe."""
-    pairs = [(name, text) for name in job.adapters for text in texts if job.text_of(name) != text]
-    return any(job.number(*_path(name, text)) is not None for name, text in pairs)
-
-
 def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
-    """The figures of an adapter; and the texts that it improves most and least, against the packed
-    base."""
     target = job.targets[0] if job.targets else ""
     same_token = job.worst_proof(name, "top1_agreement", min)
     link = Markup('<a href="#d-{}">{}</a>').format(job.adapters.index(name) + 1, name)
@@ -87,7 +80,6 @@ def _path(name: str, text: str) -> tuple[str, ...]:
 
 
 def _cell(job: Job, name: str, text: str) -> Cell:
-    """A perplexity and its change against the packed base, colored."""
     of_base = _path("", text) if text else job.path("base", name)
     value, base = job.number(*_path(name, text)), job.number(*of_base)
     shown = job.shown(perplexity, *_path(name, text))
@@ -97,6 +89,7 @@ def _cell(job: Job, name: str, text: str) -> Cell:
     if name and base:
         change = value / base - 1
         words = percent(change, sign=True)
+        # A smaller change is written as 0.0%, and has no color.
         if abs(change) >= 0.0005:
             strength = 1 + sum(abs(change) >= limit for limit in STRENGTHS)
             kind = f"{'g' if change < 0 else 'l'}{strength}"

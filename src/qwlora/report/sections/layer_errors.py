@@ -40,7 +40,6 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`layer 3, v_proj`."""
         return f"layer {self.block}, {self.kind.rpartition('.')[2]}"
 
 
@@ -49,7 +48,8 @@ def place_of(tensor: str) -> Place | None:
     match = _BLOCK.match(tensor.removesuffix(".weight"))
     if match is None:
         return None
-    kind = re.sub(r"\.\d+(?=\.|$)", ".*", match[3])  # experts: one row for all
+    # Experts have one row for all.
+    kind = re.sub(r"\.\d+(?=\.|$)", ".*", match[3])
     return Place(int(match[2]), kind)
 
 
@@ -57,11 +57,9 @@ class LayerGrid:
     """Values of tensors by place.
 
     Attributes:
-        rows: kinds, in the order of the model.
         columns: the first block of each.
         cells: the largest value by (row, column), with its place.
         largest, worst: the cell of the largest value, and its place.
-        low, median, high: of the cells.
     """
 
     def __init__(self, placed: Sequence[tuple[Place, float]]):
@@ -107,7 +105,8 @@ def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     of_base, bits = len(job.adapters) == 1 or not adapter, dict[str, str]()
     for name, layer in job.section("base", "layers").items():
-        if match := re.match(r"u?int(\d+)", str(layer.get("scheme"))):  # `int4 symmetric per ...`
+        # Such as `int4 symmetric per block of 32`.
+        if match := re.match(r"u?int(\d+)", str(layer.get("scheme"))):
             bits[name.removesuffix(".weight")] = match[1]
     values: dict[LayerMeasure, Values] = {}
     for measure in MEASURES:
@@ -142,11 +141,6 @@ def view(job: Job, adapter: str) -> View | None:
 def _map(
     grid: LayerGrid, measure: LayerMeasure, layers: int, bits: dict[str, str]
 ) -> dict[str, object]:
-    """One heat map. `folded`: nothing stands out, so the map is folded into its sentence.
-
-    Args:
-        bits: of each layer, to print them into the cells; empty if all layers have the same.
-    """
     low, high, median, name = grid.low, grid.high, grid.median, grid.worst.name
     if high < EVEN * median:
         span = f"{percent(low)} and {percent(high)}"
@@ -179,12 +173,7 @@ def heat_map(
     bits: Mapping[Place, str],
     logarithmic: bool = False,
 ) -> Drawing:
-    """A cell for each place; more contrast is larger, and the largest is outlined.
-
-    Args:
-        written: how values are written.
-        bits: printed into the cells.
-    """
+    """A cell for each place, with its bits. More contrast is larger; the largest is outlined."""
     narrow, cell, columns = is_narrow(width), 17, len(grid.columns)
     names = [kind.rpartition(".")[2].removesuffix("_proj") for kind in grid.rows]
     left = min(max(64, 6 * max(map(len, names)) + 8), 104)
@@ -199,7 +188,8 @@ def heat_map(
         f"{len(grid.cells)} cells: {columns} columns by {len(names)} rows. Smallest "
         f"{written(grid.low)}, largest {written(grid.high)} at {grid.worst.name}.",
     )
-    # a logarithmic scale begins at a ten thousandth of its end
+    # One value near zero would take most of a logarithmic scale, so it begins at a ten thousandth
+    # of its end.
     low = max(grid.low, 1e-4 * grid.high) or 1.0 if logarithmic else grid.low
     shade = Scale(low, max(low, grid.high), 0, BINS, logarithmic)
     has_titles = not narrow and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
@@ -230,11 +220,7 @@ def heat_map(
 
 
 def _table(values: dict[LayerMeasure, Values], bits: dict[str, str] | None) -> Table:
-    """The layers, by how far above the median they are in any column.
-
-    Args:
-        bits: of each layer; None without a column for them.
-    """
+    # Columns have other units, so layers are ranked by how far above a column's median they are.
     ranks: dict[str, float] = {}
     for numbers in values.values():
         median = sorted(number for number, _ in numbers.values())[len(numbers) // 2] or 1e-30

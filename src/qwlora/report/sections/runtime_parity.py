@@ -24,8 +24,8 @@ def view(job: Job, adapter: str) -> View | None:
     checks = []
     for target in job.targets:
         name, evidence = runtime(target), proof_evidence(job, target, adapter)
-        bundle = job.section("export", target)
-        owner = BASE if BASE in bundle else adapter  # whose files hold the base
+        # The base is in files of its own, or in those of each adapter.
+        owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
         rows.append({"Runtime": name, **parity_cells(job, target, adapter), "Base": base})
         of_outcome[outcome_of(evidence)].append(target)
@@ -58,8 +58,7 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def parity_cells(job: Job, target: str, adapter: str) -> dict[str, Cell]:
-    """How far an adapter's exported files are from what is expected; nothing if they changed
-    since."""
+    """How far an adapter's exported files are from what is expected; nothing if they changed."""
     place, drift = ("parity", target, adapter), job.drift(target, adapter)
     is_passed = job.get(*place, "passed")
     cells: dict[str, Cell] = {

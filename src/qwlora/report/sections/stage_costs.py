@@ -20,6 +20,7 @@ def view(job: Job, adapter: str) -> View | None:
     if sum(not row.hatched for row in rows) < 2:
         return None
     packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
+    # Changes of stages multiply, so the share that training won back is one of logarithms.
     won_back = packing and training and -math.log1p(training) / math.log1p(packing)
     kind = job.reference("adapted", adapter)
     start = job.perplexity(kind, adapter)
@@ -28,13 +29,12 @@ def view(job: Job, adapter: str) -> View | None:
         "figure": figure(lambda width: chart("Perplexity by stage", rows, width, line=line)),
         "packing": packing,
         "training": training,
-        "won_back": won_back,  # as a share of what packing cost
+        "won_back": won_back,
         "table": _table(job, adapter),
     }
 
 
 def _rows(job: Job, adapter: str) -> list[Row]:
-    """One for each stage, and for the files of each target."""
     bits, activation_bits = job.bitwidth, job.setting("simulation", "activation_bitwidth")
     trained = job.number("train", adapter, "steps")
     details = {
@@ -66,8 +66,9 @@ def _rows(job: Job, adapter: str) -> list[Row]:
     before: float | None = None
     for kind, title in job.kinds.items():
         after = job.perplexity(kind, adapter)
+        # Of a model whose files hold only integers, there is no float model to measure.
         if kind == "float" and after is None and job.perplexity("base", adapter) is not None:
-            continue  # the model's files hold only integers
+            continue
         add(title, details[kind], before, after)
         before = after or before
     for target in job.targets:

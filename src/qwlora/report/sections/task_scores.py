@@ -24,7 +24,7 @@ class Score(NamedTuple):
     path: tuple[str, ...]
 
     def shown(self, reference: Score | None) -> Markup:
-        """Value and standard error; bold if it differs from the reference by more than two."""
+        # lm-eval's accuracies are shares; perplexities are not.
         written = precise_percent if 0 <= self.value <= 1 else significant
         value = tagged(written(self.value), self.value, (*self.path, "value"))
         if self.stderr is None:
@@ -54,8 +54,9 @@ def view(job: Job, adapter: str) -> View | None:
         row: dict[str, Cell] = {"Task": task, "Shots": first.shots}
         row["Measure"] = f"{first.metric} {arrow}"
         for stage, of_stage in scores.items():
+            # Two targets may have one runtime, such as onnx and onnx_each.
             head = HEADS.get(stage, runtime(stage))
-            head = stage if head in row else head  # two targets of one runtime
+            head = stage if head in row else head
             row[head] = of_stage[task].shown(reference) if task in of_stage else None
         rows.append(row)
     if not rows:
@@ -68,7 +69,7 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def _scores(job: Job, stage: str, adapter: str) -> dict[str, Score]:
-    """The score of each task; the name of an adapter is between its stage and its tasks."""
+    # The name of an adapter is between its stage and its tasks; a task may have the same name.
     path: tuple[str, ...] = ("tasks", stage)
     of_adapter = job.section(*path, adapter)
     if of_adapter and "value" not in of_adapter:

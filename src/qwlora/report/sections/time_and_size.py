@@ -29,7 +29,7 @@ def view(job: Job, adapter: str) -> View | None:
     time, begin = list[Row](), 0.0
     for name in stages:
         verb, *parts = name.replace("/on/", " on text of ").split("/")
-        # no adapter's name begins with an underscore: `calibrate/_base` is of the base
+        # No adapter's name begins with an underscore: `calibrate/_base` is of the base.
         said = (part[1:].replace("_", " ") if part.startswith("_") else part for part in parts)
         title = " ".join([capitalized(verb), *said])
         if name in times:
@@ -76,19 +76,18 @@ def _sizes(job: Job) -> list[Row]:
     rows += [_size_bar(f"Adapter {name}", a) for name, a in adapters.items() if a is not None]
     for target in job.targets:
         if (base := job.number("export", target, "base", "bytes")) is not None:
-            # floats may be stored in 16 bits
+            # A runtime may store floats in 16 bits.
             rows.append(_size_bar(f"Base for {runtime(target)}", base, min(floats, base - packed)))
         for name in job.adapters:
             if (exported := job.number("export", target, name, "bytes")) is not None:
                 title = FILES.get(target, runtime(target))
                 title = title if len(job.adapters) == 1 else f"{title}, {name}"
-                # without a base of its own, the file holds the base's float values
+                # Without a base of its own, the file holds the base's float values.
                 rows.append(_size_bar(title, exported, floats if base is None else 0.0))
     return rows
 
 
 def _size_bar(name: str, number: float, floats: float = 0.0) -> Row:
-    """A bar of bytes, those that stay float last."""
     new = number - min(floats, number)
     parts = []
     if new > 0:
@@ -99,7 +98,6 @@ def _size_bar(name: str, number: float, floats: float = 0.0) -> Row:
 
 
 def _whole_model(job: Job) -> View | None:
-    """Bits of the whole model, and what of it stays float; None if it was not measured."""
     path = ("base", "bits_per_weight")
     packed, weights = job.number("base", "bytes"), job.number("base", "weights")
     floats, bits = job.number("base", "float_weights"), job.shown(fixed, *path)

@@ -15,7 +15,8 @@ from qwlora.report.results_view import Job
 from qwlora.report.sections import View, section
 
 SMOOTHED = 8  # steps
-MOST_POINTS = 1000  # above, one for several steps: their largest loss
+# Above, a point stands for several steps. It shows their largest loss, so that a spike is seen.
+MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Course:
     """The losses of one adapter.
 
     Args:
-        losses: of each step that ran.
         steps: of the whole training; more than `losses` while it runs.
         held_out: (step, loss).
         is_evaluated: whether held-out loss was measured during training, not only at both ends.
@@ -39,12 +39,11 @@ class Course:
 
     @property
     def grouped(self) -> int:
-        """Steps that are drawn as one point."""
         return -(-len(self.losses) // MOST_POINTS)
 
     @property
     def means(self) -> list[float]:
-        """The mean of up to the last 8 losses at each step."""
+        # Differences of running sums: a training may have many thousand steps.
         sums = [0.0]
         for loss in self.losses:
             sums.append(sums[-1] + loss)
@@ -54,7 +53,6 @@ class Course:
 
     @property
     def final_held_out(self) -> float:
-        """The held-out loss of the adapter that was kept."""
         last = self.held_out[-1][1]
         return dict(self.held_out).get(self.best_step or -1, last) if self.is_evaluated else last
 
@@ -72,11 +70,12 @@ def course(job: Job, adapter: str) -> Course | None:
     evaluations = {
         int(step): float(loss) for step, loss in train.get("evaluations") or [] if finite(loss)
     }
-    # held-out loss before and after training: the logarithms of two perplexities
+    # Held-out loss before and after training is the logarithm of a perplexity. An adapter that has
+    # a start of its own, or continues another, did not start as the base.
     ends = dict[int, float]()
     before, after = job.perplexity("base", adapter), job.perplexity("adapted", adapter)
     starts = {"init", "continue_from"} & job.section("train", adapter, "settings").keys()
-    if has_ends and before and not starts:  # else it did not start as the base
+    if has_ends and before and not starts:
         ends[0] = math.log(before)
     if has_ends and after:
         ends[steps] = math.log(after)
@@ -157,7 +156,6 @@ def _draw(run: Course, width: int) -> Drawing:
 
 
 def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
-    """Labels and values; of a training that runs, as far as they are known."""
     path, setting = ("train", adapter), job.adapter_settings().get(adapter, {})
     live = path if job.section(*path) else ("run", "training")
     memory = (*path, "peak_rss_bytes") if live == path else ("run", "peak_rss_bytes")

@@ -134,7 +134,8 @@ def test_a_record_that_is_trained_on_is_not_held_out(tmp_path: Path, kind: str) 
     source = written(tmp_path / "twice.jsonl", [*records, *respaced[:6]])
     documents = load_documents(source, 0.4, seed=0)
     trained = {pair for document in documents.train for pair in document.exchanges}
-    assert documents.repeated_documents and not any(d.exchanges <= trained for d in documents.held_out)
+    assert documents.repeated_documents
+    assert not any(d.exchanges <= trained for d in documents.held_out)
     assert len(documents.train) + len(documents.held_out) + documents.repeated_documents == 26
     kept = load_documents(source, 0.4, 0, Reading(keep_repeated=True))
     assert (len(kept.train), kept.repeated_documents) == (len(documents.train), 0)

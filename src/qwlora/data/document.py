@@ -47,7 +47,7 @@ class Text(_Document):
     text: str
     where: str = ""
     kind = "text"
-    exchanges: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
+    exchanges: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def characters(self) -> int:
@@ -69,8 +69,8 @@ class Completion(_Document):
         return len(self.prompt) + len(self.completion)
 
     @property
-    def exchanges(self) -> frozenset[tuple[str, ...]]:
-        return frozenset([(_normal(self.prompt), _normal(self.completion))])
+    def exchanges(self) -> frozenset[str]:
+        return frozenset([json.dumps([_normal(self.prompt), _normal(self.completion)])])
 
     def as_conversation(self) -> Conversation:
         """The prompt as a message of the user, and the completion as the assistant's."""
@@ -99,18 +99,21 @@ class Conversation(_Document):
         return sum(len(m.get("content") or "") for m in self.messages)
 
     @property
-    def exchanges(self) -> frozenset[tuple[str, ...]]:
-        said = list[str]()
+    def exchanges(self) -> frozenset[str]:
+        # Digests of all messages so far: lists of them would take the square of their number.
+        so_far, found = hashlib.sha256(), set[str]()
         for message in self.messages:
             same = {**message, "content": _normal(message.get("content") or "")}
-            said.append(json.dumps(same, sort_keys=True, default=str))
-        ends = [i for i, m in enumerate(self.messages, 1) if m["role"] == ASSISTANT]
-        return frozenset(tuple(said[:end]) for end in ends)
+            so_far.update(json.dumps(same, sort_keys=True, default=str).encode())
+            if message["role"] == ASSISTANT:
+                found.add(so_far.hexdigest())
+        return frozenset(found)
 
 
 Document = Text | Completion | Conversation
 """`characters` is the length of all its text; `exchanges` are its answers, each with all that comes
 before it; running text has none."""
+_Parts = tuple[tuple[Document, ...], tuple[Document, ...]]
 
 
 @dataclass(frozen=True)
@@ -178,17 +181,13 @@ def split_documents(
         cut = int(len(text) * (1 - held_out))
         near = text.rfind("\n\n", cut - len(text) // 20, cut)
         cut = near + 2 if near >= 0 else cut
-        train, held = (Text(text[:cut], only.where),), (Text(text[cut:], only.where),)
+        parts: _Parts = (Text(text[:cut], only.where),), (Text(text[cut:], only.where),)
     else:
-        train, held = _shuffled_parts(documents, held_out, seed)
-    if keeps_repeated:
-        return Documents(train, held, skipped)
-    return _without_repeated(train, held, skipped)
+        parts = _shuffled(documents, held_out, seed)
+    return (Documents if keeps_repeated else _without_repeated)(*parts, skipped)
 
 
-def _shuffled_parts(
-    documents: Sequence[Document], held_out: float, seed: int
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def _shuffled(documents: Sequence[Document], held_out: float, seed: int) -> _Parts:
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     total = sum(d.characters for d in shuffled)
@@ -222,7 +221,7 @@ def _without_repeated(
                 continue
             document = Text(text, document.where)
         kept.append(document)
-    trained = frozenset[Any]().union(*(d.exchanges for d in kept))
+    trained = frozenset[str]().union(*(d.exchanges for d in kept))
     new = tuple(d for d in held_out if not d.exchanges or not d.exchanges <= trained)
     for part, name in ((kept, "training"), (new, "held-out")):
         if not part and any(d.characters for d in train):
@@ -231,9 +230,7 @@ def _without_repeated(
                 "Remove duplicates, add documents, or set data.repeated: keep"
             )
     characters = sum(map(len, removed))
-    return Documents(
-        tuple(kept), new, skipped, len(held_out) - len(new), len(removed), characters
-    )
+    return Documents(tuple(kept), new, skipped, len(held_out) - len(new), len(removed), characters)
 
 
 def _normal(text: str) -> str:

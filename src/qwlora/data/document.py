@@ -133,8 +133,8 @@ class Documents:
 def split_documents(
     documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
 ) -> Documents:
-    """Hold out the share `held_out` of all characters: at least one document. SourceError if there
-    is a single record, or nothing is left to train on."""
+    """Hold out the share `held_out` of all characters: at least one document, and none with more
+    than both that share and half of all. SourceError if nothing is left to train on."""
     if len(documents) == 1:
         (only,) = documents
         if not isinstance(only, Text):

@@ -177,7 +177,7 @@ class Job:
 
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
-        # A job that resumes records the stages of earlier runs first; the plan has the order.
+        # The results list stages by verb, and a job runs them in the order of its plan.
         stages: dict[str, dict[str, float]] = {}
         for verb in self.section("stages"):
             stages |= self.section("stages", verb, "parts")

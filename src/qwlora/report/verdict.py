@@ -137,7 +137,7 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
-    # Two adapters with the same loss in every step were made from the same data, by mistake.
+    # Adapters with the same loss in every step have the same data, settings and seed: a mistake.
     same: dict[tuple[float, ...], list[str]] = {}
     for name in job.adapters:
         losses = job.get("train", name, "losses")

@@ -6,6 +6,10 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
+A caution: an adapter gains too little, two adapters are identical, or a file was checked on few
+tokens. With `reference: float`, an adapter is compared with the same one trained on the float model
+(float LoRA), and that one with the float model.
+
 What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
 sentence is the strongest fact for, ", but ", the strongest fact against.
 """

@@ -164,7 +164,7 @@ def read_arrow(path: Path) -> Table:
         for batch in batches:
             unpacked += batch.nbytes
             check(unpacked)
-            # Rows take many times the memory as Python's objects, and a batch may be a whole file.
+            # Rows take more memory as Python's objects, and a batch of an Arrow file has any size.
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
 

@@ -74,7 +74,7 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     If no whole name is similar, their last parts are compared: `*.up_prj` and
     `layers.0.mlp.up_proj`.
     """
-    # A model may have a hundred thousand names, and each comparison takes about 10 us.
+    # Each comparison takes about 10 us, and a model with experts has many names.
     known = list(dict.fromkeys(islice(names, 2000)))
     for part in (str, lambda dotted: dotted.rpartition(".")[2]):
         spellings = {part(full).lower(): full for full in reversed(known)}

@@ -104,9 +104,9 @@ def check(
     code = 1 if missing else 0
     for adapter in adapters:
         reasons = problems(adapter, base, "refuse" if needs_base else "accept")
-        place = str(adapter.relative_to(folder))
-        written = store.records[place].files if place in store.records else ()
-        if lost := [name for name in sorted(written) if not (adapter / name).is_file()]:
+        name = str(adapter.relative_to(folder))
+        written = store.records[name].files if name in store.records else ()
+        if lost := [file for file in sorted(written) if not (adapter / file).is_file()]:
             reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
         if reasons:
             code = 2 if manifest.changed_files(adapter, FILE) else max(code, 1)
@@ -117,7 +117,7 @@ def check(
             good += "; no base here to compare with"
         if not manifest.has_digests(adapter, FILE):
             good += "; unverified (no digests of its files)"
-        print(f"{place}: {'; '.join(reasons) or good}")
+        print(f"{name}: {'; '.join(reasons) or good}")
     if code:
         raise SystemExit(code)
 

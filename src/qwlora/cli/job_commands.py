@@ -124,7 +124,7 @@ def merge(
 
 def merge_lines(effect: Mapping[str, Any]) -> list[str]:
     """What a merge loses, in words."""
-    # A mergeable adapter has no layers here: its update is a whole number of steps.
+    # `merge_verdict` gives no layers for a mergeable adapter, which loses nothing.
     worst = sorted(effect["layers"].items(), key=lambda item: -item[1]["share"])[:3]
     most = ", ".join(f"{path} {layer['share']:.1%}" for path, layer in worst)
     return [

@@ -85,8 +85,8 @@ Out = Annotated[
     Path | None,
     typer.Option(help="The directory for the job of a recipe. Created if it does not exist."),
 ]
-# tqdm, huggingface_hub and datasets read these when they are imported. Their bars would break those
-# of `ProgressDisplay`.
+# tqdm, huggingface_hub and datasets read these when they are imported. Their bars would be drawn
+# between those of `ProgressDisplay`.
 _PROGRESS_OF_OTHERS = (
     "TQDM_DISABLE",
     "HF_HUB_DISABLE_PROGRESS_BARS",

@@ -1,7 +1,8 @@
 """Which files a source consists of, and the documents in them, all of one kind.
 
-docs/data.md lists the sources. Files of other kinds (images, code, checksums) in a folder are
-ignored. A compressed file or a spreadsheet is refused, as it may hold the data.
+docs/data.md lists the sources. Of a folder, all visible files of these kinds are read; with a
+split, those named after it. A compressed file or spreadsheet is an error if it belongs to the
+split. Files of other kinds (images, code, checksums) are ignored.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def read_json(path: Path) -> Rows:
 
 
 def _parsed(text: str, path: Path, line: int | None) -> Any:
-    where, what = (path, "this") if line is None else (f"{path}:{line}", "this line")
+    where, part = (path, "this") if line is None else (f"{path}:{line}", "this line")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
     except json.JSONDecodeError as error:
@@ -78,11 +78,11 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
             may = "a list of records, or " if path.suffix.lower() == ".json" else ""
             hint = f". A {path.suffix} file holds {may}one whole object a line"
         raise SourceError(
-            f"{path}:{line or error.lineno}: {what} is not JSON: {error.msg.removesuffix(' at')} "
+            f"{path}:{line or error.lineno}: {part} is not JSON: {error.msg.removesuffix(' at')} "
             f"at character {error.colno}{hint}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: {what} is not JSON that can be used: {error}") from error
+        raise SourceError(f"{where}: {part} is not JSON that can be used: {error}") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -164,7 +164,7 @@ def read_arrow(path: Path) -> Table:
         for batch in batches:
             unpacked += batch.nbytes
             check(unpacked)
-            # Rows take many times the memory as Python's objects, and a batch may be a whole file.
+            # Rows take more memory as Python's objects, and a batch of an Arrow file has any size.
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
 
@@ -175,13 +175,13 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
     """A folder of `datasets.save_to_disk`, or a dataset on the hub, `owner/name`."""
     datasets = require("datasets", "data", f"to read {source!r}")
     is_saved = Path(source).is_dir()
-    what = (
+    problem = (
         f"{source}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it"
         if is_saved
         else f"data source {source!r} is not a local file or folder"
         f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
     )
-    with foreign_as(SourceError, what):
+    with foreign_as(SourceError, problem):
         # A stranger's folder may list any file of the machine, or a pipe.
         for state in Path(source).rglob("state.json") if is_saved else ():
             check_readable(state.parent)

@@ -31,8 +31,8 @@ class Drawing:
 
     def text(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
         """Text whose baseline begins, is centered or ends at (x, y)."""
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-        self._parts.append(f'<text {place} class="{kind}">{escape(text)}</text>')
+        position = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self._parts.append(f'<text {position} class="{kind}">{escape(text)}</text>')
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> None:
         ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
@@ -42,12 +42,12 @@ class Drawing:
         self, x: float, y: float, w: float, h: float, kind: str, title: str = "", radius: float = 0
     ) -> None:
         rx = f' rx="{radius:g}"' if radius else ""
-        place = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}"{rx}'
-        self._mark("rect", f'{place} class="{kind}"', title)
+        bounds = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}"{rx}'
+        self._mark("rect", f'{bounds} class="{kind}"', title)
 
     def square(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        # A heat map has thousands of cells. Those of a color become one path, so that the page
-        # stays small, and it is behind everything else.
+        # A heat map has thousands of cells. Those of a color become one path, behind everything
+        # else, so that the page stays small.
         square = f"M{x:.1f},{y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z"
         self._squares.setdefault(kind, []).append(square)
 

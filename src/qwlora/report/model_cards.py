@@ -169,7 +169,7 @@ def _runtimes(job: Job, adapter: str | None, hub: Repositories | None) -> Iterat
         known = TARGETS[target]
         if hub and not any(name.startswith(f"{target}/") for name in hub.exports):
             continue
-        # Repositories of the hub have other folders than a job: an adapter's is not with its base.
+        # The reader of an uploaded card downloads the files into other folders than those of a job.
         base = f"base/{target}" if hub else f"export/{target}/base"
         folder = f"export/{target}" if known.has_cases else base
         exported = f"{adapter}/{target}" if hub else f"export/{target}/{adapter}"

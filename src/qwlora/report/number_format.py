@@ -39,7 +39,7 @@ def tagged(text: str, value: float, path: Path = ()) -> Markup:
 
 def signed(text: str) -> str:
     """`text`, a formatted number, with a minus sign that has the width of a digit."""
-    # -0.0004 is written `-0.00`, which is no fall.
+    # -0.0004 is formatted as `-0.00`, which would read like a change.
     digits = text.lstrip("+-")
     if not any(digit in "123456789" for digit in digits):
         return digits
@@ -62,7 +62,7 @@ def perplexity(value: float) -> str:
 
 def percent(value: float, sign: bool = False, digits: int | None = None) -> str:
     """A share as a percentage: one decimal, two below 1%."""
-    # 0.995 % is the first that two decimals would write as 1.00%.
+    # From 0.995 % on, two decimals would say 1.00%.
     if digits is None:
         digits = 2 if abs(value) < 0.00995 else 1
     return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")

@@ -27,7 +27,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Job:
-    """One job.
+    """One job. For what is not there, `section` returns an empty dict, and all else None.
 
     Args:
         results: the content of results.json.
@@ -91,6 +91,7 @@ class Job:
 
     @property
     def float_bytes(self) -> float | None:
+        """Size of the whole model in float32."""
         packed, floats = self.number("base", "weights"), self.number("base", "float_weights")
         return None if packed is None or floats is None else FLOAT_BYTES * (packed + floats)
 
@@ -177,7 +178,7 @@ class Job:
 
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
-        # A job that resumes records the stages of earlier runs first; the plan has the order.
+        # The results list stages by verb, and a job runs them in the order of its plan.
         stages: dict[str, dict[str, float]] = {}
         for verb in self.section("stages"):
             stages |= self.section("stages", verb, "parts")

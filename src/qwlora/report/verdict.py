@@ -6,6 +6,10 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
+A caution: an adapter gains too little, two adapters are identical, or a file was checked on few
+tokens. With `reference: float`, an adapter is compared with the same one trained on the float model
+(float LoRA), and that one with the float model.
+
 What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
 sentence is the strongest fact for, ", but ", the strongest fact against.
 """
@@ -137,7 +141,7 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
-    # Two adapters with the same loss in every step were made from the same data, by mistake.
+    # Adapters with the same loss in every step have the same data, settings and seed: a mistake.
     same: dict[tuple[float, ...], list[str]] = {}
     for name in job.adapters:
         losses = job.get("train", name, "losses")

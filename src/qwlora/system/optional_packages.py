@@ -27,8 +27,7 @@ def require(module: str, extra: str, purpose: str = "here") -> ModuleType:
 def node_package(package: str) -> tuple[Path, str]:
     """The folder and the version of an npm package, NAME@RANGE, where node is installed, too."""
     name = package.rpartition("@")[0]
-    # Node itself would look in the current folder first. That may be a downloaded one, whose code
-    # must not run.
+    # Not in the current folder, which may be a downloaded one, whose code must not run.
     roots = (*os.environ.get("NODE_PATH", "").split(os.pathsep), *_global_packages())
     for folder in (Path(root, name) for root in roots if root):
         if shutil.which("node") and (folder / "package.json").is_file():

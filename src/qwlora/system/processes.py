@@ -112,7 +112,8 @@ def is_first_failure() -> bool:
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, not in __all__
 
     # The others fail when they lose their connection to the first failure, which has the reason.
-    # The launcher holds the store, so this works after the processes' own connections broke.
+    # The launcher holds the store, so this works after the processes' own connections broke. If
+    # the launcher has ended, too, the error is printed once too often rather than never.
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*address, timeout=timedelta(seconds=10))

@@ -89,7 +89,6 @@ def _cell(job: Job, name: str, text: str) -> Cell:
     if name and base:
         change = value / base - 1
         words = percent(change, sign=True)
-        # A smaller change is written as 0.0%, and has no color.
         if abs(change) >= 0.0005:
             strength = 1 + sum(abs(change) >= limit for limit in STRENGTHS)
             kind = f"{'g' if change < 0 else 'l'}{strength}"

@@ -220,7 +220,8 @@ def heat_map(
 
 
 def _table(values: dict[LayerMeasure, Values], bits: dict[str, str] | None) -> Table:
-    # Columns have other units, so layers are ranked by how far above a column's median they are.
+    # An error and a gain cannot be compared, so the rank of a layer is how far it is above the
+    # median of a column.
     ranks: dict[str, float] = {}
     for numbers in values.values():
         median = sorted(number for number, _ in numbers.values())[len(numbers) // 2] or 1e-30

@@ -58,7 +58,7 @@ class AdapterTrainer(Trainer):
         self.data_collator, self._collate = self._checked_batch, self.data_collator
         self.remove_callback(PrinterCallback)
         # The Trainer looks this up by the name of the model's loss, which not every model has.
-        # Without the shift it would count one target too many in each sequence.
+        # Without the shift, labels of first tokens count, which nothing predicts.
         self._loss_shifts_labels = True
 
     @property

@@ -84,7 +84,7 @@ def quantize_blocks_(
             pack_at_(model, name, quantized.to(device))
             reports[canonical_name(name)] = report
 
-    # One batch through the model says which layers no data reaches, before the first is packed.
+    # One batch through the model says which blocks no data reaches, before the first is packed.
     # From files, that would read the whole checkpoint twice.
     if not any(tensor_out_in(model, name).is_meta for name in plan):
         with BlockRunner(model, blocks, batches[:1]) as runner:

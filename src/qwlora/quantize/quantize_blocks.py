@@ -71,12 +71,11 @@ def quantize_blocks_(
 
     def unreached(reached: Collection[str]) -> list[str]:
         names = [name for name in plan if canonical_name(name) not in reached]
-        for name in names:
-            if name in calibrated or tensor_out_in(model, name).is_meta:
-                raise CalibrationError(
-                    f"No calibration data reached {listed(map(canonical_name, names))}. Add a rule "
-                    "for these layers: solver: search, or keep: float."
-                )
+        if failed := [n for n in names if n in calibrated or tensor_out_in(model, n).is_meta]:
+            raise CalibrationError(
+                f"No calibration data reached {listed(map(canonical_name, failed))}. Add a rule "
+                "for these layers: solver: search, or keep: float."
+            )
         return names
 
     def pack(block: QuantizedBlock, device: torch.device) -> None:

@@ -333,7 +333,8 @@ def sliced_cross_entropy(
 
         dL/dh_t = sum_(v != y_t) p_t[v] (W_v - W_y_t)
 
-    Running sums as in online softmax (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+    Running sums as in online softmax (Milakov and Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867).
 
     Args:
         hidden, targets: [tokens, hidden] and int64 [tokens].

@@ -116,6 +116,8 @@ def merge(
         with ProgressDisplay(as_json) as display:
             verdict = merge_verdict(context, name, display.track)
         print_result(verdict, merge_lines(verdict), as_json)
+        # Writing the model may take minutes, so what a merge loses is shown before it.
+        sys.stdout.flush()
         if into is not None and folder is not None:
             write_merged(context, name, into, folder)
     if out is not None and not as_json:

@@ -181,7 +181,7 @@ def _job_command(name: str) -> Callable[..., None]:
                 )
         except VerificationError as error:
             failure, results = error, error.results
-        # Of a distributed run, only the first process has results.
+        # In a distributed run, only the first process has results.
         if results and as_json:
             print_json(results)
         elif results:

@@ -124,7 +124,6 @@ class Documents:
         skipped_records: empty records that were skipped (`empty_records: skip`).
         repeated_documents: held-out records removed because the training part has them.
         repeated_paragraphs: paragraphs removed from training text because they are held out.
-        repeated_characters: characters of these paragraphs.
     """
 
     train: tuple[Document, ...]
@@ -132,7 +131,6 @@ class Documents:
     skipped_records: int = 0
     repeated_documents: int = 0
     repeated_paragraphs: int = 0
-    repeated_characters: int = 0
 
     @property
     def kind(self) -> str:
@@ -211,13 +209,13 @@ def _without_repeated(
     paragraphs = {_normal(paragraph) for text in texts for paragraph in text.split("\n\n")}
     # Shorter ones, such as a heading, are equal without being repeated.
     paragraphs = {paragraph for paragraph in paragraphs if len(paragraph) > _LINE}
-    kept, removed = list[Document](), list[str]()
+    kept, removed = list[Document](), 0
     for document in train:
         if isinstance(document, Text):
             every = document.text.split("\n\n")
-            removed += [p for p in every if _normal(p) in paragraphs]
-            text = "\n\n".join(p for p in every if _normal(p) not in paragraphs)
-            if not text.strip():
+            others = [p for p in every if _normal(p) not in paragraphs]
+            removed += len(every) - len(others)
+            if not (text := "\n\n".join(others)).strip():
                 continue
             document = Text(text, document.where)
         kept.append(document)
@@ -229,8 +227,7 @@ def _without_repeated(
                 f"nothing is left of the {name} part: all of it occurs in the other part, too. "
                 "Remove duplicates, add documents, or set data.repeated: keep"
             )
-    characters = sum(map(len, removed))
-    return Documents(tuple(kept), new, skipped, len(held_out) - len(new), len(removed), characters)
+    return Documents(tuple(kept), new, skipped, len(held_out) - len(new), removed)
 
 
 def _normal(text: str) -> str:

@@ -1,6 +1,6 @@
 """Which files a source consists of, and the documents in them, all of one kind.
 
-docs/data.md lists the sources. Of a folder, all visible files of these kinds are read; with a
+docs/data.md lists the sources. In a folder, all visible files of these kinds are read; with a
 split, those named after it. A compressed file or spreadsheet is an error if it belongs to the
 split. Files of other kinds (images, code, checksums) are ignored.
 """

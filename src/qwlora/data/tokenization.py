@@ -308,7 +308,7 @@ def _span(
 def _start_of_greeting(
     greeting: Mapping[str, Any], text: str, rendered: Callable[..., str], where: str
 ) -> int | None:
-    """Start of a first message: after the last generation prompt in its header, if there is one."""
+    """Start of a first message: after the last generation prompt in its header, if any."""
     # The header is what does not depend on the message's content.
     content = greeting.get("content") or ""
     # The other content begins with another character, so that what is equal ends before it.

@@ -159,7 +159,7 @@ class BaseWriter:
             model.save_config(self.folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder)
-        # Each tensor has a digest of its own, by which a reader can name the one that changed.
+        # Each tensor has its own digest, so a reader can name the tensor that changed.
         files = set(files_in(self.folder)).difference(shards)
         settings, modules = base_settings(model), base_modules(model)
         identity = combined_fingerprint(self.digests, settings)

@@ -84,7 +84,8 @@ def _slice_(part: Node) -> None:
     index: Any = part.args[1]
     source = split.args[0]
     whole, parts = source.meta["val"], split.meta["val"]
-    # the axis along which sizes of parts add up to that of the whole; any, if there is one part
+    # The parts differ from the whole along the axis of the split. A single part is the whole, so
+    # any axis will do.
     axis = next((a for a in range(whole.ndim) if parts[0].shape[a] != whole.shape[a]), 0)
     start = sum(int(tensor.shape[axis]) for tensor in parts[:index])
     part.target = torch.ops.aten.slice.Tensor

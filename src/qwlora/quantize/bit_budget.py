@@ -8,8 +8,8 @@ model), so c is the relative change of the block's output. h_i is what an error 
 R_ii, or with gptq, where the inputs after it compensate the error, the denominator 1 / U_ii^2 by
 which it chooses its scales (`gptq.py`).
 
-Layers that read the same tensor (q, k and v; gate and up) get one scheme. Left is a knapsack with
-one choice from each group, solved by dynamic programming over bytes.
+Layers that read the same tensor (q, k and v; gate and up) get one scheme. The choice is then a
+knapsack with one item from each group, solved by dynamic programming over bytes.
 
 Source: the second-order cost of HAWQ-V2 (Dong et al. 2019, https://arxiv.org/abs/1911.03852), with
 K-FAC's factors in place of the trace of the Hessian.

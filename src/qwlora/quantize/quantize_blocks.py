@@ -190,7 +190,7 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
 
 
 class _BlockCache:
-    """Finished blocks in a folder, if there is one, to `read` in model order, or else `write`."""
+    """Finished blocks on disk. `read` them in model order, and `write` those that are missing."""
 
     # The key of a block's file is a SHA-256 of everything that the result depends on. The digest
     # grows block by block, because a block's inputs depend on every block before it.

@@ -1,9 +1,11 @@
 """Signals that ask a run to stop: Ctrl-C (SIGINT), SIGTERM and SIGHUP.
 
-signal     who sends it                                exit code (128 + number)
-SIGINT     Ctrl-C                                      130
-SIGTERM    kill, job schedulers, container runtimes    143
-SIGHUP     a terminal that is closed                   129
+    signal     who sends it                                exit code (128 + number)
+    SIGINT     Ctrl-C                                      130
+    SIGTERM    kill, job schedulers, container runtimes    143
+    SIGHUP     a terminal that is closed                   129
+
+The exit code of a stopped command follows from the number of the signal.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ twice; the turned copy is `n.transposed`. Shapes are fixed, since an NPU has no 
 AIMET and QAIRT take causal language models as graphs with a key-value cache, of several sizes, with
 RMSNormalization as one operator (opset 23). All have the same weights and names; tensors of one
 name have one encoding. Every float tensor has one, but for values inside an activation function
-that the model makes of several operators, and inside a norm of an opset before 23. Of a simulation
-with `policy: weights-only`, only parameters have grids, and all else is float16 on the device.
+that the model makes of several operators, and inside a norm of an opset before 23. With `policy:
+weights-only`, only parameters have grids, and all else is float16 on the device.
 
 `FloatOnnxModel` runs such a model in ONNX Runtime, and checks model and encodings against each
 other. Everything comes from the delivered files, nothing from the simulation.

@@ -85,7 +85,7 @@ class NpuGraph:
 
     @property
     def sizes(self) -> CacheSizes:
-        """Of a graph with a cache."""
+        """The sizes; only a graph with a cache has them."""
         assert self.cache is not None
         return self.cache
 

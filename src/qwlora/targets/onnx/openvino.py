@@ -101,9 +101,9 @@ class Openvino(Backend):
 
 def _name_products(model: Any, paths: dict[str, str]) -> None:
     """Give products the paths of their modules, by the names of products and outputs."""
-    # By these names, openvino-genai finds where an adapter belongs. Of a Gemm with a bias, OpenVINO
-    # makes a product and a sum. The sum gets its name, the product one with a suffix; and the
-    # model's output takes the name of the last product.
+    # openvino-genai finds by these names where an adapter belongs. OpenVINO turns a Gemm with a
+    # bias into a product and a sum. The sum keeps the Gemm's name, and the product's name gets a
+    # suffix. The model's output takes the name of the last product.
     for node in model.get_ops():
         name = node.get_friendly_name().removesuffix("/WithoutBiases")
         if (path := paths.get(name)) is not None:

@@ -267,10 +267,13 @@ def test_settings_that_transformers_leaves_at_its_defaults(
     phi3 = ("phi3", "phi3", {**UNTIED, "pad_token_id": 0})
     monkeypatch.setitem(ARCHITECTURES, "phi3", phi3)
     rotary = {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    pattern, two = "attention.sliding_window_pattern", ["sliding_attention", "full_attention"]
     turned, experts = {"rope.freq_base": 5e5, "rope.dimension_count": 32}, "moe_intermediate_size"
     rows: list[tuple[str, dict[str, Any], dict[str, Any], str, Any]] = [
         ("gemma3", {}, {"head_dim": 32}, "query_pre_attn_scalar", 32),
         ("gemma3", {}, {"num_hidden_layers": 3, "head_dim": 32}, "query_pre_attn_scalar", 64),
+        ("gemma3", {pattern: [False, True]}, {}, "layer_types", two[::-1]),
+        ("gemma3", {pattern: 2}, {"num_hidden_layers": 3}, "layer_types", [*two, two[0]]),
         ("stablelm", turned, {}, "rope_parameters", rotary),
         ("phi3", {}, {}, "pad_token_id", None),  # the default is no token of a small vocabulary
         ("gpt2", {"context_length": 512}, {"n_positions": 512}, "n_positions", 512),

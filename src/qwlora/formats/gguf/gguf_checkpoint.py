@@ -239,12 +239,12 @@ class GgufCheckpoint(MappedCheckpoint):
             for key in _UNREAD.keys() & metadata:
                 if hasattr(kind, _UNREAD[key]):
                     settings.setdefault(_UNREAD[key], metadata[key])
-            # In Gemma, one layer of so many has full attention; others list their layers.
-            period = metadata.get("attention.sliding_window_pattern")
-            if isinstance(period, int) and hasattr(kind, "layer_types"):
-                kinds = "sliding_attention", "full_attention"
-                numbers = range(1, metadata["block_count"] + 1)
-                settings["layer_types"] = [kinds[i % period == 0] for i in numbers]
+            sliding = metadata.get("attention.sliding_window_pattern")
+            if isinstance(sliding, int):  # in Gemma: one layer of so many has full attention
+                sliding = [i % sliding != 0 for i in range(1, metadata["block_count"] + 1)]
+            if sliding and hasattr(kind, "layer_types"):
+                kinds = "full_attention", "sliding_attention"
+                settings["layer_types"] = [kinds[bool(layer)] for layer in sliding]
             config: Any = kind.from_dict(dict(settings))
             padding = getattr(config, "pad_token_id", None)
             # transformers' default for Phi-3 is 32000; with a smaller vocabulary, the embedding

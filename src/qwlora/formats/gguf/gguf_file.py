@@ -57,7 +57,8 @@ class GgufFile:
     """The metadata and tensors of a GGUF file.
 
     Attributes:
-        metadata: scalars and strings by key; for an array, its length.
+        metadata: scalars, strings and lists of numbers by key. Of a list of strings, and of any
+            list of the tokenizer, only the length.
         tensors: the stored tensors by name, in the file's order.
 
     Raises:
@@ -197,10 +198,11 @@ class GgufFile:
             if not is_size or any(word in key for word in UNBOUNDED):
                 continue
             limit = len(self.tensors) if key.endswith(".block_count") else longest
-            fits = math.isfinite(value) if isinstance(value, float) else abs(value) <= limit
-            if not fits:
+            for number in value if isinstance(value, list) else [value]:
+                if math.isfinite(number) if isinstance(number, float) else abs(number) <= limit:
+                    continue
                 raise self._damaged(
-                    f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer "
+                    f"{key} is {number}, but the file has {len(self.tensors)} tensors, none longer "
                     f"than {longest} along an axis"
                 )
 
@@ -229,7 +231,7 @@ class GgufFile:
             raise self._damaged(f"a string at byte {start} is not UTF-8: {text[:40]!r}") from None
 
     def _value(self, key: str, kind: int) -> Any:
-        """A scalar or string; of an array, the length."""
+        """A scalar, a string or a list of numbers; of other arrays, the length."""
         if kind == STRING:
             return self._string()
         if kind in SCALARS:
@@ -238,7 +240,9 @@ class GgufFile:
             raise self._damaged(f"the value of {key!r} is of type {kind}, which GGUF does not have")
         kind, count = self._take("IQ")
         if kind in SCALARS:
-            self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+            start = self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+            if not key.startswith("tokenizer."):
+                return list(struct.unpack_from(f"<{count}{SCALARS[kind]}", self._data, start))
         elif kind == STRING:
             for _ in range(count):
                 self._string()

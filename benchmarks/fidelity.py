@@ -58,7 +58,7 @@ from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
-from qwlora.data.document import Documents, Text, split_documents
+from qwlora.data.document import Documents, Text, split_documents, without_repeated
 from qwlora.data.read_source import load_documents
 from qwlora.data.sequences import in_turn
 from qwlora.formats.model_source import load_model, load_tokenizer
@@ -367,7 +367,8 @@ class Bench:
 def code() -> Documents:
     """The source of Python's asyncio, a document for each file."""
     files = sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py"))
-    return split_documents([Text(file.read_text(), file.name) for file in files], 0.2, 0)
+    texts = [Text(file.read_text(), file.name) for file in files]
+    return without_repeated(*split_documents(texts, 0.2, 0))
 
 
 @torch.no_grad()

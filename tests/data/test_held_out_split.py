@@ -153,3 +153,26 @@ def test_records_that_leave_nothing(tmp_path: Path, records: str, message: str) 
     (tmp_path / "few.jsonl").write_text(records)
     with pytest.raises(SourceError, match=message):
         load_documents(str(tmp_path / "few.jsonl"), 0.2, 0)
+
+
+def pairs(path: Path, name: str, count: int) -> str:
+    said = [{"prompt": f"{name} {i}?", "completion": f"{i}"} for i in range(count)]
+    return written(path / f"{name}.jsonl", said)
+
+
+def test_held_out_documents_from_a_source_of_their_own(tmp_path: Path) -> None:
+    source, valid = pairs(tmp_path, "train", 7), pairs(tmp_path, "valid", 3)
+    documents = load_documents(source, 0.5, 0, Reading(evaluation=valid))
+    assert [len(documents.train), len(documents.held_out)] == [7, 3]
+    assert all(d.prompt.startswith("valid") for d in documents.held_out)
+    # a split of the same source
+    documents = load_documents(str(tmp_path), 0.5, 0, Reading(split="train", evaluation="valid"))
+    assert [len(documents.train), len(documents.held_out)] == [7, 3]
+    # what is in both is not held out
+    written(tmp_path / "valid.jsonl", [{"prompt": "train 1?", "completion": "1"}] * 2)
+    with pytest.raises(SourceError, match="nothing is left of the held-out part"):
+        load_documents(source, 0.5, 0, Reading(evaluation=valid))
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    with pytest.raises(SourceError, match="evaluation .*text.txt' holds text, but .* completions"):
+        load_documents(source, 0.5, 0, Reading(evaluation=str(text)))

@@ -4,18 +4,20 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from tokenizers import decoders
 
-from cli.command_line import answered, refused
+from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.data.document import Completion, Conversation, Documents
 from qwlora.data.prepared_data import Cutting, prepare, summary
 from qwlora.data.tokenization import encode_documents
+from qwlora.errors import SourceError
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -133,3 +135,39 @@ def test_padding_is_no_token_of_the_text() -> None:
     assert summary(prepared.describe()).count("document") == 3
     assert prepared.train_counts.padding_tokens
     assert prepared.largest_id() < tokenizer.pad_token_id
+
+
+def some_long(long: int) -> tuple[Completion, ...]:
+    """40 pairs of 9 tokens; `long` ones have 20 more, before their answer."""
+    asked = ["?" * (22 if number < long else 2) for number in range(40)]
+    return tuple(Completion(prompt, "answer") for prompt in asked)
+
+
+def test_lost_data_is_announced_and_most_of_it_refused() -> None:
+    def prepared(long: int, **cutting: Any) -> Any:
+        documents = Documents(some_long(long), some_long(1), repeated_shares=(0.0, 0.06))
+        return prepare(documents, byte_tokenizer(), Cutting(16, **cutting))
+
+    repeated = "6% of the held-out text was removed, because the training text contains it"
+    kept = prepared(0).cautions()
+    assert [caution.partition(" (")[0] for caution in kept] == [repeated, ANY]
+    cut = "45% of the training tokens were dropped: 8 of 40 documents are longer than 16 tokens"
+    assert prepared(8).cautions()[0].startswith(f"{cut}, and 8 have no loss token")
+    with pytest.raises(SourceError, match=r"6\d% of the training .* data.most_lost above 0.5"):
+        prepared(16)
+    assert prepared(16, most_lost=0.8).train_counts.sequences == 24
+    assert (
+        prepare(Documents(some_long(0), some_long(0)), byte_tokenizer(), Cutting(16)).cautions()
+        == []
+    )
+
+
+@pytest.mark.parametrize("command", ["data", "check"])
+def test_commands_on_a_recipe_show_what_is_lost(
+    recipe_for: Any, chat: dict[str, Any], command: str
+) -> None:
+    shown = qwlora(command, recipe_for(data=chat | {"sequence_tokens": 60}))
+    assert re.search(r"caution: (data of first: )?\d+% of the training tokens", shown.stderr)
+    assert "data.most_lost" in refused(
+        command, recipe_for(data=chat | {"sequence_tokens": 60, "most_lost": 0.0})
+    )

@@ -33,6 +33,8 @@ def check(
 
     Also prints which targets hold the grids of its base.
     """
+    from qwlora.pipeline.sources import Sources
+    from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
     from qwlora.recipe.model_files import check_source, exported_base, second_rounding
     from qwlora.recipe.yaml_core import dump_yaml, flow
@@ -46,6 +48,11 @@ def check(
     check_source(checked)
     chosen, base = checked.export.targets, exported_base(checked)
     refusals.refuse(chosen, base, GridError)
+    with ProgressDisplay() as display:
+        context = new_context(checked, Sources(checked, track=display.track), Path(), display.track)
+        for name, text in context.all_texts().items():
+            for caution in text.cautions():
+                display.say(f"caution: data of {name}: {caution}")
     notes = refusals.notes(base, chosen)
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
@@ -88,6 +95,8 @@ def data(
         context = new_context(chosen, sources, Path(), display.track)
         text = context.text(adapter or names[0])
         documents = text.training_runs(sequence, context.tokenizer)
+        for caution in text.cautions():
+            display.say(f"caution: {caution}")
     counts = text.describe()
     lines = [summary(counts), "", f"training sequence {sequence}; loss tokens are in ⟦ ⟧"]
     for runs in documents:

@@ -169,7 +169,11 @@ class ProgressDisplay:
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
-        if not self._quiet:
+        if self._quiet:
+            return
+        if line.startswith(("caution: ", "warning: ")) and self._progress.console.is_terminal:
+            self._progress.console.print(line, style="yellow", soft_wrap=True)
+        else:
             print(escaped(line), file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

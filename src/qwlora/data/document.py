@@ -7,11 +7,12 @@
 
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
 
-Documents are shuffled with the recipe's seed and split. Then no content is in both parts, unless
-`data.repeated` is `keep`: a held-out record is removed if the training part has its prompt with its
-answer (of a conversation: each of its answers after the same messages), and paragraphs longer than
-a line are removed from training text if they are held out. Equal answers to different prompts are
-normal (labels, canned replies), and stay. Spacing is ignored.
+Documents are shuffled with the recipe's seed and split, unless `data.evaluation` names the held-out
+ones. Then no content is in both parts, unless `data.repeated` is `keep`: a held-out record is
+removed if the training part has its prompt with its answer (of a conversation: each of its answers
+after the same messages), and paragraphs longer than a line are removed from training text if they
+are held out. Equal answers to different prompts are normal (labels, canned replies), and stay.
+Spacing is ignored.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Conversation(_Document):
 Document = Text | Completion | Conversation
 """`characters` is the length of all its text; `exchanges` are its answers, each with all that comes
 before it; running text has none."""
-_Parts = tuple[tuple[Document, ...], tuple[Document, ...]]
+Parts = tuple[tuple[Document, ...], tuple[Document, ...]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Documents:
         skipped_records: empty records that were skipped (`empty_records: skip`).
         repeated_documents: held-out records removed because the training part has them.
         repeated_paragraphs: paragraphs removed from training text because they are held out.
+        repeated_shares: the shares of the characters of both parts that were removed.
     """
 
     train: tuple[Document, ...]
@@ -131,6 +133,7 @@ class Documents:
     skipped_records: int = 0
     repeated_documents: int = 0
     repeated_paragraphs: int = 0
+    repeated_shares: tuple[float, float] = (0.0, 0.0)
 
     @property
     def kind(self) -> str:
@@ -148,44 +151,31 @@ class Documents:
         return digest.hexdigest()
 
 
-def split_documents(
-    documents: Sequence[Document],
-    held_out: float,
-    seed: int,
-    skipped: int = 0,
-    keeps_repeated: bool = False,
-) -> Documents:
+def split_documents(documents: Sequence[Document], held_out: float, seed: int) -> Parts:
     """Hold out the share `held_out` of all characters: at least one document, and none with more
     than both that share and half of all.
 
     A single text is split by position, at the end of a paragraph if one is near.
 
-    Args:
-        skipped: number of empty records, for `Documents`.
-        keeps_repeated: let content be in both parts.
-
     Raises:
-        SourceError: there is a single record, or nothing is left of a part.
+        SourceError: there is a single record.
     """
-    if len(documents) == 1:
-        (only,) = documents
-        if not isinstance(only, Text):
-            raise SourceError(
-                f"{only.where}: this is the only record. At least two are needed: one to train on, "
-                "one to evaluate on"
-            )
-        # Split by position, at the end of a paragraph if one is near.
-        text = only.text
-        cut = int(len(text) * (1 - held_out))
-        near = text.rfind("\n\n", cut - len(text) // 20, cut)
-        cut = near + 2 if near >= 0 else cut
-        parts: _Parts = (Text(text[:cut], only.where),), (Text(text[cut:], only.where),)
-    else:
-        parts = _shuffled(documents, held_out, seed)
-    return (Documents if keeps_repeated else _without_repeated)(*parts, skipped)
+    if len(documents) > 1:
+        return _shuffled(documents, held_out, seed)
+    (only,) = documents
+    if not isinstance(only, Text):
+        raise SourceError(
+            f"{only.where}: this is the only record. At least two are needed: one to train on, "
+            "one to evaluate on"
+        )
+    text = only.text
+    cut = int(len(text) * (1 - held_out))
+    near = text.rfind("\n\n", cut - len(text) // 20, cut)
+    cut = near + 2 if near >= 0 else cut
+    return (Text(text[:cut], only.where),), (Text(text[cut:], only.where),)
 
 
-def _shuffled(documents: Sequence[Document], held_out: float, seed: int) -> _Parts:
+def _shuffled(documents: Sequence[Document], held_out: float, seed: int) -> Parts:
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     total = sum(d.characters for d in shuffled)
@@ -200,9 +190,17 @@ def _shuffled(documents: Sequence[Document], held_out: float, seed: int) -> _Par
     return tuple(shuffled[count:]), tuple(shuffled[:count])
 
 
-def _without_repeated(
-    train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int
+def without_repeated(
+    train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int = 0
 ) -> Documents:
+    """Both parts without the content of one that is in the other.
+
+    Args:
+        skipped: number of empty records, for `Documents`.
+
+    Raises:
+        SourceError: nothing is left of a part.
+    """
     # Documentation repeats itself: 37 % of the held-out characters of `pydoc_data.topics` were also
     # in training topics, which made the adapter look better than it is (docs/log/data.md).
     texts = [d.text for d in held_out if isinstance(d, Text)]
@@ -227,7 +225,14 @@ def _without_repeated(
                 f"nothing is left of the {name} part: all of it occurs in the other part, too. "
                 "Remove duplicates, add documents, or set data.repeated: keep"
             )
-    return Documents(tuple(kept), new, skipped, len(held_out) - len(new), removed)
+    shares = _lost(train, kept), _lost(held_out, new)
+    return Documents(tuple(kept), new, skipped, len(held_out) - len(new), removed, shares)
+
+
+def _lost(before: Sequence[Document], after: Sequence[Document]) -> float:
+    """The share of all characters that is gone."""
+    characters = [sum(document.characters for document in part) for part in (before, after)]
+    return 1 - characters[1] / max(1, characters[0])
 
 
 def _normal(text: str) -> str:

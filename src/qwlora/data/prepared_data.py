@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Counts, Sequences
 
+NOTABLE_LOSS = 0.05  # of a part; above, users are told
+
 
 @dataclass(frozen=True)
 class Cutting:
@@ -27,6 +29,7 @@ class Cutting:
         turns: of a conversation: together or apart.
         prompt_format: of completions: auto (the chat template, if there is one) or plain.
         evaluation_sequences, calibration_sequences: at most; default: all.
+        most_lost: largest share of a part that may be removed, cut off or dropped.
     """
 
     sequence_tokens: int
@@ -35,6 +38,7 @@ class Cutting:
     prompt_format: str = "auto"
     evaluation_sequences: int | None = None
     calibration_sequences: int | None = None
+    most_lost: float = 0.5
 
     def packing_of(self, kind: str) -> str:
         """The packing of documents of `kind`."""
@@ -106,7 +110,45 @@ class PreparedText:
             "train": asdict(self.train_counts),
             "held_out": asdict(self.held_out_counts),
             "evaluation": self.evaluation.counts(),
+            "cautions": self.cautions(),
         }
+
+    def losses(self) -> list[tuple[float, str]]:
+        """What is missing: the share of a part, and why."""
+        shown, losses = self.cutting.sequence_tokens, []
+        joins = self.cutting.packing_of(self.documents.kind) == "join"
+        parts = (("training", self.train_counts), ("held-out", self.held_out_counts))
+        for (part, counts), repeated in zip(parts, self.documents.repeated_shares, strict=True):
+            other = "held-out" if part == "training" else "training"
+            why = f"the {other} text contains it (data.repeated)"
+            losses.append((repeated, f"of the {part} text was removed, because {why}"))
+            why = f"{counts.truncated_documents:,} of {counts.documents:,} documents are longer "
+            why += f"than {shown} tokens"
+            if counts.dropped_documents:
+                why += f", and {counts.dropped_documents:,} have no loss token within them"
+            if joins:
+                why = f"they do not fill a sequence of {shown} with a loss token in it"
+            lost = counts.dropped_tokens / max(1, counts.tokens)
+            how = f"of the {part} tokens were dropped: {why} (data.sequence_tokens)"
+            losses.append((lost, how))
+        return losses
+
+    def cautions(self) -> list[str]:
+        """A sentence about each loss of more than 5 %."""
+        skipped = self.documents.skipped_records
+        records = skipped + len(self.documents.train) + len(self.documents.held_out)
+        empty = "of the records are empty and were skipped (data.empty_records)"
+        losses = [*self.losses(), (skipped / records, empty)]
+        return [f"{share:.0%} {what}" for share, what in losses if share > NOTABLE_LOSS]
+
+    def check_losses(self) -> None:
+        """Raise SourceError if more than `most_lost` of a part is missing."""
+        most = self.cutting.most_lost
+        if problems := [f"{share:.0%} {what}" for share, what in self.losses() if share > most]:
+            raise SourceError(
+                f"{'; '.join(problems)}. Change that setting, or set data.most_lost above "
+                f"{most} to train on the rest"
+            )
 
     def training_runs(
         self, number: int, tokenizer: PreTrainedTokenizerBase
@@ -148,7 +190,11 @@ def prepare(
     cutting: Cutting,
     track: Track = untracked,
 ) -> PreparedText:
-    """Tokenize and pack both parts; see `encode_documents` and `cut_into_sequences`."""
+    """Tokenize and pack both parts; see `encode_documents` and `cut_into_sequences`.
+
+    Raises:
+        SourceError: a part is empty, or lost more than `cutting.most_lost`.
+    """
     from qwlora.data.sequences import cut_into_sequences, joined_ids
 
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
@@ -168,7 +214,7 @@ def prepare(
     held_out, held_out_counts = cut_into_sequences(
         held_out_tokens, tokens, alone, start, padding, "held-out"
     )
-    return PreparedText(
+    prepared = PreparedText(
         documents,
         cutting,
         train,
@@ -179,6 +225,8 @@ def prepare(
         kind == "conversations"
         or (kind == "completions" and renders_pairs(tokenizer, cutting.prompt_format)),
     )
+    prepared.check_losses()
+    return prepared
 
 
 def summary(description: dict[str, Any], name: str | None = None) -> str:

@@ -12,13 +12,13 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any
 
 from qwlora import errors
-from qwlora.data.document import Document, Documents, Text, split_documents
+from qwlora.data.document import Document, Documents, Text, split_documents, without_repeated
 from qwlora.data.records import (
     TEXT_COLUMNS,
     Columns,
@@ -70,6 +70,7 @@ class Reading:
         split, subset: which ones of a dataset that has several.
         skip_empty: skip empty records instead of refusing them.
         keep_repeated: let content be in the training and the held-out part.
+        evaluation: source of the held-out documents, or a split of the same source.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -77,6 +78,7 @@ class Reading:
     subset: str | None = None
     skip_empty: bool = False
     keep_repeated: bool = False
+    evaluation: str | None = None
 
 
 def locate_documents(source: str) -> None:
@@ -97,7 +99,24 @@ def load_documents(
     """Read and split `source`; see `read_documents` and `split_documents`."""
     how = reading or Reading()
     documents, skipped = read_documents(source, how)
-    return split_documents(documents, held_out, seed, skipped, how.keep_repeated)
+    if how.evaluation is None:
+        parts = split_documents(documents, held_out, seed)
+    else:
+        is_split = is_name_of_split(how.evaluation)
+        other, split = (source, how.evaluation) if is_split else (how.evaluation, None)
+        held, skipped_too = read_documents(other, replace(how, split=split))
+        if held[0].kind != documents[0].kind:
+            raise SourceError(
+                f"data.evaluation {how.evaluation!r} holds {held[0].kind}, but data.source "
+                f"{source!r} holds {documents[0].kind}. Give both the same columns"
+            )
+        parts, skipped = (tuple(documents), tuple(held)), skipped + skipped_too
+    return (Documents if how.keep_repeated else without_repeated)(*parts, skipped)
+
+
+def is_name_of_split(evaluation: str) -> bool:
+    """Whether `data.evaluation` names a split of `data.source`, not another source."""
+    return re.fullmatch(r"\w+", evaluation) is not None and not user_path(evaluation).exists()
 
 
 def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:

@@ -275,6 +275,8 @@ class _Run:
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
+            for caution in text.cautions():
+                self.say(f"caution: {caution}")
         if not has_estimate:
             return
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from qwlora.data.prepared_data import Cutting
-from qwlora.data.read_source import Reading, locate_documents
+from qwlora.data.read_source import Reading, is_name_of_split, locate_documents
 from qwlora.data.records import FIELDS, KINDS, OPTIONAL
 from qwlora.data.rows import read_text
 from qwlora.errors import SourceError
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from qwlora.adapter.attach import LoraShape
     from qwlora.adapter.train import TrainingSettings
+
+
+def _evaluation(text: str) -> str:
+    return text if is_name_of_split(text) else located(text, locate_documents)
 
 
 class Data(Section):
@@ -76,6 +80,12 @@ class Data(Section):
     """tokens per sequence"""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """share of all characters held out for evaluation, in whole documents"""
+    evaluation: Annotated[str, AfterValidator(_evaluation)] | None = None
+    """the held-out documents: a source like source, or the name of another split of it. Default:
+    held_out of source"""
+    most_lost: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """stop if more than this share of the training or the held-out text is removed, cut off or
+    dropped"""
     evaluation_sequences: Count = 16
     """held-out sequences to measure perplexity on, at most"""
     calibration_sequences: Count = 8
@@ -95,7 +105,7 @@ class Data(Section):
         names = {role: getattr(self, f"{role}_column") for role in FIELDS}
         columns = {role: name for role, name in names.items() if name is not None}
         skips, keeps = self.empty_records == "skip", self.repeated == "keep"
-        return Reading(columns, self.split, self.subset, skips, keeps)
+        return Reading(columns, self.split, self.subset, skips, keeps, self.evaluation)
 
     def cutting(self) -> Cutting:
         return Cutting(**{field.name: getattr(self, field.name) for field in fields(Cutting)})

@@ -151,7 +151,12 @@ class Recipe(Section):
             if not (keeps or adapter.get("dora") or adapter.get("mergeable") or start is not None):
                 adapter = _filled(adapter, preset["adapter"])
             if isinstance(adapter.get("data"), dict):
-                adapter = {**adapter, "data": {**data, **adapter["data"]}}
+                own = adapter["data"]
+                # Held-out documents belong to their source.
+                inherited = {
+                    k: v for k, v in data.items() if k != "evaluation" or "source" not in own
+                }
+                adapter = {**adapter, "data": {**inherited, **own}}
             # A name that no adapter has is a folder, and is checked as one.
             if isinstance(start, str) and re.fullmatch(r"[\w.-]+", start) and start not in names:
                 adapter = {**adapter, "continue_from": f"./{start}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,21 @@ class Job:
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""
         return self.get("train", adapter or "", "text")
+
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """Where the results describe each text, by the name of the first adapter that has it; the
+        only one is nameless."""
+        named = {name: ("texts", name) for name in self.section("texts")}
+        return {name: path for name, path in named.items() if self.section(*path)} or {
+            "": ("data",)
+        }
+
+    def data_cautions(self) -> Iterator[tuple[str, str]]:
+        """The name of a text, and a sentence about what is missing of it."""
+        for name, path in self.texts().items():
+            cautions = self.get(*path, "cautions")
+            for caution in cautions if isinstance(cautions, list) else ():
+                yield name, str(caution)
 
     def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> tuple[str, ...]:
         """Where the results hold a measurement of a model on the text of `adapter`.

@@ -37,16 +37,15 @@ REMOVED = {
 @section("data", "Data", "What was it trained and tested on?", position=90, of_job=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    texts = {name: ("texts", name) for name in job.section("texts") if job.section("texts", name)}
-    paths: dict[str, tuple[str, ...]] = {**texts} or {"": ("data",)}
+    paths = job.texts()
     first = job.section(*next(iter(paths.values())))
     if not first:
         return None
     kind, packing = str(first.get("kind", "")), str(first.get("packing", ""))
     kinds = (KINDS.get(kind, kind), PACKINGS.get(packing, packing))
     summary = f"{', '.join(filter(None, kinds))}."
-    if len(texts) > 1:
-        summary = f"{len(texts)} texts; the first: {summary}"
+    if len(paths) > 1:
+        summary = f"{len(paths)} texts; the first: {summary}"
     elif source := job.setting("data", "source"):
         summary = f"Source {without_folders(str(source))}: {summary}"
     return {

@@ -1,5 +1,6 @@
 """Jobs of several adapters: what they share, and in which stages."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,14 @@ def test_a_rule_may_be_for_one_adapter_alone(job_for: Any, workflow: str) -> Non
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
         encodings = load_encodings(job.out / "simulation" / name)
         assert encodings[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
+
+
+def test_epochs_are_passes_over_the_training_sequences(job_for: Any) -> None:
+    job = job_for(adapters=[{"name": "a", "rank": 4, "epochs": 1.5, "batch_sequences": 2}])
+    results = job.run("quantize", "train")
+    count, trained = results["data"]["train"]["sequences"], results["train"]["a"]
+    assert trained["steps"] == len(trained["losses"]) == math.ceil(1.5 * count / 2) != 60
+    assert trained["epochs"] == pytest.approx(1.5, abs=2 / count)
+    assert f"a: {trained['steps']} steps = 1.5 epochs" in job.said
+    job.run("quantize", "train", changes=["adapters.0.epochs=1.5"])
+    assert not job.done

@@ -39,6 +39,7 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean rank?",
     "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean",
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
+    "adapters.0.epochs=2": "adapters.0: give either steps (6) or epochs (2), not both",
     "adapters.0.name=../x": "adapters.0.name: String should match pattern",
     f"adapters=[{{name: {'a' * 300}}}]": "adapters.0.name: String should have at most 100",
     "adapters.0.alpha=.inf": "adapters.0.alpha: Input should be a finite number",

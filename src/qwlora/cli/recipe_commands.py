@@ -88,17 +88,20 @@ def data(
 
     with ProgressDisplay(as_json) as display:
         chosen = load_recipe(recipe, tuple(changes or ()))
-        names = [a.name for a in chosen.adapters]
+        names = {a.name: a for a in chosen.adapters}
         if adapter is not None and adapter not in names:
             raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
         sources = Sources(chosen, track=display.track)
         context = new_context(chosen, sources, Path(), display.track)
-        text = context.text(adapter or names[0])
+        whose = names[adapter] if adapter else chosen.adapters[0]
+        text = context.text(whose.name)
         documents = text.training_runs(sequence, context.tokenizer)
         for caution in text.cautions():
             display.say(f"caution: {caution}")
     counts = text.describe()
-    lines = [summary(counts), "", f"training sequence {sequence}; loss tokens are in ⟦ ⟧"]
+    length = whose.length(len(text.train))
+    lines = [summary(counts), f"{whose.name}: {length}", ""]
+    lines += [f"training sequence {sequence}; loss tokens are in ⟦ ⟧"]
     for runs in documents:
         lines += ["-" * 40, "".join(f"⟦{r['text']}⟧" if r["in_loss"] else r["text"] for r in runs)]
     print_result({"data": counts, "sequence": sequence, "documents": documents}, lines, as_json)

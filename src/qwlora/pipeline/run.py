@@ -277,6 +277,11 @@ class _Run:
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
             for caution in text.cautions():
                 self.say(f"caution: {caution}")
+        names = [stage.name for stage in waiting]
+        for adapter in self.recipe.adapters:
+            if adapter.steps and f"train/{adapter.name}" in names:
+                sequences = len(self.context.text(adapter.name).train)
+                self.say(f"{adapter.name}: {adapter.length(sequences)}")
         if not has_estimate:
             return
         try:

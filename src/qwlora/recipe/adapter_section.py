@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -194,6 +195,8 @@ class Adapter(Section):
     """numbers of the transformer layers that get an adapter. Default: all"""
     steps: NotNegative = 60
     """optimizer steps, at most; 0 uses the adapter of continue_from unchanged"""
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """passes over the training sequences, in place of steps"""
     batch_sequences: Count = 1
     """sequences per forward pass, over all processes"""
     accumulation_steps: Count = 1
@@ -237,11 +240,31 @@ class Adapter(Section):
             tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
         return LoraShape(**shape, alora_invocation_tokens=tokens if tokenizer is not None else None)
 
-    def training_settings(self, seed: int) -> TrainingSettings:
+    @property
+    def step_sequences(self) -> int:
+        """The sequences of an optimizer step."""
+        return self.batch_sequences * self.accumulation_steps
+
+    def steps_on(self, sequences: int) -> int:
+        """The optimizer steps on a text with so many sequences."""
+        if self.epochs is None:
+            return self.steps
+        return math.ceil(self.epochs * sequences / self.step_sequences)
+
+    def length(self, sequences: int) -> str:
+        """How long it is trained on a text with so many sequences, in words."""
+        steps = self.steps_on(sequences)
+        return f"{steps:,} steps = {steps * self.step_sequences / sequences:.2g} epochs"
+
+    def training_settings(self, seed: int, sequences: int) -> TrainingSettings:
         from qwlora.adapter.train import TrainingSettings
 
-        names = [field.name for field in fields(TrainingSettings) if field.name != "seed"]
-        return TrainingSettings(seed=seed, **{name: getattr(self, name) for name in names})
+        others = {f.name for f in fields(TrainingSettings)} - {"steps", "seed"}
+        settings = {name: getattr(self, name) for name in others}
+        steps = self.steps_on(sequences)
+        # Validation has compared them with `steps`; those of epochs are known only now.
+        settings["warmup_steps"] = min(self.warmup_steps, max(0, steps - 1))
+        return TrainingSettings(steps=steps, seed=seed, **settings)
 
     def without_graph(self) -> Iterator[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""
@@ -267,6 +290,8 @@ class Adapter(Section):
             yield (
                 f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"
             )
+        if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
+            yield f"give either steps ({self.steps}) or epochs ({self.epochs:g}), not both"
         if not continues and self.steps == 0:
             yield (
                 "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
@@ -298,7 +323,8 @@ class Adapter(Section):
                 f"init {self.init} cannot be combined with dora or continue_from; remove it, or "
                 f"remove {'continue_from' if continues else 'dora'}"
             )
-        if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
+        has_steps = self.steps and self.epochs is None
+        if has_steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             yield f"lower warmup_steps ({self.warmup_steps}) below steps ({self.steps})"
         if self.patience is not None and self.evaluation_steps is None:
             yield "patience counts evaluations, but there are none; set evaluation_steps"

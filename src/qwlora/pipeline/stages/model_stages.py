@@ -17,7 +17,7 @@ from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
-from qwlora.adapter.train import TrainingData, TrainingReport, train_adapter
+from qwlora.adapter.train import TrainingReport, train_adapter
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
@@ -236,6 +236,7 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     measured: dict[str, Any] = {
         **asdict(report),
         "compute": adapter.compute,
+        "epochs": report.steps * adapter.step_sequences / len(context.text(adapter.name).train),
         "settings": settings,
         "peak_rss_bytes": peak_rss_bytes(),
         "layers": updates,
@@ -274,15 +275,15 @@ def _train_adapter(
         who, logs = f"{who} on the float model", logs / "float"
     elif context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
         graph = TrainingGraph(context.simulate(model.eval()))
-    sequences: TrainingData = text.train
+    sequences = text.train
     if implied.recovers_on_base_text(context.recipe, adapter):
-        count = adapter.steps * adapter.batch_sequences * adapter.accumulation_steps
+        count = adapter.steps_on(len(sequences)) * adapter.step_sequences
         rows = [batch[0] for batch in context.base_calibration_ids(count)]
         sequences = Sequences(pad_sequence(rows, True), pad_sequence(rows, True, IGNORED))
     return train_adapter(
         model,
         sequences,
-        adapter.training_settings(context.recipe.seed),
+        adapter.training_settings(context.recipe.seed, len(text.train)),
         work,
         text.evaluation if adapter.evaluation_steps else None,
         teacher,

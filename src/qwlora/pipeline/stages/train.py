@@ -16,6 +16,10 @@ _WITHOUT_EFFECT = {
 }
 
 
+def _without_effect(adapter: Adapter) -> set[str]:
+    return _WITHOUT_EFFECT | {"epochs" if adapter.epochs is None else "steps"}
+
+
 def _learned(plan: Planner, adapter: Adapter, start: Adapter) -> dict[str, Any]:
     data, is_new = plan.recipe.data_of(adapter), plan.recipe.predecessor(start) is None
     text = plan.measured(data) if adapter.evaluation_steps else plan.text(data)
@@ -29,7 +33,7 @@ def add(plan: Planner, adapter: Adapter) -> None:
     """Train an adapter on the base."""
     recipe, name = plan.recipe, adapter.name
     first, has_init = recipe.predecessor(adapter), adapter.init != "zero"
-    settings = adapter.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    settings = adapter.model_dump(mode="json", exclude=_without_effect(adapter))
     settings["init_share"] = recipe.init_share(adapter) if has_init else None
     inputs = {"adapter": settings, **_learned(plan, adapter, adapter)}
     inputs |= revisions("initialize_adapter") if has_init else {}
@@ -47,8 +51,10 @@ def add_reference(plan: Planner, adapter: Adapter, stage: str) -> None:
     """Train the same adapter on the float model."""
     # It does not need the base, so bases of other integers are compared with the same adapter.
     recipe, start = plan.recipe, without_recovery(plan.recipe, adapter)
-    without = {*_WITHOUT_EFFECT, "init", "init_share"}
-    settings = [a.model_dump(mode="json", exclude=without) for a in (adapter, start)]
+    without = {"init", "init_share"}
+    settings = [
+        a.model_dump(mode="json", exclude=without | _without_effect(a)) for a in (adapter, start)
+    ]
     inputs = {**plan.model, "adapter": settings[0], **_learned(plan, adapter, start)}
     inputs["start"] = settings[1]
     first, name = recipe.predecessor(start), adapter.name

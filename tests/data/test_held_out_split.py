@@ -174,5 +174,5 @@ def test_held_out_documents_from_a_source_of_their_own(tmp_path: Path) -> None:
         load_documents(source, 0.5, 0, Reading(evaluation=valid))
     text = tmp_path / "text.txt"
     text.write_text("words")
-    with pytest.raises(SourceError, match="evaluation .*text.txt' holds text, but .* completions"):
+    with pytest.raises(SourceError, match=r"evaluation .*text.txt' holds text, but .* completions"):
         load_documents(source, 0.5, 0, Reading(evaluation=str(text)))

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from qwlora.report.key_figures import tiles
+from qwlora.report.page import render
 from qwlora.report.results_view import Job
 from qwlora.report.summary_table import summary_rows
 from qwlora.report.verdict import Outcome, verdict
@@ -47,3 +49,16 @@ def test_training_without_success_is_said(losses: list[float], after: float, war
     assert all(warning in text for text in warnings)
     if len(losses) == 10 and not warning:
         assert "loss 2.900 to 2.700 (means of 2 steps)" in dict(found)["Training a"]
+
+
+@pytest.mark.parametrize(
+    ("results", "shown"),
+    [
+        ({"data": {"cautions": ["9% of <it>"]}}, "9% of <it>"),
+        ({"texts": {"a": {"cautions": ["9% of <it>"]}, "b": {"cautions": []}}}, "a: 9% of <it>"),
+    ],
+)
+def test_missing_data_is_at_the_top(results: dict[str, Any], shown: str) -> None:
+    job = Job({"recipe": "tiny", "stages": {}, "train": {}, **results}, {}, "", "tiny")
+    assert ("Missing data", shown) in summary_rows(job)
+    assert f"<p>{escape(shown)}.</p>" in render(job)

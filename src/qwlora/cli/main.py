@@ -177,6 +177,7 @@ def _job_command(name: str) -> Callable[..., None]:
                     device=device,
                     replace=tuple(replace or ()),
                     say=display.say,
+                    show_training=display.show_training,
                     watch=None if quiet or as_json else display.watch,
                 )
         except VerificationError as error:

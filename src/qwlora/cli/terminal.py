@@ -18,7 +18,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, TextIO, TypeVar
@@ -32,6 +32,7 @@ from qwlora.errors import escaped
 from qwlora.system import strict_json
 
 T = TypeVar("T")
+LAST_LOSSES = 8  # the mean of these is shown, as in the report
 LINE_SECONDS = 30.0  # between lines of progress without a terminal
 
 
@@ -166,6 +167,16 @@ class ProgressDisplay:
             f"{number}/{count} {stage}", total=count, completed=number - 1, count="", left=""
         )
         self._stage = row, f"{stage} ({number} of {count})"
+
+    def show_training(self, progress: Mapping[str, Any]) -> None:
+        """Show the loss and the speed of a training step in its row."""
+        losses, rate = progress["losses"][-LAST_LOSSES:], progress["tokens_per_second"]
+        figures = f"loss {sum(losses) / len(losses):.3f}, {rate:,.0f} tokens/s"
+        steps = [
+            task for task in self._progress.tasks if not self._stage or task.id != self._stage[0]
+        ]
+        if steps:
+            self._progress.update(steps[-1].id, description=f"  {progress['adapter']}: {figures}")
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""

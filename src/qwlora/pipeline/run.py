@@ -49,6 +49,7 @@ from qwlora.system.progress import Track, untracked
 
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]
+ShowTraining = Callable[[dict[str, Any]], None]
 
 
 @connected()
@@ -63,6 +64,7 @@ def run(
     replace: Collection[str] = (),
     say: Say = lambda line: None,
     watch: Watch | None = None,
+    show_training: ShowTraining = lambda progress: None,
 ) -> dict[str, Any]:
     """Run the stages of a recipe whose verb is in `verbs` in the directory `out`.
 
@@ -75,6 +77,7 @@ def run(
         say: receives one line for each stage that is skipped or run.
         watch: called when a stage begins, with its name, its number and how many will run. Without
             it, memory and disk are not estimated before.
+        show_training: receives the losses, the steps and the speed after each step of training.
 
     Returns:
         The content of `results.json`. An error of a stage leaves the stages before it finished.
@@ -113,7 +116,7 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, computed, before, store, sources, track, say, asked)
+            job = _Run(wanted, computed, before, store, sources, track, say, show_training, asked)
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -156,6 +159,7 @@ class _Run:
     sources: Sources
     track: Track
     say: Say
+    show_training: ShowTraining
     asked: Sequence[str]
 
     def __post_init__(self) -> None:
@@ -314,7 +318,12 @@ class _Run:
         status.begin(name)
         if self.context is None:
             self.context = new_context(self.computed, self.sources, self.store.path, self.track)
-        self.context.on_training = status.train
+
+        def on_training(progress: Callable[[], dict[str, Any]]) -> None:
+            status.train(progress)
+            self.show_training(progress())
+
+        self.context.on_training = on_training
         began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))

@@ -60,6 +60,7 @@ def render(job: Job) -> str:
         message=without_folders(str(job.get("error", "message") or "")),
         error_page=str(job.get("error", "docs") or ""),
         second_rounding=without_folders(str(job.get("base", "second_rounding") or "")),
+        cautions=list(job.data_cautions()),
         sections=shown,
         folds={name: fold for name, fold in folds.items() if fold},
         refresh=REFRESH_SECONDS if is_running else None,

@@ -56,6 +56,8 @@ def summary_rows(job: Job) -> Iterator[Row]:
             yield "Warning", base["second_rounding"]
     for name, train in job.section("train").items():
         yield from _training_rows(name, train, job.section("perplexity"))
+    for text, caution in job.data_cautions():
+        yield "Missing data", f"{text}: {caution}" if text else caution
     evidence = verdict(job).evidence
     for item in evidence:
         if item.outcome is not Outcome.PASSED:

@@ -6,9 +6,9 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
-A caution: much of a text is missing, an adapter gains too little, two adapters are identical, or a
-file was checked on few tokens. With `reference: float`, an adapter is compared with the same one
-trained on the float model (float LoRA), and that one with the float model.
+A caution: an adapter gains too little, two adapters are identical, or a file was checked on few
+tokens. With `reference: float`, an adapter is compared with the same one trained on the float model
+(float LoRA), and that one with the float model.
 
 What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
 sentence is the strongest fact for, ", but ", the strongest fact against.
@@ -22,7 +22,6 @@ from enum import Enum
 
 from markupsafe import Markup
 
-from qwlora.data.prepared_data import NOTABLE_LOSS
 from qwlora.report import number_format as form
 from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
 from qwlora.report.results_view import Job, capitalized, code, runtime, without_folders
@@ -140,16 +139,6 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
     # Proofs come first: the first caution is the one in the verdict's sentence.
     for target in job.targets:
         yield from _of_target(job, target)
-    for where, caution in job.data_cautions():
-        share, _, what = caution.partition(" ")
-        whose = f"{where}: " if where else ""
-        yield Evidence(
-            Outcome.CAUTION,
-            f"{whose}{what}",
-            share,
-            f"at most {NOTABLE_LOSS:.0%} expected",
-            f"{share} of the data of {where} is missing" if where else f"{share} {what}",
-        )
     for adapter in job.adapters:
         yield from _gain(job, adapter)
     # Adapters with the same loss in every step have the same data, settings and seed: a mistake.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -280,6 +281,12 @@ def _train_adapter(
         count = adapter.steps_on(len(sequences)) * adapter.step_sequences
         rows = [batch[0] for batch in context.base_calibration_ids(count)]
         sequences = Sequences(pad_sequence(rows, True), pad_sequence(rows, True, IGNORED))
+    tokens = adapter.step_sequences * sequences.input_ids.shape[1]
+
+    def described(progress: dict[str, Any]) -> dict[str, Any]:
+        rate = tokens / (progress["step_seconds"] or math.inf)
+        return {"adapter": who, "tokens_per_second": rate, **progress}
+
     return train_adapter(
         model,
         sequences,
@@ -290,7 +297,7 @@ def _train_adapter(
         graph,
         track=context.track,
         logs=logs,
-        watch=lambda progress: context.on_training(lambda: {"adapter": who, **progress()}),
+        watch=lambda progress: context.on_training(lambda: described(progress())),
     )
 
 

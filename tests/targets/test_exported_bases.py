@@ -250,6 +250,6 @@ def test_16_bits_that_a_target_lacks_are_refused(recipe_for: Any, target: str, b
     changes = (f"export.targets=[{target}]", "simulation.residual_adds=quantize")
     path = recipe_for()
     load_recipe(path, changes)
-    problem = rf"{target}: export\.embedding_bits: .* {48 - bits} bits only"
+    problem = rf"{target}: export\.float_bits: .* {48 - bits} bits only"
     with pytest.raises(RecipeError, match=problem):
-        load_recipe(path, (*changes, f"export.embedding_bits={bits}"))
+        load_recipe(path, (*changes, f"export.float_bits={bits}"))

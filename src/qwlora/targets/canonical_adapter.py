@@ -53,6 +53,7 @@ from qwlora.system.parameter_names import BASE, is_adapter_name
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
 from qwlora.targets.refusals import AdapterParts, Subject, refusals
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.rounded_floats import half
 from qwlora.targets.target import NONE, members
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -83,7 +84,7 @@ PEFT_FORM: Form = {
 
 @dataclass(frozen=True)
 class CanonicalAdapter:
-    """Factors by module path: A [r, in] and B [out, r], scaled, both float32.
+    """Factors by module path: A [r, in] and B [out, r], scaled, both float32 or rounded to float16.
 
     Args:
         base_fingerprint: None if the adapter does not record its base.
@@ -93,6 +94,16 @@ class CanonicalAdapter:
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
     invocation: tuple[int, ...] = ()
+
+    @property
+    def is_rounded(self) -> bool:
+        return any(a.dtype == torch.float16 for a, _ in self.factors.values())
+
+    def rounded(self, float_bits: int) -> CanonicalAdapter:
+        """The same as files of `export.float_bits` hold it."""
+        if float_bits != 8:
+            return self
+        return replace(self, factors={m: (half(a), half(b)) for m, (a, b) in self.factors.items()})
 
     @property
     def rank(self) -> int:

@@ -100,7 +100,7 @@ TARGETS: dict[str, Target] = {
     "onnx": _simulated(
         backend_class="qwlora.targets.onnx.onnx:Onnx",
         runtime="ONNX Runtime",
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
     ),
     "onnx_each": _simulated(
         backend_class="qwlora.targets.onnx.onnx:OnnxEach",
@@ -108,7 +108,7 @@ TARGETS: dict[str, Target] = {
         layout=Layout.EACH,
         has_proof=False,
         model_files="model.onnx*",
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
     ),
     "aimet": _simulated(
         backend_class="qwlora.targets.npu.float_targets:Aimet",
@@ -168,7 +168,7 @@ TARGETS: dict[str, Target] = {
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
         limits=NBITS,
     ),
     "web": Target(
@@ -178,7 +178,7 @@ TARGETS: dict[str, Target] = {
         packages=("onnx",),
         writers=_ONNX,
         node_packages=(WEB_LIBRARY,),
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
         limits=NBITS,
     ),
     "executorch": Target(
@@ -187,7 +187,7 @@ TARGETS: dict[str, Target] = {
         extra="executorch",
         packages=("executorch",),
         writers=("executorch",),
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
         limits=XNNPACK,
     ),
     "hf": Target(
@@ -196,7 +196,7 @@ TARGETS: dict[str, Target] = {
         extra="hf",
         packages=("compressed_tensors",),
         holds_invocation=True,
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
         limits=COMPRESSED_TENSORS,
     ),
     "gguf": Target(
@@ -207,7 +207,7 @@ TARGETS: dict[str, Target] = {
         writers=("gguf",),
         source_suffix=".gguf",
         holds_invocation=True,  # llama-server reads the invocation from the adapter's file
-        embedding_bits=(16,),
+        float_bits=(8, 16, 32),
         limits=GGUF,
     ),
     "mlx": Target(
@@ -216,6 +216,7 @@ TARGETS: dict[str, Target] = {
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
         # No embeddings of 16 bits: MLX computes in the type of the embedding.
+        float_bits=(8, 32),
         limits=MLX,
     ),
     "openvino": Target(
@@ -224,7 +225,7 @@ TARGETS: dict[str, Target] = {
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
         writers=(*_ONNX, "openvino", "openvino_tokenizers"),
-        embedding_bits=(16, 32),
+        float_bits=(16, 32),
         limits=OPENVINO,
     ),
 }

@@ -22,7 +22,7 @@ from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.onnx import ZeroAdapter
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.folder import TEXT, proof_record, write_files, write_record
+from qwlora.targets.proof.folder import TEXT, proof_record, rounding_of, write_files, write_record
 from qwlora.targets.proof.prove import (
     Expected,
     expected_of,
@@ -63,12 +63,13 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
             return _graph(context, name, context.zero_adapter(), {})
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
+    bits = context.recipe.export.float_bits_of(name)
     if adapter is None:
         source = context.recipe.model.source
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
-        bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    made = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    return made.rounded(bits)
 
 
 def _graph(
@@ -95,7 +96,7 @@ def _graph(
         layout=layout,
         # Without a layout, tools that compile graphs read no tokenizer.
         tokenizer=context.tokenizer if layout or not known.cached_graphs else None,
-        embedding_bits=recipe.export.embedding_bits_of(target),
+        float_bits=recipe.export.float_bits_of(target),
     )
 
 
@@ -131,7 +132,7 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
         ids = torch.cat([starts, ids], 1)[:, : texts[0].input_ids.shape[1]].contiguous()
         texts.append(Sequences(ids, ids.clone()))
-    model, expected = _expected(context, target, adapter, texts)
+    model, expected = _expected(context, name, adapter, texts)
     limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
     missing = target.missing() if has_proof else None
     measured: dict[str, Any] = {"not_run": missing}
@@ -162,11 +163,13 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
 
 
 def _expected(
-    context: JobContext, target: Target, adapter: str, texts: list[Sequences]
+    context: JobContext, name: str, adapter: str, texts: list[Sequences]
 ) -> tuple[Any, Expected]:
+    target = TARGETS[name]
     if not target.is_simulated:
         model = context.adapted(adapter)
-        return model, expected_of(target, model, texts)
+        rounding = rounding_of(context.path / "export" / name, adapter)
+        return model, expected_of(target, model, texts, rounding=rounding)
     if target.has_cases:
         simulation: Any = context.use_cases[adapter]
     elif adapter == BASE:

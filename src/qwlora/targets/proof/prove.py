@@ -76,8 +76,10 @@ from qwlora.targets.proof.reference import (
     make_reference,
     reference_of_trained,
     simulated_logits,
+    trained_losses,
 )
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.rounded_floats import rounded
 from qwlora.targets.target import PROOF, Runtime, Target
 
 SWITCHES = 3  # measured; the fastest counts
@@ -115,16 +117,21 @@ def expected_of(
     schemes: Schemes | None = None,
     base: Reference | None = None,
     layer_tokens: int = LAYER_TOKENS,
+    rounding: Collection[str] = (),
 ) -> Expected:
     """What the files of a language model should compute for each text.
 
     Args:
         made: what they were made of: a simulation with `schemes`, or a base with an adapter.
         base: the simulation of the zero adapter.
+        rounding: `rounding_of` the files.
     """
     if schemes is None:
-        rounding = target.backend.rounding(made)
-        references = [reference_of_trained(made, text, rounding) for text in texts]
+        exact = [trained_losses(made, text) if rounding else {} for text in texts]
+        with rounded(made, rounding):
+            of_runtime = target.backend.rounding(made)
+            references = [reference_of_trained(made, text, of_runtime) for text in texts]
+        references = [of | losses for of, losses in zip(references, exact, strict=True)]
         return Expected(references, layer_tokens=layer_tokens)
     least, states = least_noise(schemes, target.cached_graphs), {"adapter": simulated_logits(made)}
     if base is not None:

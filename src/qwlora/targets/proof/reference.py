@@ -17,7 +17,8 @@ computation gives, which is as valid:
     STATE.other_same      bool [n, t], whether its likeliest token is the same
     STATE.noise           float32 [n], root mean square of the differences of log-probabilities
     STATE.rounding        float32 [n], instead of `noise`: the largest difference of a logit
-    STATE.trained_losses  as losses; if the model rounds like the runtime, what it says without
+    STATE.trained_losses  as losses; if the model is rounded like the files or the runtime, what it
+                          says without
 
 `noise` is that of simulations, and `rounding` that of a runtime that rounds activations more
 coarsely than float32 (`Backend.rounding`). If all that it computes is on that grid, the model
@@ -184,10 +185,15 @@ def reference_of_trained(
     if rounding is not None and rounding.other is not None:
         rounded, perturbed = logits_of(model, rounding), logits_of(model, rounding.other)
         reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
-        exact = make_reference(logits_of(model), sequences)
-        return reference | {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
+        return reference | trained_losses(model, sequences)
     tolerance = None if rounding is None else logits_of(model, rounding)
     return make_reference(logits_of(model), sequences, rounded=tolerance)
+
+
+def trained_losses(model: PeftModel, sequences: Sequences) -> dict[str, Tensor]:
+    """What a reference has of a model that is not rounded."""
+    exact = make_reference(logits_of(model), sequences)
+    return {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

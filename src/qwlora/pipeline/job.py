@@ -264,14 +264,16 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 def write_bundle_readmes(store: Store) -> None:
     """Write README.md of every bundle again."""
-    # It lists the adapters that were checked, by name.
+    trained = [place.partition("/")[2] for place in store.records if place.startswith("adapters/")]
     for target, known in TARGETS.items():
-        bundle = store.path / "export" / target
-        if known.has_base and bundle.is_dir():
-            proofs = current_proofs(bundle).items()
-            places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
-            checked = {name: p for name, p in proofs if places[name] in store.records}
-            write_readme(bundle, checked)
+        if known.has_base and (bundle := store.path / "export" / target).is_dir():
+            proofs, chats = current_proofs(bundle).items(), dict[str, bool]()
+            for name in trained:
+                if f"export/{target}/{name}" in store.records:
+                    data = store.records[f"adapters/{name}"].results.get("data", {})
+                    chats[name] = bool(data.get("chat_template"))
+            checked = {n: p for n, p in proofs if f"export/{target}/proof/{n}" in store.records}
+            write_readme(bundle, chats, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

@@ -22,7 +22,14 @@ from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.onnx import ZeroAdapter
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.folder import TEXT, proof_record, rounding_of, write_files, write_record
+from qwlora.targets.proof.folder import (
+    TEXT,
+    proof_record,
+    rounding_of,
+    write_files,
+    write_proof,
+    write_record,
+)
 from qwlora.targets.proof.prove import (
     Expected,
     expected_of,
@@ -30,9 +37,9 @@ from qwlora.targets.proof.prove import (
     prove,
     proven,
     results_of,
-    save_proof,
 )
 from qwlora.targets.proof.readme import facts
+from qwlora.targets.proof.reference import BASE_SEQUENCES, first_sequences
 from qwlora.targets.refusals import comes_from
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
@@ -53,7 +60,12 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         # The graph holds the factors among its weights, so PEFT needs them in their own file.
         shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     with context.step(f"writing files for {adapter or BASE}"):
-        written = write_files(name, exported, context.base_fingerprint, scratch, base)
+        about = dict[str, Any]()
+        if adapter is None:
+            made = exported.simulation.origin if target.is_simulated else exported
+            about = facts(made.model, context.recipe.model.source)
+        fingerprint = context.base_fingerprint
+        written = write_files(name, exported, fingerprint, scratch, base, about)
     return {"export": {name: {NAME if adapter else BASE: written}}}
 
 
@@ -132,7 +144,7 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
         ids = torch.cat([starts, ids], 1)[:, : texts[0].input_ids.shape[1]].contiguous()
         texts.append(Sequences(ids, ids.clone()))
-    model, expected = _expected(context, name, adapter, texts)
+    expected = _expected(context, name, adapter, texts)
     limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
     missing = target.missing() if has_proof else None
     measured: dict[str, Any] = {"not_run": missing}
@@ -143,9 +155,9 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if has_proof:
         record = proof_record(name, bundle, adapter, limits) | measured
         record |= {TEXT: ships, "base_fingerprint": context.base_fingerprint}
-        record |= facts(model, context.recipe.model.source)
         record |= {INVOCATION: invocation} if invocation else {}
-        save_proof(scratch, bundle, expected.references[-1], record)
+        shipped = first_sequences(expected.references[-1], BASE_SEQUENCES)
+        write_proof(scratch, None if ships == "none" else shipped, record)
     results = {"parity": {name: {NAME if cases else BASE: figures}}}
     if problems := figures.get("problems"):
         files = f"export/{name}/{adapter}"
@@ -162,14 +174,12 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
     return context.text(owner).held_out.first(recipe.verify.sequences)
 
 
-def _expected(
-    context: JobContext, name: str, adapter: str, texts: list[Sequences]
-) -> tuple[Any, Expected]:
+def _expected(context: JobContext, name: str, adapter: str, texts: list[Sequences]) -> Expected:
     target = TARGETS[name]
     if not target.is_simulated:
         model = context.adapted(adapter)
         rounding = rounding_of(context.path / "export" / name, adapter)
-        return model, expected_of(target, model, texts, rounding=rounding)
+        return expected_of(target, model, texts, rounding=rounding)
     if target.has_cases:
         simulation: Any = context.use_cases[adapter]
     elif adapter == BASE:
@@ -178,5 +188,4 @@ def _expected(
         simulation = context.simulation(adapter)
     # This is loaded after `simulation`, whose capture releases the zero adapter.
     base = context.zero_adapter() if target.has_base and adapter != BASE else None
-    expected = expected_of(target, simulation, texts, context.schemes, base)
-    return None if adapter == BASE else simulation.origin.model, expected
+    return expected_of(target, simulation, texts, context.schemes, base)

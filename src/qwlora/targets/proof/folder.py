@@ -54,7 +54,12 @@ def write_record(folder: Path, target: str, base_fingerprint: str | None, **fact
 
 
 def write_files(
-    name: str, exported: Any, base_fingerprint: str, folder: Path, base: Path | None = None
+    name: str,
+    exported: Any,
+    base_fingerprint: str,
+    folder: Path,
+    base: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the files of a base or an adapter, and their record.
 
@@ -63,6 +68,7 @@ def write_files(
         exported: what its `Backend` takes.
         folder: for the files; it may hold others, which the record lists, too.
         base: folder of the base that the adapter is for. None: write a base, or both together.
+        about: what else the record says.
 
     Returns:
         `bytes` of the model's files, and what the record says about a base.
@@ -91,7 +97,7 @@ def write_files(
         exported.tokenizer.save_pretrained(folder)
     # The fingerprint is that of the base's integers. Grids of an adapter are of one calibration.
     of = record_digest(base) if base is not None and target.is_simulated else None
-    write_record(folder, name, base_fingerprint, **facts, base=of)
+    write_record(folder, name, base_fingerprint, **facts, **(about or {}), base=of)
     return {"bytes": size, **facts}
 
 
@@ -164,8 +170,8 @@ def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
 
 
-def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[str, Any]]:
-    """The records of the adapters, but one, whose proof is of the files that are there.
+def current_proofs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """The records of the adapters whose proof is of the files that are there.
 
     Warns:
         QwloraWarning: one cannot be read, or changed; it is left out.
@@ -173,7 +179,7 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
     current = {}
     for path in _proof_paths(bundle):
         name = path.parent.name
-        if name == without or not (bundle / name).is_dir():
+        if not (bundle / name).is_dir():
             continue
         try:
             record = _read_proof(path)

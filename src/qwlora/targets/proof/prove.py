@@ -55,13 +55,9 @@ from qwlora.targets.proof.compare import (
 )
 from qwlora.targets.proof.folder import (
     REFERENCE,
-    TEXT,
     checked_proofs,
-    current_proofs,
     is_of_base,
-    write_proof,
 )
-from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.proof.reference import (
     BASE_SEQUENCES,
     Reference,
@@ -69,7 +65,6 @@ from qwlora.targets.proof.reference import (
     check_reference,
     compare_first,
     compare_logits,
-    first_sequences,
     is_same,
     is_told_apart,
     least_noise,
@@ -259,17 +254,6 @@ def results_of(target: Target, measured: Mapping[str, Any], has_proof: bool) -> 
     is_whole = "not_run" not in results or not measured["passed"]
     judged = ("passed", "problems", "checks") if is_whole else ("problems", "checks")
     return results | {key: measured[key] for key in judged}
-
-
-def save_proof(
-    folder: Path, bundle: Path, reference: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
-    """Write the proof of an adapter into `folder`, and README.md of its bundle."""
-    name = record["adapter"]
-    shipped = first_sequences(reference, BASE_SEQUENCES)
-    write_proof(folder, None if record[TEXT] == "none" else shipped, record)
-    if TARGETS[record["target"]].has_base:
-        write_readme(bundle, {**current_proofs(bundle, without=name), name: record})
 
 
 def fitting(text: Sequences, parts: Mapping[str, Path]) -> Sequences:

@@ -4,9 +4,8 @@
                                 w' = round(w / d) d,    d = float16(max |w| / 127)
     lora_A, scaling * lora_B    float16
 
-Other floats are small and stay: norms, biases. So do embeddings whose rows are no whole blocks, and
-factors beyond float16. `verify` compares files with a model whose floats are rounded alike, and
-also says what the model computes without.
+Norms and biases, which are small, stay. So do rows that are no whole blocks, and factors beyond
+float16. `verify` compares files with a model that is rounded in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -25,50 +23,43 @@ from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn.packed_layer import is_packable, pack_at_, weight_out_in
 from qwlora.nn.temporary import structure
 
-EMBEDDINGS, FACTORS = "embeddings, output head: 8 bits", "adapters: float16"
-_BLOCK = 32
-_SCHEME = Scheme(8, True, PerBlock(_BLOCK))
+EMBEDDINGS, FACTORS = "embeddings and output head to 8 bits", "adapters to float16"
+_SCHEME, _BLOCK = Scheme(8, True, PerBlock(32)), 32
 
 
 @contextmanager
-def rounded(model: nn.Module, what: Collection[str]) -> Iterator[list[str] | None]:
-    """Round EMBEDDINGS or FACTORS of a base with or without adapters inside the block. Yields what
-    was rounded; None: nothing."""
-    restore = structure(model)
+def rounded(model: Any, what: Collection[str]) -> Iterator[list[str] | None]:
+    """Inside the block, EMBEDDINGS or FACTORS of a base with or without adapters are rounded.
+    Yields those that are there; None: none."""
+    restore, steps = structure(model), {EMBEDDINGS: _pack_embeddings_, FACTORS: _round_factors_}
     try:
-        done = [EMBEDDINGS] if EMBEDDINGS in what and _pack_embeddings_(model) else []
-        done += [FACTORS] if FACTORS in what and _round_factors_(model) else []
-        yield done or None
+        yield [name for name, step in steps.items() if name in what and step(model)] or None
     finally:
         restore()
 
 
 def half(factor: Tensor) -> Tensor:
-    """A factor in float16, if it holds all numbers of it."""
+    """A factor in float16, or as it is if that has infinities."""
     short = factor.detach().half()
     return short if bool(short.isfinite().all()) else factor.detach()
 
 
-def _pack_embeddings_(model: nn.Module) -> bool:
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+def _pack_embeddings_(model: Any) -> bool:
     names = list[str]()
-    for get in (inner.get_input_embeddings, inner.get_output_embeddings):
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
         # A tied head is packed with the embedding.
         layer = get().get_base_layer() if isinstance(get(), LoraLayer) else get()
-        if layer is None or not is_packable(layer) or weight_out_in(layer).shape[-1] % _BLOCK:
+        if layer is None or not is_packable(layer) or layer.weight.shape[-1] % _BLOCK:
             continue
-        names.append(next(path for path, module in inner.named_modules() if module is layer))
-        pack_at_(inner, f"{names[-1]}.weight", _in_8_bits(weight_out_in(layer).detach()))
+        weight = weight_out_in(layer).detach().float()
+        largest = rows_of_groups(weight, _SCHEME).abs().amax(-1)
+        largest = largest.view(_SCHEME.scale_shape(tuple(weight.shape)))
+        encoding = encoding_from_range(-largest, largest, _SCHEME)
+        encoding = replace(encoding, scale=encoding.scale.half().float())
+        names.append(next(path for path, module in model.named_modules() if module is layer))
+        quantized = QuantizedTensor(encoding.quantize(weight), encoding)
+        pack_at_(model, f"{names[-1]}.weight", quantized)
     return bool(names)
-
-
-def _in_8_bits(weight: Tensor) -> QuantizedTensor:
-    shape = _SCHEME.scale_shape(tuple(weight.shape))
-    largest = rows_of_groups(weight.float(), _SCHEME).abs().amax(-1).view(shape)
-    encoding = encoding_from_range(-largest, largest, _SCHEME)
-    # of a block of zeros, the smallest scale, which float16 also holds
-    encoding = replace(encoding, scale=encoding.scale.half().float())
-    return QuantizedTensor(encoding.quantize(weight.float()), encoding)
 
 
 def _round_factors_(model: nn.Module) -> bool:

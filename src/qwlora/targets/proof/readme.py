@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.checks import shown
-from qwlora.targets.proof.folder import MODEL_CLASS, README, RECORD, ROUNDED, TEXT, WITHOUT_CACHE
+from qwlora.targets.proof.folder import MODEL_CLASS, README, RECORD, TEXT, WITHOUT_CACHE
 
 # By whether adapters were trained on conversations.
 _PROMPTS = {True: "What can you help me with?", False: "Once upon a time"}
@@ -29,9 +28,12 @@ def _templates() -> Environment:
     # Model cards show them too, also of a run in which nothing changed: templates instead of
     # methods of the backends, which would import torch.
     loader = PackageLoader("qwlora.targets", "usage_templates")
-    return Environment(
+    made = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.globals |= {"escaped": escaped, "size": size, "shown": shown}
+    made.filters["escaped"] = escaped
+    return made
 
 
 def usage(
@@ -102,53 +104,11 @@ def write_readme(
             proofs=proofs,
             table="\n".join(proof_table(proofs)),
             texts=sorted({proof[TEXT] for proof in proofs.values()}),
-            escaped=escaped,
         )
     )
     write_text(bundle / README, marked(text))
 
 
-def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def proof_table(proofs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of all adapters, in Markdown."""
-    lines = [
-        "Each file was run in the program and compared with the model that it was made from: the "
-        "trained one, or its simulation where activations are on grids. `none` is the base: with "
-        "fewer tokens than an adapter's, its perplexity says nothing of what the adapter gains.",
-        "",
-        "| adapter | settings | tokens | perplexity, expected and here | KL | same likeliest token "
-        "| log-probability off by, at most | tokens per second, prompt and new | switch |",
-        f"|{'---|' * 9}",
-    ]
-    notes = []
-    for name, record in records.items():
-        if "not_run" in record:
-            notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
-            continue
-        for settings, state in product(("exact", "shipped"), ("base", "adapter")):
-            if (of := (run := record["figures"].get(settings, {})).get(state)) is None:
-                continue
-            is_adapter, speeds = state == "adapter", " | "
-            expected = shown(of, "reference_perplexity", ".3f")
-            if "trained_perplexity" in of:  # the files or the runtime round
-                expected += f" ({shown(of, 'trained_perplexity', '.3f')} without rounding)"
-            if is_adapter and "switch_seconds" in run:
-                speeds = (
-                    f"{run['prefill_tokens_per_second']:.0f}, "
-                    f"{run['decode_tokens_per_second']:.1f} | {1000 * run['switch_seconds']:.2g} ms"
-                )
-            lines.append(
-                f"| {name if is_adapter else 'none'} | {settings} | {of['tokens']:,} | "
-                f"{expected}, {shown(of, 'perplexity', '.3f')} | "
-                f"{shown(of, 'kl_divergence', '.2g')} | {of['top1_agreement']:.2%} | "
-                f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
-            )
-        clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
-        memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
-        cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
-        failed = "; ".join(["FAILED", *map(escaped, record["problems"])])
-        verdict = failed if record["problems"] else "passed"
-        said = "".join(f" But {escaped(note)}." for note in record.get("notes", ()))
-        if rounds := ", ".join(map(escaped, record.get(ROUNDED, ()))):
-            said += f" Rounded in the files, and in what they are compared with: {rounds}."
-        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
-    return [*lines, "", *(f"- {note}" for note in notes)]
+    return _templates().get_template("proof.template").render(proofs=proofs).splitlines()

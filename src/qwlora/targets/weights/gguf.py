@@ -60,7 +60,10 @@ from qwlora.targets.weights.weights_folder import check_layers, float_tensors, l
 gguf = require("gguf", "gguf")
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
 BLOCK, F32 = 32, gguf.GGMLQuantizationType.F32
-_HALVES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOATS = {
+    dtype: gguf.GGMLQuantizationType[name]
+    for dtype, name in ((torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16"))
+}
 Tensors = dict[str, tuple[Any, Any]]  # type, and values or bytes, by stored name
 _GELUS = (
     nn.GELU,
@@ -163,8 +166,8 @@ def _write_new(exported: ExportedBase, path: Path) -> None:
     for name, values in float_tensors(model).items():
         stored, rows = names.stored_rows(name, len(values))
         floats[stored] = _in_order(names.stored_values(name, values), rows)
-    as_stored = partial(_float_type, bits=exported.float_bits)
-    _finish(writer, tensors | {name: as_stored(values) for name, values in floats.items()})
+    tensors |= {name: _float_type(v, exported.float_bits) for name, v in floats.items()}
+    _finish(writer, tensors)
 
 
 def _is_stored(checkpoint: GgufCheckpoint, name: str, value: Tensor | QuantizedTensor) -> bool:
@@ -185,9 +188,7 @@ def _float_type(values: Tensor, bits: int = 16) -> tuple[Any, Any]:
     `bits` is 32."""
     values = values.float().cpu().contiguous()
     stored = narrowest(values) if values.ndim > 1 and bits < 32 else values
-    if (half := _HALVES.get(stored.dtype)) is None:
-        return F32, values.numpy()
-    return gguf.GGMLQuantizationType[half], stored.view(torch.uint8).numpy()
+    return _FLOATS[stored.dtype], stored.view(torch.uint8).numpy()
 
 
 def _all_blocks(layers: Mapping[str, PackedLayer], names: TensorNames | GgufCheckpoint) -> Tensors:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from conftest import byte_tokenizer, tiny_model
 from qwlora import export, fingerprint, quantize_, save_adapter, verify
 from qwlora.errors import ExportError
-from qwlora.targets import one_call
+from qwlora.formats import manifest
 from qwlora.targets.proof.checks import Check
+from qwlora.targets.proof.folder import RECORD
 from qwlora.targets.rounded_floats import EMBEDDINGS, FACTORS, rounded
 from targets.client_programs import with_clients
 
@@ -81,13 +82,13 @@ def test_floats_are_rounded_inside_the_block_only(architecture: str, tmp_path: P
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     with rounded(model, []) as done:
-        assert done is None
+        assert done == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_a_gguf_file_holds_8_bits_and_adapters_16(architecture: str, tmp_path: Path) -> None:
     record, model = exported("gguf", tmp_path, architecture)
-    assert record["rounded"] == [EMBEDDINGS]
+    assert record["rounded"] == [EMBEDDINGS, FACTORS]
     assert record["base_fingerprint"] == fingerprint(model)
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out/base/base.gguf").tensors}
     names = ["token_embd.weight", *["output.weight"] * (architecture == "qwen3")]
@@ -114,7 +115,7 @@ def test_32_bits_round_nothing(tmp_path: Path) -> None:
 
 def test_an_mlx_adapter_has_float16(tmp_path: Path) -> None:
     record, _ = exported("mlx", tmp_path, "llama")
-    assert record["rounded"] == [EMBEDDINGS]
+    assert record["rounded"] == [EMBEDDINGS, FACTORS]
     base = load_file(tmp_path / "out/base/model.safetensors")
     assert "model.embed_tokens.scales" in base
     factors = load_file(tmp_path / "out/first/adapters.safetensors")
@@ -128,14 +129,15 @@ def worst_log_prob(rows: list[Check]) -> float:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("target", with_clients(["gguf", "mlx"]))
 def test_the_runtime_computes_the_rounded_model(
-    target: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, architecture: str, tmp_path: Path
 ) -> None:
-    _, model = exported(target, tmp_path, architecture)
+    record, model = exported(target, tmp_path, architecture)
     rows = verify(tmp_path / "out", model, IDS)
     assert [row.what for row in rows if not row.passed] == []
     assert any("by rounded floats" in row.what for row in rows)
     closest = worst_log_prob(rows)
     # A reference without either kind of rounding is farther from the files.
     for what in ([EMBEDDINGS], [FACTORS]):
-        monkeypatch.setattr(one_call, "rounding_of", lambda *_, kept=what: kept)
+        record["rounded"] = what
+        manifest.write(tmp_path / "out/base", RECORD, record, [])
         assert worst_log_prob(verify(tmp_path / "out", model, IDS)) > 5 * closest, what

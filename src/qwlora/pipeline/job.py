@@ -264,15 +264,16 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 def write_bundle_readmes(store: Store) -> None:
     """Write README.md of every bundle again."""
-    trained = [place.partition("/")[2] for place in store.records if place.startswith("adapters/")]
+    made = store.records
+    data = {p[9:]: r.results.get("data", {}) for p, r in made.items() if p.startswith("adapters/")}
     for target, known in TARGETS.items():
         if known.has_base and (bundle := store.path / "export" / target).is_dir():
-            proofs, chats = current_proofs(bundle).items(), dict[str, bool]()
-            for name in trained:
-                if f"export/{target}/{name}" in store.records:
-                    data = store.records[f"adapters/{name}"].results.get("data", {})
-                    chats[name] = bool(data.get("chat_template"))
-            checked = {n: p for n, p in proofs if f"export/{target}/proof/{n}" in store.records}
+            names, proofs = (
+                [n for n in data if f"export/{target}/{n}" in made],
+                current_proofs(bundle),
+            )
+            checked = {n: p for n, p in proofs.items() if f"export/{target}/proof/{n}" in made}
+            chats = {name: bool(data[name].get("chat_template")) for name in names}
             write_readme(bundle, chats, checked)
 
 

@@ -53,7 +53,6 @@ from qwlora.system.parameter_names import BASE, is_adapter_name
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
 from qwlora.targets.refusals import AdapterParts, Subject, refusals
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.rounded_floats import half
 from qwlora.targets.target import NONE, members
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -95,15 +94,11 @@ class CanonicalAdapter:
     base_fingerprint: str | None
     invocation: tuple[int, ...] = ()
 
-    @property
-    def is_rounded(self) -> bool:
-        return any(a.dtype == torch.float16 for a, _ in self.factors.values())
-
-    def rounded(self, float_bits: int) -> CanonicalAdapter:
-        """The same as files of `export.float_bits` hold it."""
-        if float_bits != 8:
-            return self
-        return replace(self, factors={m: (half(a), half(b)) for m, (a, b) in self.factors.items()})
+    def rounded(self) -> CanonicalAdapter:
+        """The same in float16; see `rounded_floats.py`."""
+        return replace(
+            self, factors={m: (a.half(), b.half()) for m, (a, b) in self.factors.items()}
+        )
 
     @property
     def rank(self) -> int:

@@ -4,8 +4,8 @@
                                 w' = round(w / d) d,    d = float16(max |w| / 127)
     lora_A, scaling * lora_B    float16
 
-Norms and biases, which are small, stay. So do rows that are no whole blocks, and factors beyond
-float16. `verify` compares files with a model that is rounded in the same way.
+Norms and biases, which are small, stay, and so do rows that are no whole blocks. `verify` compares
+files with a model that is rounded in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from qwlora.grid.encoding import QuantizedTensor, encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import PerBlock, Scheme
@@ -28,20 +28,14 @@ _SCHEME, _BLOCK = Scheme(8, True, PerBlock(32)), 32
 
 
 @contextmanager
-def rounded(model: Any, what: Collection[str]) -> Iterator[list[str] | None]:
+def rounded(model: Any, what: Collection[str]) -> Iterator[list[str]]:
     """Inside the block, EMBEDDINGS or FACTORS of a base with or without adapters are rounded.
-    Yields those that are there; None: none."""
+    Yields those that are there."""
     restore, steps = structure(model), {EMBEDDINGS: _pack_embeddings_, FACTORS: _round_factors_}
     try:
-        yield [name for name, step in steps.items() if name in what and step(model)] or None
+        yield [name for name, step in steps.items() if name in what and step(model)]
     finally:
         restore()
-
-
-def half(factor: Tensor) -> Tensor:
-    """A factor in float16, or as it is if that has infinities."""
-    short = factor.detach().half()
-    return short if bool(short.isfinite().all()) else factor.detach()
 
 
 def _pack_embeddings_(model: Any) -> bool:
@@ -68,6 +62,6 @@ def _round_factors_(model: nn.Module) -> bool:
         for name, a in layer.lora_A.items():
             # Files hold B with the scaling folded in.
             for factor, times in ((a, 1.0), (layer.lora_B[name], layer.scaling[name])):
-                values = half(factor.weight.float() * times).float() / times
+                values = (factor.weight.detach().float() * times).half().float() / times
                 factor.weight = nn.Parameter(values, requires_grad=False)
     return bool(layers)

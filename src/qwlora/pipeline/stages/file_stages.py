@@ -11,6 +11,7 @@ import torch
 from qwlora.adapter.adapter_files import read_config
 from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
+from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.pipeline.stage import ADAPTER, Stage
 from qwlora.pipeline.stages.job_context import JobContext
@@ -23,9 +24,10 @@ from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.onnx import ZeroAdapter
 from qwlora.targets.proof.checks import Limits
 from qwlora.targets.proof.folder import (
+    RECORD,
+    ROUNDED,
     TEXT,
     proof_record,
-    rounding_of,
     write_files,
     write_proof,
     write_record,
@@ -60,12 +62,11 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         # The graph holds the factors among its weights, so PEFT needs them in their own file.
         shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     with context.step(f"writing files for {adapter or BASE}"):
-        about = dict[str, Any]()
+        about, fingerprint = dict[str, Any](), context.base_fingerprint
         if adapter is None:
             made = exported.simulation.origin if target.is_simulated else exported
             about = facts(made.model, context.recipe.model.source)
-        fingerprint = context.base_fingerprint
-        written = write_files(name, exported, fingerprint, scratch, base, about)
+        written = write_files(name, exported, fingerprint, scratch, base, **about)
     return {"export": {name: {NAME if adapter else BASE: written}}}
 
 
@@ -81,7 +82,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
     made = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
-    return made.rounded(bits)
+    return made.rounded() if bits == 8 else made
 
 
 def _graph(
@@ -178,8 +179,8 @@ def _expected(context: JobContext, name: str, adapter: str, texts: list[Sequence
     target = TARGETS[name]
     if not target.is_simulated:
         model = context.adapted(adapter)
-        rounding = rounding_of(context.path / "export" / name, adapter)
-        return expected_of(target, model, texts, rounding=rounding)
+        record = manifest.read(context.path / "export" / name / BASE / RECORD)
+        return expected_of(target, model, texts, rounding=record.get(ROUNDED, ()))
     if target.has_cases:
         simulation: Any = context.use_cases[adapter]
     elif adapter == BASE:

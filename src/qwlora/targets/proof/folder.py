@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 # In a base's record: why the files have no key-value cache; the model's class in transformers.
 WITHOUT_CACHE, MODEL_CLASS = "without_cache", "model_class"
-ROUNDED = "rounded"  # in a base's or an adapter's record: see `rounded_floats.py`
+ROUNDED = "rounded"  # the same of base and adapters: see `rounded_floats.py`
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
 TEXT, TEXTS = "text", ("generated", "held_out", "none")  # of the reference: `export.proof`
 FORMAT = 1
@@ -59,7 +59,7 @@ def write_files(
     base_fingerprint: str,
     folder: Path,
     base: Path | None = None,
-    about: Mapping[str, Any] | None = None,
+    **about: Any,
 ) -> dict[str, Any]:
     """Write the files of a base or an adapter, and their record.
 
@@ -74,19 +74,18 @@ def write_files(
         `bytes` of the model's files, and what the record says about a base.
     """
     # Model cards import this module, and need no torch.
-    from qwlora.targets.canonical_adapter import CanonicalAdapter
     from qwlora.targets.rounded_floats import EMBEDDINGS, FACTORS, rounded
 
     target, facts = TARGETS[name], dict[str, Any]()
     if base is None and target.has_base:
+        rounds = isinstance(exported, ExportedBase) and exported.float_bits == 8
         # Embeddings of the file that the base came from are copied.
-        of_base = isinstance(exported, ExportedBase) and exported.gguf_file is None
-        rounds = of_base and exported.float_bits == 8
-        with rounded(exported.model, [EMBEDDINGS]) if rounds else nullcontext() as facts[ROUNDED]:
+        what = [EMBEDDINGS] if rounds and exported.gguf_file is None else []
+        with ExitStack() as stack:
+            done = stack.enter_context(rounded(exported.model, what)) if what else []
             facts[WITHOUT_CACHE] = target.backend.write_base(exported, folder)
+        facts[ROUNDED] = [*done, FACTORS] if rounds else None
     else:
-        if isinstance(exported, CanonicalAdapter) and exported.is_rounded:
-            facts[ROUNDED] = [FACTORS]
         target.backend.write_adapter(exported, base or folder / BASE, folder)
     if isinstance(exported, ExportedBase):
         facts[MODEL_CLASS] = type(exported.model).__name__
@@ -97,7 +96,7 @@ def write_files(
         exported.tokenizer.save_pretrained(folder)
     # The fingerprint is that of the base's integers. Grids of an adapter are of one calibration.
     of = record_digest(base) if base is not None and target.is_simulated else None
-    write_record(folder, name, base_fingerprint, **facts, **(about or {}), base=of)
+    write_record(folder, name, base_fingerprint, **facts, **about, base=of)
     return {"bytes": size, **facts}
 
 
@@ -119,15 +118,8 @@ def proof_record(target: str, bundle: Path, name: str, limits: Limits) -> dict[s
         "adapter": name,
         "of": _digests(target, bundle, name),
         "limits": {"perplexity_difference": limits.perplexity_difference},
-        **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base},
-        ROUNDED: rounding_of(bundle, name),
+        **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS, ROUNDED) if key in base},
     }
-
-
-def rounding_of(bundle: Path, name: str) -> list[str]:
-    """What the files of an adapter and its base hold rounded; see `rounded_floats.py`."""
-    records = (manifest.read(bundle / part / RECORD) for part in (BASE, name))
-    return [what for record in records for what in record.get(ROUNDED, ())]
 
 
 def renamed_proof(path: Path, name: str) -> str:

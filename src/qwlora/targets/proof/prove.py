@@ -119,7 +119,7 @@ def expected_of(
     Args:
         made: what they were made of: a simulation with `schemes`, or a base with an adapter.
         base: the simulation of the zero adapter.
-        rounding: `rounding_of` the files.
+        rounding: what the record of the files says is `ROUNDED`.
     """
     if schemes is None:
         exact = [trained_losses(made, text) if rounding else {} for text in texts]

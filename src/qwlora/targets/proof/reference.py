@@ -251,12 +251,12 @@ def compare_logits(
                     of samples stay below: d_t is the difference of two simulations in the
                     log-likelihood of token t of n
 
-    If files hold rounded floats, the perplexity of the model that is rounded alike may differ from
-    that of the trained one by as much, with the d_t of these two.
-
     The divergence counts all tokens that are not among the likeliest as one:
 
         KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
+
+    If files hold rounded floats, the perplexity of the model that is rounded alike may differ from
+    that of the trained one by as much, with the d_t of these two.
 
     NaN and infinity are never within a limit. If only some tokens count for the loss, the logits
     that predict those are compared.

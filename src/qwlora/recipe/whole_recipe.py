@@ -62,13 +62,11 @@ class Export(Section):
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
     with an older onnx; below 23, each RMSNorm becomes several operators"""
     float_bits: Literal[8, 16, 32] | None = None
-    """bits per value of what stays float, embeddings and output heads above all. 8, for gguf and
-    mlx only and their default: these are rounded to blocks of 32 integers (GGUF's Q8_0), adapters
-    to float16; verify compares with the model rounded alike and shows its perplexity without. 16:
-    nothing is rounded: float16, else bfloat16, where one holds all numbers exactly, else float32.
-    32: float32. Default of other targets: 16, but 32 for aimet, qairt, qnn and qairt_pipeline,
-    which hold no other. From a GGUF file, gguf copies embeddings as they are. To train on rounded
-    embeddings, use a rule in base.rules"""
+    """bits per value of what stays float. 8, the default of gguf and mlx and for these only:
+    embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF file,
+    gguf copies them), adapters to float16. 16: float16, else bfloat16, where one holds all numbers
+    exactly, else float32; 32: float32. Default of other targets: 16, but 32 for aimet, qairt, qnn
+    and qairt_pipeline, which hold no other. To train on 8 bits, use a rule in base.rules"""
     proof: Literal["generated", "held_out", "none"] = "generated"
     """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
     golden/ of aimet and qairt. generated: text from the float model, or from the base if there is

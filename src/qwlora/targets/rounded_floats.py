@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qwlora.grid.encoding import QuantizedTensor, encoding_from_range, rows_of_groups
+from qwlora.grid.encoding import QuantizedTensor, encoding_from_range, group_range
 from qwlora.grid.scheme import PerBlock, Scheme
-from qwlora.nn.packed_layer import is_packable, pack_at_, weight_out_in
+from qwlora.nn.packed_layer import is_packable, pack_at_
 from qwlora.nn.temporary import structure
 
 EMBEDDINGS, FACTORS = "embeddings and output head to 8 bits", "adapters to float16"
@@ -45,9 +46,8 @@ def _pack_embeddings_(model: Any) -> bool:
         layer = get().get_base_layer() if isinstance(get(), LoraLayer) else get()
         if layer is None or not is_packable(layer) or layer.weight.shape[-1] % _BLOCK:
             continue
-        weight = weight_out_in(layer).detach().float()
-        largest = rows_of_groups(weight, _SCHEME).abs().amax(-1)
-        largest = largest.view(_SCHEME.scale_shape(tuple(weight.shape)))
+        low, high = group_range(weight := layer.weight.detach().float(), _SCHEME)
+        largest = torch.maximum(-low, high)
         encoding = encoding_from_range(-largest, largest, _SCHEME)
         encoding = replace(encoding, scale=encoding.scale.half().float())
         names.append(next(path for path, module in model.named_modules() if module is layer))

@@ -182,7 +182,7 @@ class Target:
     source_suffix: str = ""
     writes_floats: bool = False
     holds_invocation: bool = False
-    float_bits: tuple[int, ...] = (32,)
+    float_bits: tuple[int, ...] = (16, 32)
     limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)
     chip: FormatLimits | None = None
     simulation: Mapping[str, Sequence[object]] = field(default_factory=dict)

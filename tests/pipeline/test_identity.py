@@ -178,8 +178,9 @@ export.use_cases: - -> [first, second, none] with NPU =>
 export.graphs: {tokens: [4]} -> {tokens: [8]} with NPU => export/qairt as export.graphs.tokens
 export.graphs: {context: [256]} -> {context: [512]} with NPU => export/qairt as export.graphs.context
 export.opset: - -> 18 with NPU => export/qairt
-export.embedding_bits: - -> 32 with export.targets=[hf, onnx] => export/*
-export.embedding_bits: - -> 16 =>
+export.float_bits: - -> 32 with export.targets=[hf, onnx] => export/*
+export.float_bits: - -> 16 with export.targets=[hf, onnx] =>
+export.float_bits: - -> 16 with export.targets=[gguf] => export/*
 export.proof: generated -> none => verify/*/first verify/*/second
 export.layout: - -> genie with NPU => export/qairt
 verify.sequences: 8 -> 9 => verify/*

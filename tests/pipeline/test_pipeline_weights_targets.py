@@ -18,6 +18,7 @@ from qwlora.errors import (
     RecipeError,
     SourceError,
 )
+from qwlora.formats.model_source import load_model
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job import OpenJob
@@ -179,6 +180,56 @@ def test_a_bundle_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_p
     remove_adapter(copy, "second")
     readme = (moved / "README.md").read_text()
     assert re.findall(r"^- (\w+: \w+)", readme, re.MULTILINE) == ["one: passed"]
+
+
+TEMPLATE = """\
+{% for m in messages %}<{{ m.role }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_a_readme_has_a_prompt_for_each_kind_of_data(
+    tmp_path: Path, checkpoints: dict[str, Path], corpus: Path
+) -> None:
+    """Written at stage export, before anything was run."""
+    words = [
+        "red",
+        "blue",
+        "green",
+        "small",
+        "large",
+        "old",
+        "new",
+        "fast",
+        "slow",
+        "warm",
+        "cold",
+        "near",
+        "far",
+    ]
+    pairs = [(f"Where is the {a} {b} one?", f"The {b} one, {a}.") for a in words for b in words]
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, p, strict=True)]}
+        for p in pairs
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    chats = {"source": "chats.jsonl", "chat_template": "template.jinja", "sequence_tokens": 128}
+    adapters = [ADAPTERS[0], {**ADAPTERS[1], "data": chats}]
+    base, export = {"weights": "w4-block32", "solver": "search"}, {"targets": ["gguf"]}
+    model = checkpoints["one-layer llama"]
+    recipe = write_recipe(tmp_path, model, corpus, adapters=adapters, base=base, export=export)
+    results = run(load_recipe(recipe), tmp_path / "job", ("quantize", "train", "export"))
+    readme = (tmp_path / "job/export/gguf/README.md").read_text()
+    assert re.search(r"first/adapter.gguf -no-cnv -n 64 -p \"Once upon a time\"", readme)
+    assert re.search(r"second/adapter.gguf --single-turn -p \"What can you", readme)
+    assert "These files have not been run yet" in readme
+    assert "embeddings and output head to 8 bits, adapters to float16. With" in readme
+    files, weights = results["export"]["gguf"]["base"], results["base"]
+    count = sum(p.numel() for p in load_model(str(model)).parameters())
+    assert files["bytes"] == (tmp_path / "job/export/gguf/base/base.gguf").stat().st_size
+    assert files["bits_per_weight"] == pytest.approx(8 * files["bytes"] / count)
+    assert weights["bits_per_weight"] < files["bits_per_weight"]
 
 
 @pytest.mark.parametrize("name", with_clients(EVERYWHERE))

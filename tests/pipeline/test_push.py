@@ -22,6 +22,7 @@ from conftest import flip_bit, write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, SourceError
+from qwlora.formats import manifest
 from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.results import read_job
@@ -30,7 +31,7 @@ from qwlora.pipeline.store import STAGE, read_record
 from qwlora.recipe import load_recipe
 from qwlora.report import model_cards
 from qwlora.report.model_cards import Repositories, card_text
-from qwlora.targets.proof.folder import proofs
+from qwlora.targets.proof.folder import RECORD, proofs
 from qwlora.targets.proof.readme import write_readme
 
 CARD = "README.md"
@@ -76,7 +77,9 @@ def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.Mon
     places = Repositories(license="mit\n## Mine")
     cards = [card_text(found, recipe, a, p) for a in (None, "first") for p in (None, places)]
     bundle = shutil.copytree(job / "export" / "hf", tmp_path / "hf")
-    write_readme(bundle, {"first": {**proofs(bundle)["first"], "license": text, "model": "n\n# n"}})
+    record = manifest.read(bundle / "base" / RECORD) | {"license": text, "model": "n\n# n"}
+    manifest.write(bundle / "base", RECORD, record, [])
+    write_readme(bundle, {"first": False}, {"first": proofs(bundle)["first"]})
     for page in (*cards, (bundle / CARD).read_text()):
         body = page.partition("\n---\n")[2] or page
         assert body.count("\n## Proof") <= (page not in cards)

@@ -245,11 +245,15 @@ def test_16_bits_in_the_runtime(name: str, tmp_path: Path) -> None:
             assert file.get_slice("model.embed_tokens.weight").get_dtype() == "F16"
 
 
-@pytest.mark.parametrize(("target", "bits"), [("aimet", 16), ("mlx", 16), ("gguf", 32)])
-def test_16_bits_that_a_target_lacks_are_refused(recipe_for: Any, target: str, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "bits", "held"), [("aimet", 16, "32"), ("mlx", 16, "8 or 32"), ("hf", 8, "16 or 32")]
+)
+def test_bits_that_a_target_lacks_are_refused(
+    recipe_for: Any, target: str, bits: int, held: str
+) -> None:
     changes = (f"export.targets=[{target}]", "simulation.residual_adds=quantize")
     path = recipe_for()
     load_recipe(path, changes)
-    problem = rf"{target}: export\.embedding_bits: .* {48 - bits} bits only"
+    problem = rf"{target}: export\.float_bits: .* {held} bits only"
     with pytest.raises(RecipeError, match=problem):
-        load_recipe(path, (*changes, f"export.embedding_bits={bits}"))
+        load_recipe(path, (*changes, f"export.float_bits={bits}"))

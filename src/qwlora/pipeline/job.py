@@ -264,14 +264,17 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
 
 def write_bundle_readmes(store: Store) -> None:
     """Write README.md of every bundle again."""
-    # It lists the adapters that were checked, by name.
+    made = store.records
+    data = {p[9:]: r.results.get("data", {}) for p, r in made.items() if p.startswith("adapters/")}
     for target, known in TARGETS.items():
-        bundle = store.path / "export" / target
-        if known.has_base and bundle.is_dir():
-            proofs = current_proofs(bundle).items()
-            places = {name: f"export/{target}/proof/{name}" for name, _ in proofs}
-            checked = {name: p for name, p in proofs if places[name] in store.records}
-            write_readme(bundle, checked)
+        if known.has_base and (bundle := store.path / "export" / target).is_dir():
+            names, proofs = (
+                [n for n in data if f"export/{target}/{n}" in made],
+                current_proofs(bundle),
+            )
+            checked = {n: p for n, p in proofs.items() if f"export/{target}/proof/{n}" in made}
+            chats = {name: bool(data[name].get("chat_template")) for name in names}
+            write_readme(bundle, chats, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

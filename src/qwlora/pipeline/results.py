@@ -56,6 +56,10 @@ def collect_results(judge: Judge, recipe: Recipe) -> dict[str, Any]:
         entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
         if size is not None and stage.artifact is not None:
             results.setdefault("sizes", {})[stage.artifact] = size
+    weights = sum(results.get("base", {}).get(k) or 0 for k in ("weights", "float_weights"))
+    for files in results.get("export", {}).values() if weights else ():
+        for name in {BASE} & files.keys() or files:  # the files that hold a base
+            files[name]["bits_per_weight"] = 8 * files[name]["bytes"] / weights
     return results
 
 

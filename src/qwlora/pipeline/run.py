@@ -29,6 +29,7 @@ from qwlora.pipeline.job import (
     needs_settling,
     settle,
     sources_of,
+    write_bundle_readmes,
 )
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.results import TIMING, JobStatus, last_status, now, write_results
@@ -358,6 +359,8 @@ class _Run:
                 failed=any(failed == name for failed, _ in self.failures),
             )
             record = store.commit(stage.place, record, scratch)
+            if stage.verb in ("export", "verify"):
+                write_bundle_readmes(store)
             rmtree(work, ignore_errors=True)
         self.judge.again()
         return record

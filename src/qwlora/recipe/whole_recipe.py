@@ -61,10 +61,12 @@ class Export(Section):
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
     with an older onnx; below 23, each RMSNorm becomes several operators"""
-    embedding_bits: Literal[16, 32] | None = None
-    """bits per value of embeddings and output heads that stay float. 16: float16, else bfloat16,
-    where one holds all numbers exactly, else float32. Default: 16, but 32 for aimet, qairt, qnn,
-    qairt_pipeline and mlx, which hold no other. For 8 bits, use a rule in base.rules"""
+    float_bits: Literal[8, 16, 32] | None = None
+    """bits per value of what stays float. 8, the default of gguf and mlx and for these only:
+    embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF file,
+    gguf copies them), adapters to float16. 16: float16, else bfloat16, where one holds all numbers
+    exactly, else float32; 32: float32. Default of other targets: 16, but 32 for aimet, qairt, qnn
+    and qairt_pipeline, which hold no other. To train on 8 bits, use a rule in base.rules"""
     proof: Literal["generated", "held_out", "none"] = "generated"
     """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
     golden/ of aimet and qairt. generated: text from the float model, or from the base if there is
@@ -82,8 +84,8 @@ class Export(Section):
     def layout_of(self, target: str) -> str | None:
         return self.layout if self.layout in TARGETS[target].graph_layouts else None
 
-    def embedding_bits_of(self, target: str) -> int:
-        return self.embedding_bits or TARGETS[target].embedding_bits[0]
+    def float_bits_of(self, target: str) -> int:
+        return self.float_bits or TARGETS[target].float_bits[0]
 
     def graphs_of(self, target: str) -> Graphs | None:
         return (self.graphs or Graphs()) if TARGETS[target].cached_graphs else None
@@ -263,7 +265,7 @@ class Recipe(Section):
             adapters=parts,
             input_bits=self.simulation.activation_bitwidth,
             simulation=self.simulation.model_dump(),
-            embedding_bits=self.export.embedding_bits,
+            float_bits=self.export.float_bits,
             trains_graph=self.workflow == "qwa-lora",
         )
 

@@ -175,7 +175,10 @@ def _runtimes(job: Job, adapter: str | None, hub: Repositories | None) -> Iterat
         exported = f"{adapter}/{target}" if hub else f"export/{target}/{adapter}"
         written = job.section("export", target, BASE)
         has_cache, of_base = WITHOUT_CACHE not in written, written.get(MODEL_CLASS, "")
-        if lines := usage(target, folder, adapter and exported, has_cache, kind=of_base):
+        data = job.section("texts", job.text_of(adapter) or "") or job.section("data")
+        is_chat = bool(adapter and data.get("chat_template"))
+        loaded = folder, adapter and exported, has_cache
+        if lines := usage(target, *loaded, kind=of_base, is_chat=is_chat):
             yield runtime(target), lines, _check(job, target, adapter) if adapter else ""
 
 

@@ -54,6 +54,10 @@ def summary_rows(job: Job) -> Iterator[Row]:
         )
         if "second_rounding" in base:
             yield "Warning", base["second_rounding"]
+    for target, parts in job.section("export").items():
+        for name, part in parts.items():
+            if (bits := part.get("bits_per_weight")) is not None:
+                yield f"{target}/{name}", f"{size(part['bytes'])}, {bits:.2f} bits per weight"
     for name, train in job.section("train").items():
         yield from _training_rows(name, train, job.section("perplexity"))
     for text, caution in job.data_cautions():

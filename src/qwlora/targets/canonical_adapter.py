@@ -83,7 +83,7 @@ PEFT_FORM: Form = {
 
 @dataclass(frozen=True)
 class CanonicalAdapter:
-    """Factors by module path: A [r, in] and B [out, r], scaled, both float32.
+    """Factors by module path: A [r, in] and B [out, r], scaled, both float32 or rounded to float16.
 
     Args:
         base_fingerprint: None if the adapter does not record its base.
@@ -93,6 +93,12 @@ class CanonicalAdapter:
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
     invocation: tuple[int, ...] = ()
+
+    def rounded(self) -> CanonicalAdapter:
+        """The same in float16; see `rounded_floats.py`."""
+        return replace(
+            self, factors={m: (a.half(), b.half()) for m, (a, b) in self.factors.items()}
+        )
 
     @property
     def rank(self) -> int:

@@ -39,7 +39,7 @@ from qwlora.system.parameter_names import BASE, NAME_PATTERN
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits
 from qwlora.targets.proof.compare import is_language_model
-from qwlora.targets.proof.folder import RECORD, write_files, write_record
+from qwlora.targets.proof.folder import RECORD, ROUNDED, write_files, write_record
 from qwlora.targets.proof.prove import LAYER_TOKENS, Expected, expected_of, prove
 from qwlora.targets.refusals import Subject, refuse
 from qwlora.targets.registry import TARGETS
@@ -58,6 +58,7 @@ def export(
     context: Sequence[int] = (1024,),
     layout: str | None = None,
     opset: int | None = None,
+    float_bits: int | None = None,
 ) -> None:
     """Write the files of a target.
 
@@ -81,6 +82,7 @@ def export(
             configuration. Needs a tokenizer.
         opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm
             becomes several primitive operators. Default: 23; 21 for aimet without a cache.
+        float_bits: 8, 16 or 32, see `export.float_bits` of a recipe.
 
     Raises:
         ExportError: the target does not exist, does not take `made`, or has files that cannot
@@ -93,8 +95,9 @@ def export(
     Warns:
         UnverifiedWarning: an adapter does not record its base.
     """
-    known = _checked_target(target, graphs, context, opset, layout)
+    known = _checked_target(target, graphs, context, opset, layout, float_bits)
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
+    bits = float_bits or known.float_bits[0]
     _check_made(known, target, made, sources)
     # Now, since a graph takes half a minute to capture and to translate.
     known.require_packages(to_write=True)
@@ -130,6 +133,7 @@ def export(
                 opset=opset,
                 layout=layout,
                 tokenizer=tokenizer,
+                float_bits=bits,
             )
 
         # Nothing opens a folder without its record: a killed export leaves none that looks whole.
@@ -138,9 +142,10 @@ def export(
             if isinstance(made, Simulation):
                 parts[""] = exported(made)
             elif isinstance(made, PreTrainedModel):
-                parts[BASE] = ExportedBase(made, tokenizer, file)
-                holds = known.holds_invocation
-                parts |= {name: read_canonical(path, holds) for name, path in sources.items()}
+                parts[BASE] = ExportedBase(made, tokenizer, file, bits)
+                for name, path in sources.items():
+                    adapter = read_canonical(path, known.holds_invocation)
+                    parts[name] = adapter.rounded() if bits == 8 else adapter
             else:
                 parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)
                 parts |= {name: exported(made[name]) for name in made if name != BASE}
@@ -159,14 +164,18 @@ def export(
 
 
 def _checked_target(
-    target: str, graphs: Sequence[int], context: Sequence[int], opset: int | None, layout: Any
+    target: str, graphs: Any, context: Any, opset: int | None, layout: Any, float_bits: int | None
 ) -> Target:
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
     if problems := list(size_problems(graphs, context)):
         raise ExportError(f"graphs, context: {'; '.join(problems)}")
     known = TARGETS[target]
-    choices = {"opset": (opset, known.opsets), "layout": (layout, known.graph_layouts)}
+    choices: dict[str, Any] = {"opset": (opset, known.opsets)}
+    choices |= {
+        "layout": (layout, known.graph_layouts),
+        "float_bits": (float_bits, known.float_bits),
+    }
     for key, (asked, has) in choices.items():
         if asked not in (None, *has):
             problem = f"target {target} has no {key} {asked!r} (it has: {listed(has, 9)})"
@@ -260,13 +269,14 @@ def _expected(
     expected = dict[str, Expected]()
     if isinstance(made, PeftModel):
         text = as_sequences(_ids(batches))
+        rounding = manifest.read(folder / BASE / RECORD).get(ROUNDED, ())
         check_token_ids({"input_ids": text.input_ids}, made, SourceError)
         # Dropout would make the files look wrong. The caller's mode and adapter come back.
         with evaluation_mode(made), restored_adapters(made):
             made.base_model.enable_adapter_layers()
             for name in filter(lambda name: (folder / name).is_dir(), made.peft_config):
                 made.set_adapter(name)
-                expected[name] = expected_of(target, made, [text])
+                expected[name] = expected_of(target, made, [text], rounding=rounding)
         return expected
     # The files of a single simulation are in `folder` itself: "" for `Target.open`.
     for name, simulation in (made if isinstance(made, AdapterSimulations) else {"": made}).items():

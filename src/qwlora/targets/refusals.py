@@ -98,7 +98,7 @@ class Subject:
         model: with or without weights.
         input_bits: bitwidth of the activations that weights are multiplied with.
         simulation: section `simulation` of the recipe.
-        embedding_bits, layout: keys of section `export` of the recipe.
+        float_bits, layout: keys of section `export` of the recipe.
         trains_graph: whether adapters are trained through calibrated activations.
         takes_tokens: whether its graphs take token ids and have a key-value cache.
     """
@@ -112,7 +112,7 @@ class Subject:
     adapters: Sequence[AdapterParts] = ()
     input_bits: int = 16
     simulation: Mapping[str, Any] | None = None
-    embedding_bits: int | None = None
+    float_bits: int | None = None
     trains_graph: bool = False
     layout: str | None = None
     takes_tokens: bool = True
@@ -224,8 +224,9 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
 
 
 def _settings(target: Target, subject: Subject) -> Iterator[str]:
-    if subject.embedding_bits not in (None, *target.embedding_bits):
-        yield f"export.embedding_bits: the files hold {target.embedding_bits[0]} bits only"
+    if subject.float_bits not in (None, *target.float_bits):
+        held = " or ".join(map(str, target.float_bits))
+        yield f"export.float_bits: the files hold {held} bits only"
     if target.has_cases and subject.trains_graph:
         yield (
             "workflow qwa-lora: use cases are calibrated after training, which would replace the "

@@ -100,7 +100,6 @@ TARGETS: dict[str, Target] = {
     "onnx": _simulated(
         backend_class="qwlora.targets.onnx.onnx:Onnx",
         runtime="ONNX Runtime",
-        embedding_bits=(16, 32),
     ),
     "onnx_each": _simulated(
         backend_class="qwlora.targets.onnx.onnx:OnnxEach",
@@ -108,9 +107,9 @@ TARGETS: dict[str, Target] = {
         layout=Layout.EACH,
         has_proof=False,
         model_files="model.onnx*",
-        embedding_bits=(16, 32),
     ),
     "aimet": _simulated(
+        float_bits=(32,),
         backend_class="qwlora.targets.npu.float_targets:Aimet",
         layout=Layout.EACH,
         cached_graphs=True,
@@ -121,6 +120,7 @@ TARGETS: dict[str, Target] = {
         limits=AIMET_ENCODINGS,
     ),
     "qairt": _simulated(
+        float_bits=(32,),
         backend_class="qwlora.targets.npu.float_targets:Qairt",
         layout=Layout.CASES,
         cached_graphs=True,
@@ -132,6 +132,7 @@ TARGETS: dict[str, Target] = {
         limits=AIMET_ENCODINGS,
     ),
     "qnn": _simulated(
+        float_bits=(32,),
         backend_class="qwlora.targets.npu.qnn:Qnn",
         runtime="HTP emulator",
         compilers=("onnxruntime_qnn", "qnn"),
@@ -153,6 +154,7 @@ TARGETS: dict[str, Target] = {
         },
     ),
     "qairt_pipeline": Target(
+        float_bits=(32,),
         backend_class="qwlora.targets.npu.qairt_pipeline:QairtPipeline",
         runtime="transformers",
         extra="hf",
@@ -168,7 +170,6 @@ TARGETS: dict[str, Target] = {
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
-        embedding_bits=(16, 32),
         limits=NBITS,
     ),
     "web": Target(
@@ -178,7 +179,6 @@ TARGETS: dict[str, Target] = {
         packages=("onnx",),
         writers=_ONNX,
         node_packages=(WEB_LIBRARY,),
-        embedding_bits=(16, 32),
         limits=NBITS,
     ),
     "executorch": Target(
@@ -187,7 +187,6 @@ TARGETS: dict[str, Target] = {
         extra="executorch",
         packages=("executorch",),
         writers=("executorch",),
-        embedding_bits=(16, 32),
         limits=XNNPACK,
     ),
     "hf": Target(
@@ -196,7 +195,6 @@ TARGETS: dict[str, Target] = {
         extra="hf",
         packages=("compressed_tensors",),
         holds_invocation=True,
-        embedding_bits=(16, 32),
         limits=COMPRESSED_TENSORS,
     ),
     "gguf": Target(
@@ -207,7 +205,7 @@ TARGETS: dict[str, Target] = {
         writers=("gguf",),
         source_suffix=".gguf",
         holds_invocation=True,  # llama-server reads the invocation from the adapter's file
-        embedding_bits=(16,),
+        float_bits=(8, 16, 32),
         limits=GGUF,
     ),
     "mlx": Target(
@@ -216,6 +214,7 @@ TARGETS: dict[str, Target] = {
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
         # No embeddings of 16 bits: MLX computes in the type of the embedding.
+        float_bits=(8, 32),
         limits=MLX,
     ),
     "openvino": Target(
@@ -224,7 +223,6 @@ TARGETS: dict[str, Target] = {
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
         writers=(*_ONNX, "openvino", "openvino_tokenizers"),
-        embedding_bits=(16, 32),
         limits=OPENVINO,
     ),
 }

@@ -15,7 +15,7 @@ def files(plan: Planner, target: str) -> dict[str, Any]:
     export, graphs = plan.recipe.export, plan.recipe.export.graphs_of(target)
     keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
     written = export.model_dump(include=keys)
-    written["embedding_bits"] = export.embedding_bits_of(target)
+    written["float_bits"] = export.float_bits_of(target)
     written |= {} if graphs is None else {"graphs": graphs.model_dump()}
     written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
     # Golden inputs are the text of the proof.

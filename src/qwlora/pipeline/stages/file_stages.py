@@ -11,6 +11,7 @@ import torch
 from qwlora.adapter.adapter_files import read_config
 from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
+from qwlora.formats import manifest
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.pipeline.stage import ADAPTER, Stage
 from qwlora.pipeline.stages.job_context import JobContext
@@ -22,7 +23,15 @@ from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.onnx import ZeroAdapter
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.folder import TEXT, proof_record, write_files, write_record
+from qwlora.targets.proof.folder import (
+    RECORD,
+    ROUNDED,
+    TEXT,
+    proof_record,
+    write_files,
+    write_proof,
+    write_record,
+)
 from qwlora.targets.proof.prove import (
     Expected,
     expected_of,
@@ -30,9 +39,9 @@ from qwlora.targets.proof.prove import (
     prove,
     proven,
     results_of,
-    save_proof,
 )
 from qwlora.targets.proof.readme import facts
+from qwlora.targets.proof.reference import BASE_SEQUENCES, first_sequences
 from qwlora.targets.refusals import comes_from
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
@@ -53,7 +62,11 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         # The graph holds the factors among its weights, so PEFT needs them in their own file.
         shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     with context.step(f"writing files for {adapter or BASE}"):
-        written = write_files(name, exported, context.base_fingerprint, scratch, base)
+        about, fingerprint = dict[str, Any](), context.base_fingerprint
+        if adapter is None:
+            made = exported.simulation.origin if target.is_simulated else exported
+            about = facts(made.model, context.recipe.model.source)
+        written = write_files(name, exported, fingerprint, scratch, base, **about)
     return {"export": {name: {NAME if adapter else BASE: written}}}
 
 
@@ -63,12 +76,13 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
             return _graph(context, name, context.zero_adapter(), {})
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
+    bits = context.recipe.export.float_bits_of(name)
     if adapter is None:
         source = context.recipe.model.source
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
-        bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    made = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    return made.rounded() if bits == 8 else made
 
 
 def _graph(
@@ -95,7 +109,7 @@ def _graph(
         layout=layout,
         # Without a layout, tools that compile graphs read no tokenizer.
         tokenizer=context.tokenizer if layout or not known.cached_graphs else None,
-        embedding_bits=recipe.export.embedding_bits_of(target),
+        float_bits=recipe.export.float_bits_of(target),
     )
 
 
@@ -131,7 +145,7 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
         ids = torch.cat([starts, ids], 1)[:, : texts[0].input_ids.shape[1]].contiguous()
         texts.append(Sequences(ids, ids.clone()))
-    model, expected = _expected(context, target, adapter, texts)
+    expected = _expected(context, name, adapter, texts)
     limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
     missing = target.missing() if has_proof else None
     measured: dict[str, Any] = {"not_run": missing}
@@ -142,9 +156,9 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if has_proof:
         record = proof_record(name, bundle, adapter, limits) | measured
         record |= {TEXT: ships, "base_fingerprint": context.base_fingerprint}
-        record |= facts(model, context.recipe.model.source)
         record |= {INVOCATION: invocation} if invocation else {}
-        save_proof(scratch, bundle, expected.references[-1], record)
+        shipped = first_sequences(expected.references[-1], BASE_SEQUENCES)
+        write_proof(scratch, None if ships == "none" else shipped, record)
     results = {"parity": {name: {NAME if cases else BASE: figures}}}
     if problems := figures.get("problems"):
         files = f"export/{name}/{adapter}"
@@ -161,12 +175,12 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
     return context.text(owner).held_out.first(recipe.verify.sequences)
 
 
-def _expected(
-    context: JobContext, target: Target, adapter: str, texts: list[Sequences]
-) -> tuple[Any, Expected]:
+def _expected(context: JobContext, name: str, adapter: str, texts: list[Sequences]) -> Expected:
+    target = TARGETS[name]
     if not target.is_simulated:
         model = context.adapted(adapter)
-        return model, expected_of(target, model, texts)
+        record = manifest.read(context.path / "export" / name / BASE / RECORD)
+        return expected_of(target, model, texts, rounding=record.get(ROUNDED, ()))
     if target.has_cases:
         simulation: Any = context.use_cases[adapter]
     elif adapter == BASE:
@@ -175,5 +189,4 @@ def _expected(
         simulation = context.simulation(adapter)
     # This is loaded after `simulation`, whose capture releases the zero adapter.
     base = context.zero_adapter() if target.has_base and adapter != BASE else None
-    expected = expected_of(target, simulation, texts, context.schemes, base)
-    return None if adapter == BASE else simulation.origin.model, expected
+    return expected_of(target, simulation, texts, context.schemes, base)

@@ -27,7 +27,9 @@ def view(job: Job, adapter: str) -> View | None:
         # The base is in files of its own, or in those of each adapter.
         owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
-        rows.append({"Runtime": name, **parity_cells(job, target, adapter), "Base": base})
+        bits: Cell = job.shown(fixed, "export", target, owner, "bits_per_weight")
+        cells = parity_cells(job, target, adapter)
+        rows.append({"Runtime": name, **cells, "Base": base, "Bits per weight": bits})
         of_outcome[outcome_of(evidence)].append(target)
         of_kind[job.compared_with(target, adapter)].append(name)
         reasons[target] = str(job.get("parity", target, adapter, "not_run") or "not checked")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 # In a base's record: why the files have no key-value cache; the model's class in transformers.
 WITHOUT_CACHE, MODEL_CLASS = "without_cache", "model_class"
+ROUNDED = "rounded"  # the same of base and adapters: see `rounded_floats.py`
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
 TEXT, TEXTS = "text", ("generated", "held_out", "none")  # of the reference: `export.proof`
 FORMAT = 1
@@ -52,7 +54,12 @@ def write_record(folder: Path, target: str, base_fingerprint: str | None, **fact
 
 
 def write_files(
-    name: str, exported: Any, base_fingerprint: str, folder: Path, base: Path | None = None
+    name: str,
+    exported: Any,
+    base_fingerprint: str,
+    folder: Path,
+    base: Path | None = None,
+    **about: Any,
 ) -> dict[str, Any]:
     """Write the files of a base or an adapter, and their record.
 
@@ -61,13 +68,23 @@ def write_files(
         exported: what its `Backend` takes.
         folder: for the files; it may hold others, which the record lists, too.
         base: folder of the base that the adapter is for. None: write a base, or both together.
+        about: what else the record says.
 
     Returns:
         `bytes` of the model's files, and what the record says about a base.
     """
+    # Model cards import this module, and need no torch.
+    from qwlora.targets.rounded_floats import EMBEDDINGS, FACTORS, rounded
+
     target, facts = TARGETS[name], dict[str, Any]()
     if base is None and target.has_base:
-        facts[WITHOUT_CACHE] = target.backend.write_base(exported, folder)
+        rounds = isinstance(exported, ExportedBase) and exported.float_bits == 8
+        # Embeddings of the file that the base came from are copied.
+        what = [EMBEDDINGS] if rounds and exported.gguf_file is None else []
+        with ExitStack() as stack:
+            done = stack.enter_context(rounded(exported.model, what)) if what else []
+            facts[WITHOUT_CACHE] = target.backend.write_base(exported, folder)
+        facts[ROUNDED] = [*done, FACTORS] if rounds else None
     else:
         target.backend.write_adapter(exported, base or folder / BASE, folder)
     if isinstance(exported, ExportedBase):
@@ -79,7 +96,7 @@ def write_files(
         exported.tokenizer.save_pretrained(folder)
     # The fingerprint is that of the base's integers. Grids of an adapter are of one calibration.
     of = record_digest(base) if base is not None and target.is_simulated else None
-    write_record(folder, name, base_fingerprint, **facts, base=of)
+    write_record(folder, name, base_fingerprint, **facts, **about, base=of)
     return {"bytes": size, **facts}
 
 
@@ -101,7 +118,7 @@ def proof_record(target: str, bundle: Path, name: str, limits: Limits) -> dict[s
         "adapter": name,
         "of": _digests(target, bundle, name),
         "limits": {"perplexity_difference": limits.perplexity_difference},
-        **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS) if key in base},
+        **{key: base[key] for key in (WITHOUT_CACHE, MODEL_CLASS, ROUNDED) if key in base},
     }
 
 
@@ -145,8 +162,8 @@ def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
 
 
-def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[str, Any]]:
-    """The records of the adapters, but one, whose proof is of the files that are there.
+def current_proofs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """The records of the adapters whose proof is of the files that are there.
 
     Warns:
         QwloraWarning: one cannot be read, or changed; it is left out.
@@ -154,7 +171,7 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
     current = {}
     for path in _proof_paths(bundle):
         name = path.parent.name
-        if name == without or not (bundle / name).is_dir():
+        if not (bundle / name).is_dir():
             continue
         try:
             record = _read_proof(path)

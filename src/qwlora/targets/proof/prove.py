@@ -55,13 +55,9 @@ from qwlora.targets.proof.compare import (
 )
 from qwlora.targets.proof.folder import (
     REFERENCE,
-    TEXT,
     checked_proofs,
-    current_proofs,
     is_of_base,
-    write_proof,
 )
-from qwlora.targets.proof.readme import write_readme
 from qwlora.targets.proof.reference import (
     BASE_SEQUENCES,
     Reference,
@@ -69,15 +65,16 @@ from qwlora.targets.proof.reference import (
     check_reference,
     compare_first,
     compare_logits,
-    first_sequences,
     is_same,
     is_told_apart,
     least_noise,
     make_reference,
     reference_of_trained,
     simulated_logits,
+    trained_losses,
 )
 from qwlora.targets.registry import TARGETS
+from qwlora.targets.rounded_floats import rounded
 from qwlora.targets.target import PROOF, Runtime, Target
 
 SWITCHES = 3  # measured; the fastest counts
@@ -115,16 +112,21 @@ def expected_of(
     schemes: Schemes | None = None,
     base: Reference | None = None,
     layer_tokens: int = LAYER_TOKENS,
+    rounding: Collection[str] = (),
 ) -> Expected:
     """What the files of a language model should compute for each text.
 
     Args:
         made: what they were made of: a simulation with `schemes`, or a base with an adapter.
         base: the simulation of the zero adapter.
+        rounding: what the record of the files says is `ROUNDED`.
     """
     if schemes is None:
-        rounding = target.backend.rounding(made)
-        references = [reference_of_trained(made, text, rounding) for text in texts]
+        exact = [trained_losses(made, text) if rounding else {} for text in texts]
+        with rounded(made, rounding):
+            of_runtime = target.backend.rounding(made)
+            references = [reference_of_trained(made, text, of_runtime) for text in texts]
+        references = [of | losses for of, losses in zip(references, exact, strict=True)]
         return Expected(references, layer_tokens=layer_tokens)
     least, states = least_noise(schemes, target.cached_graphs), {"adapter": simulated_logits(made)}
     if base is not None:
@@ -252,17 +254,6 @@ def results_of(target: Target, measured: Mapping[str, Any], has_proof: bool) -> 
     is_whole = "not_run" not in results or not measured["passed"]
     judged = ("passed", "problems", "checks") if is_whole else ("problems", "checks")
     return results | {key: measured[key] for key in judged}
-
-
-def save_proof(
-    folder: Path, bundle: Path, reference: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
-    """Write the proof of an adapter into `folder`, and README.md of its bundle."""
-    name = record["adapter"]
-    shipped = first_sequences(reference, BASE_SEQUENCES)
-    write_proof(folder, None if record[TEXT] == "none" else shipped, record)
-    if TARGETS[record["target"]].has_base:
-        write_readme(bundle, {**current_proofs(bundle, without=name), name: record})
 
 
 def fitting(text: Sequences, parts: Mapping[str, Path]) -> Sequences:

@@ -17,7 +17,8 @@ computation gives, which is as valid:
     STATE.other_same      bool [n, t], whether its likeliest token is the same
     STATE.noise           float32 [n], root mean square of the differences of log-probabilities
     STATE.rounding        float32 [n], instead of `noise`: the largest difference of a logit
-    STATE.trained_losses  as losses; if the model rounds like the runtime, what it says without
+    STATE.trained_losses  as losses; if the model is rounded like the files or the runtime, what it
+                          says without
 
 `noise` is that of simulations, and `rounding` that of a runtime that rounds activations more
 coarsely than float32 (`Backend.rounding`). If all that it computes is on that grid, the model
@@ -184,10 +185,15 @@ def reference_of_trained(
     if rounding is not None and rounding.other is not None:
         rounded, perturbed = logits_of(model, rounding), logits_of(model, rounding.other)
         reference = make_reference(rounded, sequences, perturbed, least_noise=LEAST_FLIP)
-        exact = make_reference(logits_of(model), sequences)
-        return reference | {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
+        return reference | trained_losses(model, sequences)
     tolerance = None if rounding is None else logits_of(model, rounding)
     return make_reference(logits_of(model), sequences, rounded=tolerance)
+
+
+def trained_losses(model: PeftModel, sequences: Sequences) -> dict[str, Tensor]:
+    """What a reference has of a model that is not rounded."""
+    exact = make_reference(logits_of(model), sequences)
+    return {f"{state}.trained_losses": exact[f"{state}.losses"] for state in STATES}
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -207,6 +213,11 @@ def logits_checks(figures: Mapping[str, Any], limits: Limits, where: str = "") -
         drift = abs(both[0] / both[1] - 1) if all(map(math.isfinite, both)) else math.nan
         allowed = limits.perplexity_difference + figures["floor_perplexity_difference"]
         rows.append(at_most(f"difference of perplexity{where}", drift, allowed, "share"))
+        if "rounding_floor" in figures:
+            drift = abs(both[1] / figures["trained_perplexity"] - 1)
+            allowed = limits.perplexity_difference + figures["rounding_floor"]
+            what = f"difference of perplexity by rounded floats{where}"
+            rows.append(at_most(what, drift, allowed, "share"))
     what = f"tokens with the same likeliest token{where}"
     same, least = figures["top1_agreement"], figures["floor_top1_agreement"]
     rows.append(at_least(what, same, least, "share"))
@@ -243,6 +254,9 @@ def compare_logits(
     The divergence counts all tokens that are not among the likeliest as one:
 
         KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
+
+    If files hold rounded floats, the perplexity of the model that is rounded alike may differ from
+    that of the trained one by as much, with the d_t of these two.
 
     NaN and infinity are never within a limit. If only some tokens count for the loss, the logits
     that predict those are compared.
@@ -291,6 +305,10 @@ def compare_logits(
         figures["reference_perplexity"] = perplexity(expected_nll, counted)
         if (trained := reference.get(f"{state}.trained_losses")) is not None:
             figures["trained_perplexity"] = perplexity(float(trained.sum()), counted)
+            if f"{state}.noise" not in reference:  # else the runtime rounds, which no option avoids
+                change = trained - reference[f"{state}.losses"]
+                floor = perplexity_floor(float(change.square().sum()), counted)
+                figures["rounding_floor"] = floor
     figures |= {"tokens": tokens, "sequences": len(rows)}
     figures |= _floor(reference, state, masks, part, counted)
     return Parity(figures, tuple(logits_checks(figures, limits, where)))

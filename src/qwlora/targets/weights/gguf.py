@@ -7,8 +7,8 @@ the architecture. Tensors with the same numbers in the base are copied as they a
 written: integers, and floats that tuning or a rotation changed. If all are copied, base.gguf is
 the file itself, byte for byte.
 
-From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`. Float matrices
-become float16 or bfloat16 where that is exact, the rest float32.
+From other checkpoints of `ARCHITECTURES` it is made: `gguf_metadata.py`. Float matrices, also
+those of adapters, become float16 or bfloat16 where that is exact, the rest float32.
 
     Q4_0, Q5_0, Q8_0   symmetric, 4, 5 and 8 bits     (code - 2^(b-1)) d
     Q4_1, Q5_1         float offset, 4 and 5 bits      code d + m
@@ -42,6 +42,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.grid.encoding import QuantizedTensor, spread
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.packed_tensor import narrowest
 from qwlora.system.optional_packages import require
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.proof.contents import Contents
@@ -59,6 +60,10 @@ from qwlora.targets.weights.weights_folder import check_layers, float_tensors, l
 gguf = require("gguf", "gguf")
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
 BLOCK, F32 = 32, gguf.GGMLQuantizationType.F32
+_FLOATS = {
+    dtype: gguf.GGMLQuantizationType[name]
+    for dtype, name in ((torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16"))
+}
 Tensors = dict[str, tuple[Any, Any]]  # type, and values or bytes, by stored name
 _GELUS = (
     nn.GELU,
@@ -117,8 +122,8 @@ class Gguf(Backend):
                     f"{module!r} has no weight in {BASE}; train an adapter without it"
                 )
             # The scale is in lora_b, and no alpha is written: llama.cpp then takes 1.
-            tensors[f"{name}.lora_a"] = F32, a.numpy()
-            tensors[f"{name}.lora_b"] = F32, _in_order(b, rows).numpy()
+            tensors[f"{name}.lora_a"] = _float_type(a)
+            tensors[f"{name}.lora_b"] = _float_type(_in_order(b, rows))
         _finish(writer, tensors)
 
     def open(self, folder: Path, case: str) -> LlamaRuntime:
@@ -128,9 +133,7 @@ class Gguf(Backend):
         shipped = LlamaRuntime(folder / BASE)
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
-            reader, writer = _copying(folder / BASE, floats)
-            values = gguf.quants.dequantize
-            _finish(writer, {t.name: (F32, values(t.data, t.tensor_type)) for t in reader.tensors})
+            _copy_as_floats(folder / BASE, floats)
             # llama.cpp has mapped the file when this returns, so it may lose its name
             return LlamaRuntime(floats, shipped)
 
@@ -163,7 +166,8 @@ def _write_new(exported: ExportedBase, path: Path) -> None:
     for name, values in float_tensors(model).items():
         stored, rows = names.stored_rows(name, len(values))
         floats[stored] = _in_order(names.stored_values(name, values), rows)
-    _finish(writer, tensors | {name: _float_type(values) for name, values in floats.items()})
+    tensors |= {name: _float_type(v, exported.float_bits) for name, v in floats.items()}
+    _finish(writer, tensors)
 
 
 def _is_stored(checkpoint: GgufCheckpoint, name: str, value: Tensor | QuantizedTensor) -> bool:
@@ -179,14 +183,12 @@ def _is_stored(checkpoint: GgufCheckpoint, name: str, value: Tensor | QuantizedT
     return numbers.shape == value.shape and bool((numbers == value.cpu()).all())
 
 
-def _float_type(values: Tensor) -> tuple[Any, Any]:
-    """GGUF type and data of a float tensor. A matrix gets the narrowest type that is exact."""
-    values = values.cpu().contiguous()
-    for dtype, half in ((torch.float16, "F16"), (torch.bfloat16, "BF16")):
-        short = values.to(dtype)
-        if values.ndim > 1 and torch.equal(short.float(), values.float()):
-            return gguf.GGMLQuantizationType[half], short.view(torch.uint8).numpy()
-    return F32, values.float().numpy()
+def _float_type(values: Tensor, bits: int = 16) -> tuple[Any, Any]:
+    """GGUF type and data of a float tensor. A matrix gets the narrowest type that is exact, unless
+    `bits` is 32."""
+    values = values.float().cpu().contiguous()
+    stored = narrowest(values) if values.ndim > 1 and bits < 32 else values
+    return _FLOATS[stored.dtype], stored.view(torch.uint8).numpy()
 
 
 def _all_blocks(layers: Mapping[str, PackedLayer], names: TensorNames | GgufCheckpoint) -> Tensors:
@@ -210,6 +212,12 @@ def _copying(source: Path, target: Path) -> tuple[Any, Any]:
             kind, of_elements = field.types[0], field.types[-1]
             writer.add_key_value(field.name, field.contents(), kind, of_elements)
     return reader, writer
+
+
+def _copy_as_floats(source: Path, target: Path) -> None:
+    reader, writer = _copying(source, target)
+    values = gguf.quants.dequantize
+    _finish(writer, {t.name: (F32, values(t.data, t.tensor_type)) for t in reader.tensors})
 
 
 def _finish(writer: Any, tensors: Tensors) -> None:
@@ -309,10 +317,15 @@ class LlamaRuntime(Runtime):
 
     def switch_to(self, adapter: Path | None) -> None:
         if adapter is not None and adapter not in self._adapters:
-            file = str(adapter / ADAPTER)
-            loaded = self._llama.llama_adapter_lora_init(self._model, file.encode())
+            with tempfile.TemporaryDirectory() as scratch:
+                file = adapter / ADAPTER
+                if self.shipped is not None:
+                    # With factors of float16, llama.cpp rounds what it multiplies them with, too.
+                    _copy_as_floats(file, file := Path(scratch, ADAPTER))
+                loaded = self._llama.llama_adapter_lora_init(self._model, str(file).encode())
             if loaded == self._ffi.NULL:
-                raise ExportError(f"llama.cpp cannot load {file!r}: {self._reason()}")
+                shown = repr(str(adapter / ADAPTER))
+                raise ExportError(f"llama.cpp cannot load {shown}: {self._reason()}")
             self._adapters[adapter] = loaded
         self._active = adapter
         if self.shipped is not None:

@@ -36,6 +36,7 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import replacing_files
 from qwlora.system.device import on_cpu
 from qwlora.system.parameter_names import BASE, NAME_PATTERN
+from qwlora.system.regular_files import is_inside
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits
 from qwlora.targets.proof.compare import is_language_model
@@ -59,7 +60,7 @@ def export(
     layout: str | None = None,
     opset: int | None = None,
 ) -> None:
-    """Write the files of a target.
+    """Write the files of a target. They replace those of an earlier export of a single simulation.
 
     Args:
         made: where activations are on grids, calibrated simulations: a `Simulation` for targets
@@ -133,7 +134,8 @@ def export(
             )
 
         # Nothing opens a folder without its record: a killed export leaves none that looks whole.
-        with replacing_files(folder, last=RECORD) as scratch:
+        old = [f for f in manifest.listed_files(folder, RECORD) if is_inside(folder, f)]
+        with replacing_files(folder, last=RECORD, obsolete=old) as scratch:
             parts: dict[str, Any] = {}
             if isinstance(made, Simulation):
                 parts[""] = exported(made)

@@ -146,7 +146,7 @@ def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
     save_graph(model, path, data, smallest=64)
     if opset is not None:
         problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
-        with foreign_as(ExportError, problem, "choose a higher export.opset"):
+        with foreign_as(ExportError, problem, "choose a higher opset"):
             require("onnx", "onnx").checker.check_model(str(path))
 
 

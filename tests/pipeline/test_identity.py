@@ -111,6 +111,8 @@ adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
 adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float calibrate/_base
+adapters.0.rank: 16 -> 8 with export.targets=[qairt_pipeline] => train/first export/qairt_pipeline/* as rank
+adapters.0.steps: 6 -> 7 with export.targets=[qairt_pipeline] => train/first
 adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
 adapters.0.init: qera -> svd with reference=float => quantize train/first as init
 adapters.0.alpha: 32.0 -> 16.0 => train/first

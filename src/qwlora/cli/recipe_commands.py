@@ -34,7 +34,7 @@ def check(
     Also prints which targets hold the grids of its base.
     """
     from qwlora.recipe import load_recipe
-    from qwlora.recipe.model_files import check_source, exported_base, second_rounding
+    from qwlora.recipe.model_files import check_source, exported_base, second_rounding, with_model
     from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.system.quiet import quiet_libraries
     from qwlora.targets import refusals
@@ -45,8 +45,8 @@ def check(
     # All refusals come before the first line of output, so that an error is all that is printed.
     check_source(checked)
     chosen, base = checked.export.targets, exported_base(checked)
-    refusals.refuse(chosen, base, GridError)
-    notes = refusals.notes(base, chosen)
+    refusals.refuse(chosen, whole := with_model(checked, base), GridError)
+    notes = [*refusals.notes(base, chosen), *map("warning: {}".format, refusals.genie_notes(whole))]
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
     if full:
@@ -57,9 +57,10 @@ def check(
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
-    for name in chosen:
-        if missing := TARGETS[name].missing(to_write=True):
-            notes.append(f"warning: export.targets: {name}: {missing}")
+    missing = {name: TARGETS[name].missing(to_write=True) for name in chosen}
+    notes += [
+        f"warning: export.targets: {n}: {problem}" for n, problem in missing.items() if problem
+    ]
     for line in (*table([*refusals.table(base, chosen)]), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 

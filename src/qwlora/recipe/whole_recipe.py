@@ -137,8 +137,8 @@ class Recipe(Section):
         if not isinstance(content, dict):
             return content
         adapters = content.get("adapters")
-        sections = [content.get(key) or {} for key in ("base", "data", "export")]
-        base, data, export = sections
+        sections = [content.get(key) or {} for key in ("base", "data", "export", "simulation")]
+        base, data, export, simulation = sections
         preset = PRESETS.get(str(content.get("preset", "balanced")))
         is_typed = isinstance(adapters, list) and all(isinstance(s, dict) for s in sections)
         # What has the wrong type is left to the validation, which names it.
@@ -160,12 +160,17 @@ class Recipe(Section):
         if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
         targets, defaults = export.get("targets"), preset["base"]
-        for_htp = [name for name, target in TARGETS.items() if target.chip]
-        # Qualcomm's HTP has no scales below zero.
-        if isinstance(targets, list) and any(name in targets for name in for_htp):
-            defaults = {**defaults, "weights": "w4-block32"}
+        for name, target in TARGETS.items():
+            if not isinstance(targets, list) or name not in targets:
+                continue
+            # Qualcomm's HTP has no scales below zero.
+            defaults = {**defaults, "weights": "w4-block32"} if target.chip else defaults
+            if simulation.get("policy") != "weights-only":
+                needed = {key: values[0] for key, values in target.simulation.items()}
+                simulation = _filled(simulation, needed)
         base = base if keeps else _filled(base, defaults)
-        return {**content, "base": base, "adapters": filled, "export": export}
+        changed = {"base": base, "adapters": filled, "export": export}
+        return {**content, **changed, **({"simulation": simulation} if simulation else {})}
 
     def problems(self) -> Iterator[str]:
         folders = [a.name.casefold() for a in self.adapters]
@@ -269,6 +274,11 @@ class Recipe(Section):
         cases = self.use_cases()
         for case in cases:
             parts = members(case)
+            if len(parts) > 1 and self.export.layout and "qairt" in self.export.targets:
+                yield (
+                    f"export.use_cases: {case}: Genie sets the strength of one adapter; list no "
+                    "use case of several, or remove export.layout"
+                )
             if unknown := self._unknown(parts):
                 yield f"export.use_cases: {case}: {unknown}"
             if len(set(parts)) < len(parts):

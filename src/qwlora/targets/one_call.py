@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_folder import check_loadable
 from qwlora.adapter.attach import adapter_names, restored_adapters
+from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
@@ -142,7 +143,10 @@ def export(
             elif isinstance(made, PreTrainedModel):
                 parts[BASE] = ExportedBase(made, tokenizer, file)
                 holds = known.holds_invocation
-                parts |= {name: read_canonical(path, holds) for name, path in sources.items()}
+                read = {name: read_canonical(path, holds) for name, path in sources.items()}
+                ranks = [adapter.ranks for adapter in read.values()]
+                common = one_rank(ranks) if known.has_one_shape and read else {}
+                parts |= {name: replace(adapter, common=common) for name, adapter in read.items()}
             else:
                 parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)
                 parts |= {name: exported(made[name]) for name in made if name != BASE}

@@ -99,6 +99,7 @@ class Subject:
         input_bits: bitwidth of the activations that weights are multiplied with.
         simulation: section `simulation` of the recipe.
         embedding_bits, layout: keys of section `export` of the recipe.
+        context: the largest context of its graphs; 0 if it is not known.
         trains_graph: whether adapters are trained through calibrated activations.
         takes_tokens: whether its graphs take token ids and have a key-value cache.
     """
@@ -115,6 +116,7 @@ class Subject:
     embedding_bits: int | None = None
     trains_graph: bool = False
     layout: str | None = None
+    context: int = 0
     takes_tokens: bool = True
 
 
@@ -317,11 +319,32 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
     if not subject.takes_tokens:
         yield "layout genie is for causal language models that take token ids; leave it out"
     config = model.config.get_text_config()
-    for key in ("bos_token_id", "eos_token_id"):
-        if getattr(config, key, None) is None:
-            yield f"Genie needs the model's {key}, which is not set. Set it in config.json"
+    if not genie_tokens(config, subject.tokenizer):
+        yield "Genie begins and ends texts with tokens, and the tokenizer has no bos, eos or pad"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ("default", "llama3"):
+        yield f"Genie has no key for positions of rope_type {rope}; remove export.layout"
+    window = getattr(config, "sliding_window", None) or subject.context
+    if window < subject.context:
+        yield (
+            f"the model attends to the last {window} tokens, and Genie to a context of "
+            f"{subject.context}; set export.graphs.context to at most {window}"
+        )
     if getattr(subject.tokenizer, "backend_tokenizer", None) is None:
         yield "Genie needs a tokenizer.json. Add a fast tokenizer (tokenizer= in Python)"
+
+
+def genie_tokens(config: Any, tokenizer: Any) -> dict[str, int | list[int]]:
+    """The tokens with which Genie begins and ends every text, by its keys; empty if there are none.
+    A model without one of them has its padding token in its place, or else the other one."""
+    known: dict[str, Any] = {}
+    for key, names in (("bos", ("bos", "pad", "eos")), ("eos", ("eos", "pad", "bos"))):
+        for name, source in product(names, (config, tokenizer)):
+            if (token := getattr(source, f"{name}_token_id", None)) is not None:
+                known.setdefault(f"{key}-token", token)
+    if known and isinstance(known["bos-token"], list):
+        known["bos-token"] = known["bos-token"][0]
+    return known
 
 
 def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -> Scheme:
@@ -416,3 +439,13 @@ def chip_notes(subject: Subject, chosen: Iterable[str]) -> list[str]:
         if problem := _grid(chip, weight, subject.input_bits):
             names_by_problem.setdefault(problem, {})[name] = None
     return [f"{', '.join(names)}: {text}" for text, names in sorted(names_by_problem.items())]
+
+
+def genie_notes(subject: Subject) -> Iterator[str]:
+    """Which token Genie gets in place of one that the model lacks."""
+    model: Any = subject.model
+    if subject.layout is not None and model is not None:
+        config = model.config.get_text_config()
+        for key, token in genie_tokens(config, subject.tokenizer).items():
+            if getattr(config, f"{key[:3]}_token_id", None) is None:
+                yield f"layout genie: the model has no {key}; genie_config.json has token {token}"

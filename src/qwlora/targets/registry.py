@@ -159,6 +159,7 @@ TARGETS: dict[str, Target] = {
         packages=("transformers", "peft"),
         # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
         writes_floats=True,
+        has_one_shape=True,
         chip=HTP,
         limits=AIMET_WEIGHTS,
     ),

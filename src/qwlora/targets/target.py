@@ -156,10 +156,11 @@ class Target:
         reserved: names of other files, which no adapter can have.
         source_suffix: of files of a model whose own integers, metadata and tokenizer are copied.
         writes_floats: whether all weights are written as float32 next to their encodings.
+        has_one_shape: whether adapters are padded to one rank on the same modules.
         holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
         limits, chip: limits of the files, and of the chip that they are compiled for.
-        simulation: values that keys of `simulation` in the recipe can have.
+        simulation: values that keys of `simulation` in the recipe can have; the first is default.
     """
 
     backend_class: str
@@ -180,6 +181,7 @@ class Target:
     reserved: frozenset[str] = frozenset()
     source_suffix: str = ""
     writes_floats: bool = False
+    has_one_shape: bool = False
     holds_invocation: bool = False
     embedding_bits: tuple[int, ...] = (32,)
     limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)

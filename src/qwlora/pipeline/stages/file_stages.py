@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwlora.adapter.adapter_files import read_config
+from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
 from qwlora.formats.model_source import fetch, source_path
@@ -68,7 +70,10 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
         bits = context.recipe.export.embedding_bits_of(name)
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    return read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    trained = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    if target.has_one_shape:
+        return replace(trained, common=one_rank([*map(context.ranks, context.recipe.adapters)]))
+    return trained
 
 
 def _graph(

@@ -110,7 +110,10 @@ def second_rounding(recipe: Recipe) -> str | None:
         problem, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
     elif _lies_on_grid(recipe):
         problem = "holds weights that were rounded to integers before"
-        remedy = "set model.encodings to their encodings, and base.solver: keep"
+        remedy = (
+            "set base.solver: keep, and model.source to the GGUF file that it was made from, or "
+        )
+        remedy += "model.encodings to their encodings"
     else:
         return None
     return (

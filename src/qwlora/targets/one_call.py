@@ -119,7 +119,13 @@ def export(
             model: Any = first.origin.model
             captured = first.captured
             is_text = captured.embeddings is None and is_language_model(captured.interface)
-            subject = Subject(model=model, tokenizer=tokenizer, layout=layout, takes_tokens=is_text)
+            subject = Subject(
+                model=model,
+                tokenizer=tokenizer,
+                layout=layout,
+                takes_tokens=is_text,
+                context=max(context),
+            )
         refuse([target], subject, ExportError)
 
         def exported(simulation: Simulation) -> ExportedGraph:

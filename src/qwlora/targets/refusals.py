@@ -337,14 +337,16 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
 def genie_tokens(config: Any, tokenizer: Any) -> dict[str, int | list[int]]:
     """The tokens with which Genie begins and ends every text, by its keys; empty if there are none.
     A model without one of them has its padding token in its place, or else the other one."""
-    known: dict[str, Any] = {}
-    for key, names in (("bos", ("bos", "pad", "eos")), ("eos", ("eos", "pad", "bos"))):
-        for name, source in product(names, (config, tokenizer)):
-            if (token := getattr(source, f"{name}_token_id", None)) is not None:
-                known.setdefault(f"{key}-token", token)
-    if known and isinstance(known["bos-token"], list):
-        known["bos-token"] = known["bos-token"][0]
-    return known
+    names = [(name, source) for name in ("bos", "pad", "eos") for source in (config, tokenizer)]
+    tokens = [getattr(source, f"{name}_token_id", None) for name, source in names]
+    known = [token for token in tokens if token is not None]
+    if not known:
+        return {}
+    last = [token for token in tokens[4:] + tokens[2:4] + tokens[:2] if token is not None]
+    return {
+        "bos-token": known[0] if isinstance(known[0], int) else known[0][0],
+        "eos-token": last[0],
+    }
 
 
 def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -> Scheme:
@@ -406,6 +408,8 @@ def table(subject: Subject, chosen: Collection[str]) -> Iterator[tuple[str, ...]
 
 
 def _cell(target: Target, scheme: Scheme, weight: Weight, subject: Subject) -> str:
+    if weight.kind is LayerKind.EMBEDDING and target.limits.has_float_embeddings:
+        return "as floats"
     if not [*_weights(target, replace(subject, weights={"": weight}))]:
         held = _integers(target, subject).values()
         return "not together" if [*_together(target.limits, held)] else "holds"

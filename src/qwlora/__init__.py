@@ -20,6 +20,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import qwlora.system.quiet as _quiet
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -104,4 +106,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qwlora' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with _quiet.quiet_import():
+        return getattr(importlib.import_module(_HOME[name]), name)

@@ -111,6 +111,8 @@ adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
 adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float calibrate/_base
+adapters.0.rank: 16 -> 8 with export.targets=[qairt_pipeline] => train/first export/qairt_pipeline/* as rank
+adapters.0.steps: 6 -> 7 with export.targets=[qairt_pipeline] => train/first
 adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
 adapters.0.init: qera -> svd with reference=float => quantize train/first as init
 adapters.0.alpha: 32.0 -> 16.0 => train/first
@@ -178,9 +180,9 @@ export.use_cases: - -> [first, second, none] with NPU =>
 export.graphs: {tokens: [4]} -> {tokens: [8]} with NPU => export/qairt as export.graphs.tokens
 export.graphs: {context: [256]} -> {context: [512]} with NPU => export/qairt as export.graphs.context
 export.opset: - -> 18 with NPU => export/qairt
-export.float_bits: - -> 32 with export.targets=[hf, onnx] => export/*
-export.float_bits: - -> 16 with export.targets=[hf, onnx] =>
-export.float_bits: - -> 16 with export.targets=[gguf] => export/*
+export.embedding_bits: - -> 32 with export.targets=[hf, onnx] => export/*
+export.embedding_bits: - -> 16 with export.targets=[hf, onnx] =>
+export.embedding_bits: - -> 16 with export.targets=[gguf] => export/*
 export.proof: generated -> none => verify/*/first verify/*/second
 export.layout: - -> genie with NPU => export/qairt
 verify.sequences: 8 -> 9 => verify/*

@@ -52,8 +52,37 @@ REMEDIES = {  # what a recipe must say for qnn, and how it is asked for
 }
 
 
+USUAL = {  # what other targets have by default
+    "policy": "npu",
+    "residual_adds": "float",
+    "symmetric_matmul_second_input": False,
+    "key_value_bitwidth": None,
+    "adapter_weights": "w8-channel",
+    "base_activations": "all",
+}
+
+
+@pytest.mark.parametrize(
+    ("targets", "asked", "other"),
+    [
+        (["onnx"], {}, {}),
+        (["onnx", "qairt"], {}, {"residual_adds": "quantize"}),
+        (["qairt"], {"policy": "weights-only"}, {"policy": "weights-only"}),
+        (["aimet", "qnn"], {"adapter_weights": "w16-tensor"}, HTP["simulation"]),
+    ],
+)
+def test_a_target_sets_what_it_needs(
+    targets: list[str], asked: dict[str, Any], other: dict[str, Any], recipe_for: Any
+) -> None:
+    """And keeps what the recipe sets."""
+    base = {"weights": "w4-channel", "rules": [EMBEDDING]}
+    path = recipe_for(base=base, export={"targets": targets}, simulation=asked)
+    found = load_recipe(path).simulation.model_dump(include={*USUAL})
+    assert found == {**USUAL, **other, **asked}
+
+
 def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_for: Any) -> None:
-    simulation = {"rules": [{"match": "*.softmax", "keep": "float"}]}
+    simulation = {"rules": [{"match": "*.softmax", "keep": "float"}]} | USUAL
     base, export = {"weights": "w3-channel"}, {"targets": ["qnn"]}
     with pytest.raises(RecipeError) as found:
         load_recipe(recipe_for(base=base, simulation=simulation, export=export))
@@ -68,6 +97,7 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
 
 QAIRT = ("export.targets=[qairt]", "simulation={residual_adds: quantize}")
 AIMET = ("export.targets=[aimet]",)
+GENIE = "export.layout=genie"
 FLOATS = "simulation={policy: weights-only}"
 GRAPHS = "export.graphs={tokens: [8, 8, 0], context: [32, 8, 4]}"
 
@@ -78,6 +108,7 @@ GRAPHS = "export.graphs={tokens: [8, 8, 0], context: [32, 8, 4]}"
         ((*QAIRT, "export.use_cases=[first+third]"), "no adapter third"),
         ((*QAIRT, "export.use_cases=[first+first]"), "an adapter twice"),
         ((*QAIRT, "export.use_cases=[none]"), "must hold an adapter"),
+        ((*QAIRT, GENIE, "export.use_cases=[first+second]"), "strength of one adapter; list no"),
         ((*QAIRT, "adapters.0.name=none"), "choose another name"),
         ((*QAIRT, "adapters.0.name=host"), "adapter host has the name of another"),
         ((*QAIRT, "workflow=qwa-lora"), "use workflow qw-lora"),

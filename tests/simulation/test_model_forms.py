@@ -18,7 +18,7 @@ from transformers import (
 
 import qwlora
 from conftest import packed_model, tiny_model
-from qwlora.errors import CaptureError, GridError, SourceError
+from qwlora.errors import CalibrationError, CaptureError, GridError, SourceError
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
 from qwlora.targets.proof.compare import is_language_model
@@ -180,7 +180,7 @@ def test_calibration_takes_what_loaders_give(simulation: qwlora.Simulation, batc
 
 def test_a_batch_whose_second_tensor_is_no_mask_is_refused() -> None:
     names = ("input_ids", "attention_mask")
-    with pytest.raises(CaptureError, match=r"Tensor 1 .*attention_mask.*dict"):
+    with pytest.raises(CaptureError, match=r"tensor 1 .*attention_mask.*dict"):
         as_arguments((IDS, IDS), names)
     with pytest.raises(CaptureError, match=r"3 tensors.*2 inputs \(input_ids, attention_mask\)"):
         as_arguments([IDS, MASK, IDS], names)
@@ -196,3 +196,28 @@ def test_gptq_takes_what_a_dataloader_gives() -> None:
         qwlora.quantize_(model, "w4-block32", "gptq", calibration=calibration)
         prints.add(qwlora.fingerprint(model))
     assert len(prints) == 1
+
+
+LORA = [
+    qwlora.PlacementRule("*.q_proj.mul", minimum=-1.0, maximum=2.0),
+    qwlora.PlacementRule("*.lora_A.weight", of="weights", bitwidth=4),
+    qwlora.PlacementRule("*.down_proj.lora_B.linear", bitwidth=8),
+]
+
+
+def test_a_base_takes_example_inputs_as_batches_and_schemes_with_rules_for_adapters() -> None:
+    model, schemes = packed_model("llama", layers=1), qwlora.Schemes(rules=LORA)
+    for example, names in ((IDS, ("input_ids",)), ((IDS, MASK), ("input_ids", "attention_mask"))):
+        assert qwlora.simulate(model, example, schemes).inputs == names
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    made = qwlora.simulate(adapted, [IDS, MASK], schemes)  # through PEFT's wrapper
+    assert (made.inputs, made.placement.unused_rules) == (("input_ids", "attention_mask"), {})
+    wrong: list[Any] = ["text", [1, 2], (IDS, IDS), {"input_ids": IDS.float()}]
+    for example, said in zip(wrong, ("is a str", "is a list", "tensor 1", "float32"), strict=True):
+        with pytest.raises(CaptureError, match=rf"(example_inputs|input_ids).*{said}"):
+            qwlora.simulate(model, example)
+    for match in ("*.q_proj.mol", "*.norm.mul_9", "*.lora_C.weight"):
+        rules = [*LORA, qwlora.PlacementRule(match, bitwidth=8)]
+        with pytest.raises(CalibrationError, match=r"1 placement rules") as caught:
+            qwlora.simulate(model.eval(), IDS, qwlora.Schemes(rules=rules))
+        assert repr(match) in str(caught.value)

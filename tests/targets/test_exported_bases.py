@@ -254,6 +254,6 @@ def test_bits_that_a_target_lacks_are_refused(
     changes = (f"export.targets=[{target}]", "simulation.residual_adds=quantize")
     path = recipe_for()
     load_recipe(path, changes)
-    problem = rf"{target}: export\.float_bits: .* {held} bits only"
+    problem = rf"{target}: export\.embedding_bits: .* {held} bits only"
     with pytest.raises(RecipeError, match=problem):
-        load_recipe(path, (*changes, f"export.float_bits={bits}"))
+        load_recipe(path, (*changes, f"export.embedding_bits={bits}"))

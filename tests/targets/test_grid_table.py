@@ -1,5 +1,6 @@
 """Which targets hold which grid: before anything runs, with the nearest scheme that would do."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,16 @@ from cli.command_line import qwlora
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme, parse_scheme
 from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.recipe.yaml_core import load_yaml
-from qwlora.targets.refusals import Subject, Weight, nearest, refusals, refused, table
+from qwlora.targets.refusals import (
+    Subject,
+    Weight,
+    genie_notes,
+    genie_tokens,
+    nearest,
+    refusals,
+    refused,
+    table,
+)
 from qwlora.targets.registry import TARGETS, VLLM
 from qwlora.targets.target import LayerKind
 
@@ -158,11 +168,44 @@ def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> No
 
 
 def test_what_genie_lacks_is_known_before_anything_is_written() -> None:
-    config = SimpleNamespace(bos_token_id=None, eos_token_id=2)
+    config = SimpleNamespace(rope_parameters={"rope_type": "yarn"}, sliding_window=512)
     config.get_text_config = lambda: config
     model: Any = SimpleNamespace(config=config)
-    subject = Subject(model=model, layout="genie", takes_tokens=False)
-    found = refusals(TARGETS["qnn"], subject)
-    for reason, said in zip(found, ("token ids", "bos_token_id", "tokenizer.json"), strict=True):
-        assert said in reason
+    subject = Subject(model=model, layout="genie", takes_tokens=False, context=1024)
+    said = (
+        "token ids",
+        "tokens, and the tokenizer has no",
+        "yarn",
+        "at most 512",
+        "tokenizer.json",
+    )
+    for reason, words in zip(refusals(TARGETS["qnn"], subject), said, strict=True):
+        assert words in reason
     assert not refusals(TARGETS["onnx"], subject)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "tokens", "noted"),
+    [
+        ({"bos": 1, "eos": [2, 3]}, {"bos": 8, "pad": 9}, (1, [2, 3]), ""),
+        ({"eos": 2, "pad": None}, {"pad": 9}, (9, 2), "bos-token.* token 9"),
+        ({"eos": [2, 3]}, {}, (2, [2, 3]), "bos-token.* token 2"),
+        ({}, {"bos": 1, "eos": 2}, (1, 2), "bos-token.* 1.*eos-token.* 2"),
+        ({"pad": 0}, {}, (0, 0), "bos-token.* 0.*eos-token.* 0"),  # 0 is an id
+    ],
+)
+def test_genie_begins_a_text_of_a_model_without_bos_with_another_token(
+    of_model: Any, of_tokenizer: Any, tokens: tuple[Any, Any], noted: str
+) -> None:
+    config, tokenizer = (
+        SimpleNamespace(**{f"{kind}_token_id": token for kind, token in ids.items()})
+        for ids in (of_model, of_tokenizer)
+    )
+    assert tuple(genie_tokens(config, tokenizer).values()) == tokens
+    config.get_text_config, tokenizer.backend_tokenizer = lambda: config, object()
+    model: Any = SimpleNamespace(config=config)
+    subject = Subject(model=model, tokenizer=tokenizer, layout="genie")
+    assert not refusals(TARGETS["qnn"], subject)
+    found = "; ".join(genie_notes(subject))
+    assert re.search(noted, found)
+    assert bool(found) == bool(noted)

@@ -1,4 +1,4 @@
-"""Files of `export.float_bits` 8: which floats are rounded and how, and what runtimes compute."""
+"""Files of `export.embedding_bits` 8: which floats are rounded and how, and what runtimes compute."""
 
 import json
 from pathlib import Path
@@ -100,18 +100,18 @@ def test_a_gguf_file_holds_8_bits_and_adapters_16(architecture: str, tmp_path: P
     assert torch.equal(found, expected)
     # Embeddings of the file that a base came from are copied.
     base, copy = model.unload(), tmp_path / "copy"
-    export(base, "gguf", tmp_path / "floats", None, byte_tokenizer(), float_bits=32)
+    export(base, "gguf", tmp_path / "floats", None, byte_tokenizer(), embedding_bits=32)
     export(base, "gguf", copy, gguf_file=tmp_path / "floats/base/base.gguf")
     assert {*types(copy / "base/base.gguf").values()} == {TYPES.F32, TYPES.Q4_0}
     assert manifest.read(copy / "base" / RECORD)["rounded"] == [FACTORS]
 
 
 def test_32_bits_round_nothing(tmp_path: Path) -> None:
-    record, model = exported("gguf", tmp_path, "qwen3", float_bits=32)
+    record, model = exported("gguf", tmp_path, "qwen3", embedding_bits=32)
     assert "rounded" not in record
     assert {*types(tmp_path / "first/adapter.gguf").values()} == {TYPES.F32}
-    with pytest.raises(ExportError, match=r"mlx has no float_bits 16 .*: 8, 32"):
-        export(model, "mlx", tmp_path / "mlx", float_bits=16)
+    with pytest.raises(ExportError, match=r"mlx has no embedding_bits 16 .*: 8, 32"):
+        export(model, "mlx", tmp_path / "mlx", embedding_bits=16)
 
 
 def test_an_mlx_folder_holds_8_bits_and_adapters_16(tmp_path: Path) -> None:

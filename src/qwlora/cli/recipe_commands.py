@@ -36,7 +36,7 @@ def check(
     from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
-    from qwlora.recipe.model_files import check_source, exported_base, second_rounding
+    from qwlora.recipe.model_files import check_source, exported_base, second_rounding, with_model
     from qwlora.recipe.yaml_core import dump_yaml, flow
     from qwlora.system.quiet import quiet_libraries
     from qwlora.targets import refusals
@@ -47,13 +47,13 @@ def check(
     # All refusals come before the first line of output, so that an error is all that is printed.
     check_source(checked)
     chosen, base = checked.export.targets, exported_base(checked)
-    refusals.refuse(chosen, base, GridError)
+    refusals.refuse(chosen, whole := with_model(checked, base), GridError)
     with ProgressDisplay() as display:
         context = new_context(checked, Sources(checked, track=display.track), Path(), display.track)
         for name, text in context.all_texts().items():
             for caution in text.cautions():
                 display.say(f"caution: data of {name}: {caution}")
-    notes = refusals.notes(base, chosen)
+    notes = [*refusals.notes(base, chosen), *map("warning: {}".format, refusals.genie_notes(whole))]
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
     if full:
@@ -64,9 +64,10 @@ def check(
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
-    for name in chosen:
-        if missing := TARGETS[name].missing(to_write=True):
-            notes.append(f"warning: export.targets: {name}: {missing}")
+    missing = {name: TARGETS[name].missing(to_write=True) for name in chosen}
+    notes += [
+        f"warning: export.targets: {n}: {problem}" for n, problem in missing.items() if problem
+    ]
     for line in (*table([*refusals.table(base, chosen)]), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 

@@ -18,6 +18,7 @@ original types.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,13 @@ LABELS = "labels"
 _MASK = "attention_mask"
 
 
-def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
+def arguments_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return tuple(inspect.signature(inner.forward).parameters)
+
+
+def as_arguments(batch: Any, names: Sequence[str], what: str = "A batch") -> dict[str, Any]:
     """`batch` by argument name; `names` is what the model or graph takes, in order. Refuses other
     forms, too many tensors, and a tensor (usually labels) where the attention mask would be."""
     if isinstance(batch, Mapping):
@@ -41,19 +48,19 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
     tensors = [batch] if isinstance(batch, Tensor) else batch
     if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) for t in tensors):
         raise CaptureError(
-            f"A batch is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple "
+            f"{what} is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple "
             "of tensors"
         )
     if len(tensors) > len(names):
         raise CaptureError(
-            f"A batch has {len(tensors)} tensors, but there are {len(names)} inputs "
+            f"{what} has {len(tensors)} tensors, but there are {len(names)} inputs "
             f"({', '.join(names)}). Give a dict of arguments"
         )
     arguments = dict(zip(names, tensors, strict=False))
     mask = arguments.get(_MASK)
     if mask is not None and mask.ndim == 2 and bool(((mask != 0) & (mask != 1)).any()):
         raise CaptureError(
-            f"Tensor {list(arguments).index(_MASK)} of a batch would be {_MASK}, but has values "
+            f"{what}: tensor {list(arguments).index(_MASK)} would be {_MASK}, but has values "
             "other than 0 and 1. Give a dict of arguments"
         )
     return arguments

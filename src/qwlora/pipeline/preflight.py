@@ -28,7 +28,7 @@ from qwlora.recipe.model_files import check_source, exported_base, kept_weights,
 from qwlora.system.device import pick_device
 from qwlora.system.machine import device_type, exact_type, slow_compute
 from qwlora.system.parameter_names import is_factor_name, parameter_name
-from qwlora.targets.refusals import AdapterParts, Subject, Weight, chip_notes, refuse
+from qwlora.targets.refusals import AdapterParts, Subject, Weight, chip_notes, genie_notes, refuse
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import LayerKind
 from qwlora.targets.weights.weights_folder import kind_of, layer_kind
@@ -92,11 +92,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             float_embedding=None if is_packed_table else path,
             model=model,
             tokenizer=context.tokenizer,
-            layout=recipe.export.layout,
-            takes_tokens=recipe.simulation.inputs == "tokens",
         )
         refuse(recipe.export.targets, subject, GridError)
-        for note in chip_notes(subject, recipe.export.targets):
+        for note in (*chip_notes(subject, recipe.export.targets), *genie_notes(subject)):
             say(f"warning: {note}")
     if "train" in verbs:
         _check_saved(recipe, model, packed)

@@ -11,7 +11,6 @@ can be observed and replaced before they continue.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from qwlora.errors import CalibrationError
+from qwlora.graph.call_arguments import arguments_of
 from qwlora.nn.temporary import evaluation_mode, replaced
 from qwlora.system.device import device_of, moved
 
@@ -141,9 +141,3 @@ class BlockRunner(ExitStack, Iterable[str]):
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         return gate
-
-
-def arguments_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
-    inner = getattr(model, "get_base_model", lambda: model)()
-    return tuple(inspect.signature(inner.forward).parameters)

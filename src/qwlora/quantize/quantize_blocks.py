@@ -32,14 +32,14 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora.errors import CalibrationError, GridError, listed
 from qwlora.formats.checkpoint import blocks_of
-from qwlora.graph.call_arguments import as_arguments, check_token_ids
+from qwlora.graph.call_arguments import arguments_of, as_arguments, check_token_ids
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.quantize.block_runner import Batches, BlockRunner, arguments_of
+from qwlora.quantize.block_runner import Batches, BlockRunner
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import Observed, observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor

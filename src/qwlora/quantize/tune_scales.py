@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwlora.errors import CalibrationError, GridError
+from qwlora.graph.call_arguments import arguments_of
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_base_, update_digest
 from qwlora.nn.temporary import evaluation_mode, gradients_disabled
-from qwlora.quantize.block_runner import Batches, arguments_of
+from qwlora.quantize.block_runner import Batches
 from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable

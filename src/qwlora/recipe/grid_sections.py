@@ -233,7 +233,8 @@ class SimulationRule(Section):
 
 
 class SimulationSection(Section):
-    """Step 3: grids of activations and adapters."""
+    """Step 3: grids of activations and adapters. Targets aimet, qairt and qnn have other defaults,
+    those that they need; `qwlora check` prints them."""
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = "npu"
     """npu: every computed value except norm internals, masks and residual additions; matmul-inputs:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import fetch, source_path
 from qwlora.recipe.grid_sections import Model
-from qwlora.recipe.whole_recipe import Recipe
+from qwlora.recipe.whole_recipe import Graphs, Recipe
 from qwlora.targets.refusals import Subject, Weight
 
 if TYPE_CHECKING:
@@ -47,9 +48,28 @@ def exported_base(recipe: Recipe, packed: Mapping[str, Weight] | None = None) ->
     if keeps and packed is None:
         first = {weight: name for name, weight in reversed(kept_weights(recipe)[1].items())}
         weights = {name: weight for weight, name in reversed(first.items())}
-    bits = recipe.simulation.activation_bitwidth
-    source = source_path(recipe.model.source)
-    return Subject(weights=weights, source=source, keeps=keeps, input_bits=bits)
+    graphs = recipe.export.graphs or Graphs()
+    return Subject(
+        weights=weights,
+        source=source_path(recipe.model.source),
+        keeps=keeps,
+        input_bits=recipe.simulation.activation_bitwidth,
+        layout=recipe.export.layout,
+        context=max(graphs.context),
+        takes_tokens=recipe.simulation.inputs == "tokens",
+    )
+
+
+def with_model(recipe: Recipe, subject: Subject) -> Subject:
+    """The same with the model, without weights, and its tokenizer, if an export layout asks."""
+    from qwlora.formats.checkpoint import empty_model
+    from qwlora.formats.model_source import load_config, load_tokenizer
+
+    if recipe.export.layout is None:
+        return subject
+    source = recipe.model.source, recipe.model.trust_remote_code
+    model = empty_model(load_config(*source), recipe.model.trust_remote_code)
+    return replace(subject, model=model, tokenizer=load_tokenizer(*source))
 
 
 def kept_weights(recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Weight]]:
@@ -90,7 +110,10 @@ def second_rounding(recipe: Recipe) -> str | None:
         problem, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
     elif _lies_on_grid(recipe):
         problem = "holds weights that were rounded to integers before"
-        remedy = "set model.encodings to their encodings, and base.solver: keep"
+        remedy = (
+            "set base.solver: keep, and model.source to the GGUF file that it was made from, or "
+        )
+        remedy += "model.encodings to their encodings"
     else:
         return None
     return (

@@ -61,7 +61,7 @@ class Export(Section):
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
     with an older onnx; below 23, each RMSNorm becomes several operators"""
-    float_bits: Literal[8, 16, 32] | None = None
+    embedding_bits: Literal[8, 16, 32] | None = None
     """bits per value of what stays float. 8, the default of gguf and mlx and for these only:
     embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF file,
     gguf copies them), adapters to float16. 16: float16, else bfloat16, where one holds all numbers
@@ -84,8 +84,8 @@ class Export(Section):
     def layout_of(self, target: str) -> str | None:
         return self.layout if self.layout in TARGETS[target].graph_layouts else None
 
-    def float_bits_of(self, target: str) -> int:
-        return self.float_bits or TARGETS[target].float_bits[0]
+    def embedding_bits_of(self, target: str) -> int:
+        return self.embedding_bits or TARGETS[target].embedding_bits[0]
 
     def graphs_of(self, target: str) -> Graphs | None:
         return (self.graphs or Graphs()) if TARGETS[target].cached_graphs else None
@@ -139,8 +139,8 @@ class Recipe(Section):
         if not isinstance(content, dict):
             return content
         adapters = content.get("adapters")
-        sections = [content.get(key) or {} for key in ("base", "data", "export")]
-        base, data, export = sections
+        sections = [content.get(key) or {} for key in ("base", "data", "export", "simulation")]
+        base, data, export, simulation = sections
         preset = PRESETS.get(str(content.get("preset", "balanced")))
         is_typed = isinstance(adapters, list) and all(isinstance(s, dict) for s in sections)
         # What has the wrong type is left to the validation, which names it.
@@ -167,12 +167,17 @@ class Recipe(Section):
         if any(a.get("dora") or a.get("target_parameters") or a.get("mergeable") for a in filled):
             export = {"targets": ["onnx_each"], **export}
         targets, defaults = export.get("targets"), preset["base"]
-        for_htp = [name for name, target in TARGETS.items() if target.chip]
-        # Qualcomm's HTP has no scales below zero.
-        if isinstance(targets, list) and any(name in targets for name in for_htp):
-            defaults = {**defaults, "weights": "w4-block32"}
+        for name, target in TARGETS.items():
+            if not isinstance(targets, list) or name not in targets:
+                continue
+            # Qualcomm's HTP has no scales below zero.
+            defaults = {**defaults, "weights": "w4-block32"} if target.chip else defaults
+            if simulation.get("policy") != "weights-only":
+                needed = {key: values[0] for key, values in target.simulation.items()}
+                simulation = _filled(simulation, needed)
         base = base if keeps else _filled(base, defaults)
-        return {**content, "base": base, "adapters": filled, "export": export}
+        changed = {"base": base, "adapters": filled, "export": export}
+        return {**content, **changed, **({"simulation": simulation} if simulation else {})}
 
     def problems(self) -> Iterator[str]:
         folders = [a.name.casefold() for a in self.adapters]
@@ -265,7 +270,7 @@ class Recipe(Section):
             adapters=parts,
             input_bits=self.simulation.activation_bitwidth,
             simulation=self.simulation.model_dump(),
-            float_bits=self.export.float_bits,
+            embedding_bits=self.export.embedding_bits,
             trains_graph=self.workflow == "qwa-lora",
         )
 
@@ -276,6 +281,11 @@ class Recipe(Section):
         cases = self.use_cases()
         for case in cases:
             parts = members(case)
+            if len(parts) > 1 and self.export.layout and "qairt" in self.export.targets:
+                yield (
+                    f"export.use_cases: {case}: Genie sets the strength of one adapter; list no "
+                    "use case of several, or remove export.layout"
+                )
             if unknown := self._unknown(parts):
                 yield f"export.use_cases: {case}: {unknown}"
             if len(set(parts)) < len(parts):

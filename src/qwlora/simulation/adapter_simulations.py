@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ from qwlora.simulation.fake_quantizer import FrozenWeight, Quantizer, estimate_e
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import RECORD, SimulationSource, read_inputs, read_record
-from qwlora.simulation.simulation import Batches, Simulation, simulate
+from qwlora.simulation.simulation import Batches, Simulation, example_arguments, simulate
 from qwlora.system.device import device_of
 from qwlora.system.parameter_names import BASE, adapter_of, canonical_name, is_factor_name
 from qwlora.system.progress import Track, untracked
@@ -175,7 +175,7 @@ class AdapterSimulations(dict[str, Simulation]):
 
 def simulate_adapters(
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | Tensor | Sequence[Tensor],
     schemes: Schemes | None = None,
     base_activations: BaseActivations = "adapter_only",
     adapters: Collection[str] | None = None,
@@ -198,6 +198,7 @@ def simulate_adapters(
         CalibrationError: a placement rule has no effect on any adapter, and `schemes` refuses that;
             or see `simulate`.
     """
+    example = example_arguments(model, example_inputs)
     known = adapter_names(model)
     names = known if adapters is None else list(adapters)
     if BASE in names:
@@ -220,7 +221,7 @@ def simulate_adapters(
         origin: SimulationSource, graphs: Iterable[tuple[Simulation, _Weights, _Weights]]
     ) -> Simulation:
         captures = (_rebound(*graph, origin) for graph in graphs)
-        captured = next(filter(None, captures), None) or capture(model, example_inputs)
+        captured = next(filter(None, captures), None) or capture(model, example)
         return Simulation(captured, origin, frozen, activation_encodings)
 
     base = fingerprint(model)
@@ -229,7 +230,7 @@ def simulate_adapters(
         ranks = common_ranks(model, names) if base_activations == "none" else {}
         for name in names:
             activate_(model, [name])
-            origins[name] = SimulationSource.of(model, example_inputs, schemes, ranks, base)
+            origins[name] = SimulationSource.of(model, example, schemes, ranks, base)
         # One cast for all captures: graphs then share the float32 tensors. Padding comes after the
         # fingerprints, which are those of the adapters as they are.
         changes.enter_context(in_float32(model))
@@ -242,7 +243,7 @@ def simulate_adapters(
             simulations[name] = simulated(origin, graphs)
             first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
-            origin = SimulationSource.of(model, example_inputs, schemes, ranks, base)
+            origin = SimulationSource.of(model, example, schemes, ranks, base)
             zeros = (
                 (s, bound, {n: nn.Parameter(torch.zeros_like(p), False) for n, p in bound.items()})
                 for s, bound in first.values()

@@ -34,6 +34,8 @@ _NUMBERED_LAST = {
     Trait.INSIDE_ONE_OPERATION,
     Trait.DATA_MOVEMENT,
 }
+# Names of what an adapter adds to a layer, after the layer's.
+_LORA_PARTS = ["mul", "add", "lora_A.weight", "lora_A.linear", "lora_B.weight", "lora_B.linear"]
 
 
 @dataclass(repr=False)
@@ -97,10 +99,16 @@ def place(
 def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
     """Refuse user rules that have no effect in any of several graphs; all are named."""
     values = [value for placement in placements for value in placement.values]
+    weights = {value.module for value in values if value.kind in (Kind.BASE, Kind.PARAMETER)}
+    is_base = all(value.kind is not Kind.ADAPTER for value in values)
+    # Schemes for an adapter are also those of its base alone, whose graph lacks these values.
+    of_adapters = tuple(f"{path}.{part}" for path in weights for part in _LORA_PARTS if is_base)
     problems = []
     for index, rule in placements[0].unused_rules.items():
         # a rule may be for one of several adapters
         if any(index not in placement.unused_rules for placement in placements):
+            continue
+        if rule.fits(of_adapters):
             continue
         if matched := [value for value in values if rule.fits(value.names)]:
             others = f" and {len(matched) - 1} more" if len(matched) > 1 else ""

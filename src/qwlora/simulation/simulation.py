@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from qwlora.adapter.attach import active_adapters
 from qwlora.adapter.padded_adapters import padded_adapters
 from qwlora.errors import CalibrationError, CaptureError, QwloraWarning, listed, suggestion
-from qwlora.graph.call_arguments import as_arguments, check_token_ids
+from qwlora.graph.call_arguments import arguments_of, as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.nodes import MASKS, base_name
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
@@ -569,7 +569,7 @@ class Simulation(nn.Module):
 
 def simulate(
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | Tensor | Sequence[Tensor],
     schemes: Schemes | None = None,
     activation_encodings: Mapping[str, Encoding] | None = None,
     ranks: Mapping[str, int] | None = None,
@@ -577,7 +577,8 @@ def simulate(
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers.
 
     Args:
-        example_inputs: the model's keyword arguments, with at least two tokens; see `capture`.
+        example_inputs: the model's keyword arguments, with at least two tokens; see `capture`. Or
+            its first arguments: a tensor, or a tuple of tensors.
         schemes: default: `Schemes()`.
         activation_encodings: of the same base, calibrated without an adapter
             (`Simulation.activation_encodings`). `observe` simulates these activations and observes
@@ -592,6 +593,7 @@ def simulate(
             lacks, or see `place`.
     """
     model = unwrapped(model)
+    example = example_arguments(model, example_inputs)
     schemes = schemes or Schemes()
     packed = packed_layers(model)
     if packed:
@@ -604,9 +606,9 @@ def simulate(
             QwloraWarning,
             stacklevel=2,
         )
-    source = SimulationSource.of(model, example_inputs, schemes, ranks)
+    source = SimulationSource.of(model, example, schemes, ranks)
     with padded_adapters(model, active_adapters(model), source.ranks):
-        captured = capture(model, example_inputs)
+        captured = capture(model, example)
     simulation = Simulation(captured, source, activation_encodings=activation_encodings)
     if packed and not simulation.base_encodings:
         raise CaptureError(
@@ -615,6 +617,13 @@ def simulate(
             "in their place. Remove patched forwards, or pass inputs that reach these layers"
         )
     return simulation
+
+
+def example_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The example inputs of `simulate` by argument name. Raises CaptureError for other forms."""
+    arguments = as_arguments(example_inputs, arguments_of(model), "example_inputs")
+    check_token_ids(arguments, model, CaptureError)
+    return arguments
 
 
 def _refuse_unknown(encodings: Iterable[str], values: Iterable[GraphValue]) -> None:

@@ -1,10 +1,12 @@
-"""Other libraries keep quiet while a command runs."""
+"""Other libraries keep quiet while a command runs, and while our modules import them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qwlora.system.machine import SlowComputeWarning
 
@@ -22,3 +24,18 @@ def quiet_libraries() -> None:
     of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
     for name in (*of_torch, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Silence what torchao, which ExecuTorch installs, prints when transformers imports it."""
+    # torchao 0.18 warns of its libraries for other processors, and makes torch 2.13 warn twice.
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

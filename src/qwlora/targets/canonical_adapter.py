@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,17 @@ class CanonicalAdapter:
     Args:
         base_fingerprint: None if the adapter does not record its base.
         invocation: of activated LoRA, the tokens from whose last occurrence on it acts.
+        common: the rank that all adapters of a bundle get, by each module that one of them changes.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
     invocation: tuple[int, ...] = ()
+    common: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {module: len(a) for module, (a, _) in self.factors.items()}
 
     def rounded(self) -> CanonicalAdapter:
         """The same in float16; see `rounded_floats.py`."""
@@ -103,7 +109,7 @@ class CanonicalAdapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        return max(len(a) for a, _ in self.factors.values())
+        return max(*self.ranks.values(), *self.common.values(), 0)
 
     def padded(self) -> CanonicalAdapter:
         """The same, of rank `rank` in all modules."""
@@ -176,7 +182,7 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
     Args:
         ends: target_modules. Default: the full paths.
     """
-    ranks = {module: len(a) for module, (a, _) in adapter.factors.items()}
+    ranks = adapter.ranks
     save_file(
         {
             f"{PREFIX}{module}.lora_{half}.weight": factor.contiguous()

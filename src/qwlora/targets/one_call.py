@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_folder import check_loadable
 from qwlora.adapter.attach import adapter_names, restored_adapters
+from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as, listed, suggestion
 from qwlora.formats import manifest
@@ -36,6 +37,7 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import replacing_files
 from qwlora.system.device import on_cpu
 from qwlora.system.parameter_names import BASE, NAME_PATTERN
+from qwlora.system.regular_files import is_inside
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits
 from qwlora.targets.proof.compare import is_language_model
@@ -58,9 +60,9 @@ def export(
     context: Sequence[int] = (1024,),
     layout: str | None = None,
     opset: int | None = None,
-    float_bits: int | None = None,
+    embedding_bits: int | None = None,
 ) -> None:
-    """Write the files of a target.
+    """Write the files of a target. They replace those of an earlier export of a single simulation.
 
     Args:
         made: where activations are on grids, calibrated simulations: a `Simulation` for targets
@@ -82,7 +84,7 @@ def export(
             configuration. Needs a tokenizer.
         opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm
             becomes several primitive operators. Default: 23; 21 for aimet without a cache.
-        float_bits: 8, 16 or 32, see `export.float_bits` of a recipe.
+        embedding_bits: 8, 16 or 32, see `export.embedding_bits` of a recipe.
 
     Raises:
         ExportError: the target does not exist, does not take `made`, or has files that cannot
@@ -95,9 +97,9 @@ def export(
     Warns:
         UnverifiedWarning: an adapter does not record its base.
     """
-    known = _checked_target(target, graphs, context, opset, layout, float_bits)
+    known = _checked_target(target, graphs, context, opset, layout, embedding_bits)
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
-    bits = float_bits or known.float_bits[0]
+    bits = embedding_bits or known.embedding_bits[0]
     _check_made(known, target, made, sources)
     # Now, since a graph takes half a minute to capture and to translate.
     known.require_packages(to_write=True)
@@ -120,7 +122,13 @@ def export(
             model: Any = first.origin.model
             captured = first.captured
             is_text = captured.embeddings is None and is_language_model(captured.interface)
-            subject = Subject(model=model, tokenizer=tokenizer, layout=layout, takes_tokens=is_text)
+            subject = Subject(
+                model=model,
+                tokenizer=tokenizer,
+                layout=layout,
+                takes_tokens=is_text,
+                context=max(context),
+            )
         refuse([target], subject, ExportError)
 
         def exported(simulation: Simulation) -> ExportedGraph:
@@ -133,19 +141,24 @@ def export(
                 opset=opset,
                 layout=layout,
                 tokenizer=tokenizer,
-                float_bits=bits,
+                embedding_bits=bits,
             )
 
         # Nothing opens a folder without its record: a killed export leaves none that looks whole.
-        with replacing_files(folder, last=RECORD) as scratch:
+        old = [f for f in manifest.listed_files(folder, RECORD) if is_inside(folder, f)]
+        with replacing_files(folder, last=RECORD, obsolete=old) as scratch:
             parts: dict[str, Any] = {}
             if isinstance(made, Simulation):
                 parts[""] = exported(made)
             elif isinstance(made, PreTrainedModel):
                 parts[BASE] = ExportedBase(made, tokenizer, file, bits)
-                for name, path in sources.items():
-                    adapter = read_canonical(path, known.holds_invocation)
-                    parts[name] = adapter.rounded() if bits == 8 else adapter
+                holds = known.holds_invocation
+                read = {name: read_canonical(path, holds) for name, path in sources.items()}
+                if bits == 8:
+                    read = {name: adapter.rounded() for name, adapter in read.items()}
+                ranks = [adapter.ranks for adapter in read.values()]
+                common = one_rank(ranks) if known.has_one_shape and read else {}
+                parts |= {name: replace(adapter, common=common) for name, adapter in read.items()}
             else:
                 parts[BASE] = replace(exported(made[BASE]), updatable=made.base_activations)
                 parts |= {name: exported(made[name]) for name in made if name != BASE}
@@ -164,7 +177,12 @@ def export(
 
 
 def _checked_target(
-    target: str, graphs: Any, context: Any, opset: int | None, layout: Any, float_bits: int | None
+    target: str,
+    graphs: Any,
+    context: Any,
+    opset: int | None,
+    layout: Any,
+    embedding_bits: int | None,
 ) -> Target:
     if target not in TARGETS:
         raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
@@ -174,7 +192,7 @@ def _checked_target(
     choices: dict[str, Any] = {"opset": (opset, known.opsets)}
     choices |= {
         "layout": (layout, known.graph_layouts),
-        "float_bits": (float_bits, known.float_bits),
+        "embedding_bits": (embedding_bits, known.embedding_bits),
     }
     for key, (asked, has) in choices.items():
         if asked not in (None, *has):

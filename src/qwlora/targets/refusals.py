@@ -98,7 +98,8 @@ class Subject:
         model: with or without weights.
         input_bits: bitwidth of the activations that weights are multiplied with.
         simulation: section `simulation` of the recipe.
-        float_bits, layout: keys of section `export` of the recipe.
+        embedding_bits, layout: keys of section `export` of the recipe.
+        context: the largest context of its graphs; 0 if it is not known.
         trains_graph: whether adapters are trained through calibrated activations.
         takes_tokens: whether its graphs take token ids and have a key-value cache.
     """
@@ -112,9 +113,10 @@ class Subject:
     adapters: Sequence[AdapterParts] = ()
     input_bits: int = 16
     simulation: Mapping[str, Any] | None = None
-    float_bits: int | None = None
+    embedding_bits: int | None = None
     trains_graph: bool = False
     layout: str | None = None
+    context: int = 0
     takes_tokens: bool = True
 
 
@@ -224,9 +226,9 @@ def _grid_problems(limits: FormatLimits, weight: Weight) -> Iterator[str]:
 
 
 def _settings(target: Target, subject: Subject) -> Iterator[str]:
-    if subject.float_bits not in (None, *target.float_bits):
-        held = " or ".join(map(str, target.float_bits))
-        yield f"export.float_bits: the files hold {held} bits only"
+    if subject.embedding_bits not in (None, *target.embedding_bits):
+        held = " or ".join(map(str, target.embedding_bits))
+        yield f"export.embedding_bits: the files hold {held} bits only"
     if target.has_cases and subject.trains_graph:
         yield (
             "workflow qwa-lora: use cases are calibrated after training, which would replace the "
@@ -318,11 +320,34 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
     if not subject.takes_tokens:
         yield "layout genie is for causal language models that take token ids; leave it out"
     config = model.config.get_text_config()
-    for key in ("bos_token_id", "eos_token_id"):
-        if getattr(config, key, None) is None:
-            yield f"Genie needs the model's {key}, which is not set. Set it in config.json"
+    if not genie_tokens(config, subject.tokenizer):
+        yield "Genie begins and ends texts with tokens, and the tokenizer has no bos, eos or pad"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ("default", "llama3"):
+        yield f"Genie has no key for positions of rope_type {rope}; remove export.layout"
+    window = getattr(config, "sliding_window", None) or subject.context
+    if window < subject.context:
+        yield (
+            f"the model attends to the last {window} tokens, and Genie to a context of "
+            f"{subject.context}; set export.graphs.context to at most {window}"
+        )
     if getattr(subject.tokenizer, "backend_tokenizer", None) is None:
         yield "Genie needs a tokenizer.json. Add a fast tokenizer (tokenizer= in Python)"
+
+
+def genie_tokens(config: Any, tokenizer: Any) -> dict[str, int | list[int]]:
+    """The tokens with which Genie begins and ends every text, by its keys; empty if there are none.
+    A model without one of them has its padding token in its place, or else the other one."""
+    names = [(name, source) for name in ("bos", "pad", "eos") for source in (config, tokenizer)]
+    tokens = [getattr(source, f"{name}_token_id", None) for name, source in names]
+    known = [token for token in tokens if token is not None]
+    if not known:
+        return {}
+    last = [token for token in tokens[4:] + tokens[2:4] + tokens[:2] if token is not None]
+    return {
+        "bos-token": known[0] if isinstance(known[0], int) else known[0][0],
+        "eos-token": last[0],
+    }
 
 
 def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -> Scheme:
@@ -384,6 +409,8 @@ def table(subject: Subject, chosen: Collection[str]) -> Iterator[tuple[str, ...]
 
 
 def _cell(target: Target, scheme: Scheme, weight: Weight, subject: Subject) -> str:
+    if weight.kind is LayerKind.EMBEDDING and target.limits.has_float_embeddings:
+        return "as floats"
     if not [*_weights(target, replace(subject, weights={"": weight}))]:
         held = _integers(target, subject).values()
         return "not together" if [*_together(target.limits, held)] else "holds"
@@ -417,3 +444,13 @@ def chip_notes(subject: Subject, chosen: Iterable[str]) -> list[str]:
         if problem := _grid(chip, weight, subject.input_bits):
             names_by_problem.setdefault(problem, {})[name] = None
     return [f"{', '.join(names)}: {text}" for text, names in sorted(names_by_problem.items())]
+
+
+def genie_notes(subject: Subject) -> Iterator[str]:
+    """Which token Genie gets in place of one that the model lacks."""
+    model: Any = subject.model
+    if subject.layout is not None and model is not None:
+        config = model.config.get_text_config()
+        for key, token in genie_tokens(config, subject.tokenizer).items():
+            if getattr(config, f"{key[:3]}_token_id", None) is None:
+                yield f"layout genie: the model has no {key}; genie_config.json has token {token}"

@@ -109,7 +109,7 @@ TARGETS: dict[str, Target] = {
         model_files="model.onnx*",
     ),
     "aimet": _simulated(
-        float_bits=(32,),
+        embedding_bits=(32,),
         backend_class="qwlora.targets.npu.float_targets:Aimet",
         layout=Layout.EACH,
         cached_graphs=True,
@@ -120,7 +120,7 @@ TARGETS: dict[str, Target] = {
         limits=AIMET_ENCODINGS,
     ),
     "qairt": _simulated(
-        float_bits=(32,),
+        embedding_bits=(32,),
         backend_class="qwlora.targets.npu.float_targets:Qairt",
         layout=Layout.CASES,
         cached_graphs=True,
@@ -132,7 +132,7 @@ TARGETS: dict[str, Target] = {
         limits=AIMET_ENCODINGS,
     ),
     "qnn": _simulated(
-        float_bits=(32,),
+        embedding_bits=(32,),
         backend_class="qwlora.targets.npu.qnn:Qnn",
         runtime="HTP emulator",
         compilers=("onnxruntime_qnn", "qnn"),
@@ -154,13 +154,14 @@ TARGETS: dict[str, Target] = {
         },
     ),
     "qairt_pipeline": Target(
-        float_bits=(32,),
+        embedding_bits=(32,),
         backend_class="qwlora.targets.npu.qairt_pipeline:QairtPipeline",
         runtime="transformers",
         extra="hf",
         packages=("transformers", "peft"),
         # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
         writes_floats=True,
+        has_one_shape=True,
         chip=HTP,
         limits=AIMET_WEIGHTS,
     ),
@@ -205,7 +206,7 @@ TARGETS: dict[str, Target] = {
         writers=("gguf",),
         source_suffix=".gguf",
         holds_invocation=True,  # llama-server reads the invocation from the adapter's file
-        float_bits=(8, 16, 32),
+        embedding_bits=(8, 16, 32),
         limits=GGUF,
     ),
     "mlx": Target(
@@ -214,7 +215,7 @@ TARGETS: dict[str, Target] = {
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
         # No embeddings of 16 bits: MLX computes in the type of the embedding.
-        float_bits=(8, 32),
+        embedding_bits=(8, 32),
         limits=MLX,
     ),
     "openvino": Target(

@@ -1,4 +1,4 @@
-"""What files of `export.float_bits` 8 hold instead of a model's floats.
+"""What files of `export.embedding_bits` 8 hold instead of a model's floats.
 
     embedding, output head      blocks of 32 codes of 8 bits, as GGUF's Q8_0:
                                 w' = round(w / d) d,    d = float16(max |w| / 127)

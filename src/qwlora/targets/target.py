@@ -156,11 +156,12 @@ class Target:
         reserved: names of other files, which no adapter can have.
         source_suffix: of files of a model whose own integers, metadata and tokenizer are copied.
         writes_floats: whether all weights are written as float32 next to their encodings.
+        has_one_shape: whether adapters are padded to one rank on the same modules.
         holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
-        float_bits: what `export.float_bits` of the recipe can be; the first is its default.
+        embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
             8 also rounds adapters: see `rounded_floats.py`.
         limits, chip: limits of the files, and of the chip that they are compiled for.
-        simulation: values that keys of `simulation` in the recipe can have.
+        simulation: values that keys of `simulation` in the recipe can have; the first is default.
     """
 
     backend_class: str
@@ -181,8 +182,9 @@ class Target:
     reserved: frozenset[str] = frozenset()
     source_suffix: str = ""
     writes_floats: bool = False
+    has_one_shape: bool = False
     holds_invocation: bool = False
-    float_bits: tuple[int, ...] = (16, 32)
+    embedding_bits: tuple[int, ...] = (16, 32)
     limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)
     chip: FormatLimits | None = None
     simulation: Mapping[str, Sequence[object]] = field(default_factory=dict)
@@ -287,13 +289,13 @@ class Target:
 
 @dataclass(frozen=True)
 class ExportedBase:
-    """A base of integers. `gguf_file` is where it came from, `float_bits` what the recipe's
+    """A base of integers. `gguf_file` is where it came from, `embedding_bits` what the recipe's
     `export` says. With 8, a writer gets embeddings that are packed already."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     gguf_file: Path | None = None
-    float_bits: int = 16
+    embedding_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,7 @@ class ExportedGraph:
         opset: of the float models of targets aimet and qairt. Default: the newest that they need.
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
         layout: `genie`: inputs and outputs of the graphs as Qualcomm's Genie passes them.
-        float_bits: see `store_narrow`.
+        embedding_bits: see `store_narrow`.
     """
 
     simulation: Simulation
@@ -322,7 +324,7 @@ class ExportedGraph:
     updatable: BaseActivations = "all"
     layout: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    float_bits: int = 16
+    embedding_bits: int = 16
 
 
 class Rounding(ExitStack):

@@ -92,6 +92,30 @@ def test_adapters_have_one_rank_and_names_within_a_layer(tmp_path: Path) -> None
     torch.testing.assert_close(runtime.logits(IDS), expected, rtol=0, atol=limit)
 
 
+def test_all_adapters_of_a_bundle_have_one_rank_on_the_same_modules(tmp_path: Path) -> None:
+    model, out = base(), tmp_path / "out"
+    ranks = {"first": (2, ["q_proj", "down_proj"]), "second": (4, ["v_proj"])}
+    expected, folders = {}, {}
+    for name, (rank, modules) in ranks.items():
+        shape = LoraConfig(r=rank, target_modules=modules, init_lora_weights=False)
+        adapted: Any = get_peft_model(model, shape).eval()
+        qwlora.save_adapter(adapted, folders.setdefault(name, tmp_path / name))
+        with torch.no_grad():
+            expected[name] = adapted(input_ids=IDS).logits
+        model = adapted.unload()
+    qwlora.export(model, "qairt_pipeline", out, folders, byte_tokenizer())
+    shapes, runtime = set(), TARGET.open(out)
+    for name, logits in expected.items():
+        tensors = load_file(out / name / "adapter_model.safetensors")
+        config = json.loads((out / name / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+        shapes.add((config["r"], *sorted((n, *t.shape) for n, t in tensors.items())))
+        runtime.use(out / name)
+        limit = 1e-4 * float(logits.abs().max())
+        torch.testing.assert_close(runtime.logits(IDS), logits, rtol=0, atol=limit)
+    assert [shape[0] for shape in shapes] == [4]
+
+
 def test_the_lines_for_all_adapters_have_their_names_as_texts() -> None:
     lines = usage("qairt_pipeline", "base", "on", True, "1e3", "a.b")
     lora = yaml.safe_load(lines.partition("```yaml")[2].partition("```")[0])["features"]["lora"]

@@ -28,7 +28,7 @@ from qwlora.system.optional_packages import node_package
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.genai import operands
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE
-from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, PAGE
+from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, PAGE, _script
 from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.proof.folder import write_record
 from qwlora.targets.proof.readme import usage
@@ -167,17 +167,25 @@ class Server(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def page(bundle: Bundle) -> Iterator[Any]:
-    """The page in chromium, at the address in the README; files of its CDN come from npm's."""
+def page(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Any]:
+    """The page in chromium, at the address in the README. Files of its CDN come from npm's, or the
+    folder has them, or there are none."""
     from playwright.sync_api import sync_playwright
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=bundle[0]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    folder = bundle[0] / "node_modules"
+    for name, version in LIBRARIES.items() if request.param == "node_modules" else ():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(node_package(f"{name}@{version}")[0])
 
     def library(route: Any) -> None:
         found = re.fullmatch(r"https://cdn\.\w+\.net/npm/(.+)@([\d.]+)/(.+)", route.request.url)
         assert found is not None, route.request.url
         assert LIBRARIES[found[1]] == found[2]
+        if request.param != "CDN":
+            route.abort()
+            return
         file = node_package(f"{found[1]}@{found[2]}")[0] / found[3]
         kinds = {".wasm": "application/wasm"}
         headers = {"access-control-allow-origin": "*"}
@@ -198,6 +206,7 @@ def page(bundle: Bundle) -> Iterator[Any]:
         browser.close()
     server.shutdown()
     server.server_close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 ANSWER = """async () => {
@@ -208,7 +217,8 @@ ANSWER = """async () => {
     return [document.querySelector("output").value, status.textContent];
 }"""
 LOGITS = """async ([ids, file]) => {
-    const ort = await import("onnxruntime-web/ort.wasm.min.mjs");
+    const loaded = performance.getEntriesByType("resource").map(({ name }) => name);
+    const ort = await import(loaded.findLast((name) => name.endsWith("/ort.wasm.min.mjs")));
     const { Model, readSafetensors } = await import("./model.mjs");
     const read = async (path) => new Uint8Array(await (await fetch(path)).arrayBuffer());
     window.opened ??= await Model.load(ort, read);
@@ -217,7 +227,21 @@ LOGITS = """async ([ids, file]) => {
 }"""
 
 
+def test_the_readme_installs_what_the_page_loads() -> None:
+    page, readme = _script("index.html").read_text(), usage("web", "base", "first", True)
+    for name, version in LIBRARIES.items():
+        assert f'"{name}", "{version}"' in page
+        assert f"{name}@{version}" in readme
+
+
 @pytest.mark.client
+@pytest.mark.parametrize("page", ["neither"], indirect=True)
+def test_the_page_says_which_library_is_missing(page: Any) -> None:
+    assert "npm install onnxruntime-web@1.30.0" in page.inner_text("[role=status]")
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("page", ["CDN", "node_modules"], indirect=True)
 def test_the_page_answers_and_switches_adapters(page: Any, bundle: Bundle) -> None:
     _, adapted = bundle
     assert page.inner_text("[role=status]") == "Ready"

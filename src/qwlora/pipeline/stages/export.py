@@ -15,7 +15,7 @@ def files(plan: Planner, target: str) -> dict[str, Any]:
     export, graphs = plan.recipe.export, plan.recipe.export.graphs_of(target)
     keys = {"encodings_version", "opset"} if TARGETS[target].opsets else set[str]()
     written = export.model_dump(include=keys)
-    written["float_bits"] = export.float_bits_of(target)
+    written["embedding_bits"] = export.embedding_bits_of(target)
     written |= {} if graphs is None else {"graphs": graphs.model_dump()}
     written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
     # Golden inputs are the text of the proof.
@@ -31,11 +31,16 @@ def add_base(plan: Planner, target: str, source: str) -> None:
 
 def add(plan: Planner, target: str, adapter: Adapter) -> None:
     """An adapter."""
-    *base, stage = plan.targets[target].stages(target, adapter.name)
-    source = "calibrate" if plan.targets[target].is_simulated else "train"
-    needs = [*base, f"{source}/{adapter.name}"]
+    known = plan.targets[target]
+    *base, stage = known.stages(target, adapter.name)
+    needs = [*base, f"{'calibrate' if known.is_simulated else 'train'}/{adapter.name}"]
     more = {"adapter": adapter.name, "artifact": stage, "kind": f"export/{target}/adapter"}
-    plan.add(stage, files(plan, target), *needs, **more)
+    shapes, keys = list[Any](), {"target_modules", "layers", "rank", "rank_pattern"}
+    for root in map(plan.recipe.root, plan.recipe.adapters) if known.has_one_shape else ():
+        source = root.continue_from
+        shapes.append(plan.sources.adapter(source) if source else root.model_dump(include=keys))
+    inputs = files(plan, target) | ({"adapters": shapes} if shapes else {})
+    plan.add(stage, inputs, *needs, **more)
 
 
 def add_use_cases(plan: Planner, target: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwlora.adapter.adapter_files import read_config
+from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
 from qwlora.formats import manifest
@@ -76,13 +78,15 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
             return _graph(context, name, context.zero_adapter(), {})
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
-    bits = context.recipe.export.float_bits_of(name)
+    bits = context.recipe.export.embedding_bits_of(name)
     if adapter is None:
         source = context.recipe.model.source
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    made = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
-    return made.rounded() if bits == 8 else made
+    trained = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    if target.has_one_shape:
+        return replace(trained, common=one_rank([*map(context.ranks, context.recipe.adapters)]))
+    return trained.rounded() if bits == 8 else trained
 
 
 def _graph(
@@ -109,7 +113,7 @@ def _graph(
         layout=layout,
         # Without a layout, tools that compile graphs read no tokenizer.
         tokenizer=context.tokenizer if layout or not known.cached_graphs else None,
-        float_bits=recipe.export.float_bits_of(target),
+        embedding_bits=recipe.export.embedding_bits_of(target),
     )
 
 

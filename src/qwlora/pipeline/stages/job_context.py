@@ -386,7 +386,7 @@ class JobContext:
             adapter.dora or adapter.target_parameters for adapter in adapters
         ):
             return {}
-        return one_rank([self._ranks(adapter) for adapter in adapters])
+        return one_rank([self.ranks(adapter) for adapter in adapters])
 
     def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
         return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
@@ -414,8 +414,8 @@ class JobContext:
         """Capture a zero adapter on every layer that an adapter changes: what a runtime that can
         switch adapters computes without one. Not calibrated yet."""
         first = self.recipe.adapters[0]
-        layers = {layer for adapter in self.recipe.adapters for layer in self._ranks(adapter)}
-        if layers == self._ranks(first).keys():
+        layers = {layer for adapter in self.recipe.adapters for layer in self.ranks(adapter)}
+        if layers == self.ranks(first).keys():
             model = self.untrained(first).eval()
         else:
             shape = LoraShape(first.rank, first.alpha, target_modules=sorted(layers))
@@ -429,7 +429,8 @@ class JobContext:
         assert self._zero_adapter is not None
         return self._zero_adapter
 
-    def _ranks(self, adapter: Adapter) -> dict[str, int]:
+    def ranks(self, adapter: Adapter) -> dict[str, int]:
+        """The ranks of an adapter by the path of the layer."""
         shapes = self.checked_shapes(self.recipe.root(adapter))
         names = {canonical_name(name): shape for name, shape in shapes.items()}
         return {n.partition(".lora_")[0]: s[0] for n, s in names.items() if is_first_factor(n)}

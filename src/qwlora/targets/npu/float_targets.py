@@ -146,7 +146,7 @@ def _save(model: Any, path: Path, data: str | None, opset: int | None) -> None:
     save_graph(model, path, data, smallest=64)
     if opset is not None:
         problem = f"{path.name} has an operator that opset {opset} of ONNX lacks"
-        with foreign_as(ExportError, problem, "choose a higher export.opset"):
+        with foreign_as(ExportError, problem, "choose a higher opset"):
             require("onnx", "onnx").checker.check_model(str(path))
 
 
@@ -176,9 +176,6 @@ class Qairt(Backend):
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
         count, graphs = max(len(members(case)) for case in cases), graph_sizes(base)
-        if base.layout and count > 1:
-            problem = "Genie sets the strength of one adapter"
-            raise ExportError(f"{problem}. List no use case of several in export.use_cases")
         folder.mkdir(parents=True, exist_ok=True)
         npus = {graph: _write_graph(base, cases, graph, folder, count) for graph in graphs}
         # no grids in graphs.json: each use case has its own

@@ -56,6 +56,7 @@ from qwlora.targets.npu.htp_limits import CHIP
 from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments
 from qwlora.targets.onnx.onnx_model import constant, numbers, remove_unused
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN
+from qwlora.targets.refusals import genie_tokens
 from qwlora.targets.target import ExportedGraph
 
 GENIE = "genie"
@@ -152,7 +153,7 @@ def write_files(folder: Path, npu: NpuGraph, base: ExportedGraph, binary: dict[s
     """Write what Genie needs besides graphs and adapters. `npu` has the largest context; `binary`
     has the compiled graphs as `binaries`, and as `lora` keys about adapters."""
     config, shapes = _config(base), npu.device.interface.shapes
-    context = {f"{kind}-token": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos")}
+    context = genie_tokens(config, base.tokenizer)
     context |= {"size": npu.sizes.context, "n-vocab": int(shapes["logits"][-1])}
     width, positions = int(shapes["past_key_0_out"][2]), _positions(config, shapes[COS][-1])
     for name, content in _configurations(context, width, positions, **binary).items():
@@ -247,8 +248,9 @@ def refuse_other_positions(npu: NpuGraph, base: ExportedGraph) -> None:
             difference = (values[name].reshape(expected.shape) - expected).abs().max()
             grid = npu.device.encodings.get(name)
             # 2^-15 is a step of 16 bits from -1 to 1. The model computes angles in float32, which
-            # is off by several steps at late positions.
-            if difference / (2.0**-15 if grid is None else grid.scale) > 16:
+            # is off by 2^-24 of the position (measured: 30 steps at 16,384).
+            step = 2.0**-15 if grid is None else grid.scale
+            if difference > 16 * step + sizes.context * 2.0**-23:
                 raise ExportError(
                     f"{name} of the model at position {past} is not what Genie computes from a "
                     f"base of {positions['rope-theta']:g}: the model scales its angles, or pairs "

@@ -189,7 +189,7 @@ class CachedGraphs(Runtime):
             if not fitting:
                 raise ExportError(
                     f"{tokens} tokens do not fit into the context of {self.context}; give at most "
-                    f"{first}, or export with a larger export.graphs.context"
+                    f"{first}, or export with a larger context"
                 )
             left = tokens - steps - first
             name, share = self._next(fitting, left, runs if steps else None)

@@ -203,7 +203,7 @@ def _add_masked_scores_(
         if encoding is None:
             raise CalibrationError(
                 f"the attention scores before {node.name} have no encoding. "
-                "Set simulation.policy: npu, and remove rules that keep them float"
+                "Simulate with policy npu, and without rules that keep them float"
             )
         assert grid is not None
         low, high = grid_ends(encoding)
@@ -253,8 +253,9 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
     if floats:
         raise CalibrationError(
             f"{len(floats)} values would stay float on an NPU, which computes those in half "
-            f"precision: {listed(floats, 3)}. Set simulation.policy: npu and "
-            "simulation.residual_adds: quantize, and remove rules with keep: float"
+            f"precision: {listed(floats, 3)}. Simulate with policy npu, residual "
+            "additions quantized (Schemes(quantize_residual_adds=True)), and no rule that keeps "
+            "values float"
         )
 
 

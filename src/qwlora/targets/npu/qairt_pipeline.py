@@ -85,14 +85,15 @@ class QairtPipeline(Hf):
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         # The pipeline reads r, lora_alpha and target_modules, no patterns, and finds modules by the
         # ends of their names, since it renames layers. So all modules have one rank, and layers
-        # without an adapter have one of zeros.
-        ends, factors = {path.split(".")[-1] for path in exported.factors}, {**exported.factors}
+        # without an adapter have one of zeros. All adapters of a bundle have one shape.
+        changed, factors = (*exported.factors, *exported.common), {**exported.factors}
+        ends = {path.split(".")[-1] for path in changed}
         checkpoint = AimetCheckpoint(base, base / "model.encodings")
         for path, module in checkpoint.model.named_modules():
             if isinstance(module, nn.Linear) and path.split(".")[-1] in ends:
                 empty = torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)
                 factors.setdefault(path, empty)
-        write_peft(CanonicalAdapter(factors, None).padded(), folder, ends)
+        write_peft(replace(exported, factors=factors).padded(), folder, ends)
         bitwidths = [scheme.bitwidth for scheme, _ in checkpoint.schemes().values()]
         text = (_TEMPLATES / f"{RECIPE}.template").read_text(encoding="utf-8")
         common = max(bitwidths, key=bitwidths.count)

@@ -246,7 +246,7 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
             raise ExportError(
                 f"adapters {first} and {name} have {len(differing)} different encodings, "
                 f"{differing[0]} first, and one graph serves all adapters. "
-                "Set simulation.base_activations: none and calibrate again"
+                "Simulate them together with base_activations: none"
             )
 
 

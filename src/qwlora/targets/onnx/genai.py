@@ -176,7 +176,7 @@ def switchable_graph(exported: ExportedBase) -> Any:
     # First: `matrix_products` does not find MatMulNBits nodes.
     add_branches_(graph, exported.model)
     matmul_nbits_(graph, exported.model)
-    store_narrow(graph, exported.float_bits)
+    store_narrow(graph, exported.embedding_bits)
     return graph
 
 

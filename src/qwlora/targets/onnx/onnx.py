@@ -86,10 +86,10 @@ def export_onnx(
     graph: QuantizedGraph,
     folder: str | Path,
     metadata: Mapping[str, str] | None = None,
-    float_bits: int = 16,
+    embedding_bits: int = 16,
 ) -> None:
     """Write everything that ONNX Runtime and AIMET's tools need into `folder`: what `onnx_each` has
-    for an adapter. `float_bits` is for `store_narrow`.
+    for an adapter. `embedding_bits` is for `store_narrow`.
 
     Raises:
         ExportError: see `build_model`.
@@ -97,7 +97,7 @@ def export_onnx(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model, transposed = build_model(graph, metadata or {})
-    store_narrow(model, float_bits)
+    store_narrow(model, embedding_bits)
     save_graph(model, folder / MODEL_FILE)
     write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(graph, folder)
@@ -119,7 +119,7 @@ class Onnx(Backend):
             graph = cached_graph(exported.simulation, captured, quantize_past=False)
         except CaptureError as error:
             graph, reason = exported.simulation.graph(), str(error)
-        base_activations, bits = exported.updatable == "all", exported.float_bits
+        base_activations, bits = exported.updatable == "all", exported.embedding_bits
         transposed = write_switchable(graph, folder, exported.metadata, base_activations, bits)
         write_graph_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
@@ -146,7 +146,7 @@ class OnnxEach(Backend):
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         # Without a key-value cache, for which each adapter's graph would be captured once more.
-        export_onnx(exported.simulation.graph(), folder, exported.metadata, exported.float_bits)
+        export_onnx(exported.simulation.graph(), folder, exported.metadata, exported.embedding_bits)
         write_embeddings(exported.simulation, folder)
 
     def open(self, folder: Path, case: str) -> OnnxModel:
@@ -158,7 +158,7 @@ def write_switchable(
     folder: Path,
     metadata: Mapping[str, str],
     base_activations: bool,
-    float_bits: int = 16,
+    embedding_bits: int = 16,
 ) -> set[str]:
     """Write the model of a zero adapter.
 
@@ -195,7 +195,7 @@ def write_switchable(
             array = np.take(array, [], axis)
         add_input(model, name, array, shape, known[name])
     model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
-    store_narrow(model, float_bits)
+    store_narrow(model, embedding_bits)
     save_graph(model, folder / MODEL_FILE)
     return transposed
 

@@ -77,7 +77,7 @@ class Openvino(Backend):
         for node, path in matrix_products(graph, linear_modules(exported.model)):
             node.name = path
             paths |= {path: path, node.outputs[0].name: path}
-        store_narrow(graph, exported.float_bits)
+        store_narrow(graph, exported.embedding_bits)
         with tempfile.TemporaryDirectory() as scratch:
             save_graph(graph, Path(scratch, MODEL_FILE))
             read = openvino.Core().read_model(Path(scratch, MODEL_FILE))

@@ -78,7 +78,7 @@ def write_files(
 
     target, facts = TARGETS[name], dict[str, Any]()
     if base is None and target.has_base:
-        rounds = isinstance(exported, ExportedBase) and exported.float_bits == 8
+        rounds = isinstance(exported, ExportedBase) and exported.embedding_bits == 8
         # Embeddings of the file that the base came from are copied.
         what = [EMBEDDINGS] if rounds and exported.gguf_file is None else []
         with ExitStack() as stack:

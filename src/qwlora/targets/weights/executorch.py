@@ -71,7 +71,7 @@ class Executorch(Backend):
     contents = Contents(base=(MODEL, NO_ADAPTER, *SETTINGS, *TOKENIZER), adapter=(ADAPTER,))
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
-        program, factors = switchable_program(exported.model, exported.float_bits)
+        program, factors = switchable_program(exported.model, exported.embedding_bits)
         lower(program, folder / MODEL)
         # Rank 0 would be the natural way to switch off, but ExecuTorch 1.5.1 calls Eigen's product,
         # which refuses an empty matrix and leaves its output as it was.
@@ -102,13 +102,15 @@ class Executorch(Backend):
         return Rounding(hooks, Rounding(nudged))
 
 
-def switchable_program(model: PreTrainedModel, float_bits: int) -> tuple[ExportedProgram, Shapes]:
+def switchable_program(
+    model: PreTrainedModel, embedding_bits: int
+) -> tuple[ExportedProgram, Shapes]:
     """The program of a base, and shapes of what adapters give it, in the order of the inputs."""
     captured = capture_cached(model)
     module = captured.program.module(check_guards=False)
     factors = _add_branches_(graph := module.graph, linear_modules(model).keys())
     _hold_codes_(module, model)
-    _narrow_embeddings_(module, float_bits)
+    _narrow_embeddings_(module, embedding_bits)
     graph.eliminate_dead_code()
     graph.set_codegen(CodeGen())  # inputs and outputs are as the graph has them
     # a new module, without the checks of the inputs that the exported one has

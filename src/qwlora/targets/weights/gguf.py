@@ -166,7 +166,7 @@ def _write_new(exported: ExportedBase, path: Path) -> None:
     for name, values in float_tensors(model).items():
         stored, rows = names.stored_rows(name, len(values))
         floats[stored] = _in_order(names.stored_values(name, values), rows)
-    tensors |= {name: _float_type(v, exported.float_bits) for name, v in floats.items()}
+    tensors |= {name: _float_type(v, exported.embedding_bits) for name, v in floats.items()}
     _finish(writer, tensors)
 
 

@@ -78,7 +78,7 @@ class Hf(Backend):
 
         def stored(weight: Tensor) -> Tensor:
             is_matrix = weight.ndim > 1 and weight.dtype == torch.float32
-            return narrowest(weight) if is_matrix and exported.float_bits == 16 else weight
+            return narrowest(weight) if is_matrix and exported.embedding_bits == 16 else weight
 
         tensors = {name: stored(tensor) for name, tensor in tensors.items()}
         for name, layer in layers.items():

@@ -130,6 +130,14 @@ def test_a_refusal_names_each_target_and_a_remedy_that_is_none() -> None:
     assert not [*refused(["hf", "gguf"], Subject(weights=remedied))]
 
 
+def test_embeddings_are_floats_where_a_target_stores_floats() -> None:
+    weights = {"table": Weight(Scheme(8), None, LayerKind.EMBEDDING), "q": Weight(Scheme(8))}
+    header, table_row, layer_row = table(Subject(weights=weights), ["hf"])
+    floats = [name for name, cell in zip(header, table_row, strict=True) if cell == "as floats"]
+    assert floats == ["hf*"]
+    assert "as floats" not in layer_row
+
+
 def test_a_conflict_between_layers_is_resolved_for_all_of_them() -> None:
     names = [f"w{bits}-block32-asymmetric" for bits in (4, 8)]
     subject = Subject(weights={name: Weight(parse_scheme(name), "rtn") for name in names})
@@ -167,16 +175,20 @@ def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> No
     assert load_yaml(done.stdout)["base"]["weights"] == "w3-block32"
 
 
+GRAPHS = [(512, 1024), (1, 1024), (1, 512)]
+
+
 def test_what_genie_lacks_is_known_before_anything_is_written() -> None:
     config = SimpleNamespace(rope_parameters={"rope_type": "yarn"}, sliding_window=512)
     config.get_text_config = lambda: config
     model: Any = SimpleNamespace(config=config)
-    subject = Subject(model=model, layout="genie", takes_tokens=False, context=1024)
+    subject = Subject(model=model, layout="genie", takes_tokens=False, graphs=GRAPHS)
     said = (
         "token ids",
         "tokens, and the tokenizer has no",
         "yarn",
         "at most 512",
+        "(512 and 1024)",
         "tokenizer.json",
     )
     for reason, words in zip(refusals(TARGETS["qnn"], subject), said, strict=True):

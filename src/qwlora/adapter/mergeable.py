@@ -6,10 +6,10 @@
 The grid is the base's own: scales and offsets stay, whatever they are (`PackedTensor.plus`). An
 untrained adapter (lora_B = 0) computes the base, bit for bit.
 
-r is what quantization left of the float weight, (W_float - W_hat) / s, rounded to one of the 16
-levels -8/16 to 7/16: a small Delta moves weights that were nearly rounded the other way. Without
-the float model r is 0, and only entries of Delta above half a step count (docs/log/training.md).
-Merging needs the same float weights; the adapter records their digest.
+r is what quantization left of the float weight, (W_float - W_hat) / s, at one of 16 levels from
+-8/16 to 7/16: a small Delta moves weights that were nearly rounded the other way. Without the float
+model r is 0, and only entries of Delta above half a step count (docs/log/training.md). Merging
+needs the same float weights; the adapter records their digest.
 
 Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
 adapter would, `dL/dDelta = (dL/dy)^T x`.

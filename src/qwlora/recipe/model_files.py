@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import SourceError
@@ -55,7 +56,7 @@ def exported_base(recipe: Recipe, packed: Mapping[str, Weight] | None = None) ->
         keeps=keeps,
         input_bits=recipe.simulation.activation_bitwidth,
         layout=recipe.export.layout,
-        context=max(graphs.context),
+        graphs=[*product(graphs.tokens, graphs.context)],
         takes_tokens=recipe.simulation.inputs == "tokens",
     )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def export(
                 tokenizer=tokenizer,
                 layout=layout,
                 takes_tokens=is_text,
-                context=max(context),
+                graphs=[*product(graphs, context)],
             )
         refuse([target], subject, ExportError)
 

@@ -99,7 +99,7 @@ class Subject:
         input_bits: bitwidth of the activations that weights are multiplied with.
         simulation: section `simulation` of the recipe.
         embedding_bits, layout: keys of section `export` of the recipe.
-        context: the largest context of its graphs; 0 if it is not known.
+        graphs: new tokens and context of each of its graphs.
         trains_graph: whether adapters are trained through calibrated activations.
         takes_tokens: whether its graphs take token ids and have a key-value cache.
     """
@@ -116,7 +116,7 @@ class Subject:
     embedding_bits: int | None = None
     trains_graph: bool = False
     layout: str | None = None
-    context: int = 0
+    graphs: Sequence[tuple[int, int]] = ()
     takes_tokens: bool = True
 
 
@@ -325,11 +325,20 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ("default", "llama3"):
         yield f"Genie has no key for positions of rope_type {rope}; remove export.layout"
-    window = getattr(config, "sliding_window", None) or subject.context
-    if window < subject.context:
+    window = getattr(config, "sliding_window", None) or math.inf
+    if any(context > window for _, context in subject.graphs):
         yield (
-            f"the model attends to the last {window} tokens, and Genie to a context of "
-            f"{subject.context}; set export.graphs.context to at most {window}"
+            f"the model attends to the last {window} tokens, and Genie to the whole context; set "
+            f"export.graphs.context to at most {window}"
+        )
+    # Tried in libGenie of QNN 2.51: cached and new keys then have one shape, and it takes one for
+    # the other (docs/log/runtimes.md).
+    if wrong := [
+        f"{tokens} and {context}" for tokens, context in subject.graphs if context == 2 * tokens
+    ]:
+        yield (
+            f"Genie computes other tokens if a context is twice the new tokens ({listed(wrong)}); "
+            "set another one in export.graphs"
         )
     if getattr(subject.tokenizer, "backend_tokenizer", None) is None:
         yield "Genie needs a tokenizer.json. Add a fast tokenizer (tokenizer= in Python)"

@@ -20,8 +20,7 @@ from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import QnnModel, open_graph
 from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import ExportedGraph
-from targets.npu.conftest import CONTEXT, IDS, PIECE, Files, simulated, tokenizer, write
+from targets.npu.conftest import CONTEXT, IDS, PIECE, Files, simulated, write
 from targets.proofs import sqnr, with_strength
 
 from .genie_runner import Runner, compile_separately, greedy, in_genie
@@ -170,15 +169,11 @@ def test_graphs_have_the_inputs_that_genie_checks(tokens: int, name: str, files:
 
 
 @pytest.mark.slow
-def test_use_cases_of_two_adapters_are_refused(
-    simulations: AdapterSimulations, tmp_path: Path
-) -> None:
-    settings: Any = {"layout": "genie", "tokenizer": tokenizer()}
-    settings["graphs"] = cache_sizes([PIECE, 1], [CONTEXT])
-    exported = ExportedGraph(simulations["base"], {}, {}, **settings)
-    with pytest.raises(ExportError, match="several"):
-        QAIRT.write_cases(exported, {"first+second": exported}, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+def test_a_long_context_is_exported(simulations: AdapterSimulations, tmp_path: Path) -> None:
+    """float32, in which the model computes angles, is off by many steps of 16 bits there."""
+    write(simulations, tmp_path / "a", "qairt", "genie", graphs=[1], context=[32768])
+    config = json.loads((tmp_path / "a" / "genie_config.json").read_text())
+    assert config["dialog"]["context"]["size"] == 32768
 
 
 @pytest.mark.slow
@@ -238,12 +233,16 @@ def test_angles_of_llama3_are_those_of_transformers() -> None:
     [
         ({"alpha": 4}, r"first 2.*second 1.*alpha / rank|alpha / rank.*first 2"),
         ({"rope_theta": 5000.0}, "base of 5000"),
-        ({"kind": "Gemma 3"}, r"also takes attention_mask_1\b.*layout: genie"),
+        ({"kind": "Gemma 3"}, r"the last 8 tokens"),
+        ({"kind": "Gemma 3", "context": 8}, r"also takes attention_mask_1\b.*layout: genie"),
+        ({"context": 2 * PIECE}, "8 and 16"),
     ],
 )
 def test_what_genie_cannot_run_is_refused(changes: Any, problem: str, tmp_path: Path) -> None:
+    sizes = {"graphs": [3 if "kind" in changes else PIECE, 1], "context": [CONTEXT]}
+    sizes |= {"context": [changes.pop("context")]} if "context" in changes else {}
     with pytest.raises((CaptureError, ExportError), match=problem):
-        write(simulated(**changes), tmp_path / "a", "qnn", "genie")
+        write(simulated(**changes), tmp_path / "a", "qnn", "genie", **sizes)
 
 
 def test_no_other_layout_and_no_other_target_with_it(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     """Their files have its name."""
     cases = "export.use_cases=[first,first+second,none]"
     changes = ["export.targets=[qairt]", "simulation.residual_adds=quantize", cases]
+    changes += ["base.weights=w4-signed32"]  # Qualcomm's targets have another default
     again(job, "quantize", changes=changes)
     with (store := Store(job)).locked():
         pretend_run(store, planned(job / "recipe.yaml"))

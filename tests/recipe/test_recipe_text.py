@@ -54,7 +54,7 @@ def lines(recipe: Path, *changes: str) -> list[str]:
         (
             "base.calibration=[job]",
             "  calibration: [job, {text: model, weight: 2}]",
-            "  calibration:|    - text: job",
+            "  calibration:|    - job",
         ),
     ],
 )

@@ -147,8 +147,8 @@ def add(
     """Add an adapter to a job; the job's next run trains it."""
     from qwlora.pipeline.commands.manage_adapters import add_adapter
 
-    add_adapter(folder, name, data, like, tuple(changes or ()))
-    _print_added(folder, name, "Train it")
+    keys = add_adapter(folder, name, data, like, tuple(changes or ()))
+    _print_added(folder, name, "Train it", keys)
 
 
 @app.command("import")
@@ -167,14 +167,15 @@ def import_(
     """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
     from qwlora.pipeline.commands.manage_adapters import import_adapter
 
-    import_adapter(folder, name, source, data, continues, tuple(changes or ()))
-    _print_added(folder, name, "Use it")
+    keys = import_adapter(folder, name, source, data, continues, tuple(changes or ()))
+    _print_added(folder, name, "Use it", keys)
 
 
-def _print_added(folder: Path, name: str, what_next: str) -> None:
+def _print_added(folder: Path, name: str, what_next: str, keys: str) -> None:
     from qwlora.pipeline.job import command_line
 
     print(f"added {name} to {folder / 'recipe.yaml'}. {what_next}: {command_line('run', folder)}")
+    print(f"\nIf you keep a recipe file of your own, add the same to it:\n\n{keys}", end="")
 
 
 @app.command()

@@ -33,7 +33,16 @@ from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate, score
 from qwlora.cli.job_commands import merge, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
-from qwlora.cli.shared_arguments import AsJson, Changes, Device, Quiet
+from qwlora.cli.shared_arguments import (
+    RECIPE,
+    AsJson,
+    Changes,
+    Device,
+    Out,
+    Quiet,
+    RecipeFile,
+    recipe_and_job,
+)
 from qwlora.cli.show_commands import inspect, simulate
 from qwlora.cli.terminal import ProgressDisplay, console, print_json, print_result, safe_streams
 from qwlora.errors import (
@@ -48,7 +57,6 @@ from qwlora.errors import (
     shortened,
 )
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.store import check_job
 from qwlora.system.machine import configure_threads, process_count
 from qwlora.system.processes import is_first_failure
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
@@ -81,10 +89,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Out = Annotated[
-    Path | None,
-    typer.Option(help="The directory for the job of a recipe. Created if it does not exist."),
-]
 # tqdm, huggingface_hub and datasets read these when they are imported. Their bars would be drawn
 # between those of `ProgressDisplay`.
 _PROGRESS_OF_OTHERS = (
@@ -138,10 +142,7 @@ def _options(
 
 def _job_command(name: str) -> Callable[..., None]:
     def command(
-        recipe: Annotated[
-            Path | None,
-            typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe."),
-        ] = None,
+        recipe: RecipeFile = RECIPE,
         out: Out = None,
         changes: Changes = None,
         device: Device = None,
@@ -156,7 +157,7 @@ def _job_command(name: str) -> Callable[..., None]:
             ),
         ] = None,
     ) -> None:
-        if name == "verify" and recipe is not None and recipe.is_dir():
+        if name == "verify" and recipe.is_dir():
             from qwlora.targets.proof.folder import is_bundle
 
             if is_bundle(recipe):
@@ -164,7 +165,7 @@ def _job_command(name: str) -> Callable[..., None]:
                 return
         from qwlora.pipeline.run import run
 
-        job, out = _job_and_recipe(name, recipe, out)
+        job, out = recipe_and_job(recipe, out)
         failure: VerificationError | None = None
         try:
             with ProgressDisplay(quiet or as_json) as display:
@@ -200,28 +201,6 @@ def _job_command(name: str) -> Callable[..., None]:
     kept = [p for key, p in full.parameters.items() if key not in absent]
     command.__signature__ = full.replace(parameters=kept)  # type: ignore[attr-defined]
     return command
-
-
-def _job_and_recipe(command: str, recipe: Path | None, out: Path | None) -> tuple[Path, Path]:
-    """The recipe's file, and the job's directory."""
-    if recipe is not None and recipe.is_dir():
-        if out is not None:
-            raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
-        if command != "verify" or (recipe / "recipe.yaml").is_file():
-            check_job(recipe)
-            recipe, out = None, recipe
-    elif recipe is not None and out is None and (recipe.parent / ".qwlora").is_dir():
-        out = recipe.parent
-    if recipe is not None and out is None and not recipe.exists():
-        raise DirectoryError(f"{str(recipe)!r} does not exist. Give a job's directory or a recipe")
-    if out is None:
-        files = ", or a folder of exported files (with the folders base and proof)"
-        more = files if command == "verify" else ""
-        raise DirectoryError(
-            f"{command} needs a job's directory: qwlora {command} DIR, or "
-            f"qwlora {command} RECIPE --out DIR{more}"
-        )
-    return recipe or out / "recipe.yaml", out
 
 
 for _name in ("run", *VERBS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Changes
+from qwlora.cli.shared_arguments import RECIPE, AsJson, Changes, Out, RecipeFile, recipe_and_job
 from qwlora.cli.terminal import ProgressDisplay, print_result, table
 from qwlora.errors import DirectoryError, GridError, SourceError, foreign_as, size
 from qwlora.system.atomic import write_text
@@ -17,19 +17,15 @@ from qwlora.system.progress import one_step
 if TYPE_CHECKING:
     from qwlora.pipeline.forecast import Estimates
 
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="DIR|RECIPE", help="A job's directory, or a recipe.")
-]
-
 
 def check(
-    recipe: RecipeFile,
+    recipe: RecipeFile = RECIPE,
     changes: Changes = None,
     full: Annotated[
         bool, typer.Option("--full", help="Print every key, including defaults.")
     ] = False,
 ) -> None:
-    """Validate a recipe and print what it and its preset set.
+    """Validate a recipe and print what differs from the defaults.
 
     Also prints which targets hold the grids of its base.
     """
@@ -59,7 +55,7 @@ def check(
     if full:
         print(dump_yaml(checked.model_dump(mode="json")), end="")
     else:
-        for key, value in checked.model_dump(mode="json", exclude_unset=True).items():
+        for key, value in checked.model_dump(mode="json", exclude_defaults=True).items():
             print(f"{key}: {flow(value)}")
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
@@ -73,7 +69,7 @@ def check(
 
 
 def data(
-    recipe: RecipeFile,
+    recipe: RecipeFile = RECIPE,
     changes: Changes = None,
     sequence: Annotated[int, typer.Option(help="Number of the sequence, from 0.")] = 0,
     adapter: Annotated[
@@ -109,7 +105,7 @@ def data(
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = RECIPE,
     full: Annotated[
         bool,
         typer.Option("--full", help="Write every key; those with a default are commented out."),
@@ -122,17 +118,14 @@ def init(
         raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
     with foreign_as(DirectoryError, f"{str(path)!r} cannot be written", "give another path"):
         write_text(path, full_recipe() if full else starter_recipe())
-    print(
-        f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
-    )
+    run = "qwlora run" if path == RECIPE else f"qwlora run {path}"
+    print(f"wrote {path}; set model.source and data.source in it, then: {run}")
 
 
 def plan(
-    recipe: RecipeFile,
+    recipe: RecipeFile = RECIPE,
     changes: Changes = None,
-    out: Annotated[
-        Path, typer.Option(help="Where the job would be written, for its free space.")
-    ] = Path(),
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and disk of a recipe's stages.
@@ -141,6 +134,7 @@ def plan(
     """
     from qwlora.recipe import load_recipe
 
+    recipe, job = recipe_and_job(recipe, out)
     content = load_recipe(recipe, tuple(changes or ()))
     from qwlora.system.quiet import quiet_libraries
 
@@ -150,7 +144,7 @@ def plan(
     from qwlora.recipe.model_files import second_rounding
 
     with ProgressDisplay(as_json) as display, one_step(display.track, "estimating"):
-        estimates = plan_job(content, out)
+        estimates = plan_job(content, job)
     note = second_rounding(content)
     lines = [f"warning: {note}\n"] if note else []
     print_result(estimates.to_json(), [*lines, *_estimate_lines(estimates)], as_json)

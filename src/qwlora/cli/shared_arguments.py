@@ -7,6 +7,17 @@ from typing import Annotated
 
 import typer
 
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.store import check_job
+
+RECIPE = Path("recipe.yaml")
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="DIR|RECIPE", help="A recipe, or a job's directory.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The job's directory, created if it does not exist. Default: out."),
+]
 Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory.")]
 Changes = Annotated[
     list[str] | None,
@@ -45,3 +56,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+
+
+def recipe_and_job(recipe: Path, out: Path | None) -> tuple[Path, Path]:
+    """The recipe's file and the job's directory that the arguments of a command stand for."""
+    if recipe.is_dir():
+        if out is not None:
+            raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
+        check_job(recipe)
+        return recipe / "recipe.yaml", recipe
+    # A job's own recipe is that of its directory, not of another job.
+    is_own = (recipe.parent / ".qwlora").is_dir()
+    return recipe, out or (recipe.parent if is_own else Path("out"))

@@ -39,8 +39,7 @@ from qwlora.pipeline.stages import new_context, run_stage
 from qwlora.pipeline.store import Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
-from qwlora.recipe.recipe_text import edited
-from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.recipe.recipe_text import edited, written
 from qwlora.report.summary_table import base_costs
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
@@ -89,9 +88,10 @@ def run(
     # This comes first, so that a wrong --out is not reported as a missing recipe.
     check_output(out)
     job_file = out / "recipe.yaml"
-    is_own = isinstance(recipe, Path) and job_file.exists() and job_file.samefile(recipe)
-    before = _recipe_in(out)
+    before, file, is_own = _recipe_in(out), None, False
     if isinstance(recipe, Path):
+        file = recipe / "recipe.yaml" if recipe.is_dir() else recipe
+        is_own = file.exists() and job_file.exists() and job_file.samefile(file)
         wanted = job_recipe(out, changes) if is_own else load_recipe(recipe, changes)
     else:
         wanted = recipe
@@ -117,7 +117,9 @@ def run(
                 if _recipe_in(out) != before:
                     raise DirectoryError(f"the recipe of {str(out)!r} changed meanwhile; run again")
             sources = sources_of(wanted, store, track, reads=True)
-            job = _Run(wanted, computed, before, store, sources, track, say, show_training, asked)
+            job = _Run(
+                wanted, computed, before, file, store, sources, track, say, show_training, asked
+            )
             try:
                 return job.run(verbs, replace, watch)
             finally:
@@ -156,6 +158,7 @@ class _Run:
     recipe: Recipe
     computed: Recipe  # the same, on the device of this run
     before: Recipe | None
+    file: Path | None  # of the recipe
     store: Store
     sources: Sources
     track: Track
@@ -302,9 +305,9 @@ class _Run:
         path = self.store.path / "recipe.yaml"
         if self.before == self.recipe or not self.store.is_writable:
             return
-        # The first text has every key, so that later defaults change nothing.
-        text = dump_yaml(self.recipe.model_dump(mode="json"))
-        if self.before is not None:
+        if self.before is None:
+            text = written(self.recipe, self.file, path)
+        else:
             text = edited(text_of(path), self.before, self.recipe, path)
             old, new = (recipe.model_dump(mode="json") for recipe in (self.before, self.recipe))
             for line in differences(old, new, {}):

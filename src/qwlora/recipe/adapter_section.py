@@ -208,7 +208,7 @@ class Adapter(Section):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """course of the learning rate"""
     warmup_steps: NotNegative = 5
-    """steps from zero to the peak learning rate"""
+    """steps from zero to the peak learning rate; the default is lower if steps is"""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """largest norm of the gradient; 0 disables clipping"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -7,7 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from qwlora.data.read_source import locate_documents
 from qwlora.formats.model_source import locate
@@ -116,6 +122,11 @@ class CalibrationText(Section):
     @classmethod
     def _of_name(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _to_name(self, content: SerializerFunctionWrapHandler) -> Any:
+        keys = content(self)
+        return self.text if keys.keys() == {"text"} else keys
 
 
 class Base(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from qwlora.data.rows import read_text
-from qwlora.errors import RecipeError, SourceError, suggestion
+from qwlora.errors import DirectoryError, RecipeError, SourceError, suggestion
 from qwlora.formats.model_source import relative_to
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
@@ -26,15 +28,21 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
             `adapters.0.steps=5`.
 
     Raises:
+        DirectoryError: there is no such file.
         RecipeError: lists every problem found.
     """
     if path.is_dir():
         path = path / "recipe.yaml"
     source = str(path)
+    if not os.path.lexists(path):
+        raise DirectoryError(
+            f"there is no recipe {source!r}. Give a recipe or a job's directory, or write a new "
+            f"recipe: {shlex.join(['qwlora', 'init', source])}"
+        )
     try:
         content = load_yaml(read_text(path))
     except yaml.YAMLError as error:
-        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+        raise RecipeError(source, [str(error)]) from error
     except SourceError as error:
         raise RecipeError(source, [str(error)]) from error
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ _RULES_HEAD = """\
 """
 
 
-def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
+def written(recipe: Recipe, file: Path | None, path: Path) -> str:
+    """The text of a new job's `path`: that of the user's `file`, with absolute paths and with what
+    else `recipe` changes; without a file, or if it cannot be edited, the keys that are set."""
+    with suppress(DirectoryError, OSError, UnicodeDecodeError):
+        if file is not None:
+            text = file.read_text(encoding="utf-8-sig")
+            return edited(text, load_yaml(text), recipe, path)
+    return dump_yaml(_movable(recipe, f"{path.parent.absolute()}/"))
+
+
+def edited(text: str, before: Recipe | dict[str, Any], after: Recipe, path: Path) -> str:
     """The `text` of file `path`, which reads as `before`, changed so that it reads as `after`."""
     # The file is the user's. ruamel keeps comments and the order of keys, which PyYAML does not.
     from ruamel.yaml import YAML
@@ -43,15 +54,20 @@ def edited(text: str, before: Recipe, after: Recipe, path: Path) -> str:
             if parse_recipe(load_yaml(stream.getvalue()), str(path)) == after:
                 return stream.getvalue()
         reason = "the changed text would read as another recipe"
-    except (YAMLError, RecipeError, ValueError, TypeError, KeyError, IndexError) as error:
+    except RecipeError as error:
         reason = str(error)
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError):
+        reason = "it has YAML that only a person can edit"
     raise DirectoryError(
         f"{str(path)!r} cannot be changed automatically ({reason}). Make the change in it by hand, "
         "then run the job"
     )
 
 
-def _movable(recipe: Recipe, inside: str) -> Any:
+def _movable(recipe: Recipe | dict[str, Any], inside: str) -> Any:
+    if isinstance(recipe, dict):
+        return recipe
+
     def relative(value: Any) -> Any:
         # Paths inside the job's folder are relative to it, so that the job can be moved.
         if isinstance(value, dict):

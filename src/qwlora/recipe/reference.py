@@ -15,7 +15,7 @@ from qwlora.recipe import PRESETS, Adapter, Recipe
 from qwlora.recipe.yaml_core import flow
 
 _FULL = """\
-# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out
+# A QWLoRA recipe with every option. Run it with: qwlora run
 # Commented lines show defaults; uncomment a line to change it.
 """
 _SET = {  # the keys without a default, and their sections

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
@@ -132,10 +132,17 @@ class Recipe(Section):
     export: Export = Export()
     verify: Verify = Verify()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in(cls, content: Any) -> Any:
-        """Fill in what follows from other keys."""
+    def _fill_in(cls, content: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        recipe = validate(cls._filled_in(content))
+        # What is filled in does not count as set: a job's recipe stays as short as the user's.
+        _unset(recipe, content)
+        return recipe
+
+    @classmethod
+    def _filled_in(cls, content: Any) -> Any:
+        """The content, with what follows from other keys."""
         if not isinstance(content, dict):
             return content
         adapters = content.get("adapters")
@@ -147,9 +154,11 @@ class Recipe(Section):
         if preset is None or not is_typed or not all(isinstance(a, dict) for a in adapters or ()):
             return content
         keeps, names = base.get("solver") == "keep", [a.get("name") for a in adapters or ()]
-        filled = []
+        filled, warmup = [], Adapter.model_fields["warmup_steps"].default
         for adapter in adapters or ():
-            start = adapter.get("continue_from")
+            start, steps = adapter.get("continue_from"), adapter.get("steps")
+            if isinstance(steps, int) and steps <= warmup:
+                adapter = {"warmup_steps": max(0, steps - 1), **adapter}
             if not (keeps or adapter.get("dora") or adapter.get("mergeable") or start is not None):
                 adapter = _filled(adapter, preset["adapter"])
             if isinstance(adapter.get("data"), dict):
@@ -410,3 +419,14 @@ def _filled(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
         if isinstance(value, dict) and isinstance(filled[key], dict):
             filled[key] = _filled(filled[key], value)
     return filled
+
+
+def _unset(section: Any, written: Any) -> None:
+    """Let only keys that are `written` count as set."""
+    if isinstance(section, Section) and isinstance(written, dict):
+        section.model_fields_set.intersection_update(written)
+        for key in section.model_fields_set:
+            _unset(getattr(section, key), written[key])
+    elif isinstance(section, list) and isinstance(written, list):
+        for pair in zip(section, written, strict=True):
+            _unset(*pair)

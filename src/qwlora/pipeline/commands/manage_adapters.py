@@ -30,9 +30,10 @@ from qwlora.pipeline.job import (
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.store import STAGES, Store, check_job
-from qwlora.recipe import Data, Recipe, parse_recipe
+from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
+from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.system.atomic import write_text
 from qwlora.system.output_path import as_directory_errors
 from qwlora.system.progress import untracked
@@ -51,8 +52,9 @@ def add_adapter(
     data: str | None = None,
     like: str | None = None,
     changes: tuple[str, ...] = (),
-) -> None:
-    """Add an adapter to the recipe of a job; it is trained by the job's next run.
+) -> str:
+    """Add an adapter to the recipe of a job; it is trained by the job's next run. Returns the keys
+    that the recipe has now and had not before, as YAML.
 
     Args:
         like: the adapter whose settings and text it takes. Default: the first in the recipe.
@@ -61,9 +63,10 @@ def add_adapter(
     with _editing(folder) as (store, recipe):
         model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json", exclude_unset=True), "name": name}
-        changed = _with_adapter(folder, recipe, entry, recipe.data_of(model), data, changes)
+        changed = _with_adapter(folder, recipe, entry, data, changes)
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
+        return _added(recipe, changed)
 
 
 def import_adapter(
@@ -73,8 +76,9 @@ def import_adapter(
     data: str | None = None,
     continues: bool = False,
     changes: tuple[str, ...] = (),
-) -> None:
-    """Add an adapter that was trained elsewhere, on the float model or other integers.
+) -> str:
+    """Add an adapter that was trained elsewhere, on the float model or other integers. Returns the
+    same as `add_adapter`.
 
     Args:
         source: a folder of PEFT or of mlx-lm, or a hub id.
@@ -93,10 +97,11 @@ def import_adapter(
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
         if not continues:
             entry["steps"] = 0
-        changed = _with_adapter(folder, recipe, entry, recipe.data, data, changes)
+        changed = _with_adapter(folder, recipe, entry, data, changes)
         check_places(changed, {name: shapes}, skeleton(recipe.model))
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
+        return _added(recipe, changed)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
@@ -204,14 +209,13 @@ def _with_adapter(
     folder: Path,
     recipe: Recipe,
     entry: dict[str, Any],
-    text: Data,
     source: str | None,
     changes: tuple[str, ...],
 ) -> Recipe:
-    """The recipe with another adapter at its end, which reads `source` as `text` is read."""
+    """The recipe with another adapter at its end, whose text is `source`, if there is one."""
     if source is not None:
         locate_documents(source)
-        entry["data"] = {**text.model_dump(mode="json"), "source": source}
+        entry["data"] = {**(entry.get("data") or {}), "source": source}
     content, name = recipe.model_dump(mode="json", exclude_unset=True), entry["name"]
     if name in {adapter.name for adapter in recipe.adapters}:
         raise DirectoryError(
@@ -224,6 +228,14 @@ def _with_adapter(
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
+
+
+def _added(before: Recipe, after: Recipe) -> str:
+    adapter = after.adapters[-1].model_dump(mode="json", exclude_unset=True)
+    calibrated = after.base.calibrate_on
+    is_fixed = calibrated != before.base.calibrate_on
+    base = {"base": {"calibrate_on": calibrated}} if is_fixed else {}
+    return dump_yaml({**base, "adapters": [adapter]})
 
 
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:

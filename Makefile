@@ -12,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/qwlora run recipes/demo.yaml --out out/demo
+	$(BIN)/qwlora run src/qwlora/recipe/examples/demo.yaml --out out/demo
 
 # One thread per worker: on two cores, workers with several threads wait for each other. Bytecode is
 # written even where the environment says otherwise: a process that compiles the package starts 2 s later.

@@ -1,4 +1,4 @@
-"""The whole job of recipes/demo.yaml, from an empty directory.
+"""The whole job of src/qwlora/recipe/examples/demo.yaml, from an empty directory.
 
 python benchmarks/demo.py            writes benchmarks/results/demo.json: results.json of the run, and its wall time
 """
@@ -17,7 +17,7 @@ from measuring import ROOT, machine_line, write_result
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        recipe, out = str(ROOT / "recipes" / "demo.yaml"), f"{folder}/demo"
+        recipe, out = str(ROOT / "src/qwlora/recipe/examples/demo.yaml"), f"{folder}/demo"
         seconds = []
         for _ in range(2):  # the second run skips everything
             began = time.perf_counter()

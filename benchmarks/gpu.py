@@ -12,7 +12,7 @@ these, the model included. `time` and `memory` are ratios to bitsandbytes' (goal
 gptq: seconds a layer from weight and second moment to codes, 4 bits in blocks of 64 without sweeps, against gptqmodel's solver if it is installed.
 
 unpack: a weight of 8192 x 8192 at each bitwidth to bfloat16, by torch.compile and by torch's operations: bytes read and written a second, next to those of
-a copy. demo: recipes/demo.yaml from an empty directory, seconds of each stage.
+a copy. demo: src/qwlora/recipe/examples/demo.yaml from an empty directory, seconds of each stage.
 
 A comparison that needs another package or a GPU is left out where that is missing, and the output says so.
 """
@@ -250,7 +250,7 @@ def demo(machine: Machine) -> dict[str, Any]:
             less += ("data.evaluation_sequences=2", "adapters.0.steps=2")
             changes += [f"model.source={folder}", *less, "adapters.0.warmup_steps=1"]
             verbs = ("quantize", "train", "evaluate")
-        recipe = load_recipe(ROOT / "recipes" / "demo.yaml", tuple(changes))
+        recipe = load_recipe(ROOT / "src/qwlora/recipe/examples/demo.yaml", tuple(changes))
         began = time.perf_counter()
         results = run(recipe, Path(scratch, "demo"), verbs, say=print)
     return {"seconds": round(time.perf_counter() - began, 1), "stages": results["stages"]}

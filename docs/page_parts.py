@@ -9,7 +9,7 @@ A part begins with a comment, and ends with `<!-- end -->`:
     <!-- results: file.json -->             its numbers, as tables
     <!-- results: file.md: w4* | float* --> only rows whose cells, joined by spaces, fit a pattern
     <!-- results: file.md [way; seconds] --> only these columns
-    <!-- recipe: file.yaml -->              a file of recipes/
+    <!-- recipe: file.yaml -->              a file of src/qwlora/recipe/examples/
     <!-- docstring: qwlora.grid.scheme -->  of a module or a class, without its arguments
     <!-- docstring: NAME: 1-3 5 -->         only these paragraphs of it, equations counted too
     <!-- api: qwlora -->                    the first sentence of the docstring of each name that is
@@ -120,8 +120,8 @@ def _tree(file: Path) -> ast.Module:
 
 
 def recipe(name: str) -> str:
-    """A file of recipes/ as a block of code."""
-    text = (ROOT / "recipes" / name).read_text(encoding="utf-8").rstrip()
+    """A file of src/qwlora/recipe/examples/ as a block of code."""
+    text = (ROOT / "src/qwlora/recipe/examples" / name).read_text(encoding="utf-8").rstrip()
     return f"```yaml\n{text}\n```"
 
 

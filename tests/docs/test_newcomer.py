@@ -87,7 +87,9 @@ def test_the_page_is_true(clone: Path) -> None:
         elif block.language == "python":
             assert len(run(f".venv/bin/python -c {shlex.quote(block.text)}", clone)) > 25
     assert ran == 6
-    again = run(".venv/bin/qwlora run recipes/first.yaml --out out/first 2>&1", clone)
+    again = run(
+        ".venv/bin/qwlora run src/qwlora/recipe/examples/first.yaml --out out/first 2>&1", clone
+    )
     assert "quantize: skipped, nothing it depends on has changed" in again
     assert " ...\n" not in again
     assert (clone / "out/first/report.html").stat().st_size > 10_000
@@ -100,7 +102,7 @@ def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone: P
     init, check, data, plan, _ = (f".venv/bin/{shlex.join(words)}" for words in commands)
     assert "wrote recipe.yaml" in run(init, clone)
     recipe = clone / "recipe.yaml"
-    recipe.write_text((clone / "recipes/first.yaml").read_text())
+    recipe.write_text((clone / "src/qwlora/recipe/examples/first.yaml").read_text())
     assert "solver: keep" in run(check, clone)
     assert "loss tokens" in run(data, clone)
     assert "peak memory" in run(plan, clone)

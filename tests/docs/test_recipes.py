@@ -1,4 +1,4 @@
-"""Every file in recipes/ runs as it is written, on a tiny model and little text."""
+"""Every file in src/qwlora/recipe/examples/ runs as it is written, on a tiny model and little text."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from qwlora.recipe import Recipe, load_recipe
 from qwlora.targets.registry import TARGETS
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path.name for path in (ROOT / "src/qwlora/recipe/examples").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
@@ -42,13 +42,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A recipe of recipes/, with less of everything and nothing else changed."""
+    """A recipe of src/qwlora/recipe/examples/, with less of everything and nothing else changed."""
     monkeypatch.setattr(  # the tiny GGUF file has none
         "qwlora.pipeline.stages.job_context.load_tokenizer", lambda *arguments: byte_tokenizer()
     )
 
     def read(name: str) -> Recipe:
-        path = ROOT / "recipes" / name
+        path = ROOT / "src/qwlora/recipe/examples" / name
         keeps = load_recipe(path, (f"model.source={models['gguf']}",)).base.solver == "keep"
         source = models.get(name, models["gguf" if keeps else "folder"])
         changes = [f"model.source={source}", f"data.source={corpus}", "data.sequence_tokens=32"]

@@ -143,7 +143,23 @@ def _options(
 def _job_command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeFile = RECIPE,
+        data: Annotated[
+            str | None,
+            typer.Argument(
+                help="What to train on. RECIPE is then a model, and all five steps run, with a "
+                "recipe that is written to the job's directory."
+            ),
+        ] = None,
         out: Out = None,
+        runtime: Annotated[
+            str,
+            typer.Option(
+                "--for",
+                metavar="RUNTIME",
+                help="With DATA: the runtime of the exported files (llama.cpp, onnxruntime, "
+                "transformers, vllm, mlx, qualcomm, ...), or a target.",
+            ),
+        ] = "llama.cpp",
         changes: Changes = None,
         device: Device = None,
         as_json: AsJson = False,
@@ -163,44 +179,96 @@ def _job_command(name: str) -> Callable[..., None]:
             if is_bundle(recipe):
                 _verify_bundle(recipe, as_json, quiet)
                 return
-        from qwlora.pipeline.run import run
-
+        if data is not None:
+            _train_one(str(recipe), data, runtime, out or Path("out"), tuple(changes or ()), device)
+            return
         job, out = recipe_and_job(recipe, out)
-        failure: VerificationError | None = None
-        try:
-            with ProgressDisplay(quiet or as_json) as display:
-                results: dict[str, Any] | None = run(
-                    job,
-                    out,
-                    verbs=VERBS if name == "run" else (name,),
-                    track=display.track,
-                    changes=tuple(changes or ()),
-                    device=device,
-                    replace=tuple(replace or ()),
-                    say=display.say,
-                    show_training=display.show_training,
-                    watch=None if quiet or as_json else display.watch,
-                )
-        except VerificationError as error:
-            failure, results = error, error.results
-        # In a distributed run, only the first process has results.
-        if results and as_json:
-            print_json(results)
-        elif results:
-            from qwlora.pipeline.results import read_job
-            from qwlora.report.summary_table import print_summary
-
-            # A job that cannot be written has no report.
-            with contextlib.suppress(DirectoryError):
-                print_summary(read_job(out), out, console(width=120))
-        if failure is not None:
-            raise failure
+        _run_job(
+            job,
+            out,
+            VERBS if name == "run" else (name,),
+            as_json,
+            quiet,
+            changes=tuple(changes or ()),
+            device=device,
+            replace=tuple(replace or ()),
+        )
 
     # typer makes an option of each parameter of the signature.
     full, absent = signature(command, eval_str=True), _ABSENT.get(name, ())
+    absent += () if name == "train" else ("data", "runtime")
     kept = [p for key, p in full.parameters.items() if key not in absent]
     command.__signature__ = full.replace(parameters=kept)  # type: ignore[attr-defined]
     return command
+
+
+def _run_job(
+    recipe: Any,
+    out: Path,
+    verbs: Sequence[str] = VERBS,
+    as_json: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> None:
+    """Run a recipe, or its file, and print the results."""
+    from qwlora.pipeline.run import run
+
+    failure: VerificationError | None = None
+    try:
+        with ProgressDisplay(quiet or as_json) as display:
+            results: dict[str, Any] | None = run(
+                recipe,
+                out,
+                verbs=verbs,
+                track=display.track,
+                say=display.say,
+                show_training=display.show_training,
+                watch=None if quiet or as_json else display.watch,
+                **options,
+            )
+    except VerificationError as error:
+        failure, results = error, error.results
+    # In a distributed run, only the first process has results.
+    if results and as_json:
+        print_json(results)
+    elif results:
+        from qwlora.pipeline.results import read_job
+        from qwlora.report.summary_table import print_summary
+
+        # A job that cannot be written has no report.
+        with contextlib.suppress(DirectoryError):
+            print_summary(read_job(out), out, console(width=120))
+    if failure is not None:
+        raise failure
+
+
+def _train_one(
+    model: str, data: str, runtime: str, out: Path, changes: tuple[str, ...], device: str | None
+) -> None:
+    """Train an adapter, without a recipe of the user's."""
+    from qwlora.pipeline.results import read_job
+    from qwlora.recipe import parse_recipe
+    from qwlora.recipe.reference import short_recipe
+    from qwlora.report.summary_table import answer_lines
+
+    recipe = parse_recipe(short_recipe(model, data, runtime), "the command line", changes)
+    _run_job(recipe, out, device=device)
+    print(*answer_lines(read_job(out)), sep="\n")
+
+
+@app.command("try")
+def try_(out: Out = None) -> None:
+    """Train an adapter on a small model that pip installs, and run it in llama.cpp.
+
+    Takes a few minutes on two cores. `qwlora init --example first` writes its recipe.
+    """
+    from qwlora.pipeline.results import read_job
+    from qwlora.recipe.reference import example_path
+    from qwlora.report.summary_table import answer_lines
+
+    job = out or Path("out")
+    _run_job(example_path("first"), job)
+    print(*answer_lines(read_job(job)), sep="\n")
 
 
 for _name in ("run", *VERBS):

@@ -110,16 +110,26 @@ def init(
         bool,
         typer.Option("--full", help="Write every key; those with a default are commented out."),
     ] = False,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Write a recipe that runs as it is: first, demo, npu, local, ..."
+        ),
+    ] = None,
 ) -> None:
     """Write a recipe to start from. Never overwrites a file."""
-    from qwlora.recipe.reference import full_recipe, starter_recipe
+    from qwlora.recipe.reference import example_path, full_recipe, starter_recipe
 
+    text = full_recipe() if full else starter_recipe()
+    if example is not None:
+        text = example_path(example).read_text(encoding="utf-8")
     if path.exists():
         raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
     with foreign_as(DirectoryError, f"{str(path)!r} cannot be written", "give another path"):
-        write_text(path, full_recipe() if full else starter_recipe())
+        write_text(path, text)
     run = "qwlora run" if path == RECIPE else f"qwlora run {path}"
-    print(f"wrote {path}; set model.source and data.source in it, then: {run}")
+    sources = "" if example else "; set model.source and data.source in it"
+    print(f"wrote {path}{sources}, then: {run}")
 
 
 def plan(

@@ -1,18 +1,27 @@
-"""The keys of a recipe as text: what `qwlora init` writes.
+"""Recipes that QWLoRA writes itself.
 
-starter_recipe()      starter.yaml: the settings most people change
+starter_recipe()      starter.yaml: the settings most people change (`qwlora init`)
+example_recipe(name)  a file of examples/ (`qwlora init --example`, `qwlora try`)
 full_recipe()         every key with its description; those with a default are commented out
+                      (`qwlora init --full`)
+short_recipe(...)     the keys of `qwlora train MODEL DATA`
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
+from qwlora.errors import RecipeError
 from qwlora.recipe import PRESETS, Adapter, Recipe
 from qwlora.recipe.yaml_core import flow
+from qwlora.system.parameter_names import NAME_PATTERN
+from qwlora.targets.registry import RUNTIMES, TARGETS
 
 _FULL = """\
 # A QWLoRA recipe with every option. Run it with: qwlora run
@@ -27,6 +36,33 @@ _SET = {  # the keys without a default, and their sections
 def starter_recipe() -> str:
     """A short recipe: two sources to fill in, and the settings that most people change."""
     return files("qwlora.recipe").joinpath("starter.yaml").read_text(encoding="utf-8")
+
+
+def example_path(name: str) -> Path:
+    """The packaged recipe of that name."""
+    folder = Path(str(files("qwlora.recipe"))) / "examples"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise RecipeError("", [f"there is no example {name!r}; there are {', '.join(names)}"])
+    return folder / f"{name}.yaml"
+
+
+def short_recipe(model: str, data: str, runtime: str) -> dict[str, Any]:
+    """A recipe for one adapter, named after its data.
+
+    Args:
+        runtime: a target, or a program that runs its files (`RUNTIMES`).
+    """
+    if (target := RUNTIMES.get(runtime.lower(), runtime)) not in TARGETS:
+        known = ", ".join([*RUNTIMES, *TARGETS])
+        raise RecipeError("", [f"--for {runtime!r} is neither a runtime nor a target: {known}"])
+    words = re.findall(r"[A-Za-z0-9_-]+", data.rpartition("/")[2].rpartition(":")[2])
+    name = next((word for word in words if re.match(NAME_PATTERN, word)), "first")
+    recipe: dict[str, Any] = {"model": {"source": model}, "data": {"source": data}}
+    # These runtimes store the integers of a GGUF file as they are.
+    if Path(model).suffix == ".gguf" and target in ("gguf", "mlx"):
+        recipe["base"] = {"solver": "keep"}
+    return recipe | {"adapters": [{"name": name}], "export": {"targets": [target]}}
 
 
 def full_recipe() -> str:

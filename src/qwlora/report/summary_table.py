@@ -74,6 +74,16 @@ def summary_rows(job: Job) -> Iterator[Row]:
     yield "Seconds", f"{parts}; total {sum(seconds.values()):.0f}"
 
 
+def answer_lines(job: Job, most: int = 2) -> Iterator[str]:
+    """Held-out prompts, answered by the base and by each adapter."""
+    for name, answers in job.section("answers", "adapted").items():
+        of_base = job.get("answers", *job.path("base", name)[1:])
+        for with_adapter, without in list(zip(answers, of_base or answers, strict=False))[:most]:
+            yield f"\nprompt   {with_adapter['prompt']}"
+            yield f"base     {without['answer']}" if of_base else ""
+            yield f"{name}   {with_adapter['answer']}"
+
+
 def _plain(text: str | Markup) -> str:
     return text.striptags() if isinstance(text, Markup) else text
 

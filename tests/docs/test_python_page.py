@@ -62,7 +62,7 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
         assert torch.equal(names["base"](ids).logits, qwlora.load_base("out/base")(ids).logits)
         assert torch.equal(names["adapted"](ids).logits, adapted(ids).logits)
     tokens = torch.from_numpy(names["ids"])
-    assert tokens.shape[1] == len(names["tokenizer"]("Hello").input_ids) + 20
+    assert tokens.shape[1] == len(names["tokenizer"]("Once upon a time").input_ids) + 20
     expected = names["simulation"].logits(tokens[:, :-1])[:, -1:]  # of the whole sequence
     assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(
         expected.abs().max()

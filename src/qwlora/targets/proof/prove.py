@@ -55,6 +55,7 @@ from qwlora.targets.proof.compare import (
 )
 from qwlora.targets.proof.folder import (
     REFERENCE,
+    ROUNDED,
     checked_proofs,
     is_of_base,
 )
@@ -222,7 +223,8 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
         limits = Limits(perplexity_difference=record["limits"]["perplexity_difference"])
         parity = prove(target, bundle, name, Expected([reference]), limits)
-        results[name] = proven(target, parity, reference, limits)
+        said = {key: record[key] for key in (ROUNDED,) if key in record}
+        results[name] = said | proven(target, parity, reference, limits)
     return results
 
 

@@ -316,6 +316,8 @@ class LlamaRuntime(Runtime):
         self._vocabulary = self._llama.llama_vocab_n_tokens(vocabulary)
 
     def switch_to(self, adapter: Path | None) -> None:
+        if self.shipped is not None:
+            self.shipped.switch_to(adapter)  # first: llama.cpp refuses files that are damaged
         if adapter is not None and adapter not in self._adapters:
             with tempfile.TemporaryDirectory() as scratch:
                 file = adapter / ADAPTER
@@ -328,8 +330,6 @@ class LlamaRuntime(Runtime):
                 raise ExportError(f"llama.cpp cannot load {shown}: {self._reason()}")
             self._adapters[adapter] = loaded
         self._active = adapter
-        if self.shipped is not None:
-            self.shipped.switch_to(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()

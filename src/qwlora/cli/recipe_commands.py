@@ -49,7 +49,8 @@ def check(
         for name, text in context.all_texts().items():
             for caution in text.cautions():
                 display.say(f"caution: data of {name}: {caution}")
-    notes = [*refusals.notes(base, chosen), *map("warning: {}".format, refusals.genie_notes(whole))]
+    notes = refusals.notes(base, chosen)
+    notes += map("warning: {}".format, refusals.genie_notes(whole))
     if note := second_rounding(checked):
         notes.append(f"warning: {note}")
     if full:
@@ -60,10 +61,9 @@ def check(
         print("# every other key has its default; --full prints it")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
-    missing = {name: TARGETS[name].missing(to_write=True) for name in chosen}
-    notes += [
-        f"warning: export.targets: {n}: {problem}" for n, problem in missing.items() if problem
-    ]
+    for name in chosen:
+        if missing := TARGETS[name].missing(to_write=True):
+            notes.append(f"warning: export.targets: {name}: {missing}")
     for line in (*table([*refusals.table(base, chosen)]), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 

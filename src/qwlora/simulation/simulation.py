@@ -217,8 +217,6 @@ class Simulation(nn.Module):
             CalibrationError: a fingerprint differs. An adapter that was removed from the model
                 counts as unchanged: the simulation has its own copy.
         """
-        # Weights would keep their old grids, and files would match neither old nor new adapter. An
-        # adapter that was removed from the model is none: the simulation has its own copy.
         model, adapters = self.origin.model, self.origin.adapters
         base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model, adapters)
         for part, now, before in (
@@ -499,10 +497,8 @@ class Simulation(nn.Module):
         `x / scale`, and every matrix product summed in two halves.
 
         Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
-        between two correct runtimes.
+        between two correct runtimes (docs/log/simulation.md).
         """
-        # Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
-        # between two correct runtimes (docs/log/simulation.md).
         run = OtherArithmetic(self.graph_module).run
         with torch.no_grad():
             return self.captured.named(run(*self._bound(batch)))

@@ -31,11 +31,11 @@ def quiet_import() -> Iterator[None]:
     """Silence what torchao, which ExecuTorch installs, prints when transformers imports it."""
     # torchao 0.18 warns of its libraries for other processors, and makes torch 2.13 warn twice.
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
+    levels = {logger: logger.level for logger in loggers}
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

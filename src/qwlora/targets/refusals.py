@@ -333,9 +333,7 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
         )
     # Tried in libGenie of QNN 2.51: cached and new keys then have one shape, and it takes one for
     # the other (docs/log/runtimes.md).
-    if wrong := [
-        f"{tokens} and {context}" for tokens, context in subject.graphs if context == 2 * tokens
-    ]:
+    if wrong := [f"{new} and {context}" for new, context in subject.graphs if context == 2 * new]:
         yield (
             f"Genie computes other tokens if a context is twice the new tokens ({listed(wrong)}); "
             "set another one in export.graphs"
@@ -347,16 +345,15 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
 def genie_tokens(config: Any, tokenizer: Any) -> dict[str, int | list[int]]:
     """The tokens with which Genie begins and ends every text, by its keys; empty if there are none.
     A model without one of them has its padding token in its place, or else the other one."""
-    names = [(name, source) for name in ("bos", "pad", "eos") for source in (config, tokenizer)]
-    tokens = [getattr(source, f"{name}_token_id", None) for name, source in names]
-    known = [token for token in tokens if token is not None]
-    if not known:
+
+    def first(*names: str) -> Any:
+        tokens = (getattr(s, f"{n}_token_id", None) for n, s in product(names, (config, tokenizer)))
+        return next((token for token in tokens if token is not None), None)
+
+    bos, eos = first("bos", "pad", "eos"), first("eos", "pad", "bos")
+    if eos is None:
         return {}
-    last = [token for token in tokens[4:] + tokens[2:4] + tokens[:2] if token is not None]
-    return {
-        "bos-token": known[0] if isinstance(known[0], int) else known[0][0],
-        "eos-token": last[0],
-    }
+    return {"bos-token": bos[0] if isinstance(bos, list) else bos, "eos-token": eos}
 
 
 def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -> Scheme:

@@ -100,7 +100,12 @@ _EXPECTED = {  # what an error of pydantic is about, by its type; names in brace
     **{"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}"},
     **{"less_than": "less than {lt}", "less_than_equal": "at most {le}"},
     **{"string_too_short": "some text", "string_too_long": "at most {max_length} characters"},
-    **{"too_short": "at least {min_length} in the list", "missing": "a value"},
+    **{
+        "too_short": "at least {min_length} in the list",
+        "too_long": "at most {max_length}",
+        "missing": "a value",
+        "none_required": "null",
+    },
 }
 
 
@@ -108,6 +113,12 @@ def expected(problem: Mapping[str, Any]) -> str:
     """What a value should be, from an entry of pydantic's `errors()`: `a whole number`."""
     reason = str(problem.get("ctx", {}).get("error", "another value"))
     return _EXPECTED.get(problem["type"], reason).format(**problem.get("ctx", {}))
+
+
+def problem_text(problem: Mapping[str, Any]) -> str:
+    """The whole entry: `groups.0.bits: expected a whole number, found 'x'`."""
+    key, found = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
+    return f"{key}: expected {expected(problem)}, found {found}"
 
 
 def size(count_bytes: float) -> str:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qwlora.system.machine import SlowComputeWarning
+
+_OF_TORCH = (
+    *("torch.onnx", "torch.onnx._internal.exporter._registration"),
+    *("torch.utils._pytree", "torch._export.non_strict_utils"),
+)
 
 
 def quiet_libraries() -> None:
@@ -19,6 +26,19 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
-    for name in (*of_torch, "accelerate", "torchao"):
+    for name in (*_OF_TORCH, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence what torch logs about sizes of 1 and about a missing torchvision."""
+    loggers = [logging.getLogger(name) for name in _OF_TORCH]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -88,6 +88,37 @@ def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
     if near := near_names(name, names, count):
         return f"; did you mean {' or '.join(near)}?"
     return f"; there are {listed(names, 20)}"
+
+
+_EXPECTED = {  # what an error of pydantic is about, by its type; names in braces are in its context
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type"), "keys with values"),
+    **{"string_type": "text", "list_type": "a list", "invalid_key": "text as a key"},
+    **{"literal_error": "{expected}", "enum": "{expected}", "finite_number": "a finite number"},
+    **{"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}"},
+    **{"less_than": "less than {lt}", "less_than_equal": "at most {le}"},
+    **{"string_too_short": "some text", "string_too_long": "at most {max_length} characters"},
+    **{
+        "too_short": "at least {min_length} in the list",
+        "too_long": "at most {max_length}",
+        "missing": "a value",
+        "none_required": "null",
+    },
+}
+
+
+def expected(problem: Mapping[str, Any]) -> str:
+    """What a value should be, from an entry of pydantic's `errors()`: `a whole number`."""
+    reason = str(problem.get("ctx", {}).get("error", "another value"))
+    return _EXPECTED.get(problem["type"], reason).format(**problem.get("ctx", {}))
+
+
+def problem_text(problem: Mapping[str, Any]) -> str:
+    """The whole entry: `groups.0.bits: expected a whole number, found 'x'`."""
+    key, found = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
+    return f"{key}: expected {expected(problem)}, found {found}"
 
 
 def size(count_bytes: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from qwlora.errors import RecipeError
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
+from qwlora.recipe.recipe_file import _keys
 from qwlora.recipe.reference import full_recipe, starter_recipe
 
 
@@ -22,34 +24,36 @@ def problems(path: Path, *changes: str) -> list[str]:
 
 
 MISTAKES = {  # a change, and the problem that it makes: its key, and what is said
-    "data.sequence_tokns=5": "data.sequence_tokns: unknown key; did you mean sequence_tokens?",
+    "data.sequence_tokns=5": "data.sequence_tokns: unknown key; did you mean data.sequence_tokens?",
     "bse.solver=rtn": "bse: unknown key; did you mean base?",
-    "base.wieghts=w4-block32": "base.wieghts: unknown key; did you mean weights?",
-    "base.weights={bitwidth: 3}": "base.weights: Input should be a valid string",
+    "base.wieghts=w4-block32": "base.wieghts: unknown key; did you mean base.weights?",
+    "base.weights={bitwidth: 3}": "base.weights: expected text, found {'bitwidth': 3}",
     "base.weights=w4_block32": "base.weights: scheme 'w4_block32' is not understood",
-    "base.weights=w9-channel": "base.weights: String should match pattern '^w[2-8]-'",
+    "base.weights=w9-channel": "base.weights: expected 2 to 8 bits",
     "base.rules=[{match: '*', weights: w4-signed32-asymmetric}]": "base.rules.0.weights: signed",
     "base.rules=[{match: '*'}]": "base.rules.0: the rule changes nothing",
     "base.rules=[{match: '*', keep: float, solver: rtn, weights: w8-channel}]": (
         "base.rules.0: keep: float excludes solver, weights"
     ),
-    "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: String should match",
-    "simulation.adapter_weights=w17-channel": "simulation.adapter_weights: String should match",
-    "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: String should match",
-    "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean rank?",
-    "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean",
+    "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: expected w4 to w16",
+    "simulation.adapter_weights=w17-channel": "simulation.adapter_weights: expected w4 to w16",
+    "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: expected w4 to w16",
+    "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean adapters.0.rank?",
+    "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean simulation.rules.0.bitwidth?",
+    "seed=true": "seed: expected a whole number, found true",
+    "adapters.0.target_modules=3": "adapters.0.target_modules: expected text or a list, found 3",
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.epochs=2": "adapters.0: give either steps (6) or epochs (2), not both",
-    "adapters.0.name=../x": "adapters.0.name: String should match pattern",
-    f"adapters=[{{name: {'a' * 300}}}]": "adapters.0.name: String should have at most 100",
-    "adapters.0.alpha=.inf": "adapters.0.alpha: Input should be a finite number",
-    "simulation.rules=[{match: x, minimum: .nan}]": "simulation.rules.0.minimum: Input should be a",
-    "adapters=[]": "adapters: List should have at least 1 item",
+    "adapters.0.name=../x": "adapters.0.name: expected letters, digits",
+    f"adapters=[{{name: {'a' * 300}}}]": "adapters.0.name: expected at most 100",
+    "adapters.0.alpha=.inf": "adapters.0.alpha: expected a finite number, found inf",
+    "simulation.rules=[{match: x, minimum: .nan}]": "simulation.rules.0.minimum: expected a finite",
+    "adapters=[]": "adapters: expected at least 1 in the list",
     "adapters=[{name: a}, {name: b}, {name: A}]": "adapters a, A: ",
     "model={}": "model.source: required, but not set",
     "data.source=null": "data.source: required, but not set",
-    "adapters.0.data={sorce: x}": "adapters.0.data.sorce: unknown key; did you mean source?",
-    "simulation.percentile=40": "simulation.percentile: Input should be greater than 50",
+    "adapters.0.data={sorce: x}": "adapters.0.data.sorce: unknown key; did you mean adapters.0.data.source?",
+    "simulation.percentile=40": "simulation.percentile: expected more than 50",
     "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]": (
         "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth"
     ),
@@ -63,7 +67,7 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "base={bits: 3.5, size: 60MB}": "base: bits and size are two ways to say the same",
     "base={solver: keep, bits: 3.5}": "base: solver keep uses the integers unchanged; remove bits",
     "base.calibration=[job, nowhere.txt]": "base.calibration.1.text: ",
-    "data.packing=dense": "data.packing: Input should be 'join', 'documents' or 'none'",
+    "data.packing=dense": "data.packing: expected 'join', 'documents' or 'none', found 'dense'",
     "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
     "adapters.fist.rank=3": "--set adapters.fist.rank=3: the recipe has no adapters.fist.rank",
@@ -130,16 +134,89 @@ def test_a_value_that_cannot_be_used_names_its_key(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "recipe.yaml' cannot be read: No such file or directory"),
         ("- 1", "is not a mapping of sections"),
-        ("a: [", "is not YAML"),
+        ("a: 1\nb: [\nc: 2", "line 3: the bracket opened in line 2 is not closed"),
+        ("a: 'x\n", "line 2: the quote opened in line 1 is not closed"),
+        ("a:\n\tb: 1", "line 2: a tab; indent with spaces"),
+        ("a: b: 1", "line 1: a second colon"),
+        ("a:\n  b: 1\n c: 2", "line 3: the indentation"),
+        ("a: *b", "line 1: an alias"),
+        ("a: !!python/name:os", "line 1: a tag"),
+        ("a: 1\n---\nb: 1", "a second document"),
+        ("a: 1\nb: \x07", "line 2: a control character"),
     ],
 )
-def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "recipe.yaml").write_text(content)
+def test_unreadable_recipes(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
     (problem,) = problems(tmp_path / "recipe.yaml")
     assert message in problem
+
+
+# Wrong recipes in the words of other tools, each as a change, and the key or value meant.
+WORDS = {
+    "lr=1e-4": "adapters[].learning_rate",
+    "adapters.0.lr=1e-4": "adapters.0.learning_rate",
+    "train={lr: 1e-4}": "adapters[].learning_rate",
+    "training_args.max_steps=10": "adapters[].steps",
+    "lora.r=8": "adapters[].rank",
+    "peft_config.target_modules=[q_proj]": "adapters[].target_modules",
+    "adapters.0.lora_alpha=32": "adapters.0.alpha",
+    "adapters.0.lora-dropout=0.1": "adapters.0.dropout",
+    "lora_target_modules=[q_proj]": "adapters[].target_modules",
+    "learning_rate=1e-4": "adapters[].learning_rate",
+    "adapters.0.num_train_epochs=3": "adapters.0.steps",
+    "data.max_seq_length=512": "data.sequence_tokens",
+    "cutoff_len=512": "data.sequence_tokens",
+    "adapters.0.max_seq_length=512": "data.sequence_tokens",
+    "micro_batch_size=4": "adapters[].batch_sequences",
+    "adapters.0.per_device_train_batch_size=4": "adapters.0.batch_sequences",
+    "gradient_accumulation_steps=4": "adapters[].accumulation_steps",
+    "adapters.0.warmup_ratio=0.1": "adapters.0.warmup_steps",
+    "weight_decay=0.1": "adapters[].weight_decay",
+    "adapters.0.seed=1": "seed",
+    "bf16=true": "adapters[].compute: bfloat16",
+    "adapters.0.bf16=true": "adapters.0.compute: bfloat16",
+    "output_dir=out": "--out DIR",
+    "base_model=x": "model.source",
+    "model.model_name_or_path=x": "model.source",
+    "dataset_path=x": "data.source",
+    "data.path=x": "data.source",
+    "data.question=q": "data.prompt_column",
+    "adapters.0.data={answer_column: a}": "adapters.0.data.completion_column",
+    "base.load_in_4bit=true": "base.weights",
+    "base={group_size: 128}": "base.weights",
+    "bits=4": "base.weights",
+    "base.weights=q4_K_M": "base.weights: w4-signed32",
+    "base.solver=nf4": "base.weights: w4-signed32",
+    "base=int4": "base.weights: w4-signed32",
+    "export.targets=[llama.cpp]": "export.targets: [gguf]",
+    "export.targets=ort": "export.targets: [onnx]",
+    "export.targets=[onnx, vLLM]": "export.targets: [hf]",
+    "export=llamacpp": "export.targets: [gguf]",
+    "data=some.jsonl": "data.source: some.jsonl",
+    "export.targets=onnx": "export.targets: [onnx]",
+    "device=gpu": "device: cuda",
+}
+
+
+@pytest.mark.parametrize("change", WORDS)
+def test_words_of_other_tools_are_known(recipe_for: Any, change: str) -> None:
+    problem = problems(recipe_for(), change)[-1]
+    assert re.search(rf"(did you mean |: ){re.escape(WORDS[change])}( or .*)?(\?|$)", problem)
+
+
+def test_every_word_means_a_key_that_exists(recipe_for: Any) -> None:
+    table = yaml.safe_load((files("qwlora.recipe") / "words.yaml").read_text())
+    words = [word for line in table.values() for word in line.split()]
+    assert len(words) == len(set(words))
+    known = {key.rpartition(".")[2] for key in _keys()}
+    assert known & {*words} == {"bits"}  # in other sections than base
+    for entry in table:
+        key, _, value = entry.partition(": ")
+        if not entry.endswith("."):
+            assert key in {"adapters[]", *_keys()}
+        if value and not entry.endswith("."):
+            load_recipe(recipe_for(), (f"{key.replace('[]', '.0')}={value}",))
 
 
 def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Path) -> None:

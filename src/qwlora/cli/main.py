@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -51,10 +52,12 @@ from qwlora.errors import (
     QwloraError,
     VerificationError,
     described,
+    expected,
     file_being_read,
     is_out_of_memory,
     is_out_of_space,
     shortened,
+    suggestion,
 )
 from qwlora.pipeline import VERBS
 from qwlora.system.machine import configure_threads, process_count
@@ -317,6 +320,9 @@ def main() -> None:
         try:
             sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
         except Exception as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error, file=sys.stderr)
+                sys.exit(2)
             if debug:
                 traceback.print_exception(error)
             _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
@@ -335,9 +341,8 @@ def _message(error: BaseException) -> str:
         error = error.__cause__ or QwloraError("not confirmed: nothing was changed")
     if isinstance(error, QwloraError):
         return str(error)
-    # A usage error of click, which typer 0.29 has a copy of: the class depends on the release.
-    if usage := getattr(error, "format_message", None):
-        return str(usage())
+    if hasattr(error, "format_message"):
+        return _usage(error)
     file = file_being_read(error)
     where, text = f" while reading {file}" if file else "", described(error)
     if is_out_of_memory(error):
@@ -351,6 +356,36 @@ def _message(error: BaseException) -> str:
         f"unexpected error{where}: {type(error).__name__}: {error}. {remedy} the command again "
         "with --debug and report the traceback"
     )
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, for an error of click. typer 0.29 has a copy of it, so the
+    classes depend on the release."""
+    kind, said = type(error).__name__, str(error)
+    context: Any = getattr(error, "ctx", None)
+    word = "".join(next(iter(re.findall(r"'([^']*)'|\(([^()]*)\)$", said)), ""))
+    name = getattr(error, "option_name", "") or getattr(error, "param_hint", "") or ""
+    if parameter := getattr(error, "param", None):
+        name = next((o for o in parameter.opts if o[0] == "-"), parameter.metavar or parameter.name)
+    # typer 0.29 has pydantic check values.
+    for found in error.__cause__.errors() if hasattr(error.__cause__, "errors") else ():
+        said = f"expected {expected(found)}, found {found['input']!r}"
+        said = str(found["ctx"]["error"]) if found["type"] == "value_error" else said
+    if kind == "NoSuchOption":
+        near = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+        said = f"there is no option {name}{near}"
+    elif kind == "MissingParameter":
+        said = f"{name} is missing"
+    elif kind == "BadOptionUsage":
+        said = f"{name} {'takes no' if 'does not take' in said else 'needs a'} value"
+    elif said.startswith("No such command"):
+        said = f"there is no command {word!r}{suggestion(word, context.command.commands)}"
+    elif said.startswith("Got unexpected"):
+        said = f"{word!r} is too much"
+    elif name:
+        said = f"{name}: {said}"
+    usage = f"\n{' '.join(context.get_usage().split())} (--help: all options)" if context else ""
+    return said + usage
 
 
 def _fail(message: str, code: int) -> NoReturn:

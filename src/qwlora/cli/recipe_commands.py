@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Validate a recipe and print what differs from the defaults.
 
-    Also prints which targets hold the grids of its base.
+    Also checks that its targets hold the grids of its base; else it names the nearest scheme.
     """
     from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages import new_context
@@ -59,13 +59,16 @@ def check(
         for key, value in checked.model_dump(mode="json", exclude_defaults=True).items():
             print(f"{key}: {flow(value)}")
         print("# every other key has its default; --full prints it")
-    print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
-    print("# (* in export.targets):\n#")
     for name in chosen:
         if missing := TARGETS[name].missing(to_write=True):
             notes.append(f"warning: export.targets: {name}: {missing}")
-    for line in (*table([*refusals.table(base, chosen)]), *(["", *notes] if notes else [])):
-        print(f"#   {line}".rstrip())
+    held = [
+        f"{name} holds {', '.join(grids)}"
+        for name in chosen
+        if (grids := [*refusals.held_grids(TARGETS[name], base)])
+    ]
+    for line in ("", *held, *notes):
+        print(f"# {line}".rstrip(" #"))
 
 
 def data(
@@ -138,7 +141,7 @@ def plan(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory and disk of a recipe's stages.
+    """Estimate memory, disk and time of a recipe's stages.
 
     Says whether the job fits this machine. Reads hardly any weights.
     """
@@ -161,9 +164,11 @@ def plan(
 
 
 def _estimate_lines(estimates: Estimates) -> Iterator[str]:
+    from qwlora.pipeline.forecast import duration
+
     rows = [("stage", "peak memory", "disk", "most of the memory")]
     for stage in estimates.stages:
-        most = max(stage.memory, key=lambda part: stage.memory[part])
+        most = stage.largest_part
         disk = size(stage.disk) if stage.disk else ""
         largest_part = f"{most}, {size(stage.memory[most])}"
         rows.append((stage.stage, size(stage.peak), disk, largest_part))
@@ -171,7 +176,10 @@ def _estimate_lines(estimates: Estimates) -> Iterator[str]:
     limit, largest = estimates.memory_limit, estimates.largest
     of_limit = "" if limit is None else f" of {size(limit)}"
     yield f"\nmemory  {size(largest.peak)}{of_limit}, in {largest.stage}"
-    yield f"disk    {size(estimates.disk)} of {size(estimates.disk_free)} free\n"
+    yield f"disk    {size(estimates.disk)} of {size(estimates.disk_free)} free"
+    seconds = estimates.seconds
+    unknown = "not known before; `qwlora run` says it after the first minute of training"
+    yield f"time    {unknown if seconds is None else f'about {duration(seconds)}'}\n"
     yield from (f"Does not fit: {problem}" for problem in estimates.problems)
     if not estimates.problems:
         yield "Everything fits."

@@ -37,6 +37,7 @@ from qwlora.errors import (
     is_out_of_memory,
     lines,
     listed,
+    problem_text,
 )
 from qwlora.formats import manifest
 from qwlora.formats.checkpoint import (
@@ -408,7 +409,7 @@ class BaseCheckpoint(Checkpoint):
                 raise
             why = described(error)
             if isinstance(error, ValidationError):
-                why = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
+                why = "; ".join(map(problem_text, error.errors()))
             what = f"{self.where}: layer {layer!r} of {RECORD}"
             raise GridError(f"{what}: {why}; quantize again") from error
 

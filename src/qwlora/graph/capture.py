@@ -59,6 +59,7 @@ from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.device import device_of, moved
 from qwlora.system.parameter_names import adapter_of, canonical_name, parameter_name
+from qwlora.system.quiet import quiet_export
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
@@ -269,7 +270,7 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
             "or more"
         )
     flat = FlatModel(model, arguments).eval()
-    with in_float32(model), visible_implementations(model), torch.no_grad():
+    with in_float32(model), visible_implementations(model), torch.no_grad(), quiet_export():
         axes_of = tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
         shapes = None if static else {"tensors": axes_of}
         kind = type(model).__name__

@@ -1,4 +1,5 @@
 """Peak memory and disk of each stage before it runs, right to a third. `qwlora plan` prints them.
+Also its time, if an earlier job in the directory has such a stage from this machine.
 
 Computed from shapes: no weights and no text are read, and no model runs. docs/log/plan.md compares
 with measured peaks.
@@ -8,24 +9,28 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 from qwlora.analysis.generate_text import SAMPLED_AT_ONCE
-from qwlora.errors import size
+from qwlora.errors import listed, size
 from qwlora.formats.model_source import fetch
 from qwlora.nn.packed_layer import tensor_out_in
 from qwlora.nn.packed_tensor import PackedTensor
+from qwlora.pipeline.job import Judge, sources_of
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.sources import Sources
+from qwlora.pipeline.results import last_status
 from qwlora.pipeline.stage import SAMPLE, ZERO, Stage
 from qwlora.pipeline.stages.job_context import skeleton
+from qwlora.pipeline.store import NAME, Store
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.recipe import Recipe
 from qwlora.recipe.implied import REFERENCE, is_calibrated, is_compared, needs_moments
-from qwlora.system.machine import memory_limit_bytes
+from qwlora.system.machine import machine, memory_limit_bytes
+from qwlora.system.progress import untracked
 from qwlora.targets.proof.prove import LAYER_TOKENS
 from qwlora.targets.registry import TARGETS
 
@@ -48,6 +53,11 @@ class Forecast:
     memory: Memory
     disk: float
     settings: str
+    seconds: float | None = None  # None: not known
+
+    @property
+    def largest_part(self) -> str:
+        return max(self.memory, key=lambda part: self.memory[part])
 
 
 @dataclass(frozen=True)
@@ -69,17 +79,28 @@ class Estimates:
     @property
     def summary(self) -> str:
         peak, stage = size(self.largest.peak), self.largest.stage
-        return f"estimate: peak memory {peak} in {stage}, disk {size(self.disk)}"
+        time = "" if self.seconds is None else f", time {duration(self.seconds)}"
+        return f"estimate: peak memory {peak} in {stage}, disk {size(self.disk)}{time}"
+
+    @property
+    def seconds(self) -> float | None:
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if len(known) == len(self.stages) else None
 
     @property
     def problems(self) -> list[str]:
-        limit = self.memory_limit or math.inf
-        problems = [
-            f"{stage.stage} needs {size(stage.peak)}, and this machine has {size(limit)}. "
-            f"Less memory: {stage.settings}"
-            for stage in self.stages
-            if stage.peak > limit
-        ]
+        limit, by_part = self.memory_limit or math.inf, dict[str, list[Forecast]]()
+        for stage in self.stages:
+            if stage.peak > limit:
+                by_part.setdefault(stage.largest_part, []).append(stage)
+        problems = []
+        for part, stages in by_part.items():
+            most, less = max(stage.peak for stage in stages), [stage.settings for stage in stages]
+            problems.append(
+                f"the {part} in {listed(stage.stage for stage in stages)}: up to {size(most)} are "
+                f"needed, and this machine has {size(limit)}. Less memory: "
+                + "; ".join(dict.fromkeys(less))
+            )
         if self.disk > self.disk_free:
             problems.append(
                 f"the job needs {size(self.disk)} of disk, and {size(self.disk_free)} are free. "
@@ -89,16 +110,23 @@ class Estimates:
 
     def to_json(self) -> dict[str, Any]:
         whole = {"peak": self.largest.peak, "disk": self.disk, "problems": self.problems}
+        whole["seconds"] = self.seconds
         return asdict(self) | whole
 
 
 def plan_job(recipe: Recipe, out: Path) -> Estimates:
     """Estimate all stages of a recipe."""
-    return estimate(recipe, make_plan(recipe, Sources(recipe, reads=False)), out)
+    store = Store(out)
+    judge = Judge(make_plan(recipe, sources_of(recipe, store, untracked, reads=False)), store)
+    return estimate(recipe, judge.plan, judge)
 
 
-def estimate(recipe: Recipe, stages: Sequence[Stage], out: Path) -> Estimates:
-    """Estimate `stages` of the job in `out`."""
+def estimate(recipe: Recipe, stages: Sequence[Stage], judge: Judge) -> Estimates:
+    """Estimate `stages` of a job."""
+    out = judge.store.path
+    differ = [line for s in judge.plan if s.verb == "quantize" for line in judge.differences(s)]
+    is_same = last_status(out).get("run", {}).get("machine") == machine()
+    is_same = is_same and not any(line.startswith("model") for line in differ)
     costs, stays, forecasts = Costs(recipe, stages), Memory(), []
     for stage in stages:
         memory, disk = costs.of(stage)
@@ -106,10 +134,47 @@ def estimate(recipe: Recipe, stages: Sequence[Stage], out: Path) -> Estimates:
         memory = memory | stays if stage.adapter or stage.verb == "verify" else memory
         stays = costs.zero_adapter if stage.kind == ZERO else stays
         less, peak = LESS.get(stage.verb, "data.sequence_tokens"), PROCESS + sum(memory.values())
-        forecasts.append(Forecast(stage.name, peak, memory, disk, less))
+        seconds = _seconds(stage, judge) if is_same else None
+        forecasts.append(Forecast(stage.name, peak, memory, disk, less, seconds))
     folder = out.expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return Estimates(forecasts, memory_limit_bytes(), shutil.disk_usage(existing).free)
+
+
+def _seconds(stage: Stage, judge: Judge) -> float | None:
+    """How long a stage takes, by an earlier one of its kind; 0 if it is up to date."""
+    if stage.name not in judge.stale:
+        return 0.0
+    records = judge.store.records
+    same = [records.get(stage.place), *(r for r in records.values() if r.stage == stage.kind)]
+    record = next(filter(None, same), None)
+    if record is None or stage.verb != "train":
+        return None if record is None else record.seconds
+    trained = record.results["train"][NAME]
+    step, ran = trained["step_seconds"], trained["steps"] - trained["resumed_from_step"]
+    later = step / _sequences(record.inputs) * _sequences(stage.inputs)
+    return max(record.seconds - step * ran, 0.0) + later * stage.inputs["adapter"]["steps"]
+
+
+def _sequences(inputs: Mapping[str, Any]) -> int:
+    """Of one optimizer step."""
+    adapter = inputs["adapter"]
+    return int(adapter["batch_sequences"] * adapter["accumulation_steps"])
+
+
+def training_left(stage: Stage, later: Sequence[Stage], progress: Mapping[str, Any]) -> str:
+    """How long training takes from now on, at the pace of the running stage."""
+    pace = progress["step_seconds"] / _sequences(stage.inputs)
+    steps = (progress["steps"] - progress["step"]) * _sequences(stage.inputs)
+    steps += sum(_sequences(s.inputs) * s.inputs["adapter"]["steps"] for s in later)
+    more = f" with {listed(s.name for s in later)}" if later else ""
+    done = f"{stage.name}: step {progress['step']} of {progress['steps']}"
+    return f"{done}; training takes about {duration(pace * steps)} more{more}"
+
+
+def duration(seconds: float) -> str:
+    """`0:12:30`"""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Costs:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -47,6 +48,7 @@ from qwlora.system.output_path import as_directory_errors, check_output
 from qwlora.system.processes import connected, is_first_process, joined_stages, joint_stage
 from qwlora.system.progress import Track, untracked
 
+KNOWN_AFTER = 60.0  # seconds of training, after which its pace tells how long it takes
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]
 ShowTraining = Callable[[dict[str, Any]], None]
@@ -175,6 +177,7 @@ class _Run:
         # Making it imports torch, which takes seconds. A run in which nothing changed has none.
         self.context: Any = None
         self.failures: list[tuple[str, VerificationError]] = []
+        self.is_time_known, self.training_began = False, 0.0
 
     def run(
         self, verbs: Collection[str], replace: Collection[str], watch: Watch | None
@@ -293,11 +296,12 @@ class _Run:
         if not has_estimate:
             return
         try:
-            estimates = forecast.estimate(self.recipe, waiting, self.store.path)
+            estimates = forecast.estimate(self.recipe, waiting, self.judge)
         # A bug in an estimate is no reason to stop a job.
         except Exception as error:
             self.say(f"no estimate of memory: {described(error)}")
         else:
+            self.is_time_known = estimates.seconds is not None
             for line in (estimates.summary, *(f"warning: {p}" for p in estimates.problems)):
                 self.say(line)
 
@@ -322,12 +326,7 @@ class _Run:
         status.begin(name)
         if self.context is None:
             self.context = new_context(self.computed, self.sources, self.store.path, self.track)
-
-        def on_training(progress: Callable[[], dict[str, Any]]) -> None:
-            status.train(progress)
-            self.show_training(progress())
-
-        self.context.on_training = on_training
+        self.context.on_training = partial(self._trained, stage, status)
         began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
@@ -367,6 +366,20 @@ class _Run:
             rmtree(work, ignore_errors=True)
         self.judge.again()
         return record
+
+    def _trained(
+        self, stage: Stage, status: JobStatus, progress: Callable[[], dict[str, Any]]
+    ) -> None:
+        status.train(progress)
+        self.show_training(progress())
+        self.training_began = self.training_began or time.monotonic()
+        if not self.is_time_known and time.monotonic() - self.training_began >= KNOWN_AFTER:
+            from qwlora.pipeline.forecast import training_left
+
+            self.is_time_known = True
+            stale = [s for s in self.judge.plan if s.verb == "train" and s.name in self.judge.stale]
+            later = [other for other in stale if other.name != stage.name]
+            self.say(training_left(stage, later, progress()))
 
 
 def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:

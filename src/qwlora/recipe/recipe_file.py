@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from qwlora.data.rows import read_text
-from qwlora.errors import DirectoryError, RecipeError, SourceError, suggestion
+from qwlora.errors import (
+    DirectoryError,
+    RecipeError,
+    SourceError,
+    expected,
+    listed,
+    near_names,
+    shortened,
+)
 from qwlora.formats.model_source import relative_to
 from qwlora.recipe.whole_recipe import Recipe
-from qwlora.recipe.yaml_core import load_yaml
+from qwlora.recipe.yaml_core import flow, load_yaml
+
+# What pydantic adds to the path of a value in a union.
+_KIND = re.compile(r"str|list\[.*\]|constrained-\w+|function-.*")
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -99,30 +113,105 @@ def _place(node: Any, key: str) -> Any:
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
-    of_data = set[tuple[str, str]]()
+    lines, of_data = dict[str, list[str]](), set[tuple[str, str]]()
     for item in error.errors():
-        *sections, key = item["loc"] or ("",)
-        where = ".".join(map(str, (*sections, key)))
+        # In a union, pydantic adds the kind of value to the keys.
+        keys = [k for k in item["loc"] if not (isinstance(k, str) and _KIND.fullmatch(k))]
+        *sections, key = keys or [""]
+        where, value = ".".join(map(str, keys)), item["input"]
         if sections == ["data"]:
             of_data.add((str(key), item["msg"]))
         # The adapter has this value from the data section, where it is reported.
         elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
             continue
         if item["type"] == "extra_forbidden":
-            section: Any = Recipe
-            for part in sections:
-                # Numbers are of items in a list, which have the section of the list.
-                if isinstance(part, str):
-                    section = section.model_fields[part].annotation
-                    section = next(iter(get_args(section)), section)
-            yield f"{where}: unknown key{suggestion(str(key), list(section.model_fields))}"
+            lines |= {line: [] for line in _unknown(".".join(map(str, sections)), str(key), value)}
         elif item["type"] == "missing":
-            yield f"{where}: required, but not set"
+            lines[f"{where}: required, but not set"] = []
         elif item["type"] == "value_error":
             reason = item["ctx"]["error"]
             problems = reason.problems if isinstance(reason, RecipeError) else [reason]
-            yield from (f"{where}: {p}" if where else p for p in problems)
+            meant = _meant_value(where, value, "value_error")
+            lines |= {f"{where}: {p}{meant}" if where else str(p): [] for p in problems}
         else:
-            value = item["input"]
-            text = "" if isinstance(value, dict | list) else f" (given: {value!r})"
-            yield f"{where}: {item['msg']}{text}"
+            found = flow(value) if value is None or isinstance(value, bool) else repr(value)
+            meant = _meant_value(where, value, item["type"])
+            line = f"{where}: expected %s, found {shortened(found, 80)}{meant}"
+            lines.setdefault(line, []).append(expected(item))
+    for line, kinds in lines.items():
+        yield line.replace("%s", " or ".join(kinds), 1) if kinds else line
+
+
+def _unknown(parent: str, key: str, value: Any) -> Iterator[str]:
+    where = f"{parent}.{key}" if parent else key
+    if isinstance(value, dict) and _entry(where) == "adapters[]":
+        for name in value:
+            yield f"{where}.{name}: unknown key{_meant(str(name), 'adapters[]')}"
+    else:
+        yield f"{where}: unknown key{_meant(key, parent)}"
+
+
+def _meant(key: str, parent: str) -> str:
+    """The end of a message about an unknown key in the section `parent`."""
+    start, every = f"{parent}." if parent else "", [*_keys()]
+    generic = _generic(start)
+    known = [k.removeprefix(generic) for k in every if k.startswith(generic)]
+    known = [name for name in known if not re.search(r"[.\[]", name)]
+    entry = key if key in known else _entry(f"{start}{key}")
+    if entry is None:
+        same = sorted((k for k in every if k.endswith(f".{key}") or k == key), key=len)
+        entry = " or ".join(same[:2]) or next(iter(near_names(key, known, 1)), None)
+    if entry is None:
+        return f"; there are {listed(known, 20)}"
+    last = entry.rpartition(".")[2]
+    # The keys of an adapter's data are those of the data section.
+    return _end(f"{start}{last}" if last in known else entry, parent)
+
+
+def _meant_value(where: str, value: Any, kind: str) -> str:
+    """The end of a message about a value at `where`, by the type of pydantic's error."""
+    if not isinstance(value, str):
+        return ""
+    entry, generic, is_other = _entry(value) or "", _generic(where), kind != "value_error"
+    if entry.partition(": ")[0] == generic.removesuffix("[]") or (is_other and ": " in entry):
+        return _end(entry, where)
+    if kind == "list_type":
+        return _end(f"{where}: [{value}]", where)
+    first = [k for k in _keys() if k in (f"{generic}.source", f"{generic}.name")]
+    if is_other and first:
+        return _end(f"{where}.{first[0].rpartition('.')[2]}: {value}", where)
+    return ""
+
+
+def _end(entry: str, where: str) -> str:
+    if entry.endswith("."):
+        return f". {entry.removesuffix('.')}"
+    own = re.match(r"adapters\.\d+", where)
+    return f"; did you mean {entry.replace('adapters[]', own[0] if own else 'adapters[]')}?"
+
+
+def _entry(path: str) -> str | None:
+    """What a key or value of another tool is here, as words.yaml says."""
+    generic = _generic(path).lower().replace("-", "_")
+    return _words().get(generic) or _words().get(generic.rpartition(".")[2] or generic)
+
+
+@cache
+def _words() -> dict[str, str]:
+    table = load_yaml(files("qwlora.recipe").joinpath("words.yaml").read_text(encoding="utf-8"))
+    return {word: entry for entry, words in table.items() for word in words.split()}
+
+
+def _generic(path: str) -> str:
+    """A path without numbers: `adapters[].rank` for `adapters.0.rank`."""
+    return re.sub(r"\.\d+(?=\.|$)", "[]", path)
+
+
+def _keys(section: type[BaseModel] = Recipe, start: str = "") -> Iterator[str]:
+    """The paths of all keys: `adapters[].data.source`."""
+    for name, field in section.model_fields.items():
+        yield f"{start}{name}"
+        kind = next(iter(get_args(field.annotation)), field.annotation)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            many = "[]" if get_origin(field.annotation) is list else ""
+            yield from _keys(kind, f"{start}{name}{many}.")

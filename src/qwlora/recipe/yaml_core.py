@@ -42,14 +42,41 @@ def load_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise
+    except yaml.YAMLError as error:
+        raise yaml.YAMLError(_in_words(error, text)) from error
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply; a recipe needs only a few levels") from error
     # PyYAML 6.0 constructs values of tags such as !!int by Python's own functions, and lets their
     # errors through.
     except Exception as error:
-        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
+        raise yaml.YAMLError("a value does not fit its tag, such as !!int; remove it") from error
+
+
+_PROBLEMS = {  # parts of PyYAML's messages, and what is wrong; the first that fits counts
+    "'\\t' that cannot": "a tab; indent with spaces",
+    "that cannot start": "a value begins with a character that YAML reserves; quote the value",
+    "mapping values are": "a second colon; quote the value, or put its key on a line of its own",
+    "expected ',' or": "the bracket opened in line {start} is not closed",
+    "quoted scalar": "the quote opened in line {start} is not closed",
+    "<block end>": "the indentation is not that of the lines before",
+    "undefined alias": "an alias (*) of nothing; quote the value",
+    "constructor for the tag": "a tag (!) that no recipe needs; remove it, or quote the value",
+    "single document": "a second document (---); keep one",
+    "special characters": "a control character; remove it",
+    "": "this is not YAML; check colons, quotes, brackets and indentation",
+}
+
+
+def _in_words(error: yaml.YAMLError, text: str) -> str:
+    parts = ("problem", "context", "reason", "problem_mark", "context_mark", "position")
+    *said, mark, start, place = (getattr(error, part, None) for part in parts)
+    if mark is None and place is None:
+        return str(error)  # raised here
+    line = mark.line + 1 if mark else text.count("\n", 0, place) + 1
+    reason = next(
+        words for part, words in _PROBLEMS.items() if part in " ".join(filter(None, said))
+    )
+    return f"line {line}: {reason.format(start=start.line + 1 if start else line)}"
 
 
 def dump_yaml(content: Any) -> str:

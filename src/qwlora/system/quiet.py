@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from qwlora.system.machine import SlowComputeWarning
+
+_OF_TORCH = (
+    *("torch.onnx", "torch.onnx._internal.exporter._registration"),
+    *("torch.utils._pytree", "torch._export.non_strict_utils"),
+)
 
 
 def quiet_libraries() -> None:
@@ -21,19 +26,26 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
-    for name in (*of_torch, "accelerate", "torchao"):
+    for name in (*_OF_TORCH, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@contextmanager
-def quiet_import() -> Iterator[None]:
+def quiet_import() -> AbstractContextManager[None]:
     """Silence what torchao, which ExecuTorch installs, prints when transformers imports it."""
     # torchao 0.18 warns of its libraries for other processors, and makes torch 2.13 warn twice.
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = {logger: logger.level for logger in loggers}
+    return _quiet(("torchao", "torch.utils._pytree"))
+
+
+def quiet_export() -> AbstractContextManager[None]:
+    """Silence what torch logs about sizes of 1 and about a missing torchvision."""
+    return _quiet(_OF_TORCH)
+
+
+@contextmanager
+def _quiet(names: Iterable[str]) -> Iterator[None]:
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         yield
     finally:

@@ -404,35 +404,20 @@ def _nearest_schemes(targets: Mapping[str, Target], subject: Subject) -> str:
     return f"The nearest that {' and '.join(targets)} can hold: {changes}. " if changes else ""
 
 
-def table(subject: Subject, chosen: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """A header and a row for each grid: whether targets hold it, or what they need instead. Targets
-    of the recipe, the `chosen` ones, have an asterisk."""
-    yield "grid", "of", *(f"{name}*" if name in chosen else name for name in TARGETS)
+def held_grids(target: Target, subject: Subject) -> Iterator[str]:
+    """The grids of a base as `target` stores them, each with the layers that have it."""
     for name, weight in subject.weights.items():
         if weight.scheme is not None:
-            cells = (_cell(target, weight.scheme, weight, subject) for target in TARGETS.values())
-            yield short_name(weight.scheme), name, *cells
-
-
-def _cell(target: Target, scheme: Scheme, weight: Weight, subject: Subject) -> str:
-    if weight.kind is LayerKind.EMBEDDING and target.limits.has_float_embeddings:
-        return "as floats"
-    if not [*_weights(target, replace(subject, weights={"": weight}))]:
-        held = _integers(target, subject).values()
-        return "not together" if [*_together(target.limits, held)] else "holds"
-    if weight.solver in (None, "keep"):
-        return "cannot"
-    best = nearest(scheme, [target], subject.input_bits)
-    return "other solver" if best == scheme else short_name(best)
+            is_table = weight.kind is LayerKind.EMBEDDING
+            as_floats = is_table and target.limits.has_float_embeddings
+            yield f"{'floats' if as_floats else short_name(weight.scheme)} ({name})"
 
 
 def notes(subject: Subject, chosen: Collection[str]) -> list[str]:
-    """What is below the table: why targets cannot hold the grids, and which programs and chips
-    compute them otherwise or not."""
-    reasons = {name: refusals(target, subject) for name, target in TARGETS.items()}
-    texts = [f"{name}: {'; '.join(why)}" for name, why in reasons.items() if why]
+    """Which programs and chips compute the grids of the chosen targets otherwise, or not."""
+    texts = []
     for_vllm = refusals(replace(TARGETS["hf"], limits=VLLM), subject)
-    if for_vllm and not reasons["hf"]:
+    if "hf" in chosen and for_vllm:
         texts.append(f"hf: vLLM does not compute this base: {'; '.join(for_vllm)}")
     texts += [f"warning: {note}" for note in chip_notes(subject, chosen)]
     if {"gguf", "mlx"} & {*chosen}:

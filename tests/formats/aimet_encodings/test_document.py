@@ -203,7 +203,7 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
 # By version, section and entry: fields, and what is said about them.
 BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
     ("0.6.1", "param_encodings", "channel.weight"): {
-        "bitwidth: is a list; it must be a valid integer": {"bitwidth": 4}
+        "bitwidth: is a list; it must be a whole number": {"bitwidth": 4}
     },
     ("0.6.1", "activation_encodings", "x"): {
         "bitwidth is 33, not from 1 to 32": {"bitwidth": 33},

@@ -60,7 +60,7 @@ from pydantic import (
     model_validator,
 )
 
-from qwlora.errors import EncodingsFileError, shortened
+from qwlora.errors import EncodingsFileError, expected, shortened
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
@@ -213,7 +213,7 @@ def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
     if kind == "value_error":
         reason = problem["ctx"]["error"]
         return reason.problems if isinstance(reason, EncodingsFileError) else (str(reason),)
-    return (f"is {describe(value)}; {problem['msg'].replace('Input should', 'it must')}",)
+    return (f"is {describe(value)}; it must be {expected(problem)}",)
 
 
 def printable(text: str, most: int = 120) -> str:

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from qwlora.errors import SourceError, foreign_as, shortened
+from qwlora.errors import SourceError, foreign_as, problem_text
 from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import QuantizedTensor
@@ -94,10 +94,8 @@ class CompressedTensors(FormatReader):
         try:
             groups = _Settings.model_validate(dict(settings)).config_groups.values()
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            key, value = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
             raise self.settings_error(
-                f"{key} is {value}: {problem['msg']}. Only dense integer weights are read. "
+                f"{problem_text(error.errors()[0])}. Only dense integer weights are read. "
                 "Quantize the float model instead; or, to import the weights with float "
                 "activations, remove the settings of activations and cache from config.json"
             ) from error

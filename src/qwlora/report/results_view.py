@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from qwlora.report.number_format import Format, finite, tagged
+from qwlora.report.number_format import Format, finite, precise_percent, tagged
 from qwlora.targets.registry import TARGETS
 
 REPORT = "report.html"
@@ -152,14 +152,39 @@ class Job:
         is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
-    def drift(self, target: str, adapter: str) -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected."""
-        keys = ("perplexity", "reference_perplexity")
+    def drift(self, target: str, adapter: str, settings: str | None = None) -> float | None:
+        """Relative difference of the exported file's perplexity from what is expected.
+
+        Args:
+            settings: of the keys: `shipped_`, or empty for exact ones. Default: as shipped.
+        """
+        if settings is None:
+            is_other = self.number("parity", target, adapter, "shipped_perplexity") is not None
+            settings = "shipped_" * is_other
+        keys = (f"{settings}perplexity", "reference_perplexity")
         value, expected = (self.number("parity", target, adapter, key) for key in keys)
         # Files that changed since were not measured.
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
+
+    def arithmetic(self, *targets: str, adapter: str | None = None) -> str:
+        """In which arithmetic files compute what was trained, where the runtime rounds otherwise
+        than training; " (in float32 ...)", with the worst of several adapters."""
+        parts = []
+        for target in targets:
+            adapters = self.adapters if adapter is None else [adapter]
+            places = [("parity", target, name) for name in adapters]
+            shares = [self.number(*place, "shipped_top1_agreement") for place in places]
+            rounds, known = TARGETS[target].rounds, [s for s in shares if s is not None]
+            name = f"{runtime(target)}: " if len(targets) > 1 else ""
+            if known:
+                least = f"{'at least ' * (len(known) > 1)}{precise_percent(min(known))}"
+                shipped = f"as shipped, it rounds {rounds}: same likeliest token {least}"
+                parts.append(f"{name}in float32; {shipped}")
+            elif rounds and any(self.number(*place, "trained_perplexity") for place in places):
+                parts.append(f"{name}after rounding {rounds}")
+        return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:
         """The place in the results of the worst `key` of an adapter's proofs, over all targets that

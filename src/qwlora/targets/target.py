@@ -144,6 +144,9 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
+        shipped: how this package runs the files for `generate` and `score`.
+        exact: how `verify` runs them if its limits hold in another arithmetic only.
+        rounds: what the program rounds, and training does not.
         packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
@@ -166,6 +169,9 @@ class Target:
     extra: str
     packages: tuple[str, ...]
     runtime: str = ""
+    shipped: str = "as shipped"
+    exact: str = ""
+    rounds: str = ""
     writers: tuple[str, ...] = ()
     node_packages: tuple[str, ...] = ()
     compilers: tuple[str, str] | None = None
@@ -242,13 +248,14 @@ class Target:
         base, adapter = [f"export/{target}"], [f"export/{target}/{name}"]
         return base if self.has_cases else base + adapter if self.has_base else adapter
 
-    def open(self, bundle: Path, name: str | None = None) -> Runtime:
+    def open(self, bundle: Path, name: str | None = None, as_shipped: bool = False) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
 
         Args:
             bundle: folder of the target.
             name: adapter or use case. None: the base alone, if it has a folder of its own. Empty:
                 `bundle` itself holds the files of one adapter.
+            as_shipped: with the program's own settings, not with exact ones.
 
         Raises:
             SourceError: the folder holds a link, a pipe or a device; or a file, key or value that
@@ -258,14 +265,15 @@ class Target:
             ExportError: the runtime refuses them.
         """
         self.require_packages()
+        opened = self.backend.open_shipped if as_shipped else self.backend.open
         # Runtimes trust their files, so `contents.py` checks these first, and each adapter before
         # the first switch to it.
         if not self.has_base:
             files = self.parts(bundle, str(name))["files"]
             self._check(files, is_base=False)
-            return self.backend.open(files, str(name))
+            return opened(files, str(name))
         self._check(bundle / BASE, is_base=True)
-        runtime = self.backend.open(bundle / BASE, BASE)
+        runtime = opened(bundle / BASE, BASE)
         # Adapters take turns in a proof. Their files are read once.
         runtime.check = cache(partial(self._check, is_base=False))
         if name not in (None, BASE):
@@ -342,11 +350,12 @@ class Rounding(ExitStack):
 
 
 class Runtime(ABC):
-    """A model in its runtime, with exact settings.
+    """A model in its runtime.
 
     Attributes:
         shipped: the same with the program's own settings, if those compute something else.
         switches: whether `use` and `decode` work; else the files are of one adapter or use case.
+        takes_turns: whether caches of several sequences can take turns in `extend`.
         has_layers: whether `run_layers` works.
         process_bytes: most memory that a process of its own had so far.
         check: called with the folder of an adapter before the first switch to it.
@@ -355,6 +364,7 @@ class Runtime(ABC):
     process_bytes = 0
     shipped: Runtime | None = None
     switches = False
+    takes_turns = False
     has_layers = False
     check: Callable[[Path], None] | None = None
 
@@ -386,7 +396,7 @@ class Runtime(ABC):
         import torch
 
         tokens, new = ids, ids
-        cache: Mapping[str, Tensor] = {}
+        cache: Any = {}
         for _ in range(count):
             if self.has_cache:
                 logits, cache = self.extend(new, cache)
@@ -396,8 +406,9 @@ class Runtime(ABC):
             tokens = torch.cat([tokens, new], dim=1)
         return tokens[0, -count:].tolist()
 
-    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """Logits of new tokens, or of the last one alone, and the cache with them, in the
+        runtime's own form; an empty `past` begins a sequence."""
         raise NotImplementedError
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -469,6 +480,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, folder: Path, case: str) -> Runtime:
         """See `Target.open`. The folder holds all files, or of a bundle the base's."""
+
+    def open_shipped(self, folder: Path, case: str) -> Runtime:
+        """`open` with the program's own settings, if those compute something else."""
+        return self.open(folder, case)
 
     def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         """Why the runtime cannot run a model of this configuration, which may be without weights,

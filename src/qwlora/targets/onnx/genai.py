@@ -268,7 +268,7 @@ def operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
 class GenaiRuntime(Runtime):
     """The folder in onnxruntime-genai."""
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
         import onnxruntime_genai
@@ -289,25 +289,31 @@ class GenaiRuntime(Runtime):
         self._active = adapter
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        generator = self._generator(ids, 1)
+        return self.extend(ids, None)[0]
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        generator = past or self._generator()
+        self._append(generator, ids)
         logits = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
-        return logits.view(1, ids.shape[1], -1)
+        return logits.view(1, ids.shape[1], -1), generator
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        generator = self._generator(ids, count)
-        while len(generator.get_sequence(0)) < ids.shape[1] + count:
+        # With a least length, a token that ends a text does not end the decoding.
+        length = ids.shape[1] + count
+        generator = self._generator(max_length=length, min_length=length)
+        self._append(generator, ids)
+        while len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
 
-    def _generator(self, ids: Tensor, count: int) -> Any:
-        # With a least length, a token that ends a text does not end the decoding.
-        options, length = self._genai.GeneratorParams(self._model), ids.shape[1] + count
-        options.set_search_options(
-            max_length=length, min_length=length, do_sample=False, batch_size=1
-        )
+    def _generator(self, **lengths: int) -> Any:
+        options = self._genai.GeneratorParams(self._model)
+        options.set_search_options(**lengths, do_sample=False, batch_size=1)
         generator = self._genai.Generator(self._model, options)
         if self._active is not None:
             generator.set_active_adapter(self._adapters, self._known[self._active])
+        return generator
+
+    def _append(self, generator: Any, ids: Tensor) -> None:
         with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
             generator.append_tokens(ids[0].numpy().astype(np.int32))
-        return generator

@@ -62,7 +62,7 @@ OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 class OnnxModel(Runtime):
     """An exported QDQ model in ONNX Runtime, on the CPU. `switches`: it has inputs for adapters."""
 
-    has_layers = True
+    has_layers = takes_turns = True
 
     def __init__(self, folder: Path, switches: bool = False):
         self.folder, self.switches = folder, switches

@@ -96,7 +96,10 @@ class Openvino(Backend):
         write_peft(exported, folder)
 
     def open(self, folder: Path, case: str) -> OpenvinoRuntime:
-        return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
+        return OpenvinoRuntime(folder, EXACT, self.open_shipped(folder, case))
+
+    def open_shipped(self, folder: Path, case: str) -> OpenvinoRuntime:
+        return OpenvinoRuntime(folder, {})
 
 
 def _name_products(model: Any, paths: dict[str, str]) -> None:
@@ -143,7 +146,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
 class OpenvinoRuntime(Runtime):
     """The folder in OpenVINO, on the CPU, compiled with these `settings`."""
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(
         self, folder: Path, settings: dict[str, str], shipped: OpenvinoRuntime | None = None
@@ -187,22 +190,25 @@ class OpenvinoRuntime(Runtime):
             self.shipped.switch_to(adapter)
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.extend(ids, None)[0]
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         # openvino-genai returns no logits. OpenVINO computes them from the same IR, in a request of
-        # its own with an empty state.
-        request = self._compiled.create_infer_request()
-        rows, tokens = ids.shape
+        # its own, whose state is the cache.
+        request, before = past or (self._compiled.create_infer_request(), 0)
+        rows, tokens = len(ids), before + ids.shape[1]
         factors = {} if self._active is None else self._factors[self._active]
         outputs = request.infer(
             {
                 "input_ids": ids.numpy(),
                 "attention_mask": np.ones((rows, tokens), np.int64),
-                "position_ids": np.arange(tokens)[None].repeat(rows, 0),
+                "position_ids": np.arange(before, tokens)[None].repeat(rows, 0),
                 "beam_idx": np.arange(rows, dtype=np.int32),
                 **self._none,
                 **factors,
             }
         )
-        return torch.from_numpy(outputs["logits"].copy())
+        return torch.from_numpy(outputs["logits"].copy()), (request, tokens)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         import openvino_genai as genai

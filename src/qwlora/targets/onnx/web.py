@@ -82,7 +82,7 @@ def _script(name: str) -> Any:
 class WebRuntime(Runtime):
     """The folder in ONNX Runtime Web, in a process of node."""
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
         self._none = self._adapter = folder.absolute() / NO_ADAPTER
@@ -98,16 +98,22 @@ class WebRuntime(Runtime):
         self._adapter = self._none if adapter is None else adapter.absolute() / ADAPTER
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.extend(ids, False)[0]
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         # A bytearray, since torch warns of buffers that it cannot write to.
-        answer, content = self._ask(ids, 0)
-        return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"])
+        answer, content = self._ask(ids, 0, bool(past))
+        return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"]), True
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         return self._ask(ids, count)[0]["tokens"]
 
-    def _ask(self, ids: Tensor, count: int) -> tuple[dict[str, Any], bytearray]:
+    def _ask(
+        self, ids: Tensor, count: int, follows: bool = False
+    ) -> tuple[dict[str, Any], bytearray]:
         """The answer of `run.mjs` as JSON, and the bytes of logits."""
-        question = {"adapter": str(self._adapter), "ids": ids[0].tolist(), "count": count}
+        question: dict[str, Any] = {"ids": ids[0].tolist(), "count": count, "follows": follows}
+        question["adapter"] = str(self._adapter)
         answer, content = dict[str, Any](), b""
         try:
             self._node.stdin.write(json.dumps(question).encode() + b"\n")

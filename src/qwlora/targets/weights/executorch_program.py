@@ -40,7 +40,7 @@ class _Cache(dict[str, int]):
 class ExecutorchRuntime(Runtime):
     """The program and the adapters in a folder."""
 
-    switches = has_cache = True
+    switches = has_cache = takes_turns = True
 
     def __init__(self, folder: Path):
         self._file, self._adapter, self._dropped = folder.absolute() / MODEL, "", list[int]()

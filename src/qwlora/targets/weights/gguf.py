@@ -125,7 +125,7 @@ class Gguf(Backend):
         # llama.cpp multiplies quantized weights with activations of 8 bits, which no training knows
         # of. So it runs twice: with the same weights as float32, where only rounding may differ,
         # and as shipped, where the difference is llama.cpp's own and only reported.
-        shipped = LlamaRuntime(folder / BASE)
+        shipped = self.open_shipped(folder, case)
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
             reader, writer = _copying(folder / BASE, floats)
@@ -133,6 +133,9 @@ class Gguf(Backend):
             _finish(writer, {t.name: (F32, values(t.data, t.tensor_type)) for t in reader.tensors})
             # llama.cpp has mapped the file when this returns, so it may lose its name
             return LlamaRuntime(floats, shipped)
+
+    def open_shipped(self, folder: Path, case: str) -> LlamaRuntime:
+        return LlamaRuntime(folder / BASE)
 
     def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         try:
@@ -279,13 +282,14 @@ def _log_of_llama() -> tuple[list[str], Any]:
 
 
 class LlamaRuntime(Runtime):
-    """A GGUF file in llama.cpp, on the CPU, with a float32 cache.
+    """A GGUF file in llama.cpp, on the CPU, with its default settings; a float32 copy of a file
+    with a float32 cache and without flash attention.
 
     Args:
         shipped: the file that `path` is a float32 copy of, opened; None if it is not a copy.
     """
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(self, path: Path, shipped: LlamaRuntime | None = None):
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
@@ -296,6 +300,7 @@ class LlamaRuntime(Runtime):
         self._llama.llama_backend_init()
         self._adapters: dict[Path, Any] = {}
         self._active: Path | None = None
+        self._switched: Path | None = None  # in the context, where an invocation comes later
         parameters = self._llama.llama_model_default_params()
         model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
         if model == self._ffi.NULL:
@@ -320,20 +325,17 @@ class LlamaRuntime(Runtime):
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()
-        flat = torch.from_numpy(self._prefill(tokens, self._start(tokens), len(tokens)))
-        return flat.view(1, len(tokens), self._vocabulary)
+        return self._prefill(tokens, self._start(tokens), is_whole=True)
 
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, before, room = ids[0].tolist(), -1, ids.shape[1] + count
-        while len(tokens) < room:
-            # At the first step, or after an invocation was generated, what the cache holds was not
-            # computed with an adapter from `start` on.
-            if (start := self._start(tokens)) == before:
-                logits = self._decode(tokens[-1:], len(tokens) - 1)
-            else:
-                before, logits = start, self._prefill(tokens, start, room)
-            tokens.append(int(logits[-self._vocabulary :].argmax()))
-        return tokens[-count:]
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        before, start = past or ([], -1)
+        new: list[int] = ids[0].tolist()
+        # At first, and after an invocation was generated, what the cache holds was not computed
+        # with an adapter from `start` on.
+        if (now := self._start(tokens := before + new)) != start:
+            return self._prefill(tokens, now), (tokens, now)
+        self._make_room(len(tokens), keep=True)
+        return self._decode(new, len(before)), (tokens, now)
 
     def _start(self, tokens: list[int]) -> int:
         """Where the adapter starts to act: for activated LoRA, at the last occurrence of its
@@ -348,61 +350,74 @@ class LlamaRuntime(Runtime):
         starts = (i for i in range(len(tokens)) if tokens[i : i + size] == invocation)
         return max(starts, default=sys.maxsize)
 
-    def _prefill(self, tokens: list[int], start: int, room: int) -> Any:
+    def _prefill(self, tokens: list[int], start: int, is_whole: bool = False) -> Tensor:
         """`_decode` of a sequence's first tokens, with the adapter from `start` on."""
-        self._make_room(room)
-        logits, position = list[Any](), 0
+        self._make_room(len(tokens))
+        logits, position = list[Tensor](), 0
         for part, adapter in ((tokens[:start], None), (tokens[start:], self._active)):
             if part:
                 self._switch(adapter)
-                logits.append(self._decode(part, position))
+                logits.append(self._decode(part, position, is_whole))
                 position += len(part)
-        return np.concatenate(logits)
+        return torch.cat(logits, 1)
 
-    def _decode(self, tokens: list[int], position: int) -> Any:
-        """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
-        llama = self._llama
-        batch = llama.llama_batch_init(len(tokens), 0, 1)
+    def _decode(self, tokens: list[int], position: int, is_whole: bool = False) -> Tensor:
+        """Logits [1, tokens, vocabulary] of tokens that follow `position` tokens; of the last one
+        unless `is_whole`."""
+        llama, count = self._llama, len(tokens)
+        batch = llama.llama_batch_init(count, 0, 1)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
-            batch.logits[i] = 1
+            batch.logits[i] = is_whole or i == count - 1
             batch.seq_id[i][0] = 0
-        batch.n_tokens = len(tokens)
+        batch.n_tokens = count
         status = llama.llama_decode(self._context, batch)
         llama.llama_batch_free(batch)
         if status:
-            raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
-        size = 4 * len(tokens) * self._vocabulary
+            raise ExportError(f"llama.cpp cannot decode {count} tokens (status {status})")
+        size = 4 * self._vocabulary * (count if is_whole else 1)
         buffer = self._ffi.buffer(llama.llama_get_logits(self._context), size)
-        return np.frombuffer(buffer, dtype=np.float32).copy()
+        flat = torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).copy())
+        return flat.view(1, -1, self._vocabulary)
 
     def _reason(self) -> str:
         return "; ".join(self._errors[-3:]) or "it gives no reason"
 
-    def _make_room(self, tokens: int) -> None:
-        """Provide an empty context for sequences of this length."""
+    def _make_room(self, tokens: int, keep: bool = False) -> None:
+        """Provide a context for sequences of this length: empty, or with what the former holds."""
+        llama, ffi, former = self._llama, self._ffi, self._context
         if tokens <= self._tokens:
-            self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+            if not keep:
+                llama.llama_memory_clear(llama.llama_get_memory(former), True)
             return
-        llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
+        state = ffi.new("uint8_t[]", llama.llama_state_seq_get_size(former, 0) if keep else 0)
+        if keep:  # a text that grows gets twice the room, so that this is rare
+            llama.llama_state_seq_get_data(former, state, len(state), 0)
+            tokens *= 2
         parameters = llama.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = room
-        parameters.n_threads = parameters.n_threads_batch = 1
-        parameters.type_k = parameters.type_v = 0  # float32
-        parameters.flash_attn_type = 0
+        parameters.n_ctx = parameters.n_batch = room = -(-tokens // 256) * 256
+        parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+        if self.shipped is not None:
+            parameters.type_k = parameters.type_v = 0  # float32
+            parameters.flash_attn_type = 0
         # releases the former context, before memory for the new one is taken
-        self._context, self._tokens = self._ffi.NULL, 0
+        self._context, self._tokens, model = ffi.NULL, 0, self._model
+        del former
         context = llama.llama_init_from_model(model, parameters)
-        if context == self._ffi.NULL:
+        if context == ffi.NULL:
             raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
 
         # The default argument keeps the model: llama.cpp must free it after its contexts.
         def release(context: Any, _: Any = model) -> None:
             llama.llama_free(context)
 
-        self._context, self._tokens = self._ffi.gc(context, release), room
+        self._context, self._tokens = ffi.gc(context, release), room
+        if keep:
+            llama.llama_state_seq_set_data(context, state, len(state), 0)
+            self._switch(self._switched)
 
     def _switch(self, adapter: Path | None) -> None:
+        self._switched = adapter
         active = [] if adapter is None else [self._adapters[adapter]]
         pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
         scales = self._ffi.new("float[]", [1.0] * len(active))

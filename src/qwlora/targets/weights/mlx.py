@@ -167,7 +167,7 @@ def _difference(model: PreTrainedModel) -> str | None:
 class MlxRuntime(Runtime):
     """The folder in mlx-lm."""
 
-    switches = True
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
         from mlx_lm.utils import load_model
@@ -184,20 +184,18 @@ class MlxRuntime(Runtime):
                 self._model = load_adapters(self._model, str(adapter))
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self._run(ids)
+
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = past or make_prompt_cache(self._model)
+        return self._run(ids, cache=cache), cache
+
+    def _run(self, ids: Tensor, **cache: Any) -> Tensor:
         import mlx.core as mx
 
         # Modules of MLX begin in training mode, also those of an adapter.
         self._model.eval()
-        computed = self._model(mx.array(ids.numpy().astype(np.int32)))
+        computed = self._model(mx.array(ids.numpy().astype(np.int32)), **cache)
         return torch.from_numpy(np.array(computed.astype(mx.float32)))
-
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache, new = make_prompt_cache(self._model), mx.array(ids.numpy().astype(np.int32))
-        tokens: list[int] = []
-        while len(tokens) < count:
-            new = mx.argmax(self._model(new, cache=cache)[:, -1:], axis=-1)
-            tokens.append(int(new.item()))
-        return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,38 +152,28 @@ class Job:
         is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
-    def drift(self, target: str, adapter: str, settings: str | None = None) -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected.
-
-        Args:
-            settings: of the keys: `shipped_`, or empty for exact ones. Default: as shipped.
-        """
-        if settings is None:
-            is_other = self.number("parity", target, adapter, "shipped_perplexity") is not None
-            settings = "shipped_" * is_other
-        keys = (f"{settings}perplexity", "reference_perplexity")
-        value, expected = (self.number("parity", target, adapter, key) for key in keys)
+    def drift(self, target: str, adapter: str, settings: str = "shipped_") -> float | None:
+        """Relative difference of the exported file's perplexity from what is expected, with the
+        runtime's own settings if these were measured; with empty `settings`, exact."""
+        keys = (f"{settings}perplexity", "perplexity", "reference_perplexity")
+        own, exact, expected = (self.number("parity", target, adapter, key) for key in keys)
+        value = own or exact
         # Files that changed since were not measured.
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
 
-    def arithmetic(self, *targets: str, adapter: str | None = None) -> str:
-        """In which arithmetic files compute what was trained, where the runtime rounds otherwise
-        than training; " (in float32 ...)", with the worst of several adapters."""
+    def arithmetic(self, targets: Sequence[str], adapters: Sequence[str]) -> str:
+        """ " (in float32; as shipped ...)", of targets that compute what was trained in float32
+        only; the worst of several adapters. Else empty."""
         parts = []
         for target in targets:
-            adapters = self.adapters if adapter is None else [adapter]
-            places = [("parity", target, name) for name in adapters]
-            shares = [self.number(*place, "shipped_top1_agreement") for place in places]
-            rounds, known = TARGETS[target].rounds, [s for s in shares if s is not None]
-            name = f"{runtime(target)}: " if len(targets) > 1 else ""
-            if known:
-                least = f"{'at least ' * (len(known) > 1)}{precise_percent(min(known))}"
-                shipped = f"as shipped, it rounds {rounds}: same likeliest token {least}"
-                parts.append(f"{name}in float32; {shipped}")
-            elif rounds and any(self.number(*place, "trained_perplexity") for place in places):
-                parts.append(f"{name}after rounding {rounds}")
+            places = [("parity", target, name, "shipped_top1_agreement") for name in adapters]
+            if shares := [share for p in places if (share := self.number(*p)) is not None]:
+                name = f"{runtime(target)} " * (len(targets) > 1)
+                same = f"{'at least ' * (len(shares) > 1)}{precise_percent(min(shares))}"
+                rounds = f"which rounds {TARGETS[target].rounds}, same likeliest token {same}"
+                parts.append(f"{name}in float32; as shipped, {rounds}")
         return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:

@@ -94,7 +94,6 @@ _simulated = partial(
     activation_bitwidths=(8, 16),  # QuantizeLinear of opset 21
 )
 
-_NOT_ON_DEVICE = "its float graphs with the encodings applied, not on a device"
 _NPU_GRIDS = {"policy": ["npu"], "residual_adds": ["quantize"]}  # every value has a grid
 
 TARGETS: dict[str, Target] = {
@@ -112,7 +111,6 @@ TARGETS: dict[str, Target] = {
         embedding_bits=(16, 32),
     ),
     "aimet": _simulated(
-        shipped=_NOT_ON_DEVICE,
         backend_class="qwlora.targets.npu.float_targets:Aimet",
         layout=Layout.EACH,
         cached_graphs=True,
@@ -123,7 +121,6 @@ TARGETS: dict[str, Target] = {
         limits=AIMET_ENCODINGS,
     ),
     "qairt": _simulated(
-        shipped=_NOT_ON_DEVICE,
         backend_class="qwlora.targets.npu.float_targets:Qairt",
         layout=Layout.CASES,
         cached_graphs=True,
@@ -137,7 +134,6 @@ TARGETS: dict[str, Target] = {
     "qnn": _simulated(
         backend_class="qwlora.targets.npu.qnn:Qnn",
         runtime="HTP emulator",
-        shipped="compiled here, in the emulator of the device",
         compilers=("onnxruntime_qnn", "qnn"),
         layout=Layout.CASES,
         cached_graphs=True,
@@ -159,7 +155,6 @@ TARGETS: dict[str, Target] = {
     "qairt_pipeline": Target(
         backend_class="qwlora.targets.npu.qairt_pipeline:QairtPipeline",
         runtime="transformers",
-        shipped="its float checkpoint, not on a device",
         extra="hf",
         packages=("transformers", "peft"),
         # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
@@ -189,7 +184,6 @@ TARGETS: dict[str, Target] = {
     "executorch": Target(
         backend_class="qwlora.targets.weights.executorch:Executorch",
         runtime="ExecuTorch",
-        rounds="activations to 8 bits",
         extra="executorch",
         packages=("executorch",),
         writers=("executorch",),

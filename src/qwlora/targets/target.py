@@ -144,9 +144,7 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
-        shipped: how this package runs the files for `generate` and `score`.
-        exact: how `verify` runs them if its limits hold in another arithmetic only.
-        rounds: what the program rounds, and training does not.
+        exact, rounds: how `verify` runs files whose program itself rounds; what this rounds.
         packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
@@ -169,7 +167,6 @@ class Target:
     extra: str
     packages: tuple[str, ...]
     runtime: str = ""
-    shipped: str = "as shipped"
     exact: str = ""
     rounds: str = ""
     writers: tuple[str, ...] = ()
@@ -349,13 +346,12 @@ class Rounding(ExitStack):
         return self
 
 
-class Runtime(ABC):
-    """A model in its runtime.
+class Runtime:
+    """A model in its runtime, which defines `logits`, `extend` or both.
 
     Attributes:
         shipped: the same with the program's own settings, if those compute something else.
         switches: whether `use` and `decode` work; else the files are of one adapter or use case.
-        takes_turns: whether caches of several sequences can take turns in `extend`.
         has_layers: whether `run_layers` works.
         process_bytes: most memory that a process of its own had so far.
         check: called with the folder of an adapter before the first switch to it.
@@ -364,16 +360,14 @@ class Runtime(ABC):
     process_bytes = 0
     shipped: Runtime | None = None
     switches = False
-    takes_turns = False
     has_layers = False
     check: Callable[[Path], None] | None = None
 
     @property
     def has_cache(self) -> bool:
-        """Whether `extend` works."""
+        """Whether caches of `extend` can take turns, which a proof compares."""
         return False
 
-    @abstractmethod
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens], none of them masked.
 
@@ -381,6 +375,7 @@ class Runtime(ABC):
             steps: the last tokens to run one by one, where the files are graphs of fixed sizes;
                 the graphs with room take turns.
         """
+        return self.extend(ids, {})[0]
 
     def use(self, adapter: Path | None) -> None:
         """Switch to the adapter in a folder, or to none. Adapters stay loaded."""
@@ -395,21 +390,19 @@ class Runtime(ABC):
         """The `count` likeliest tokens after token ids [1, tokens], one by one."""
         import torch
 
-        tokens, new = ids, ids
-        cache: Any = {}
+        tokens, cache = [ids], dict[str, Any]()
         for _ in range(count):
-            if self.has_cache:
-                logits, cache = self.extend(new, cache)
-            else:
-                logits = self.logits(tokens)
-            new = logits[:, -1:].argmax(-1)
-            tokens = torch.cat([tokens, new], dim=1)
-        return tokens[0, -count:].tolist()
+            logits, cache = self.extend(tokens[-1], cache)
+            tokens.append(logits[:, -1:].argmax(-1))
+        return torch.cat(tokens[1:], 1)[0].tolist()
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """Logits of new tokens, or of the last one alone, and the cache with them, in the
-        runtime's own form; an empty `past` begins a sequence."""
-        raise NotImplementedError
+        """Logits, the last ones those of new tokens or of the last one alone, and the runtime's own
+        cache with them. An empty `past` begins a sequence. Without a cache: of the whole text."""
+        import torch
+
+        tokens = torch.cat([past["ids"], ids], 1) if past else ids
+        return self.logits(tokens), {"ids": tokens}
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every output of a simulation's files by name, given every input by name."""

@@ -146,21 +146,18 @@ class JobModels(OpenJob):
         return True
 
     def what_runs(self, name: ModelName, exact: bool) -> str:
-        """Which files run where, and how, for people; the name alone of a model without files."""
+        """For people: of exported files which run, where and how; else the name alone."""
         if name.kind not in TARGETS:
             return str(name)
         from qwlora.targets.proof.prove import client
 
         target, folder = TARGETS[name.kind], self.folder / "export"
-        program, version = list(client(target).items())[-1]
+        how = "not on the device" if target.chip else (exact and target.exact) or "as shipped"
+        program, version = [*client(target).items()][-1]
+        where = f"{target.runtime or 'ONNX Runtime'} ({program} {version})"
         parts = target.parts(folder / name.kind, str(name.adapter)).values()
-        alone = ((part, [*part.iterdir()]) for part in parts)
-        paths = (files[0] if len(files) == 1 else part for part, files in alone)
-        return (
-            f"{name}, {(exact and target.exact) or target.shipped}: "
-            f"{target.runtime or 'ONNX Runtime'} ({program} {version}), "
-            f"{' with '.join(str(path.relative_to(folder)) for path in paths)}"
-        )
+        files = (next(p.glob("*.gguf"), p) for p in parts)  # which many know by that name
+        return f"{name}, {how}: {where}, {' with '.join(str(f.relative_to(folder)) for f in files)}"
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model. Unless it is `exact`, as in evaluation, packed layers and the output head

@@ -28,15 +28,14 @@ def view(job: Job, adapter: str) -> View | None:
         # The base is in files of its own, or in those of each adapter.
         owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
-        cells, shipped = (parity_cells(job, target, adapter, s) for s in ("", "shipped_"))
-        exact = f"{name}, {TARGETS[target].exact}" if shipped["Perplexity"] else name
-        rows.append({"Runtime": exact, **cells, "Base": base})
-        if shipped["Perplexity"]:
-            rows.append({"Runtime": f"{name}, as shipped", **shipped, "Base": None})
+        for settings, how in (("", TARGETS[target].exact), ("shipped_", "as shipped")):
+            cells = parity_cells(job, target, adapter, settings)
+            if cells["Perplexity"] or not settings:
+                label = ", ".join(filter(None, (name, how)))
+                rows.append({"Runtime": label, **cells, "Base": base})
         of_outcome[outcome_of(evidence)].append(target)
-        of_kind[job.compared_with(target, adapter)].append(
-            f"{name}{job.arithmetic(target, adapter=adapter)}"
-        )
+        arithmetic = job.arithmetic([target], [adapter])
+        of_kind[job.compared_with(target, adapter)].append(name + arithmetic)
         reasons[target] = str(job.get("parity", target, adapter, "not_run") or "not checked")
         if (reason := job.stale.get((target, adapter))) is not None:
             reasons[target] = f"files changed after the check: {reason}"

@@ -268,7 +268,7 @@ def operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
 class GenaiRuntime(Runtime):
     """The folder in onnxruntime-genai."""
 
-    switches = has_cache = True
+    switches = True
 
     def __init__(self, folder: Path):
         import onnxruntime_genai
@@ -288,12 +288,10 @@ class GenaiRuntime(Runtime):
             self._known[adapter] = name
         self._active = adapter
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.extend(ids, None)[0]
-
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         generator = past or self._generator()
-        self._append(generator, ids)
+        with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
+            generator.append_tokens(ids[0].numpy().astype(np.int32))
         logits = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
         return logits.view(1, ids.shape[1], -1), generator
 
@@ -301,7 +299,7 @@ class GenaiRuntime(Runtime):
         # With a least length, a token that ends a text does not end the decoding.
         length = ids.shape[1] + count
         generator = self._generator(max_length=length, min_length=length)
-        self._append(generator, ids)
+        self.extend(ids, generator)
         while len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
@@ -313,7 +311,3 @@ class GenaiRuntime(Runtime):
         if self._active is not None:
             generator.set_active_adapter(self._adapters, self._known[self._active])
         return generator
-
-    def _append(self, generator: Any, ids: Tensor) -> None:
-        with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
-            generator.append_tokens(ids[0].numpy().astype(np.int32))

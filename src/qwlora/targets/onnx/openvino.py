@@ -146,7 +146,7 @@ def _keep_state(openvino: Any, model: Any) -> None:
 class OpenvinoRuntime(Runtime):
     """The folder in OpenVINO, on the CPU, compiled with these `settings`."""
 
-    switches = has_cache = True
+    switches = True
 
     def __init__(
         self, folder: Path, settings: dict[str, str], shipped: OpenvinoRuntime | None = None
@@ -188,9 +188,6 @@ class OpenvinoRuntime(Runtime):
         self._active = adapter
         if self.shipped is not None:
             self.shipped.switch_to(adapter)
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.extend(ids, None)[0]
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         # openvino-genai returns no logits. OpenVINO computes them from the same IR, in a request of

@@ -178,7 +178,7 @@ def prove(
         with one_step(track, "comparing layers"):
             layers = compare_layers(runtime, expected.simulation, {"input_ids": ids}, limits)
         parity = parity.extended(layers.figures, *layers.checks)
-    if runtime.takes_turns and runtime.has_cache:
+    if runtime.has_cache:
         cache = compare_cache(runtime, reference, adapter, others, limits)
         parity = parity.extended({"cache": cache.figures}, *cache.checks)
     if runtime.switches and (others or target.is_simulated):

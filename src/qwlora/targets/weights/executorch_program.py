@@ -40,7 +40,7 @@ class _Cache(dict[str, int]):
 class ExecutorchRuntime(Runtime):
     """The program and the adapters in a folder."""
 
-    switches = has_cache = takes_turns = True
+    switches = has_cache = True
 
     def __init__(self, folder: Path):
         self._file, self._adapter, self._dropped = folder.absolute() / MODEL, "", list[int]()
@@ -58,9 +58,6 @@ class ExecutorchRuntime(Runtime):
 
     def switch_to(self, adapter: Path | None) -> None:
         self._adapter = "" if adapter is None else str(adapter.absolute())
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.extend(ids, {})[0]
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         dropped, self._dropped[:] = [*self._dropped], []

@@ -289,7 +289,7 @@ class LlamaRuntime(Runtime):
         shipped: the file that `path` is a float32 copy of, opened; None if it is not a copy.
     """
 
-    switches = has_cache = True
+    switches = True
 
     def __init__(self, path: Path, shipped: LlamaRuntime | None = None):
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
@@ -300,7 +300,6 @@ class LlamaRuntime(Runtime):
         self._llama.llama_backend_init()
         self._adapters: dict[Path, Any] = {}
         self._active: Path | None = None
-        self._switched: Path | None = None  # in the context, where an invocation comes later
         parameters = self._llama.llama_model_default_params()
         model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
         if model == self._ffi.NULL:
@@ -331,10 +330,10 @@ class LlamaRuntime(Runtime):
         before, start = past or ([], -1)
         new: list[int] = ids[0].tolist()
         # At first, and after an invocation was generated, what the cache holds was not computed
-        # with an adapter from `start` on.
-        if (now := self._start(tokens := before + new)) != start:
+        # with an adapter from `start` on. A text that outgrows the context is read again, too.
+        now = self._start(tokens := before + new)
+        if now != start or len(tokens) > self._tokens:
             return self._prefill(tokens, now), (tokens, now)
-        self._make_room(len(tokens), keep=True)
         return self._decode(new, len(before)), (tokens, now)
 
     def _start(self, tokens: list[int]) -> int:
@@ -383,41 +382,32 @@ class LlamaRuntime(Runtime):
     def _reason(self) -> str:
         return "; ".join(self._errors[-3:]) or "it gives no reason"
 
-    def _make_room(self, tokens: int, keep: bool = False) -> None:
-        """Provide a context for sequences of this length: empty, or with what the former holds."""
-        llama, ffi, former = self._llama, self._ffi, self._context
+    def _make_room(self, tokens: int) -> None:
+        """Provide an empty context for sequences of this length."""
         if tokens <= self._tokens:
-            if not keep:
-                llama.llama_memory_clear(llama.llama_get_memory(former), True)
+            self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
             return
-        state = ffi.new("uint8_t[]", llama.llama_state_seq_get_size(former, 0) if keep else 0)
-        if keep:  # a text that grows gets twice the room, so that this is rare
-            llama.llama_state_seq_get_data(former, state, len(state), 0)
-            tokens *= 2
+        llama, model, is_copy = self._llama, self._model, self.shipped is not None
+        step = 256 if is_copy else 4096  # room for most conversations
         parameters = llama.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = room = -(-tokens // 256) * 256
+        parameters.n_ctx = parameters.n_batch = room = -(-tokens // step) * step
         parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
-        if self.shipped is not None:
+        if is_copy:
             parameters.type_k = parameters.type_v = 0  # float32
             parameters.flash_attn_type = 0
         # releases the former context, before memory for the new one is taken
-        self._context, self._tokens, model = ffi.NULL, 0, self._model
-        del former
+        self._context, self._tokens = self._ffi.NULL, 0
         context = llama.llama_init_from_model(model, parameters)
-        if context == ffi.NULL:
+        if context == self._ffi.NULL:
             raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
 
         # The default argument keeps the model: llama.cpp must free it after its contexts.
         def release(context: Any, _: Any = model) -> None:
             llama.llama_free(context)
 
-        self._context, self._tokens = ffi.gc(context, release), room
-        if keep:
-            llama.llama_state_seq_set_data(context, state, len(state), 0)
-            self._switch(self._switched)
+        self._context, self._tokens = self._ffi.gc(context, release), room
 
     def _switch(self, adapter: Path | None) -> None:
-        self._switched = adapter
         active = [] if adapter is None else [self._adapters[adapter]]
         pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
         scales = self._ffi.new("float[]", [1.0] * len(active))

@@ -127,7 +127,7 @@ class Hf(Backend):
 class TransformersRuntime(Runtime):
     """A base in transformers; adapters by PEFT."""
 
-    switches = has_cache = True
+    switches = True
 
     def __init__(self, model: Any):
         self._model = model  # a PeftModel from the first adapter on

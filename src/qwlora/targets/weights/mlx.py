@@ -167,7 +167,7 @@ def _difference(model: PreTrainedModel) -> str | None:
 class MlxRuntime(Runtime):
     """The folder in mlx-lm."""
 
-    switches = has_cache = True
+    switches = True
 
     def __init__(self, folder: Path):
         from mlx_lm.utils import load_model
@@ -183,19 +183,12 @@ class MlxRuntime(Runtime):
             with foreign_as(ExportError, f"mlx-lm cannot load {str(adapter)!r}"):
                 self._model = load_adapters(self._model, str(adapter))
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self._run(ids)
-
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = past or make_prompt_cache(self._model)
-        return self._run(ids, cache=cache), cache
-
-    def _run(self, ids: Tensor, **cache: Any) -> Tensor:
         import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
 
         # Modules of MLX begin in training mode, also those of an adapter.
         self._model.eval()
-        computed = self._model(mx.array(ids.numpy().astype(np.int32)), **cache)
-        return torch.from_numpy(np.array(computed.astype(mx.float32)))
+        cache = past or make_prompt_cache(self._model)
+        computed = self._model(mx.array(ids.numpy().astype(np.int32)), cache=cache)
+        return torch.from_numpy(np.array(computed.astype(mx.float32))), cache

@@ -144,7 +144,7 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
-        exact, rounds: how `verify` runs files whose program itself rounds; what this rounds.
+        exact, rounds: how `verify` runs files whose program itself rounds; what it rounds to.
         packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.

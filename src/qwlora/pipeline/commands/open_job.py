@@ -152,6 +152,7 @@ class JobModels(OpenJob):
         from qwlora.targets.proof.prove import client
 
         target, folder = TARGETS[name.kind], self.folder / "export"
+        target.require_packages()
         how = "not on the device" if target.chip else (exact and target.exact) or "as shipped"
         program, version = [*client(target).items()][-1]
         where = f"{target.runtime or 'ONNX Runtime'} ({program} {version})"

@@ -67,7 +67,8 @@ def parity_cells(job: Job, target: str, adapter: str, settings: str = "") -> dic
     """How far an adapter's exported files are from what is expected, see `Job.drift`; nothing if
     they changed. Shipped settings are not checked."""
     place, drift = ("parity", target, adapter), job.drift(target, adapter, settings)
-    is_passed = None if settings else job.get(*place, "passed")
+    is_passed = job.get(*place, "passed")
+    check = None if is_passed is None else "passed" if is_passed else "failed"
     cells: dict[str, Cell] = {
         "Perplexity": job.shown(three_decimals, *place, f"{settings}perplexity"),
         "Expected": job.shown(three_decimals, *place, "reference_perplexity"),
@@ -78,6 +79,6 @@ def parity_cells(job: Job, target: str, adapter: str, settings: str = "") -> dic
         "Same token": job.shown(precise_percent, *place, f"{settings}top1_agreement"),
         "Noise floor": job.shown(precise_percent, *place, "floor_top1_agreement"),
         "Worst layer, steps": job.shown(fixed, *place, "worst_layer_steps"),
-        "Check": None if is_passed is None else "passed" if is_passed else "failed",
+        "Check": "reported" if settings else check,
     }
     return dict.fromkeys(cells) if (target, adapter) in job.stale else cells

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,10 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
-from qwlora.pipeline.commands.open_job import JobModels
+from qwlora.pipeline.commands.open_job import JobModels, ModelName, evaluate_tasks
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import Target
+from qwlora.targets.weights.hf import Hf
+from targets.proof.toy_runtime import TableRuntime
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -146,6 +151,57 @@ def test_an_answer_ends_at_the_last_position(job: Path) -> None:
     assert "8 tokens" in qwlora(*generate, "--raw", "--max-new-tokens", 50).stderr
     said = refused("generate", job, "a" * 128, "--raw")
     assert "the prompt has 128 tokens, but the model has positions for 128" in said
+
+
+@pytest.mark.parametrize(("option", "how"), [((), "as shipped"), (("--exact",), "a float32 copy")])
+def test_exported_files_run_as_shipped_unless_exact(
+    job: Path, option: tuple[str, ...], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that run are named before they answer."""
+    copied = replace(TARGETS["hf"], exact="a float32 copy")
+    opened = list[str]()
+    for way in ("open", "open_shipped"):
+        monkeypatch.setattr(
+            Hf, way, lambda *_, way=way: opened.append(way) or TableRuntime({"": torch.eye(300)})
+        )
+    monkeypatch.setattr(TableRuntime, "switch_to", lambda *_: None)
+    monkeypatch.setitem(TARGETS, "hf", copied)
+    said = qwlora("generate", job, PROMPT, "--models", "hf", "--max-new-tokens", 1, *option).stderr
+    where = r"transformers \(compressed-tensors [\d.]+\), hf/base with hf/first \.\.\.\n"
+    assert re.match(rf"loading hf/first, {how}: {where}", said)
+    assert opened == ["open" if option else "open_shipped"]
+
+
+def test_scores_are_of_exact_models_and_of_files_as_shipped(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, said, harness = list[tuple[str, bool]](), list[str](), "qwlora.analysis.task_harness"
+    monkeypatch.setattr(
+        JobModels, "open", lambda _, name, exact=False: opened.append((str(name), exact))
+    )
+    monkeypatch.setattr(f"{harness}.load_tasks", lambda _: {})
+    monkeypatch.setattr(f"{harness}.score_tasks", lambda *_: {})
+    evaluate_tasks(job, "t", "base,onnx/first,hf/first", say=said.append)
+    assert opened == [("base", True), ("onnx/first", False), ("hf/first", False)]
+    assert "hf/first, as shipped: transformers" in said[2]
+
+
+def test_gguf_files_are_named(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(job / "recipe.yaml", tmp_path)
+    for file in ("base/base.gguf", "first/adapter.gguf"):
+        (tmp_path / "export/gguf" / file).parent.mkdir(parents=True)
+        (tmp_path / "export/gguf" / file).touch()
+    monkeypatch.setattr("qwlora.targets.proof.prove.client", lambda _: {"bindings": "0.3"})
+    monkeypatch.setattr(Target, "require_packages", lambda _: None)
+    job_models, name = JobModels(tmp_path), ModelName("gguf", "first")
+    files = "llama.cpp (bindings 0.3), gguf/base/base.gguf with gguf/first/adapter.gguf"
+    assert job_models.what_runs(name, exact=False) == f"gguf/first, as shipped: {files}"
+    exact = f"gguf/first, a float32 copy of its values: {files}"
+    assert job_models.what_runs(name, exact=True) == exact
+    assert job_models.what_runs(ModelName("base"), exact=False) == "base"
+    assert "qairt/none, not on the device: " in job_models.what_runs(
+        ModelName("qairt", "none"), exact=True
+    )
 
 
 UNKNOWN = {

@@ -178,6 +178,26 @@ def test_a_figure_has_one_source() -> None:
     assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
 
 
+def test_exact_and_shipped_figures_are_next_to_each_other() -> None:
+    results = results_of("finished")
+    proof = {**results["parity"]["onnx"]["first"], "of": "trained", "reference_perplexity": 50.0}
+    own = {"perplexity": 50.5, "top1_agreement": 0.9629, "max_log_prob_difference": 0.963}
+    exact = {"perplexity": 50.0, "top1_agreement": 1.0, "max_log_prob_difference": 1e-4}
+    shipped = {f"shipped_{key}": value for key, value in own.items()}
+    results["parity"] = {"gguf": {"first": {**proof, **exact, **shipped}}}
+    job = job_of("finished", results)
+    html = render(replace(job, recipe={**job.recipe, "export": {"targets": ["gguf"]}}))
+    rows = [re.sub(r"(<[^>]*>\s*)+", "|", row) for row in html.split("<tr")]
+    (copied,) = (row for row in rows if "llama.cpp, a float32 copy of its values" in row)
+    (as_shipped,) = (row for row in rows if "llama.cpp, as shipped" in row)
+    assert "|50.000|50.000|0.00%|0.000100|100.00%|" in copied
+    assert "|passed|" in copied
+    assert "|50.500|50.000|1.00%|0.963|96.29%|" in as_shipped
+    assert "|reported|" in as_shipped
+    assert "llama.cpp in float32; as shipped 96.29%" in html
+    assert "+1.00%" in html  # what shipping costs
+
+
 def test_a_finished_page_has_no_absolute_path() -> None:
     job, results = job_of("finished"), results_of("finished")
     results["run"]["command"] = "qwlora run /home/me/job"

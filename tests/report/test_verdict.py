@@ -37,9 +37,12 @@ def judged(**changes: Any) -> Verdict:
 
 def two(stale: Any = None, **changes: Any) -> Verdict:
     """The verdict of a job of two adapters, `words` and `digits`, with changes by dotted key."""
+    return verdict(job_of("two", changed(two_results(), changes), stale=stale or {}))
+
+
+def two_results() -> dict[str, Any]:
     enough = {f"parity__onnx__{name}__tokens": 9 * FEW_TOKENS for name in ("words", "digits")}
-    results = changed(results_of("two"), enough | changes)
-    return verdict(job_of("two", results, stale=stale or {}))
+    return changed(results_of("two"), enough)
 
 
 def gain(reference: str, before: float, after: float, **ratio: float) -> dict[str, Any]:
@@ -144,6 +147,8 @@ def test_files_that_changed_after_the_check_are_not_proven() -> None:
 
 BOTH = finished()["parity"]["onnx"]
 PROOF = BOTH["first"]
+SHIPPED = {**PROOF, "of": "trained", "shipped_perplexity": 54.67, "shipped_top1_agreement": 0.9629}
+OWN = "as shipped, with 8-bit activations: 96.29% same likeliest token"
 NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
 
 
@@ -151,6 +156,9 @@ NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
     ("parity", "kind", "words"),
     [
         ({"hf": {"first": {**PROOF, "of": "trained"}}}, SHIP, "computes what you trained"),
+        ({"gguf": {"first": SHIPPED}}, SHIP, f"what you trained (in float32; {OWN}) and beats"),
+        ({"gguf": {"first": {**SHIPPED, **NOT_RUN}}}, NOT_PROVEN, "by 86.7% on held-out text, but"),
+        ({"gguf": {"first": SHIPPED}, "hf": BOTH}, SHIP, f"trained (llama.cpp in float32; {OWN}),"),
         ({"mlx": {"first": NOT_RUN}}, NOT_PROVEN, "was not checked in MLX"),
         ({}, NOT_PROVEN, "no export target"),
         ({"onnx": BOTH, "hf": BOTH}, SHIP, "Both exported files compute what you trained, and"),
@@ -222,6 +230,19 @@ def test_every_adapter_counts(
     assert words.replace("NAME", name) in found.sentence
     if kind is DO_NOT_SHIP:
         assert any("1 of 2" in str(item.value) for item in found.evidence)
+
+
+def test_of_several_adapters_the_least_agreement_as_shipped_is_claimed() -> None:
+    onnx = two_results()["parity"]["onnx"]
+    shares = {"words": 0.98, "digits": 0.97}
+    parity = {n: {**onnx[n], "shipped_top1_agreement": share} for n, share in shares.items()}
+    job = job_of("two", changed(two_results(), {"parity": {"gguf": parity}}))
+    found = verdict(replace(job, recipe={**job.recipe, "export": {"targets": ["gguf"]}}))
+    least = "(in float32; as shipped, with 8-bit activations: at least 97.00% same likeliest token)"
+    assert least in found.sentence
+    assert f"llama.cpp computes what was trained {least}: words and digits" in [
+        str(item.what) for item in found.evidence
+    ]
 
 
 @pytest.mark.parametrize("names", [("words", "digits"), ("digits", "words")])

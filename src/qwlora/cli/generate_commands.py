@@ -42,8 +42,8 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute exactly as evaluation does, not with products in bfloat16, which are several "
-        "times as fast.",
+        help="Compute exactly as evaluation and verify do: without products in bfloat16, which are "
+        "several times as fast; target gguf as a float32 copy, openvino in float32.",
     ),
 ]
 
@@ -174,7 +174,7 @@ def score(
 def _open(
     job: JobModels, name: ModelName, exact: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    _say(f"loading {name} ...")
+    _say(f"loading {job.what_runs(name, exact)} ...")
     # Within a display, what libraries print goes to standard error, not into the answer.
     with ProgressDisplay(quiet=True):
         return job.open(name, exact), job.tokenizer(name)

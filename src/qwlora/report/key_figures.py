@@ -134,6 +134,8 @@ def _same_token(job: Job, adapter: str) -> Tile:
         return Tile("Same likeliest token", SAME_TOKEN, None, _add(job, "verify"))
     floor = job.number(*path[:-1], "floor_top1_agreement")
     note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
+    if (shipped := job.number(*path[:-1], "shipped_top1_agreement")) is not None:
+        note = f"{runtime(path[1])} in float32; as shipped {precise_percent(shipped)}"
     value, share = job.shown(precise_percent, *path), job.number(*path) or 0.0
     return Tile("Same likeliest token", SAME_TOKEN, value, note, badness=-share)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from qwlora.report.number_format import Format, finite, tagged
+from qwlora.report.number_format import Format, finite, precise_percent, tagged
 from qwlora.targets.registry import TARGETS
 
 REPORT = "report.html"
@@ -167,14 +167,29 @@ class Job:
         is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
-    def drift(self, target: str, adapter: str) -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected."""
-        keys = ("perplexity", "reference_perplexity")
-        value, expected = (self.number("parity", target, adapter, key) for key in keys)
+    def drift(self, target: str, adapter: str, settings: str = "shipped_") -> float | None:
+        """Relative difference of the exported file's perplexity from what is expected, with the
+        runtime's own settings if these were measured; with empty `settings`, exact."""
+        keys = (f"{settings}perplexity", "perplexity", "reference_perplexity")
+        own, exact, expected = (self.number("parity", target, adapter, key) for key in keys)
+        value = own or exact
         # Files that changed since were not measured.
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
+
+    def arithmetic(self, targets: Sequence[str], adapters: Sequence[str]) -> str:
+        """ " (in float32; as shipped ...)", of targets that compute what was trained in float32
+        only; the worst of several adapters. Else empty."""
+        parts = []
+        for target in targets:
+            places = [("parity", target, name, "shipped_top1_agreement") for name in adapters]
+            if shares := [share for p in places if (share := self.number(*p)) is not None]:
+                name = f"{runtime(target)} " * (len(targets) > 1)
+                same = f"{'at least ' * (len(shares) > 1)}{precise_percent(min(shares))}"
+                shipped = f"as shipped, with {TARGETS[target].rounds}: {same} same likeliest token"
+                parts.append(f"{name}in float32; {shipped}")
+        return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:
         """The place in the results of the worst `key` of an adapter's proofs, over all targets that

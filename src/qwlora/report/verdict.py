@@ -173,7 +173,8 @@ def _of_target(job: Job, target: str) -> Iterator[Evidence]:
         failed = [name for name in proofs if outcomes[name] is Outcome.FAILED]
         yield Evidence(
             outcome_of(item for evidence in proofs.values() for item in evidence),
-            f"{runtime(target)} computes what was trained: {listed(passed) or 'no adapter yet'}",
+            f"{runtime(target)} computes what was trained{job.arithmetic([target], passed)}: "
+            f"{listed(passed) or 'no adapter yet'}",
             f"{len(passed)} of {len(proofs)}",
             "passed",
             f"{listed(sorted(failed))} did not pass",
@@ -288,6 +289,7 @@ def _strongest_fact(job: Job, is_proven: bool) -> str:
     overs, plain = job.gains("reference"), "The job is finished"
     if is_proven:
         plain = f"{few.get(files, f'All {files} exported files compute')} what you trained"
+        plain += job.arithmetic(job.targets, job.adapters)
     if overs and max(overs.values()) <= MOST_OVER:
         most, are_several = max(overs.values()), len(overs) > 1
         side, bound = ("over", "at most ") if most > 0 else ("under", "at least ")

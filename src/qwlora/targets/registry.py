@@ -206,6 +206,8 @@ TARGETS: dict[str, Target] = {
     "gguf": Target(
         backend_class="qwlora.targets.weights.gguf:Gguf",
         runtime="llama.cpp",
+        exact="a float32 copy of its values",
+        rounds="8-bit activations",
         extra="llamacpp",
         packages=("gguf", "llama_cpp_py_sync"),
         writers=("gguf",),
@@ -226,8 +228,10 @@ TARGETS: dict[str, Target] = {
     "openvino": Target(
         backend_class="qwlora.targets.onnx.openvino:Openvino",
         runtime="OpenVINO",
+        exact="with float32 settings",
+        rounds="8-bit activations on some processors",
         extra="openvino",
-        packages=("openvino", "openvino_genai", "openvino_tokenizers"),
+        packages=("openvino_tokenizers", "openvino_genai", "openvino"),
         writers=(*_ONNX, "openvino", "openvino_tokenizers"),
         limits=OPENVINO,
     ),

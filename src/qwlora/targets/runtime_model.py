@@ -16,11 +16,12 @@ from qwlora.targets.target import Runtime
 def runtime_model(runtime: Runtime, like: PreTrainedModel) -> SimulatedModel:
     """A model with the configuration of `like` whose logits `runtime` computes."""
     ids = torch.empty(1, 0, dtype=torch.int64)  # of the last call for one token
-    cache: dict[str, Tensor] = {}
+    cache: Any = {}
 
     def run(input_ids: Tensor, logits_to_keep: int | Tensor = 0, **_: Any) -> CausalLMOutput:
         nonlocal ids, cache
-        if logits_to_keep != 1 or not runtime.has_cache:
+        if logits_to_keep != 1:
+            ids, cache = ids[:, :0], {}  # a runtime with one cache uses it for this sequence
             return CausalLMOutput(logits=runtime.logits(input_ids))
         # Greedy decoding repeats the text with one more token, which is all that is new to the
         # cache. After any other text, the cache is of no use.

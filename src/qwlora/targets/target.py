@@ -144,6 +144,7 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
+        exact, rounds: how `verify` runs files whose program itself rounds; what it rounds to.
         packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
@@ -168,6 +169,8 @@ class Target:
     extra: str
     packages: tuple[str, ...]
     runtime: str = ""
+    exact: str = ""
+    rounds: str = ""
     writers: tuple[str, ...] = ()
     node_packages: tuple[str, ...] = ()
     compilers: tuple[str, str] | None = None
@@ -245,13 +248,14 @@ class Target:
         base, adapter = [f"export/{target}"], [f"export/{target}/{name}"]
         return base if self.has_cases else base + adapter if self.has_base else adapter
 
-    def open(self, bundle: Path, name: str | None = None) -> Runtime:
+    def open(self, bundle: Path, name: str | None = None, as_shipped: bool = False) -> Runtime:
         """The files in the target's runtime, with an adapter or as a use case.
 
         Args:
             bundle: folder of the target.
             name: adapter or use case. None: the base alone, if it has a folder of its own. Empty:
                 `bundle` itself holds the files of one adapter.
+            as_shipped: with the program's own settings, not with exact ones.
 
         Raises:
             SourceError: the folder holds a link, a pipe or a device; or a file, key or value that
@@ -261,14 +265,15 @@ class Target:
             ExportError: the runtime refuses them.
         """
         self.require_packages()
+        opened = self.backend.open_shipped if as_shipped else self.backend.open
         # Runtimes trust their files, so `contents.py` checks these first, and each adapter before
         # the first switch to it.
         if not self.has_base:
             files = self.parts(bundle, str(name))["files"]
             self._check(files, is_base=False)
-            return self.backend.open(files, str(name))
+            return opened(files, str(name))
         self._check(bundle / BASE, is_base=True)
-        runtime = self.backend.open(bundle / BASE, BASE)
+        runtime = opened(bundle / BASE, BASE)
         # Adapters take turns in a proof. Their files are read once.
         runtime.check = cache(partial(self._check, is_base=False))
         if name not in (None, BASE):
@@ -344,8 +349,8 @@ class Rounding(ExitStack):
         return self
 
 
-class Runtime(ABC):
-    """A model in its runtime, with exact settings.
+class Runtime:
+    """A model in its runtime, which defines `logits`, `extend` or both.
 
     Attributes:
         shipped: the same with the program's own settings, if those compute something else.
@@ -363,10 +368,9 @@ class Runtime(ABC):
 
     @property
     def has_cache(self) -> bool:
-        """Whether `extend` works."""
+        """Whether caches of `extend` can take turns, which a proof compares."""
         return False
 
-    @abstractmethod
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens], none of them masked.
 
@@ -374,6 +378,7 @@ class Runtime(ABC):
             steps: the last tokens to run one by one, where the files are graphs of fixed sizes;
                 the graphs with room take turns.
         """
+        return self.extend(ids, {})[0]
 
     def use(self, adapter: Path | None) -> None:
         """Switch to the adapter in a folder, or to none. Adapters stay loaded."""
@@ -388,20 +393,19 @@ class Runtime(ABC):
         """The `count` likeliest tokens after token ids [1, tokens], one by one."""
         import torch
 
-        tokens, new = ids, ids
-        cache: Mapping[str, Tensor] = {}
+        tokens, cache = [ids], dict[str, Any]()
         for _ in range(count):
-            if self.has_cache:
-                logits, cache = self.extend(new, cache)
-            else:
-                logits = self.logits(tokens)
-            new = logits[:, -1:].argmax(-1)
-            tokens = torch.cat([tokens, new], dim=1)
-        return tokens[0, -count:].tolist()
+            logits, cache = self.extend(tokens[-1], cache)
+            tokens.append(logits[:, -1:].argmax(-1))
+        return torch.cat(tokens[1:], 1)[0].tolist()
 
-    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
-        raise NotImplementedError
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """Logits, the last ones those of new tokens or of the last one alone, and the runtime's own
+        cache with them. An empty `past` begins a sequence. Without a cache: of the whole text."""
+        import torch
+
+        tokens = torch.cat([past["ids"], ids], 1) if past else ids
+        return self.logits(tokens), {"ids": tokens}
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every output of a simulation's files by name, given every input by name."""
@@ -472,6 +476,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, folder: Path, case: str) -> Runtime:
         """See `Target.open`. The folder holds all files, or of a bundle the base's."""
+
+    def open_shipped(self, folder: Path, case: str) -> Runtime:
+        """`open` with the program's own settings, if those compute something else."""
+        return self.open(folder, case)
 
     def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         """Why the runtime cannot run a model of this configuration, which may be without weights,

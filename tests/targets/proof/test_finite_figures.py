@@ -23,7 +23,7 @@ from qwlora.system import strict_json
 from qwlora.targets.npu import qnn
 from qwlora.targets.proof.checks import LIMITS, Parity, only_finite, verdict
 from qwlora.targets.proof.compare import compare_cache, compare_outputs
-from qwlora.targets.proof.prove import fitting, proven
+from qwlora.targets.proof.prove import fitting, proven, results_of
 from qwlora.targets.proof.readme import proof_table
 from qwlora.targets.proof.reference import Reference, compare_first, logits_of, make_reference
 from qwlora.targets.registry import TARGETS
@@ -165,6 +165,15 @@ def test_a_proof_shows_what_is_not_finite_and_checks_nothing_as_shipped(name: st
     record, table = record_of(LOGITS, BROKEN[name])
     assert record["passed"], record["problems"]
     assert "not finite" in table
+
+
+def test_results_have_figures_as_shipped_next_to_exact_ones() -> None:
+    record, _ = record_of(LOGITS, 1.5 * LOGITS)
+    found = results_of(TARGETS["hf"], record, has_proof=True)
+    own = record["figures"]["shipped"]["adapter"]
+    for key in ("perplexity", "top1_agreement", "kl_divergence", "max_log_prob_difference"):
+        assert found[f"shipped_{key}"] == own[key]
+    assert found["shipped_kl_divergence"] > 100 * found["kl_divergence"]
 
 
 RANDOM = torch.Generator().manual_seed(7)

@@ -24,7 +24,7 @@ from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import Backend, ExportedBase
+from qwlora.targets.target import Backend, ExportedBase, Runtime
 from simulation.tiny_architectures import DECODER
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
@@ -108,7 +108,7 @@ def test_the_runtime_computes_base_and_adapters(
         whole = torch.cat([IDS[:1], torch.tensor([tokens])], dim=1)
         with torch.no_grad(), kind.rounding(adapted) or nullcontext():
             likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
-        assert tokens == likeliest.tolist()
+        assert tokens == likeliest.tolist() == Runtime.decode(runtime, IDS[:1], 4)
     second, rounding = tmp_path / "second", kind.rounding(adapted)
     wrong = verify_weights(runtime, adapted, second, as_sequences(IDS), rounding)
     assert any("with the adapter" in problem for problem in wrong.problems)

@@ -145,9 +145,25 @@ class JobModels(OpenJob):
         self.require(f"calibrate/{adapter}")
         return True
 
+    def what_runs(self, name: ModelName, exact: bool) -> str:
+        """For people: of exported files which run, where and how; else the name alone."""
+        if name.kind not in TARGETS:
+            return str(name)
+        from qwlora.targets.proof.prove import client
+
+        target, folder = TARGETS[name.kind], self.folder / "export"
+        target.require_packages()
+        how = "not on the device" if target.chip else (exact and target.exact) or "as shipped"
+        program, version = [*client(target).items()][-1]
+        where = f"{target.runtime or 'ONNX Runtime'} ({program} {version})"
+        parts = target.parts(folder / name.kind, str(name.adapter)).values()
+        files = (next(p.glob("*.gguf"), p) for p in parts)  # which many know by that name
+        return f"{name}, {how}: {where}, {' with '.join(str(f.relative_to(folder)) for f in files)}"
+
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model. Unless it is `exact`, as in evaluation, packed layers and the output head
-        may use torch's integer kernels (`nn/few_row_kernels.py`)."""
+        may use torch's integer kernels (`nn/few_row_kernels.py`), and exported files run as they
+        are shipped."""
         self.check(name)
         if name.kind in ("simulated", *TARGETS):
             self.require(name.made_by)
@@ -160,7 +176,8 @@ class JobModels(OpenJob):
         if name.kind in TARGETS:
             from qwlora.targets.runtime_model import runtime_model
 
-            runtime = TARGETS[name.kind].open(self.folder / "export" / name.kind, name.adapter)
+            bundle = self.folder / "export" / name.kind
+            runtime = TARGETS[name.kind].open(bundle, name.adapter, as_shipped=not exact)
             return runtime_model(runtime, context.skeleton())
         from qwlora.adapter.training_step import fuse_lora_
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
@@ -250,7 +267,8 @@ def evaluate_tasks(
 
     loaded = load_tasks(_split(tasks))
     for name in chosen:
-        model = job.open(name, exact=True)
+        say(job.what_runs(name, exact=False))
+        model = job.open(name, exact=name.kind not in TARGETS)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
         # Memory holds one model at a time. Scores are stored after each: the next may take hours.
         del model

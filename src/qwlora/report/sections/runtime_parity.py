@@ -6,11 +6,12 @@ The checks of a single adapter are under the verdict.
 from __future__ import annotations
 
 from qwlora.errors import size
-from qwlora.report.number_format import fixed, precise_percent, three_decimals
+from qwlora.report.number_format import fixed, precise_percent, significant, three_decimals
 from qwlora.report.results_view import Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
 from qwlora.system.parameter_names import BASE
+from qwlora.targets.registry import TARGETS
 
 QUESTION = "Does each runtime compute what was trained?"
 
@@ -28,10 +29,14 @@ def view(job: Job, adapter: str) -> View | None:
         owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
         bits: Cell = job.shown(fixed, "export", target, owner, "bits_per_weight")
-        cells = parity_cells(job, target, adapter)
-        rows.append({"Runtime": name, **cells, "Base": base, "Bits per weight": bits})
+        for settings, how in (("", TARGETS[target].exact), ("shipped_", "as shipped")):
+            cells = parity_cells(job, target, adapter, settings)
+            if cells["Perplexity"] or not settings:
+                label = ", ".join(filter(None, (name, how)))
+                rows.append({"Runtime": label, **cells, "Base": base, "Bits per weight": bits})
         of_outcome[outcome_of(evidence)].append(target)
-        of_kind[job.compared_with(target, adapter)].append(name)
+        arithmetic = job.arithmetic([target], [adapter])
+        of_kind[job.compared_with(target, adapter)].append(name + arithmetic)
         reasons[target] = str(job.get("parity", target, adapter, "not_run") or "not checked")
         if (reason := job.stale.get((target, adapter))) is not None:
             reasons[target] = f"files changed after the check: {reason}"
@@ -59,17 +64,22 @@ def view(job: Job, adapter: str) -> View | None:
     }
 
 
-def parity_cells(job: Job, target: str, adapter: str) -> dict[str, Cell]:
-    """How far an adapter's exported files are from what is expected; nothing if they changed."""
-    place, drift = ("parity", target, adapter), job.drift(target, adapter)
+def parity_cells(job: Job, target: str, adapter: str, settings: str = "") -> dict[str, Cell]:
+    """How far an adapter's exported files are from what is expected, see `Job.drift`; nothing if
+    they changed. Shipped settings are not checked."""
+    place, drift = ("parity", target, adapter), job.drift(target, adapter, settings)
     is_passed = job.get(*place, "passed")
+    check = None if is_passed is None else "passed" if is_passed else "failed"
     cells: dict[str, Cell] = {
-        "Perplexity": job.shown(three_decimals, *place, "perplexity"),
+        "Perplexity": job.shown(three_decimals, *place, f"{settings}perplexity"),
         "Expected": job.shown(three_decimals, *place, "reference_perplexity"),
         "Off by": None if drift is None else precise_percent(abs(drift)),
-        "Same token": job.shown(precise_percent, *place, "top1_agreement"),
+        "Log-probability off by": job.shown(
+            significant, *place, f"{settings}max_log_prob_difference"
+        ),
+        "Same token": job.shown(precise_percent, *place, f"{settings}top1_agreement"),
         "Noise floor": job.shown(precise_percent, *place, "floor_top1_agreement"),
         "Worst layer, steps": job.shown(fixed, *place, "worst_layer_steps"),
-        "Check": None if is_passed is None else "passed" if is_passed else "failed",
+        "Check": "reported" if settings else check,
     }
     return dict.fromkeys(cells) if (target, adapter) in job.stale else cells

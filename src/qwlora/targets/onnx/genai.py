@@ -288,26 +288,26 @@ class GenaiRuntime(Runtime):
             self._known[adapter] = name
         self._active = adapter
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        generator = self._generator(ids, 1)
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        generator = past or self._generator()
+        with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
+            generator.append_tokens(ids[0].numpy().astype(np.int32))
         logits = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
-        return logits.view(1, ids.shape[1], -1)
+        return logits.view(1, ids.shape[1], -1), generator
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        generator = self._generator(ids, count)
-        while len(generator.get_sequence(0)) < ids.shape[1] + count:
+        # With a least length, a token that ends a text does not end the decoding.
+        length = ids.shape[1] + count
+        generator = self._generator(max_length=length, min_length=length)
+        self.extend(ids, generator)
+        while len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
 
-    def _generator(self, ids: Tensor, count: int) -> Any:
-        # With a least length, a token that ends a text does not end the decoding.
-        options, length = self._genai.GeneratorParams(self._model), ids.shape[1] + count
-        options.set_search_options(
-            max_length=length, min_length=length, do_sample=False, batch_size=1
-        )
+    def _generator(self, **lengths: int) -> Any:
+        options = self._genai.GeneratorParams(self._model)
+        options.set_search_options(**lengths, do_sample=False, batch_size=1)
         generator = self._genai.Generator(self._model, options)
         if self._active is not None:
             generator.set_active_adapter(self._adapters, self._known[self._active])
-        with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
-            generator.append_tokens(ids[0].numpy().astype(np.int32))
         return generator

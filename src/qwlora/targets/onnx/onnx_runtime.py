@@ -103,6 +103,8 @@ class OnnxModel(Runtime):
         return run_session(self.session, tensors, self._options, ["logits"])["logits"]
 
     def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.has_cache:
+            return super().extend(ids, past)
         before = next(iter(past.values())).shape[2] if past else 0
         count = before + ids.shape[1]
         outputs = self.run({IDS: ids, MASK: ids.new_ones(len(ids), count), **past})

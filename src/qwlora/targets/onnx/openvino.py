@@ -96,7 +96,10 @@ class Openvino(Backend):
         write_peft(exported, folder)
 
     def open(self, folder: Path, case: str) -> OpenvinoRuntime:
-        return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
+        return OpenvinoRuntime(folder, EXACT, self.open_shipped(folder, case))
+
+    def open_shipped(self, folder: Path, case: str) -> OpenvinoRuntime:
+        return OpenvinoRuntime(folder, {})
 
 
 def _name_products(model: Any, paths: dict[str, str]) -> None:
@@ -186,23 +189,23 @@ class OpenvinoRuntime(Runtime):
         if self.shipped is not None:
             self.shipped.switch_to(adapter)
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         # openvino-genai returns no logits. OpenVINO computes them from the same IR, in a request of
-        # its own with an empty state.
-        request = self._compiled.create_infer_request()
-        rows, tokens = ids.shape
+        # its own, whose state is the cache.
+        request, before = past or (self._compiled.create_infer_request(), 0)
+        rows, tokens = len(ids), before + ids.shape[1]
         factors = {} if self._active is None else self._factors[self._active]
         outputs = request.infer(
             {
                 "input_ids": ids.numpy(),
                 "attention_mask": np.ones((rows, tokens), np.int64),
-                "position_ids": np.arange(tokens)[None].repeat(rows, 0),
+                "position_ids": np.arange(before, tokens)[None].repeat(rows, 0),
                 "beam_idx": np.arange(rows, dtype=np.int32),
                 **self._none,
                 **factors,
             }
         )
-        return torch.from_numpy(outputs["logits"].copy())
+        return torch.from_numpy(outputs["logits"].copy()), (request, tokens)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         import openvino_genai as genai

@@ -92,22 +92,22 @@ class WebRuntime(Runtime):
         # node ends when its input is closed.
         weakref.finalize(self, self._node.communicate)
         # ONNX Runtime Web loads the folder with the first question: a refusal belongs here.
-        self._ask(torch.zeros(1, 1, dtype=torch.int64), 1)
+        self._ask(torch.zeros(1, 1, dtype=torch.int64), count=1)
 
     def switch_to(self, adapter: Path | None) -> None:
         self._adapter = self._none if adapter is None else adapter.absolute() / ADAPTER
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         # A bytearray, since torch warns of buffers that it cannot write to.
-        answer, content = self._ask(ids, 0)
-        return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"])
+        answer, content = self._ask(ids, count=0, follows=bool(past))
+        return torch.frombuffer(content, dtype=torch.float32).view(answer["shape"]), True
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        return self._ask(ids, count)[0]["tokens"]
+        return self._ask(ids, count=count)[0]["tokens"]
 
-    def _ask(self, ids: Tensor, count: int) -> tuple[dict[str, Any], bytearray]:
+    def _ask(self, ids: Tensor, **how: int) -> tuple[dict[str, Any], bytearray]:
         """The answer of `run.mjs` as JSON, and the bytes of logits."""
-        question = {"adapter": str(self._adapter), "ids": ids[0].tolist(), "count": count}
+        question = {"adapter": str(self._adapter), "ids": ids[0].tolist(), **how}
         answer, content = dict[str, Any](), b""
         try:
             self._node.stdin.write(json.dumps(question).encode() + b"\n")

@@ -84,7 +84,7 @@ DECODE_AGREEMENT = 0.9  # one of 16 may be as likely as another, up to rounding
 SAME = "the base alone would pass as this adapter: its effect is below what is compared here"
 OFF = "after the adapter is switched off, logits have the bits of before"
 # Figures that results.json has of shipped settings, and those that only its key `proof` has.
-_SHIPPED = ("perplexity", "top1_agreement")
+_SHIPPED = ("perplexity", "top1_agreement", "kl_divergence", "max_log_prob_difference")
 _OF_PROOF = {"exact", "shipped", "load_seconds", "peak_memory_bytes", "bytes"}
 
 

@@ -59,9 +59,6 @@ class ExecutorchRuntime(Runtime):
     def switch_to(self, adapter: Path | None) -> None:
         self._adapter = "" if adapter is None else str(adapter.absolute())
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return self.extend(ids, {})[0]
-
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         dropped, self._dropped[:] = [*self._dropped], []
         request = {"adapter": self._adapter, "past": past.get("number", 0), "dropped": dropped}

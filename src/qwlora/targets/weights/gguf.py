@@ -130,12 +130,15 @@ class Gguf(Backend):
         # llama.cpp multiplies quantized weights with activations of 8 bits, which no training knows
         # of. So it runs twice: with the same weights as float32, where only rounding may differ,
         # and as shipped, where the difference is llama.cpp's own and only reported.
-        shipped = LlamaRuntime(folder / BASE)
+        shipped = self.open_shipped(folder, case)
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
             _copy_as_floats(folder / BASE, floats)
             # llama.cpp has mapped the file when this returns, so it may lose its name
             return LlamaRuntime(floats, shipped)
+
+    def open_shipped(self, folder: Path, case: str) -> LlamaRuntime:
+        return LlamaRuntime(folder / BASE)
 
     def model_problem(self, model: PreTrainedModel, tokenizer: Any) -> str | None:
         try:
@@ -287,7 +290,8 @@ def _log_of_llama() -> tuple[list[str], Any]:
 
 
 class LlamaRuntime(Runtime):
-    """A GGUF file in llama.cpp, on the CPU, with a float32 cache.
+    """A GGUF file in llama.cpp, on the CPU, with its default settings; a float32 copy of a file
+    with a float32 cache and without flash attention.
 
     Args:
         shipped: the file that `path` is a float32 copy of, opened; None if it is not a copy.
@@ -333,20 +337,17 @@ class LlamaRuntime(Runtime):
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()
-        flat = torch.from_numpy(self._prefill(tokens, self._start(tokens), len(tokens)))
-        return flat.view(1, len(tokens), self._vocabulary)
+        return self._prefill(tokens, self._start(tokens), is_whole=True)
 
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, before, room = ids[0].tolist(), -1, ids.shape[1] + count
-        while len(tokens) < room:
-            # At the first step, or after an invocation was generated, what the cache holds was not
-            # computed with an adapter from `start` on.
-            if (start := self._start(tokens)) == before:
-                logits = self._decode(tokens[-1:], len(tokens) - 1)
-            else:
-                before, logits = start, self._prefill(tokens, start, room)
-            tokens.append(int(logits[-self._vocabulary :].argmax()))
-        return tokens[-count:]
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        before, start = past or ([], -1)
+        new: list[int] = ids[0].tolist()
+        # At first, and after an invocation was generated, what the cache holds was not computed
+        # with an adapter from `start` on. A text that outgrows the context is read again, too.
+        now = self._start(tokens := before + new)
+        if now != start or len(tokens) > self._tokens:
+            return self._prefill(tokens, now), (tokens, now)
+        return self._decode(new, len(before)), (tokens, now)
 
     def _start(self, tokens: list[int]) -> int:
         """Where the adapter starts to act: for activated LoRA, at the last occurrence of its
@@ -361,33 +362,35 @@ class LlamaRuntime(Runtime):
         starts = (i for i in range(len(tokens)) if tokens[i : i + size] == invocation)
         return max(starts, default=sys.maxsize)
 
-    def _prefill(self, tokens: list[int], start: int, room: int) -> Any:
+    def _prefill(self, tokens: list[int], start: int, is_whole: bool = False) -> Tensor:
         """`_decode` of a sequence's first tokens, with the adapter from `start` on."""
-        self._make_room(room)
-        logits, position = list[Any](), 0
+        self._make_room(len(tokens))
+        logits, position = list[Tensor](), 0
         for part, adapter in ((tokens[:start], None), (tokens[start:], self._active)):
             if part:
                 self._switch(adapter)
-                logits.append(self._decode(part, position))
+                logits.append(self._decode(part, position, is_whole))
                 position += len(part)
-        return np.concatenate(logits)
+        return torch.cat(logits, 1)
 
-    def _decode(self, tokens: list[int], position: int) -> Any:
-        """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
-        llama = self._llama
-        batch = llama.llama_batch_init(len(tokens), 0, 1)
+    def _decode(self, tokens: list[int], position: int, is_whole: bool = False) -> Tensor:
+        """Logits [1, tokens, vocabulary] of tokens that follow `position` tokens; of the last one
+        unless `is_whole`."""
+        llama, count = self._llama, len(tokens)
+        batch = llama.llama_batch_init(count, 0, 1)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
-            batch.logits[i] = 1
+            batch.logits[i] = is_whole or i == count - 1
             batch.seq_id[i][0] = 0
-        batch.n_tokens = len(tokens)
+        batch.n_tokens = count
         status = llama.llama_decode(self._context, batch)
         llama.llama_batch_free(batch)
         if status:
-            raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
-        size = 4 * len(tokens) * self._vocabulary
+            raise ExportError(f"llama.cpp cannot decode {count} tokens (status {status})")
+        size = 4 * self._vocabulary * (count if is_whole else 1)
         buffer = self._ffi.buffer(llama.llama_get_logits(self._context), size)
-        return np.frombuffer(buffer, dtype=np.float32).copy()
+        flat = torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).copy())
+        return flat.view(1, -1, self._vocabulary)
 
     def _reason(self) -> str:
         return "; ".join(self._errors[-3:]) or "it gives no reason"
@@ -397,12 +400,14 @@ class LlamaRuntime(Runtime):
         if tokens <= self._tokens:
             self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
             return
-        llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
+        llama, model, is_copy = self._llama, self._model, self.shipped is not None
+        step = 256 if is_copy else 4096  # room for most conversations
         parameters = llama.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = room
-        parameters.n_threads = parameters.n_threads_batch = 1
-        parameters.type_k = parameters.type_v = 0  # float32
-        parameters.flash_attn_type = 0
+        parameters.n_ctx = parameters.n_batch = room = -(-tokens // step) * step
+        parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+        if is_copy:
+            parameters.type_k = parameters.type_v = 0  # float32
+            parameters.flash_attn_type = 0
         # releases the former context, before memory for the new one is taken
         self._context, self._tokens = self._ffi.NULL, 0
         context = llama.llama_init_from_model(model, parameters)

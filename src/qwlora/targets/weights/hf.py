@@ -156,19 +156,17 @@ class TransformersRuntime(Runtime):
         return self._model(input_ids=ids).logits.float()
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, count: int) -> list[int]:
-        tokens, new, cache, cached = ids, ids, None, cache_argument(self._model)
-        before: list[int] | None = None
-        while tokens.shape[1] < ids.shape[1] + count:
-            # Where activated LoRA starts in the whole text: PEFT itself looks into `new` only.
-            is_adapted = isinstance(self._model, PeftModel)
-            of_start = get_alora_offsets_for_forward(self._model, tokens) if is_adapted else {}
-            start = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
-            # The first step, or an invocation was generated: the adapter then starts elsewhere, and
-            # the cache is of the former start.
-            if start != before:
-                cache, new, before = None, tokens, start
-            result = self._model(input_ids=new, use_cache=True, **{cached: cache}, **of_start)
-            cache, new = getattr(result, cached), result.logits[:, -1:].argmax(-1)
-            tokens = torch.cat([tokens, new], 1)
-        return [int(token) for token in tokens[0, -count:]]
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        before, cache, start = past or (ids[:, :0], None, None)
+        tokens = torch.cat([before, ids], 1)
+        # Where activated LoRA starts in the whole text: PEFT itself looks into `ids` only.
+        is_adapted = isinstance(self._model, PeftModel)
+        of_start = get_alora_offsets_for_forward(self._model, tokens) if is_adapted else {}
+        now = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
+        # An invocation was generated: the adapter then starts elsewhere, and the cache is of the
+        # former start.
+        if now != start:
+            ids, cache = tokens, None
+        cached = cache_argument(self._model)
+        result = self._model(input_ids=ids, use_cache=True, **{cached: cache}, **of_start)
+        return result.logits.float(), (tokens, getattr(result, cached), now)

@@ -183,21 +183,12 @@ class MlxRuntime(Runtime):
             with foreign_as(ExportError, f"mlx-lm cannot load {str(adapter)!r}"):
                 self._model = load_adapters(self._model, str(adapter))
 
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        import mlx.core as mx
-
-        # Modules of MLX begin in training mode, also those of an adapter.
-        self._model.eval()
-        computed = self._model(mx.array(ids.numpy().astype(np.int32)))
-        return torch.from_numpy(np.array(computed.astype(mx.float32)))
-
-    def decode(self, ids: Tensor, count: int) -> list[int]:
+    def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
-        cache, new = make_prompt_cache(self._model), mx.array(ids.numpy().astype(np.int32))
-        tokens: list[int] = []
-        while len(tokens) < count:
-            new = mx.argmax(self._model(new, cache=cache)[:, -1:], axis=-1)
-            tokens.append(int(new.item()))
-        return tokens
+        # Modules of MLX begin in training mode, also those of an adapter.
+        self._model.eval()
+        cache = past or make_prompt_cache(self._model)
+        computed = self._model(mx.array(ids.numpy().astype(np.int32)), cache=cache)
+        return torch.from_numpy(np.array(computed.astype(mx.float32))), cache

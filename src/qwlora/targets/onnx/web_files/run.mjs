@@ -1,7 +1,8 @@
 // Runs a base of target `web` in node for `verify`: `node run.mjs ONNXRUNTIME_WEB BASE THREADS`.
 //
-// Each line of input asks {adapter: file, ids: [...], count}. The answer is a line of JSON, and for
-// count 0 then the float32 logits of all ids; else it has the `count` likeliest next tokens.
+// Each line of input asks {adapter: file, ids: [...], count, follows}. The answer is a line of JSON,
+// and for count 0 then the float32 logits of all ids, which may follow those of the last question;
+// else it has the `count` likeliest next tokens.
 
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
@@ -16,15 +17,16 @@ const ort = createRequire(import.meta.url)(library);
 ort.env.logLevel = "fatal";
 ort.env.wasm.numThreads = Number(threads);
 const adapters = new Map(); // they stay loaded
-let model;
+let model, kept;
 
-async function answer({ adapter, ids, count }) {
+async function answer({ adapter, ids, count, follows }) {
   model ??= await Model.load(ort, async (name) => new Uint8Array(await readFile(join(base, name))));
   if (!adapters.has(adapter))
     adapters.set(adapter, readSafetensors(ort, new Uint8Array(await readFile(adapter))));
   const tensors = adapters.get(adapter);
   if (!count) {
-    const { logits } = await model.run(ids, tensors);
+    const { logits, cache } = await model.run(ids, tensors, follows ? kept : undefined);
+    kept = cache;
     const { buffer, byteOffset, byteLength } = logits.data;
     return [{ shape: logits.dims }, Buffer.from(buffer, byteOffset, byteLength)];
   }

@@ -25,10 +25,11 @@ def print_summary(job: Job, out: Path, console: Console) -> None:
     """Print the tables of the job in `out`; then the verdict, where the report is, and what to do
     next."""
     rows = adapter_rows(job)
-    adapters = Table(*(rows or [{}])[0], title=job.title, title_justify="left", box=None)
+    plain: dict[str, Any] = {"box": None, "pad_edge": False}
+    adapters = Table(*(rows or [{}])[0], title=job.title, title_justify="left", **plain)
     for row in rows:
         adapters.add_row(*row.values())
-    table = Table(show_header=False, box=None)
+    table = Table(show_header=False, **plain)
     for pair in summary_rows(job):
         table.add_row(*pair)
     console.print("", adapters, "", table, sep="\n")
@@ -54,7 +55,7 @@ def adapter_rows(job: Job) -> list[dict[str, str]]:
             {
                 "adapter": name,
                 "loss": job.origin(name) if run is None else losses,
-                "held-out perplexity": _to(perplexity, *ends),
+                "perplexity": _to(perplexity, *ends),
                 "change": _plain(perplexity_tile(job, name).note),
                 "files": ", ".join(f"{what} {size(n)}" for what, n in sizes.items() if n),
             }

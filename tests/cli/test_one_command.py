@@ -17,7 +17,15 @@ def test_one_command_trains_exports_and_answers(
 ) -> None:
     changes = [*SMALL, *(f"adapters.0.{change}" for change in FEW), "preset=fast"]
     options = [word for change in changes for word in ("--set", change)]
-    words = ("train", checkpoints["one-layer llama"], corpus, "--for", "vllm", "--out", tmp_path / "o")
+    words = (
+        "train",
+        checkpoints["one-layer llama"],
+        corpus,
+        "--for",
+        "vllm",
+        "--out",
+        tmp_path / "o",
+    )
     done = qwlora(*words, *options)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o/export/hf" / corpus.stem / "adapter_config.json").is_file()

@@ -50,6 +50,12 @@ def test_each_adapter_learns_its_text_and_is_measured_on_all(
         assert measured["adapted"][name] < 0.9 * measured["adapted"][other]
         errors = results["perplexity_stderr"]
         assert errors["on"][name]["adapted"][name] == errors["adapted"][name]
+        answers = results["answers"]["on"][name]
+        assert set(answers) == {"float", "base", "adapted"}
+        assert answers["adapted"] == {name: results["answers"]["adapted"][name]}
+        prompts = [[said["prompt"] for said in answers[kind]] for kind in ("float", "base")]
+        assert prompts[0] == prompts[1] == [said["prompt"] for said in answers["adapted"][name]]
+        assert len(prompts[0]) == len(set(prompts[0])) == 3
     assert "base" not in results["perplexity"]  # the base has no text of its own
     assert set(results["kl"]) == set(results["top1"]) == {"adapted", "on"}
     for name in ("words", "digits"):  # the cost of packing is known on the text of each adapter

@@ -3,13 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+from conftest import byte_tokenizer, tiny_model
 from pipeline.conftest import FakeJob
 from qwlora.errors import (
     DirectoryError,
@@ -19,8 +24,10 @@ from qwlora.errors import (
     VerificationError,
 )
 from qwlora.pipeline.results import read_job, rebuild_reports
+from qwlora.pipeline.stages.model_stages import _answers
 from qwlora.pipeline.store import STAGE
 from qwlora.report.verdict import VerdictKind, verdict
+from qwlora.system.progress import untracked
 from qwlora.system.stop_signals import Stopped
 from qwlora.targets.proof.checks import at_most
 
@@ -179,3 +186,20 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
     (job.out / "recipe.yaml").write_text("a: [")
     with pytest.raises(RecipeError):
         rebuild_reports([job.out])
+
+
+@pytest.mark.parametrize("model", ["llama", "cannot generate", "raises", "no cache"])
+def test_a_model_that_cannot_answer_does_not_stop_a_job(model: str) -> None:
+    answering: Any = tiny_model("llama")
+    if model == "no cache":
+        config = OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        answering = OpenAIGPTLMHeadModel(config).eval()
+    elif model != "llama":
+        name = "generate" if model == "raises" else "can_generate"
+        setattr(answering, name, lambda **inputs: 1 / 0 if inputs else False)
+    text: Any = SimpleNamespace(prompts=lambda _: iter([("why", torch.tensor([1, 2]))] * 4))
+    context: Any = SimpleNamespace(tokenizer=byte_tokenizer(), track=untracked)
+    warned = pytest.warns(QwloraWarning, match="ZeroDivisionError")
+    with warned if model == "raises" else nullcontext():
+        answers = _answers(context, answering, text)
+    assert [said["prompt"] for said in answers] == ["why"] * 3 * (model == "llama")

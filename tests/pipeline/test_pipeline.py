@@ -93,6 +93,13 @@ def test_results_hold_the_contract(finished: Path) -> None:
     assert train["steps"] == 6
     assert min(train["trainable_parameters"], train["peak_rss_bytes"]) > 0
     assert set(results["stages"]) == {*VERBS}
+    # Held-out text is in the job's own files only, not in what a user passes on.
+    answers = results["answers"]
+    said = [*answers["float"], *answers["base"], *answers["adapted"]["first"]]
+    assert len(said) == 9
+    words = [json.dumps(text).encode()[1:-1] for pair in said for text in pair.values() if text]
+    files = (f for part in ("base", "adapters", "export") for f in (finished / part).rglob("*"))
+    assert not [f for f in files if f.is_file() and any(w in f.read_bytes() for w in words)]
 
 
 def test_a_failed_proof_names_the_limit(

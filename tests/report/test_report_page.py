@@ -1,6 +1,7 @@
 """The page: every number equals results.json, names are escaped, and any key may be missing."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import reduce
@@ -174,7 +175,8 @@ def test_a_figure_has_one_source() -> None:
     table = html[html.index("All adapters. Select") :]
     worst = onnx["words"]["worst_layer_steps"]
     assert f'<data value="{worst!r}"' in table[: table.index("</table>")]
-    assert "98.76%" in html[: html.index('<section id="adapters"')]
+    figures = html[html.index('<dl class="keys">') :]
+    assert "98.76%" in figures[: figures.index("</dl>")]
     assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
 
 
@@ -196,6 +198,52 @@ def test_exact_and_shipped_figures_are_next_to_each_other() -> None:
     assert "|reported|" in as_shipped
     assert "llama.cpp in float32; as shipped 96.29%" in html
     assert "+1.00%" in html  # what shipping costs
+
+
+def test_answers_come_after_training_and_are_escaped() -> None:
+    """Of the adapter's own text, by model."""
+    results = results_of("two")
+    say = lambda who: [{"prompt": HOSTILE, "answer": f"{who}<i>"}]  # noqa: E731
+    on = {name: {"float": say(f"F {name}"), "base": say("")} for name in ("words", "digits")}
+    results["answers"] = {"on": on, "adapted": {"digits": say("A digits")}}
+    html = render(job_of("two", results))
+    shown = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html)
+    answers = [pair for pair in shown if pair[1].endswith("&lt;i&gt;")]
+    models = ["Float model", "Packed base", "With adapter"]
+    texts = ["F words", "", "F digits", "", "A digits"]
+    pairs = zip([*models[:2], *models], texts, strict=True)
+    assert answers == [(model, f"{text}&lt;i&gt;") for model, text in pairs]
+    assert "<script>alert" not in html
+    order = ["training-1", "answers-1", "stages-1", "layers-1", "training-2", "figures", "cost"]
+    places = [html.index(f' id="{part}"') for part in [*order, "reproduce"]]
+    assert places == sorted(places)
+    folded = re.findall('<details class="detail" id="([a-z]+)"', html)
+    assert folded == ["layers", "data", "reproduce"]
+
+
+def test_a_single_held_out_loss_is_measured() -> None:
+    """An adapter with a start of its own has no held-out loss at step 0."""
+    results = results_of("failed")
+    results["train"]["first"]["settings"]["init"] = "svd"
+    html = render(job_of("failed", results))
+    after = math.log(results["perplexity"]["adapted"]["first"])
+    assert f"Held-out loss at step 60: {after:.2f}." in html
+    assert "On held-out text: " not in html
+
+
+@pytest.mark.parametrize(("change", "color"), [(4e-5, "z"), (6e-5, "l1"), (-6e-5, "g1")])
+def test_a_cell_is_colored_if_it_shows_a_change(change: float, color: str) -> None:
+    results = results_of("two")
+    on = results["perplexity"]["on"]["words"]
+    on["adapted"]["words"] = on["base"] * (1 + change)
+    html = render(job_of("two", results))
+    (cell,) = re.findall(r'<span class="c (..?)">(?:(?!</span>).)*%</small></span></td><td', html)[
+        :1
+    ]
+    shown = shown_as.percent(change, sign=True)
+    assert f'class="c {color}"' in html
+    assert cell == color
+    assert (color == "z") == (shown == "0.00%")
 
 
 def test_a_finished_page_has_no_absolute_path() -> None:

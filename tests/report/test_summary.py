@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 from markupsafe import escape
 
-from qwlora.report.key_figures import tiles
+from qwlora.errors import size
 from qwlora.report.page import render
 from qwlora.report.results_view import Job
-from qwlora.report.summary_table import summary_rows
+from qwlora.report.sections.key_figures import tiles
+from qwlora.report.summary_table import adapter_rows, summary_rows
 from qwlora.report.verdict import Outcome, verdict
-from report.recorded import NAMES, job_of
+from report.recorded import NAMES, job_of, results_of
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,8 +48,34 @@ def test_training_without_success_is_said(losses: list[float], after: float, war
     warnings = [text for title, text in found if title == "Warning"]
     assert len(warnings) == bool(warning)
     assert all(warning in text for text in warnings)
-    if len(losses) == 10 and not warning:
-        assert "loss 2.900 to 2.700 (means of 2 steps)" in dict(found)["Training a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_adapter_is_a_row_with_the_loss_of_the_page(name: str) -> None:
+    job = job_of(name)
+    rows, html = adapter_rows(job), render(job)
+    assert [row["adapter"] for row in rows] == job.adapters
+    for row in rows:
+        losses = job.get("train", row["adapter"], "losses")
+        part = len(losses) // 5
+        ends = [f"{sum(steps) / part:.3f}" for steps in (losses[:part], losses[-part:])]
+        assert row["loss"] == " to ".join(ends)
+        assert f"mean of {part} steps: from {ends[0]} to {ends[1]} over" in html
+        assert size(job.results["sizes"][f"adapters/{row['adapter']}"]) in row["files"]
+        assert "against the float model" in row["change"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"continue_from": "elsewhere"}])
+def test_an_adapter_without_steps_is_called_what_it_is(settings: dict[str, str]) -> None:
+    results = results_of("two")
+    results["train"]["digits"] |= {"steps": 0, "losses": [], "settings": settings}
+    job, word = job_of("two", results), "imported" if settings else "untrained"
+    assert adapter_rows(job)[1]["loss"] == word
+    assert f"{word.capitalize()} digits" in dict(summary_rows(job))
+    html, other = render(job), "untrained" if settings else "imported"
+    assert f"It {'was' if settings else 'is'} {word}:" in html
+    assert f"digits, {word}" in html
+    assert other not in html
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
-from qwlora.data.document import Documents
+from qwlora.data.document import ASSISTANT, Completion, Documents, Text
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
 from qwlora.errors import SourceError
 from qwlora.system.progress import Track, untracked
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qwlora.data.sequences import Counts, Sequences
 
 NOTABLE_LOSS = 0.05  # of a part; above, users are told
+PROMPT_TOKENS = 32  # of running text
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,28 @@ class PreparedText:
                 f"{'; '.join(problems)}. Change that setting, or set data.most_lost above "
                 f"{most} to train on the rest"
             )
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Tensor]]:
+        """Held-out prompts: their text, and ids [tokens] as in training. A prompt is all before the
+        first answer of a document, or the start of a sequence of running text."""
+        from qwlora.data.sequences import IGNORED
+
+        held_out = self.held_out
+        for number, document in enumerate(self.documents.held_out):
+            if isinstance(document, Text):
+                starts = (ids[:PROMPT_TOKENS] for ids, _ in held_out.rows())
+                yield from ((str(tokenizer.decode(s, skip_special_tokens=True)), s) for s in starts)
+                return
+            if isinstance(document, Completion):
+                document = document.as_conversation()
+            asked = takewhile(lambda m: m["role"] != ASSISTANT, document.messages)
+            text = "\n\n".join(filter(None, (m.get("content") for m in asked)))
+            ids, labels = (
+                t[held_out.documents == number] for t in (held_out.input_ids, held_out.labels)
+            )
+            # A document without a loss token in its first `sequence_tokens` is not there.
+            if text and (in_loss := labels != IGNORED).any():
+                yield text, ids[: int(in_loss.int().argmax())]
 
     def training_runs(
         self, number: int, tokenizer: PreTrainedTokenizerBase

@@ -355,6 +355,11 @@ def cache_argument(model: nn.Module) -> str:
     return CACHE if CACHE in _parameters(model) else PAST
 
 
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a model can compute new tokens from a cache of those before."""
+    return cache_argument(model) in _parameters(model)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a PEFT model."""
     return getattr(model, "get_base_model", lambda: model)()

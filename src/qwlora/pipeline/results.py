@@ -83,7 +83,7 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
         listed["texts"] = {text: results["data"]}
     if "train" in results:
         listed["train"] = {n: {**figures, "text": text} for n, figures in results["train"].items()}
-    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr"):
+    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr", "answers"):
         kinds = results.get(key, {}).items()
         measured = {k: v for k, v in kinds if k in ("float", "base", "adapted")}
         if measured and text in texts:

@@ -147,6 +147,7 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
     amount = (job.section("texts", job.text_of(name) or "") or job.section("data")).get("train", {})
     return {
         "shape": "" if root.continue_from else f" (rank {root.rank}, alpha {root.alpha:g})",
+        "origin": job.origin(name),
         "steps": job.get("train", name, "steps"),
         "documents": amount.get("documents"),
         "loss_tokens": amount.get("loss_tokens"),

@@ -8,15 +8,13 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwlora.report import number_format
-from qwlora.report.key_figures import tiles
 from qwlora.report.number_format import NOT_MEASURED, count, finite
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.sections import ReportSection, View, sections
+from qwlora.report.sections import DETAILS, ReportSection, View, sections
 from qwlora.report.verdict import remedies, verdict
 
 REFRESH_SECONDS = 15
 TRAINING_PATIENCE, STAGE_PATIENCE = 600.0, 1800.0  # at least, in seconds
-_FIRST = {"running": ("training", "cost"), "finished": ()}  # sections; of a job that stopped: cost
 
 
 @cache
@@ -43,9 +41,8 @@ def render(job: Job) -> str:
     judged, is_running, names = verdict(job), job.state == "running", job.adapters
     bits = f" · {job.bitwidth}-bit base" if job.bitwidth else ""
     adapters = f"{count(len(names))} adapter{'s' if len(names) != 1 else ''}"
-    first, alone = _FIRST.get(job.state, ("cost",)), names[0] if len(names) == 1 else ""
+    alone = names[0] if len(names) == 1 else ""
     shown = _views(job, alone, [s for s in sections() if alone or (names and s.of_job)])
-    shown.sort(key=lambda s: first.index(s["id"]) if s["id"] in first else len(first))
     of_each = [s for s in sections() if s.of_adapter and not alone]
     folds = {name: _views(job, name, of_each, f"-{n}") for n, name in enumerate(names, 1)}
     template = _environment().get_template("page.html")
@@ -54,7 +51,6 @@ def render(job: Job) -> str:
         title=f"{job.title} · {judged.kind.label}",
         subtitle=f"{job.model}{bits}, {adapters}",
         verdict=judged,
-        tiles=tiles(job),
         remedies=remedies(job),
         remedy_command=without_folders(job.command),
         message=without_folders(str(job.get("error", "message") or "")),
@@ -63,6 +59,7 @@ def render(job: Job) -> str:
         cautions=list(job.data_cautions()),
         sections=shown,
         folds={name: fold for name, fold in folds.items() if fold},
+        details=DETAILS,
         refresh=REFRESH_SECONDS if is_running else None,
         updated=job.get("run", "updated") if is_running else None,
         patience=_patience(job),

@@ -99,6 +99,13 @@ class Job:
     def kinds(self) -> dict[str, str]:
         return {k: words for k, words in KINDS.items() if self.is_simulated or k != "simulated"}
 
+    def origin(self, adapter: str) -> str:
+        """`trained`, `imported` or `untrained`; empty before the adapter is there."""
+        train = self.section("train", adapter)
+        if not train or train.get("steps"):
+            return "trained" if train else ""
+        return "imported" if "continue_from" in train.get("settings", ()) else "untrained"
+
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""
         return self.get("train", adapter or "", "text")
@@ -123,8 +130,8 @@ class Job:
 
         Args:
             kind: one of `KINDS`, `imported` or `reference`.
-            key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`; the last
-                three against the model that `reference` names.
+            key: `perplexity`, `perplexity_stderr`, `answers`, `perplexity_ratio`, `kl` or `top1`;
+                the last three against the model that `reference` names.
         """
         if kind not in ("float", "base"):
             compared = ("reference", key, kind, adapter or "")

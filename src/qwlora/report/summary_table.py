@@ -1,4 +1,4 @@
-"""The table at the end of a run: the key figures and checks of the report, which judges them."""
+"""The tables at the end of a run: adapters, then key figures and checks of the report."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from rich.console import Console
 from rich.table import Table
 
 from qwlora.errors import size
-from qwlora.report.key_figures import tiles
+from qwlora.report.number_format import Format, perplexity, three_decimals
 from qwlora.report.results_view import REPORT, Job
+from qwlora.report.sections.key_figures import perplexity_tile, tiles
+from qwlora.report.sections.training_course import course
 from qwlora.report.verdict import Outcome, verdict
 
 Row = tuple[str, str]
 
 
 def print_summary(job: Job, out: Path, console: Console) -> None:
-    """Print the table of the job in `out`; then the verdict, where the report is, and what to do
+    """Print the tables of the job in `out`; then the verdict, where the report is, and what to do
     next."""
-    table = Table(
-        title=job.title, show_header=False, title_justify="left", box=None, pad_edge=False
-    )
-    for row in summary_rows(job):
-        table.add_row(*row)
-    console.print()
-    console.print(table)
+    rows = adapter_rows(job)
+    plain: dict[str, Any] = {"box": None, "pad_edge": False}
+    adapters = Table(*(rows or [{}])[0], title=job.title, title_justify="left", **plain)
+    for row in rows:
+        adapters.add_row(*row.values())
+    table = Table(show_header=False, **plain)
+    for pair in summary_rows(job):
+        table.add_row(*pair)
+    console.print("", adapters, "", table, sep="\n")
     ruling = verdict(job)
     lines = [f"verdict  {ruling.kind.label}. {ruling.sentence}", f"report   {out / REPORT}"]
     if job.state == "incomplete":
@@ -38,8 +42,33 @@ def print_summary(job: Job, out: Path, console: Console) -> None:
     print("", *lines, sep="\n")
 
 
+def adapter_rows(job: Job) -> list[dict[str, str]]:
+    """A row for each adapter, by column."""
+    rows = []
+    for name in job.adapters:
+        run, kind = course(job, name), job.final_kind(name) or "adapted"
+        losses = "" if run is None else _to(three_decimals, run.start, run.means[-1])
+        ends = (job.perplexity(k, name) for k in ("base", kind))
+        exported = {target: job.number("export", target, name, "bytes") for target in job.targets}
+        sizes = {"adapter": job.number("sizes", f"adapters/{name}"), **exported}
+        rows.append(
+            {
+                "adapter": name,
+                "loss": job.origin(name) if run is None else losses,
+                "perplexity": _to(perplexity, *ends),
+                "change": _plain(perplexity_tile(job, name).note),
+                "files": ", ".join(f"{what} {size(n)}" for what, n in sizes.items() if n),
+            }
+        )
+    return rows
+
+
+def _to(written: Format, *values: float | None) -> str:
+    return " to ".join("?" if value is None else written(value) for value in values)
+
+
 def summary_rows(job: Job) -> Iterator[Row]:
-    """The rows of the table; of the checks those that did not pass, and how many did."""
+    """The rows of the table below it; of the checks those that did not pass, and how many did."""
     if job.get("trust_remote_code"):
         yield "trust_remote_code", "true: Python code from the model's folder was run"
     for tile in tiles(job):
@@ -59,7 +88,7 @@ def summary_rows(job: Job) -> Iterator[Row]:
             if (bits := part.get("bits_per_weight")) is not None:
                 yield f"{target}/{name}", f"{size(part['bytes'])}, {bits:.2f} bits per weight"
     for name, train in job.section("train").items():
-        yield from _training_rows(name, train, job.section("perplexity"))
+        yield from _training_rows(job, name, train)
     for text, caution in job.data_cautions():
         yield "Missing data", f"{text}: {caution}" if text else caution
     evidence = verdict(job).evidence
@@ -102,27 +131,20 @@ def _with_error(value: float, error: float | None, written: str) -> str:
     return f"{value:{written}}" + ("" if error is None else f" ± {error:{written.lstrip('+')}}")
 
 
-def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> Iterator[Row]:
-    in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
-    losses = train.get("losses") or []
-    course, part = "", max(1, len(losses) // 5)
-    if losses:
-        start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
-        course = f"{start:.3f} to {end:.3f}" + (f" (means of {part} steps)" if part > 1 else "")
-    loss = f", loss {course}" if losses else ""
-    yield f"Training {name}", f"{train['steps']} steps{in_what}{loss}"
-    yield (
-        "",
-        f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}, "
-        f"{train['trainable_parameters']:,} parameters",
-    )
-    after = perplexity.get("adapted", {}).get(name)
-    before = perplexity.get("on", {}).get(train.get("text"), perplexity).get("base")
-    if after is not None and before is not None:
-        change = after / before - 1
-        yield "", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"
-        if change >= 0:
-            yield "Warning", f"{name} is no better than the base on held-out text"
+def _training_rows(job: Job, name: str, train: dict[str, Any]) -> Iterator[Row]:
+    run, origin = course(job, name), job.origin(name)
+    parameters = f"{train['trainable_parameters']:,} parameters"
+    if origin == "trained":
+        in_what = f" in {train['compute']}" if "compute" in train else ""
+        speed = f"{train['step_seconds']:.2f} s per step"
+        memory = f"peak memory {size(train['peak_rss_bytes'])}"
+        parameters = f"{train['steps']} steps{in_what}, {speed}, {memory}, {parameters}"
+    title = "Training" if origin == "trained" else origin.capitalize()
+    yield f"{title} {name}", parameters
+    change = job.change("adapted", "base", name)
+    if change is not None and change >= 0 and origin != "untrained":
+        yield "Warning", f"{name} is no better than the base on held-out text"
     # The losses of two single steps say nothing.
-    if part > 1 and end >= start:
-        yield "Warning", f"{name} did not learn: loss {course}. Lower learning_rate, or raise steps"
+    if run is not None and run.window > 1 and run.means[-1] >= run.start:
+        how = f"loss {_to(three_decimals, run.start, run.means[-1])} (means of {run.window} steps)"
+        yield "Warning", f"{name} did not learn: {how}. Lower learning_rate, or raise steps"

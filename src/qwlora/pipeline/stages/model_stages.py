@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingReport, train_adapter
-from qwlora.analysis.generate_text import sample_sequences
+from qwlora.adapter.training_step import fuse_lora_
+from qwlora.analysis.generate_text import Sampling, generate_text, sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
+from qwlora.data.prepared_data import PreparedText
 from qwlora.data.sequences import IGNORED, Sequences, check_isolation
-from qwlora.errors import FingerprintError, SourceError, foreign_as
+from qwlora.errors import FingerprintError, QwloraWarning, SourceError, foreign_as
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.open_checkpoint import load_precomputed
+from qwlora.graph.capture import takes_cache
 from qwlora.grid.scheme import short_name
 from qwlora.grid.second_moments import MomentStore
+from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.stage import (
     ACTIVATIONS,
@@ -70,6 +76,8 @@ from qwlora.system.parameter_names import BASE
 from qwlora.system.processes import is_first_process
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
+
+ANSWERING, ANSWER, PROMPTS = ("float", "base", "adapted"), Sampling(max_new_tokens=48), 3
 
 
 def _sample(context: JobContext, scratch: Path) -> dict[str, Any]:
@@ -420,7 +428,8 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     if kind == "imported":
         logits, reference = _imported_logits(context, str(name))
     else:
-        logits, reference = _logits(context, kind, str(name)), None
+        model, reference = _model(context, kind, str(name)), None
+        logits = model.logits if isinstance(model, Simulation) else logits_of(model)
         if implied.is_compared(kind, other) and context.sources.holds_floats:
             # After a base, since loading one releases the float model, which must not stay in
             # memory through the stages that follow. It runs again for every model: keeping its
@@ -430,19 +439,43 @@ def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
     scores = score_tokens(logits, text.evaluation, what, context.track, reference)
     results: dict[str, Any] = {"data": text.describe()}
-    for key, value in scores.to_json().items():
+    measured = scores.to_json()
+    # An adapter answers prompts of its own text only: the report shows no others.
+    is_shown = kind in ANSWERING and not (name and other)
+    if is_shown and (answers := _answers(context, model, text)):
+        measured["answers"] = answers
+    for key, value in measured.items():
         by_model = {kind: value if name is None else {NAME: value}}
         into = results.setdefault(REFERENCE, {}) if of_reference and key in COMPARED else results
         into[key] = {"on": {TEXT_NAME: by_model}} if other else by_model
     return results
 
 
-def _logits(context: JobContext, kind: str, name: str) -> Logits:
+def _model(context: JobContext, kind: str, name: str) -> Any:
     if kind == "simulated":
-        return context.simulation(name).logits
+        return context.simulation(name)
     if kind in ("float", "base"):
-        return logits_of(context.float_model() if kind == "float" else context.base())
-    return logits_of(context.reference(name) if kind == REFERENCE else context.adapted(name))
+        return context.float_model() if kind == "float" else context.base()
+    return context.reference(name) if kind == REFERENCE else context.adapted(name)
+
+
+def _answers(context: JobContext, model: Any, text: PreparedText) -> list[dict[str, str]]:
+    """Greedy answers to held-out prompts, for people to read; none if the model cannot generate.
+    From now on the model computes as that of `qwlora generate` does."""
+    if not (model.can_generate() and takes_cache(model)):
+        return []
+    answers, tokenizer = list[dict[str, str]](), context.tokenizer
+    try:
+        use_few_row_kernels_(model)  # 3 x 48 tokens of SmolLM2-135M: 8 s instead of 27 s
+        fuse_lora_(model)
+        for prompt, ids in context.track(islice(text.prompts(tokenizer), PROMPTS), "answers"):
+            answer = generate_text(model, tokenizer, ids[None], ANSWER, lambda part: None)
+            answers.append({"prompt": prompt, "answer": answer.text})
+    # A model's own code may fail; no figure depends on the answers.
+    except Exception as error:
+        message = f"the model's answers are left out of the report: {type(error).__name__}: {error}"
+        warnings.warn(message, QwloraWarning, stacklevel=2)
+    return answers
 
 
 def _imported_logits(context: JobContext, name: str) -> tuple[Logits, Logits]:

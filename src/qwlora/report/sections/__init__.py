@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from qwlora.report.results_view import Job
 
+DETAILS = 70
 View = dict[str, Any]
 Cell = str | Markup | None
 
@@ -23,6 +24,7 @@ class ReportSection:
 
     Args:
         label: in the list of contents.
+        position: in the page; folded from `DETAILS` on.
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
             With a single adapter both are one: `view` is called once, with its name.
         view: what the template draws, or None to leave the section out. The key `question`
@@ -44,6 +46,7 @@ class ReportSection:
         return {
             "id": id,
             "label": self.label,
+            "position": self.position,
             "question": view.get("question") or self.question,
             "template": f"{self.view.__module__.rpartition('.')[2]}.html",
             "view": view,

@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 
 @section(
-    "activations", "Activations", "Which activations need 16 bits?", position=50, of_adapter=True
+    "activations", "Activations", "Which activations need 16 bits?", position=80, of_adapter=True
 )
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""

@@ -49,8 +49,10 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
     target = job.targets[0] if job.targets else ""
     same_token = job.worst_proof(name, "top1_agreement", min)
     link = Markup('<a href="#d-{}">{}</a>').format(job.adapters.index(name) + 1, name)
+    origin = job.origin(name)
     row: dict[str, Cell] = {
-        "Adapter": link if job.get("train", name, "losses") else name,
+        "Adapter": link if origin else name,
+        "Steps": job.shown(form.count, "train", name, "steps") if origin == "trained" else origin,
         "Parameters": job.shown(form.count, "train", name, "trainable_parameters"),
         "Time per step": job.shown(form.seconds, "train", name, "step_seconds"),
         "Perplexity, adapted": job.shown(perplexity, "perplexity", "adapted", name),
@@ -89,7 +91,7 @@ def _cell(job: Job, name: str, text: str) -> Cell:
     if name and base:
         change = value / base - 1
         words = percent(change, sign=True)
-        if abs(change) >= 0.0005:
+        if words != percent(0):
             strength = 1 + sum(abs(change) >= limit for limit in STRENGTHS)
             kind = f"{'g' if change < 0 else 'l'}{strength}"
     return Markup('<span class="c {}">{}<small>{}</small></span>').format(kind, shown, words)

@@ -34,7 +34,7 @@ REMOVED = {
 }
 
 
-@section("data", "Data", "What was it trained and tested on?", position=90, of_job=True)
+@section("data", "Data", "What was it trained and tested on?", position=100, of_job=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     paths = job.texts()

@@ -100,7 +100,7 @@ MEASURES = (
 Values = dict[str, tuple[float, Path]]  # by layer: a number, and its place in the results
 
 
-@section("layers", "Layers", QUESTION, position=40, of_job=True, of_adapter=True)
+@section("layers", "Layers", QUESTION, position=70, of_job=True, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     of_base, bits = len(job.adapters) == 1 or not adapter, dict[str, str]()

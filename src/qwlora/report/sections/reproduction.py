@@ -12,7 +12,7 @@ from qwlora.report.sections import View, section
 NOT_RECORDED = Markup('<span class="nm">not recorded</span>')
 
 
-@section("reproduce", "Reproduce", "How do I get this again?", position=100, of_job=True)
+@section("reproduce", "Reproduce", "How do I get this again?", position=110, of_job=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     text = without_folders(job.recipe_text)

@@ -16,7 +16,7 @@ from qwlora.targets.registry import TARGETS
 QUESTION = "Does each runtime compute what was trained?"
 
 
-@section("parity", "Runtimes", QUESTION, position=60, of_adapter=True)
+@section("parity", "Runtimes", QUESTION, position=90, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     reasons, rows = dict[str, str](), list[dict[str, Cell]]()

@@ -13,7 +13,7 @@ from qwlora.report.results_view import REFERENCES, Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 
 
-@section("stages", "Cost by stage", "What did each stage cost?", position=20, of_adapter=True)
+@section("stages", "Cost by stage", "What did each stage cost?", position=50, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     rows = _rows(job, adapter)
@@ -36,11 +36,12 @@ def view(job: Job, adapter: str) -> View | None:
 
 def _rows(job: Job, adapter: str) -> list[Row]:
     bits, activation_bits = job.bitwidth, job.setting("simulation", "activation_bitwidth")
-    trained = job.number("train", adapter, "steps")
+    steps = job.number("train", adapter, "steps")
+    trained = f"{form.count(steps)} steps" if steps else job.origin(adapter)
     details = {
         "float": "as loaded",
         "base": f"{bits}-bit, {job.setting('base', 'solver')}" if bits else "integers",
-        "adapted": adapter if trained is None else f"{adapter}, {form.count(trained)} steps",
+        "adapted": ", ".join(filter(None, (adapter, trained))),
         "simulated": f"{activation_bits or 'integer'}{'-bit' * bool(activation_bits)} activations",
     }
     missing = "waiting" if job.state == "running" else "not measured"

@@ -13,7 +13,7 @@ MOST_BARS = 40
 QUESTIONS = {"failed": "Where did it stop?", "running": "Where is the job?"}
 
 
-@section("cost", "Time and size", "What did it take, and how big is it?", position=80, of_job=True)
+@section("cost", "Time and size", "What did it take, and how big is it?", position=60, of_job=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     done, plan, total = job.finished_stages, job.planned_stages, job.seconds_so_far

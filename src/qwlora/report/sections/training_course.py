@@ -14,7 +14,7 @@ from qwlora.report.number_format import count, finite, fixed, three_decimals
 from qwlora.report.results_view import Job
 from qwlora.report.sections import View, section
 
-SMOOTHED = 8  # steps
+MOST_SMOOTHED = 50  # steps
 # Above, a point stands for several steps. It shows their largest loss, so that a spike is seen.
 MOST_POINTS = 1000
 
@@ -42,14 +42,22 @@ class Course:
         return -(-len(self.losses) // MOST_POINTS)
 
     @property
+    def window(self) -> int:
+        """Steps in a mean: a fifth of all, so that the first and the last mean share none."""
+        return max(1, min(MOST_SMOOTHED, len(self.losses) // 5))
+
+    @property
+    def start(self) -> float:
+        """Mean loss of the first `window` steps; `means[-1]` is that of the last."""
+        return self.means[self.window - 1]
+
+    @property
     def means(self) -> list[float]:
         # Differences of running sums: a training may have many thousand steps.
-        sums = [0.0]
+        sums, window = [0.0], self.window
         for loss in self.losses:
             sums.append(sums[-1] + loss)
-        return [
-            (sums[n] - sums[max(0, n - SMOOTHED)]) / min(n, SMOOTHED) for n in range(1, len(sums))
-        ]
+        return [(sums[n] - sums[max(0, n - window)]) / min(n, window) for n in range(1, len(sums))]
 
     @property
     def final_held_out(self) -> float:
@@ -89,18 +97,18 @@ def course(job: Job, adapter: str) -> Course | None:
     )
 
 
-@section("training", "Training", "Did training work?", position=30, of_adapter=True)
+@section("training", "Training", "Did training work?", position=20, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    run = course(job, adapter)
+    run, origin = course(job, adapter), job.origin(adapter)
     if run is None:
-        return None
+        is_there = origin in ("untrained", "imported")
+        return {"run": None, "origin": origin, "facts": []} if is_there else None
     is_part = len(run.losses) < run.steps
     is_running = is_part and job.state == "running"
     return {
         "question": "Is training going well?" if is_running else "",
         "hatched": is_part,
-        "smoothed": SMOOTHED,
         "figure": figure(lambda width: _draw(run, width)),
         "run": run,
         "facts": _facts(job, adapter),
@@ -111,8 +119,8 @@ def _draw(run: Course, width: int) -> Drawing:
     means, done = run.means, len(run.losses)
     values = [*run.losses, *(loss for _, loss in run.held_out)]
     values += [run.limit] if run.limit is not None else []
-    shown = three_decimals(means[0]), three_decimals(means[-1])
-    words = f"Training loss, mean of {SMOOTHED} steps: from {shown[0]} to {shown[1]}"
+    shown = three_decimals(run.start), three_decimals(means[-1])
+    words = f"Training loss, mean of {run.window} steps: from {shown[0]} to {shown[1]}"
     words += f" over {count(done)} of {count(run.steps)} steps."
     for step, loss in run.held_out[:12]:
         words += f" Held-out loss at step {step}: {three_decimals(loss)}."

@@ -56,8 +56,8 @@
     more.parentNode.remove();
   }
   document.addEventListener("click", function (event) {
-    var link = event.target.closest("a[href^='#d-']");
-    if (link) document.getElementById(link.hash.slice(1)).open = true;
+    var link = event.target.closest("a[href^='#']"), fold = link && document.querySelector("details" + link.hash);
+    if (fold) fold.open = true;
     var button = event.target.closest("button");
     if (!button) return;
     if (button.id === "theme") {

@@ -1,4 +1,4 @@
-"""How well does it answer? Scores of tasks by stage, as lm-eval reports them."""
+"""How well does it answer? Answers to held-out prompts, and lm-eval's scores of tasks, by model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Score(NamedTuple):
         return Markup("<b>{}</b>").format(cell) if is_apart else cell
 
 
-@section("tasks", "Tasks", "How well does it answer?", position=70, of_adapter=True)
+@section("answers", "Answers", "How well does it answer?", position=30, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
-    """None without tasks: the section would be empty."""
+    """None without answers and tasks: the section would be empty."""
     scores = {
         stage: of_stage
         for stage in dict.fromkeys([*HEADS, *job.section("tasks")])
@@ -59,13 +59,24 @@ def view(job: Job, adapter: str) -> View | None:
             head = stage if head in row else head
             row[head] = of_stage[task].shown(reference) if task in of_stage else None
         rows.append(row)
-    if not rows:
+    prompts = _answers(job, adapter)
+    if not rows and not prompts:
         return None
     caption = (
         "Value ± standard error; bold differs from float by more than 2 standard errors. "
         "The arrow points to the better direction."
     )
-    return {"table": Table(caption, rows, words=("Measure",), sortable=True)}
+    table = Table(caption, rows, words=("Measure",), sortable=True)
+    return {"prompts": prompts, "table": table if rows else None}
+
+
+def _answers(job: Job, adapter: str) -> dict[str, dict[str, str]]:
+    """By prompt and model."""
+    answers: dict[str, dict[str, str]] = {}
+    for kind, title in KINDS.items():
+        for pair in job.get(*job.path(kind, adapter, "answers")) or ():
+            answers.setdefault(str(pair.get("prompt")), {})[title] = str(pair.get("answer"))
+    return answers
 
 
 def _scores(job: Job, stage: str, adapter: str) -> dict[str, Score]:

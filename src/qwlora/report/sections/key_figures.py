@@ -1,4 +1,4 @@
-"""The six figures below the verdict."""
+"""What did it cost, in six figures? Of several adapters, always the worst."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qwlora.errors import size
 from qwlora.report import number_format as form
 from qwlora.report.number_format import percent, precise_percent, tagged
 from qwlora.report.results_view import FILES, REFERENCES, Job, runtime
+from qwlora.report.sections import View, section
 from qwlora.system.parameter_names import BASE
 
 PERPLEXITY = (
@@ -49,9 +50,15 @@ class Tile:
     badness: float | None = None
 
 
+@section("figures", "Key figures", "What did the integers cost?", position=40, of_job=True)
+def view(job: Job, adapter: str) -> View:
+    """What the template draws."""
+    return {"tiles": tiles(job)}
+
+
 def tiles(job: Job) -> list[Tile]:
     """The key figures of a job, as far as it got; of several adapters always the worst."""
-    kinds = (_perplexity, _packing, _shipping, _divergence, _same_token, _file_size)
+    kinds = (perplexity_tile, _packing, _shipping, _divergence, _same_token, _file_size)
     return [_worst(job, kind) for kind in kinds]
 
 
@@ -73,7 +80,8 @@ def _change(value: float | None) -> Markup | None:
     return None if value is None else tagged(percent(value, sign=True), value)
 
 
-def _perplexity(job: Job, adapter: str) -> Tile:
+def perplexity_tile(job: Job, adapter: str) -> Tile:
+    """The perplexity of the last model that was evaluated, and its change."""
     kind = job.final_kind(adapter) or [*job.kinds][-1]
     label = "Perplexity, simulated" if kind == "simulated" else "Perplexity, with adapter"
     value = job.shown(form.perplexity, *job.path(kind, adapter))

@@ -28,7 +28,7 @@ from itertools import chain
 
 from qwlora.pipeline.sources import Sources
 from qwlora.pipeline.stage import ZERO, Planner, Stage
-from qwlora.pipeline.stages import calibrate, evaluate, export, quantize, train, verify
+from qwlora.pipeline.stages import calibrate, evaluate, export, quantize, train
 from qwlora.recipe import Recipe
 from qwlora.recipe.implied import REFERENCE, is_foreign, reference_stage
 
@@ -78,14 +78,14 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
         for name in targets:
             if name not in with_cases:
                 export.add(plan, name, adapter)
-                verify.add(plan, name, adapter.name, [recipe.data_of(adapter)])
+                export.add_check(plan, name, adapter.name, [recipe.data_of(adapter)])
     # These come last, so that a failure leaves nothing of the adapters undone.
     for name in switched:
-        verify.add_zero_adapter(plan, name)
+        export.add_check_of_zero_adapter(plan, name)
     if with_cases:
         calibrate.add_use_cases(plan)
     for name in with_cases:
         export.add_use_cases(plan, name)
         for case in recipe.use_cases():
-            verify.add(plan, name, case, recipe.texts().values())
+            export.add_check(plan, name, case, recipe.texts().values())
     return list(plan.stages.values())

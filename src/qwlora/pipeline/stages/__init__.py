@@ -1,5 +1,5 @@
-"""The stages of a job: one module for each command adds them to a plan, and says what each reads,
-needs and writes. `model_stages.py` and `file_stages.py` have what they run, `job_context.py` the
+"""The stages of a job: one module for each command (export.py also for `verify`) adds them to a
+plan, and says what each reads, needs and writes. `model_stages.py` and `file_stages.py` have what they run, `job_context.py` the
 models that stages share.
 """
 

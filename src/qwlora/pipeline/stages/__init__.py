@@ -1,6 +1,6 @@
-"""The stages of a job: one module for each command (export.py also for `verify`) adds them to a
-plan, and says what each reads, needs and writes. `model_stages.py` and `file_stages.py` have what they run, `job_context.py` the
-models that stages share.
+"""The stages of a job: one module for each command adds them to a plan, and says what each reads,
+needs and writes (export.py also for `verify`). `model_stages.py` and `file_stages.py` have what
+they run, `job_context.py` the models that stages share.
 """
 
 from __future__ import annotations

@@ -171,9 +171,9 @@ def test_graphs_have_the_inputs_that_genie_checks(tokens: int, name: str, files:
 @pytest.mark.slow
 def test_a_long_context_is_exported(simulations: AdapterSimulations, tmp_path: Path) -> None:
     """float32, in which the model computes angles, is off by many steps of 16 bits there."""
-    write(simulations, tmp_path / "a", "qairt", "genie", graphs=[1], context=[32768])
+    write(simulations, tmp_path / "a", "qairt", "genie", graphs=[1], context=[16384])
     config = json.loads((tmp_path / "a" / "genie_config.json").read_text())
-    assert config["dialog"]["context"]["size"] == 32768
+    assert config["dialog"]["context"]["size"] == 16384
 
 
 @pytest.mark.slow

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from cli.command_line import qwlora
+from cli.command_line import answered
+from cli.command_line import refused as refused_command
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme, parse_scheme
 from qwlora.quantize.solvers import ROUNDING_SOLVERS
 from qwlora.recipe.yaml_core import load_yaml
-from qwlora.targets.refusals import Subject, Weight, nearest, refusals, refused, table
+from qwlora.targets.refusals import Subject, Weight, nearest, refusals, refused
 from qwlora.targets.registry import TARGETS, VLLM
 from qwlora.targets.target import LayerKind
 
@@ -125,10 +126,6 @@ def test_a_conflict_between_layers_is_resolved_for_all_of_them() -> None:
     subject = Subject(weights={name: Weight(parse_scheme(name), "rtn") for name in names})
     (found,) = refused(["hf"], subject)
     assert "w4-block32 instead of w4-block32-asymmetric" in found
-    header, *rows = table(subject, ["hf"])
-    assert header[:2] == ("grid", "of")
-    assert [row[:2] for row in rows] == [(name, name) for name in names]
-    assert [row[header.index("hf*")] for row in rows] == ["not together"] * 2
 
 
 def test_a_solver_that_leaves_scales_in_float32_is_refused_where_the_files_hold_float16() -> None:
@@ -144,17 +141,16 @@ def test_a_solver_that_leaves_scales_in_float32_is_refused_where_the_files_hold_
     assert not problems("hf", Weight(float_offset, kind=LayerKind.EMBEDDING))  # written as floats
 
 
-def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> None:
-    base = {"weights": "w3-block32"}
-    done = qwlora("check", recipe_for(base=base, export={"targets": ["mlx"]}))
-    assert done.returncode == 0
-    comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
-    header = next(line for line in comments if line.startswith("#   grid")).split()
-    assert header == ["#", "grid", "of", *(f"{n}*" if n == "mlx" else n for n in TARGETS)]
-    row = next(line for line in comments if line.startswith("#   w3-block32")).split()
-    cells = dict(zip(header, row, strict=True))
-    assert (cells["hf"], cells["mlx*"], cells["gguf"]) == ("holds", "holds", "w4-block32")
-    assert load_yaml(done.stdout)["base"]["weights"] == "w3-block32"
+def test_check_names_the_targets_of_the_recipe_only(recipe_for: Any) -> None:
+    base, export = {"weights": "w3-block32"}, {"targets": ["mlx"]}
+    said = answered("check", recipe_for(base=base, export=export))
+    assert "# mlx holds w3-block32 (base.weights)\n" in said
+    assert not [name for name in TARGETS if name != "mlx" and f" {name} " in said]
+    assert load_yaml(said)["base"]["weights"] == "w3-block32"
+    # A grid that a target lacks is refused, with the nearest that it holds.
+    assert "w4-block32" in refused_command(
+        "check", recipe_for(base=base, export={"targets": ["gguf"]})
+    )
 
 
 def test_what_genie_lacks_is_known_before_anything_is_written() -> None:

@@ -10,11 +10,6 @@ from contextlib import contextmanager
 
 from qwlora.system.machine import SlowComputeWarning
 
-_OF_TORCH = (
-    *("torch.onnx", "torch.onnx._internal.exporter._registration"),
-    *("torch.utils._pytree", "torch._export.non_strict_utils"),
-)
-
 
 def quiet_libraries() -> None:
     """Silence progress bars, notices and deprecation warnings of other libraries."""
@@ -26,19 +21,17 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in (*_OF_TORCH, "accelerate", "torchao"):
+    of_torch = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+    for name in (*of_torch, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence what torch logs about sizes of 1 and about a missing torchvision."""
-    loggers = [logging.getLogger(name) for name in _OF_TORCH]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence what torch logs about sizes of 1, and about a missing torchvision."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -90,35 +90,29 @@ def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
     return f"; there are {listed(names, 20)}"
 
 
-_EXPECTED = {  # what an error of pydantic is about, by its type; names in braces are in its context
+_EXPECTED = {  # types of pydantic's errors, and what was expected; in braces: of the context
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **{"finite_number": "a finite number", "bool_type": "true or false", "string_type": "text"},
     **dict.fromkeys(("dict_type", "model_type"), "keys with values"),
-    **{"string_type": "text", "list_type": "a list", "invalid_key": "text as a key"},
-    **{"literal_error": "{expected}", "enum": "{expected}", "finite_number": "a finite number"},
+    **{"list_type": "a list", "literal_error": "{expected}", "none_required": "null"},
     **{"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}"},
-    **{"less_than": "less than {lt}", "less_than_equal": "at most {le}"},
+    **{"less_than": "less than {lt}", "less_than_equal": "at most {le}", "missing": "a value"},
     **{"string_too_short": "some text", "string_too_long": "at most {max_length} characters"},
-    **{
-        "too_short": "at least {min_length} in the list",
-        "too_long": "at most {max_length}",
-        "missing": "a value",
-        "none_required": "null",
-    },
+    **{"too_short": "at least {min_length} in it", "too_long": "at most {max_length} in it"},
 }
 
 
 def expected(problem: Mapping[str, Any]) -> str:
     """What a value should be, from an entry of pydantic's `errors()`: `a whole number`."""
-    reason = str(problem.get("ctx", {}).get("error", "another value"))
-    return _EXPECTED.get(problem["type"], reason).format(**problem.get("ctx", {}))
+    words: str = _EXPECTED.get(problem["type"], "another value")
+    return words.format(**problem.get("ctx", {}))
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
-    """The whole entry: `groups.0.bits: expected a whole number, found 'x'`."""
+    """The whole entry: `groups.0.bits is 'x'; it must be a whole number`."""
     key, found = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
-    return f"{key}: expected {expected(problem)}, found {found}"
+    return f"{key} is {found}; it must be {expected(problem)}"
 
 
 def size(count_bytes: float) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
 from cli.command_line import answered, refused
+from cli.command_line import qwlora as qwlora_command
 from conftest import byte_tokenizer
 
 
@@ -38,7 +40,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any] | bytes, tuple[str, ...]]] = {
     "holds no text": (b" \n", ()),
     "training text has 13 tokens, but one sequence needs 32": (b"a few words only", ()),
     "model '/no' does not exist": (b"x", ("model.source=/no",)),
-    "mean solver\\?": (b"x", ("base.solvr=rtn",)),
+    "mean base.solver\\?": (b"x", ("base.solvr=rtn",)),
     "14 of 14 layers .*q_proj.weight: .*blocks of 48": (b"x", ("base.weights=w4-signed48",)),
     "is truncated, or not a safetensors file": (cut_model, SMALL),
     "tokenizer": (without_tokenizer, SMALL),
@@ -93,6 +95,54 @@ def test_what_must_run_first_is_a_whole_command(recipe_for: Any, tmp_path: Path)
     answered("quantize", recipe, "--out", out, "--quiet")
     message = refused("evaluate", out, "--device", "cpu")
     assert message.endswith(f"Run first: qwlora train '{out}' --device cpu\n")
+
+
+USAGE = {  # arguments, and facts of the message
+    "run --otu x": ("--otu", "Did you mean --out", "Usage: qwlora run"),
+    "rnu": ("no command rnu", "run"),
+    "generate out": ("prompt is missing", "Usage: qwlora generate"),
+    "adapters add out": ("--name is missing",),
+    "run --out": ("--out needs a value",),
+    "run --quiet=3": ("--quiet takes no value",),
+    "chat a b c": ("b c is too much",),
+    "generate out hi --max-new-tokens x": ("--max-new-tokens", "'x'", "a whole number"),
+    "simulate out --suggest 3": ("--suggest", "'3'", "at most 1"),
+    "merge out first --into bla": ("--into", "'bla'", "'float', 'requantized'"),
+    "merge out first --into float": ("qwlora: the merged model", "--out"),
+    "push out --to x": ("--to", "OWNER/NAME"),
+    "": ("Usage: qwlora", "Exit codes"),
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_wrong_arguments_are_named(words: str) -> None:
+    said = refused(*words.split()) if words else qwlora_command().stderr
+    assert all(fact in said for fact in USAGE[words]), said
+    assert not re.search(r"Input should|No such|Missing \w|Got unexpected|Invalid value", said)
+    assert said.startswith("qwlora: " if words else "Usage: ")
+
+
+def test_recipe_and_directory_have_default_names(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("run", "verify", "check", "data", "plan"):
+        assert "qwlora init recipe.yaml" in refused(command)
+    assert "qwlora init other.yaml" in refused("run", "other.yaml")
+    assert answered("init").endswith("then: qwlora run\n")
+    (tmp_path / "recipe.yaml").unlink()
+    recipe_for("one-layer llama", export={"targets": []})
+    answered("quantize", "--quiet")
+    assert (tmp_path / "out" / "base").is_dir()
+    said = answered("adapters", "add", "out", "--name", "more", "--set", "steps=2")
+    assert "qwlora run out" in said
+    added = yaml.safe_load(said.split("\n\n")[2])
+    first = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["adapters"][0]
+    assert added == {"adapters": [{**first, "name": "more", "steps": 2}]}
+    assert "which this recipe lacks" in refused("quantize")
+    # The job's own recipe is that of the job, whatever the current directory.
+    monkeypatch.chdir(tmp_path / "out")
+    assert "quantize: skipped" in qwlora_command("quantize").stderr
 
 
 def test_a_new_recipe_asks_for_its_sources_and_check_shows_what_it_says(

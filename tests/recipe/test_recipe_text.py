@@ -1,13 +1,14 @@
 """How recipe.yaml of a job is changed: only what differs, so that comments and order stay."""
 
 import difflib
+import re
 from pathlib import Path
 
 import pytest
 
 from qwlora.errors import DirectoryError
 from qwlora.recipe import load_recipe
-from qwlora.recipe.recipe_text import edited
+from qwlora.recipe.recipe_text import edited, written
 
 TEXT = """\
 # My job.
@@ -79,3 +80,19 @@ def test_a_text_that_would_read_as_something_else_is_refused(recipe: Path) -> No
     recipe.write_text(text.replace("steps: 40 ", "<<: *few "))  # both have its steps
     with pytest.raises(DirectoryError, match=r"recipe.yaml' cannot be changed automatically \("):
         lines(recipe, "adapters.0.steps=90")
+
+
+def test_a_job_keeps_the_text_of_its_recipe(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    text = re.sub("data: {.*}", "data: {source: text.txt}", recipe.read_text())
+    recipe.write_text(text)
+    asked = load_recipe(recipe, ("adapters.second.steps=50",))
+    file = tmp_path / "out" / "recipe.yaml"
+    new = written(asked, recipe, file)
+    assert new == text.replace("text.txt", f"{tmp_path}/text.txt").replace("40", "50")
+    text = text.replace("- {name: first", "- &few {name: first")  # an edit would change both
+    recipe.write_text(text.replace("steps: 40 ", "<<: *few "))
+    for short in (written(asked, recipe, file), written(asked, None, file)):
+        assert "warmup" not in short
+        (tmp_path / "short.yaml").write_text(short)
+        assert load_recipe(tmp_path / "short.yaml") == asked

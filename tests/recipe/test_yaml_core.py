@@ -81,7 +81,7 @@ def test_set_follows_the_same_rules(recipe_for: Any) -> None:
         ("seed: 0x" + "f" * 5000, "5002 digits"),
         ("seed: !!int many", "does not fit its tag"),
         ("seed: !!timestamp 2024-13-99", "does not fit its tag"),
-        ("seed: !!python/object:os.system x", "line 1: a tag"),
+        ("seed: !!python/object:os.system x", "line 1: this is not YAML"),
         ("name: x\n# caf\xe9\n", "recipe.yaml:2: byte 6"),
     ],
 )

@@ -147,8 +147,8 @@ def add(
     """Add an adapter to a job; the job's next run trains it."""
     from qwlora.pipeline.commands.manage_adapters import add_adapter
 
-    keys = add_adapter(folder, name, data, like, tuple(changes or ()))
-    _print_added(folder, name, "Train it", keys)
+    add_adapter(folder, name, data, like, tuple(changes or ()))
+    _print_added(folder, name, "Train it")
 
 
 @app.command("import")
@@ -167,14 +167,19 @@ def import_(
     """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
     from qwlora.pipeline.commands.manage_adapters import import_adapter
 
-    keys = import_adapter(folder, name, source, data, continues, tuple(changes or ()))
-    _print_added(folder, name, "Use it", keys)
+    import_adapter(folder, name, source, data, continues, tuple(changes or ()))
+    _print_added(folder, name, "Use it")
 
 
-def _print_added(folder: Path, name: str, what_next: str, keys: str) -> None:
-    from qwlora.pipeline.job import command_line
+def _print_added(folder: Path, name: str, what_next: str) -> None:
+    from qwlora.pipeline.job import command_line, job_recipe
+    from qwlora.recipe.yaml_core import dump_yaml
 
     print(f"added {name} to {folder / 'recipe.yaml'}. {what_next}: {command_line('run', folder)}")
+    added = job_recipe(folder).model_dump(mode="json", exclude_unset=True)
+    fixed = added.get("base", {}).get("calibrate_on")
+    base = {"base": {"calibrate_on": fixed}} if fixed else {}
+    keys = dump_yaml({**base, "adapters": added["adapters"][-1:]})
     print(f"\nIf you keep a recipe file of your own, add the same to it:\n\n{keys}", end="")
 
 

@@ -28,6 +28,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
+from pydantic import ValidationError
 
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
@@ -57,7 +58,6 @@ from qwlora.errors import (
     is_out_of_memory,
     is_out_of_space,
     shortened,
-    suggestion,
 )
 from qwlora.pipeline import VERBS
 from qwlora.system.machine import configure_threads, process_count
@@ -358,34 +358,29 @@ def _message(error: BaseException) -> str:
     )
 
 
+_USAGE = {  # messages of click, and what is said instead
+    r"No such (command|option):? '?([^'. ]+)'?[. ]*": r"there is no \1 \2. ",
+    r"\(Possible options: (.*)\)": r"Did you mean \1?",
+    r"Missing \w+ '?([^'.]*(?:\.\.\.)?)'?\.?$": r"\1 is missing",
+    r"Option '?(.*?)'? requires an argument.*": r"\1 needs a value",
+    r"Option '?(.*?)'? does not take a value.*": r"\1 takes no value",
+    r"Got unexpected extra argument\S* \((.*)\)": r"\1 is too much",
+    r"Invalid value(?: for)?:? ?'?(--[\w-]+)?.*?: ": r"\1: ",
+}
+
+
 def _usage(error: Any) -> str:
-    """What is wrong with the arguments, for an error of click. typer 0.29 has a copy of it, so the
-    classes depend on the release."""
-    kind, said = type(error).__name__, str(error)
-    context: Any = getattr(error, "ctx", None)
-    word = "".join(next(iter(re.findall(r"'([^']*)'|\(([^()]*)\)$", said)), ""))
-    name = getattr(error, "option_name", "") or getattr(error, "param_hint", "") or ""
-    if parameter := getattr(error, "param", None):
-        name = next((o for o in parameter.opts if o[0] == "-"), parameter.metavar or parameter.name)
+    """What is wrong with the arguments, for an error of click or of typer's copy of it."""
+    said = str(error.format_message())
+    for pattern, words in _USAGE.items():
+        said = re.sub(pattern, words, said)
     # typer 0.29 has pydantic check values.
-    for found in error.__cause__.errors() if hasattr(error.__cause__, "errors") else ():
-        said = f"expected {expected(found)}, found {found['input']!r}"
-        said = str(found["ctx"]["error"]) if found["type"] == "value_error" else said
-    if kind == "NoSuchOption":
-        near = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
-        said = f"there is no option {name}{near}"
-    elif kind == "MissingParameter":
-        said = f"{name} is missing"
-    elif kind == "BadOptionUsage":
-        said = f"{name} {'takes no' if 'does not take' in said else 'needs a'} value"
-    elif said.startswith("No such command"):
-        said = f"there is no command {word!r}{suggestion(word, context.command.commands)}"
-    elif said.startswith("Got unexpected"):
-        said = f"{word!r} is too much"
-    elif name:
-        said = f"{name}: {said}"
-    usage = f"\n{' '.join(context.get_usage().split())} (--help: all options)" if context else ""
-    return said + usage
+    if isinstance(error.__cause__, ValidationError):
+        (found,) = error.__cause__.errors()
+        reason = found.get("ctx", {}).get("error") or f"it must be {expected(found)}"
+        said = f"{error.param.opts[0]}: {found['input']!r} cannot be used: {reason}"
+    usage = " ".join(error.ctx.get_usage().split()) if vars(error).get("ctx") else ""
+    return f"{said.strip(': ')}\n{usage}".strip()
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -150,26 +150,11 @@ def _seconds(stage: Stage, judge: Judge) -> float | None:
     record = next(filter(None, same), None)
     if record is None or stage.verb != "train":
         return None if record is None else record.seconds
-    trained = record.results["train"][NAME]
+    trained, adapter = record.results["train"][NAME], stage.inputs["adapter"]
+    batches = (record.inputs["adapter"], adapter)
+    before, now = (a["batch_sequences"] * a["accumulation_steps"] for a in batches)
     step, ran = trained["step_seconds"], trained["steps"] - trained["resumed_from_step"]
-    later = step / _sequences(record.inputs) * _sequences(stage.inputs)
-    return max(record.seconds - step * ran, 0.0) + later * stage.inputs["adapter"]["steps"]
-
-
-def _sequences(inputs: Mapping[str, Any]) -> int:
-    """Of one optimizer step."""
-    adapter = inputs["adapter"]
-    return int(adapter["batch_sequences"] * adapter["accumulation_steps"])
-
-
-def training_left(stage: Stage, later: Sequence[Stage], progress: Mapping[str, Any]) -> str:
-    """How long training takes from now on, at the pace of the running stage."""
-    pace = progress["step_seconds"] / _sequences(stage.inputs)
-    steps = (progress["steps"] - progress["step"]) * _sequences(stage.inputs)
-    steps += sum(_sequences(s.inputs) * s.inputs["adapter"]["steps"] for s in later)
-    more = f" with {listed(s.name for s in later)}" if later else ""
-    done = f"{stage.name}: step {progress['step']} of {progress['steps']}"
-    return f"{done}; training takes about {duration(pace * steps)} more{more}"
+    return max(record.seconds - step * ran, 0.0) + step * now / before * adapter["steps"]
 
 
 def duration(seconds: float) -> str:

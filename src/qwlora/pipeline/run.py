@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,7 @@ from qwlora.system.progress import Track, untracked
 
 KNOWN_AFTER = 60.0  # seconds of training, after which its pace tells how long it takes
 Say = Callable[[str], None]
+Progress = Callable[[], dict[str, Any]]
 Watch = Callable[[str, int, int], None]
 ShowTraining = Callable[[dict[str, Any]], None]
 
@@ -326,7 +328,7 @@ class _Run:
         status.begin(name)
         if self.context is None:
             self.context = new_context(self.computed, self.sources, self.store.path, self.track)
-        self.context.on_training = partial(self._trained, stage, status)
+        self.context.on_training = partial(self._trained, name, status)
         began, started = time.perf_counter(), now()
         stage.check_read()
         record = Record(stage.kind, dict(stage.inputs), self.judge.versions(stage))
@@ -367,19 +369,19 @@ class _Run:
         self.judge.again()
         return record
 
-    def _trained(
-        self, stage: Stage, status: JobStatus, progress: Callable[[], dict[str, Any]]
-    ) -> None:
+    def _trained(self, name: str, status: JobStatus, progress: Progress) -> None:
         status.train(progress)
         self.show_training(progress())
         self.training_began = self.training_began or time.monotonic()
         if not self.is_time_known and time.monotonic() - self.training_began >= KNOWN_AFTER:
-            from qwlora.pipeline.forecast import training_left
-
-            self.is_time_known = True
+            self.is_time_known, so_far = True, progress()
             stale = [s for s in self.judge.plan if s.verb == "train" and s.name in self.judge.stale]
-            later = [other for other in stale if other.name != stage.name]
-            self.say(training_left(stage, later, progress()))
+            later = sum(s.inputs["adapter"]["steps"] for s in stale if s.name != name)
+            left = so_far["step_seconds"] * (so_far["steps"] - so_far["step"] + later)
+            self.say(
+                f"{name}: step {so_far['step']} of {so_far['steps']}. At this pace, training takes "
+                f"{timedelta(seconds=round(left))} more"
+            )
 
 
 def _join_stages(recipe: Recipe, out: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Adapter(Section):
     """Step 2: an adapter."""
 
     name: Name
-    """name of the adapter and of its folder"""
+    """name of the adapter and of its folder: letters, digits, _ and -"""
     data: Data | None = None
     """its own text; keys that are not set here come from the data section"""
     continue_from: Annotated[str, AfterValidator(_start)] | None = None

@@ -7,19 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from qwlora.data.read_source import locate_documents
 from qwlora.formats.model_source import locate
 from qwlora.grid.scheme import EstimatorName, RangeEstimator, Scheme, parse_scheme, short_name
 from qwlora.quantize.solvers import SOLVERS, SolverName
-from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located, matching
+from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.simulation.placement_rules import PlacementRule, Schemes
 from qwlora.targets.refusals import Weight
 
@@ -31,15 +25,10 @@ else:
     BaseSolver = Literal[(*SOLVERS, "keep")]
 
 JOB, MODEL = "job", "model"  # parts of base.calibration that are not sources of text
-_ADAPTER_WEIGHTS = matching(
-    r"w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?", "w4 to w16 by channel or tensor: w8-channel"
-)
-_SIZE = matching(r"\d+(\.\d+)? ?(kB|MB|GB)", "a size such as 60MB")
+_ADAPTER_WEIGHTS = r"^w([4-9]|1[0-6])-(channel|tensor)(-asymmetric)?$"
 Bitwidth = Annotated[int, Field(ge=2, le=16)]
 ShortName = Annotated[  # of a scheme; w04-block032 becomes w4-block32
-    str,
-    AfterValidator(lambda name: short_name(parse_scheme(name))),
-    matching("w[2-8]-.*", "2 to 8 bits, such as w4-block32"),
+    str, AfterValidator(lambda name: short_name(parse_scheme(name))), Field(pattern="^w[2-8]-")
 ]
 
 
@@ -128,11 +117,6 @@ class CalibrationText(Section):
     def _of_name(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, str) else value
 
-    @model_serializer(mode="wrap")
-    def _to_name(self, content: SerializerFunctionWrapHandler) -> Any:
-        keys = content(self)
-        return self.text if keys.keys() == {"text"} else keys
-
 
 class Base(Section):
     """Step 1: the frozen integers."""
@@ -158,7 +142,7 @@ class Base(Section):
     """bits per weight of all packed layers together, scales and offsets included. Layers without a
     rule get the bitwidths (2 to 8) and block sizes (32, 64, 128) with the least predicted loss that
     all export targets hold; base/rules.yaml has them as rules to reuse"""
-    size: Annotated[str, _SIZE] | None = None
+    size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(kB|MB|GB)$")] | None = None
     """in place of bits: the size of all packed layers, such as 60MB or 1.5GB"""
     gptq: Gptq = Gptq()
     tuning: Tuning = Tuning()
@@ -282,7 +266,7 @@ class SimulationSection(Section):
     key_value_bitwidth: Literal[8, 16] | None = None
     """bits of the keys and values of attention, on a symmetric grid, as in an NPU's key-value
     cache. Default: as other activations"""
-    adapter_weights: Annotated[str, _ADAPTER_WEIGHTS] = "w8-channel"
+    adapter_weights: Annotated[str, Field(pattern=_ADAPTER_WEIGHTS)] = "w8-channel"
     """grid of lora_A and lora_B: w4 to w16, with one scale per tensor or per channel (row), such as
     w8-tensor or w16-channel-asymmetric"""
     adapter_activation_bitwidth: Bitwidth | None = None

@@ -27,7 +27,7 @@ from qwlora.errors import (
 )
 from qwlora.formats.model_source import relative_to
 from qwlora.recipe.whole_recipe import Recipe
-from qwlora.recipe.yaml_core import flow, load_yaml
+from qwlora.recipe.yaml_core import load_yaml
 
 # What pydantic adds to the path of a value in a union.
 _KIND = re.compile(r"str|list\[.*\]|constrained-\w+|function-.*")
@@ -116,56 +116,50 @@ def _describe(error: ValidationError) -> Iterator[str]:
     lines, of_data = dict[str, list[str]](), set[tuple[str, str]]()
     for item in error.errors():
         # In a union, pydantic adds the kind of value to the keys.
-        keys = [k for k in item["loc"] if not (isinstance(k, str) and _KIND.fullmatch(k))]
-        *sections, key = keys or [""]
-        where, value = ".".join(map(str, keys)), item["input"]
+        loc = [k for k in item["loc"] if not (isinstance(k, str) and _KIND.fullmatch(k))]
+        *sections, key = loc or [""]
+        where, value, kind = ".".join(map(str, loc)), item["input"], item["type"]
         if sections == ["data"]:
             of_data.add((str(key), item["msg"]))
         # The adapter has this value from the data section, where it is reported.
         elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
             continue
-        if item["type"] == "extra_forbidden":
-            lines |= {line: [] for line in _unknown(".".join(map(str, sections)), str(key), value)}
-        elif item["type"] == "missing":
-            lines[f"{where}: required, but not set"] = []
-        elif item["type"] == "value_error":
+        found = shortened("null" if value is None else repr(value), 80)
+        problems = [f"expected %s, found {found}"]
+        if kind == "extra_forbidden":
+            is_section = isinstance(value, dict) and _entry(where) == "adapters[]"
+            for name in [f".{k}" for k in value] if is_section else [""]:
+                meant = _meant_key(f"adapters[]{name}" if is_section else where)
+                lines[f"{where}{name}: unknown key{meant}"] = []
+            continue
+        if kind == "missing":
+            problems = ["required, but not set"]
+        elif kind == "string_pattern_mismatch":
+            about = _keys()[_generic(where)].partition(". ")[0]
+            problems = [f"{found} does not fit this description: {about}"]
+        elif kind == "value_error":
             reason = item["ctx"]["error"]
-            problems = reason.problems if isinstance(reason, RecipeError) else [reason]
-            meant = _meant_value(where, value, "value_error")
-            lines |= {f"{where}: {p}{meant}" if where else str(p): [] for p in problems}
-        else:
-            found = flow(value) if value is None or isinstance(value, bool) else repr(value)
-            meant = _meant_value(where, value, item["type"])
-            line = f"{where}: expected %s, found {shortened(found, 80)}{meant}"
+            problems = [*map(str, reason.problems if isinstance(reason, RecipeError) else [reason])]
+        meant = _meant_value(where, value, kind)
+        for problem in problems:
+            line = f"{where}: {problem}{meant}" if where else problem
             lines.setdefault(line, []).append(expected(item))
-    for line, kinds in lines.items():
-        yield line.replace("%s", " or ".join(kinds), 1) if kinds else line
+    for line, wanted in lines.items():
+        yield line.replace("%s", " or ".join(wanted), 1)
 
 
-def _unknown(parent: str, key: str, value: Any) -> Iterator[str]:
-    where = f"{parent}.{key}" if parent else key
-    if isinstance(value, dict) and _entry(where) == "adapters[]":
-        for name in value:
-            yield f"{where}.{name}: unknown key{_meant(str(name), 'adapters[]')}"
-    else:
-        yield f"{where}: unknown key{_meant(key, parent)}"
-
-
-def _meant(key: str, parent: str) -> str:
-    """The end of a message about an unknown key in the section `parent`."""
-    start, every = f"{parent}." if parent else "", [*_keys()]
-    generic = _generic(start)
-    known = [k.removeprefix(generic) for k in every if k.startswith(generic)]
-    known = [name for name in known if not re.search(r"[.\[]", name)]
-    entry = key if key in known else _entry(f"{start}{key}")
-    if entry is None:
-        same = sorted((k for k in every if k.endswith(f".{key}") or k == key), key=len)
-        entry = " or ".join(same[:2]) or next(iter(near_names(key, known, 1)), None)
-    if entry is None:
+def _meant_key(where: str) -> str:
+    """The end of a message about the unknown key `where`."""
+    parent, _, key = where.rpartition(".")
+    places = [path.rpartition(".")[::2] for path in _keys()]
+    known = [name for section, name in places if section == _generic(parent)]
+    same = sorted((path for path in _keys() if path.rpartition(".")[2] == key), key=len)
+    entry = key if key in known else _entry(where) or " or ".join(same[:2])
+    if not (entry := entry or "".join(near_names(key, known, 1))):
         return f"; there are {listed(known, 20)}"
-    last = entry.rpartition(".")[2]
     # The keys of an adapter's data are those of the data section.
-    return _end(f"{start}{last}" if last in known else entry, parent)
+    name = entry.rpartition(".")[2]
+    return _did_you_mean(f"{parent}.{name}".strip(".") if name in known else entry, where)
 
 
 def _meant_value(where: str, value: Any, kind: str) -> str:
@@ -174,26 +168,23 @@ def _meant_value(where: str, value: Any, kind: str) -> str:
         return ""
     entry, generic, is_other = _entry(value) or "", _generic(where), kind != "value_error"
     if entry.partition(": ")[0] == generic.removesuffix("[]") or (is_other and ": " in entry):
-        return _end(entry, where)
-    if kind == "list_type":
-        return _end(f"{where}: [{value}]", where)
-    first = [k for k in _keys() if k in (f"{generic}.source", f"{generic}.name")]
-    if is_other and first:
-        return _end(f"{where}.{first[0].rpartition('.')[2]}: {value}", where)
-    return ""
+        return _did_you_mean(entry, where)
+    if kind == "list_type" and value:
+        return _did_you_mean(f"{where}: [{value}]", where)
+    names = [n for n in ("source", "name") if is_other and f"{generic}.{n}" in _keys()]
+    return _did_you_mean(f"{where}.{names[0]}: {value}", where) if names else ""
 
 
-def _end(entry: str, where: str) -> str:
-    if entry.endswith("."):
-        return f". {entry.removesuffix('.')}"
+def _did_you_mean(entry: str, where: str) -> str:
     own = re.match(r"adapters\.\d+", where)
-    return f"; did you mean {entry.replace('adapters[]', own[0] if own else 'adapters[]')}?"
+    entry = entry.replace("adapters[]", own[0] if own else "adapters[]")
+    return f". {entry[:-1]}" if entry.endswith(".") else f"; did you mean {entry}?"
 
 
 def _entry(path: str) -> str | None:
     """What a key or value of another tool is here, as words.yaml says."""
     generic = _generic(path).lower().replace("-", "_")
-    return _words().get(generic) or _words().get(generic.rpartition(".")[2] or generic)
+    return _words().get(generic) or _words().get(generic.rpartition(".")[2])
 
 
 @cache
@@ -207,11 +198,14 @@ def _generic(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", "[]", path)
 
 
-def _keys(section: type[BaseModel] = Recipe, start: str = "") -> Iterator[str]:
-    """The paths of all keys: `adapters[].data.source`."""
+@cache
+def _keys(section: type[BaseModel] = Recipe, start: str = "") -> dict[str, str]:
+    """The paths of all keys, `adapters[].data.source`, and what they mean."""
+    paths = dict[str, str]()
     for name, field in section.model_fields.items():
-        yield f"{start}{name}"
+        paths[f"{start}{name}"] = " ".join((field.description or "").split())
         kind = next(iter(get_args(field.annotation)), field.annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             many = "[]" if get_origin(field.annotation) is list else ""
-            yield from _keys(kind, f"{start}{name}{many}.")
+            paths |= _keys(kind, f"{start}{name}{many}.")
+    return paths

@@ -71,6 +71,8 @@ def _movable(recipe: Recipe | dict[str, Any], inside: str) -> Any:
     def relative(value: Any) -> Any:
         # Paths inside the job's folder are relative to it, so that the job can be moved.
         if isinstance(value, dict):
+            if value.keys() == {"text"}:  # a part of base.calibration
+                return relative(value["text"])
             return {key: relative(item) for key, item in value.items()}
         if isinstance(value, list):
             return [relative(item) for item in value]

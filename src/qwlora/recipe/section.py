@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,27 +11,11 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from qwlora.errors import RecipeError, SourceError, shortened
+from qwlora.errors import RecipeError, SourceError
 from qwlora.formats.model_source import looked_for, user_path
 from qwlora.system.parameter_names import NAME_PATTERN
 
-
-def matching(pattern: str, wanted: str) -> AfterValidator:
-    """Validates a text that matches `pattern`; `wanted` says in words what does."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"expected {wanted}, found {shortened(repr(text), 80)}")
-        return text
-
-    return AfterValidator(check)
-
-
-Name = Annotated[
-    str,
-    Field(max_length=100),
-    matching(NAME_PATTERN, "letters, digits, _ and -, first a letter or digit"),
-]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 

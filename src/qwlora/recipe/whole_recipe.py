@@ -11,7 +11,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from qwlora.grid.scheme import Scheme, similar_schemes
 from qwlora.recipe.adapter_section import Adapter, Data
 from qwlora.recipe.grid_sections import JOB, MODEL, Base, CalibrationText, Model, SimulationSection
-from qwlora.recipe.section import Count, Name, Section, matching
+from qwlora.recipe.section import Count, Name, Section
 from qwlora.targets.refusals import AdapterParts, Subject, Weight, refusals, refused
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, OPSETS, members, size_problems
@@ -29,10 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adapter": {"init": "qera"},
     },
 }
-_USE_CASE = matching(
-    r"[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*", "names joined by +, or none"
-)
-_DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto, cpu, cuda, xpu, mps, cuda:N or xpu:N")
+_USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
@@ -57,7 +54,7 @@ class Export(Section):
     target_parameters): onnx_each"""
     encodings_version: Literal["1.0.0", "2.0.0"] = "1.0.0"
     """version of the encodings files of targets aimet and qairt"""
-    use_cases: list[Annotated[str, _USE_CASE]] | None = None
+    use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = None
     """for targets qairt and qnn: what the runtime can switch to: an adapter's name, several joined
     by a plus sign, or none for the base. Default: each adapter alone, and none"""
     graphs: Graphs | None = None
@@ -108,7 +105,7 @@ class Recipe(Section):
     """The whole file."""
 
     name: Name = "qwlora"
-    """name of the job"""
+    """name of the job: letters, digits, _ and -"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
     base.solver search, init zero; balanced: gptq, init qera; best: the same, with base.calibration
@@ -122,7 +119,7 @@ class Recipe(Section):
     evaluate: Literal["own", "all"] = "own"
     """for adapters with texts of their own. own: measure each on its own text, the float model and
     the base on all; all: also each on the text of every other, N times N measurements"""
-    device: Annotated[str, _DEVICE] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
     """where models compute: cpu, cuda, xpu, mps, cuda:N or xpu:N. auto: an accelerator if torch can
     use one, else cpu. Files are written and verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0

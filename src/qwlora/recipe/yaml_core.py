@@ -54,29 +54,23 @@ def load_yaml(text: str) -> Any:
 
 _PROBLEMS = {  # parts of PyYAML's messages, and what is wrong; the first that fits counts
     "'\\t' that cannot": "a tab; indent with spaces",
-    "that cannot start": "a value begins with a character that YAML reserves; quote the value",
     "mapping values are": "a second colon; quote the value, or put its key on a line of its own",
     "expected ',' or": "the bracket opened in line {start} is not closed",
     "quoted scalar": "the quote opened in line {start} is not closed",
     "<block end>": "the indentation is not that of the lines before",
-    "undefined alias": "an alias (*) of nothing; quote the value",
-    "constructor for the tag": "a tag (!) that no recipe needs; remove it, or quote the value",
     "single document": "a second document (---); keep one",
-    "special characters": "a control character; remove it",
-    "": "this is not YAML; check colons, quotes, brackets and indentation",
+    "": "this is not YAML that a recipe needs; quote values with any of * & ! % @ ` or controls",
 }
 
 
 def _in_words(error: yaml.YAMLError, text: str) -> str:
     parts = ("problem", "context", "reason", "problem_mark", "context_mark", "position")
-    *said, mark, start, place = (getattr(error, part, None) for part in parts)
+    *facts, mark, start, place = (getattr(error, part, None) for part in parts)
     if mark is None and place is None:
         return str(error)  # raised here
-    line = mark.line + 1 if mark else text.count("\n", 0, place) + 1
-    reason = next(
-        words for part, words in _PROBLEMS.items() if part in " ".join(filter(None, said))
-    )
-    return f"line {line}: {reason.format(start=start.line + 1 if start else line)}"
+    line, said = mark.line if mark else text.count("\n", 0, place), " ".join(filter(None, facts))
+    reason = next(words for part, words in _PROBLEMS.items() if part in said)
+    return f"line {line + 1}: {reason.format(start=start.line + 1 if start else 0)}"
 
 
 def dump_yaml(content: Any) -> str:

@@ -150,11 +150,11 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"transform_config": True}, "transform_config is True"),
     ({"kv_cache_scheme": {"num_bits": 8}}, f"kv_cache_scheme is .*{_MORE}"),
     ({"config_groups": {}}, "config_groups is .* at least 1"),
-    ({"config_groups": [INTEGER]}, r"config_groups is \[.*valid dictionary"),
+    ({"config_groups": [INTEGER]}, r"config_groups is \[.*must be keys with values"),
     *(
         ({"config_groups": {"group_0": group}}, f"config_groups.group_0.{message}")
         for group, message in (
-            ({"weights": INTEGER}, "targets is .*: Field required"),
+            ({"weights": INTEGER}, "targets is .*must be a value"),
             ({"targets": ["Linear"], "weights": [4]}, r"weights is \[4\]"),
             ({**GROUP, "input_activations": {"num_bits": 16}}, f"input_activations is .*{_MORE}"),
             ({**GROUP, "output_activations": {"num_bits": 16}}, f"output_activations is .*{_MORE}"),

@@ -33,7 +33,6 @@ from qwlora.pipeline.store import STAGES, Store, check_job
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.recipe.recipe_text import edited
 from qwlora.recipe.section import of_a_job
-from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.system.atomic import write_text
 from qwlora.system.output_path import as_directory_errors
 from qwlora.system.progress import untracked
@@ -52,9 +51,8 @@ def add_adapter(
     data: str | None = None,
     like: str | None = None,
     changes: tuple[str, ...] = (),
-) -> str:
-    """Add an adapter to the recipe of a job; it is trained by the job's next run. Returns the keys
-    that the recipe has now and had not before, as YAML.
+) -> None:
+    """Add an adapter to the recipe of a job; it is trained by the job's next run.
 
     Args:
         like: the adapter whose settings and text it takes. Default: the first in the recipe.
@@ -66,7 +64,6 @@ def add_adapter(
         changed = _with_adapter(folder, recipe, entry, data, changes)
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
-        return _added(recipe, changed)
 
 
 def import_adapter(
@@ -76,9 +73,8 @@ def import_adapter(
     data: str | None = None,
     continues: bool = False,
     changes: tuple[str, ...] = (),
-) -> str:
-    """Add an adapter that was trained elsewhere, on the float model or other integers. Returns the
-    same as `add_adapter`.
+) -> None:
+    """Add an adapter that was trained elsewhere, on the float model or other integers.
 
     Args:
         source: a folder of PEFT or of mlx-lm, or a hub id.
@@ -101,7 +97,6 @@ def import_adapter(
         check_places(changed, {name: shapes}, skeleton(recipe.model))
         _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
-        return _added(recipe, changed)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
@@ -228,14 +223,6 @@ def _with_adapter(
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
-
-
-def _added(before: Recipe, after: Recipe) -> str:
-    adapter = after.adapters[-1].model_dump(mode="json", exclude_unset=True)
-    calibrated = after.base.calibrate_on
-    is_fixed = calibrated != before.base.calibrate_on
-    base = {"base": {"calibrate_on": calibrated}} if is_fixed else {}
-    return dump_yaml({**base, "adapters": [adapter]})
 
 
 def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:

@@ -20,6 +20,8 @@ from qwlora import errors
 CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
 PYTHON = {
+    "README.md": (1, "tests/formats/test_hf_quantizer.py"),
+    "coming-from.md": (1, "tests/formats/test_hf_quantizer.py"),
     "python.md": (3, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),

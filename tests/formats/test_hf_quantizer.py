@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -21,7 +27,8 @@ from transformers import (
 )
 
 from conftest import byte_tokenizer, text, tiny_model
-from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
+from docs.snippets import ROOT, blocks
+from qwlora import fingerprint, load_adapter, load_base, quantize_, save_adapter, save_base
 from qwlora.errors import SourceError
 from qwlora.formats.base_folder import QwloraConfig
 from qwlora.nn.packed_layer import packed_layers
@@ -247,6 +254,27 @@ def test_trainers_of_trl_train_an_adapter_on_a_base(
         margins = [row["rewards/margins"] for row in trainer.state.log_history[:-1]]
         assert margins[0] == 0
         assert margins[-1] > 0
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("page", ["README.md", "docs/coming-from.md"])
+def test_the_pages_train_an_adapter_with_trl(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    from datasets import Dataset
+
+    (code,) = [b.text for b in blocks(ROOT / page) if b.language == "python"]
+    folder = shutil.copytree(base, tmp_path / code.partition('SFTTrainer("')[2].partition('"')[0])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "dataset": Dataset.from_list([{"text": text(seed, 12)} for seed in range(8)])
+    }
+    exec(compile(code, page, "exec"), names)
+    trained = names["trainer"].model
+    assert fingerprint(trained) == fingerprint(load_base(folder))
+    saved = get_peft_model_state_dict(load_adapter(load_base(folder), "adapter"))
+    torch.testing.assert_close(saved, get_peft_model_state_dict(trained), rtol=0, atol=0)
+    assert all(tensor.any() for tensor in saved.values())  # lora_B starts at zero
 
 
 @pytest.mark.client

@@ -74,6 +74,8 @@ data.packing: - -> none => TEXTS
 data.packing: - -> join =>
 data.sequence_tokens: 32 -> 16 => quantize/sample TEXTS
 data.held_out: 0.2 -> 0.3 => TEXTS as held_out
+data.evaluation: - -> third => FIRST as evaluation
+data.most_lost: 0.5 -> 0.6 =>
 data.evaluation_sequences: 4 -> 2 => evaluate/* train/first
 data.evaluation_sequences: 4 -> 2 with SHARED => evaluate/* train/first calibrate/first calibrate/second
 data.calibration_sequences: 8 -> 4 => RANGES
@@ -114,6 +116,7 @@ adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float c
 adapters.0.rank: 16 -> 8 with export.targets=[qairt_pipeline] => train/first export/qairt_pipeline/* as rank
 adapters.0.steps: 6 -> 7 with export.targets=[qairt_pipeline] => train/first
 adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
+adapters.0.epochs: - -> 2 with adapters.0.steps=60 => train/first as epochs
 adapters.0.init: qera -> svd with reference=float => quantize train/first as init
 adapters.0.alpha: 32.0 -> 16.0 => train/first
 adapters.0.dropout: 0.0 -> 0.1 => train/first

@@ -154,7 +154,7 @@ def differences(old: Any, new: Any, labels: Mapping[str, str], path: str = "") -
         before, after = (_shown(value) for value in (old, new))
         # One digest covers all of these, so which of them differs is not known.
         is_text = name.endswith(("data.source", ".text", ".calibrate_on"))
-        why = " (its content, split, columns, held_out or seed)" if is_text else ""
+        why = " (its content, split, columns, held_out, evaluation or seed)" if is_text else ""
         yield f"{name}{why}: {before} -> {after}"
 
 

@@ -291,10 +291,11 @@ class _Run:
             for caution in text.cautions():
                 self.say(f"caution: {caution}")
         names = [stage.name for stage in waiting]
+        texts = {data: prepared.get(name) for name, data in self.recipe.texts().items()}
         for adapter in self.recipe.adapters:
-            if adapter.steps and f"train/{adapter.name}" in names:
-                sequences = len(self.context.text(adapter.name).train)
-                self.say(f"{adapter.name}: {adapter.length(sequences)}")
+            text = texts.get(self.recipe.data_of(adapter))
+            if text is not None and adapter.steps and f"train/{adapter.name}" in names:
+                self.say(f"{adapter.name}: {adapter.length(len(text.train))}")
         if not has_estimate:
             return
         try:

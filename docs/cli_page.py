@@ -14,6 +14,8 @@ from typing import NamedTuple
 from typer.cli import app
 from typer.testing import CliRunner
 
+from qwlora.pipeline import VERBS
+
 SHARED = 2  # commands that have an option or an argument of the same words
 HEAD = """\
 ## Shared arguments and options
@@ -44,7 +46,7 @@ def page() -> str:
     counted = Counter(item for command in commands for item in command.items)
     commonest = {_name(item): item for item, _ in reversed(counted.most_common())}  # of each name
     shared = [item for item in counted if counted[item] >= SHARED and item in commonest.values()]
-    stages = [command for command in commands if command.call == commands[0].call]
+    stages = commands[: 1 + len(VERBS)]
     names = (command.heading.replace("## `qwlora ", "`") for command in stages)
     texts = (command.description.replace("\n\n", " ") for command in stages)
     listed = [f"* {name}: {text}" for name, text in zip(names, texts, strict=True)]

@@ -66,7 +66,10 @@ def _folder(name: str, **files: object) -> Path:
 
 def _wrong_recipe() -> None:
     sections = {"model": {"source": "model"}, "data": {"sourc": "text.jsonl"}}
-    parse_recipe({**sections, "adapters": [{"name": "support", "steps": 3}]}, "recipe.yaml")
+    parse_recipe(
+        {**sections, "adapters": [{"name": "support", "steps": 3, "warmup_steps": 5}]},
+        "recipe.yaml",
+    )
 
 
 def _other_base() -> None:

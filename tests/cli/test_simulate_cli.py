@@ -143,7 +143,7 @@ NAMES = {  # what is asked for, and what the message names
     "verify.sequences=1": "this command can only change simulation",
     "simulation.rules=[{match: lm_hed, bitwidth: 8}]": "'lm_hed' matches no value; .*lm_head",
     "--adapter second": "has no adapters/second yet. Run first: qwlora train ",
-    "--suggest 5": "'--suggest'",
+    "--suggest 5": "--suggest",
 }
 
 

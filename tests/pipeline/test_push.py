@@ -227,7 +227,12 @@ def edited(file: Path, content: bytes | str) -> Iterator[None]:
             "first",
             r"train/first: adapters\.first\.steps: 3 -> 4.*qwlora run",
         ),
-        ("w4-signed32", "w8-channel", None, r"quantize: base\.weights.*qwlora run"),
+        (
+            "name: tiny",
+            "base: {weights: w8-channel}\nname: tiny",
+            None,
+            r"quantize: base\.weights.*qwlora run",
+        ),
         ("", "", "frist", "no adapter 'frist'"),
     ],
 )

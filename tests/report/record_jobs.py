@@ -25,6 +25,7 @@ from conftest import byte_tokenizer, text, tiny_model
 from qwlora.errors import VerificationError
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
+from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.targets.proof.checks import Limits
 
 RECORDED = Path(__file__).parent / "jobs"
@@ -73,8 +74,8 @@ def main(folder: Path) -> None:
         results = json.loads((folder / name / "results.json").read_text().replace(f"{folder}/", ""))
         results["run"]["machine"]["processor"] = "recorded on another machine"
         (RECORDED / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        recipe = (folder / name / "recipe.yaml").read_text().replace(f"{folder}/", "")
-        (RECORDED / name / "recipe.yaml").write_text(recipe)
+        recipe = dump_yaml(load_recipe(folder / name).model_dump(mode="json"))
+        (RECORDED / name / "recipe.yaml").write_text(recipe.replace(f"{folder}/", ""))
 
 
 if __name__ == "__main__":

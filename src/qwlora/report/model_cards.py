@@ -190,7 +190,8 @@ def _check(job: Job, target: str, name: str) -> str:
     tokens = parity.get("tokens")
     on = f" on {tokens:,} tokens" if isinstance(tokens, int) else ""
     if parity.get("passed"):
-        return f"Run{on} and compared with what was trained: all limits hold."
+        arithmetic = job.arithmetic([target], [name])
+        return f"Run{on} and compared with what was trained: all limits hold{arithmetic}."
     problems = escaped("; ".join(parity.get("problems", ())))
     return f"**The check of these files failed**{on}: {problems}"
 

@@ -414,9 +414,10 @@ class LlamaRuntime(Runtime):
         if context == self._ffi.NULL:
             raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
 
-        # The default argument keeps the model: llama.cpp must free it after its contexts.
-        def release(context: Any, _: Any = model) -> None:
-            llama.llama_free(context)
+        # The default argument keeps the model: llama.cpp must free it after its contexts. The
+        # function is looked up now, since cffi cannot do so while Python ends.
+        def release(context: Any, _: Any = model, free: Any = llama.llama_free) -> None:
+            free(context)
 
         self._context, self._tokens = self._ffi.gc(context, release), room
 

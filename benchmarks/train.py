@@ -18,7 +18,9 @@ memory: whole steps of 4 x 512 tokens with AdamW; the base has 4 bits. Each way 
 resident size of the whole process during the steps (VmHWM, counted anew after loading), Python, torch and transformers included; `imported` is the resident
 size before anything is loaded, so the difference is what model and step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody
 runs it. The embedding, which is the head too, is float32, or with `head int8` of 8 bits per block of 32, as in the model's own file. `ratio` is of whole peaks;
-`ratio_above_imports` of the differences. Seconds are the median of the steps after the first, the ratio of times the median of the ratios of the rounds.
+`ratio_above_imports` of the differences; both, and `time_ratio`, are over `plain`. `ratio_to_peer` and `time_ratio_to_peer` are over `peer`, plain PEFT with the
+same checkpointing and precision. Seconds are the median of the steps after the first, by the processor's clock; the ratio
+of times is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -271,14 +273,14 @@ def measure(
     loaded, seconds, losses = peak_rss_bytes(), [], []
     with memory_saving(model, half) if base else contextlib.nullcontext():
         for _ in range(steps):
-            began = time.perf_counter()
+            began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
     return {
         "imported_bytes": imported,
         "loaded_bytes": loaded,
@@ -307,6 +309,12 @@ def compare_memory(names: list[str], steps: int, rounds: int) -> None:
             row["ratio"] = round(peak / max(r["peak_bytes"] for r in plain), 3)
             row["ratio_above_imports"] = round(above / plain_above, 3)
             row["time_ratio"] = ratio(times, name, "plain")
+        peer = name.split(",")[0].replace("ours", "plain")
+        if peer != name and (peers := runs.get(peer)):
+            times = {key: [r["seconds"] for r in runs[key]] for key in (peer, name)}
+            row["peer"] = peer
+            row["ratio_to_peer"] = round(peak / max(r["peak_bytes"] for r in peers), 3)
+            row["time_ratio_to_peer"] = ratio(times, name, peer)
         if goal := GOALS.get(name.removesuffix(", head int8")):
             row["goal"], row["time_goal"] = goal
         rows.append(row)

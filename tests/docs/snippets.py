@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
-import yaml
 
 from qwlora.cli.main import app
 from qwlora.errors import QwloraError
 from qwlora.recipe import parse_recipe
+from qwlora.recipe.yaml_core import load_yaml
 
 ROOT = Path(__file__).parents[2]
 # Programs that snippets may call. What they do with their arguments is theirs.
@@ -113,7 +113,7 @@ def problem_of_command(command: str) -> str | None:
 
 def problem_of_recipe(text: str, model: Path, data: Path) -> str | None:
     """What is wrong with a recipe, or with a part of one."""
-    content = yaml.safe_load(text)
+    content = load_yaml(text)
     whole = {
         "name": "snippet",
         "model": {"source": str(model)},

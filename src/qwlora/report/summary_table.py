@@ -136,6 +136,7 @@ def _training_rows(job: Job, name: str, train: dict[str, Any]) -> Iterator[Row]:
     parameters = f"{train['trainable_parameters']:,} parameters"
     if origin == "trained":
         in_what = f" in {train['compute']}" if "compute" in train else ""
+        in_what = (f" = {train['epochs']:.2g} epochs" if "epochs" in train else "") + in_what
         speed = f"{train['step_seconds']:.2f} s per step"
         memory = f"peak memory {size(train['peak_rss_bytes'])}"
         parameters = f"{train['steps']} steps{in_what}, {speed}, {memory}, {parameters}"

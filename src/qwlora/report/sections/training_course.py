@@ -173,6 +173,8 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     trained, warm = job.number(*path, "trainable_parameters") or 0, setting.get("warmup_steps")
     warm_up = f", {warm} warm-up steps" if warm else ""
     steps, parameters = (job.shown(count, *path, key) for key in ("steps", "trainable_parameters"))
+    epochs = job.number(*path, "epochs")
+    of_batch += f", {epochs:.2g} epochs" if epochs else ""
     share = f" ({form.percent(trained / whole)} of the model)" if whole else ""
     facts: dict[str, Markup | str | None] = {
         "Steps": steps and steps + of_batch,

@@ -2,7 +2,9 @@
 refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -15,7 +17,9 @@ from qwlora import export
 from qwlora.errors import CaptureError, ExportError, SourceError
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.simulation.adapter_simulations import AdapterSimulations
-from qwlora.simulation.kv_cache_graph import cache_sizes
+from qwlora.simulation.kv_cache_graph import CacheSizes, cache_sizes
+from qwlora.targets.npu import genie
+from qwlora.targets.npu.device_graph import COS, SIN
 from qwlora.targets.npu.genie import angles
 from qwlora.targets.npu.qnn import QnnModel, open_graph
 from qwlora.targets.proof.contents import check_contents
@@ -168,12 +172,29 @@ def test_graphs_have_the_inputs_that_genie_checks(tokens: int, name: str, files:
         assert grids[key] == grids[key.replace("_in", "_out")]
 
 
-@pytest.mark.slow
-def test_a_long_context_is_exported(simulations: AdapterSimulations, tmp_path: Path) -> None:
-    """float32, in which the model computes angles, is off by many steps of 16 bits there."""
-    write(simulations, tmp_path / "a", "qairt", "genie", graphs=[1], context=[16384])
-    config = json.loads((tmp_path / "a" / "genie_config.json").read_text())
-    assert config["dialog"]["context"]["size"] == 16384
+@pytest.mark.parametrize(("theta", "is_same"), [(1e5, True), (1.001e5, False)])
+def test_positions_of_a_long_context_are_compared(
+    theta: float, is_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32, in which a model computes angles, is off by 60 steps of 16 bits at the end."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e5}
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    config = LlamaConfig(**shape, rope_parameters=rope)
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(**shape, rope_parameters={**rope, "rope_theta": theta})
+    )
+
+    def run_host(_: Any, mask: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip((COS, SIN), rotary(torch.zeros(1), positions), strict=True))
+
+    monkeypatch.setattr(genie, "run_host", run_host)
+    device = SimpleNamespace(interface=SimpleNamespace(shapes={COS: (1, 32)}), encodings={})
+    npu: Any = SimpleNamespace(device=device, sizes=CacheSizes(4096, 32768), host=None)
+    base: Any = SimpleNamespace(
+        simulation=SimpleNamespace(origin=SimpleNamespace(model=SimpleNamespace(config=config)))
+    )
+    with nullcontext() if is_same else pytest.raises(ExportError, match="base of 100000"):
+        genie.refuse_other_positions(npu, base)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ import errno
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def problem_text(problem: Mapping[str, Any]) -> str:
     """The whole entry: `groups.0.bits is 'x'; it must be a whole number`."""
     key, found = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
     return f"{key} is {found}; it must be {expected(problem)}"
+
+
+def duration(seconds: float) -> str:
+    """`0:12:30`"""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def size(count_bytes: float) -> str:

@@ -119,3 +119,23 @@ def test_a_run_says_how_long_training_takes(job_for: Any, monkeypatch: pytest.Mo
     job.run("quantize", "train")
     (said,) = (line for line in job.said if "At this pace" in line)
     assert re.fullmatch(r"train/first: step 1 of 6\. .* training takes 0:00:\d\d more", said)
+
+
+def test_epochs_and_float_lora_have_a_time(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs are steps once the text is known; float LoRA is recorded at a place of its own."""
+    monkeypatch.setattr("qwlora.pipeline.run.KNOWN_AFTER", 0.0)
+    both = [{"name": name, "rank": 4, "epochs": 1.0} for name in ("first", "second")]
+    job = job_for(adapters=both, reference="float")
+    results = job.run("quantize", "train")
+    steps = results["train"]["first"]["steps"]
+    (said,) = (line for line in job.said if "At this pace" in line)
+    assert f"of {steps}. At this pace" in said
+    plan = ("plan", job.out, "--json", *("--set", "adapters.0.epochs=3"))
+    stages = {s["stage"]: s["seconds"] for s in json.loads(answered(*plan))["stages"]}
+    trained = results["train"]["first"]
+    assert stages["train/second"] == 0.0
+    for name, of in (
+        ("train/first", trained),
+        ("train/first/float", results["reference"]["train"]["first"]),
+    ):
+        assert stages[name] >= 3 * steps * of["step_seconds"]

@@ -10,7 +10,7 @@ import typer
 
 from qwlora.cli.shared_arguments import RECIPE, AsJson, Changes, Out, RecipeFile, recipe_and_job
 from qwlora.cli.terminal import ProgressDisplay, print_result, table
-from qwlora.errors import DirectoryError, GridError, SourceError, foreign_as, size
+from qwlora.errors import DirectoryError, GridError, SourceError, duration, foreign_as, size
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import one_step
 
@@ -164,8 +164,6 @@ def plan(
 
 
 def _estimate_lines(estimates: Estimates) -> Iterator[str]:
-    from qwlora.pipeline.forecast import duration
-
     rows = [("stage", "peak memory", "disk", "most of the memory")]
     for stage in estimates.stages:
         most = stage.largest_part

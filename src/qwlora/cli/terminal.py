@@ -18,8 +18,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TextIO, TypeVar
 
@@ -28,11 +27,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.segment import Segment
 from rich.table import Column
 
-from qwlora.errors import escaped
+from qwlora.errors import duration, escaped
 from qwlora.system import strict_json
 
 T = TypeVar("T")
-LAST_LOSSES = 8  # the mean of these is shown, as in the report
+LAST_LOSSES = 8  # whose mean is shown: single ones jump
+REFRESHES = 4  # per second
 LINE_SECONDS = 30.0  # between lines of progress without a terminal
 
 
@@ -138,9 +138,10 @@ class ProgressDisplay:
             TextColumn("{task.fields[left]}", markup=False),
             console=screen,
             transient=True,
-            refresh_per_second=4,
+            refresh_per_second=REFRESHES,
         )
         self._stage: tuple[TaskID, str] | None = None
+        self._shown = 0.0  # when figures of training were shown last
         self._ended = threading.Event()
         self._exit = contextlib.ExitStack()
 
@@ -168,15 +169,19 @@ class ProgressDisplay:
         )
         self._stage = row, f"{stage} ({number} of {count})"
 
-    def show_training(self, progress: Mapping[str, Any]) -> None:
-        """Show the loss and the speed of a training step in its row."""
-        losses, rate = progress["losses"][-LAST_LOSSES:], progress["tokens_per_second"]
+    def show_training(self, progress: Callable[[], dict[str, Any]]) -> None:
+        """Show the loss and the speed of training in its row."""
+        # Asked for only as often as it is seen: `progress` goes through all steps so far.
+        if self._quiet or time.monotonic() - self._shown < 1 / REFRESHES:
+            return
+        self._shown, now = time.monotonic(), progress()
+        losses, rate = now["losses"][-LAST_LOSSES:], now["tokens_per_second"]
         figures = f"loss {sum(losses) / len(losses):.3f}, {rate:,.0f} tokens/s"
         steps = [
             task for task in self._progress.tasks if not self._stage or task.id != self._stage[0]
         ]
         if steps:
-            self._progress.update(steps[-1].id, description=f"  {progress['adapter']}: {figures}")
+            self._progress.update(steps[-1].id, description=f"  {now['adapter']}: {figures}")
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
@@ -191,15 +196,15 @@ class ProgressDisplay:
         """A `Track`."""
         step = self._progress.add_task(f"  {description}", total=total, count="", left="")
         began = time.monotonic()
-        # At 4 refreshes per second, a short step would not be seen.
+        # A step shorter than the time between refreshes would not be seen.
         self._progress.refresh()
         try:
             for done, item in enumerate(items, 1):
                 yield item
                 count, left = str(done), ""
                 if total:
-                    seconds = round((time.monotonic() - began) * (total - done) / done)
-                    count, left = f"{done}/{total}", f"{timedelta(seconds=seconds)} left"
+                    seconds = (time.monotonic() - began) * (total - done) / done
+                    count, left = f"{done}/{total}", f"{duration(seconds)} left"
                 self._progress.update(step, completed=done, count=count, left=left)
             self._progress.refresh()
         finally:
@@ -211,8 +216,7 @@ class ProgressDisplay:
             if not (tasks := self._progress.tasks):
                 continue
             last = tasks[-1]
-            passed = timedelta(seconds=round(last.elapsed or 0))
-            how_long = last.fields["left"] or f"{passed} so far"
+            how_long = last.fields["left"] or f"{duration(last.elapsed or 0)} so far"
             step = f"{last.description.strip()} {last.fields['count']}".strip()
             parts.append(f"{step}, {how_long}" if tasks[len(parts) :] else how_long)
             self.say(": ".join(parts))

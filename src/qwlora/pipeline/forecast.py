@@ -11,12 +11,11 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 from qwlora.analysis.generate_text import SAMPLED_AT_ONCE
-from qwlora.errors import listed, size
+from qwlora.errors import duration, listed, size
 from qwlora.formats.model_source import fetch
 from qwlora.nn.packed_layer import tensor_out_in
 from qwlora.nn.packed_tensor import PackedTensor
@@ -134,14 +133,14 @@ def estimate(recipe: Recipe, stages: Sequence[Stage], judge: Judge) -> Estimates
         memory = memory | stays if stage.adapter or stage.verb == "verify" else memory
         stays = costs.zero_adapter if stage.kind == ZERO else stays
         less, peak = LESS.get(stage.verb, "data.sequence_tokens"), PROCESS + sum(memory.values())
-        seconds = _seconds(stage, judge) if is_same else None
+        seconds = _seconds(stage, judge, recipe) if is_same else None
         forecasts.append(Forecast(stage.name, peak, memory, disk, less, seconds))
     folder = out.expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return Estimates(forecasts, memory_limit_bytes(), shutil.disk_usage(existing).free)
 
 
-def _seconds(stage: Stage, judge: Judge) -> float | None:
+def _seconds(stage: Stage, judge: Judge, recipe: Recipe) -> float | None:
     """How long a stage takes, by an earlier one of its kind; 0 if it is up to date."""
     if stage.name not in judge.stale:
         return 0.0
@@ -150,16 +149,17 @@ def _seconds(stage: Stage, judge: Judge) -> float | None:
     record = next(filter(None, same), None)
     if record is None or stage.verb != "train":
         return None if record is None else record.seconds
-    trained, adapter = record.results["train"][NAME], stage.inputs["adapter"]
-    batches = (record.inputs["adapter"], adapter)
-    before, now = (a["batch_sequences"] * a["accumulation_steps"] for a in batches)
+    trained = record.results.get(REFERENCE, record.results)["train"][NAME]
+    adapter = next(a for a in recipe.adapters if a.name == stage.adapter)
+    before = record.inputs["adapter"]
+    step_sequences = before["batch_sequences"] * before["accumulation_steps"]
+    # Epochs are those of the text that was trained on: the plan reads none.
+    epochs, sequences = trained.get("epochs"), 0.0
+    if epochs:
+        sequences = trained["steps"] * step_sequences / epochs
     step, ran = trained["step_seconds"], trained["steps"] - trained["resumed_from_step"]
-    return max(record.seconds - step * ran, 0.0) + step * now / before * adapter["steps"]
-
-
-def duration(seconds: float) -> str:
-    """`0:12:30`"""
-    return str(timedelta(seconds=round(seconds)))
+    steps = adapter.steps_on(round(sequences)) * adapter.step_sequences / step_sequences
+    return max(record.seconds - step * ran, 0.0) + step * steps
 
 
 class Costs:

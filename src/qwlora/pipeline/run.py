@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwlora.data.prepared_data import summary
-from qwlora.errors import DirectoryError, VerificationError, described
+from qwlora.errors import DirectoryError, VerificationError, described, duration
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import (
@@ -53,7 +52,7 @@ KNOWN_AFTER = 60.0  # seconds of training, after which its pace tells how long i
 Say = Callable[[str], None]
 Progress = Callable[[], dict[str, Any]]
 Watch = Callable[[str, int, int], None]
-ShowTraining = Callable[[dict[str, Any]], None]
+ShowTraining = Callable[[Progress], None]
 
 
 @connected()
@@ -81,7 +80,8 @@ def run(
         say: receives one line for each stage that is skipped or run.
         watch: called when a stage begins, with its name, its number and how many will run. Without
             it, memory and disk are not estimated before.
-        show_training: receives the losses, the steps and the speed after each step of training.
+        show_training: receives, after each step of training, a function that gives its losses, its
+            number and its speed.
 
     Returns:
         The content of `results.json`. An error of a stage leaves the stages before it finished.
@@ -372,16 +372,19 @@ class _Run:
 
     def _trained(self, name: str, status: JobStatus, progress: Progress) -> None:
         status.train(progress)
-        self.show_training(progress())
+        self.show_training(progress)
         self.training_began = self.training_began or time.monotonic()
         if not self.is_time_known and time.monotonic() - self.training_began >= KNOWN_AFTER:
             self.is_time_known, so_far = True, progress()
             stale = [s for s in self.judge.plan if s.verb == "train" and s.name in self.judge.stale]
-            later = sum(s.inputs["adapter"]["steps"] for s in stale if s.name != name)
+            later = 0
+            for other in (s for s in stale if s.name != name):
+                adapter = self.context.adapter(other.adapter)
+                later += adapter.steps_on(len(self.context.text(adapter.name).train))
             left = so_far["step_seconds"] * (so_far["steps"] - so_far["step"] + later)
             self.say(
                 f"{name}: step {so_far['step']} of {so_far['steps']}. At this pace, training takes "
-                f"{timedelta(seconds=round(left))} more"
+                f"{duration(left)} more"
             )
 
 

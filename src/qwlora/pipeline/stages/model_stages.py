@@ -243,11 +243,8 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
     settings |= {"data": data, "seed": recipe.seed, "workflow": recipe.workflow}
     measured: dict[str, Any] = {
-        **asdict(report),
-        "compute": adapter.compute,
-        "epochs": report.steps * adapter.step_sequences / len(context.text(adapter.name).train),
+        **_measured(context, adapter, report),
         "settings": settings,
-        "peak_rss_bytes": peak_rss_bytes(),
         "layers": updates,
         **initialized,
     }
@@ -266,8 +263,17 @@ def _train_reference(
     report = _train_adapter(context, model, adapter, work, reference=True)
     if is_first_process():
         save_adapter(model, scratch)
-    measured = {**asdict(report), "compute": adapter.compute, "peak_rss_bytes": peak_rss_bytes()}
-    return {REFERENCE: {"train": {NAME: measured}}}
+    return {REFERENCE: {"train": {NAME: _measured(context, adapter, report)}}}
+
+
+def _measured(context: JobContext, adapter: Adapter, report: TrainingReport) -> dict[str, Any]:
+    passed = report.steps * adapter.step_sequences
+    return {
+        **asdict(report),
+        "compute": adapter.compute,
+        "epochs": passed / len(context.text(adapter.name).train),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
 def _train_adapter(

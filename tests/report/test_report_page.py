@@ -201,7 +201,7 @@ def test_exact_and_shipped_figures_are_next_to_each_other() -> None:
 
 
 def test_answers_come_after_training_and_are_escaped() -> None:
-    """Of the adapter's own text, by model."""
+    """The prompts are from the adapter's own text."""
     results = results_of("two")
     say = lambda who: [{"prompt": HOSTILE, "answer": f"{who}<i>"}]  # noqa: E731
     on = {name: {"float": say(f"F {name}"), "base": say("")} for name in ("words", "digits")}

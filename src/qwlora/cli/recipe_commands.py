@@ -29,6 +29,7 @@ def check(
 
     Also checks that its targets hold the grids of its base; else it names the nearest scheme.
     """
+    from qwlora.data.prepared_data import caution_lines
     from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
@@ -46,9 +47,8 @@ def check(
     refusals.refuse(chosen, whole := with_model(checked, base), GridError)
     with ProgressDisplay() as display:
         context = new_context(checked, Sources(checked, track=display.track), Path(), display.track)
-        for name, text in context.all_texts().items():
-            for caution in text.cautions():
-                display.say(f"caution: data of {name}: {caution}")
+        for line in caution_lines(context.all_texts()):
+            display.say(line)
     notes = refusals.notes(base, chosen)
     notes += map("warning: {}".format, refusals.genie_notes(whole))
     if note := second_rounding(checked):
@@ -81,7 +81,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Summarize a recipe's data and show a training sequence."""
-    from qwlora.data.prepared_data import summary
+    from qwlora.data.prepared_data import caution_lines, summary
     from qwlora.pipeline.sources import Sources
     from qwlora.pipeline.stages import new_context
     from qwlora.recipe import load_recipe
@@ -96,8 +96,8 @@ def data(
         whose = names[adapter] if adapter else chosen.adapters[0]
         text = context.text(whose.name)
         documents = text.training_runs(sequence, context.tokenizer)
-        for caution in text.cautions():
-            display.say(f"caution: {caution}")
+        for line in caution_lines({whose.name: text}):
+            display.say(line)
     counts = text.describe()
     length = whose.length(len(text.train))
     lines = [summary(counts), f"{whose.name}: {length}", ""]

@@ -10,7 +10,7 @@ import typer
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.store import check_job
 
-RECIPE = Path("recipe.yaml")
+RECIPE, OUT = Path("recipe.yaml"), Path("out")
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="DIR|RECIPE", help="A recipe, or a job's directory.")
 ]
@@ -67,4 +67,4 @@ def recipe_and_job(recipe: Path, out: Path | None) -> tuple[Path, Path]:
         return recipe / "recipe.yaml", recipe
     # A job's own recipe is that of its directory, not of another job.
     is_own = (recipe.parent / ".qwlora").is_dir()
-    return recipe, out or (recipe.parent if is_own else Path("out"))
+    return recipe, out or (recipe.parent if is_own else OUT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ class PreparedText:
 
     def losses(self) -> list[tuple[float, str]]:
         """What is missing: the share of a part, and why."""
-        shown, losses = self.cutting.sequence_tokens, []
+        length, losses = self.cutting.sequence_tokens, []
         joins = self.cutting.packing_of(self.documents.kind) == "join"
         parts = (("training", self.train_counts), ("held-out", self.held_out_counts))
         for (part, counts), repeated in zip(parts, self.documents.repeated_shares, strict=True):
@@ -125,11 +125,11 @@ class PreparedText:
             why = f"the {other} text contains it (data.repeated)"
             losses.append((repeated, f"of the {part} text was removed, because {why}"))
             why = f"{counts.truncated_documents:,} of {counts.documents:,} documents are longer "
-            why += f"than {shown} tokens"
+            why += f"than {length} tokens"
             if counts.dropped_documents:
                 why += f", and {counts.dropped_documents:,} have no loss token within them"
             if joins:
-                why = f"they do not fill a sequence of {shown} with a loss token in it"
+                why = f"they do not fill a sequence of {length} with a loss token in it"
             lost = counts.dropped_tokens / max(1, counts.tokens)
             how = f"of the {part} tokens were dropped: {why} (data.sequence_tokens)"
             losses.append((lost, how))
@@ -251,6 +251,13 @@ def prepare(
     )
     prepared.check_losses()
     return prepared
+
+
+def caution_lines(texts: Mapping[str, PreparedText]) -> Iterator[str]:
+    """Cautions about texts; several are told apart by their names."""
+    for name, text in texts.items():
+        of = f"data of {name}: " if len(texts) > 1 else ""
+        yield from (f"caution: {of}{caution}" for caution in text.cautions())
 
 
 def summary(description: dict[str, Any], name: str | None = None) -> str:

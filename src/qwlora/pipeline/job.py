@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -262,19 +262,22 @@ def move(store: Store, plan: Sequence[Stage], moves: Mapping[str, str]) -> None:
     store.move(moves)
 
 
-def write_bundle_readmes(store: Store) -> None:
-    """Write README.md of every bundle again."""
+def write_bundle_readmes(store: Store, targets: Iterable[str] = TARGETS) -> None:
+    """Write README.md of the bundles again."""
     made = store.records
-    data = {p[9:]: r.results.get("data", {}) for p, r in made.items() if p.startswith("adapters/")}
-    for target, known in TARGETS.items():
-        if known.has_base and (bundle := store.path / "export" / target).is_dir():
-            names, proofs = (
-                [n for n in data if f"export/{target}/{n}" in made],
-                current_proofs(bundle),
-            )
-            checked = {n: p for n, p in proofs.items() if f"export/{target}/proof/{n}" in made}
-            chats = {name: bool(data[name].get("chat_template")) for name in names}
-            write_readme(bundle, chats, checked)
+    trained = {place: record for place, record in made.items() if place.startswith("adapters/")}
+    for target in targets:
+        bundle = store.path / "export" / target
+        if not TARGETS[target].has_base or not bundle.is_dir():
+            continue
+        chats = {
+            name: bool(record.results.get("data", {}).get("chat_template"))
+            for place, record in trained.items()
+            if f"export/{target}/{(name := place.removeprefix('adapters/'))}" in made
+        }
+        proofs = current_proofs(bundle).items()
+        checked = {name: p for name, p in proofs if f"export/{target}/proof/{name}" in made}
+        write_readme(bundle, chats, checked)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

@@ -16,7 +16,7 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qwlora.data.prepared_data import summary
+from qwlora.data.prepared_data import caution_lines, summary
 from qwlora.errors import DirectoryError, VerificationError, described, duration
 from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
@@ -288,8 +288,8 @@ class _Run:
         preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
-            for caution in text.cautions():
-                self.say(f"caution: {caution}")
+        for line in caution_lines(prepared):
+            self.say(line)
         names = [stage.name for stage in waiting]
         texts = {data: prepared.get(name) for name, data in self.recipe.texts().items()}
         for adapter in self.recipe.adapters:
@@ -365,7 +365,7 @@ class _Run:
             )
             record = store.commit(stage.place, record, scratch)
             if stage.verb in ("export", "verify"):
-                write_bundle_readmes(store)
+                write_bundle_readmes(store, [stage.kind.split("/")[1]])
             rmtree(work, ignore_errors=True)
         self.judge.again()
         return record

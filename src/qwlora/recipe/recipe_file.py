@@ -28,6 +28,7 @@ from qwlora.errors import (
 from qwlora.formats.model_source import relative_to
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
+from qwlora.targets.registry import TARGETS
 
 # What pydantic adds to the path of a value in a union.
 _KIND = re.compile(r"str|list\[.*\]|constrained-\w+|function-.*")
@@ -185,6 +186,12 @@ def _entry(path: str) -> str | None:
     """What a key or value of another tool is here, as words.yaml says."""
     generic = _generic(path).lower().replace("-", "_")
     return _words().get(generic) or _words().get(generic.rpartition(".")[2])
+
+
+def target_of(program: str) -> str | None:
+    """The target whose files a program runs, by its name or by that of the target."""
+    meant = re.fullmatch(r"export\.targets: \[(\w+)\]", _entry(program) or "")
+    return program if program in TARGETS else meant[1] if meant else None
 
 
 @cache

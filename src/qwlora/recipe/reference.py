@@ -1,7 +1,7 @@
 """Recipes that QWLoRA writes itself.
 
 starter_recipe()      starter.yaml: the settings most people change (`qwlora init`)
-example_recipe(name)  a file of examples/ (`qwlora init --example`, `qwlora try`)
+example_path(name)    a file of examples/ (`qwlora init --example`, `qwlora try`)
 full_recipe()         every key with its description; those with a default are commented out
                       (`qwlora init --full`)
 short_recipe(...)     the keys of `qwlora train MODEL DATA`
@@ -19,9 +19,10 @@ from pydantic import BaseModel
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import PRESETS, Adapter, Recipe
+from qwlora.recipe.recipe_file import target_of
 from qwlora.recipe.yaml_core import flow
 from qwlora.system.parameter_names import NAME_PATTERN
-from qwlora.targets.registry import RUNTIMES, TARGETS
+from qwlora.targets.registry import TARGETS
 
 _FULL = """\
 # A QWLoRA recipe with every option. Run it with: qwlora run
@@ -51,11 +52,16 @@ def short_recipe(model: str, data: str, runtime: str) -> dict[str, Any]:
     """A recipe for one adapter, named after its data.
 
     Args:
-        runtime: a target, or a program that runs its files (`RUNTIMES`).
+        runtime: a target, or a program that runs its files.
     """
-    if (target := RUNTIMES.get(runtime.lower(), runtime)) not in TARGETS:
-        known = ", ".join([*RUNTIMES, *TARGETS])
-        raise RecipeError("", [f"--for {runtime!r} is neither a runtime nor a target: {known}"])
+    if (target := target_of(runtime)) is None:
+        raise RecipeError(
+            "",
+            [
+                f"--for {runtime!r}: no target is for this program. Give llama.cpp, onnxruntime, "
+                f"transformers, vllm, mlx or qualcomm, or a target: {', '.join(TARGETS)}"
+            ],
+        )
     words = re.findall(r"[A-Za-z0-9_-]+", data.rpartition("/")[2].rpartition(":")[2])
     name = next((word for word in words if re.match(NAME_PATTERN, word)), "first")
     recipe: dict[str, Any] = {"model": {"source": model}, "data": {"source": data}}

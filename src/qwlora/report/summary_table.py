@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.table import Table
 
 from qwlora.errors import size
 from qwlora.report.number_format import Format, perplexity, three_decimals
-from qwlora.report.results_view import REPORT, Job
+from qwlora.report.results_view import KINDS, REPORT, Job
+from qwlora.report.sections.answers import answers_of
 from qwlora.report.sections.key_figures import perplexity_tile, tiles
 from qwlora.report.sections.training_course import course
 from qwlora.report.verdict import Outcome, verdict
@@ -105,12 +107,12 @@ def summary_rows(job: Job) -> Iterator[Row]:
 
 def answer_lines(job: Job, most: int = 2) -> Iterator[str]:
     """Held-out prompts, answered by the base and by each adapter."""
-    for name, answers in job.section("answers", "adapted").items():
-        of_base = job.get("answers", *job.path("base", name)[1:])
-        for with_adapter, without in list(zip(answers, of_base or answers, strict=False))[:most]:
-            yield f"\nprompt   {with_adapter['prompt']}"
-            yield f"base     {without['answer']}" if of_base else ""
-            yield f"{name}   {with_adapter['answer']}"
+    for name in job.adapters:
+        for prompt, answers in islice(answers_of(job, name).items(), most):
+            yield f"\nprompt   {prompt}"
+            for label, kind in (("base", "base"), (name, "adapted")):
+                if (answer := answers.get(KINDS[kind])) is not None:
+                    yield f"{label:8} {answer}"
 
 
 def _plain(text: str | Markup) -> str:

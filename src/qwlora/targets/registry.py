@@ -96,11 +96,6 @@ _simulated = partial(
 
 _NPU_GRIDS = {"policy": ["npu"], "residual_adds": ["quantize"]}  # every value has a grid
 
-RUNTIMES = {  # programs that `qwlora train --for` knows, and the target that each reads
-    **{"llama.cpp": "gguf", "ollama": "gguf", "onnxruntime": "onnx", "transformers": "hf"},
-    **{"vllm": "hf", "sglang": "hf", "onnxruntime-genai": "genai", "qualcomm": "qairt"},
-}
-
 TARGETS: dict[str, Target] = {
     "onnx": _simulated(
         backend_class="qwlora.targets.onnx.onnx:Onnx",

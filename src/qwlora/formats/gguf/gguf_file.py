@@ -57,8 +57,8 @@ class GgufFile:
     """The metadata and tensors of a GGUF file.
 
     Attributes:
-        metadata: scalars, strings and lists of numbers by key. Of a list of strings, and of any
-            list of the tokenizer, only the length.
+        metadata: scalars, strings and lists of numbers by key. Lists of strings and those of the
+            tokenizer are not kept; their length replaces them.
         tensors: the stored tensors by name, in the file's order.
 
     Raises:
@@ -231,7 +231,7 @@ class GgufFile:
             raise self._damaged(f"a string at byte {start} is not UTF-8: {text[:40]!r}") from None
 
     def _value(self, key: str, kind: int) -> Any:
-        """A scalar, a string or a list of numbers; of other arrays, the length."""
+        """A scalar, a string, a list of numbers, or the length of another array."""
         if kind == STRING:
             return self._string()
         if kind in SCALARS:

@@ -207,7 +207,7 @@ def _with_adapter(
     source: str | None,
     changes: tuple[str, ...],
 ) -> Recipe:
-    """The recipe with another adapter at its end, whose text is `source`, if there is one."""
+    """The recipe with another adapter at its end. Without `source`, its text is that of `entry`."""
     if source is not None:
         locate_documents(source)
         entry["data"] = {**(entry.get("data") or {}), "source": source}

@@ -146,7 +146,7 @@ class JobModels(OpenJob):
         return True
 
     def what_runs(self, name: ModelName, exact: bool) -> str:
-        """For people: of exported files which run, where and how; else the name alone."""
+        """The model's name; for exported files also which ones run, in which program, and how."""
         if name.kind not in TARGETS:
             return str(name)
         from qwlora.targets.proof.prove import client

@@ -467,7 +467,7 @@ def _model(context: JobContext, kind: str, name: str) -> Any:
 
 def _answers(context: JobContext, model: Any, text: PreparedText) -> list[dict[str, str]]:
     """Greedy answers to held-out prompts, for people to read; none if the model cannot generate.
-    From now on the model computes as that of `qwlora generate` does."""
+    Packed layers of the model use approximate kernels afterwards."""
     if not (model.can_generate() and takes_cache(model)):
         return []
     answers, tokenizer = list[dict[str, str]](), context.tokenizer

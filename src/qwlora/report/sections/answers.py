@@ -59,7 +59,7 @@ def view(job: Job, adapter: str) -> View | None:
             head = stage if head in row else head
             row[head] = of_stage[task].shown(reference) if task in of_stage else None
         rows.append(row)
-    prompts = _answers(job, adapter)
+    prompts = answers_of(job, adapter)
     if not rows and not prompts:
         return None
     caption = (
@@ -70,8 +70,8 @@ def view(job: Job, adapter: str) -> View | None:
     return {"prompts": prompts, "table": table if rows else None}
 
 
-def _answers(job: Job, adapter: str) -> dict[str, dict[str, str]]:
-    """By prompt and model."""
+def answers_of(job: Job, adapter: str) -> dict[str, dict[str, str]]:
+    """Answers by held-out prompt, and by the title of the model."""
     answers: dict[str, dict[str, str]] = {}
     for kind, title in KINDS.items():
         for pair in job.get(*job.path(kind, adapter, "answers")) or ():

@@ -222,7 +222,6 @@ WRONG: list[tuple[Change, str]] = [
     (config(use_qalora=True), "use_qalora: True"),
     (config(init_lora_weights="pissa_niter_4"), "init_lora_weights: "),
     (config(alora_invocation_tokens=[7]), r"alora_invocation_tokens: \[7\]"),
-    (config(alora_invocation_tokens="7", task_type="CAUSAL_LM"), "alora_invocation_tokens: '7'"),
     (value("1.mlp.up_proj.lora_A", float("nan")), "1.mlp.up_proj.lora_A.weight .*not finite"),
     (value("0.mlp.down_proj.lora_B", -torch.inf), "0.mlp.down_proj.lora_B.weight .*not finite"),
     (weights(**{f"{UP}A": (2, 64), f"{UP}B": (128, 2)}), "2 weights differ.*layers.7.mlp"),

@@ -313,9 +313,9 @@ def test_divergence_on_mixed_data_is_found_soon(healthy: int, times: float, step
 def checkpoint(work: Path, step: int, sealed: bool = True, best: int | None = None) -> Path:
     """A checkpoint as the Trainer writes it; without its digests it was interrupted."""
     folder = work / f"checkpoint-{step}"
-    (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
+    (folder / "distributed").mkdir(parents=True)
     save_file({"lora_A": torch.ones(3)}, folder / "adapter_model.safetensors")
-    (folder / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(bytes(range(100)))
+    (folder / "distributed" / "0.bin").write_bytes(bytes(range(100)))
     (folder / "optimizer.pt").write_bytes(bytes(range(200)))
     (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     if sealed:
@@ -330,9 +330,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "file", ["trainer_state.json", "pytorch_model_fsdp_0/__0_0.distcp", "digests.json"]
-)
+@pytest.mark.parametrize("file", ["trainer_state.json", "distributed/0.bin", "digests.json"])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_never_resumes_from_a_damaged_checkpoint(tmp_path: Path, file: str, how: str) -> None:
     whole, damaged = checkpoint(tmp_path, 2), checkpoint(tmp_path, 10)

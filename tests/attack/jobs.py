@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 CACHE = ".qwlora/seen.json"  # may be there or not: files younger than two seconds are not in it
 # measured in this process, and so different where a run resumed
-_MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "base_bytes", "resumed_from_step"}
+_MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "resumed_from_step"}
 _MEASURED |= {"load_seconds", "switch_seconds", "peak_memory_bytes", "prefill_tokens_per_second"}
 _MEASURED |= {"decode_tokens_per_second", "parts", "run", "error", "timing"}
 PROOF = "proof.json"  # lists its own digest, too

@@ -166,7 +166,10 @@ FOLDERS: dict[str, tuple[Make, str]] = {
     "LoRA and a module": (lambda f: ours(base(), f, KINDS["LoRA and a module"]), FACTORS),
     "of an embedding": (lambda f: ours(base(), f, lora(target_modules=["embed_tokens"])), FACTORS),
     "mergeable": (mergeable, r"Merge it .*and export the merged base"),
-    "activated": (lambda f: ours(base(), f, lora(alora_invocation_tokens=[5])), "Export it to hf"),
+    "activated": (
+        lambda f: of_peft(base(), f, lora(alora_invocation_tokens=[5])),
+        "alora_invocation_tokens: .*not supported",
+    ),
     "a base": (lambda f: qwlora.save_base(base(), f), r"give a folder that PEFT or save_adapter"),
     "nothing": (lambda f: None, r"give a folder that PEFT or save_adapter"),
 }
@@ -259,7 +262,6 @@ def on_base(folders: Path, target: str) -> Attacks:
             f"{re.escape(repr(str(folders / name)))}.*{said}",
         )
         for name, (_, said) in FOLDERS.items()
-        if not (name == "activated" and TARGETS[target].holds_invocation)
     }
     for name in names(target):
         attacks[f"called {name!r}"] = given(model, {"right": right, name: right}), said_of(name)

@@ -128,7 +128,6 @@ adapters.0.init_share: - -> 0.25 => train/first
 adapters.0.init_share: - -> 0.5 =>
 adapters.0.dora: false -> true with EACH => train/first
 adapters.0.mergeable: false -> true with EACH => train/first
-adapters.0.alora_invocation: - -> x with export.targets=[hf] => train/first
 adapters.0.rank_pattern: {} -> {q_proj: 4} => train/first calibrate/_base
 adapters.0.alpha_pattern: {} -> {q_proj: 4.0} => train/first
 adapters.0.layers: - -> [0] => train/first calibrate/_base as layers

@@ -78,8 +78,6 @@ def test_a_job_for_executorch_is_proven(finish: Any, tmp_path: Path) -> None:
         assert proof["passed"]
 
 
-ACTIVATED = ("adapters.0.alora_invocation='A:'",)
-WITHOUT_INVOCATION = [name for name in EVERYWHERE if not TARGETS[name].holds_invocation]
 MLP_IN_8_BITS = "base.rules=[{match: '*.mlp.*', weights: w8-block32-asymmetric}]"
 TWO_GRIDS = ("base.weights=w4-block32-asymmetric", MLP_IN_8_BITS)
 
@@ -92,13 +90,6 @@ TWO_GRIDS = ("base.weights=w4-block32-asymmetric", MLP_IN_8_BITS)
         ("mlx", ("base.weights=w7-block32",), "target mlx: base.weights: int7"),
         ("mlx", ("base.weights=w4-block16",), "MLX has blocks of 32"),
         ("hf", TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
-        ("hf", (*ACTIVATED, "adapters.0.dora=true"), "invocation cannot be combined with dora"),
-        ("hf", (*ACTIVATED, "adapters.0.mergeable=true"), "invocation cannot be .* mergeable"),
-        ("hf", (*ACTIVATED, "adapters.0.objective=recovery"), "invocation cannot be .* recovery"),
-        *(
-            (name, ACTIVATED, f"target {name}: adapter first is activated .* hf or gguf")
-            for name in ("onnx", *WITHOUT_INVOCATION)
-        ),
     ],
 )
 def test_what_a_target_cannot_hold_is_refused_at_once(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.hooks import add_hook_to_module
@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qwlora.adapter.adapter_files import check_settings
 from qwlora.adapter.attach import active_adapter, active_adapters
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.mergeable import is_mergeable, lora_layers, merge_into_codes_
@@ -75,7 +76,7 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
     `entries` and of those `below` half a step, their `share`, and `rms_steps`, the root mean square
     of the delta in steps."""
     adapter = active_adapter(model)
-    _refuse_activated(model, adapter)
+    check_settings(cast("PeftModel", model).peft_config)
     losses = {}
     for path, layer in lora_layers(model, adapter):
         base = layer.get_base_layer()
@@ -130,14 +131,6 @@ def merge_effect(
     }
 
 
-def _refuse_activated(model: Any, adapter: str) -> None:
-    if vars(model.peft_config[adapter]).get("alora_invocation_tokens"):
-        raise MergeError(
-            "the adapter is activated LoRA (alora_invocation_tokens): merged weights would act on "
-            "every token, also before its invocation. Keep the adapter separate"
-        )
-
-
 @torch.no_grad()
 def untie_(model: nn.Module) -> list[list[str]]:
     """Give each tied layer that has the adapter a weight of its own, in place. Returns the paths of
@@ -185,11 +178,11 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     """Merge the active adapter and return the model. Destroys `adapted`. See the module.
 
     Raises:
-        MergeError: the adapter is activated LoRA, has non-finite values or is on fused experts; the
+        MergeError: the adapter has non-finite values or is on fused experts; the
             model's code ties an adapted layer; or `into` is float and the model has fused experts.
     """
-    _refuse_activated(adapted, active_adapter(adapted))
     names = active_adapters(adapted)
+    check_settings({name: adapted.peft_config[name] for name in names})
     is_exact = is_mergeable(adapted, names)
     # An ordinary adapter is added to floats. A mergeable one was trained on rounded codes, so they
     # are written first and unpacked afterwards.

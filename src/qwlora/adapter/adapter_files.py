@@ -44,6 +44,7 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": ((None, []), "it repeats layers of the base"),
     "trainable_token_indices": ((None, [], {}), "it replaces rows of a frozen embedding"),
     "use_qalora": ((None, False), "its layers read pooled inputs"),
+    "alora_invocation_tokens": ((None, []), "it acts on the tokens after its invocation only"),
     "use_bdlora": ((None, False), "its factors are block-diagonal"),
     "arrow_config": ((None,), "it routes tokens between adapters"),
     "kasa_config": ((None,), "it changes the base's weights"),
@@ -105,13 +106,6 @@ def content_problems(folder: Path) -> Iterator[str]:
     """What is wrong with the configuration and the weights in `folder`, in words."""
     config = read_config(folder)
     yield from (f"{CONFIG} has {setting}" for setting in unsupported_settings(config))
-    if tokens := config.get("alora_invocation_tokens"):
-        are_ids = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
-        if not are_ids or config.get("task_type") != "CAUSAL_LM":
-            yield (
-                f"{CONFIG} has alora_invocation_tokens: {tokens!r}, which PEFT applies only if it "
-                "is a list of token ids and task_type is CAUSAL_LM; set these"
-            )
     alphas = {"lora_alpha": config.get("lora_alpha", 8)}
     if isinstance(patterns := config.get("alpha_pattern"), dict):
         alphas |= patterns
@@ -255,7 +249,7 @@ class AdapterReport:
     """What one adapter folder contains."""
 
     name: str  # path relative to the searched folder
-    kind: str  # LoRA, rsLoRA, DoRA (mergeable, activated), or PEFT's name of another method
+    kind: str  # LoRA, rsLoRA, DoRA (mergeable), or PEFT's name of another method
     rank: int | None  # for modules that no pattern matches
     alpha: float | None  # same
     modules: int  # number of layers with an adapter
@@ -284,7 +278,6 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
     config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    kind = f"activated {kind}" if config.get("alora_invocation_tokens") else kind
     kind = f"mergeable {kind}" if mergeable_record(adapter) is not None else kind
     layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
     return AdapterReport(

@@ -44,7 +44,7 @@ from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_fa
 @dataclass(frozen=True)
 class LoraShape:
     """Which layers get an adapter, and its size. The fields are PEFT's, named as in the recipe,
-    whose reference documents each; the last holds the token ids of `alora_invocation`."""
+    whose reference documents each."""
 
     rank: int
     alpha: float
@@ -56,7 +56,6 @@ class LoraShape:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
     target_parameters: list[str] = field(default_factory=list)
-    alora_invocation_tokens: list[int] | None = None
 
     def config(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration of this shape for `model`."""
@@ -78,7 +77,6 @@ class LoraShape:
             alpha_pattern=dict(self.alpha_pattern),
             layers_to_transform=self.layers,
             target_parameters=list(self.target_parameters) or None,
-            alora_invocation_tokens=self.alora_invocation_tokens,
             task_type="CAUSAL_LM",
         )
 
@@ -106,9 +104,8 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
             warnings.filterwarnings("ignore", "target_parameters=.* no parameter was matched")
             adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError, re.error) as error:
-        kind = "Activated LoRA (of linear layers)" if shape.alora_invocation_tokens else "LoRA"
         raise TrainingError(
-            f"{kind} cannot be attached to target_modules {shape.target_modules!r}: {error} "
+            f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error} "
             f"{_known_names(model)}"
         ) from error
     _check_matches(adapted, shape)

@@ -163,7 +163,6 @@ class ChunkedLoss(contextlib.ExitStack):
         """Refuse a model that changes logits in a way that its configuration does not say, or whose
         own loss or gradient differs from the chunked one on a small batch."""
         device = device_of(self._head)
-        # One seed for all processes, so that the collective operations of a sharded model match.
         with (
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),

@@ -14,6 +14,7 @@ order) and ends with the same bits.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,6 @@ from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
-from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.trainer import (
     AdapterTrainer,
     TrainingMonitor,
@@ -101,7 +101,6 @@ class TrainingReport:
     losses: list[float]
     evaluations: list[list[float]] = field(default_factory=list)  # [step, loss] on held-out text
     best_step: int | None = None
-    base_bytes: int = 0  # in one process; 0 if the run had ended and was only restored
 
 
 class Interrupted(Stopped):
@@ -142,7 +141,7 @@ def train_adapter(
 
     Raises:
         TrainingError: see `check_trainable` and `replaced_forward`; the batch cannot be divided
-            among the processes; or the loss is not finite or has diverged.
+            among the processes, or the base with FSDP; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; `work` has a checkpoint of the last finished step.
     """
     trainable = check_trainable(model)
@@ -172,7 +171,6 @@ def train_adapter(
             losses=losses_of(state),
             evaluations=evaluations_of(state),
             best_step=state.best_global_step if keeps_best else None,
-            base_bytes=monitor.base_bytes,
         )
 
     # If training had ended, but the adapter was not saved, the Trainer would train one step more.
@@ -203,7 +201,6 @@ def train_adapter(
         if training_graph is not None:
             training_graph.to(trainer.args.device)
             trainer.uses_graph = True
-        prepare_sharding_(trainer)
         with contextlib.ExitStack() as stack:
             stack.enter_context(on_stop_signal(monitor.interrupt))
             if teacher is not None:
@@ -212,7 +209,6 @@ def train_adapter(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         if monitor.interrupted is not None:
             raise Interrupted(trainer.state.global_step, monitor.interrupted)
-    gather_(trainer)
     return report(trainer.state)
 
 
@@ -229,6 +225,8 @@ def check_loggers(report_to: Sequence[str]) -> None:
 def _arguments(
     settings: TrainingSettings, work: Path, processes: int, device: torch.device
 ) -> TrainingArguments:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise TrainingError("FSDP cannot split packed integers among processes. Launch without it")
     if settings.batch_sequences % processes:
         raise TrainingError(
             f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} "

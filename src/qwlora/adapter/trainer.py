@@ -3,7 +3,7 @@
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
 A loss or gradient that is not finite stops the run before the optimizer step. Checkpoints are plain
-PEFT adapters, unsharded even where the model is sharded, with digests of all their files.
+PEFT adapters with digests of all their files.
 
 `train.py` says why it is this Trainer; `training_step.py` lists what is replaced inside the model.
 """
@@ -36,7 +36,6 @@ from transformers import (
 
 from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.adapter.adapter_folder import write_adapter
-from qwlora.adapter.fsdp import base_bytes, enable_fsdp_, whole_adapter
 from qwlora.adapter.training_step import RecoveryLoss
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError, reading
@@ -93,30 +92,16 @@ class AdapterTrainer(Trainer):
             distance = distance / self.current_gradient_accumulation_steps
         return (loss[0] + distance, *loss[1:]) if isinstance(loss, tuple) else loss + distance
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = enable_fsdp_(self.accelerator)
-
-    def autocast_smart_context_manager(
-        self, cache_enabled: bool | None = True
-    ) -> contextlib.AbstractContextManager[Any]:
-        # Accelerate wraps other models in autocast itself; for a sharded one it relies on FSDP2's
-        # mixed precision policy, which we turn off (`fsdp.py`).
-        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
-
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        sharded = self.is_fsdp_enabled
-        parameters = () if sharded else self.adapted.named_parameters()
-        named = [(name, p.grad) for name, p in parameters if p.grad is not None]
+        named = [(n, p.grad) for n, p in self.adapted.named_parameters() if p.grad is not None]
         checked = [loss, *(gradient for _, gradient in named)]
         # One wait for a device, whatever the number of gradients.
         finite = torch.stack([tensor.isfinite().all() for tensor in checked]).tolist()
         if not finite[0]:
-            # The layers of a sharded model are on several processes; with a graph they do not run.
-            where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
+            where = "" if self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
         # Backward runs from the top of the model, so the last bad name is where it began.
         if not all(finite):
@@ -152,14 +137,6 @@ class AdapterTrainer(Trainer):
             f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or "
             "check the training data"
         )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # From the unsharded adapter a finished run is restored without several processes. It is
-        # written first, because transformers 5.24 looks for the folder of the best checkpoint
-        # before it writes shards into it.
-        if self.is_fsdp_enabled:
-            self._save(output_dir, whole_adapter(self.adapted))
-        super().save_model(output_dir, _internal_call)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -221,7 +198,6 @@ class TrainingMonitor(TrainerCallback):
         self.vocabulary, self.watch = vocabulary, watch
         self.step_seconds: list[float] = []
         self.interrupted: int | None = None  # the signal that asked to stop
-        self.base_bytes = 0
         self._began = 0.0
         self._bar: Iterator[int] = iter(())
 
@@ -234,7 +210,6 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        self.base_bytes = base_bytes(given["model"])
         steps = range(state.global_step, args.max_steps)
         self._bar = self.track(steps, "training", len(steps))
         next(self._bar, None)

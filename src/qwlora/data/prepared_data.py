@@ -86,20 +86,6 @@ class PreparedText:
             longest = int(position_ids.max()) + 1
         return max(longest, self.held_out.input_ids.shape[1], self.joined_ids.shape[1])
 
-    def invocation_problem(self, tokens: list[int]) -> str | None:
-        """Why activated LoRA with the invocation `tokens` cannot be trained on the text."""
-        if (packing := self.cutting.packing_of(self.documents.kind)) != "none":
-            return f"needs one document in a sequence: data.packing none, not {packing}"
-        if (is_trained := self.train.activated(tokens)).all():
-            return None
-        count, first = int((~is_trained).sum()), int(is_trained.int().argmin())
-        return (
-            f"(alora_invocation: {tokens}) has nothing to learn from {count} of "
-            f"{len(is_trained)} training sequences, where no loss token follows it (see "
-            f"`qwlora data --sequence {first}`). Add it to each document, raise "
-            "data.sequence_tokens if it was cut off, or give the token ids that it has there"
-        )
-
     def describe(self) -> dict[str, Any]:
         """The section `data` of results.json."""
         of_source = ("skipped_records", "repeated_documents", "repeated_paragraphs")

@@ -99,18 +99,6 @@ class Sequences(Dataset[dict[str, Tensor]]):
             end = int((labels != IGNORED).nonzero().max()) + 1
             yield ids[:end], labels[:end]
 
-    def activated(self, tokens: Sequence[int]) -> Tensor:
-        """Whether a loss token follows the start of the last `tokens` in a row: bool [count]."""
-        is_start = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        if (starts := is_start.shape[1] - len(tokens) + 1) > 0:
-            is_start[:, :starts] = True
-            for offset, token in enumerate(tokens):
-                is_start[:, :starts] &= self.input_ids[:, offset : offset + starts] == token
-        # PEFT's activated LoRA acts from the last occurrence on, its own tokens included.
-        count = is_start.sum(1, keepdim=True)
-        is_active = (count > 0) & (is_start.cumsum(1) == count)
-        return (is_active[:, :-1] & (self.labels[:, 1:] != IGNORED)).any(1)
-
     @property
     def loss_tokens(self) -> int:
         """Number of tokens that the loss is a mean over."""

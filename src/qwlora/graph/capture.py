@@ -244,7 +244,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         if vars(config).get("alora_invocation_tokens"):
             raise CaptureError(
                 "the model has activated LoRA (alora_invocation_tokens), which starts inside a "
-                "sequence, and a graph computes all tokens alike. Export it to hf or gguf"
+                "sequence, and a graph computes all tokens alike. Train the adapter without it"
             )
     refuse_meta(model, CaptureError)
     arguments, given = Structure.of(_completed(model, example_inputs), PAST)

@@ -119,8 +119,7 @@ class PackedLayer(PackedWeightOwner):
         """The packed tensor: the layer's own, or that of the layer it is tied to."""
         if self._owner is not None:
             return self._owner[0].tensor
-        # parameters are frozen ones, while FSDP2 shards the layer
-        parts: Any = map((self._buffers | self._parameters).get, Parts._fields)
+        parts: Any = map(self._buffers.get, Parts._fields)
         return PackedTensor(self.scheme, self.count, Parts(*parts))
 
     @property

@@ -62,7 +62,6 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     is_packed = any(text.train.position_ids is not None for text in texts)
     if "train" in verbs:
         shapes = _adapter_shapes(context)
-        _check_invocations(context)
         if recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
@@ -184,24 +183,6 @@ def _adapter_shapes(context: JobContext) -> Shapes:
     if recipe.simulation.base_activations == "none":
         check_one_shape(shapes, any(adapter.target_parameters for adapter in recipe.adapters))
     return shapes
-
-
-def _check_invocations(context: JobContext) -> None:
-    recipe = context.recipe
-    for adapter in recipe.adapters:
-        root, text = recipe.root(adapter), context.text(adapter.name)
-        tokens = root.lora_shape(context.tokenizer).alora_invocation_tokens
-        if root.continue_from is not None:
-            tokens = read_config(adapter_folder(root.continue_from)).get("alora_invocation_tokens")
-        if not tokens:
-            continue
-        if refusal := recipe.invocation_problem(adapter.name):
-            raise TrainingError(refusal)
-        problem = text.invocation_problem(tokens) if adapter.steps else None
-        if adapter.gradient_checkpointing and adapter.evaluation_steps:
-            problem = "has gradient_checkpointing or evaluation_steps, not both; remove one"
-        if problem:
-            raise TrainingError(f"adapter {adapter.name}: activated LoRA {problem}")
 
 
 def check_places(recipe: Recipe, shapes: Shapes, skeleton: PreTrainedModel) -> None:

@@ -22,8 +22,6 @@ from qwlora.recipe.section import Count, Name, NotNegative, Section, file, locat
 from qwlora.system.parameter_names import pattern_problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qwlora.adapter.attach import LoraShape
     from qwlora.adapter.train import TrainingSettings
 
@@ -116,7 +114,7 @@ Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before t
 # Not taken from the fields of `LoraShape`, whose module imports torch.
 _SHAPE = {
     *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
-    *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "alora_invocation"),
+    *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers"),
 }
 _NOT_IN_GRAPH = {
     "objective recovery": "needs layer outputs, which the graph does not have; use text",
@@ -125,7 +123,6 @@ _NOT_IN_GRAPH = {
     "compute bfloat16": "is too coarse for the activation grids; use float32",
     "mergeable True": "computes other integers at each step, and the graph has the base's",
 }
-Invocation = Annotated[str, Field(min_length=1)] | Annotated[list[NotNegative], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
@@ -183,10 +180,6 @@ class Adapter(Section):
     mergeable: bool = False
     """train on the integers that merging writes, so that `qwlora merge` loses nothing. Cannot be
     switched: use it in onnx_each, aimet, or merged, as model.source of another recipe"""
-    alora_invocation: Invocation | None = None
-    """activated LoRA: the adapter acts from the last occurrence of this text (or these token ids)
-    in a sequence on, so that adapters share the base's key-value cache before it:
-    "<|im_start|>assistant\\n". Every training document needs it; for targets hf and gguf"""
     rank_pattern: dict[str, Rank] = {}
     """other ranks for some layers, by the end of the module path or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -230,15 +223,11 @@ class Adapter(Section):
     checkpoint_steps: Count = 10
     """steps between checkpoints, from which an interrupted run resumes"""
 
-    def lora_shape(self, tokenizer: PreTrainedTokenizerBase | None = None) -> LoraShape:
-        """The shape that `attach` takes; without a tokenizer, that of a plain adapter."""
+    def lora_shape(self) -> LoraShape:
+        """The shape that `attach` takes."""
         from qwlora.adapter.attach import LoraShape
 
-        shape: dict[str, Any] = {key: value for key, value in self if key in _SHAPE}
-        tokens = shape.pop("alora_invocation")
-        if isinstance(tokens, str) and tokenizer is not None:
-            tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
-        return LoraShape(**shape, alora_invocation_tokens=tokens if tokenizer is not None else None)
+        return LoraShape(**{key: value for key, value in self if key in _SHAPE})
 
     @property
     def step_sequences(self) -> int:
@@ -310,13 +299,6 @@ class Adapter(Section):
             yield (
                 f"mergeable cannot be combined with {', '.join(others)}: merged integers have no "
                 "place for it; remove one of them"
-            )
-        others = [k for k in ("dora", "mergeable", "target_parameters") if getattr(self, k)]
-        others += ["objective recovery"] if self.objective == "recovery" else []
-        if self.alora_invocation and others:
-            yield (
-                f"alora_invocation cannot be combined with {', '.join(others)}: these change every "
-                "token, or the base, and tokens before the invocation stay the base's; remove one"
             )
         if self.init != "zero" and (self.dora or continues):
             yield (

@@ -251,18 +251,10 @@ class Recipe(Section):
 
     def _target_problems(self) -> Iterator[str]:
         yield from refused(self.export.targets, self.subject())
-        activated = [a.name for a in self.adapters if a.alora_invocation]
-        yield from filter(None, map(self.invocation_problem, activated))
         schemes = self.budget_schemes() if self.base.has_budget else []
         together = {str(scheme): Weight(scheme) for scheme in schemes}
         for problem in refused(self.export.targets, Subject(weights=together)):
             yield f"base.bits, base.size: {problem}. Use symmetric base.weights"
-
-    def invocation_problem(self, adapter: str) -> str | None:
-        parts = AdapterParts(adapter, is_activated=True)
-        subject = Subject(adapters=[parts], trains_graph=self.workflow == "qwa-lora")
-        # Without a target, adapters are simulated, as target onnx does.
-        return next(refused(self.export.targets or ["onnx"], subject), None)
 
     def subject(self) -> Subject:
         parts = [

@@ -30,9 +30,9 @@ Number = tuple[str, Any, str | None]
 # What uploaded files reveal about the user's data; docs/data.md lists all places.
 QUOTED = (
     "these files name the source of your text (its last path component, or its id on the hub). "
-    "They hold its document and token counts, perplexities on it, your chat template, the "
-    "invocation of activated LoRA, and statistics of it in weights and activation ranges. Only "
-    "golden/ holds text: generated, or held-out with export.proof: held_out"
+    "They hold its document and token counts, perplexities on it, your chat template, and "
+    "statistics of it in weights and activation ranges. Only golden/ holds text: generated, or "
+    "held-out with export.proof: held_out"
 )
 _TEMPLATES = Path(__file__).parent / "cards"
 _known_origin = cache(origin_of)

@@ -77,7 +77,6 @@ PEFT_FORM: Form = {
     "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `adapter_files.py`
     "alpha_pattern": {OTHER_KEYS: NUMBER},
     "target_modules": [PLAIN],
-    "alora_invocation_tokens": [int],
 }
 
 
@@ -87,13 +86,11 @@ class CanonicalAdapter:
 
     Args:
         base_fingerprint: None if the adapter does not record its base.
-        invocation: of activated LoRA, the tokens from whose last occurrence on it acts.
         common: the rank that all adapters of a bundle get, by each module that one of them changes.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
-    invocation: tuple[int, ...] = ()
     common: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -139,16 +136,14 @@ class CanonicalAdapter:
         }
 
 
-def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAdapter:
-    """The adapter in `folder`, which PEFT or `save_adapter` wrote (see `Target.holds_invocation`).
+def read_canonical(folder: Path) -> CanonicalAdapter:
+    """The adapter in `folder`, which PEFT or `save_adapter` wrote.
 
     Raises:
         SourceError: its files cannot be read.
-        ExportError: it is mergeable, or is more than pairs of LoRA factors of linear layers, or is
-            activated LoRA, which the target does not hold.
+        ExportError: it is mergeable, or is more than pairs of LoRA factors of linear layers.
     """
     config, other = read_config(folder), list[str]()
-    invocation = tuple(config.get("alora_invocation_tokens") or ())
     halves: dict[str, dict[str, Tensor]] = {}
     for name, _, tensor in weights_of(folder, read=True):
         match = _FACTOR.fullmatch(name)
@@ -160,10 +155,9 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
     other += [module for module, pair in halves.items() if len(pair) < 2]
     other += [key for key in ("use_dora", "target_parameters") if config.get(key)]
     is_mergeable = mergeable_record(folder) is not None
-    parts = AdapterParts(repr(str(folder)), other, (), is_mergeable, bool(invocation))
-    # All targets that switch factors refuse the same adapters, but for activated LoRA.
-    switching = "hf" if holds_invocation else "genai"
-    if reasons := refusals(TARGETS[switching], Subject(adapters=[parts])):
+    parts = AdapterParts(repr(str(folder)), other, (), is_mergeable)
+    # All targets that switch factors refuse the same adapters.
+    if reasons := refusals(TARGETS["hf"], Subject(adapters=[parts])):
         raise ExportError(". ".join(reasons))
     patterns, factors = config.get("alpha_pattern") or {}, {}
     for module, pair in halves.items():
@@ -173,7 +167,7 @@ def read_canonical(folder: Path, holds_invocation: bool = False) -> CanonicalAda
         scaling = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
         factors[module] = (a, b * scaling)
     fingerprint = manifest.read(folder / FILE).get("base_fingerprint")
-    return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint), invocation)
+    return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint))
 
 
 def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = ()) -> None:
@@ -203,8 +197,6 @@ def write_peft(adapter: CanonicalAdapter, folder: Path, ends: Collection[str] = 
         "alpha_pattern": others,
         "target_modules": sorted(ends or ranks),
     }
-    if adapter.invocation:
-        config["alora_invocation_tokens"] = adapter.invocation
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 
 

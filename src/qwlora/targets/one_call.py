@@ -153,8 +153,7 @@ def export(
                 parts[""] = exported(made)
             elif isinstance(made, PreTrainedModel):
                 parts[BASE] = ExportedBase(made, tokenizer, file, bits)
-                holds = known.holds_invocation
-                read = {name: read_canonical(path, holds) for name, path in sources.items()}
+                read = {name: read_canonical(path) for name, path in sources.items()}
                 if bits == 8:
                     read = {name: adapter.rounded() for name, adapter in read.items()}
                 ranks = [adapter.ranks for adapter in read.values()]

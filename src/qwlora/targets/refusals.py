@@ -82,7 +82,6 @@ class AdapterParts:
     others: Sequence[str] = ()
     places: Sequence[str] = ()
     is_mergeable: bool = False
-    is_activated: bool = False
     sequence_tokens: int | None = None
 
 
@@ -290,12 +289,6 @@ def _adapters(target: Target, subject: Subject) -> Iterator[str]:
                 f"{what} is mergeable: it has integers of its own, which its factors and those of "
                 "the base do not compute. Merge it (`qwlora merge`, qwlora.merged_model) and "
                 f"export the merged base, {_EACH}"
-            )
-        if adapter.is_activated and (subject.trains_graph or not target.holds_invocation):
-            held = " or ".join(name for name, other in TARGETS.items() if other.holds_invocation)
-            yield (
-                f"{what} is activated LoRA (alora_invocation), and the files apply it to every "
-                f"token. Export it to {held}, with workflow qw-lora"
             )
     tokens = {a.name: a.sequence_tokens for a in subject.adapters if a.sequence_tokens is not None}
     if target.has_cases and len(set(tokens.values())) > 1:

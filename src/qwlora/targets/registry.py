@@ -195,7 +195,6 @@ TARGETS: dict[str, Target] = {
         runtime="transformers",
         extra="hf",
         packages=("compressed_tensors",),
-        holds_invocation=True,
         limits=COMPRESSED_TENSORS,
     ),
     "gguf": Target(
@@ -207,7 +206,6 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "llama_cpp_py_sync"),
         writers=("gguf",),
         source_suffix=".gguf",
-        holds_invocation=True,  # llama-server reads the invocation from the adapter's file
         embedding_bits=(8, 16, 32),
         limits=GGUF,
     ),

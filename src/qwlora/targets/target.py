@@ -158,7 +158,6 @@ class Target:
         source_suffix: of files of a model whose own integers, metadata and tokenizer are copied.
         writes_floats: whether all weights are written as float32 next to their encodings.
         has_one_shape: whether adapters are padded to one rank on the same modules.
-        holds_invocation: whether adapters can be activated LoRA, and the runtime applies it.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
             8 also rounds adapters: see `rounded_floats.py`.
         limits, chip: limits of the files, and of the chip that they are compiled for.
@@ -186,7 +185,6 @@ class Target:
     source_suffix: str = ""
     writes_floats: bool = False
     has_one_shape: bool = False
-    holds_invocation: bool = False
     embedding_bits: tuple[int, ...] = (16, 32)
     limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)
     chip: FormatLimits | None = None

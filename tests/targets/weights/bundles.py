@@ -46,7 +46,7 @@ def write_base(backend: Backend, model: Any, bundle: Path, source: Path | None =
 
 def write_adapter(backend: Backend, bundle: Path, name: str) -> CanonicalAdapter:
     """Write `bundle`/name from what was trained, `bundle`/trained/name."""
-    canonical = read_canonical(bundle / "trained" / name, holds_invocation=True)
+    canonical = read_canonical(bundle / "trained" / name)
     (bundle / name).mkdir(exist_ok=True)
     backend.write_adapter(canonical, bundle / "base", bundle / name)
     return canonical

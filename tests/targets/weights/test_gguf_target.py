@@ -184,18 +184,12 @@ def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
     return adapted.eval()
 
 
-INVOCATION: dict[str, Any] = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
-
-
 def test_an_adapter_has_the_files_names_and_metadata(source: Path, tmp_path: Path) -> None:
     model = load_precomputed(open_checkpoint(source))
     write_base(BACKEND, model, tmp_path, source)
-    with_adapter(model, tmp_path / "trained/a", use_rslora=True, **INVOCATION)
+    with_adapter(model, tmp_path / "trained/a", use_rslora=True)
     canonical = write_adapter(BACKEND, tmp_path, "a")
     reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
-    invocation = reader.fields["adapter.alora.invocation_tokens"]
-    assert invocation.contents() == [7, 8]
-    assert invocation.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     said = {"general.type": "adapter", "adapter.type": "lora"}
     said["qwlora.base_fingerprint"] = str(canonical.base_fingerprint)
@@ -207,14 +201,13 @@ def test_an_adapter_has_the_files_names_and_metadata(source: Path, tmp_path: Pat
 
 
 @pytest.mark.client
-def test_llama_cpp_activates_an_adapter_where_peft_does(source: Path, tmp_path: Path) -> None:
+def test_llama_cpp_generates_what_peft_does(source: Path, tmp_path: Path) -> None:
     model: Any = quantized(source, Scheme(4, True, PerBlock(32)))
     write_base(BACKEND, model, tmp_path, source)
-    adapted = with_adapter(model, tmp_path / "trained/a", **INVOCATION)
+    adapted = with_adapter(model, tmp_path / "trained/a")
     write_adapter(BACKEND, tmp_path, "a")
     runtime = TARGETS["gguf"].open(tmp_path)
     ids = torch.randint(9, 90, (4, 24), generator=torch.Generator().manual_seed(0))
-    ids[0, 4:6] = ids[0, 15:17] = ids[1, :2] = ids[2, -2:] = torch.tensor([7, 8])  # not in the last
     parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
     assert parity.problems == []
     runtime.use(tmp_path / "a")

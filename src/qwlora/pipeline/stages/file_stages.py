@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qwlora.adapter.adapter_files import read_config
 from qwlora.adapter.padded_adapters import one_rank
 from qwlora.data.sequences import Sequences, one_row
 from qwlora.errors import VerificationError
@@ -48,8 +45,6 @@ from qwlora.targets.refusals import comes_from
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase, ExportedGraph, Target, members
 
-INVOCATION = "alora_invocation_tokens"  # in an adapter's configuration, and in a proof
-
 
 def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Step 4: write the files."""
@@ -83,7 +78,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         source = context.recipe.model.source
         gguf_file = fetch(source).path if comes_from(target, source_path(source)) else None
         return ExportedBase(context.base(), context.tokenizer, gguf_file, bits)
-    trained = read_canonical(context.path / "adapters" / adapter, target.holds_invocation)
+    trained = read_canonical(context.path / "adapters" / adapter)
     if target.has_one_shape:
         return replace(trained, common=one_rank([*map(context.ranks, context.recipe.adapters)]))
     return trained.rounded() if bits == 8 else trained
@@ -138,16 +133,10 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     target, adapter = TARGETS[name], cases[0] if cases else BASE
     bundle, has_proof = context.path / "export" / name, target.has_proof and adapter != BASE
     ships = context.recipe.export.proof
-    invocation = list[int]()  # of an activated LoRA
-    if has_proof and target.holds_invocation:
-        invocation = read_config(context.path / "adapters" / adapter).get(INVOCATION) or []
     texts = [fitting(_held_out(context, adapter), target.parts(bundle, adapter))]
     if has_proof and ships == "generated":
         # The float model may generate it, which must be gone before other models are loaded.
-        ids = context.generated_ids
-        # The invocation comes first, so that the adapter acts on the whole text.
-        starts = torch.tensor(invocation, dtype=torch.int64).expand(len(ids), -1)
-        ids = torch.cat([starts, ids], 1)[:, : texts[0].input_ids.shape[1]].contiguous()
+        ids = context.generated_ids[:, : texts[0].input_ids.shape[1]].contiguous()
         texts.append(Sequences(ids, ids.clone()))
     expected = _expected(context, name, adapter, texts)
     limits = Limits(perplexity_difference=context.recipe.verify.perplexity_difference)
@@ -160,7 +149,6 @@ def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
     if has_proof:
         record = proof_record(name, bundle, adapter, limits) | measured
         record |= {TEXT: ships, "base_fingerprint": context.base_fingerprint}
-        record |= {INVOCATION: invocation} if invocation else {}
         shipped = first_sequences(expected.references[-1], BASE_SEQUENCES)
         write_proof(scratch, None if ships == "none" else shipped, record)
     results = {"parity": {name: {NAME if cases else BASE: figures}}}

@@ -294,7 +294,7 @@ class JobContext:
     def checked_shapes(self, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         """The shapes of a new or foreign adapter's weights by name, if it fits the model."""
         if adapter.continue_from is None:
-            return check_shape(self.skeleton(), adapter.lora_shape(self.tokenizer))
+            return check_shape(self.skeleton(), adapter.lora_shape())
         return check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
 
     def imported(self, name: str, is_trainable: bool = False) -> PeftModel:
@@ -334,7 +334,7 @@ class JobContext:
             merges = adapter.mergeable and not reference
             weight = self.float_weight() if merges else None
             if source is None:
-                model = attach(whole, start.lora_shape(self.tokenizer), seed)
+                model = attach(whole, start.lora_shape(), seed)
             else:
                 model = attach_existing(whole, source, start.unknown_base, seed, weight)
             if merges:

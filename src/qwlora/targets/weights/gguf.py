@@ -24,7 +24,6 @@ Source: `ggml-common.h`, and `llama-adapter.cpp` of llama.cpp (b11739).
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache, partial
@@ -110,10 +109,6 @@ class Gguf(Backend):
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         if exported.base_fingerprint is not None:
             writer.add_string("qwlora.base_fingerprint", exported.base_fingerprint)
-        if exported.invocation:
-            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
-            key = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS
-            writer.add_key_value(key, [*exported.invocation], *kinds)
         tensors: Tensors = {}
         for module, (a, b) in sorted(exported.factors.items()):
             name, rows = names.stored_rows(f"{module}.weight", len(b))
@@ -336,42 +331,21 @@ class LlamaRuntime(Runtime):
         self._active = adapter
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        tokens = ids[0].tolist()
-        return self._prefill(tokens, self._start(tokens), is_whole=True)
+        return self._prefill(ids[0].tolist(), is_whole=True)
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        before, start = past or ([], -1)
-        new: list[int] = ids[0].tolist()
-        # At first, and after an invocation was generated, what the cache holds was not computed
-        # with an adapter from `start` on. A text that outgrows the context is read again, too.
-        now = self._start(tokens := before + new)
-        if now != start or len(tokens) > self._tokens:
-            return self._prefill(tokens, now), (tokens, now)
-        return self._decode(new, len(before)), (tokens, now)
+        before, new = past or [], ids[0].tolist()
+        tokens = before + new
+        # A text that outgrows the context is read again.
+        if not before or len(tokens) > self._tokens:
+            return self._prefill(tokens), tokens
+        return self._decode(new, len(before)), tokens
 
-    def _start(self, tokens: list[int]) -> int:
-        """Where the adapter starts to act: for activated LoRA, at the last occurrence of its
-        invocation; beyond every token if there is none."""
-        # llama.cpp only stores the invocation, and leaves this to the program.
-        llama, adapter = self._llama, self._adapters[self._active] if self._active else None
-        size = llama.llama_adapter_get_alora_n_invocation_tokens(adapter) if adapter else 0
-        if not size:
-            return 0
-        pointer = llama.llama_adapter_get_alora_invocation_tokens(adapter)
-        invocation = self._ffi.unpack(pointer, size)
-        starts = (i for i in range(len(tokens)) if tokens[i : i + size] == invocation)
-        return max(starts, default=sys.maxsize)
-
-    def _prefill(self, tokens: list[int], start: int, is_whole: bool = False) -> Tensor:
-        """`_decode` of a sequence's first tokens, with the adapter from `start` on."""
+    def _prefill(self, tokens: list[int], is_whole: bool = False) -> Tensor:
+        """`_decode` of a sequence's first tokens."""
         self._make_room(len(tokens))
-        logits, position = list[Tensor](), 0
-        for part, adapter in ((tokens[:start], None), (tokens[start:], self._active)):
-            if part:
-                self._switch(adapter)
-                logits.append(self._decode(part, position, is_whole))
-                position += len(part)
-        return torch.cat(logits, 1)
+        self._use_adapter()
+        return self._decode(tokens, 0, is_whole)
 
     def _decode(self, tokens: list[int], position: int, is_whole: bool = False) -> Tensor:
         """Logits [1, tokens, vocabulary] of tokens that follow `position` tokens; of the last one
@@ -421,10 +395,10 @@ class LlamaRuntime(Runtime):
 
         self._context, self._tokens = self._ffi.gc(context, release), room
 
-    def _switch(self, adapter: Path | None) -> None:
-        active = [] if adapter is None else [self._adapters[adapter]]
+    def _use_adapter(self) -> None:
+        active = [] if self._active is None else [self._adapters[self._active]]
         pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
         scales = self._ffi.new("float[]", [1.0] * len(active))
         set_adapters = self._llama.llama_set_adapters_lora
         if status := set_adapters(self._context, pointers, len(active), scales):
-            raise ExportError(f"llama.cpp cannot use {adapter} (status {status})")
+            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")

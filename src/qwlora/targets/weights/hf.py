@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.variants import get_alora_offsets_for_forward
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -157,16 +156,6 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        before, cache, start = past or (ids[:, :0], None, None)
-        tokens = torch.cat([before, ids], 1)
-        # Where activated LoRA starts in the whole text: PEFT itself looks into `ids` only.
-        is_adapted = isinstance(self._model, PeftModel)
-        of_start = get_alora_offsets_for_forward(self._model, tokens) if is_adapted else {}
-        now = [len(tokens[0]) - n for n in of_start.get("alora_offsets", ()) if n]
-        # An invocation was generated: the adapter then starts elsewhere, and the cache is of the
-        # former start.
-        if now != start:
-            ids, cache = tokens, None
         cached = cache_argument(self._model)
-        result = self._model(input_ids=ids, use_cache=True, **{cached: cache}, **of_start)
-        return result.logits.float(), (tokens, getattr(result, cached), now)
+        result = self._model(input_ids=ids, use_cache=True, **{cached: past or None})
+        return result.logits.float(), getattr(result, cached)

@@ -209,11 +209,14 @@ PAGES = {
     errors.EncodingsFileError: Page(
         _bad_encodings,
         ("fields are missing or malformed", "export the file again from its tool"),
-        ("the version is wrong", "`qwlora encodings show FILE` tells which it is"),
+        ("the version is wrong", "`qwlora encodings FILE` tells which it is"),
     ),
     errors.ConversionError: Page(
         _lossy,
-        ("the other version has no such field", "`--lossy` accepts the loss"),
+        (
+            "the other version has no such field",
+            "`convert(..., lossy=True)` accepts it",
+        ),
         ("the file lacks what the other version needs", "export the model again in that version"),
     ),
     errors.VerificationError: Page(

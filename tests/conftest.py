@@ -300,13 +300,6 @@ def shared_captures() -> Iterator[None]:
 
 
 @pytest.fixture
-def short_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regular expressions and templates that users supply get 0.2 s instead of 10."""
-    limit = "qwlora.system.time_limit.time_limit.__wrapped__.__defaults__"
-    monkeypatch.setattr(limit, (0.2,))
-
-
-@pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts an empty file system with the given options, like `size=100k` or `ro`; skips the test where that is not allowed."""
     made: list[Path] = []

@@ -106,5 +106,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qwlora' has no attribute {name!r}")
-    with _quiet.quiet_import():
+    with _quiet.quiet(_quiet.OF_IMPORTS):
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -215,7 +215,7 @@ class ConversionError(QwloraError, ValueError):
 
     def __init__(self, what: str, lost: Sequence[str] = ()):
         self.lost = tuple(lost)
-        heading = f"{what} would lose this (accept it with --lossy, or lossy=True):"
+        heading = f"{what} would lose this (accept it with convert(..., lossy=True)):"
         super().__init__(_report(heading, lost) if lost else what)
 
 

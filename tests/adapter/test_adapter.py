@@ -180,7 +180,6 @@ def test_the_base_that_an_adapter_records_is_needed_and_compared(tmp_path: Path)
 
 
 Change = Callable[[Path], Any]
-SLOW_PATTERN = r"(.+)+\d\d\d!"
 
 
 def config(**values: Any) -> Change:
@@ -210,8 +209,6 @@ WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / CONFIG).write_text("[" * 100_000), rf"{CONFIG}.* cannot be read"),
     (config(peft_type="IA3"), "IA3; only LORA"),
     (config(r=3), "asks for rank 3, but the weights have at most 2"),
-    (config(target_modules=SLOW_PATTERN), r"target_modules .*nested repetitions"),
-    (config(rank_pattern={SLOW_PATTERN: 2}), r"rank_pattern .*nested repetitions"),
     (config(target_modules=["c_attn"]), "does not fit LlamaForCausalLM"),
     (config(lora_alpha=0), "lora_alpha: 0"),
     (config(lora_alpha=float("nan")), "lora_alpha: nan"),
@@ -231,7 +228,6 @@ WRONG: list[tuple[Change, str]] = [
 
 
 @UNVERIFIED
-@pytest.mark.usefixtures("short_time_limit")
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_a_wrong_adapter_is_refused_with_a_base_and_before_there_is_one(
     change: Change, message: str, tmp_path: Path
@@ -328,10 +324,6 @@ def test_refuses_transposed_weights_where_the_model_has_none(tmp_path: Path) -> 
     assert check_existing(str(tmp_path / "gpt2"), "accept", tiny_model("gpt2"))
 
 
-@pytest.mark.usefixtures("short_time_limit")
-def test_a_pattern_with_exponential_time_is_no_shape() -> None:
-    for shape in ({"target_modules": SLOW_PATTERN}, {"rank_pattern": {SLOW_PATTERN: 2}}):
-        with pytest.raises(SourceError, match="nested repetitions"):
-            check_shape(tiny_model("llama"), LoraShape(4, 8, **shape))
+def test_what_is_neither_a_folder_nor_a_hub_id_is_no_adapter() -> None:
     with pytest.raises(SourceError, match="neither a folder nor a hub id"):
         check_existing("nothing/here/at all")

@@ -19,11 +19,8 @@ from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, packed_model, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
-from qwlora.formats.aimet_encodings.documents import json_of
-from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.grid.encoding import measure
-from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
+from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 
@@ -174,48 +171,6 @@ def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
     assert grids(None) == ["int4 per block 32"] * 2
     symmetric, asymmetric = "int4 symmetric per block 32", "int4 asymmetric per block 32"
     assert grids(str(tmp_path)) == [symmetric, asymmetric]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_folder_of_floats_with_aimet_encodings(
-    architecture: str, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
-    folder, file = checkpoints[architecture], tmp_path / "model.encodings"
-    weights, grids = {}, {}
-    for path, module in tiny_model(architecture).named_modules():
-        if isinstance(module, KINDS) and path != "lm_head":
-            weight, name = module.weight.detach(), f"{path}.weight"
-            weights[name] = weight.T if architecture == "gpt2" else weight
-            grids[name] = measure(weights[name], Scheme(4, ".1." not in name, PerChannel(0)))
-    entries = [json_of(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
-    content = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
-    file.write_text(json.dumps(content))
-    given = (folder, "--encodings", file, "--keep-float", "lm_head")
-    record = record_of(*given, "--against", folder)
-    assert record["kind"] == "float checkpoint with AIMET encodings"
-    for name, weight in weights.items():
-        tensor = record["tensors"][name]
-        assert (tensor["shape"], tensor["grid"]) == (list(weight.shape), str(grids[name].scheme))
-        expected = decibel(weight, grids[name].fake_quantize(weight))
-        assert tensor["sqnr_db"] == pytest.approx(expected, abs=1e-3)
-    file.write_text(json.dumps(content | {"param_encodings": entries[1:]}))
-    missing = next(iter(grids))
-    assert missing in refused("inspect", *given)
-    answered("inspect", *given, "--keep-float", missing.removesuffix(".weight"))
-
-
-def test_encodings_belong_to_floats(
-    base: tuple[Path, Any], tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
-    (tmp_path / ".qwlora").mkdir()
-    for arguments, message in {
-        (base[0], "--encodings", "x"): "is quantized already (a base)",
-        (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
-        (checkpoints["llama"], "--keep-float", "x"): "only with --encodings",
-        (checkpoints["llama"], "--block-order", "tensor"): "only with --encodings",
-        (tmp_path, "--encodings", "x"): "is quantized already (a base)",
-    }.items():
-        assert message in refused("inspect", *arguments)
 
 
 def test_adapters_are_listed_with_their_base(base: tuple[Path, Any], tmp_path: Path) -> None:

@@ -297,9 +297,6 @@ def _mine(place: Path) -> list[str]:
     return [p.read_text() for p in sorted(place.rglob("*")) if p.is_file()]
 
 
-ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "ijk") + "{% endfor %}" * 3
-
-
 def _lines(record: Any) -> bytes:
     return "\n".join([json.dumps(record)] * 20).encode()
 
@@ -324,25 +321,6 @@ def _bad_text(path: Path) -> None:
     pq.write_table(pa.table({"text": text}), path)
 
 
-def _write_bomb(writer: Any, schema: Any) -> None:
-    """A gigabyte in a few kilobytes."""
-    with writer:
-        for _ in range(16):
-            writer.write_table(pa.table({"text": ["a" * 2**26]}, schema))
-
-
-def _bomb(path: Path) -> None:
-    schema = pa.schema({"text": pa.string()})
-    options = {"compression": "zstd", "use_dictionary": False}
-    _write_bomb(pq.ParquetWriter(path, schema, **options), schema)
-
-
-def _arrow_bomb(path: Path) -> None:
-    schema = pa.schema({"text": pa.string()})
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    _write_bomb(pa.ipc.new_file(path, schema, options=options), schema)
-
-
 DATA: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
     "a pipe": ("a.txt", os.mkfifo),
     "a link to a device": ("a.jsonl", lambda path: path.symlink_to("/dev/zero")),
@@ -365,22 +343,12 @@ DATA: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
     "Parquet that is empty": ("a.parquet", b""),
     "Parquet text that is not UTF-8": ("a.parquet", _bad_text),
     "Parquet of lists": ("a.parquet", _parquet(text=[["a"]] * 20)),
-    "Parquet bomb": ("a.parquet", _bomb),
     "Arrow that is none": ("a.arrow", b"ARROW1\0\0" + b"\xff" * 500),
-    "Arrow bomb": ("a.arrow", _arrow_bomb),
     "gzip": ("a.txt.gz", b"\x1f\x8b\x08\0" + b"\xff" * 100),
     "gzip named .jsonl": ("a.jsonl", b"\x1f\x8b\x08\0" + b"\xff" * 100),
 }
 TEMPLATES: dict[str, str | bytes] = {
-    "template that loops": ENDLESS,
     "template that calls itself": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "template that fills memory": (
-        "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(40) %}"
-        "{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
-    ),
-    "template that multiplies": "{{ 'a' * 10**11 }}",
-    "template that pads": "{{ messages | center(300000000) }}",
-    "template with a power": "{{ 10 ** 10 ** 10 }}",
     "template that raises": "{{ raise_exception('no') }}",
     "template that breaks out": (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -412,26 +380,6 @@ def test_hostile_data_are_refused(
         return qwlora("data", recipe, logs=place / "logs").problem(marker)
 
     _run_all(record, "data", [*DATA, *TEMPLATES], attack, tmp_path)
-
-
-ENDLESS_SEARCH = r"([a-z_.0-9]+)+!"
-EXPRESSIONS: dict[str, Any] = {
-    "target_modules": ENDLESS_SEARCH,
-    "rank_pattern": {ENDLESS_SEARCH: 8},
-    "alpha_pattern": {ENDLESS_SEARCH: 8.0},
-}
-
-
-def test_regular_expressions_that_backtrack_for_ever_are_refused(
-    warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
-) -> None:
-    def attack(name: str, place: Path) -> str:
-        adapters = [{"name": "first", "rank": 4, "steps": 1, name: EXPRESSIONS[name]}]
-        recipe = write_recipe(place / "recipe.yaml", one_layer, corpus, adapters=adapters)
-        ended = qwlora("run", recipe, "--out", place / "out", logs=place / "logs")
-        return _joined(ended.problem(), _left(place / "out"))
-
-    _run_all(record, "regular expressions", EXPRESSIONS, attack, tmp_path)
 
 
 def test_data_that_contain_the_output_are_refused(

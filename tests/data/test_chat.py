@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -325,39 +324,6 @@ def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     (tokens,) = encode_documents([Completion("a wor", "ld")], tokenizer)
     assert (tokens.ids, tokens.in_loss) == ([1, 3], [False, True])  # "a wor ld" is another text
-
-
-@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
-@pytest.mark.usefixtures("short_time_limit")
-def test_a_template_that_never_ends_is_stopped(marked: str) -> None:
-    template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(SourceError, match=r"chat\.jsonl:7.*data\.chat_template"):
-        encode_conversation(TALK, with_template(template + marked))
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "{{ '%020000000d' % 1 }}",
-        "{{ '%020000000d' % 1 }}{% generation %}{% endgeneration %}",
-        "{% for m in messages %}{{ m.content * 40000000 }}{% endfor %}",
-        "{{ 'x' | center(6000000000) }}",
-        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
-        "{% endfor %}{{ n.s | length }}",
-    ],
-)
-def test_a_template_that_renders_too_much_is_refused(bomb: str) -> None:
-    """Before it is tokenized, and before it fills the memory."""
-    expected = r"chat\.jsonl:7.*renders more than 1\d\d,\d\d\d characters.*data\.chat_template"
-    with pytest.raises(SourceError, match=expected):
-        encode_conversation(TALK, with_template(bomb))
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-
-
-def test_a_long_system_prompt_of_a_template_is_no_bomb() -> None:
-    template = "{{ 'You are helpful. ' * 5000 }}" + CHATML
-    ids, _ = encode_conversation(TALK, with_template(template))
-    assert len(ids) > 80_000
 
 
 def test_a_pair_is_rendered_with_the_chat_template() -> None:

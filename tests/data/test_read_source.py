@@ -558,16 +558,6 @@ def test_a_missing_package_is_named_with_its_extra(
         assert without_place(read(tmp_path / file)) == DOCUMENTS["text"]
 
 
-@pytest.mark.parametrize("name", ["bomb.parquet", "bomb.feather"])
-def test_a_file_of_kilobytes_that_fills_memory_is_refused(tmp_path: Path, name: str) -> None:
-    table = pa.table({"text": ["word " * 2_000_000] * 15})
-    if name.endswith("parquet"):
-        pa.parquet.write_table(table, tmp_path / name, compression="zstd", use_dictionary=False)
-    else:
-        pa.feather.write_feather(table, str(tmp_path / name), compression="zstd", chunksize=1)
-    refused(tmp_path / name, match=rf"{name}: .*more than 1000 times as many.*\.jsonl")
-
-
 @pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
 def test_columns_that_are_not_utf8_name_their_file(tmp_path: Path, name: str) -> None:
     buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]

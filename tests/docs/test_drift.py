@@ -115,9 +115,6 @@ def test_the_snippets_of_the_encodings_page_work_one_after_the_other(
     found = list(blocks(ROOT / "docs/encodings.md"))
     (code,) = [block.text for block in found if block.language == "python"]
     exec(compile(code, "encodings.md", "exec"), {})
-    written = (tmp_path / "model-2.encodings").read_bytes()
-    (tmp_path / "model-2.encodings").unlink()
+    assert (tmp_path / "model-2.encodings").is_file()
     (lines,) = [block.text for block in found if block.language == "shell"]
-    found_words = [shlex.split(line, comments=True)[1:] for line in lines.splitlines()]
-    assert [command_line.qwlora(*words).returncode for words in found_words] == [0, 0, 0]
-    assert (tmp_path / "model-2.encodings").read_bytes() == written
+    assert command_line.qwlora(*shlex.split(lines, comments=True)[1:]).returncode == 0

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -20,7 +18,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwlora.errors import FingerprintError, QwloraError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
@@ -29,7 +27,6 @@ from qwlora.formats.model_source import downloaded, is_hub_id, looked_for, sourc
 from qwlora.system import strict_json
 from qwlora.system.regular_files import check_readable
 from qwlora.system.seen import Seen
-from qwlora.system.time_limit import SECONDS, time_limit
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -52,15 +49,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
         "it changes the base's weights; save it with path_initial_model_for_weight_conversion",
     ),
-}
-# Keys of adapter_config.json that hold regular expressions, and what PEFT makes of one.
-_PATTERNS = {
-    "target_modules": r"(?:{})\Z",
-    "exclude_modules": r"(?:{})\Z",
-    "rank_pattern": r"(.*\.)?({})$",
-    "alpha_pattern": r"(.*\.)?({})$",
-    "modules_to_save": r"(^|.*\.){}($|\..*)",
-    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
 }
 
 
@@ -143,29 +131,6 @@ def content_problems(folder: Path) -> Iterator[str]:
                 is_factor = f".{first}" in name and not name.endswith(".bias")
                 if is_factor and partner not in names:
                     yield f"{name} has no matching {second}"
-
-
-def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
-    """Refuse a regular expression in `config`, PEFT's keys, that takes longer than `SECONDS` to
-    match all module paths of `model`."""
-    # One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
-    # with. PEFT matches without a limit, and an adapter from elsewhere brings its own.
-    paths = [path for path, _ in model.named_modules()]
-    for key, form in _PATTERNS.items():
-        value = config.get(key)
-        if isinstance(value, str):
-            value = [value]
-        elif key.endswith("_modules") or not isinstance(value, list | dict):
-            continue  # names, or nothing
-        for pattern in value:
-            error = SourceError(
-                f"{where}: {key} {pattern!r} takes more than {SECONDS:g} s to match the model's "
-                "module paths; write it without nested repetitions like (a+)+"
-            )
-            with suppress(re.error), time_limit(error):
-                compiled = re.compile(form.replace("{}", str(pattern)))
-                for path in paths:
-                    compiled.match(path)
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:

@@ -25,7 +25,6 @@ from qwlora.adapter.adapter_files import (
     FILE,
     WEIGHTS,
     check_adapter,
-    check_pattern_times,
     check_settings,
     mergeable_record,
     read_config,
@@ -265,7 +264,6 @@ def refuse_saved(folder: Path, packed: Iterable[str], label: str) -> None:
 def reading(folder: Path, model: nn.Module) -> Iterator[None]:
     """Turn any error of PEFT and safetensors while reading the adapter into a SourceError."""
     label = f"adapter {str(folder)!r}"
-    check_pattern_times(model, read_config(folder), label)
     # A wrong value in the configuration can fail anywhere in PEFT, with any class of error.
     with (
         foreign_as(SourceError, f"{label} does not fit {type(model).__name__}", "use its own base"),

@@ -17,7 +17,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.adapter_files import CONFIG, adapter_folder, check_adapter, check_pattern_times
+from qwlora.adapter.adapter_files import CONFIG, adapter_folder, check_adapter
 from qwlora.adapter.adapter_folder import (
     check_fit,
     load_adapter,
@@ -43,8 +43,7 @@ from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_fa
 
 @dataclass(frozen=True)
 class LoraShape:
-    """Which layers get an adapter, and its size. The fields are PEFT's, named as in the recipe,
-    whose reference documents each."""
+    """Which layers get an adapter, and its size. The recipe's reference documents each field."""
 
     rank: int
     alpha: float
@@ -94,7 +93,6 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
                 else "no numbered layers; leave layers out"
             )
             raise TrainingError(f"layers {', '.join(map(str, missing))}: the model has {existing}")
-    check_pattern_times(model, asdict(shape), "LoRA cannot be attached")
     torch.manual_seed(seed)
     try:
         # `_check_matches` raises errors for what PEFT only warns about. PEFT itself corrects

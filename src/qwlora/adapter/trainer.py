@@ -3,9 +3,8 @@
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
 A loss or gradient that is not finite stops the run before the optimizer step. Checkpoints are plain
-PEFT adapters with digests of all their files.
-
-`train.py` says why it is this Trainer; `training_step.py` lists what is replaced inside the model.
+PEFT adapters with digests of all their files. `train.py` says why it is this Trainer;
+`training_step.py` lists what is replaced inside the model.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import SourceError
-from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
@@ -96,16 +95,15 @@ class Inspection:
         return content | {"tensors": [tensor.to_json() for tensor in self.tensors]}
 
 
-def inspect_source(source: str, against: str | None = None, **reading: Any) -> Inspection:
+def inspect_source(source: str, against: str | None = None) -> Inspection:
     """Describe `source`: a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
     Args:
         source: a path, or `package:NAME/PATH`.
         against: another source, usually the float model, to compute the SQNR of every common
             tensor. Reads both in full, one tensor at a time.
-        reading: how `open_checkpoint` reads `source`, such as with an AIMET encodings file.
     """
-    files = _open(fetch(source).path, **reading)
+    files = _open(fetch(source).path)
     views = _views(files)
     if against is not None:
         reference = _open(fetch(against).path)
@@ -137,14 +135,14 @@ class _ModelFiles:
     fingerprint: str | None = None
 
 
-def _open(path: Path, **reading: Any) -> _ModelFiles:
+def _open(path: Path) -> _ModelFiles:
     schemes: dict[str, tuple[Scheme, tuple[int, ...]]] = {}
     fingerprint, reader = None, None
     try:
-        reader = open_checkpoint(path, **reading)
+        reader = open_checkpoint(path)
     except SourceError:
         is_config = path.is_dir() and (path / "config.json").is_file()
-        if reading.get("encodings") or not is_config or quantization_of(path)[0] is not None:
+        if not is_config or quantization_of(path)[0] is not None:
             raise
     # The headers of a model that is no language model can still be shown.
     if reader is None:
@@ -153,9 +151,6 @@ def _open(path: Path, **reading: Any) -> _ModelFiles:
     elif isinstance(reader, BaseCheckpoint):
         kind, files, stored = "QWLoRA base", reader.files, reader.stored
         schemes, fingerprint = reader.schemes(), reader.record["fingerprint"]
-    elif isinstance(reader, AimetCheckpoint):
-        kind, files = "float checkpoint with AIMET encodings", reader.files
-        stored, schemes = _stored(reader), reader.schemes()
     elif isinstance(reader, FolderCheckpoint):
         kind, files = f"{quantization_of(path)[0] or 'float'} checkpoint", reader.files
         stored = _stored(reader)

@@ -31,7 +31,7 @@ import typer.core
 from pydantic import ValidationError
 
 from qwlora.cli.adapter_commands import app as adapters_app
-from qwlora.cli.encodings_commands import app as encodings_app
+from qwlora.cli.encodings_command import encodings
 from qwlora.cli.generate_commands import chat, generate, score
 from qwlora.cli.job_commands import merge, push, report
 from qwlora.cli.recipe_commands import check, data, init, plan
@@ -293,12 +293,11 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
 
 _commands: tuple[Callable[..., None], ...] = (
     *(check, data, init, plan, inspect, merge),
-    *(simulate, report, push, generate, chat, score),
+    *(simulate, report, push, generate, chat, score, encodings),
 )
 for _command in _commands:
     app.command()(_command)
 app.add_typer(adapters_app, name="adapters")
-app.add_typer(encodings_app, name="encodings")
 
 
 def main() -> None:

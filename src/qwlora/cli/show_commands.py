@@ -8,13 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwlora.cli.shared_arguments import AsJson, Changes, Device, Job
 from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
-from qwlora.errors import SourceError, size
+from qwlora.errors import size
 from qwlora.system import strict_json
 
 if TYPE_CHECKING:
@@ -43,33 +43,6 @@ def inspect(
             "full.",
         ),
     ] = None,
-    encodings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="An AIMET encodings file: the grids of a float model's weights."
-        ),
-    ] = None,
-    keep_float: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="With --encodings: parameters or layers that stay float. Repeatable.",
-        ),
-    ] = None,
-    block_order: Annotated[
-        Literal["channel", "tensor"] | None,
-        typer.Option(
-            help="With --encodings of version 1.0.0: the order of blocks; see model.block_order."
-        ),
-    ] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="With --encodings: prefix of names that only the file, or only the model, has; "
-            "see model.prefix.",
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show shapes, grids and fingerprint of a model's files."""
@@ -77,11 +50,7 @@ def inspect(
         source = str(Path(source) / "base")
     from qwlora.analysis.inspect_model import inspect_source
 
-    options = {"keep_float": keep_float or (), "block_order": block_order, "prefix": prefix}
-    if encodings is None and any(options.values()):
-        names = "--keep-float, --block-order and --prefix"
-        raise SourceError(f"{names} work only with --encodings. Add it, or remove them")
-    model = inspect_source(source, against, encodings=encodings, **options)
+    model = inspect_source(source, against)
     print_result(model.to_json(), _model_lines(model), as_json)
 
 
@@ -226,7 +195,10 @@ def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
         for pattern, values in group_similar(
-            log.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
+            log.values,
+            # Names of computed values end in a number, which tells values of one operator apart.
+            lambda v: f"{v.module or 'output'}.{v.operator}" if v.is_computed else v.name,
+            lambda v: (v.module_class, v.decision, v.reason, _grid(v)),
         ):
             v, count = values[0], str(len(values))
             decided = (v.module_class, v.decision.value, _grid(v), v.reason)
@@ -236,11 +208,6 @@ def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
         rows = [("tensor", "count", "decision", "grid", "reason")]
         rows += [(kind, str(count), *decided) for (kind, *decided), count in reasons.items()]
     yield from table(rows)
-
-
-def _name(value: GraphValue) -> str:
-    # The name of a computed value ends in a number, which tells values of one operator apart.
-    return f"{value.module or 'output'}.{value.operator}" if value.is_computed else value.name
 
 
 def _grid(value: GraphValue) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 from qwlora.errors import SourceError, foreign_as
 from qwlora.formats.model_source import looked_for
 from qwlora.system.optional_packages import require
-from qwlora.system.regular_files import check_readable, is_inside
 from qwlora.system.strict_json import distinct_keys
 
 Rows = Iterator[tuple[str, Any]]
@@ -27,9 +26,6 @@ Table = tuple[list[str], Callable[[Collection[str]], Rows]]
 """Column names, and a function from the wanted columns to the rows."""
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 _ROWS_AT_ONCE = 1000
-# A file of kilobytes may unpack to gigabytes, by accident or as an attack. It is refused before it
-# fills memory; what is small, or of a usual ratio, is read.
-_MOST_RATIO, _HARMLESS_BYTES = 1000, 2**27
 
 
 def decode(path: Path) -> str:
@@ -144,26 +140,13 @@ def read_arrow(path: Path) -> Table:
             opened = ipc.open_file(source) if is_file else ipc.open_stream(source)
             schema = opened.schema
 
-    def check(unpacked: int) -> None:
-        size = path.stat().st_size
-        if unpacked > max(_MOST_RATIO * size, _HARMLESS_BYTES):
-            raise SourceError(
-                f"{path}: the file has {size:,} bytes and unpacks to more than {_MOST_RATIO} times "
-                f"as many ({unpacked:,}). Save its records as .jsonl if that is intended"
-            )
-
     def records(wanted: Collection[str]) -> Iterator[dict[str, Any]]:
         if is_parquet:
-            groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
-            check(sum(group.total_byte_size for group in groups))
             batches = opened.iter_batches(_ROWS_AT_ONCE, columns=list(wanted))
         else:
             every = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
             batches = (batch.select(list(wanted)) for batch in every)
-        unpacked = 0
         for batch in batches:
-            unpacked += batch.nbytes
-            check(unpacked)
             # Rows take more memory as Python's objects, and a batch of an Arrow file has any size.
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
@@ -182,12 +165,6 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
     )
     with foreign_as(SourceError, problem):
-        # A stranger's folder may list any file of the machine, or a pipe.
-        for state in Path(source).rglob("state.json") if is_saved else ():
-            check_readable(state.parent)
-            files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
-            if outside := [file for file in files if not is_inside(state.parent, file)]:
-                raise SourceError(f"{str(state)!r} lists {outside[0]!r}, not a file of its folder")
         loaded = (
             datasets.load_from_disk(source)
             if is_saved

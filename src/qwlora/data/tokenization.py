@@ -19,7 +19,6 @@ for every message. With `turns: apart`, each turn is rendered as the last, as at
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from qwlora.data.document import ASSISTANT, Completion, Conversation, Document, Text
 from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.progress import Track, untracked
-from qwlora.system.time_limit import SECONDS, memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 _SENTINELS = ("\n", ".", "a")
 Messages = Sequence[Mapping[str, Any]]
 # Characters that a template may add, such as system prompts and headers.
-_MOST_ADDED = 100_000
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -164,8 +161,6 @@ def encode_conversation(
         )
     messages, tools, where = conversation.messages, conversation.tools, conversation.where
     rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
-    # Also with markers, so that a template which exceeds a limit ends here: transformers' own call
-    # below has no limits.
     text = rendered(messages)
     without_tools = None
     if tools:
@@ -241,25 +236,12 @@ def render(
     with the header of the assistant's next message.
 
     Raises:
-        SourceError: the template refuses the messages, or exceeds a limit; `where` is named.
+        SourceError: the template refuses the messages; `where` is named.
     """
-    # A template is a program from the model's folder, so its time, memory and output are limited.
-    remedy = "name a file with another template in data.chat_template"
-    late = SourceError(
-        f"{where}: the model's chat template has not rendered this conversation after "
-        f"{SECONDS:g} s; {remedy}"
-    )
-    most = _MOST_ADDED + 20 * sum(
-        len(json.dumps(part, default=str)) for part in (*messages, *tools)
-    )
-    large = SourceError(
-        f"{where}: the model's chat template renders more than {most:,} characters for these "
-        f"{len(messages)} messages; {remedy}"
-    )
     roles = listed(m["role"] for m in messages)
     refusal = f"{where}: the model's chat template refuses these messages ({roles})"
-    with foreign_as(SourceError, refusal), time_limit(late), memory_limit(large):
-        rendered = str(
+    with foreign_as(SourceError, refusal):
+        return str(
             tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 tools=[dict(tool) for tool in tools] or None,
@@ -267,9 +249,6 @@ def render(
                 add_generation_prompt=prompt,
             )
         )
-    if len(rendered) > most:
-        raise large
-    return rendered
 
 
 def _span(

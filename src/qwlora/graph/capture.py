@@ -59,7 +59,7 @@ from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.device import device_of, moved
 from qwlora.system.parameter_names import adapter_of, canonical_name, parameter_name
-from qwlora.system.quiet import quiet_export
+from qwlora.system.quiet import OF_EXPORT, quiet
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
@@ -243,8 +243,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
     for config in (getattr(model, "peft_config", None) or {}).values():
         if vars(config).get("alora_invocation_tokens"):
             raise CaptureError(
-                "the model has activated LoRA (alora_invocation_tokens), which starts inside a "
-                "sequence, and a graph computes all tokens alike. Train the adapter without it"
+                "a graph treats all tokens alike, but activated LoRA (alora_invocation_tokens) "
+                "does not. Train the adapter without it"
             )
     refuse_meta(model, CaptureError)
     arguments, given = Structure.of(_completed(model, example_inputs), PAST)
@@ -270,7 +270,7 @@ def _captured(model: nn.Module, arguments: Structure, tensors: Tensors, static: 
             "or more"
         )
     flat = FlatModel(model, arguments).eval()
-    with in_float32(model), visible_implementations(model), torch.no_grad(), quiet_export():
+    with in_float32(model), visible_implementations(model), torch.no_grad(), quiet(OF_EXPORT):
         axes_of = tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
         shapes = None if static else {"tensors": axes_of}
         kind = type(model).__name__

@@ -6,11 +6,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from qwlora.system.machine import SlowComputeWarning
 
-_OF_TORCH = (
+# torchao 0.18, which ExecuTorch installs and transformers imports, warns of its libraries for other
+# processors, and makes torch 2.13 warn twice.
+OF_IMPORTS = ("torchao", "torch.utils._pytree")
+OF_EXPORT = (  # of sizes of 1, and of a missing torchvision
     *("torch.onnx", "torch.onnx._internal.exporter._registration"),
     *("torch.utils._pytree", "torch._export.non_strict_utils"),
 )
@@ -26,23 +29,13 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in (*_OF_TORCH, "accelerate", "torchao"):
+    for name in (*OF_EXPORT, "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def quiet_import() -> AbstractContextManager[None]:
-    """Silence what torchao, which ExecuTorch installs, prints when transformers imports it."""
-    # torchao 0.18 warns of its libraries for other processors, and makes torch 2.13 warn twice.
-    return _quiet(("torchao", "torch.utils._pytree"))
-
-
-def quiet_export() -> AbstractContextManager[None]:
-    """Silence what torch logs about sizes of 1 and about a missing torchvision."""
-    return _quiet(_OF_TORCH)
-
-
 @contextmanager
-def _quiet(names: Iterable[str]) -> Iterator[None]:
+def quiet(names: Iterable[str]) -> Iterator[None]:
+    """Silence these loggers."""
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     try:
         for logger in levels:

@@ -8,7 +8,6 @@ import pytest
 from random_files import FILES
 
 from cli.command_line import qwlora
-from qwlora.formats.aimet_encodings import convert, read_encodings
 
 NEW, OLD = (str(FILES / f"aimet-{v}.encodings") for v in ("2.0.0", "1.0.0"))
 
@@ -20,15 +19,15 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_show_lists_every_encoding_in_text_and_json() -> None:
-    code, out, _ = run("show", NEW)
+    code, out, _ = run(NEW)
     lines = out.splitlines()
     assert (code, len(lines)) == (0, 16)
     assert lines[0] == "version 2.0.0, by aimet-torch 2.42.0, 14 encodings"
     (block,) = (line for line in lines if line.startswith("block.weight_0 "))
     cells = ["block.weight_0", "-", "int4 symmetric", "block axis 0 of 4"]
     assert re.split(" {2,}", block) == [*cells, "0.0261785 .. 0.0502113", "-8"]
-    assert re.search("block.weight_0 +parameter +int4 symmetric +block of 4 ", run("show", OLD)[1])
-    code, out, _ = run("show", OLD, "--json")
+    assert re.search("block.weight_0 +parameter +int4 symmetric +block of 4 ", run(OLD)[1])
+    code, out, _ = run(OLD, "--json")
     record = json.loads(out)
     assert (code, record["version"], len(record["encodings"])) == (0, "1.0.0", 13)
     assert "x" not in record["parameters"]
@@ -44,36 +43,17 @@ def test_show_lists_the_problems_of_an_invalid_file(tmp_path: Path) -> None:
     del parameter["bw"]
     activation["scale"] = [-1.0]
     (tmp_path / "bad.encodings").write_text(json.dumps(record))
-    code, out, err = run("show", str(tmp_path / "bad.encodings"))
+    code, out, err = run(str(tmp_path / "bad.encodings"))
     assert (code, out) == (2, "")
     assert f"{parameter['name']}, bw: is missing" in err
     assert f"{activation['name']}: scale must be above 0" in err
 
 
-def test_convert_writes_or_prints_and_refuses_a_loss_until_it_is_accepted(tmp_path: Path) -> None:
-    target, printed = tmp_path / "out.encodings", tmp_path / "printed"
-    printed.write_text(run("convert", NEW, "--to", "2.1.0")[1])
-    assert run("convert", NEW, "--to", "2.1.0", "--out", str(target))[0] == 0
-    expected = convert(read_encodings(NEW), "2.1.0")
-    assert read_encodings(target) == read_encodings(printed) == expected
-    target.unlink()
-    code, out, err = run("convert", OLD, "--to", "0.6.1", "--out", str(target))
-    assert (code, out) == (2, "")
-    for part in ("--lossy", "block.weight_0: granularity block", "lpbq.weight_0: the whole"):
-        assert part in err
-    assert not target.exists()
-    assert run("convert", OLD, "--to", "0.6.1", "--out", str(target), "--lossy")[0] == 0
-    assert len(read_encodings(target).encodings) == 12
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["show", "none.encodings"], "none.encodings: 1 problem"),
-        (["show", __file__], "cannot be read"),
-        (["convert", OLD, "--to", "3"], "'3' is not one of 0.6.1, 1.0.0, 2.0.0, 2.1.0"),
-        (["convert", OLD, "--to", "2.1.0"], "version 2.1.0"),
-        (["convert", OLD], "--to"),
+        (["none.encodings"], "none.encodings: 1 problem"),
+        ([__file__], "cannot be read"),
     ],
 )
 def test_bad_input_exits_2(arguments: list[str], named: str) -> None:

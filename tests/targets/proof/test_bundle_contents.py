@@ -17,11 +17,9 @@ from onnx import helper
 from conftest import tiny_model
 from qwlora.errors import QwloraError, SourceError
 from qwlora.formats.model_source import load_model
-from qwlora.system.time_limit import time_limit
 from qwlora.targets.onnx.onnx_runtime import read_session_options
 from qwlora.targets.proof.contents import check_contents, known_settings, misfits
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.weights.hf import TransformersRuntime
 from targets.damage import edit_json
 from targets.proof.toy_runtime import TableRuntime
 
@@ -255,19 +253,6 @@ def test_a_compiled_context_and_a_file_that_is_no_model_are_refused(tmp_path: Pa
     (tmp_path / "base" / "device").mkdir(parents=True)
     (tmp_path / "model.onnx").rename(tmp_path / "base" / "device" / "decode_ctx.onnx")
     check(tmp_path, "qnn/adapter")  # the export's own, which nothing here opens
-
-
-def test_a_pattern_that_takes_forever_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short = partial(time_limit, seconds=0.5)
-    monkeypatch.setattr("qwlora.adapter.adapter_files.time_limit", short)
-    pattern = r"(?:(?:\w+\.?)*)*,"
-    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {pattern: 1}, "target_modules": ["x"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    runtime = TransformersRuntime(tiny_model("llama", layers=1))
-    with pytest.raises(SourceError, match=r"alpha_pattern .*takes more than"):
-        runtime.use(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -44,7 +44,7 @@ from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.optional_packages import require
-from qwlora.system.quiet import quiet_export
+from qwlora.system.quiet import OF_EXPORT, quiet
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 _LEAST_NARROWED = 2**14  # numbers of a matrix; others would save nothing worth a node
@@ -150,7 +150,7 @@ def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
 def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> Any:
     require("onnx", "onnx")
     try:
-        with warnings.catch_warnings(), quiet_export():
+        with warnings.catch_warnings(), quiet(OF_EXPORT):
             warnings.simplefilter("ignore")  # torch warns about its own deprecations here
             exported = torch.onnx.export(
                 program,

@@ -23,7 +23,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from qwlora.adapter.adapter_files import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.formats.checkpoint import auto_class
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
@@ -135,7 +134,6 @@ class TransformersRuntime(Runtime):
     def switch_to(self, adapter: Path | None) -> None:
         """See `Runtime.use`."""
         if adapter is not None and adapter not in self._known:
-            check_pattern_times(self._model, read_config(adapter), f"adapter {str(adapter)!r}")
             name = str(len(self._known))
             with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
                 if isinstance(self._model, PeftModel):

@@ -1,4 +1,4 @@
-"""`qwlora encodings`: show and convert AIMET encodings files. Imports no torch."""
+"""`qwlora encodings`: show an AIMET encodings file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,14 @@ from qwlora.cli.shared_arguments import AsJson
 from qwlora.cli.terminal import print_json, table
 from qwlora.formats import aimet_encodings
 from qwlora.formats.aimet_encodings.documents import printable
-from qwlora.formats.aimet_encodings.encodings_file import to_text
-
-app = typer.Typer(
-    name="encodings",
-    help="Show and convert AIMET encodings files. Versions: 0.6.1, 1.0.0, 2.0.0, 2.1.0.",
-    no_args_is_help=True,
-)
-
-File = Annotated[Path, typer.Argument(help="An encodings file.")]
 
 
-@app.command()
-def show(file: File, as_json: AsJson = False) -> None:
-    """List the encodings in a valid file, or every problem of an invalid one.
+def encodings(
+    file: Annotated[Path, typer.Argument(help="An encodings file.")], as_json: AsJson = False
+) -> None:
+    """List the encodings in an AIMET encodings file, or every problem of an invalid one.
 
-    JSON has the same fields for every version.
+    Versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0. JSON has the same fields for all of them.
     """
     content = aimet_encodings.read_encodings(file)
     if as_json:
@@ -44,30 +36,6 @@ def show(file: File, as_json: AsJson = False) -> None:
         *(_row(e, content) for e in content.encodings),
     ]
     print("\n".join(table(rows)))
-
-
-@app.command()
-def convert(
-    file: File,
-    version: Annotated[str, typer.Option("--to", metavar="VERSION", help="Version to write.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File to write. Default: standard output.")
-    ] = None,
-    lossy: Annotated[
-        bool, typer.Option("--lossy", help="Drop what the target version cannot store.")
-    ] = False,
-) -> None:
-    """Convert between 0.6.1 and 1.0.0, or 2.0.0 and 2.1.0.
-
-    If that would lose information, nothing is written and the losses are listed.
-    """
-    source = aimet_encodings.read_encodings(file)
-    converted = aimet_encodings.convert(source, version, lossy)
-    if out is None:
-        print(to_text(converted), end="")
-    else:
-        aimet_encodings.write_encodings(converted, out)
-        print(f"wrote {out}, version {version}, {len(converted.encodings)} encodings")
 
 
 def _row(encoding: aimet_encodings.Entry, file: aimet_encodings.EncodingsFile) -> tuple[str, ...]:

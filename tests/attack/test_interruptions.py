@@ -16,7 +16,7 @@ from .victims import Running, killed_at_change, seeds, start
 
 pytestmark = pytest.mark.attack
 # how often each kind of command is killed; those that capture a graph take longest
-KILLS = {"quantize": 4, "train": 4, "merge": 4}
+KILLS = {"quantize": 5, "train": 5, "merge": 5}
 OTHERS = 3
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from qwlora.errors import SourceError, foreign_as
 from qwlora.formats.model_source import looked_for
 from qwlora.system.optional_packages import require
+from qwlora.system.regular_files import check_readable, is_inside
 from qwlora.system.strict_json import distinct_keys
 
 Rows = Iterator[tuple[str, Any]]
@@ -165,6 +166,12 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
     )
     with foreign_as(SourceError, problem):
+        # A stranger's folder may list any file of the machine, or a pipe.
+        for state in Path(source).rglob("state.json") if is_saved else ():
+            check_readable(state.parent)
+            files = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+            if outside := [file for file in files if not is_inside(state.parent, file)]:
+                raise SourceError(f"{str(state)!r} lists {outside[0]!r}, not a file of its folder")
         loaded = (
             datasets.load_from_disk(source)
             if is_saved

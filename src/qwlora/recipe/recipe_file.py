@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import reprlib
 import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -125,7 +126,9 @@ def _describe(error: ValidationError) -> Iterator[str]:
         # The adapter has this value from the data section, where it is reported.
         elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
             continue
-        found = shortened("null" if value is None else repr(value), 80)
+        # `reprlib` ends early where aliases of YAML repeat a list a billion times.
+        shown = repr(value) if isinstance(value, str) else reprlib.repr(value)
+        found = shortened("null" if value is None else shown, 80)
         problems = [f"expected %s, found {found}"]
         if kind == "extra_forbidden":
             is_section = isinstance(value, dict) and _entry(where) == "adapters[]"

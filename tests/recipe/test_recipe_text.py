@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwlora.errors import DirectoryError
+from qwlora.errors import DirectoryError, RecipeError
 from qwlora.recipe import load_recipe
 from qwlora.recipe.recipe_text import edited, written
 
@@ -97,3 +97,10 @@ def test_a_job_keeps_the_text_of_its_recipe(recipe: Path, tmp_path: Path) -> Non
         assert "warmup" not in short
         (tmp_path / "short.yaml").write_text(short)
         assert load_recipe(tmp_path / "short.yaml") == asked
+
+
+def test_a_list_that_aliases_repeat_a_billion_times_is_refused_at_once(recipe: Path) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 12))]
+    recipe.write_text("\n".join([*lines, recipe.read_text(), "seed: *a11\n"]))
+    with pytest.raises(RecipeError, match="a11: unknown key"):
+        load_recipe(recipe)

@@ -213,10 +213,7 @@ PAGES = {
     ),
     errors.ConversionError: Page(
         _lossy,
-        (
-            "the other version has no such field",
-            "`convert(..., lossy=True)` accepts it",
-        ),
+        ("the other version has no such field", "`convert(..., lossy=True)` accepts it"),
         ("the file lacks what the other version needs", "export the model again in that version"),
     ),
     errors.VerificationError: Page(

@@ -103,11 +103,16 @@ def test_a_process_uses_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {tuple(given["input_ids"].shape) for given in seen} == {(2, 32)}
 
 
-def test_two_processes_share_batches_and_do_not_broadcast_the_base(tmp_path: Path) -> None:
+def test_two_processes_share_batches_and_do_not_broadcast_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = _arguments(SETTINGS, tmp_path, 2, torch.device("cpu"))
     assert (arguments.per_device_train_batch_size, arguments.ddp_broadcast_buffers) == (1, False)
     with pytest.raises(TrainingError, match=r"batch_sequences \(3\) cannot be divided among 2"):
         _arguments(replace(SETTINGS, batch_sequences=3), tmp_path, 2, torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match="Launch without FSDP"):
+        _arguments(SETTINGS, tmp_path, 2, torch.device("cpu"))
 
 
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -15,19 +15,13 @@ from .targets import Target
 from .victims import Running, killed_at_change, seeds, start
 
 pytestmark = pytest.mark.attack
-# how often each kind of command is killed; those that capture a graph take longest
-KILLS = {"quantize": 5, "train": 5, "merge": 5}
-OTHERS = 3
+KILLS = {"quantize": 5, "train": 5, "merge": 5}  # the other commands, which take longer: 3
 
 
 def test_killed_stages_resume_to_the_same_artifacts(
     targets: list[Target], seed: int, record: Record, tmp_path: Path
 ) -> None:
-    trials = [
-        (target, number)
-        for target in targets
-        for number in range(KILLS.get(target.arguments[0], OTHERS))
-    ]
+    trials = [(t, number) for t in targets for number in range(KILLS.get(t.arguments[0], 3))]
 
     def kill(trial: tuple[Target, int], folder: Path) -> list[tuple[str, str, str]]:
         target, number = trial

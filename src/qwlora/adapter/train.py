@@ -140,8 +140,8 @@ def train_adapter(
         logs: folder for TensorBoard files.
 
     Raises:
-        TrainingError: see `check_trainable` and `replaced_forward`; the batch cannot be divided
-            among the processes, or the base with FSDP; or the loss is not finite or has diverged.
+        TrainingError: see `check_trainable` and `replaced_forward`; FSDP is on; the batch cannot be
+            divided among the processes; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; `work` has a checkpoint of the last finished step.
     """
     trainable = check_trainable(model)
@@ -226,7 +226,7 @@ def _arguments(
     settings: TrainingSettings, work: Path, processes: int, device: torch.device
 ) -> TrainingArguments:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise TrainingError("FSDP cannot split packed integers among processes. Launch without it")
+        raise TrainingError("Training with FSDP is not supported. Launch without FSDP")
     if settings.batch_sequences % processes:
         raise TrainingError(
             f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} "

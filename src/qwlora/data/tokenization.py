@@ -161,6 +161,7 @@ def encode_conversation(
         )
     messages, tools, where = conversation.messages, conversation.tools, conversation.where
     rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
+    # Also for a template with markers: the error of a refused conversation names its roles.
     text = rendered(messages)
     without_tools = None
     if tools:

@@ -342,9 +342,14 @@ class LlamaRuntime(Runtime):
         return self._decode(new, len(before)), tokens
 
     def _prefill(self, tokens: list[int], is_whole: bool = False) -> Tensor:
-        """`_decode` of a sequence's first tokens."""
+        """`_decode` of a sequence's first tokens, with the active adapter."""
         self._make_room(len(tokens))
-        self._use_adapter()
+        active = [] if self._active is None else [self._adapters[self._active]]
+        pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
+        scales = self._ffi.new("float[]", [1.0] * len(active))
+        set_adapters = self._llama.llama_set_adapters_lora
+        if status := set_adapters(self._context, pointers, len(active), scales):
+            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")
         return self._decode(tokens, 0, is_whole)
 
     def _decode(self, tokens: list[int], position: int, is_whole: bool = False) -> Tensor:
@@ -394,11 +399,3 @@ class LlamaRuntime(Runtime):
             free(context)
 
         self._context, self._tokens = self._ffi.gc(context, release), room
-
-    def _use_adapter(self) -> None:
-        active = [] if self._active is None else [self._adapters[self._active]]
-        pointers = self._ffi.new("struct llama_adapter_lora *[]", active)
-        scales = self._ffi.new("float[]", [1.0] * len(active))
-        set_adapters = self._llama.llama_set_adapters_lora
-        if status := set_adapters(self._context, pointers, len(active), scales):
-            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")

@@ -334,10 +334,7 @@ def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) ->
 
 
 UTF8 = "is not UTF-8 text"
-NO_KIND = (
-    "are neither text, nor prompt and completion, nor messages or conversations, nor instruction "
-    "and output. Name them in the recipe"
-)
+NO_KIND = "has a name that says what it holds, such as text. Name them in the recipe"
 TWO_LINES = b'prompt,completion\n"two\nlines",b\n'
 WRONG_TABLES = [
     ("a.csv", b"", "the file is empty. Its first line must name the columns"),
@@ -346,11 +343,12 @@ WRONG_TABLES = [
     ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", ":2: this record has 3 fields, and the header 2"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
-    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column, "),
+    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column: ..., "),
+    ("a.csv", b"id,query,answer\n1,b,c\n", "column: query and data.completion_column: answer"),
     ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', f":2: byte 11 of the line (0xe9) {UTF8}"),
     ("a.jsonl", b"\n", "holds no text: it has no records"),
-    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND}: data.text"),
+    ("a.jsonl", b'{"a": 1}\n', f":1: none of its columns (a) {NO_KIND}: data.text"),
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),

@@ -30,24 +30,14 @@ def test_figures_and_checks_are_those_of_the_report(name: str) -> None:
     assert dict(found).get("Passed", "0").split()[0] == str(passed)
 
 
-@pytest.mark.parametrize(
-    ("losses", "after", "warning"),
-    [
-        ([2.8, 3.0, *[2.7] * 6, 2.2, 3.2], 4.0, ""),  # single steps say little
-        ([2, 3], 4.0, ""),
-        ([2] * 5 + [3] * 5, 4.0, "did not learn"),
-        ([3, 2], 6.0, "no better than the base"),
-    ],
-)
-def test_training_without_success_is_said(losses: list[float], after: float, warning: str) -> None:
-    train = {"steps": len(losses), "losses": losses, "step_seconds": 1.0}
+@pytest.mark.parametrize(("after", "is_warned"), [(4.0, False), (6.0, True)])
+def test_training_without_success_is_said(after: float, is_warned: bool) -> None:
+    train = {"steps": 2, "losses": [3.0, 2.0], "step_seconds": 1.0}
     train |= {"peak_rss_bytes": 10**9, "trainable_parameters": 5}
     results: dict[str, Any] = {"recipe": "tiny", "stages": {}, "train": {"a": train}}
     results["perplexity"] = {"base": 5.0, "adapted": {"a": after}}
-    found = list(summary_rows(Job(results, {}, "", "tiny")))
-    warnings = [text for title, text in found if title == "Warning"]
-    assert len(warnings) == bool(warning)
-    assert all(warning in text for text in warnings)
+    titles = [title for title, _ in summary_rows(Job(results, {}, "", "tiny"))]
+    assert ("Warning" in titles) == is_warned
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -194,7 +194,6 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
 
 
 WRONG = [{"what": "it", "value": 2.0, "limit": 1.0}]
-LOSSES = results_of("two")["train"]["words"]["losses"]
 
 
 @pytest.mark.parametrize("name", ["words", "digits"])
@@ -208,15 +207,6 @@ LOSSES = results_of("two")["train"]["words"]["losses"]
         ({"parity__onnx__NAME__tokens": FEW_TOKENS}, SHIP, ""),
         ({"parity__onnx__NAME__tokens": None}, SHIP, ""),
         ({"parity__onnx__NAME__tokens": FEW_TOKENS - 1}, WITH_CARE, f"{FEW_TOKENS - 1} tokens"),
-        (
-            {"train__words__losses": LOSSES, "train__digits__losses": LOSSES},
-            WITH_CARE,
-            "but words and digits are identical",
-        ),
-        *(
-            ({"train__words__losses": losses, "train__digits__losses": losses}, SHIP, "")
-            for losses in (None, [], "1.0")
-        ),
     ],
 )
 def test_every_adapter_counts(

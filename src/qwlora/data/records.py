@@ -40,6 +40,8 @@ completes the request.
 
 {input}### Response:
 """
+# Names of columns that other tools' examples have, for a suggestion.
+_PAIRS = ("question", "query", "input", "prompt"), ("answer", "response", "output", "completion")
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -94,10 +96,11 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
             f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
             f"recipe ({keys})"
         )
+    pair = [next((name for name in names if name in present), "...") for names in _PAIRS]
     raise SourceError(
-        f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
-        "completion, nor messages or conversations, nor instruction and output. Name them in the "
-        "recipe: data.text_column, data.prompt_column and data.completion_column, or others"
+        f"{where}: none of its columns ({listed(present, 20)}) has a name that says what it holds, "
+        "such as text. Name them in the recipe: data.text_column: ..., or data.prompt_column: "
+        f"{pair[0]} and data.completion_column: {pair[1]}"
     )
 
 

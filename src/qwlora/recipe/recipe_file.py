@@ -33,6 +33,8 @@ from qwlora.targets.registry import TARGETS
 
 # What pydantic adds to the path of a value in a union.
 _KIND = re.compile(r"str|list\[.*\]|constrained-\w+|function-.*")
+_SHORT = reprlib.Repr()  # ends early where aliases of YAML repeat a list a billion times
+_SHORT.maxlevel = 1
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -57,9 +59,7 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
         )
     try:
         content = load_yaml(read_text(path))
-    except yaml.YAMLError as error:
-        raise RecipeError(source, [str(error)]) from error
-    except SourceError as error:
+    except (yaml.YAMLError, SourceError) as error:
         raise RecipeError(source, [str(error)]) from error
     if not isinstance(content, dict):
         raise RecipeError(
@@ -126,8 +126,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         # The adapter has this value from the data section, where it is reported.
         elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
             continue
-        # `reprlib` ends early where aliases of YAML repeat a list a billion times.
-        shown = repr(value) if isinstance(value, str) else reprlib.repr(value)
+        shown = repr(value) if isinstance(value, str) else _SHORT.repr(value)
         found = shortened("null" if value is None else shown, 80)
         problems = [f"expected %s, found {found}"]
         if kind == "extra_forbidden":

@@ -134,7 +134,7 @@ def _with_error(value: float, error: float | None, written: str) -> str:
 
 
 def _training_rows(job: Job, name: str, train: dict[str, Any]) -> Iterator[Row]:
-    run, origin = course(job, name), job.origin(name)
+    origin = job.origin(name)
     parameters = f"{train['trainable_parameters']:,} parameters"
     if origin == "trained":
         in_what = f" in {train['compute']}" if "compute" in train else ""
@@ -147,7 +147,3 @@ def _training_rows(job: Job, name: str, train: dict[str, Any]) -> Iterator[Row]:
     change = job.change("adapted", "base", name)
     if change is not None and change >= 0 and origin != "untrained":
         yield "Warning", f"{name} is no better than the base on held-out text"
-    # The losses of two single steps say nothing.
-    if run is not None and run.window > 1 and run.means[-1] >= run.start:
-        how = f"loss {_to(three_decimals, run.start, run.means[-1])} (means of {run.window} steps)"
-        yield "Warning", f"{name} did not learn: {how}. Lower learning_rate, or raise steps"

@@ -6,9 +6,9 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
-A caution: an adapter gains too little, two adapters are identical, or a file was checked on few
-tokens. With `reference: float`, an adapter is compared with the same one trained on the float model
-(float LoRA), and that one with the float model.
+A caution: an adapter gains too little, or a file was checked on few tokens. With `reference:
+float`, an adapter is compared with the same one trained on the float model (float LoRA), and that
+one with the float model.
 
 What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
 sentence is the strongest fact for, ", but ", the strongest fact against.
@@ -141,20 +141,6 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
-    # Adapters with the same loss in every step have the same data, settings and seed: a mistake.
-    same: dict[tuple[float, ...], list[str]] = {}
-    for name in job.adapters:
-        losses = job.get("train", name, "losses")
-        if isinstance(losses, list) and losses:
-            same.setdefault(tuple(losses), []).append(name)
-    for names in same.values():
-        if len(names) > 1:
-            yield Evidence(
-                Outcome.CAUTION,
-                f"{listed(names)} have the same loss in every step: same data, settings and seed",
-                f"{len(names)} of {len(job.adapters)}",
-                against=f"{listed(names)} are identical",
-            )
     for target in job.targets:
         yield from _few_tokens(job, target)
 

@@ -1,6 +1,6 @@
 """How much perplexity a frozen base loses, and how much of it 60 LoRA steps recover.
 
-    python benchmarks/fidelity.py [--model smollm2|gemma3|smollm2-scaled|smollm2-code]
+    python benchmarks/fidelity.py [--model smollm2|gemma3|smollm2-scaled|smollm2-code|smollm2-added]
                                   [--only SUBSTRING ...]
 
 Rows: solver x bitwidth x granularity x initialization of the adapter, with and without tuning. Also
@@ -12,6 +12,8 @@ are trained on the same sequences in the same order.
     recovery       60 steps of recovery first, twice as many in all; the float model has a row too
     mixed          the base (as with `base.calibration: [job, model]`) and recovery also see what
                    the float model writes, in turn with the text, at most 128 sequences
+    own N          qera with moments of N sequences of the adapter's text, observed on the finished
+                   base; otherwise moments of the base's text, observed while it was made
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -26,7 +28,8 @@ table is next to it, as Markdown. SmolLM2 has a width of 576, which 128 does not
 blocks have 192 weights where others have 128.
 
 smollm2-scaled computes what SmolLM2 does with weights that lie on no grid, see `scale_channels_`;
-SmolLM2's own come from a Q4_1 file. smollm2-code is calibrated, trained and measured on code.
+SmolLM2's own come from a Q4_1 file. smollm2-code is calibrated, trained and measured on code;
+smollm2-added is calibrated on the documentation, then adapters are trained and measured on code.
 
 `reference: float` in a recipe compares one adapter in the same way; here, rows share the moments
 and the bases that a job would compute for each.
@@ -66,6 +69,7 @@ from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
+from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from sources import concatenated_ids, gemma_file
@@ -93,6 +97,7 @@ class Row:
     tuned: int = 0  # steps
     seeds: int = 1  # of the adapter and of the order of its text
     mixed: bool = False
+    own: int = 0  # sequences of the adapter's own text for the moments of init
 
     @property
     def base(self) -> str:
@@ -105,6 +110,8 @@ class Row:
         words = [self.base, self.init]
         if self.share == 1:
             words.append("in all ranks")
+        if self.own:
+            words.append(f"own {self.own}")
         if self.recovery:
             words.append("recovery")
         if self.seeds > 1:
@@ -124,6 +131,7 @@ class Subject(NamedTuple):
         also: further rows.
         without: names of rows that were not run.
         is_code: the text is Python's asyncio, not Python's documentation.
+        is_added: the base's text is the documentation all the same.
         is_scaled: see `scale_channels_`.
     """
 
@@ -137,6 +145,7 @@ class Subject(NamedTuple):
     also: tuple[Row, ...] = ()
     without: tuple[str, ...] = ()
     is_code: bool = False
+    is_added: bool = False
     is_scaled: bool = False
 
 
@@ -172,6 +181,8 @@ SUBJECTS = {
             Row("gptq", "w4-signed32", "qera", tuned=512),
             Row("gptq", "w4-signed32", "qera", tuned=512, mixed=True),
             *(best("w4-signed32", mixed=mixed) for mixed in (False, True)),
+            *(Row("gptq", "w4-signed32", "qera", own=own, seeds=3) for own in (0, 16, 32)),
+            *(Row("gptq", "w3-block64", "qera", own=own, seeds=3) for own in (0, 32)),
         ),
     ),
     "smollm2-scaled": Subject(
@@ -194,6 +205,19 @@ SUBJECTS = {
             *(best(scheme) for scheme in ("w4-signed32", "w3-block64")),
         ),
         is_code=True,
+    ),
+    "smollm2-added": Subject(
+        SMOLLM2,
+        tokens=256,
+        granularities=(),
+        also=(
+            Row("float"),
+            Row("gptq", "w4-signed32"),
+            *(Row("gptq", "w4-signed32", "qera", own=own) for own in (0, 16, 32, 64)),
+            *(Row("gptq", "w3-block64", "qera", own=own) for own in (0, 32)),
+        ),
+        is_code=True,
+        is_added=True,
     ),
     # sequences half as long, since its vocabulary is five times as large
     "gemma3": Subject(
@@ -237,8 +261,14 @@ class Bench:
         if subject.is_scaled:
             scale_channels_(self.reference)
         self.tokenizer = tokenizer = load_tokenizer(subject.source)
-        documents = code() if subject.is_code else load_documents(TEXT, 0.2, 0)
+        documentation = load_documents(TEXT, 0.2, 0)
+        documents = code() if subject.is_code else documentation
         self.training = concatenated_ids(documents.train, tokenizer, subject.tokens, "training")
+        self.base_text = self.training
+        if subject.is_added:
+            self.base_text = concatenated_ids(
+                documentation.train, tokenizer, subject.tokens, "training"
+            )
         self.calibration_count = CALIBRATION_TOKENS // subject.tokens
         self.all_held_out = concatenated_ids(
             documents.held_out, tokenizer, subject.tokens, "held-out"
@@ -268,16 +298,16 @@ class Bench:
 
     def adapter(self, row: Row, seed: int) -> dict[str, float]:
         """Perplexities of an adapter of `row` on the row's base."""
-        adapted = attach(copy.deepcopy(self.base(row)), LoraShape(rank=16, alpha=32.0), seed=seed)
+        base = copy.deepcopy(self.base(row))
+        moments = observe_moments(base, self.training[: row.own]) if row.own else self.moments
+        adapted = attach(base, LoraShape(rank=16, alpha=32.0), seed=seed)
         of_inputs = row.init == "qera-inputs"
         initialize_(
             adapted,
             "qera" if of_inputs else row.init,  # type: ignore[arg-type]
             self.weight,
             # all outputs of a layer are alike
-            {path: LayerMoments(m.input) for path, m in self.moments.items()}
-            if of_inputs
-            else self.moments,
+            {path: LayerMoments(m.input) for path, m in moments.items()} if of_inputs else moments,
             share=row.share,
             solver_scales=None if of_inputs else self.solver_scales,
         )
@@ -294,8 +324,8 @@ class Bench:
     def texts(self, row: Row, count: int) -> Tensor:
         """Sequences that the base of a row is made on, `count` at most."""
         if not row.mixed:
-            return self.training[:count]
-        return torch.stack([*islice(in_turn([self.training, self.sampled]), count)])
+            return self.base_text[:count]
+        return torch.stack([*islice(in_turn([self.base_text, self.sampled]), count)])
 
     @cached_property
     def sampled(self) -> Tensor:

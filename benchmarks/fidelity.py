@@ -12,8 +12,8 @@ are trained on the same sequences in the same order.
     recovery       60 steps of recovery first, twice as many in all; the float model has a row too
     mixed          the base (as with `base.calibration: [job, model]`) and recovery also see what
                    the float model writes, in turn with the text, at most 128 sequences
-    own N          qera with moments of N sequences of the adapter's text, observed on the finished
-                   base; otherwise moments of the base's text, observed while it was made
+    own N          qera with moments of N sequences of the adapter's text; otherwise of the text
+                   that the base was calibrated on
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
                    corrects what tuning changed. In these rows R was damped by 0.01, and B was as
                    long as A L everywhere
@@ -67,7 +67,7 @@ from qwlora.data.sequences import in_turn
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import LayerMoments, MomentStore
+from qwlora.grid.second_moments import LayerMoments
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import base_size, quantize_
@@ -299,7 +299,8 @@ class Bench:
     def adapter(self, row: Row, seed: int) -> dict[str, float]:
         """Perplexities of an adapter of `row` on the row's base."""
         base = copy.deepcopy(self.base(row))
-        moments = observe_moments(base, self.training[: row.own]) if row.own else self.moments
+        text = self.training[: row.own] if row.own else self.base_text[: self.calibration_count]
+        moments = dict(observe_moments(base, text) if row.init in QERA else {}).items()
         adapted = attach(base, LoraShape(rank=16, alpha=32.0), seed=seed)
         of_inputs = row.init == "qera-inputs"
         initialize_(
@@ -307,7 +308,7 @@ class Bench:
             "qera" if of_inputs else row.init,  # type: ignore[arg-type]
             self.weight,
             # all outputs of a layer are alike
-            {path: LayerMoments(m.input) for path, m in moments.items()} if of_inputs else moments,
+            ((path, LayerMoments(m.input)) for path, m in moments) if of_inputs else moments,
             share=row.share,
             solver_scales=None if of_inputs else self.solver_scales,
         )
@@ -355,7 +356,7 @@ class Bench:
 
     def round_(self, model: nn.Module, row: Row) -> None:
         """Make the row's base of the float model, in place."""
-        self.moments, self.bits, self.worse = MomentStore(), 32.0, 0
+        self.bits, self.worse = 32.0, 0
         self.solver_scales: dict[str, Tensor] = {}
         if row.solver == "nf4":
             self.bits = nf4_(model)
@@ -368,7 +369,6 @@ class Bench:
                 row.scheme,
                 row.solver,
                 calibration=self.texts(row, self.calibration_count) if gptq else None,
-                moments=self.moments if gptq else None,
             )
             self.bits = base_size(model).bits_per_weight
             self.worse = sum(

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_ as initialize_
     from qwlora.adapter.mergeable import mergeable_ as mergeable_
     from qwlora.adapter.training_step import memory_saving as memory_saving
+    from qwlora.analysis.generate_text import sample_sequences as sample_sequences
+    from qwlora.analysis.token_scores import logits_of as logits_of
+    from qwlora.analysis.token_scores import score_tokens as score_tokens
+    from qwlora.data.prepared_data import Cutting as Cutting
+    from qwlora.data.prepared_data import prepare_text as prepare_text
+    from qwlora.data.read_source import load_documents as load_documents
     from qwlora.errors import QwloraError as QwloraError
     from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
     from qwlora.formats.aimet_encodings import read_encodings as read_encodings
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from qwlora.formats.base_folder import register_with_transformers as register_with_transformers
     from qwlora.formats.base_folder import save_base as save_base
     from qwlora.formats.checkpoint import Checkpoint as Checkpoint
+    from qwlora.formats.model_source import load_model as load_model
+    from qwlora.formats.model_source import load_tokenizer as load_tokenizer
     from qwlora.formats.open_checkpoint import load_precomputed as load_precomputed
     from qwlora.formats.open_checkpoint import open_checkpoint as open_checkpoint
     from qwlora.graph.value_traits import Decision as Decision
@@ -47,18 +55,19 @@ if TYPE_CHECKING:
     from qwlora.grid.encoding import Encoding as Encoding
     from qwlora.grid.encoding import QuantizedTensor as QuantizedTensor
     from qwlora.grid.scheme import Blocks as Blocks
+    from qwlora.grid.scheme import Lpbq as Lpbq
     from qwlora.grid.scheme import PerBlock as PerBlock
     from qwlora.grid.scheme import PerChannel as PerChannel
     from qwlora.grid.scheme import PerTensor as PerTensor
     from qwlora.grid.scheme import RangeEstimator as RangeEstimator
     from qwlora.grid.scheme import Scheme as Scheme
     from qwlora.grid.second_moments import LayerMoments as LayerMoments
-    from qwlora.grid.second_moments import MomentStore as MomentStore
     from qwlora.nn import PackedLinear as PackedLinear
     from qwlora.nn.fingerprint import fingerprint as fingerprint
     from qwlora.nn.frozen import assert_frozen as assert_frozen
     from qwlora.quantize.bit_budget import BitBudget as BitBudget
     from qwlora.quantize.freeze_model import freeze_ as freeze_
+    from qwlora.quantize.gptq import GptqSettings as GptqSettings
     from qwlora.quantize.layer_rules import LayerRule as LayerRule
     from qwlora.quantize.quantize_blocks import observe_moments as observe_moments
     from qwlora.quantize.quantize_model import QuantizeReport as QuantizeReport

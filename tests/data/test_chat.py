@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
 from qwlora.data.document import Completion, Conversation, Documents, Text
-from qwlora.data.prepared_data import Cutting, prepare
+from qwlora.data.prepared_data import Cutting, prepare_text
 from qwlora.data.tokenization import Tokens, encode_conversation, encode_documents
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_tokenizer
@@ -363,7 +363,7 @@ def test_prompts_to_answer_end_before_the_first_answer(packing: str | None, turn
     talks = tuple(conversation(f"ask {i}", "yes", "more", "no") for i in range(5))
     greeting = Conversation(({"role": "assistant", "content": "hello"},))
     documents = Documents(talks, (greeting, *talks))
-    prepared = prepare(documents, tokenizer, Cutting(200, packing, turns))
+    prepared = prepare_text(documents, tokenizer, Cutting(200, packing, turns))
     prompts = [(text, tokenizer.decode(ids)) for text, ids in prepared.prompts(tokenizer)][:3]
     rendered = "<|start|>user\nask {}<end>\n<|start|>assistant\n"
     assert prompts == [(f"ask {i}", rendered.format(i)) for i in range(3)]
@@ -375,10 +375,10 @@ def test_prompts_of_completions_and_of_running_text(template: str | None) -> Non
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.chat_template = template
     pairs = tuple(Completion(f"Q: {i}", " A", user_message=f"{i}") for i in range(2))
-    prepared = prepare(Documents(pairs, pairs), tokenizer, Cutting(64))
+    prepared = prepare_text(Documents(pairs, pairs), tokenizer, Cutting(64))
     seen = [(text, tokenizer.decode(ids)) for text, ids in prepared.prompts(tokenizer)]
     chat = "<|start|>user\n{}<end>\n<|start|>assistant\n"
     assert seen == [(f"{i}", chat.format(i) if template else f"Q: {i}") for i in range(2)]
     words = (Text("a" * 70 + "b" * 70),)
-    prepared = prepare(Documents(words, words), tokenizer, Cutting(64))
+    prepared = prepare_text(Documents(words, words), tokenizer, Cutting(64))
     assert [text for text, _ in prepared.prompts(tokenizer)] == ["a" * 32, "a" * 6 + "b" * 26]

@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.data.document import Completion, Conversation, Documents
-from qwlora.data.prepared_data import Cutting, prepare, summary
+from qwlora.data.prepared_data import Cutting, prepare_text, summary
 from qwlora.data.tokenization import encode_documents
 from qwlora.errors import SourceError
 from qwlora.pipeline.run import run
@@ -59,7 +59,7 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.chat_template = TEMPLATE
     records = [Conversation(tuple(r["messages"])) for r in conversations(12)]
-    data = prepare(Documents(tuple(records[:8]), tuple(records[8:])), tokenizer, Cutting(96))
+    data = prepare_text(Documents(tuple(records[:8]), tuple(records[8:])), tokenizer, Cutting(96))
     assert data.describe()["packing"] == "documents"
     plain, total, count = tiny_model("llama"), 0.0, 0
     for tokens in encode_documents(records[:8], tokenizer):
@@ -131,7 +131,7 @@ def test_padding_is_no_token_of_the_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<later>"})  # than the model's embedding
     pairs = tuple(Completion(**pair) for pair in PAIRS)
-    prepared = prepare(Documents(pairs[:20], pairs[20:21]), tokenizer, Cutting(96))
+    prepared = prepare_text(Documents(pairs[:20], pairs[20:21]), tokenizer, Cutting(96))
     assert summary(prepared.describe()).count("document") == 3
     assert prepared.train_counts.padding_tokens
     assert prepared.largest_id() < tokenizer.pad_token_id
@@ -146,7 +146,7 @@ def some_long(long: int) -> tuple[Completion, ...]:
 def test_lost_data_is_announced_and_most_of_it_refused() -> None:
     def prepared(long: int, **cutting: Any) -> Any:
         documents = Documents(some_long(long), some_long(1), repeated_shares=(0.0, 0.06))
-        return prepare(documents, byte_tokenizer(), Cutting(16, **cutting))
+        return prepare_text(documents, byte_tokenizer(), Cutting(16, **cutting))
 
     repeated = "6% of the held-out text was removed, because the training text contains it"
     kept = prepared(0).cautions()
@@ -157,7 +157,9 @@ def test_lost_data_is_announced_and_most_of_it_refused() -> None:
         prepared(16)
     assert prepared(16, most_lost=0.8).train_counts.sequences == 24
     assert (
-        prepare(Documents(some_long(0), some_long(0)), byte_tokenizer(), Cutting(16)).cautions()
+        prepare_text(
+            Documents(some_long(0), some_long(0)), byte_tokenizer(), Cutting(16)
+        ).cautions()
         == []
     )
 

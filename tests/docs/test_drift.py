@@ -22,7 +22,7 @@ CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 PYTHON = {
     "README.md": (1, "tests/formats/test_hf_quantizer.py"),
     "coming-from.md": (1, "tests/formats/test_hf_quantizer.py"),
-    "python.md": (3, "tests/docs/test_python_page.py"),
+    "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),

@@ -71,9 +71,12 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
 
 
 def test_python_example_runs_and_proves_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (code,) = examples("Your own training loop")
+    code, balanced = examples("Your own training loop")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = tiny_model("llama", layers=1)
@@ -93,3 +96,16 @@ def test_python_example_runs_and_proves_its_file(
         qwlora.load_adapter(qwlora.load_base("base"), "adapter")(first[:, :4]).logits,
     )
     assert (tmp_path / "files" / "session_options.json").exists()
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text())
+    names |= {"source": str(checkpoints["one-layer llama"]), "data": "text.txt"}
+    exec(compile(balanced, "python.md", "exec"), names)
+    adapted: Any = names["model"]
+    held_out, reference = names["text"].held_out, qwlora.logits_of(names["floats"])  # type: ignore[attr-defined, arg-type]
+
+    def divergence() -> float:
+        scores = qwlora.score_tokens(qwlora.logits_of(adapted), held_out, reference=reference)
+        return float(scores.to_json()["kl"]["mean"])
+
+    with adapted.disable_adapter():
+        base = divergence()
+    assert 0 < divergence() < base

@@ -14,7 +14,6 @@ from gpu.pretend_device import COUNTS, CPU, NAME
 from gpu.test_stages import IDS
 from quantize.test_streamed_blocks import deep, from_files
 from qwlora.errors import DeviceError, RecipeError
-from qwlora.grid.second_moments import MomentStore
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.system import machine
@@ -60,7 +59,7 @@ def test_large_models_are_quantized_piece_by_piece(device: torch.device, tmp_pat
     with memory_of(device, "quantize") as memory:
         from_files(Held(model), tmp_path / "modules", solver="rtn", device=device)
     assert 0 < memory["peak_device_bytes"] < whole / 2
-    options = {"solver": "rtn", "calibration": IDS[:1], "moments": MomentStore(), "device": device}
+    options = {"solver": "gptq", "calibration": IDS[:1], "device": device}
     folders = [tmp_path / "first", tmp_path / "again"]  # the second reads the blocks in `work`
     read = Watched(model)
     made = [from_files(read, f, work=tmp_path / "work", **options) for f in folders]

@@ -159,15 +159,13 @@ def test_tuning_moments_starts_and_budget(device: torch.device) -> None:
         model, peft = base(place), adapted(place)
         settings = qwlora.TuningSettings(steps=2, compute="float32")
         report = qwlora.tune_(model, built(place), IDS, settings)
-        moments = qwlora.observe_moments(model, IDS)
-        starts = qwlora.initialize_(
-            peft, "qera", lambda path: floats.get_submodule(path).weight, moments
-        )
+        moments = dict(qwlora.observe_moments(model, IDS))
+        starts = qwlora.initialize_(peft, "qera", floats, moments)
         errors = [(start.before, start.after) for start in starts.values()]
         budgeted, options = built(place), {"budget": qwlora.BitBudget(3.5)}
         qwlora.quantize_(budgeted, "w4-channel", "rtn", calibration=IDS[:1], **options)
         after = logits(peft), grids(budgeted)
-        return report.before, report.after, dict(moments), errors, after
+        return report.before, report.after, moments, errors, after
 
     compare(compute, device)
 

@@ -1,12 +1,10 @@
 """Second moments."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from qwlora.errors import CalibrationError, SourceError
-from qwlora.grid.second_moments import LayerMoments, MomentStore, SecondMoment
+from qwlora.errors import CalibrationError
+from qwlora.grid.second_moments import SecondMoment
 
 
 def seen(*batches: torch.Tensor) -> SecondMoment:
@@ -32,19 +30,3 @@ def test_what_has_no_moment_says_so() -> None:
     with pytest.raises(CalibrationError, match="nan or infinity"):
         seen(torch.full((2, 4), float("inf")))
     assert torch.equal(seen(torch.zeros(5, 3)).matrix, torch.zeros(3, 3))
-
-
-def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    moment = LayerMoments(*(seen(torch.randn(20, n)).matrix for n in (6, 4)))
-    MomentStore(tmp_path)["a.q"] = moment
-    again = MomentStore(tmp_path)
-    MomentStore(tmp_path)["head"] = LayerMoments(moment.input)
-    assert MomentStore(tmp_path)["head"].output is None
-    assert torch.equal(MomentStore(tmp_path)["head"].input, moment.input)
-    assert set(again) == {"a.q"}
-    assert torch.equal(again["a.q"].input, moment.input)
-    assert torch.equal(again["a.q"].output, moment.output)
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
-        MomentStore(tmp_path)["broken"]

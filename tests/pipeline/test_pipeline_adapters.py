@@ -102,8 +102,7 @@ def test_a_start_depends_on_its_inputs(recipe_for: Any, monkeypatch: pytest.Monk
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
     all_inits = {init: ["quantize", "train/first"] for init in before}
     for name, remade in (
-        ("second_moments", {"qera": ["quantize", "train/first"]}),
-        ("layer_statistics", {"qera": ["quantize", "train/first"]}),
+        ("layer_statistics", {"qera": ["train/first"]}),
         ("initialize_adapter", {"svd": ["train/first"], "qera": ["train/first"]}),
         ("rtn", all_inits),
         ("gptq", {}),

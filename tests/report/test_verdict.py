@@ -207,6 +207,12 @@ WRONG = [{"what": "it", "value": 2.0, "limit": 1.0}]
         ({"parity__onnx__NAME__tokens": FEW_TOKENS}, SHIP, ""),
         ({"parity__onnx__NAME__tokens": None}, SHIP, ""),
         ({"parity__onnx__NAME__tokens": FEW_TOKENS - 1}, WITH_CARE, f"{FEW_TOKENS - 1} tokens"),
+        ({"perplexity__on__NAME__base": 329.0, "perplexity__on__NAME__float": 300.0}, SHIP, ""),
+        (
+            {"perplexity__on__NAME__base": 333.0, "perplexity__on__NAME__float": 300.0},
+            WITH_CARE,
+            "the base is 11.0% over the float model on the text of NAME",
+        ),
     ],
 )
 def test_every_adapter_counts(

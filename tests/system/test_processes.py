@@ -14,7 +14,6 @@ from conftest import tiny_model
 from qwlora import BitBudget, Schemes, fingerprint, observe_moments, quantize_, simulate
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.errors import CalibrationError
-from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.quantize.quantize_blocks import batches_of
 
@@ -35,15 +34,14 @@ torch.save(found, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
 
 def results() -> dict[str, Any]:
     """What processes share: bases, their moments, encodings of activations, and scores."""
-    found: dict[str, Any] = {"moments": {}, "codes": {}, "fingerprints": []}
+    found: dict[str, Any] = {"codes": {}, "fingerprints": []}
     for name, options in {"gptq": {}, "budget": {"budget": BitBudget(bits=5)}}.items():
-        model, moments = tiny_model("llama", layers=1), MomentStore()
-        quantize_(model, "w4-block32", "gptq", calibration=IDS, moments=moments, **options)
+        model = tiny_model("llama", layers=1)
+        quantize_(model, "w4-block32", "gptq", calibration=IDS, **options)
         found["fingerprints"].append(fingerprint(model))
         for path, layer in packed_layers(model).items():
             found["codes"][name, path] = layer.tensor.quantized.codes
-        found["moments"][name] = dict(moments)
-        found["moments"]["observed"] = dict(observe_moments(model, IDS))
+    found["moments"] = dict(observe_moments(model, IDS))
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(32, 640), nn.ReLU(), nn.Linear(640, 32)).eval()
     quantize_(layers, "w4-block32", "rtn")
@@ -76,13 +74,12 @@ def test_processes_hold_the_same_integers_which_one_process_gets_too(found: Any)
         assert (codes != first["codes"][layer]).float().mean() < 0.01, layer
 
 
-@pytest.mark.parametrize("origin", ["gptq", "budget", "observed"])
-def test_second_moments_are_of_all_sequences(found: Any, origin: str) -> None:
-    alone, first, second = (results["moments"][origin] for results in found)
-    assert alone.keys() == first.keys() != set()
-    assert not second  # the first process writes
+def test_second_moments_are_of_all_sequences(found: Any) -> None:
+    alone, first, second = (results["moments"] for results in found)
+    assert alone.keys() == first.keys() == second.keys() != set()
     for layer, moments in alone.items():
-        for shared, expected in zip(first[layer], moments, strict=True):
+        for shared, other, expected in zip(first[layer], second[layer], moments, strict=True):
+            assert torch.equal(shared, other)
             smallest = 1e-5 * float(expected.abs().max())
             torch.testing.assert_close(shared, expected, rtol=1e-3, atol=smallest)
 

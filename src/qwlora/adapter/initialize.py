@@ -5,7 +5,7 @@
     qera    minimize tr(G E R E^T),          R + damping = L L^T,    G + damping = K K^T
 
     s       the adapter's scaling
-    R, G    second moments of a layer's inputs and output gradients (`quantize.observe_moments`)
+    R, G    second moments of a layer's inputs and output gradients (`observe_moments`)
 
     U S V^T = svd(K^T D L)                   (K = L = 1 for svd)
     B = K^-T U_k S_k C / sqrt(s),            A = C^-1 V_k^T L^-1 / sqrt(s)
@@ -16,7 +16,7 @@ sqrt(out / tr R) times as long.
 
 A share of each layer's ranks corrects; the others keep PEFT's default and are free for training. If
 scales were tuned after the solver, W_hat is the solver's result: tuned layers compensate for one
-another, and a correction would undo that. R and G are of the model before quantization.
+another, and a correction would undo that. R and G are of the frozen base on the adapter's text.
 
 With G = 1 it is the exact solution of QERA (https://arxiv.org/abs/2410.06040), and that of CLoQ
 (https://arxiv.org/abs/2501.18475).
@@ -25,8 +25,9 @@ With G = 1 it is the exact solution of QERA (https://arxiv.org/abs/2410.06040), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -38,7 +39,7 @@ from qwlora.adapter.attach import active_adapter
 from qwlora.adapter.mergeable import lora_layers
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
-from qwlora.nn import PackedLinear
+from qwlora.nn import PackedLinear, weight_out_in
 from qwlora.system.device import device_of, exact_device, moved
 from qwlora.system.progress import Track, untracked
 
@@ -76,8 +77,8 @@ class InitReports(dict[str, InitReport]):
 def initialize_(
     model: nn.Module,
     init: Init,
-    weights: Callable[[str], Tensor],
-    moments: Mapping[str, LayerMoments] | None = None,
+    weights: nn.Module | Callable[[str], Tensor],
+    moments: Mapping[str, LayerMoments] | Iterable[tuple[str, LayerMoments]] = (),
     share: float = 0.5,
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
@@ -86,9 +87,9 @@ def initialize_(
     layers keep PEFT's default.
 
     Args:
-        weights: canonical path to the float weight [out, in] that the layer was quantized from.
-        moments: canonical path to R and G of the layer. Required by qera (`observe_moments`, or
-            `quantize_(..., moments=...)`).
+        weights: the float model; or canonical path to the float weight [out, in] that the layer was
+            quantized from.
+        moments: canonical path, and R and G, of each layer. Required by qera (`observe_moments`).
         share: share of a layer's ranks that correct, rounded up; in (0, 1].
         solver_scales: canonical path of a tuned layer to its scale before tuning
             (`TuningReport.solver_scales`).
@@ -104,7 +105,7 @@ def initialize_(
         raise TrainingError(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
         )
-    adapter, moments, scales = active_adapter(model), moments or {}, solver_scales or {}
+    adapter, scales = active_adapter(model), solver_scales or {}
     layers: dict[str, LoraLayer] = {}  # packed linear layers that have the adapter
     for path, layer in lora_layers(model):
         if adapter in layer.lora_A and isinstance(layer.get_base_layer(), PackedLinear):
@@ -119,17 +120,18 @@ def initialize_(
             f"init {init} corrects the quantization error, but no layer with adapter {adapter!r} "
             "is quantized; use init zero"
         )
-    if init == "qera" and (missing := [path for path in layers if path not in moments]):
-        raise TrainingError(
-            f"there are no moments of {listed(missing, 3)}, which init qera needs. Measure them "
-            "with observe_moments, pass calibration data and moments to quantize_, or use init svd"
-        )
     reports = InitReports()
-    for path in track(list(layers), "initializing the adapter", len(layers)):
-        layer, moment = layers[path], moments[path] if init == "qera" else None
+    weight_of = partial(_weight, weights) if isinstance(weights, nn.Module) else weights
+    given = moments.items() if isinstance(moments, Mapping) else moments
+    pairs: Iterable[tuple[str, LayerMoments | None]] = given
+    if init == "svd":
+        pairs = ((path, None) for path in track(layers, "initializing the adapter", len(layers)))
+    for path, moment in pairs:
+        if (layer := layers.get(path)) is None:
+            continue
         device = exact_device(device_of(layer.get_base_layer()))
         measure = Measure(moved(moment, device))
-        weight = weights(path).detach().to(device).float()
+        weight = weight_of(path).detach().to(device).float()
         difference = solver_difference(path, layer, weight, scales)
         # Rounded up; 0.07 * 100 is slightly more than 7 in floats.
         ranks = math.ceil(share * layer.r[adapter] - 1e-9)
@@ -145,7 +147,16 @@ def initialize_(
         corrected = difference - b[:, :used] @ a[:used]
         whole, before, after = map(measure.of, (weight, difference, corrected))
         reports[path] = InitReport(before / whole, after / whole)
+    if missing := [path for path in layers if path not in reports]:
+        raise TrainingError(
+            f"init qera has no moments of {listed(missing, 3)}. Observe them with "
+            "observe_moments on text that reaches these layers, or use init svd"
+        )
     return reports
+
+
+def _weight(floats: nn.Module, path: str) -> Tensor:
+    return weight_out_in(floats.get_submodule(path))
 
 
 def solver_difference(

@@ -125,7 +125,7 @@ def clustered_error(
 def score_tokens(
     logits: Logits,
     sequences: Sequences | Int64[Tensor, "count tokens"],
-    description: str,
+    description: str = "",
     track: Track = untracked,
     reference: Logits | None = None,
 ) -> TokenScores:

@@ -63,6 +63,7 @@ from qwlora.errors import (
 from qwlora.pipeline import VERBS
 from qwlora.system.machine import configure_threads, process_count
 from qwlora.system.processes import is_first_failure
+from qwlora.system.quiet import OF_IMPORTS, quiet
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
 
@@ -314,7 +315,7 @@ def main() -> None:
     )
     arguments, debug = _without_debug(sys.argv[1:])
     # In typer's standalone mode, it would print errors by itself, with its own exit codes.
-    with safe_streams(arguments):
+    with safe_streams(arguments), quiet(OF_IMPORTS):
         try:
             sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
         except Exception as error:

@@ -194,7 +194,7 @@ class PreparedText:
         return documents
 
 
-def prepare(
+def prepare_text(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     cutting: Cutting,

@@ -94,9 +94,10 @@ def locate_documents(source: str) -> None:
 
 
 def load_documents(
-    source: str, held_out: float, seed: int, reading: Reading | None = None
+    source: str, held_out: float = 0.2, seed: int = 0, reading: Reading | None = None
 ) -> Documents:
-    """Read and split `source`; see `read_documents` and `split_documents`."""
+    """Read `source` (a file, a folder, a hub dataset or `python:MODULE:NAME`), and split it into
+    training and held-out documents; see `read_documents` and `split_documents`."""
     how = reading or Reading()
     documents, skipped = read_documents(source, how)
     if how.evaluation is None:

@@ -9,20 +9,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import UserDict
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
-from qwlora.errors import CalibrationError, SourceError
-from qwlora.system.atomic import read_tensors, write_tensors
-from qwlora.system.device import CPU, moved
+from qwlora.errors import CalibrationError
 
 _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 
@@ -60,7 +54,9 @@ class SecondMoment:
         """R."""
         if self.total is None:
             raise CalibrationError("no data was observed")
-        return _symmetric(self.total / self.weight if self.weight else self.total)
+        upper = self.total / self.weight if self.weight else self.total
+        # Exactly symmetric; the product rounded both triangles differently.
+        return upper.triu() + upper.triu(1).T
 
 
 class LayerMoments(NamedTuple):
@@ -98,66 +94,3 @@ def factor_damped(
         if (result := factor(damped)) is not None:
             return damped, result, damping
         damping = 10 * damping or _LEAST_DAMPING
-
-
-def _symmetric(upper: Tensor) -> Tensor:
-    # a file keeps one triangle, so a moment in memory must not depend on the other one either
-    return upper.triu() + upper.triu(1).T
-
-
-def _from_triangle(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
-    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
-    matrix = triangle.new_zeros(size, size)
-    matrix[tuple(torch.triu_indices(size, size))] = triangle
-    return _symmetric(matrix)
-
-
-class MomentStore(UserDict[str, LayerMoments]):
-    """R and G of many layers by canonical module path. In memory, or in a folder with one file per
-    layer."""
-
-    def __init__(self, folder: Path | None = None):
-        super().__init__()
-        self.folder = folder
-        files = sorted(folder.glob("*.safetensors")) if folder is not None else ()
-        self.data: dict[str, Any] = {file.stem: file for file in files}  # or a moment, by layer
-
-    @classmethod
-    def resumed(cls, folder: Path) -> MomentStore:
-        """The moments of an unfinished job; files that are damaged or misnamed are deleted."""
-        for file in sorted(folder.glob("*.safetensors")):
-            try:
-                good = read_tensors(file)[1].get("layer") == file.stem
-            except (OSError, SafetensorError, ValueError):
-                good = False
-            if not good:
-                file.unlink(missing_ok=True)
-        return cls(folder)
-
-    def __setitem__(self, layer: str, moment: LayerMoments) -> None:
-        # all layers together are large for a GPU's memory
-        self.data[layer] = moment = moved(moment, CPU)
-        if self.folder is not None:
-            self.data[layer] = file = self.folder / f"{layer}.safetensors"
-            triangles = {
-                name: matrix[tuple(torch.triu_indices(*matrix.shape))]
-                for name, matrix in moment._asdict().items()
-                if matrix is not None
-            }
-            write_tensors(file, triangles, {"layer": layer})
-
-    def __getitem__(self, layer: str) -> LayerMoments:
-        stored = self.data[layer]
-        if isinstance(stored, LayerMoments):
-            return stored
-        try:
-            tensors = read_tensors(stored)[0]
-        except (OSError, SafetensorError, ValueError) as error:
-            raise SourceError(
-                f"the moments in {str(stored)!r} cannot be read ({error}); quantize again"
-            ) from error
-        return LayerMoments(**{n: _from_triangle(triangle) for n, triangle in tensors.items()})
-
-    def __repr__(self) -> str:
-        where = "memory" if self.folder is None else repr(str(self.folder))
-        return f"MomentStore of {len(self)} layers in {where}"

@@ -27,7 +27,7 @@ from qwlora.pipeline.stages.job_context import skeleton
 from qwlora.pipeline.store import NAME, Store
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.recipe import Recipe
-from qwlora.recipe.implied import REFERENCE, is_calibrated, is_compared, needs_moments
+from qwlora.recipe.implied import REFERENCE, is_calibrated, is_compared
 from qwlora.system.machine import machine, memory_limit_bytes
 from qwlora.system.progress import untracked
 from qwlora.targets.proof.prove import LAYER_TOKENS
@@ -230,7 +230,7 @@ class Costs:
                 # block hold as much as its moments.
                 states = recipe.base.calibration_sequences * tokens * self.hidden
                 memory |= {"hidden states": states, "second moments": 2 * squares / self.layers}
-            return memory, self.packed + self.kept + needs_moments(recipe) * squares / 2
+            return memory, self.packed + self.kept
         if verb == "train":
             rows = adapter.batch_sequences / (self.layers if adapter.gradient_checkpointing else 1)
             memory = {"adapter and optimizer": 4 * trained, "activations": rows * products}

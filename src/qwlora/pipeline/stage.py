@@ -22,7 +22,6 @@ from qwlora.targets.registry import TARGETS
 ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
 
 # What stages write, in a job's directory.
-MOMENTS = "moments"  # second moments of the base's layers, in base/
 RULES = "rules.yaml"  # what a budget of bits chose, in base/
 SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
 BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora

@@ -9,8 +9,8 @@ layer outside all lists. For each block, in the order of the forward pass:
     2. solve its layers
     3. pack them and run it again, to compute the inputs of the next block
 
-Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
-activations of one batch in the block, and the hidden states of all batches.
+Peak memory: the model, one block's moments ([in, in] per layer), the activations of one batch in
+the block, and the hidden states of all batches.
 
 An interrupted quantization resumes after the last finished block (`_BlockCache`).
 """
@@ -35,7 +35,7 @@ from qwlora.formats.checkpoint import blocks_of
 from qwlora.graph.call_arguments import arguments_of, as_arguments, check_token_ids
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import MomentStore
+from qwlora.grid.second_moments import LayerMoments
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.nn.fingerprint import base_settings, base_tensors, settings_text, update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -47,7 +47,7 @@ from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.system import strict_json
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.device import CPU
-from qwlora.system.parameter_names import canonical_name
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.system.processes import by_first, is_mine, share
 from qwlora.system.progress import Track, untracked
 
@@ -59,14 +59,13 @@ def quantize_blocks_(
     plan: Mapping[str, Assignment],
     blocks: Mapping[str, Sequence[str]],
     batches: Batches,
-    moments: MomentStore | None,
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:
     """Quantize the tensors in `plan` (by their names in the model), which `tensors_by_block` has
     grouped into `blocks`; see `quantize_` for arguments and errors."""
     reports: dict[str, LayerReport] = {}
-    cache = _BlockCache(work, model, blocks, batches, moments)
+    cache = _BlockCache(work, model, blocks, batches)
     calibrated = {name for name in plan if SOLVERS[plan[name].solver].needs_calibration}
 
     def unreached(reached: Collection[str]) -> list[str]:
@@ -95,9 +94,9 @@ def quantize_blocks_(
             block = by_first(partial(cache.read, path, {name: plan[name] for name in floats}))
             # The first process solves for all, so that all have the same codes.
             if block is None:
-                followed = [name for name in floats if moments is not None or name in calibrated]
-                statistics = observe(model, path, followed, runner, moments is not None)
-                block = by_first(partial(_solve, floats, plan, statistics, moments))
+                followed = [name for name in floats if name in calibrated]
+                statistics = observe(model, path, followed, runner, outputs=False)
+                block = by_first(partial(_solve, floats, plan, statistics))
                 cache.write(block)
                 del statistics
             del floats
@@ -109,37 +108,33 @@ def quantize_blocks_(
 
 
 def _solve(
-    floats: dict[str, Tensor],
-    plan: Mapping[str, Assignment],
-    statistics: dict[str, Observed],
-    moments: MomentStore | None = None,
+    floats: dict[str, Tensor], plan: Mapping[str, Assignment], statistics: dict[str, Observed]
 ) -> QuantizedBlock:
     block = QuantizedBlock()
     # Floats and moments leave their dicts one by one, so that each is freed when it is solved.
     for name in list(floats):
-        moment = statistics.pop(name).moment if name in statistics else None
-        inputs = None if moment is None else moment.input
+        inputs = statistics.pop(name).moment.input if name in statistics else None
         quantized, report = solve_tensor(name, floats.pop(name), plan[name], inputs)
         block[name] = quantized.to(CPU), report
-        if moments is not None and moment is not None:
-            moments[canonical_name(name).removesuffix(".weight")] = moment
     return block
 
 
 def observe_moments(
-    model: nn.Module,
-    calibration: Tensor | Iterable[Any],
-    moments: MomentStore | None = None,
-    *,
-    track: Track = untracked,
-) -> MomentStore:
-    """Second moments of the packed linear layers of a quantized model. Adapter initializations need
-    them if the base was quantized elsewhere. See `quantize_` for `calibration`.
+    model: nn.Module, calibration: Tensor | Iterable[Any], *, track: Track = untracked
+) -> Iterator[tuple[str, LayerMoments]]:
+    """The canonical path and the second moments of each packed linear layer, block by block: what
+    `initialize_` needs for `qera`. `dict` keeps them; they take `in^2 + out^2` floats a layer.
 
     Args:
-        moments: where they are stored. Default: in memory.
+        model: the quantized base, without adapters.
+        calibration: text of the adapter; see `quantize_`. 32 sequences suffice
+            (docs/log/initialization.md).
     """
-    moments = moments if moments is not None else MomentStore()
+    if any(is_adapter_name(name) for name, _ in model.named_parameters()):
+        raise GridError(
+            "the model has an adapter, which would change the moments. Keep them with "
+            "dict(observe_moments(...)) before you attach it, or observe another copy of the base."
+        )
     packed = [
         f"{path}.weight"
         for path, module in model.named_modules()
@@ -150,10 +145,8 @@ def observe_moments(
     blocks = tensors_by_block(model, packed)
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
-            observed = observe(model, path, blocks[path], runner)
-            for name, layer in observed.items() if is_mine(0) else ():
-                moments[canonical_name(name).removesuffix(".weight")] = layer.moment
-    return moments
+            for name, layer in observe(model, path, blocks[path], runner).items():
+                yield canonical_name(name).removesuffix(".weight"), layer.moment
 
 
 def batches_of(calibration: Tensor | Iterable[Any] | None, model: nn.Module) -> Batches:
@@ -201,15 +194,13 @@ class _BlockCache:
         model: nn.Module,
         blocks: Collection[str],
         batches: Batches,
-        moments: MomentStore | None,
     ):
-        self.folder, self.model, self.moments = folder, model, moments
+        self.folder, self.model = folder, model
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is None:
             return
-        of_moments = moments is not None and REVISIONS["second_moments"]
         revisions, settings = REVISIONS["layer_statistics"], settings_text(base_settings(model))
-        update_digest(self._digest, [revisions, of_moments, settings, *named_inputs(batches)])
+        update_digest(self._digest, [revisions, settings, *named_inputs(batches)])
         inside = tuple(f"{block}." for block in blocks)
         for name, (_, tensor) in base_tensors(model).items():
             # With a checkpoint larger than memory, tensors not read yet have no values.
@@ -233,13 +224,7 @@ class _BlockCache:
             parts = Parts(*(tensors.get(f"{name}/{part}") for part in Parts._fields))  # type: ignore[arg-type]
             packed = PackedTensor(Scheme.from_json(record["scheme"]), record["count"], parts)
             result[name] = packed.quantized, LayerReport(**record["report"])
-        observed = {
-            canonical_name(name).removesuffix(".weight")
-            for name, (_, report) in result.items()
-            if report.error is not None
-        }
-        # Moments are files of their own, which may be missing or damaged.
-        return None if self.moments is not None and not observed <= set(self.moments) else result
+        return result
 
     def write(self, block: QuantizedBlock) -> None:
         """Store the result of the block that was read last."""

@@ -43,7 +43,6 @@ from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, replacing_base, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint, LazyModel, is_below, put_, tensor_at
 from qwlora.grid.scheme import Scheme, parse_scheme, similar_schemes
-from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import base_modules, remember_base_
 from qwlora.nn.frozen import (
@@ -104,7 +103,6 @@ def quantize_(
     rules: Sequence[LayerRule] = (),
     settings: Mapping[str, Any] | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
-    moments: MomentStore | None = None,
     work: Path | None = None,
     budget: BitBudget | None = None,
     track: Track = untracked,
@@ -117,9 +115,7 @@ def quantize_(
         rules: exceptions for some layers (see `layer_rules.py`).
         settings: of solvers, by name: `{"gptq": GptqSettings(sweeps=0)}`.
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
-            tensors, tuples); needed by gptq, and for `moments`.
-        moments: filled with the second moments of each layer (`second_moments.py`), which
-            `initialize_` needs for `qera`.
+            tensors, tuples); needed by gptq.
         work: a folder for finished blocks; the same call resumes after the last one in it. What the
             fingerprint cannot see (`nn/fingerprint.py`) must not change in between.
         budget: choose a scheme for each matrix product that `rules` do not name
@@ -136,7 +132,7 @@ def quantize_(
     model = model_to_pack(model)
     with packing(model):
         layers, chosen = _pack_(
-            model, None, scheme, solver, rules, settings, calibration, moments, work, budget, track
+            model, None, scheme, solver, rules, settings, calibration, work, budget, track
         )
         finish_packing_(model)
     return QuantizeReport(base_size(model), layers, chosen)
@@ -258,7 +254,6 @@ def _pack_(
     rules: Sequence[LayerRule] = (),
     settings: Mapping[str, Any] | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
-    moments: MomentStore | None = None,
     work: Path | None = None,
     budget: BitBudget | None = None,
     track: Track = untracked,
@@ -282,11 +277,11 @@ def _pack_(
         # An expert may get no token in one of several processes, which then chooses otherwise.
         chosen = gathered(chosen)[0]
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
-    if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
+    if any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)
         with files.blocks(blocks, len(batches)) if files else nullcontext():
-            reports = quantize_blocks_(model, plan, blocks, batches, moments, work, track)
+            reports = quantize_blocks_(model, plan, blocks, batches, work, track)
     else:
         in_memory = track(list(plan), "quantizing", len(plan))
         for name in files.modules(plan, track) if files else in_memory:

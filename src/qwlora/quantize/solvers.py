@@ -84,13 +84,13 @@ REVISIONS = {
     "gptq": 2,
     # of the base
     "layer_statistics": 2,  # 2: tokens are weighted
-    "second_moments": 2,  # 2: moments of outputs as well
     "bit_budget": 1,
     "sampled_text": 1,
     # 2: norms are tuned as well; 3: the solver's scales are kept; 4: sequences are shuffled
     "tune_scales": 4,
-    # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
-    "initialize_adapter": 4,
+    # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large;
+    # 5: moments of the adapter's own text
+    "initialize_adapter": 5,
     "activation_ranges": 3,  # 3: histogram of all values
     "token_scores": 2,  # 2: KL divergence, same likeliest token and standard errors
 }

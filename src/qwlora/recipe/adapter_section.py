@@ -170,8 +170,8 @@ class Adapter(Section):
     """scale by alpha / sqrt(rank) instead"""
     init: Literal["zero", "svd", "qera"] = "zero"
     """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
-    outputs (best; needs the float weights and second moments). Default: that of preset, but zero
-    with base.solver: keep, and for adapters with dora, mergeable or continue_from"""
+    outputs on the adapter's text (best). Both need the float weights. Default: that of preset, but
+    zero with base.solver: keep, and for adapters with dora, mergeable or continue_from"""
     init_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the ranks that carry the correction, rounded up; the rest start at zero. Default:
     0.5; 1 if base.weights has 2 bits"""

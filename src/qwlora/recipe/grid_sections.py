@@ -149,8 +149,7 @@ class Base(Section):
     """after every layer is solved, train scales of linear layers and weights of norms together to
     match the float model's logits; codes do not change"""
     calibration_sequences: Count = 32
-    """training sequences for gptq and init qera, at most; for activation ranges:
-    data.calibration_sequences"""
+    """training sequences for gptq, at most; for activation ranges: data.calibration_sequences"""
     calibration: list[CalibrationText] = Field([JOB], min_length=1, validate_default=True)
     """what these sequences, and those of tuning, are taken from, in turn: [job, model,
     path/to/text]. Mix for a base that more adapters will be trained on. Adapters for recovery learn

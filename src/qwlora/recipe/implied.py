@@ -41,17 +41,11 @@ def is_foreign(recipe: Recipe, adapter: Adapter) -> bool:
     return adapter.continue_from is not None and recipe.predecessor(adapter) is None
 
 
-def needs_moments(recipe: Recipe) -> bool:
-    """Whether the initialization of an adapter needs second moments of the base's layers."""
-    return any(adapter.init == "qera" for adapter in recipe.adapters)
-
-
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether quantizing the base, before it is tuned, needs calibration text."""
     named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
     solvers = [solver for name, solver in SOLVERS.items() if name in named]
-    is_read = needs_moments(recipe) or recipe.base.has_budget
-    return is_read or any(solver.needs_calibration for solver in solvers)
+    return recipe.base.has_budget or any(solver.needs_calibration for solver in solvers)
 
 
 def reads_base_text(recipe: Recipe) -> bool:

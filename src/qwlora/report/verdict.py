@@ -6,9 +6,9 @@
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
-A caution: an adapter gains too little, or a file was checked on few tokens. With `reference:
-float`, an adapter is compared with the same one trained on the float model (float LoRA), and that
-one with the float model.
+A caution: the base loses much on an adapter's text, an adapter gains too little, or a file was
+checked on few tokens. With `reference: float`, an adapter is compared with the same one trained on
+the float model (float LoRA), and that one with the float model.
 
 What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
 sentence is the strongest fact for, ", but ", the strongest fact against.
@@ -30,6 +30,7 @@ from qwlora.targets.proof.checks import Check
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
+MOST_LOST = 0.1  # a base should be at most this much over the float model on an adapter's text
 MOST_OVER = 0.05  # an adapter should end at most this much over the same one on the float model
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 
@@ -141,6 +142,7 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
+        yield from _base_loss(job, adapter)
     for target in job.targets:
         yield from _few_tokens(job, target)
 
@@ -227,6 +229,21 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
         tagged(percent(change, sign=True), change),
         "perplexity" if is_better else needed,
         f"{who} is {shown}",
+    )
+
+
+def _base_loss(job: Job, adapter: str) -> Iterator[Evidence]:
+    # Float LoRA, if there is one, says what of this loss is left after training.
+    lost = job.change("base", "float", adapter)
+    if lost is None or lost <= MOST_LOST or job.perplexity("reference", adapter):
+        return
+    where = "held-out text" if len(job.adapters) == 1 else f"the text of {adapter}"
+    yield Evidence(
+        Outcome.CAUTION,
+        f"Packed base against the float model, {where}",
+        tagged(percent(lost, sign=True), lost),
+        f"at most {percent(MOST_LOST, digits=0)} over it expected",
+        f"the base is {percent(lost)} over the float model on {where}",
     )
 
 

@@ -29,7 +29,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in (*OF_EXPORT, "accelerate", "torchao"):
+    for name in (*OF_EXPORT, "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

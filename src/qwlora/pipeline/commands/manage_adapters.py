@@ -1,15 +1,13 @@
 """Add, import, rename and remove the adapters of a job. No other adapter's files or records change.
 
-A change of the recipe must leave the base and the other adapters as they are; if it does not, it is
-refused before anything is written. Only encodings that adapters share are calibrated again.
+Only encodings that adapters share are calibrated again.
 
 All functions raise DirectoryError (no job, in use, no such adapter, or one already) and RecipeError
-(a setting is not valid, or the base or another adapter would change).
+(a setting is not valid).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.data.read_source import locate_documents
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError
 from qwlora.pipeline.job import (
     adapter_named,
     command_line,
@@ -62,7 +60,6 @@ def add_adapter(
         model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json", exclude_unset=True), "name": name}
         changed = _with_adapter(folder, recipe, entry, data, changes)
-        _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
 
 
@@ -95,7 +92,6 @@ def import_adapter(
             entry["steps"] = 0
         changed = _with_adapter(folder, recipe, entry, data, changes)
         check_places(changed, {name: shapes}, skeleton(recipe.model))
-        _check_kept(store, recipe, changed)
         _write(store, recipe, changed)
 
 
@@ -168,7 +164,6 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         content = recipe.model_dump(mode="json", exclude_unset=True)
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
         changed = _parsed(folder, content)
-        _check_kept(store, recipe, changed, gone=name)
         confirm()
         with store.removing(places):
             _write(store, recipe, changed)
@@ -223,23 +218,3 @@ def _with_adapter(
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
     return _parsed(folder, content, changes)
-
-
-def _check_kept(store: Store, before: Recipe, after: Recipe, gone: str = "") -> None:
-    now = {stage.name: stage for stage in _plan(store, after)}
-    kept = [s for s in _plan(store, before) if s.verb in ("quantize", "train")]
-    if differ := [
-        s.name
-        for s in kept
-        if s.adapter != gone and s.name in now and _known(now[s.name].inputs) != _known(s.inputs)
-    ]:
-        problem = (
-            f"this would change {', '.join(differ)}, which exist already: whether an adapter has "
-            "init qera decides what the base stores. Keep that as it is, or use a new directory"
-        )
-        raise RecipeError(str(store.path / "recipe.yaml"), [problem])
-
-
-def _known(inputs: Any) -> str:
-    # Neither plan reads texts or models, so what is unread is the same in both.
-    return json.dumps(inputs, default=lambda unread: None, sort_keys=True)

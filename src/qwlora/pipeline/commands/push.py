@@ -29,7 +29,7 @@ from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job import OpenJob, adapter_named, command_line, upstream
 from qwlora.pipeline.results import collect_results, job_of
-from qwlora.pipeline.stage import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.stage import SOLVER_SCALES
 from qwlora.pipeline.store import CARD, Store
 from qwlora.report.model_cards import Repositories, card_text
 from qwlora.report.results_view import Job
@@ -95,12 +95,8 @@ def prepared(
         scratch = Path(temporary)
         if adapter is None:
             artifact, hub = "base", Repositories(repository, license=license, exports=exports)
-            # Only training here reads moments and the solver's scales; moments are large, too.
-            files = {
-                name: path
-                for name, path in _recorded(store, "base").items()
-                if name != SOLVER_SCALES and not name.startswith(f"{MOMENTS}/")
-            }
+            files = _recorded(store, "base")
+            files.pop(SOLVER_SCALES, None)  # only training here reads them
         else:
             artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None

@@ -34,7 +34,7 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
 from qwlora.analysis.generate_text import sample_sequences
-from qwlora.data.prepared_data import PreparedText, prepare
+from qwlora.data.prepared_data import PreparedText, prepare_text
 from qwlora.data.sequences import in_turn, one_row
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import read_record
@@ -147,7 +147,9 @@ class JobContext:
                 tokenizer.chat_template = template
             documents = self.sources.documents(data)
             try:
-                self._prepared[data] = prepare(documents, tokenizer, data.cutting(), self.track)
+                self._prepared[data] = prepare_text(
+                    documents, tokenizer, data.cutting(), self.track
+                )
             except SourceError as error:
                 if str(data.source) in str(error):
                     raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -33,14 +34,13 @@ from qwlora.formats.model_card import public_name
 from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.graph.capture import takes_cache
 from qwlora.grid.scheme import short_name
-from qwlora.grid.second_moments import MomentStore
+from qwlora.grid.second_moments import LayerMoments
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.stage import (
     ACTIVATIONS,
     ADAPTER,
     CASES,
-    MOMENTS,
     RULES,
     SAMPLE,
     SAMPLED_IDS,
@@ -70,13 +70,15 @@ from qwlora.simulation.adapter_simulations import apply_shared_encodings, simula
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
-from qwlora.system.atomic import link, write_text
+from qwlora.system.atomic import write_text
 from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 from qwlora.system.parameter_names import BASE
 from qwlora.system.processes import is_first_process
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
+# Of an adapter's text, for init qera; 16 and 64 end alike (docs/log/initialization.md).
+INIT_SEQUENCES = 32
 ANSWERING, ANSWER, PROMPTS = ("float", "base", "adapted"), Sampling(max_new_tokens=48), 3
 
 
@@ -115,9 +117,6 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
     size = report.size
     if recipe.base.tuning.steps:
         identity, size, measured["tuning"] = _tune(context, folder, scratch, work)
-    if (work / MOMENTS).is_dir():
-        # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
-        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
     if (rotated := context.rotation) is not None:
         measured["rotation"] = {
             "width": rotated.width,
@@ -153,15 +152,12 @@ def _write_base(
     """Quantize and write the base; without `scratch`, only share in it."""
     recipe, base, track = context.recipe, context.recipe.base, context.track
     source, tokenizer = public_name(recipe.model.source), context.tokenizer
-    scheme, calibration, moments = base.scheme, None, None
+    scheme, calibration = base.scheme, None
     if implied.is_calibrated(recipe):
         calibration = context.base_calibration_ids(base.calibration_sequences)
-    if implied.needs_moments(recipe):
-        moments = MomentStore() if scratch is None else MomentStore.resumed(work / MOMENTS)
     arguments: dict[str, Any] = {
         "rules": base.layer_rules(),
         "calibration": calibration,
-        "moments": moments,
         "work": None if scratch is None else work,
         "settings": {
             solver.name: solver.settings_of(getattr(base, solver.name).model_dump())
@@ -175,8 +171,6 @@ def _write_base(
     if base.solver == "keep":
         model: Any = load_precomputed(model_files(recipe.model), track)
         model.to(context.device)
-        if moments is not None and calibration is not None:
-            observe_moments(model, calibration, moments, track=track)
         report = QuantizeReport(base_size(model))
     elif context.lazy is not None and not context.holds_float_model:
         # One block at a time: 3 billion weights, 11.2 GiB as float32, peak at 1.9 GiB
@@ -317,16 +311,24 @@ def _train_adapter(
 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Correct the quantization error; returns `init` of results.json."""
-    base, weight = context.path / "base", context.float_weight()
+    weight = context.float_weight()
     assert weight is not None, "the recipe refuses init with base.solver keep"
+    moments: Iterable[tuple[str, LayerMoments]] = ()
+    if adapter.init == "qera":
+        rows: Any = context.text(adapter.name).joined_ids[:INIT_SEQUENCES]
+        if implied.recovers_on_base_text(context.recipe, adapter):
+            rows = context.base_calibration_ids(INIT_SEQUENCES)
+        # Of another copy of the base: this model's layers are corrected one after another.
+        observed = context.load_base(context.path / "base")
+        moments = observe_moments(observed, rows, track=context.track)
     reports = initialize_(
         model,
         adapter.init,
         weight,
-        MomentStore(base / MOMENTS) if adapter.init == "qera" else None,
+        moments,
         share=context.recipe.init_share(adapter),
         track=context.track,
-        solver_scales=solver_scales(base),
+        solver_scales=solver_scales(context.path / "base"),
     )
     layers = {path: asdict(report) for path, report in reports.items()}
     return {"init": {"method": adapter.init, "layers": layers}}

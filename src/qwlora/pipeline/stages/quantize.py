@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from qwlora.pipeline.stage import ACTIVATIONS, BASE_SIMULATION, SAMPLE, SAMPLED, Planner, revisions
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.recipe.implied import is_calibrated, needs_moments, sampled_sequences
+from qwlora.recipe.implied import is_calibrated, sampled_sequences
 
 
 def add_sample(plan: Planner) -> None:
@@ -35,9 +35,6 @@ def add(plan: Planner) -> None:
     if is_calibrated(recipe) or base.tuning.steps:
         inputs |= plan.calibration()
     used += ["layer_statistics"] * is_calibrated(recipe)
-    if needs_moments(recipe):
-        inputs["second_moments"] = True
-        used.append("second_moments")
     if base.has_budget:
         inputs["schemes_to_choose_from"] = [*map(str, recipe.budget_schemes())]
         used.append("bit_budget")
@@ -51,7 +48,7 @@ def add(plan: Planner) -> None:
     if recipe.data.chat_template is not None:
         inputs["chat_template"] = plan.sources.file(recipe.data.chat_template)
     needs = [SAMPLE] * ("calibration" in inputs and SAMPLE in plan.stages)
-    labels = {"chat_template": "data.chat_template", "second_moments": "adapters[].init"}
+    labels = {"chat_template": "data.chat_template"}
     labels["schemes_to_choose_from"] = "export.targets (schemes that base.bits chooses from)"
     inputs |= revisions(*used)
     plan.add("quantize", inputs, *needs, artifact="base", labels=labels)

@@ -36,7 +36,8 @@ def add(plan: Planner, adapter: Adapter) -> None:
     settings = adapter.model_dump(mode="json", exclude=_without_effect(adapter))
     settings["init_share"] = recipe.init_share(adapter) if has_init else None
     inputs = {"adapter": settings, **_learned(plan, adapter, adapter)}
-    inputs |= revisions("initialize_adapter") if has_init else {}
+    observed = ["layer_statistics"] if adapter.init == "qera" else []
+    inputs |= revisions("initialize_adapter", *observed) if has_init else {}
     needs = ["quantize", *([f"train/{first.name}"] if first else [])]
     needs += [ACTIVATIONS] if recipe.workflow == "qwa-lora" else []
     if recovers_on_base_text(recipe, adapter):

@@ -181,8 +181,8 @@ SUBJECTS = {
             Row("gptq", "w4-signed32", "qera", tuned=512),
             Row("gptq", "w4-signed32", "qera", tuned=512, mixed=True),
             *(best("w4-signed32", mixed=mixed) for mixed in (False, True)),
-            *(Row("gptq", "w4-signed32", "qera", own=own, seeds=3) for own in (0, 16, 32)),
-            *(Row("gptq", "w3-block64", "qera", own=own, seeds=3) for own in (0, 32)),
+            *(Row("gptq", f"w3-signed{size}", "qera") for size in (32, 64)),
+            Row("gptq", "w3-signed64", "qera", tuned=512),
         ),
     ),
     "smollm2-scaled": Subject(

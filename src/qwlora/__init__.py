@@ -33,11 +33,16 @@ if TYPE_CHECKING:
     from qwlora.adapter.mergeable import mergeable_ as mergeable_
     from qwlora.adapter.training_step import memory_saving as memory_saving
     from qwlora.analysis.generate_text import sample_sequences as sample_sequences
+    from qwlora.analysis.token_scores import TokenScores as TokenScores
     from qwlora.analysis.token_scores import logits_of as logits_of
     from qwlora.analysis.token_scores import score_tokens as score_tokens
+    from qwlora.data.document import Documents as Documents
     from qwlora.data.prepared_data import Cutting as Cutting
+    from qwlora.data.prepared_data import PreparedText as PreparedText
     from qwlora.data.prepared_data import prepare_text as prepare_text
+    from qwlora.data.read_source import Reading as Reading
     from qwlora.data.read_source import load_documents as load_documents
+    from qwlora.data.sequences import Sequences as Sequences
     from qwlora.errors import QwloraError as QwloraError
     from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
     from qwlora.formats.aimet_encodings import read_encodings as read_encodings

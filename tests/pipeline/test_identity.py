@@ -117,13 +117,13 @@ adapters.0.rank: 16 -> 8 with export.targets=[qairt_pipeline] => train/first exp
 adapters.0.steps: 6 -> 7 with export.targets=[qairt_pipeline] => train/first
 adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
 adapters.0.epochs: - -> 2 with adapters.0.steps=60 => train/first as epochs
-adapters.0.init: qera -> svd with reference=float => quantize train/first as init
+adapters.0.init: qera -> svd with reference=float => train/first as init
 adapters.0.alpha: 32.0 -> 16.0 => train/first
 adapters.0.dropout: 0.0 -> 0.1 => train/first
 adapters.0.target_modules: all-linear -> [q_proj] => train/first calibrate/_base as target_modules
 adapters.0.target_parameters: [] -> [x] with EACH => train/first
 adapters.0.rslora: false -> true => train/first
-adapters.0.init: qera -> svd => quantize train/first as init
+adapters.0.init: qera -> svd => train/first as init
 adapters.0.init_share: - -> 0.25 => train/first
 adapters.0.init_share: - -> 0.5 =>
 adapters.0.dora: false -> true with EACH => train/first

@@ -239,14 +239,14 @@ def test_what_a_stranger_left_in_tmp_leads_nowhere(job: Path, tmp_path: Path) ->
 
 
 def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = manage_adapters._check_kept
+    write = manage_adapters._write
 
     def meanwhile(*arguments: Any) -> Any:
         monkeypatch.undo()
         with pytest.raises(DirectoryError, match="in use by another qwlora process"):
             remove_adapter(job, "second")
-        return check(*arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(manage_adapters, "_check_kept", meanwhile)
+    monkeypatch.setattr(manage_adapters, "_write", meanwhile)
     add_adapter(job, "third")
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]

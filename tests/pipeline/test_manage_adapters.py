@@ -102,10 +102,6 @@ REFUSED: dict[str, tuple[Any, str]] = {  # and what is refused
         lambda job: add_adapter(job, "third", changes=("stps=3",)),
         r"adapters\.2\.stps",
     ),
-    "another base": (
-        lambda job: add_adapter(job, "third", changes=("init=qera",)),
-        "would change quantize, which exist already: .*qera",
-    ),
     "a place elsewhere": (
         lambda job: import_adapter(job, "../../../victim", write_peft(job.with_name("it"))),
         r"adapters\.2\.name",

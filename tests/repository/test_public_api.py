@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import qwlora
 from qwlora.formats import aimet_encodings
@@ -22,6 +23,7 @@ LIBRARIES |= {"transformers", "types", "typing"}
 # Classes of which functions return instances, and attributes that are there for this package.
 RETURNED = {"AdapterSimulations", "CalibrationReport", "InitReports", "PackedLinear", "Placement"}
 RETURNED |= {"QuantizeReport", "SimulatedModel", "Simulation", "TrainingGraph", "TuningReport"}
+RETURNED |= {"Documents", "PreparedText", "TokenScores"}
 INTERNAL = {
     "PackedLinear": {"from_layer", "packed_weight", "tensor"},
     "Placement": {"marks"},
@@ -75,7 +77,8 @@ def test_signatures_name_public_types_only(name: str) -> None:
 
 
 def hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(function, localns={"Tensor": torch.Tensor})
+    names = (PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor, qwlora.Sequences)
+    return typing.get_type_hints(function, localns={t.__name__: t for t in names})
 
 
 def test_a_private_type_in_a_signature_is_noticed() -> None:

@@ -97,7 +97,9 @@ def initialize_(
     Returns:
         The error of each initialized layer, by canonical path.
 
-    If it raises after the first layer, the layers before it are initialized: call it again.
+    Raises:
+        TrainingError: no layer fits `init`, moments of a layer are missing or not finite, or
+            `solver_scales` are of another base. Layers before it are initialized: call it again.
     """
     if init == "zero":
         return InitReports()

@@ -129,6 +129,10 @@ def observe_moments(
         model: the quantized base, without adapters.
         calibration: text of the adapter; see `quantize_`. 32 sequences suffice
             (docs/log/initialization.md).
+
+    Raises:
+        GridError: no layer is packed, or the model has an adapter.
+        CalibrationError: a block cannot be differentiated, or an input is not finite.
     """
     if any(is_adapter_name(name) for name, _ in model.named_parameters()):
         raise GridError(

@@ -210,7 +210,7 @@ UNKNOWN = {
     "second": "has no adapters/second yet.*qwlora train /",
     "onnx/second": "no adapters/second, export/onnx/second.*qwlora train /.*&& qwlora export /",
     "gguf": "not exported to gguf: export.targets of i.*onnx, hf",
-    ",": "no model is named",
+    ",": "name a model",
 }
 
 

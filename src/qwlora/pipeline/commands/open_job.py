@@ -95,13 +95,13 @@ class JobModels(OpenJob):
                 raise DirectoryError(f"there is no model or adapter {name!r}{similar}")
             models.append(known.get(name) or ModelName(kind, adapter))
         if not models:
-            raise DirectoryError("no model is named; give for example base,first")
+            raise DirectoryError("name a model, for example: base,first")
         return models
 
     def one_named(self, name: str | None) -> ModelName:
         model, *others = self.named(name)
         if others:
-            raise DirectoryError(f"{name!r} are several models; give one")
+            raise DirectoryError(f"give one model, not {name!r}")
         return model
 
     def check(self, name: ModelName) -> None:

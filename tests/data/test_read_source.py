@@ -334,7 +334,9 @@ def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) ->
 
 
 UTF8 = "is not UTF-8 text"
-NO_KIND = "has a name that says what it holds, such as text. Name them in the recipe"
+NO_KIND = (
+    "has a name that says what it holds, such as text. Name them in the recipe where the source is"
+)
 TWO_LINES = b'prompt,completion\n"two\nlines",b\n'
 WRONG_TABLES = [
     ("a.csv", b"", "the file is empty. Its first line must name the columns"),

@@ -139,9 +139,12 @@ def test_a_base_stays_calibrated_on_its_text(job_for: Any, corpus: Path, other_t
         adapters=[{"name": "first", "data": {"source": str(corpus)}, **SETTINGS}],
     )
     made.run(*VERBS)
-    add_adapter(made.out, "second", str(other_text))
+    add_adapter(made.out, "second", str(other_text), changes=("init=qera",))
     assert load_recipe(made.out / "recipe.yaml").base.calibrate_on == ["first"]
     assert again(made.out) == ["train/second"]
+    said: list[str] = []
+    run(load_recipe(made.out / "recipe.yaml"), made.out, ("evaluate",), say=said.append)
+    assert any(line.startswith("base on the text of second: ") for line in said)
     with pytest.raises(DirectoryError, match="base was calibrated on the text of adapter 'first'"):
         remove_adapter(made.out, "first")
 

@@ -64,6 +64,7 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "simulation.adapter_activation_bitwidth=4": (
         "target onnx: simulation.adapter_activation_bitwidth 4"
     ),
+    "preset=ballanced": "preset: expected 'fast', 'balanced' or 'best', found 'ballanced'; did you mean balanced?",
     "export={targets: [aimet], layout: genie}": "export: layout: genie is for qairt or qnn",
     "base={bits: 3.5, size: 60MB}": "base: bits and size are two ways to say the same",
     "base={solver: keep, bits: 3.5}": "base: solver keep uses the integers unchanged; remove bits",

@@ -99,8 +99,8 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
     pair = [next((name for name in names if name in present), "...") for names in _PAIRS]
     raise SourceError(
         f"{where}: none of its columns ({listed(present, 20)}) has a name that says what it holds, "
-        "such as text. Name them in the recipe: data.text_column: ..., or data.prompt_column: "
-        f"{pair[0]} and data.completion_column: {pair[1]}"
+        "such as text. Name them in the recipe where the source is: data.text_column: ..., or "
+        f"data.prompt_column: {pair[0]} and data.completion_column: {pair[1]}"
     )
 
 

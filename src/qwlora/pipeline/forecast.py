@@ -238,7 +238,10 @@ class Costs:
                 memory |= self.float_model
             elif adapter.init != "zero":
                 # Float weights are read before the first step, and released.
-                memory = max(memory, self.float_model, key=lambda parts: sum(parts.values()))
+                before = self.float_model
+                if adapter.init == "qera":
+                    before = before | {"second base": self.packed + self.kept}
+                memory = max(memory, before, key=lambda parts: sum(parts.values()))
             return memory if kinds else self.base | memory, trained
         if verb not in ("export", "verify"):  # calibrate
             return self.graph | {"logits": 2 * logits}, trained

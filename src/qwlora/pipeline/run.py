@@ -37,7 +37,7 @@ from qwlora.pipeline.results import TIMING, JobStatus, last_status, now, write_r
 from qwlora.pipeline.sources import Sources, unread
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import new_context, run_stage
-from qwlora.pipeline.store import Record, Store
+from qwlora.pipeline.store import TEXT_NAME, Record, Store
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.implied import check_outside_data
 from qwlora.recipe.recipe_text import edited, written
@@ -212,7 +212,7 @@ class _Run:
             self.say(f"{stage.name}: done in {record.seconds:.1f} s")
             # Shown at once: training an adapter on a base that lost too much may take hours.
             for figure, cost in base_costs(record.results):
-                self.say(f"{figure}: {cost}")
+                self.say(f"{figure}: {cost}".replace(TEXT_NAME, stage.text or ""))
         if not self.failures:
             return status.end("incomplete" if self.judge.stale else "finished")
         name, failure = self.failures[0]

@@ -127,7 +127,7 @@ def observe_moments(
 
     Args:
         model: the quantized base, without adapters.
-        calibration: text of the adapter; see `quantize_`. 32 sequences suffice
+        calibration: text of the adapter; see `quantize_`. 4,096 tokens suffice
             (docs/log/initialization.md).
 
     Raises:
@@ -148,7 +148,7 @@ def observe_moments(
         raise GridError("no linear layer of the model is packed. Quantize it first.")
     blocks = tensors_by_block(model, packed)
     with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
-        for path in track(runner, "observing", len(blocks)):
+        for path in track(runner, "observing the base on the adapter's text", len(blocks)):
             for name, layer in observe(model, path, blocks[path], runner).items():
                 yield canonical_name(name).removesuffix(".weight"), layer.moment
 

@@ -107,9 +107,8 @@ def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
     shown = listed(f"{name} by {error:.1%}" for name, error in worst)
     warnings.warn(
         f"the weights of {len(rounded)} layers already were on a grid with as few levels, and were "
-        f"rounded a second time, to another grid: {shown}. To keep the grid they had, set "
-        "base.solver: keep in a recipe (and model.encodings, unless the model is a GGUF file), or "
-        "give its encodings to qwlora.freeze_",
+        f"rounded a second time, to another grid: {shown}. If you have the quantized file, keep "
+        "its integers: base.solver: keep in a recipe, qwlora.load_precomputed in Python",
         QwloraWarning,
         stacklevel=3,
     )

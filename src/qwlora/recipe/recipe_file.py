@@ -143,7 +143,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif kind == "value_error":
             reason = item["ctx"]["error"]
             problems = [*map(str, reason.problems if isinstance(reason, RecipeError) else [reason])]
-        meant = _meant_value(where, value, kind)
+        meant = _meant_value(where, value, kind, re.findall(r"'([^']+)'", expected(item)))
         for problem in problems:
             line = f"{where}: {problem}{meant}" if where else problem
             lines.setdefault(line, []).append(expected(item))
@@ -165,8 +165,9 @@ def _meant_key(where: str) -> str:
     return _did_you_mean(f"{parent}.{name}".strip(".") if name in known else entry, where)
 
 
-def _meant_value(where: str, value: Any, kind: str) -> str:
-    """The end of a message about a value at `where`, by the type of pydantic's error."""
+def _meant_value(where: str, value: Any, kind: str, options: list[str]) -> str:
+    """The end of a message about a value at `where`, by the type of pydantic's error; `options` are
+    the values that it may have."""
     if not isinstance(value, str):
         return ""
     entry, generic, is_other = _entry(value) or "", _generic(where), kind != "value_error"
@@ -174,6 +175,8 @@ def _meant_value(where: str, value: Any, kind: str) -> str:
         return _did_you_mean(entry, where)
     if kind == "list_type" and value:
         return _did_you_mean(f"{where}: [{value}]", where)
+    if near := near_names(value, options, 1):
+        return _did_you_mean(near[0], where)
     names = [n for n in ("source", "name") if is_other and f"{generic}.{n}" in _keys()]
     return _did_you_mean(f"{where}.{names[0]}: {value}", where) if names else ""
 

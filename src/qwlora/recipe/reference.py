@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qwlora.errors import RecipeError
+from qwlora.errors import RecipeError, suggestion
 from qwlora.recipe import PRESETS, Adapter, Recipe
 from qwlora.recipe.recipe_file import target_of
 from qwlora.recipe.yaml_core import flow
@@ -44,7 +44,9 @@ def example_path(name: str) -> Path:
     folder = Path(str(files("qwlora.recipe"))) / "examples"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in names:
-        raise RecipeError("", [f"there is no example {name!r}; there are {', '.join(names)}"])
+        raise RecipeError(
+            "the command line", [f"there is no example {name!r}{suggestion(name, names)}"]
+        )
     return folder / f"{name}.yaml"
 
 
@@ -54,13 +56,11 @@ def short_recipe(model: str, data: str, runtime: str) -> dict[str, Any]:
     Args:
         runtime: a target, or a program that runs its files.
     """
+    known = ["llama.cpp", "onnxruntime", "transformers", "vllm", "mlx", "qualcomm", *TARGETS]
     if (target := target_of(runtime)) is None:
         raise RecipeError(
-            "",
-            [
-                f"--for {runtime!r}: no target is for this program. Give llama.cpp, onnxruntime, "
-                f"transformers, vllm, mlx or qualcomm, or a target: {', '.join(TARGETS)}"
-            ],
+            "the command line",
+            [f"--for {runtime!r}: no target is for this program{suggestion(runtime, known)}"],
         )
     words = re.findall(r"[A-Za-z0-9_-]+", data.rpartition("/")[2].rpartition(":")[2])
     name = next((word for word in words if re.match(NAME_PATTERN, word)), "first")

@@ -71,14 +71,14 @@ from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import write_text
-from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
+from qwlora.system.machine import peak_rss_bytes, process_count, reset_peak_rss
 from qwlora.system.parameter_names import BASE
 from qwlora.system.processes import is_first_process
 from qwlora.targets.canonical_adapter import peft_names, share_unaffected
 from qwlora.targets.target import NONE, members
 
-# Of an adapter's text, for init qera; 16 and 64 end alike (docs/log/initialization.md).
-INIT_SEQUENCES = 32
+# Of an adapter's text, for init qera; four times as many end alike (docs/log/initialization.md).
+INIT_TOKENS = 4096
 ANSWERING, ANSWER, PROMPTS = ("float", "base", "adapted"), Sampling(max_new_tokens=48), 3
 
 
@@ -315,9 +315,11 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
     assert weight is not None, "the recipe refuses init with base.solver keep"
     moments: Iterable[tuple[str, LayerMoments]] = ()
     if adapter.init == "qera":
-        rows: Any = context.text(adapter.name).joined_ids[:INIT_SEQUENCES]
+        rows: Any = context.text(adapter.name).joined_ids
+        count = max(-(-INIT_TOKENS // rows.shape[1]), process_count())
+        rows = rows[:count]
         if implied.recovers_on_base_text(context.recipe, adapter):
-            rows = context.base_calibration_ids(INIT_SEQUENCES)
+            rows = context.base_calibration_ids(count)
         # Of another copy of the base: this model's layers are corrected one after another.
         observed = context.load_base(context.path / "base")
         moments = observe_moments(observed, rows, track=context.track)

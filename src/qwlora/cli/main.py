@@ -105,7 +105,8 @@ _SUMMARY = {
     "run": "Run all stages of a recipe. Stages that are finished and up to date are skipped.",
     "quantize": "Step 1: freeze the model's weights to packed integers.\n\nWorkflow "
     "qwa-lora: also calibrate the base's activations.",
-    "train": "Step 2: train the adapters on the frozen base.",
+    "train": "Step 2: train the adapters on the frozen base.\n\nWith a model and a text, `qwlora "
+    "train MODEL DATA --for llama.cpp`, it runs all five steps for one adapter.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
     "verify": "Step 5: run the exported files and check their results.\n\nCompares them with what "

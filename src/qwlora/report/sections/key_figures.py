@@ -144,8 +144,10 @@ def _same_token(job: Job, adapter: str) -> Tile:
     note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
     if (shipped := job.number(*path[:-1], "shipped_top1_agreement")) is not None:
         note = f"{runtime(path[1])} in float32; as shipped {precise_percent(shipped)}"
-    value, share = job.shown(precise_percent, *path), job.number(*path) or 0.0
-    return Tile("Same likeliest token", SAME_TOKEN, value, note, badness=-share)
+    # In float32 most files agree on every token, so the shipped figure decides which is worst.
+    shares = [share for share in (job.number(*path), shipped) if share is not None]
+    value = job.shown(precise_percent, *path)
+    return Tile("Same likeliest token", SAME_TOKEN, value, note, badness=-min(shares, default=0.0))
 
 
 def _file_size(job: Job, adapter: str) -> Tile:

@@ -95,12 +95,23 @@ def test_an_added_adapter_is_trained_and_no_other_file_changes(job: Path, other_
     assert added.data.source == str(other_text)
 
 
+def table(job: Path) -> Path:
+    """A file of records, next to the job."""
+    file = job.with_name("table.csv")
+    file.write_text("question,answer\nWhere is it?,Here.\n")
+    return file
+
+
 REFUSED: dict[str, tuple[Any, str]] = {  # and what is refused
     "an adapter of the job": (lambda job: add_adapter(job, "first"), "already has adapter 'first'"),
     "like none": (lambda job: add_adapter(job, "third", like="frist"), "did you mean first"),
     "unknown key": (
         lambda job: add_adapter(job, "third", changes=("stps=3",)),
         r"adapters\.2\.stps",
+    ),
+    "a table whose columns say nothing": (
+        lambda job: add_adapter(job, "third", str(table(job))),
+        "data.prompt_column: question and data.completion_column: answer",
     ),
     "a place elsewhere": (
         lambda job: import_adapter(job, "../../../victim", write_peft(job.with_name("it"))),

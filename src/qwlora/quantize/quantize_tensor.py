@@ -106,9 +106,9 @@ def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
     worst = sorted(rounded.items(), key=lambda item: -item[1])
     shown = listed(f"{name} by {error:.1%}" for name, error in worst)
     warnings.warn(
-        f"the weights of {len(rounded)} layers already were on a grid with as few levels, and were "
-        f"rounded a second time, to another grid: {shown}. If you have the quantized file, keep "
-        "its integers: base.solver: keep in a recipe, qwlora.load_precomputed in Python",
+        "some weights had been quantized before, and are now rounded a second time, to another "
+        f"grid, which changes them: {shown}. If you have the quantized file, keep its integers: "
+        "base.solver: keep in a recipe, qwlora.load_precomputed in Python",
         QwloraWarning,
         stacklevel=3,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qwlora.errors import RecipeError, suggestion
+from qwlora.errors import RecipeError
 from qwlora.recipe import PRESETS, Adapter, Recipe
 from qwlora.recipe.recipe_file import target_of
 from qwlora.recipe.yaml_core import flow
@@ -45,7 +45,7 @@ def example_path(name: str) -> Path:
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in names:
         raise RecipeError(
-            "the command line", [f"there is no example {name!r}{suggestion(name, names)}"]
+            "the command line", [f"there is no example {name!r}; there are {', '.join(names)}"]
         )
     return folder / f"{name}.yaml"
 
@@ -60,7 +60,7 @@ def short_recipe(model: str, data: str, runtime: str) -> dict[str, Any]:
     if (target := target_of(runtime)) is None:
         raise RecipeError(
             "the command line",
-            [f"--for {runtime!r}: no target is for this program{suggestion(runtime, known)}"],
+            [f"--for {runtime!r}: no target is for this program. Give {', '.join(known)}"],
         )
     words = re.findall(r"[A-Za-z0-9_-]+", data.rpartition("/")[2].rpartition(":")[2])
     name = next((word for word in words if re.match(NAME_PATTERN, word)), "first")

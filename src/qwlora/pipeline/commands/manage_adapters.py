@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwlora.data.read_source import locate_documents
+from qwlora.data.read_source import load_documents, locate_documents
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.job import (
     adapter_named,
@@ -217,4 +217,9 @@ def _with_adapter(
     if recipe.data.source is None and not recipe.base.calibrate_on:
         content.setdefault("base", {})["calibrate_on"] = list(recipe.texts())
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
-    return _parsed(folder, content, changes)
+    changed = _parsed(folder, content, changes)
+    data = changed.data_of(name)
+    if source is not None and data.source is not None:
+        # Read now: a wrong column must be found before the adapter is in the recipe.
+        load_documents(data.source, data.held_out, changed.seed, data.reading())
+    return changed

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 
+_ROWS = 128  # of a moment, multiplied at once
 _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 
 
@@ -46,7 +47,10 @@ class SecondMoment:
             raise CalibrationError(
                 "the gradient of the layer's output, or its square, holds nan or infinity"
             )
-        self.total.addmm_(scaled.T, scaled)
+        # Only what `matrix` reads: blocks on and above the diagonal, 0.6 of the time.
+        for start in range(0, len(self.total), _ROWS):
+            run = slice(start, start + _ROWS)
+            self.total[run, start:].addmm_(scaled[:, run].T, scaled[:, start:])
         self.weight += float(w.sum())
 
     @property

@@ -38,19 +38,26 @@ class _Batch(threading.Thread):
 
     # The thread runs the model's own forward, so nothing is assumed about how blocks are chained:
     # masks, position tables and other arguments arrive as the model passes them. A generator
-    # cannot pause inside a forward. Only one thread runs at a time.
+    # cannot pause inside a forward. Only one thread runs at a time. The blocks run in the caller's
+    # thread: each thread that computes has its own OpenMP workers, and 64 of them got in each
+    # other's way (docs/log/solvers.md).
     def __init__(self, forward: Callable[[], Any]):
         super().__init__(daemon=True)
         self.at: str | None = None
         self.repeat: Callable[[], Any] | None = None  # runs the block that the batch is at
+        self._finish: Callable[[], Any] | None = None  # the same, for the rest of the forward
+        self._result: Any = None
         self._forward, self._stopped = forward, False
         self._failure: BaseException | None = None
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self.start()
 
     def resume(self) -> None:
-        """Continue to the next gate, or to the end."""
-        self.at = self.repeat = None
+        """Run the block, and continue to the next gate, or to the end."""
+        if self._finish is not None:
+            with torch.no_grad():
+                self._result = self._finish()
+        self.at = self.repeat = self._finish = None
         self._go.release()
         self._paused.acquire()
         if self._failure is not None:
@@ -61,13 +68,15 @@ class _Batch(threading.Thread):
         self._go.release()
         self.join()
 
-    def wait_at(self, name: str, call: Callable[[], Any]) -> None:
-        """Called by the gate, in the batch's thread."""
-        self.at, self.repeat = name, call
+    def wait_at(self, name: str, repeat: Callable[[], Any], finish: Callable[[], Any]) -> Any:
+        """Called by the gate, in the batch's thread. Returns the result of the block."""
+        self.at, self.repeat, self._finish = name, repeat, finish
         self._paused.release()
         self._go.acquire()
         if self._stopped:
             raise _Stop
+        result, self._result = self._result, None
+        return result
 
     def run(self) -> None:
         try:
@@ -105,7 +114,7 @@ class BlockRunner(ExitStack, Iterable[str]):
             self.callback(batch.stop)
 
     def __iter__(self) -> Iterator[str]:
-        """Let every batch run to the next block and yield its name, until all left the model."""
+        """Let every batch run to the next block and yield its name, until no block is left."""
         while True:
             for batch in self.batches:
                 self._current = batch
@@ -121,6 +130,9 @@ class BlockRunner(ExitStack, Iterable[str]):
                 return
             self._gates.pop(block).close()
             yield block
+            # What follows, often the head, takes as long as several blocks.
+            if not self._gates:
+                return
 
     def repeat(self) -> Iterator[Any]:
         """Run the block that all batches have arrived at, one batch after the other, and stay
@@ -134,10 +146,13 @@ class BlockRunner(ExitStack, Iterable[str]):
         inner = module.forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
+            def finish() -> Any:
+                # A block that is a layer may have been packed: another module is there.
+                now = self.model.get_submodule(name)
+                return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
+
             if name in self._gates and self._current is not None:
-                self._current.wait_at(name, partial(module, *args, **kwargs))
-            # If the block is a layer, it may have been packed meanwhile: another module is there.
-            now = self.model.get_submodule(name)
-            return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
+                return self._current.wait_at(name, partial(module, *args, **kwargs), finish)
+            return finish()
 
         return gate

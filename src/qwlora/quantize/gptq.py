@@ -208,7 +208,9 @@ def _refine(
     is_free = scheme.granularity.is_free
     rows = range(len(grid.scale)) if is_free or isinstance(granularity, PerChannel) else ()
     width = math.gcd(grid.size, _RUN) if isinstance(granularity, Blocks) else _RUN
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
+        # No row of the gradient is read after its own run of the last sweep.
+        is_last = sweep == sweeps - 1
         for row in rows:
             block = slice(row * grid.size, (row + 1) * grid.size)
             n, old = steps[block], grid.scale[row].clone()
@@ -231,5 +233,6 @@ def _refine(
                 g[i + 1 :].addr_(inside[i, i + 1 :], after[i] - before[i], alpha=-1)
             moved = (after - before).mul_(s)
             before.copy_(after)
-            gradient.addmm_(hessian[:, run], moved, alpha=-1)
+            later = slice(run.stop if is_last else 0, columns)
+            gradient[later].addmm_(hessian[later, run], moved, alpha=-1)
     return grid.quantized(steps)

@@ -58,7 +58,6 @@ from measuring import SMOLLM2, machine_line, markdown
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data.document import Documents, Text, split_documents, without_repeated
@@ -72,6 +71,7 @@ from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
+from qwlora.system.device import onednn_float32_matmul
 from sources import concatenated_ids, gemma_file
 
 TEXT = "python:pydoc_data.topics:topics"

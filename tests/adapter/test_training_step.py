@@ -12,8 +12,8 @@ from torch import Tensor
 import qwlora
 from conftest import packed_model
 from qwlora.adapter.chunked_loss import ChunkedLoss
-from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.nn.weight_view import LinearAddFunction
+from qwlora.system.device import onednn_float32_matmul
 
 
 def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Tensor]:

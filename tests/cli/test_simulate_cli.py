@@ -98,7 +98,7 @@ def test_a_suggestion_is_what_its_rules_give(job: Path) -> None:
     reference = loose["limit"] / 2
     assert reference == pytest.approx(loose["float_activations"])
     assert (loose["sequences"], loose["kept"]) == (2, 0)
-    share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
+    share = (loose["all_narrow"] / reference - 1) / 2
     assert 0 < share < 0.1, "of 8 bits on this model"
     found = suggested(share)
     assert 0 < len(found["wide"]) < found["narrow"]

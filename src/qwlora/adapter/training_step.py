@@ -19,7 +19,7 @@ user's own, is rows 1 and 3 to 5.
     |   | and of mergeable ones                | `merged_forward`            | the base's product is
     |   |                                      | mergeable.py                | not used
     | 5 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
-    |   |                                      | below                       | are not Intel's
+    |   |                                      | device.py                   | are not Intel's
 
 What each row relies on beyond the documented interfaces of torch 2.13, transformers 5.24 and peft
 0.21.2 (pyproject.toml has the ranges):
@@ -57,11 +57,8 @@ from qwlora.nn import PackedLinear
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
-from qwlora.system.device import device_of
+from qwlora.system.device import device_of, onednn_float32_matmul
 
-# Relative to the largest sum of 512 products. Measured errors: float32 1e-6, TF32 7e-4,
-# bfloat16 2e-3.
-_FLOAT32_TOLERANCE = 1e-5
 _NOT_INPUTS = (
     *("labels", "num_items_in_batch", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states"),
@@ -314,28 +311,3 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # layer ends when all saved tensors exist, so it skips this product in the layer's last linear
     # (down_proj, a quarter of a Llama layer's products).
     return layer.base_layer.add_to(lora_b(u), x)
-
-
-@contextlib.contextmanager
-def onednn_float32_matmul(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Compute float32 products on a CPU by oneDNN, if exact, until the context ends. A precision
-    that the user has set, and accelerators, are left alone."""
-    if torch.device(device).type != "cpu" or torch.get_float32_matmul_precision() != "highest":
-        yield
-        return
-    # MKL, torch's default, does not use AVX-512 on CPUs that are not Intel's: 110 GFLOPS a thread
-    # on AMD, where oneDNN does 235 (docs/log/training.md). "medium" selects oneDNN, but also allows
-    # bfloat16 inside a product on CPUs with units for it (AMX), which the products below show.
-    torch.set_float32_matmul_precision("medium")
-    try:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(512, 512, generator=generator)
-        w = torch.randn(1024, 512, generator=generator)
-        y = x @ w.T
-        for product, left, right in ((y, x, w.T), (y @ w, y, w)):
-            exact = left.double() @ right.double()
-            if float((product - exact).abs().max() / exact.abs().max()) >= _FLOAT32_TOLERANCE:
-                torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")

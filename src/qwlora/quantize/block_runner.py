@@ -23,7 +23,7 @@ from torch import nn
 from qwlora.errors import CalibrationError
 from qwlora.graph.call_arguments import arguments_of
 from qwlora.nn.temporary import evaluation_mode, replaced
-from qwlora.system.device import device_of, moved
+from qwlora.system.device import device_of, moved, onednn_float32_matmul
 
 Batches = Sequence[Mapping[str, Any]]
 """Keyword arguments of the model, batch by batch."""
@@ -99,6 +99,7 @@ class BlockRunner(ExitStack, Iterable[str]):
         super().__init__()
         self.model = model
         self.enter_context(evaluation_mode(model))  # no dropout
+        self.enter_context(onednn_float32_matmul(device_of(model)))
         self._current: _Batch | None = None
         self._gates: dict[str, ExitStack] = {}  # of the blocks that were not visited yet
         for name in blocks:

@@ -39,7 +39,7 @@ from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
 from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.system.atomic import write_tensors
-from qwlora.system.device import device_of, moved
+from qwlora.system.device import device_of, moved, onednn_float32_matmul
 from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
@@ -144,7 +144,7 @@ def tune_(
     if work is not None:
         checkpoint = work / "tuning.safetensors", _key(settings, batches, model, teacher)
     both = nn.ModuleList([model, teacher])
-    with evaluation_mode(both), gradients_disabled(both):
+    with evaluation_mode(both), gradients_disabled(both), onednn_float32_matmul(device):
         before = _mean_divergence(model, teacher, held_out)
         with tuned.learning():
             resumed = _descend(tuned, model, teacher, training, settings, checkpoint, track)

@@ -183,7 +183,7 @@ def _meant_value(where: str, value: Any, kind: str, options: list[str]) -> str:
 
 def _did_you_mean(entry: str, where: str) -> str:
     own = re.match(r"adapters\.\d+", where)
-    entry = entry.replace("adapters[]", own[0] if own else "adapters[]")
+    entry = entry.replace("adapters[]", own[0] if own else "adapters.0")
     return f". {entry[:-1]}" if entry.endswith(".") else f"; did you mean {entry}?"
 
 

@@ -259,7 +259,7 @@ def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
         return
     yield Evidence(
         Outcome.CAUTION,
-        f"Tokens checked in {runtime(target)} (at most verify.sequences of held-out text)",
+        f"Tokens checked in {runtime(target)} (verify.sequences)",
         tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
         f"{count(FEW_TOKENS)} or more expected",
         f"{'it was' if is_one else 'they were'} checked on {count(known[name])} tokens only",

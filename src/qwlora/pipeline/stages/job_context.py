@@ -63,7 +63,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.system.device import CPU, exact_device, memory_of, pick_device
+from qwlora.system.device import CPU, exact_device, memory_of, onednn_float32_matmul, pick_device
 from qwlora.system.parameter_names import BASE, canonical_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
@@ -113,7 +113,7 @@ class JobContext:
         # The graph of a simulation has the device of its model in it.
         if device != self._stage_device:
             self._stage_device, self._simulation, self._zero_adapter = device, None, None
-        with memory_of(device, name) as measured:
+        with memory_of(device, name) as measured, onednn_float32_matmul(device):
             yield measured
 
     def step(self, description: str) -> AbstractContextManager[None]:

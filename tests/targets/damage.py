@@ -7,8 +7,6 @@ from typing import Any
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Change a JSON document."""
-
     def edit(folder: Path) -> None:
         document = json.loads((folder / name).read_text())
         change(document)
@@ -18,8 +16,6 @@ def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable
 
 
 def swap(first: str, second: str) -> Callable[[Path], None]:
-    """Exchange the names of two files."""
-
     def edit(folder: Path) -> None:
         (folder / first).rename(folder / "kept")
         (folder / second).rename(folder / first)

@@ -22,14 +22,3 @@ def swap(first: str, second: str) -> Callable[[Path], None]:
         (folder / "kept").rename(folder / second)
 
     return edit
-
-
-def flip_bit(name: str) -> Callable[[Path], None]:
-    """Flip the lowest bit of one byte."""
-
-    def edit(folder: Path) -> None:
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        (folder / name).write_bytes(content)
-
-    return edit

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from conftest import flip_bit
 from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.model_card import CARD_MARK
@@ -37,7 +38,7 @@ from qwlora.targets.proof.checks import Limits
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
 from simulation.tiny_architectures import inputs, make
-from targets.damage import edit_json, flip_bit, swap
+from targets.damage import edit_json, swap
 from targets.npu.conftest import IDS, SAMPLE
 from targets.npu.test_npu_graph import SCHEMES
 from targets.proofs import sqnr, verify_graphs, with_strength
@@ -238,8 +239,8 @@ LIST = f"{TOKEN}_lora_config.yaml"
 LISTS = [f"{PROMPT}_lora_{name}.yaml does not list" for name in ("config", "adaptor_list")]
 OF_B, NO_GRID, NO_WEIGHT = f"{TOKEN}_B.encodings", "not on the grid", "is not a weight of"
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "bit-of-lora": (flip_bit("B.safetensors"), ["B.safetensors: ", NO_GRID]),
-    "bit-of-base": (flip_bit("model.data"), [f"{PROMPT}_model.onnx: ", NO_GRID]),
+    "bit-of-lora": (lambda f: flip_bit(f / "B.safetensors", -2), ["B.safetensors: ", NO_GRID]),
+    "bit-of-base": (lambda f: flip_bit(f / "model.data", -2), [f"{PROMPT}_model.onnx: ", NO_GRID]),
     "encodings-swapped": (swap(f"{TOKEN}_A.encodings", OF_B), ["B.safetensors: ", NO_GRID, OF_B]),
     "weights-swapped": (swap("A.safetensors", "B.safetensors"), ["B.safetensors: ", NO_GRID]),
     "tensor-renamed": (

@@ -642,6 +642,8 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     labels = ids.where(torch.arange(12) >= torch.tensor(prompt)[:, None], IGNORED)
     graphs = {"prompt": {"tokens": 4, "context": 6}, "token": {"tokens": 1, "context": 8}}
     (tmp_path / "graphs.json").write_text(json.dumps({"graphs": graphs}))
-    text = fitting(Sequences(ids, labels), TARGETS["qairt"].parts(tmp_path, "first"))
+    whole = Sequences(ids, labels)
+    text = fitting(whole, TARGETS["qairt"].parts(tmp_path, "first"))
     assert torch.equal(text.input_ids, ids[rows, :8])
     assert int((text.labels[:, 1:] != IGNORED).sum()) == counted
+    assert fitting(whole, TARGETS["hf"].parts(tmp_path / "without", "first")) is whole

@@ -284,6 +284,9 @@ def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None
     text = Sequences(IDS[:1], IDS[:1].clone())
     found = make_reference({"adapter": says(TABLE)}, text, rounded={"adapter": says(other)})
     assert float(found["adapter.rounding"]) == pytest.approx(0.25)
+    allowed = compare_logits(says(TABLE), found).figures["largest_allowed"]
+    top = float(TABLE[IDS[:1]].abs().max())
+    assert allowed == pytest.approx(2 * 0.25 + 2 * reference.LOGIT_DIFFERENCE * top)
     assert "adapter.noise" not in found
 
 

@@ -20,7 +20,7 @@ from qwlora.system.atomic import files_in
 from qwlora.targets.proof.folder import record_digest, write_proof, write_record
 from qwlora.targets.proof.reference import logits_of, make_reference
 from qwlora.targets.registry import TARGETS
-from targets.weights.test_hot_swap import written
+from targets.weights.test_weights_targets import bundle_of
 
 from .damage import damage
 from .hostile_models import Evil
@@ -92,7 +92,7 @@ def bundles(warm: None, place: Path, one_layer: Path, corpus: Path) -> dict[str,
 def _write_gguf(bundle: Path) -> None:
     """A bundle of a tiny model from a GGUF file."""
     bundle.mkdir()
-    adapted = written("gguf", bundle)
+    adapted = bundle_of("gguf", bundle)
     for name in ("second", "trained"):
         shutil.rmtree(bundle / name)
     (bundle / "tiny.gguf").unlink()

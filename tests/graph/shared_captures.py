@@ -29,13 +29,13 @@ _captured: dict[Hashable, Captured] = {}
 def shared_capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     """`capture`, from the graph of an earlier model of the same structure if there is one."""
     key = _structure(model, example_inputs)
-    if key is None:
-        return capture(model, example_inputs)
-    if key not in _captured:
-        _captured[key] = capture(model, example_inputs)
-        return _captured[key]
-    captured = _captured[key]
-    return rebound(captured, _over(captured.program, model), model, example_inputs)
+    captured = _captured.get(key)
+    if captured is not None:
+        return rebound(captured, _over(captured.program, model), model, example_inputs)
+    captured = capture(model, example_inputs)
+    if key is not None:
+        _captured[key] = captured
+    return captured
 
 
 def _structure(model: nn.Module, example_inputs: Mapping[str, Any]) -> Hashable:
@@ -46,6 +46,7 @@ def _structure(model: nn.Module, example_inputs: Mapping[str, Any]) -> Hashable:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     state = dict(model.state_dict(keep_vars=True))
+    first_names = {id(tensor): name for name, tensor in reversed(state.items())}
     inputs = {
         name: (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
         for name, value in example_inputs.items()
@@ -64,29 +65,15 @@ def _structure(model: nn.Module, example_inputs: Mapping[str, Any]) -> Hashable:
         repr([[getattr(module, name, None) for name in NOT_SHOWN] for module in modules.values()]),
         repr([m.scheme for m in modules.values() if isinstance(m, PackedLayer)]),
         tuple((n, t.dtype, tuple(t.shape), t.requires_grad, t.device) for n, t in state.items()),
-        tuple(sorted(tuple(names) for names in _tied(state))),
+        tuple(first_names[id(tensor)] for tensor in state.values()),  # which are tied
     )
-
-
-def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of tensors that are one and the same."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return [sorted(same) for same in names.values() if len(same) > 1]
 
 
 def _over(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
     """The same graph over the tensors of `model`."""
-    own = {
-        f"model.{name}": tensor
-        for name, tensor in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-    }
-    return rebuilt(
-        program,
-        state_dict={name: own[name] for name in program.state_dict},
-        constants={name: own.get(name, constant) for name, constant in program.constants.items()},
-    )
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    own = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    state = {name: own[name] for name in program.state_dict}
+    constants = {name: own.get(name, value) for name, value in program.constants.items()}
+    return rebuilt(program, state_dict=state, constants=constants)

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from conftest import packed_model
 from qwlora import quantize_
 from qwlora.errors import CaptureError
 from qwlora.graph.call_arguments import cache_of
@@ -73,10 +72,9 @@ def test_nested_arguments_and_every_output() -> None:
     # one tensor of a name in a file
     assert interface.outputs == ("count", "out_sample", "parts.0", "logits")
     assert interface.primary == "logits"
-    assert interface.shapes["sample"] == ("batch", 3, "sample.2", "sample.3")
-    assert interface.shapes["added.text"] == ("batch", "added.text.1", 8)
-    assert interface.shapes["added.ids"] == ("batch", "tokens")
-    assert interface.shapes["rest.0"] == (16,)
+    shapes = [interface.shapes[name] for name in interface.inputs]
+    assert shapes[:2] == [("batch", 3, "sample.2", "sample.3"), ("batch", "added.text.1", 8)]
+    assert shapes[2:] == [("batch", "tokens"), (16,)]
     assert interface.shapes["parts.0"][2] == 16
     for arguments in (nested(3, 7, 12), nested(1, 2, 4)):
         with torch.no_grad():
@@ -86,12 +84,8 @@ def test_nested_arguments_and_every_output() -> None:
         for name in ("count", "sample", "logits"):
             assert torch.equal(result[name], expected[name])
         assert torch.equal(result["parts"][0], expected["parts"][0])
-    for rest, message in (
-        ((torch.ones(15), None, 3), r"input rest\.0 has shape \[15\]; .* takes \[16\]"),
-        ((torch.ones(16), None, 4), r"rest\.2: .* the constant 3, not with 4"),
-    ):
-        with pytest.raises(CaptureError, match=message):
-            captured.bind({**nested(), "rest": rest})
+    with pytest.raises(CaptureError, match=r"input rest\.0 has shape \[15\]; .* takes \[16\]"):
+        captured.bind({**nested(), "rest": (torch.ones(15), None, 3)})
 
 
 class Steps(nn.Module):
@@ -128,31 +122,27 @@ class Forward(nn.Module):
         return self.compute(self, x)
 
 
-NO_AXIS = {"x": torch.tensor(1.0)}
-CACHE = {"past_key_values": cache_of([])}
-
-
 @pytest.mark.parametrize(
-    ("make", "example", "message"),
+    ("model", "x", "message"),
     [
-        (lambda: Chain(Steps()), {"x": torch.randn(4, 8)}, r"differs is middle \(Steps\)"),
+        (Chain(Steps()), torch.randn(4, 8), r"differs is middle \(Steps\)"),
         (
-            lambda: Forward(lambda _, x: x * 2 if x.shape[1] % 2 else x + 1),
-            {"x": torch.randn(2, 12, 4)},
+            Forward(lambda _, x: x * 2 if x.shape[1] % 2 else x + 1),
+            torch.randn(2, 12, 4),
             r"differs from the module at .*11, 3\]\].*branches on",
         ),
-        (lambda: Chain(nn.ReLU()), NO_AXIS, "example inputs hold no tensor with an axis"),
-        *(
-            (lambda: packed("T5"), {**inputs("T5"), **more}, r"T5\w+ is an encoder-decoder.*False")
-            for more in ({"use_cache": True}, CACHE)
-        ),
+        (Chain(nn.ReLU()), torch.tensor(1.0), "example inputs hold no tensor with an axis"),
     ],
 )
-def test_what_cannot_be_captured_is_named(
-    make: Callable[[], nn.Module], example: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_captured_is_named(model: nn.Module, x: Tensor, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
-        capture(make().eval(), example)
+        capture(model.eval(), {"x": x})
+
+
+@pytest.mark.parametrize("more", [{"use_cache": True}, {"past_key_values": cache_of([])}])
+def test_a_cache_of_an_encoder_decoder_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(CaptureError, match=r"T5\w+ is an encoder-decoder.*False"):
+        capture(packed("T5"), {**inputs("T5"), **more})
 
 
 @pytest.mark.parametrize(
@@ -164,11 +154,6 @@ def test_what_cannot_be_captured_is_named(
             Forward(lambda _, x: x.squeeze(0) @ x.new_ones(8) * len(x)),
             torch.randn(1, 5, 8),
             {"x": (1, "x.1", 8), "output": ("x.1",)},
-        ),
-        (
-            Forward(lambda _, x: x * 2 if x.shape[1] > 6 else x + 1),
-            torch.randn(2, 12, 4),
-            {"x": ("batch", 12, "x.2"), "output": ("batch", 12, "x.2")},
         ),
         # as many rows as its table has
         (
@@ -249,8 +234,8 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     model = packed("Qwen3-MoE", layers=1)
     config = model.get_base_model().config
     before = (config._attn_implementation, config._experts_implementation)
+    assert "batched_mm" not in before
     assert before[0] == "sdpa"
-    assert before[1] != "batched_mm"
     state = {name: value.clone() for name, value in model.state_dict().items()}
     captured = capture(model, inputs("Qwen3-MoE"))
     assert (config._attn_implementation, config._experts_implementation) == before
@@ -263,19 +248,6 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     with pytest.raises(CaptureError, match="two or more"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
     assert (config._attn_implementation, config._experts_implementation) == before
-
-
-def test_two_captures_of_a_model_have_the_same_nodes() -> None:
-    """Saved encodings are found again by name, and tests share captures (`shared_captures.py`)."""
-
-    def nodes(seed: int) -> list[str]:
-        model = packed_model("llama", seed, layers=1)
-        config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
-        ids = torch.arange(24).view(2, 12)
-        captured = capture(get_peft_model(model, config).eval(), {"input_ids": ids})
-        return [node.format_node() for node in captured.program.graph.nodes]
-
-    assert nodes(0) == nodes(1)
 
 
 def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:
@@ -357,21 +329,12 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     assert torch.equal(key[:, :, :SPLIT], cache[0][0])  # it lay on its grid already
 
 
-class Einsum(nn.Module):
-    def __init__(self, equation: str) -> None:
-        super().__init__()
-        self.equation = equation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum(self.equation, x * 2)
-
-
 @pytest.mark.parametrize(
     ("equation", "name"),
     [("bij->jbi", "permute"), ("b i j -> b j i", "permute"), ("bij->bi", "einsum")],
 )
 def test_an_einsum_that_only_permutes_axes_moves_data(equation: str, name: str) -> None:
     x = torch.randn(2, 3, 4)
-    captured = capture(Einsum(equation).eval(), {"x": x})
+    captured = capture(Forward(lambda _, x: torch.einsum(equation, x * 2)).eval(), {"x": x})
     assert [operation(node) for node in calls(captured.program)] == ["mul", name]
     assert torch.equal(run(captured, {"x": x})[0], torch.einsum(equation, x * 2))

@@ -7,8 +7,6 @@ from typing import Any
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Change a JSON document."""
-
     def edit(folder: Path) -> None:
         document = json.loads((folder / name).read_text())
         change(document)
@@ -18,22 +16,9 @@ def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable
 
 
 def swap(first: str, second: str) -> Callable[[Path], None]:
-    """Exchange the names of two files."""
-
     def edit(folder: Path) -> None:
         (folder / first).rename(folder / "kept")
         (folder / second).rename(folder / first)
         (folder / "kept").rename(folder / second)
-
-    return edit
-
-
-def flip_bit(name: str) -> Callable[[Path], None]:
-    """Flip the lowest bit of one byte."""
-
-    def edit(folder: Path) -> None:
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        (folder / name).write_bytes(content)
 
     return edit

@@ -28,12 +28,6 @@ from qwlora.targets.proof.reference import (
 from qwlora.targets.target import Runtime
 
 
-def check_parity(parity: Parity, name: str) -> None:
-    """Raises VerificationError: a check failed, or there is none; it lists every one."""
-    if parity.problems or not parity.checks:
-        raise VerificationError(name, parity.problems or ["nothing was compared"])
-
-
 def verify_weights(
     runtime: Runtime,
     model: Any,
@@ -60,24 +54,21 @@ def verify_simulation(
 
 def verify_onnx(folder: Path, simulation: Reference, ids: Tensor, layer_tokens: int) -> Parity:
     """A language model in ONNX Runtime against its simulation; raises if a check fails."""
-    parity = verify_simulation(OnnxModel(folder), simulation, ids, layer_tokens)
-    check_parity(parity, str(folder))
-    return parity
+    return _passed(verify_simulation(OnnxModel(folder), simulation, ids, layer_tokens), folder)
 
 
 def verify_onnx_outputs(
-    folder: Path,
-    simulation: Reference,
-    batches: Any,
-    limits: Limits = LIMITS,
-    has_to_pass: bool = True,
+    folder: Path, simulation: Reference, batches: Any, limits: Limits = LIMITS
 ) -> Parity:
-    """Any model in ONNX Runtime against its simulation."""
+    """Any model in ONNX Runtime against its simulation; raises if a check fails."""
     outputs = compare_outputs(simulation, batches, OnnxModel(folder), limits)
     layers = compare_layers(OnnxModel(folder), simulation, batches[0], limits)
-    parity = outputs.extended(layers.figures, *layers.checks)
-    if has_to_pass:
-        check_parity(parity, str(folder))
+    return _passed(outputs.extended(layers.figures, *layers.checks), folder)
+
+
+def _passed(parity: Parity, folder: Path) -> Parity:
+    if parity.problems or not parity.checks:
+        raise VerificationError(str(folder), parity.problems or ["nothing was compared"])
     return parity
 
 

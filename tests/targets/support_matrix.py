@@ -57,7 +57,6 @@ SCHEMES += [
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

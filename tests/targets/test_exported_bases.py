@@ -20,7 +20,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from conftest import byte_tokenizer, tiny_model
 from qwlora import LayerRule, Scheme, Schemes, export, quantize_, simulate_adapters
 from qwlora.errors import RecipeError
-from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.nn import packed_weights
 from qwlora.recipe import load_recipe
 from qwlora.targets.registry import TARGETS
@@ -89,8 +88,6 @@ READERS: dict[str, Callable[[Path], Values] | None] = {
     **dict.fromkeys(("onnx", "onnx_each", "aimet", "qairt", "qnn", "genai", "web"), graphs),
     **dict.fromkeys(("openvino", "executorch"), None),
 }
-
-
 # For the HTP, and which share of a tensor's range its floats may be off: half a step of 16 bits.
 TABLE, STEP = [LayerRule("*embed_tokens", Scheme(8))], 2.0**-16
 
@@ -100,12 +97,7 @@ def base(scheme: str = "w4-block32", rules: Sequence[LayerRule] = ()) -> Any:
     config = Qwen2Config(**DECODER | {"num_hidden_layers": 1}, tie_word_embeddings=False)
     model: Any = with_large_weights(Qwen2ForCausalLM(config))
     quantize_(model, scheme, "search", rules=rules)
-    return with_other_floats(model)
-
-
-def with_other_floats(model: Any) -> Any:
-    """The model with other norms, biases, embedding and head."""
-    for tensor in float_tensors(model).values():
+    for tensor in float_tensors(model).values():  # norms, biases, embedding and head
         tensor.data.add_(torch.randn_like(tensor) / 8)
     return model
 
@@ -115,10 +107,10 @@ def expected(model: Any) -> Values:
     return [t.detach().float().numpy() for t in (*weights, *float_tensors(model).values())]
 
 
-def write(name: str, model: Any, folder: Path, source: Path | None = None) -> None:
+def write(name: str, model: Any, folder: Path) -> None:
     target = TARGETS[name]
     if not target.is_simulated:
-        target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), folder)
+        target.backend.write_base(ExportedBase(model, byte_tokenizer()), folder)
         return
     batch = {"input_ids": IDS.repeat(2, 1), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), "first").eval()
@@ -163,14 +155,6 @@ def test_every_tensor_is_the_bases(name: str, tmp_path: Path) -> None:
     tensors = expected(model)
     write(name, model, tmp_path / name if TARGETS[name].is_simulated else tmp_path)
     assert_holds(read(tmp_path), tensors, STEP if of_htp else 0.0)
-
-
-def test_every_tensor_of_a_base_from_gguf_is_the_bases(tmp_path: Path) -> None:
-    write("gguf", base(), tmp_path)
-    source = (tmp_path / "base.gguf").rename(tmp_path / "source.gguf")
-    model = with_other_floats(load_precomputed(open_checkpoint(source)))
-    write("gguf", model, tmp_path, source)
-    assert_holds(checkpoint(tmp_path), expected(model))
 
 
 BITS = (32, 16)

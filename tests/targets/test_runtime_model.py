@@ -26,13 +26,6 @@ class OneCache(Runtime):
         return torch.zeros(1, 1, 5), "held"
 
 
-class Whole(Runtime):
-    """A runtime without a cache: the next token is the sum of all."""
-
-    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        return torch.eye(90)[ids.cumsum(1) % 90]
-
-
 def test_only_new_tokens_are_read_and_another_text_is_read_whole() -> None:
     runtime = OneCache()
     model = runtime_model(runtime, tiny_model("llama", layers=1))
@@ -49,7 +42,3 @@ def test_only_new_tokens_are_read_and_another_text_is_read_whole() -> None:
     assert read(1, 2, 9) == [1, 2, 9]
     read(7, 8, keep=0)  # scores need all logits
     assert read(1, 2, 9, 3) == [1, 2, 9, 3]
-
-
-def test_a_runtime_without_a_cache_runs_the_whole_text() -> None:
-    assert Whole().decode(torch.tensor([[1, 2]]), 4) == [3, 6, 12, 24]

@@ -24,16 +24,15 @@ from qwlora.targets.npu.kv_cache_graphs import read_graphs
 from qwlora.targets.proof.checks import Limits, Parity
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedGraph
+from targets.npu.conftest import IDS, SAMPLE
 from targets.npu.test_npu_graph import simulated
 from targets.proofs import sqnr, verify_graphs
 
 pytestmark = pytest.mark.slow
 
-IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 SIZES = cache_sizes([8, 1], [32])
 GRAPHS = PROMPT, TOKEN = "prompt_ar8_cl32", "token_ar1_cl32"
 AIMET = TARGETS["aimet"].backend
-SAMPLE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 FLOAT16 = ("FLOAT", 16, "PER_TENSOR")
 
 

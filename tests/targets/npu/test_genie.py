@@ -180,9 +180,8 @@ def test_positions_of_a_long_context_are_compared(
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e5}
     shape = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
     config = LlamaConfig(**shape, rope_parameters=rope)
-    rotary = LlamaRotaryEmbedding(
-        LlamaConfig(**shape, rope_parameters={**rope, "rope_theta": theta})
-    )
+    turned = LlamaConfig(**shape, rope_parameters={**rope, "rope_theta": theta})
+    rotary = LlamaRotaryEmbedding(turned)
 
     def run_host(_: Any, mask: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip((COS, SIN), rotary(torch.zeros(1), positions), strict=True))
@@ -190,9 +189,8 @@ def test_positions_of_a_long_context_are_compared(
     monkeypatch.setattr(genie, "run_host", run_host)
     device = SimpleNamespace(interface=SimpleNamespace(shapes={COS: (1, 32)}), encodings={})
     npu: Any = SimpleNamespace(device=device, sizes=CacheSizes(4096, 32768), host=None)
-    base: Any = SimpleNamespace(
-        simulation=SimpleNamespace(origin=SimpleNamespace(model=SimpleNamespace(config=config)))
-    )
+    origin = SimpleNamespace(model=SimpleNamespace(config=config))
+    base: Any = SimpleNamespace(simulation=SimpleNamespace(origin=origin))
     with nullcontext() if is_same else pytest.raises(ExportError, match="base of 100000"):
         genie.refuse_other_positions(npu, base)
 

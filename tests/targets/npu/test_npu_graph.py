@@ -12,13 +12,13 @@ from torch import Tensor
 
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.kv_cache_graph import CacheSizes
 from qwlora.simulation.simulation import Simulation
 from qwlora.targets.npu.device_graph import run_host, scaling_of
 from qwlora.targets.npu.htp_rewrites import npu_onnx
 from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments, npu_graph
 from simulation.tiny_architectures import inputs, make
+from targets.proofs import sqnr
 
 CONTEXT, FIRST, TOKENS = 24, 9, 14
 TEXT = torch.randint(3, 256, (1, TOKENS), generator=torch.Generator().manual_seed(7))
@@ -105,6 +105,8 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
             cache[into] = torch.cat([cache[into], new], 2)[:, :, -CONTEXT:]
         first += tokens
     logits = torch.cat(found, 1)
+    # cosines, sines, masked scores and sums with a bias have 16-bit grids in the graph alone, and a
+    # rounding of theirs may move a key or value by one of its 255 steps
     assert sqnr(logits, expected) > 40, sqnr(logits, expected)
     assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.9
 
@@ -122,12 +124,6 @@ def assert_scales_by_block(model: onnx_ir.Model) -> None:
         size = weight.attributes["block_size"].value
         inputs, outputs = weight.inputs[0].shape
         assert list(weight.inputs[1].shape) == [inputs // size, outputs]
-
-
-def sqnr(found: Tensor, expected: Tensor) -> float:
-    """In dB. Cosines, sines, masked scores and sums with a bias have 16-bit grids in the graph
-    alone, and a rounding of theirs may move a key or value by one of its 255 steps."""
-    return sqnr_db(float(expected.square().sum()), float((found - expected).square().sum()))
 
 
 def test_the_simulation_quantizes_keys_and_values_as_the_cache_does() -> None:

@@ -16,13 +16,11 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.errors import SourceError, VerificationError
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.nn.packed_layer import packed_weights
-from qwlora.system.atomic import files_in
 from qwlora.targets.npu.qairt_pipeline import RECIPE
-from qwlora.targets.proof.contents import check_contents
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import ExportedBase
-from targets.weights.bundles import write_adapter
+from targets.proof.test_bundle_contents import check
 
 TARGET = TARGETS["qairt_pipeline"]
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -67,53 +65,36 @@ def test_a_base_in_bfloat16_is_written_in_float32(tmp_path: Path) -> None:
     TARGET.backend.open(folder, "base")
 
 
-def test_adapters_have_one_rank_and_names_within_a_layer(tmp_path: Path) -> None:
-    model = base()
-    folder = written(model, tmp_path / "base")
-    layers = ["model.layers.1.self_attn.q_proj", "down_proj"]
-    patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 5}}
-    random: Any = {**patterns, "init_lora_weights": False}
-    shape = LoraConfig(r=6, lora_alpha=12, use_rslora=True, target_modules=layers, **random)
-    adapted: Any = get_peft_model(model, shape).eval()
-    qwlora.save_adapter(adapted, tmp_path / "trained" / "first")
-    write_adapter(TARGET.backend, tmp_path, "first")
-    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["down_proj", "q_proj"]
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
-    tensors = load_file(tmp_path / "first" / "adapter_model.safetensors")
-    assert {min(t.shape) for t in tensors.values()} == {6}
-    unadapted = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    assert not any(tensors[f"{unadapted}{half}.weight"].any() for half in "AB")
-    runtime = TARGET.backend.open(folder, "base")
-    runtime.use(tmp_path / "first")
-    with torch.no_grad():
-        expected = adapted(input_ids=IDS).logits
-    limit = 1e-4 * float(expected.abs().max())
-    torch.testing.assert_close(runtime.logits(IDS), expected, rtol=0, atol=limit)
-
-
 def test_all_adapters_of_a_bundle_have_one_rank_on_the_same_modules(tmp_path: Path) -> None:
+    """Modules by their names within a layer; a layer that an adapter leaves out has zeros."""
     model, out = base(), tmp_path / "out"
-    ranks = {"first": (2, ["q_proj", "down_proj"]), "second": (4, ["v_proj"])}
+    layers = ["model.layers.1.self_attn.q_proj", "down_proj"]
+    patterns: Any = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 5}}
+    shapes = {
+        "first": LoraConfig(r=6, lora_alpha=12, use_rslora=True, target_modules=layers, **patterns),
+        "second": LoraConfig(r=4, target_modules=["v_proj"]),
+    }
     expected, folders = {}, {}
-    for name, (rank, modules) in ranks.items():
-        shape = LoraConfig(r=rank, target_modules=modules, init_lora_weights=False)
+    for name, shape in shapes.items():
+        shape.init_lora_weights = False
         adapted: Any = get_peft_model(model, shape).eval()
         qwlora.save_adapter(adapted, folders.setdefault(name, tmp_path / name))
         with torch.no_grad():
             expected[name] = adapted(input_ids=IDS).logits
         model = adapted.unload()
     qwlora.export(model, "qairt_pipeline", out, folders, byte_tokenizer())
-    shapes, runtime = set(), TARGET.open(out)
+    runtime, sizes = TARGET.open(out), []
     for name, logits in expected.items():
         tensors = load_file(out / name / "adapter_model.safetensors")
         config = json.loads((out / name / "adapter_config.json").read_text())
         assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-        shapes.add((config["r"], *sorted((n, *t.shape) for n, t in tensors.items())))
+        assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
+        sizes.append({n: t.shape for n, t in tensors.items()})
         runtime.use(out / name)
         limit = 1e-4 * float(logits.abs().max())
         torch.testing.assert_close(runtime.logits(IDS), logits, rtol=0, atol=limit)
-    assert [shape[0] for shape in shapes] == [4]
+    assert sizes[0] == sizes[1]
+    assert {min(shape) for shape in sizes[0].values()} == {6}
 
 
 def test_the_lines_for_all_adapters_have_their_names_as_texts() -> None:
@@ -130,20 +111,14 @@ def test_files_that_were_changed_with_their_digests_are_refused(tmp_path: Path) 
     qwlora.save_adapter(adapted, tmp_path / "trained")
     adapters = {"first": tmp_path / "trained"}
     qwlora.export(adapted.unload(), "qairt_pipeline", folder, adapters, byte_tokenizer())
-
-    def check(part: str) -> None:
-        """What `qwlora verify` does with a part of a bundle before it runs it."""
-        names, contents = files_in(folder / part), TARGET.backend.contents
-        check_contents(contents, folder / part, names, part == "base")
-
-    for part in ("base", "first"):
-        check(part)
+    for part, place in (("base", "base"), ("first", "adapter")):
+        check(folder / part, f"qairt_pipeline/{place}")
     with (folder / "first" / RECIPE).open("a") as file:
         file.write("custom_stage: ./plugin.py\n")  # which QAIRT would run
     with pytest.raises(SourceError, match="it is not the script that an export writes"):
-        check("first")
+        check(folder / "first", "qairt_pipeline/adapter")
     encodings = folder / "base" / "model.encodings"
     encodings.write_text(encodings.read_text().replace('"scale": [', '"scale": [9', 1))
-    check("base")
+    check(folder / "base", "qairt_pipeline/base")
     with pytest.raises(VerificationError, match=r"q_proj\.weight: \d+ of 4,096 values are off"):
         TARGET.open(folder)

@@ -1,10 +1,13 @@
 """Bundles for Qualcomm's HTP: what they compute on CPU and emulator, and damaged files."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,15 +15,17 @@ from torch import Tensor, nn
 
 import qwlora
 from qwlora import LayerRule, PlacementRule, Scheme
-from qwlora.errors import ExportError
+from qwlora.data.sequences import Sequences
+from qwlora.errors import ExportError, MissingExtraError
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.system.atomic import read_tensors
+from qwlora.targets.npu import qnn
 from qwlora.targets.npu.htp_rewrites import npu_onnx
 from qwlora.targets.npu.npu_graph import npu_graph
 from qwlora.targets.npu.qnn import QnnModel
 from qwlora.targets.onnx.onnx_runtime import open_model, run_session
-from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.reference import GRAPHS_NOISE, compare_first
+from qwlora.targets.proof.checks import LIMITS, Limits, Parity
+from qwlora.targets.proof.reference import GRAPHS_NOISE, compare_first, make_reference
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.weights.gguf import LlamaRuntime
 from targets.any_models import EIGHT_BITS, HTP
@@ -168,30 +173,16 @@ class Moved(nn.Module):
         return image
 
 
-def quantized(module: nn.Module) -> nn.Module:
-    """The module with convolutions of 8 bits."""
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
-    rules = [LayerRule(name, EIGHT_BITS[nn.Conv2d]) for name in layers]
-    qwlora.quantize_(module, "w4-channel", solver="rtn", rules=rules)
-    return module
-
-
-def device_graph(
+def on_cpu(
     module: nn.Module, x: Tensor, schemes: qwlora.Schemes = HTP
-) -> tuple[Any, str, Tensor]:
-    """The ONNX graph of a module, the name of its output, and what the simulation computes."""
+) -> tuple[Any, Tensor, Tensor]:
+    """The ONNX graph of a module, its output in ONNX Runtime, and the simulation's."""
     simulation = qwlora.simulate(module.eval(), {"x": x}, schemes)
     simulation.calibrate([{"x": x}])
     model, _ = npu_onnx(npu_graph(simulation, {"x": x}).device, {})
     (name,) = simulation.graph().interface.outputs
-    return model, name, simulation.outputs({"x": x})[name]
-
-
-def on_cpu(module: nn.Module, x: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """The ONNX graph of a module, its output in ONNX Runtime, and the simulation's."""
-    model, name, expected = device_graph(module, x)
     found = run_session(open_model(model, {}, is_optimized=False), {"x": x})[name]
-    return model, found, expected
+    return model, found, simulation.outputs({"x": x})[name]
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -207,13 +198,91 @@ def test_a_group_norm_without_the_operator(shape: tuple[int, ...], affine: bool)
 def test_a_group_norm_with_a_float_weight_is_refused() -> None:
     schemes = replace(HTP, rules=[PlacementRule("norm.weight", keep="float")])
     with pytest.raises(ExportError, match=r"norm\.weight has no grid.*Remove the rule"):
-        device_graph(Normed(True), torch.randn(1, 12, 4), schemes)
+        on_cpu(Normed(True), torch.randn(1, 12, 4), schemes)
 
 
 def test_convolutions_of_a_moved_value_share_its_rounding() -> None:
     torch.manual_seed(0)
-    model, found, expected = on_cpu(quantized(Moved()), torch.randn(1, 12, 4, 4) + 3)
+    module = Moved()
+    layers = ("first", "enlarged", "shortcut", "out")
+    rules = [LayerRule(name, EIGHT_BITS[nn.Conv2d]) for name in layers]
+    qwlora.quantize_(module, "w4-channel", solver="rtn", rules=rules)
+    model, found, expected = on_cpu(module, torch.randn(1, 12, 4, 4) + 3)
     read = [node.inputs[0] for node in model.graph if node.op_type == "Conv"]
     assert {value.producer().op_type for value in read} == {"DequantizeLinear"}
     assert read[1] is read[2]
     assert sqnr(found, expected) > 80
+
+
+ANSWERS = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(7))
+PLACED = {"partitions": 2, "cpu_nodes": 3, "cpu_names": ["a", "b", "c"]}
+
+
+class FakeModel:
+    """In place of QnnModel, without files and emulator: the HTP computes something else."""
+
+    profiles: Path | None = None
+
+    def __init__(self, *_: Any, htp: bool, profiles: Path | None = None):
+        self.htp = htp
+        if profiles is not None:
+            assert profiles.is_dir()
+            FakeModel.profiles = profiles
+
+    def logits(self, ids: Tensor, steps: int) -> Tensor:
+        return ANSWERS + 0.1 * self.htp * ANSWERS.flip(1)
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
+
+
+def parity_of(monkeypatch: pytest.MonkeyPatch, devices: Any = list) -> Parity:
+    """The comparison of a bundle that `FakeModel` runs."""
+    parity, states = QnnModel.parity, {"adapter": lambda ids: ANSWERS}
+    ids = torch.arange(12)[None]
+    reference = make_reference(states, Sequences(ids, ids), states)
+    monkeypatch.setattr(qnn, "QnnModel", FakeModel)
+    monkeypatch.setattr(qnn, "_devices", devices)
+    files: Any = SimpleNamespace(folder=Path(), adapter=Path("first"))
+    return parity(files, partial(compare_first, reference), LIMITS)
+
+
+def test_a_bundle_is_compared_on_cpu_and_htp(monkeypatch: pytest.MonkeyPatch) -> None:
+    parity = parity_of(monkeypatch)
+    assert parity.figures["exact"]["adapter"] == parity.figures["htp"] != parity.figures["cpu"]
+    problems = parity.problems
+    assert any("on the HTP" in problem for problem in problems)
+    assert "partitions of graph decode on the HTP: 2 (limit: at most 1)" in problems
+    assert "nodes of graph decode on the CPU (of a, b, c): 3 (limit: at most 0)" in problems
+    assert not any("prefill" in problem for problem in problems)
+
+
+def test_without_the_emulator_a_bundle_is_compared_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parity = parity_of(monkeypatch, mock.Mock(side_effect=MissingExtraError("qwlora[qnn]")))
+    assert parity.problems == []
+    assert parity.figures["not_run"] == "qwlora[qnn]"
+
+
+def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeModel, "placement", mock.Mock(side_effect=ExportError("no profile")))
+    with pytest.raises(ExportError, match="no profile"):
+        parity_of(monkeypatch)
+    assert FakeModel.profiles is not None
+    assert not FakeModel.profiles.exists()
+
+
+def test_a_compiler_that_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compiled(*arguments: object) -> None:
+        (tmp_path / "device" / "prefill_ctx.onnx").touch()
+
+    version = SimpleNamespace(__version__="1")
+    fakes = {"_devices": list, "open_graph": compiled, "require": lambda *names: version}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(qnn, name, fake)
+    assert "onnxruntime-qnn" in qnn.compile_graphs(tmp_path, ["prefill"])
+    assert "exit 139" in (tmp_path / "device" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "device")
+    with pytest.raises(ExportError, match=r"decode.onnx.*wrote no device/decode_ctx.onnx"):
+        qnn.compile_graphs(tmp_path, ["prefill", "decode"])

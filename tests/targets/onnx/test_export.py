@@ -1,4 +1,4 @@
-"""The content of ONNX exports of language models, and the limits of their proof."""
+"""The content of ONNX exports, of language models and others, and the limits of their proof."""
 
 import copy
 import json
@@ -13,14 +13,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import get_peft_model
+from torch import Tensor, nn
 
-from conftest import packed_model, tiny_model
+from conftest import tiny_model
 from formats.packing import packed_and_twin
-from qwlora import PerChannel, Scheme, Schemes, Simulation, quantize_, simulate
+from qwlora import PerChannel, Scheme, Schemes, Simulation, export, quantize_, simulate, verify
 from qwlora.data.sequences import Sequences
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, VerificationError
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.formats.aimet_encodings.grids import write_graph_encodings
 from qwlora.graph.quantized_graph import Kind
@@ -29,11 +29,13 @@ from qwlora.nn import packed_weights
 from qwlora.targets.onnx import onnx_model
 from qwlora.targets.onnx.genai import container_bits, operands
 from qwlora.targets.onnx.onnx import export_onnx
-from qwlora.targets.onnx.onnx_runtime import OnnxModel
+from qwlora.targets.onnx.onnx_runtime import OnnxModel, read_session_options
 from qwlora.targets.proof.reference import make_reference, simulated_logits
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
-from targets.proofs import check_parity, measure_logits, verify_onnx, verify_onnx_outputs
+from simulation.captured import adapted_layer
+from simulation.tiny_architectures import inputs, make
+from targets.proofs import measure_logits, verify_onnx, verify_onnx_outputs
 from targets.weights.test_weights_targets import base
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -42,16 +44,20 @@ Bundle = tuple[Path, Simulation]
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
-def made(folder: Path, schemes: Schemes | None = None) -> Simulation:
-    """An exported simulation."""
-    model = packed_model("llama", layers=1)
-    torch.manual_seed(1)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(model, lora).eval()
+def made(folder: Path, schemes: Schemes | None = None, grid: Scheme | None = None) -> Simulation:
+    """An exported simulation. With a `grid` of all weights, embedding and head are packed, too."""
+    adapted = adapted_layer()
+    if grid is not None:
+        model, _ = packed_and_twin(tiny_model("llama", layers=1), grid)
+        adapted = get_peft_model(model, adapted.peft_config["default"]).eval()
     simulation = simulate(adapted, BATCH, schemes)
     simulation.calibrate([BATCH])
     export_onnx(simulation.graph(), folder, {"qwlora.note": "test"})
     return simulation
+
+
+def shape_of(value: Any) -> list[str | int]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
 def initializers(folder: Path) -> dict[str, np.ndarray]:
@@ -72,16 +78,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
-    report = quantize_(model, scheme, "rtn")
-    assert set(report.layers) == {"0.weight", "2.weight"}
+    quantize_(model, scheme, "rtn")
     batches = [{"input": torch.randn(8, 64)} for _ in range(3)]
     simulation = simulate(model, batches[0])
     simulation.calibrate(batches)
     export_onnx(simulation.graph(), tmp_path)
     parity = verify_onnx_outputs(tmp_path, simulation, batches)
-    check_parity(parity, scheme)
     assert parity.figures["sqnr"]["output"] > 60
     arrays = initializers(tmp_path)
+    assert packed_weights(model).keys() == {"0.weight", "2.weight"}
     for name, weight in packed_weights(model).items():
         shift = weight.encoding.scheme.symmetric_offset * weight.encoding.scheme.symmetric
         stored = torch.from_numpy(arrays[f"{name}.codes"].astype(np.int32))
@@ -92,7 +97,6 @@ def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
 def test_a_runtime_that_rounds_activations_fails_the_proof(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its session options say so; layers are not compared in a proof."""
     folder, simulation = bundle
     perturbed = {"adapter": simulated_logits(simulation)[1]}
     text = Sequences(IDS, IDS)
@@ -109,7 +113,7 @@ def test_a_runtime_that_rounds_activations_fails_the_proof(
 
 def test_eight_bit_activations(tmp_path: Path) -> None:
     simulation = made(tmp_path, Schemes(activations=Scheme(8, symmetric=False)))
-    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), "a8")
+    verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
     stored = onnx.load(tmp_path / "model.onnx").graph.initializer
     kinds = {i.data_type for i in stored if i.name.endswith(".zero_point")}
     assert kinds == {onnx.TensorProto.UINT8}
@@ -127,7 +131,7 @@ def test_every_width_of_adapters(
 ) -> None:
     weights = Scheme(bitwidth, symmetric, PerChannel(0))
     simulation = made(tmp_path, Schemes(adapter_weights=weights))
-    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), "it")
+    verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
     stored = initializers(tmp_path)[f"{name}.codes"]
     assert stored.dtype == container
@@ -159,27 +163,25 @@ def test_aimet_entries_describe_the_grids(bundle: Bundle) -> None:
     names = {name.removesuffix(".dequantized") for name in outputs}
     assert read_encodings(folder / "model.encodings").by_name.keys() == names
     assert {p.key: p.value for p in model.metadata_props}["qwlora.note"] == "test"
-    sizes = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
-    assert sizes == [["batch", "tokens"]] * 2
+    assert [shape_of(value) for value in model.graph.input] == [["batch", "tokens"]] * 2
+    assert [shape_of(value) for value in model.graph.output] == [["batch", "tokens", 260]]
     assert {n.domain for n in model.graph.node} == {""}
 
 
-OBSERVERS = {
-    "min-max": "min_max",
-    "sqnr": "post_training_tf_enhanced",
-    "percentile": "post_training_percentile",
-    "squared-error": "squared_error",
-}
+OBSERVERS = {"min-max": "min_max", "squared-error": "squared_error"}
+OBSERVERS |= {"sqnr": "post_training_tf_enhanced", "percentile": "post_training_percentile"}
 
 
-def test_quant_scheme_names_the_observer_that_ran(bundle: Bundle, tmp_path: Path) -> None:
-    simulation, other = bundle[1], copy.copy(bundle[1])
-    for observer, quant_scheme in OBSERVERS.items():
-        schemes = replace(simulation.origin.schemes, observer=observer)
-        other.origin = replace(simulation.origin, schemes=schemes)
-        write_graph_encodings(other.graph(), tmp_path / "model.encodings")
-        arguments = read_encodings(tmp_path / "model.encodings").quantizer_args
-        assert arguments["quant_scheme"] == quant_scheme
+@pytest.mark.parametrize(("observer", "quant_scheme"), OBSERVERS.items())
+def test_quant_scheme_names_the_observer_that_ran(
+    observer: Any, quant_scheme: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    simulation = copy.copy(bundle[1])
+    schemes = replace(simulation.origin.schemes, observer=observer)
+    simulation.origin = replace(simulation.origin, schemes=schemes)
+    write_graph_encodings(simulation.graph(), tmp_path / "model.encodings")
+    arguments = read_encodings(tmp_path / "model.encodings").quantizer_args
+    assert arguments["quant_scheme"] == quant_scheme
 
 
 FLOAT_BLOCKS = Scheme(4, False, PerBlock(16), float_offset=True)
@@ -188,40 +190,25 @@ SLOW += map(parse_scheme, ("w4-lpbq16", "w3-signed16"))
 SCHEMES = [FLOAT_BLOCKS, *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in SLOW)]
 
 
-def exported(scheme: Scheme, folder: Path) -> tuple[torch.nn.Module, Simulation]:
-    """A llama whose embedding, head and layers are all packed."""
-    model, _ = packed_and_twin(tiny_model("llama", layers=1), scheme)
-    torch.manual_seed(1)
-    shape: Any = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
-    adapted = get_peft_model(model, LoraConfig(r=4, **shape)).eval()
-    simulation = simulate(adapted, BATCH)
-    simulation.calibrate([BATCH])
-    export_onnx(simulation.graph(), folder)
-    return adapted, simulation
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_file_computes_what_was_simulated(tmp_path: Path, scheme: Scheme) -> None:
-    model, simulation = exported(scheme, tmp_path)
-    weights = packed_weights(model)
+    simulation = made(tmp_path, grid=scheme)
+    weights = packed_weights(simulation.origin.model)
     assert {mark.name for mark in simulation.marks if mark.kind is Kind.BASE} == set(weights)
     assert weights["lm_head.weight"].is_tied
-    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), str(scheme))
+    verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
     file = onnx.load(tmp_path / "model.onnx")
     arrays = {i.name: i for i in file.graph.initializer}
     types = {i.data_type for name, i in arrays.items() if name.endswith((".scale", ".minimum"))}
     assert types == {onnx.TensorProto.FLOAT}
     assert all(f"{name}.codes" in arrays for name in weights)
-    assert not any(
-        np.prod(i.dims) == 260 * 64 and i.data_type == onnx.TensorProto.FLOAT
-        for i in arrays.values()
-    )  # no float copy of the embedding
-    entries = json.loads((tmp_path / "model.encodings").read_text())
-    named = {entry["name"] for entry in entries["param_encodings"]}
+    copies = [i.data_type for i in arrays.values() if np.prod(i.dims) == 260 * 64]
+    assert onnx.TensorProto.FLOAT not in copies  # of the embedding
+    encodings = read_encodings(tmp_path / "model.encodings")
     is_left_out = scheme.float_offset  # AIMET has no such grids
     left_out = {name.removesuffix(".weight") for name in weights} if is_left_out else set()
-    assert set(entries["excluded_layers"]) == left_out
-    assert (set(weights) <= named) is not is_left_out
+    assert set(encodings.excluded_layers) == left_out
+    assert (weights.keys() <= encodings.by_name.keys()) is not is_left_out
 
 
 OF_OPERATOR = [
@@ -265,47 +252,99 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
 INPUTS = {"input": torch.randn(8, 32, generator=torch.Generator().manual_seed(3))}
 
 
-def of_structure(seed: int, width: int = 32, activations: int = 16) -> Simulation:
+def of_structure(seed: int, width: int = 32, activations: int = 16) -> Any:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)).eval()
     quantize_(model, "w4-block32", solver="rtn")
     made = simulate(model, INPUTS, Schemes(Scheme(activations, symmetric=False)))
     made.calibrate([INPUTS])
-    return made
+    return made.graph()
 
 
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_second_model_of_a_structure_is_not_translated_and_gets_the_same_files(
+def test_models_of_one_structure_are_translated_once_and_get_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: dict[str, object] = {}
     monkeypatch.setattr(onnx_model, "_translations_by_structure", kept)
-    first, second = of_structure(0), of_structure(1, activations=8)
+    monkeypatch.setattr(onnx_model, "TRANSLATIONS_KEPT", 1)
+    first, second, wider = of_structure(0), of_structure(1, activations=8), of_structure(0, 64)
+
+    def files(graph: Any) -> dict[str, bytes]:
+        export_onnx(graph, tmp_path)
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
     with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
-        export_onnx(first.graph(), tmp_path / "first")
-        export_onnx(second.graph(), tmp_path / "second")
+        of_first, of_second = files(first), files(second)
         assert translations.call_count == 1
-        kept.clear()
-        export_onnx(second.graph(), tmp_path / "again")
-        assert translations.call_count == 2
-    assert contents_of(tmp_path / "second") == contents_of(tmp_path / "again")
-    assert contents_of(tmp_path / "second") != contents_of(tmp_path / "first")
-    for name, content in contents_of(tmp_path / "first").items():
+        files(wider)  # the oldest translation is dropped
+        assert len(kept) == 1
+        assert files(second) == of_second != of_first
+        assert translations.call_count == 3
+    for name, content in of_first.items():
         # torch.onnx gives every node the stack trace of its call
         assert b"stack_trace" not in content, name
         assert str(Path(onnx_model.__file__).parents[3]).encode() not in content, name
 
 
-def test_the_oldest_translation_of_another_structure_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_model, "_translations_by_structure", {})
-    monkeypatch.setattr(onnx_model, "TRANSLATIONS_KEPT", 1)
-    first, wider = of_structure(0).graph(), of_structure(0, width=64).graph()
-    with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
-        for graph in (first, wider, first):
-            export_onnx(graph, tmp_path)
-    assert translations.call_count == 3
+def test_an_exported_image_model_computes_what_was_simulated(tmp_path: Path) -> None:
+    model = make("ViT, classification")
+    quantize_(model, "w4-block32", "rtn")
+    batches = [inputs("ViT, classification", seed) for seed in range(2)]
+    simulation = simulate(model, batches[0], Schemes(Scheme(8, symmetric=False)))
+    simulation.calibrate(batches)
+    export(simulation, "onnx_each", tmp_path)
+    parity = verify_onnx_outputs(tmp_path, simulation, batches)
+    assert parity.figures["sqnr"]["logits"] > 60
+    assert parity.figures["layers"] == sum(m.kind == "activation" for m in simulation.marks)
+    rows = verify(tmp_path, simulation, batches)
+    assert rows == list(parity.checks)
+    assert {row.what for row in rows} >= {"signal to noise of output logits"}
+    assert read_session_options(tmp_path)["session.disable_quant_qdq"] == "1"  # no integer kernels
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    shapes = {value.name: shape_of(value) for value in [*graph.input, *graph.output]}
+    assert shapes == {"pixel_values": ["batch", 3, 16, 16], "logits": ["batch", 5]}
+    with pytest.raises(VerificationError, match="at least one batch"):
+        verify(tmp_path, simulation, [])
+    with pytest.raises(ExportError, match="pixel_values was not given"):
+        OnnxModel(tmp_path).run({})
+
+
+class Outputs(nn.Module):
+    """Outputs: an input, a parameter, one tensor twice, one named `mean`; values set in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(8, 8), nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, add: Tensor, ids: Tensor, unused: Tensor) -> dict[str, Tensor]:
+        y = self.first(add + 1)
+        both = torch.zeros(*y.shape[:-1], 16)
+        both[..., ::2], both[..., 1::2] = y, 2 * y
+        scaled = y * self.scale.exp()
+        result = {"mean": scaled.mean(1), "y": y, "same": y, "both": both, "ids": ids}
+        return {**result, "scale": self.scale}
+
+
+@pytest.mark.parametrize("target", ["onnx_each", "aimet"])
+def test_every_output_is_in_the_files_under_its_name(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Outputs().eval().requires_grad_(False)
+    quantize_(model, "w8-channel", "rtn")
+    floats = {"add": torch.randn(2, 4, 8), "unused": torch.randn(2, 4)}
+    batch = {**floats, "ids": torch.randint(0, 9, (2, 4))}
+    simulation = simulate(model, batch)
+    assert "unused" not in {value.name for value in simulation.placement.values}
+    simulation.calibrate([batch])
+    if target == "aimet":
+        with pytest.raises(ExportError, match="Give `sample`"):
+            export(simulation, target, tmp_path)
+    export(simulation, target, tmp_path, sample=batch)
+    rows = verify(tmp_path, simulation, [batch])
+    assert all(row.passed for row in rows)
+    outputs = [row.what.rpartition(" ")[2] for row in rows if "of output" in row.what]
+    assert outputs == ["mean", "y", "same", "both", "out_ids", "out_scale"]
+    (path,) = tmp_path.rglob("model.onnx")
+    graph = onnx.load(path).graph
+    names = {output for node in graph.node for output in node.output}
+    names |= {value.name for value in (*graph.input, *graph.initializer)}
+    assert read_encodings(path.with_name("model.encodings")).by_name.keys() <= names

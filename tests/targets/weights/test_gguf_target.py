@@ -23,7 +23,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
-from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
+from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import pack_at_, packed_weights
 from qwlora.quantize.rotation import rotate_
 from qwlora.targets.proof.contents import check_contents
@@ -37,13 +37,13 @@ from targets.weights.bundles import pack_linears, write_adapter, write_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were on a grid")
 BACKEND = TARGETS["gguf"].backend
-HEADS, KV_HEADS = 4, 2
+HEADS = 4
 
 
 def gguf_of(architecture: str, folder: Path, kind: Callable[[str], str], **changes: int) -> Path:
     """A file of a tiny model, with matrices of a kind of block."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
-    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": 2}
     sizes |= {"max_position_embeddings": 128, **changes}
     kinds = {"llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "gemma3": t.Gemma3TextConfig}
     config: Any = kinds[architecture](**sizes, tie_word_embeddings=True)
@@ -60,9 +60,8 @@ def gguf_of(architecture: str, folder: Path, kind: Callable[[str], str], **chang
 
 def tiny_gguf(folder: Path, kind: str = "Q4_0", **changes: int) -> Path:
     """A llama of one layer, with matrices of a kind of block."""
-    return gguf_of(
-        "llama", folder, lambda name: kind if name.startswith("blk") else "F32", **changes
-    )
+    kind_of = lambda name: kind if name.startswith("blk") else "F32"  # noqa: E731
+    return gguf_of("llama", folder, kind_of, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +81,9 @@ def float_model(source: Path) -> t.PreTrainedModel:
     return model.eval()
 
 
-def quantized(source: Path, scheme: Scheme) -> t.PreTrainedModel:
+def quantized(source: Path) -> Any:
     model = float_model(source)
-    if scheme.float_offset:
-        pack_linears(model, cycle([scheme]), half=True)
-    else:
-        quantize_(model, scheme, "search")
+    quantize_(model, "w4-block32", "search")
     return model
 
 
@@ -155,28 +151,9 @@ def test_a_rotated_base_of_a_gguf_file_is_written_whole(source: Path, tmp_path: 
     assert fingerprint(again) == fingerprint(model)
 
 
-def test_a_signed_base_comes_back_from_its_file(source: Path, tmp_path: Path) -> None:
-    """Codes, scales and fingerprint; from a compressed-tensors checkpoint too."""
-    model = float_model(source)
-    quantize_(model, "w4-signed32", "search")
-    for name in ("gguf", "hf"):
-        (tmp_path / name).mkdir()
-        exported = ExportedBase(model, byte_tokenizer(), source)
-        TARGETS[name].backend.write_base(exported, tmp_path / name)
-        file = tmp_path / name / BASE
-        again = load_precomputed(open_checkpoint(file if file.exists() else file.parent))
-        layers = packed_weights(again)
-        assert layers.keys() == packed_weights(model).keys()
-        for path, layer in packed_weights(model).items():
-            assert bool((layer.encoding.scale < 0).any())
-            assert layers[path].quantized.equals(layer.quantized)
-        assert fingerprint(again) == fingerprint(model)
-
-
-def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
+def with_adapter(model: Any, folder: Path) -> Any:
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.01)
@@ -184,25 +161,9 @@ def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
     return adapted.eval()
 
 
-def test_an_adapter_has_the_files_names_and_metadata(source: Path, tmp_path: Path) -> None:
-    model = load_precomputed(open_checkpoint(source))
-    write_base(BACKEND, model, tmp_path, source)
-    with_adapter(model, tmp_path / "trained/a", use_rslora=True)
-    canonical = write_adapter(BACKEND, tmp_path, "a")
-    reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
-    stored = {tensor.name: tensor.data for tensor in reader.tensors}
-    said = {"general.type": "adapter", "adapter.type": "lora"}
-    said["qwlora.base_fingerprint"] = str(canonical.base_fingerprint)
-    assert {key: reader.fields[key].contents() for key in said} == said
-    assert "adapter.lora.alpha" not in reader.fields  # the scale is in lora_b
-    a, _ = canonical.factors["model.layers.0.self_attn.q_proj"]
-    np.testing.assert_array_equal(stored["blk.0.attn_q.weight.lora_a"], a.numpy())
-    assert len(stored) == 2 * len(canonical.factors)
-
-
 @pytest.mark.client
 def test_llama_cpp_generates_what_peft_does(source: Path, tmp_path: Path) -> None:
-    model: Any = quantized(source, Scheme(4, True, PerBlock(32)))
+    model = quantized(source)
     write_base(BACKEND, model, tmp_path, source)
     adapted = with_adapter(model, tmp_path / "trained/a")
     write_adapter(BACKEND, tmp_path, "a")
@@ -222,7 +183,7 @@ def test_llama_cpp_generates_what_peft_does(source: Path, tmp_path: Path) -> Non
 
 @pytest.mark.client
 def test_llama_cpp_computes_integers_of_a_mergeable_adapter(source: Path, tmp_path: Path) -> None:
-    model: Any = quantized(source, Scheme(4, True, PerBlock(32)))
+    model = quantized(source)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
     mergeable_(adapted)
     for name, parameter in adapted.named_parameters():
@@ -396,16 +357,24 @@ def test_floats_become_short(tmp_path: Path) -> None:
     assert torch.equal(again.model.embed_tokens.weight, embedding)
 
 
-def test_an_adapter_follows_the_order_of_its_base(tmp_path: Path) -> None:
+def test_an_adapter_has_the_names_and_the_order_of_its_base(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama"])
     write_base(BACKEND, model, tmp_path)
     adapted_model(model, 4, tmp_path / "trained/a")
     canonical = write_adapter(BACKEND, tmp_path, "a")
-    stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "a" / ADAPTER).tensors}
+    reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
+    said = {"general.type": "adapter", "adapter.type": "lora"}
+    said["qwlora.base_fingerprint"] = str(canonical.base_fingerprint)
+    assert {key: reader.fields[key].contents() for key in said} == said
+    assert "adapter.lora.alpha" not in reader.fields  # the scale is in lora_b
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(stored) == 2 * len(canonical.factors)
     for layer, heads in (("q", 4), ("k", 2)):
-        _, b = canonical.factors[f"model.layers.1.self_attn.{layer}_proj"]
+        a, b = canonical.factors[f"model.layers.1.self_attn.{layer}_proj"]
+        name = f"blk.1.attn_{layer}.weight"
+        np.testing.assert_array_equal(stored[f"{name}.lora_a"], a.numpy())
         expected = in_the_files_order(b.numpy(), heads)
-        np.testing.assert_array_equal(stored[f"blk.1.attn_{layer}.weight.lora_b"], expected)
+        np.testing.assert_array_equal(stored[f"{name}.lora_b"], expected)
     assert stored["blk.0.attn_output.weight.lora_a"].shape == (3, 128)
 
 

@@ -1,8 +1,10 @@
-"""Targets with the base's integers and adapters beside it: every scheme is held exactly or refused,
-and each runtime computes what was trained."""
+"""Targets with the base's integers and adapters beside it: every scheme of docs/support.md, and some
+others, is held exactly or refused, and each runtime computes what was trained. Adapters are switched
+in one session, and compute the bits of a session of their own."""
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
@@ -12,23 +14,35 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, QwloraWarning
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
+from qwlora.targets.proof.readme import usage
+from qwlora.targets.proof.reference import LOGIT_DIFFERENCE
+from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import Backend, ExportedBase, Runtime
-from simulation.tiny_architectures import DECODER
+from qwlora.targets.target import Backend, ExportedBase, Runtime, Target
+from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
-from targets.weights.bundles import pack_linears, write_adapter, write_base
+from targets.support_matrix import SCHEMES, WEIGHTS
+from targets.weights.bundles import (
+    linears,
+    pack_linears,
+    quantized,
+    read_base,
+    write_adapter,
+    write_base,
+)
+from targets.weights.test_gguf_target import float_model, tiny_gguf
 
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
 
@@ -166,12 +180,6 @@ def test_conv1d_is_refused(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:
-    model = base("w4-block32-asymmetric", rules=MIXED)
-    with pytest.raises(ExportError, match=r"int4 asymmetric .*int8 symmetric per chan.* together"):
-        target("hf").write_base(ExportedBase(model, None), tmp_path)
-
-
 def test_a_canonical_adapter_has_one_scale_for_everyone(tmp_path: Path) -> None:
     adapted = adapters(base("w4-block32"), tmp_path / "trained")
     for adapter in ("first", "second"):
@@ -204,3 +212,178 @@ def test_an_mlx_adapter_pads_ranks(tmp_path: Path) -> None:
     write_adapter(target("mlx"), tmp_path, "second")
     tensors = load_file(tmp_path / "second" / "adapters.safetensors")
     assert {t.shape[1 if n.endswith("a") else 0] for n, t in tensors.items()} == {6}
+
+
+TEXT = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(3))
+NEW_TOKENS = 8
+STATES = ("first", "second", None, "first")
+
+
+def bundle_of(name: str, folder: Path) -> PeftModel:
+    """The files of a target: a base and adapters of different ranks and layers."""
+    kind, source = target(name), None
+    if name == "gguf":
+        source = tiny_gguf(folder)
+        model: Any = load_precomputed(open_checkpoint(source))
+    else:
+        scheme = "w4-bf16block32" if name == "executorch" else "w4-block32"
+        model = base(scheme, solver="search" if TARGETS[name].limits.has_float16_scales else "rtn")
+    write_base(kind, model, folder, source)
+    adapted = adapters(model, folder / "trained")
+    for adapter in ("first", "second"):
+        write_adapter(kind, folder, adapter)
+    return adapted
+
+
+@pytest.mark.parametrize("name", with_clients(WEIGHTS))
+def test_switched_adapters_compute_what_they_do_alone(name: str, tmp_path: Path) -> None:
+    bundle_of(name, tmp_path)
+
+    def computed(session: Any, state: str | None) -> list[tuple[torch.Tensor, list[int]]]:
+        session.use(None if state is None else tmp_path / state)
+        settings = filter(None, (session, session.shipped))
+        return [(each.logits(TEXT), each.decode(TEXT, NEW_TOKENS)) for each in settings]
+
+    alone = {s: computed(TARGETS[name].open(tmp_path), s) for s in set(STATES)}
+    together = TARGETS[name].open(tmp_path)
+    for state in STATES:
+        for (logits, tokens), (own, own_tokens) in zip(
+            computed(together, state), alone[state], strict=True
+        ):
+            assert torch.equal(logits, own)
+            assert tokens == own_tokens
+    assert len({str(found[0][0].tolist()) for found in alone.values()}) == 3
+
+
+@pytest.mark.parametrize("name", with_clients(["hf", "mlx", "genai", "executorch"]))
+def test_the_lines_of_the_readme_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle_of(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for adapter in (None, "first"):
+        lines = usage(name, "base", adapter)
+        exec(lines.partition("```python\n")[2].partition("```")[0], {})
+
+
+MATRICES = 7  # of a layer
+SIZES = {"hidden_size": 128, "intermediate_size": 256}  # matrices have blocks of 128
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+SIZES |= {"vocab_size": 300, "max_position_embeddings": 128}
+NAMES = ("w4-tensor", "w5-tensor-asymmetric", "w4-block16", "w4-lpbq32", "w7-block32", "w7-channel")
+EVERY = [*SCHEMES, *map(parse_scheme, NAMES)]
+
+
+def model_for(
+    name: str, schemes: Sequence[Scheme], folder: Path = Path()
+) -> tuple[Any, Path | None]:
+    """A float model with a matrix for each scheme, and the file that it comes from."""
+    layers = -(-len(schemes) // MATRICES)
+    if name == "gguf":
+        source = tiny_gguf(folder, "F32", **SIZES, num_hidden_layers=layers)
+        return float_model(source), source
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, num_hidden_layers=layers, tie_word_embeddings=True)
+    return with_large_weights(LlamaForCausalLM(config)), None
+
+
+def problems(target: Target, *schemes: Scheme) -> list[str]:
+    """Why a target cannot hold these schemes, one by one or together."""
+    return refusals(target, Subject(weights={str(scheme): Weight(scheme) for scheme in schemes}))
+
+
+def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
+    """The schemes that one base can have together."""
+    found: list[list[Scheme]] = []
+    for scheme in schemes:
+        group = next((g for g in found if not problems(target, *g, scheme)), None)
+        if group is None:
+            found.append([scheme])
+        else:
+            group.append(scheme)
+    return found
+
+
+def written(name: str, schemes: Sequence[Scheme], folder: Path) -> Any:
+    """A model with a matrix on each scheme; `folder`/base has its files."""
+    folder.mkdir(exist_ok=True)
+    model, source = model_for(name, schemes, folder)
+    pack_linears(model, cycle(schemes), WEIGHTS[name].limits.has_float16_scales)
+    write_base(WEIGHTS[name].backend, model, folder, source)
+    return model
+
+
+@pytest.mark.parametrize("name", ["hf", "mlx", "gguf", "qairt_pipeline"])
+def test_every_scheme_that_a_target_holds_is_read_back(name: str, tmp_path: Path) -> None:
+    target = WEIGHTS[name]
+    held = [scheme for scheme in EVERY if not problems(target, scheme)]
+    if target.limits.has_float16_scales:  # no LPBQ has such scales
+        held = [scheme for scheme in held if "lpbq" not in short_name(scheme)]
+    assert held
+    for number, schemes in enumerate(groups(target, held)):
+        folder = tmp_path / str(number)
+        model = written(name, schemes, folder)
+        found, expected = packed_weights(read_base(folder / "base")), packed_weights(model)
+        assert found.keys() == expected.keys()
+        for path, layer in expected.items():
+            values, others = found[path].tensor.dequantize(), layer.tensor.dequantize()
+            scheme = layer.encoding.scheme
+            is_turned = name not in ("hf", "gguf") and bool((layer.encoding.scale < 0).any())
+            if not is_turned:  # by others, so that scales are positive
+                assert torch.equal(found[path].codes, layer.codes), scheme
+            if name == "mlx" and not scheme.float_offset:  # it adds offset * scale
+                rounding = torch.finfo(torch.float32).eps * float(others.abs().max())
+                assert float((values - others).abs().max()) <= 2 * rounding, scheme
+            else:
+                assert torch.equal(values, others), scheme
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", with_clients(WEIGHTS))
+def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_path: Path) -> None:
+    target = WEIGHTS[name]
+    held = [scheme for scheme in SCHEMES if not problems(target, scheme)]
+    for number, schemes in enumerate(groups(target, held)):
+        folder = tmp_path / str(number)
+        model = written(name, schemes, folder)
+        torch.manual_seed(1)
+        shape = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, shape).eval()
+        save_adapter(adapted, folder / "trained" / "adapter")
+        write_adapter(target.backend, folder, "adapter")
+        runtime = target.open(folder)
+        rounding = target.backend.rounding(adapted)
+        parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(TEXT), rounding)
+        assert parity.problems == [], ", ".join(map(short_name, schemes))
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "openvino"])  # it holds all
+def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
+    target = WEIGHTS[name]
+    lacking = [scheme for scheme in EVERY if problems(target, scheme)]
+    assert lacking
+    with pytest.raises(ExportError) as refusal:
+        written(name, lacking, tmp_path)
+    (more,) = re.findall(r"; and (\d+) more", str(refusal.value)) or ["0"]
+    listed = sum(f"{scheme}: " in str(refusal.value) for scheme in lacking)
+    assert listed + int(more) == len({*lacking})
+    assert list((tmp_path / "base").iterdir()) == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_layer_whose_integers_are_off_by_one_is_noticed() -> None:
+    """By the limit that runtimes keep, whichever layer and scheme it is."""
+    model, _ = model_for("hf", SCHEMES)
+    found = [
+        (module, quantized(module.weight.detach(), scheme))
+        for (_, module), scheme in zip(linears(model), cycle(SCHEMES), strict=False)
+    ]
+    for module, tensor in found:
+        module.weight.copy_(tensor.dequantize())
+    expected = model(TEXT).logits
+    for module, tensor in found:
+        module.weight.copy_(tensor.encoding.dequantize(tensor.codes.int() + 1))
+        difference = (model(TEXT).logits - expected).abs().max()
+        assert difference > 10 * LOGIT_DIFFERENCE * expected.abs().max(), tensor.encoding.scheme
+        module.weight.copy_(tensor.dequantize())

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from formats.packing import quantized
+from formats.packing import packed_and_twin, quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
-from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
+from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.packed_layer import PackedEmbedding, pack_parameter_, place_empty_
 from qwlora.nn.packed_tensor import PackedTensor
@@ -75,19 +75,16 @@ def cases() -> dict[str, tuple[nn.Module, Tensor]]:
     }
 
 
-def packed_and_twin(module: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, nn.Module]:
+def layer_and_twin(module: nn.Module, scheme: Scheme | str) -> tuple[Any, Any]:
     """A packed layer and its float twin."""
-    found = quantized(weight_out_in(module), scheme)
-    layer, twin, values = pack_module(module, found), copy.deepcopy(module), found.dequantize()
-    values = values.T.contiguous() if isinstance(module, Conv1D) else values
-    twin.weight.data = values.view(module.weight.shape)
-    return layer, twin
+    packed, twin = packed_and_twin(nn.Sequential(module), scheme)
+    return packed[0], twin[0]
 
 
 def pair(name: str, scheme: Scheme | str = "w4-block16") -> tuple[nn.Module, nn.Module, Tensor]:
     """A packed layer, its float twin, an input."""
     module, x = cases()[name]
-    return *packed_and_twin(module, scheme), x
+    return *layer_and_twin(module, scheme), x
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -291,7 +288,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("x", FEATURES)
 def test_linear_layers(x: str, layer: str, few_rows: bool) -> None:
     torch.manual_seed(0)
-    ours, twin = packed_and_twin(LAYERS[layer](), "w8-channel")
+    ours, twin = layer_and_twin(LAYERS[layer](), "w8-channel")
     if layer == "Conv1D":  # it becomes a linear layer
         linear = nn.Linear(32, 48)
         linear.weight.data, linear.bias = twin.weight.data.T.contiguous(), twin.bias
@@ -328,7 +325,7 @@ IDS: dict[str, Any] = {
 @pytest.mark.parametrize("index", IDS)
 def test_embeddings(index: str, scheme: str) -> None:
     torch.manual_seed(0)
-    layer, twin = packed_and_twin(nn.Embedding(40, 32), scheme)
+    layer, twin = layer_and_twin(nn.Embedding(40, 32), scheme)
     assert_same(*(outcome(lambda m=m: m(IDS[index])) for m in (layer, twin)))
     for padding in (None, 3, -1, 40):
         calls = (
@@ -387,7 +384,7 @@ def weights(kind: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     if kind != "experts":
         module = nn.Linear(32, 48) if kind == "matrix" else nn.Conv1d(4, 6, 3)
-        layer, twin = packed_and_twin(module, "w8-channel")
+        layer, twin = layer_and_twin(module, "w8-channel")
         return layer.weight, twin.weight.detach()
     module = nn.Module()
     module.up = nn.Parameter(floats(3, 16, 32))

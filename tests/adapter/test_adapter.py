@@ -1,10 +1,9 @@
-"""Adapters record their base, load in PEFT, and work with custom loops and custom bases."""
+"""Adapters record their base, and load in PEFT; what does not fit or changed is refused."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from adapter.small_models import SMALL as SIZES
 from attack.hostile_models import edit, tensors
-from conftest import packed_model, tiny_model
-from qwlora import fingerprint, load_adapter, save_adapter
+from conftest import byte_tokenizer, packed_model, tiny_model
+from qwlora import fingerprint, load_adapter, load_base, save_adapter, save_base
 from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.attach import (
     LoraShape,
@@ -26,7 +26,6 @@ from qwlora.adapter.attach import (
     check_shape,
     check_trainable,
 )
-from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.formats.manifest import UnverifiedWarning
 
@@ -54,13 +53,19 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def test_refuses_trainable_base_parameters() -> None:
+def test_only_finite_parameters_of_the_adapter_may_be_trainable() -> None:
     model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"would change .*embed_tokens.weight.* requires_grad"):
         check_trainable(model)
     with pytest.raises(TrainingError, match="no trainable parameter"):
         check_trainable(base())
+    for value in (torch.nan, torch.inf):
+        model = attach(base(), LoraShape(4, 8), seed=0)
+        name = next(name for name, p in model.named_parameters() if p.requires_grad)
+        model.get_parameter(name).data.view(-1)[5] = value
+        with pytest.raises(TrainingError, match=f"{name} has values that are not finite before"):
+            check_trainable(model)
 
 
 @pytest.mark.parametrize(
@@ -104,60 +109,65 @@ def test_attach_is_seeded() -> None:
     assert not any(torch.equal(other[n], p) for n, p in first.items())
 
 
+def qwen3() -> PreTrainedModel:
+    return base("qwen3")
+
+
+def convolutional() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
+    return Lfm2ForCausalLM(config).requires_grad_(False).eval()
+
+
+def shaped(**shape: Any) -> Callable[[Any], PeftModel]:
+    return lambda model: attach(model, LoraShape(4, 8, **shape), seed=0)
+
+
+def with_biases(model: Any) -> PeftModel:
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_bias=True))
+
+
 RANKS = {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}
-KINDS: dict[str, LoraShape] = {
-    "plain": LoraShape(4, 8),
-    "rslora": LoraShape(4, 8, rslora=True),
-    "dora": LoraShape(4, 8, dora=True),
-    "patterns": LoraShape(4, 8, rank_pattern=RANKS, alpha_pattern={"q_proj": 3}),
-    "layers": LoraShape(4, 8, target_modules=["q_proj", "down_proj"], layers=[1]),
-    "embedding": LoraShape(4, 8, target_modules=["embed_tokens", "q_proj"]),
+KINDS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[Any], PeftModel]]] = {
+    "plain": (qwen3, shaped()),
+    "rslora": (qwen3, shaped(rslora=True)),
+    "dora": (qwen3, shaped(dora=True)),
+    "patterns": (qwen3, shaped(rank_pattern=RANKS, alpha_pattern={"q_proj": 3})),
+    "layers": (qwen3, shaped(target_modules=["q_proj", "down_proj"], layers=[1])),
+    "embedding": (qwen3, shaped(target_modules=["embed_tokens", "q_proj"])),
+    "biases": (lambda: base("opt"), with_biases),
+    "float base": (lambda: tiny_model("llama").requires_grad_(False), shaped()),
+    "convolution": (
+        convolutional,
+        shaped(target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16}),
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*A 1-D or zero-sized lora_A / lora_B tensor")
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_path: Path) -> None:
-    model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
+    make, adapt = KINDS[kind]
+    model = drawn(adapt(make()))
+    weights = dict(model.named_parameters())
     if kind == "patterns":
-        weights = dict(model.named_parameters())
         for layer, rank in (("0.self_attn.q_proj", 2), ("1.mlp.up_proj", 8), ("0.mlp.up_proj", 4)):
             weight = weights[f"base_model.model.model.layers.{layer}.lora_A.default.weight"]
             assert weight.shape == (rank, 64)
+    convolutions = [n for n, p in weights.items() if "lora_A" in n and p.ndim == 3]
+    assert len(convolutions) == (kind == "convolution")
     save_adapter(model, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, FILE}
-    assert torch.equal(logits(load_adapter(base("qwen3"), tmp_path).eval()), logits(model))
-    alone = PeftModel.from_pretrained(base("qwen3"), str(tmp_path)).eval()
+    loaded = load_adapter(make(), tmp_path, is_trainable=True)
+    assert check_trainable(loaded) == check_trainable(model)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    alone = PeftModel.from_pretrained(make(), str(tmp_path)).eval()
     assert torch.equal(logits(alone), logits(model))
+    assert not torch.equal(logits(make()), logits(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
-    loaded = load_adapter(base("qwen3"), tmp_path, is_trainable=True)
-    assert check_trainable(loaded) == check_trainable(attach(base("qwen3"), KINDS[kind], seed=0))
-
-
-@pytest.mark.filterwarnings("ignore:.*A 1-D or zero-sized lora_A / lora_B tensor")
-def test_biases_of_an_adapter_are_loaded(tmp_path: Path) -> None:
-    settings = LoraConfig(r=4, target_modules="all-linear", lora_bias=True)
-    model = drawn(get_peft_model(base("opt"), settings))
-    save_adapter(model, tmp_path)
-    assert torch.equal(logits(load_adapter(base("opt"), tmp_path).eval()), logits(model))
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
-def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
-    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1}
-    config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
-
-    def convolutional() -> PreTrainedModel:
-        torch.manual_seed(0)
-        return Lfm2ForCausalLM(config).requires_grad_(False).eval()
-
-    shape = LoraShape(4, 8, target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16})
-    model = drawn(attach(convolutional(), shape, seed=0))
-    factors = [m for name, m in model.named_modules() if "lora_A" in name]
-    assert sum(isinstance(m, torch.nn.Conv1d) for m in factors) == 1
-    save_adapter(model, tmp_path)
-    assert torch.equal(logits(load_adapter(convolutional(), tmp_path).eval()), logits(model))
-    assert not torch.equal(logits(convolutional()), logits(model))
 
 
 def test_the_base_that_an_adapter_records_is_needed_and_compared(tmp_path: Path) -> None:
@@ -186,17 +196,23 @@ def config(**values: Any) -> Change:
     return lambda folder: edit(CONFIG, **values)(folder, folder)
 
 
-def weights(**added: tuple[int, ...]) -> Change:
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    return lambda folder: tensors(change, WEIGHTS)(folder, folder)
+
+
+def added(**shapes: tuple[int, ...]) -> Change:
     """More weights, of these shapes."""
-    more = {f"base_model.model.model.{n}.weight": torch.ones(shape) for n, shape in added.items()}
-    return lambda folder: tensors(lambda found: found.update(more), WEIGHTS)(folder, folder)
+    more = {f"base_model.model.model.{n}.weight": torch.ones(shape) for n, shape in shapes.items()}
+    return weights(lambda found: found.update(more))
 
 
 def value(part: str, number: float) -> Change:
+    """Another value in the first weight with `part` in its name."""
+
     def change(found: dict[str, torch.Tensor]) -> None:
         next(tensor for name, tensor in found.items() if part in name)[-1, 1] = number
 
-    return lambda folder: tensors(change, WEIGHTS)(folder, folder)
+    return weights(change)
 
 
 UP = "layers.7.mlp.up_proj.lora_"
@@ -206,6 +222,7 @@ WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), r"\.bin\).*runs code"),
     (lambda folder: (folder / CONFIG).unlink(), rf"has no {CONFIG}"),
     (lambda folder: (folder / CONFIG).write_text("{"), rf"{CONFIG}.* cannot be read"),
+    (lambda folder: (folder / CONFIG).write_text("[]"), f"{CONFIG} is not a mapping"),
     (lambda folder: (folder / CONFIG).write_text("[" * 100_000), rf"{CONFIG}.* cannot be read"),
     (config(peft_type="IA3"), "IA3; only LORA"),
     (config(r=3), "asks for rank 3, but the weights have at most 2"),
@@ -221,9 +238,13 @@ WRONG: list[tuple[Change, str]] = [
     (config(alora_invocation_tokens=[7]), r"alora_invocation_tokens: \[7\]"),
     (value("1.mlp.up_proj.lora_A", float("nan")), "1.mlp.up_proj.lora_A.weight .*not finite"),
     (value("0.mlp.down_proj.lora_B", -torch.inf), "0.mlp.down_proj.lora_B.weight .*not finite"),
-    (weights(**{f"{UP}A": (2, 64), f"{UP}B": (128, 2)}), "2 weights differ.*layers.7.mlp"),
-    (weights(embed_tokens=(260, 64)), "embed_tokens.*save_embedding_layers=False"),
-    (weights(**{"layers.0.input_layernorm": (64,)}), "input_layernorm.weight would replace"),
+    (added(**{f"{UP}A": (2, 64), f"{UP}B": (128, 2)}), "2 weights differ.*layers.7.mlp"),
+    (
+        weights(lambda found: found.pop(next(n for n in found if "lora_A" in n))),
+        r"lora_B\.weight has no matching lora_A",
+    ),
+    (added(embed_tokens=(260, 64)), "embed_tokens.*save_embedding_layers=False"),
+    (added(**{"layers.0.input_layernorm": (64,)}), "input_layernorm.weight would replace"),
 ]
 
 
@@ -245,47 +266,6 @@ def test_a_wrong_adapter_is_refused_with_a_base_and_before_there_is_one(
         assert str(tmp_path) in str(caught.value)
 
 
-def own_loop(model: Any, steps: int = 8) -> list[float]:
-    """A plain training loop over a data loader."""
-    shuffled = {"shuffle": True, "generator": torch.Generator().manual_seed(0)}
-    batches = torch.utils.data.DataLoader(torch.arange(256).view(8, 32), 2, **shuffled)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
-    while len(losses) < steps:
-        for ids in batches:
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-    return losses
-
-
-def frozen() -> PreTrainedModel:
-    """A base of the user's own: floats on a grid."""
-    model = tiny_model("llama").requires_grad_(False)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
-            step = layer.weight.abs().max() / 7
-            layer.weight.copy_((layer.weight / step).round() * step)
-    return model
-
-
-@pytest.mark.parametrize(("make", "chunked"), [(base, False), (base, True), (frozen, False)])
-def test_custom_loop_trains_on_a_frozen_base(make: Any, chunked: bool, tmp_path: Path) -> None:
-    model = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear"))
-    identity = fingerprint(model)
-    with ChunkedLoss(model) if chunked else nullcontext():
-        losses = own_loop(model)
-    assert losses[-1] < losses[0]
-    assert fingerprint(model) == identity
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(make(), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model.eval()))
-    with pytest.raises(FingerprintError):
-        load_adapter(frozen() if make is base else base(), tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("by", ["get_peft_model", "inject_adapter_in_model"])
 def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: Path) -> None:
@@ -297,6 +277,8 @@ def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: 
         model = inject_adapter_in_model(config, base(), adapter_name="one")
         inject_adapter_in_model(config, model, adapter_name="two")
     drawn(model)
+    save_adapter(model, tmp_path / "both")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"one", "two"}
     save_adapter(model, tmp_path / "two", adapter="two")
     assert not (tmp_path / "two" / "two").exists()
     loaded = load_adapter(base(), tmp_path / "two", adapter_name="mine").eval()
@@ -310,6 +292,8 @@ def test_one_of_several_adapters_is_saved_and_loaded_by_name(by: str, tmp_path: 
     assert list(loaded.peft_config) == ["mine", "second"]
     with pytest.raises(SourceError, match="has no adapter 'c'; it has mine, second"):
         save_adapter(loaded, tmp_path / "c", adapter="c")
+    with pytest.raises(SourceError, match="LlamaForCausalLM has no adapter to save"):
+        save_adapter(base(), tmp_path / "none")
 
 
 @UNVERIFIED
@@ -322,8 +306,75 @@ def test_refuses_transposed_weights_where_the_model_has_none(tmp_path: Path) -> 
     with pytest.raises(SourceError, match="fan_in_fan_out: true"):
         check_existing(str(tmp_path / "llama"), "accept", tiny_model("llama"))
     assert check_existing(str(tmp_path / "gpt2"), "accept", tiny_model("gpt2"))
-
-
-def test_what_is_neither_a_folder_nor_a_hub_id_is_no_adapter() -> None:
     with pytest.raises(SourceError, match="neither a folder nor a hub id"):
         check_existing("nothing/here/at all")
+
+
+def adapted(model: PreTrainedModel) -> PeftModel:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_base(qwen3(), folder, byte_tokenizer(), source="here")
+    return folder
+
+
+def step(model: Any, everything: bool = True) -> None:
+    """One step of an optimizer, which was given every parameter, frozen or not."""
+    if everything:
+        model.requires_grad_(True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).step()
+
+
+def replace_layer(model: Any) -> None:
+    model.get_base_model().model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an optimizer": (step, r".*lm_head\.weight"),
+    "a norm": (lambda m: m.get_base_model().model.norm.weight.data.mul_(2), "model.norm.weight"),
+    "a new layer": (replace_layer, "model.layers.0.mlp.up_proj.weight"),
+    "casting back": (lambda m: m.to(torch.bfloat16).to(torch.float32), r".*lm_head\.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        *((how, None) for how in CHANGES),
+        *(("an optimizer", dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_refuses_a_base_that_was_changed(
+    how: str, dtype: torch.dtype | None, folder: Path, tmp_path: Path
+) -> None:
+    """The base was quantized in this process, or loaded from a folder in a given type."""
+    change, names = CHANGES[how]
+    model = adapted(load_base(folder, dtype) if dtype else qwen3())
+    save_adapter(model, tmp_path / "before")
+    change(model)
+    with pytest.raises(FingerprintError, match=rf"of the base changed.*: {names}"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    load_adapter(load_base(folder, dtype or torch.float32), tmp_path / "before")
+
+
+def test_what_does_not_change_the_base_is_saved(tmp_path: Path) -> None:
+    model = adapted(qwen3())
+    compiled = torch.compile(model, backend="eager")
+    assert fingerprint(compiled) == fingerprint(qwen3())
+    step(model, everything=False)
+    save_adapter(compiled, tmp_path / "compiled")
+    save_adapter(model.to(torch.bfloat16), tmp_path / "cast")  # type: ignore[arg-type]
+    load_adapter(qwen3(), tmp_path / "compiled")
+
+
+def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:
+    model = qwen3()
+    model.model.norm.weight.data.mul_(2)
+    save_base(model, tmp_path, byte_tokenizer(), source="here")
+    save_adapter(adapted(model), tmp_path / "adapter")
+    load_adapter(load_base(tmp_path), tmp_path / "adapter")

@@ -57,10 +57,15 @@ def assert_same(model: torch.nn.Module, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *LOGIT_CHANGES, *OTHERS])
-def test_loss_and_gradients_match_the_models_own(name: str) -> None:
+def test_loss_and_gradients_match_the_models_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = built(name)
     assert_same(model)
     assert_same(model, num_items_in_batch=torch.tensor(77))
+    shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.CHUNK_LOGITS", 1000 * VOCABULARY)
+    assert_same(model, shift_labels=shifted)  # in a single chunk
     assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # the own forward is restored
 
 
@@ -73,13 +78,6 @@ def test_adapter_on_the_head_gets_gradients(name: str) -> None:
     peft = get_peft_model(model.requires_grad_(False), config).eval()
     assert_same(peft)
     assert any("lm_head.lora_A" in n for n in loss_and_gradients(peft)[1])
-
-
-def test_shifted_labels_and_a_single_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.chunked_loss.CHUNK_LOGITS", 1000 * VOCABULARY)
-    model = tiny_model("llama")
-    shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].contiguous()
-    assert_same(model, shift_labels=shifted)
 
 
 class _Largest(TorchDispatchMode):
@@ -184,7 +182,6 @@ def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
 def test_the_weight_of_the_head_is_never_whole(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool, packs: bool
 ) -> None:
-    """A packed one is unpacked, and a float one rounded for autocast, slice by slice."""
     monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)
     model = tiny_model(name).requires_grad_(False)
     if packs:

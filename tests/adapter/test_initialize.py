@@ -25,7 +25,7 @@ from qwlora.quantize.tuned_parameters import Tunable
 
 
 def weights_of(reference: torch.nn.Module) -> Callable[[str], Tensor]:
-    return lambda path: weight_out_in(reference.get_submodule(path))
+    return lambda path: weight_out_in(reference.get_submodule(path)).detach()
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -40,16 +40,15 @@ def product(layer: Any) -> Tensor:
 
 
 def correlated(columns: int) -> Tensor:
-    x = torch.randn(500, columns, generator=torch.Generator().manual_seed(1)) @ torch.randn(
-        columns, columns, generator=torch.Generator().manual_seed(2)
-    )
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, columns, generator=generator)
+    x = x @ torch.randn(columns, columns, generator=generator)
     return x.T @ x / len(x)
 
 
 @pytest.mark.parametrize(("out", "columns"), [(24, 40), (40, 24), (24, 24)])
 def test_correction_is_optimal_for_its_rank(out: int, columns: int) -> None:
-    """Compared with the Eckart-Young bound, the error of a truncated SVD in the norm of inputs and
-    outputs; with symmetric roots where the code uses Cholesky factors."""
+    """The Eckart-Young bound, with symmetric roots where the code uses Cholesky factors."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
     b, a, found = Measure(None).best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
@@ -151,7 +150,7 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
     for path, layer in layers.items():
         assert torch.equal(layer.lora_A["default"].weight[ranks:], own[path][ranks:])
         assert not layer.lora_B["default"].weight[:, ranks:].any()
-        weight = weight_out_in(reference.get_submodule(path)).detach()
+        weight = weights_of(reference)(path)
         difference = weight - layer.get_base_layer().tensor.dequantize()
         left = difference - 3 * product(layer)
         bound = torch.linalg.svdvals(difference)[ranks:].square().sum()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import qwlora
 from conftest import tiny_model
+from formats.packing import quantized as measured
 from qwlora.adapter.adapter_files import adapter_report
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import CaptureError, ExportError, FingerprintError, MergeError, TrainingError
-from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.quantize.layer_rules import LayerRule
@@ -56,24 +56,20 @@ def in_a_float_offset() -> Any:
     """On GGUF's Q4_1 grid."""
     model = tiny_model("llama", layers=1)
     scheme = Scheme(4, False, PerBlock(32), float_offset=True)
-    grids = {}
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear):
-            encoding = measure(module.weight.detach(), scheme)
-            codes = encoding.quantize(module.weight.detach())
-            grids[f"model.{name}.weight"] = QuantizedTensor(codes, encoding)
-    qwlora.freeze_(model, grids)
+    names = [f"model.{n}.weight" for n, m in model.model.named_modules() if type(m) is nn.Linear]
+    qwlora.freeze_(model, {name: measured(model.get_parameter(name), scheme) for name in names})
     return model
 
 
 def bases() -> dict[str, Any]:
-    made = {grid: lambda grid=grid: quantized(grid) for grid in GRIDS}
-    made["float offset"] = in_a_float_offset
-    made["input channels"] = lambda: quantized(Scheme(4, True, PerChannel(1)))
-    made["gpt2"] = lambda: quantized("w4-block32", "gpt2")
-    made["falcon"] = lambda: quantized("w4-block32", "falcon")
-    made["bfloat16"] = lambda: quantized("w4-block32").to(torch.bfloat16)
-    return made
+    return {
+        **{grid: lambda grid=grid: quantized(grid) for grid in GRIDS},
+        "float offset": in_a_float_offset,
+        "input channels": lambda: quantized(Scheme(4, True, PerChannel(1))),
+        "gpt2": lambda: quantized("w4-block32", "gpt2"),
+        "falcon": lambda: quantized("w4-block32", "falcon"),
+        "bfloat16": lambda: quantized("w4-block32").to(torch.bfloat16),
+    }
 
 
 def in_lanes(*fast: str, slow: Sequence[str]) -> list[Any]:
@@ -89,12 +85,10 @@ def rounded(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, layer in packed_weights(model).items():
         path = name.removesuffix(".weight")
-        owner = next(
-            (m for p, m in model.named_modules() if p.endswith(f"{path}") and hasattr(m, "r")), None
-        )
         values = layer.quantized.dequantize().double()
-        if isinstance(owner, LoraLayer):
-            values += owner.get_delta_weight("default").double().reshape(values.shape)
+        for name_in_peft, owner in model.named_modules():
+            if name_in_peft.endswith(path) and isinstance(owner, LoraLayer):
+                values += owner.get_delta_weight("default").double().reshape(values.shape)
         found[name] = layer.encoding.quantize(values)
     return found
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
 
 from conftest import tiny_model
 from qwlora.adapter.adapter_folder import save_adapter
@@ -37,7 +36,7 @@ def test_a_padded_adapter_computes_the_same_and_is_restored(tmp_path: Path) -> N
     with torch.no_grad():
         expected = model(IDS).logits
     save_adapter(model, tmp_path / "before", "fingerprint")
-    before = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
+    before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
     with padded_adapters(model, ["default"], {Q: 6, V: 6}):
         weights = {n: p for n, p in model.named_parameters() if "lora" in n}
         assert len(weights) == 4
@@ -50,16 +49,12 @@ def test_a_padded_adapter_computes_the_same_and_is_restored(tmp_path: Path) -> N
             next(w for n, w in weights.items() if "q_proj.lora_A" in n).fill_(1)
             next(w for n, w in weights.items() if "q_proj.lora_B" in n).fill_(1)
             assert not torch.allclose(model(IDS).logits, expected)
-    after = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
-    assert [(n, id(p), trains) for n, p, trains in after] == [
-        (n, id(p), trains) for n, p, trains in before
-    ]
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == before
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, expected)
     save_adapter(model, tmp_path / "after", "fingerprint")
-    saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("before", "after")]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_only_the_named_layers_are_wrapped() -> None:

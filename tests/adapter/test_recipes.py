@@ -100,7 +100,7 @@ PARTS = [{"name": part, "target_parameters": [f"x.{part}"]} for part in ("up", "
         ("={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}", "'mlp.(up' is not a reg"),
         (".target_modules='*.down_proj'", "_modules: '*.down_proj' is not a regular expression"),
         (
-            "={name: a, target_parameters: [experts.up], dropout: 0.1, dora: true, layers: [0]}",
+            "={name: a, target_parameters: [up], dropout: 0.1, dora: true, layers: [0]}",
             ": dropout, dora, layers: PEFT",
         ),
         ("={name: a, patience: 2}", ": patience counts evaluations"),
@@ -115,21 +115,13 @@ def test_recipe_problems_are_found_first(recipe_for: Any, change: str, message: 
     assert message in "\n".join(caught.value.problems)
 
 
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("c_attn", "does not fit LlamaForCausalLM: Target modules .*c_attn"),
-        ("lm_head", r"weights differ.*lm_head.lora_A.* needs \[2, 64\], the file has \[2, 48\]"),
-    ],
-)
-def test_unfit_start_is_refused(recipe_for: Any, tmp_path: Path, target: str, message: str) -> None:
+def test_unfit_start_is_refused(recipe_for: Any, tmp_path: Path) -> None:
     sizes = {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 128, "vocab_size": 260}
     model = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False))
-    config = LoraConfig(r=2, target_modules=[target], fan_in_fan_out=target == "c_attn")
-    save_adapter(get_peft_model(model, config), tmp_path / "a")
+    save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"])), tmp_path / "a")
     adapters = [{"name": "a", "continue_from": str(tmp_path / "a"), "steps": 0}]
-    path = recipe_for("qwen3" if target == "lm_head" else "llama", adapters=adapters)
-    assert_refused(path, tmp_path / "out", SourceError, message)
+    message = r"weights differ.*lm_head.lora_A.* needs \[2, 64\], the file has \[2, 48\]"
+    assert_refused(recipe_for("qwen3", adapters=adapters), tmp_path / "out", SourceError, message)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -174,14 +166,8 @@ def test_fused_experts_get_adapters(
     ("wrong", "message"),
     [
         ({"target_modules": ["q_proj", "qproj"]}, "target_modules 'qproj'"),
-        (
-            {"target_parameters": [EXPERTS[0], "experts.down_prj"]},
-            "target_parameters 'experts.down_prj'.*mlp.experts.down_proj",
-        ),
-        (
-            {"target_parameters": ["self_attn.k_proj.weight"]},
-            "k_proj.weight belongs to a layer; name the layer in target",
-        ),
+        ({"target_parameters": [EXPERTS[0], "experts.down_prj"]}, "'experts.down_prj'.*down_proj"),
+        ({"target_parameters": ["self_attn.k_proj.weight"]}, "k_proj.weight belongs to a layer"),
         ({"target_parameters": ["input_layernorm.weight"]}, "1 dimensional Parameter"),
     ],
 )

@@ -1,7 +1,6 @@
 """Recovery: the loss equals its definition and brings the model closer to the float model."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,12 @@ def test_padding_does_not_count() -> None:
 
 @pytest.mark.parametrize("name", LOGIT_CHANGES)
 def test_models_that_change_their_logits_are_recovered(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     losses = []
-    for loss in ("chunked", "own"):
-        if loss == "own":
-            monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", nullcontext)
+    for loss in ("chunked_loss", "own_loss"):
+        if loss == "own_loss":
+            request.getfixturevalue(loss)
         teacher = built(name)
         model = copy.deepcopy(teacher)
         quantize_(model, "w2-block16-asymmetric", "rtn")
@@ -110,15 +109,6 @@ def test_recovery_gets_closer_to_the_float_model(tmp_path: Path) -> None:
         distances[name] = float(off.square().mean())
     assert distances["recovery"] < 0.8 * distances["base"]
     assert distances["recovery"] < 0.8 * distances["text"]
-
-
-def test_one_recovery_starts_two_adapters(job_for: Any) -> None:
-    back = {"name": "back", "objective": "recovery", "rank": 4, "steps": 4, "warmup_steps": 1}
-    further = {"continue_from": "back", "steps": 2, "warmup_steps": 1}
-    job = job_for(adapters=[back, *({"name": name, **further} for name in ("one", "two"))])
-    assert job.run("quantize", "train")["train"].keys() == {"back", "one", "two"}
-    job.run("quantize", "train", changes=["adapters.0.steps=5"], replace=("back", "one", "two"))
-    assert job.done == ["train/back", "train/one", "train/two"]
 
 
 def test_refuses_a_later_start_and_recovery_without_floats(recipe_for: Any) -> None:

@@ -151,10 +151,6 @@ def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
         assert losses == pytest.approx(expected, rel=0.02)
 
 
-def ends(report: TrainingReport) -> tuple[Any, ...]:
-    return report.best_step, report.steps, report.losses, report.evaluations
-
-
 def killed_after(step: int) -> Any:
     """A progress callback that ends the run after `step`, before its checkpoint is written."""
 
@@ -171,7 +167,6 @@ def killed_after(step: int) -> Any:
 def test_the_best_evaluation_is_kept_wherever_runs_are_killed(
     tmp_path: Path, patience: int
 ) -> None:
-    """Killed between evaluations, after each one without improvement, and when all is done."""
     often = {"evaluation_steps": 3, "patience": patience, "checkpoint_steps": 1}
     settings = replace(SETTINGS, steps=60, learning_rate=2e-2, **often)
     whole = adapted()
@@ -190,14 +185,9 @@ def test_the_best_evaluation_is_kept_wherever_runs_are_killed(
         again = adapted()
         found = train_adapter(again, IDS, settings, tmp_path / "killed", held_out=OTHER)
         assert found.resumed_from_step >= least
-        assert ends(found) == ends(expected)
+        for key in ("best_step", "steps", "losses", "evaluations"):
+            assert getattr(found, key) == getattr(expected, key)
         assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(again).items())
-
-
-def edited(row: int, column: int, value: int) -> Tensor:
-    ids = IDS.clone()
-    ids[row, column] = value
-    return ids
 
 
 @pytest.mark.parametrize(
@@ -206,8 +196,8 @@ def edited(row: int, column: int, value: int) -> Tensor:
         (IDS[:0], "training text has no sequence"),
         (IDS[:, :1], "fewer than two tokens"),
         (Sequences(IDS, torch.full_like(IDS, IGNORED)), "all labels are -100"),
-        (edited(1, 2, 260), "to 260, but the model's vocabulary has 260"),
-        (edited(0, 5, -3), "range from -3 to"),
+        (torch.where(IDS == 34, 260, IDS), "to 260, but the model's vocabulary has 260"),
+        (torch.where(IDS == 5, -3, IDS), "range from -3 to"),
         (IDS.double(), "input_ids are torch.float64"),
     ],
 )
@@ -241,15 +231,6 @@ def test_non_finite_loss_and_gradient_name_step_and_layer(tmp_path: Path) -> Non
     with pytest.raises(TrainingError, match=rf"not finite at step 1; .* {name}.weight;"):
         train_adapter(model, IDS, SETTINGS, tmp_path / "gradient")
     assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_adapter_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
-    model = adapted()
-    name = [name for name, p in model.named_parameters() if p.requires_grad][3]
-    model.get_parameter(name).data.view(-1)[5] = value
-    with pytest.raises(TrainingError, match=f"{name} has values that are not finite before"):
-        train_adapter(model, IDS, SETTINGS, tmp_path)
 
 
 def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Model(nn.Module):
         encoding = measure(weight, Scheme(4, False, PerBlock(8)))
         self.fc = packed(encoding, weight)
         self.fc.register_buffer("cache", torch.zeros(3), persistent=False)
-        self.norm = nn.LayerNorm(16)
+        self.norm = nn.LayerNorm(16, eps=0.25)
         self.head = nn.Linear(16, 4, bias=False)
         self.tied = nn.Linear(16, 4, bias=False)
         self.tied.weight = self.head.weight
@@ -92,7 +92,7 @@ def test_any_change_of_the_base_changes_it():
         assert tensor_digest("x", "", strided) == tensor_digest("x", "", strided.clone())
 
 
-def test_an_adapter_and_a_forward_pass_leave_it_alone(model):
+def test_adapters_and_wrappers_leave_it_alone(model):
     before, names = fingerprint(model), set(base_tensors(model))
     # tied tensors are listed once
     packed = {"fc.packed", "fc.scale", "fc.zero_point", "fc.bias"}
@@ -102,13 +102,16 @@ def test_an_adapter_and_a_forward_pass_leave_it_alone(model):
     model.train()
     model.norm.weight.requires_grad_(False)
     assert fingerprint(model) == before
-    config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(model, config)
-    assert any("lora_A" in name for name, _ in wrapped.named_parameters())
-    assert fingerprint(wrapped) == fingerprint(wrapped.base_model.model) == before
-    assert set(base_tensors(wrapped)) == names
-    wrapped.base_model.model.norm.bias.data[0] += 1
-    assert fingerprint(wrapped) != before
+    lora = {"target_modules": ["head"], "modules_to_save": ["norm"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, **lora))
+    for wrapped in (nn.DataParallel(model), torch.compile(model), adapted):
+        assert fingerprint(wrapped) == before
+        assert set(base_tensors(wrapped)) == names
+    assert fingerprint(adapted.base_model.model) == before
+    adapted.base_model.model.norm.original_module.bias.data[0] += 1
+    assert fingerprint(adapted) != before
+    inside = nn.Sequential(torch.compile(nn.Linear(8, 8)))
+    assert set(base_tensors(inside)) == {"0.weight", "0.bias"}
 
 
 class Layered(nn.Module):
@@ -125,9 +128,7 @@ class Layered(nn.Module):
 def with_adapters(*names):
     """Every kind of parameter that PEFT's LoRA has, its values counted from the adapter's place among `names`."""
     layers = ["layers.0", "layers.1", "words"]
-    config = peft.LoraConfig(
-        r=2, target_modules=layers, use_dora=True, lora_bias=False, modules_to_save=["head"]
-    )
+    config = peft.LoraConfig(r=2, target_modules=layers, use_dora=True, modules_to_save=["head"])
     wrapped = peft.get_peft_model(Layered(), config, adapter_name=names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, config)
@@ -197,9 +198,7 @@ def test_the_fingerprint_of_a_base_stays_over_versions(
     "changes",
     [
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
         {"rms_norm_eps": 1e-5},
-        {"hidden_act": "gelu"},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     ],
     ids=str,
@@ -305,11 +304,8 @@ IMAGE, ROWS = torch.randn(1, 4, 9, 9), torch.randn(2, 3, 8)
     [
         (nn.LayerNorm(8), nn.LayerNorm(8, eps=0.25), ROW),
         (nn.GroupNorm(2, 4), nn.GroupNorm(4, 4), IMAGE),
-        (nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5), IMAGE),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), IMAGE),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), IMAGE),
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dilation=2), IMAGE),
-        (nn.AvgPool2d(3), nn.AvgPool2d(3, stride=1), IMAGE),
         (nn.ReLU(), nn.GELU(), ROW),
         (nn.GELU(), nn.GELU(approximate="tanh"), ROW),
         (nn.LeakyReLU(), nn.LeakyReLU(0.5), ROW),
@@ -359,18 +355,6 @@ def test_settings_that_change_no_output_do_not_count(change):
     before = fingerprint(model)
     change(model)
     assert fingerprint(model) == before
-
-
-def test_wrappers_are_not_part_of_the_base():
-    model = seeded(Gated(), nn.LayerNorm(8, eps=0.25))
-    before, names = fingerprint(model), set(base_tensors(model))
-    for wrapped in (nn.DataParallel(model), torch.compile(model)):
-        assert fingerprint(wrapped) == before
-        assert set(base_tensors(wrapped)) == names
-    inside = nn.Sequential(torch.compile(Gated()), nn.LayerNorm(8))
-    assert set(base_tensors(inside)) == names
-    config = peft.LoraConfig(r=2, target_modules=["linear"], modules_to_save=["1"])
-    assert fingerprint(peft.get_peft_model(model, config)) == before
 
 
 @pytest.mark.parametrize("name", ["base_layer", "lora_gate", "modules_to_save", "original_module"])

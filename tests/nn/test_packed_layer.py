@@ -1,28 +1,38 @@
-"""Packed layers by themselves: values, gradients, what autograd keeps, copies, types, files."""
+"""Packed layers by themselves: values, gradients, what autograd keeps, copies, writes; and inputs, which they take and refuse as torch does."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from formats.packing import quantized
+from formats.packing import packed_and_twin, quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
-from qwlora.grid.encoding import Encoding, QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
-from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
-from qwlora.nn.packed_layer import PackedEmbedding, place_empty_
+from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module
+from qwlora.nn.few_row_kernels import use_few_row_kernels_
+from qwlora.nn.packed_layer import PackedEmbedding, pack_parameter_, place_empty_
 from qwlora.nn.packed_tensor import PackedTensor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*uint8 is now deprecated"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),  # about the twin
+]
 
 SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
-    *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
+    *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5, 8)),
     *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
     *(Scheme(bits, granularity=kind(16)) for kind in (Lpbq, SignedBlock) for bits in (2, 4)),
     *(Scheme(4, False, kind, True) for kind in (PerTensor(), PerChannel(0), PerBlock(16))),
+    *(Scheme(8, symmetric, PerChannel(0)) for symmetric in (True, False)),
+    Scheme(8, False, PerTensor(), True),
 ]
 
 
@@ -33,27 +43,28 @@ class ScaledEmbedding(nn.Embedding):
         super().__init__(rows, width, padding_idx)
         self.register_buffer("embed_scale", torch.tensor(embed_scale), persistent=False)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
 
 
 class OwnProduct(nn.Linear):
     """A Linear whose forward is its own."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + 1
 
 
 REFLECT: dict[str, Any] = {"padding": "same", "padding_mode": "reflect"}
 
 
-def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+def cases() -> dict[str, tuple[nn.Module, Tensor]]:
     torch.manual_seed(0)
-    conv1d = Conv1D(40, 96)
     return {
         "linear": (nn.Linear(96, 40), torch.randn(3, 7, 96)),
+        "linear, 1-D": (nn.Linear(96, 40), torch.randn(96)),
+        "linear, no rows": (nn.Linear(96, 40), torch.randn(0, 96)),
         "no bias": (nn.Linear(96, 40, bias=False), torch.randn(3, 96)),
-        "Conv1D": (conv1d, torch.randn(3, 7, 96)),
+        "Conv1D": (Conv1D(40, 96), torch.randn(3, 7, 96)),
         "own product": (OwnProduct(32, 40, bias=False), torch.randn(3, 32)),
         "embedding": (nn.Embedding(40, 48, padding_idx=3), torch.randint(0, 40, (3, 5))),
         "scaled embedding": (ScaledEmbedding(40, 48, 3, 7.0), torch.randint(0, 40, (3, 5))),
@@ -64,22 +75,20 @@ def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     }
 
 
-def pair(
-    name: str, scheme: Scheme | str = "w4-block16"
-) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def layer_and_twin(module: nn.Module, scheme: Scheme | str) -> tuple[Any, Any]:
+    """A packed layer and its float twin."""
+    packed, twin = packed_and_twin(nn.Sequential(module), scheme)
+    return packed[0], twin[0]
+
+
+def pair(name: str, scheme: Scheme | str = "w4-block16") -> tuple[nn.Module, nn.Module, Tensor]:
     """A packed layer, its float twin, an input."""
     module, x = cases()[name]
-    found = quantized(weight_out_in(module), scheme)
-    layer = pack_module(module, found)
-    twin = copy.deepcopy(module)
-    values = found.dequantize()
-    values = values.T.contiguous() if isinstance(module, Conv1D) else values
-    twin.weight.data = values.view(module.weight.shape)
-    return layer, twin, x
+    return *layer_and_twin(module, scheme), x
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_layers_compute_with_exactly_their_integers(scheme: Scheme) -> None:
+def test_layers_compute_with_exactly_their_integers_and_share_no_number(scheme: Scheme) -> None:
     for name in ("linear", "embedding", "scaled embedding"):
         layer, twin, x = pair(name, scheme)
         assert torch.equal(layer(x), twin(x))
@@ -88,16 +97,26 @@ def test_layers_compute_with_exactly_their_integers(scheme: Scheme) -> None:
         assert torch.equal(layer.quantized.dequantize(), twin.weight)
     assert isinstance(layer, PackedEmbedding)
     assert layer.padding_idx == 3
+    module = nn.Linear(96, 40)
+    found = quantized(module.weight * 1.1, scheme)
+    layer = pack_module(module, found)
+    expected = layer.tensor.dequantize()
+    grid, tensor = layer.encoding, layer.tensor
+    given = [found.codes, found.encoding.scale, found.encoding.low_end]
+    read = [layer.codes, layer.quantized.codes, grid.scale, grid.low_end, tensor.scale]
+    read += [part for part in (tensor.zero_point,) if part is not None]
+    for numbers in [*given, *read]:
+        numbers.zero_()
+    assert torch.equal(layer.tensor.dequantize(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch, about the twin
 @pytest.mark.parametrize("name", cases())
 def test_every_kind_computes_what_its_twin_computes_and_keeps_codes_only(name: str) -> None:
     layer, twin, x = pair(name)
     assert is_packed(layer)
     assert isinstance(layer, nn.Linear if isinstance(twin, Conv1D) else type(twin))
     x = x.requires_grad_(x.is_floating_point())
-    kept: list[torch.Tensor] = []
+    kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         found = layer(x)
     assert not any(t.numel() == twin.weight.numel() for t in kept)
@@ -115,7 +134,6 @@ def test_every_kind_computes_what_its_twin_computes_and_keeps_codes_only(name: s
         )
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_changes_the_computation_and_not_the_grid(name: str, dtype: torch.dtype) -> None:
@@ -221,20 +239,168 @@ def test_what_cannot_be_packed_is_refused_and_everything_else_is_kept() -> None:
     assert torch.equal(layer.tensor.dequantize(), signed * 0.5)
 
 
-WIDE = [Scheme(8, symmetric, PerChannel(0)) for symmetric in (True, False)]
-WIDE += [Scheme(8, False, PerBlock(16)), Scheme(8, False, PerTensor(), True)]
+ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *WIDE], ids=str)
-def test_a_layer_shares_no_number_with_what_it_was_made_of_or_gives(scheme: Scheme) -> None:
-    module = nn.Linear(96, 40)
-    found = quantized(module.weight * 1.1, scheme)
-    layer = pack_module(module, found)
-    expected = layer.tensor.dequantize()
-    grid, tensor = layer.encoding, layer.tensor
-    given = [found.codes, found.encoding.scale, found.encoding.low_end]
-    read = [layer.codes, layer.quantized.codes, grid.scale, grid.low_end, tensor.scale]
-    read += [part for part in (tensor.zero_point,) if part is not None]
-    for numbers in [*given, *read]:
-        numbers.zero_()
-    assert torch.equal(layer.tensor.dequantize(), expected)
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives: its value, or the class of its error."""
+    try:
+        return call()
+    except ERRORS as error:
+        return type(error)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    else:
+        assert ours == theirs
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+FEATURES: dict[str, Any] = {
+    "1-D": floats(32),
+    "0-D": torch.tensor(1.0),
+    "no rows": floats(0, 32),
+    "no rows, three axes": floats(2, 0, 32),
+    "four axes": floats(2, 1, 3, 32),
+    "strided": floats(32, 3).T,
+    "too wide": floats(3, 33),
+    "one wide": floats(3, 1),
+    "float64": floats(3, 32).double(),
+    "bfloat16": floats(3, 32).bfloat16(),
+    "integers": torch.ones(3, 32, dtype=torch.long),
+    "a list": [1.0] * 32,
+    "nothing": None,
+}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(32, 48),
+    "no bias": lambda: nn.Linear(32, 48, bias=False),
+    "Conv1D": lambda: Conv1D(48, 32),
+}
+
+
+@pytest.mark.parametrize("few_rows", [False, True], ids=["", "few rows"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("x", FEATURES)
+def test_linear_layers(x: str, layer: str, few_rows: bool) -> None:
+    torch.manual_seed(0)
+    ours, twin = layer_and_twin(LAYERS[layer](), "w8-channel")
+    if layer == "Conv1D":  # it becomes a linear layer
+        linear = nn.Linear(32, 48)
+        linear.weight.data, linear.bias = twin.weight.data.T.contiguous(), twin.bias
+        twin = linear
+    assert not few_rows or use_few_row_kernels_(nn.Sequential(ours)) == 1
+    with torch.no_grad():
+        found, expected = (outcome(lambda m=m: m(FEATURES[x])) for m in (ours, twin))
+    if few_rows and isinstance(found, Tensor) and isinstance(expected, Tensor):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    else:
+        assert_same(found, expected)
+
+
+IDS: dict[str, Any] = {
+    "0-D": torch.tensor(3),
+    "none": torch.empty(0, dtype=torch.long),
+    "none, three axes": torch.empty(2, 0, 3, dtype=torch.long),
+    "int32": torch.tensor([[1, 2], [39, 0]], dtype=torch.int32),
+    "negative": torch.tensor([0, -1]),
+    "all negative": torch.tensor([-40]),
+    "too large": torch.tensor([[40]]),
+    "bool": torch.ones(40, dtype=torch.bool),
+    "uint8": torch.ones(40, dtype=torch.uint8),
+    "int16": torch.ones(3, dtype=torch.int16),
+    "floats": torch.ones(3),
+    "a list": [1, 2],
+    "a number": 3,
+    "a slice": slice(0, 2),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("scheme", ["w4-block16", "w8-channel", "w5-tensor-asymmetric"])
+@pytest.mark.parametrize("index", IDS)
+def test_embeddings(index: str, scheme: str) -> None:
+    torch.manual_seed(0)
+    layer, twin = layer_and_twin(nn.Embedding(40, 32), scheme)
+    assert_same(*(outcome(lambda m=m: m(IDS[index])) for m in (layer, twin)))
+    for padding in (None, 3, -1, 40):
+        calls = (
+            outcome(lambda w=w, padding=padding: F.embedding(IDS[index], w, padding_idx=padding))
+            for w in (layer.weight, twin.weight)
+        )
+        assert_same(*calls)
+
+
+X, OFFSETS = floats(3, 32), torch.tensor([2, 2, 5], dtype=torch.int32)
+MATRIX: list[Callable[[Tensor], Any]] = [
+    lambda w: F.linear(input=X, weight=w),
+    lambda w: F.linear(X, w, bias=torch.ones(48)),
+    lambda w: torch.matmul(input=X, other=w.T),
+    lambda w: torch.mm(input=X, mat2=w.T),
+    lambda w: X.matmul(other=w.T),
+    lambda w: X.mm(mat2=w.T),
+    lambda w: torch.mm(X[None], w.T),
+    lambda w: torch.matmul(X[0], w.T),
+    lambda w: X[None] @ w.T,
+    lambda w: F.embedding(input=torch.tensor([2, 0]), weight=w),
+    lambda w: F.embedding(torch.tensor([2]), w, max_norm=0.5),
+    lambda w: torch.transpose(w, dim0=0, dim1=-1) + 0,
+    lambda w: w.transpose(dim0=-1, dim1=0) + 0,
+    lambda w: w.transpose(0, 3),
+    lambda w: w.transpose(0, -2) + 0,
+    lambda w: torch.t(input=w) + 0,
+    lambda w: F.linear(X[:, 1:], w),
+    lambda w: X.double() @ w.T,
+    lambda w: w[48],
+    lambda w: w[-1],
+]
+KERNEL: list[Callable[[Tensor], Any]] = [
+    lambda w: F.conv1d(input=floats(2, 4, 9), weight=w, stride=2),
+    lambda w: F.conv1d(floats(0, 4, 9), w),
+    lambda w: F.conv1d(floats(2, 4, 9).bfloat16(), w),
+    lambda w: w.transpose(1, 2) + 0,
+    lambda w: w[1] + 0,
+    lambda w: w[torch.tensor([1, 0])],
+]
+EXPERTS: list[Callable[[Tensor], Any]] = [
+    *(lambda w, i=i: w[i] + 0 for i in (2, -1, 3, -4, torch.tensor(1), torch.tensor([2, 0]))),
+    lambda w: w[torch.tensor([True, False, True])],
+    lambda w: w[torch.tensor(1, dtype=torch.uint8)],
+    lambda w: floats(5, 32) @ w[1].T,
+    lambda w: w.transpose(-1, -2) + 0,
+    *(
+        lambda w, x=x: F.grouped_mm(x, w.mT, offs=OFFSETS)
+        for x in (floats(5, 32), floats(0, 32), floats(5, 36), floats(5, 32).bfloat16())
+    ),
+]
+
+
+def weights(kind: str) -> tuple[Tensor, Tensor]:
+    """A packed weight and its values."""
+    torch.manual_seed(0)
+    if kind != "experts":
+        module = nn.Linear(32, 48) if kind == "matrix" else nn.Conv1d(4, 6, 3)
+        layer, twin = layer_and_twin(module, "w8-channel")
+        return layer.weight, twin.weight.detach()
+    module = nn.Module()
+    module.up = nn.Parameter(floats(3, 16, 32))
+    grid = measure(module.up.detach(), Scheme(8, granularity=PerChannel(1)))
+    found = QuantizedTensor(grid.quantize(module.up.detach()), grid)
+    pack_parameter_(module, "up", PackedTensor.from_quantized(found))
+    return module.up, found.dequantize()
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (kind, call)
+        for kind, calls in (("matrix", MATRIX), ("kernel", KERNEL), ("experts", EXPERTS))
+        for call in calls
+    ],
+)
+def test_functions_of_weights(kind: str, call: Callable[[Tensor], Any]) -> None:
+    assert_same(*(outcome(lambda w=w: call(w)) for w in weights(kind)))

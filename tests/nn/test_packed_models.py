@@ -36,10 +36,8 @@ class Mixed(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.linear(self.embedding(ids)).view(ids.shape[0], 4, -1)
-        return (
-            self.conv1d(hidden).square().sum()
-            + self.conv2d(hidden.unsqueeze(-1).expand(-1, -1, -1, 4)).square().sum()
-        )
+        image = hidden.unsqueeze(-1).expand(-1, -1, -1, 4)
+        return self.conv1d(hidden).square().sum() + self.conv2d(image).square().sum()
 
 
 def mixed(**options: Any) -> tuple[nn.Module, nn.Module, LoraConfig]:
@@ -80,27 +78,8 @@ def test_pefts_lora_learns_as_on_the_float_twin(use_dora: bool) -> None:
     ours, theirs = adapted(model, config), adapted(twin, config)
     learned = same_step(ours, theirs, lambda m: m(ids), rtol=1e-4, atol=1e-4)
     assert learned == (12 if use_dora else 8)
-    results = []
-    for peft in (ours, theirs):  # adapters switch, rest and add up
-        for seed, name in enumerate(("second", "third", "fourth")):
-            torch.manual_seed(seed)
-            targets = {"target_modules": ["linear"]} if name != "second" else {}
-            peft.add_adapter(name, LoraConfig(**{**config.to_dict(), **targets}))
-        found = []
-        for name in ("default", "second", "third"):
-            peft.set_adapter(name)
-            found.append(peft(ids))
-        with peft.disable_adapter():
-            found.append(peft(ids))
-        if not use_dora:
-            halves = (["third", "fourth"], [0.3, 0.7], "sum")
-            peft.add_weighted_adapter(*halves, combination_type="linear")
-            peft.set_adapter("sum")
-            found.append(peft(ids))
-        results.append(torch.stack(found))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(results[0][3], bare)
-    assert len(results[0].unique()) == len(found)
+    with ours.disable_adapter():
+        torch.testing.assert_close(ours(ids), bare)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -138,10 +117,8 @@ def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
     again.load_state_dict(model.state_dict(), assign=True)
     assert fingerprint(again) == fingerprint(model)
     for dtype in (torch.float32, torch.bfloat16):
-        moved, table = (
-            packed_weights(again.to(dtype))["lm_head.weight"],
-            again.get_input_embeddings(),
-        )
+        moved = packed_weights(again.to(dtype))["lm_head.weight"]
+        table = again.get_input_embeddings()
         assert (moved.tensor.parts.packed is table.packed) is model.config.tie_word_embeddings
         x = torch.randn(3, 64, dtype=dtype)
         torch.testing.assert_close(again.lm_head(x), x @ again.lm_head.weight.T)
@@ -176,9 +153,8 @@ def test_experts_compute_and_learn_as_floats_do(kind: str, implementation: str |
     assert not any(module.training for module in model.modules())
     if implementation is None and kind != "qwen3":  # frozen, they keep no floats for gradients
         shapes = [layer.tensor.shape for layer in packed_weights(model).values()]
-        sizes = {
-            shape[1] * shape[2] * n for shape in shapes if len(shape) == 3 for n in range(1, 5)
-        }
+        experts_of = [shape[1] * shape[2] for shape in shapes if len(shape) == 3]
+        sizes = {size * n for size in experts_of for n in range(1, 5)}
         hidden, kept = torch.randn(1, 3, 32, requires_grad=True), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             model.model.layers[0].mlp(hidden)
@@ -246,16 +222,3 @@ def test_compiled_training_step_is_one_graph_that_keeps_codes(backend: str) -> N
     assert not {tuple(sorted(t.shape)) for t in kept if t.is_floating_point()} & floats
     call = lambda m: loss(compiled if m is ours else m)  # noqa: E731
     same_step(ours, theirs, call, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
-def test_gradient_checkpointing_and_generation() -> None:
-    model, twin = packed_and_twin(tiny_model("llama"), "w3-block32")
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ours, theirs = adapted(model, config).train(), adapted(twin, config).train()
-    ours.gradient_checkpointing_enable()
-    ours.enable_input_require_grads()
-    same_step(ours, theirs, lambda m: loss(m, use_cache=False), rtol=1e-4, atol=1e-5)
-    ours.gradient_checkpointing_disable()
-    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(ours.eval().generate(IDS, **options), theirs.eval().generate(IDS, **options))

@@ -36,14 +36,9 @@ from qwlora.system.parameter_names import is_adapter_name
 from simulation.captured import batch as batch_of
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+MODES: tuple[BaseActivations, ...] = ("all", "adapter_only", "none")
 EIGHT_BITS = Schemes(Scheme(8, symmetric=False))
-
-
 inputs = partial(batch_of, tokens=12)
-
-
-def on(*layers: str) -> LoraConfig:
-    return shape(target_modules=list(layers))
 
 
 def shape(rank: int = 4, alpha: float = 8, **given: Any) -> LoraConfig:
@@ -95,8 +90,7 @@ def model() -> PeftModel:
 @pytest.fixture(scope="module")
 def calibrated(model: PeftModel) -> dict[str, AdapterSimulations]:
     found = {}
-    modes: tuple[BaseActivations, ...] = ("all", "adapter_only", "none")
-    for mode in modes:
+    for mode in MODES:
         found[mode] = simulate_adapters(model, inputs(), EIGHT_BITS, mode, ["first", "second"])
         found[mode].calibrate([inputs(seed=s) for s in range(3)])
     return found
@@ -201,19 +195,7 @@ def test_each_part_has_an_encoding(
         assert len({id(simulation.encodings[name]) for name in own}) == len(own)
 
 
-def test_encodings_of_the_base_are_the_same(calibrated: dict[str, AdapterSimulations]) -> None:
-    for simulations in calibrated.values():
-        graphs = [simulation.graph() for simulation in simulations.values()]
-        kinds = (Kind.BASE, Kind.PARAMETER)
-        names = [{m.name for m in graph.marks if m.kind in kinds} for graph in graphs]
-        assert names[0]
-        assert names[0] == names[1] == names[2]
-        for name in names[0]:
-            scales = [graph.encodings[name].scale for graph in graphs]
-            assert all(torch.equal(scale, scales[0]) for scale in scales)
-
-
-@pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
+@pytest.mark.parametrize("mode", MODES)
 def test_what_is_shared_is_byte_for_byte_one_on_disk(
     calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path
 ) -> None:
@@ -230,9 +212,14 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
     branch = lora_branch(simulations["first"].program)
     own = {m.name for m in simulations["first"].marks if m.node in branch}
     own |= set(simulations["first"].adapter_weights)
-    for first, second in zip(*entries[:2], strict=True):
+    kinds = (Kind.BASE, Kind.PARAMETER)
+    fixed = {mark.name for mark in simulations["first"].marks if mark.kind in kinds}
+    assert fixed < entries[0][1].keys()
+    for first, second, base in zip(*entries, strict=True):
         assert first.keys() == second.keys()
         differ = {name for name, entry in first.items() if entry != second[name]}
+        assert not differ & fixed
+        assert all(base[name] == first[name] for name in fixed & first.keys())
         if mode == "none":
             assert not differ
         elif mode == "adapter_only":
@@ -289,7 +276,7 @@ def test_fixed_encodings_stay(model: PeftModel, calibrated: dict[str, AdapterSim
         later.freeze(shared=missing)
 
 
-@pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_calibrated_base_keeps_its_activations(model: PeftModel, mode: BaseActivations) -> None:
     with model.disable_adapter():
         alone = simulate(model, inputs(), EIGHT_BITS)
@@ -351,50 +338,55 @@ def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter()
     assert prints[0] != prints[1]
 
 
-def test_a_simulation_of_one_of_several_comes_back_from_disk(
+def test_one_of_several_and_their_base_come_back_from_disk(
     model: PeftModel, calibrated: dict[str, AdapterSimulations], tmp_path: Path
 ) -> None:
-    batch = inputs(seed=4)
-    simulation = calibrated["none"]["second"]
-    simulation.save(tmp_path)
+    batch, simulation = inputs(seed=4), calibrated["none"]["second"]
+    simulation.save(tmp_path / "second")
     model.set_adapter("second")
-    again = load_simulation(tmp_path, model)  # on grids that its own values do not give
+    again = load_simulation(tmp_path / "second", model)  # on grids that its own values do not give
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     model.set_adapter("first")
     with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
-        load_simulation(tmp_path, model)
+        load_simulation(tmp_path / "second", model)
 
-
-def test_the_adapter_that_adds_zero_comes_back_from_disk(
-    model: PeftModel, calibrated: dict[str, AdapterSimulations], tmp_path: Path
-) -> None:
-    batch, simulation = inputs(seed=4), calibrated["none"]["base"]
-    simulation.save(tmp_path)
+    simulation = calibrated["none"]["base"]  # the adapter that adds zero
+    simulation.save(tmp_path / "base")
     again = simulate_adapters(model, inputs(), EIGHT_BITS, adapters=["second"])["base"]
-    again.restore_from(tmp_path)
+    again.restore_from(tmp_path / "base")
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     assert again.encodings.keys() == simulation.encodings.keys()
     wide = simulate_adapters(model, inputs(), EIGHT_BITS, adapters=["wide"])["base"]
     with pytest.raises(GridError, match=r"shape \[6, 64\] needs scales of shape \[6\], not \[4\]"):
-        wide.restore_from(tmp_path)
+        wide.restore_from(tmp_path / "base")
 
 
-def test_values_that_one_adapter_leaves_float_cannot_be_shared(model: PeftModel) -> None:
+def test_what_cannot_be_shared_is_refused(model: PeftModel) -> None:
     names = ["first", "second"]
     simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=names)
     simulations["second"]._drop(["lm_head.linear"], "no data came by in calibration")
     message = r"1 values have an encoding .*, lm_head.linear first.*more data"
     with pytest.raises(CalibrationError, match=message):
         simulations.calibrate([inputs()])
+    dora = adapted(dora=shape(target_modules=["v_proj"], use_dora=True))  # zeros do not pad it
+    message = r"values have an encoding with one adapter and none .*the same target_modules"
+    with pytest.raises(CalibrationError, match=message):
+        simulate_adapters(dora, inputs(), None, "none", ["first", "dora"]).calibrate([inputs()])
+
+
+def parameters(model: PeftModel) -> dict[str, Any]:
+    return {name: (p, p.requires_grad) for name, p in model.named_parameters()}
 
 
 def test_adapters_that_share_everything_are_padded_to_one_shape(tmp_path: Path) -> None:
-    model = adapted(wide=shape(6, target_modules=["q_proj", "down_proj"]), narrow=on("v_proj"))
-    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-    state = torch.get_rng_state()
+    model = adapted(
+        wide=shape(6, target_modules=["q_proj", "down_proj"]),
+        narrow=shape(target_modules=["v_proj"]),
+    )
+    before, state = parameters(model), torch.get_rng_state()
     simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "none", ["wide", "narrow"])
     assert torch.equal(torch.get_rng_state(), state)
-    assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+    assert parameters(model) == before
     assert simulations.captures == 2  # different scalings
     simulations.calibrate([inputs()])
     wide, narrow, base = (simulations[name].adapter_weights for name in ("wide", "narrow", "base"))
@@ -412,9 +404,9 @@ def test_adapters_that_share_everything_are_padded_to_one_shape(tmp_path: Path) 
     batch = inputs(3, tokens=20, seed=7)
     for name, simulation in simulations.items():
         torch.testing.assert_close(unquantized(simulation, batch), peft_logits(model, name, batch))
-    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    before = parameters(model)
     captured = capture_with_cache(simulations["narrow"])
-    assert {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+    assert parameters(model) == before
 
     # one of them comes back from disk with its adapter alone, in the shape that all have
     simulations["narrow"].save(tmp_path / "simulation")
@@ -422,26 +414,15 @@ def test_adapters_that_share_everything_are_padded_to_one_shape(tmp_path: Path) 
     base = eager("llama")
     quantize_(base, "w4-block32", "rtn")
     alone = load_adapter(base, tmp_path / "adapter").eval()
-    before = {name: (p, p.requires_grad) for name, p in alone.named_parameters()}
+    before = parameters(alone)
     again = load_simulation(tmp_path / "simulation", alone)
-    assert {n: (p, p.requires_grad) for n, p in alone.named_parameters()} == before
+    assert parameters(alone) == before
     batch = inputs(seed=4)
     expected = simulations["narrow"].outputs(batch)["logits"]
     assert torch.equal(again.outputs(batch)["logits"], expected)
-    shapes = [
-        {n: tuple(w.shape) for n, w in each.items()} for each in (again.adapter_weights, narrow)
-    ]
-    assert shapes[0] == shapes[1]
+    assert all(again.adapter_weights[name].shape == w.shape for name, w in narrow.items())
     graph = cached_graph(simulations["narrow"], captured)
     assert cached_graph(again, capture_with_cache(again)).encodings.keys() == graph.encodings.keys()
-
-
-def test_adapters_that_zeros_do_not_pad_cannot_share_everything() -> None:
-    model = adapted(dora=shape(target_modules=["v_proj"], use_dora=True))
-    simulations = simulate_adapters(model, inputs(), None, "none", ["first", "dora"])
-    message = r"values have an encoding with one adapter and none .*the same target_modules"
-    with pytest.raises(CalibrationError, match=message):
-        simulations.calibrate([inputs()])
 
 
 def test_names_that_cannot_be(model: PeftModel) -> None:
@@ -454,8 +435,8 @@ def test_names_that_cannot_be(model: PeftModel) -> None:
 def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     model = eager("llama")
     quantize_(model, "w4-block32", solver="rtn")
-    with_first = get_peft_model(model, on("q_proj"), adapter_name="first")
-    with_first.add_adapter("second", on("up_proj"))
+    with_first = get_peft_model(model, shape(target_modules=["q_proj"]), adapter_name="first")
+    with_first.add_adapter("second", shape(target_modules=["up_proj"]))
     matches = [f"*.{layer}.lora_A.weight" for layer in ("q_proj", "up_proj")]
     rules = [PlacementRule(match, of="weights", bitwidth=4) for match in matches]
     simulations = simulate_adapters(with_first.eval(), inputs(), Schemes(rules=rules), "all")
@@ -468,13 +449,10 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     simulations["first"].save(tmp_path)
     with_first.set_adapter("first")
     assert load_simulation(tmp_path, with_first).placement.unused_rules.keys() == {1}
-    wrong = [
-        *rules,
-        PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4),
-        PlacementRule("*.up_proj.lora_B.weight", bitwidth=4),
-    ]
+    rules.append(PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4))
+    rules.append(PlacementRule("*.up_proj.lora_B.weight", bitwidth=4))
     with pytest.raises(CalibrationError, match="2 placement rules") as caught:
-        simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
+        simulate_adapters(with_first, inputs(), Schemes(rules=rules))
     message = str(caught.value)
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in message
     assert "matches model.layers.0.mlp.up_proj.lora_B.weight (a weight of " in message

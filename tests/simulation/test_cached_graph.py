@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers as t
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -148,10 +148,8 @@ def test_models_without_keys_and_values_are_refused() -> None:
         capture_cached(Recurrent())
     with pytest.raises(CaptureError, match="BertForSequenceClassification returns no"):
         capture_cached(make("BERT, classification"))
+    sizes = {"vocab_size": 64, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
     with pytest.raises(CaptureError, match="past_key_values"):
-        capture_cached(transformers.MambaForCausalLM(MAMBA).eval())
+        capture_cached(t.MambaForCausalLM(t.MambaConfig(**sizes)).eval())
     with pytest.raises(CaptureError, match="8 tokens in a context of 8"):
         CacheSizes(8, 8)
-
-
-MAMBA = transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1)

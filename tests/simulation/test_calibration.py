@@ -11,8 +11,8 @@ from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.activation_ranges import RangeObserver
-from qwlora.grid.scheme import ESTIMATORS
-from qwlora.simulation.fake_quantizer import Mode
+from qwlora.grid.scheme import ESTIMATORS, PerChannel
+from qwlora.simulation.fake_quantizer import Mode, Quantizer, estimate_encodings
 from qwlora.simulation.simulation import Simulation, tokens_of
 from simulation.captured import adapted, batch, simulation
 
@@ -42,17 +42,6 @@ def test_observing_goes_on_and_freezing_fixes(whole: Simulation) -> None:
     assert encodings(made) == encodings(whole) != early
     assert (report.tokens, report.batches) == (4 * 32, 4)
     assert torch.equal(made.logits(IDS), whole.logits(IDS))
-
-
-@pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
-def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
-    made = simulation()
-    made.calibrate(BATCHES[:1])
-    before = encodings(made)
-    with pytest.raises(CalibrationError, match="needs at least one batch, but got none"):
-        made.calibrate(nothing)
-    if isinstance(nothing, list):
-        assert encodings(made) == before
 
 
 def states(made: Simulation) -> list[Any]:
@@ -85,9 +74,10 @@ WRONG_IDS = {**BATCHES[1], "input_ids": BATCHES[1]["input_ids"] + 10_000}
         (lambda: [BATCHES[1], WRONG_IDS], CalibrationError),
         (lambda: [BATCHES[1], {"ids": IDS}], CaptureError),
         (lambda: [BATCHES[1], None], Exception),
-        (lambda: [], CalibrationError),
+        (list, CalibrationError),
+        (lambda: iter(()), CalibrationError),
     ],
-    ids=["error", "Ctrl-C", "ids", "names", "type", "none"],
+    ids=["error", "Ctrl-C", "ids", "names", "type", "none", "none of a generator"],
 )
 def test_a_failed_observation_changes_nothing(
     observer: str, is_frozen: bool, batches: Any, error: type[BaseException]
@@ -103,33 +93,29 @@ def test_a_failed_observation_changes_nothing(
         assert states(made) == before
 
 
-def test_an_exception_inside_the_graph_changes_nothing(whole: Simulation) -> None:
+def out_of_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("hook", "error", "message"),
+    [
+        (out_of_memory, MemoryError, None),
+        (lambda _, x: (x[0] * torch.nan,), CalibrationError, "mul, .*observed range is not finite"),
+    ],
+    ids=["an exception", "NaN"],
+)
+def test_what_fails_inside_the_graph_changes_nothing(
+    hook: Any, error: type[Exception], message: str | None, whole: Simulation
+) -> None:
     made = simulation()
-    middle = list(made.quantizers.values())[len(made.quantizers) // 2]
-
-    def stop(*_: Any) -> None:
-        raise MemoryError
-
-    hook = middle.register_forward_pre_hook(stop)
+    handle = made.quantizers["model.layers.0.mlp.mul"].register_forward_pre_hook(hook)
     before = states(made)
-    with pytest.raises(MemoryError):
-        made.observe(BATCHES)
-    assert states(made) == before
-    hook.remove()
-    assert made.calibrate(BATCHES).batches == 4
-    assert encodings(made) == encodings(whole)
-
-
-def test_a_calibration_that_cannot_be_frozen_changes_nothing(whole: Simulation) -> None:
-    made = simulation()
-    name = "model.layers.0.mlp.mul"
-    hook = made.quantizers[name].register_forward_pre_hook(lambda _, x: (x[0] * torch.nan,))
-    before = states(made)
-    with pytest.raises(CalibrationError, match=f"{name}, .*the observed range is not finite"):
+    with pytest.raises(error, match=message):
         made.calibrate(BATCHES)
     assert states(made) == before
-    hook.remove()
-    made.calibrate(BATCHES)
+    handle.remove()
+    assert made.calibrate(BATCHES).batches == 4
     assert encodings(made) == encodings(whole)
 
 
@@ -140,7 +126,9 @@ def test_an_estimator_that_needs_more_than_was_observed_can_observe_again(
     made.observe(BATCHES[:2])
     for quantizer in made.quantizers.values():
         quantizer.estimator = RangeEstimator("sqnr")
-    with pytest.raises(CalibrationError, match="Observe again"):
+    with pytest.raises(
+        CalibrationError, match=r"was observed without a histogram.* sqnr.*Observe again"
+    ):
         made.freeze()
     made.calibrate(BATCHES)
     direct.calibrate(BATCHES)
@@ -196,17 +184,6 @@ def test_another_scheme_needs_no_data() -> None:
     assert {name for name, e in encodings(made).items() if e != before[name]} == set(changed)
 
 
-def test_encodings_from_another_calibration_are_not_calibrated(whole: Simulation) -> None:
-    first = [name for name in whole.quantizers if name.startswith("model.layers.0.")]
-    taken = {name: whole.encodings[name] for name in first}
-    made = simulation(activation_encodings=taken)
-    made.calibrate(BATCHES[:2])
-    assert all(made.quantizers[name].encoding is encoding for name, encoding in taken.items())
-    others = made.quantizers.keys() - taken
-    assert others
-    assert all(made.quantizers[name].observer.batches == 2 for name in others)
-
-
 def test_quantizers_can_be_switched_off(whole: Simulation) -> None:
     with torch.no_grad(), visible_implementations(adapted()):
         plain = adapted()(**BATCHES[0], use_cache=False).logits
@@ -254,3 +231,29 @@ def test_writing_in_place_changes_no_bit(whole: Simulation) -> None:
     assert all(torch.equal(found[name], value) for name, value in values.items())
     for quantizer in whole.quantizers.values():
         quantizer.in_place = True
+
+
+def test_an_activation_has_one_integer_grid() -> None:
+    for scheme in (Scheme(8, granularity=PerChannel(0)), Scheme(4, False, float_offset=True)):
+        with pytest.raises(CalibrationError, match=r"it: activations need a per-tensor .*not int"):
+            Quantizer("it", scheme)
+    quantizer = Quantizer("it", Scheme(8, symmetric=False))
+    quantizer.observer.update(torch.tensor([3e38, -3e38]))
+    with pytest.raises(CalibrationError, match="it: the observed range is not finite, or"):
+        estimate_encodings([quantizer])
+
+
+def test_in_place_is_the_same_and_only_where_no_gradient_is() -> None:
+    quantizer = Quantizer("it", Scheme(8, symmetric=False), in_place=True)
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    quantizer.observer.update(x)
+    estimate_encodings([quantizer])
+    assert quantizer.encoding is not None
+    expected = quantizer.encoding.fake_quantize(x)
+    learning = x.clone().requires_grad_()
+    assert torch.equal(quantizer(learning), expected)
+    assert torch.equal(learning, x)
+    for given in (x.clone(), x.half()):
+        expected = quantizer.encoding.fake_quantize(given)
+        assert quantizer(given) is given
+        assert torch.equal(given, expected)

@@ -1,5 +1,7 @@
 """Masked scores: no grid holds them beside the rest, so they stay float from where they meet the mask to the softmax, whatever lies between."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as t
@@ -117,26 +119,24 @@ def test_a_mask_among_the_inputs_loses_its_quantizer() -> None:
     assert relative_error(made, batch) < 1e-3
 
 
+def placed(model: nn.Module) -> list[Any]:
+    program = torch.export.export(model, tuple(given(0).values()))
+    return place(program, Schemes()).values
+
+
 def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
-    """Only what a softmax reads: a masked embedding does not make a network of masked values."""
-
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
+    class Masked(nn.Linear):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return self.layer((x * mask.unsqueeze(-1)).relu()).softmax(-1)
+            return super().forward((x * mask.unsqueeze(-1)).relu()).softmax(-1)
 
-    program = torch.export.export(Masked(), tuple(given(0).values()))
-    placement = place(program, Schemes())
-    assert [p.operator for p in placement.values if p.reason == "combined with a mask"] == ["mul"]
-    quantized = {p.operator for p in placement.values if p.decision is Decision.QUANTIZE}
+    values = placed(Masked(8, 8))
+    assert [p.operator for p in values if p.reason == "combined with a mask"] == ["mul"]
+    quantized = {p.operator for p in values if p.decision is Decision.QUANTIZE}
     assert {"relu", "linear", "softmax"} <= quantized
 
 
 def test_what_integers_look_up_is_no_score() -> None:
-    """Positions are chosen among like masks, and what an embedding has for them is added to the scores."""
+    """Relative positions are chosen as masks are; their embedding is added to the scores."""
 
     class Biased(nn.Module):
         def __init__(self) -> None:
@@ -149,13 +149,11 @@ def test_what_integers_look_up_is_no_score() -> None:
             scores = x @ x.transpose(1, 2) + bias
             return (scores + (1 - mask.float()).unsqueeze(1) * LOWEST).softmax(-1)
 
-    program = torch.export.export(Biased(), tuple(given(0).values()))
-    placement = place(program, Schemes())
-    decisions = {p.name: p.decision for p in placement.values}
+    values = placed(Biased())
+    decisions = {p.name: p.decision for p in values}
     assert decisions["bias.embedding"] is decisions["output.add"] is Decision.QUANTIZE
     assert decisions["output.squeeze"] is Decision.SHARE
-    masked = [p.name for p in placement.values if p.reason == "combined with a mask"]
-    assert masked == ["output.add_1"]
+    assert [p.name for p in values if p.reason == "combined with a mask"] == ["output.add_1"]
 
 
 def test_attention_sinks_of_a_model() -> None:

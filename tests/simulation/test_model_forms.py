@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     LlamaConfig,
@@ -19,7 +19,6 @@ from transformers import (
 import qwlora
 from conftest import packed_model, tiny_model
 from qwlora.errors import CalibrationError, CaptureError, GridError, SourceError
-from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
 from qwlora.targets.proof.compare import is_language_model
 from simulation.tiny_architectures import inputs, make
@@ -28,29 +27,26 @@ IDS = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 
 
-def classifier(seed: int = 0) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**tiny_model("llama").config.to_diff_dict(), "num_labels": 3})
-    return LlamaForSequenceClassification(config).eval()
-
-
 @pytest.fixture(scope="module")
 def simulation() -> qwlora.Simulation:
-    """Of a language model."""
+    """Of a language model; labels are left out of its graph."""
     model = packed_model("llama", layers=1)
-    return qwlora.simulate(model, {"input_ids": IDS, "attention_mask": MASK})
+    made = qwlora.simulate(model, {"input_ids": IDS, "attention_mask": MASK, "labels": IDS})
+    assert made.captured.interface.inputs == ("input_ids", "attention_mask")
+    assert made.captured.interface.outputs == ("logits",)
+    return made
 
 
 def test_a_classifier_is_saved_and_loaded_as_its_own_class(tmp_path: Path) -> None:
-    model = classifier()
+    config = LlamaConfig(**{**tiny_model("llama").config.to_diff_dict(), "num_labels": 3})
+    model = LlamaForSequenceClassification(config).eval()
+    assert not is_language_model(capture(model, {"input_ids": IDS}).interface)
     qwlora.quantize_(model, "w4-block32", "rtn")
     identity = qwlora.save_base(model, tmp_path / "new" / "base", source="tiny")
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"])
     adapted = get_peft_model(model, lora).eval()
     qwlora.save_adapter(adapted, tmp_path / "adapter")
-
     base = qwlora.load_base(tmp_path / "new" / "base")
-
     assert type(base) is LlamaForSequenceClassification
     assert qwlora.fingerprint(base) == identity
     again = qwlora.load_adapter(base, tmp_path / "adapter").eval()
@@ -76,25 +72,28 @@ def test_a_model_of_any_class_is_loaded_into_the_one_that_the_caller_builds(tmp_
     with pytest.raises(GridError, match=r"model\.layers\.1"):
         qwlora.load_base(tmp_path / "base", model=smaller)
 
+    class Mine(LlamaForCausalLM):  # is loaded as the class of transformers
+        pass
+
+    mine = Mine(tiny_model("llama").config)
+    qwlora.quantize_(mine, "w4-block32", "rtn")
+    qwlora.save_base(mine, tmp_path / "mine", source="tiny")
+    assert type(qwlora.load_base(tmp_path / "mine")) is LlamaForCausalLM
+
 
 def test_a_module_without_a_configuration_is_built_on_the_meta_device(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        last = nn.Linear(10, 10)  # runs twice
-        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10), last, last
-        return nn.Sequential(*layers)
+    def build(channels: int = 8) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, channels, 3), nn.Flatten(), nn.Linear(128, 10))
 
     model, image = build().eval(), torch.randn(2, 3, 6, 6)
     qwlora.quantize_(model, "w4-channel", "rtn")
-    assert model[4] is model[5]
     identity = qwlora.save_base(model, tmp_path)
     with torch.device("meta"):
         loaded = qwlora.load_base(tmp_path, model=build())
     assert qwlora.fingerprint(loaded) == identity
     assert torch.equal(loaded(image), model(image))
-    other = build()
-    other[0] = nn.Conv2d(3, 4, 3)
     with pytest.raises(SourceError, match=r"0\.weight is float \[8, 3, 3, 3\], not float \[4"):
-        qwlora.load_base(tmp_path, model=other)
+        qwlora.load_base(tmp_path, model=build(4))
 
 
 def test_a_base_and_adapters_of_diffusers(tmp_path: Path) -> None:
@@ -118,21 +117,6 @@ def test_a_base_and_adapters_of_diffusers(tmp_path: Path) -> None:
     assert torch.equal(again(**batch).sample, model(**batch).sample)
 
 
-def test_a_subclass_is_loaded_as_the_class_of_transformers(tmp_path: Path) -> None:
-    class Mine(LlamaForCausalLM):
-        pass
-
-    model = Mine(tiny_model("llama").config)
-    qwlora.quantize_(model, "w4-block32", "rtn")
-    qwlora.save_base(model, tmp_path, source="tiny")
-    assert type(qwlora.load_base(tmp_path)) is LlamaForCausalLM
-
-
-def test_a_classifier_is_no_language_model() -> None:
-    captured = capture(classifier(), {"input_ids": IDS, "attention_mask": MASK})
-    assert not is_language_model(captured.interface)
-
-
 def test_models_on_the_meta_device_are_refused_by_their_tensors(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_model("llama").config).eval()
@@ -149,21 +133,10 @@ def test_models_on_the_meta_device_are_refused_by_their_tensors(tmp_path: Path) 
     assert not (tmp_path / "base").exists()
 
 
-def test_labels_in_the_example_are_left_out_of_the_graph(simulation: qwlora.Simulation) -> None:
-    model = simulation.origin.model
-    captured = capture(model, {"input_ids": IDS, "attention_mask": MASK, "labels": IDS})
-    assert captured.interface.inputs == ("input_ids", "attention_mask")
-    assert captured.interface.outputs == ("logits",)
-
-
-def as_dicts(ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]:
-    return [{"input_ids": ids, "attention_mask": mask, "labels": ids}]
-
-
 @pytest.mark.parametrize(
     "batches",
     [
-        as_dicts(IDS, MASK),
+        [{"input_ids": IDS, "attention_mask": MASK, "labels": IDS}],
         DataLoader(TensorDataset(IDS, MASK), batch_size=4),
         DataLoader(TensorDataset(IDS), batch_size=4),
         DataLoader(IDS, batch_size=4),  # type: ignore[arg-type] # a tensor is indexed like a dataset
@@ -176,16 +149,6 @@ def test_calibration_takes_what_loaders_give(simulation: qwlora.Simulation, batc
     simulation.calibrate([{"input_ids": IDS, "attention_mask": MASK}])
     assert report.tokens % IDS.numel() == 0
     assert all(torch.equal(e.scale, found[name].scale) for name, e in simulation.encodings.items())
-
-
-def test_a_batch_whose_second_tensor_is_no_mask_is_refused() -> None:
-    names = ("input_ids", "attention_mask")
-    with pytest.raises(CaptureError, match=r"tensor 1 .*attention_mask.*dict"):
-        as_arguments((IDS, IDS), names)
-    with pytest.raises(CaptureError, match=r"3 tensors.*2 inputs \(input_ids, attention_mask\)"):
-        as_arguments([IDS, MASK, IDS], names)
-    with pytest.raises(CaptureError, match="str"):
-        as_arguments("text", names)
 
 
 def test_gptq_takes_what_a_dataloader_gives() -> None:
@@ -212,8 +175,15 @@ def test_a_base_takes_example_inputs_as_batches_and_schemes_with_rules_for_adapt
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
     made = qwlora.simulate(adapted, [IDS, MASK], schemes)  # through PEFT's wrapper
     assert (made.inputs, made.placement.unused_rules) == (("input_ids", "attention_mask"), {})
-    wrong: list[Any] = ["text", [1, 2], (IDS, IDS), {"input_ids": IDS.float()}]
-    for example, said in zip(wrong, ("is a str", "is a list", "tensor 1", "float32"), strict=True):
+    with pytest.raises(CaptureError, match=r"3 tensors.*2 inputs \(input_ids, attention_mask\)"):
+        made.observe([(IDS, MASK, IDS)])
+    wrong: dict[str, Any] = {
+        "is a str": "text",
+        "is a list": [1, 2],
+        "tensor 1": (IDS, IDS),  # is no mask
+        "float32": {"input_ids": IDS.float()},
+    }
+    for said, example in wrong.items():
         with pytest.raises(CaptureError, match=rf"(example_inputs|input_ids).*{said}"):
             qwlora.simulate(model, example)
     for match in ("*.q_proj.mol", "*.norm.mul_9", "*.lora_C.weight"):

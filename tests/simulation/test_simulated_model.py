@@ -47,6 +47,12 @@ def test_calls_give_an_output_of_simulated_logits(pair: tuple[Simulation, PreTra
     assert torch.equal(model(**given, return_dict=False)[0], expected)
     assert not model.training
     assert not output.logits.requires_grad
+    # what lm-eval 0.4.13 asks of it (`HFLM(pretrained=model)`)
+    assert model.eval() is model
+    assert model.tie_weights() is None
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.config.vocab_size == 260
+    assert model.num_parameters() > 0
 
 
 def test_loss_is_that_of_the_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
@@ -72,8 +78,10 @@ def test_generate_is_an_argmax_loop(pair: tuple[Simulation, PreTrainedModel]) ->
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(model.generate(ids, **settings), expected)
-    cached = {"attention_mask": torch.ones_like(ids), "use_cache": True}  # as lm-eval asks
-    assert torch.equal(model.generate(ids, **cached, **settings), expected)
+    never = StoppingCriteriaList([lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)])
+    theirs = {"stopping_criteria": never, "pad_token_id": 257, "use_cache": True}  # of lm-eval
+    theirs["attention_mask"] = torch.ones_like(ids)
+    assert torch.equal(model.generate(ids, **theirs, **settings), expected)
     assert torch.equal(model.generate(ids[:, :1], **settings)[:, :1], ids[:, :1])
 
 
@@ -93,27 +101,8 @@ def test_left_padding_changes_nothing(pair: tuple[Simulation, PreTrainedModel]) 
     together = model.generate(padded, attention_mask=mask, **options)
     for row, alone in ((0, short), (1, long)):
         assert torch.equal(together[row, -4:], model.generate(alone, **options)[0, -4:])
-
-
-def test_an_evaluation_harness_can_use_it(pair: tuple[Simulation, PreTrainedModel]) -> None:
-    """The calls of lm-eval 0.4.13 (`HFLM(pretrained=model)`), on models whose head is tied to their embeddings, and one whose head is not."""
-    _, model = pair
-    assert model.eval() is model
-    assert model.tie_weights() is None
-    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
-    assert model.config.vocab_size == 260
-    assert model.num_parameters() > 0
-    short, long = batch(1, 5, seed=1)["input_ids"], batch(1, 9, seed=2)["input_ids"]
-    context = torch.cat([torch.cat([torch.full((1, 4), 257), short], 1), long])
-    mask = (context != 257).long()
-    never = StoppingCriteriaList([lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)])
-    options = {"max_length": 12, "do_sample": False, "eos_token_id": -1}
-    theirs = {"stopping_criteria": never, "pad_token_id": 257, "use_cache": True}
-    with torch.autocast(device_type="cpu", enabled=False):
-        found = model.generate(input_ids=context, attention_mask=mask, **options, **theirs)
-    assert found.shape == (2, 12)
-    alone = model.generate(long, **options)
-    assert torch.equal(found[1], alone[0])
+    with pytest.raises(CaptureError, match="with position_ids, and a masked batch needs them"):
+        model(input_ids=padded, attention_mask=mask)
 
 
 def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
@@ -151,14 +140,6 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
     with pytest.raises(CaptureError, match=r"generate .* T5\w+ separately, .* decoder_input_ids"):
         model.generate(given["input_ids"], max_new_tokens=2)
-
-
-def test_positions_of_a_masked_batch_are_asked_for() -> None:
-    model = calibrated(adapted("gpt2"), positions=True).as_model()
-    given = batch()
-    given["attention_mask"][0, :3] = 0
-    with pytest.raises(CaptureError, match="with position_ids, and a masked batch needs them"):
-        model(**given)
 
 
 def test_the_users_model_is_left_alone(pair: tuple[Simulation, PreTrainedModel]) -> None:

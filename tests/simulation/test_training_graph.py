@@ -21,7 +21,6 @@ from qwlora.adapter.training_step import replaced_forward
 from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.grid.encoding import Encoding
 from qwlora.simulation.fake_quantizer import Mode
-from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 
 pytestmark = pytest.mark.usefixtures("shared_captures", "own_loss")
@@ -67,9 +66,14 @@ def graph_of(model: PeftModel, encodings: Mapping[str, Encoding]) -> TrainingGra
     return TrainingGraph(simulate(model.eval(), example, W8, activation_encodings=encodings))
 
 
+def prepared(architecture: str = "llama", shape: LoraShape = SHAPE) -> tuple[Any, TrainingGraph]:
+    """A model with an adapter, and its graph on the encodings of the base."""
+    adapted = attach(base(architecture), shape, seed=0)
+    return adapted, graph_of(adapted, calibrated_base(architecture))
+
+
 def through(work: Path, **settings: Any) -> tuple[PeftModel, TrainingReport]:
-    adapted = attach(base(), SHAPE, seed=0)
-    graph = graph_of(adapted, calibrated_base())
+    adapted, graph = prepared()
     report = train_adapter(adapted, IDS, replace(SETTINGS, **settings), work, training_graph=graph)
     return adapted, report
 
@@ -124,9 +128,11 @@ def test_without_quantizers_it_is_plain_training(
             module.dropout = 0.0
     adapted = attach(plain, shape, seed=0)
     expected = train_adapter(adapted, IDS, SETTINGS, tmp_path / "plain")
-    other = attach(base(architecture), shape, seed=0)
-    graph = graph_of(other, calibrated_base(architecture))
-    off(graph.simulation)
+    other, graph = prepared(architecture, shape)
+    simulation = graph.simulation
+    assert any(q.mode is not Mode.FLOAT for q in simulation.quantizers.values())
+    for module in (*simulation.quantizers.values(), *simulation.weights.values()):
+        module.mode = Mode.FLOAT  # activations, and the parameters that step 1 left float
     report = train_adapter(other, IDS, SETTINGS, tmp_path / "graph", training_graph=graph)
     exact = architecture in ("llama", "qwen3")  # no biases, which are added apart from the product
     assert report.losses == (expected.losses if exact else pytest.approx(expected.losses, rel=1e-5))
@@ -135,17 +141,8 @@ def test_without_quantizers_it_is_plain_training(
         torch.testing.assert_close(weight, weights(adapted)[name], **near)
 
 
-def off(simulation: Simulation) -> None:
-    """Let activations be float, and the parameters that step 1 left float."""
-    assert any(q.mode is not Mode.FLOAT for q in simulation.quantizers.values())
-    for module in (*simulation.quantizers.values(), *simulation.weights.values()):
-        module.mode = Mode.FLOAT
-
-
 def test_the_gradient_is_straight_through_and_stops_where_values_are_clamped() -> None:
-    model = base()
-    encodings = calibrated_base()
-    adapted = attach(model, SHAPE, seed=0)
+    adapted, encodings = attach(base(), SHAPE, seed=0), calibrated_base()
     norm = encodings["model.norm.mul"]  # all logits come through it
     clamped = {**encodings, "model.norm.mul": replace(norm, scale=norm.scale * 1e-9)}
     for found, flows in ((encodings, True), (clamped, False)):
@@ -156,14 +153,11 @@ def test_the_gradient_is_straight_through_and_stops_where_values_are_clamped() -
 
 
 def test_base_values_lie_on_the_bases_grids_and_the_adapters_are_float() -> None:
-    model = base()
-    encodings = calibrated_base()
-    adapted = attach(model, SHAPE, seed=0)
+    (adapted, graph), encodings = prepared(), calibrated_base()
     with torch.no_grad():
         for name, p in adapted.named_parameters():
             if "lora_B" in name:
                 p.normal_(0, 0.1)
-    graph = graph_of(adapted, encodings)
     seen: dict[str, Tensor] = {}
     for name, quantizer in graph.simulation.quantizers.items():
         quantizer.register_forward_hook(lambda _, __, value, name=name: seen.update({name: value}))
@@ -179,8 +173,7 @@ def test_base_values_lie_on_the_bases_grids_and_the_adapters_are_float() -> None
 
 
 def test_codes_are_kept_for_backward_and_unpacked_weights_are_not() -> None:
-    model = base()
-    graph = graph_of(attach(model, SHAPE, seed=0), calibrated_base())
+    model, graph = prepared()
     kept: list[tuple[int, ...]] = []
     shapes = {tuple(m.weight_shape) for m in model.modules() if hasattr(m, "weight_shape")}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -205,17 +198,15 @@ def test_goes_on_with_the_same_bits_after_a_stop(tmp_path: Path) -> None:
 
 
 def test_the_best_evaluation_is_of_the_simulated_model(tmp_path: Path) -> None:
-    model = base()
-    encodings = calibrated_base()
-    adapted = attach(model, SHAPE, seed=0)
-    graph = graph_of(adapted, encodings)
+    adapted, graph = prepared()
     settings = replace(SETTINGS, steps=12, learning_rate=3e-2, evaluation_steps=2, patience=2)
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
     report = train_adapter(adapted, IDS, settings, tmp_path, other, training_graph=graph)
     losses = dict(report.evaluations)
     assert report.best_step == min(losses, key=losses.__getitem__) < report.steps
     with torch.no_grad():
-        loss = float(model.loss_function(graph(**inputs(other)), other, 260))
+        base_model = adapted.get_base_model()
+        loss = float(base_model.loss_function(graph(**inputs(other)), other, 260))
     assert loss == pytest.approx(losses[report.best_step], rel=1e-5)
 
 
@@ -245,10 +236,7 @@ def test_through_the_graph_is_better_where_activations_are_the_problem(tmp_path:
 
 
 def test_what_cannot_go_together_is_refused() -> None:
-    model = base()
-    encodings = calibrated_base()
-    adapted = attach(model, SHAPE, seed=0)
-    graph = graph_of(adapted, encodings)
+    (adapted, graph), encodings = prepared(), calibrated_base()
     with (
         pytest.raises(TrainingError, match="does not support 2 processes"),
         replaced_forward(adapted, graph, processes=2),
@@ -266,7 +254,6 @@ def test_what_cannot_go_together_is_refused() -> None:
 
 
 def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() -> None:
-    """Products read a layer's output in the base, and the sum with its adapter's where it has one."""
     schemes = Schemes(activations=Scheme(8, symmetric=False), policy="matmul-inputs")
     model = base()
     alone = simulate(model, inputs(IDS[:2, :16]), schemes)

@@ -1,6 +1,4 @@
-"""Models that somebody changed: hooks, patches, wrappers, computed weights; before `quantize_`, and
-before `assert_frozen`.
-"""
+"""Models that somebody changed, before `quantize_` and before `assert_frozen`: hooks, patches, wrappers, computed weights, NaN."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,9 +28,13 @@ from qwlora import (
 )
 from qwlora.adapter.adapter_deltas import unpack_
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.errors import GridError, SourceError
+from qwlora.analysis.token_scores import score_tokens
+from qwlora.errors import CalibrationError, GridError, NonFiniteError, SourceError
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.nn import packed_weights
+from qwlora.nn.frozen import check_base_finite, check_finite
 from qwlora.quantize.layer_rules import LayerRule
+from qwlora.quantize.quantize_model import quantize_checkpoint
 
 IDS = torch.arange(16).view(2, 8)
 UP = "model.layers.1.mlp.up_proj"
@@ -41,8 +43,7 @@ PATCHED = rf"(?s)1 packed layers have a forward that was set .*{UP.replace('.', 
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits
-    return found
+        return model(input_ids=IDS).logits
 
 
 @pytest.fixture
@@ -84,18 +85,14 @@ def on_layer(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], nn.Mod
     return lambda model: [model, change(model.get_submodule(UP))][0]
 
 
+COMPUTED = rf"(?s)1 layers.*{UP} computes its weight"
 CHANGED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "patched": (patched, rf"(?s)1 layers.*{UP} has a 'forward'.*del layer"),
     "patched below a hook": (patched_below_a_hook, rf"(?s)1 layers.*{UP} has a 'forward'"),
     "compiled in place": (on_layer(lambda m: m.compile(backend="eager")), f"{UP} was compiled"),
-    **{
-        name: (on_layer(change), rf"(?s)1 layers.*{UP} computes its weight")
-        for name, change in {
-            "weight_norm": parametrizations.weight_norm,
-            "old weight_norm": nn.utils.weight_norm,
-            "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-        }.items()
-    },
+    "weight_norm": (on_layer(parametrizations.weight_norm), COMPUTED),
+    "old weight_norm": (on_layer(nn.utils.weight_norm), COMPUTED),
+    "pruning": (on_layer(lambda m: prune.l1_unstructured(m, "weight", 0.5)), COMPUTED),
 }
 
 
@@ -124,33 +121,27 @@ def test_what_is_no_layer_of_its_own_does_not_disturb() -> None:
     assert packed_weights(model).keys() == {"0.weight"}
 
 
-class Holder(nn.Module):
-    """Any wrapper of a user's own."""
+LORA = LoraConfig(r=2, target_modules="all-linear")
+WRAPPERS = [
+    partial(torch.compile, backend="eager"),
+    nn.DataParallel,
+    nn.Sequential,
+    lambda model: get_peft_model(model, LORA).eval(),
+]
 
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
 
-
-@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel, Holder])
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_the_head_of_a_wrapped_model_stays_float(wrap: Any, plain: PreTrainedModel) -> None:
     model = tiny_model("qwen3")
     wrapped = wrap(model)
-    if not isinstance(wrapped, Holder):
+    if wrap is not nn.Sequential:
         logits(wrapped)  # a graph of floats, if it is compiled
     quantize_(wrapped, "w4-block32", "rtn")
     assert type(model.lm_head) is nn.Linear
     assert packed_weights(model).keys() == packed_weights(plain).keys()
-    if not isinstance(wrapped, Holder):
+    if wrap is not nn.Sequential:
         assert fingerprint(wrapped) == fingerprint(plain)
         torch.testing.assert_close(logits(wrapped), logits(plain))
-
-
-def test_attaching_first_and_quantizing_after_gives_the_same_base(plain: PreTrainedModel) -> None:
-    wrapped = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear"))
-    quantize_(wrapped, "w4-block32", "rtn")
-    assert fingerprint(wrapped) == fingerprint(plain)
-    torch.testing.assert_close(logits(wrapped.eval()), logits(plain))
 
 
 def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None:
@@ -237,3 +228,60 @@ def test_a_graph_that_uses_no_packed_layer_is_refused() -> None:
     quantize_(model, "w4-block32", "rtn")
     with pytest.raises(QwloraError, match=r"none of the 1 packed layers.*layer first"):
         simulate(model.eval(), {"x": torch.ones(2, 32)})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "found"),
+    [
+        ("model.norm.weight", 3, r"1 values .* first at index \[3\]"),
+        ("model.embed_tokens.weight", (5, slice(2, 4)), r"2 values .* first at index \[5, 2\]"),
+        ("model.layers.0.mlp.up_proj.scale", 3, "2 values"),
+    ],
+)
+def test_no_nan_is_frozen(tensor: str, index: Any, found: str, tmp_path: Path) -> None:
+    floats, packed, base = tiny_model("llama"), packed_model("llama"), tmp_path / "base"
+    for model in (floats, packed):
+        if tensor in model.state_dict():
+            model.state_dict()[tensor][index] = torch.nan
+    uses: list[Callable[[], Any]] = [lambda: save_base(packed, base, byte_tokenizer(), source="x")]
+    if not tensor.endswith("scale"):
+        floats.save_pretrained(tmp_path / "floats")
+        checkpoint = FolderCheckpoint(tmp_path / "floats")
+        uses += [
+            lambda: quantize_(floats, "w4-block32", "rtn"),
+            lambda: quantize_checkpoint(
+                checkpoint, byte_tokenizer(), base, "x", "w4-block32", "rtn"
+            ),
+        ]
+    for use in uses:
+        with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):
+            use()
+        assert not (base / "base.json").exists()
+
+
+def test_nan_and_infinities_are_counted_but_for_the_infinities_of_a_mask() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = torch.tensor([0, torch.nan, torch.inf, -torch.inf], dtype=dtype)
+        check_finite("w", values[:1])
+        with pytest.raises(CalibrationError, match=r"w contains 3 values .* first at index \[1\]"):
+            check_finite("w", values)
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    check_base_finite(module)
+    module.register_buffer("mask", torch.tensor([0.0, torch.nan]))
+    with pytest.raises(CalibrationError, match=r"mask contains 1 values .* first at index \[1\]"):
+        check_base_finite(module)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.nan, "sequence 2 of 2 .* is nan"), (2e3, "sequence 1 of 2 .* no perplexity")],
+)
+def test_a_perplexity_that_is_no_number_names_what_was_measured(value: float, message: str) -> None:
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(1, ids.shape[1], 260)
+        out[..., 0] = value if ids[0, 0] or value == 2e3 else 0.0
+        return out
+
+    with pytest.raises(NonFiniteError, match=f"perplexity, float: .*{message}"):
+        score_tokens(logits, IDS + (IDS >= 8), "perplexity, float")

@@ -75,9 +75,7 @@ def test_a_base_as_json(base: tuple[Path, Any]) -> None:
     assert record["totals"]["integers"]["bytes"] == sum(t["bytes"] for t in integers)
 
 
-def test_a_base_as_text_groups_what_is_alike_and_equal_sources_are_exact(
-    base: tuple[Path, Any],
-) -> None:
+def test_a_base_as_text_against_itself(base: tuple[Path, Any]) -> None:
     folder, model = base
     out = answered("inspect", folder, "--against", folder)
     assert f"fingerprint {fingerprint(model)}" in out
@@ -125,9 +123,7 @@ def test_a_float_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> Non
         assert len(grids) == 1 or folder == tmp_path  # integers of batch norms
 
 
-def test_a_gptq_checkpoint_of_gptqmodel_by_one_layer_of_each_kind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_layer_of_each_kind_is_read_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     files, plain = SafetensorsFiles(GPTQ), SafetensorsFiles.read
     monkeypatch.setattr(

@@ -98,9 +98,7 @@ def integers(rows: int, code: int) -> QuantizedTensor:
         ("q_prj", 64, 0, r"q_prj\.weight: no weight .*q_proj\.weight"),
     ],
 )
-def test_integers_that_cannot_be_are_explained(
-    name: str, rows: int, code: int, message: str
-) -> None:
+def test_impossible_integers_are_named(name: str, rows: int, code: int, message: str) -> None:
     model, layer = tiny_model("llama"), "model.layers.0.self_attn.{}.weight"
     given = {layer.format("o_proj"): integers(64, 0), layer.format(name): integers(rows, code)}
     with pytest.raises(GridError, match=message):

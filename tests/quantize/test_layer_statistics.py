@@ -44,12 +44,6 @@ def rows(seed: int = 0) -> Tensor:
     return torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_what_all_tokens_read_is_all_that_counts() -> None:
-    x = rows()
-    found = observed(lambda z: z[:, :1].expand_as(z), x).input.matrix
-    torch.testing.assert_close(found, x[0, 0].outer(x[0, 0]))
-
-
 def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinity() -> None:
     x = rows()
     spiked, silent = x.clone(), x.clone()

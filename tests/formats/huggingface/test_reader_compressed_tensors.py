@@ -46,10 +46,8 @@ def opened(
     return CompressedTensors(SafetensorsFiles(folder), {**whole, **settings})
 
 
-def read(
-    folder: Path, held: dict[str, Tensor], layout: str, record: dict[str, Any]
-) -> QuantizedTensor:
-    return read_integers(opened(folder, held, layout, record), "layer.weight")
+def read(folder: Path, held: dict[str, Tensor], *how: Any) -> QuantizedTensor:
+    return read_integers(opened(folder, held, *how), "layer.weight")
 
 
 def grouped(weight: Tensor, arguments: QuantizationArgs) -> Tensor:

@@ -75,16 +75,19 @@ def test_a_base_as_json(base: tuple[Path, Any]) -> None:
     assert record["totals"]["integers"]["bytes"] == sum(t["bytes"] for t in integers)
 
 
-def test_a_base_as_text_groups_what_is_alike(base: tuple[Path, Any]) -> None:
+def test_a_base_as_text_against_itself(base: tuple[Path, Any]) -> None:
     folder, model = base
-    out = answered("inspect", folder)
+    out = answered("inspect", folder, "--against", folder)
+    assert f"fingerprint {fingerprint(model)}" in out
+    assert out.splitlines()[2].endswith("SQNR dB")
     lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert lines["model.layers.*.self_attn.q_proj.weight"][1:3] == ["2", "64x64"]
     down, up = (lines[f"model.layers.{n}_proj.weight"] for n in ("*.mlp.down", "1.mlp.up"))
     assert down[3:7] == ["int8", "symmetric", "per", "channel"]
-    assert lines["model.layers.0.mlp.up_proj.weight"][3] == "int4"
     assert up[3:7] == ["int3", "asymmetric", "per", "block"]
-    assert f"fingerprint {fingerprint(model)}" in out
+    assert down[-1] == up[-1] == "exact"
+    tensors = record_of(folder, "--against", folder)["tensors"].values()
+    assert {(t["exact"], t["sqnr_db"]) for t in tensors} == {(True, None)}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -106,15 +109,6 @@ def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
     assert {t.sqnr_db for t in found.values() if not t.is_integers} == {math.inf}
 
 
-def test_equal_sources_are_exact(base: tuple[Path, Any]) -> None:
-    folder, _ = base
-    tensors = record_of(folder, "--against", folder)["tensors"].values()
-    assert {(t["exact"], t["sqnr_db"]) for t in tensors} == {(True, None)}
-    lines = answered("inspect", folder, "--against", folder).splitlines()
-    assert lines[2].endswith("SQNR dB")
-    assert lines[3].endswith("exact")
-
-
 def test_a_float_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Also of a model that is no language model, which is shown by its headers."""
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
@@ -129,29 +123,25 @@ def test_a_float_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> Non
         assert len(grids) == 1 or folder == tmp_path  # integers of batch norms
 
 
-def test_a_gptq_checkpoint_of_gptqmodel() -> None:
-    record, files = record_of(GPTQ), SafetensorsFiles(GPTQ)
-    assert record["kind"] == "gptq checkpoint"
-    name = next(n for n in record["tensors"] if n.endswith("down_proj.weight"))
-    tensor, layer = record["tensors"][name], name.removesuffix(".weight")
-    names = [n for n in files.names() if n.startswith(f"{layer}.") and not n.endswith(".bias")]
-    assert len(names) == 4
-    assert tensor["bytes"] == sum(files.read(n).nbytes for n in names)
-    outputs, inputs = files.shape(f"{layer}.qweight")[1], len(files.read(f"{layer}.g_idx"))
-    assert tensor["shape"] == [outputs, inputs]
-    assert tensor["grid"].startswith("int4 ")
-
-
-def test_only_one_layer_of_a_kind_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_of_each_kind_is_read_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    plain = SafetensorsFiles.read
+    files, plain = SafetensorsFiles(GPTQ), SafetensorsFiles.read
     monkeypatch.setattr(
         SafetensorsFiles, "read", lambda self, name: (read.append(name), plain(self, name))[1]
     )
-    found = inspect_source(str(GPTQ))
+    inspection = inspect_source(str(GPTQ))
+    assert inspection.kind == "gptq checkpoint"
+    integers = [t for t in inspection.tensors if t.is_integers]
     layers = {name.rpartition(".")[0] for name in read if name.endswith("qweight")}
-    kinds = {(t.shape, t.bytes) for t in found.tensors if t.is_integers}
-    assert len(layers) == len(kinds) < sum(t.is_integers for t in found.tensors)
+    assert len(layers) == len({(t.shape, t.bytes) for t in integers}) < len(integers)
+    tensor = next(t for t in integers if t.name.endswith("down_proj.weight"))
+    layer = tensor.name.removesuffix(".weight")
+    names = [n for n in files.names() if n.startswith(f"{layer}.") and not n.endswith(".bias")]
+    assert len(names) == 4
+    assert tensor.bytes == sum(files.read(n).nbytes for n in names)
+    outputs, inputs = files.shape(f"{layer}.qweight")[1], len(files.read(f"{layer}.g_idx"))
+    assert tensor.shape == (outputs, inputs)
+    assert tensor.grid.startswith("int4 ")
 
 
 def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
@@ -202,7 +192,7 @@ def test_whatever_else_is_refused_with_a_reason(
     folder, _ = base
     (tmp_path / "text.txt").write_text("words")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
-    for name in ("empty", "half", "shapes"):
+    for name in ("half", "shapes"):
         (tmp_path / name).mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 16}
@@ -216,7 +206,6 @@ def test_whatever_else_is_refused_with_a_reason(
     for arguments, message in {
         (tmp_path / "nowhere",): "does not exist",
         (tmp_path / "text.txt",): r"is neither a folder nor a \.gguf file|is not a \.gguf file",
-        (tmp_path / "empty",): "has no config.json",
         (tmp_path / "bad.gguf",): "bad.gguf",
         (tmp_path / "half",): "has no config.json",
         ("somebody/a-model-that-is-not-here",): "cannot be downloaded from the hub either:\n",

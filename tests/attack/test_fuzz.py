@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
+from formats.huggingface.test_gptq_awq_mlx import awq_model
 from formats.huggingface.test_reader_compressed_tensors import model_folder
-from formats.huggingface.test_reader_gptq_awq import awq_model
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import QwloraError

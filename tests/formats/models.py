@@ -45,6 +45,16 @@ def gpt2(**changes: Any) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(**sizes | changes)).eval()
 
 
+IDS = torch.arange(40).view(2, 20)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """What a model computes of `IDS`, without dropout."""
+    found: Tensor = model.eval()(IDS).logits
+    return found
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes

@@ -17,7 +17,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,21 +26,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from conftest import byte_tokenizer, text, tiny_model
+from conftest import byte_tokenizer, packed_model, text
 from docs.snippets import ROOT, blocks
-from qwlora import fingerprint, load_adapter, load_base, quantize_, save_adapter, save_base
+from formats.models import IDS, logits
+from qwlora import fingerprint, load_adapter, load_base, save_adapter, save_base
 from qwlora.errors import SourceError
 from qwlora.formats.base_folder import QwloraConfig
 from qwlora.nn.packed_layer import packed_layers
 
-IDS = torch.arange(40).view(2, 20)
 ON_DISK = {"model": "disk", "lm_head": "cpu"}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(IDS).logits
-    return found
 
 
 def same(model: Any, expected: Any) -> bool:
@@ -56,17 +50,11 @@ def adapted(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(model, settings)
 
 
-def quantized() -> PreTrainedModel:
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
-    return model
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base to read only."""
     folder = tmp_path_factory.mktemp("base")
-    save_base(quantized(), folder, byte_tokenizer(), source="somewhere")
+    save_base(packed_model(), folder, byte_tokenizer(), source="somewhere")
     return folder
 
 
@@ -138,7 +126,7 @@ print(type(pipeline("text-generation", {str(base)!r}).model.model.layers[0].mlp.
 
 @pytest.mark.parametrize("load", [None, load_base, AutoModelForCausalLM.from_pretrained])
 def test_save_pretrained_writes_what_save_base_does(base: Path, tmp_path: Path, load: Any) -> None:
-    model = load(base) if load else quantized()
+    model = load(base) if load else packed_model()
     model.save_pretrained(tmp_path)
     for name in ("base.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (base / name).read_bytes()

@@ -59,6 +59,7 @@ def test_a_folder_has_the_license_of_its_card(tmp_path: Path) -> None:
         "import qwlora",
         "import qwlora.grid.scheme",
         "import qwlora.cli.encodings_command",
+        "import qwlora.quantize.solvers",
         # every run writes the model cards, also one that skips all stages
         "from qwlora.formats.model_card import origin_of; assert origin_of('a.gguf').name == 'a.gguf'",
     ],

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
-from formats.models import mixtral, read_integers
+from formats.models import logits, mixtral, read_integers
 from formats.packing import quantized
 from qwlora import fingerprint, load_base, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
@@ -29,7 +29,6 @@ from qwlora.nn.packed_layer import parameter_out_in
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.quantize_model import quantize_checkpoint
 
-IDS = torch.arange(40).view(2, 20)
 KINDS = (*ARCHITECTURES, "mixtral")
 
 
@@ -92,9 +91,8 @@ def float_twin(checkpoint: Held) -> PreTrainedModel:
 def test_an_assembled_model_is_its_float_twin(kind: str, scheme: str, tmp_path: Path) -> None:
     checkpoint = Held(model_of(kind), parse_scheme(scheme))
     model = load_precomputed(checkpoint)
-    with torch.no_grad():
-        logits = model(IDS).logits
-        torch.testing.assert_close(logits, float_twin(checkpoint)(IDS).logits, rtol=1e-5, atol=1e-5)
+    expected = logits(float_twin(checkpoint))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not any(t.is_meta for t in model.state_dict().values())
     assert not any(p.requires_grad for p in model.parameters())
     for name, layer in packed_weights(model).items():
@@ -104,8 +102,7 @@ def test_an_assembled_model_is_its_float_twin(kind: str, scheme: str, tmp_path: 
     identity = save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(load_precomputed(checkpoint)) == identity
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, logits)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_tied_tensor_is_read_once_under_either_name() -> None:
@@ -118,8 +115,7 @@ def test_a_tied_tensor_is_read_once_under_either_name() -> None:
     floats.order[floats.order.index("model.embed_tokens.weight")] = "lm_head.weight"
     model = load_precomputed(floats)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+    assert torch.equal(logits(model), logits(tiny_model("llama")))
 
 
 class Changed(Held):
@@ -197,9 +193,9 @@ def test_parts_are_loaded_and_let_go() -> None:
                 {n for n, p in lazy.model.named_parameters() if ".layers." in n and not p.is_meta}
             )
         )
-    with torch.no_grad(), lazy.one_block_at_a_time() as model:
+    with lazy.one_block_at_a_time() as model:
         for _ in range(2):
-            assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+            assert torch.equal(logits(model), logits(tiny_model("llama")))
     assert [{name.split(".")[2] for name in names} for names in there] == [{"0"}, {"1"}] * 2
     assert all(p.is_meta for p in lazy.model.parameters())
     gc.collect()

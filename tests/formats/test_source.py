@@ -41,16 +41,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("place", ["../outside.safetensors", "a/../../outside.safetensors"])
-def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, place: str) -> None:
-    folder = tmp_path / "model"
-    tiny_model("llama").save_pretrained(folder)
-    (folder / "a").mkdir()
-    names = load_file(folder / FILE)
-    (folder / FILE).rename(tmp_path / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+def test_an_index_that_names_a_file_outside_is_refused(folder: Path) -> None:
+    outside = (folder / FILE).rename(folder.parent / f"{folder.name}.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(outside), f"../{outside.name}")}
     (folder / f"{FILE}.index.json").write_text(json.dumps(index))
-    with pytest.raises(SourceError, match=r"outside\.safetensors', which is not a .* this folder"):
+    with pytest.raises(SourceError, match=r"\.safetensors', which is not a .* this folder"):
         load_model(str(folder))
 
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 
 from qwlora.errors import GridError
 from qwlora.grid.scheme import (
@@ -9,9 +10,16 @@ from qwlora.grid.scheme import (
     PerChannel,
     PerTensor,
     Scheme,
+    SignedBlock,
     parse_scheme,
     short_name,
 )
+
+ASYMMETRIC = Scheme(3, False, PerBlock(64))
+SIGNED = Scheme(4, True, SignedBlock(32))
+LOW_POWER, SIX_BITS = Scheme(4, True, Lpbq(64)), Scheme(4, True, Lpbq(32, 6))
+FLOAT_OFFSET = Scheme(4, False, PerBlock(32), float_offset=True)
+BLOCK = "int4 symmetric per block"
 
 
 @pytest.mark.parametrize(
@@ -20,31 +28,12 @@ from qwlora.grid.scheme import (
         (Scheme(8), "w8-tensor", "int8 symmetric per tensor", {}),
         (Scheme(8, False), "w8-tensor-asymmetric", "int8 asymmetric per tensor", {}),
         (Scheme(8, True, PerChannel(0)), "w8-channel", "int8 symmetric per channel", {"axis": 0}),
-        (
-            Scheme(3, False, PerBlock(64)),
-            "w3-block64-asymmetric",
-            "int3 asymmetric per block 64",
-            {},
-        ),
-        (
-            Scheme(4, granularity=Lpbq(64)),
-            "w4-lpbq64",
-            "int4 symmetric per block 64 with int4 scales",
-            {"scale_bitwidth": 4},
-        ),
+        (ASYMMETRIC, "w3-block64-asymmetric", "int3 asymmetric per block 64", {}),
+        (SIGNED, "w4-signed32", "int4 symmetric per signed block 32", {"kind": "signed"}),
+        (LOW_POWER, "w4-lpbq64", f"{BLOCK} 64 with int4 scales", {"scale_bitwidth": 4}),
         # without a short name
-        (
-            Scheme(4, True, Lpbq(32, 6)),
-            None,
-            "int4 symmetric per block 32 with int6 scales",
-            {"scale_bitwidth": 6},
-        ),
-        (
-            Scheme(4, False, PerBlock(32), float_offset=True),
-            None,
-            "int4 float-offset per block 32",
-            {"float_offset": True},
-        ),
+        (SIX_BITS, None, f"{BLOCK} 32 with int6 scales", {"scale_bitwidth": 6}),
+        (FLOAT_OFFSET, None, "int4 float-offset per block 32", {"float_offset": True}),
         (Scheme(8, granularity=PerChannel(1)), None, "int8 symmetric per channel", {"axis": 1}),
         (Scheme(2, granularity=PerChannel(-4)), None, "int2 symmetric per channel", {"axis": -4}),
         (Scheme(16, False), "w16-tensor-asymmetric", "int16 asymmetric per tensor", {}),
@@ -55,8 +44,8 @@ def test_texts_of_a_scheme(scheme, name, text, record):
     assert short_name(scheme) == (name or text)
     assert name is None or parse_scheme(name) == scheme
     plain = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
-    sizes = [int(size) for size in re.findall(r"block (\d+)", text)]
-    block_size = sizes[0] if sizes else None
+    size = re.search(r"block (\d+)", text)
+    block_size = int(size[1]) if size else None
     assert scheme.to_json() == {**plain, "axis": None, "block_size": block_size, **record}
     assert Scheme.from_json(scheme.to_json()) == scheme
 
@@ -94,6 +83,12 @@ SHORT = ["", "w4", "int4-channel", "w4-block", "w4-block32-symmetric", "w4-chann
         *((lambda text=text: parse_scheme(text), "is not understood") for text in SHORT),
         *((lambda n=n: Scheme(n), f"bitwidth {n} is not one of 2 to 16") for n in (0, 1, 17, -4)),
         (lambda: parse_scheme("w17-channel"), "is not one of 2 to 16"),
+        (lambda: Scheme(4, False, SignedBlock(32)), "signed grids .*; remove -asymmetric"),
+        (lambda: Scheme(4, False, Lpbq(32)), "remove -asymmetric"),
+        (lambda: Scheme(4, float_offset=True), "a symmetric grid has no float offset"),
+        (lambda: Lpbq(2).split(torch.tensor([[1.0, 0.3]])), "1 of 2 block scales"),
+        *((lambda n=n: Lpbq(32, n), f"1 to 8 bits, not {n}") for n in (0, 9)),
+        (lambda: Lpbq(0), "at least one value, not 0"),
     ],
 )
 def test_what_is_no_scheme_is_refused(make, message):

@@ -96,9 +96,8 @@ CHOICES = st.tuples(st.integers(1, 50), st.integers(0, 1000))
 def test_no_other_choice_of_that_size_costs_less(rows: Any, share: float) -> None:
     scheme = parse_scheme("w4-tensor")
     groups = [[_Choice(scheme, *pair) for pair in row] for row in rows]
-    least, most = (
-        sum(extreme(c.size for c in group) for group in groups) for extreme in (min, max)
-    )
+    sizes = [[choice.size for choice in group] for group in groups]
+    least, most = (sum(map(extreme, sizes)) for extreme in (min, max))
     room = least + int(share * (most - least))
     (size, cost), *others = (
         (sum(c.size for c in choices), sum(c.cost for c in choices))

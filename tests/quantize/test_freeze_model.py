@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import VOCABULARY, tiny_model
+from conftest import tiny_model
+from formats.models import logits
 from qwlora import fingerprint, freeze_, quantize_
 from qwlora.errors import EncodingsFileError, GridError, QwloraWarning
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
@@ -15,8 +16,6 @@ from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme, SignedBlock
 from qwlora.nn.packed_layer import packed_weights
-
-IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,8 +81,7 @@ def test_frozen_integers_are_the_base_that_quantize_makes() -> None:
     quantize_(quantized, "w4-block16", "rtn")
     freeze_(frozen, {name: layer.quantized for name, layer in packed_weights(quantized).items()})
     assert fingerprint(frozen) == fingerprint(quantized)
-    with torch.no_grad():
-        assert torch.equal(frozen(IDS).logits, quantized(IDS).logits)
+    assert torch.equal(logits(frozen), logits(quantized))
 
 
 def integers(rows: int, code: int) -> QuantizedTensor:
@@ -100,9 +98,7 @@ def integers(rows: int, code: int) -> QuantizedTensor:
         ("q_prj", 64, 0, r"q_prj\.weight: no weight .*q_proj\.weight"),
     ],
 )
-def test_integers_that_cannot_be_are_explained(
-    name: str, rows: int, code: int, message: str
-) -> None:
+def test_impossible_integers_are_named(name: str, rows: int, code: int, message: str) -> None:
     model, layer = tiny_model("llama"), "model.layers.0.self_attn.{}.weight"
     given = {layer.format("o_proj"): integers(64, 0), layer.format(name): integers(rows, code)}
     with pytest.raises(GridError, match=message):
@@ -112,9 +108,9 @@ def test_integers_that_cannot_be_are_explained(
     assert not packed_weights(model)
 
 
-def aimet_file(folder: Path, grids: dict[str, Encoding]) -> Path:
+def aimet_file(folder: Path, grids: dict[str, Encoding], package: str = "aimet-torch") -> Path:
     entries = tuple(entry_of(name, grid, "1.0.0") for name, grid in grids.items())
-    producer = {"package": "aimet-torch", "version": "2.42.0"}
+    producer = {"package": package, "version": "2.42.0"}
     file = EncodingsFile("1.0.0", entries, frozenset(grids), (), {}, producer)
     write_encodings(file, folder / "model.encodings")
     return folder / "model.encodings"
@@ -133,30 +129,21 @@ def test_an_encodings_file_freezes_like_its_encodings(scheme: Scheme, tmp_path: 
     assert packed_weights(kept).keys() == encodings.keys() - {name}
 
 
-def test_blocks_of_an_unknown_producer_need_their_order(tmp_path: Path) -> None:
+def test_what_a_file_does_not_say_is_given(tmp_path: Path) -> None:
+    """The order of blocks; the prefix of a wrapper. The entry of a parameter that nobody packs changes nothing."""
     model, encodings = on_a_grid(Scheme(4, granularity=PerBlock(16)))
-    path = aimet_file(tmp_path, encodings)
-    path.write_text(path.read_text().replace("aimet-torch", "another"))
+    wrapped = {f"m.{name}": encoding for name, encoding in encodings.items()}
+    table = torch.randn(4, 16)
+    wrapped["m.table"] = measure(table, Scheme(4, granularity=PerBlock(16)))
+    path = aimet_file(tmp_path, wrapped, package="another")
+    model.register_parameter("table", nn.Parameter(table.clone()))
+    with pytest.raises(EncodingsFileError, match=r"no parameter has .* the prefix 'net"):
+        freeze_(model, path, prefix="net")
     with pytest.raises(EncodingsFileError, match=r"block_order='channel' or 'tensor' in Python"):
         freeze_(model, path)
-    packed = packed_weights(freeze_(model, path, block_order="channel"))
+    with pytest.warns(QwloraWarning, match=r"1 entries are .* no packed layer .*: table$"):
+        freeze_(model, path, block_order="channel")
+    assert torch.equal(model.get_parameter("table"), table)
+    packed = packed_weights(model)
+    assert packed.keys() == encodings.keys()
     assert all(packed[name].encoding.equals(grid) for name, grid in encodings.items())
-
-
-def test_a_file_of_a_wrapper_with_a_parameter_that_nobody_packs(tmp_path: Path) -> None:
-    """The entry changes nothing and is a warning; the prefix is found, or given."""
-    scheme = Scheme(4, granularity=PerBlock(16))
-    _, encodings = on_a_grid(scheme)
-    wrapped = {f"m.{name}": encoding for name, encoding in encodings.items()}
-    path = aimet_file(tmp_path, wrapped | {"m.table": measure(torch.randn(4, 16), scheme)})
-    expected = fingerprint(freeze_(on_a_grid(scheme)[0], encodings))
-    for prefix in (None, "m"):
-        model, _ = on_a_grid(scheme)
-        model.register_parameter("table", nn.Parameter(torch.randn(4, 16)))
-        before = model.get_parameter("table").clone()
-        with pytest.warns(QwloraWarning, match=r"1 entries are .* no packed layer .*: table$"):
-            freeze_(model, path, prefix=prefix)
-        assert torch.equal(model.get_parameter("table"), before)
-        assert packed_weights(model).keys() == encodings.keys()
-        del model.table
-        assert fingerprint(model) == expected

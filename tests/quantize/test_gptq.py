@@ -63,14 +63,6 @@ def test_without_refinement_it_is_the_recursion_of_the_paper() -> None:
     assert (found.dequantize() - expected).abs().max() < 1e-6
 
 
-def test_independent_inputs_leave_nothing_to_make_good() -> None:
-    weight, _ = problem()
-    scheme = parse_scheme("w4-block32")
-    found, _ = solve_gptq(weight, scheme, torch.eye(128), GptqSettings(sweeps=0))
-    expected = search_scale(weight, scheme, coarse=True)
-    assert torch.equal(found.codes, expected.quantize(weight))
-
-
 def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     weight, moment = problem()
     dead = torch.arange(0, 128, 3)
@@ -96,17 +88,17 @@ def test_a_moment_of_few_tokens_is_damped_until_it_can_be_factored(tokens: int) 
 
 
 def test_impossible_settings_and_wrong_input_are_refused() -> None:
-    with pytest.raises(GridError, match="damping -1 is not a finite number of at least 0"):
-        GptqSettings(damping=-1)
-    with pytest.raises(GridError, match=r"sweeps .*-1.*at least 0"):
-        GptqSettings(sweeps=-1)
+    for key in ("damping", "sweeps"):
+        with pytest.raises(GridError, match=f"{key} .*-1.*at least 0"):
+            GptqSettings(**{key: -1})
     weight, moment = problem()
-    with pytest.raises(GridError, match="gptq needs scales per output"):
-        solve_gptq(weight, Scheme(4, granularity=PerChannel(1)), moment)
-    with pytest.raises(GridError, match="blocks of 48 do not divide"):
-        solve_gptq(weight, parse_scheme("w4-block48"), moment)
-    with pytest.raises(CalibrationError, match="nan or infinity"):
-        solve_gptq(weight, parse_scheme("w4-channel"), moment * float("nan"))
+    for scheme, factor, message in (
+        (Scheme(4, granularity=PerChannel(1)), 1.0, "gptq needs scales per output"),
+        (parse_scheme("w4-block48"), 1.0, "blocks of 48 do not divide"),
+        (parse_scheme("w4-channel"), float("nan"), "nan or infinity"),
+    ):
+        with pytest.raises((GridError, CalibrationError), match=message):
+            solve_gptq(weight, scheme, moment * factor)
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if "lpbq" not in n])  # found from free scales
@@ -131,8 +123,10 @@ def test_block_scales_survive_float16(name: str) -> None:
         assert torch.equal(storable_scale(tiny), tiny)
 
 
-def test_a_clipping_penalty_widens_the_grid() -> None:
-    weight, _ = problem()
-    scheme = Scheme(3)
-    wide, narrow = (search_scale(weight, scheme, clipping_penalty=p).scale for p in (3, 1))
-    assert float(wide) > float(narrow)
+def test_the_search_finds_a_narrow_range() -> None:
+    """One outlier among many values: a tenth of the min-max range is best for one grid of all."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    weight[0, 0] = 40.0
+    found = float(search_scale(weight, Scheme(4)).scale)
+    assert found == pytest.approx(float(search_scale(weight[1:], Scheme(4)).scale), rel=0.15)
+    assert found < 0.2 * 40 / 7

@@ -26,23 +26,22 @@ class Part(nn.Module):
         return self.then(self.layer(x))
 
 
-def observed(then: Callable[[Tensor], Tensor], *batches: Tensor) -> Observed:
-    """Of the only layer of a model with one part."""
-    model = nn.Sequential(Part(then))
+def observations(part: nn.Module, names: list[str], *batches: Tensor) -> dict[str, Observed]:
+    """Of layers in a model with one part."""
+    model = nn.Sequential(part)
     with BlockRunner(model, ["0"], [{"input": batch} for batch in batches]) as runner:
-        for block in runner:
-            found = observe(model, block, ["0.layer.weight"], runner)
-    return found["0.layer.weight"]
+        next(iter(runner))
+        return observe(model, "0", names, runner)
+
+
+def observed(then: Callable[[Tensor], Tensor], batch: Tensor) -> Observed:
+    """Of the only layer of a part."""
+    name = "0.layer.weight"
+    return observations(Part(then).to(batch.dtype), [name], batch)[name]
 
 
 def rows(seed: int = 0) -> Tensor:
     return torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def test_what_all_tokens_read_is_all_that_counts() -> None:
-    x = rows()
-    found = observed(lambda z: z[:, :1].expand_as(z), x).input.matrix
-    torch.testing.assert_close(found, x[0, 0].outer(x[0, 0]))
 
 
 def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinity() -> None:
@@ -82,13 +81,9 @@ class Tangled(nn.Module):
 
 
 def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
-    found = []
-    for in_place in (False, True):
-        model = nn.Sequential(Tangled(in_place))
-        with BlockRunner(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as runner:
-            next(iter(runner))
-            found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], runner))
-        assert all(parameter.requires_grad for parameter in model.parameters())
+    names, parts = ["0.layer.weight", "0.unread.weight"], [Tangled(False), Tangled(True)]
+    found = [observations(part, names, rows(0), rows(1)) for part in parts]
+    assert all(parameter.requires_grad for part in parts for parameter in part.parameters())
     assert set(found[0]) == set(found[1]) == {"0.layer.weight"}
     for side in ("input", "output"):
         torch.testing.assert_close(*(getattr(one["0.layer.weight"], side).matrix for one in found))
@@ -96,12 +91,7 @@ def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    found = []
-    for kind in (torch.float32, dtype):
-        model = nn.Sequential(Part(lambda z: 3000 * z)).to(kind)
-        with BlockRunner(model, ["0"], [{"input": rows().to(kind)}]) as runner:
-            next(iter(runner))
-            found.append(observe(model, "0", ["0.layer.weight"], runner)["0.layer.weight"])
+    found = [observed(lambda z: 3000 * z, rows().to(kind)) for kind in (torch.float32, dtype)]
     for one, half in ((getattr(o, side).matrix for o in found) for side in ("input", "output")):
         assert (half - one).norm() < 0.05 * one.norm()
 
@@ -174,6 +164,4 @@ def test_a_layer_that_returns_no_tensor_is_not_followed() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             return super().forward(x), x
 
-    model = nn.Sequential(Router(8, 8))
-    with BlockRunner(model, ["0"], [{"input": rows()}]) as runner:
-        assert [observe(model, block, ["0.weight"], runner) for block in runner] == [{}]
+    assert observations(Router(8, 8), ["0.weight"], rows()) == {}

@@ -14,6 +14,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
 from adapter.small_models import mixture
 from conftest import ARCHITECTURES, EACH_ARCHITECTURE, tiny_model
@@ -33,24 +34,11 @@ def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
     return torch.randint(0, 250, (count, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def first_list(model: nn.Module) -> str:
-    """Path of the model's list of blocks."""
-    return next(path for path, m in model.named_modules() if isinstance(m, nn.ModuleList))
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
-    ]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_linear_is_taken_but_the_output_head(architecture: str) -> None:
     model = tiny_model(architecture)
-    names = linear_names(model)
+    head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    names = [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
     report = quantize_(model, "w4-block32", solver="rtn")
     assert {type(model.get_submodule(name)) for name in names} == {PackedLinear}
     assert len(packed_weights(model)) == len(names) == len(report.layers)

@@ -1,11 +1,13 @@
-"""Each stored algorithm gives its golden result under its revision.
+"""The registry of solvers; each stored algorithm gives its golden result under its revision.
 
 If a result changes on purpose, raise the revision in `quantize/solvers.py` and write both numbers here.
 """
 
-import subprocess
 import sys
+import types
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,11 +20,15 @@ from qwlora import BitBudget, quantize_
 from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
+from qwlora.errors import CalibrationError
 from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, RangeEstimator, Scheme
+from qwlora.nn import packed_weights
 from qwlora.quantize.quantize_blocks import observe_moments
-from qwlora.quantize.solvers import REVISIONS, SOLVERS
+from qwlora.quantize.solvers import REVISIONS, SOLVERS, Solver
 from qwlora.quantize.tune_scales import TuningSettings, tune_
+from qwlora.recipe import grid_sections
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -108,7 +114,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", REVISIONS)
+@pytest.mark.parametrize("name", sorted(REVISIONS.keys() | SOLVERS))
 def test_another_result_has_another_revision(name: str) -> None:
     revision, expected, compute = GOLDEN[name]
     result = codes(name) if compute is None else compute()
@@ -116,7 +122,42 @@ def test_another_result_has_another_revision(name: str) -> None:
     assert result == (expected if compute is None else pytest.approx(expected, rel=1e-3))
 
 
-def test_every_solver_has_a_revision_that_is_known_without_torch() -> None:
-    assert SOLVERS.keys() <= REVISIONS.keys()
-    code = "import sys; import qwlora.quantize.solvers; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solver_that_needs_calibration_says_so_without_it(solver: Solver) -> None:
+    refused = pytest.raises(CalibrationError, match="solver: search")
+    with refused if solver.needs_calibration else nullcontext():
+        solver.solve(torch.ones(2, 16), Scheme(3, granularity=PerBlock(16)), None, None)
+
+
+def test_recipes_take_the_names_from_the_registry() -> None:
+    for name in SOLVERS:
+        assert grid_sections.BaseRule(match="*", solver=name).solver == name
+    with pytest.raises(ValueError, match=r"gptq.* or 'keep'"):
+        grid_sections.Base(solver="best")
+
+
+def test_a_solver_with_settings_is_a_module_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy multiplies the min-max scales by its setting."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        factor: float = 1.0
+
+    def solve(weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: Any) -> Any:
+        scaled = measure(weight, scheme)
+        scaled = replace(scaled, scale=scaled.scale * (settings or Settings()).factor)
+        return QuantizedTensor(scaled.quantize(weight), scaled), {}
+
+    module = types.ModuleType("qwlora.quantize.toy")
+    vars(module).update(solve=solve, Settings=Settings)
+    monkeypatch.setitem(sys.modules, "qwlora.quantize.toy", module)
+    toy = Solver("toy", "quantize.toy:solve", settings="quantize.toy:Settings")
+    monkeypatch.setitem(SOLVERS, "toy", toy)
+    monkeypatch.setitem(REVISIONS, "toy", 1)
+    models = [tiny_model("llama") for _ in range(2)]
+    for model, factor in zip(models, (1.0, 2.0), strict=True):
+        settings = {"toy": toy.settings_of({"factor": factor})}
+        report = quantize_(model, "w8-channel", "toy", settings=settings)
+        assert {layer.solver for layer in report.layers.values()} == {"toy"}
+    scales = [next(iter(packed_weights(model).values())).encoding.scale for model in models]
+    assert torch.allclose(scales[1], 2 * scales[0], rtol=1e-3)

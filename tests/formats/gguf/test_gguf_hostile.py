@@ -33,10 +33,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     def kind_of(name: str, shape: tuple[int, ...]) -> str:
         return next((kind for part, kind in kinds.items() if f".{part}." in name), "F32")
 
-    path, metadata = (
-        tmp_path_factory.mktemp("good") / "a.gguf",
-        metadata_of("llama", CONFIG, "llama"),
-    )
+    path, metadata = tmp_path_factory.mktemp("a") / "a.gguf", metadata_of("llama", CONFIG, "llama")
     write_file(path, "llama", metadata, stored_shapes("llama", CONFIG), kind_of, tokens=16)
     assert len(GgufCheckpoint(path).names()) == 11
     return path.read_bytes()
@@ -94,7 +91,6 @@ FILES: dict[str, bytes] = {
     ),
 }
 PAIRS: dict[str, bytes] = {
-    rf"byte \d+ of its header asks for {HUGE} more": struct.pack("<Q", HUGE),
     f"asks for {HUGE} more bytes, but the file has": pair("a", 8, struct.pack("<Q", HUGE)),
     f"asks for {8 * HUGE} more bytes": pair("a", 9, struct.pack("<IQ", 12, HUGE)),
     r"asks for \d+ more": pair("a", 9, struct.pack("<IQ", 8, HUGE)),  # strings
@@ -106,7 +102,6 @@ PAIRS: dict[str, bytes] = {
 MORE_PAIRS: dict[str, bytes] = {
     "metadata key 'general.architecture' occurs twice": ARCHITECTURE,
     "general.alignment is 24, not a power of two": number("general.alignment", 4, "I", 24),
-    "general.alignment is 0, not a power of two": number("general.alignment", 4, "I", 0),
     r"one of 3 files .*llama-gguf-split": number("split.count", 2, "H", 3),
     f"dimension_count is {2**40}, but": number("llama.rope.dimension_count", 10, "Q", 2**40),
     "llama.rope.freq_base is nan": number("llama.rope.freq_base", 6, "f", np.nan),
@@ -154,7 +149,6 @@ def count(key: str, value: int) -> bytes:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"0.attn_v.", b"0.attn_w.", "'blk.0.attn_w.weight' is in the files, but not in Llama"),
         (b"0.attn_v.", b"7.attn_v.", "'blk.7.attn_v.weight' is in the files, but not in Llama"),
         *(
             (count(key, 1), count(key, many), message)

@@ -1,4 +1,4 @@
-"""Writes the golden files of test_reader_gptq_awq.py with the formats' own
+"""Writes the golden files of test_gptq_awq_mlx.py with the formats' own
 libraries: files/gptq-*, files/awq-* and files/gptqmodel-llama.
 
 Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU needed; AutoAWQ's

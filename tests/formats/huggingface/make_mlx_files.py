@@ -1,4 +1,4 @@
-"""Writes the golden files of test_reader_mlx.py with MLX and mlx-lm themselves: files/mlx-layers,
+"""Writes the golden files of test_gptq_awq_mlx.py with MLX and mlx-lm themselves: files/mlx-layers,
 files/mlx-llama and files/mlx-adapter.
 
 Run by hand, in an environment with mlx 0.32.4 and mlx-lm 0.32.2 (on Linux: `mlx[cpu]`):

@@ -1,10 +1,13 @@
-"""AIMET's low-power blocks, and what another kind of blocks costs: a class."""
+"""Kinds of blocks: signed ones, AIMET's low-power ones, and what another kind costs: a class."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,8 +16,8 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.grid.encoding import measure
-from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name
+from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, SignedBlock, parse_scheme, short_name
 from qwlora.nn import packed_weights
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
@@ -24,7 +27,7 @@ from .strategies import brief, matrices
 
 @brief
 @given(matrices(columns=8), st.integers(1, 8), st.sampled_from([2, 3, 4, 8]))
-def test_scales_are_integers_times_the_rows_scale(x, scale_bitwidth, bitwidth):
+def test_low_power_scales_are_integers_times_the_rows_scale(x, scale_bitwidth, bitwidth):
     granularity = Lpbq(2, scale_bitwidth)
     scale = measure(x, Scheme(bitwidth, granularity=granularity)).scale
     row, integers = granularity.split(scale)
@@ -38,34 +41,45 @@ def test_scales_are_integers_times_the_rows_scale(x, scale_bitwidth, bitwidth):
 
 @brief
 @given(matrices(columns=8))
-def test_scales_are_the_nearest_such_products(x):
+def test_low_power_scales_are_the_nearest_such_products(x):
     plain, low_power = (measure(x, Scheme(4, granularity=k(2))).scale for k in (PerBlock, Lpbq))
     row = plain.amax(-1, keepdim=True) / 16
     assert torch.equal(low_power.amax(-1), plain.amax(-1))
     assert ((low_power - plain).abs() <= torch.where(plain < row / 2, row, row / 2) * 1.00001).all()
 
 
-def test_by_hand():
-    scale = Lpbq(2).nearest(torch.tensor([[16.0, 8.4, 0.1], [0.5, 1.0, 2.0]]))
-    assert scale.tolist() == [[16, 8, 1], [0.5, 1, 2]]
-    row, integers = Lpbq(2).split(scale)
-    assert row.tolist() == [[1], [0.125]]
-    assert integers.tolist() == [[16, 8, 1], [4, 8, 16]]
+def weights() -> Tensor:
+    return torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda: Lpbq(2).split(torch.tensor([[1.0, 0.3]])), "1 of 2 block scales"),
-        (lambda: Scheme(4, False, Lpbq(32)), "remove -asymmetric"),
-        (lambda: Lpbq(32, 0), "1 to 8 bits, not 0"),
-        (lambda: Lpbq(32, 9), "1 to 8 bits, not 9"),
-        (lambda: Lpbq(0), "at least one value, not 0"),
-    ],
-)
-def test_other_scales_and_impossible_schemes_are_refused(act, message):
-    with pytest.raises(GridError, match=message):
-        act()
+def test_signed_blocks_lean_to_the_side_of_their_largest_value():
+    x = torch.tensor([[8.0, -7.0, 1.0, 0.0], [7.0, -8.0, 1.0, 0.0]])
+    encoding = measure(x, Scheme(4, granularity=SignedBlock(4)))
+    assert encoding.scale.tolist() == [[-1], [1]]
+    assert encoding.quantize(x).tolist() == [[0, 15, 7, 8], [15, 0, 9, 8]]
+    assert torch.equal(encoding.fake_quantize(x), x)
+    # blocks that lean down have the scale of the plain grid
+    blocks = weights().unflatten(1, (-1, 32))
+    leans_down = -blocks.amin(-1) >= blocks.amax(-1)
+    signed, plain = (
+        measure(weights(), Scheme(4, granularity=kind(32))).scale
+        for kind in (SignedBlock, PerBlock)
+    )
+    assert torch.equal(signed[leans_down], plain[leans_down])
+    assert (signed[~leans_down] < 0).all()
+
+
+def test_codes_of_signed_blocks_are_those_of_ggufs_q4_0():
+    x = weights()
+    stored = quantize(x.numpy(), Type.Q4_0)
+    blocks = torch.from_numpy(stored.reshape(16, 4, 18).copy())
+    scale = torch.from_numpy(blocks[..., :2].numpy().copy().view(np.float16)).float().squeeze(-1)
+    scheme = Scheme(4, granularity=SignedBlock(32))
+    encoding = Encoding(scheme, scale, torch.full((16, 4), -8, dtype=torch.int32))
+    assert 20 < (scale < 0).sum() < 44
+    codes = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).flatten(1)
+    assert torch.equal(encoding.quantize(x), codes)
+    assert torch.equal(encoding.dequantize(codes), torch.from_numpy(dequantize(stored, Type.Q4_0)))
 
 
 def test_another_kind_of_blocks_is_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

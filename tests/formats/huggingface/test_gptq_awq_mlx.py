@@ -1,4 +1,5 @@
-"""GPTQ and AWQ layers equal what GPT-QModel and AutoAWQ unpack, bit for bit (files/gptq-*, awq-*)."""
+"""GPTQ and AWQ layers equal what GPT-QModel and AutoAWQ unpack, bit for bit; MLX folders equal what
+MLX dequantizes and mlx-lm computes (files/gptq-*, awq-*, mlx-*)."""
 
 import json
 import shutil
@@ -11,13 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from formats.models import edit_json, edit_tensors, llama, read_integers
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface.gptq_awq_mlx import QweightTensors
+from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors, QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.model_source import locate
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, SignedBlock
 
 FILES = Path(__file__).parents[1] / "files"
+FILE = "model.safetensors"
 GPTQ, AWQ = FILES / "gptq-v1", FILES / "awq-gemm-32"
 LAYERS = {"gptq": "w4-asymmetric-32", "awq": "layer"}
 SETTINGS = {
@@ -26,12 +29,9 @@ SETTINGS = {
 }
 
 
-def opened(folder: Path, method: str = "gptq", **settings: Any) -> QweightTensors:
-    return QweightTensors(SafetensorsFiles(folder), {**SETTINGS[method], **settings}, method)
-
-
 def read(folder: Path, method: str = "gptq", name: str = "", **settings: Any) -> QuantizedTensor:
-    tensors = opened(folder, method, **settings)
+    settings = {**SETTINGS[method], **settings}
+    tensors = QweightTensors(SafetensorsFiles(folder), settings, method)
     return read_integers(tensors, f"{name or LAYERS[method]}.weight")
 
 
@@ -59,9 +59,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "folder", "name", "settings"), CASES)
-def test_layers_equal_their_librarys(
-    method: str, folder: str, name: str, settings: dict[str, Any]
-) -> None:
+def test_layers_equal_theirs(method: str, folder: str, name: str, settings: Any) -> None:
     dynamic = {"dynamic": {"all": {}}} if method == "gptq" else {}
     found = read(FILES / folder, method, name, **settings, **dynamic)
     assert torch.equal(found.dequantize(), expected(FILES / folder, name))
@@ -116,8 +114,8 @@ def test_a_whole_checkpoint_of_gptq(model: Path, name: str, is_old: bool) -> Non
 def awq_model(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """A tiny llama whose down_proj is the golden layer; the weights that must come out."""
     llama(num_hidden_layers=1).save_pretrained(folder)
-    name, file = "model.layers.0.mlp.down_proj", folder / "model.safetensors"
-    tensors, layer = load_file(file), load_file(AWQ / file.name)
+    name, file = "model.layers.0.mlp.down_proj", folder / FILE
+    tensors, layer = load_file(file), load_file(AWQ / FILE)
     parts = {f"{name}.{part}": layer[f"layer.{part}"] for part in ("qweight", "qzeros", "scales")}
     edit_tensors(file, {f"{name}.weight": None, **parts})
     record = {"quant_method": "awq", **SETTINGS["awq"], **settings}
@@ -136,25 +134,6 @@ def test_a_whole_checkpoint_of_awq(tmp_path: Path) -> None:
         assert torch.equal(found.dequantize() if is_packed else found, value)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "message"),
-    [
-        ("awq", {"version": "gemv_fast"}, "AWQ layout 'gemv_fast'"),
-        ("awq", {"bits": 8}, "bits is 8, but AWQ files have 4 bits"),
-        ("awq", {"group_size": 0}, "group_size is 0"),
-        ("awq", {"group_size": None}, "group_size is None"),
-        ("gptq", {"checkpoint_format": "marlin"}, "layout 'marlin'"),
-        ("gptq", {"is_marlin_format": True}, "GPTQ layout 'marlin'"),
-        ("gptq", {"checkpoint_format": ["gptq"]}, r"GPTQ layout \"\['gptq'\]\""),
-        ("gptq", {"bits": 5}, "bits is 5, but GPTQ files have 2, 3, 4, 8"),
-        ("gptq", {"bits": "4"}, "bits is '4'"),
-    ],
-)
-def test_refused_settings(method: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SourceError, match=message):
-        opened(GPTQ if method == "gptq" else AWQ, method, **settings)
-
-
 def test_group_order_of_whole_runs_is_a_grid() -> None:
     folder, settings = FILES / "gptq-order", {"checkpoint_format": "gptq_v2"}
     runs = read(folder, name="runs", **settings)
@@ -164,54 +143,45 @@ def test_group_order_of_whole_runs_is_a_grid() -> None:
         read(folder, name="scattered", **settings)
 
 
-def changed(folder: Path, method: str = "gptq", **parts: Any) -> Path:
-    """A folder with one layer, some of its tensors replaced; None leaves one out."""
-    file, layer = "model.safetensors", LAYERS[method]
-    held = load_file((GPTQ if method == "gptq" else AWQ) / file)
-    whole = {part: held.get(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-    tensors = {f"{layer}.{part}": t for part, t in (whole | parts).items() if t is not None}
-    save_file(tensors, folder / file)
-    return folder
-
-
-def test_negative_scales_of_autoround_keep_their_values(tmp_path: Path) -> None:
-    scales = load_file(GPTQ / "model.safetensors")[f"{LAYERS['gptq']}.scales"].clone()
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_negative_scales_of_autoround_keep_their_values(tmp_path: Path, kind: str) -> None:
+    """A symmetric layer becomes signed blocks; the codes of an asymmetric one are turned."""
+    layer, folder = f"w4-{kind}-32", Path(shutil.copytree(GPTQ, tmp_path / "model"))
+    scales, wanted = load_file(folder / FILE)[f"{layer}.scales"], expected(GPTQ, layer).clone()
     scales[0, ::2] *= -1
-    wanted = expected(GPTQ).clone()
     wanted[::2, :32] *= -1
-    value = read(changed(tmp_path, scales=scales, g_idx=None))  # which may be absent
-    assert torch.equal(value.dequantize(), wanted)
-    assert bool((value.encoding.scale > 0).all())  # an asymmetric layer
-
-
-def test_negative_scales_of_a_symmetric_layer_are_signed_blocks(tmp_path: Path) -> None:
-    layer, folder = "w4-symmetric-32", Path(shutil.copytree(GPTQ, tmp_path / "model"))
-    scales = load_file(folder / "model.safetensors")[f"{layer}.scales"]
-    scales[0, ::2] *= -1
-    edit_tensors(folder / "model.safetensors", {f"{layer}.scales": scales})
-    before, found = (read(each, name=layer) for each in (GPTQ, folder))
-    assert found.encoding.scheme == Scheme(4, True, SignedBlock(32))
-    assert torch.equal(found.codes, before.codes)
-    assert torch.equal(found.encoding.scale, scales.T.float())
+    # without g_idx, which may be absent
+    edit_tensors(folder / FILE, {f"{layer}.scales": scales, f"{layer}.g_idx": None})
+    found = read(folder, name=layer)
+    assert torch.equal(found.dequantize(), wanted)
+    if kind == "symmetric":
+        assert found.encoding.scheme == Scheme(4, True, SignedBlock(32))
+        assert torch.equal(found.codes, read(GPTQ, name=layer).codes)
+        assert torch.equal(found.encoding.scale, scales.T.float())
+    else:
+        assert bool((found.encoding.scale > 0).all())
 
 
 def words(*shape: int, value: int = 0) -> torch.Tensor:
     return torch.full(shape, value, dtype=torch.int32)
 
 
-NO_SCALE = "a scale is a finite positive number, but 64 of 64"
-
-
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 NO_SCALE = "a scale is a finite positive number, but 64 of 64"
 
 
 @pytest.mark.parametrize(
-    ("method", "parts", "message"),
+    ("method", "changes", "message"),
     [
+        ("awq", {"version": "gemv_fast"}, "AWQ layout 'gemv_fast'"),
+        ("awq", {"bits": 8}, "bits is 8, but AWQ files have 4 bits"),
+        ("awq", {"group_size": 0}, "group_size is 0"),
+        ("gptq", {"checkpoint_format": "marlin"}, "layout 'marlin'"),
+        ("gptq", {"is_marlin_format": True}, "GPTQ layout 'marlin'"),
+        ("gptq", {"checkpoint_format": ["gptq"]}, r"GPTQ layout \"\['gptq'\]\""),
+        ("gptq", {"bits": 5}, "bits is 5, but GPTQ files have 2, 3, 4, 8"),
         ("gptq", {"qzeros": None}, r"'.*' \(GPTQ\): .*\[\].* must be matrices"),
-        ("awq", {"qzeros": None}, r"'.*' \(AWQ\): .*\[\].* must be matrices"),
         ("gptq", {"scales": torch.full((2, 32), torch.nan)}, rf"{LAYERS['gptq']}' .*{NO_SCALE}"),
-        ("gptq", {"scales": torch.zeros(2, 32)}, NO_SCALE),
         ("awq", {"scales": torch.full((2, 32), torch.inf)}, rf"layer' \(AWQ\): {NO_SCALE}"),
         ("gptq", {"scales": torch.ones(2, 31)}, r"scales' is F32 \[2, 31\], but .* \[2, 32\]"),
         ("awq", {"scales": torch.ones(4, 32)}, r"scales' is F32 \[4, 32\], but .* \[2, 32\]"),
@@ -219,13 +189,73 @@ NO_SCALE = "a scale is a finite positive number, but 64 of 64"
         ("gptq", {"scales": torch.ones(0, 32), "qzeros": words(0, 4)}, "groups of 0 do not divide"),
         ("awq", {"qweight": words(63, 4)}, "groups of 32 do not divide rows of 63"),
         ("gptq", {"qweight": words(8, 32).long()}, r"qweight' is I64 \[8, 32\], but .* need I32"),
-        ("awq", {"qweight": words(64, 4).short()}, "qweight' is I16"),
-        ("gptq", {"qweight": words(8)}, "must be matrices"),
         ("gptq", {"qweight": words(9, 32)}, r"qweight' is I32 \[9, 32\], but .* \[8, 32\]"),
         ("gptq", {"g_idx": words(64, value=2)}, "g_idx contains group 2"),
         ("gptq", {"g_idx": words(64, value=-1)}, "g_idx contains group -1"),
     ],
 )
-def test_damaged_layers(tmp_path: Path, method: str, parts: dict[str, Any], message: str) -> None:
+def test_settings_and_layers_that_are_refused(
+    tmp_path: Path, method: str, changes: dict[str, Any], message: str
+) -> None:
+    """`changes` are settings, or tensors of a layer; None leaves one out."""
+    held, layer = load_file((GPTQ if method == "gptq" else AWQ) / FILE), LAYERS[method]
+    whole = {part: held.get(f"{layer}.{part}") for part in PARTS}
+    parts = {part: changes.get(part, whole[part]) for part in PARTS}
+    save_file({f"{layer}.{n}": t for n, t in parts.items() if t is not None}, tmp_path / FILE)
     with pytest.raises(SourceError, match=message):
-        read(changed(tmp_path, method, **parts), method)
+        read(tmp_path, method, **{key: v for key, v in changes.items() if key not in PARTS})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_layers_equal_mlxs(bits: int, group: int) -> None:
+    folder, name = FILES / "mlx-layers", f"w{bits}-{group}.weight"
+    tensors = MlxTensors(SafetensorsFiles(folder), {"bits": bits, "group_size": group})
+    found = read_integers(tensors, name)
+    assert tensors.shape(name) == found.codes.shape
+    expected = load_file(folder / "expected.safetensors")[name]
+    rounding = torch.finfo(torch.float32).eps * float(expected.abs().max())
+    assert float((found.dequantize() - expected).abs().max()) <= 2 * rounding
+    assert found.encoding.scheme.bitwidth == bits
+    scales = load_file(folder / FILE)[f"w{bits}-{group}.scales"]
+    # MLX writes negative ones, which a grid does not have
+    assert bool((scales < 0).any()) or (bits, group) == (3, 128)
+
+
+def test_a_whole_mlx_model_computes_mlx_lms_logits() -> None:
+    folder = FILES / "mlx-llama"
+    assert not locate(str(folder)).holds_floats
+    checkpoint = open_checkpoint(folder)
+    embedding = read_integers(checkpoint, "model.embed_tokens.weight")
+    assert embedding.encoding.scheme.bitwidth == 8
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        logits = load_precomputed(checkpoint)(input_ids=expected["tokens"].long()).logits
+    assert float((logits - expected["logits"]).abs().max()) < 1e-5
+
+
+UP, STACK = (f"model.layers.0.mlp.{name}up_proj" for name in ("", "switch_mlp."))
+STACKED = {"weight": torch.zeros(2, 8, 8, dtype=torch.uint32), "scales": torch.ones(2, 8, 1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "message"),
+    [
+        ({"model.embed_tokens": {"mode": "mxfp4"}}, {}, "mxfp4' of 'model.embed_tokens'"),
+        ({"bits": 7}, {}, "bits 7.*2, 3, 4, 5, 6, 8"),
+        ({"group_size": "64"}, {}, "group_size '64'"),
+        ({"bits": 8}, {}, "8 bits in groups of 64: .*config.json"),
+        ({}, {f"{UP}.scales": torch.full((128, 1), torch.nan)}, "up_proj.* a scale is a finite"),
+        ({}, {f"{STACK}.{part}": t for part, t in STACKED.items()}, r"\[2, 8, 8\].* stacked"),
+    ],
+)
+def test_mlx_folders_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], tensors: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(FILES / "mlx-llama", tmp_path / "edited"))
+    config = json.loads((folder / "config.json").read_text())
+    changed = config["quantization"] | settings
+    edit_json(folder / "config.json", quantization=changed, quantization_config=None)
+    edit_tensors(folder / FILE, tensors)
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(folder).read(f"{UP}.weight")

@@ -1,19 +1,22 @@
 """The command line with wrong inputs: one clear message, the right exit code, nothing half-written."""
 
+import errno
+import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import qwlora
-from cli.command_line import answered, refused
-from cli.command_line import qwlora as qwlora_command
+from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer
+from qwlora.errors import SourceError, foreign_as, reading
+from qwlora.recipe import load_recipe
+from qwlora.recipe.reference import short_recipe
 
 
 def small_model(folder: Path) -> None:
@@ -24,67 +27,36 @@ def small_model(folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def cut_model(folder: Path) -> None:
-    small_model(folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-
-
-def without_tokenizer(folder: Path) -> None:
-    small_model(folder)
-    (folder / "tokenizer.json").unlink()
-
-
-SMALL = ("model.source={tmp}/model",)
-WRONG: dict[str, tuple[Callable[[Path], Any] | bytes, tuple[str, ...]]] = {
-    "holds no text": (b" \n", ()),
-    "training text has 13 tokens, but one sequence needs 32": (b"a few words only", ()),
-    "model '/no' does not exist": (b"x", ("model.source=/no",)),
-    "mean base.solver\\?": (b"x", ("base.solvr=rtn",)),
-    "14 of 14 layers .*q_proj.weight: .*blocks of 48": (b"x", ("base.weights=w4-signed48",)),
-    "is truncated, or not a safetensors file": (cut_model, SMALL),
-    "tokenizer": (without_tokenizer, SMALL),
-    "but the model has only 50 tokens": (small_model, SMALL),
+WRONG = {  # what the message names, by the change
+    "data.source={tmp}/empty.txt": "holds no text",
+    "data.source={tmp}/few.txt": "training text has 13 tokens, but one sequence needs 32",
+    "model.source=/no": "model '/no' does not exist",
+    "base.weights=w4-signed48": "14 of 14 layers .*q_proj.weight: .*blocks of 48",
+    "model.source={tmp}/cut": "is truncated, or not a safetensors file",
+    "model.source={tmp}/untold": "tokenizer",
+    "model.source={tmp}/small": "but the model has only 50 tokens",
 }
 
 
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_input_is_refused(recipe_for: Any, tmp_path: Path, message: str) -> None:
-    content, changes = WRONG[message]
-    changes = tuple(f"--set={change.format(tmp=tmp_path)}" for change in changes)
-    if callable(content):
-        content(tmp_path / "model")
-    elif not changes:
-        (tmp_path / "text.txt").write_bytes(content)
-        changes = (f"--set=data.source={tmp_path / 'text.txt'}",)
-    said = refused("run", recipe_for(), "--out", tmp_path / "out", *changes)
-    assert re.match(rf"(?s)qwlora: .*({message})", said)
+@pytest.mark.parametrize("change", WRONG)
+def test_wrong_input_is_refused(recipe_for: Any, tmp_path: Path, change: str) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "few.txt").write_text("a few words only")
+    for name in ("small", "cut", "untold"):
+        small_model(tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "untold" / "tokenizer.json").unlink()
+    option = f"--set={change.format(tmp=tmp_path)}"
+    said = refused("run", recipe_for(), "--out", tmp_path / "out", option)
+    assert re.match(rf"(?s)qwlora: .*({WRONG[change]})", said)
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_parent(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_parent(recipe_for, tmp_path, monkeypatch) -> None:
     access = os.access  # tests may run as root
     monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != tmp_path and access(p, mode))
     assert "is not writable" in refused("run", recipe_for(), "--out", tmp_path / "out")
-
-
-@pytest.fixture(params=["100k", "180k"])
-def small_disk(mounted: Any, request: pytest.FixtureRequest) -> Path:
-    """A file system without room for the base, and one that is full once training begins."""
-    disk: Path = mounted(f"size={request.param}")
-    return disk
-
-
-def test_full_disk(recipe_for: Any, small_disk: Path) -> None:
-    out = small_disk / "out"
-    recipe = recipe_for("one-layer llama")
-    assert "no space left on the disk" in refused("run", recipe, "--out", out)
-    if (out / "base").exists():
-        qwlora.load_base(out / "base")  # what was finished is whole
-    assert not (out / "adapters").exists()
-    assert not (out / ".qwlora" / "scratch").exists()
 
 
 def test_what_must_run_first_is_a_whole_command(recipe_for: Any, tmp_path: Path) -> None:
@@ -106,25 +78,21 @@ USAGE = {  # arguments, and facts of the message
     "run --quiet=3": ("--quiet takes no value",),
     "chat a b c": ("b c is too much",),
     "generate out hi --max-new-tokens x": ("--max-new-tokens", "'x'", "a whole number"),
-    "simulate out --suggest 3": ("--suggest", "'3'", "at most 1"),
     "merge out first --into bla": ("--into", "'bla'", "'float', 'requantized'"),
     "merge out first --into float": ("qwlora: the merged model", "--out"),
-    "push out --to x": ("--to", "OWNER/NAME"),
     "": ("Usage: qwlora", "Exit codes"),
 }
 
 
 @pytest.mark.parametrize("words", USAGE)
 def test_wrong_arguments_are_named(words: str) -> None:
-    said = refused(*words.split()) if words else qwlora_command().stderr
+    said = refused(*words.split()) if words else qwlora().stderr
     assert all(fact in said for fact in USAGE[words]), said
     assert not re.search(r"Input should|No such|Missing \w|Got unexpected|Invalid value", said)
     assert said.startswith("qwlora: " if words else "Usage: ")
 
 
-def test_recipe_and_directory_have_default_names(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipe_and_directory_have_default_names(recipe_for, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("run", "verify", "check", "data", "plan"):
         assert "qwlora init recipe.yaml" in refused(command)
@@ -136,13 +104,10 @@ def test_recipe_and_directory_have_default_names(
     assert (tmp_path / "out" / "base").is_dir()
     said = answered("adapters", "add", "out", "--name", "more", "--set", "steps=2")
     assert "qwlora run out" in said
-    added = yaml.safe_load(said.split("\n\n")[2])
-    first = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["adapters"][0]
-    assert added == {"adapters": [{**first, "name": "more", "steps": 2}]}
     assert "which this recipe lacks" in refused("quantize")
     # The job's own recipe is that of the job, whatever the current directory.
     monkeypatch.chdir(tmp_path / "out")
-    assert "quantize: skipped" in qwlora_command("quantize").stderr
+    assert "quantize: skipped" in qwlora("quantize").stderr
 
 
 def test_a_new_recipe_asks_for_its_sources_and_check_shows_what_it_says(
@@ -152,6 +117,127 @@ def test_a_new_recipe_asks_for_its_sources_and_check_shows_what_it_says(
     assert "set model.source and data.source" in answered("init", path)
     assert "another path" in refused("init", path)
     assert re.search("(?s)model.source.*data.source", refused("check", path))
-    refused("no-such-verb")
+
     short, full = (answered("check", recipe_for(), *options) for options in ((), ("--full",)))
     assert ("rslora" in short, "rslora" in full) == (False, True)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, recipe_for: Any) -> Any:
+    """Arguments of a command that fails with a given error while it reads a file."""
+
+    def fail_with(error: BaseException) -> list[str]:
+        def fail(*arguments: Any) -> None:
+            with reading("weights.bin"):
+                raise error
+
+        monkeypatch.setattr("qwlora.recipe.load_recipe", fail)
+        return ["check", str(recipe_for())]
+
+    return fail_with
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(failing: Any) -> None:
+    arguments = failing(KeyError("x"))
+    for words in (["--debug", *arguments], [*arguments, "--debug"]):
+        done = qwlora(*words)
+        assert done.returncode == 2
+        assert re.search("(?s)Traceback.*in fail", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (RuntimeError("No space left on device (os error 28)"), "no space left"),
+        (EOFError("Ran out of input"), "EOFError: Ran out"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division.*--debug"),
+    ],
+)
+def test_an_error_names_the_file(failing: Any, error: Any, problem: str) -> None:
+    said = refused(*failing(error))
+    assert re.search(problem, said)
+    assert "weights.bin" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("num_attention_heads", 0, "num_attention_heads"),
+        ("vocab_size", None, ""),
+        ("hidden_act", "silly", "hidden_act"),
+        ("vocab_size", 3 * 10**9, "vocab_size"),
+        ("dtype", "float17", "dtype"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps"),
+        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, ""),
+    ],
+)
+def test_impossible_configurations_name_the_model(
+    recipe_for: Any, checkpoints: Any, tmp_path: Path, key: str, value: Any, named: str
+) -> None:
+    model = Path(shutil.copytree(checkpoints["llama"], tmp_path / "model"))
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    recipe = recipe_for(model={"source": str(model)})
+    errors = refused("run", recipe, "--out", tmp_path / "out")
+    assert "unexpected" not in errors
+    assert str(model) in errors or "config.json" in errors
+    assert named in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_exits_is_an_error() -> None:  # as mlx-lm does for OLMo
+    message = "mlx-lm: SystemExit: 1"
+    with pytest.raises(SourceError, match=message), foreign_as(SourceError, "mlx-lm"):
+        sys.exit(1)
+
+
+FEW = ("steps=2", "rank=4")
+SMALL = ("data.sequence_tokens=32", "data.evaluation_sequences=2", "verify.sequences=2")
+
+
+def test_one_command_trains_exports_and_answers(checkpoints, corpus, tmp_path) -> None:
+    changes = [*SMALL, *(f"adapters.0.{change}" for change in FEW), "preset=fast"]
+    words = ["train", checkpoints["one-layer llama"], corpus, "--for", "vllm"]
+    words += ["--out", tmp_path / "o", *(f"--set={change}" for change in changes)]
+    done = qwlora(*words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o/export/hf" / corpus.stem / "adapter_config.json").is_file()
+    written = load_recipe(tmp_path / "o/recipe.yaml")
+    assert written.model_fields_set == {"model", "data", "adapters", "export", "preset", "verify"}
+    assert [a.name for a in written.adapters] == [corpus.stem]
+    assert done.stdout.count("prompt   ") == 2
+    assert "quantize: skipped" in qwlora(*words).stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "runtime", "target", "name", "solver"),
+    [
+        ("m.gguf", "data/my chats.jsonl", "Ollama", "gguf", "my", "keep"),
+        ("m.gguf", "python:pydoc_data.topics:topics", "vllm", "hf", "topics", None),
+        ("owner/model", "owner/some.data", "mlx", "mlx", "some", None),
+        ("owner/model", "../.", "qualcomm", "qairt", "first", None),
+    ],
+)
+def test_the_recipe_follows_from_the_words(model, data, runtime, target, name, solver) -> None:
+    recipe = short_recipe(model, data, runtime)
+    assert recipe["export"]["targets"] == [target]
+    assert recipe["adapters"] == [{"name": name}]
+    assert recipe.get("base", {}).get("solver") == solver
+
+
+def test_a_runtime_that_nobody_knows(corpus: Path, tmp_path: Path) -> None:
+    said = refused("train", tmp_path, corpus, "--for", "tensorrt", "--out", tmp_path / "o")
+    assert "'tensorrt'" in said
+    assert "llama.cpp" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_examples_are_written_by_name(tmp_path: Path) -> None:
+    answered("init", tmp_path / "npu.yaml", "--example", "npu")
+    assert "w4-lpbq64" in (tmp_path / "npu.yaml").read_text()
+    said = refused("init", tmp_path / "x.yaml", "--example", "npi")
+    assert "'npi'" in said
+    assert "vendor" in said

@@ -22,12 +22,10 @@ from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
-from qwlora.pipeline.commands.open_job import open_job
-from qwlora.pipeline.commands.write_model import write_merged
 from qwlora.pipeline.run import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
-from qwlora.system.output_path import check_target, new_folder
+from qwlora.system.output_path import check_target
 from qwlora.system.parameter_names import canonical_name
 from simulation.tiny_architectures import make
 
@@ -62,53 +60,38 @@ def written_and_read(merged: Any, folder: Path) -> Any:
     return again
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [
-        ("llama", {"use_dora": True}),
-        ("gpt2", {"use_dora": True}),  # Conv1D
-        ("gpt2", {"use_rslora": True}),
-        ("opt", {"use_rslora": True}),
-        ("qwen3", {}),
-    ],
-)
-def test_merged_into_floats(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Once written and read again by transformers, too."""
-    model = with_adapter(architecture, size=0.1, **options)
-    with torch.no_grad():
-        expected = model(IDS).logits
-        merged = merged_model(model, "float")
-        assert not any(is_packed(module) for module in merged.modules())
-        assert {name: type(module) for name, module in merged.named_modules()} == {
-            n: type(m) for n, m in tiny_model(architecture, layers=1).named_modules()
-        }
-        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        written_and_read(merged, tmp_path)
-
-
 ENDS = {
     "llama": ("model.embed_tokens", "lm_head"),
     "gpt2": ("transformer.wte", "lm_head"),
     "opt": ("model.decoder.embed_tokens", "lm_head"),
 }
+INTO_FLOATS: list[tuple[str, bool, dict[str, Any]]] = [  # and whether the head is packed too
+    ("llama", False, {"use_dora": True}),
+    ("gpt2", False, {"use_dora": True}),  # Conv1D
+    ("opt", False, {"use_rslora": True}),
+    *(
+        ("llama", packed, {"target_modules": [e]})
+        for e in ENDS["llama"]
+        for packed in (False, True)
+    ),
+    *((architecture, True, {"target_modules": [*ends]}) for architecture, ends in ENDS.items()),
+]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "which"),
-    [("llama", (0,)), ("llama", (1,)), *((architecture, (0, 1)) for architecture in ENDS)],
-)
-@pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
-def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
-    architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path
-) -> None:
-    rules = [LayerRule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
-    targets = [ENDS[architecture][i] for i in which]
-    model = with_adapter(architecture, rules, target_modules=targets)
+@pytest.mark.parametrize(("architecture", "is_head_packed", "options"), INTO_FLOATS)
+def test_merged_into_floats(architecture, is_head_packed, options, tmp_path) -> None:
+    """A tied layer that has an adapter is merged by itself."""
+    rules = [LayerRule("lm_head", parse_scheme("w8-block32"))] if is_head_packed else []
+    is_tied = "target_modules" not in options
+    model = with_adapter(architecture, rules, size=0.1 if is_tied else 1.0, **options)
     with torch.no_grad():
         expected = model(IDS).logits
         merged = merged_model(model, "float")
+        assert {name: type(module) for name, module in merged.named_modules()} == {
+            n: type(m) for n, m in tiny_model(architecture, layers=1).named_modules()
+        }
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        assert not written_and_read(merged, tmp_path).config.tie_word_embeddings
+        assert written_and_read(merged, tmp_path).config.tie_word_embeddings == is_tied
 
 
 @pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
@@ -142,8 +125,6 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.Monke
     ("base", "adapted", "merged", "kept", "is_harmless"),
     [
         (5.0, 5.0, 5.1, None, False),  # there is no gain
-        (5.0, 6.0, 5.1, None, False),
-        (6.0, 5.0, 5.5, 0.5, False),
         (10.0, 9.0, 9.95, 0.05, False),  # 1 % worse, which is most of what was gained
         (10.0, 9.0, 9.02, 0.98, True),
         (20.0, 10.0, 11.0, 0.9, True),  # exactly 90 %
@@ -167,16 +148,12 @@ def merged_in_float64(layer: Any, kind: str) -> Tensor:
     grid, codes = base.encoding, base.codes.double()
     scale = grid.scale.double().repeat_interleave(32, 1)
     values = (codes + grid.offset.double().repeat_interleave(32, 1)) * scale
-    delta = sum(
-        layer.lora_B[name].weight.double()
-        @ layer.lora_A[name].weight.double()
-        * layer.scaling[name]
-        for name in layer.active_adapters
-    )
+    down, up = layer.lora_A.double(), layer.lora_B.double()
+    names = layer.active_adapters
+    delta = sum(up[name].weight @ down[name].weight * layer.scaling[name] for name in names)
     if kind == "dora":
-        (name,) = layer.active_adapters
         whole = values + delta
-        magnitude = layer.lora_magnitude_vector[name].weight.double()
+        magnitude = layer.lora_magnitude_vector[names[0]].weight.double()
         delta = whole * (magnitude / whole.norm(dim=1))[:, None] - values
     return (codes + (delta / scale).round()).clamp(0, grid.scheme.steps)
 
@@ -199,10 +176,9 @@ def test_codes_are_rounded_once_in_float64(kind: str, scheme: str, dtype: torch.
     layers = {canonical_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
     expected = {name: merged_in_float64(layer, kind) for name, layer in layers.items()}
     biases = {name: layer.base_layer.bias.double() for name, layer in layers.items()}
-    for name, layer in layers.items() if kind == "bias" else ():
-        biases[name] = (
-            biases[name] + layer.lora_B["default"].bias.double() * layer.scaling["default"]
-        )
+    if kind == "bias":
+        for name, layer in layers.items():
+            biases[name] += layer.lora_B["default"].bias.double() * layer.scaling["default"]
     before = {n: layer.codes for n, layer in packed_weights(wrapped).items()}
     for name, layer in packed_weights(merged_model(wrapped)).items():
         path = name.removesuffix(".weight")
@@ -217,7 +193,7 @@ def test_codes_are_rounded_once_in_float64(kind: str, scheme: str, dtype: torch.
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_an_untrained_adapter_changes_no_code(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = tiny_model("gpt2", layers=1)
     quantize_(model, "w7-block32-asymmetric", "rtn")
@@ -267,9 +243,7 @@ def test_layers_next_to_fused_experts_are_merged_into_codes_and_not_into_floats(
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
-) -> Path:
+def job(tmp_path_factory: Any, checkpoints: dict[str, Path], corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("merge")
     first = {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
     model = checkpoints["one-layer llama"]
@@ -323,37 +297,15 @@ def test_a_mergeable_adapter_is_its_merged_base_everywhere(job_for: Any, tmp_pat
 
 
 def test_an_unusable_place_is_refused_before_the_verdict(job: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (tmp_path / "notes.txt").write_text("x")
     merge = ("merge", job, "first", "--into", "float", "--out")
-    for place, message in (
-        (tmp_path / "notes.txt", "is a file"),
-        (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file"),
-        (".", "'.' is the current directory"),
-    ):
-        assert message in refused(*merge, place, cwd=empty)
+    assert "'.' is the current directory" in refused(*merge, ".", cwd=tmp_path)
+    assert "recipe.yaml' is a file" in refused(*merge, job / "recipe.yaml" / "a")
     assert "there are first" in refused("merge", job, "other")
-    assert "'requantized'" in refused(*merge[:4], "gold", "--out", tmp_path / "x")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt"]
-
-
-@pytest.mark.parametrize(("into", "size"), [("float", "100k"), ("requantized", "16k")])
-def test_a_full_disk_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
-    opened, _ = open_job(job)
-    disk = mounted(f"size={size}")
-    place = disk / "new" / "merged"
-    with pytest.raises(DirectoryError, match="no space left"), new_folder(place) as folder:
-        write_merged(opened.new_context(), "first", into, folder)
-    assert list(disk.iterdir()) == []
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_place_that_cannot_be_replaced_is_named(mounted: Any) -> None:
-    disk = mounted("ro")
-    for place, message in (
-        (disk / "merged", "is not writable"),
-        (disk, "is not writable"),
-        (mounted("size=10m"), "is a mount point"),
-    ):
-        with pytest.raises(DirectoryError, match=message):
-            check_target(place)
+    with pytest.raises(DirectoryError, match="is not writable"):
+        check_target(mounted("ro") / "merged")
+    with pytest.raises(DirectoryError, match="is a mount point"):
+        check_target(mounted("size=10m"))

@@ -10,7 +10,6 @@ import pytest
 
 from cli.command_line import answered, refused
 from conftest import flip_bit, reseal
-from qwlora.cli.terminal import group_similar
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
@@ -24,9 +23,7 @@ RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentil
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
-) -> Path:
+def job(tmp_path_factory, checkpoints, corpus) -> Path:
     """A job with an adapter that is calibrated, and one that is not trained."""
     folder = tmp_path_factory.mktemp("job")
     sizes = {"sequence_tokens": 32, "evaluation_sequences": 2, "calibration_sequences": 3}
@@ -61,14 +58,6 @@ def test_alike_values_are_one_line(job: Path) -> None:
     lines = [" ".join(line.split()) for line in out.splitlines()]
     for line in EXPLAINED.strip().splitlines():
         assert any(re.match(line, found) for found in lines), line
-    counts = [int(part.split()[0]) for part in lines[0].partition("npu: ")[2].split(", ")]
-    by_reason = answered("simulate", job, "--set", RULES).splitlines()
-    assert len(by_reason) < 25
-    assert sum(int(line.split()[1]) for line in by_reason[2:]) == sum(counts)
-    names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
-    groups = group_similar(names, lambda n: n[0], lambda n: n[1])
-    sizes = {name: len(group) for name, group in groups}
-    assert sizes == {"a.*.x (0-1,5)": 3, "a.2.x": 1, "b": 1, "a.0.y": 1}
 
 
 def test_json_has_every_value_and_what_it_costs(job: Path) -> None:
@@ -139,11 +128,10 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
 
 NAMES = {  # what is asked for, and what the message names
     "base.weights=w3-signed32": "--set base.weights=w3-signed32: this command can only change",
-    "adapters.1.rank=2": "this command can only change simulation",
     "verify.sequences=1": "this command can only change simulation",
     "simulation.rules=[{match: lm_hed, bitwidth: 8}]": "'lm_hed' matches no value; .*lm_head",
     "--adapter second": "has no adapters/second yet. Run first: qwlora train ",
-    "--suggest 5": "--suggest",
+    "--suggest 5": "--suggest.* at most 1",
 }
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import pty
+import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 from rich.table import Table
 
 from qwlora.cli.terminal import ProgressDisplay, console, safe_streams
-from qwlora.errors import (
-    EncodingsFileError,
-    RecipeError,
-    VerificationError,
-    escaped,
-)
+from qwlora.errors import EncodingsFileError, RecipeError, VerificationError, escaped
 
 HOSTILE = "\x1b[2J\x1b]8;;http://x\x07bell\x9b31m\u202eevil\r\x7f"
 SHOWN = r"\x1b[2J\x1b]8;;http://x\x07bell\x9b31m\u202eevil\r\x7f"
@@ -37,9 +36,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("kind", ["print", "table", "say"])
 @pytest.mark.parametrize("stream", [io.StringIO, Screen])
-def test_no_way_of_printing_passes_control_characters_on(
-    kind: str, stream: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_way_of_printing_passes_control_characters_on(kind, stream, monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     out, err = stream(), stream()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), safe_streams(["data"]):
@@ -53,19 +50,13 @@ def test_no_way_of_printing_passes_control_characters_on(
         else:
             table = Table("name", box=None)
             table.add_row(HOSTILE, style="bold")
-            console(width=200).print(table)
+            console(width=200).print(table, "[red]x[/red] [/]")
             console(stderr=True, width=200).print(HOSTILE)
     shown = out.getvalue() + err.getvalue()
     assert "evil" in shown
+    assert kind != "table" or "[red]x[/red] [/]" in shown  # names are no markup
     for part in ("\x1b[2J", "\x1b]8", "\x9b31m", "\u202e"):
         assert part not in shown
-
-
-def test_names_are_not_read_as_markup() -> None:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        console(width=80).print("adapter [red]x[/red] [/]")
-    assert out.getvalue() == "adapter [red]x[/red] [/]\n"
 
 
 PRINTING = """
@@ -99,3 +90,49 @@ def test_lists_of_problems_have_a_limit(kind: Any) -> None:
     assert len(message) < 5000
     assert "and 2950 more" in message
     assert "(48,000 more characters)" in message
+
+
+def interrupted_job() -> None:
+    with ProgressDisplay() as display:
+        display.say("quantize ...")
+        display.watch("quantize", 1, 2)
+        for item in display.track(range(4), "quantizing", 4):
+            time.sleep(0.3)
+            if item == 2:
+                raise KeyboardInterrupt
+
+
+def test_a_terminal_shows_the_job_and_is_clean_after_an_interruption(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen, ours = pty.openpty()
+    os.set_blocking(screen, False)
+    with io.FileIO(screen) as terminal, os.fdopen(ours, "w") as file:
+        with contextlib.redirect_stderr(file), pytest.raises(KeyboardInterrupt):
+            interrupted_job()
+        text = terminal.readall().decode()
+    assert all(part in text for part in ("1/2 quantize", "left", "2/4"))
+    assert text.index("quantize ...") < text.index("2/4")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+    assert text.endswith("\x1b[2K")  # and the bars are erased
+
+
+def test_without_a_terminal_lines_are_few(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("qwlora.cli.terminal.LINE_SECONDS", 0.4)
+    with ProgressDisplay() as display:
+        display.watch("train/a", 1, 1)
+        for _ in display.track(range(10), "training", 10):
+            time.sleep(0.1)
+        steps = capsys.readouterr()
+    assert (steps.out, 1 <= len(steps.err.splitlines()) <= 2) == ("", True)
+    assert re.match(r"train/a \(1 of 1\): .*training.*left", steps.err)
+
+
+def test_quiet_shows_nothing_but_what_libraries_print(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("qwlora.cli.terminal.LINE_SECONDS", 0.05)
+    with ProgressDisplay(quiet=True) as display:
+        display.say("a line")
+        print("a banner")
+        assert list(display.track(range(3), "training", 3)) == [0, 1, 2]
+        time.sleep(0.2)
+    print("a result")
+    assert capsys.readouterr() == ("a result\n", "a banner\n")

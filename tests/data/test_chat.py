@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,22 +35,12 @@ FORGETS = """\
 {% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}<end>
 {% endfor %}{% if add_generation_prompt %}<|start|>assistant
 {% endif %}"""
-
-
-LLAMA2 = """\
-{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}\
-{% else %}{% generation %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
 {% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 LINES = """\
 {{ bos_token }}{% for message in messages %}<turn>{{ message['role'] + '\n' }}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}\
 {% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> PreTrainedTokenizerBase:
-    return load_tokenizer(SMOLLM2)
 
 
 def conversation(*contents: str) -> Conversation:
@@ -67,7 +56,7 @@ TALK = conversation(
 )
 
 
-def with_template(template: str) -> PreTrainedTokenizerBase:
+def with_template(template: str | None) -> PreTrainedTokenizerBase:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.chat_template = template
@@ -110,13 +99,8 @@ def prefixing_tokenizer(kind: str, words: list[str], **options: Any) -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
-def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Words are tokens together with the space before them."""
-    words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
-    return prefixing_tokenizer("first", [words], chat_template=template)
-
-
-def test_a_token_that_begins_in_the_header_is_not_learnt(smollm2: PreTrainedTokenizerBase) -> None:
+def test_a_token_that_begins_in_the_header_is_not_learnt() -> None:
+    smollm2 = load_tokenizer(SMOLLM2)
     ids, in_loss = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
     # the header's newline and the first space are one token
     assert smollm2.decode(ids[in_loss.index(True) - 1]) == "\n "
@@ -175,15 +159,12 @@ def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     assert [text for t in encoded for text in loss_text(tokenizer, t.ids, t.in_loss)] == said
 
 
-def test_a_template_of_its_own_for_tools_is_used() -> None:
+def test_a_template_for_tools_is_used_and_one_that_leaves_them_out_is_refused() -> None:
     tokenizer = with_template("")
     tokenizer.chat_template = {"default": CHATML, "tool_use": unmarked(WITH_TOOLS)}
     ids, in_loss = encode_conversation(WITH_CALLS, tokenizer)
     assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
     assert loss_text(tokenizer, ids, in_loss)[1] == "It is sunny.<end>"
-
-
-def test_a_template_that_leaves_tools_out_is_refused() -> None:
     talk = Conversation(TALK.messages, "chat.jsonl:7", TOOLS)
     message = r"chat.jsonl:7: .* ignores tools.* data.chat_template, or remove the field 'tools'"
     with pytest.raises(SourceError, match=message):
@@ -213,7 +194,12 @@ THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
 ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
 
 
-NO_PROMPTS = (LLAMA2, MISTRAL, LINES)
+def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Words are tokens together with the space before them."""
+    words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
+    return prefixing_tokenizer("first", [words], chat_template=template)
+
+
 FIRST_WORDS = ("Hello you, Hi", " Hi there.", "again.", " again.")
 IN_WORDS = [
     conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again."),
@@ -221,17 +207,14 @@ IN_WORDS = [
 ]
 MARKED = [
     *((with_template, t, TALK) for t in (CHATML, BRACKETS, MODEL_TURNS)),
-    *((with_template, t, SPOKEN_TO) for t in (CHATML, BRACKETS, MODEL_TURNS)),
-    *((with_template, t, SPOKEN_TO) for t in (DEFAULT_SYSTEM, SEPARATED, THINKS)),
-    *((sentencepiece_tokenizer, t, talk) for t in NO_PROMPTS for talk in IN_WORDS),
+    *((with_template, t, SPOKEN_TO) for t in (CHATML, BRACKETS, DEFAULT_SYSTEM, SEPARATED, THINKS)),
+    *((sentencepiece_tokenizer, t, talk) for t in (MISTRAL, LINES) for talk in IN_WORDS),
     *((sentencepiece_tokenizer, f"Hello you, Hi there. again.\n{LINES}", t) for t in IN_WORDS[1:]),
 ]
 
 
 @pytest.mark.parametrize(("make", "template", "talk"), MARKED)
-def test_the_derived_mask_is_that_of_the_markers(
-    make: Callable[[str], PreTrainedTokenizerBase], template: str, talk: Conversation
-) -> None:
+def test_the_derived_mask_is_that_of_the_markers(make, template, talk) -> None:
     """Also where the assistant speaks first, and where there is no generation prompt."""
     oracle: Any = make(template).apply_chat_template(
         list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
@@ -271,21 +254,17 @@ CALLS_IT_BOT = unmarked(CHATML).replace("role'] }}", "role'] | replace('assistan
 REFUSED = [
     (TALK, "", "the model's tokenizer has no chat template"),
     (TALK, "{{ raise_exception('must alternate') }}", rf"{REFUSES}\(user, .*must alternate"),
-    (TALK, "{{ messages[0]['role' }}", REFUSES),
     (TALK, NAMES_ROLES, "message 2: the chat template has no generation prompt and changes"),
     (TALK, MARKS_NOTHING, "renders no token of the assistant's messages|chat template refuses"),
     (SPOKEN_TO, USERS_FIRST, rf"{REFUSES}\(assistant, user, .*, assistant\): users first"),
     (SPOKEN_TO, NEEDS_A_QUESTION, rf"{REFUSES}\(assistant\): no question"),
-    (SPOKEN_TO, NAMES_ROLES, "message 1: the chat template has no generation prompt and changes"),
     (SPOKEN_TO, FORGETS, r"message 1: the chat template renders this .* Set data.turns: apart"),
     (SPOKEN_TO, CALLS_IT_BOT, "message 1: the chat template renders this message differently"),
 ]
 
 
 @pytest.mark.parametrize(("talk", "template", "message"), REFUSED)
-def test_what_cannot_be_rendered_is_refused(
-    talk: Conversation, template: str, message: str
-) -> None:
+def test_what_cannot_be_rendered_is_refused(talk, template, message) -> None:
     with pytest.raises(SourceError, match=message):
         encode_conversation(talk, with_template(template))
 
@@ -299,9 +278,7 @@ WORDS = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"]
     [
         ("Q: hi A: ", "yes"),
         ("Q: hi A:", " yes"),
-        ("Q: hi A: ", " yes"),
         ("Q: hi A:\n", "yes"),
-        ("Hello ", "world.\n"),
         ("Q: hi A: ", "\nmaybe"),
         ("Hel", "lo"),
     ],
@@ -340,26 +317,19 @@ def test_a_pair_is_rendered_with_the_chat_template() -> None:
         (tokens,) = encode_documents([completion], tokenizer, prompt_format="plain")
         assert loss_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
     plain = encode_documents([pair, alpaca], tokenizer, prompt_format="plain")
+    assert tokenizer.decode(plain[1].ids).startswith("### Instruction:\nadd4")
     tokenizer.chat_template = None
     assert encode_documents([pair, alpaca], tokenizer) == plain
-    assert tokenizer.decode(plain[1].ids).startswith("### Instruction:\nadd4")
-
-
-def test_a_template_that_refuses_a_pair_can_be_switched_off() -> None:
-    tokenizer = with_template("{{ raise_exception('no users here') }}")
-    pair = Completion("Q", "A", "a.jsonl:1")
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(SourceError, match=r"a\.jsonl:1 \(data\.prompt_format: plain.*no users"):
-        encode_documents([pair], tokenizer)
-    assert encode_documents([pair], tokenizer, prompt_format="plain")
+        encode_documents([pair, alpaca], tokenizer)
+    assert encode_documents([pair, alpaca], tokenizer, prompt_format="plain") == plain
 
 
-@pytest.mark.parametrize("packing", [None, "join"])
-@pytest.mark.parametrize("turns", ["together", "apart"])
+@pytest.mark.parametrize(("packing", "turns"), [(None, "together"), ("join", "apart")])
 def test_prompts_to_answer_end_before_the_first_answer(packing: str | None, turns: str) -> None:
     """As tokens that training sees, of each held-out document once."""
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.chat_template = CHATML
+    tokenizer = with_template(CHATML)
     talks = tuple(conversation(f"ask {i}", "yes", "more", "no") for i in range(5))
     greeting = Conversation(({"role": "assistant", "content": "hello"},))
     documents = Documents(talks, (greeting, *talks))
@@ -371,9 +341,7 @@ def test_prompts_to_answer_end_before_the_first_answer(packing: str | None, turn
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_prompts_of_completions_and_of_running_text(template: str | None) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.chat_template = template
+    tokenizer = with_template(template)
     pairs = tuple(Completion(f"Q: {i}", " A", user_message=f"{i}") for i in range(2))
     prepared = prepare_text(Documents(pairs, pairs), tokenizer, Cutting(64))
     seen = [(text, tokenizer.decode(ids)) for text, ids in prepared.prompts(tokenizer)]

@@ -45,6 +45,12 @@ def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) 
     assert 0.2 <= len(documents.held_out[0].text) / len(text) <= 0.25
 
 
+def test_equal_answers_to_different_prompts_stay(tmp_path: Path) -> None:
+    documents = load_documents(written(tmp_path / "chats.jsonl", chats(300)), 0.02, seed=3)
+    assert len(documents.train) + len(documents.held_out) == 300
+    assert (len(documents.held_out), documents.repeated_documents) == (6, 0)
+
+
 def test_a_document_with_most_of_the_text_is_trained_on(tmp_path: Path) -> None:
     for name, count in (("book", 40), ("notes", 4)):
         (tmp_path / f"{name}.txt").write_text(paragraphs(name, count))
@@ -77,9 +83,7 @@ COUNTS = {"a": 1}
 
 
 @pytest.mark.parametrize("name", ["theirs", "theirs_too.deep.texts"])
-def test_a_module_is_read_and_not_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_is_read_and_not_run(name, tmp_path, monkeypatch) -> None:
     file = (tmp_path / "site" / Path(*name.split("."))).with_suffix(".py")
     file.parent.mkdir(parents=True)
     for package in file.parents[: name.count(".")]:
@@ -113,12 +117,6 @@ def chats(count: int) -> list[dict[str, Any]]:
 def written(path: Path, records: Iterable[dict[str, Any]]) -> str:
     path.write_text("\n".join(map(json.dumps, records)))
     return str(path)
-
-
-def test_equal_answers_to_different_prompts_stay(tmp_path: Path) -> None:
-    documents = load_documents(written(tmp_path / "chats.jsonl", chats(300)), 0.02, seed=3)
-    assert len(documents.train) + len(documents.held_out) == 300
-    assert (len(documents.held_out), documents.repeated_documents) == (6, 0)
 
 
 @pytest.mark.parametrize("kind", ["completions", "conversations", "several turns"])
@@ -155,21 +153,16 @@ def test_records_that_leave_nothing(tmp_path: Path, records: str, message: str) 
         load_documents(str(tmp_path / "few.jsonl"), 0.2, 0)
 
 
-def pairs(path: Path, name: str, count: int) -> str:
-    said = [{"prompt": f"{name} {i}?", "completion": f"{i}"} for i in range(count)]
-    return written(path / f"{name}.jsonl", said)
-
-
 def test_held_out_documents_from_a_source_of_their_own(tmp_path: Path) -> None:
-    source, valid = pairs(tmp_path, "train", 7), pairs(tmp_path, "valid", 3)
+    source, valid = (
+        written(tmp_path / name, [{"prompt": f"{name} {i}?", "completion": "x"} for i in range(n)])
+        for name, n in (("train.jsonl", 7), ("valid.jsonl", 3))
+    )
     documents = load_documents(source, 0.5, 0, Reading(evaluation=valid))
     assert [len(documents.train), len(documents.held_out)] == [7, 3]
     assert all(d.prompt.startswith("valid") for d in documents.held_out)
-    # a split of the same source
-    documents = load_documents(str(tmp_path), 0.5, 0, Reading(split="train", evaluation="valid"))
-    assert [len(documents.train), len(documents.held_out)] == [7, 3]
     # what is in both is not held out
-    written(tmp_path / "valid.jsonl", [{"prompt": "train 1?", "completion": "1"}] * 2)
+    written(tmp_path / "valid.jsonl", [{"prompt": "train.jsonl 1?", "completion": "x"}] * 2)
     with pytest.raises(SourceError, match="nothing is left of the held-out part"):
         load_documents(source, 0.5, 0, Reading(evaluation=valid))
     text = tmp_path / "text.txt"

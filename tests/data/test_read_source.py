@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,24 @@ HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 ALPACA = {"instruction": "Add.", "input": "2+2", "output": "4"}
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SYSTEM = {"role": "system", "content": "Be kind."}
-SHAREGPT, KIND = [HUMAN, GPT], {"from": "system", "value": "Be kind."}
+SHAREGPT = [HUMAN, GPT]
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "first, “quoted”\nand a second line"}, {"text": "NA"}, {"text": "third"}],
     "completions": [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "a,b", "completion": '"x"'}],
     "conversations": [{"messages": TALK}, {"messages": [SYSTEM, *TALK]}],
-    "sharegpt": [{"conversations": SHAREGPT}, {"conversations": [KIND, *SHAREGPT]}],
     "alpaca": [
         {"instruction": "Translate.", "input": "ja", "output": "yes"},
         {"instruction": "Say hi.", "input": "", "output": "hi"},
     ],
 }
-
-
 TASK = "Below is an instruction that describes a task"
 ANSWER = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 FURTHER = f"{TASK}, paired with an input that provides further context. {ANSWER}"
 TRANSLATE = f"{FURTHER}Translate.\n\n### Input:\nja\n\n### Response:\n"
-TALKS: list[Document] = [Conversation((*TALK,)), Conversation((SYSTEM, *TALK))]
 DOCUMENTS: dict[str, list[Document]] = {
     "text": [Text(r["text"]) for r in RECORDS["text"]],
     "completions": [Completion(**r) for r in RECORDS["completions"]],
-    "conversations": TALKS,
-    "sharegpt": TALKS,
+    "conversations": [Conversation((*TALK,)), Conversation((SYSTEM, *TALK))],
     "alpaca": [
         Completion(TRANSLATE, "yes", user_message="Translate.\n\nja"),
         Completion(f"{TASK}. {ANSWER}Say hi.\n\n### Response:\n", "hi", user_message="Say hi."),
@@ -84,7 +78,7 @@ def write_stream(path: Path, records: list[Any]) -> None:
         writer.write_table(table)
 
 
-SIMPLE: dict[str, Callable[[Path, list[Any]], Any]] = {
+WRITE: dict[str, Callable[[Path, list[Any]], Any]] = {
     "jsonl": write_jsonl,
     "json": lambda path, records: path.write_text(json.dumps(records, indent=1)),
     "csv": write_csv,
@@ -94,22 +88,17 @@ SIMPLE: dict[str, Callable[[Path, list[Any]], Any]] = {
     "saved": lambda path, records: datasets.Dataset.from_list(records).save_to_disk(str(path)),
 }
 NAMES = {
-    "jsonl": "data.jsonl data.ndjson data.jsonlines data.JSONL lines.Json lines.json",
+    "jsonl": "data.jsonl data.ndjson data.jsonlines data.JSONL lines.json",
     "json": "list.json",
-    "csv": "data.csv data.tsv data.Csv data.TSV",
-    "parquet": "data.parquet data.PARQUET",
-    "stream": "data.arrow data.Arrow",
+    "csv": "data.csv data.tsv data.TSV",
+    "parquet": "data.parquet",
+    "stream": "data.arrow",
     "feather": "data.feather",
     "saved": "saved",
 }
-
-
-WRITERS = {name: SIMPLE[kind] for kind, names in NAMES.items() for name in names.split()}
-
-
+WRITERS = {name: WRITE[kind] for kind, names in NAMES.items() for name in names.split()}
 HOLDS_LISTS = [name for name in WRITERS if not name.lower().endswith(("csv", "tsv"))]
-LISTS = ("conversations", "sharegpt")
-HELD = [(n, k) for k in RECORDS for n in (HOLDS_LISTS if k in LISTS else WRITERS)]
+HELD = [(n, k) for k in RECORDS for n in (HOLDS_LISTS if k == "conversations" else WRITERS)]
 
 
 @pytest.mark.parametrize(("name", "kind"), HELD)
@@ -127,19 +116,12 @@ WRONG_LINES = [
     ("[", "Expecting value at character 2. A .jsonl file holds one whole object a line"),
     ('{"text": NaN}', f"{NOT_USABLE}NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "has the key 'text' twice in one object"),
-    ("[" * 100_000, f"{NOT_USABLE}maximum recursion depth"),
-    ('"text"', "a record must be an object with named fields, not 'text'"),
     ("{}", f"the record{EMPTY}"),
     ('{"text": " "}', f"'text'{EMPTY}"),
     ('{"Text": "a"}', "the field 'text' is missing; did you mean Text?"),
     ('{"text": null}', "'text' is null. Remove the record, or set data.empty_records: skip"),
-    ('{"text": true}', "'text' must be a string, not True"),
-    ('{"text": ["a"]}', "'text' must be a string, not a list"),
-    ('{"text": "a\\ud800"}', "'text' is not UTF-8 text: "),
     ('{"messages": []}', "The records before it have text, and a source holds one kind"),
 ]
-
-
 CALLED = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 PLAIN = {"instruction": "Add.", "output": "4"}
 ROLES = {
@@ -149,21 +131,11 @@ ROLES = {
     "system": "system",
     "developer": "developer",
 }
-OTHER_ROLES = [
-    (
-        {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]},
-        {"messages": [{"role": role, "content": "x"}, *TALK]},
-    )
-    for role, names in ROLES.items()
-    for name in names.split()
-]
 CALLING = {"role": "assistant", **CALLED}
 DOLLY = {"instruction": "Add.", "context": "2+2", "response": "4"}
 SAME = [  # columns that the recipe names, a record, and one that is read as the same
-    *(({}, *pair) for pair in OTHER_ROLES),
     ({}, PLAIN, {**PLAIN, "input": ""}),
     ({}, {**PLAIN, "input": None}, {**PLAIN, "input": ""}),
-    ({}, {**PLAIN, "input": " "}, {**PLAIN, "input": ""}),
     ({"input": "context", "output": "response"}, DOLLY, ALPACA),
     ({"instruction": "instruction"}, {**ALPACA, "text": "Below is ..."}, ALPACA),
     ({"prompt": "a", "completion": "b"}, {"a": "2", "b": "4"}, {"prompt": "2", "completion": "4"}),
@@ -175,27 +147,31 @@ SAME = [  # columns that the recipe names, a record, and one that is read as the
 
 
 @pytest.mark.parametrize(("columns", "record", "same"), SAME)
-def test_fields_may_have_other_names(
-    tmp_path: Path, columns: dict[str, str], record: Any, same: Any
-) -> None:
+def test_fields_may_have_other_names(tmp_path, columns, record, same) -> None:
     write_jsonl(tmp_path / "a.jsonl", [record])
     write_jsonl(tmp_path / "b.jsonl", [same])
     found = read(tmp_path / "a.jsonl", Reading(columns))
     assert without_place(found) == without_place(read(tmp_path / "b.jsonl"))
 
 
+def test_roles_have_other_names(tmp_path: Path) -> None:
+    pairs = [(role, name) for role, names in ROLES.items() for name in names.split()]
+    turns = [[{"from": name, "value": "x"}, *SHAREGPT] for _, name in pairs]
+    write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk} for talk in turns])
+    found = [d for d in read(tmp_path / "a.jsonl") if isinstance(d, Conversation)]
+    assert [d.messages[0]["role"] for d in found] == [role for role, _ in pairs]
+    assert all(d.messages[1:] == tuple(TALK) for d in found)
+
+
 WRONG_COLUMNS = [
     ({**ALPACA, "text": "x"}, {}, r"data\.text_column: text or data\.instruction_column: instruc"),
-    ({"a": "x", "b": "y"}, {"prompt": "a", "completion": "c"}, r"no column 'c' \(data.completion_"),
     ({"a": "x", "b": "y"}, {"prompt": "a"}, r"no column 'completion' \(data.completion_column\)"),
     ({"a": "x", "b": "y"}, {"text": "x"}, r"no column 'x' \(data.text_column\); there are a, b"),
 ]
 
 
 @pytest.mark.parametrize(("record", "columns", "message"), WRONG_COLUMNS)
-def test_columns_that_are_not_there_are_named(
-    tmp_path: Path, record: Any, columns: dict[str, str], message: str
-) -> None:
+def test_columns_that_are_not_there_are_named(tmp_path, record, columns, message) -> None:
     write_jsonl(tmp_path / "a.jsonl", [record])
     refused(tmp_path / "a.jsonl", Reading(columns), match=message)
     (tmp_path / "a.txt").write_text("x")
@@ -215,22 +191,15 @@ WRONG_MESSAGES = [
     ("Hi", "'messages' must be a list of messages with role and content, not 'Hi'"),
     ([], "'messages' is empty"),
     ([user()], "there is no message of the assistant"),
-    (["Hi"], "message 1: must be an object with role and content, not 'Hi'"),
     (said(**GPT), "message 2: 'role' is missing; did you mean from"),
-    (said(role="assistant"), "message 2: 'content' is missing; there are role"),
     (said(role="assistant", content=None), "message 2: 'content' is null"),
     (said(role="asistant", content="x"), "unknown role 'asistant'; did you mean assistant?"),
     (said(role="bot", content="x"), "role 'bot'; there are system, developer, user, assistant, t"),
-    (said(role=3, content="x"), "message 2: 'role' must be a string, not 3"),
-    (said(role="assistant", content=[]), "message 2: 'content' must be a string, not a list"),
     (said(role="assistant", content=" \n"), "message 2: the assistant's content is empty"),
     ([HUMAN, {"from": "gpt"}], "message 2: 'value' is missing"),
     ([HUMAN, {"role": "assistant", "content": "x"}], "message 2: 'from' is missing"),
     ([HUMAN, {"from": "humn", "value": "x"}], "message 2: unknown role 'humn'; did you mean hu"),
-    ([HUMAN, {"from": "gpt", "value": " "}], "message 2: the assistant's value is empty"),
 ]
-
-
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}},
     {"type": "function", "function": {"name": "time", "parameters": {"zone": {"as": "UTC+1"}}}},
@@ -239,8 +208,6 @@ CALLS = [
     [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}],
     [{"function": {"name": "time", "arguments": {"zone": "Z"}}}],
 ]
-
-
 TOOL_RECORDS = [
     {"messages": said(role="assistant", tool_calls=CALLS[0]), "tools": TOOLS},
     {"messages": said(role="assistant", tool_calls=CALLS[1]), "tools": TOOLS[1:]},
@@ -260,33 +227,24 @@ def test_tools_are_read_beside_messages(tmp_path: Path, name: str, as_string: bo
 
 
 def test_tools_may_be_in_one_file_and_not_in_another(tmp_path: Path) -> None:
-    SIMPLE["parquet"](tmp_path / "a.parquet", [{"messages": TALK}])
-    SIMPLE["parquet"](tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
-    lines = [{"messages": TALK}, *({"messages": TALK, "tools": t} for t in (TOOLS, [], ""))]
+    WRITE["parquet"](tmp_path / "a.parquet", [{"messages": TALK}])
+    WRITE["parquet"](tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
+    lines = [{"messages": TALK, "tools": tools} for tools in (TOOLS[1:], [], "")]
     write_jsonl(tmp_path / "c.jsonl", lines)
-    counts = [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)]
-    assert counts == [0, 2, 0, 2, 0, 0]
+    found = [d for d in read(tmp_path) if isinstance(d, Conversation)]
+    assert [len(d.tools) for d in found] == [0, 2, 1, 0, 0]
+    assert len({d.identity for d in found}) == 3  # the tools are a part of a conversation
     # A column of this name means something next to messages only.
     write_jsonl(tmp_path / "text.jsonl", [{"text": "a", "tools": 3}])
     assert without_place(read(tmp_path / "text.jsonl")) == [Text("a")]
 
 
-def test_conversations_with_other_tools_are_others() -> None:
-    talk = tuple(TALK)
-    assert Conversation(talk).identity == Conversation(talk, "elsewhere").identity
-    kinds = [Conversation(talk, tools=tuple(tools)) for tools in (TOOLS, TOOLS[1:], ())]
-    assert len({kind.identity for kind in kinds}) == 3
-
-
 WRONG_TOOLS = [
     (3, "'tools' must be a list of tools, or the JSON of one, not 3"),
-    ("weather", "'tools' is a string, but not the JSON of a list of tools: Expecting value"),
     (json.dumps(TOOLS[0]), "'tools' must be a list of tools, or the JSON of one, not an object"),
     ([TOOLS[0], "weather"], "tool 2 must be an object (a JSON schema), not 'weather'"),
-    ('[{"name": NaN}]', "'tools' cannot be written as JSON: Out of range float"),
     ([{"name": "\ud800"}], "'tools' is not UTF-8 text: "),
 ]
-
 
 WRONG_RECORDS = [
     *(("text", line, message) for line, message in WRONG_LINES),
@@ -315,22 +273,10 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     documents, skipped = read_documents(str(path), skipping)
     assert (len(documents), skipped) == (2, 2)
     assert load_documents(str(path), 0.5, 0, skipping).skipped_records == 2
-    SIMPLE["parquet"](tmp_path / "some.parquet", [{"text": "a"}, {"text": None}])  # as pandas does
+    WRITE["parquet"](tmp_path / "some.parquet", [{"text": "a"}, {"text": None}])  # as pandas does
     assert read_documents(str(tmp_path / "some.parquet"), skipping)[1] == 1
     write_jsonl(path, [{"text": "a"}, {"text": 3}])  # only what is empty may be skipped
     refused(path, skipping, match="must be a string")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) -> None:
-    """200,000 columns, the last two of the same name: comparing each with all takes an hour."""
-    names = [f"n{i}" for i in range(200_000)] + ["twice", "twice"]
-    path = tmp_path / f"wide{suffix}"
-    pairs = ", ".join(f'"{name}": "x"' for name in names)
-    path.write_text(f"{','.join(names)}\nx\n" if suffix == ".csv" else f"{{{pairs}}}\n")
-    began = time.process_time()
-    refused(path, match="'twice'")
-    assert time.process_time() - began < 20
 
 
 UTF8 = "is not UTF-8 text"
@@ -342,9 +288,7 @@ WRONG_TABLES = [
     ("a.csv", b"", "the file is empty. Its first line must name the columns"),
     ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
     ("a.csv", TWO_LINES + b"a,b,c\n", ":4: this record has 3 fields, and the header 2. Quote fie"),
-    ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", ":2: this record has 3 fields, and the header 2"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
-    ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
     ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column: ..., "),
     ("a.csv", b"id,query,answer\n1,b,c\n", "column: query and data.completion_column: answer"),
     ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
@@ -354,9 +298,7 @@ WRONG_TABLES = [
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
-    ("a.json", b"[]", "holds no text: it has no records"),
     ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', ":3: this is not JSON: Expecting ':' deli"),
-    ("a.json", b'[{"text": "a"}, {"text": NaN}]', f"{NOT_USABLE}NaN is not a value of JSON"),
     ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, not 3"),
     ("a.json", b'{\n "text": "a"\n}', "character 2. A .json file holds a list of records, or one"),
     ("a.txt.gz", b"x", ".gz files are not read: unpack it first"),
@@ -370,15 +312,20 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "data.feather", "saved"])
-@pytest.mark.parametrize(("value", "other"), [(float("nan"), 1.0), (2.5, 1.0)])
-def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str, value: Any, other: Any) -> None:
-    WRITERS[name](tmp_path / name, [{"text": value}, {"text": other}])
-    refused(tmp_path / name, match=rf"{name}.* row 1: 'text' must be a string, not {value}")
+def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, [{"text": float("nan")}, {"text": 1.0}])
+    refused(tmp_path / name, match=rf"{name}.* row 1: 'text' must be a string, not nan")
+    if name != "saved":
+        buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+        table = pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)})
+        write = pa.parquet.write_table if name.endswith("parquet") else pa.feather.write_feather
+        write(table, tmp_path / name)
+        refused(tmp_path / name, match=rf"{name}.*after row 0.*utf-8")
 
 
 @pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
 def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
-    SIMPLE["saved"](tmp_path / "saved", RECORDS["text"])
+    WRITE["saved"](tmp_path / "saved", RECORDS["text"])
     (tmp_path / "saved" / file).write_text("{")
     refused(tmp_path / "saved", match="saved: .*datasets cannot load it: ")
 
@@ -386,7 +333,7 @@ def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize("file", ["/dev/zero", "../mine.arrow", "pipe"])
 def test_a_saved_dataset_lists_files_of_its_folder(tmp_path: Path, file: str) -> None:
     saved = tmp_path / "saved"
-    SIMPLE["saved"](saved, RECORDS["text"])
+    WRITE["saved"](saved, RECORDS["text"])
     (saved / "data-00000-of-00001.arrow").rename(tmp_path / "mine.arrow")
     os.mkfifo(saved / "pipe")
     state = json.loads((saved / "state.json").read_text())
@@ -396,18 +343,15 @@ def test_a_saved_dataset_lists_files_of_its_folder(tmp_path: Path, file: str) ->
     refused(saved, match=r"state\.json' lists|datasets cannot load it")
 
 
-@pytest.mark.parametrize("other", ["b.parquet", "list.json", "data.csv"])
-def test_files_of_one_folder_hold_one_kind(tmp_path: Path, other: str) -> None:
+def test_files_of_one_folder_hold_one_kind(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS["text"])
-    write = {**WRITERS, "b.parquet": SIMPLE["parquet"]}[other]
-    write(tmp_path / other, RECORDS["text"])
-    assert without_place(read(tmp_path)) == DOCUMENTS["text"] * 2
+    for number, other in enumerate(("data.parquet", "list.json", "data.csv")):
+        WRITERS[other](tmp_path / other, RECORDS["text"])
+        assert without_place(read(tmp_path)) == DOCUMENTS["text"] * (2 + number)
     write_csv(tmp_path / "z.csv", RECORDS["completions"])
     refused(tmp_path, match=r"z.csv: this table has prompt\+completion, the files before it text")
     (tmp_path / "c.json").write_text('{"version": 1}')
-    refused(
-        tmp_path, match=r"c.json:1: the field 'text' is missing; there are version|files before"
-    )
+    refused(tmp_path, match=r"c.json:1: the field 'text' is missing; there are version")
     (tmp_path / "d.txt").write_text("text")
     refused(tmp_path, match=r"holds running text \(d.txt\) and records \(a.jsonl\)")
 
@@ -421,10 +365,9 @@ def test_other_names_are_running_text(tmp_path: Path, name: str) -> None:
     assert without_place(read(tmp_path / name)) == [Text("one\ntwo")]
 
 
-def test_a_long_field_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_a_long_field_of_a_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + b"x" * 200_000 + b"\r\n")
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n')
-    assert [document.characters for document in read(tmp_path)] == [200_000, 1]
+    assert [document.characters for document in read(tmp_path)] == [200_000]
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
@@ -443,15 +386,12 @@ def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
             write_jsonl(tmp_path / folder / "0.jsonl", [{"text": folder}])
     train, test = ["train-00000-of-00002", "train-00001-of-00002"], ["test-00000-of-00001"]
     for name in (*train, *test, "validation"):
-        SIMPLE["parquet"](clone / "data" / f"{name}.parquet", [{"text": name}])
+        WRITE["parquet"](clone / "data" / f"{name}.parquet", [{"text": name}])
     for name in ("README.md", "dataset_infos.json", ".cache/train.json"):  # no documents
         (clone / name).write_text("{")
     for folder, split, names in (
         (clone, "train", train),
-        (clone, "test", test),
-        (clone, "validation", ["validation"]),
         (clone, None, [*test, *train, "validation"]),
-        (folders, "train", ["folders/train"]),
         (folders, "validation", ["folders/dev"]),
         (folders, "more", ["folders/more"]),
     ):
@@ -463,10 +403,7 @@ OTHER_FILES = {
     "train.json.gz": ".gz files are not read: unpack it first",
     "train.jsonl.ZST": ".zst files are not read: unpack it first",
     "train.xlsx": ".xlsx files are not read: save its records as .jsonl, .csv or",
-    "train.jsonl.bak": "its name contains .jsonl but does not end in it: rename it to",
-    "train.CSV~": "its name contains .csv but",
     "train.jsonlines_old": "its name contains .jsonlines but",
-    "train.json5": "its name contains .json but",
 }
 
 
@@ -533,10 +470,7 @@ def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPa
     assert (found, asked) == ([Text("b", "owner/name[test] row 1")], [("owner/name", "main")])
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["corpus/a.jsonl", "corpus/a.JSONL", "corpus/a.jsonl.gz", "/not/there", "./corpus/x", "a/b/c"],
-)
+@pytest.mark.parametrize("source", ["corpus/a.JSONL", "corpus/a.jsonl.gz", "./corpus/x", "a/b/c"])
 def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
     message = r"does not exist.*\. Give a file \(text, .jsonl.*hub id like owner/name"
     with pytest.raises(SourceError, match=message) as caught:
@@ -544,26 +478,13 @@ def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
     assert str(Path(source).absolute()) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "saved"])
-def test_a_missing_package_is_named_with_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    for file in (name, "data.jsonl", "data.csv"):
-        WRITERS[file](tmp_path / file, RECORDS["text"])
+def test_only_some_formats_need_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WRITERS:
+        WRITERS[name](tmp_path / name, RECORDS["text"])
     for module in ("datasets", "pyarrow", "pandas"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"{name}' .*: pip install 'qwlora\[data\]'"):
-        read(tmp_path / name)
-    for file in ("data.jsonl", "data.csv"):
-        assert without_place(read(tmp_path / file)) == DOCUMENTS["text"]
-
-
-@pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
-def test_columns_that_are_not_utf8_name_their_file(tmp_path: Path, name: str) -> None:
-    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
-    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)})
-    if name.endswith("parquet"):
-        pa.parquet.write_table(table, tmp_path / name)
-    else:
-        pa.feather.write_feather(table, tmp_path / name)
-    refused(tmp_path / name, match=rf"{name}.*after row 0.*utf-8")
+    for name in ("data.jsonl", "data.csv"):
+        assert without_place(read(tmp_path / name)) == DOCUMENTS["text"]
+    for name in ("data.parquet", "data.arrow", "saved"):
+        with pytest.raises(MissingExtraError, match=rf"{name}' .*: pip install 'qwlora\[data\]'"):
+            read(tmp_path / name)

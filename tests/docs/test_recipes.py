@@ -43,9 +43,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A recipe of src/qwlora/recipe/examples/, with less of everything and nothing else changed."""
-    monkeypatch.setattr(  # the tiny GGUF file has none
-        "qwlora.pipeline.stages.job_context.load_tokenizer", lambda *arguments: byte_tokenizer()
-    )
+    loading = "qwlora.pipeline.stages.job_context.load_tokenizer"
+    monkeypatch.setattr(loading, lambda *_: byte_tokenizer())  # the tiny GGUF file has none
 
     def read(name: str) -> Recipe:
         path = ROOT / "src/qwlora/recipe/examples" / name

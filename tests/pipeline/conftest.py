@@ -27,11 +27,13 @@ class FakeJob(Job):
     Args:
         ran: names of the stages that the last run ran, in their order.
         on_stage: called by each stage that runs, with its name.
+        errors: what stages raise, by their names.
         written: what artifacts hold, besides the name of their stage.
     """
 
     ran: list[str] = field(default_factory=list)
     on_stage: Callable[[str], None] = lambda name: None
+    errors: dict[str, BaseException] = field(default_factory=dict)
     written: bytes = b"weights"
 
     def run(self, *verbs: str, **options: Any) -> dict[str, Any]:
@@ -41,6 +43,8 @@ class FakeJob(Job):
     def stage(self, context: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
         self.ran.append(stage.name)
         self.on_stage(stage.name)
+        if stage.name in self.errors:
+            raise self.errors[stage.name]
         if stage.artifact:
             (scratch / "part").mkdir()
             (scratch / "weights.bin").write_bytes(stage.name.encode() + self.written)
@@ -91,9 +95,7 @@ SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="session")
-def trained(
-    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained(checkpoints, corpus, tmp_path_factory) -> Path:
     """A job with the trained adapters `first` and `second`. Tests change copies of it."""
     folder = tmp_path_factory.mktemp("trained")
     adapters = [{"name": name, **SETTINGS} for name in ("first", "second")]

@@ -1,9 +1,8 @@
 """A hub on this machine: the part of the Hugging Face hub's HTTP interface that transfers need.
 
 POST /api/repos/create                    POST /api/models/ID/preupload/main
-GET  /api/models/ID[/revision/main]       POST /ID.git/info/lfs/objects/batch, PUT /lfs/OID
-GET  /api/models/ID/tree/main             POST /api/models/ID/commit/main
-GET, HEAD /ID/resolve/REVISION/FILE
+GET  /api/models/ID[/revision/main]       POST /api/models/ID/commit/main
+GET  /api/models/ID/tree/main             GET, HEAD /ID/resolve/REVISION/FILE
 """
 
 import base64
@@ -18,7 +17,6 @@ from threading import Thread
 from typing import Any
 
 TOKEN = "hf_of_the_fake_hub"
-LARGE = 4096  # bytes from which a file goes to the large file storage
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Repository:
 @dataclass
 class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
-    large: dict[str, bytes] = field(default_factory=dict)
+
     requests: list[str] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)  # status instead of the answer, by path
     url: str = ""
@@ -50,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b"".join(self._chunks())
         status = next((s for part, s in self.hub.answers.items() if part in path), None)
-        if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             status = 401
         if status is not None:
             return self._answer({"error": f"refused with {status}"}, status)
@@ -58,9 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":  # as the client does before it commits a README.md
             return self._answer({"errors": [], "warnings": []})
-        if path.startswith("/lfs/"):
-            self.hub.large[path.removeprefix("/lfs/")] = body
-            return self._answer({})
+
         for pattern, method in self.ROUTES:
             if match := re.fullmatch(pattern, path):
                 repository = self.hub.repositories.get(match[1])
@@ -108,17 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
         files = json.loads(body)["files"]
-        for file in files:
-            mode = "lfs" if file["size"] >= LARGE else "regular"
-            file |= {"uploadMode": mode, "shouldIgnore": False}
-        self._answer({"files": files})
-
-    def _batch(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
-        objects = [
-            {**asked, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
-            for asked in json.loads(body)["objects"]
-        ]
-        self._answer({"transfer": "basic", "objects": objects})
+        regular = {"uploadMode": "regular", "shouldIgnore": False}
+        self._answer({"files": [file | regular for file in files]})
 
     def _commit(self, repository: Repository, match: re.Match[str], body: bytes) -> None:
         files = dict(repository.files)
@@ -127,10 +114,6 @@ class _Handler(BaseHTTPRequestHandler):
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                data = self.hub.large[value["oid"]]
-                assert hashlib.sha256(data).hexdigest() == value["oid"]
-                files[value["path"]] = data
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
         repository.files = files
@@ -153,7 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
         (rf"/api/models/{_ID}/revision/\w+", _info),
         (rf"/api/models/{_ID}/tree/\w+", _tree),
         (rf"/api/models/{_ID}/preupload/main", _preupload),
-        (rf"/{_ID}\.git/info/lfs/objects/batch", _batch),
         (rf"/api/models/{_ID}/commit/main", _commit),
         (rf"/{_ID}/resolve/\w+/(.+)", _file),
     )

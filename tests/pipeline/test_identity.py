@@ -351,31 +351,15 @@ def shown(job: Path) -> list[Any]:
     return found
 
 
-def _reversed(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _reversed(content[key]) for key in reversed(content)}
-    return [*map(_reversed, content)] if isinstance(content, list) else content
-
-
-def _shortened(text: str) -> str:
-    """Without what is default, and with a short name."""
-    short = Recipe.model_validate(yaml.safe_load(text)).model_dump(exclude_defaults=True)
-    short["base"]["weights"] = "w4-signed32"
-    short["adapters"][0]["init_share"] = 0.5
-    return yaml.safe_dump(short)
-
-
 def _model_moved(place: Path, patch: pytest.MonkeyPatch) -> None:
     (place / "model").rename(place / "elsewhere")
     _in_recipe(place, lambda text: text.replace(f"{place}/model", f"{place}/elsewhere"))
 
 
-EDITED: dict[str, Callable[[str], str]] = {
-    "renamed": lambda text: text.replace("name: first", "name: one"),
-    "commented": lambda text: f"# mine\n{text.replace('steps: 2', 'steps: 2  # few')}",
-    "reordered": lambda text: yaml.safe_dump(_reversed(yaml.safe_load(text)), sort_keys=False),
-    "shortened": _shortened,
-}
+def _renamed_by_hand(place: Path, patch: pytest.MonkeyPatch) -> None:
+    _in_recipe(place, lambda text: "# mine\n" + text.replace("name: first", "name: one"))
+
+
 CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "the model moved": _model_moved,
     "the job moved": lambda place, patch: (place / "job").rename(place / "moved"),
@@ -384,21 +368,12 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "no runtime": lambda place, patch: patch.setattr(Target, "missing", lambda *_: "it is away"),
     "another release": _other_release,
     "another processor": _other_processor,
-    "more threads": lambda place, patch: patch.setattr(os, "cpu_count", lambda: 99),
-    **{
-        name: lambda place, patch, edit=edit: _in_recipe(place, edit)
-        for name, edit in EDITED.items()
-    },
+    "an adapter renamed by hand": _renamed_by_hand,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_is_stale(
-    change: str,
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_is_stale(change, finished, tmp_path, monkeypatch) -> None:
     def no_stage(context: Any, stage: Stage, *folders: Path) -> dict[str, Any]:
         raise AssertionError(f"{stage.name} ran")
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from conftest import byte_tokenizer, tiny_model
 from pipeline.conftest import FakeJob
@@ -40,16 +38,6 @@ def page(job: FakeJob) -> str:
     return (job.out / "report.html").read_text()
 
 
-def failing(stage: str, error: BaseException) -> Callable[[str], None]:
-    """Makes a stage of a job raise."""
-
-    def fail(name: str) -> None:
-        if name == stage:
-            raise error
-
-    return fail
-
-
 def test_the_report_follows_the_stages(job: FakeJob) -> None:
     seen: list[str] = []
 
@@ -57,6 +45,7 @@ def test_the_report_follows_the_stages(job: FakeJob) -> None:
         run = results(job)["run"]
         assert (run["state"], run["stage"]) == ("running", stage)
         assert 'http-equiv="refresh"' in page(job)
+        assert (job.out / "recipe.yaml").is_file()
         seen.append(stage)
 
     job.on_stage = look
@@ -64,8 +53,6 @@ def test_the_report_follows_the_stages(job: FakeJob) -> None:
     assert returned == results(job)
     run = returned["run"]
     assert (run["state"], run["plan"]) == ("finished", seen)
-    assert run["machine"].keys() >= {"system", "cores"}
-    assert run["command"] == "qwlora run out"
     assert 'http-equiv="refresh"' not in page(job)
     parts = {n: p for s in returned["stages"].values() for n, p in s["parts"].items()}
     assert parts.keys() == {*seen}
@@ -82,20 +69,18 @@ def test_the_report_follows_the_stages(job: FakeJob) -> None:
     ],
 )
 def test_a_run_that_ends_early_says_so(job: FakeJob, raised: BaseException, state: str) -> None:
-    job.on_stage = failing("train/first", raised)
+    job.errors["train/first"] = raised
     with pytest.raises(type(raised)):
         job.run()
     found, html = results(job), page(job)
     assert found["run"]["state"] == state
+    assert f"{state if state == 'interrupted' else 'stopped'} in stage train/first" in html
     if state == "failed":
         error = found["error"]
         assert (error["class"], error["stage"]) == ("TrainingError", "train/first")
         assert (Path(__file__).parents[2] / error["docs"]).is_file()
-        for words in (error["docs"], "Do not ship", "diverged at &lt;step&gt; 3"):
-            assert words in html
-    else:
-        assert "interrupted in stage train/first" in html
-    job.on_stage = lambda name: None
+        assert "diverged at &lt;step&gt; 3" in html
+    job.errors.clear()
     assert "error" not in job.run()
     assert job.run("evaluate")["run"] == results(job)["run"]
 
@@ -107,9 +92,14 @@ def test_a_report_that_fails_stops_no_job(job: FakeJob, monkeypatch: pytest.Monk
         assert job.run()["run"]["state"] == "finished"
 
 
+@pytest.mark.parametrize("target", ["qairt", "onnx", "hf"])
+def test_an_untouched_job_is_finished(job: FakeJob, target: str) -> None:
+    job.run(changes=[f"export.targets=[{target}]", "simulation.residual_adds=quantize"])
+    assert (read_job(job.out).state, read_job(job.out).stale) == ("finished", {})
+
+
 def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob) -> None:
     job.run()
-    assert not read_job(job.out).stale
     (job.out / "export" / "onnx" / "first" / "weights.bin").write_bytes(b"other")
     found = read_job(job.out)
     ((stale, reason),) = found.stale.items()
@@ -117,24 +107,13 @@ def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob)
     assert "weights.bin has changed" in reason
     assert found.state == "finished"
     assert verdict(found).kind is VerdictKind.NOT_PROVEN
-    shutil.rmtree(job.out / "export" / "onnx" / "base")
-    assert read_job(job.out).state == "incomplete"
-
-
-@pytest.mark.parametrize("target", ["qairt", "onnx", "hf"])
-def test_an_untouched_job_is_finished(job: FakeJob, target: str) -> None:
-    changes = [f"export.targets=[{target}]", "simulation.residual_adds=quantize"]  # for qairt
-    job.run(changes=changes)
-    assert (read_job(job.out).state, read_job(job.out).stale) == ("finished", {})
     shutil.rmtree(job.out / "adapters" / "first")
     found = read_job(job.out)
     assert (found.state, verdict(found).kind) == ("incomplete", VerdictKind.NONE_YET)
 
 
 @pytest.mark.parametrize("content", ['{"perplexity": {"float": 4321.5}}', "[1", None])
-def test_results_json_is_written_and_never_read(
-    job: FakeJob, content: str | None, tmp_path: Path
-) -> None:
+def test_results_json_is_written_and_never_read(job, content, tmp_path) -> None:
     job.run()
     first, other = page(job), Path(shutil.copytree(job.out, tmp_path / "other"))
     for folder in (job.out, other):
@@ -163,7 +142,7 @@ def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
     measured = {"first": {"passed": False, "problems": [row.sentence], "checks": [asdict(row)]}}
     parity = {"parity": {"onnx": measured}}
     error = VerificationError("export/onnx/first", [row.sentence], parity)
-    job.on_stage = failing("verify/onnx/first", error)
+    job.errors["verify/onnx/first"] = error
     with pytest.raises(VerificationError):
         job.run()
     (job.out / "results.json").unlink()
@@ -176,11 +155,8 @@ def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
 
 
 def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:
-    for folder, message in (
-        (tmp_path / "out", "not a job directory"),
-        (tmp_path, "no results yet"),
-    ):
-        with pytest.raises(DirectoryError, match=message):
+    for folder in (tmp_path / "out", tmp_path):
+        with pytest.raises(DirectoryError, match=r"not a job directory|no results yet"):
             rebuild_reports([folder])
     job.run()
     (job.out / "recipe.yaml").write_text("a: [")
@@ -188,13 +164,10 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> Non
         rebuild_reports([job.out])
 
 
-@pytest.mark.parametrize("model", ["llama", "cannot generate", "raises", "no cache"])
+@pytest.mark.parametrize("model", ["llama", "cannot generate", "raises"])
 def test_a_model_that_cannot_answer_does_not_stop_a_job(model: str) -> None:
     answering: Any = tiny_model("llama")
-    if model == "no cache":
-        config = OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
-        answering = OpenAIGPTLMHeadModel(config).eval()
-    elif model != "llama":
+    if model != "llama":
         name = "generate" if model == "raises" else "can_generate"
         setattr(answering, name, lambda **inputs: 1 / 0 if inputs else False)
     text: Any = SimpleNamespace(prompts=lambda _: iter([("why", torch.tensor([1, 2]))] * 4))

@@ -39,9 +39,7 @@ STAGES = ("quantize", "train", "evaluate", "export", "verify")
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
-) -> Path:
+def job(tmp_path_factory: Any, corpus: Path, checkpoints: dict[str, Path]) -> Path:
     """Trained and exported for transformers; the model has a license, nothing is captured."""
     folder = tmp_path_factory.mktemp("job")
     model = shutil.copytree(checkpoints["llama"], folder / "tiny-model")
@@ -97,18 +95,12 @@ PAGES = {  # folders that the Python of a page or a card reads, by their names t
         "out/export/hf/support": "export/hf/first",
     },
     BASE_CARD: {"base": "base", "export/hf/base": "export/hf/base"},
-    ADAPTER_CARD: {
-        "base": "base",
-        "adapters/first": "adapters/first",
-        "export/hf": "export/hf",
-    },
+    ADAPTER_CARD: {name: name for name in ("base", "adapters/first", "export/hf")},
 }
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_of_a_page_loads_the_files(
-    page: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_python_of_a_page_loads_the_files(page, job, tmp_path, monkeypatch) -> None:
     for name, there in PAGES[page].items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(job / there)
@@ -172,14 +164,6 @@ def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_pa
     assert torch.equal(there(ids).logits, here(ids).logits)
 
 
-def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
-    hub.repositories["me/base"] = Repository(private=False)
-    assert "--public" in refused("push", job, "--to", "me/base", "--yes")
-    assert not hub.repositories["me/base"].files
-    answered("push", job, "--to", "me/base", "--public", "--yes")
-    assert "base.json" in hub.repositories["me/base"].files
-
-
 def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub) -> None:
     mine = {"base-00001-of-00002.safetensors": b"", "gguf/notes.txt": b"", "hf/mine.md": b"mine"}
     hub.repositories["me/base"] = Repository(private=True, files=dict(mine))
@@ -197,14 +181,22 @@ def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub
 
 
 @pytest.mark.parametrize(
-    ("held", "arguments"), [("base.json", ("--adapter", "first")), ("qwlora.json", ())]
+    ("is_private", "files", "words", "named"),
+    [
+        (True, {"base.json": b"{}"}, ("--adapter", "first"), "base.json"),
+        (True, {"qwlora.json": b"{}"}, (), "qwlora.json"),
+        (False, {}, (), "--public"),
+    ],
 )
-def test_a_base_and_an_adapter_do_not_share_a_repository(
-    job: Path, hub: FakeHub, held: str, arguments: tuple[str, ...]
+def test_a_repository_that_is_public_or_has_other_files_is_left_alone(
+    job: Path, hub: FakeHub, is_private: bool, files: Any, words: tuple[str, ...], named: str
 ) -> None:
-    hub.repositories["me/it"] = Repository(private=True, files={held: b"{}"})
-    assert held in refused("push", job, *arguments, "--to", "me/it", "--yes")
-    assert hub.repositories["me/it"].files == {held: b"{}"}
+    hub.repositories["me/it"] = Repository(is_private, files=dict(files))
+    assert named in refused("push", job, *words, "--to", "me/it", "--yes")
+    assert hub.repositories["me/it"].files == files
+    if not is_private:
+        answered("push", job, "--to", "me/it", "--public", "--yes")
+        assert "base.json" in hub.repositories["me/it"].files
 
 
 @contextmanager
@@ -218,31 +210,19 @@ def edited(file: Path, content: bytes | str) -> Iterator[None]:
         file.write_bytes(before) if before is not None else file.unlink()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "adapter", "message"),
-    [
-        (
-            "steps: 3",
-            "steps: 4",
-            "first",
-            r"train/first: adapters\.first\.steps: 3 -> 4.*qwlora run",
-        ),
-        (
-            "name: tiny",
-            "base: {weights: w8-channel}\nname: tiny",
-            None,
-            r"quantize: base\.weights.*qwlora run",
-        ),
-        ("", "", "frist", "no adapter 'frist'"),
-    ],
-)
-def test_a_recipe_that_was_not_run_is_refused(
-    job: Path, old: str, new: str, adapter: str | None, message: str
-) -> None:
+def test_what_was_not_run_or_has_changed_is_refused(job: Path) -> None:
     text = (job / "recipe.yaml").read_text()
-    assert old in text
-    with edited(job / "recipe.yaml", text.replace(old, new)):
-        assert_unprepared(job, message, adapter)
+    with edited(job / "recipe.yaml", text.replace("steps: 3", "steps: 4")):
+        message = r"train/first: adapters\.first\.steps: 3 -> 4.*qwlora run"
+        assert_unprepared(job, message, "first")
+    with edited(job / "recipe.yaml", f"base: {{weights: w8-channel}}\n{text}"):
+        assert_unprepared(job, r"quantize: base\.weights.*qwlora run")
+    file = job / "adapters/first/adapter_model.safetensors"
+    with edited(file, file.read_bytes()):
+        flip_bit(file)
+        assert_unprepared(job, r"has changed.*Run first: qwlora run", "first")
+    assert_unprepared(job, "no adapter 'frist'", "frist")
+    assert "OWNER/NAME" in refused("push", job, "--to", "base", "--yes")
 
 
 def test_files_of_others_and_files_that_were_not_checked_are_not_uploaded(job: Path) -> None:
@@ -291,20 +271,10 @@ def test_a_record_that_lists_a_file_elsewhere_uploads_nothing(job: Path) -> None
         ("no hub", 0, "HF_ENDPOINT"),
     ],
 )
-def test_what_the_hub_refuses_is_one_message(
-    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, path: str, status: int, words: str
-) -> None:
+def test_what_the_hub_refuses_is_one_message(job, hub, monkeypatch, path, status, words) -> None:
     hub.answers[path] = status
     if path == "no hub":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert words in refused("push", job, "--to", "me/base", "--yes")
     assert not hub.repositories.get("me/base", Repository(True)).files
     assert not (job / ".qwlora" / "pushed.json").exists()
-
-
-def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
-    file = job / "adapters/first/adapter_model.safetensors"
-    with edited(file, file.read_bytes()):
-        flip_bit(file)
-        assert_unprepared(job, r"has changed.*Run first: qwlora run", "first")
-    assert "OWNER/NAME" in refused("push", job, "--to", "base", "--yes")

@@ -26,8 +26,6 @@ def problems(path: Path, *changes: str) -> list[str]:
 
 MISTAKES = {  # a change, and the problem that it makes: its key, and what is said
     "data.sequence_tokns=5": "data.sequence_tokns: unknown key; did you mean data.sequence_tokens?",
-    "bse.solver=rtn": "bse: unknown key; did you mean base?",
-    "base.wieghts=w4-block32": "base.wieghts: unknown key; did you mean base.weights?",
     "base.weights={bitwidth: 3}": "base.weights: expected text, found {'bitwidth': 3}",
     "base.weights=w4_block32": "base.weights: scheme 'w4_block32' is not understood",
     "base.weights=w9-channel": "base.weights: 'w9-channel' does not fit this description: grid of every Linear weight",
@@ -37,23 +35,16 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
         "base.rules.0: keep: float excludes solver, weights"
     ),
     "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: '",
-    "simulation.adapter_weights=w17-channel": "simulation.adapter_weights: '",
     "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: '",
-    "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean adapters.0.rank?",
     "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean simulation.rules.0.bitwidth?",
     "seed=true": "seed: expected a whole number, found True",
-    "adapters.0.target_modules=3": "adapters.0.target_modules: expected text or a list, found 3",
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.epochs=2": "adapters.0: give either steps (6) or epochs (2), not both",
     "adapters.0.name=../x": "adapters.0.name: '../x' does not fit this description: name of the adapter",
-    f"adapters=[{{name: {'a' * 300}}}]": "adapters.0.name: expected at most 100",
     "adapters.0.alpha=.inf": "adapters.0.alpha: expected a finite number, found inf",
-    "simulation.rules=[{match: x, minimum: .nan}]": "simulation.rules.0.minimum: expected a finite",
     "adapters=[]": "adapters: expected at least 1 in it, found []",
     "adapters=[{name: a}, {name: b}, {name: A}]": "adapters a, A: ",
     "model={}": "model.source: required, but not set",
-    "data.source=null": "data.source: required, but not set",
-    "adapters.0.data={sorce: x}": "adapters.0.data.sorce: unknown key; did you mean adapters.0.data.source?",
     "simulation.percentile=40": "simulation.percentile: expected more than 50",
     "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]": (
         "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth"
@@ -61,18 +52,13 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}": (
         "target onnx: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6"
     ),
-    "simulation.adapter_activation_bitwidth=4": (
-        "target onnx: simulation.adapter_activation_bitwidth 4"
-    ),
     "preset=ballanced": "preset: expected 'fast', 'balanced' or 'best', found 'ballanced'; did you mean balanced?",
     "export={targets: [aimet], layout: genie}": "export: layout: genie is for qairt or qnn",
     "base={bits: 3.5, size: 60MB}": "base: bits and size are two ways to say the same",
     "base={solver: keep, bits: 3.5}": "base: solver keep uses the integers unchanged; remove bits",
     "base.calibration=[job, nowhere.txt]": "base.calibration.1.text: ",
-    "data.packing=dense": "data.packing: expected 'join', 'documents' or 'none', found 'dense'",
     "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
-    "adapters.fist.rank=3": "--set adapters.fist.rank=3: the recipe has no adapters.fist.rank",
     "name.x=3": "--set name.x=3: name is a single value",
 }
 
@@ -107,9 +93,8 @@ def test_a_path_that_is_not_there_is_shown_as_absolute(
     assert problem.startswith(f"{key}: ")
     assert f"does not exist (looked for {tmp_path}/no/x.gguf)" in problem
     for value, fact in (("~nouser/x", "home directory"), (f"/{'x' * 5000}", "too long")):
-        problem = next(p for p in problems(recipe_for(), f"{key}={value}") if p.startswith(key))
-        assert fact in problem
-        assert len(problem) < 600
+        found = problems(recipe_for(), f"{key}={value}")
+        assert any(p.startswith(key) and fact in p and len(p) < 600 for p in found)
 
 
 @pytest.mark.parametrize(
@@ -133,66 +118,24 @@ def test_a_value_that_cannot_be_used_names_its_key(
     assert any(re.match(f"{key}: .*{message}", problem) for problem in found)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- 1", "is not a mapping of sections"),
-        ("a: 1\nb: [\nc: 2", "line 3: the bracket opened in line 2 is not closed"),
-        ("a: 'x\n", "line 2: the quote opened in line 1 is not closed"),
-        ("a:\n\tb: 1", "line 2: a tab; indent with spaces"),
-        ("a: b: 1", "line 1: a second colon"),
-        ("a:\n  b: 1\n c: 2", "line 3: the indentation"),
-        ("a: *b", "line 1: this is not YAML"),
-        ("a: !!python/name:os", "line 1: this is not YAML"),
-        ("a: 1\n---\nb: 1", "a second document"),
-        ("a: 1\nb: \x07", "line 2: this is not YAML"),
-    ],
-)
-def test_unreadable_recipes(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(content)
-    (problem,) = problems(tmp_path / "recipe.yaml")
-    assert message in problem
-
-
 # Wrong recipes in the words of other tools, each as a change, and the key or value meant.
 WORDS = {
     "lr=1e-4": "adapters[].learning_rate",
-    "adapters.0.lr=1e-4": "adapters.0.learning_rate",
     "train={lr: 1e-4}": "adapters[].learning_rate",
-    "training_args.max_steps=10": "adapters[].steps",
     "lora.r=8": "adapters[].rank",
-    "peft_config.target_modules=[q_proj]": "adapters[].target_modules",
-    "adapters.0.lora_alpha=32": "adapters.0.alpha",
     "adapters.0.lora-dropout=0.1": "adapters.0.dropout",
     "lora_target_modules=[q_proj]": "adapters[].target_modules",
-    "learning_rate=1e-4": "adapters[].learning_rate",
     "adapters.0.num_train_epochs=3": "adapters.0.epochs",
     "data.max_seq_length=512": "data.sequence_tokens",
-    "cutoff_len=512": "data.sequence_tokens",
     "adapters.0.max_seq_length=512": "data.sequence_tokens",
-    "micro_batch_size=4": "adapters[].batch_sequences",
-    "adapters.0.per_device_train_batch_size=4": "adapters.0.batch_sequences",
     "gradient_accumulation_steps=4": "adapters[].accumulation_steps",
-    "adapters.0.warmup_ratio=0.1": "adapters.0.warmup_steps",
-    "weight_decay=0.1": "adapters[].weight_decay",
-    "adapters.0.seed=1": "seed",
-    "bf16=true": "adapters[].compute: bfloat16",
     "adapters.0.bf16=true": "adapters.0.compute: bfloat16",
     "output_dir=out": "--out DIR",
-    "base_model=x": "model.source",
     "model.model_name_or_path=x": "model.source",
-    "dataset_path=x": "data.source",
-    "data.path=x": "data.source",
     "data.question=q": "data.prompt_column",
-    "adapters.0.data={answer_column: a}": "adapters.0.data.completion_column",
     "base.load_in_4bit=true": "base.weights",
-    "base={group_size: 128}": "base.weights",
-    "bits=4": "base.weights",
-    "base.weights=q4_K_M": "base.weights: w4-signed32",
     "base.solver=nf4": "base.weights: w4-signed32",
     "base=int4": "base.weights: w4-signed32",
-    "export.targets=[llama.cpp]": "export.targets: [gguf]",
-    "export.targets=ort": "export.targets: [onnx]",
     "export.targets=[onnx, vLLM]": "export.targets: [hf]",
     "export=llamacpp": "export.targets: [gguf]",
     "data=some.jsonl": "data.source: some.jsonl",
@@ -224,9 +167,7 @@ def test_every_word_means_a_key_that_exists(recipe_for: Any) -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (5, 4), (6, 5), (60, 5)])
-def test_a_default_fits_and_does_not_count_as_set(
-    recipe_for: Any, corpus: Path, steps: int, warmup: int
-) -> None:
+def test_a_default_fits_and_does_not_count_as_set(recipe_for, corpus, steps, warmup) -> None:
     adapters = [{"name": "a", "steps": steps, "data": {"source": str(corpus)}}]
     data = {"sequence_tokens": 32}
     path = recipe_for(preset="best", adapters=adapters, data=data)
@@ -248,14 +189,11 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Pat
 
 def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None:
     given = yaml.safe_load(recipe_for().read_text())
-    assert len(starter_recipe().splitlines()) <= 25
     content = yaml.safe_load(starter_recipe())
     content["model"], content["data"]["source"] = given["model"], given["data"]["source"]
     assert Recipe.model_validate(content) == Recipe.model_validate(
         {"model": given["model"], "data": content["data"], "adapters": [{"name": "first"}]}
     )
-    (advice,) = problems(recipe_for(), "seed")  # its example works on the recipe that `init` writes
-    assert parse_recipe(content, "", (advice.rpartition(" ")[2],)).base.scheme.bitwidth == 3
     for_htp = parse_recipe(content, "", ("export.targets=[qairt_pipeline]",))
     assert for_htp.base.weights == "w4-block32"
 
@@ -279,7 +217,7 @@ def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
         ("best", (), ("gptq", 512, "qera")),
         ("best", ("base.solver=rtn", "adapters.first.init=zero"), ("rtn", 512, "zero")),
         ("fast", (), ("search", 0, "zero")),
-        ("balanced", ("adapters.0.dora=true",), ("gptq", None, "zero")),
+        ("balanced", ("adapters.0.dora=true",), ("gptq", 0, "zero")),
         ("balanced", ("base.solver=keep",), ("keep", 0, "zero")),
     ],
 )
@@ -287,11 +225,9 @@ def test_presets_fill_in_what_the_recipe_does_not_set(
     recipe_for: Any, preset: str, changes: tuple[str, ...], expected: tuple[Any, ...]
 ) -> None:
     recipe = load_recipe(recipe_for(preset=preset), changes)
-    solver, steps, init = expected
-    assert (recipe.base.solver, recipe.adapters[0].init) == (solver, init)
-    assert steps in (None, recipe.base.tuning.steps)
-    is_dora = recipe.adapters[0].dora
-    assert recipe.export.targets == (["onnx_each"] if is_dora else ["onnx"])
+    first = recipe.adapters[0]
+    assert (recipe.base.solver, recipe.base.tuning.steps, first.init) == expected
+    assert recipe.export.targets == (["onnx_each"] if first.dora else ["onnx"])
     if preset == "best":
         assert [part.text for part in recipe.base.calibration] == ["job", "model"]
 
@@ -305,9 +241,8 @@ def test_at_2_bits_all_ranks_carry_the_correction(grid: str, share: float, recip
 
 def test_a_rule_without_weights_has_those_of_the_base(recipe_for: Any) -> None:
     rules = "[{match: a, solver: rtn}, {match: b, weights: w8-tensor}, {match: c, keep: float}]"
-    recipe = load_recipe(
-        recipe_for(), ("base.weights=w2-block32-asymmetric", f"base.rules={rules}")
-    )
+    changes = ("base.weights=w2-block32-asymmetric", f"base.rules={rules}")
+    recipe = load_recipe(recipe_for(), changes)
     schemes = [Scheme(2, False, PerBlock(32)), Scheme(8), None]
     assert [rule.scheme for rule in recipe.base.layer_rules()] == schemes
 
@@ -316,25 +251,18 @@ def test_a_rule_without_weights_has_those_of_the_base(recipe_for: Any) -> None:
     ("targets", "bitwidths"),
     [("[onnx]", {2, 3, 4, 5, 6, 7, 8}), ("[mlx, hf]", {2, 3, 4, 5, 6, 8}), ("[gguf]", {4, 5, 8})],
 )
-def test_a_budget_chooses_from_what_all_targets_hold(
-    recipe_for: Any, targets: str, bitwidths: set[int]
-) -> None:
+def test_a_budget_chooses_from_what_all_targets_hold(recipe_for, targets, bitwidths) -> None:
     recipe = load_recipe(recipe_for(), ("base.size=1.5GB", f"export.targets={targets}"))
     schemes = recipe.budget_schemes()
     assert {scheme.bitwidth for scheme in schemes} == bitwidths
     assert len(schemes) == 3 * len(bitwidths), "blocks of 32, 64 and 128"
     assert recipe.base.bytes == 1.5e9
-
-
-def test_a_budget_of_schemes_that_no_folder_holds_together_is_refused(recipe_for: Any) -> None:
     grids = ("base={bits: 4, weights: w4-block32-asymmetric}", "export.targets=[hf]")
-    (found,) = problems(recipe_for(), *grids)
-    assert re.search(r"base\.bits.* target hf: .*only if all layers have it.*symmetric", found)
+    (found,) = problems(recipe_for(), *grids)  # which no folder holds together
+    assert re.search(r"base\.bits.* target hf: .*only if all layers have it", found)
 
 
-def test_paths_are_relative_to_the_folder_of_the_recipe(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_the_folder_of_the_recipe(recipe_for, tmp_path, monkeypatch) -> None:
     for folder in ("texts", "elsewhere/own", "first"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")  # and its parent is not texts

@@ -10,21 +10,23 @@ from qwlora.errors import DirectoryError, RecipeError
 from qwlora.recipe import load_recipe
 from qwlora.recipe.recipe_text import edited, written
 
-TEXT = """\
+FIRST = "  - {name: first, steps: 30}  # one line"
+MIXED = "[job, {text: model, weight: 2}]"
+TEXT = f"""\
 # My job.
 name: "job"   # in quotes
 adapters:
-  - {name: first, steps: 30}  # one line
+{FIRST}
   # the second
   - name: second
     steps: 40  # enough
 base:
-  calibration: [job, {text: model, weight: 2}]
+  calibration: {MIXED}
   rules:
     - match: "*.0.*"  # the first layer
       weights: w8-signed32
-model: {source: %s}
-data: {source: %s}
+model: {{source: %s}}
+data: {{source: %s}}
 """
 
 
@@ -47,16 +49,8 @@ def lines(recipe: Path, *changes: str) -> list[str]:
     [
         ("adapters.1.steps=50", "    steps: 40  # enough", "    steps: 50  # enough"),
         ("seed=7", "", "seed: 7"),
-        (
-            "adapters.0.name=other",
-            "  - {name: first, steps: 30}  # one line",
-            "  - {name: other, steps: 30}  # one line",
-        ),
-        (
-            "base.calibration=[job]",
-            "  calibration: [job, {text: model, weight: 2}]",
-            "  calibration:|    - job",
-        ),
+        ("adapters.0.name=other", FIRST, FIRST.replace("first", "other")),
+        ("base.calibration=[job]", f"  calibration: {MIXED}", "  calibration:|    - job"),
     ],
 )
 def test_only_what_differs_is_written(recipe: Path, change: str, gone: str, added: str) -> None:
@@ -71,7 +65,7 @@ def test_adapters_come_and_go(recipe: Path) -> None:
     assert (added[0], added[-1]) == ("+   - name: third", "+     steps: 50")
     assert all(line.startswith("+") for line in added)
     gone = lines(recipe, "adapters=[{name: second, steps: 40}]")
-    assert gone[0] == "-   - {name: first, steps: 30}  # one line"
+    assert gone[0] == f"- {FIRST}"
     assert not any(line.startswith("+") for line in gone)
 
 
@@ -93,6 +87,7 @@ def test_a_job_keeps_the_text_of_its_recipe(recipe: Path, tmp_path: Path) -> Non
     assert new == text.replace("text.txt", f"{tmp_path}/text.txt")
     text = text.replace("- {name: first", "- &few {name: first")  # an edit would change both
     recipe.write_text(text.replace("steps: 40 ", "<<: *few "))
+
     for short in (written(asked, recipe, file), written(asked, None, file)):
         assert "warmup" not in short
         (tmp_path / "short.yaml").write_text(short)

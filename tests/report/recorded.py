@@ -12,10 +12,12 @@ RECORDED = Path(__file__).parent / "jobs"
 NAMES = ("finished", "two", "failed")
 
 
-def job_of(name: str, results: dict[str, Any] | None = None, **options: Any) -> Job:
-    """A recorded job, with other results if they are given."""
+def job_of(name: str, results: Any = None, targets: Any = None, **options: Any) -> Job:
+    """A recorded job, with other results and targets if they are given."""
     text = (RECORDED / name / "recipe.yaml").read_text()
     recipe = load_yaml(text)
+    if targets is not None:
+        recipe["export"] = {"targets": [*targets]}
     return Job(results_of(name) if results is None else results, recipe, text, name, **options)
 
 
@@ -73,6 +75,16 @@ def compared() -> Job:
         for key in ("kl", "top1")
     }
     return job_of("finished", results)
+
+
+def shipped() -> Job:
+    """The recorded job as if it had been exported for llama.cpp, and checked as shipped too."""
+    results = results_of("finished")
+    own = {"perplexity": 50.5, "top1_agreement": 0.9629, "max_log_prob_difference": 0.963}
+    proof = {"of": "trained", "reference_perplexity": 50.0}
+    proof |= {f"shipped_{key}": value for key, value in own.items()}
+    results["parity"] = {"gguf": {"first": results["parity"]["onnx"]["first"] | proof}}
+    return job_of("finished", results, targets=["gguf"])
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """The verdict of the report: its rules, in their order, on both sides of every limit."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,12 +34,8 @@ def judged(**changes: Any) -> Verdict:
     return verdict(job_of("finished", finished(**changes)))
 
 
-def two(stale: Any = None, **changes: Any) -> Verdict:
-    """The verdict of a job of two adapters, `words` and `digits`, with changes by dotted key."""
-    return verdict(job_of("two", changed(two_results(), changes), stale=stale or {}))
-
-
 def two_results() -> dict[str, Any]:
+    """Results of a job of two adapters, `words` and `digits`, whose checks all pass."""
     enough = {f"parity__onnx__{name}__tokens": 9 * FEW_TOKENS for name in ("words", "digits")}
     return changed(results_of("two"), enough)
 
@@ -63,21 +58,16 @@ PARITY = "parity__onnx__first__"
 OTHER_PROBLEM = {f"{PARITY}checks": [{"what": "the file is <odd>", "value": True}]}
 STOPPED = {"run__state": "interrupted", "run__stage": "train/first"}
 CRASHED = {"run__state": "failed", "error__stage": "export/onnx/first", "parity": {}}
-
-
 GAINS = [
     (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
     (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
-    (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
     (gain("float", 128.0, 112.0, stderr=0.0625), SHIP, "by 12.5%"),  # by exactly 2 of them
     (gain("float", 128.0, 112.0, stderr=0.0626), WITH_CARE, "not clearly better"),
-    (gain("float", 128.0, 127.0, stderr=0.001), SHIP, "beats the float model by 0.78%"),
     (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly better"),
     (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
     (gain("base", 100.0, 100.0), WITH_CARE, "not clearly better than the packed base"),
     (gain("base", 100.0, 120.0), WITH_CARE, "20.0% worse than the packed base"),
     (over_float_lora(0.011), SHIP, "what you trained, 1.1% over float LoRA on held-out text"),
-    (over_float_lora(-0.02), SHIP, "what you trained, 2.0% under float LoRA"),
     (over_float_lora(0.049), SHIP, "4.9% over float LoRA"),
     (over_float_lora(0.051), WITH_CARE, "trained, but the adapter is 5.1% over float LoRA"),
     (over_float_lora(0.0, 119.5), WITH_CARE, "float LoRA is not clearly better than the float"),
@@ -95,12 +85,10 @@ GAINS = [
         (STOPPED, NONE_YET, "interrupted in stage train/first"),
         (OTHER_PROBLEM, DO_NOT_SHIP, "the file is <odd>"),
         (CRASHED, DO_NOT_SHIP, "stopped in stage export/onnx/first"),
-        ({"run__state": "failed", "error__stage": "evaluate"}, DO_NOT_SHIP, "evaluate"),
         ({"parity": {}}, NOT_PROVEN, "was not checked in ONNX Runtime"),
         ({"perplexity__simulated__first": 420.0}, WITH_CARE, f"held-out text ({MINUS}0.25%)"),
         ({"perplexity__simulated__first": 500.0}, WITH_CARE, "the adapter is 18.8% worse than"),
         ({f"{PARITY}tokens": FEW_TOKENS - 1}, WITH_CARE, "checked on 999 tokens only"),
-        ({f"{PARITY}tokens": FEW_TOKENS}, SHIP, "computes what you trained"),
         ({"kl": {}}, SHIP, "but KL divergence and task accuracy were not measured."),
     ],
 )
@@ -123,12 +111,10 @@ def test_rules_apply_in_order(changes: dict[str, Any], kind: VerdictKind, words:
     ],
 )
 def test_a_failed_row_is_the_sentence_of_the_verdict(what: str, value: Any, shown: str) -> None:
-    found = verdict(job_of("finished", failing(finished(), what, value)))
-    assert found.kind is DO_NOT_SHIP
-    assert shown in found.sentence
-    found = verdict(job_of("finished", failing(finished(), what, True, "base")))
-    assert found.kind is DO_NOT_SHIP
-    assert "the files do not compute the base without an adapter" in found.sentence
+    for case, said in (("first", shown), ("base", "do not compute the base without an adapter")):
+        found = verdict(job_of("finished", failing(finished(), what, value, case)))
+        assert found.kind is DO_NOT_SHIP
+        assert said in found.sentence
 
 
 @pytest.mark.parametrize("passed", [None, "true", 1, False])
@@ -170,16 +156,11 @@ NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
         ({"qairt": {"first": PROOF, "none": PROOF}}, SHIP, ""),
         ({"qairt": {"first": PROOF, "none": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
         ({"qairt": {"first": PROOF, "none": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
-        ({"qairt": {"first": PROOF, "first+second": PROOF}}, SHIP, ""),
         ({"qairt": {"first": PROOF, "first+second": {**PROOF, **NOT_RUN}}}, NOT_PROVEN, ""),
-        ({"qairt": {"first": PROOF, "first+second": {**PROOF, "checks": []}}}, NOT_PROVEN, ""),
     ],
 )
-def test_every_target_and_use_case_needs_a_proof(
-    parity: dict[str, Any], kind: VerdictKind, words: str
-) -> None:
-    job = job_of("finished", finished(parity=parity))
-    found = verdict(replace(job, recipe={**job.recipe, "export": {"targets": [*parity]}}))
+def test_every_target_and_use_case_needs_a_proof(parity, kind, words) -> None:
+    found = verdict(job_of("finished", finished(parity=parity), targets=parity))
     assert found.kind is kind
     assert words in found.sentence
 
@@ -211,17 +192,14 @@ WRONG = [{"what": "it", "value": 2.0, "limit": 1.0}]
         (
             {"perplexity__on__NAME__base": 333.0, "perplexity__on__NAME__float": 300.0},
             WITH_CARE,
-            "the base is 11.0% over the float model on the text of NAME",
+            "11.0%",
         ),
     ],
 )
-def test_every_adapter_counts(
-    name: str, changes: dict[str, Any], kind: VerdictKind, words: str
-) -> None:
+def test_every_adapter_counts(name, changes, kind, words) -> None:
     given = {key.replace("NAME", name): value for key, value in changes.items()}
-    if "stale" in given:
-        given["stale"] = {("onnx", name): "model.onnx has changed"}
-    found = two(**given)
+    stale = {("onnx", name): "it has changed"} if given.pop("stale", None) else {}
+    found = verdict(job_of("two", changed(two_results(), given), stale=stale))
     assert found.kind is kind
     assert words.replace("NAME", name) in found.sentence
     if kind is DO_NOT_SHIP:
@@ -232,13 +210,10 @@ def test_of_several_adapters_the_least_agreement_as_shipped_is_claimed() -> None
     onnx = two_results()["parity"]["onnx"]
     shares = {"words": 0.98, "digits": 0.97}
     parity = {n: {**onnx[n], "shipped_top1_agreement": share} for n, share in shares.items()}
-    job = job_of("two", changed(two_results(), {"parity": {"gguf": parity}}))
-    found = verdict(replace(job, recipe={**job.recipe, "export": {"targets": ["gguf"]}}))
-    least = "(in float32; as shipped, with 8-bit activations: at least 97.00% same likeliest token)"
-    assert least in found.sentence
-    assert f"llama.cpp computes what was trained {least}: words and digits" in [
-        str(item.what) for item in found.evidence
-    ]
+    results = changed(two_results(), {"parity": {"gguf": parity}})
+    found = verdict(job_of("two", results, targets=["gguf"]))
+    assert "at least 97.00% same likeliest token" in found.sentence
+    assert any("at least 97.00%" in str(item.what) for item in found.evidence)
 
 
 @pytest.mark.parametrize("names", [("words", "digits"), ("digits", "words")])
@@ -249,13 +224,12 @@ def test_of_several_adapters_the_least_agreement_as_shipped_is_claimed() -> None
         ((110.0, 70.0), WITH_CARE, "Both exported files compute what you trained, but "),
     ],
 )
-def test_of_several_adapters_the_smallest_gain_is_claimed(
-    names: tuple[str, str], gains: tuple[float, float], kind: VerdictKind, said: str
-) -> None:
+def test_of_several_adapters_the_smallest_gain_is_claimed(names, gains, kind, said) -> None:
     simulated = dict(zip(names, gains, strict=True))
     perplexity = {"float": 100.0, "on": {}, "simulated": simulated}
-    no_text = {f"train__{name}__text": None for name in names}
-    found = two(perplexity=perplexity, perplexity_ratio={}, **no_text)
+    changes: dict[str, Any] = {f"train__{name}__text": None for name in names}
+    changes |= {"perplexity": perplexity, "perplexity_ratio": {}}
+    found = verdict(job_of("two", changed(two_results(), changes)))
     assert found.kind is kind
     assert said in found.sentence
 

@@ -1,15 +1,19 @@
 """Signatures of the public API name public types only: whoever calls it needs no other import."""
 
 import inspect
+import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import qwlora
+from conftest import tiny_model
 from qwlora.formats import aimet_encodings
 
 NAMES = sorted(qwlora.__all__)
@@ -76,12 +80,45 @@ def test_signatures_name_public_types_only(name: str) -> None:
     assert others == set()
 
 
+def test_names_that_are_loaded_later_are_listed() -> None:
+    assert {*NAMES, "__version__"} <= set(dir(qwlora))
+
+
 def hints(function: Callable[..., Any]) -> dict[str, Any]:
     names = (PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor, qwlora.Sequences)
     return typing.get_type_hints(function, localns={t.__name__: t for t in names})
 
 
-def test_a_private_type_in_a_signature_is_noticed() -> None:
-    from qwlora.graph.capture import capture
+pytestmark = pytest.mark.usefixtures("shared_captures")
+IDS = torch.arange(64).view(4, 16)
+EXAMPLE = {"input_ids": IDS[:1]}
 
-    assert not types_in(hints(capture)["return"]) <= PUBLIC
+
+def test_what_is_returned_is_shown_in_one_line(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama", layers=1)
+    model.save_pretrained(tmp_path / "float")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = qwlora.quantize_(model, "w4-block32")
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    tuned = qwlora.tune_(model, tiny_model("llama", layers=1), IDS, qwlora.TuningSettings(steps=1))
+    qwlora.save_base(model, tmp_path / "base", source="somewhere")
+    checkpoints = [qwlora.open_checkpoint(tmp_path / name) for name in ("float", "base")]
+    known = qwlora.simulate(model.eval(), EXAMPLE)
+    calibrated = known.calibrate([EXAMPLE])
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    started = qwlora.initialize_(adapted, "svd", lambda path: weights[f"{path}.weight"])
+    simulation = qwlora.simulate(adapted, EXAMPLE, activation_encodings=known.activation_encodings)
+    several = qwlora.simulate_adapters(adapted, EXAMPLE)
+    several.observe([EXAMPLE])
+    shown = repr(several)
+    assert "not calibrated" in shown
+    several.freeze()
+    assert "not calibrated" not in repr(several)
+    values = [report, layer, layer.encoding, layer.quantized, layer.tensor, tuned, *checkpoints]
+    values += [known, calibrated, known.placement, started, simulation, several]
+    values += [qwlora.TrainingGraph(simulation), qwlora.Limits(), qwlora.Schemes()]
+    values += [qwlora.LayerRule("*", None), qwlora.PlacementRule("*.softmax", keep="float")]
+    values += [qwlora.PerChannel(), qwlora.LayerMoments(torch.eye(3), torch.eye(2))]
+    for text in (shown, *map(repr, values)):
+        assert len(text) < 600, text[:300]
+        assert not re.search(r"\n| at 0x[0-9a-f]+|tensor\(", text)

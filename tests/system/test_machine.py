@@ -20,7 +20,7 @@ from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
-from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe import load_recipe
 from qwlora.recipe.implied import resolve_compute
 from qwlora.system import machine
 from qwlora.system.machine import (
@@ -43,17 +43,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
 def test_auto_follows_instructions(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     has = {"avx512_f": True, "avx512_bf16": False, feature: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    machine.has_bfloat16.cache_clear()
-    expected = "bfloat16" if feature else "float32"
-    try:
-        assert auto_compute("cpu") == expected
-    finally:
-        machine.has_bfloat16.cache_clear()
-
-
-def precisions(recipe: Recipe) -> tuple[str, ...]:
-    resolved = resolve_compute(recipe)
-    return resolved.base.tuning.compute, *(adapter.compute for adapter in resolved.adapters)
+    monkeypatch.setattr(machine, "has_bfloat16", machine.has_bfloat16.__wrapped__)
+    assert auto_compute("cpu") == ("bfloat16" if feature else "float32")
 
 
 ASKED = ("base.tuning.compute={0}", "adapters.0.compute={0}")
@@ -74,6 +65,10 @@ def test_the_plan_keeps_auto(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def precisions(*changes: str) -> list[str]:
+        resolved = resolve_compute(load_recipe(path, changes))
+        return [resolved.base.tuning.compute, *(adapter.compute for adapter in resolved.adapters)]
+
     pretend(monkeypatch, True)
     adapters = [
         {"name": "first", "steps": 6},
@@ -81,9 +76,8 @@ def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.Monk
         {"name": "asked", "steps": 6, "compute": "float32"},
     ]
     path = recipe_for(adapters=adapters)
-    assert precisions(load_recipe(path)) == ("auto", "bfloat16", "float32", "float32")
-    through = load_recipe(path, ("workflow=qwa-lora", "adapters=[{name: first}]"))
-    assert precisions(through) == ("auto", "float32")
+    assert precisions() == ["auto", "bfloat16", "float32", "float32"]
+    assert precisions("workflow=qwa-lora", "adapters=[{name: first}]") == ["auto", "float32"]
 
 
 def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,19 +93,8 @@ def test_a_forced_slow_precision_is_said(job_for: Any, monkeypatch: pytest.Monke
     warned = said(*(change.format("bfloat16") for change in ASKED))
     for line, part in zip(warned, ("base.tuning", "adapter first"), strict=True):
         assert line.startswith(f"warning: {part}: compute bfloat16")
-    assert all("several times" in line and "float32" in line for line in warned)
     pretend(monkeypatch, True)
     assert said(*(change.format("bfloat16") for change in ASKED), "seed=1") == []
-
-
-def test_what_auto_was_is_a_result(job_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, True)
-    job = job_for()
-    assert job.run("quantize", "train")["train"]["first"]["compute"] == "bfloat16"
-    assert load_recipe(job.out / "recipe.yaml").adapters[0].compute == "auto"
-    pretend(monkeypatch, False)
-    job.run("quantize", "train")
-    assert not job.done
 
 
 def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,75 +129,58 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 def test_threads_of_one_core_count_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores(root) == 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
     assert usable_cores(root) == 2
 
 
+VERSION_1 = "4:memory:/a\n3:cpuset:/b\n1:cpu,cpuacct:/job\n0::/"
+CPU = "cpu/job/cpu.cfs"
+
+
 @pytest.mark.parametrize(
-    ("where", "quota", "cores"),
+    ("group", "files", "cores"),
     [
-        ("job/step", "150000 100000", 2),
-        ("job", "50000 100000", 1),  # of the group around it
-        ("", "300000 100000", 3),
-        ("job/step", "max 100000", 4),
-        ("job/step", "unreadable", 4),
-        ("job/step", "6400000 100000", 4),
+        ("0::/job/step", {"job/step/cpu.max": "150000 100000"}, 2),
+        ("0::/job/step", {"job/cpu.max": "50000 100000"}, 1),  # of the group around it
+        ("0::/outside/the/container", {"cpu.max": "300000 100000"}, 3),
+        ("0::/job/step", {"job/step/cpu.max": "max 100000"}, 4),
+        ("0::/job/step", {"job/step/cpu.max": "unreadable"}, 4),
+        ("0::/job/step", {"job/step/cpu.max": "6400000 100000"}, 4),
+        (VERSION_1, {f"{CPU}_quota_us": "250000", f"{CPU}_period_us": "100000"}, 3),
+        (VERSION_1, {f"{CPU}_quota_us": "-1", f"{CPU}_period_us": "100000"}, 4),
     ],
 )
-def test_quotas_of_cgroup_2_bound_the_cores(root: Path, where: str, quota: str, cores: int) -> None:
-    write(root / "proc/self/cgroup", "0::/job/step\n")
-    write(root / "sys/fs/cgroup" / where / "cpu.max", f"{quota}\n")
+def test_quotas_of_cgroups_bound_the_cores(root, group, files, cores) -> None:
+    (root / "proc/self/cgroup").write_text(f"{group}\n")
+    for name, content in files.items():
+        file = root / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
     assert usable_cores(root) == cores
-
-
-@pytest.mark.parametrize(("quota", "cores"), [(250000, 3), (-1, 4)])
-def test_a_quota_of_cgroup_1_bounds_the_cores(root: Path, quota: int, cores: int) -> None:
-    write(root / "proc/self/cgroup", "4:memory:/a\n3:cpuset:/b\n1:cpu,cpuacct:/job\n0::/\n")
-    folder = root / "sys/fs/cgroup/cpu/job"
-    write(folder / "cpu.cfs_quota_us", f"{quota}\n")
-    write(folder / "cpu.cfs_period_us", "100000\n")
-    assert usable_cores(root) == cores
-
-
-def test_a_group_outside_the_container_is_looked_up_at_the_root(root: Path) -> None:
-    write(root / "proc/self/cgroup", "0::/host/pod\n")
-    write(root / "sys/fs/cgroup/cpu.max", "100000 100000\n")
-    assert usable_cores(root) == 1
 
 
 WAITING = {"OMP_WAIT_POLICY": "passive"}
-COUNT = {"OMP_NUM_THREADS": str(usable_cores())}
 
 
 @pytest.mark.parametrize(
-    ("chosen", "added"),
+    ("chosen", "value", "added"),
     [
-        ("", WAITING | COUNT),
-        *((name, COUNT) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")),
-        *((name, WAITING) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")),
+        ("", "", {**WAITING, "OMP_NUM_THREADS": "4"}),
+        ("LOCAL_WORLD_SIZE", "3", {**WAITING, "OMP_NUM_THREADS": "1"}),  # processes share cores
+        ("OMP_WAIT_POLICY", "active", {"OMP_NUM_THREADS": "4"}),
+        ("GOMP_SPINCOUNT", "7", {"OMP_NUM_THREADS": "4"}),
+        ("KMP_BLOCKTIME", "7", {"OMP_NUM_THREADS": "4"}),
+        ("OMP_NUM_THREADS", "7", WAITING),
+        ("MKL_NUM_THREADS", "7", WAITING),
     ],
 )
-def test_what_the_user_did_not_set_is_set(chosen: str, added: dict[str, str]) -> None:
-    environment = {chosen: "7"}
-    configure_threads(environment)
-    assert environment == added | {chosen: "7"}
-
-
-@pytest.mark.parametrize(("processes", "threads"), [("2", "2"), ("3", "1"), ("9", "1")])
-def test_processes_share_cores(
-    monkeypatch: pytest.MonkeyPatch, processes: str, threads: str
-) -> None:
+def test_what_the_user_did_not_set_is_set(monkeypatch, chosen, value, added) -> None:
     monkeypatch.setattr("qwlora.system.machine.usable_cores", lambda: 4)
-    environment = {"LOCAL_WORLD_SIZE": processes}
+    environment = {chosen: value}
     configure_threads(environment)
-    assert environment["OMP_NUM_THREADS"] == threads
+    assert environment == {chosen: value} | added
 
 
 IMPORT_WATCHED = """

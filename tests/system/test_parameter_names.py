@@ -18,10 +18,6 @@ from qwlora.system.parameter_names import (
         ("base_model.model.embed.lora_embedding_B.default", "embed.lora_embedding_B"),
         ("base_model.model.base_model.model.fc.base_layer.base_layer.bias", "fc.bias"),
         ("base_model.model.experts.base_layer.lora_A.x.weight", "experts.base_layer.lora_A.weight"),
-        (
-            "base_model.model.experts.base_layer.base_layer.lora_A.x.weight",
-            "experts.base_layer.base_layer.lora_A.weight",
-        ),
         ("base_model.model.experts.base_layer.base_layer.gate_up_proj", "experts.gate_up_proj"),
         ("base_model.model.lm_head.original_module.weight", "lm_head.weight"),
         ("base_model.model.c.modules_to_save.topics.weight", "c.modules_to_save.weight"),
@@ -51,7 +47,6 @@ def test_wrappers_are_taken_out(path, name):
         (is_factor_name, "fc.lora_magnitude_vector", False),
         (is_factor_name, "classifier.modules_to_save.weight", False),
         (is_factor_name, "lora_A.fc.weight", False),
-        (is_factor_name, "weight", False),
     ],
 )
 def test_names_of_adapters_and_factors(is_one, name, expected):

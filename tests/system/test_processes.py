@@ -66,15 +66,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [results(), *saved]
 
 
-def test_processes_hold_the_same_integers_which_one_process_gets_too(found: Any) -> None:
+def test_processes_hold_the_integers_and_moments_of_one_process(found: Any) -> None:
     alone, first, second = found
     assert first["fingerprints"] == second["fingerprints"]
     assert first["codes"].keys() == alone["codes"].keys()
     for layer, codes in alone["codes"].items():  # rounding may move a code next to a tie
         assert (codes != first["codes"][layer]).float().mean() < 0.01, layer
-
-
-def test_second_moments_are_of_all_sequences(found: Any) -> None:
     alone, first, second = (results["moments"] for results in found)
     assert alone.keys() == first.keys() == second.keys() != set()
     for layer, moments in alone.items():

@@ -9,9 +9,7 @@ import pytest
 import qwlora
 
 
-def test_torchao_is_silent_while_a_name_is_imported(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_torchao_is_silent_while_a_name_is_imported(monkeypatch, caplog) -> None:
     logger = logging.getLogger("torchao")
     caplog.set_level(logging.WARNING, "torchao")  # a command in this process may have changed it
 

@@ -27,9 +27,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_may_never_end_is_not_read(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_never_end_is_not_read(kind, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket is short
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "linked").symlink_to("config.json")

@@ -20,39 +20,39 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Counts files that are read."""
-    counted = Mock(side_effect=Seen._hash)
-    monkeypatch.setattr(Seen, "_hash", lambda *arguments: counted(*arguments))
-    return counted
-
-
-@pytest.fixture
 def file(tmp_path: Path) -> Path:
     (tmp_path / "a").write_bytes(b"old")
     return tmp_path / "a"
+
+
+@pytest.fixture
+def cache(file: Path) -> Path:
+    """The cache after the file was read."""
+    (seen := Seen(file.with_name("cache.json"))).content(file)
+    seen.save()
+    return file.with_name("cache.json")
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_an_unchanged_file_is_read_once(file: Path, reads: Mock) -> None:
-    cache = file.with_name("cache.json")
-    seen = Seen(cache)
-    assert seen.content(file) == seen.content(file) == sha256(b"old")
-    seen.save()
+def test_only_a_file_that_is_old_enough_is_not_read_again(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second write could fall into the same tick of the clock, and leave the same stamps."""
+    monkeypatch.setattr(Seen, "_hash", read := Mock(return_value="read"))
     assert Seen(cache).content(file) == sha256(b"old")
-    assert reads.call_count == 1
+    monkeypatch.setattr(module, "SETTLED_NS", SETTLED_NS)
+    seen = Seen()
+    assert seen.content(file) == seen.content(file) == "read"
+    assert read.call_count == 2
 
 
 @pytest.mark.parametrize("how", ["in place", "another file"])
-def test_new_content_with_old_size_and_mtime_is_found(file: Path, how: str) -> None:
-    other, cache = (file.with_name(name) for name in ("b", "cache.json"))
-    (seen := Seen(cache)).content(file)
-    seen.save()
+def test_new_content_with_old_size_and_mtime_is_found(file: Path, cache: Path, how: str) -> None:
     times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-    written = file if how == "in place" else other
+    written = file if how == "in place" else file.with_name("b")
     with written.open("r+b" if how == "in place" else "wb") as opened:
         opened.write(b"new")
     os.utime(written, ns=times)
@@ -60,20 +60,8 @@ def test_new_content_with_old_size_and_mtime_is_found(file: Path, how: str) -> N
     assert Seen(cache).content(file) == sha256(b"new")
 
 
-def test_a_new_file_is_not_cached(file: Path, reads: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second write could fall into the same tick of the clock, and leave the same stamps."""
-    monkeypatch.setattr(module, "SETTLED_NS", SETTLED_NS)
-    seen = Seen()
-    seen.content(file)
-    seen.content(file)
-    assert reads.call_count == 2
-
-
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
-def test_a_damaged_cache_is_ignored(file: Path, damage: bytes | None) -> None:
-    cache = file.with_name("cache.json")
-    (seen := Seen(cache)).content(file)
-    seen.save()
+def test_a_damaged_cache_is_ignored(file: Path, cache: Path, damage: bytes | None) -> None:
     edited = cache.read_bytes().replace(sha256(b"old").encode(), sha256(b"lie").encode())
     cache.write_bytes(edited if damage is None else damage)
     assert Seen(cache).content(file) == sha256(b"old")

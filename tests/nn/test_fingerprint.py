@@ -198,6 +198,8 @@ def test_the_fingerprint_of_a_base_stays_over_versions(
     "changes",
     [
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+        {"hidden_act": "gelu"},
         {"rms_norm_eps": 1e-5},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     ],
@@ -304,7 +306,10 @@ IMAGE, ROWS = torch.randn(1, 4, 9, 9), torch.randn(2, 3, 8)
     [
         (nn.LayerNorm(8), nn.LayerNorm(8, eps=0.25), ROW),
         (nn.GroupNorm(2, 4), nn.GroupNorm(4, 4), IMAGE),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5), IMAGE),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), IMAGE),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dilation=2), IMAGE),
+        (nn.AvgPool2d(3), nn.AvgPool2d(3, stride=1), IMAGE),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), IMAGE),
         (nn.ReLU(), nn.GELU(), ROW),
         (nn.GELU(), nn.GELU(approximate="tanh"), ROW),

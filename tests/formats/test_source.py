@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MllamaConfig
 
 from conftest import byte_tokenizer, packed_model, tiny_model
-from formats.models import edit_json, edit_tensors
+from formats.models import edit_tensors
 from qwlora import load_precomputed, save_base
 from qwlora.adapter.adapter_files import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
@@ -32,7 +32,7 @@ from qwlora.formats.model_source import (
 )
 
 FILE = "model.safetensors"
-DOWN, OTHER = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture
@@ -63,25 +63,6 @@ def test_a_checkpoint_becomes_a_float32_model(tmp_path: Path, dtype: torch.dtype
         assert torch.equal(loaded.get_parameter(DOWN), expected)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "config", "message"),
-    [
-        ({DOWN: torch.ones(3, 3)}, {}, "tensors of other shapes"),
-        ({DOWN: None}, {}, f"missing from its files: {DOWN} of Llama.*download it again"),
-        ({OTHER: torch.ones(2)}, {}, f"its files hold {OTHER}, which LlamaForCausalLM lacks"),
-        ({}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* and 4 more"),
-        ({}, {"quantization_config": {"quant_method": "gptq"}}, r"holds integers.*solver: keep"),
-    ],
-)
-def test_what_is_missing_or_integers_is_not_made_up(
-    folder: Path, tensors: dict[str, Any], config: dict[str, Any], message: str
-) -> None:
-    edit_tensors(folder / FILE, tensors)
-    edit_json(folder / "config.json", **config)
-    with pytest.raises(SourceError, match=message):
-        load_model(str(folder))
-
-
 def test_sources_that_cannot_be_used_say_why(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, hub: Callable[[str], Path]
 ) -> None:
@@ -90,9 +71,7 @@ def test_sources_that_cannot_be_used_say_why(
     assert not locate(str(base)).holds_floats
     for name in ("b.gguf", "a.gguf"):
         (ggufs / name).touch()
-    nothing = (
-        r"'owner/nothing' is not a local path \(looked for /.*/owner/nothing\).*\n  404 Client"
-    )
+    nothing = r"'owner/nothing' is not a local path \(looked for /.*/owner/nothing\).*\n  404"
     for load, source, message in (
         (load_model, str(base), r"holds integers.*\(base.solver: keep\)"),
         (load_tokenizer, str(folder), r"has no tokenizer.*\(tokenizer.json"),

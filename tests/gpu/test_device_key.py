@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from formats.test_precomputed import Held
 from gpu.pretend_device import COUNTS, CPU, NAME
 from gpu.test_stages import IDS
-from quantize.test_streamed_blocks import deep, from_files
+from quantize.test_quantize_model import deep, from_files
 from qwlora.errors import DeviceError, RecipeError
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe

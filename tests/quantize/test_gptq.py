@@ -63,6 +63,14 @@ def test_without_refinement_it_is_the_recursion_of_the_paper() -> None:
     assert (found.dequantize() - expected).abs().max() < 1e-6
 
 
+def test_independent_inputs_leave_nothing_to_make_good() -> None:
+    weight, _ = problem()
+    scheme = parse_scheme("w4-block32")
+    found, _ = solve_gptq(weight, scheme, torch.eye(128), GptqSettings(sweeps=0))
+    expected = search_scale(weight, scheme, coarse=True)
+    assert torch.equal(found.codes, expected.quantize(weight))
+
+
 def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     weight, moment = problem()
     dead = torch.arange(0, 128, 3)

@@ -1,5 +1,7 @@
-"""Quantizing a model: which layers, by which rules, block by block on calibration data, and resumed."""
+"""Quantizing a model: which layers, by which rules, block by block on calibration data, and resumed. From
+a checkpoint: the same base, with few blocks in memory."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -17,10 +21,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adapter.small_models import mixture
-from conftest import ARCHITECTURES, EACH_ARCHITECTURE, tiny_model
+from conftest import ARCHITECTURES, EACH_ARCHITECTURE, byte_tokenizer, tiny_model
+from formats.models import logits
 from formats.packing import packed_and_twin
-from qwlora import PackedLinear, fingerprint, observe_moments, quantize_, simulate, tune_
-from qwlora.errors import CalibrationError, GridError
+from formats.test_precomputed import KINDS, Held, model_of
+from qwlora import PackedLinear, fingerprint, load_base, observe_moments, quantize_, simulate, tune_
+from qwlora.errors import CalibrationError, GridError, SourceError
+from qwlora.formats.base_files import BaseWriter
+from qwlora.formats.checkpoint import LazyModel
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.block_runner import BlockRunner
@@ -28,6 +36,7 @@ from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import LayerRule, find_tensors
 from qwlora.quantize.layer_statistics import observe
 from qwlora.quantize.quantize_blocks import tensors_by_block
+from qwlora.quantize.quantize_model import InFiles, QuantizeReport, quantize_checkpoint
 
 
 def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
@@ -172,16 +181,15 @@ def solve(model: PreTrainedModel | None = None, **changes: Any) -> tuple[str, An
     return fingerprint(model), report
 
 
+def stops_after_one(items: Any, description: str, total: int | None = None) -> Any:
+    """As `Track`; interrupts before the second item."""
+    yield next(iter(items))
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
-    class KilledError(Exception):
-        pass
-
-    def killing(items, description, total):  # type: ignore[no-untyped-def]
-        yield next(iter(items))
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        solve(work=tmp_path, track=killing)
+    with pytest.raises(KeyboardInterrupt):
+        solve(work=tmp_path, track=stops_after_one)
     (finished,) = tmp_path.iterdir()
     stamp = finished.stat().st_mtime_ns
     assert solve(work=tmp_path) == solve()
@@ -331,3 +339,83 @@ def test_unusable_calibration_data_is_named(calibration: Any, message: str, step
     }
     with pytest.raises(CalibrationError, match=message):
         use[step]()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_streaming_makes_the_same_base_as_in_memory(kind: str, solver: str, tmp_path: Path) -> None:
+    rules = [
+        LayerRule("*embed_tokens", parse_scheme("w4-block16"), "search"),
+        LayerRule("*.layers.0.mlp.down_proj", None),
+        LayerRule("*.down_proj", parse_scheme("w8-channel")),
+    ]
+    how: dict[str, Any] = {"rules": rules if kind in ("llama", "qwen3") else []}
+    of_files: dict[str, Any] = {"shard_bytes": 30_000, "solver": solver, **how}
+    if solver == "gptq":
+        how |= {"calibration": token_ids(3, 16)}
+        of_files |= how
+    model = model_of(kind)
+    report = quantize_(model, "w4-block32", solver, **how)
+    result = from_files(Held(model_of(kind)), tmp_path / "base", **of_files)
+    assert result == (fingerprint(model), report)
+    loaded = load_base(tmp_path / "base")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def from_files(
+    checkpoint: Held, folder: Path, solver: str = "gptq", **options: Any
+) -> tuple[str, QuantizeReport]:
+    folder.mkdir(exist_ok=True)
+    tokenizer, scheme = byte_tokenizer(), "w4-block32"
+    return quantize_checkpoint(checkpoint, tokenizer, folder, "x", scheme, solver, **options)
+
+
+def deep() -> PreTrainedModel:
+    """Eight blocks, each larger than what is outside of them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8}
+    ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+    config = LlamaConfig(**sizes, **ids, num_attention_heads=4, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_streaming_holds_two_blocks_at_most(tmp_path: Path, loaded_at_finish: Any) -> None:
+    gc.collect()
+    model = deep()
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    outside = model.model.embed_tokens.weight.nbytes + model.model.norm.weight.nbytes
+    checkpoint = Held(model)
+    from_files(checkpoint, tmp_path, calibration=token_ids(3, 16), shard_bytes=10_000)
+    assert [name for name in loaded_at_finish if not name.startswith("model.layers.7.")] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert checkpoint.most_alive <= outside + 2 * block + 20_000
+    assert checkpoint.most_alive < sum(p.nbytes for p in model.parameters()) / 2
+
+
+def test_streaming_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
+    base, work = tmp_path / "base", tmp_path / "work"
+    ask: dict[str, Any] = {"calibration": token_ids(3, 16), "work": work}
+    with pytest.raises(KeyboardInterrupt):
+        from_files(Held(tiny_model("llama")), base, track=stops_after_one, **ask)
+    assert [file.name for file in work.iterdir()] == ["model.layers.0.safetensors"]
+    with pytest.raises(SourceError, match="is not a QWLoRA base"):
+        load_base(base)
+    identity, _ = from_files(Held(tiny_model("llama")), base, **ask)
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "gptq", calibration=token_ids(3, 16))
+    assert identity == fingerprint(model) == fingerprint(load_base(base))
+
+
+def test_a_block_that_runs_again_is_refused(tmp_path: Path) -> None:
+    lazy = LazyModel(Held(tiny_model("llama")))
+    first, second = "model.layers.0", "model.layers.1"
+    for path in (first, second):
+        lazy.model.get_submodule(path).forward = lambda: None  # type: ignore[method-assign]
+    with InFiles(lazy, BaseWriter(tmp_path)).blocks({first: [], second: []}, 1):
+        lazy.model.get_submodule(first)()
+        lazy.model.get_submodule(second)()
+        with pytest.raises(GridError, match=r"model\.layers\.0 runs again after a later block"):
+            lazy.model.get_submodule(first)()

@@ -142,11 +142,8 @@ def test_a_changed_file_is_refused_or_written_back(version: str, data: st.DataOb
         assert parse(to_document(file)) == (file, [])
 
 
-VECTORS = {
-    "fc.weight": [
-        GOLDEN["0.6.1"]["param_encodings"]["channel.weight"][0] | {"vector_dim": 2, "index_bw": 6}
-    ]
-}
+CHANNEL = GOLDEN["0.6.1"]["param_encodings"]["channel.weight"][0]
+VECTORS = {"fc.weight": [CHANNEL | {"vector_dim": 2, "index_bw": 6}]}
 PICKLES = (b"PK\3\4", b"\x80\4\x95", b"\x58" + 7 * b"\0")
 
 
@@ -222,6 +219,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale: has 2 axes": {"scale": [[0.1]]},
         "scale has 2 values; PER_TENSOR has one": {"scale": [0.1, 0.2], "offset": [0, 0]},
         "offset: contains 1180591620717411303424; the limit": {"offset": [2**70]},
+        "offset: contains -0.5; integers are needed": {"offset": [-0.5]},
         "enc_type: is 'OTHER'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "OTHER"},
         r"is vector quantization \(VECTOR, of GPTVQ\)": {"enc_type": "VECTOR", "index_bw": 6},
         "bw: is missing": {"bw": ...},
@@ -280,9 +278,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
     ("entry", "fields", "message"),
     [(entry, f, message) for entry, rows in BAD_FIELDS.items() for message, f in rows.items()],
 )
-def test_a_bad_field_is_named(
-    entry: tuple[str, str, str], fields: dict[str, Any], message: str
-) -> None:
+def test_a_bad_field_is_named(entry: tuple[str, ...], fields: Any, message: str) -> None:
     file, problems = parse(changed(*entry, **fields))
     assert file is None
     assert any(re.search(f"^{entry[2]}[:,] {message}", problem) for problem in problems)

@@ -16,6 +16,7 @@ from formats.models import edit_json, edit_tensors, gpt2, llama, mixtral, read_i
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
+from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
@@ -130,29 +131,41 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         quantized(tmp_path / "tied", lm_head=four, embed=four).read(EMBEDDING)
 
 
-NORM = "model.norm.weight"
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+EXTRA = {"model.extra": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "config", "message"),
+    ("read", "tensors", "config", "message"),
     [
-        ({NORM: None}, {}, f"'{NORM}' is missing from the files"),
-        ({"model.extra": torch.ones(2)}, {}, "'model.extra' is in the files, but not in LlamaFor"),
-        ({NORM: torch.ones(33)}, {}, rf"'{NORM}' has shape \[33\] in the files, but \[32\]"),
-        ({}, {"model_type": "nonesuch"}, "config.json cannot be read"),
-        ({}, {"vocab_size": -3}, "vocab_size is -3, but models have 1 to 100,000,000"),
-        ({}, {"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'"),
-        ({}, {"quantization_config": "gptq"}, "quantization_config must be an object"),
+        (open_checkpoint, {NORM: None}, {}, f"'{NORM}' is missing from the files"),
+        (open_checkpoint, EXTRA, {}, "'model.extra' is in the files, but not in LlamaFor"),
+        (open_checkpoint, {NORM: torch.ones(33)}, {}, rf"'{NORM}' has shape \[33\] .* but \[32\]"),
+        (open_checkpoint, {}, {"model_type": "nonesuch"}, "config.json cannot be read"),
+        (open_checkpoint, {}, {"vocab_size": -3}, "vocab_size is -3, but models have 1 to 100,000"),
+        (open_checkpoint, {}, {"quantization_config": {"quant_method": "hqq"}}, "method 'hqq'"),
+        (open_checkpoint, {}, {"quantization_config": "gptq"}, "_config must be an object"),
+        # as floats in transformers, which would fill what is missing with random numbers
+        (load_model, {DOWN: torch.ones(3, 3)}, {}, "tensors of other shapes"),
+        (load_model, {DOWN: None}, {}, f"missing from its files: {DOWN} of Llama.*download it"),
+        (load_model, EXTRA, {}, "its files hold model.extra, which LlamaForCausalLM lacks"),
+        (load_model, {}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* and 4 more"),
+        (
+            load_model,
+            {},
+            {"quantization_config": {"quant_method": "gptq"}},
+            "integers.*solver: keep",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_their_configuration(
-    tmp_path: Path, tensors: dict[str, Any], config: dict[str, Any], message: str
+    tmp_path: Path, read: Any, tensors: Any, config: dict[str, Any], message: str
 ) -> None:
     llama().save_pretrained(tmp_path)
     edit_tensors(tmp_path / FILE, tensors)
     edit_json(tmp_path / "config.json", **config)
     with pytest.raises(SourceError, match=message):
-        open_checkpoint(tmp_path)
+        read(str(tmp_path))
 
 
 def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:

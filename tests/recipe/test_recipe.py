@@ -120,15 +120,15 @@ def test_a_value_that_cannot_be_used_names_its_key(
 
 # Wrong recipes in the words of other tools, each as a change, and the key or value meant.
 WORDS = {
-    "lr=1e-4": "adapters[].learning_rate",
-    "train={lr: 1e-4}": "adapters[].learning_rate",
-    "lora.r=8": "adapters[].rank",
+    "lr=1e-4": "adapters.0.learning_rate",
+    "train={lr: 1e-4}": "adapters.0.learning_rate",
+    "lora.r=8": "adapters.0.rank",
     "adapters.0.lora-dropout=0.1": "adapters.0.dropout",
-    "lora_target_modules=[q_proj]": "adapters[].target_modules",
+    "lora_target_modules=[q_proj]": "adapters.0.target_modules",
     "adapters.0.num_train_epochs=3": "adapters.0.epochs",
     "data.max_seq_length=512": "data.sequence_tokens",
     "adapters.0.max_seq_length=512": "data.sequence_tokens",
-    "gradient_accumulation_steps=4": "adapters[].accumulation_steps",
+    "gradient_accumulation_steps=4": "adapters.0.accumulation_steps",
     "adapters.0.bf16=true": "adapters.0.compute: bfloat16",
     "output_dir=out": "--out DIR",
     "model.model_name_or_path=x": "model.source",

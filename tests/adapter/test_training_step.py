@@ -18,7 +18,7 @@ from qwlora.adapter.training_step import fuse_lora_, fused_lora
 from qwlora.nn import PackedLinear
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.weight_view import LinearAddFunction
-from qwlora.system.device import onednn_float32_matmul
+from qwlora.system.device import onednn_float32_matmul, onednn_is_exact
 
 IDS = torch.arange(64).view(2, 32)
 
@@ -182,7 +182,9 @@ def test_memory_saving_steps_match_plain_steps(
 
 @pytest.fixture
 def precision() -> Iterator[None]:
+    onednn_is_exact.cache_clear()
     yield
+    onednn_is_exact.cache_clear()
     torch.set_float32_matmul_precision("highest")
 
 

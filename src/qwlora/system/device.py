@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -129,18 +130,29 @@ def onednn_float32_matmul(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
         return
     # MKL, torch's default, does not use AVX-512 on CPUs that are not Intel's: 110 GFLOPS a thread
-    # on AMD, where oneDNN does 235 (docs/log/training.md). "medium" selects oneDNN, but also allows
-    # bfloat16 inside a product on CPUs with units for it (AMX), which the products below show.
+    # on AMD, where oneDNN does 235 (docs/log/training.md).
+    torch.set_float32_matmul_precision("medium" if onednn_is_exact() else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether precision "medium" computes float32 products on this CPU. It selects oneDNN, but also
+    allows bfloat16 inside a product on CPUs with units for it (AMX)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 512, generator=generator)
+    w = torch.randn(1024, 512, generator=generator)
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(512, 512, generator=generator)
-        w = torch.randn(1024, 512, generator=generator)
         y = x @ w.T
         for product, left, right in ((y, x, w.T), (y @ w, y, w)):
             exact = left.double() @ right.double()
             if float((product - exact).abs().max() / exact.abs().max()) >= _FLOAT32_TOLERANCE:
-                torch.set_float32_matmul_precision("highest")
-        yield
+                return False
+        return True
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before)

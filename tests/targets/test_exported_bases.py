@@ -214,7 +214,6 @@ def test_16_bits_give_equal_logits(
     assert torch.equal(in_onnx_runtime(wide), in_onnx_runtime(narrow))
     assert [*stored_types(narrow).values()] == [getattr(onnx.TensorProto, STORED[dtype])] * tables
     assert [*stored_types(wide).values()] == [onnx.TensorProto.FLOAT] * tables
-    onnx.checker.check_model(str(narrow))
 
 
 @pytest.mark.parametrize("name", with_clients(["genai", "openvino", "hf"]))

@@ -194,8 +194,8 @@ class Job:
             if shares := [share for p in places if (share := self.number(*p)) is not None]:
                 name = f"{runtime(target)} " * (len(targets) > 1)
                 same = f"{'at least ' * (len(shares) > 1)}{precise_percent(min(shares))}"
-                shipped = f"as shipped, with {TARGETS[target].rounds}: {same} same likeliest token"
-                parts.append(f"{name}in float32; {shipped}")
+                how = f"{TARGETS[target].shipped}, with {TARGETS[target].rounds}"
+                parts.append(f"{name}in float32; {how}: {same} same likeliest token")
         return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:

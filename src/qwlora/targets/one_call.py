@@ -154,7 +154,7 @@ def export(
             elif isinstance(made, PreTrainedModel):
                 parts[BASE] = ExportedBase(made, tokenizer, file, bits)
                 read = {name: read_canonical(path) for name, path in sources.items()}
-                if bits == 8:
+                if bits == 8 and known.rounds_adapters:
                     read = {name: adapter.rounded() for name, adapter in read.items()}
                 ranks = [adapter.ranks for adapter in read.values()]
                 common = one_rank(ranks) if known.has_one_shape and read else {}

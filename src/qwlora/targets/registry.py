@@ -168,9 +168,13 @@ TARGETS: dict[str, Target] = {
     "genai": Target(
         backend_class="qwlora.targets.onnx.genai:Genai",
         runtime="ONNX Runtime GenAI",
+        exact="model.onnx",
+        shipped="model-fast.onnx",
+        rounds="8-bit activations",
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
         writers=_ONNX,
+        embedding_bits=(8, 16, 32),
         limits=NBITS,
     ),
     "web": Target(
@@ -179,6 +183,7 @@ TARGETS: dict[str, Target] = {
         extra="web",
         packages=("onnx",),
         writers=_ONNX,
+        embedding_bits=(8, 16, 32),
         node_packages=(WEB_LIBRARY,),
         limits=NBITS,
     ),
@@ -207,6 +212,7 @@ TARGETS: dict[str, Target] = {
         writers=("gguf",),
         source_suffix=".gguf",
         embedding_bits=(8, 16, 32),
+        rounds_adapters=True,
         limits=GGUF,
     ),
     "mlx": Target(
@@ -216,6 +222,7 @@ TARGETS: dict[str, Target] = {
         packages=("mlx.core", "mlx_lm"),
         # No embeddings of 16 bits: MLX computes in the type of the embedding.
         embedding_bits=(8, 32),
+        rounds_adapters=True,
         limits=MLX,
     ),
     "openvino": Target(

@@ -144,7 +144,8 @@ class Target:
         backend_class: `module:class` of its `Backend`.
         extra: the extra of this package that installs `packages`.
         runtime: the program's name, for people; default: the target's.
-        exact, rounds: how `verify` runs files whose program itself rounds; what it rounds to.
+        exact, shipped, rounds: how `verify` runs files with float32 activations and, where the
+            program or another file rounds them, with that; what it rounds to.
         packages, writers: modules that are imported to open and to write the files.
         node_packages: npm packages, NAME@RANGE, that node runs the files with.
         compilers: further ones, and their extra: the files are compiled where they are installed.
@@ -159,7 +160,8 @@ class Target:
         writes_floats: whether all weights are written as float32 next to their encodings.
         has_one_shape: whether adapters are padded to one rank on the same modules.
         embedding_bits: what `export.embedding_bits` of the recipe can be; the first is its default.
-            8 also rounds adapters: see `rounded_floats.py`.
+            See `rounded_floats.py` for 8.
+        rounds_adapters: whether adapters are float16 where embeddings have 8 bits.
         limits, chip: limits of the files, and of the chip that they are compiled for.
         simulation: values that keys of `simulation` in the recipe can have; the first is default.
     """
@@ -169,6 +171,7 @@ class Target:
     packages: tuple[str, ...]
     runtime: str = ""
     exact: str = ""
+    shipped: str = "as shipped"
     rounds: str = ""
     writers: tuple[str, ...] = ()
     node_packages: tuple[str, ...] = ()
@@ -186,6 +189,7 @@ class Target:
     writes_floats: bool = False
     has_one_shape: bool = False
     embedding_bits: tuple[int, ...] = (16, 32)
+    rounds_adapters: bool = False
     limits: FormatLimits = FormatLimits(zero_point=ANY_BITS, float_offset=ANY_BITS)
     chip: FormatLimits | None = None
     simulation: Mapping[str, Sequence[object]] = field(default_factory=dict)

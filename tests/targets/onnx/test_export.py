@@ -27,9 +27,9 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.targets.onnx import onnx_model
-from qwlora.targets.onnx.genai import container_bits, operands
 from qwlora.targets.onnx.onnx import export_onnx
 from qwlora.targets.onnx.onnx_runtime import OnnxModel, read_session_options
+from qwlora.targets.onnx.switchable_graph import container_bits, operands
 from qwlora.targets.proof.reference import make_reference, simulated_logits
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
@@ -226,10 +226,10 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
     """ONNX Runtime's operator on the identity gives the weight."""
     assert not refusals(TARGETS["genai"], Subject(weights={"all": Weight(scheme)}))
     for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
-        arrays, block = operands(layer)
+        arrays, bits = operands(layer), container_bits(scheme.bitwidth)
         rows, columns = layer.tensor.shape
         settings: dict[str, Any] = {"domain": "com.microsoft", "accuracy_level": 1}
-        settings |= {"bits": container_bits(scheme.bitwidth), "block_size": block}
+        settings |= {"bits": bits, "block_size": 8 * arrays["codes"].shape[2] // bits}
         settings |= {"K": columns, "N": rows}
         node = helper.make_node("MatMulNBits", ["x", *arrays], ["y"], **settings)
         kinds = [

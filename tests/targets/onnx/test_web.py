@@ -25,8 +25,8 @@ from qwlora.nn import packed_weights
 from qwlora.system import optional_packages
 from qwlora.system.optional_packages import node_package
 from qwlora.targets.canonical_adapter import CanonicalAdapter
-from qwlora.targets.onnx.genai import operands
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.targets.onnx.switchable_graph import operands
 from qwlora.targets.onnx.web import ADAPTER, NO_ADAPTER, _script
 from qwlora.targets.proof.folder import write_record
 from qwlora.targets.proof.readme import usage
@@ -128,7 +128,7 @@ def test_a_wrong_code_fails_the_proof(bundle: Bundle, tmp_path: Path) -> None:
     folder, adapted = bundle
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
-    codes, data = operands(layer)[0]["codes"].tobytes(), (copy / "base" / DATA_FILE).read_bytes()
+    codes, data = operands(layer)["codes"].tobytes(), (copy / "base" / DATA_FILE).read_bytes()
     assert data.count(codes) == 1
     wrong = bytes([codes[0] ^ 8]) + codes[1:]  # the first code, by half of its grid
     (copy / "base" / DATA_FILE).write_bytes(data.replace(codes, wrong))

@@ -153,7 +153,7 @@ class JobModels(OpenJob):
 
         target, folder = TARGETS[name.kind], self.folder / "export"
         target.require_packages()
-        how = "not on the device" if target.chip else (exact and target.exact) or "as shipped"
+        how = "not on the device" if target.chip else (exact and target.exact) or target.shipped
         program, version = [*client(target).items()][-1]
         where = f"{target.runtime or 'ONNX Runtime'} ({program} {version})"
         parts = target.parts(folder / name.kind, str(name.adapter)).values()

@@ -81,7 +81,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
     trained = read_canonical(context.path / "adapters" / adapter)
     if target.has_one_shape:
         return replace(trained, common=one_rank([*map(context.ranks, context.recipe.adapters)]))
-    return trained.rounded() if bits == 8 else trained
+    return trained.rounded() if bits == 8 and target.rounds_adapters else trained
 
 
 def _graph(

@@ -29,7 +29,7 @@ def view(job: Job, adapter: str) -> View | None:
         owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
         bits: Cell = job.shown(fixed, "export", target, owner, "bits_per_weight")
-        for settings, how in (("", TARGETS[target].exact), ("shipped_", "as shipped")):
+        for settings, how in (("", TARGETS[target].exact), ("shipped_", TARGETS[target].shipped)):
             cells = parity_cells(job, target, adapter, settings)
             if cells["Perplexity"] or not settings:
                 label = ", ".join(filter(None, (name, how)))

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.graph.capture import MASK
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph, insert_after, with_graph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
@@ -45,6 +46,13 @@ from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.optional_packages import require
 from qwlora.system.quiet import OF_EXPORT, quiet
+from qwlora.targets.onnx.runtime_operators import (
+    ATTENTION,
+    DOMAIN,
+    RuntimeGraph,
+    translations,
+    with_runtime_operators,
+)
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 _LEAST_NARROWED = 2**14  # numbers of a matrix; others would save nothing worth a node
@@ -218,6 +226,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.qwlora.quantized.default: translate_quantized,
         torch.ops.qwlora.dequantize.default: translate_dequantize,
+        **translations(),
     }
 
 
@@ -387,8 +396,12 @@ def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[st
             return {}
 
 
-def base_graph(model: PreTrainedModel) -> Any:
+def base_graph(model: PreTrainedModel, longest: int | None = None) -> Any:
     """The `onnx_ir.Model` of a base, with DequantizeLinear nodes for its integers.
+
+    Args:
+        longest: number of positions that the model knows. If given, operators of ONNX Runtime
+            compute attentions and norms (`runtime_operators.py`), where they can.
 
     Raises:
         ExportError: an operator has no translation.
@@ -398,15 +411,57 @@ def base_graph(model: PreTrainedModel) -> Any:
     placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names)
     marks = tuple(mark for mark in placed.marks if mark.kind is Kind.BASE)
     encodings = placed.base_encodings(model)
-    graph = QuantizedGraph(captured.program, captured.interface, marks, encodings)
-    return build_model(graph, {})[0]
+    runtime = None if longest is None else with_runtime_operators(captured, longest)
+    program = captured.program if runtime is None else runtime.program
+    result = build_model(QuantizedGraph(program, captured.interface, marks, encodings), {})[0]
+    if runtime is not None:
+        complete_attentions_(result, runtime)
+    return result
 
 
-def matrix_products(graph: Any, modules: Any) -> Iterator[tuple[Any, str]]:
+def complete_attentions_(model: Any, runtime: RuntimeGraph) -> None:
+    """Give the attentions of a written graph their attributes, lengths and tables."""
+    ir = require("onnx_ir", "onnx")
+    mask = next(value for value in model.graph.inputs if value.name == MASK)
+    axis, one = constant(model, "axis", np.array([1])), constant(model, "one", np.int32(1))
+    rows = new_node("Cast", [mask], "mask.integers", {"to": int(ir.DataType.INT32)})
+    count = new_node("ReduceSum", [rows.outputs[0], axis], "row_lengths", {"keepdims": 0})
+    lengths = new_node("Sub", [count.outputs[0], one], "seqlens_k")
+    total = new_node("ReduceMax", [count.outputs[0]], "total_sequence_length", {"keepdims": 0})
+    model.graph.insert_before(model.graph[0], [rows, count, lengths, total])
+    tables = {
+        key: constant(model, f"angles.{index}", table.numpy())
+        for index, (key, table) in enumerate(runtime.tables.items())
+    }
+    for node in [node for node in model.graph if node.op_type == ATTENTION]:
+        attention = runtime.attentions[node.attributes.pop("name").value]
+        for attribute in ir.convenience.convert_attributes(attention.attributes):
+            node.attributes[attribute.name] = attribute
+        inputs = [lengths.outputs[0], total.outputs[0], *(tables[key] for key in attention.tables)]
+        first = len(node.inputs)
+        node.resize_inputs(first + len(inputs))
+        for index, value in enumerate(inputs, start=first):
+            node.replace_input_with(index, value)
+    model.graph.opset_imports[DOMAIN] = 1
+
+
+def matrix_products(graph: Any, modules: Collection[str]) -> Iterator[tuple[Any, str]]:
     """Nodes that multiply with the weight of a module, and the path of the module."""
+    return _readers(graph, ("MatMul", "Gemm"), 1, modules)
+
+
+def gathers(graph: Any, modules: Collection[str]) -> Iterator[tuple[Any, str]]:
+    """Nodes that read rows of the weight of a module, and the path of the module."""
+    return _readers(graph, ("Gather",), 0, modules)
+
+
+def _readers(
+    graph: Any, operators: Collection[str], index: int, modules: Collection[str]
+) -> Iterator[tuple[Any, str]]:
     for node in graph.graph:
-        if node.op_type in ("MatMul", "Gemm"):
-            value = node.inputs[1]  # a weight may be transposed, after a view of the same shape
+        if node.op_type in operators:
+            value = node.inputs[index]
+            # a weight may be transposed, after a view of the same shape
             while (origin := value.producer()) and origin.op_type in ("Transpose", "Reshape"):
                 value = origin.inputs[0]
             path, is_weight, _ = str(value.name).rpartition(".weight")

@@ -29,8 +29,8 @@ from qwlora.errors import ExportError, size
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import node_package
 from qwlora.targets.canonical_adapter import CanonicalAdapter
-from qwlora.targets.onnx.genai import defaults, switchable_graph
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE, save_graph
+from qwlora.targets.onnx.switchable_graph import defaults, switchable_graph
 from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
 from qwlora.targets.registry import WEB_LIBRARY
 from qwlora.targets.target import Backend, ExportedBase, Runtime

@@ -82,9 +82,9 @@ def write_files(
         # Embeddings of the file that the base came from are copied.
         what = [EMBEDDINGS] if rounds and exported.gguf_file is None else []
         with ExitStack() as stack:
-            done = stack.enter_context(rounded(exported.model, what)) if what else []
+            done = stack.enter_context(rounded(exported.model, what)) if what else list[str]()
             facts[WITHOUT_CACHE] = target.backend.write_base(exported, folder)
-        facts[ROUNDED] = [*done, FACTORS] if rounds else None
+        facts[ROUNDED] = done + [FACTORS] * target.rounds_adapters if rounds else None
     else:
         target.backend.write_adapter(exported, base or folder / BASE, folder)
     if isinstance(exported, ExportedBase):

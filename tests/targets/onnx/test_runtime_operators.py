@@ -1,0 +1,84 @@
+"""Attentions, norms and activation functions as operators of ONNX Runtime."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers as t
+from torch import Tensor
+
+from qwlora.targets.onnx.onnx_model import base_graph, save_graph
+from simulation.tiny_architectures import DECODER, make, with_large_weights
+
+WIDTH_64 = {**DECODER, "hidden_size": 256}  # a quarter of each head is rotated
+SOFTCAP = {"head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 5.0}
+LAYERS = ["sliding_attention", "full_attention"]
+MODELS: dict[str, Any] = {
+    **{name: lambda name=name: make(name) for name in ("Llama", "GPT-2", "OPT", "Qwen2", "Qwen3")},
+    **{name: lambda name=name: make(name) for name in ("Gemma 3", "Phi-3", "Mixtral", "GPT-NeoX")},
+    "StableLM": lambda: t.StableLmForCausalLM(t.StableLmConfig(**WIDTH_64)),
+    "Mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=7)),
+    "Gemma 2": lambda: t.Gemma2ForCausalLM(
+        t.Gemma2Config(**DECODER, **SOFTCAP, layer_types=LAYERS)
+    ),
+}
+EXPERTS = {**DECODER, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+OTHERS: dict[str, Any] = {  # biases of distances; a softmax with one more value
+    "BLOOM": lambda: t.BloomForCausalLM(
+        t.BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=260)
+    ),
+    "GPT-OSS": lambda: t.GptOssForCausalLM(t.GptOssConfig(**EXPERTS)),
+}
+
+
+def in_onnx_runtime(graph: Any, folder: Path, ids: Tensor, first: int) -> Tensor:
+    """Logits of a text: of its `first` tokens together, then one by one with the cache."""
+    save_graph(graph, folder / "model.onnx")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    cache = {
+        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if name.startswith("past")
+    }
+    outputs, parts = [value.name for value in session.get_outputs()], list[Any]()
+    for start, end in [(0, first), *((k, k + 1) for k in range(first, ids.shape[1]))]:
+        feeds = {
+            "input_ids": ids[:, start:end].numpy(),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end)[None],
+        }
+        feeds = {name: value for name, value in feeds.items() if name in shapes}
+        found = dict(zip(outputs, session.run(None, feeds | cache), strict=True))
+        parts.append(torch.from_numpy(found.pop("logits")))
+        cache = {name.replace("present", "past_key_values"): v for name, v in found.items()}
+    return torch.cat(parts, 1)
+
+
+QUICK = ("Qwen3", "StableLM", "Gemma 2", "GPT-OSS")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in (*MODELS, *OTHERS)
+    ],
+)
+def test_graphs_compute_what_the_model_computes(name: str, tmp_path: Path) -> None:
+    """Windows of 6 to 8 tokens are full before the first tokens end."""
+    model = with_large_weights((MODELS | OTHERS)[name]()).eval()
+    graph = base_graph(model, getattr(model.config, "max_position_embeddings", 128))
+    operators = Counter(node.op_type for node in graph.graph)
+    layers = model.config.num_hidden_layers
+    assert operators["GroupQueryAttention"] == (layers if name in MODELS else 0)
+    assert not operators["Softmax"] or name in {"Mixtral", *OTHERS}
+    ids = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+    found = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

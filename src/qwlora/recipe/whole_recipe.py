@@ -62,11 +62,12 @@ class Export(Section):
     """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
     with an older onnx; below 23, each RMSNorm becomes several operators"""
     embedding_bits: Literal[8, 16, 32] | None = None
-    """bits per value of what stays float. 8, the default of gguf and mlx and for these only:
-    embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF file,
-    gguf copies them), adapters to float16. 16: float16, else bfloat16, where one holds all numbers
-    exactly, else float32; 32: float32. Default of other targets: 16, but 32 for aimet, qairt, qnn
-    and qairt_pipeline, which hold no other. To train on 8 bits, use a rule in base.rules"""
+    """bits per value of what stays float. 8, the default of gguf, mlx, genai and web and for these
+    only: embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF
+    file, gguf copies them), and in gguf and mlx adapters to float16. 16: float16, else bfloat16,
+    where one holds all numbers exactly, else float32; 32: float32. Default of other targets: 16,
+    but 32 for aimet, qairt, qnn and qairt_pipeline, which hold no other. To train on 8 bits, use a
+    rule in base.rules"""
     proof: Literal["generated", "held_out", "none"] = "generated"
     """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
     golden/ of aimet and qairt. generated: text from the float model, or from the base if there is

@@ -18,7 +18,7 @@ genai_config.json, or `Config.overlay`, chooses.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ _SIZES = (
 )
 # GroupQueryAttention writes into a cache of `max_length` tokens, which onnxruntime-genai allocates
 # and clears at the start: 30 ms for 1,000 tokens of SmolLM2.
-_SHARES, _LONGEST = "past_present_share_buffer", 4096
+_SHARES, _LONGEST, _ROOM = "past_present_share_buffer", 4096, 128
 _FORM = {
     "model": {
         # onnxruntime-genai chooses by it how it feeds a model. All captured graphs are fed alike,
@@ -172,7 +172,9 @@ class GenaiRuntime(Runtime):
         self.shipped = shipped
         with foreign_as(ExportError, f"onnxruntime-genai cannot load {str(folder)!r}"):
             config = self._genai.Config(str(folder))
-            config.overlay(strict_json.dumps({"model": {"decoder": {"filename": file}}}))
+            options = {"intra_op_num_threads": torch.get_num_threads()}
+            decoder = {"filename": file, "session_options": options}
+            config.overlay(strict_json.dumps({"model": {"decoder": decoder}}))
             self._model = self._genai.Model(config)
             self._adapters = self._genai.Adapters(self._model)
         settings = strict_json.read_object(folder / CONFIG_FILE)
@@ -191,23 +193,26 @@ class GenaiRuntime(Runtime):
         self._active = adapter
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        generator = past or self._generator(max_length=self._room(ids))
+        generator, room = past or (cast("Any", None), 0)
+        new = ids[0].numpy().astype(np.int32)
+        known = generator.get_sequence(0) if past else new[:0]
+        total = len(known) + len(new)
+        if total > room:  # a larger cache is another generator, which reads the text again
+            room = min(2 * max(total, _ROOM), self._positions)
+            generator, new = self._generator(max_length=room), np.concatenate([known, new])
         with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
-            generator.append_tokens(ids[0].numpy().astype(np.int32))
+            generator.append_tokens(new)
         logits = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
-        return logits.view(1, ids.shape[1], -1), generator
+        return logits.view(1, len(new), -1)[:, -ids.shape[1] :], (generator, room)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         # With a least length, a token that ends a text does not end the decoding.
         length = ids.shape[1] + count
         generator = self._generator(max_length=length, min_length=length)
-        self.extend(ids, generator)
+        self.extend(ids, (generator, length))
         while len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
-
-    def _room(self, ids: Tensor) -> int:
-        return min(self._positions, ids.shape[1] + _LONGEST)
 
     def _generator(self, **lengths: int) -> Any:
         options = self._genai.GeneratorParams(self._model)

@@ -139,9 +139,13 @@ def _attention(softmax: Any, cached: set[str]) -> Attention | None:
     return Attention(output, query, key, value, (keys, values), mask, scale, softcap, angles)
 
 
+def _call_of(value: Any) -> tuple[str, Any]:
+    """The operation of a node and its arguments; empty for other values."""
+    return (operation(value), value.args) if isinstance(value, Node) else ("", ())
+
+
 def _operation(value: Any) -> str:
-    """The operation of a node; empty for other values."""
-    return operation(value) if isinstance(value, Node) else ""
+    return _call_of(value)[0]
 
 
 def _readers(node: Node) -> list[Node]:
@@ -177,7 +181,7 @@ def _whole(node: Any, cached: set[str]) -> Any:
         if operation(node) == "unsqueeze" and node.args[1] != 2:
             return None
         node = node.args[0]
-    match _operation(node), getattr(node, "args", ()):
+    match _call_of(node):
         case "cat", ([Node() as past, Node()], -2 | 2) if past.name in cached:
             return node
     return None
@@ -186,7 +190,7 @@ def _whole(node: Any, cached: set[str]) -> Any:
 def _unrotated(node: Any) -> tuple[Any, tuple[Node, ...]]:
     """x, cosine and sine, where `node` is x cos + (-x_2, x_1) sin with the halves x_1 and x_2 of x,
     or of its first part, the rest of which stays. Else `node` itself, and no angles."""
-    match _operation(node), getattr(node, "args", ()):
+    match _call_of(node):
         case "cat", ([Node() as whole], _):
             return _unrotated(whole)
         case "cat", ([Node() as rotated, Node() as rest], -1 | 3):
@@ -197,7 +201,7 @@ def _unrotated(node: Any) -> tuple[Any, tuple[Node, ...]]:
     left, right = _arguments(node, "add")
     x, cosine = _arguments(left, "mul")
     turned, sine = _arguments(right, "mul")
-    match _operation(turned), getattr(turned, "args", ()):
+    match _call_of(turned):
         case "cat", ([Node() as minus, Node() as first], -1 | 3):
             second = minus.args[0] if operation(minus) == "neg" else None
             half = x.meta["val"].shape[-1] // 2

@@ -15,7 +15,7 @@ from torch import nn
 
 
 @contextmanager
-def replaced(module: nn.Module, value: Any, name: str = "forward") -> Iterator[None]:
+def replaced(module: Any, value: Any, name: str = "forward") -> Iterator[None]:
     """Set attribute `name` of `module`; afterwards, restore what was set on the instance before."""
     attributes = vars(module)
     before = {name: attributes[name]} if name in attributes else {}

@@ -21,6 +21,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.nn.packed_tensor import narrowest
+from qwlora.nn.temporary import replaced
 from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
@@ -158,7 +160,7 @@ def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
 def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> Any:
     require("onnx", "onnx")
     try:
-        with warnings.catch_warnings(), quiet(OF_EXPORT):
+        with warnings.catch_warnings(), quiet(OF_EXPORT), _decomposing_if_needed():
             warnings.simplefilter("ignore")  # torch warns about its own deprecations here
             exported = torch.onnx.export(
                 program,
@@ -182,6 +184,23 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
         if value.name in named and not value.is_graph_output():  # the operator is called alike
             value.name = f"{value.name}.computed"
     return exported.model
+
+
+@contextmanager
+def _decomposing_if_needed() -> Iterator[None]:
+    """Let torch.onnx decompose only programs with operators that it has no translation of."""
+    # It traces every program again to decompose it, which is nine tenths of its time (torch 2.13).
+    from torch.onnx._internal.exporter import _fx_passes as passes
+
+    original = passes.decompose_with_registry
+
+    def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
+        known = {of_target[0].fx_target for of_target in registry.functions.values()}
+        called = {n.target for n in program.graph.nodes if n.op == "call_function"}
+        return original(program, registry) if called - known else program
+
+    with replaced(passes, decompose, "decompose_with_registry"):
+        yield
 
 
 def _remove_zero_biases_(model: Any) -> None:
@@ -223,7 +242,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         return our_node(packed, DEQUANTIZE)  # its grid is written from the weight's encoding
 
+    def translate_and(x: Any, y: Any) -> Any:
+        return op.And(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseAnd(x, y)
+
+    def translate_to(x: Any, dtype: int, *copies: Any, **more: Any) -> Any:
+        return op.Cast(x, to=dtype)
+
     return {
+        # In masks and angles. torch.onnx has no translation of these: see `_decomposing_if_needed`.
+        _aten.__and__.Tensor: translate_and,
+        _aten.to.dtype: translate_to,
+        _aten.to.device: lambda x, device, *others, **more: translate_to(x, *others, **more),
         torch.ops.qwlora.quantized.default: translate_quantized,
         torch.ops.qwlora.dequantize.default: translate_dequantize,
         **translations(),

@@ -190,9 +190,13 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
 def _decomposing_if_needed() -> Iterator[None]:
     """Let torch.onnx decompose only programs with operators that it has no translation of."""
     # It traces every program again to decompose it, which is nine tenths of its time (torch 2.13).
-    from torch.onnx._internal.exporter import _fx_passes as passes
+    try:
+        from torch.onnx._internal.exporter import _fx_passes as passes
 
-    original = passes.decompose_with_registry
+        original = passes.decompose_with_registry
+    except (ImportError, AttributeError):  # another torch: only slower
+        yield
+        return
 
     def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
         known = {of_target[0].fx_target for of_target in registry.functions.values()}

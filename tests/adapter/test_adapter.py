@@ -12,7 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from adapter.small_models import SMALL as SIZES
 from attack.hostile_models import edit, tensors
@@ -115,9 +120,8 @@ def qwen3() -> PreTrainedModel:
 
 def convolutional() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 1}
-    config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
-    return Lfm2ForCausalLM(config).requires_grad_(False).eval()
+    config = RecurrentGemmaConfig(**SIZES, block_types=["recurrent"], use_cache=False)
+    return RecurrentGemmaForCausalLM(config).requires_grad_(False).eval()
 
 
 def shaped(**shape: Any) -> Callable[[Any], PeftModel]:
@@ -140,7 +144,7 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[Any], PeftModel]
     "float base": (lambda: tiny_model("llama").requires_grad_(False), shaped()),
     "convolution": (
         convolutional,
-        shaped(target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16}),
+        shaped(target_modules=["conv_1d", "linear_y"], rank_pattern={"conv_1d": 32}),
     ),
 }
 

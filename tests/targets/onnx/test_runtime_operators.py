@@ -11,7 +11,11 @@ import torch
 import transformers as t
 from torch import Tensor
 
+from qwlora import quantize_
 from qwlora.targets.onnx.onnx_model import base_graph, save_graph
+from qwlora.targets.onnx.switchable_graph import fast_, switchable_graph
+from qwlora.targets.rounded_floats import EMBEDDINGS, rounded
+from qwlora.targets.target import ExportedBase
 from simulation.tiny_architectures import DECODER, make, with_large_weights
 
 WIDTH_64 = {**DECODER, "hidden_size": 256}  # a quarter of each head is rotated
@@ -82,6 +86,26 @@ def test_graphs_compute_what_the_model_computes(name: str, tmp_path: Path) -> No
         expected = model(ids).logits
     found = in_onnx_runtime(graph, tmp_path, ids, first=15)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["w8-channel", "w8-block32-asymmetric", "w4-signed32"])
+def test_the_fast_graph_rounds_activations_of_the_same_integers(
+    scheme: str, tmp_path: Path
+) -> None:
+    model = with_large_weights(make("Qwen3", layers=1)).eval()
+    quantize_(model, scheme, "rtn")
+    ids = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(1))
+    with rounded(model, [EMBEDDINGS]), torch.no_grad():
+        expected = model(ids).logits
+        graph = switchable_graph(ExportedBase(model, None, embedding_bits=8))
+    exact = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    assert (exact - expected).abs().max() < 1e-5 * expected.abs().max()
+    fast_(graph)
+    operators = Counter(node.op_type for node in graph.graph)
+    assert operators["MatMulNBits"] == 8  # of the layer and of the head
+    assert operators["GatherBlockQuantized"] == 1
+    found = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05
 
 
 def test_programs_are_not_traced_again_to_translate_them(monkeypatch: pytest.MonkeyPatch) -> None:

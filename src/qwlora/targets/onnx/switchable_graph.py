@@ -89,9 +89,10 @@ def write_integers_(graph: Any, model: PreTrainedModel) -> None:
     readers = list(matrix_products(graph, layers))
     check_layers("genai", {path: layers[path] for _, path in readers})
     for node, path in gathers(graph, layers):
-        layer = layers[path]
-        has_limits = layer.scheme.float_offset or not NBITS.stored_block(layer.scheme, layer.count)
-        readers += [] if has_limits else [(node, path)]  # else as a table of floats
+        scheme, columns = layers[path].scheme, layers[path].count
+        # The operator has no float offsets. Such a table is unpacked as a whole.
+        if not scheme.float_offset and NBITS.stored_block(scheme, columns) is not None:
+            readers.append((node, path))
     known = dict[int, list[Any]]()  # tied layers share them
     for node, path in readers:
         layer = layers[path]

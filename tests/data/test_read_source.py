@@ -164,9 +164,15 @@ def test_roles_have_other_names(tmp_path: Path) -> None:
 
 
 WRONG_COLUMNS = [
-    ({**ALPACA, "text": "x"}, {}, r"data\.text_column: text or data\.instruction_column: instruc"),
+    ({**ALPACA, "text": "x"}, {}, r"data\.text_column=text or --set data\.instruction_column=instr"),
     ({"a": "x", "b": "y"}, {"prompt": "a"}, r"no column 'completion' \(data.completion_column\)"),
     ({"a": "x", "b": "y"}, {"text": "x"}, r"no column 'x' \(data.text_column\); there are a, b"),
+    (ALPACA, {"prompt": "instruction", "completion": "zz"}, "are instruction, input, output"),
+    (
+        {"question": "Add.", "input": "2+2", "answer": "4"},
+        {},
+        "--set data.instruction_column=question --set data.input_column=input --set data.output_c",
+    ),
 ]
 
 
@@ -270,7 +276,7 @@ def test_a_bad_record_is_named(tmp_path: Path, kind: str, record: Any, message: 
 def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     path, skipping = tmp_path / "some.jsonl", Reading(skip_empty=True)
     write_jsonl(path, [{"text": "a"}, {"text": ""}, {}, {"text": "b"}])
-    documents, skipped = read_documents(str(path), skipping)
+    documents, skipped, _ = read_documents(str(path), skipping)
     assert (len(documents), skipped) == (2, 2)
     assert load_documents(str(path), 0.5, 0, skipping).skipped_records == 2
     WRITE["parquet"](tmp_path / "some.parquet", [{"text": "a"}, {"text": None}])  # as pandas does
@@ -279,9 +285,16 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     refused(path, skipping, match="must be a string")
 
 
+@pytest.mark.parametrize("name", HOLDS_LISTS)
+def test_columns_with_text_that_is_not_used_are_counted(tmp_path: Path, name: str) -> None:
+    records = [{"id": f"no-{n}", "source": "a b", "text": f"x {n}", "score": n} for n in range(3)]
+    WRITERS[name](tmp_path / name, records)
+    assert load_documents(str(tmp_path / name)).unused_columns == ("source",)
+
+
 UTF8 = "is not UTF-8 text"
 NO_KIND = (
-    "has a name that says what it holds, such as text. Name them in the recipe where the source is"
+    "has a name that says what it holds, such as text. Name them in the recipe or with --set"
 )
 TWO_LINES = b'prompt,completion\n"two\nlines",b\n'
 WRONG_TABLES = [
@@ -289,12 +302,12 @@ WRONG_TABLES = [
     ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
     ("a.csv", TWO_LINES + b"a,b,c\n", ":4: this record has 3 fields, and the header 2. Quote fie"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
-    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: data.text_column: ..., "),
-    ("a.csv", b"id,query,answer\n1,b,c\n", "column: query and data.completion_column: answer"),
+    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}: --set data.prompt_column"),
+    ("a.csv", b"id,query,answer\n1,b,c\n", "column=query --set data.completion_column=answer; r"),
     ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', f":2: byte 11 of the line (0xe9) {UTF8}"),
     ("a.jsonl", b"\n", "holds no text: it has no records"),
-    ("a.jsonl", b'{"a": 1}\n', f":1: none of its columns (a) {NO_KIND}: data.text"),
+    ("a.jsonl", b'{"a": 1}\n', f":1: none of its columns (a) {NO_KIND}: --set"),
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),

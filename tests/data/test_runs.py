@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -141,6 +142,9 @@ def test_lost_data_is_announced_and_most_of_it_refused() -> None:
     assert prepared(16, most_lost=0.8).train_counts.sequences == 24
     nothing_lost = Documents(some_long(0), some_long(0))
     assert prepare_text(nothing_lost, byte_tokenizer(), Cutting(16)).cautions() == []
+    unused = replace(nothing_lost, unused_columns=("input",))
+    (caution,) = prepare_text(unused, byte_tokenizer(), Cutting(16)).cautions()
+    assert "column input of the records is not used (data.instruction_column" in caution
 
 
 @pytest.mark.parametrize("command", ["data", "check"])

@@ -105,7 +105,7 @@ def import_dora(job: Path) -> None:
 REFUSED: dict[str, Any] = {  # what is refused, by what the message names
     "already has adapter 'first'": lambda job: add_adapter(job, "first"),
     "'frist'.* did you mean first": lambda job: add_adapter(job, "third", like="frist"),
-    "data.prompt_column: question": lambda job: add_adapter(job, "third", str(table(job))),
+    "--set data.prompt_column=question": lambda job: add_adapter(job, "third", str(table(job))),
     "adapter third.*magnitude.*onnx_each": import_dora,
     "nor a hub id": lambda job: import_adapter(job, "third", "./nowhere"),
     "second, second": lambda job: rename_adapter(job, "first", "second"),

@@ -126,6 +126,7 @@ class Documents:
         repeated_documents: held-out records removed because the training part has them.
         repeated_paragraphs: paragraphs removed from training text because they are held out.
         repeated_shares: the shares of the characters of both parts that were removed.
+        unused_columns: columns with text that no document contains.
     """
 
     train: tuple[Document, ...]
@@ -134,6 +135,7 @@ class Documents:
     repeated_documents: int = 0
     repeated_paragraphs: int = 0
     repeated_shares: tuple[float, float] = (0.0, 0.0)
+    unused_columns: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Completion, Documents, Text
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -122,12 +122,18 @@ class PreparedText:
         return losses
 
     def cautions(self) -> list[str]:
-        """A sentence about each loss of more than 5 %."""
+        """A sentence about each loss of more than 5 %, and about text that is not used."""
         skipped = self.documents.skipped_records
         records = skipped + len(self.documents.train) + len(self.documents.held_out)
         empty = "of the records are empty and were skipped (data.empty_records)"
         losses = [*self.losses(), (skipped / records, empty)]
-        return [f"{share:.0%} {what}" for share, what in losses if share > NOTABLE_LOSS]
+        notable = [f"{share:.0%} {what}" for share, what in losses if share > NOTABLE_LOSS]
+        if unused := self.documents.unused_columns:
+            keys = " (data.instruction_column, data.input_column and data.output_column read three)"
+            where = f"column{'s' * (len(unused) > 1)} {listed(unused, 5)}"
+            how = keys if self.documents.kind == "completions" else ""
+            notable.append(f"the text in the {where} of the records is not used{how}")
+        return notable
 
     def check_losses(self) -> None:
         """Raise SourceError if more than `most_lost` of a part is missing."""

@@ -99,20 +99,21 @@ def load_documents(
     """Read `source` (a file, a folder, a hub dataset or `python:MODULE:NAME`), and split it into
     training and held-out documents; see `read_documents` and `split_documents`."""
     how = reading or Reading()
-    documents, skipped = read_documents(source, how)
+    documents, skipped, unused = read_documents(source, how)
     if how.evaluation is None:
         parts = split_documents(documents, held_out, seed)
     else:
         is_split = is_name_of_split(how.evaluation)
         other, split = (source, how.evaluation) if is_split else (how.evaluation, None)
-        held, skipped_too = read_documents(other, replace(how, split=split))
+        held, skipped_too, _ = read_documents(other, replace(how, split=split))
         if held[0].kind != documents[0].kind:
             raise SourceError(
                 f"data.evaluation {how.evaluation!r} holds {held[0].kind}, but data.source "
                 f"{source!r} holds {documents[0].kind}. Give both the same columns"
             )
         parts, skipped = (tuple(documents), tuple(held)), skipped + skipped_too
-    return (Documents if how.keep_repeated else without_repeated)(*parts, skipped)
+    both = (Documents if how.keep_repeated else without_repeated)(*parts, skipped)
+    return replace(both, unused_columns=unused)
 
 
 def is_name_of_split(evaluation: str) -> bool:
@@ -120,8 +121,9 @@ def is_name_of_split(evaluation: str) -> bool:
     return re.fullmatch(r"\w+", evaluation) is not None and not user_path(evaluation).exists()
 
 
-def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
-    """All documents of `source`, and the number of empty records that were skipped.
+def read_documents(source: str, how: Reading) -> tuple[list[Document], int, tuple[str, ...]]:
+    """All documents of `source`, the number of empty records that were skipped, and the columns
+    with text that is in no document.
 
     Raises:
         SourceError: the source is missing or empty, or a record is bad (file and line are named).
@@ -150,7 +152,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
             f"data source {source!r} holds no text: "
             f"{'every document is empty' if reader.documents else 'it has no records'}"
         )
-    return documents, reader.skipped
+    return documents, reader.skipped, tuple(reader.unused)
 
 
 @dataclass
@@ -161,6 +163,7 @@ class _Reader:
     documents: list[Document] = field(default_factory=list)
     skipped: int = 0
     columns: Columns | None = None
+    unused: dict[str, None] = field(default_factory=dict)  # as a set that keeps its order
 
     def add_file(self, path: Path) -> None:
         if why := _refusal(path):
@@ -202,7 +205,12 @@ class _Reader:
             if self.columns is None and isinstance(record, dict) and record:
                 self.columns = choose_columns(record, self.reading.columns, where)
             try:
-                self.documents.append(make_document(record, self.columns or TEXT_COLUMNS, where))
+                used = self.columns or TEXT_COLUMNS
+                self.documents.append(make_document(record, used, where))
+                # A single word is an identifier or a label.
+                others = record.keys() - used.values() - self.unused.keys()
+                texts = (n for n in sorted(others) if isinstance(record[n], str))
+                self.unused |= dict.fromkeys(n for n in texts if " " in record[n].strip())
             except EmptyRecordError as error:
                 if not self.reading.skip_empty:
                     raise SourceError(

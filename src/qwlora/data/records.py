@@ -42,6 +42,7 @@ completes the request.
 """
 # Names of columns that other tools' examples have, for a suggestion.
 _PAIRS = ("question", "query", "input", "prompt"), ("answer", "response", "output", "completion")
+_INPUTS = ("input", "context", "passage", "document")
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -79,10 +80,9 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
         columns = _columns(kind, asked)
         for field, name in {**columns, **asked}.items():
             if name not in present and (field in KINDS[kind] or field in asked):
-                others = [column for column in present if column not in asked.values()]
                 raise SourceError(
                     f"{where}: there is no column {name!r} (data.{field}_column)"
-                    f"{suggestion(name, others)}"
+                    f"{suggestion(name, present)}"
                 )
         return columns
     complete = [columns for columns in _BY_NAME if set(_required(columns)) <= set(present)]
@@ -91,16 +91,21 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
     if complete:
         kinds = " and ".join("+".join(_required(columns)) for columns in complete)
         first = [next(iter(columns.items())) for columns in complete]
-        keys = " or ".join(f"data.{field}_column: {name}" for field, name in first)
+        keys = " or ".join(f"--set data.{field}_column={name}" for field, name in first)
         raise SourceError(
             f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
-            f"recipe ({keys})"
+            f"recipe, or with {keys}"
         )
     pair = [next((name for name in names if name in present), "...") for names in _PAIRS]
+    given = next((name for name in _INPUTS if name in present and name not in pair), None)
+    advised = dict(zip(KINDS["completions"], pair, strict=True))
+    if given is not None:  # a prompt and a completion alone would drop it
+        advised = {"instruction": pair[0], "input": given, "output": pair[1]}
+    keys = " ".join(f"--set data.{field}_column={name}" for field, name in advised.items())
     raise SourceError(
         f"{where}: none of its columns ({listed(present, 20)}) has a name that says what it holds, "
-        "such as text. Name them in the recipe where the source is: data.text_column: ..., or "
-        f"data.prompt_column: {pair[0]} and data.completion_column: {pair[1]}"
+        f"such as text. Name them in the recipe or with --set: {keys}; running text: "
+        "--set data.text_column=..."
     )
 
 

@@ -24,7 +24,7 @@ from qwlora.system.strict_json import distinct_keys
 Rows = Iterator[tuple[str, Any]]
 """(place, record). Rows of tables are counted from 1."""
 Table = tuple[list[str], Callable[[Collection[str]], Rows]]
-"""Column names, and a function from the wanted columns to the rows."""
+"""Column names, and a function from the wanted columns to the rows, which may have more."""
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 _ROWS_AT_ONCE = 1000
 
@@ -152,7 +152,9 @@ def read_arrow(path: Path) -> Table:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
 
-    return list(schema.names), lambda wanted: _numbered(records(wanted), str(path))
+    return list(schema.names), lambda wanted: _numbered(
+        records(_with_texts(wanted, schema)), str(path)
+    )
 
 
 def read_dataset(source: str, split: str | None, subset: str | None = None) -> Table:
@@ -188,9 +190,16 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         loaded, source = loaded[wanted], f"{source}[{wanted}]"
     elif split is not None:
         raise SourceError(f"{source} has no splits, but data.split is {split!r}: set it to null")
+    schema = loaded.features.arrow_schema
     return list(loaded.column_names), lambda wanted: _numbered(
-        loaded.select_columns(list(wanted)), source
+        loaded.select_columns(_with_texts(wanted, schema)), source
     )
+
+
+def _with_texts(wanted: Collection[str], schema: Any) -> list[str]:
+    """The wanted columns and those of strings, which are a caution if they are not used."""
+    texts = [column.name for column in schema if str(column.type) in ("string", "large_string")]
+    return [*dict.fromkeys((*wanted, *texts))]
 
 
 def _numbered(records: Iterable[dict[str, Any]], source: str) -> Rows:

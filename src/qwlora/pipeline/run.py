@@ -148,9 +148,16 @@ def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
         )
     names = [adapter.name for adapter in wanted.adapters]
     if lost := [a.name for a in before.adapters if a.name not in names]:
+        known = {adapter.name for adapter in before.adapters}
+        new = [name for name in names if name not in known and wanted.data_of(name).source]
+        remedy = f"Run `{command_line('run', out)}`, "
+        if new and wanted.model == before.model:
+            more = ("--name", new[0], "--data", wanted.data_of(new[0]).source)
+            add = command_line("adapters", "add", out, *more)
+            remedy = f"To train {new[0]} as well: `{add}`. Otherwise run another --out, "
         raise DirectoryError(
-            f"{str(out)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
-            f"`{command_line('run', out)}`, add them to the recipe, or remove them: "
+            f"{str(out)!r} has adapters {', '.join(lost)}, which this recipe lacks. {remedy}"
+            "add them to the recipe, or remove them: "
             f"qwlora adapters remove {out} {lost[0]}"
         )
 

@@ -235,6 +235,12 @@ def test_a_runtime_that_nobody_knows(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_an_option_that_is_a_key_of_the_recipe(tmp_path: Path) -> None:
+    said = refused("train", tmp_path, "x", "--load_in_8bit", "1")
+    assert "did you mean --set base.weights=w8-channel?" in said
+    assert "did you mean --set rank=...?" in refused("adapters", "add", tmp_path, "--rank", "8")
+
+
 def test_examples_are_written_by_name(tmp_path: Path) -> None:
     answered("init", tmp_path / "npu.yaml", "--example", "npu")
     assert "w4-lpbq64" in (tmp_path / "npu.yaml").read_text()

@@ -107,11 +107,11 @@ def test_exact_answers_use_no_torch_kernel(job: Path, monkeypatch: pytest.Monkey
 def test_simulation_and_exported_files_answer_alike_and_base_differs(job, monkeypatch) -> None:
     extended = mock.Mock(side_effect=OnnxModel.extend)
     monkeypatch.setattr(OnnxModel, "extend", lambda *arguments: extended(*arguments))
-    names = "base,first,simulated/first,onnx/first,hf/first"
+    names = "base,first,simulated/first,onnx/first,hf/first,hf/base"
     options = ("generate", job, PROMPT, "--models", names, "--max-new-tokens", 6, "--exact")
     answers = {a["model"]: a for a in json.loads(answered(*options, "--json"))["answers"]}
-    assert list(answers) == ["base", "adapted/first", "simulated/first", "onnx/first", "hf/first"]
-    assert answers["base"]["text"] != answers["adapted/first"]["text"]
+    assert [*answers] == names.replace("first", "adapted/first", 1).split(",")
+    assert answers["base"]["text"] == answers["hf/base"]["text"] != answers["hf/first"]["text"]
     assert answers["simulated/first"]["text"] == answers["onnx/first"]["text"]
     assert answers["adapted/first"]["text"] == answers["hf/first"]["text"]
     assert answers["adapted/first"]["text"] == expected(job, "adapted", chat_text(PROMPT), 6)

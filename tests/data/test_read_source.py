@@ -164,7 +164,11 @@ def test_roles_have_other_names(tmp_path: Path) -> None:
 
 
 WRONG_COLUMNS = [
-    ({**ALPACA, "text": "x"}, {}, r"data\.text_column=text or --set data\.instruction_column=instr"),
+    (
+        {**ALPACA, "text": "x"},
+        {},
+        r"data\.text_column=text or --set data\.instruction_column=instr",
+    ),
     ({"a": "x", "b": "y"}, {"prompt": "a"}, r"no column 'completion' \(data.completion_column\)"),
     ({"a": "x", "b": "y"}, {"text": "x"}, r"no column 'x' \(data.text_column\); there are a, b"),
     (ALPACA, {"prompt": "instruction", "completion": "zz"}, "are instruction, input, output"),
@@ -293,9 +297,7 @@ def test_columns_with_text_that_is_not_used_are_counted(tmp_path: Path, name: st
 
 
 UTF8 = "is not UTF-8 text"
-NO_KIND = (
-    "has a name that says what it holds, such as text. Name them in the recipe or with --set"
-)
+NO_KIND = "has a name that says what it holds, such as text. Name them in the recipe or with --set"
 TWO_LINES = b'prompt,completion\n"two\nlines",b\n'
 WRONG_TABLES = [
     ("a.csv", b"", "the file is empty. Its first line must name the columns"),

@@ -92,7 +92,7 @@ def test_time_is_that_of_an_earlier_job_here(trained, tmp_path, monkeypatch) -> 
     stages = {s["stage"]: s["seconds"] for s in json.loads(answered(*plan))["stages"]}
     record = json.loads((job / "adapters/first/stage.json").read_text())
     step = record["results"]["train"]["*"]["step_seconds"]
-    assert (stages["quantize"], stages["train/second"]) == (0, 0)
+    assert not {"quantize", "train/second"} & stages.keys()  # up to date
     assert stages["train/first"] == pytest.approx(1000 * step, rel=0.5, abs=2)
     doubled = json.loads(answered(*plan, "--set", "adapters.0.batch_sequences=2"))["stages"]
     (seconds,) = (s["seconds"] for s in doubled if s["stage"] == "train/first")
@@ -113,6 +113,6 @@ def test_epochs_and_float_lora_have_a_time(job_for: Any, monkeypatch: pytest.Mon
     assert f"of {steps}. At this pace" in said
     plan = ("plan", job.out, "--json", *("--set", "adapters.0.epochs=3"))
     stages = {s["stage"]: s["seconds"] for s in json.loads(answered(*plan))["stages"]}
-    assert stages["train/second"] == 0.0
+    assert "train/second" not in stages  # up to date
     for name, part in (("train/first", results), ("train/first/float", results["reference"])):
         assert stages[name] >= 3 * steps * part["train"]["first"]["step_seconds"]

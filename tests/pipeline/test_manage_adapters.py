@@ -81,6 +81,7 @@ def test_an_added_adapter_is_trained_and_no_other_file_changes(job: Path, other_
     edit(job, "name: tiny", "name: tiny  # mine")
     before, kept = files(job, "base", "adapters"), Store(job).records
     add_adapter(job, "third", str(other_text), changes=("steps=3",))
+    assert "adapters/third: not trained yet" in command_line.answered("adapters", "list", job)
     assert again(job, changes=["adapters.third.rank=4"]) == ["train/third"]
     assert "name: tiny  # mine\n" in (job / "recipe.yaml").read_text()
     after = files(job, "base", "adapters")

@@ -141,6 +141,9 @@ WORDS = {
     "data=some.jsonl": "data.source: some.jsonl",
     "export.targets=onnx": "export.targets: [onnx]",
     "device=gpu": "device: cuda",
+    "data.field_output=a": "data.output_column",
+    "adapters.0.saves_per_epoch=1": "adapters.0.checkpoint_steps",
+    "warmup_ratio=0.1": "adapters.0.warmup_steps",
 }
 
 

@@ -222,7 +222,7 @@ class AdapterReport:
     base: str | None  # fingerprint of the base it was trained on; None if unknown
 
 
-def find_adapters(folder: Path) -> list[Path]:
+def find_adapters(folder: Path, may_be_none: bool = False) -> list[Path]:
     """Adapter folders in `folder`, itself included; not in hidden folders (checkpoints)."""
     if not folder.is_dir():
         raise SourceError(f"{str(folder)!r} is not a folder")
@@ -231,7 +231,7 @@ def find_adapters(folder: Path) -> list[Path]:
         for p in folder.rglob(CONFIG)
         if not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
-    if not adapters:
+    if not adapters and not may_be_none:
         raise SourceError(f"no adapter is in {str(folder)!r}: it contains no {CONFIG}")
     return adapters
 

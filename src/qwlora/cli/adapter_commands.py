@@ -38,14 +38,16 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
-    from qwlora.pipeline.job import OpenJob
+    from qwlora.pipeline.job import OpenJob, command_line
 
-    # The judge moves the folders of adapters that were renamed in the recipe.
+    planned = list[str]()
     if (folder / "recipe.yaml").is_file():
-        _ = OpenJob(folder).judge
-
+        job = OpenJob(folder)
+        _ = job.judge  # moves the folders of adapters that were renamed in the recipe
+        places = (f"adapters/{adapter.name}" for adapter in job.recipe.adapters)
+        planned = [place for place in places if not (folder / place).is_dir()]
     base, reports, unreadable = job_fingerprint(folder), [], list[str]()
-    for adapter in find_adapters(folder):
+    for adapter in find_adapters(folder, may_be_none=bool(planned)):
         try:
             reports.append(adapter_report(adapter, folder))
         except QwloraError as error:
@@ -56,9 +58,10 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
         trained_on = "unknown" if report.base is None else f"{report.base[:16]}{note}"
         sizes = (str(report.rank), str(report.alpha), str(report.modules))
         rows.append((report.name, report.kind, *sizes, f"{report.parameters:,}", trained_on))
-    lines = [*table(rows), *([f"base {base[:16]}"] if base else [])]
-    record = {"base": base, "adapters": [asdict(report) for report in reports]}
-    print_result(record, lines if reports else [], as_json)
+    lines = [*table(rows), *([f"base {base[:16]}"] if base else [])] if reports else []
+    lines += [f"{p}: not trained yet. Train it: {command_line('run', folder)}" for p in planned]
+    record = {"base": base, "adapters": [asdict(report) for report in reports], "planned": planned}
+    print_result(record, lines, as_json)
     if unreadable:
         raise SourceError("\n".join(unreadable))
 
@@ -79,7 +82,6 @@ def check(
     file was modified after it was saved, 1 for any other problem.
     """
     from qwlora.adapter.adapter_files import CONFIG, FILE, find_adapters, job_fingerprint, problems
-    from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job import OpenJob, command_line
 
@@ -95,14 +97,8 @@ def check(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
             f"{command_line('train', folder)}"
         )
-    try:
-        adapters = find_adapters(folder)
-    except SourceError:
-        if not missing:
-            raise
-        adapters = []
     code = 1 if missing else 0
-    for adapter in adapters:
+    for adapter in find_adapters(folder, may_be_none=bool(missing)):
         reasons = problems(adapter, base, "refuse" if needs_base else "accept")
         name = str(adapter.relative_to(folder))
         written = store.records[name].files if name in store.records else ()

@@ -191,6 +191,9 @@ def _job_command(name: str) -> Callable[..., None]:
 
             content, changed = short_recipe(str(recipe), data, runtime), tuple(changes or ())
             whole = parse_recipe(content, "the command line", changed)
+            if not quiet:
+                (target,) = content["export"]["targets"]
+                print(f"for {runtime}: files of target {target}", file=sys.stderr)
             _run_and_answer(whole, out, quiet, device=device, replace=tuple(replace or ()))
             return
         job, out = recipe_and_job(recipe, out)
@@ -379,6 +382,15 @@ def _usage(error: Any) -> str:
         (found,) = error.__cause__.errors()
         reason = found.get("ctx", {}).get("error") or f"it must be {expected(found)}"
         said = f"{error.param.opts[0]}: {found['input']!r} cannot be used: {reason}"
+    if option := re.match(r"there is no option (--\S+?)\.", said):
+        from qwlora.recipe.recipe_file import meant_setting
+
+        has_settings = any("--set" in parameter.opts for parameter in error.ctx.command.params)
+        if has_settings and (meant := meant_setting(option[1])):
+            # `adapters add` changes the keys of one adapter.
+            is_adapter = error.ctx.parent.command.name == "adapters"
+            meant = meant.replace("adapters.0.", "") if is_adapter else meant
+            said = f"there is no option {option[1]}{meant}"
     usage = " ".join(error.ctx.get_usage().split()) if vars(error).get("ctx") else ""
     return f"{said.strip(': ')}\n{usage}".strip()
 

@@ -141,9 +141,9 @@ def plan(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory, disk and time of a recipe's stages.
+    """Estimate memory, disk and time of the stages that a run would run now.
 
-    Says whether the job fits this machine. Reads hardly any weights.
+    Says whether they fit this machine. Reads hardly any weights.
     """
     from qwlora.recipe import load_recipe
 
@@ -164,6 +164,9 @@ def plan(
 
 
 def _estimate_lines(estimates: Estimates) -> Iterator[str]:
+    if not estimates.stages:
+        yield "Every stage is up to date: a run has nothing to do."
+        return
     rows = [("stage", "peak memory", "disk", "most of the memory")]
     for stage in estimates.stages:
         most = stage.largest_part

@@ -46,8 +46,8 @@ Models = Annotated[
     typer.Option(
         "--models",
         metavar="MODEL,MODEL,...",
-        help="float, base, an adapter's name, simulated/NAME, or exported files such as onnx/NAME; "
-        "simulated or onnx alone means the first. Default: the first adapter; of `score`, all "
+        help="float, base, an adapter's name, simulated/NAME, or exported files such as gguf/NAME or gguf/base; "
+        "simulated or gguf alone means the first. Default: the first adapter; of `score`, all "
         "whose runtime is installed.",
     ),
 ]

@@ -108,16 +108,17 @@ class Estimates:
         return problems
 
     def to_json(self) -> dict[str, Any]:
-        whole = {"peak": self.largest.peak, "disk": self.disk, "problems": self.problems}
+        peak = max((stage.peak for stage in self.stages), default=0.0)
+        whole = {"peak": peak, "disk": self.disk, "problems": self.problems}
         whole["seconds"] = self.seconds
         return asdict(self) | whole
 
 
 def plan_job(recipe: Recipe, out: Path) -> Estimates:
-    """Estimate all stages of a recipe."""
+    """Estimate the stages that a run of the recipe would run now."""
     store = Store(out)
     judge = Judge(make_plan(recipe, sources_of(recipe, store, untracked, reads=False)), store)
-    return estimate(recipe, judge.plan, judge)
+    return estimate(recipe, [stage for stage in judge.plan if stage.name in judge.stale], judge)
 
 
 def estimate(recipe: Recipe, stages: Sequence[Stage], judge: Judge) -> Estimates:
@@ -141,12 +142,10 @@ def estimate(recipe: Recipe, stages: Sequence[Stage], judge: Judge) -> Estimates
 
 
 def _seconds(stage: Stage, judge: Judge, recipe: Recipe) -> float | None:
-    """How long a stage takes, by an earlier one of its kind; 0 if it is up to date."""
-    if stage.name not in judge.stale:
-        return 0.0
-    records = judge.store.records
-    same = [records.get(stage.place), *(r for r in records.values() if r.stage == stage.kind)]
-    record = next(filter(None, same), None)
+    """How long a stage takes, by an earlier one of its kind."""
+    records, kinds = judge.store.records, (stage.kind, stage.kind.removesuffix("/on"))
+    same = [r for kind in kinds for r in records.values() if r.stage == kind]
+    record = next(filter(None, [records.get(stage.place), *same]), None)
     if record is None or stage.verb != "train":
         return None if record is None else record.seconds
     trained = record.results.get(REFERENCE, record.results)["train"][NAME]

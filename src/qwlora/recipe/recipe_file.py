@@ -193,6 +193,13 @@ def _entry(path: str) -> str | None:
     return _words().get(generic) or _words().get(generic.rpartition(".")[2])
 
 
+def meant_setting(option: str) -> str:
+    """The end of a message about an option that stands for a key: `; did you mean --set ...?`"""
+    meant = _meant_key(option.lstrip("-").replace("-", "_"))
+    key = re.fullmatch(r"; did you mean ([^ :?]+)(?:: (\S+))?( or .*)?\?", meant)
+    return f"; did you mean --set {key[1]}={key[2] or '...'}?" if key else ""
+
+
 def target_of(program: str) -> str | None:
     """The target whose files a program runs, by its name or by that of the target."""
     meant = re.fullmatch(r"export\.targets: \[(\w+)\]", _entry(program) or "")

@@ -56,7 +56,7 @@ def short_recipe(model: str, data: str, runtime: str) -> dict[str, Any]:
     Args:
         runtime: a target, or a program that runs its files.
     """
-    known = ["llama.cpp", "onnxruntime", "transformers", "vllm", "mlx", "qualcomm", *TARGETS]
+    known = ["llama.cpp", "onnxruntime", "transformers", "vllm", "qualcomm", *TARGETS]
     if (target := target_of(runtime)) is None:
         raise RecipeError(
             "the command line",

@@ -247,7 +247,7 @@ class Target:
 
     def stages(self, target: str, name: str) -> list[str]:
         """The stages of a job that write the files of an adapter or use case."""
-        base, adapter = [f"export/{target}"], [f"export/{target}/{name}"]
+        base, adapter = [f"export/{target}"], [f"export/{target}/{name}"] * (name != BASE)
         return base if self.has_cases else base + adapter if self.has_base else adapter
 
     def open(self, bundle: Path, name: str | None = None, as_shipped: bool = False) -> Runtime:

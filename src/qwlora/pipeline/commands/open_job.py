@@ -5,6 +5,7 @@
     adapted/NAME       base and adapter; NAME alone means the same
     simulated/NAME     base, adapter and activations as integers
     TARGET/NAME        exported files in their runtime, such as onnx/NAME
+    TARGET/base        the exported base alone, where adapters have files of their own
     qairt/CASE         a use case, such as qairt/NAME, qairt/NAME+NAME or qairt/none
 
 What is before the slash is the kind; alone, it means the first adapter or use case of the recipe.
@@ -24,6 +25,7 @@ from qwlora.pipeline.job import OpenJob, command_line, job_recipe, sources_of
 from qwlora.pipeline.results import last_status, write_results
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.store import NAME
+from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
 from qwlora.system.quiet import quiet_libraries
 from qwlora.targets.registry import TARGETS
@@ -51,7 +53,7 @@ class ModelName:
 
     @property
     def adapters(self) -> list[str]:
-        if self.adapter is None:
+        if self.adapter is None or self.adapter == BASE:
             return []
         return members(self.adapter) if self.is_use_case else [self.adapter]
 
@@ -121,6 +123,7 @@ class JobModels(OpenJob):
                 f"{' or '.join(wanted)} there, then run: {command_line('run', self.folder)}"
             )
         known = [str(model.adapter) for model in self.models(name.kind)]
+        known += [BASE] * (name.kind in TARGETS and TARGETS[name.kind].has_base)
         if name.adapter is not None and name.adapter not in known:
             kind = "use case" if name.is_use_case else "adapter"
             raise DirectoryError(
@@ -284,7 +287,8 @@ def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> 
         results = copy.deepcopy(store.records[place].results)
         by_model = results.setdefault("tasks", {}).setdefault(name.kind, {})
         if name.adapter is not None:
-            by_model = by_model.setdefault(name.adapter if name.is_use_case else NAME, {})
+            is_fixed = name.is_use_case or name.adapter == BASE
+            by_model = by_model.setdefault(name.adapter if is_fixed else NAME, {})
         by_model.update(scores)
         store.change(place, results=results)
         job.judge.again()

@@ -77,9 +77,12 @@ def integers(graph: Any, known: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
             packed, scale = given[1], given[2]
             assert options["bits"] == 4
             codes = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
-            yield ((codes.astype(np.float32) - 8) * scale.reshape(*codes.shape[:2], 1)).reshape(
-                options["N"], -1
-            )[:, : options["K"]]
+            values = (codes.astype(np.float32) - 8) * scale.reshape(*codes.shape[:2], 1)
+            values = values.reshape(options["N"], -1)[:, : options["K"]]
+            # Layers of the same input are one product, whose result is split.
+            readers = [n for n in graph.node if n.input[:1] == node.output]
+            counts = [known[n.input[1]] for n in readers if n.op_type == "Split"]
+            yield from np.split(values, np.cumsum(counts[0])[:-1] if counts else [])
 
 
 # What reads the base that a target writes; None: only its runtime does, which is compared in logits.

@@ -46,9 +46,9 @@ Models = Annotated[
     typer.Option(
         "--models",
         metavar="MODEL,MODEL,...",
-        help="float, base, an adapter's name, simulated/NAME, or exported files such as gguf/NAME or gguf/base; "
-        "simulated or gguf alone means the first. Default: the first adapter; of `score`, all "
-        "whose runtime is installed.",
+        help="float, base, an adapter's name, simulated/NAME, or exported files such as gguf/NAME "
+        "or gguf/base; simulated or gguf alone means the first. Default: the first adapter; of "
+        "`score`, all whose runtime is installed.",
     ),
 ]
 # Flags have their names here, because typer adds an opposite (`--no-json`) to those without one.

@@ -11,7 +11,8 @@ import torch
 import transformers as t
 from torch import Tensor
 
-from qwlora import quantize_
+from qwlora import LayerRule, Scheme, quantize_
+from qwlora.grid.scheme import PerBlock
 from qwlora.targets.onnx.onnx_model import base_graph, save_graph
 from qwlora.targets.onnx.switchable_graph import fast_, switchable_graph
 from qwlora.targets.rounded_floats import EMBEDDINGS, rounded
@@ -93,7 +94,8 @@ def test_the_fast_graph_rounds_activations_of_the_same_integers(
     scheme: str, tmp_path: Path
 ) -> None:
     model = with_large_weights(make("Qwen3", layers=1)).eval()
-    quantize_(model, scheme, "rtn")
+    rules = [LayerRule("*k_proj", Scheme(4, symmetric=False, granularity=PerBlock(32)))]
+    quantize_(model, scheme, "rtn", rules=rules)
     ids = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(1))
     with rounded(model, [EMBEDDINGS]), torch.no_grad():
         expected = model(ids).logits
@@ -102,7 +104,8 @@ def test_the_fast_graph_rounds_activations_of_the_same_integers(
     assert (exact - expected).abs().max() < 1e-5 * expected.abs().max()
     fast_(graph)
     operators = Counter(node.op_type for node in graph.graph)
-    assert operators["MatMulNBits"] == 8  # of the layer and of the head
+    # The head, o, down; gate and up, q and v in one each; k, whose grid is another.
+    assert (operators["MatMulNBits"], operators["Split"]) == (6, 2)
     assert operators["GatherBlockQuantized"] == 1
     found = in_onnx_runtime(graph, tmp_path, ids, first=15)
     assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05

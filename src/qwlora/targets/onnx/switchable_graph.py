@@ -7,12 +7,13 @@ for every linear layer M. M.lora_A [in, r] and M.lora_B [r, out] are inputs with
 adapters. lora_A is transposed, and the scale is in lora_B.
 
 Weights are the base's integers, as operands of ONNX Runtime's MatMulNBits and GatherBlockQuantized,
-which have 2, 4 and 8 bits. Others are stored in the next wider ones, with their own zero point.
+which have 2, 4 and 8 bits. Others are stored in the next wider ones, with their own zero point. One
+MatMulNBits computes all products of the same value whose grids agree, such as q, k and v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,24 +94,55 @@ def write_integers_(graph: Any, model: PreTrainedModel) -> None:
         # The operator has no float offsets. Such a table is unpacked as a whole.
         if not scheme.float_offset and NBITS.stored_block(scheme, columns) is not None:
             readers.append((node, path))
-    known = dict[int, list[Any]]()  # tied layers share them
-    for node, path in readers:
-        layer = layers[path]
-        weight = known.setdefault(id(layer.tensor.parts.packed), [])
-        weight += [] if weight else constants(graph, path, operands(layer))
-        add = partial(_added, graph, node, path)
-        bits = container_bits(layer.scheme.bitwidth)
+    known = dict[tuple[int, ...], list[Any]]()  # tied layers share them
+    for group in _same_input(readers, layers):
+        (node, path), *others = group
+        name = "+".join([path, *(other.rpartition(".")[2] for _, other in others)])
+        key = tuple(id(layers[member].tensor.parts.packed) for _, member in group)
+        if key not in known:
+            parts = [operands(layers[member]) for _, member in group]
+            rows = {part: np.concatenate([each[part] for each in parts]) for part in parts[0]}
+            known[key] = constants(graph, name, rows)
+        add, bits = partial(_added, graph, node, name), container_bits(layers[path].scheme.bitwidth)
         if node.op_type == "Gather":
-            value = _rows(add, node.inputs[1], weight, bits)
+            value = _rows(add, node.inputs[1], known[key], bits)
         elif bits == 8:
-            value = _float_product(add, node.inputs[0], weight)
+            value = _float_product(add, node.inputs[0], known[key])
         else:
-            value = _product(add, node.inputs[0], weight, bits, EXACT)
-        if node.op_type == "Gemm" and len(node.inputs) > 2:
-            value = add("Add", [value, node.inputs[2]], "sum")
-        replace_value(node.outputs[0], value)
+            value = _product(add, node.inputs[0], known[key], bits, EXACT)
+        counts = [layers[member].tensor.shape[0] for _, member in group]
+        values = _split(graph, node, name, value, counts) if others else [value]
+        for (node, path), value in zip(group, values, strict=True):
+            if node.op_type == "Gemm" and len(node.inputs) > 2:
+                value = _added(graph, node, path, "Add", [value, node.inputs[2]], "sum")
+            replace_value(node.outputs[0], value)
     graph.graph.opset_imports[DOMAIN] = 1
     remove_unused(graph)
+
+
+def _same_input(
+    readers: Sequence[tuple[Any, str]], layers: Mapping[str, PackedLayer]
+) -> list[list[tuple[Any, str]]]:
+    """Products of the same value, such as q, k and v, whose integers fit into one operand."""
+    groups = dict[Any, list[tuple[Any, str]]]()
+    for node, path in readers:
+        scheme, columns = layers[path].scheme, layers[path].tensor.shape[1]
+        key: Any = path
+        if node.op_type != "Gather":
+            key = id(node.inputs[0]), scheme.bitwidth, scheme.symmetric, scheme.float_offset
+            key += (NBITS.stored_block(scheme, columns),)
+        groups.setdefault(key, []).append((node, path))
+    return [*groups.values()]
+
+
+def _split(graph: Any, before: Any, name: str, value: Any, counts: Sequence[int]) -> Sequence[Any]:
+    """The values of several layers in one."""
+    sizes, ir = constant(graph, f"{name}.rows", np.array(counts)), require("onnx_ir", "onnx")
+    node = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=len(counts), name=name)
+    for index, output in enumerate(node.outputs):
+        output.name = f"{name}.{index}"
+    graph.graph.insert_before(before, node)
+    return node.outputs
 
 
 def fast_(graph: Any) -> None:

@@ -41,6 +41,24 @@ def machine_line(packages: tuple[str, ...] = PACKAGES) -> str:
     return f"{processor_name()}, {threads} threads, Python {python}, {versions}"
 
 
+def built_by_genai(source: Path, made: Path, accuracy: int = 1) -> Path:
+    """What onnxruntime-genai's builder makes of a float model: blocks of 32, symmetric. The head
+    has floats at accuracy level 1 and 8 bits at 4, as in target genai."""
+    import onnx
+
+    head = {1: "nodes_to_exclude=/lm_head/MatMul", 4: "matmul_mixed_precision=last_matmul:int8"}
+    options = ["block_size=32", "is_symmetric=true", f"accuracy_level={accuracy}", head[accuracy]]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    places = ["-i", source, "-o", made, "-c", made.with_name("cache")]
+    subprocess.run([*builder, *places, "--extra_options", *options], check=True, stdout=-3)
+    # The builder ignores options that it does not know.
+    nodes = onnx.load(made / "model.onnx", load_external_data=False).graph.node
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    levels = {a.i for node in products for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {accuracy}, levels
+    return made
+
+
 def write_result(name: str, result: Any) -> None:
     """Write benchmarks/results/NAME.json."""
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

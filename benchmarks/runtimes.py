@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,12 +27,21 @@ from typing import Any
 
 import torch
 
-from measuring import SMOLLM2, machine_line, markdown, run_python, write_result, write_table
+from measuring import (
+    SMOLLM2,
+    built_by_genai,
+    machine_line,
+    markdown,
+    run_python,
+    write_result,
+    write_table,
+)
 from qwlora.data.sequences import Sequences
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.run import run
 from qwlora.recipe.recipe_file import parse_recipe
 from qwlora.targets.onnx.genai import GenaiRuntime
+from qwlora.targets.onnx.onnx_model import MODEL_FILE
 from qwlora.targets.proof.folder import REFERENCE, proofs
 from qwlora.targets.proof.reference import token_losses
 from qwlora.targets.target import PROOF
@@ -129,11 +136,7 @@ class FloatModel:
 
 
 def own_genai(folder: Path) -> Any:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-    places = ["-i", folder / "float", "-o", folder / "genai", "-c", folder / "cache"]
-    options = ["int4_block_size=32", "int4_accuracy_level=1", "int4_is_symmetric=true"]
-    subprocess.run([*command, *places, "--extra_options", *options], check=True)
-    return GenaiRuntime(folder / "genai")
+    return GenaiRuntime(built_by_genai(folder / "float", folder / "genai"), MODEL_FILE)
 
 
 def own_llama(folder: Path) -> Any:

@@ -14,9 +14,8 @@ from torch import Tensor
 import qwlora
 from conftest import packed_model
 from qwlora.adapter.chunked_loss import ChunkedLoss
-from qwlora.adapter.training_step import fuse_lora_, fused_lora
+from qwlora.adapter.training_step import fused_lora
 from qwlora.nn import PackedLinear
-from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.weight_view import LinearAddFunction
 from qwlora.system.device import onednn_float32_matmul, onednn_is_exact
 
@@ -115,20 +114,6 @@ def test_forward_is_restored(how: str, own: int) -> None:
     after = [layer.__dict__.get("forward") for layer in model.modules()]
     assert after == before
     assert sum(forward is not None for forward in after) == own
-
-
-@torch.no_grad()
-def test_generating_keeps_the_kernels_for_few_rows(added: list[tuple[int, ...]]) -> None:
-    model = adapted_model().eval()
-    prompt, token = IDS[:1], IDS[:1, :3]
-    expected = [model(input_ids=ids).logits for ids in (prompt, token)]
-    fuse_lora_(model)
-    torch.testing.assert_close(model(input_ids=prompt).logits, expected[0])
-    layers = len(added)
-    kernels = use_few_row_kernels_(model)
-    logits = model(input_ids=token).logits
-    assert kernels == layers == len(added) > 0, "no weight is unpacked for few rows"
-    assert 0 < (logits - expected[1]).norm() < 0.02 * expected[1].norm()
 
 
 def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
-from qwlora.pipeline.commands.open_job import JobModels, evaluate_tasks
+from qwlora.pipeline.commands.open_job import JobModels, ModelName, evaluate_tasks
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 from qwlora.targets.onnx.onnx_runtime import OnnxModel
@@ -92,16 +92,36 @@ def test_sampled_answers_follow_the_seed(job: Path) -> None:
     assert one == again != other
 
 
-def test_exact_answers_use_no_torch_kernel(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product of the kernel's that is zero everywhere shows where it is used."""
-    zero = "qwlora.nn.few_row_kernels._int4_product"
-    monkeypatch.setattr(
-        zero, lambda layer: lambda rows: rows.new_zeros(len(rows), layer.out_features)
-    )
-    options = ("generate", job, "the", "--raw", "--max-new-tokens", 6)
-    exact = expected(job, "adapted", "the", 6) + "\n"
-    assert answered(*options, "--exact") == exact
-    assert answered(*options) != exact
+RUNTIMES = {
+    (): "hf/first",
+    ("--models", "base"): "hf/base",
+    ("--models", "second,simulated"): "has no adapters/second yet",
+    ("--models", "simulated/first"): "simulated/first in PyTorch",
+    ("--exact",): "adapted/first in PyTorch",
+    ("--device", "cpu"): "adapted/first in PyTorch",
+    ("--runtime", "torch"): "adapted/first in PyTorch",
+    ("--runtime", "vllm", "--exact"): "hf/first",
+    ("--runtime", "onnx", "--models", "base"): "onnx/base",
+    ("--runtime", "onyx"): "'onyx' is unknown; did you mean onnx?",
+    ("--runtime", "gguf"): "is not exported to gguf",
+    ("--runtime", "hf", "--models", "float"): "only the base and adapters have files",
+}
+
+
+@pytest.mark.parametrize("options", RUNTIMES, ids=" ".join)
+def test_the_fastest_runtime_of_the_job_answers(job: Path, options: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qwlora.pipeline.commands.open_job.FASTEST", ("gguf", "hf"))
+    said = qwlora("generate", job, PROMPT, "--max-new-tokens", 1, *options).stderr
+    assert RUNTIMES[options] in said.splitlines()[0]
+
+
+def test_files_that_are_outdated_or_cannot_run_do_not_answer(job: Path, monkeypatch: Any) -> None:
+    first, hf = ModelName("adapted", "first"), ("hf",)
+    monkeypatch.setattr("qwlora.pipeline.commands.open_job.FASTEST", hf)
+    assert JobModels(job).fastest(first, None) == ModelName("hf", "first")
+    assert JobModels(job, ("export.embedding_bits=32",)).fastest(first, None) == first
+    monkeypatch.setitem(TARGETS, "hf", replace(TARGETS["hf"], packages=("nowhere",)))
+    assert JobModels(job).fastest(first, None) == first
 
 
 def test_simulation_and_exported_files_answer_alike_and_base_differs(job, monkeypatch) -> None:

@@ -16,8 +16,12 @@ from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, SignedBlock
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module
-from qwlora.nn.few_row_kernels import use_few_row_kernels_
-from qwlora.nn.packed_layer import PackedEmbedding, pack_parameter_, place_empty_
+from qwlora.nn.packed_layer import (
+    PackedEmbedding,
+    pack_parameter_,
+    place_empty_,
+    unpack_linears_,
+)
 from qwlora.nn.packed_tensor import PackedTensor
 
 pytestmark = [
@@ -283,23 +287,23 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("few_rows", [False, True], ids=["", "few rows"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("x", FEATURES)
-def test_linear_layers(x: str, layer: str, few_rows: bool) -> None:
+def test_linear_layers(x: str, layer: str) -> None:
     torch.manual_seed(0)
     ours, twin = layer_and_twin(LAYERS[layer](), "w8-channel")
     if layer == "Conv1D":  # it becomes a linear layer
         linear = nn.Linear(32, 48)
         linear.weight.data, linear.bias = twin.weight.data.T.contiguous(), twin.bias
         twin = linear
-    assert not few_rows or use_few_row_kernels_(nn.Sequential(ours)) == 1
+    unpack_linears_(floats := nn.Sequential(copy.deepcopy(ours)))
+    assert not isinstance(floats[0], PackedLinear)
     with torch.no_grad():
-        found, expected = (outcome(lambda m=m: m(FEATURES[x])) for m in (ours, twin))
-    if few_rows and isinstance(found, Tensor) and isinstance(expected, Tensor):
-        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    else:
-        assert_same(found, expected)
+        found, unpacked, expected = (
+            outcome(lambda m=m: m(FEATURES[x])) for m in (ours, floats[0], twin)
+        )
+    assert_same(found, expected)
+    assert_same(unpacked, expected)
 
 
 IDS: dict[str, Any] = {

@@ -198,13 +198,13 @@ def test_figures_and_checks_are_those_of_the_report(name: str) -> None:
     evidence = verdict(job).evidence
     for outcome in (Outcome.FAILED, Outcome.CAUTION, Outcome.MISSING):
         assert labels.count(outcome.word) == sum(item.outcome is outcome for item in evidence)
-    passed = sum(item.outcome is Outcome.PASSED for item in evidence)
+    passed = sum(item.count for item in evidence if item.outcome is Outcome.PASSED)
     assert dict(found).get("Passed", "0").split()[0] == str(passed)
     for row, adapter in zip(adapter_rows(job), job.adapters, strict=True):
         losses = job.get("train", adapter, "losses")
         part = len(losses) // 5
         ends = [f"{sum(steps) / part:.3f}" for steps in (losses[:part], losses[-part:])]
-        assert (row["adapter"], row["loss"]) == (adapter, " to ".join(ends))
+        assert (row["adapter"], row["training loss"]) == (adapter, " to ".join(ends))
         assert size(job.results["sizes"][f"adapters/{adapter}"]) in row["files"]
 
 
@@ -221,7 +221,7 @@ def test_an_adapter_without_steps_is_called_what_it_is(settings: dict[str, str])
     results = results_of("two")
     results["train"]["digits"] |= {"steps": 0, "losses": [], "settings": settings}
     job, word = job_of("two", results), "imported" if settings else "untrained"
-    assert adapter_rows(job)[1]["loss"] == word
+    assert adapter_rows(job)[1]["training loss"] == word
     assert f"{word.capitalize()} digits" in dict(summary_rows(job))
     assert f"digits, {word}" in render(job)
 

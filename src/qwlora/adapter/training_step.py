@@ -242,43 +242,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     a forward set on the instance, and traced graphs.
     """
     with contextlib.ExitStack() as stack:
-        for layer in _fusible_layers(model):
+        layers = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in vars(m)]
+        for layer in [m for m in layers if isinstance(m.base_layer, PackedLinear)]:
             stack.enter_context(replaced(layer, functools.partial(_fused_forward, layer)))
         yield
-
-
-def fuse_lora_(model: nn.Module) -> None:
-    """`fused_lora` without an end, for a model that only generates text from then on, with the
-    adapter that is active now. For few rows, where calls of PEFT's modules cost time, it computes
-
-        y += (x A^T) (scaling B)^T
-    """
-    for layer in _fusible_layers(model):
-        layer.forward = functools.partial(_fused_forward, layer)
-        if (adapter := _only_adapter(layer)) is not None and _is_plain(layer, adapter):
-            a, b = (factor[adapter].weight.detach().T for factor in (layer.lora_A, layer.lora_B))
-            factors = a, b * layer.scaling[adapter]
-            layer.forward = functools.partial(_generating_forward, layer, layer.base_layer, factors)
-
-
-def _generating_forward(
-    layer: Any, base: PackedLinear, factors: tuple[Tensor, Tensor], x: Tensor, **kwargs: Any
-) -> Tensor:
-    few_rows = base.few_rows if x.dtype == factors[0].dtype and not kwargs else None
-    if few_rows is None or (y := few_rows(x)) is None:
-        return _fused_forward(layer, x, **kwargs)
-    u = x.reshape(-1, x.shape[-1]) @ factors[0]
-    return torch.addmm(y.view(-1, y.shape[-1]), u, factors[1]).view(y.shape)
-
-
-def _fusible_layers(model: nn.Module) -> list[Any]:
-    return [
-        m
-        for m in model.modules()
-        if type(m) is LoraLinear
-        and "forward" not in m.__dict__
-        and isinstance(m.base_layer, PackedLinear)
-    ]
 
 
 def _only_adapter(layer: Any) -> str | None:

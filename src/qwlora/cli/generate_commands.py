@@ -42,8 +42,17 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute exactly as evaluation and verify do: without products in bfloat16, which are "
-        "several times as fast; target gguf as a float32 copy, openvino in float32.",
+        help="Compute exactly as evaluation and verify do: in PyTorch, and files that --models or "
+        "--runtime names with activations of float32.",
+    ),
+]
+
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUNTIME",
+        help="What computes the base and adapters: torch, or the runtime of exported files, such "
+        "as gguf. Default: the fastest that is installed and has files, else torch.",
     ),
 ]
 
@@ -56,6 +65,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    runtime: Runtime = None,
     exact: Exact = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -64,7 +74,9 @@ def generate(
     from qwlora.pipeline.commands.open_job import JobModels
 
     opened = JobModels(job, device=device)
-    names = opened.named(models)
+    # Only torch has devices.
+    runtime = "torch" if runtime is None and (exact or device) else runtime
+    names = [opened.fastest(name, runtime) for name in opened.named(models)]
     for name in names:
         opened.check(name)
     # A wrong name is refused before the seconds that it takes to import torch.
@@ -101,6 +113,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    runtime: Runtime = None,
     exact: Exact = False,
     device: Device = None,
 ) -> None:
@@ -112,7 +125,8 @@ def chat(
     from qwlora.pipeline.commands.open_job import JobModels
 
     opened = JobModels(job, device=device)
-    name = opened.one_named(model)
+    runtime = "torch" if runtime is None and (exact or device) else runtime
+    name = opened.fastest(opened.one_named(model), runtime)
     opened.check(name)
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 

@@ -110,7 +110,7 @@ _SUMMARY = {
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
     "verify": "Step 5: run the exported files and check their results.\n\nCompares them with what "
-    "was trained; never skipped. With a folder of exported files as argument, such as "
+    "was trained, even if nothing has changed. With a folder of exported files, such as "
     "out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models and simulations.",
 }

@@ -39,8 +39,7 @@ def assert_frozen(model: nn.Module) -> None:
         )
     # With the forward of its class, a layer computes its codes by construction, so attributes are
     # looked at only. What any other forward computes cannot be known; forward hooks are fine.
-    calls = {"forward", "few_rows"}
-    if patched := [name for name, at in packed.items() if calls & {*instance_calls(at)}]:
+    if patched := [name for name, at in packed.items() if "forward" in instance_calls(at)]:
         raise GridError(
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "
             "may not compute their codes. Delete it (`del layer.forward`), or use a forward hook"

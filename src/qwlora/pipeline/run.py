@@ -186,7 +186,7 @@ class _Run:
         # Making it imports torch, which takes seconds. A run in which nothing changed has none.
         self.context: Any = None
         self.failures: list[tuple[str, VerificationError]] = []
-        self.is_time_known, self.training_began = False, 0.0
+        self.is_time_known, self.training_began, self.trained = False, 0.0, ""
 
     def run(
         self, verbs: Collection[str], replace: Collection[str], watch: Watch | None
@@ -379,6 +379,10 @@ class _Run:
 
     def _trained(self, name: str, status: JobStatus, progress: Progress) -> None:
         status.train(progress)
+        if self.trained != name:  # its first step
+            self.trained = name
+            if (step := progress()["step"]) > 1:
+                self.say(f"{name}: resumed after step {step - 1}")
         self.show_training(progress)
         self.training_began = self.training_began or time.monotonic()
         if not self.is_time_known and time.monotonic() - self.training_began >= KNOWN_AFTER:

@@ -243,7 +243,8 @@ class Adapter(Section):
     def length(self, sequences: int) -> str:
         """How long it is trained on a text with so many sequences, in words."""
         steps = self.steps_on(sequences)
-        return f"{steps:,} steps = {steps * self.step_sequences / sequences:.2g} epochs"
+        plural, epochs = "s" if steps > 1 else "", steps * self.step_sequences / sequences
+        return f"{steps:,} step{plural} = {epochs:.2g} epochs"
 
     def training_settings(self, seed: int, sequences: int) -> TrainingSettings:
         from qwlora.adapter.train import TrainingSettings

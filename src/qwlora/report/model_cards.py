@@ -149,6 +149,7 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
         "shape": "" if root.continue_from else f" (rank {root.rank}, alpha {root.alpha:g})",
         "origin": job.origin(name),
         "steps": job.get("train", name, "steps"),
+        "epochs": job.number("train", name, "epochs"),
         "documents": amount.get("documents"),
         "loss_tokens": amount.get("loss_tokens"),
     }, [

@@ -50,13 +50,14 @@ def adapter_rows(job: Job) -> list[dict[str, str]]:
     for name in job.adapters:
         run, kind = course(job, name), job.final_kind(name) or "adapted"
         losses = "" if run is None else _to(three_decimals, run.start, run.means[-1])
-        ends = (job.perplexity(k, name) for k in ("base", kind))
+        kinds = ("float", "base", kind) if job.perplexity("float", name) else ("base", kind)
+        ends = (job.perplexity(k, name) for k in kinds)
         exported = {target: job.number("export", target, name, "bytes") for target in job.targets}
         sizes = {"adapter": job.number("sizes", f"adapters/{name}"), **exported}
         rows.append(
             {
                 "adapter": name,
-                "loss": job.origin(name) if run is None else losses,
+                "training loss": job.origin(name) if run is None else losses,
                 "perplexity": _to(perplexity, *ends),
                 "change": _plain(perplexity_tile(job, name).note),
                 "files": ", ".join(f"{what} {size(n)}" for what, n in sizes.items() if n),
@@ -83,8 +84,6 @@ def summary_rows(job: Job) -> Iterator[Row]:
             f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
             f"fingerprint {base['fingerprint'][:16]}",
         )
-        if "second_rounding" in base:
-            yield "Warning", base["second_rounding"]
     for target, parts in job.section("export").items():
         for name, part in parts.items():
             if (bits := part.get("bits_per_weight")) is not None:
@@ -98,7 +97,7 @@ def summary_rows(job: Job) -> Iterator[Row]:
         if item.outcome is not Outcome.PASSED:
             limit = f" ({item.limit})" if item.limit else ""
             yield item.outcome.word, f"{_plain(item.what)}: {_plain(item.value)}{limit}"
-    if passed := sum(item.outcome is Outcome.PASSED for item in evidence):
+    if passed := sum(item.count for item in evidence if item.outcome is Outcome.PASSED):
         yield "Passed", f"{passed} check{'s' * (passed > 1)}"
     seconds = {verb: stage["seconds"] for verb, stage in job.section("stages").items()}
     parts = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
@@ -141,7 +140,10 @@ def _training_rows(job: Job, name: str, train: dict[str, Any]) -> Iterator[Row]:
         in_what = (f" = {train['epochs']:.2g} epochs" if "epochs" in train else "") + in_what
         speed = f"{train['step_seconds']:.2f} s per step"
         memory = f"peak memory {size(train['peak_rss_bytes'])}"
-        parameters = f"{train['steps']} steps{in_what}, {speed}, {memory}, {parameters}"
+        steps = f"{train['steps']} step{'s' * (train['steps'] != 1)}"
+        if after := train.get("resumed_from_step"):
+            steps += f" (resumed after {after})"
+        parameters = f"{steps}{in_what}, {speed}, {memory}, {parameters}"
     title = "Training" if origin == "trained" else origin.capitalize()
     yield f"{title} {name}", parameters
     change = job.change("adapted", "base", name)

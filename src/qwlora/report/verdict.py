@@ -62,14 +62,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One line under the verdict: what was checked, the result and the limit in words, and the end
-    of the verdict's sentence if it speaks against shipping."""
+    """One line under the verdict: what was checked, the result and the limit in words, the end of
+    the verdict's sentence if it speaks against shipping, and how many checks it stands for."""
 
     outcome: Outcome
     what: str | Markup
     value: str | Markup = NOT_MEASURED
     limit: str = ""
     against: str = ""
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def _of_target(job: Job, target: str) -> Iterator[Evidence]:
             f"{len(passed)} of {len(proofs)}",
             "passed",
             f"{listed(sorted(failed))} did not pass",
+            count=sum(map(len, proofs.values())),
         )
         for name in failed:
             yield from _failed(proofs[name], name)
@@ -179,6 +181,7 @@ def _of_target(job: Job, target: str) -> Iterator[Evidence]:
             f"{runtime(target)} computes {what}",
             {Outcome.PASSED: "yes", Outcome.FAILED: "no"}.get(outcome, NOT_MEASURED),
             against=f"the files do not compute {what}",
+            count=len(evidence),
         )
         yield from _failed(evidence, "without an adapter" if is_base else case)
 

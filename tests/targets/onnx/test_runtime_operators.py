@@ -12,6 +12,7 @@ import transformers as t
 from torch import Tensor
 
 from qwlora import LayerRule, Scheme, quantize_
+from qwlora.errors import QwloraWarning
 from qwlora.grid.scheme import PerBlock
 from qwlora.targets.onnx.onnx_model import base_graph, save_graph
 from qwlora.targets.onnx.switchable_graph import fast_, switchable_graph
@@ -109,6 +110,12 @@ def test_the_fast_graph_rounds_activations_of_the_same_integers(
     assert operators["GatherBlockQuantized"] == 1
     found = in_onnx_runtime(graph, tmp_path, ids, first=15)
     assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05
+
+
+def test_a_model_whose_attention_has_no_operator_is_named() -> None:
+    quantize_(model := OTHERS["BLOOM"]().eval(), "w4-block32", "rtn")
+    with pytest.warns(QwloraWarning, match="no operator for the attention of bloom"):
+        switchable_graph(ExportedBase(model, None))
 
 
 def test_programs_are_not_traced_again_to_translate_them(monkeypatch: pytest.MonkeyPatch) -> None:

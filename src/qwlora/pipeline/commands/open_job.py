@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwlora.errors import DirectoryError, RecipeError, listed, suggestion
+from qwlora.errors import DirectoryError, MissingExtraError, RecipeError, listed, suggestion
 from qwlora.pipeline.job import OpenJob, command_line, job_recipe, sources_of
 from qwlora.pipeline.results import last_status, write_results
 from qwlora.pipeline.stages import new_context
 from qwlora.pipeline.store import NAME
+from qwlora.recipe.recipe_file import target_of
 from qwlora.system.parameter_names import BASE
 from qwlora.system.progress import Track, untracked
 from qwlora.system.quiet import quiet_libraries
 from qwlora.targets.registry import TARGETS
-from qwlora.targets.target import members
+from qwlora.targets.target import NONE, members
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from qwlora.pipeline.stages.job_context import JobContext
 
 KINDS = ("float", "base", "adapted", "simulated", *TARGETS)
+FASTEST = ("gguf", "genai")  # measured: docs/benchmarks.md
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
 
 
@@ -148,10 +150,40 @@ class JobModels(OpenJob):
         self.require(f"calibrate/{adapter}")
         return True
 
+    def fastest(self, name: ModelName, runtime: str | None) -> ModelName:
+        """The exported files that compute the base or an adapter; the model itself in torch.
+
+        Args:
+            runtime: a target, a program that runs its files, or `torch`. Default: the fastest one
+                whose files are up to date and whose program is installed.
+        """
+        if name.kind not in ("base", "adapted"):
+            if runtime not in (None, "torch"):
+                raise DirectoryError(f"--runtime {runtime}: only the base and adapters have files")
+            return name
+        if runtime not in (None, "torch"):
+            if (target := target_of(str(runtime))) is None:
+                known = ["torch", *self.recipe.export.targets]
+                raise DirectoryError(
+                    f"--runtime {runtime!r} is unknown{suggestion(runtime, known)}"
+                )
+            case = NONE if TARGETS[target].has_cases else BASE
+            return ModelName(target, name.adapter or case)
+        for target in FASTEST if runtime is None else ():
+            files = ModelName(target, name.adapter or BASE)
+            try:
+                self.check(files)
+                self.require(files.made_by)
+                TARGETS[target].require_packages()
+            except (DirectoryError, MissingExtraError):
+                continue
+            return files
+        return name
+
     def what_runs(self, name: ModelName, exact: bool) -> str:
         """The model's name; for exported files also which ones run, in which program, and how."""
         if name.kind not in TARGETS:
-            return str(name)
+            return f"{name} in PyTorch"
         from qwlora.targets.proof.prove import client
 
         target, folder = TARGETS[name.kind], self.folder / "export"
@@ -164,9 +196,7 @@ class JobModels(OpenJob):
         return f"{name}, {how}: {where}, {' with '.join(str(f.relative_to(folder)) for f in files)}"
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
-        """Load a model. Unless it is `exact`, as in evaluation, packed layers and the output head
-        may use torch's integer kernels (`nn/few_row_kernels.py`), and exported files run as they
-        are shipped."""
+        """Load a model. Unless it is `exact`, exported files run as they are shipped."""
         self.check(name)
         if name.kind in ("simulated", *TARGETS):
             self.require(name.made_by)
@@ -182,14 +212,11 @@ class JobModels(OpenJob):
             bundle = self.folder / "export" / name.kind
             runtime = TARGETS[name.kind].open(bundle, name.adapter, as_shipped=not exact)
             return runtime_model(runtime, context.skeleton())
-        from qwlora.adapter.training_step import fuse_lora_
-        from qwlora.nn.few_row_kernels import use_few_row_kernels_
+        from qwlora.nn.packed_layer import unpack_linears_
 
         # PEFT's `generate` passes everything on to the model that it wraps.
         model: Any = context.base() if name.adapter is None else context.adapted(name.adapter)
-        if not exact:
-            use_few_row_kernels_(model, head=model.get_output_embeddings())
-            fuse_lora_(model)
+        unpack_linears_(model)
         return cast("PreTrainedModel", model.eval())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:

@@ -22,7 +22,6 @@ from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingReport, train_adapter
-from qwlora.adapter.training_step import fuse_lora_
 from qwlora.analysis.generate_text import Sampling, generate_text, sample_sequences
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import COMPARED, Logits, logits_of, score_tokens
@@ -35,8 +34,8 @@ from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.graph.capture import takes_cache
 from qwlora.grid.scheme import short_name
 from qwlora.grid.second_moments import LayerMoments
-from qwlora.nn.few_row_kernels import use_few_row_kernels_
 from qwlora.nn.fingerprint import fingerprint
+from qwlora.nn.packed_layer import unpack_linears_
 from qwlora.pipeline.stage import (
     ACTIVATIONS,
     ADAPTER,
@@ -110,8 +109,12 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
         folder = work / "solved"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+    note = second_rounding(recipe)
     if folder is not None or implied.is_calibrated(recipe):
-        identity, report = _write_base(context, folder, work)
+        with warnings.catch_warnings():
+            if note:  # which `preflight` has said
+                warnings.filterwarnings("ignore", "some weights had been quantized before")
+            identity, report = _write_base(context, folder, work)
     if folder is None:
         return {}
     size = report.size
@@ -132,7 +135,7 @@ def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
             if rule.scheme is not None
         ]
         write_text(scratch / RULES, rules_text(rules))
-    if note := second_rounding(recipe):
+    if note:
         measured["second_rounding"] = note
     return {
         "base": {
@@ -471,13 +474,12 @@ def _model(context: JobContext, kind: str, name: str) -> Any:
 
 def _answers(context: JobContext, model: Any, text: PreparedText) -> list[dict[str, str]]:
     """Greedy answers to held-out prompts, for people to read; none if the model cannot generate.
-    Packed layers of the model use approximate kernels afterwards."""
+    Linear layers of the model may be floats afterwards."""
     if not (model.can_generate() and takes_cache(model)):
         return []
     answers, tokenizer = list[dict[str, str]](), context.tokenizer
     try:
-        use_few_row_kernels_(model)  # 3 x 48 tokens of SmolLM2-135M: 8 s instead of 27 s
-        fuse_lora_(model)
+        unpack_linears_(model)
         for prompt, ids in context.track(islice(text.prompts(tokenizer), PROMPTS), "answers"):
             answer = generate_text(model, tokenizer, ids[None], ANSWER, lambda part: None)
             answers.append({"prompt": prompt, "answer": answer.text})

@@ -48,6 +48,7 @@ def view(job: Job, adapter: str) -> View | None:
 def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
     target = job.targets[0] if job.targets else ""
     same_token = job.worst_proof(name, "top1_agreement", min)
+    worst_layer = job.worst_proof(name, "worst_layer_steps")
     link = Markup('<a href="#d-{}">{}</a>').format(job.adapters.index(name) + 1, name)
     origin = job.origin(name)
     row: dict[str, Cell] = {
@@ -62,7 +63,11 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
             else {}
         ),
         "Same token": job.shown(precise_percent, *same_token),
-        "Worst layer, steps": job.shown(form.fixed, *job.worst_proof(name, "worst_layer_steps")),
+        **(
+            {"Worst layer, steps": job.shown(form.fixed, *worst_layer)}
+            if job.is_simulated  # only such files have layers to compare
+            else {}
+        ),
         FILES.get(target, "Exported file"): job.shown(size, "export", target, name, "bytes"),
     }
     values = {

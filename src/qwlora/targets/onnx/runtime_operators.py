@@ -9,7 +9,7 @@ that the model knows, and compare both with what GroupQueryAttention does. If on
 model differs, the whole graph stays as it was captured.
 
 GroupQueryAttention takes the number of tokens from attention_mask, so a batch must be padded on the
-right. SmolLM2's graph has 1,003 nodes instead of 6,991 (docs/log/runtimes.md).
+right. SmolLM2's graph has 977 nodes instead of 6,991 (docs/log/runtimes.md).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ MatMulNBits computes all products of the same value whose grids agree, such as q
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwlora.errors import QwloraWarning
 from qwlora.grid.encoding import spread
 from qwlora.grid.packing import pack_words
 from qwlora.nn.packed_layer import PackedLayer
@@ -40,7 +42,7 @@ from qwlora.targets.onnx.onnx_model import (
     replace_value,
     store_narrow,
 )
-from qwlora.targets.onnx.runtime_operators import DOMAIN
+from qwlora.targets.onnx.runtime_operators import ATTENTION, DOMAIN
 from qwlora.targets.registry import NBITS
 from qwlora.targets.target import ExportedBase
 from qwlora.targets.weights.weights_folder import check_layers
@@ -56,6 +58,12 @@ def switchable_graph(exported: ExportedBase) -> Any:
     """The graph of a base, with MatMulNBits and places for adapters; see the module."""
     text: Any = exported.model.config.get_text_config()
     graph = base_graph(exported.model, getattr(text, "max_position_embeddings", None))
+    if all(node.op_type != ATTENTION for node in graph.graph):
+        message = (
+            f"genai and web: ONNX Runtime has no operator for the attention of {text.model_type}, "
+            "so the graph has many small ones and generates text more slowly"
+        )
+        warnings.warn(message, QwloraWarning, stacklevel=2)
     # First: `matrix_products` does not find MatMulNBits nodes.
     add_branches_(graph, exported.model)
     write_integers_(graph, exported.model)

@@ -144,6 +144,14 @@ WORDS = {
     "data.field_output=a": "data.output_column",
     "adapters.0.saves_per_epoch=1": "adapters.0.checkpoint_steps",
     "warmup_ratio=0.1": "adapters.0.warmup_steps",
+    "evals_per_epoch=4": "adapters.0.evaluation_steps",
+    "lora_target_linear=true": "adapters.0.target_modules: all-linear",
+    "val_set_size=0.05": "data.held_out",
+    "micro_batch_size=2": "adapters.0.batch_sequences",
+    "base_model=x": "model.source",
+    "sample_packing=true": "data.packing",
+    "load_in_8bit=true": "base.weights: w8-channel",
+    "data.field_messages=m": "data.messages_column",
 }
 
 

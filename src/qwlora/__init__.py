@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from qwlora.targets.one_call import verify as verify
     from qwlora.targets.proof.checks import Check as Check
     from qwlora.targets.proof.checks import Limits as Limits
+    from qwlora.targets.proof.server_check import verify_server as verify_server
 
 
 # The module of each name, read from the lines above, so that the names are listed once: mypy and

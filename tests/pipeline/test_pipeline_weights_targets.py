@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.command_line import answered
 from conftest import write_recipe
@@ -22,6 +24,7 @@ from qwlora.pipeline.run import run
 from qwlora.pipeline.store import STAGE
 from qwlora.recipe import load_recipe
 from qwlora.system.atomic import files_in, read_tensors
+from qwlora.targets.proof.canary import likeliest, margin, read_canaries
 from qwlora.targets.proof.folder import current_proofs, proofs
 from qwlora.targets.proof.prove import verify_bundle
 from qwlora.targets.registry import TARGETS
@@ -87,6 +90,42 @@ TWO_GRIDS = ("base.weights=w4-block32-asymmetric", MLP_IN_8_BITS)
 def test_what_a_target_cannot_hold_is_refused_at_once(recipe_for, target, changes, message) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": [target]}), changes)
+
+
+def test_canaries_are_what_transformers_computes(job: Path) -> None:
+    canaries = read_canaries(job / "export/hf")
+    assert canaries == read_canaries(job / "export/mlx")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(job / "export/hf/base", dtype="float32"),
+        job / "export/hf/first",
+        adapter_name="first",
+    ).eval()
+    model.load_adapter(job / "export/hf/second", "second")
+    for name, canary in canaries.items():
+        assert len(canary.contexts) == 160  # the tokenizer has no chat template
+        with model.disable_adapter() if name == "base" else nullcontext():
+            if name != "base":
+                model.set_adapter(name)
+            for context, answer in zip(canary.contexts, canary.answers, strict=True):
+                with torch.no_grad():
+                    logits = model(torch.tensor([context.tokens])).logits[0, -1]
+                found = logits.log_softmax(-1)[[*answer]]
+                assert found.tolist() == pytest.approx([*answer.values()], abs=1e-3)
+                assert likeliest(answer) == int(logits.argmax()) or margin(answer) < 1e-3
+
+
+def test_where_the_contexts_come_from(recipe_for: Any, corpus: Path, tmp_path: Path) -> None:
+    sections: Any = {"export": {"targets": ["hf"]}, "adapters": ADAPTERS[:1]}
+    recipe = recipe_for("one-layer llama", **sections)
+    run(load_recipe(recipe, ("export.canary=held_out",)), tmp_path / "job", VERBS)
+    held_out = read_canaries(tmp_path / "job/export/hf")["base"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "job/base")
+    texts = "".join(path.read_text() for path in corpus.rglob("*") if path.is_file())
+    pieces = tokenizer.convert_ids_to_tokens(held_out.contexts[0].tokens)
+    assert "".join(pieces).replace("Ġ", " ") in texts
+    done = json.loads(answered("run", tmp_path / "job", "--set=export.canary=none", "--json"))
+    assert not [*(tmp_path / "job").glob("export/*/*/canary.json")]
+    assert done["parity"]["hf"]["first"]["passed"]
 
 
 def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> None:

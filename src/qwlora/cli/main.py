@@ -52,6 +52,7 @@ from qwlora.errors import (
     LESS_MEMORY,
     DirectoryError,
     QwloraError,
+    SourceError,
     VerificationError,
     described,
     expected,
@@ -170,6 +171,25 @@ def _job_command(name: str) -> Callable[..., None]:
         device: Device = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
+        server: Annotated[
+            str | None,
+            typer.Option(
+                metavar="URL",
+                help="Ask a running server for single tokens: is each adapter active? "
+                "For OpenAI-compatible servers and llama-server, with exported files in DIR.",
+            ),
+        ] = None,
+        models: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME=MODEL,...",
+                help="With --server: its model by base or an adapter's name; lora:N and lora:none "
+                "for llama-server. Default: as the server lists them.",
+            ),
+        ] = None,
+        timeout: Annotated[
+            float, typer.Option(min=0.1, help="With --server: seconds for all requests together.")
+        ] = 60.0,
         replace: Annotated[
             list[str] | None,
             typer.Option(
@@ -179,6 +199,9 @@ def _job_command(name: str) -> Callable[..., None]:
             ),
         ] = None,
     ) -> None:
+        if server is not None:
+            _verify_server(recipe, server, models, timeout, as_json, quiet)
+            return
         if name == "verify" and recipe.is_dir():
             from qwlora.targets.proof.folder import is_bundle
 
@@ -211,6 +234,7 @@ def _job_command(name: str) -> Callable[..., None]:
     # typer makes an option of each parameter of the signature.
     full, absent = signature(command, eval_str=True), _ABSENT.get(name, ())
     absent += () if name == "train" else ("data", "runtime")
+    absent += () if name == "verify" else ("server", "models", "timeout")
     kept = [p for key, p in full.parameters.items() if key not in absent]
     command.__signature__ = full.replace(parameters=kept)  # type: ignore[attr-defined]
     return command
@@ -294,6 +318,23 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     if problems := [f"{name}: {p}" for name, proof in proofs.items() for p in proof["problems"]]:
         what = f"{str(folder)!r}: the files do not compute what was trained"
         raise VerificationError(what, problems, {})
+
+
+def _verify_server(
+    folder: Path, url: str, models: str | None, timeout: float, as_json: bool, quiet: bool
+) -> None:
+    from qwlora.targets.proof.canary import canary_folder
+    from qwlora.targets.proof.server_check import AS_EXPECTED, row_lines, verify_server
+
+    pairs = [part.partition("=") for part in (models or "").split(",") if part]
+    if wrong := [name for name, sign, _ in pairs if not sign]:
+        raise SourceError(f"--models: {wrong[0]!r} has no =; write base=MODEL,NAME=MODEL")
+    named = {name.strip(): model.strip() for name, _, model in pairs}
+    with ProgressDisplay(quiet or as_json) as display:
+        rows = verify_server(canary_folder(folder), url, named, timeout, display.track)
+    print_result(rows, row_lines(rows), as_json)
+    if others := [row for row in rows if row["verdict"] != AS_EXPECTED]:
+        raise VerificationError(f"{url} does not serve what was exported", row_lines(others), {})
 
 
 _commands: tuple[Callable[..., None], ...] = (

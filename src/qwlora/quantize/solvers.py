@@ -92,5 +92,6 @@ REVISIONS = {
     # 5: moments of the adapter's own text
     "initialize_adapter": 5,
     "activation_ranges": 3,  # 3: histogram of all values
+    "canary": 1,
     "token_scores": 2,  # 2: KL divergence, same likeliest token and standard errors
 }

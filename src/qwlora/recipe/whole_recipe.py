@@ -73,6 +73,10 @@ class Export(Section):
     golden/ of aimet and qairt. generated: text from the float model, or from the base if there is
     none; held_out: text of your data, as token ids; none: no text in proof/, so only the job can
     verify the bundle. The job itself always verifies on held-out text"""
+    canary: Literal["generated", "held_out", "none"] = "generated"
+    """contexts in canary.json of exported weights, which qwlora verify --server sends to a server.
+    generated: from the float model, or from the base if there is none; held_out: beginnings of the
+    first adapter's held-out text; none: no canary.json"""
     layout: Literal["genie"] | None = None
     """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
     Default: for ONNX Runtime"""

@@ -42,7 +42,8 @@ from qwlora.system.regular_files import is_inside
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.checks import LIMITS, Check, Limits
 from qwlora.targets.proof.compare import is_language_model
-from qwlora.targets.proof.folder import RECORD, ROUNDED, write_files, write_record
+from qwlora.targets.proof.contents import RECORD
+from qwlora.targets.proof.folder import ROUNDED, write_files, write_record
 from qwlora.targets.proof.prove import LAYER_TOKENS, Expected, expected_of, prove
 from qwlora.targets.refusals import Subject, refuse
 from qwlora.targets.registry import TARGETS

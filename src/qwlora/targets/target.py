@@ -219,6 +219,11 @@ class Target:
         return self.layout is not Layout.EACH
 
     @property
+    def has_canary(self) -> bool:
+        """Whether its files are weights that a server loads."""
+        return self.has_base and not self.is_simulated
+
+    @property
     def taken_names(self) -> frozenset[str]:
         return self.reserved.union([BASE] * self.has_base, [PROOF] * self.has_proof)
 

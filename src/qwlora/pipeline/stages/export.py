@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from qwlora.pipeline.stage import CASES, Planner
+from qwlora.pipeline.stage import CASES, Planner, revisions
 from qwlora.recipe import Adapter, Data
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.registry import TARGETS
@@ -25,7 +25,17 @@ def files(plan: Planner, target: str) -> dict[str, Any]:
     written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
     # Golden inputs are the text of the proof.
     shipped = plan.shipped() if TARGETS[target].has_golden else {}
-    return {**shipped, "export": {**written, **shipped.get("export", {})}}
+    canary = canary_inputs(plan) if TARGETS[target].has_canary else {}
+    return {**shipped, **canary, "export": {**written, **shipped.get("export", {})}}
+
+
+def canary_inputs(plan: Planner) -> dict[str, Any]:
+    """What canary.json depends on besides the models that answer."""
+    recipe, kind = plan.recipe, plan.recipe.export.canary
+    # An adapter is asked what its base is asked, so others can be added.
+    text = {"text": plan.text(recipe.data_of(recipe.adapters[0]))} if kind == "held_out" else {}
+    seed = {"seed": recipe.seed} if kind == "generated" else {}
+    return {"canary": {"contexts": kind, **seed, **text, **revisions("canary")}}
 
 
 def add_base(plan: Planner, target: str, source: str) -> None:

@@ -21,9 +21,10 @@ from qwlora.system.atomic import total_bytes
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.onnx.onnx import ZeroAdapter
+from qwlora.targets.proof.canary import Canary, read_canary
 from qwlora.targets.proof.checks import Limits
+from qwlora.targets.proof.contents import RECORD
 from qwlora.targets.proof.folder import (
-    RECORD,
     ROUNDED,
     TEXT,
     proof_record,
@@ -63,7 +64,8 @@ def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict
         if adapter is None:
             made = exported.simulation.origin if target.is_simulated else exported
             about = facts(made.model, context.recipe.model.source)
-        written = write_files(name, exported, fingerprint, scratch, base, **about)
+        canary = _canary(context, name, adapter, exported)
+        written = write_files(name, exported, fingerprint, scratch, base, canary, **about)
     return {"export": {name: {NAME if adapter else BASE: written}}}
 
 
@@ -110,6 +112,17 @@ def _graph(
         tokenizer=context.tokenizer if layout or not known.cached_graphs else None,
         embedding_bits=recipe.export.embedding_bits_of(target),
     )
+
+
+def _canary(context: JobContext, name: str, adapter: str | None, exported: Any) -> Canary | None:
+    if not TARGETS[name].has_canary or context.recipe.export.canary == "none":
+        return None
+    if adapter is None:
+        return context.canary(context.canary_contexts, lambda: exported.model)
+    # Those of the base that is there: what generated them may be gone.
+    base = context.path / "export" / name / BASE
+    contexts = tuple(read_canary(base)[1].contexts)
+    return context.canary(contexts, lambda: context.adapted(adapter), adapter)
 
 
 def _write_cases(

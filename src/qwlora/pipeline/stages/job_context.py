@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,8 @@ from qwlora.adapter.attach import (
 )
 from qwlora.adapter.mergeable import is_mergeable, mergeable_
 from qwlora.adapter.padded_adapters import one_rank
-from qwlora.analysis.generate_text import sample_sequences
+from qwlora.analysis.generate_text import prompt_ids, sample_sequences
+from qwlora.analysis.token_scores import logits_of
 from qwlora.data.prepared_data import PreparedText, prepare_text
 from qwlora.data.sequences import in_turn, one_row
 from qwlora.errors import SourceError
@@ -67,6 +68,15 @@ from qwlora.system.device import CPU, exact_device, memory_of, onednn_float32_ma
 from qwlora.system.parameter_names import BASE, canonical_name, is_first_factor
 from qwlora.system.progress import Track, one_step
 from qwlora.targets.canonical_adapter import peft_names, read_canonical, use_case_model
+from qwlora.targets.proof.canary import (
+    CHATS,
+    TEXTS,
+    TOKENS,
+    Canary,
+    Context,
+    contexts_of,
+    make_canary,
+)
 from qwlora.targets.proof.reference import BASE_SEQUENCES, PROOF_TOKENS
 from qwlora.targets.target import members
 
@@ -94,6 +104,7 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
+        self._canaries: dict[tuple[str | None, tuple[Context, ...]], Canary] = {}
         self._stage_device: torch.device | None = None
         self.rotation: RotationReport | None = None
         self.why_loaded_whole: str | None = None
@@ -204,6 +215,36 @@ class JobContext:
         model = self.take_float_model() if self.sources.holds_floats else self.base()
         size = BASE_SEQUENCES, min(tokens, PROOF_TOKENS)
         return sample_sequences(model, self.tokenizer, *size, seed=recipe.seed, track=self.track)
+
+    @cached_property
+    def canary_contexts(self) -> tuple[Context, ...]:
+        """What the base and all adapters are asked in canary.json."""
+        recipe, tokenizer = self.recipe, self.tokenizer
+        if recipe.export.canary == "held_out":
+            rows = self.text(recipe.adapters[0].name).held_out.input_ids[: TEXTS + CHATS, :TOKENS]
+        else:
+            model = self.take_float_model() if self.sources.holds_floats else self.base()
+            rows = sample_sequences(model, tokenizer, TEXTS + CHATS, TOKENS, seed=recipe.seed)
+        texts, chats = rows.tolist()[:TEXTS], list[list[int]]()
+        for text in rows.tolist()[TEXTS:] if tokenizer.chat_template else ():
+            message = str(tokenizer.decode(text, skip_special_tokens=True))
+            # Some templates want more than a user's message.
+            with suppress(SourceError):
+                ids = prompt_ids(tokenizer, [{"role": "user", "content": message}])
+                chats.append(ids[0].tolist())
+        return tuple(contexts_of(texts, chats, tokenizer))
+
+    def canary(
+        self,
+        contexts: tuple[Context, ...],
+        model: Callable[[], PreTrainedModel | PeftModel],
+        adapter: str | None = None,
+    ) -> Canary:
+        # The same for every target.
+        if (adapter, contexts) not in self._canaries:
+            logits = logits_of(model().eval())
+            self._canaries[adapter, contexts] = make_canary(logits, contexts, self.tokenizer)
+        return self._canaries[adapter, contexts]
 
     def calibration(self, *adapters: str) -> dict[str, Any]:
         """Arguments of `Simulation.observe`, on the texts of `adapters` (default: the base's)."""

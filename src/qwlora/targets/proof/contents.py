@@ -31,7 +31,9 @@ Form = Any  # see `misfits`
 NUMBER = (int, float)
 PLAIN = re.compile(r"[\w.-]+")  # a form: text that is neither a regular expression nor a path
 OTHER_KEYS = "*"  # a key of a form: for all keys that it does not list
+CANARY = "canary.json"  # what it answers, to compare a running server with
 ADAPTER_FILE = "adapter.onnx_adapter"
+RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 STAGE = "stage.json"  # the job's record of a folder, which no runtime reads
 TOKENIZER = (
     "tokenizer*.json",
@@ -97,7 +99,8 @@ def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_ba
     Raises:
         SourceError: a file, or a key or value in one, is none that the target writes.
     """
-    patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
+    written = contents.base if is_base else contents.adapter
+    patterns = (*written, RECORD, "README.md", CANARY)
     files = sorted(file for file in files if file != STAGE)
     # Absolute paths, since a relative pattern matches the end of any path.
     paths = {file: PurePosixPath("/", file) for file in files}

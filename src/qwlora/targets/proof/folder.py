@@ -29,13 +29,13 @@ from qwlora.formats import manifest
 from qwlora.system.atomic import files_in, total_bytes, write_tensors
 from qwlora.system.parameter_names import BASE
 from qwlora.system.regular_files import check_plain
+from qwlora.targets.proof.canary import Canary, write_canary
 from qwlora.targets.proof.checks import Limits
-from qwlora.targets.proof.contents import ADAPTER_FILE, STAGE
+from qwlora.targets.proof.contents import ADAPTER_FILE, RECORD, STAGE
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import PROOF, ExportedBase, ExportedGraph
 
 README = "README.md"
-RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 # In a base's record: why the files have no key-value cache; the model's class in transformers.
 WITHOUT_CACHE, MODEL_CLASS = "without_cache", "model_class"
 ROUNDED = "rounded"  # the same of base and adapters: see `rounded_floats.py`
@@ -59,6 +59,7 @@ def write_files(
     base_fingerprint: str,
     folder: Path,
     base: Path | None = None,
+    canary: Canary | None = None,
     **about: Any,
 ) -> dict[str, Any]:
     """Write the files of a base or an adapter, and their record.
@@ -68,6 +69,7 @@ def write_files(
         exported: what its `Backend` takes.
         folder: for the files; it may hold others, which the record lists, too.
         base: folder of the base that the adapter is for. None: write a base, or both together.
+        canary: what the model answers, for `verify_server`.
         about: what else the record says.
 
     Returns:
@@ -96,6 +98,8 @@ def write_files(
         exported.tokenizer.save_pretrained(folder)
     # The fingerprint is that of the base's integers. Grids of an adapter are of one calibration.
     of = record_digest(base) if base is not None and target.is_simulated else None
+    if canary is not None:
+        write_canary(folder, canary, base_fingerprint)
     write_record(folder, name, base_fingerprint, **facts, **about, base=of)
     return {"bytes": size, **facts}
 

@@ -17,7 +17,8 @@ from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
 from qwlora.system.parameter_names import BASE
 from qwlora.targets.proof.checks import shown
-from qwlora.targets.proof.folder import MODEL_CLASS, README, RECORD, TEXT, WITHOUT_CACHE
+from qwlora.targets.proof.contents import RECORD
+from qwlora.targets.proof.folder import MODEL_CLASS, README, TEXT, WITHOUT_CACHE
 
 # By whether adapters were trained on conversations.
 _PROMPTS = {True: "What can you help me with?", False: "Once upon a time"}

@@ -26,13 +26,12 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme, short_name
 from qwlora.nn.packed_layer import packed_weights
-from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS, VLLM
-from qwlora.targets.target import ExportedBase
 from qwlora.targets.weights.weights_folder import layer_kind
 from simulation.tiny_architectures import DECODER, make, with_large_weights
 from targets.proofs import verify_weights
+from targets.weights.bundles import write_adapter, write_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 ARCHITECTURES = ("Llama", "Qwen3", "Gemma 3", "Phi-3", "Mistral", "GPT-2", "OPT", "Mixtral")
@@ -90,8 +89,6 @@ def outcome(architecture: str, name: str) -> str:
         return "not run"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for part in ("base", "trained", "adapter"):
-            (folder / part).mkdir()
         grid = "w4-bf16block32" if name == "executorch" else "w4-block32"
         model, tokenizer = made(architecture, grid), byte_tokenizer()
         kinds = [layer_kind(layer) for layer in packed_weights(model).values()]
@@ -101,22 +98,18 @@ def outcome(architecture: str, name: str) -> str:
             why = problems[0].partition(", and this is")[0]
             return f"no: {re.sub('^[A-Z0-9]+: ', '', why)}"
         try:
-            target.backend.write_base(ExportedBase(model, tokenizer), folder / "base")
+            write_base(target.backend, model, folder)
             adapted = with_adapter(model)
-            save_adapter(adapted, folder / "trained")
-            canonical = read_canonical(folder / "trained")
-            target.backend.write_adapter(canonical, folder / "base", folder / "adapter")
+            save_adapter(adapted, folder / "trained" / "adapter")
+            write_adapter(target.backend, folder, "adapter")
             ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
-            runtime = target.open(folder)
-            rounding = target.backend.rounding(adapted)
-            found = verify_weights(
-                runtime, adapted, folder / "adapter", as_sequences(ids), rounding
-            )
+            runtime, rounding = target.open(folder), target.backend.rounding(adapted)
+            text, adapter = as_sequences(ids), folder / "adapter"
+            found = verify_weights(runtime, adapted, adapter, text, rounding)
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
             return f"no: {first.rpartition(': ')[2]}"
-        problems = found.problems
-        return "no: more than rounding differs" if problems else "yes"
+        return "no: more than rounding differs" if found.problems else "yes"
 
 
 def made(architecture: str, grid: str = "w4-block32") -> Any:

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import byte_tokenizer, tiny_model
@@ -28,6 +26,7 @@ from qwlora.targets.weights.weights_folder import float_tensors
 from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
 from targets.npu.test_npu_graph import SCHEMES as HTP
+from targets.onnx.test_runtime_operators import in_onnx_runtime
 from targets.weights.bundles import read_base
 
 Values = list[np.ndarray]
@@ -184,18 +183,6 @@ def in_both(target: str, model: Any, folder: Path) -> list[Path]:
     return folders
 
 
-def in_onnx_runtime(file: Path) -> Tensor:
-    session = onnxruntime.InferenceSession(str(file))
-    feeds = {"input_ids": IDS.numpy(), "attention_mask": np.ones_like(IDS)}
-    for value in session.get_inputs():
-        if value.name == "position_ids":
-            feeds[value.name] = np.arange(IDS.shape[1])[None]
-        elif value.name not in feeds:  # an empty cache
-            shape = [0 if isinstance(n, str) else n for n in value.shape]
-            feeds[value.name] = np.zeros([1, *shape[1:]], np.float32)
-    return torch.from_numpy(session.run(["logits"], feeds)[0])
-
-
 def stored_types(file: Path) -> dict[str, int]:
     tensors = onnx.load(file, load_external_data=False).graph.initializer
     return {t.name: t.data_type for t in tensors if list(t.dims) == [260, 64]}
@@ -214,7 +201,7 @@ def test_16_bits_give_equal_logits(
 ) -> None:
     model = with_floats(getattr(torch, dtype), architecture)
     wide, narrow = (folder / "model.onnx" for folder in in_both("genai", model, tmp_path))
-    assert torch.equal(in_onnx_runtime(wide), in_onnx_runtime(narrow))
+    assert torch.equal(*(in_onnx_runtime(file, IDS, first=16) for file in (wide, narrow)))
     assert [*stored_types(narrow).values()] == [getattr(onnx.TensorProto, STORED[dtype])] * tables
     assert [*stored_types(wide).values()] == [onnx.TensorProto.FLOAT] * tables
 

@@ -167,7 +167,10 @@ def test_what_does_not_fit_is_refused(simulation: qwlora.Simulation, tmp_path: P
         ("onyx", {}, r"there is no target 'onyx'.*onnx"),
         ("hf", sizes, r"\[8, 8\]: .*once; context \[8\]: .*greater"),
         ("hf", {"opset": 17}, r"target hf has no opset 17"),
+        ("mlx", {"embedding_bits": 16}, r"mlx has no embedding_bits 16 .*: 8, 32"),
         ("onnx", {}, "onnx takes what simulate_adapters returns, not Sim"),
+        ("qnn", {"layout": "other"}, "layout"),
+        ("aimet", {"layout": "genie"}, "layout"),
     ]
     for target, more, problem in calls:
         with pytest.raises(ExportError, match=problem):

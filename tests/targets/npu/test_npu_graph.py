@@ -2,21 +2,19 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnx_ir
-import onnxruntime
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.simulation.kv_cache_graph import CacheSizes
+from qwlora.simulation.kv_cache_graph import CacheSizes, cache_sizes
 from qwlora.simulation.simulation import Simulation
-from qwlora.targets.npu.device_graph import run_host, scaling_of
-from qwlora.targets.npu.htp_rewrites import npu_onnx
-from qwlora.targets.npu.npu_graph import NpuGraph, host_arguments, npu_graph
+from qwlora.targets.npu.npu_graph import npu_graph
+from qwlora.targets.npu.qnn import QnnModel
+from qwlora.targets.registry import TARGETS
+from qwlora.targets.target import ExportedGraph
 from simulation.tiny_architectures import inputs, make
 from targets.proofs import sqnr
 
@@ -29,7 +27,6 @@ SCHEMES = Schemes(
     adapter_weights=Scheme(8),
 )
 OTHERS = ("GPT-2", "Gemma 3", "Phi-3", "Qwen3", "OPT", "GPT-NeoX", "Qwen2")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
 def simulated(name: str, schemes: Schemes = SCHEMES) -> Simulation:
@@ -43,71 +40,28 @@ def simulated(name: str, schemes: Schemes = SCHEMES) -> Simulation:
     return simulation
 
 
-class OnCpu:
-    """A graph with its adapter in ONNX Runtime, without optimizations."""
-
-    def __init__(self, graph: NpuGraph, scaling: float | None, folder: Path):
-        model, codes = npu_onnx(graph.device, {})
-        onnx_ir.save(model, folder / "model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self.graph, self.fixed = graph, {**codes, "lora_alpha": np.float32([scaling])}
-        self.session = onnxruntime.InferenceSession(
-            folder / "model.onnx", options, providers=["CPUExecutionProvider"]
-        )
-
-    def run(self, past: int, cache: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-        room = self.graph.sizes.past
-        arguments = host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
-        given = {"input_ids": ids.to(torch.int32), **run_host(self.graph.host, *arguments)}
-        given |= {name: value[:, :, value.shape[2] - room :] for name, value in cache.items()}
-        names = [output.name for output in self.session.get_outputs()]
-        feed = {name: value.numpy() for name, value in given.items()} | self.fixed
-        taken = {i.name for i in self.session.get_inputs()}
-        found = self.session.run(names, {name: feed[name] for name in taken})
-        return dict(zip(names, map(torch.from_numpy, found), strict=True))
-
-
 @pytest.mark.slow  # targets/npu/test_qairt.py does the same with adapters in the fast lane
-@pytest.mark.parametrize("name", ["Llama", *SLOW])
+@pytest.mark.parametrize("name", ["Llama", *OTHERS])
 def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> None:
-    simulation = simulated(name)
-    graphs = {}
-    for tokens in (FIRST, 1):
-        (tmp_path / str(tokens)).mkdir()
-        graph = npu_graph(simulation, CacheSizes(tokens, CONTEXT))
-        assert graph.host.interface.shapes["token_mask"] == (1, CONTEXT)
-        scaling = scaling_of(simulation.program)
-        graphs[tokens] = OnCpu(graph, scaling, tmp_path / str(tokens))
-    prefill, decode = (graphs[tokens].graph.device for tokens in (FIRST, 1))
-    shared = prefill.encodings.keys() & decode.encodings.keys()
-    assert shared == prefill.encodings.keys()
-    for each in shared:  # one grid for a tensor in all graphs
-        assert torch.equal(prefill.encodings[each].scale, decode.encodings[each].scale), each
-    for each in decode.interface.cached:
-        assert prefill.encodings[each].scheme == Scheme(8)
-    assert_scales_by_block(onnx_ir.load(tmp_path / "1" / "model.onnx"))
-    taken = {i.name: i.type for i in graphs[1].session.get_inputs()}
-    assert {n for n, kind in taken.items() if "float" not in kind} == {
-        *(n for n in taken if n.endswith(("lora_A.weight.codes", "lora_B.weight.codes"))),
-        *(n for n in taken if n in ("input_ids", "position_ids")),
-    }
-
-    expected = simulation.logits(TEXT)
-    shapes = decode.interface.shapes
-    cache = {n: torch.zeros(1, shapes[n][1], CONTEXT, 16) for n in decode.interface.cached}
-    found, first = [], 0
-    for tokens in (FIRST, *[1] * (TOKENS - FIRST)):
-        outputs = graphs[tokens].run(first, cache, TEXT[:, first : first + tokens])
-        found.append(outputs.pop("logits"))
-        for output, new in outputs.items():
-            into = output.replace("_out", "_in")
-            cache[into] = torch.cat([cache[into], new], 2)[:, :, -CONTEXT:]
-        first += tokens
-    logits = torch.cat(found, 1)
+    simulation, sizes = simulated(name), cache_sizes([FIRST, 1], [CONTEXT])
+    prefill, decode = (npu_graph(simulation, each).device.encodings for each in sizes)
+    assert prefill.keys() <= decode.keys()
+    for each in prefill:  # one grid for a tensor in all graphs
+        assert torch.equal(prefill[each].scale, decode[each].scale), each
+    exported = ExportedGraph(simulation, {}, {"input_ids": TEXT}, "1.0.0", sizes)
+    TARGETS["qnn"].backend.write_cases(exported, {"only": exported}, tmp_path)
+    model = QnnModel(tmp_path / "base", tmp_path / "only", htp=False)
+    for graph in model.models.values():
+        assert_scales_by_block(onnx_ir.load(graph.file))
+        taken = {i.name: i.type for i in graph.session.get_inputs()}
+        integers = {name for name, kind in taken.items() if "float" not in kind}
+        codes = {name for name in taken if name.endswith(".codes") and ".lora_" in name}
+        assert integers == codes | ({"input_ids", "position_ids"} & taken.keys())
+    assert all(prefill[cached].scheme == Scheme(8) for cached in model.empty_cache())
+    logits, expected = model.logits(TEXT, steps=TOKENS - FIRST), simulation.logits(TEXT)
     # cosines, sines, masked scores and sums with a bias have 16-bit grids in the graph alone, and a
     # rounding of theirs may move a key or value by one of its 255 steps
-    assert sqnr(logits, expected) > 40, sqnr(logits, expected)
+    assert sqnr(logits, expected) > 40
     assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.9
 
 

@@ -41,10 +41,14 @@ OTHERS: dict[str, Any] = {  # biases of distances; a softmax with one more value
 }
 
 
-def in_onnx_runtime(graph: Any, folder: Path, ids: Tensor, first: int) -> Tensor:
-    """Logits of a text: of its `first` tokens together, then one by one with the cache."""
+def saved(graph: Any, folder: Path) -> Path:
     save_graph(graph, folder / "model.onnx")
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    return folder / "model.onnx"
+
+
+def in_onnx_runtime(file: Path, ids: Tensor, first: int) -> Tensor:
+    """Logits of a text: of its `first` tokens together, then one by one with the cache."""
+    session = onnxruntime.InferenceSession(file)
     shapes = {value.name: value.shape for value in session.get_inputs()}
     cache = {
         name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
@@ -86,7 +90,7 @@ def test_graphs_compute_what_the_model_computes(name: str, tmp_path: Path) -> No
     ids = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
-    found = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    found = in_onnx_runtime(saved(graph, tmp_path), ids, first=15)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -101,14 +105,14 @@ def test_the_fast_graph_rounds_activations_of_the_same_integers(
     with rounded(model, [EMBEDDINGS]), torch.no_grad():
         expected = model(ids).logits
         graph = switchable_graph(ExportedBase(model, None, embedding_bits=8))
-    exact = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    exact = in_onnx_runtime(saved(graph, tmp_path), ids, first=15)
     assert (exact - expected).abs().max() < 1e-5 * expected.abs().max()
     fast_(graph)
     operators = Counter(node.op_type for node in graph.graph)
     # The head, o, down; gate and up, q and v in one each; k, whose grid is another.
     assert (operators["MatMulNBits"], operators["Split"]) == (6, 2)
     assert operators["GatherBlockQuantized"] == 1
-    found = in_onnx_runtime(graph, tmp_path, ids, first=15)
+    found = in_onnx_runtime(saved(graph, tmp_path), ids, first=15)
     assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05
 
 

@@ -109,6 +109,7 @@ MODEL |= dict.fromkeys(("aimet/adapter/graphs.json", "qairt/adapter/graphs.json"
         ("qairt/adapter/graphs.json", "graphs/decode/host", "proof/first/x.onnx"),
         ("qairt/adapter/graphs.json", "graphs", {".hidden": {}}),
         ("qairt/adapter/graphs.json", "graphs", {"../other": {}}),
+        ("qairt/adapter/genie_config.json", "dialog/engine/model/library", {"model-bin": "x.so"}),
     ],
 )
 def test_a_value_no_export_writes_is_refused(

@@ -166,9 +166,6 @@ def test_outputs_as_near_as_two_simulations(floor_noise: float, near: float, far
     sqnrs, floor = [sqnr_db(1.0, noise) for noise in noises], sqnr_db(1.0, floor_noise)
     passed = [output_check("logits", sqnr, floor, LIMITS).passed for sqnr in sqnrs]
     assert passed == [True, True, False, False]
-
-
-def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
     assert math.isnan(sqnr_db(1.0, INF))
     assert math.isnan(sqnr_db(NAN, 1.0))
     assert sqnr_db(1e-300, 1e300) == -INF
@@ -198,13 +195,7 @@ def test_differences_of_outputs_add_up() -> None:
     assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))
 
 
-def test_the_interval_of_an_agreement() -> None:
-    """Wilson's, of half as many tokens."""
-    found = [reference.lowest_agreement(torch.arange(100) < right) for right in (100, 60, 0)]
-    assert found == pytest.approx([0.92865, 0.46181, 0.0], abs=1e-5)
-
-
-def test_perplexities_and_what_rounding_explains() -> None:
+def test_statistics_of_differences() -> None:
     perplexity, floor = reference.perplexity, reference.perplexity_floor
     assert perplexity(30.0, 10) == pytest.approx(math.e**3)
     assert perplexity(1e6, 10) == INF
@@ -212,9 +203,9 @@ def test_perplexities_and_what_rounding_explains() -> None:
     assert math.isnan(perplexity(0.0, 0))
     assert floor(4.0, 10) == pytest.approx(math.exp(0.392) - 1)
     assert (floor(0.0, 10), floor(1e12, 10)) == (0, INF)
-
-
-def test_the_largest_of_differences_and_bits_as_they_are() -> None:
+    # Wilson's interval, of half as many tokens
+    found = [reference.lowest_agreement(torch.arange(100) < right) for right in (100, 60, 0)]
+    assert found == pytest.approx([0.92865, 0.46181, 0.0], abs=1e-5)
     assert reference.largest(torch.tensor([1.0, 3.0, 2.0])) == 3.0
     assert reference.largest(torch.tensor([1.0, NAN])) == INF
     assert reference.largest(torch.tensor([])) == 0.0
@@ -279,6 +270,11 @@ def test_a_reference_counts_tokens_that_follow_one() -> None:
 
 
 def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:
+    exact, top = compared(TABLE), float(TABLE[IDS].abs().max())
+    assert exact.largest_allowed == pytest.approx(2 * reference.LOGIT_DIFFERENCE * top)
+    assert not hasattr(exact, "noise_allowed")
+    assert exact.floor_top1_agreement == reference.AGREEMENT
+    assert exact.floor_perplexity_difference == 0.0
     other = TABLE.clone()
     other[int(IDS[0, 3]), 5] += 0.25
     text = Sequences(IDS[:1], IDS[:1].clone())
@@ -298,15 +294,6 @@ def test_tokens_beyond_the_likeliest_count_as_one(monkeypatch: pytest.MonkeyPatc
     r, s = 1 - p.sum(-1), 1 - q.sum(-1)
     expected = (p * (p / q).log()).sum(-1) + r * (r / s).log()
     assert compared(OTHER, IDS).kl_divergence == pytest.approx(float(expected.mean()), rel=1e-5)
-
-
-def test_what_rounding_alone_explains_of_exact_computations() -> None:
-    figures = compared(TABLE)
-    top = float(TABLE[IDS].abs().max())
-    assert figures.largest_allowed == pytest.approx(2 * reference.LOGIT_DIFFERENCE * top)
-    assert not hasattr(figures, "noise_allowed")
-    assert figures.floor_top1_agreement == reference.AGREEMENT
-    assert figures.floor_perplexity_difference == 0.0
 
 
 def layers(kind: Kind = Kind.ACTIVATION, **computed: Tensor) -> Parity:

@@ -15,14 +15,6 @@ from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.targets.target import Backend, ExportedBase
 
 
-def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [
-        (f"{path}.weight", module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path != "lm_head"
-    ]
-
-
 def quantized(weight: Tensor, scheme: Scheme, half: bool = False) -> QuantizedTensor:
     """By minimum and maximum; `half`: with a scale and offset that are float16."""
     encoding = measure(weight, scheme)
@@ -33,9 +25,11 @@ def quantized(weight: Tensor, scheme: Scheme, half: bool = False) -> QuantizedTe
 
 
 def pack_linears(model: nn.Module, schemes: Iterable[Scheme], half: bool = False) -> None:
-    """Give each matrix the next scheme."""
-    for (name, module), scheme in zip(linears(model), schemes, strict=False):
-        pack_at_(model, name, quantized(module.weight.detach(), scheme, half))
+    """Give each matrix the next scheme, but for the head."""
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    matrices = [(name, module.weight) for name, module in linears if name != "lm_head"]
+    for (name, weight), scheme in zip(matrices, schemes, strict=False):
+        pack_at_(model, f"{name}.weight", quantized(weight.detach(), scheme, half))
 
 
 def write_base(backend: Backend, model: Any, bundle: Path, source: Path | None = None) -> None:

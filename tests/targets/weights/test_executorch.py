@@ -34,7 +34,6 @@ from targets.weights.bundles import write_adapter, write_base
 from targets.weights.test_weights_targets import adapters, target
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
-Bundle = tuple[Path, Any]
 W8 = Scheme(8, True, PerChannel())
 SOME = [LayerRule(match=name, scheme=W8) for name in ("*.mlp.*", "*embed_tokens")]
 
@@ -114,19 +113,14 @@ def test_a_rank_beyond_the_programs_is_refused(tmp_path: Path) -> None:
         target("executorch").write_adapter(adapter, tmp_path, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("executorch")
-    write_base(target("executorch"), model := base(), folder)
+@pytest.mark.client
+def test_a_wrong_code_fails_the_proof(tmp_path: Path) -> None:
+    folder, model = tmp_path / "bundle", base()
+    folder.mkdir()
+    write_base(target("executorch"), model, folder)
     adapted = adapters(model, folder / "trained")
     for name in ("first", "second"):
         write_adapter(target("executorch"), folder, name)
-    return folder, adapted
-
-
-@pytest.mark.client
-def test_a_wrong_code_fails_the_proof(bundle: Bundle, tmp_path: Path) -> None:
-    folder, adapted = bundle
     program = (folder / "base" / MODEL).read_bytes()
     layer = packed_weights(adapted)["model.layers.0.mlp.down_proj.weight"]
     codes = (layer.codes.to(torch.int16) - 128).to(torch.int8).numpy().tobytes()

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import byte_tokenizer
 from formats.gguf_models import metadata_of, stored_shapes, write_file
-from qwlora import fingerprint, mergeable_, merged_model, quantize_, save_adapter
+from qwlora import fingerprint, quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, QwloraWarning
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -58,33 +58,11 @@ def gguf_of(architecture: str, folder: Path, kind: Callable[[str], str], **chang
     )
 
 
-def tiny_gguf(folder: Path, kind: str = "Q4_0", **changes: int) -> Path:
-    """A llama of one layer, with matrices of a kind of block."""
-    kind_of = lambda name: kind if name.startswith("blk") else "F32"  # noqa: E731
-    return gguf_of("llama", folder, kind_of, **changes)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_gguf(tmp_path_factory.mktemp("gguf"))
-
-
-def float_model(source: Path) -> t.PreTrainedModel:
-    """The model in float, with larger weights: scales below 6e-5 lose bits in float16."""
-    checkpoint = GgufCheckpoint(source)
-    model = type(checkpoint.model)(checkpoint.config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = checkpoint.read(name)
-            is_grid = isinstance(value, QuantizedTensor)
-            parameter.copy_(32 * value.dequantize() if is_grid else value.float())
-    return model.eval()
-
-
-def quantized(source: Path) -> Any:
-    model = float_model(source)
-    quantize_(model, "w4-block32", "search")
-    return model
+    """A llama of one layer, with matrices of blocks and a float embedding."""
+    kind_of = lambda name: "Q4_0" if name.startswith("blk") else "F32"  # noqa: E731
+    return gguf_of("llama", tmp_path_factory.mktemp("gguf"), kind_of)
 
 
 def in_the_files_order(weight: np.ndarray, heads: int | None) -> np.ndarray:
@@ -143,65 +121,12 @@ def test_floats_that_are_not_the_files_are_written(architecture: str, tmp_path: 
 
 def test_a_rotated_base_of_a_gguf_file_is_written_whole(source: Path, tmp_path: Path) -> None:
     """Its norms are 1, its embedding is rotated, and its head is no longer tied."""
-    model: Any = float_model(source)
+    model: Any = with_large_weights(load_model(str(source)))
     rotate_(model, {"input_ids": torch.arange(12)[None]})
     quantize_(model, "w4-block32", "search")
     BACKEND.write_base(ExportedBase(model, None, source), tmp_path)
     again = load_precomputed(open_checkpoint(tmp_path / BASE))
     assert fingerprint(again) == fingerprint(model)
-
-
-def with_adapter(model: Any, folder: Path) -> Any:
-    torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.01)
-    save_adapter(adapted, folder)
-    return adapted.eval()
-
-
-@pytest.mark.client
-def test_llama_cpp_generates_what_peft_does(source: Path, tmp_path: Path) -> None:
-    model = quantized(source)
-    write_base(BACKEND, model, tmp_path, source)
-    adapted = with_adapter(model, tmp_path / "trained/a")
-    write_adapter(BACKEND, tmp_path, "a")
-    runtime = TARGETS["gguf"].open(tmp_path)
-    ids = torch.randint(9, 90, (4, 24), generator=torch.Generator().manual_seed(0))
-    parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
-    assert parity.problems == []
-    runtime.use(tmp_path / "a")
-    for row in ids.split(1):
-        generated = adapted.generate(input_ids=row, max_new_tokens=6, do_sample=False)
-        assert runtime.decode(row, 6) == generated[0, 24:].tolist()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
-    with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
-        runtime.use(tmp_path / "b")
-
-
-@pytest.mark.client
-def test_llama_cpp_computes_integers_of_a_mergeable_adapter(source: Path, tmp_path: Path) -> None:
-    model = quantized(source)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
-    mergeable_(adapted)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_()
-    ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        trained = adapted(input_ids=ids).logits
-        with adapted.disable_adapter():
-            base = adapted(input_ids=ids).logits
-    merged = merged_model(adapted)
-    write_base(BACKEND, merged, tmp_path, source)
-    found = TARGETS["gguf"].open(tmp_path).logits(ids)
-    off, change = (float((trained - other).abs().max()) for other in (found, base))
-    assert off < 0.01 * change
-    again = packed_weights(load_precomputed(open_checkpoint(tmp_path / "base" / BASE)))
-    for name, layer in packed_weights(merged).items():
-        assert again[name].quantized.equals(layer.quantized)
 
 
 @pytest.mark.client
@@ -222,7 +147,7 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
             rounded = model(input_ids=first).logits
         assert torch.equal(model(input_ids=first).logits, exact)  # closed again
     assert (logits - rounded).abs().max() < 0.1 * (logits - exact).abs().max()
-    adapted = with_adapter(model, tmp_path / "trained/a")
+    adapted = adapted_model(model, 4, tmp_path / "trained/a")
     write_adapter(BACKEND, tmp_path, "a")
     runtime, sequences = TARGETS["gguf"].open(tmp_path), as_sequences(ids)
     parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, BACKEND.rounding(adapted))
@@ -230,9 +155,12 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
     rounded = logits_of(adapted, BACKEND.rounding(adapted))
     reference = make_reference(logits_of(adapted), sequences, rounded=rounded)
     assert 0 < reference["adapter.rounding"].max() < 1e-3 * reference["adapter.largest"].max()
-    adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.001 * y)
+    adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.002 * y)
     wrong = verify_weights(runtime, adapted, tmp_path / "a", sequences, BACKEND.rounding(adapted))
     assert any("with the adapter" in problem for problem in wrong.problems)
+    (tmp_path / "a" / ADAPTER).write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
+        TARGETS["gguf"].open(tmp_path).use(tmp_path / "a")
 
 
 SIZES = {**DECODER, "vocab_size": 264, "hidden_size": 64}

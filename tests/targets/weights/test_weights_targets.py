@@ -20,13 +20,11 @@ from conftest import tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, QwloraWarning
-from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.targets.canonical_adapter import read_canonical
 from qwlora.targets.proof.readme import usage
-from qwlora.targets.proof.reference import LOGIT_DIFFERENCE
 from qwlora.targets.refusals import Subject, Weight, refusals
 from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import Backend, ExportedBase, Runtime, Target
@@ -34,17 +32,10 @@ from simulation.tiny_architectures import DECODER, with_large_weights
 from targets.client_programs import with_clients
 from targets.proofs import verify_weights
 from targets.support_matrix import SCHEMES, WEIGHTS
-from targets.weights.bundles import (
-    linears,
-    pack_linears,
-    quantized,
-    read_base,
-    write_adapter,
-    write_base,
-)
-from targets.weights.test_gguf_target import float_model, tiny_gguf
+from targets.weights.bundles import pack_linears, read_base, write_adapter, write_base
 
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
+SOLVERS = {True: "search", False: "rtn"}  # by whether the files hold scales in float16
 
 
 def target(name: str) -> Backend:
@@ -98,6 +89,7 @@ CASES = [(name, *case) for name in ("hf", "mlx") for case in WITHOUT_BIAS]
 CASES += [(name, *case) for name in ("genai", "openvino", "web") for case in OF_ONNX]
 CASES += [(name, "llama", "w2-channel", EMBEDDING) for name in ("genai", "web")]
 CASES += [("executorch", *case) for case in OF_XNNPACK]
+CASES += [("gguf", "llama", "w4-block32", [])]
 
 
 @pytest.mark.parametrize(("name", "architecture", "scheme", "rules"), with_clients(CASES))
@@ -105,7 +97,7 @@ def test_the_runtime_computes_base_and_adapters(
     name: str, architecture: str, scheme: Any, rules: list[LayerRule], tmp_path: Path
 ) -> None:
     kind = target(name)
-    solver = "search" if TARGETS[name].limits.has_float16_scales else "rtn"
+    solver = SOLVERS[TARGETS[name].limits.has_float16_scales]
     model = base(scheme, architecture, solver, rules=rules)
     write_base(kind, model, tmp_path)
     adapted = adapters(model, tmp_path / "trained")
@@ -168,7 +160,7 @@ def test_the_type_in_config_json_holds_every_scale(solver: str, dtype: str, tmp_
     model = base("w4-block32", solver=solver)
     write_base(target("hf"), model, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path / "base").dtype == getattr(torch, dtype)
-    read = packed_weights(load_precomputed(open_checkpoint(tmp_path / "base")))
+    read = packed_weights(read_base(tmp_path / "base"))
     for name, layer in packed_weights(model).items():
         assert torch.equal(read[name].encoding.scale, layer.encoding.scale)
 
@@ -221,17 +213,12 @@ STATES = ("first", "second", None, "first")
 
 def bundle_of(name: str, folder: Path) -> PeftModel:
     """The files of a target: a base and adapters of different ranks and layers."""
-    kind, source = target(name), None
-    if name == "gguf":
-        source = tiny_gguf(folder)
-        model: Any = load_precomputed(open_checkpoint(source))
-    else:
-        scheme = "w4-bf16block32" if name == "executorch" else "w4-block32"
-        model = base(scheme, solver="search" if TARGETS[name].limits.has_float16_scales else "rtn")
-    write_base(kind, model, folder, source)
+    scheme = "w4-bf16block32" if name == "executorch" else "w4-block32"
+    model = base(scheme, solver=SOLVERS[TARGETS[name].limits.has_float16_scales])
+    write_base(target(name), model, folder)
     adapted = adapters(model, folder / "trained")
     for adapter in ("first", "second"):
-        write_adapter(kind, folder, adapter)
+        write_adapter(target(name), folder, adapter)
     return adapted
 
 
@@ -239,20 +226,16 @@ def bundle_of(name: str, folder: Path) -> PeftModel:
 def test_switched_adapters_compute_what_they_do_alone(name: str, tmp_path: Path) -> None:
     bundle_of(name, tmp_path)
 
-    def computed(session: Any, state: str | None) -> list[tuple[torch.Tensor, list[int]]]:
+    def computed(session: Any, state: str | None) -> list[tuple[Any, list[int]]]:
         session.use(None if state is None else tmp_path / state)
         settings = filter(None, (session, session.shipped))
-        return [(each.logits(TEXT), each.decode(TEXT, NEW_TOKENS)) for each in settings]
+        return [(each.logits(TEXT).tolist(), each.decode(TEXT, NEW_TOKENS)) for each in settings]
 
-    alone = {s: computed(TARGETS[name].open(tmp_path), s) for s in set(STATES)}
+    alone = {state: computed(TARGETS[name].open(tmp_path), state) for state in STATES}
     together = TARGETS[name].open(tmp_path)
     for state in STATES:
-        for (logits, tokens), (own, own_tokens) in zip(
-            computed(together, state), alone[state], strict=True
-        ):
-            assert torch.equal(logits, own)
-            assert tokens == own_tokens
-    assert len({str(found[0][0].tolist()) for found in alone.values()}) == 3
+        assert computed(together, state) == alone[state]
+    assert len({str(found[0]) for found in alone.values()}) == 3
 
 
 @pytest.mark.parametrize("name", with_clients(["hf", "mlx", "genai", "executorch"]))
@@ -272,19 +255,6 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 SIZES |= {"vocab_size": 300, "max_position_embeddings": 128}
 NAMES = ("w4-tensor", "w5-tensor-asymmetric", "w4-block16", "w4-lpbq32", "w7-block32", "w7-channel")
 EVERY = [*SCHEMES, *map(parse_scheme, NAMES)]
-
-
-def model_for(
-    name: str, schemes: Sequence[Scheme], folder: Path = Path()
-) -> tuple[Any, Path | None]:
-    """A float model with a matrix for each scheme, and the file that it comes from."""
-    layers = -(-len(schemes) // MATRICES)
-    if name == "gguf":
-        source = tiny_gguf(folder, "F32", **SIZES, num_hidden_layers=layers)
-        return float_model(source), source
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=layers, tie_word_embeddings=True)
-    return with_large_weights(LlamaForCausalLM(config)), None
 
 
 def problems(target: Target, *schemes: Scheme) -> list[str]:
@@ -307,9 +277,12 @@ def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
 def written(name: str, schemes: Sequence[Scheme], folder: Path) -> Any:
     """A model with a matrix on each scheme; `folder`/base has its files."""
     folder.mkdir(exist_ok=True)
-    model, source = model_for(name, schemes, folder)
+    torch.manual_seed(0)
+    layers = -(-len(schemes) // MATRICES)
+    config = LlamaConfig(**SIZES, num_hidden_layers=layers, tie_word_embeddings=True)
+    model = with_large_weights(LlamaForCausalLM(config))
     pack_linears(model, cycle(schemes), WEIGHTS[name].limits.has_float16_scales)
-    write_base(WEIGHTS[name].backend, model, folder, source)
+    write_base(WEIGHTS[name].backend, model, folder)
     return model
 
 
@@ -368,22 +341,3 @@ def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) ->
     listed = sum(f"{scheme}: " in str(refusal.value) for scheme in lacking)
     assert listed + int(more) == len({*lacking})
     assert list((tmp_path / "base").iterdir()) == []
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_layer_whose_integers_are_off_by_one_is_noticed() -> None:
-    """By the limit that runtimes keep, whichever layer and scheme it is."""
-    model, _ = model_for("hf", SCHEMES)
-    found = [
-        (module, quantized(module.weight.detach(), scheme))
-        for (_, module), scheme in zip(linears(model), cycle(SCHEMES), strict=False)
-    ]
-    for module, tensor in found:
-        module.weight.copy_(tensor.dequantize())
-    expected = model(TEXT).logits
-    for module, tensor in found:
-        module.weight.copy_(tensor.encoding.dequantize(tensor.codes.int() + 1))
-        difference = (model(TEXT).logits - expected).abs().max()
-        assert difference > 10 * LOGIT_DIFFERENCE * expected.abs().max(), tensor.encoding.scheme
-        module.weight.copy_(tensor.dequantize())

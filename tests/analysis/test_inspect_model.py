@@ -92,7 +92,7 @@ def test_a_base_as_text_against_itself(base: tuple[Path, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
-    architecture: str, checkpoints: dict[str, Path], tmp_path: Path
+    architecture, checkpoints, tmp_path
 ) -> None:
     """GPT-2 has square weights that are stored the other way round."""
     model, plain = tiny_model(architecture), tiny_model(architecture)
@@ -186,9 +186,7 @@ def test_adapters_are_listed_with_their_base(base: tuple[Path, Any], tmp_path: P
     assert found["fingerprint"] == fingerprint(other)
 
 
-def test_whatever_else_is_refused_with_a_reason(
-    base: tuple[Path, Any], tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
+def test_whatever_else_is_refused_with_a_reason(base, tmp_path, checkpoints) -> None:
     folder, _ = base
     (tmp_path / "text.txt").write_text("words")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))

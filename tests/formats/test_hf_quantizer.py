@@ -66,9 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (AutoModel, {}, "LlamaForCausalLM, not a LlamaModel"),
     ],
 )
-def test_what_cannot_be_honored_is_refused(
-    base: Path, kind: Any, settings: dict[str, Any], facts: str, checkpoints: dict[str, Path]
-) -> None:
+def test_what_cannot_be_honored_is_refused(base, kind, settings, facts, checkpoints) -> None:
     with pytest.raises(SourceError, match=facts):
         kind.from_pretrained(base, **settings)
     with pytest.raises(SourceError, match=r"qwlora\.quantize_"):
@@ -158,7 +156,7 @@ def test_a_copy_saves_itself(base: Path, tmp_path: Path) -> None:
 
 
 def test_floats_and_an_added_adapter_are_saved_as_transformers_does(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
     model = load_base(base)
@@ -174,9 +172,7 @@ def test_floats_and_an_added_adapter_are_saved_as_transformers_does(
 
 
 @pytest.mark.parametrize("load", [load_base, AutoModelForCausalLM.from_pretrained])
-def test_an_adapter_folder_loads_with_its_packed_base(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any
-) -> None:
+def test_an_adapter_folder_loads_with_its_packed_base(base, tmp_path, monkeypatch, load) -> None:
     monkeypatch.chdir(base.parent)
     save_adapter(adapted(load(Path(base.name))), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -222,9 +218,7 @@ PAIR = {"prompt": "the grid", "chosen": " holds", "rejected": " is gone"}
 
 @pytest.mark.client
 @pytest.mark.parametrize("method", ["SFT", "DPO"])
-def test_trainers_of_trl_train_an_adapter_on_a_base(
-    base: Path, tmp_path: Path, method: str
-) -> None:
+def test_trainers_of_trl_train_an_adapter_on_a_base(base, tmp_path, method) -> None:
     import trl
     from datasets import Dataset
 
@@ -246,9 +240,7 @@ def test_trainers_of_trl_train_an_adapter_on_a_base(
 
 @pytest.mark.client
 @pytest.mark.parametrize("page", ["README.md", "docs/coming-from.md"])
-def test_the_pages_train_an_adapter_with_trl(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
-) -> None:
+def test_the_pages_train_an_adapter_with_trl(base, tmp_path, monkeypatch, page) -> None:
     from datasets import Dataset
 
     (code,) = [b.text for b in blocks(ROOT / page) if b.language == "python"]
@@ -274,9 +266,7 @@ def test_the_evaluation_harness_loads_a_base(base: Path) -> None:
     assert same(harness.model, load_base(base))
 
 
-def test_files_that_the_hub_cache_lacks_are_downloaded(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_the_hub_cache_lacks_are_downloaded(base, tmp_path, monkeypatch) -> None:
     """transformers downloads config.json and the weights; checking needs base.json and more."""
     repository, revision = tmp_path / "models--owner--name", "a1b2" * 10
     snapshot = Path(shutil.copytree(base, repository / "snapshots" / revision))

@@ -35,7 +35,7 @@ from qwlora.formats.aimet_encodings.grids import TensorLayout, entry_of, grid_of
 from qwlora.formats.aimet_encodings.model import Entry
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding, measure
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent / "aimet_encodings" / "files"
 BLOCKED = {"block": (6, 8), "lpbq": (8, 6)}
@@ -215,7 +215,7 @@ def test_a_checkpoint_has_the_written_grids(tmp_path: Path, version: str, folded
     ("version", "producer"), [("1.0.0", "aimet-torch"), ("1.0.0", "another"), ("2.0.0", "another")]
 )
 def test_a_flat_list_of_blocks_of_a_weight_stored_in_by_out_needs_its_order(
-    tmp_path: Path, version: str, producer: str
+    tmp_path, version, producer
 ) -> None:
     """GPT-2's Conv1D: integers are [out, in]."""
     model = models.gpt2(vocab_size=48, n_layer=1)
@@ -364,9 +364,7 @@ def test_tied_weights_have_one_grid_or_stay_float_by_any_of_their_names(tmp_path
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(8)], ids=str)
 @pytest.mark.parametrize("bitwidth", [3, 8])
-def test_encodings_of_another_checkpoint_are_refused(
-    tmp_path: Path, bitwidth: int, granularity: Granularity
-) -> None:
+def test_encodings_of_another_checkpoint_are_refused(tmp_path, bitwidth, granularity) -> None:
     """Scales that clip outliers are accepted, scales that are far too small or large are not."""
 
     def read(factor: float) -> None:

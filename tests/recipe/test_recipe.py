@@ -86,7 +86,7 @@ PATHS += ("adapters.0.continue_from", "adapters.0.data.source")
 
 @pytest.mark.parametrize("key", PATHS)
 def test_a_path_that_is_not_there_is_shown_as_absolute(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    recipe_for, tmp_path, monkeypatch, key
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (problem,) = (p for p in problems(recipe_for(), f"{key}=./no/x.gguf") if "no/x" in p)
@@ -111,7 +111,7 @@ def test_a_path_that_is_not_there_is_shown_as_absolute(
     ],
 )
 def test_a_value_that_cannot_be_used_names_its_key(
-    recipe_for: Any, tmp_path: Path, key: str, value: str, message: str
+    recipe_for, tmp_path, key, value, message
 ) -> None:
     (tmp_path / "notes.txt").write_bytes(b"{{ messages }}\n\xff")
     found = problems(recipe_for(), f"{key}={value.format(tmp=tmp_path)}")
@@ -233,7 +233,7 @@ def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
     ],
 )
 def test_presets_fill_in_what_the_recipe_does_not_set(
-    recipe_for: Any, preset: str, changes: tuple[str, ...], expected: tuple[Any, ...]
+    recipe_for, preset, changes, expected
 ) -> None:
     recipe = load_recipe(recipe_for(preset=preset), changes)
     first = recipe.adapters[0]

@@ -160,9 +160,7 @@ def count(key: str, value: int) -> bytes:
         ),
     ],
 )
-def test_tensors_that_are_not_the_models(
-    tmp_path: Path, good: bytes, old: bytes, new: bytes, message: str
-) -> None:
+def test_tensors_that_are_not_the_models(tmp_path, good, old, new, message) -> None:
     path = tmp_path / "m.gguf"
     assert good.replace(old, new) != good
     path.write_bytes(good.replace(old, new))
@@ -194,9 +192,7 @@ PLACES = st.tuples(st.integers(0, 1600), VALUES, st.sampled_from([1, 4, 8]))
 @given(places=st.lists(PLACES, min_size=1, max_size=3), cut=st.booleans())
 @example(places=[(8, 2**63, 8)], cut=False)
 @example(places=[(467, 255, 1)], cut=False)  # an embedding of 548 GB
-def test_damaged_files_are_read_or_refused(
-    tmp_path: Path, good: bytes, places: list[tuple[int, int, int]], cut: bool
-) -> None:
+def test_damaged_files_are_read_or_refused(tmp_path, good, places, cut) -> None:
     content, path = bytearray(good), tmp_path / "m.gguf"
     for place, value, width in places:
         content[place : place + width] = (value % 256**width).to_bytes(width, "little")

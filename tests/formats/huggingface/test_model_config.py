@@ -43,9 +43,7 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ({"configuration_files": ["config.4.0.0.json"]}, "num_hidden_layers"),
     ],
 )
-def test_counts_are_checked_before_transformers_reads_them(
-    tmp_path: Path, record: dict[str, Any], key: str, expanded: list[Any]
-) -> None:
+def test_counts_are_checked_before_transformers_reads_them(tmp_path, record, key, expanded) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "config.4.0.0.json").write_text(json.dumps({"num_hidden_layers": MANY}))

@@ -12,14 +12,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.models import edit_json, edit_tensors, gpt2, llama, mixtral, read_integers
+from formats.models import (
+    edit_json,
+    edit_tensors,
+    equal,
+    gpt2,
+    llama,
+    mixtral,
+    read_integers,
+    values_of,
+)
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor, measure
-from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 FILE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,10 +37,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def same(folder: Path, model: PreTrainedModel) -> bool:
     checkpoint = FolderCheckpoint(folder)
     expected = {name: tensor.data for name, tensor in model.named_parameters()}
-    return checkpoint.names() == list(expected) and all(
-        torch.equal(checkpoint.read(name), value)  # type: ignore[arg-type]
-        for name, value in expected.items()
-    )
+    return checkpoint.names() == list(expected) and equal(values_of(checkpoint)[0], expected)
 
 
 @pytest.mark.parametrize("model", [llama, mixtral, gpt2])
@@ -91,9 +97,7 @@ def quantized(folder: Path, **schemes: Scheme) -> FolderCheckpoint:
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(16)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_quantized_experts_become_one_quantized_tensor(
-    tmp_path: Path, granularity: Granularity, symmetric: bool
-) -> None:
+def test_quantized_experts_become_one_quantized_tensor(tmp_path, granularity, symmetric) -> None:
     """The values are those of each expert, quantized alone, joined as transformers joins floats."""
     mixtral(num_hidden_layers=1).save_pretrained(tmp_path)
     scheme = Scheme(4, symmetric, granularity)
@@ -159,7 +163,7 @@ EXTRA = {"model.extra": torch.ones(2)}
     ],
 )
 def test_folders_that_do_not_fit_their_configuration(
-    tmp_path: Path, read: Any, tensors: Any, config: dict[str, Any], message: str
+    tmp_path, read, tensors, config, message
 ) -> None:
     llama().save_pretrained(tmp_path)
     edit_tensors(tmp_path / FILE, tensors)
@@ -189,9 +193,7 @@ AWQ = '{"quantization_config": {"quant_method": "awq"}}'
         ("", None, "[1]", "is not a JSON object"),
     ],
 )
-def test_paths_that_are_no_checkpoint(
-    tmp_path: Path, path: str, encodings: str | None, config: str | None, message: str
-) -> None:
+def test_paths_that_are_no_checkpoint(tmp_path, path, encodings, config, message) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SourceError, match=message):

@@ -125,10 +125,8 @@ def rope(scaling: dict[str, Any], original: int | None = None) -> tuple[str, dic
     return "qwen2", {**WIDE, "rope_scaling": {**scaling, **more}}
 
 
-LAYERS = {
-    "full_attention": LINEAR,
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LAYERS = {"full_attention": LINEAR, "sliding_attention": PLAIN}
 TWO_KINDS = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 

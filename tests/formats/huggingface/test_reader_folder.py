@@ -154,12 +154,7 @@ EXTRA = {"model.extra": torch.ones(2)}
         (load_model, {DOWN: None}, {}, f"missing from its files: {DOWN} of Llama.*download it"),
         (load_model, EXTRA, {}, "its files hold model.extra, which LlamaForCausalLM lacks"),
         (load_model, {}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* and 4 more"),
-        (
-            load_model,
-            {},
-            {"quantization_config": {"quant_method": "gptq"}},
-            "integers.*solver: keep",
-        ),
+        (load_model, {}, {"quantization_config": {"quant_method": "gptq"}}, "integers.*: keep"),
     ],
 )
 def test_folders_that_do_not_fit_their_configuration(
@@ -233,30 +228,30 @@ OUTSIDE = "which is not a .safetensors file in this folder"
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        *(
-            (json.dumps({"weight_map": weight_map}), message)
-            for weight_map, message in (
-                *(
-                    ({"a": f"{path}.safetensors"}, OUTSIDE)
-                    for path in ("../outside", "one/../../outside", "..\\x", "absent")
-                ),
-                ({"a": "/etc/passwd"}, f"lists '/etc/passwd', {OUTSIDE}"),
-                ({"a": "one.safetensors", "c": "two.safetensors"}, "'c' is also in another shard"),
-                ({"a": 3}, "weight_map must give the file name of each tensor"),
-                (None, "weight_map must give"),
-            )
+        ('{"weight_map": {"a": "../outside.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "one/../../outside.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "..\\\\x.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "absent.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "/etc/passwd"}}', f"lists '/etc/passwd', {OUTSIDE}"),
+        (
+            '{"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}',
+            "'c' is also in another",
         ),
+        ('{"weight_map": {"a": 3}}', "weight_map must give the file name of each tensor"),
+        ('{"weight_map": null}', "weight_map must give"),
         ('{"weight_map": {"a": "x", "a": "x"}}', "the key 'a' twice"),
         ("[]", "is not a JSON object"),
     ],
 )
 def test_damaged_indices(tmp_path: Path, index: str, message: str) -> None:
+    llama().config.save_pretrained(tmp_path)
     save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"c": torch.ones(2)}, tmp_path / "two.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
     (tmp_path / f"{FILE}.index.json").write_text(index)
-    with pytest.raises(SourceError, match=message):
-        SafetensorsFiles(tmp_path)
+    for read in (SafetensorsFiles, load_model):
+        with pytest.raises(SourceError, match=message):
+            read(str(tmp_path))
 
 
 def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:

@@ -7,16 +7,18 @@ import shutil
 import struct
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetModel
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetModel
 from transformers.pytorch_utils import Conv1D
 
 from cli.command_line import answered, qwlora, refused
 from conftest import byte_tokenizer, packed_model, reseal, tiny_model
+from formats.models import edit_tensors, gpt2
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -92,7 +94,7 @@ def test_a_base_as_text_against_itself(base: tuple[Path, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
-    architecture: str, checkpoints: dict[str, Path], tmp_path: Path
+    architecture, checkpoints, tmp_path
 ) -> None:
     """GPT-2 has square weights that are stored the other way round."""
     model, plain = tiny_model(architecture), tiny_model(architecture)
@@ -124,12 +126,11 @@ def test_a_float_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_one_layer_of_each_kind_is_read_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
     files, plain = SafetensorsFiles(GPTQ), SafetensorsFiles.read
-    monkeypatch.setattr(
-        SafetensorsFiles, "read", lambda self, name: (read.append(name), plain(self, name))[1]
-    )
+    spy = mock.Mock(side_effect=lambda name: plain(files, name))
+    monkeypatch.setattr(SafetensorsFiles, "read", lambda self, name: spy(name))
     inspection = inspect_source(str(GPTQ))
+    read = [call.args[0] for call in spy.mock_calls]
     assert inspection.kind == "gptq checkpoint"
     integers = [t for t in inspection.tensors if t.is_integers]
     layers = {name.rpartition(".")[0] for name in read if name.endswith("qweight")}
@@ -139,24 +140,23 @@ def test_one_layer_of_each_kind_is_read_of_gptq(monkeypatch: pytest.MonkeyPatch)
     names = [n for n in files.names() if n.startswith(f"{layer}.") and not n.endswith(".bias")]
     assert len(names) == 4
     assert tensor.bytes == sum(files.read(n).nbytes for n in names)
-    outputs, inputs = files.shape(f"{layer}.qweight")[1], len(files.read(f"{layer}.g_idx"))
-    assert tensor.shape == (outputs, inputs)
+    assert tensor.shape == (files.shape(f"{layer}.qweight")[1], *files.shape(f"{layer}.g_idx"))
     assert tensor.grid.startswith("int4 ")
 
 
 def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
     """Of two GPTQ layers of one kind, one happens to have every zero point in the middle."""
     shutil.copytree(GPTQ, tmp_path, dirs_exist_ok=True)
-    files = load_file(tmp_path / "model.safetensors")
-    names = [n for n in sorted(files) if n.endswith(("up_proj.qzeros", "gate_proj.qzeros"))]
+    layers = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    stored = load_file(tmp_path / "model.safetensors")
     # 8, less the one that version 1 subtracts; and another
-    for name, zero in zip(names, (0x77777777, 0x55555555), strict=False):
-        files[name] = torch.full_like(files[name], zero)
-    save_file(files, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    zeros = dict(zip(layers, (0x77777777, 0x55555555), strict=True))
+    changes = {f"{n}.qzeros": torch.full_like(stored[f"{n}.qzeros"], z) for n, z in zeros.items()}
+    edit_tensors(tmp_path / "model.safetensors", changes)
 
     def grids(against: str | None) -> list[str]:
         found = {t.name: t.grid for t in inspect_source(str(tmp_path), against).tensors}
-        return [found[name.replace("qzeros", "weight")] for name in names[:2]]
+        return [found[f"{layer}.weight"] for layer in layers]
 
     assert grids(None) == ["int4 per block 32"] * 2
     symmetric, asymmetric = "int4 symmetric per block 32", "int4 asymmetric per block 32"
@@ -186,18 +186,14 @@ def test_adapters_are_listed_with_their_base(base: tuple[Path, Any], tmp_path: P
     assert found["fingerprint"] == fingerprint(other)
 
 
-def test_whatever_else_is_refused_with_a_reason(
-    base: tuple[Path, Any], tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
+def test_whatever_else_is_refused_with_a_reason(base, tmp_path, checkpoints) -> None:
     folder, _ = base
     (tmp_path / "text.txt").write_text("words")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
     for name in ("half", "shapes"):
         (tmp_path / name).mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 16}
-    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "shapes")
+    gpt2(n_layer=1, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "shapes")
     record = json.loads((folder / "base.json").read_text())
     record["layers"]["model.layers.0.mlp.up_proj"]["bitwidth"] = 999
     damaged = shutil.copytree(folder, tmp_path / "damaged")
@@ -211,9 +207,11 @@ def test_whatever_else_is_refused_with_a_reason(
         ("somebody/a-model-that-is-not-here",): "cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "no tensor name in common",
-        (tmp_path / "shapes", "--against", checkpoints["gpt2"]): (
-            r"transformer\.wte\.weight .*\[99, 32\] .*\[260, 64\]"
-        ),
+        (
+            tmp_path / "shapes",
+            "--against",
+            checkpoints["gpt2"],
+        ): r"wte\.weight .*\[64, 32\] .*\[260, ",
         (damaged,): "layer 'model.layers.0.mlp.up_proj' of base.json",
     }.items():
         assert re.search(message, refused("inspect", *arguments))

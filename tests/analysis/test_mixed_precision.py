@@ -109,7 +109,7 @@ def test_the_fewest_dearest_values_get_the_wide_grid() -> None:
     made = calibrated(8)
     with made.only():
         reference = loss(made)
-    limit = reference + 0.3 * (loss(_all(made, NARROW)) - reference)
+    limit = reference + 0.3 * (loss(calibrated(2)) - reference)
     found = suggest(made, BATCHES, lambda: loss(made), limit, 2, 8)
     assert found.measured <= limit < found.all_narrow
     assert 0 < len(found.wide) < len(made.quantizers)
@@ -162,10 +162,3 @@ def test_a_limit_that_nothing_keeps_is_refused() -> None:
     made, message = calibrated(8), r"activation at 8 bits the measure is .* above the limit of 0"
     with pytest.raises(CalibrationError, match=message):
         suggest(made, BATCHES, lambda: loss(made), 0.0, 2, 8)
-
-
-def _all(made: Simulation, scheme: Scheme) -> Simulation:
-    for quantizer in made.quantizers.values():
-        quantizer.scheme = scheme
-    made.freeze()
-    return made

@@ -3,7 +3,6 @@
 import math
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,9 +57,7 @@ def from_results(results: dict[str, Any], *stage: str) -> dict[str, float]:
     }
 
 
-def test_figures_of_a_job_agree_with_plain_transformers(
-    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
+def test_figures_of_a_job_agree_with_plain_transformers(recipe_for, tmp_path, checkpoints) -> None:
     """The figures of a job, and independent ones from the folders that it wrote."""
     float_model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).eval()
     job, out = load_recipe(recipe_for()), tmp_path / "out"

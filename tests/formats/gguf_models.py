@@ -1,6 +1,7 @@
 """GGUF files of small models with random blocks, written by the gguf package."""
 
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,17 @@ def write_file(
 
 
 def in_turn(kinds: tuple[str, ...] = KINDS) -> Callable[[str, tuple[int, ...]], str]:
-    """A choice of types: matrices take the quantized ones in turn, vectors F32, F16 and BF16."""
-    seen = {"matrices": 0, "vectors": 0}
+    """A choice of types: matrices take the quantized ones in turn, vectors F32, F16 and BF16.
+
+    Experts that are joined to one tensor have one type.
+    """
+    matrices, vectors = cycle(kinds), cycle(("F32", "F16", "BF16"))
+    chosen: dict[str, str] = {}
 
     def kind_of(name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) > 1 and shape[-1] % 256 == 0:
-            seen["matrices"] += 1
-            return kinds[seen["matrices"] % len(kinds)]
-        seen["vectors"] += 1
-        return ("F32", "F16", "BF16")[seen["vectors"] % 3]
+        joined = name.replace("gate_exps", "up_exps")
+        if joined not in chosen:
+            chosen[joined] = next(matrices if len(shape) > 1 and shape[-1] % 256 == 0 else vectors)
+        return chosen[joined]
 
     return kind_of

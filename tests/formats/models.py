@@ -75,6 +75,20 @@ def read_integers(checkpoint: Any, name: str) -> QuantizedTensor:
     return value
 
 
+def values_of(checkpoint: Any) -> tuple[dict[str, Tensor], set[str]]:
+    """All tensors as floats, and the names of those that are stored as integers."""
+    stored = {name: checkpoint.read(name) for name in checkpoint.names()}
+    packed = {name for name, value in stored.items() if isinstance(value, QuantizedTensor)}
+    floats = {name: v.dequantize() if name in packed else v for name, v in stored.items()}
+    return floats, packed
+
+
+def equal(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether both have the same names and, bit for bit, the same values."""
+    same_names = tensors.keys() == expected.keys()
+    return same_names and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
 def read_floats(checkpoint: Any, name: str) -> Tensor:
     """A tensor that must be stored as floats."""
     value = checkpoint.read(name)

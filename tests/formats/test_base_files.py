@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,9 @@ def test_the_files_are_mapped_not_copied(base: Path) -> None:
     assert any(low <= layer.packed.data_ptr() < high for low, high in spans)
 
 
-def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = json.loads((folder / "base.json").read_text())
-    change(record)
-    (folder / "base.json").write_text(json.dumps(record))
+def edit_record(folder: Path, **changes: Any) -> None:
+    """Change base.json, whose digest then agrees."""
+    edit_json(folder / "base.json", **changes)
     reseal(folder, "base.json")
 
 
@@ -182,20 +182,25 @@ def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
         with pytest.raises(FingerprintError, match=f"{PACKED} changed after saving"):
             load(base)
     edit_tensors(base / "base.safetensors", {PACKED: packed})
-    edit_json(base / "config.json", rms_norm_eps=1e-3)
-    for load in (*LOADERS, BaseCheckpoint):
-        with pytest.raises(FingerprintError, match=r"config.json changed .* quantize again"):
-            load(base)
+    changes = {"tokenizer.json": {"version": "2"}, "config.json": {"rms_norm_eps": 1e-3}}
+    for file, change in changes.items():
+        edit_json(base / file, **change)
+        for load in (*LOADERS, BaseCheckpoint):
+            with pytest.raises(FingerprintError, match=rf"{file}.* changed .* quantize again"):
+                load(base)
     reseal(base, "base.json")
     with pytest.raises(FingerprintError, match=r"rms_norm_eps: default -> "):
         load_base(base)
-    edit_record(base, lambda record: record.update(configuration="{"))
+    edit_record(base, configuration="{")
     with pytest.raises(SourceError, match=r"configuration in base\.json is not JSON"):
         load_base(base)
 
 
-def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_named_when_they_are_read(tmp_path: Path) -> None:
     saved(quantized(rules=RULES), tmp_path)
+    scale_of(0.0)(tmp_path)
+    with pytest.raises(GridError, match=f"layer '{LAYER}' of base.json: a scale is "):
+        BaseCheckpoint(tmp_path).read(f"{LAYER}.weight")
     edit_tensors(tmp_path / "base.safetensors", {f"{LAYER}.block_scale": None})
     with pytest.raises(SourceError, match=rf"{LAYER}.block_scale is missing.* needs \[128, 2\]"):
         BaseCheckpoint(tmp_path).read(f"{LAYER}.weight")
@@ -218,7 +223,7 @@ def resign(folder: Path) -> None:
     }
     numbers = base_settings(empty_model(read_config(folder)))
     identity = combined_fingerprint(digests, numbers)
-    edit_record(folder, lambda r: r.update(fingerprint=identity, tensors=digests))
+    edit_record(folder, fingerprint=identity, tensors=digests)
 
 
 Damage = Callable[[Path], Any]
@@ -241,30 +246,31 @@ def scale_of(value: float) -> Damage:
 
 
 def record_of(**changes: Any) -> Damage:
-    return lambda folder: edit_record(folder, lambda record: record.update(changes))
+    return lambda folder: edit_record(folder, **changes)
 
 
 def layer_of(layer: Any, name: str = LAYER) -> Damage:
     """Changes what base.json says of a layer."""
 
-    def change(record: dict[str, Any]) -> None:
-        layers = record["layers"]
-        layers[name] = {**layers[LAYER], **layer} if isinstance(layer, dict) else layer
-
-    return lambda folder: edit_record(folder, change)
-
-
-def configuration_of(**changes: Any) -> Damage:
     def damage(folder: Path) -> None:
-        edit_json(folder / "config.json", **changes)
-        reseal(folder, "base.json")
+        layers = json.loads((folder / "base.json").read_text())["layers"]
+        layers[name] = {**layers[LAYER], **layer} if isinstance(layer, dict) else layer
+        edit_record(folder, layers=layers)
 
     return damage
 
 
-def autoencoder(folder: Path) -> None:
-    record_of(library="diffusers", **{"class": "AutoencoderKL"})(folder)
-    configuration_of(in_channels="three")(folder)
+def configuration_of(record: dict[str, Any] | None = None, **changes: Any) -> Damage:
+    """Changes config.json, and base.json by `record`."""
+
+    def damage(folder: Path) -> None:
+        edit_json(folder / "config.json", **changes)
+        edit_record(folder, **(record or {}))
+
+    return damage
+
+
+AUTOENCODER = {"library": "diffusers", "class": "AutoencoderKL"}
 
 
 @pytest.mark.parametrize(
@@ -312,19 +318,13 @@ def autoencoder(folder: Path) -> None:
             (record_of(library="diffusers", **{"class": name}), f"is of class {name!r}")
             for name in ("NoSuchModel", "DDPMScheduler", "logging", 3)
         ),
-        (autoencoder, "diffusers cannot build a AutoencoderKL from config.json"),
+        (configuration_of(AUTOENCODER, in_channels="three"), "cannot build a AutoencoderKL from"),
     ],
 )
 def test_damage_is_named(base: Path, damage: Damage, message: str) -> None:
     damage(base)
     with pytest.raises((GridError, SourceError), match=message):
         load_base(base)
-
-
-def test_a_bad_scale_is_named_when_its_layer_is_read(base: Path) -> None:
-    scale_of(0.0)(base)
-    with pytest.raises(GridError, match=f"layer '{LAYER}' of base.json: a scale is "):
-        BaseCheckpoint(base).read(f"{LAYER}.weight")
 
 
 def test_diffusers_is_asked_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +448,9 @@ def test_a_float_model_with_other_settings_is_refused(tmp_path: Path) -> None:
         load_base(tmp_path, model=empty)
 
 
+without_bias = partial(nn.Linear, bias=False)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -456,16 +459,11 @@ def files(folder: Path) -> dict[str, bytes]:
     ("change", "fact"),
     [
         (lambda m: m.add_module("extra", nn.Linear(4, 4)), "extra.bias is not in the model"),
-        (
-            lambda m: m.model.norm.add_module("inner", nn.Linear(64, 64, bias=False)),
-            r"layer 'model\.norm\.inner' of base\.json",
-        ),
+        (lambda m: m.model.norm.add_module("inner", without_bias(64, 64)), r"model\.norm\.inner'"),
         (lambda m: m.model.layers.__delitem__(1), "layers.1.input_layernorm.weight is missing"),
     ],
 )
-def test_a_model_that_its_configuration_does_not_describe_needs_the_float_model(
-    change: Any, fact: str, tmp_path: Path
-) -> None:
+def test_a_model_unlike_its_configuration_needs_the_float_model(change, fact, tmp_path) -> None:
     model, floats = tiny_model("llama"), tiny_model("llama")
     change(model), change(floats)
     quantize_(model, "w4-block4", "rtn")
@@ -512,11 +510,8 @@ def test_a_base_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
 
 def test_nothing_of_others_is_deleted(tmp_path: Path) -> None:
     """Where no base was, and where a stranger's record lists what is none of a base."""
-    mine = (
-        tmp_path / "mine",
-        tmp_path / "base/adapters/mine",
-        tmp_path / "none/base-00001.safetensors",
-    )
+    names = ("mine", "base/adapters/mine", "none/base-00001.safetensors")
+    mine = [tmp_path / name for name in names]
     for file in (*mine, tmp_path / "none" / "base.safetensors.index.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
@@ -546,15 +541,14 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     for seed, folder in enumerate(("a", "b")):
         save_adapter(get_peft_model(packed_model("llama", seed), config), tmp_path / folder)
-    model: Any = packed_model("llama")
+    model = packed_model("llama")
     with pytest.raises(FingerprintError):
         load_adapter(model, tmp_path / "b")
     adapted = load_adapter(model, tmp_path / "a")
-    ids = torch.arange(8)[None]
-    wanted = adapted(ids).logits
+    wanted = logits(adapted)
     with pytest.raises(SourceError, match=r"already has an adapter called 'default'"):
         load_adapter(adapted, tmp_path / "a")
     with pytest.raises(FingerprintError):
         load_adapter(adapted, tmp_path / "b", adapter_name="b")
     assert list(adapted.peft_config) == ["default"]
-    assert torch.equal(adapted(ids).logits, wanted)
+    assert torch.equal(logits(adapted), wanted)

@@ -77,9 +77,7 @@ def willing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("part", "verb"), [("own_model", "run"), ("own_tokenizer", "data")])
-def test_code_does_not_run(
-    recipe_for: Any, part: str, verb: str, ran: Path, tmp_path: Path, request: Any
-) -> None:
+def test_code_does_not_run(recipe_for, part, verb, ran, tmp_path, request) -> None:
     recipe = recipe_for(model={"source": str(request.getfixturevalue(part))})
     done = qwlora(verb, recipe, *(["--out", tmp_path / "out"] if verb == "run" else []))
     assert (done.returncode, ran.exists()) == (2, False)
@@ -89,7 +87,7 @@ def test_code_does_not_run(
 
 
 def test_trusted_code_runs_and_every_summary_says_so(
-    recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
+    recipe_for, own_model, own_tokenizer, ran, tmp_path
 ) -> None:
     model = {"source": str(own_model), "trust_remote_code": True}
     recipe = recipe_for(model=model, export={"targets": []})
@@ -112,7 +110,7 @@ def test_trusted_code_runs_and_every_summary_says_so(
     ],
 )
 def test_a_base_holds_the_code_of_its_parts_and_says_so(
-    folder: Path, part: str, code: str, file: str, auto_map: dict[str, Any], tmp_path: Path
+    folder, part, code, file, auto_map, tmp_path
 ) -> None:
     (folder / f"{part}.py").write_text(code)
     edit_json(folder / f"{file}.json", auto_map=auto_map)

@@ -1,4 +1,4 @@
-"""What the recipe refuses, and how it says so."""
+"""What the recipe refuses, and how it says so; recipes follow YAML 1.2, and a key is given once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
 from qwlora.recipe.recipe_file import _keys
 from qwlora.recipe.reference import full_recipe, starter_recipe
+from qwlora.recipe.yaml_core import dump_yaml, load_yaml
 from qwlora.targets.registry import TARGETS
 
 
@@ -38,6 +39,11 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: '",
     "simulation.rules=[{match: x, bits: 8}]": "simulation.rules.0.bits: unknown key; did you mean simulation.rules.0.bitwidth?",
     "seed=true": "seed: expected a whole number, found True",
+    "seed=1:30": "seed: expected a whole number, found '1:30'",
+    "adapters.0.dora=yes": "adapters.0.dora: expected true or false, found 'yes'",
+    "adapters=[{name: a, rank: 1, rank: 2}]": (
+        "--set adapters=[{name: a, rank: 1, rank: 2}]: the value is not YAML: key 'rank'"
+    ),
     "adapters.0.warmup_steps=6": "adapters.0: lower warmup_steps (6) below steps (6)",
     "adapters.0.epochs=2": "adapters.0: give either steps (6) or epochs (2), not both",
     "adapters.0.name=../x": "adapters.0.name: '../x' does not fit this description: name of the adapter",
@@ -86,7 +92,7 @@ PATHS += ("adapters.0.continue_from", "adapters.0.data.source")
 
 @pytest.mark.parametrize("key", PATHS)
 def test_a_path_that_is_not_there_is_shown_as_absolute(
-    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    recipe_for, tmp_path, monkeypatch, key
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (problem,) = (p for p in problems(recipe_for(), f"{key}=./no/x.gguf") if "no/x" in p)
@@ -111,7 +117,7 @@ def test_a_path_that_is_not_there_is_shown_as_absolute(
     ],
 )
 def test_a_value_that_cannot_be_used_names_its_key(
-    recipe_for: Any, tmp_path: Path, key: str, value: str, message: str
+    recipe_for, tmp_path, key, value, message
 ) -> None:
     (tmp_path / "notes.txt").write_bytes(b"{{ messages }}\n\xff")
     found = problems(recipe_for(), f"{key}={value.format(tmp=tmp_path)}")
@@ -128,11 +134,9 @@ WORDS = {
     "adapters.0.num_train_epochs=3": "adapters.0.epochs",
     "data.max_seq_length=512": "data.sequence_tokens",
     "adapters.0.max_seq_length=512": "data.sequence_tokens",
-    "gradient_accumulation_steps=4": "adapters.0.accumulation_steps",
     "adapters.0.bf16=true": "adapters.0.compute: bfloat16",
     "output_dir=out": "--out DIR",
     "model.model_name_or_path=x": "model.source",
-    "data.question=q": "data.prompt_column",
     "base.load_in_4bit=true": "base.weights",
     "base.solver=nf4": "base.weights: w4-signed32",
     "base=int4": "base.weights: w4-signed32",
@@ -141,17 +145,8 @@ WORDS = {
     "data=some.jsonl": "data.source: some.jsonl",
     "export.targets=onnx": "export.targets: [onnx]",
     "device=gpu": "device: cuda",
-    "data.field_output=a": "data.output_column",
-    "adapters.0.saves_per_epoch=1": "adapters.0.checkpoint_steps",
-    "warmup_ratio=0.1": "adapters.0.warmup_steps",
-    "evals_per_epoch=4": "adapters.0.evaluation_steps",
     "lora_target_linear=true": "adapters.0.target_modules: all-linear",
-    "val_set_size=0.05": "data.held_out",
-    "micro_batch_size=2": "adapters.0.batch_sequences",
-    "base_model=x": "model.source",
-    "sample_packing=true": "data.packing",
     "load_in_8bit=true": "base.weights: w8-channel",
-    "data.field_messages=m": "data.messages_column",
 }
 
 
@@ -233,7 +228,7 @@ def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
     ],
 )
 def test_presets_fill_in_what_the_recipe_does_not_set(
-    recipe_for: Any, preset: str, changes: tuple[str, ...], expected: tuple[Any, ...]
+    recipe_for, preset, changes, expected
 ) -> None:
     recipe = load_recipe(recipe_for(preset=preset), changes)
     first = recipe.adapters[0]
@@ -290,3 +285,58 @@ def test_paths_are_relative_to_the_folder_of_the_recipe(recipe_for, tmp_path, mo
     monkeypatch.chdir(tmp_path / "elsewhere")
     (found,) = problems(path, "data.source=own")
     assert f"looked for {tmp_path / 'own'}). Give elsewhere/own" in found
+
+
+# YAML
+
+
+NUMBERS = {"012": 12, "0o14": 12, "0x1F": 31, "-3": -3, "5e-4": 5e-4, ".5": 0.5}
+OTHERS = {"true": True, "~": None, "": None}
+WORDS_OF_1_1 = ("1:30", "yes", "OFF", "2024-01-31", "1_000", "0b11")
+"""Numbers, truth values and dates to YAML 1.1, text to the core schema of 1.2."""
+STRINGS = (*NUMBERS, *OTHERS, *WORDS_OF_1_1, "=", "<<", "null", "1e5", ".inf")
+
+
+def test_a_scalar_is_what_the_core_schema_says(recipe_for: Any) -> None:
+    for text, value in (NUMBERS | OTHERS | {word: word for word in WORDS_OF_1_1}).items():
+        found = load_yaml(f"key: {text}")["key"]
+        assert (found, type(found)) == (value, type(value))
+    assert load_recipe(recipe_for(), ("seed=012",)).seed == 12
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_a_string_reads_back_as_a_string_by_1_1_and_by_1_2(text: str) -> None:
+    assert load_yaml(dump_yaml([text])) == yaml.safe_load(dump_yaml([text])) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("seed: 1\n# a comment\nseed: 2", "'seed' appears twice, in lines 1 and 3"),
+        ("- 1", "is not a mapping of sections"),
+        ("a: 1\nb: [\nc: 2", "line 3: the bracket opened in line 2 is not closed"),
+        ("a: 'x\n", "line 2: the quote opened in line 1 is not closed"),
+        ("a:\n\tb: 1", "line 2: a tab"),
+        ("a: b: 1", "line 1: a second colon"),
+        ("a:\n  b: 1\n c: 2", "line 3: the indentation"),
+        ("a: *b", "line 1: this is not YAML"),
+        ("a: 1\n---\nb: 1", "a second document"),
+        ("a: 1\nb: \x07", "line 2: this is not YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "5000 digits"),
+        ("seed: 0x" + "f" * 5000, "5002 digits"),
+        ("seed: !!int many", "does not fit its tag"),
+        ("seed: !!timestamp 2024-13-99", "does not fit its tag"),
+        ("seed: !!python/object:os.system x", "line 1: this is not YAML"),
+        ("name: x\n# caf\xe9\n", "recipe.yaml:2: byte 6"),
+    ],
+)
+def test_yaml_that_cannot_be_used_is_one_problem(tmp_path: Path, text: str, fact: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(text.encode("latin-1"))
+    (problem,) = problems(tmp_path / "recipe.yaml")
+    assert fact in problem
+
+
+def test_merge_keys_are_no_repetition() -> None:
+    text = "base: &base {rank: 4, alpha: 8}\nother: {<<: *base, rank: 2}"
+    assert load_yaml(text)["other"] == {"rank": 2, "alpha": 8}

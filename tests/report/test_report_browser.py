@@ -77,9 +77,7 @@ def test_no_error_no_request(browser: Any, pages: dict[str, Path], name: str, sc
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_plots_have_visible_marks_and_text_and_fit(
-    browser: Any, pages: dict[str, Path], name: str, width: int
-) -> None:
+def test_plots_have_visible_marks_and_text_and_fit(browser, pages, name, width) -> None:
     page = Opened(browser, pages[name], width).page
     page.evaluate(OPEN_FOLDS)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

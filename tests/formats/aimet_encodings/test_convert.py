@@ -4,7 +4,6 @@
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -109,9 +108,7 @@ WHOLE = "w: the whole encoding,"
         ("2.1.0", LPBQ, None, f"{WHOLE} LPBQ of 4 bits"),
     ],
 )
-def test_only_what_is_lost_is_named(
-    version: str, encoding: Entry, target: str | None, lost: str, tmp_path: Any
-) -> None:
+def test_only_what_is_lost_is_named(version, encoding, target, lost, tmp_path) -> None:
     file = EncodingsFile(version, (encoding,), frozenset({"w"}) if version < "2" else None)
     with pytest.raises(ConversionError) as caught:
         convert(file, target) if target else write_encodings(file, tmp_path / "w")
@@ -170,7 +167,7 @@ def written(encoding: Encoding, version: str, path: Path, transposed: bool) -> E
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_grid_comes_back_from_every_version_that_can_hold_it(
-    scheme: Scheme, version: str, transposed: bool, tmp_path: Path
+    scheme, version, transposed, tmp_path
 ) -> None:
     encoding = grid(scheme)
     with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
@@ -195,7 +192,7 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_signed_blocks_come_back_as_asymmetric_ones_of_equal_values(
-    bits: int, version: str, transposed: bool, tmp_path: Path
+    bits, version, transposed, tmp_path
 ) -> None:
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
     signed = measure(weight, Scheme(bits, granularity=SignedBlock(SIZE)))

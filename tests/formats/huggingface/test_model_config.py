@@ -43,9 +43,7 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ({"configuration_files": ["config.4.0.0.json"]}, "num_hidden_layers"),
     ],
 )
-def test_counts_are_checked_before_transformers_reads_them(
-    tmp_path: Path, record: dict[str, Any], key: str, expanded: list[Any]
-) -> None:
+def test_counts_are_checked_before_transformers_reads_them(tmp_path, record, key, expanded) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "config.4.0.0.json").write_text(json.dumps({"num_hidden_layers": MANY}))
@@ -127,10 +125,8 @@ def rope(scaling: dict[str, Any], original: int | None = None) -> tuple[str, dic
     return "qwen2", {**WIDE, "rope_scaling": {**scaling, **more}}
 
 
-LAYERS = {
-    "full_attention": LINEAR,
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LAYERS = {"full_attention": LINEAR, "sliding_attention": PLAIN}
 TWO_KINDS = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 

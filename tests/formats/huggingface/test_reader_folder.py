@@ -12,14 +12,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.models import edit_json, edit_tensors, gpt2, llama, mixtral, read_integers
+from formats.models import (
+    edit_json,
+    edit_tensors,
+    equal,
+    gpt2,
+    llama,
+    mixtral,
+    read_integers,
+    values_of,
+)
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor, measure
-from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 FILE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,10 +37,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def same(folder: Path, model: PreTrainedModel) -> bool:
     checkpoint = FolderCheckpoint(folder)
     expected = {name: tensor.data for name, tensor in model.named_parameters()}
-    return checkpoint.names() == list(expected) and all(
-        torch.equal(checkpoint.read(name), value)  # type: ignore[arg-type]
-        for name, value in expected.items()
-    )
+    return checkpoint.names() == list(expected) and equal(values_of(checkpoint)[0], expected)
 
 
 @pytest.mark.parametrize("model", [llama, mixtral, gpt2])
@@ -91,9 +97,7 @@ def quantized(folder: Path, **schemes: Scheme) -> FolderCheckpoint:
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(16)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_quantized_experts_become_one_quantized_tensor(
-    tmp_path: Path, granularity: Granularity, symmetric: bool
-) -> None:
+def test_quantized_experts_become_one_quantized_tensor(tmp_path, granularity, symmetric) -> None:
     """The values are those of each expert, quantized alone, joined as transformers joins floats."""
     mixtral(num_hidden_layers=1).save_pretrained(tmp_path)
     scheme = Scheme(4, symmetric, granularity)
@@ -150,16 +154,11 @@ EXTRA = {"model.extra": torch.ones(2)}
         (load_model, {DOWN: None}, {}, f"missing from its files: {DOWN} of Llama.*download it"),
         (load_model, EXTRA, {}, "its files hold model.extra, which LlamaForCausalLM lacks"),
         (load_model, {}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* and 4 more"),
-        (
-            load_model,
-            {},
-            {"quantization_config": {"quant_method": "gptq"}},
-            "integers.*solver: keep",
-        ),
+        (load_model, {}, {"quantization_config": {"quant_method": "gptq"}}, "integers.*: keep"),
     ],
 )
 def test_folders_that_do_not_fit_their_configuration(
-    tmp_path: Path, read: Any, tensors: Any, config: dict[str, Any], message: str
+    tmp_path, read, tensors, config, message
 ) -> None:
     llama().save_pretrained(tmp_path)
     edit_tensors(tmp_path / FILE, tensors)
@@ -189,9 +188,7 @@ AWQ = '{"quantization_config": {"quant_method": "awq"}}'
         ("", None, "[1]", "is not a JSON object"),
     ],
 )
-def test_paths_that_are_no_checkpoint(
-    tmp_path: Path, path: str, encodings: str | None, config: str | None, message: str
-) -> None:
+def test_paths_that_are_no_checkpoint(tmp_path, path, encodings, config, message) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SourceError, match=message):
@@ -231,30 +228,30 @@ OUTSIDE = "which is not a .safetensors file in this folder"
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        *(
-            (json.dumps({"weight_map": weight_map}), message)
-            for weight_map, message in (
-                *(
-                    ({"a": f"{path}.safetensors"}, OUTSIDE)
-                    for path in ("../outside", "one/../../outside", "..\\x", "absent")
-                ),
-                ({"a": "/etc/passwd"}, f"lists '/etc/passwd', {OUTSIDE}"),
-                ({"a": "one.safetensors", "c": "two.safetensors"}, "'c' is also in another shard"),
-                ({"a": 3}, "weight_map must give the file name of each tensor"),
-                (None, "weight_map must give"),
-            )
+        ('{"weight_map": {"a": "../outside.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "one/../../outside.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "..\\\\x.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "absent.safetensors"}}', OUTSIDE),
+        ('{"weight_map": {"a": "/etc/passwd"}}', f"lists '/etc/passwd', {OUTSIDE}"),
+        (
+            '{"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}',
+            "'c' is also in another",
         ),
+        ('{"weight_map": {"a": 3}}', "weight_map must give the file name of each tensor"),
+        ('{"weight_map": null}', "weight_map must give"),
         ('{"weight_map": {"a": "x", "a": "x"}}', "the key 'a' twice"),
         ("[]", "is not a JSON object"),
     ],
 )
 def test_damaged_indices(tmp_path: Path, index: str, message: str) -> None:
+    llama().config.save_pretrained(tmp_path)
     save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"c": torch.ones(2)}, tmp_path / "two.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
     (tmp_path / f"{FILE}.index.json").write_text(index)
-    with pytest.raises(SourceError, match=message):
-        SafetensorsFiles(tmp_path)
+    for read in (SafetensorsFiles, load_model):
+        with pytest.raises(SourceError, match=message):
+            read(str(tmp_path))
 
 
 def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:

@@ -20,17 +20,9 @@ import qwlora
 from conftest import byte_tokenizer, text, tiny_model
 
 from . import jobs
-from .record import Record
+from .record import MARKER, Record
 from .targets import Target, again_target, merge_target, stage_target
 from .victims import command, start
-
-HEAD = """# Reliability
-
-What happens when a run is killed, the disk fills up, files rot, or a file is hostile.
-`make test-attack` attacks QWLoRA on tiny models and writes this page; do not edit it. Seed {seed},
-torch {torch}, transformers {transformers}, Python {python}, {system}, on the CPU.
-
-"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,14 +43,10 @@ def record(request: pytest.FixtureRequest, seed: int) -> Iterator[Record]:
     yield collected
     path = request.config.getoption("--reliability", default=None)
     if path:
-        head = HEAD.format(
-            seed=seed,
-            torch=version("torch").split("+")[0],
-            transformers=version("transformers"),
-            python=platform.python_version(),
-            system=platform.system(),
-        )
-        path.write_text(head + collected.to_markdown())
+        text = path.read_text().partition(MARKER)[0]
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        made = f"Seed {seed}, {versions}, Python {platform.python_version()}, on the CPU."
+        path.write_text(f"{text}{MARKER}\n{made}\n\n{collected.to_markdown()}")
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,24 @@
-"""`export` to every target with adapters that are not of the base, damaged, or of another kind."""
+"""`export` to every target with adapters that are not of the base, damaged, or of another kind.
 
-import os
+The ways in which a folder is wrong are tested in adapter/test_adapter.py, and changes of a model
+that was simulated in simulation/test_changed_model.py: here, some of each for every target.
+"""
+
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
 from conftest import byte_tokenizer, flip_bit, reseal, tiny_model
-from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
+from qwlora.adapter.adapter_files import FILE, WEIGHTS
 from qwlora.simulation.adapter_simulations import AdapterSimulations
-from qwlora.system.parameter_names import BASE
 from qwlora.targets.registry import TARGETS
 
 from .hostile_models import edit, tensors
@@ -33,7 +34,6 @@ pytestmark = [
 ]
 IDS = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-FLOATS = qwlora.Schemes(policy="weights-only")
 GRIDS = qwlora.Schemes(  # which every target takes
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
@@ -43,7 +43,6 @@ GRIDS = qwlora.Schemes(  # which every target takes
 # Schemes of bases, which all targets that take a base take, and all that take simulations.
 BLOCKS, CHANNELS = "w4-bf16block32", "w4-channel"
 MODULES = ["q_proj", "down_proj"]
-Make = Callable[[Path], Any]
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -51,20 +50,8 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**usual | settings, init_lora_weights=False)
 
 
-GPT2 = lora(target_modules=["c_attn"], fan_in_fan_out=True)
-KINDS: dict[str, Any] = {
-    "IA3": IA3Config(
-        target_modules=MODULES, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-    ),
-    "DoRA": lora(use_dora=True),
-    "LoRA with biases": lora(lora_bias=True),
-    "LoRA and a module": lora(modules_to_save=["input_layernorm"]),
-}
-
-
-def base(scheme: str = BLOCKS, seed: int = 0, layers: int = 1, width: int = 64) -> Any:
-    config = tiny_model("llama", layers=layers).config.to_dict()
-    config |= {"hidden_size": width, "tie_word_embeddings": False}
+def base(scheme: str = BLOCKS, seed: int = 0, layers: int = 1) -> Any:
+    config = tiny_model("llama", layers=layers).config.to_dict() | {"tie_word_embeddings": False}
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(LlamaConfig(**config)).eval()
     rules = [qwlora.LayerRule("*embed_tokens", qwlora.Scheme(8))] * (scheme == CHANNELS)
@@ -80,106 +67,76 @@ def adapted(model: Any, config: Any, *names: str) -> Any:
         wrapped.add_adapter(name, config)
     with torch.no_grad():
         for path, parameter in wrapped.named_parameters():
-            if any(part in path for part in ("ia3_", "magnitude", "modules_to_save", "B.bias")):
+            if any(part in path for part in ("magnitude", "modules_to_save", "B.bias")):
                 parameter.add_(torch.rand_like(parameter))
     return wrapped.eval()
 
 
-def ours(model: Any, folder: Path, config: Any = None, of: Any = None) -> None:
-    """An adapter that records its base, or `of` as if it were that."""
+def save(folder: Path, config: Any = None, of: Any = None, **settings: Any) -> None:
+    """An adapter of `base(**settings)` that records its base, or `of` as if it were that."""
     fingerprint = None if of is None else qwlora.fingerprint(of)
-    qwlora.save_adapter(adapted(model, config or lora(), "default"), folder, fingerprint)
+    model = adapted(base(**settings), config or lora(), "default")
+    qwlora.save_adapter(model, folder, fingerprint)
 
 
-def of_peft(model: Any, folder: Path, config: Any = None) -> None:
-    """An adapter that does not record its base."""
-    adapted(model, config or lora(), "default").save_pretrained(folder)
+def save_ia3(folder: Path) -> None:
+    config = IA3Config(target_modules=MODULES, feedforward_modules=["down_proj"])
+    get_peft_model(base(), config).save_pretrained(folder)
 
 
-def mergeable(folder: Path) -> None:
+def save_mergeable(folder: Path) -> None:
     model = adapted(base(), lora(), "default")
     qwlora.mergeable_(model)
     qwlora.save_adapter(model, folder)
 
 
-def claimed(folder: Path) -> None:
+def save_claimed(folder: Path) -> None:
     """The adapter of another model, whose record was edited to name this base."""
-    ours(base(seed=4), folder)
-    setting(FILE, base_fingerprint=qwlora.fingerprint(base()))(folder)
+    save(folder, seed=4)
+    edit(FILE, base_fingerprint=qwlora.fingerprint(base()))(folder, folder)
 
 
-def changed(change: Make, is_sealed: bool = False) -> Make:
-    """A right adapter, changed after it was saved; sealed: its record agrees with it."""
-
-    def make(folder: Path) -> None:
-        ours(base(), folder)
-        change(folder)
-        if is_sealed:
-            reseal(folder, FILE)
-
-    return make
+def save_flipped(folder: Path) -> None:
+    save(folder)
+    flip_bit(folder / WEIGHTS)
 
 
-def number(value: float) -> Make:
-    """Replace one number of an adapter."""
+def save_nan(folder: Path) -> None:
+    """A number that is not finite, in a record that agrees."""
 
     def change(content: dict[str, torch.Tensor]) -> None:
-        next(iter(content.values())).view(-1)[3] = value
+        next(iter(content.values())).view(-1)[3] = torch.nan
 
-    return lambda folder: tensors(change, WEIGHTS)(folder, folder)
-
-
-def setting(file: str = CONFIG, **values: Any) -> Make:
-    return lambda folder: edit(file, **values)(folder, folder)
+    save(folder)
+    tensors(change, WEIGHTS)(folder, folder)
+    reseal(folder, FILE)
 
 
 OTHER = r"Load it onto its own base, or train it again"
 AGAIN = r"[Cc]opy it again, or train it again"
-FIT = r"[Uu]se its own base"
-KIND = r"only LORA is supported. Train one"
 FACTORS = r"only LoRA factors of linear layers .*Train without dora"
 # What is wrong with a folder: what makes it, and what the refusal says.
-FOLDERS: dict[str, tuple[Make, str]] = {
-    "of another model": (lambda f: ours(base(seed=4), f), OTHER),
-    "of the same model on another grid": (lambda f: ours(base("w8-channel"), f), OTHER),
-    "a value changed": (changed(lambda f: flip_bit(f / WEIGHTS)), AGAIN),
-    "alpha changed": (changed(setting(lora_alpha=999)), AGAIN),
-    "the base of its record changed": (changed(setting(FILE, base_fingerprint="0" * 64)), OTHER),
-    "of another model, its record changed": (claimed, AGAIN),
-    "NaN": (changed(number(torch.nan), is_sealed=True), AGAIN),
-    "infinity": (changed(number(torch.inf), is_sealed=True), AGAIN),
-    "NaN, no record": (changed(lambda f: [number(torch.nan)(f), os.remove(f / FILE)]), AGAIN),
-    "of more layers": (lambda f: of_peft(base(layers=2), f), FIT),
-    "of more layers, for this base": (lambda f: ours(base(layers=2), f, of=base()), FIT),
-    "of a wider model": (lambda f: of_peft(base(width=96), f), FIT),
-    "of a wider model, for this base": (lambda f: ours(base(width=96), f, of=base()), FIT),
-    "of another rank than it says": (changed(setting(r=1), is_sealed=True), FIT),
-    "of another architecture": (lambda f: of_peft(tiny_model("gpt2"), f, GPT2), FIT),
-    "IA3": (lambda f: of_peft(base(), f, KINDS["IA3"]), KIND),
-    "LoHa": (lambda f: of_peft(base(), f, LoHaConfig(target_modules=MODULES)), KIND),
-    "prompt tuning": (
-        lambda f: of_peft(base(), f, PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4)),
-        KIND,
-    ),
-    "DoRA": (lambda f: ours(base(), f, KINDS["DoRA"]), FACTORS),
-    "LoRA with biases": (lambda f: ours(base(), f, KINDS["LoRA with biases"]), FACTORS),
-    "LoRA and a module": (lambda f: ours(base(), f, KINDS["LoRA and a module"]), FACTORS),
-    "of an embedding": (lambda f: ours(base(), f, lora(target_modules=["embed_tokens"])), FACTORS),
-    "mergeable": (mergeable, r"Merge it .*and export the merged base"),
-    "activated": (
-        lambda f: of_peft(base(), f, lora(alora_invocation_tokens=[5])),
-        "alora_invocation_tokens: .*not supported",
-    ),
-    "a base": (lambda f: qwlora.save_base(base(), f), r"give a folder that PEFT or save_adapter"),
-    "nothing": (lambda f: None, r"give a folder that PEFT or save_adapter"),
+FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "of another model": (lambda f: save(f, seed=4), OTHER),
+    "of another model, its record changed": (save_claimed, AGAIN),
+    "a value changed": (save_flipped, AGAIN),
+    "NaN": (save_nan, AGAIN),
+    "of more layers, for this base": (lambda f: save(f, of=base(), layers=2), r"[Uu]se its own"),
+    "IA3": (save_ia3, r"only LORA is supported. Train one"),
+    "DoRA": (lambda f: save(f, lora(use_dora=True)), FACTORS),
+    "LoRA with biases": (lambda f: save(f, lora(lora_bias=True)), FACTORS),
+    "LoRA and a module": (lambda f: save(f, lora(modules_to_save=["input_layernorm"])), FACTORS),
+    "of an embedding": (lambda f: save(f, lora(target_modules=["embed_tokens"])), FACTORS),
+    "mergeable": (save_mergeable, r"Merge it .*and export the merged base"),
+    "nothing": (lambda f: f.mkdir(), r"give a folder that PEFT or save_adapter"),
 }
+# An attack: the model or simulations, folders of adapters, and what the refusal says.
+Attack = tuple[Any, Any, str]
 
 
-def simulations(
-    model: Any, config: Any = None, schemes: qwlora.Schemes = GRIDS, names: Any = ("right", "wrong")
-) -> AdapterSimulations:
-    wrapped = adapted(model, config or lora(), *names)
-    made = qwlora.simulate_adapters(wrapped, BATCH, schemes, "none")
+def simulations(config: Any = None) -> AdapterSimulations:
+    wrapped = adapted(base(CHANNELS), config or lora(), "right", "wrong")
+    made = qwlora.simulate_adapters(wrapped, BATCH, GRIDS, "none")
     made.calibrate([BATCH])
     return made
 
@@ -190,141 +147,62 @@ def simulation() -> qwlora.Simulation:
     return made
 
 
-def value_(model: Any, value: float) -> None:
-    """Replace one number of an adapter in a model."""
-    path = next(path for path, _ in model.named_parameters() if "lora_A.wrong" in path)
-    model.get_parameter(path).data.view(-1)[3] = value
+def change_(made: Any) -> Any:
+    """Change the base of simulations."""
+    one = made["wrong"] if isinstance(made, AdapterSimulations) else made
+    one.origin.model.get_base_model().model.norm.weight.data.mul_(2)
+    return made
 
 
-def replaced_(model: Any, **settings: Any) -> None:
-    """Replace an adapter in a model."""
-    model.delete_adapter("wrong")
-    model.add_adapter("wrong", lora(**settings))
-
-
-def change_base_(model: Any) -> None:
-    model.get_base_model().model.norm.weight.data.mul_(2)
-
-
-OTHER_BASE = r"adapter wrong has another base. Simulate all on one base"
-BASE_CHANGED = r"the base of .* has changed since .*Simulate it again"
-SINCE = r"adapter wrong of .* has changed since .*Simulate it again"
-SWITCHED = r"adapter wrong has .*only LoRA factors can be switched. Train without them"
-# What happens to a model that was simulated, and what the refusal says.
-CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "the base changed": (change_base_, BASE_CHANGED),
-    "a value changed": (lambda model: value_(model, 1.0), SINCE),
-    "NaN": (lambda model: value_(model, torch.nan), SINCE),
-    "of another rank": (lambda model: replaced_(model, r=4), SINCE),
-    "of another layer": (lambda model: replaced_(model, target_modules=["v_proj"]), SINCE),
-}
-# An attack: what gives the model or simulations, and folders of adapters; what the refusal says.
-Attacks = dict[str, tuple[Callable[[], tuple[Any, Any]], str]]
-
-
-def given(made: Any, adapters: Any = None, *changes: partial[Any]) -> Callable[[], tuple[Any, Any]]:
-    """What gives these, after the changes."""
-
-    def give() -> tuple[Any, Any]:
-        for change in changes:
-            change()
-        return made, adapters
-
-    return give
+def renamed(made: AdapterSimulations, name: str) -> AdapterSimulations:
+    """The simulations, with another name for the second adapter."""
+    parts = {name if old == "wrong" else old: one for old, one in made.items()}
+    return AdapterSimulations(parts, "none")
 
 
 @pytest.fixture(scope="module")
 def folders(warm: None, place: Path) -> Path:
     """Of adapters: the right one, and those in `FOLDERS`."""
     folder = place / "wrong-adapters"
-    ours(base(), folder / "right")
+    save(folder / "right")
     for name, (make, _) in FOLDERS.items():
         make(folder / name)
     return folder
 
 
-def names(target: str) -> list[str]:
-    """Names that no adapter can have."""
-    taken = sorted(TARGETS[target].taken_names)
-    return [*taken, taken[0].upper(), "RIGHT", "", ".wrong", "../wrong", "wrong/wrong", "wrong one"]
-
-
-def said_of(name: str) -> str:
-    return f"adapters cannot be called .*{re.escape(repr(name))}.*Use letters"
-
-
-def on_base(folders: Path, target: str) -> Attacks:
-    """On a target that takes a base."""
-    model, right = base(), folders / "right"
-    attacks: Attacks = {
-        name: (
-            given(model, {"right": right, "wrong": folders / name}),
-            f"{re.escape(repr(str(folders / name)))}.*{said}",
-        )
-        for name, (_, said) in FOLDERS.items()
-    }
-    for name in names(target):
-        attacks[f"called {name!r}"] = given(model, {"right": right, name: right}), said_of(name)
-    return attacks
-
-
-def on_changed(made: Any, model: Any, folders: Path) -> Attacks:
-    """On a target that takes simulations of this model."""
-    attacks: Attacks = {
-        way: (given(made, None, partial(change, model)), said)
-        for way, (change, said) in CHANGES.items()
-    }
-    return attacks | {"a folder": (given(made, {"wrong": folders / "right"}), "omit adapters=")}
-
-
-def swap(made: AdapterSimulations, wrong: Any, name: str = "wrong") -> None:
-    """Replace the second adapter's simulation, or give it another name."""
-    del made["wrong"]
-    made[name] = wrong
-
-
-def on_simulations(folders: Path) -> dict[str, Attacks]:
-    """On targets that take simulations of several adapters, by target."""
-    made, twin = simulations(base(CHANNELS)), simulations(base(CHANNELS))["wrong"]
-    attacks = on_changed(made, made["wrong"].origin.model, folders)
-    changes = partial(change_base_, twin.origin.model), partial(swap, made, twin)
-    attacks["of a base that changed"] = given(made, None, *changes), BASE_CHANGED
-    others: dict[str, Any] = {"more layers": {"layers": 2}, "a wider model": {"width": 96}}
-    for way, settings in {"another model": {"seed": 4}, **others}.items():
-        wrong = simulations(base(CHANNELS, **settings))["wrong"]
-        attacks[f"of {way}"] = given(made, None, partial(swap, made, wrong)), OTHER_BASE
-    for kind, config in KINDS.items():
-        for what, schemes in (("grids", GRIDS), ("floats", FLOATS)):
-            other = simulations(base(CHANNELS), config, schemes, ["wrong"])
-            attacks[f"{kind}, {what}"] = given(other), SWITCHED
-    wrapped = adapted(base(CHANNELS), lora(), BASE)
-    attacks[f"called {BASE!r}"] = (
-        lambda: (qwlora.simulate_adapters(wrapped, BATCH, GRIDS), None),
-        "an adapter is called 'base'.*Load it under another name",
-    )
-    return {
-        target: {
-            f"called {name!r}": (
-                given(made, None, partial(swap, made, made["wrong"], name)),
-                said_of(name),
-            )
-            for name in names(target)
-        }
-        | attacks
-        for target in TARGETS
-        if TARGETS[target].is_simulated and TARGETS[target].holds_factors_only
-    }
-
-
 @pytest.fixture(scope="module")
-def attacks(folders: Path) -> dict[str, Attacks]:
+def attacks(folders: Path) -> dict[str, dict[str, Attack]]:
     """By target."""
-    made, several = simulation(), on_simulations(folders)
-    alone = on_changed(made, made.origin.model, folders)
-    return {
-        name: several.get(name, alone) if target.is_simulated else on_base(folders, name)
-        for name, target in TARGETS.items()
+    model, right = base(), folders / "right"
+    one, several = simulation(), simulations()
+    changed = "the base of .* has changed since .*Simulate it again"
+    of_one: dict[str, Attack] = {
+        "a folder": (one, {"wrong": right}, "omit adapters="),
+        "the base changed": (change_(simulation()), None, changed),
     }
+    of_several: dict[str, Attack] = {
+        "a folder": (several, {"wrong": right}, "omit adapters="),
+        "the base changed": (change_(simulations()), None, changed),
+        "LoRA with biases": (simulations(lora(lora_bias=True)), None, "only LoRA factors can be"),
+    }
+    of_base: dict[str, Attack] = {
+        way: (model, {"right": right, "wrong": folders / way}, rf"{re.escape(way)}'.*{said}")
+        for way, (_, said) in FOLDERS.items()
+    }
+    found: dict[str, dict[str, Attack]] = {}
+    for target, known in TARGETS.items():
+        if known.is_simulated and not known.holds_factors_only:
+            found[target] = of_one
+            continue
+        found[target] = dict(of_several if known.is_simulated else of_base)
+        taken = sorted(known.taken_names)
+        for name in (*taken, taken[0].upper(), "RIGHT", "", ".wrong", "../wrong", "wrong one"):
+            said = f"adapters cannot be called .*{re.escape(repr(name))}.*Use letters"
+            of_name = (model, {"right": right, name: right}, said)
+            if known.is_simulated:
+                of_name = (renamed(several, name), None, said)
+            found[target][f"called {name!r}"] = of_name
+    return found
 
 
 def state(made: Any) -> list[Any]:
@@ -346,23 +224,17 @@ def exported(made: Any, target: str, folder: Path, adapters: Any) -> None:
 
 
 def test_wrong_adapters_are_refused(
-    attacks: dict[str, Attacks], record: Record, tmp_path: Path
+    attacks: dict[str, dict[str, Attack]], record: Record, tmp_path: Path
 ) -> None:
     def attack(trial: tuple[str, str], own: Path) -> list[tuple[str, str, str]]:
         (target, way), place = trial, own / "place"
-        give, said = attacks[target][way]
+        made, adapters, said = attacks[target][way]
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        (place / "there").mkdir()
+        (place / "there").mkdir(parents=True)
         (place / "there" / "mine").write_text("mine")
-
-        def run(folder: Path) -> None:
-            made, adapters = give()
-            exported(made, target, folder, adapters)
-
         problems = []
         for folder in (place / "new", place / "there"):
-            ended = python(lambda: run(folder), own / "logs")  # noqa: B023
+            ended = python(lambda: exported(made, target, folder, adapters), own / "logs")  # noqa: B023
             problems.append(ended.refused())
             if not re.search(said, ended.err, re.DOTALL):
                 problems.append(f"it does not say {said!r}: {ended.err[-600:]}")
@@ -378,7 +250,7 @@ def test_wrong_adapters_are_refused(
 
 def test_right_adapters_are_exported(folders: Path, tmp_path: Path) -> None:
     """Else the attacks above would prove nothing."""
-    alone, several, model = simulation(), simulations(base(CHANNELS)), base()
+    alone, several, model = simulation(), simulations(), base()
 
     def export(name: str, own: Path) -> dict[str, str]:
         target, made = TARGETS[name], model

@@ -157,23 +157,20 @@ def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert removed
 
 
-UNUSABLE = {
-    "loop/out": "Too many levels of symbolic links",
-    "dangling": "dangling' is a link to 'nowhere'",
-    "dangling/out": "dangling' is a link to 'nowhere'",
-    "x/" * 2500: "File name too long",
-    "file/out": "file' is a file",
-}
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_an_unusable_path_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_unusable_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").touch()
-    with left_alone(tmp_path, UNUSABLE[name]) as caught:
-        check_output(tmp_path / name)
-    assert len(str(caught.value)) < 1000
+    for name, message in {
+        "loop/out": "Too many levels of symbolic links",
+        "dangling": "dangling' is a link to 'nowhere'",
+        "dangling/out": "dangling' is a link to 'nowhere'",
+        "x/" * 2500: "File name too long",
+        "file/out": "file' is a file",
+    }.items():
+        with left_alone(tmp_path, message) as caught:
+            check_output(tmp_path / name)
+        assert len(str(caught.value)) < 1000
 
 
 def test_an_artifact_behind_a_link_is_of_somebody_else(job: FakeJob, tmp_path: Path) -> None:
@@ -194,17 +191,14 @@ def test_an_output_in_the_data_is_refused(recipe_for: Any, tmp_path: Path) -> No
                 run(recipe_for(**sections), data / name)
 
 
-REMEDIES = {
-    "cannot lock files.*local disk": OSError(errno.ENOLCK, "No locks available"),
-    "ulimit -f": OSError(errno.EFBIG, "File too large"),
-    "disk or the connection to it failed": OSError(errno.EIO, "Input/output error"),
-    "another --out": SafetensorError("Read-only file system (os error 30)"),
-    "no space left": SafetensorError("Disk quota exceeded (os error 122)"),
-}
-
-
 def test_what_a_disk_refuses_has_a_remedy(tmp_path: Path) -> None:
-    for remedy, error in REMEDIES.items():
+    for error, remedy in (
+        (OSError(errno.ENOLCK, "No locks available"), "cannot lock files.*local disk"),
+        (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+        (OSError(errno.EIO, "Input/output error"), "disk or the connection to it failed"),
+        (SafetensorError("Read-only file system (os error 30)"), "another --out"),
+        (SafetensorError("Disk quota exceeded (os error 122)"), "no space left"),
+    ):
         message = f"{tmp_path.name}.*{remedy}"
         with pytest.raises(DirectoryError, match=message), as_directory_errors(tmp_path):
             raise error

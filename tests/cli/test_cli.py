@@ -18,15 +18,6 @@ from qwlora.errors import SourceError, foreign_as, reading
 from qwlora.recipe import load_recipe
 from qwlora.recipe.reference import short_recipe
 
-
-def small_model(folder: Path) -> None:
-    """Of fewer tokens than the tokenizer's."""
-    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
 WRONG = {  # what the message names, by the change
     "data.source={tmp}/empty.txt": "holds no text",
     "data.source={tmp}/few.txt": "training text has 13 tokens, but one sequence needs 32",
@@ -42,8 +33,11 @@ WRONG = {  # what the message names, by the change
 def test_wrong_input_is_refused(recipe_for: Any, tmp_path: Path, change: str) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "few.txt").write_text("a few words only")
+    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
     for name in ("small", "cut", "untold"):
-        small_model(tmp_path / name)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "untold" / "tokenizer.json").unlink()
@@ -53,7 +47,7 @@ def test_wrong_input_is_refused(recipe_for: Any, tmp_path: Path, change: str) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_parent(recipe_for, tmp_path, monkeypatch) -> None:
+def test_an_unwritable_parent_is_refused(recipe_for, tmp_path, monkeypatch) -> None:
     access = os.access  # tests may run as root
     monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != tmp_path and access(p, mode))
     assert "is not writable" in refused("run", recipe_for(), "--out", tmp_path / "out")
@@ -80,16 +74,21 @@ USAGE = {  # arguments, and facts of the message
     "generate out hi --max-new-tokens x": ("--max-new-tokens", "'x'", "a whole number"),
     "merge out first --into bla": ("--into", "'bla'", "'float', 'requantized'"),
     "merge out first --into float": ("qwlora: the merged model", "--out"),
+    "train . x --for tensorrt --out o": ("'tensorrt'", "llama.cpp"),
+    "train . x --load_in_8bit 1": ("did you mean --set base.weights=w8-channel?",),
+    "adapters add . --rank 8": ("did you mean --set rank=...?",),
+    "init x.yaml --example npi": ("'npi'", "vendor"),
     "": ("Usage: qwlora", "Exit codes"),
 }
 
 
 @pytest.mark.parametrize("words", USAGE)
-def test_wrong_arguments_are_named(words: str) -> None:
-    said = refused(*words.split()) if words else qwlora().stderr
+def test_wrong_arguments_are_named(words: str, tmp_path: Path) -> None:
+    said = refused(*words.split(), cwd=tmp_path) if words else qwlora().stderr
     assert all(fact in said for fact in USAGE[words]), said
     assert not re.search(r"Input should|No such|Missing \w|Got unexpected|Invalid value", said)
     assert said.startswith("qwlora: " if words else "Usage: ")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_recipe_and_directory_have_default_names(recipe_for, tmp_path, monkeypatch) -> None:
@@ -110,39 +109,15 @@ def test_recipe_and_directory_have_default_names(recipe_for, tmp_path, monkeypat
     assert "quantize: skipped" in qwlora("quantize").stderr
 
 
-def test_a_new_recipe_asks_for_its_sources_and_check_shows_what_it_says(
-    tmp_path: Path, recipe_for: Any
-) -> None:
-    path = tmp_path / "new.yaml"
+def test_a_new_recipe_asks_for_its_sources(tmp_path: Path, recipe_for: Any) -> None:
+    path, npu = tmp_path / "new.yaml", tmp_path / "npu.yaml"
     assert "set model.source and data.source" in answered("init", path)
     assert "another path" in refused("init", path)
     assert re.search("(?s)model.source.*data.source", refused("check", path))
-
+    answered("init", npu, "--example", "npu")
+    assert "w4-lpbq64" in npu.read_text()
     short, full = (answered("check", recipe_for(), *options) for options in ((), ("--full",)))
     assert ("rslora" in short, "rslora" in full) == (False, True)
-
-
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch, recipe_for: Any) -> Any:
-    """Arguments of a command that fails with a given error while it reads a file."""
-
-    def fail_with(error: BaseException) -> list[str]:
-        def fail(*arguments: Any) -> None:
-            with reading("weights.bin"):
-                raise error
-
-        monkeypatch.setattr("qwlora.recipe.load_recipe", fail)
-        return ["check", str(recipe_for())]
-
-    return fail_with
-
-
-def test_debug_shows_the_traceback_wherever_it_stands(failing: Any) -> None:
-    arguments = failing(KeyError("x"))
-    for words in (["--debug", *arguments], [*arguments, "--debug"]):
-        done = qwlora(*words)
-        assert done.returncode == 2
-        assert re.search("(?s)Traceback.*in fail", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +131,20 @@ def test_debug_shows_the_traceback_wherever_it_stands(failing: Any) -> None:
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division.*--debug"),
     ],
 )
-def test_an_error_names_the_file(failing: Any, error: Any, problem: str) -> None:
-    said = refused(*failing(error))
+def test_an_error_names_the_file(error, problem, recipe_for, monkeypatch) -> None:
+    def fail(*arguments: Any) -> None:
+        with reading("weights.bin"):
+            raise error
+
+    monkeypatch.setattr("qwlora.recipe.load_recipe", fail)
+    check = ("check", recipe_for())
+    said = refused(*check)
     assert re.search(problem, said)
     assert "weights.bin" in said
+    for words in (("--debug", *check), (*check, "--debug")):
+        done = qwlora(*words)
+        assert done.returncode == 2
+        assert re.search("(?s)Traceback.*in fail", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +160,7 @@ def test_an_error_names_the_file(failing: Any, error: Any, problem: str) -> None
     ],
 )
 def test_impossible_configurations_name_the_model(
-    recipe_for: Any, checkpoints: Any, tmp_path: Path, key: str, value: Any, named: str
+    recipe_for, checkpoints, tmp_path, key, value, named
 ) -> None:
     model = Path(shutil.copytree(checkpoints["llama"], tmp_path / "model"))
     file = model / "config.json"
@@ -194,12 +179,9 @@ def test_a_library_that_exits_is_an_error() -> None:  # as mlx-lm does for OLMo
         sys.exit(1)
 
 
-FEW = ("steps=2", "rank=4")
-SMALL = ("data.sequence_tokens=32", "data.evaluation_sequences=2", "verify.sequences=2")
-
-
 def test_one_command_trains_exports_and_answers(checkpoints, corpus, tmp_path) -> None:
-    changes = [*SMALL, *(f"adapters.0.{change}" for change in FEW), "preset=fast"]
+    changes = ["data.sequence_tokens=32", "data.evaluation_sequences=2", "verify.sequences=2"]
+    changes += ["adapters.0.steps=2", "adapters.0.rank=4", "preset=fast"]
     words = ["train", checkpoints["one-layer llama"], corpus, "--for", "vllm"]
     words += ["--out", tmp_path / "o", *(f"--set={change}" for change in changes)]
     done = qwlora(*words)
@@ -226,24 +208,3 @@ def test_the_recipe_follows_from_the_words(model, data, runtime, target, name, s
     assert recipe["export"]["targets"] == [target]
     assert recipe["adapters"] == [{"name": name}]
     assert recipe.get("base", {}).get("solver") == solver
-
-
-def test_a_runtime_that_nobody_knows(corpus: Path, tmp_path: Path) -> None:
-    said = refused("train", tmp_path, corpus, "--for", "tensorrt", "--out", tmp_path / "o")
-    assert "'tensorrt'" in said
-    assert "llama.cpp" in said
-    assert not (tmp_path / "o").exists()
-
-
-def test_an_option_that_is_a_key_of_the_recipe(tmp_path: Path) -> None:
-    said = refused("train", tmp_path, "x", "--load_in_8bit", "1")
-    assert "did you mean --set base.weights=w8-channel?" in said
-    assert "did you mean --set rank=...?" in refused("adapters", "add", tmp_path, "--rank", "8")
-
-
-def test_examples_are_written_by_name(tmp_path: Path) -> None:
-    answered("init", tmp_path / "npu.yaml", "--example", "npu")
-    assert "w4-lpbq64" in (tmp_path / "npu.yaml").read_text()
-    said = refused("init", tmp_path / "x.yaml", "--example", "npi")
-    assert "'npi'" in said
-    assert "vendor" in said

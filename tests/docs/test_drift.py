@@ -1,9 +1,13 @@
-"""Pages that are generated equal the code, and every snippet in README.md and docs is true."""
+"""Pages that are generated equal the code, every snippet in README.md and docs is true, and the site
+builds without a warning."""
 
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ PYTHON = {
     "coming-from.md": (1, "tests/formats/test_hf_quantizer.py"),
     "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
-    "aimet-guide.md": (9, "tests/docs/test_aimet_guide.py"),
+    "aimet-guide.md": (9, "tests/docs/test_python_page.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "results.md": (1, "tests/docs/test_python_page.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
@@ -124,3 +128,27 @@ def test_links_lead_somewhere_and_make_targets_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([\w-]+)", README)) <= set(targets)
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_no_page_loads_anything_from_elsewhere(tmp_path: Path) -> None:
+    for package in ("material", "mkdocstrings"):
+        pytest.importorskip(package, reason="pip install -r requirements/docs.txt")
+    ended = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "WARNING" not in ended.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 40
+    loaded = r"""<(?:script|img|iframe)[^>]+src=["']?https?:|<link[^>]+stylesheet[^>]+https?:"""
+    assert [p.name for p in pages if re.search(loaded, p.read_text())] == []
+    left = re.compile(r"<!-- api: |^::: ", re.MULTILINE)  # a function that was not filled in
+    assert [p.name for p in pages if left.search(p.read_text())] == []
+    styles = list(tmp_path.rglob("*.css"))
+    assert [p.name for p in styles if re.search(r"url\(.?https?:", p.read_text())] == []

@@ -1,8 +1,8 @@
 """A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import Job, text, write_recipe
+from qwlora.errors import DirectoryError
 from qwlora.pipeline import run as run_module
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.sources import Sources
@@ -73,6 +74,21 @@ def pretend_run(store: Store, plan: Sequence[Stage]) -> None:
     for stage in plan:
         needs = {name: store.version(places[need]) for name, need in stage.needs.items()}
         store.records[stage.place] = Record(stage.kind, dict(stage.inputs), needs)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All paths below a folder; None for what is no file."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
+
+
+@contextmanager
+def left_alone(folder: Path, message: str | None, error: Any = DirectoryError) -> Iterator[Any]:
+    """What is done is refused with this message, and nothing in the folder changes."""
+    before = contents(folder)
+    with pytest.raises(error, match=message) as caught:
+        yield caught
+    assert contents(folder) == before
 
 
 @pytest.fixture

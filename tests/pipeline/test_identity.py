@@ -32,30 +32,24 @@ from qwlora.system.seen import Seen
 from qwlora.targets.target import Target
 
 # KEY: OLD -> NEW [with KEY=VALUE ...] => the stages that read it [as the keys that they name]
-# `-`: not set. The stages that need these are stale, too; all others are current.
+# `;` is between changes that are tried one by one. `-`: not set. The stages that need these are
+# stale, too; all others are current.
 ROWS = """
-name: a -> b =>
-device: auto -> cpu =>
+name: a -> b; device: auto -> cpu; evaluate: own -> all =>
 preset: fast -> balanced => quantize train/first as base.solver|adapters.first.init
 workflow: qw-lora -> qwa-lora => train/* calibrate/_base as workflow|quantize/activations
 reference: - -> float => evaluate/adapted/* evaluate/simulated/*
-evaluate: own -> all =>
 seed: 0 -> 1 => quantize/sample TEXTS as seed
 seed: 0 -> 1 with reference=float => quantize/sample TEXTS as seed
 
-model.source: model -> other => FLOAT
-model.source: model -> same =>
-model.source: a.gguf -> b.gguf =>
-model.source: a.gguf -> c.gguf => FLOAT
+model.source: model -> other; model.source: a.gguf -> c.gguf => FLOAT
+model.source: model -> same; model.source: a.gguf -> b.gguf =>
 model.trust_remote_code: false -> true => FLOAT
-model.encodings: a.json -> b.json with KEEP => quantize
-model.keep_float: [] -> [lm_head] with KEEP => quantize
-model.block_order: - -> channel with KEEP => quantize
-model.prefix: - -> x with KEEP => quantize
+model.encodings: a.json -> b.json; model.keep_float: [] -> [lm_head] with KEEP => quantize
+model.block_order: - -> channel; model.prefix: - -> x with KEEP => quantize
 
 data.source: text -> third => FIRST
 data.split: train -> test with ROWS data.source=rows data.text_column=a => TEXTS as data.source (its content, split
-data.subset: - -> x with ROWS data.text_column=a =>
 data.text_column: a -> b with ROWS => TEXTS as data.source (its content, split, columns
 data.prompt_column: a -> b with ROWS data.completion_column=c => TEXTS as columns
 data.completion_column: a -> b with ROWS data.prompt_column=c => TEXTS as columns
@@ -63,53 +57,44 @@ data.messages_column: m -> n with ROWS => TEXTS as columns
 data.instruction_column: a -> b with ROWS data.output_column=c => TEXTS as columns
 data.input_column: a -> b with ROWS data.instruction_column=c data.output_column=d => TEXTS as columns
 data.output_column: a -> b with ROWS data.instruction_column=c => TEXTS as columns
-data.empty_records: error -> skip with ROWS data.text_column=a =>
+data.subset: - -> x; data.empty_records: error -> skip with ROWS data.text_column=a =>
 data.repeated: remove -> keep with ROWS data.text_column=a =>
 data.chat_template: a.json -> b.json with ROWS data.messages_column=m => TEXTS
 data.prompt_format: auto -> plain with ROWS data.prompt_column=a data.completion_column=b => TEXTS
 data.prompt_format: auto -> plain with ROWS data.messages_column=m =>
-data.turns: together -> apart =>
 data.turns: together -> apart with ROWS data.messages_column=m => TEXTS
+data.turns: together -> apart; data.packing: - -> join; data.most_lost: 0.5 -> 0.6 =>
 data.packing: - -> none => TEXTS
-data.packing: - -> join =>
 data.sequence_tokens: 32 -> 16 => quantize/sample TEXTS
 data.held_out: 0.2 -> 0.3 => TEXTS as held_out
 data.evaluation: - -> third => FIRST as evaluation
-data.most_lost: 0.5 -> 0.6 =>
 data.evaluation_sequences: 4 -> 2 => evaluate/* train/first
 data.evaluation_sequences: 4 -> 2 with SHARED => evaluate/* train/first calibrate/first calibrate/second
 data.calibration_sequences: 8 -> 4 => RANGES
 
-base.solver: gptq -> search => quantize
+base.solver: gptq -> search; base.weights: w4-signed32 -> w5-signed32 => quantize
 base.solver: gptq -> search with reference=float => quantize
-base.weights: w4-signed32 -> w5-signed32 => quantize
 base.weights: w4-signed32 -> w04-signed032 =>
-base.rules.0.match: lm_head -> x with RULE => quantize
+base.rules.0.match: lm_head -> x; base.rules.0.weights: w5-signed32 -> w8-signed32 with RULE => quantize
 base.rules.0: {match: x, weights: w5-signed32} -> {match: x, keep: float} with RULE => quantize as base.rules.0.keep
 base.rules.0.solver: rtn -> search with RULE export.targets=[onnx] => quantize
-base.rules.0.weights: w5-signed32 -> w8-signed32 with RULE => quantize
 base.rotation: - -> hadamard => FLOAT
-base.bits: - -> 5 => quantize
-base.size: - -> 60kB => quantize
-base.gptq.damping: 0.01 -> 0.02 => quantize
+base.bits: - -> 5; base.size: - -> 60kB => quantize
+base.gptq.damping: 0.01 -> 0.02; base.gptq.activation_order: false -> true => quantize
 base.gptq.damping: 0.01 -> 0.02 with base.solver=search adapters.0.init=zero =>
-base.gptq.activation_order: false -> true => quantize
-base.gptq.sweeps: 2 -> 3 => quantize
-base.tuning.steps: 2 -> 3 => quantize
-base.tuning.learning_rate: 3e-3 -> 2e-3 => quantize
-base.tuning.compute: auto -> float32 => quantize
+base.gptq.sweeps: 2 -> 3; base.tuning.steps: 2 -> 3 => quantize
+base.tuning.learning_rate: 3e-3 -> 2e-3; base.tuning.compute: auto -> float32 => quantize
 base.calibration_sequences: 32 -> 16 => quantize/sample quantize
 base.calibration.0.text: job -> third => quantize
+base.calibration.0.text: text -> third with RECOVERY => quantize train/first
 base.calibration.0.weight: 1.0 -> 2.0 => quantize/sample quantize as base.calibration.
 base.calibration.1.temperature: 1.0 -> 0.5 => quantize/sample
 base.calibrate_on: - -> [second] => quantize calibrate/_base
-base.calibration.0.text: text -> third with RECOVERY => quantize train/first
 
 adapters.0.name: first -> one =>
 adapters.1.data: {source: more} -> {source: third} => SECOND as adapters.second.data.source
 adapters.0.continue_from: peft -> other with START => train/first evaluate/imported/first
-adapters.0.continue_from: peft -> peft2 with START =>
-adapters.0.unknown_base: refuse -> accept with START =>
+adapters.0.continue_from: peft -> peft2; adapters.0.unknown_base: refuse -> accept with START =>
 adapters.0.objective: text -> recovery => train/first
 adapters.0.rank: 16 -> 8 => train/first calibrate/_base
 adapters.0.rank: 16 -> 8 with reference=float => train/first train/first/float calibrate/_base
@@ -117,78 +102,59 @@ adapters.0.rank: 16 -> 8 with export.targets=[qairt_pipeline] => train/first exp
 adapters.0.steps: 6 -> 7 with export.targets=[qairt_pipeline] => train/first
 adapters.0.steps: 6 -> 7 with reference=float => train/first train/first/float
 adapters.0.epochs: - -> 2 with adapters.0.steps=60 => train/first as epochs
-adapters.0.init: qera -> svd with reference=float => train/first as init
-adapters.0.alpha: 32.0 -> 16.0 => train/first
-adapters.0.dropout: 0.0 -> 0.1 => train/first
-adapters.0.target_modules: all-linear -> [q_proj] => train/first calibrate/_base as target_modules
-adapters.0.target_parameters: [] -> [x] with EACH => train/first
-adapters.0.rslora: false -> true => train/first
 adapters.0.init: qera -> svd => train/first as init
+adapters.0.init: qera -> svd with reference=float => train/first as init
 adapters.0.init_share: - -> 0.25 => train/first
 adapters.0.init_share: - -> 0.5 =>
-adapters.0.dora: false -> true with EACH => train/first
+adapters.0.alpha: 32.0 -> 16.0; adapters.0.dropout: 0.0 -> 0.1 => train/first
+adapters.0.rslora: false -> true; adapters.0.alpha_pattern: {} -> {q_proj: 4.0} => train/first
+adapters.0.target_parameters: [] -> [x]; adapters.0.dora: false -> true with EACH => train/first
 adapters.0.mergeable: false -> true with EACH => train/first
+adapters.0.target_modules: all-linear -> [q_proj] => train/first calibrate/_base as target_modules
 adapters.0.rank_pattern: {} -> {q_proj: 4} => train/first calibrate/_base
-adapters.0.alpha_pattern: {} -> {q_proj: 4.0} => train/first
 adapters.0.layers: - -> [0] => train/first calibrate/_base as layers
-adapters.0.steps: 6 -> 7 => train/first
-adapters.0.batch_sequences: 1 -> 2 => train/first
-adapters.0.accumulation_steps: 1 -> 2 => train/first
-adapters.0.learning_rate: 1e-3 -> 2e-3 => train/first
-adapters.0.weight_decay: 0.0 -> 0.1 => train/first
-adapters.0.schedule: cosine -> linear => train/first
-adapters.0.warmup_steps: 5 -> 4 => train/first
-adapters.0.clip: 1.0 -> 2.0 => train/first
-adapters.0.compute: auto -> float32 => train/first
-adapters.0.gradient_checkpointing: false -> true => train/first
-adapters.0.evaluation_steps: 3 -> 2 => train/first
-adapters.0.patience: - -> 2 => train/first
-adapters.0.divergence: stop -> ignore =>
-adapters.0.report_to: [] -> [wandb] =>
+adapters.0.steps: 6 -> 7; adapters.0.batch_sequences: 1 -> 2 => train/first
+adapters.0.accumulation_steps: 1 -> 2; adapters.0.learning_rate: 1e-3 -> 2e-3 => train/first
+adapters.0.weight_decay: 0.0 -> 0.1; adapters.0.schedule: cosine -> linear => train/first
+adapters.0.warmup_steps: 5 -> 4; adapters.0.clip: 1.0 -> 2.0 => train/first
+adapters.0.compute: auto -> float32; adapters.0.gradient_checkpointing: false -> true => train/first
+adapters.0.evaluation_steps: 3 -> 2; adapters.0.patience: - -> 2 => train/first
+adapters.0.divergence: stop -> ignore; adapters.0.report_to: [] -> [wandb] =>
 adapters.0.checkpoint_steps: 10 -> 5 =>
 
-simulation.policy: npu -> matmul-inputs => RANGES
-simulation.rules.0.match: lm_head -> x with VALUE => RANGES
+simulation.policy: npu -> matmul-inputs; simulation.inputs: tokens -> embeddings => RANGES
 simulation.rules.0: {match: x, bitwidth: 8} -> {match: x, keep: float} with VALUE => RANGES as simulation.rules.0.keep
-simulation.rules.0.bitwidth: 8 -> 16 with VALUE => RANGES
-simulation.rules.0.symmetric: - -> true with VALUE => RANGES
+simulation.rules.0.match: lm_head -> x; simulation.rules.0.bitwidth: 8 -> 16 with VALUE => RANGES
+simulation.rules.0.symmetric: - -> true; simulation.rules.0.observer: - -> sqnr with VALUE => RANGES
+simulation.rules.0.force: false -> true; simulation.rules.0.of: - -> activations with VALUE => RANGES
 simulation.rules.0.minimum: 0.0 -> -1.0 with VALUE simulation.rules.0.maximum=1.0 => RANGES
 simulation.rules.0.maximum: 1.0 -> 2.0 with VALUE simulation.rules.0.minimum=0.0 => RANGES
-simulation.rules.0.observer: - -> sqnr with VALUE => RANGES
-simulation.rules.0.force: false -> true with VALUE => RANGES
-simulation.rules.0.of: - -> activations with VALUE => RANGES
-simulation.inputs: tokens -> embeddings => RANGES
-simulation.activation_bitwidth: 16 -> 8 => RANGES
-simulation.activation_symmetric: false -> true => RANGES
+simulation.activation_bitwidth: 16 -> 8; simulation.activation_symmetric: false -> true => RANGES
 simulation.observer: min-max -> sqnr => RANGES
 simulation.observer: min-max -> sqnr with workflow=qwa-lora => quantize/activations RANGES
 simulation.observer: min-max -> sqnr with SHARED => calibrate RANGES
 simulation.percentile: 99.9 -> 99.0 with simulation.observer=percentile => RANGES
 simulation.percentile: 99.9 -> 99.0 =>
-simulation.calibration_tokens: - -> 32 => RANGES
-simulation.unseen: error -> float => RANGES
-simulation.residual_adds: float -> quantize => RANGES
+simulation.calibration_tokens: - -> 32; simulation.unseen: error -> float => RANGES
+simulation.residual_adds: float -> quantize; simulation.key_value_bitwidth: - -> 8 => RANGES
 simulation.symmetric_matmul_second_input: false -> true => RANGES
-simulation.key_value_bitwidth: - -> 8 => RANGES
 simulation.adapter_weights: w8-channel -> w8-tensor => RANGES
 simulation.adapter_activation_bitwidth: - -> 8 => RANGES
 simulation.base_activations: all -> adapter_only => RANGES
 
 export.targets: [onnx] -> [onnx, gguf] =>
 export.targets: [onnx] -> [onnx, gguf] with base.bits=5 => quantize
-export.encodings_version: 1.0.0 -> 2.0.0 with NPU => export/qairt
+export.encodings_version: 1.0.0 -> 2.0.0; export.opset: - -> 18 with NPU => export/qairt
 export.use_cases: - -> [first, none] with NPU => calibrate/_use_cases
 export.use_cases: - -> [first, second, none] with NPU =>
 export.graphs: {tokens: [4]} -> {tokens: [8]} with NPU => export/qairt as export.graphs.tokens
 export.graphs: {context: [256]} -> {context: [512]} with NPU => export/qairt as export.graphs.context
-export.opset: - -> 18 with NPU => export/qairt
 export.embedding_bits: - -> 32 with export.targets=[hf, onnx] => export/*
 export.embedding_bits: - -> 16 with export.targets=[hf, onnx] =>
 export.embedding_bits: - -> 16 with export.targets=[gguf] => export/*
 export.proof: generated -> none => verify/*/first verify/*/second
 export.layout: - -> genie with NPU => export/qairt
-verify.sequences: 8 -> 9 => verify/*
-verify.perplexity_difference: 0.003 -> 0.002 => verify/*
+verify.sequences: 8 -> 9; verify.perplexity_difference: 0.003 -> 0.002 => verify/*
 """
 STAGES = {
     "FLOAT": "evaluate/float evaluate/float/* quantize/sample quantize",
@@ -212,6 +178,13 @@ GIVEN = {
     "simulation.key_value_bitwidth=8 simulation.symmetric_matmul_second_input=true "
     "simulation.base_activations=none",
 }
+
+
+def single_rows() -> Iterator[str]:
+    """A row for each change; what is after `with` and `=>` holds for all changes of a row."""
+    for row in filter(None, ROWS.splitlines()):
+        changes, rest = re.fullmatch(r"(.*?)(( with .*)? =>.*)", row).group(1, 2)
+        yield from (f"{change}{rest}" for change in changes.split("; "))
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
@@ -289,7 +262,7 @@ def parsed(row: str) -> tuple[list[str], list[str], list[str], list[str]]:
     return *both, stages.split(), (named or key).split("|")
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS.splitlines() if row])
+@pytest.mark.parametrize("row", single_rows())
 def test_a_key_makes_stale_what_reads_it(row: str, recipe: Path, tmp_path: Path) -> None:
     old, new, patterns, named = parsed(row)
     before, after = (planned(recipe, *changes, seen=SEEN) for changes in (old, new))
@@ -312,8 +285,8 @@ def test_a_key_makes_stale_what_reads_it(row: str, recipe: Path, tmp_path: Path)
 
 
 def test_each_key_has_a_row() -> None:
-    rows = [row.split(": ")[0] for row in ROWS.splitlines()]
-    rows += [row.partition(" as ")[2] for row in ROWS.splitlines()]
+    rows = [row.split(": ")[0] for row in single_rows()]
+    rows += [row.partition(" as ")[2] for row in single_rows()]
     known = {re.sub(r"\.\d\b", "[]", row) for row in rows}
     assert {*keys()} - known == set()
 

@@ -1,9 +1,14 @@
-"""Adapters that are added, renamed and removed: nothing else of the job changes."""
+"""Adapters that are added, renamed and removed: nothing else of the job changes. And commands that are
+killed before a change of the disk: the next one finishes or undoes what they began. Some changes are
+here, all in attack/test_sweeps.py."""
 
-import hashlib
+import contextlib
 import io
+import itertools
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +20,10 @@ from peft import LoraConfig, get_peft_model
 from adapter.test_mlx_adapter import write_mlx
 from cli import command_line
 from conftest import Job, text, tiny_model
-from pipeline.conftest import SETTINGS, planned, pretend_run
+from pipeline.conftest import SETTINGS, contents, left_alone, planned, pretend_run
 from qwlora import load_adapter, load_base
 from qwlora.errors import DirectoryError, QwloraError
+from qwlora.pipeline.commands import manage_adapters
 from qwlora.pipeline.commands.manage_adapters import (
     add_adapter,
     import_adapter,
@@ -25,13 +31,16 @@ from qwlora.pipeline.commands.manage_adapters import (
     rename_adapter,
 )
 from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
-from qwlora.pipeline.job import OpenJob
-from qwlora.pipeline.results import read_job
+from qwlora.pipeline.job import OpenJob, job_recipe
+from qwlora.pipeline.results import read_job, rebuild_reports
 from qwlora.pipeline.run import run
-from qwlora.pipeline.store import Store
+from qwlora.pipeline.store import TMP, Store
 from qwlora.recipe import load_recipe
+from qwlora.system.seen import sealed
 
 VERBS = ("quantize", "train")
+CARD = "README.md"
+pytestmark = pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 
 
 @pytest.fixture
@@ -46,14 +55,10 @@ def job(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "job"))
 
 
-def files(job: Path, *names: str) -> dict[str, str]:
-    """SHA-256 of the files in folders of the job, without model cards, which follow the results."""
-    return {
-        str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in names
-        for path in (job / name).rglob("*")
-        if path.is_file() and path.name != "README.md"
-    }
+def files(job: Path, *names: str) -> dict[str, bytes | None]:
+    """The files in folders of the job, without model cards, which follow the results."""
+    found = {n: content for n, content in contents(job).items() if n.startswith(names)}
+    return {n: content for n, content in found.items() if content is not None and CARD not in n}
 
 
 def write_peft(folder: Path, **options: Any) -> str:
@@ -115,14 +120,11 @@ REFUSED: dict[str, Any] = {  # what is refused, by what the message names
 }
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_refused_changes_nothing(job: Path, message: str) -> None:
     (job / "adapters" / "mine").mkdir()
-    before = files(job, ".")
-    with pytest.raises(QwloraError, match=message):
+    with left_alone(job, message, QwloraError):
         REFUSED[message](job)
-    assert files(job, ".") == before
 
 
 def test_a_base_stays_calibrated_on_its_text(job_for: Any, corpus: Path, other_text: Path) -> None:
@@ -241,15 +243,13 @@ def test_a_recipe_that_is_edited_by_hand_loses_no_adapter(job: Path) -> None:
 def test_adapters_that_differ_in_their_text_are_not_mixed_up(finished, tmp_path) -> None:
     """Not even by commands that read no text."""
     job = Path(shutil.copytree(finished / "job", tmp_path / "job"))
-    before = {name: files(job / "adapters" / name, ".") for name in ("first", "second")}
+    before = [files(job / "adapters" / name, "") for name in ("first", "second")]
     edit(job, "name: first", "name: one")
     edit(job, "name: second", "name: another")
     read_job(job)
-    assert files(job / "adapters" / "one", ".") == before["first"]
-    assert files(job / "adapters" / "another", ".") == before["second"]
+    assert [files(job / "adapters" / name, "") for name in ("one", "another")] == before
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("layout", ["peft", "mlx"])
 def test_an_imported_adapter_is_used_as_it_is(job: Path, tmp_path: Path, layout: str) -> None:
     source = str({"mlx": write_mlx, "peft": write_peft}[layout](tmp_path / "elsewhere"))
@@ -272,3 +272,130 @@ def test_an_imported_adapter_is_used_as_it_is(job: Path, tmp_path: Path, layout:
         assert run(job / "recipe.yaml", job, VERBS)["train"]["further"]["steps"] == 2
     shutil.rmtree(source)  # it is the job's own by now
     assert load_adapter(load_base(job / "base"), job / "adapters" / "imported")
+
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
+changes_left: list[int] = []  # until the process counts as killed; empty if it is not to be
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler for errors catches it."""
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if changes_left and event in CHANGES:
+        changes_left[0] -= 1
+        if changes_left[0] < 0:
+            raise Killed
+
+
+sys.addaudithook(_hook)
+
+
+def is_killed(number: int, action: Callable[..., Any], *arguments: Any) -> bool:
+    """Run `action`, and refuse all changes of the disk after so many; False if there are no more."""
+    changes_left.append(number)
+    try:
+        action(*arguments)
+    except Killed:
+        return True
+    finally:
+        changes_left.clear()
+    return False
+
+
+def state(job: Path) -> dict[str, bytes]:
+    """Every file of a job by its path, without those that any command may write."""
+    volatile = (".qwlora/seen.json", ".qwlora/lock", "report.html")
+    return {
+        name: content.replace(str(job).encode(), b"JOB")
+        for name, content in contents(job).items()
+        if content is not None and not name.endswith(".part") and name not in volatile
+    }
+
+
+def edited(job: Path) -> None:
+    with manage_adapters._editing(job):
+        pass
+
+
+def import_mlx(job: Path) -> None:
+    source = job.with_name("mlx")
+    import_adapter(job, "third", str(source if source.exists() else write_mlx(source)))
+
+
+KILLED: dict[str, Callable[[Path], Any]] = {
+    "add": lambda job: add_adapter(job, "third", changes=("steps=3",)),
+    "import": import_mlx,
+    "rename": lambda job: rename_adapter(job, "first", "one"),
+    "remove": lambda job: remove_adapter(job, "first"),
+    "swapped by hand": read_job,
+}
+
+
+@pytest.mark.parametrize("command", KILLED)
+def test_a_killed_change_is_finished_or_undone(command, finished, tmp_path) -> None:
+    change, job = KILLED[command], tmp_path / "job"
+
+    def fresh() -> None:
+        shutil.rmtree(job, ignore_errors=True)
+        shutil.copytree(finished / "job", job)
+        if command == "swapped by hand":
+            text = (job / "recipe.yaml").read_text().replace("name: first", "name: x")
+            text = text.replace("name: second", "name: first").replace("name: x", "name: second")
+            (job / "recipe.yaml").write_text(text)
+
+    fresh()
+    edited(job)
+    before = state(job)
+    change(job)
+    after = state(job)
+    others = itertools.cycle([edited, lambda job: rebuild_reports([job])])
+    for number in itertools.count(len(command) % 4, 4):
+        fresh()
+        if not is_killed(number, change, job):
+            break
+        killed = Path(shutil.copytree(job, tmp_path / "killed"))
+        next(others)(job)
+        assert state(job) in (before, after), number
+        assert not (job / TMP).exists()
+        assert {name for name in OpenJob(job).judge.stale if "/third" not in name} == set()
+        shutil.rmtree(job)
+        killed.rename(job)
+        with contextlib.suppress(DirectoryError):  # it is done already
+            change(job)
+        edited(job)
+        assert state(job) == after, number
+    assert number > 4
+
+
+def test_what_a_stranger_left_in_tmp_leads_nowhere(job: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "mine").write_text("mine")
+    before = state(job)
+    record = sealed({"stage": "train", "inputs": {}, "needs": {}})
+    for name in ("..%2Fhere", "adapters%2F..%2F..%2Fhere", "link%2Fhere", "%2Ftmp%2Fhere"):
+        (job / TMP / name).mkdir(parents=True)
+        (job / TMP / name / "stage.json").write_text(record)
+    (job / TMP / "adapters%2Fthere").symlink_to(victim)
+    (job / "link").symlink_to(tmp_path)
+    read_job(job)
+    assert not (job / TMP).exists()
+    assert not (tmp_path / "here").exists()
+    assert (victim / "mine").read_text() == "mine"
+    assert before.keys() <= state(job).keys()
+
+
+def test_no_adapter_added_meanwhile_is_lost(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = manage_adapters._write
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(DirectoryError, match="in use by another qwlora process"):
+            remove_adapter(job, "second")
+        return write(*arguments)
+
+    monkeypatch.setattr(manage_adapters, "_write", meanwhile)
+    add_adapter(job, "third")
+    assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]

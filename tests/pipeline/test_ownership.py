@@ -3,8 +3,6 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from cli.command_line import refused
-from pipeline.conftest import FakeJob
+from pipeline.conftest import FakeJob, contents, left_alone
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.formats import manifest
 from qwlora.formats.model_card import marked
@@ -37,20 +35,6 @@ def finish(out: Path, place: str = "base") -> None:
     with (store := Store(out)).locked(), store.scratch(place) as scratch:
         (scratch / "model.safetensors").write_text(place)
         store.commit(place, Record("quantize", {}, {}), scratch)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
-    return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
-
-
-@contextmanager
-def left_alone(folder: Path, message: str | None, error: Any = DirectoryError) -> Iterator[Any]:
-    """What is done is refused with this message, and nothing in the folder changes."""
-    before = contents(folder)
-    with pytest.raises(error, match=message) as caught:
-        yield caught
-    assert contents(folder) == before
 
 
 def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(recipe_for: Any) -> None:
@@ -173,23 +157,20 @@ def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert removed
 
 
-UNUSABLE = {
-    "loop/out": "Too many levels of symbolic links",
-    "dangling": "dangling' is a link to 'nowhere'",
-    "dangling/out": "dangling' is a link to 'nowhere'",
-    "x/" * 2500: "File name too long",
-    "file/out": "file' is a file",
-}
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_an_unusable_path_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_unusable_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").touch()
-    with left_alone(tmp_path, UNUSABLE[name]) as caught:
-        check_output(tmp_path / name)
-    assert len(str(caught.value)) < 1000
+    for name, message in {
+        "loop/out": "Too many levels of symbolic links",
+        "dangling": "dangling' is a link to 'nowhere'",
+        "dangling/out": "dangling' is a link to 'nowhere'",
+        "x/" * 2500: "File name too long",
+        "file/out": "file' is a file",
+    }.items():
+        with left_alone(tmp_path, message) as caught:
+            check_output(tmp_path / name)
+        assert len(str(caught.value)) < 1000
 
 
 def test_an_artifact_behind_a_link_is_of_somebody_else(job: FakeJob, tmp_path: Path) -> None:
@@ -210,34 +191,31 @@ def test_an_output_in_the_data_is_refused(recipe_for: Any, tmp_path: Path) -> No
                 run(recipe_for(**sections), data / name)
 
 
-@pytest.mark.parametrize(
-    ("error", "remedy"),
-    [
+def test_what_a_disk_refuses_has_a_remedy(tmp_path: Path) -> None:
+    for error, remedy in (
         (OSError(errno.ENOLCK, "No locks available"), "cannot lock files.*local disk"),
         (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
         (OSError(errno.EIO, "Input/output error"), "disk or the connection to it failed"),
         (SafetensorError("Read-only file system (os error 30)"), "another --out"),
         (SafetensorError("Disk quota exceeded (os error 122)"), "no space left"),
-    ],
-)
-def test_what_a_disk_refuses_has_a_remedy(error: Exception, remedy: str, tmp_path: Path) -> None:
-    message = f"{tmp_path.name}.*{remedy}"
-    with pytest.raises(DirectoryError, match=message), as_directory_errors(tmp_path):
-        raise error
+    ):
+        message = f"{tmp_path.name}.*{remedy}"
+        with pytest.raises(DirectoryError, match=message), as_directory_errors(tmp_path):
+            raise error
 
 
-def interrupted_in(folder: Path) -> None:
+def test_a_failed_merge_leaves_what_was_there(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "merged"
+    for is_there in (False, True):
+        if is_there:
+            place.mkdir(parents=True)
+        with left_alone(tmp_path, None, KeyboardInterrupt), new_folder(place) as folder:
+            write_half(folder)
+
+
+def write_half(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("is_there", [False, True], ids=["new", "empty"])
-def test_a_failed_merge_leaves_what_was_there(tmp_path: Path, is_there: bool) -> None:
-    place = tmp_path / "a" / "merged"
-    if is_there:
-        place.mkdir(parents=True)
-    with left_alone(tmp_path, None, KeyboardInterrupt), new_folder(place) as folder:
-        interrupted_in(folder)
 
 
 def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path, monkeypatch) -> None:

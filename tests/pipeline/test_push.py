@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from qwlora.targets.proof.folder import RECORD, proofs
 from qwlora.targets.proof.readme import write_readme
 
 CARD = "README.md"
+IDS = torch.arange(12)[None]
 STAGES = ("quantize", "train", "evaluate", "export", "verify")
 
 
@@ -62,8 +64,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, job: Path) -> Iterator[FakeHub]:
     (job / ".qwlora" / "pushed.json").unlink(missing_ok=True)
 
 
-def assert_unprepared(job: Path, message: str, adapter: str | None = None) -> None:
-    with pytest.raises(DirectoryError, match=message), prepared(job, "me/it", adapter):
+def assert_unprepared(
+    job: Path, message: str, adapter: str | None = None, error: Any = DirectoryError
+) -> None:
+    with pytest.raises(error, match=message), prepared(job, "me/it", adapter):
         pass
 
 
@@ -110,13 +114,12 @@ def test_the_python_of_a_page_loads_the_files(page, job, tmp_path, monkeypatch) 
         expected = qwlora.load_adapter(expected, job / "adapters/first").eval()
     file = ROOT / page if page.startswith("docs/") else job / page
     codes = [block.text for block in blocks(file) if block.language == "python"]
-    ids = torch.arange(12)[None]
     for code in codes[:1] if page.startswith("docs/") else codes:
         names: dict[str, Any] = {}
         exec(compile(code, page, "exec"), names)
         with torch.no_grad():
-            found = names["model"].eval()(ids).logits
-        torch.testing.assert_close(found, expected(ids).logits, rtol=1e-4, atol=1e-4)
+            found = names["model"].eval()(IDS).logits
+        torch.testing.assert_close(found, expected(IDS).logits, rtol=1e-4, atol=1e-4)
     assert len(codes) >= 1 + page.endswith(CARD)
 
 
@@ -160,8 +163,7 @@ def test_uploads_are_private_and_load_from_there(job: Path, hub: FakeHub, tmp_pa
     folders = [snapshot_download(name, cache_dir=tmp_path) for name in ("me/base", "me/first")]
     there = qwlora.load_adapter(qwlora.load_base(folders[0]), folders[1]).eval()
     here = qwlora.load_adapter(qwlora.load_base(job / "base"), job / "adapters/first").eval()
-    ids = torch.arange(12)[None]
-    assert torch.equal(there(ids).logits, here(ids).logits)
+    assert torch.equal(there(IDS).logits, here(IDS).logits)
 
 
 def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub) -> None:
@@ -180,23 +182,18 @@ def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub
     assert mine.keys() <= hub.repositories["me/base"].files.keys()
 
 
-@pytest.mark.parametrize(
-    ("is_private", "files", "words", "named"),
-    [
+def test_a_repository_that_is_public_or_has_other_files_is_left_alone(job, hub) -> None:
+    push = ("push", job, "--to", "me/it", "--yes")
+    for is_private, files, words, named in (
         (True, {"base.json": b"{}"}, ("--adapter", "first"), "base.json"),
         (True, {"qwlora.json": b"{}"}, (), "qwlora.json"),
         (False, {}, (), "--public"),
-    ],
-)
-def test_a_repository_that_is_public_or_has_other_files_is_left_alone(
-    job: Path, hub: FakeHub, is_private: bool, files: Any, words: tuple[str, ...], named: str
-) -> None:
-    hub.repositories["me/it"] = Repository(is_private, files=dict(files))
-    assert named in refused("push", job, *words, "--to", "me/it", "--yes")
-    assert hub.repositories["me/it"].files == files
-    if not is_private:
-        answered("push", job, "--to", "me/it", "--public", "--yes")
-        assert "base.json" in hub.repositories["me/it"].files
+    ):
+        hub.repositories["me/it"] = Repository(is_private, files=dict(files))
+        assert named in refused(*push, *words)
+        assert hub.repositories["me/it"].files == files
+    answered(*push, "--public")
+    assert "base.json" in hub.repositories["me/it"].files
 
 
 @contextmanager
@@ -241,38 +238,30 @@ def test_files_of_others_and_files_that_were_not_checked_are_not_uploaded(job: P
                 assert "### transformers" not in upload.files[CARD].read_text()
 
 
-@pytest.mark.parametrize("name", ["base/README.md", "adapters/first/qwlora.json", "export/hf/x"])
-def test_a_link_out_of_the_job_is_not_uploaded(name: str, job: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(job, tmp_path / "job"))
-    (tmp_path / "key").write_text("PRIVATE KEY")
-    (copied / name).unlink(missing_ok=True)
-    (copied / name).symlink_to(tmp_path / "key")
-    with pytest.raises(SourceError, match=f"{name}' is a link"), prepared(copied, "me/it", None):
-        pass
-
-
-def test_a_record_that_lists_a_file_elsewhere_uploads_nothing(job: Path) -> None:
-    file, key = job / "base" / STAGE, job.parent / "key"
+def test_a_link_or_a_record_that_leads_out_of_the_job_uploads_nothing(job, tmp_path) -> None:
+    (key := tmp_path / "key").write_text("PRIVATE KEY")
+    for name in ("base/README.md", "adapters/first/qwlora.json", "export/hf/x"):
+        copied = Path(shutil.copytree(job, tmp_path / name.replace("/", "-")))
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).symlink_to(key)
+        assert_unprepared(copied, f"{name}' is a link", error=SourceError)
+    file = job / "base" / STAGE
     record = read_record(file)
     assert record is not None
-    key.write_text("PRIVATE KEY")
-    files = {**record.files, "../../key": hashlib.sha256(key.read_bytes()).hexdigest()}
+    there = os.path.relpath(key, file.parent)
+    files = {**record.files, there: hashlib.sha256(key.read_bytes()).hexdigest()}
     with edited(file, replace(record, files=files).text()):
         assert read_record(file) is None
         assert_unprepared(job, "quantize: base: its record is damaged")
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "words"),
-    [
-        ("/api/repos/create", 401, "hf auth login"),
-        ("/preupload/", 403, "may write"),
-        ("/commit/", 400, "400"),
-        ("no hub", 0, "HF_ENDPOINT"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_message(job, hub, monkeypatch, path, status, words) -> None:
-    hub.answers[path] = status
+REFUSED = {"/api/repos/create": (401, "hf auth login"), "/preupload/": (403, "may write")}
+REFUSED |= {"/commit/": (400, "400"), "no hub": (0, "HF_ENDPOINT")}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_the_hub_refuses_is_one_message(path, job, hub, monkeypatch) -> None:
+    hub.answers[path], words = REFUSED[path]
     if path == "no hub":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert words in refused("push", job, "--to", "me/base", "--yes")

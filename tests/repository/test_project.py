@@ -40,20 +40,21 @@ def test_make_test_leaves_out_the_marks_and_nothing_else() -> None:
     assert [mark for mark in MARKS if f'"-m", "{mark}' not in sessions] == []
 
 
-@pytest.mark.parametrize(("mark", "outcome"), [("client", "failed"), ("slow", "skipped")])
-def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> None:
-    item: Any = SimpleNamespace(get_closest_marker=lambda name: name == mark)
-    hook = conftest.pytest_runtest_makereport(item)
-    next(hook)
-    report = SimpleNamespace(skipped=True, outcome="skipped", longrepr="")
-    with pytest.raises(StopIteration):
-        hook.send(report)
-    assert report.outcome == outcome
+def test_a_skip_is_a_failure_where_all_programs_are() -> None:
+    for mark, outcome in (("client", "failed"), ("slow", "skipped")):
+        item: Any = SimpleNamespace(get_closest_marker=lambda name, mark=mark: name == mark)
+        hook = conftest.pytest_runtest_makereport(item)
+        next(hook)
+        report = SimpleNamespace(skipped=True, outcome="skipped", longrepr="")
+        with pytest.raises(StopIteration):
+            hook.send(report)
+        assert report.outcome == outcome
 
 
 def test_benchmarks_and_examples_import_what_exists() -> None:
     """The lanes that run them are slow."""
-    files = (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*"))
+    scripts = (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py"))
+    files = (*scripts, *ROOT.glob("examples/*.ipynb"))
     called = {name for file in files for name in re.findall(r"\bqwlora\.(\w+_?)\(", code(file))}
     assert called <= set(qwlora.__all__)
     lacking = [
@@ -69,8 +70,8 @@ def test_benchmarks_and_examples_import_what_exists() -> None:
 
 def code(file: Path) -> str:
     """The Python in a script or a notebook."""
-    if file.suffix != ".ipynb":
-        return file.read_text() if file.suffix == ".py" else ""
+    if file.suffix == ".py":
+        return file.read_text()
     cells = json.loads(file.read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
@@ -80,9 +81,6 @@ def exists(module: str, name: str) -> bool:
     if hasattr(importlib.import_module(module), name):
         return True
     return importlib.util.find_spec(f"{module}.{name}") is not None
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_oldest_allowed_releases_are_pinned() -> None:

@@ -1,6 +1,8 @@
 """Signatures of the public API name public types only: whoever calls it needs no other import."""
 
+import importlib
 import inspect
+import logging
 import re
 import typing
 from collections.abc import Callable
@@ -80,8 +82,21 @@ def test_signatures_name_public_types_only(name: str) -> None:
     assert others == set()
 
 
-def test_names_that_are_loaded_later_are_listed() -> None:
+def test_names_that_are_loaded_later_are_listed_and_torchao_is_silent(monkeypatch, caplog) -> None:
     assert {*NAMES, "__version__"} <= set(dir(qwlora))
+    logger = logging.getLogger("torchao")
+    caplog.set_level(logging.WARNING, "torchao")  # a command in this process may have changed it
+
+    def imported(module: str) -> Any:
+        logger.warning("Failed to load %s", module)
+        logger.error("no such file")
+        raise ImportError
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    with pytest.raises(ImportError):
+        qwlora.__getattr__("simulate")
+    logger.warning("later")  # the caller's own logging is as it was
+    assert caplog.messages == ["no such file", "later"]
 
 
 def hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -89,27 +104,25 @@ def hints(function: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(function, localns={t.__name__: t for t in names})
 
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-IDS = torch.arange(64).view(4, 16)
-EXAMPLE = {"input_ids": IDS[:1]}
-
-
+@pytest.mark.usefixtures("shared_captures")
 def test_what_is_returned_is_shown_in_one_line(tmp_path: Path) -> None:
+    ids = torch.arange(64).view(4, 16)
+    example = {"input_ids": ids[:1]}
     model: Any = tiny_model("llama", layers=1)
     model.save_pretrained(tmp_path / "float")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     report = qwlora.quantize_(model, "w4-block32")
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    tuned = qwlora.tune_(model, tiny_model("llama", layers=1), IDS, qwlora.TuningSettings(steps=1))
+    tuned = qwlora.tune_(model, tiny_model("llama", layers=1), ids, qwlora.TuningSettings(steps=1))
     qwlora.save_base(model, tmp_path / "base", source="somewhere")
     checkpoints = [qwlora.open_checkpoint(tmp_path / name) for name in ("float", "base")]
-    known = qwlora.simulate(model.eval(), EXAMPLE)
-    calibrated = known.calibrate([EXAMPLE])
+    known = qwlora.simulate(model.eval(), example)
+    calibrated = known.calibrate([example])
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
     started = qwlora.initialize_(adapted, "svd", lambda path: weights[f"{path}.weight"])
-    simulation = qwlora.simulate(adapted, EXAMPLE, activation_encodings=known.activation_encodings)
-    several = qwlora.simulate_adapters(adapted, EXAMPLE)
-    several.observe([EXAMPLE])
+    simulation = qwlora.simulate(adapted, example, activation_encodings=known.activation_encodings)
+    several = qwlora.simulate_adapters(adapted, example)
+    several.observe([example])
     shown = repr(several)
     assert "not calibrated" in shown
     several.freeze()

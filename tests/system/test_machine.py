@@ -16,8 +16,6 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.sources import Sources
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import load_recipe
@@ -48,20 +46,6 @@ def test_auto_follows_instructions(feature: str, monkeypatch: pytest.MonkeyPatch
 
 
 ASKED = ("base.tuning.compute={0}", "adapters.0.compute={0}")
-
-
-def test_the_plan_keeps_auto(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def inputs(asked: str, has: bool) -> dict[str, Any]:
-        pretend(monkeypatch, has)
-        changes = ("base.tuning.steps=4", *(change.format(asked) for change in ASKED))
-        recipe = load_recipe(recipe_for(), changes)
-        return {stage.name: stage.inputs for stage in make_plan(recipe, Sources(recipe))}
-
-    auto, there = (inputs("auto", has) for has in (False, True))
-    assert auto == there, "another machine resumes the job"
-    single, half = (inputs(asked, True) for asked in ("float32", "bfloat16"))
-    for stage in ("quantize", "train/first"):
-        assert auto[stage] != single[stage] != half[stage] != auto[stage]
 
 
 def test_auto_is_float32_where_it_must(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,24 +101,6 @@ def test_tuning_resolves_auto_and_warns_when_forced(monkeypatch: pytest.MonkeyPa
         assert tuned("bfloat16") == half
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root folder of a machine with eight hardware threads, two to a core."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for cpu in range(8):
-        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        folder.mkdir(parents=True)
-        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
-    (tmp_path / "proc/self").mkdir(parents=True)
-    return tmp_path
-
-
-def test_threads_of_one_core_count_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert usable_cores(root) == 4
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
-    assert usable_cores(root) == 2
-
-
 VERSION_1 = "4:memory:/a\n3:cpuset:/b\n1:cpu,cpuacct:/job\n0::/"
 CPU = "cpu/job/cpu.cfs"
 
@@ -142,6 +108,7 @@ CPU = "cpu/job/cpu.cfs"
 @pytest.mark.parametrize(
     ("group", "files", "cores"),
     [
+        ("0::/job/step", {}, 4),
         ("0::/job/step", {"job/step/cpu.max": "150000 100000"}, 2),
         ("0::/job/step", {"job/cpu.max": "50000 100000"}, 1),  # of the group around it
         ("0::/outside/the/container", {"cpu.max": "300000 100000"}, 3),
@@ -152,13 +119,22 @@ CPU = "cpu/job/cpu.cfs"
         (VERSION_1, {f"{CPU}_quota_us": "-1", f"{CPU}_period_us": "100000"}, 4),
     ],
 )
-def test_quotas_of_cgroups_bound_the_cores(root, group, files, cores) -> None:
-    (root / "proc/self/cgroup").write_text(f"{group}\n")
-    for name, content in files.items():
-        file = root / "sys/fs/cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{content}\n")
-    assert usable_cores(root) == cores
+def test_threads_of_a_core_count_once_and_quotas_of_cgroups_bound(
+    tmp_path, monkeypatch, group, files, cores
+) -> None:
+    """On a machine with eight hardware threads, two to a core."""
+    written = {f"sys/fs/cgroup/{name}": content for name, content in files.items()}
+    written["proc/self/cgroup"] = group
+    for cpu in range(8):
+        name = f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        written[name] = f"{cpu % 4},{cpu % 4 + 4}"
+    for name, content in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert usable_cores(tmp_path) == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
+    assert usable_cores(tmp_path) == min(cores, 2)
 
 
 WAITING = {"OMP_WAIT_POLICY": "passive"}

@@ -37,9 +37,7 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_only_a_file_that_is_old_enough_is_not_read_again(
-    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_file_that_is_old_enough_is_not_read_again(file, cache, monkeypatch) -> None:
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
     monkeypatch.setattr(Seen, "_hash", read := Mock(return_value="read"))
     assert Seen(cache).content(file) == sha256(b"old")

@@ -1,4 +1,4 @@
-"""One small model that is captured once, for many simulations."""
+"""Batches, a small model with an adapter, and one that is captured once for many simulations."""
 
 from functools import cache
 from typing import Any
@@ -53,3 +53,10 @@ def simulation(schemes: Schemes | None = None, **given: Any) -> Simulation:
     """A simulation of it, not calibrated."""
     with mock.patch("qwlora.simulation.simulation.capture", return_value=_captured()):
         return simulate(adapted(), batch(), schemes, **given)
+
+
+def calibrated(model: torch.nn.Module, schemes: Schemes | None = None, **shape: int) -> Simulation:
+    """A simulation of `model`, calibrated on three batches of a shape."""
+    made = simulate(model, batch(**shape), schemes)
+    made.calibrate([batch(**shape, seed=seed) for seed in range(3)])
+    return made

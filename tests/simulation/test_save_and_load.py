@@ -3,12 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
 
 from conftest import ARCHITECTURES, packed_model, reseal
 from qwlora import PerChannel, Scheme, Schemes, load_simulation, simulate
@@ -20,23 +19,14 @@ from qwlora.simulation.placement_rules import POLICIES, PlacementRule, Policy
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import adapted_layer as adapted
-from simulation.captured import batch as batch_of
+from simulation.captured import batch, calibrated
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-def batch(seed: int = 0) -> dict[str, Tensor]:
-    return batch_of(tokens=12, seed=seed)
-
-
 def assert_equal_logits(one: Simulation, other: Simulation, seed: int = 9) -> None:
-    assert torch.equal(one.outputs(batch(seed))["logits"], other.outputs(batch(seed))["logits"])
-
-
-def calibrated(model: PeftModel, schemes: Schemes | None = None) -> Simulation:
-    simulation = simulate(model, batch(), schemes)
-    simulation.calibrate([batch(s) for s in range(3)])
-    return simulation
+    given = batch(seed=seed)
+    assert torch.equal(one.outputs(given)["logits"], other.outputs(given)["logits"])
 
 
 NARROW = Schemes(
@@ -44,42 +34,6 @@ NARROW = Schemes(
     Scheme(4, symmetric=False, granularity=PerChannel(0)),
     quantize_residual_adds=True,
 )
-RULED = Schemes(
-    rules=[
-        PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0),
-        PlacementRule("*.down_proj", keep="float"),
-    ],
-    observer="percentile",
-    symmetric_matmul_second_input=True,
-)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "schemes"),
-    [
-        ("llama", RULED),
-        *(
-            pytest.param(name, schemes, marks=pytest.mark.slow)
-            for name in ARCHITECTURES
-            for schemes in (None, NARROW)
-        ),
-    ],
-)
-def test_it_comes_back_with_the_same_bits(
-    tmp_path: Path, architecture: str, schemes: Schemes | None
-) -> None:
-    simulation = calibrated(adapted(architecture), schemes)
-    simulation.save(tmp_path / "new" / "folder")
-    again = load_simulation(tmp_path / "new" / "folder", adapted(architecture))
-    assert_equal_logits(again, simulation)
-    assert again.origin.schemes == simulation.origin.schemes
-    assert list(again.encodings) == list(simulation.encodings)
-    for name, encoding in simulation.encodings.items():
-        assert again.encodings[name].scheme == encoding.scheme
-        assert again.encodings[name].equals(encoding)
-    assert again.placement.values == simulation.placement.values
-
-
 GRANULARITIES = [
     *(PerTensor(), PerChannel(0), PerChannel(1), PerChannel(-1)),
     *(kind(4) for kind in Blocks.KINDS.values()),
@@ -87,23 +41,47 @@ GRANULARITIES = [
 ]
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
-def test_schemes_of_every_granularity_come_back(tmp_path: Path, granularity: Granularity) -> None:
+def of_everything(granularity: Granularity) -> Schemes:
+    """Schemes in which no field has its default."""
     grid = Scheme(6, granularity=granularity)
     only_symmetric = isinstance(granularity, Blocks) and granularity.is_only_symmetric
-    schemes = Schemes(
+    return Schemes(
         adapter_weights=grid,
         parameters=replace(grid, bitwidth=8, symmetric=only_symmetric),
-        rules=[PlacementRule("*embed_tokens*", bitwidth=5, of="weights"), *RULED.rules],
+        rules=[
+            PlacementRule("*embed_tokens*", bitwidth=5, of="weights"),
+            PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0),
+            PlacementRule("*.down_proj", keep="float"),
+        ],
         observer=RangeEstimator("percentile", 99.5),
+        symmetric_matmul_second_input=True,
         policy=Policy("mine", POLICIES["npu"].rules),
     )
-    simulation = calibrated(adapted(), schemes)
-    simulation.save(tmp_path)
-    again = load_simulation(tmp_path, adapted())
-    assert again.origin.schemes == schemes
-    assert repr(again.origin.schemes) == repr(schemes)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "schemes"),
+    [
+        *(pytest.param("llama", of_everything(kind), id=repr(kind)) for kind in GRANULARITIES),
+        *(
+            pytest.param(name, schemes, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+            for schemes in (None, NARROW)
+        ),
+    ],
+)
+def test_it_comes_back_with_the_same_bits(tmp_path: Path, architecture: str, schemes: Any) -> None:
+    simulation = calibrated(adapted(architecture), schemes)
+    simulation.save(tmp_path / "new" / "folder")
+    again = load_simulation(tmp_path / "new" / "folder", adapted(architecture))
     assert_equal_logits(again, simulation)
+    assert again.origin.schemes == simulation.origin.schemes
+    assert repr(again.origin.schemes) == repr(simulation.origin.schemes)
+    assert list(again.encodings) == list(simulation.encodings)
+    for name, encoding in simulation.encodings.items():
+        assert again.encodings[name].scheme == encoding.scheme
+        assert again.encodings[name].equals(encoding)
+    assert again.placement.values == simulation.placement.values
 
 
 def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Path) -> None:
@@ -171,7 +149,7 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
 
 def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
     model = adapted()
-    one = torch.ones(2, 12, dtype=torch.long)
+    one = torch.ones(2, 16, dtype=torch.long)
     given = {"input_ids": one, "attention_mask": one}
     simulation = simulate(model, given)
     simulation.calibrate([batch()])

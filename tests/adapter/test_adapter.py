@@ -219,7 +219,7 @@ def value(part: str, number: float) -> Change:
     return weights(change)
 
 
-UP = "layers.7.mlp.up_proj.lora_"
+UP0, UP = (f"layers.{layer}.mlp.up_proj.lora_" for layer in (0, 7))
 WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / WEIGHTS).write_bytes(b"cut short"), rf"{WEIGHTS} cannot be read"),
     (lambda folder: (folder / WEIGHTS).unlink(), rf"has no {WEIGHTS}"),
@@ -243,6 +243,10 @@ WRONG: list[tuple[Change, str]] = [
     (value("1.mlp.up_proj.lora_A", float("nan")), "1.mlp.up_proj.lora_A.weight .*not finite"),
     (value("0.mlp.down_proj.lora_B", -torch.inf), "0.mlp.down_proj.lora_B.weight .*not finite"),
     (added(**{f"{UP}A": (2, 64), f"{UP}B": (128, 2)}), "2 weights differ.*layers.7.mlp"),
+    (
+        added(**{f"{UP0}A": (2, 48)}),
+        r"weights differ.*0.mlp.up_proj.lora_A.* needs \[2, 64\], the file has \[2, 48\]",
+    ),
     (
         weights(lambda found: found.pop(next(n for n in found if "lora_A" in n))),
         r"lora_B\.weight has no matching lora_A",

@@ -111,13 +111,7 @@ def test_recovery_gets_closer_to_the_float_model(tmp_path: Path) -> None:
     assert distances["recovery"] < 0.8 * distances["text"]
 
 
-def test_refuses_a_later_start_and_recovery_without_floats(recipe_for: Any) -> None:
-    later = [{"name": "one", "continue_from": "two"}, {"name": "two"}]
-    with pytest.raises(RecipeError, match="one continues two: list it first"):
-        load_recipe(recipe_for(adapters=later))
-    merging = [{"name": "one", "mergeable": True}, {"name": "two", "continue_from": "one"}]
-    with pytest.raises(RecipeError, match="two continues one, which is mergeable: set"):
-        load_recipe(recipe_for(adapters=merging))
+def test_refuses_recovery_without_floats(recipe_for: Any) -> None:
     back = [{"name": "back", "objective": "recovery"}]
     with pytest.raises(RecipeError, match=r"back: objective recovery .* need the float model"):
         load_recipe(recipe_for(adapters=back, base={"solver": "keep"}))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +14,6 @@ from unittest import mock
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
@@ -55,13 +50,7 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def trained(work: Path, **settings: Any) -> dict[str, Tensor]:
-    model = adapted()
-    train_adapter(model, IDS, replace(SETTINGS, **settings), work)
-    return weights(model)
-
-
-@pytest.mark.parametrize("shape", [{}, {"dora": True, "target_modules": ["q_proj", "up_proj"]}])
+@pytest.mark.parametrize("shape", [{}, {"dora": True, "target_modules": ["q_proj"]}], ids=str)
 def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = adapted(layers=2, **shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -79,12 +68,17 @@ def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) 
 def test_the_kind_of_loss_and_checkpointing_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = trained(tmp_path / "plain")
-    checkpointed = trained(tmp_path / "checkpointed", gradient_checkpointing=True)
+    def trained(folder: str, **settings: Any) -> dict[str, Tensor]:
+        model = adapted()
+        train_adapter(model, IDS, replace(SETTINGS, **settings), tmp_path / folder)
+        return weights(model)
+
+    plain = trained("plain")
+    checkpointed = trained("checkpointed", gradient_checkpointing=True)
     refused = mock.Mock(side_effect=TrainingError("it needs the logits"))
     monkeypatch.setattr("qwlora.adapter.training_step.ChunkedLoss", refused)
     with pytest.warns(QwloraWarning, match="it needs the logits. Training uses that loss"):
-        whole = trained(tmp_path / "whole")
+        whole = trained("whole")
     for name, weight in plain.items():
         torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(weight, checkpointed[name])
@@ -115,25 +109,17 @@ def test_two_processes_share_batches_and_do_not_broadcast_the_base(
         _arguments(SETTINGS, tmp_path, 2, torch.device("cpu"))
 
 
-class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Sequences with few and with many targets, where a mean of means would be wrong."""
-
-    def __len__(self) -> int:
-        return len(IDS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = IDS[index].clone()
-        labels[: 28 if index % 2 else 2] = -100
-        return {"input_ids": IDS[index], "labels": labels}
-
-
 @pytest.mark.usefixtures("each_loss")
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    """Also of few and of many targets, where a mean of means would be wrong."""
+    labels = IDS.clone()
+    labels[::2, :2] = labels[1::2, :28] = -100
+    uneven: Any = [{"input_ids": i, "labels": t} for i, t in zip(IDS, labels, strict=True)]
     results = []
     for batch, steps in ((4, 1), (1, 4)):
         model, work = adapted(), tmp_path / f"{batch}"
         how = {"batch_sequences": batch, "accumulation_steps": steps, "steps": 2}
-        report = train_adapter(model, Uneven(), replace(SETTINGS, **how), work)
+        report = train_adapter(model, uneven, replace(SETTINGS, **how), work)
         results.append((report.losses, weights(model)))
     (losses, large), (others, small) = results
     assert losses == pytest.approx(others, rel=1e-5)
@@ -168,9 +154,15 @@ def test_the_best_evaluation_is_kept_wherever_runs_are_killed(
     tmp_path: Path, patience: int
 ) -> None:
     often = {"evaluation_steps": 3, "patience": patience, "checkpoint_steps": 1}
-    settings = replace(SETTINGS, steps=60, learning_rate=2e-2, **often)
-    whole = adapted()
-    expected = train_adapter(whole, IDS, settings, tmp_path / "whole", held_out=OTHER)
+    drawn = {"accumulation_steps": 2, "schedule": "cosine"}
+    settings = replace(SETTINGS, steps=60, learning_rate=2e-2, **often, **drawn)
+
+    def train(folder: str, **options: Any) -> tuple[PeftModel, TrainingReport]:
+        model = adapted(dropout=0.1)
+        work = tmp_path / folder
+        return model, train_adapter(model, IDS, settings, work, held_out=OTHER, **options)
+
+    whole, expected = train("whole")
     losses, best = dict(expected.evaluations), expected.best_step or 0
     assert best == min(losses, key=losses.__getitem__)
     assert expected.steps == best + 3 * patience < 60
@@ -178,12 +170,10 @@ def test_the_best_evaluation_is_kept_wherever_runs_are_killed(
         loss = float(whole.eval()(input_ids=OTHER, labels=OTHER).loss)
     assert loss == pytest.approx(losses[best], rel=1e-5)
     for step in range(best + 2, expected.steps, 3):
-        track = killed_after(step)
         with pytest.raises(KeyboardInterrupt):
-            train_adapter(adapted(), IDS, settings, tmp_path / "killed", OTHER, track=track)
+            train("killed", track=killed_after(step))
     for least in (best + 1, best):  # the second had ended, and begins where the best was
-        again = adapted()
-        found = train_adapter(again, IDS, settings, tmp_path / "killed", held_out=OTHER)
+        again, found = train("killed")
         assert found.resumed_from_step >= least
         for key in ("best_step", "steps", "losses", "evaluations"):
             assert getattr(found, key) == getattr(expected, key)
@@ -280,10 +270,10 @@ def first_alarm(losses: list[float], start: int = 1) -> int | None:
     return next((step for step in steps if divergence(losses[:step], 50_000)), None)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.9])
-def test_mixed_data_is_not_divergence(share: float) -> None:
-    runs = [mixed(1500, 0, share), *(mixed(120, seed, share) for seed in range(30))]
-    assert not any(first_alarm(losses) for losses in runs)
+def test_mixed_data_is_not_divergence() -> None:
+    for share in (0.5, 0.1, 0.9):
+        runs = [mixed(1500, 0, share), *(mixed(120, seed, share) for seed in range(30))]
+        assert not any(first_alarm(losses) for losses in runs)
 
 
 @pytest.mark.parametrize("healthy", [100, 300, 3000])
@@ -300,9 +290,7 @@ def checkpoint(work: Path, step: int, sealed: bool = True, best: int | None = No
     """A checkpoint as the Trainer writes it; without its digests it was interrupted."""
     folder = work / f"checkpoint-{step}"
     (folder / "distributed").mkdir(parents=True)
-    save_file({"lora_A": torch.ones(3)}, folder / "adapter_model.safetensors")
     (folder / "distributed" / "0.bin").write_bytes(bytes(range(100)))
-    (folder / "optimizer.pt").write_bytes(bytes(range(200)))
     (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     if sealed:
         manifest.write(folder, DIGESTS, {}, files_in(folder))
@@ -334,23 +322,21 @@ def test_never_resumes_where_the_best_checkpoint_is_damaged(tmp_path: Path) -> N
     first = checkpoint(tmp_path, 2)
     best = checkpoint(tmp_path, 4, best=4)
     assert checkpoint(tmp_path, 6, best=4) == last_checkpoint(tmp_path)
-    (best / "adapter_model.safetensors").unlink()
+    (best / "distributed" / "0.bin").unlink()
     assert last_checkpoint(tmp_path) == first
     checkpoint(tmp_path, 10, sealed=False)  # interrupted
     assert last_checkpoint(tmp_path) == first
 
 
 def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[dict[str, float]] = []
-    folders: set[str | None] = set()
+    told: list[tuple[str, dict[str, float]]] = []
 
     class Recorder(integration_utils.TensorBoardCallback):
         def __init__(self) -> None:
-            self.logging_dir: str | None = None
+            self.logging_dir = ""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            told.append(logs)
-            folders.add(self.logging_dir)
+            told.append((self.logging_dir, logs))
 
         on_train_begin = on_train_end = lambda *_, **__: None
 
@@ -360,52 +346,5 @@ def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_loggers(["blackboard"])
     settings = replace(SETTINGS, report_to=("tensorboard",))
     train_adapter(adapted(), IDS, settings, tmp_path, logs=tmp_path / "logs")
-    assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
-    assert folders == {str(tmp_path / "logs")}
-
-
-RUN = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_train import IDS, KILLED, adapted
-from qwlora import save_adapter
-from qwlora.adapter.train import train_adapter
-model = adapted(dropout=0.1)
-print("begins", flush=True)
-train_adapter(model, IDS, KILLED, Path(sys.argv[2]) / "work", held_out=IDS[:2] + 1)
-save_adapter(model, Path(sys.argv[2]) / "adapter")
-"""
-KILLED = replace(SETTINGS, steps=24, accumulation_steps=2, schedule="cosine")
-KILLED = replace(KILLED, evaluation_steps=6, patience=3)
-
-
-def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
-    """The adapter of a run that is killed after each delay (seconds of training) and restarted."""
-    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
-    paths = ":".join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    for seconds in kill_after:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begins\n"
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = run_to_the_end(tmp_path / "whole")
-    survived = []
-    for moment in range(10):
-        folder, generator = tmp_path / f"killed-{moment}", random.Random(moment)
-        assert run_to_the_end(folder, tuple(generator.uniform(0.1, 4) for _ in "01")) == whole
-        survived.append(last_checkpoint(folder / "work"))
-    assert any(survived)  # and some were killed after their first checkpoint
-    moved = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
-    assert any(bool(t.abs().max() > 0) for n, t in moved.items() if "lora_B" in n)
+    assert len([logs for _, logs in told if "loss" in logs and "grad_norm" in logs]) == 6
+    assert {folder for folder, _ in told} == {str(tmp_path / "logs")}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_model
+from conftest import packed_model, tiny_model
 from formats.models import logits
-from qwlora import fingerprint, freeze_, quantize_
+from qwlora import fingerprint, freeze_
 from qwlora.errors import EncodingsFileError, GridError, QwloraWarning
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
@@ -76,17 +76,15 @@ def test_a_weight_off_its_grid_is_named_with_its_distance_and_nothing_changes(
 
 
 def test_frozen_integers_are_the_base_that_quantize_makes() -> None:
-    """The same integers, whichever way they came: one fingerprint, equal logits."""
-    quantized, frozen = tiny_model("llama"), tiny_model("llama")
-    quantize_(quantized, "w4-block16", "rtn")
+    """The same integers, whichever way they came."""
+    quantized, frozen = packed_model("llama"), tiny_model("llama")
     freeze_(frozen, {name: layer.quantized for name, layer in packed_weights(quantized).items()})
     assert fingerprint(frozen) == fingerprint(quantized)
     assert torch.equal(logits(frozen), logits(quantized))
 
 
 def integers(rows: int, code: int) -> QuantizedTensor:
-    scheme, scale = Scheme(4, granularity=PerChannel()), torch.ones(rows)
-    encoding = Encoding(scheme, scale, torch.full((rows,), -8, dtype=torch.int32))
+    encoding = measure(torch.ones(rows, 64), Scheme(4, granularity=PerChannel()))
     return QuantizedTensor(torch.full((rows, 64), code, dtype=torch.uint8), encoding)
 
 

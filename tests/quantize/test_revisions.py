@@ -3,11 +3,8 @@
 If a result changes on purpose, raise the revision in `quantize/solvers.py` and write both numbers here.
 """
 
-import sys
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,9 +19,8 @@ from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.errors import CalibrationError
 from qwlora.grid.activation_ranges import RangeObserver, estimate_ranges
-from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, RangeEstimator, Scheme
-from qwlora.nn import packed_weights
+from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.solvers import REVISIONS, SOLVERS, Solver
 from qwlora.quantize.tune_scales import TuningSettings, tune_
@@ -129,35 +125,10 @@ def test_a_solver_that_needs_calibration_says_so_without_it(solver: Solver) -> N
         solver.solve(torch.ones(2, 16), Scheme(3, granularity=PerBlock(16)), None, None)
 
 
-def test_recipes_take_the_names_from_the_registry() -> None:
+def test_recipes_take_names_and_settings_from_the_registry() -> None:
     for name in SOLVERS:
         assert grid_sections.BaseRule(match="*", solver=name).solver == name
     with pytest.raises(ValueError, match=r"gptq.* or 'keep'"):
         grid_sections.Base(solver="best")
-
-
-def test_a_solver_with_settings_is_a_module_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy multiplies the min-max scales by its setting."""
-
-    @dataclass(frozen=True)
-    class Settings:
-        factor: float = 1.0
-
-    def solve(weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: Any) -> Any:
-        scaled = measure(weight, scheme)
-        scaled = replace(scaled, scale=scaled.scale * (settings or Settings()).factor)
-        return QuantizedTensor(scaled.quantize(weight), scaled), {}
-
-    module = types.ModuleType("qwlora.quantize.toy")
-    vars(module).update(solve=solve, Settings=Settings)
-    monkeypatch.setitem(sys.modules, "qwlora.quantize.toy", module)
-    toy = Solver("toy", "quantize.toy:solve", settings="quantize.toy:Settings")
-    monkeypatch.setitem(SOLVERS, "toy", toy)
-    monkeypatch.setitem(REVISIONS, "toy", 1)
-    models = [tiny_model("llama") for _ in range(2)]
-    for model, factor in zip(models, (1.0, 2.0), strict=True):
-        settings = {"toy": toy.settings_of({"factor": factor})}
-        report = quantize_(model, "w8-channel", "toy", settings=settings)
-        assert {layer.solver for layer in report.layers.values()} == {"toy"}
-    scales = [next(iter(packed_weights(model).values())).encoding.scale for model in models]
-    assert torch.allclose(scales[1], 2 * scales[0], rtol=1e-3)
+    base = grid_sections.Base(gptq={"sweeps": 3})
+    assert SOLVERS["gptq"].settings_of(base.gptq.model_dump()) == GptqSettings(sweeps=3)

@@ -153,6 +153,9 @@ def compare(path: Path) -> dict[str, Any]:
     wanted, checkpoint = dict(model.named_parameters()), GgufCheckpoint(path)
     assert set(checkpoint.names()) == set(wanted)
     read = {name: checkpoint.read(name) for name in checkpoint.names()}
+    floats, stored = load_model(str(path)).state_dict(), model.state_dict()
+    assert floats.keys() == stored.keys()
+    assert all(torch.equal(floats[name], stored[name]) for name in stored)
     for name, value in read.items():
         want, module = wanted[name].detach(), model.get_submodule(name.rpartition(".")[0])
         if isinstance(value, QuantizedTensor):  # [out, in] whatever way round its layer has it

@@ -83,7 +83,7 @@ class GgufCheckpoint(MappedCheckpoint):
     """A GGUF file, mapped into memory; each tensor is read when it is asked for.
 
     Args:
-        as_floats: accept types that only transformers reads, as floats.
+        as_floats: read every tensor as floats, also of types that have no integers here.
 
     Raises:
         SourceError: the file is damaged, transformers does not know its architecture, a parameter
@@ -94,7 +94,7 @@ class GgufCheckpoint(MappedCheckpoint):
     described_in = "its metadata"
 
     def __init__(self, path: str | Path, as_floats: bool = False):
-        self.path = Path(path)
+        self.path, self.as_floats = Path(path), as_floats
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
@@ -126,13 +126,15 @@ class GgufCheckpoint(MappedCheckpoint):
     def _converted(self, origin: Origin) -> Tensor | QuantizedTensor:
         kinds = self._kinds(origin)
         kind = kinds[origin.sources[0]]
+        if self.as_floats:
+            return self._floats(origin)
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
             raise self._error(
                 f"parameter {origin.target!r} is stored in several tensors of different types: "
                 f"{parts}. Use a file that has the same type for them"
             )
-        return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
+        return self._floats(origin) if kind in FLOATS else self._integers(origin)
 
     def stored_rows(self, name: str, count: int = 0) -> tuple[str, Int64[Tensor, " out"]]:
         """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
@@ -190,14 +192,25 @@ class GgufCheckpoint(MappedCheckpoint):
         source, kind = next(iter(self._kinds(origin).items()))
         return f"{str(self.file.path)!r}: tensor {source!r} ({kind}, parameter {origin.target!r})"
 
-    def _floats(self, origin: Origin, dtype: torch.dtype) -> Tensor:
-        stored = {
-            source: self.file.raw(source).view(dtype).view(self.file.tensors[source].shape)
-            for source in origin.sources
-        }
+    def _floats(self, origin: Origin) -> Tensor:
         problem = f"{self._what(origin)}: transformers' conversion of this tensor fails"
         with foreign_as(SourceError, problem, "download the file again"):
-            return origin.convert(stored).to(torch.promote_types(dtype, torch.float32))
+            converted = origin.convert(
+                {source: self._dequantized(source) for source in origin.sources}
+            )
+            return converted.to(torch.promote_types(converted.dtype, torch.float32))
+
+    def _dequantized(self, name: str) -> Tensor:
+        """A stored tensor as floats: its own, or those that the `gguf` package computes."""
+        stored, raw = self.file.tensors[name], self.file.raw(name)
+        if stored.kind in FLOATS:
+            return raw.view(FLOATS[stored.kind]).view(stored.shape)
+        # Only floats need this package, which is optional.
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        values = dequantize(raw.numpy(), GGMLQuantizationType[stored.kind])
+        return torch.from_numpy(values).view(stored.shape)
 
     def _integers(self, origin: Origin) -> QuantizedTensor:
         what, kinds = self._what(origin), self._kinds(origin)

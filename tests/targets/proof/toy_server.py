@@ -60,7 +60,9 @@ def serving(
             return -1, None
         name, loras = body.get("model", ""), body.get("lora")
         if loras is not None:
-            name = f"lora:{loras[0]['id'] if loras else 'none'}"
+            # As llama-server: what is not listed has scale 0, but an empty list changes nothing.
+            active = [lora["id"] for lora in loras if lora["scale"]]
+            name = f"lora:{active[0] if active else 'none'}" if loras else ""
         if name not in models:
             return 404, {"message": f"The model `{name}` does not exist."}
         prompt = body["prompt"]

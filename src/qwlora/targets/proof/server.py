@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from qwlora.errors import SourceError, described, escaped, shortened
+from qwlora.errors import SourceError, described, escaped, listed, shortened
 from qwlora.targets.proof.canary import TOP, Answer, Context, likeliest
 
 LARGEST = 2**20  # bytes of a response
@@ -68,7 +68,8 @@ class Server:
         self._host, self._port = parts.hostname, port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._forms = _FORMS
-        self._is_llama_server = False
+        # Numbers of llama-server's adapters; None for another server.
+        self._adapters: list[int] | None = None
         texts = list(pieces.values())
         self._tokens = {text: token for token, text in pieces.items() if texts.count(text) == 1}
 
@@ -83,8 +84,8 @@ class Server:
         """Of llama-server: paths of the loaded adapters, by number."""
         match self._get("/lora-adapters"):
             case [*entries]:
-                self._is_llama_server = True
                 known = [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), int)]
+                self._adapters = [entry["id"] for entry in known]
                 return {entry["id"]: str(entry.get("path", "")) for entry in known}
         return {}
 
@@ -115,15 +116,15 @@ class Server:
 
     def _choice(self, model: str) -> dict[str, Any]:
         # Prompts that llama-server keeps may have been read with another adapter.
-        choice: dict[str, Any] = {"cache_prompt": False} if self._is_llama_server else {}
-        if model.startswith(ONE_ADAPTER):
-            number = model.removeprefix(ONE_ADAPTER)
-            if number != "none" and not number.isdecimal():
-                raise SourceError(f"{model!r}: give {ONE_ADAPTER}N or {ONE_ADAPTER}none")
-            return choice | {
-                "lora": [{"id": int(n), "scale": 1.0} for n in [number] if n != "none"]
-            }
-        return choice | ({"model": model} if model else {})
+        choice: dict[str, Any] = {} if self._adapters is None else {"cache_prompt": False}
+        if not model.startswith(ONE_ADAPTER):
+            return choice | ({"model": model} if model else {})
+        names, wanted = ["none", *map(str, self._adapters or ())], model.removeprefix(ONE_ADAPTER)
+        if wanted not in names:
+            raise SourceError(f"{self._url} has no {model}; there are {ONE_ADAPTER}{listed(names)}")
+        # An empty list would leave all adapters as they are.
+        scales = [{"id": n, "scale": float(str(n) == wanted)} for n in self._adapters or ()]
+        return choice | {"lora": scales}
 
     def _reply(self, content: bytes) -> Reply:
         try:

@@ -39,8 +39,9 @@ name: a -> b; device: auto -> cpu; evaluate: own -> all =>
 preset: fast -> balanced => quantize train/first as base.solver|adapters.first.init
 workflow: qw-lora -> qwa-lora => train/* calibrate/_base as workflow|quantize/activations
 reference: - -> float => evaluate/adapted/* evaluate/simulated/*
-seed: 0 -> 1 => quantize/sample TEXTS as seed
-seed: 0 -> 1 with reference=float => quantize/sample TEXTS as seed
+seed: 0 -> 1 => quantize/sample TEXTS export/gguf* as seed
+seed: 0 -> 1 with export.canary=none => quantize/sample TEXTS as seed
+seed: 0 -> 1 with reference=float => quantize/sample TEXTS export/gguf* as seed
 
 model.source: model -> other; model.source: a.gguf -> c.gguf => FLOAT
 model.source: model -> same; model.source: a.gguf -> b.gguf =>
@@ -152,6 +153,9 @@ export.graphs: {context: [256]} -> {context: [512]} with NPU => export/qairt as 
 export.embedding_bits: - -> 32 with export.targets=[hf, onnx] => export/*
 export.embedding_bits: - -> 16 with export.targets=[hf, onnx] =>
 export.embedding_bits: - -> 16 with export.targets=[gguf] => export/*
+export.canary: generated -> none with export.targets=[gguf] => export/*
+export.canary: generated -> held_out with export.targets=[hf] => export/*
+export.canary: generated -> none with NPU =>
 export.proof: generated -> none => verify/*/first verify/*/second
 export.layout: - -> genie with NPU => export/qairt
 verify.sequences: 8 -> 9; verify.perplexity_difference: 0.003 -> 0.002 => verify/*

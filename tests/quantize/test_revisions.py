@@ -25,6 +25,7 @@ from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.solvers import REVISIONS, SOLVERS, Solver
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import grid_sections
+from qwlora.targets.proof.canary import contexts_of, make_canary
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -95,6 +96,13 @@ def scored() -> list[float]:
     return [found["perplexity"], found["kl"]["mean"], found["top1"]["share"]]
 
 
+def asked() -> list[float]:
+    model, tokenizer = tiny_model("llama", layers=1), byte_tokenizer()
+    texts = sample_sequences(model, tokenizer, 1, 8).tolist()
+    canary = make_canary(logits_of(model), contexts_of(texts, [], tokenizer), tokenizer)
+    return [value for answer in canary.answers for value in answer.values()][:4]
+
+
 GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "rtn": (1, "33445440434445542145424744446653 6688998080988fe84299938fa788dfa6", None),
     "search": (2, "33445440434445542145414754446753 6688998081988fe84299938fa788efb6", None),
@@ -106,6 +114,7 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
     "tune_scales": (4, [0.0065848, 0.0065477], tuned),
     "initialize_adapter": (5, [0.87175, 0.59711], initialized),
     "activation_ranges": (3, [-5.75, 5.75, -11.354, 11.090, -12.201, 11.549], ranged),
+    "canary": (1, [-3.73931, -4.28076, -4.33957, -4.36615], asked),
     "token_scores": (2, [386.71, 0.0074511, 0.66667], scored),
 }
 

@@ -25,17 +25,19 @@ def files(plan: Planner, target: str) -> dict[str, Any]:
     written |= {"layout": layout} if (layout := export.layout_of(target)) else {}
     # Golden inputs are the text of the proof.
     shipped = plan.shipped() if TARGETS[target].has_golden else {}
-    canary = canary_inputs(plan) if TARGETS[target].has_canary else {}
+    written |= {"canary": plan.recipe.export.canary} if TARGETS[target].has_canary else {}
+    canary = _canary_inputs(plan) if TARGETS[target].has_canary else {}
     return {**shipped, **canary, "export": {**written, **shipped.get("export", {})}}
 
 
-def canary_inputs(plan: Planner) -> dict[str, Any]:
-    """What canary.json depends on besides the models that answer."""
+def _canary_inputs(plan: Planner) -> dict[str, Any]:
+    """What the contexts of canary.json come from. A new adapter is asked what its base was."""
     recipe, kind = plan.recipe, plan.recipe.export.canary
-    # An adapter is asked what its base is asked, so others can be added.
-    text = {"text": plan.text(recipe.data_of(recipe.adapters[0]))} if kind == "held_out" else {}
-    seed = {"seed": recipe.seed} if kind == "generated" else {}
-    return {"canary": {"contexts": kind, **seed, **text, **revisions("canary")}}
+    if kind == "none":
+        return {}
+    first = recipe.data_of(recipe.adapters[0])
+    text = {"seed": recipe.seed} if kind == "generated" else {"data": plan.text(first)}
+    return {**text, **revisions("canary")}
 
 
 def add_base(plan: Planner, target: str, source: str) -> None:

@@ -19,7 +19,7 @@ demo: .venv/ready
 test: .venv/ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-%: .venv/ready   # slow, attack, clients, aimet, gpu, oldest, newest, py313: each has an environment, see noxfile.py
+test-%: .venv/ready   # slow, attack, clients, servers, aimet, gpu, oldest, newest, py313: each has an environment, see noxfile.py
 	$(BIN)/nox --session $*
 
 fuzz: .venv/ready

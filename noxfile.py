@@ -23,6 +23,7 @@ AIMET = (
     "aimet-torch>=2.42,<2.43 transformers==4.49.* peft>=0.21,<0.22 pytest jaxtyping gguf "
     "safetensors pydantic>=2.11,<3"
 )
+LLAMA_CPP = "llama-cpp-python==0.3.36"
 OF_NODE = "onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11"
 AIMET_ONNX = "aimet-onnx>=2.42,<2.43 qai-hub>=0.56,<0.57 pytest"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers with several threads wait for each other
@@ -75,6 +76,26 @@ def vllm(session: nox.Session) -> None:
     _written_by_venv(session, "vllm_files/write_files.py", "vllm-files")
     alone = ("--confcutdir=tests/vllm_files", "tests/vllm_files", "-W", "default")
     session.run("pytest", "-q", *alone, "-m", "vllm", env=ONE_THREAD)
+
+
+@nox.session
+def servers(session: nox.Session) -> None:
+    """llama-server with exported files; built here, from the source that a package ships."""
+    _install(session, "-e", ".[dev,llamacpp]", "cmake>=4,<5", "ninja>=1.13,<2")
+    place = Path(session.virtualenv.location, "llama")
+    program = place / "build/bin/llama-server"
+    if not program.exists():
+        source = ("--no-binary", ":all:", "--no-deps", "--no-build-isolation", LLAMA_CPP)
+        session.run("pip", "download", "--quiet", "--dest", str(place), *source)
+        (archive,) = place.glob("*.tar.gz")
+        shutil.unpack_archive(archive, place, filter="data")
+        (vendor,) = place.glob("*/vendor/llama.cpp")
+        parts = ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_UI")
+        options = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{part}=OFF" for part in parts)]
+        session.run("cmake", "-G", "Ninja", "-S", str(vendor), "-B", str(place / "build"), *options)
+        session.run("cmake", "--build", str(place / "build"), "--target", "llama-server")
+    environment = ONE_THREAD | {"LLAMA_SERVER": str(program)}
+    session.run("pytest", "-q", "-m", "server", *session.posargs, env=environment)
 
 
 @nox.session

@@ -32,6 +32,7 @@ MOST, LEAST = 16, 6  # requests to one model; fewer if there are many, to stay b
 REQUESTS = 48
 LIMIT = 0.15  # nats (docs/log/canaries.md)
 LIKELY = -4.0  # log-probability, below which the differences of a token are not compared
+PART = "\ufffd"
 OTHER_TOKENS = 0.1  # share of greedy tokens that may differ
 
 AS_EXPECTED, ANOTHER, OTHER_NUMBERS, UNCLEAR, MISSING = VERDICTS = (
@@ -71,7 +72,6 @@ def verify_server(
         - `verdict`: one of `VERDICTS`
         - `answers_as`: the name in the folder that matches, or None
         - `difference`: from the expected model, in nats; None without log-probabilities
-        - `strength`: about 1 for an active adapter, 0 for the base, 0.5 for half of alpha
         - `same_tokens`: share of the greedy tokens that are the expected ones
         - `requests`, `reason`: how many there were, and why a verdict is not clear
 
@@ -127,8 +127,12 @@ def _row(
         pairs = zip(canaries[BASE].answers, canaries[name].answers, strict=True)
         answers[name, 0.5] = [halfway(*pair) for pair in pairs]
     contexts, replies = canaries[BASE].contexts, dict[int, Reply]()
+    # llama-server returns no numbers with a token that is a part of a character.
+    tops = ([c.pieces[likeliest(a)] for a in c.answers] for c in canaries.values())
+    is_whole = [PART not in "".join(texts) for texts in zip(*tops, strict=True)]
     try:
         usable = server.usable(contexts, model)
+        usable = [number for number in usable if is_whole[number]] or usable
         own, *others = (
             [theirs[number] for number in usable]
             for _, theirs in sorted(answers.items(), key=lambda item: item[0][0] != expected)
@@ -146,18 +150,20 @@ def _judged(
     expected: str | None,
     model: str,
 ) -> dict[str, Any]:
-    has_numbers = all(reply.log_probs for reply in replies.values())
+    figures: dict[str, Any] = {"requests": len(replies)}
+    known = {number: reply for number, reply in replies.items() if reply.log_probs}
+    has_numbers = len(known) >= LEAST // 2
+    replies = known if has_numbers else replies
     tokens = {key: _other_tokens(theirs, replies) for key, theirs in answers.items()}
-    numbers = {key: _difference(theirs, replies) for key, theirs in answers.items()}
-    distances, limit = (numbers, LIMIT) if has_numbers else (tokens, OTHER_TOKENS)
+    distances, limit = tokens, OTHER_TOKENS
+    if has_numbers:
+        distances = {key: _difference(theirs, replies) for key, theirs in answers.items()}
+        limit = LIMIT
     nearest = min(distances, key=distances.__getitem__)
     matching = [key for key, distance in distances.items() if distance <= limit]
     subject = (expected or nearest[0], 1.0)
-    figures: dict[str, Any] = {"same_tokens": 1 - tokens[subject], "requests": len(replies)}
-    if has_numbers:
-        figures["difference"] = numbers[subject]
-        adapter = answers[subject if subject[0] != BASE else nearest]
-        figures["strength"] = _strength(answers[BASE, 1.0], adapter, replies)
+    figures["same_tokens"] = 1 - tokens[subject]
+    figures["difference"] = distances[subject] if has_numbers else None
     if len(matching) > 1:
         alike = " and ".join(sorted({name for name, _ in matching}))
         reason = f"{alike} answer alike in the {len(replies)} contexts that differ most"
@@ -180,7 +186,7 @@ def _subject(row: Mapping[str, Any]) -> str:
 
 def _sentence(row: Mapping[str, Any]) -> str:
     name, verdict = row["answers_as"], row["verdict"]
-    is_, off, strength = _model(name), row["difference"], row["strength"]
+    is_, off = _model(name), row["difference"]
     if verdict == AS_EXPECTED:
         said = "active" if row["expected"] not in (None, BASE) else f"answers as {is_}"
     elif verdict == ANOTHER:
@@ -189,8 +195,6 @@ def _sentence(row: Mapping[str, Any]) -> str:
         said = "answers as no model of this job: other integers, another adapter or another alpha"
     else:
         said = f"{verdict}: {row['reason']}"
-    if verdict == OTHER_NUMBERS and strength is not None and row["expected"] != BASE:
-        said += f". The adapter has about {strength:.1f} of its effect"
     if off is not None:
         return f"{said}. Log-probabilities differ by {off:.2f} (limit {LIMIT})"
     same = row["same_tokens"]
@@ -202,40 +206,23 @@ def _model(name: str | None) -> str:
 
 
 def _verdict(expected: str | None, model: str | None, verdict: str, **known: Any) -> dict[str, Any]:
-    absent = dict.fromkeys(("answers_as", "difference", "strength", "same_tokens", "reason"))
+    absent = dict.fromkeys(("answers_as", "difference", "same_tokens", "reason"))
     return (
         {"expected": expected, "model": model, "verdict": verdict, "requests": 0} | absent | known
     )
 
 
 def _difference(answers: Sequence[Answer], replies: Mapping[int, Reply]) -> float:
-    """Root mean square over the tokens that an answer and a reply both list, and over a likeliest
-    token that one of them lacks."""
+    """Root mean square over the likeliest tokens, and over likely ones that both list."""
     squares = list[float]()
     for number, reply in replies.items():
         answer, given = answers[number], reply.log_probs
-        if not given:
-            return math.inf
-        both = [t for t in answer.keys() & given.keys() if answer[t] > LIKELY]
-        lacking = {likeliest(answer)} - given.keys() | {likeliest(given)} - answer.keys()
-        squares += [(log_prob(answer, t) - log_prob(given, t)) ** 2 for t in [*both, *lacking]]
+        tops = {likeliest(answer), likeliest(given)}
+        both = {token for token in answer.keys() & given.keys() if answer[token] > LIKELY}
+        squares += [(log_prob(answer, t) - log_prob(given, t)) ** 2 for t in tops | both]
     return math.sqrt(sum(squares) / len(squares))
 
 
 def _other_tokens(answers: Sequence[Answer], replies: Mapping[int, Reply]) -> float:
     same = [reply.token == likeliest(answers[number]) for number, reply in replies.items()]
     return 1 - sum(same) / len(same)
-
-
-def _strength(
-    base: Sequence[Answer], adapter: Sequence[Answer], replies: Mapping[int, Reply]
-) -> float | None:
-    """The multiple of the adapter's effect on log-probabilities that is closest to the replies."""
-    products = squares = 0.0
-    for number, reply in replies.items():
-        first, second = base[number], adapter[number]
-        for token in first.keys() & second.keys() & reply.log_probs.keys():
-            effect = second[token] - first[token]
-            products += effect * (reply.log_probs[token] - first[token])
-            squares += effect**2
-    return products / squares if squares else None

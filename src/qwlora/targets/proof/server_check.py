@@ -30,7 +30,9 @@ from qwlora.targets.proof.server import ONE_ADAPTER, Reply, Server
 
 MOST, LEAST = 16, 6  # requests to one model; fewer if there are many, to stay below
 REQUESTS = 48
-LIMIT = 0.15  # nats (docs/log/canaries.md)
+# Nats. Activations of 8 bits cause up to 0.17, another solver on the same floats 0.85 and more
+# (docs/log/canaries.md).
+LIMIT = 0.3
 LIKELY = -4.0  # log-probability, below which the differences of a token are not compared
 PART = "\ufffd"
 OTHER_TOKENS = 0.1  # share of greedy tokens that may differ
@@ -160,16 +162,18 @@ def _judged(
         distances = {key: _difference(theirs, replies) for key, theirs in answers.items()}
         limit = LIMIT
     nearest = min(distances, key=distances.__getitem__)
-    matching = [key for key, distance in distances.items() if distance <= limit]
+    # A server that rounds little tells models apart that are closer than the limit.
+    alike = min(limit, 2 * distances[nearest]) if has_numbers else limit
+    matching = [key for key, distance in distances.items() if distance <= alike]
     subject = (expected or nearest[0], 1.0)
     figures["same_tokens"] = 1 - tokens[subject]
     figures["difference"] = distances[subject] if has_numbers else None
-    if len(matching) > 1:
-        alike = " and ".join(sorted({name for name, _ in matching}))
-        reason = f"{alike} answer alike in the {len(replies)} contexts that differ most"
-        return _verdict(expected, model, UNCLEAR, reason=reason, **figures)
-    if not matching or nearest[1] != 1:
+    if distances[nearest] > limit or (len(matching) == 1 and nearest[1] != 1):
         return _verdict(expected, model, OTHER_NUMBERS, **figures)
+    if len(matching) > 1:
+        names = " and ".join(sorted({name for name, _ in matching}))
+        reason = f"{names} answer alike in the {len(replies)} contexts that differ most"
+        return _verdict(expected, model, UNCLEAR, reason=reason, **figures)
     verdict = AS_EXPECTED if expected in (None, nearest[0]) else ANOTHER
     return _verdict(expected, model, verdict, answers_as=nearest[0], **figures)
 

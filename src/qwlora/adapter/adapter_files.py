@@ -156,7 +156,7 @@ def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str 
 def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> None:
     """Refuse an adapter that was trained on another base than that with fingerprint `base`; None
     compares nothing. See `load_adapter` for `unknown_base`."""
-    if unknown_base != "accept" or (folder / FILE).exists():
+    if unknown_base != "other" and (unknown_base != "accept" or (folder / FILE).exists()):
         recorded = base_of(folder)
         if base not in (None, recorded):
             raise FingerprintError(

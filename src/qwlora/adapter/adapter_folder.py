@@ -144,7 +144,7 @@ def load_adapter(
     Args:
         adapter_name: its name in the model. A model that has adapters keeps its active one.
         unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
-            was trained on, such as one that PEFT saved.
+            was trained on, such as one that PEFT saved. `other`: also one of another base.
         weight: of a mergeable adapter that was trained with float weights, these; see `mergeable_`.
 
     Raises:

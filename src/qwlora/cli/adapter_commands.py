@@ -1,23 +1,24 @@
-"""`qwlora adapters`: add, import, list, rename, remove and check the adapters of a job.
+"""`qwlora adapters`: add, import, list, rename, remove, rebase and check the adapters of a job.
 
-No model is loaded.
+No model is loaded, but by `rebase`.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
-from qwlora.cli.terminal import print_result, table
+from qwlora.cli.shared_arguments import AsJson, Changes, Job, Name, Yes
+from qwlora.cli.terminal import ProgressDisplay, print_json, print_result, table
 from qwlora.pipeline.store import Store
 
 app = typer.Typer(
-    help="Add, import, list, rename, remove and check adapters.",
+    help="Add, import, list, rename, remove, rebase and check adapters.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -177,6 +178,36 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
     base = {"base": {"calibrate_on": fixed}} if fixed else {}
     keys = dump_yaml({**base, "adapters": added["adapters"][-1:]})
     print(f"\nIf you keep a recipe file of your own, add the same to it:\n\n{keys}", end="")
+
+
+@app.command()
+def rebase(
+    folder: Annotated[Path, typer.Argument(help="The old job's directory, which is only read.")],
+    out: Annotated[Path, typer.Option(help="The new job's directory.")],
+    steps: Annotated[int, typer.Option(min=0, help="Steps of training on the new base.")] = 30,
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give the adapters of a job another base, and show what they lose.
+
+    An adapter whose text is gone is trained on text that the old model writes.
+    """
+    from qwlora.pipeline.commands.rebase import rebase, verdict
+    from qwlora.pipeline.job import command_line
+    from qwlora.pipeline.run import run
+
+    with ProgressDisplay(as_json) as display:
+        shown = partial(
+            run, track=display.track, say=display.say, show_training=display.show_training
+        )
+        rows = rebase(folder, out, steps, shown, tuple(changes or ()), display.track)
+    if as_json:
+        print_json(rows)
+        return
+    head = ("perplexity", *next(iter(rows.values())), "")
+    cells = [(n, *(f"{v:.2f}" for v in row.values()), verdict(row)) for n, row in rows.items()]
+    print(*table([tuple(key.replace("_", " ") for key in head), *cells]), sep="\n")
+    print(f"Export and check the files: {command_line('run', out)}")
 
 
 @app.command()

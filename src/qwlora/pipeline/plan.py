@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> list[Stage]:
     if recipe.workflow == "qwa-lora":
         quantize.add_activations(plan)
     for adapter in recipe.adapters:
-        is_imported = is_foreign(recipe, adapter) and adapter.unknown_base == "accept"
+        is_imported = is_foreign(recipe, adapter) and adapter.unknown_base != "refuse"
         if sources.holds_floats and is_imported:
             evaluate.add(plan, "imported", adapter=adapter)
         train.add(plan, adapter)

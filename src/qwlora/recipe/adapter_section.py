@@ -112,7 +112,7 @@ class Data(Section):
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
 # Not taken from the fields of `LoraShape`, whose module imports torch.
-_SHAPE = {
+SHAPE = {
     *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
     *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers"),
 }
@@ -153,9 +153,9 @@ class Adapter(Section):
     objective: Literal["text", "recovery"] = "text"
     """text: predict the next token; recovery: match the float model as well, as a start for other
     adapters"""
-    unknown_base: Literal["refuse", "accept"] = "refuse"
+    unknown_base: Literal["refuse", "accept", "other"] = "refuse"
     """accept: continue_from may be an adapter without a record of its base, such as one that PEFT
-    saved"""
+    saved; other: also one of another base, as in `qwlora adapters rebase`"""
     rank: Rank = 16
     """inner dimension of lora_B @ lora_A"""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -227,7 +227,7 @@ class Adapter(Section):
         """The shape that `attach` takes."""
         from qwlora.adapter.attach import LoraShape
 
-        return LoraShape(**{key: value for key, value in self if key in _SHAPE})
+        return LoraShape(**{key: value for key, value in self if key in SHAPE})
 
     @property
     def step_sequences(self) -> int:
@@ -275,7 +275,7 @@ class Adapter(Section):
 
     def problems(self) -> Iterator[str]:
         continues = self.continue_from is not None
-        shape = sorted(self.model_dump(include=_SHAPE, exclude_unset=True, exclude_defaults=True))
+        shape = sorted(self.model_dump(include=SHAPE, exclude_unset=True, exclude_defaults=True))
         if continues and shape:
             yield (
                 f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"

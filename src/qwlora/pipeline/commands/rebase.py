@@ -1,0 +1,181 @@
+"""Give the adapters of a job another base, and measure what they lose.
+
+    old base and adapter -> new base, the adapter as it is -> new base, the adapter after N steps
+
+All of them are measured on the same held-out text. The old job is only read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwlora.adapter.adapter_folder import load_adapter
+from qwlora.analysis.generate_text import sample_sequences
+from qwlora.analysis.token_scores import logits_of, score_tokens
+from qwlora.data.read_source import locate_documents
+from qwlora.errors import DirectoryError, SourceError
+from qwlora.formats.base_folder import load_base
+from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.pipeline.commands.open_job import JobModels
+from qwlora.pipeline.job import job_recipe
+from qwlora.pipeline.results import read_job
+from qwlora.pipeline.store import check_job
+from qwlora.recipe import Adapter, Recipe, parse_recipe
+from qwlora.recipe.adapter_section import SHAPE
+from qwlora.recipe.section import of_a_job
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
+from qwlora.system.progress import Track, untracked
+from qwlora.system.quiet import quiet_libraries
+
+FILE = "rebase.json"
+TEXTS = 128  # that a model writes if an adapter's text is gone
+KEPT = 0.01  # of the perplexity, by which the new adapter may be worse than the old one
+_STAGES = "quantize", "train", "evaluate"
+
+Run = Callable[..., Any]
+
+
+def rebase(
+    old: Path,
+    new: Path,
+    steps: int,
+    run: Run,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> dict[str, dict[str, float]]:
+    """Make job `new` with the adapters of job `old` on another base.
+
+    Args:
+        steps: of training on the new base; 0 takes the adapters as they are.
+        run: runs stages of a recipe over a directory, as `qwlora.pipeline.run.run` does.
+        changes: to the old recipe, such as `base.weights=w3-signed64`.
+
+    Returns:
+        By adapter, the perplexity on held-out text of the old base and the old adapter, and of the
+        new base, the adapter `as_it_is` and the one after training, `rebased`.
+
+    Raises:
+        DirectoryError: there is no job at `old`, or another one at `new`.
+        RecipeError, SourceError: the changed recipe is not valid, or an adapter does not fit.
+    """
+    quiet_libraries()
+    check_job(old)
+    if new.resolve() == old.resolve():
+        raise DirectoryError(f"{str(new)!r} is the old job; give another directory for the new one")
+    before = job_recipe(old)
+    adapters = [adapter for adapter in before.adapters if adapter.objective == "text"]
+    content = before.model_dump(mode="json", exclude_unset=True)
+    content["name"] = f"{before.name}-rebased"
+    content["adapters"] = [_carried(old, adapter) for adapter in adapters]
+    with of_a_job():  # errors come before text is written
+        _with_steps(content, old, steps, changes)
+    _with_texts(content, old, new, before, track)
+    recipe = _with_steps(content, old, 0, changes)
+    settings = recipe.model_dump(mode="json", exclude_unset=True)
+    known = strict_json.read_object(new / FILE) if (new / FILE).exists() else {}
+    if known and known["recipe"] != settings:
+        raise DirectoryError(
+            f"{str(new)!r} has another base, text or adapters; give another directory, or delete it"
+        )
+    if not known:
+        run(recipe, new, _STAGES)
+        found = _measured_before(old, new, [a.name for a in adapters], track)
+        known = {"recipe": settings, "adapters": found}
+        write_text(new / FILE, json.dumps(known, indent=1) + "\n")
+    rows = known["adapters"]
+    if steps:
+        recipe = _with_steps(content, old, steps, changes)
+        run(recipe, new, _STAGES, replace=tuple(rows))
+        after = read_job(new)
+        return {
+            n: {**row, "rebased": after.perplexity("adapted", n) or 0} for n, row in rows.items()
+        }
+    return {name: {**row, "rebased": row["as_it_is"]} for name, row in rows.items()}
+
+
+def verdict(row: dict[str, float]) -> str:
+    """What an adapter lost, in words."""
+    change = row["rebased"] / row["old_adapter"] - 1
+    lost = row["as_it_is"] / row["old_adapter"] - 1
+    if change <= KEPT:
+        return "kept" if lost > KEPT else "kept; it needed no training"
+    return f"{change:.1%} worse; train more steps" if change < lost else f"{change:.1%} worse"
+
+
+def _carried(old: Path, adapter: Adapter) -> dict[str, Any]:
+    """An entry of the new recipe. The shape comes from the adapter's own files."""
+    entry = adapter.model_dump(mode="json", exclude_unset=True, exclude={*SHAPE, "epochs", "init"})
+    folder = (old / "adapters" / adapter.name).resolve()
+    return {**entry, "continue_from": str(folder), "unknown_base": "other"}
+
+
+def _with_steps(content: dict[str, Any], old: Path, steps: int, changes: tuple[str, ...]) -> Recipe:
+    adapters = [{**entry, "steps": steps} for entry in content["adapters"]]
+    return parse_recipe({**content, "adapters": adapters}, str(old / "recipe.yaml"), changes)
+
+
+def _with_texts(
+    content: dict[str, Any], old: Path, new: Path, before: Recipe, track: Track
+) -> None:
+    """Replace each text that is gone by one that the old model with the adapter writes."""
+    written = dict[str, str]()
+    for entry in content["adapters"]:
+        name = entry["name"]
+        source = str(before.data_of(name).source)
+        try:
+            locate_documents(source)
+        except SourceError:
+            file = new.resolve().with_name(f"{new.name}-texts") / f"{name}.jsonl"
+            if source not in written and not file.exists():
+                _write_text(file, old, before, name, track)
+            written.setdefault(source, str(file))
+            entry["data"] = _sizes(entry.get("data")) | {"source": written[source]}
+    if (common := content.get("data", {})).get("source") in written:
+        content["data"] = _sizes(common) | {"source": written[common["source"]]}
+
+
+def _sizes(data: dict[str, Any] | None) -> dict[str, Any]:
+    # The other keys say how to read the text that is gone.
+    return {k: v for k, v in (data or {}).items() if k.endswith(("_tokens", "_sequences"))}
+
+
+def _write_text(file: Path, old: Path, before: Recipe, name: str, track: Track) -> None:
+    from peft import PeftModel
+
+    source, folder = before.model.source, old / "adapters" / name
+    # The model that the adapter was trained for: the float one if there is one.
+    if before.base.solver == "keep":
+        model: Any = load_adapter(load_base(old / "base"), folder)
+    else:
+        model = PeftModel.from_pretrained(load_model(source), str(folder)).eval()
+    tokenizer, tokens = load_tokenizer(source), before.data_of(name).sequence_tokens
+    rows = sample_sequences(model, tokenizer, TEXTS, tokens, seed=before.seed, track=track)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _measured_before(
+    old: Path, new: Path, names: list[str], track: Track
+) -> dict[str, dict[str, float]]:
+    """Figures of the old models, and of the new ones before training."""
+    job, context = read_job(new), JobModels(new).new_context()
+    base = load_base(old / "base").eval()
+    found = dict[str, dict[str, float]]()
+    for name in names:
+        text = context.text(name).evaluation
+
+        def measured(model: Any, text: Any = text) -> float:
+            return score_tokens(logits_of(model), text, "the old model", track).perplexity
+
+        row = {"old_base": measured(base)}
+        adapted = load_adapter(base, old / "adapters" / name).eval()
+        row["old_adapter"] = measured(adapted)
+        base = adapted.unload()
+        row["new_base"] = job.perplexity("base", name) or 0
+        found[name] = {**row, "as_it_is": job.perplexity("adapted", name) or 0}
+    return found

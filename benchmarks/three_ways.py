@@ -68,7 +68,7 @@ class Ways:
         return merged
 
     def add(self, scheme: str) -> nn.Module:
-        adapted = attach(copy.deepcopy(self.base(scheme)), LoraShape(rank=16, alpha=32.0))
+        adapted = attach(copy.deepcopy(self.base(scheme)), LoraShape(rank=16, alpha=32.0), seed=0)
         factors = get_peft_model_state_dict(self.on_float(), save_embedding_layers=False)
         set_peft_model_state_dict(adapted, factors)
         return adapted

@@ -10,6 +10,7 @@ import pytest
 from cli.command_line import qwlora
 from conftest import Job
 from qwlora.adapter.adapter_files import base_of
+from qwlora.errors import SourceError
 from qwlora.pipeline.commands.rebase import rebase, verdict
 from qwlora.pipeline.run import run
 
@@ -50,8 +51,21 @@ def test_without_its_text_the_old_model_writes_one(old: Job, tmp_path: Path, cor
     shutil.rmtree(gone)
     done = qwlora("adapters", "rebase", old.out, "--out", new, "--steps", 2, "--json")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "new-texts/first.jsonl").stat().st_size > 1000
+    assert (tmp_path / "new-start/first.jsonl").stat().st_size > 1000
     assert '"rebased"' in done.stdout
+
+
+def test_the_correction_alone_brings_an_adapter_closer(old: Job, tmp_path: Path) -> None:
+    row = rebase(old.out, tmp_path / "new", 0, run, ("base.weights=w2-block32",))["first"]
+    assert row["rebased"] < row["as_it_is"]
+
+
+def test_a_mergeable_adapter_is_refused(job_for: Callable[..., Job], tmp_path: Path) -> None:
+    job = job_for("one-layer llama")
+    job.run("quantize", "train", changes=["adapters.0.mergeable=true"])
+    with pytest.raises(SourceError, match="first: a mergeable adapter is tied"):
+        rebase(job.out, tmp_path / "new", 2, run)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Give the adapters of a job another base, and measure what they lose.
 
-    old base and adapter -> new base, the adapter as it is -> new base, the adapter after N steps
+    old base and adapter -> new base, the adapter as it is -> corrected, and trained for N steps
 
 All of them are measured on the same held-out text. The old job is only read.
+
+The correction is that of `init: qera`: the factors that bring the new base closest to the old base
+with its adapter, W_old + BA, on the adapter's own text. From 4 to 3 bits, 30 steps end at 18.55
+after it and at 19.42 without it (docs/log/rebase.md).
 """
 
 from __future__ import annotations
@@ -10,19 +14,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwlora.adapter.adapter_folder import load_adapter
+from qwlora.adapter.adapter_folder import load_adapter, save_adapter
+from qwlora.adapter.attach import active_adapter
+from qwlora.adapter.initialize import initialize_
+from qwlora.adapter.mergeable import lora_layers
 from qwlora.analysis.generate_text import sample_sequences
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.data.read_source import locate_documents
-from qwlora.errors import DirectoryError, SourceError
+from qwlora.errors import DirectoryError, SourceError, listed
 from qwlora.formats.base_folder import load_base
 from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.nn import weight_out_in
 from qwlora.pipeline.commands.open_job import JobModels
 from qwlora.pipeline.job import job_recipe
 from qwlora.pipeline.results import read_job
+from qwlora.pipeline.stages.model_stages import INIT_TOKENS
 from qwlora.pipeline.store import check_job
+from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.recipe import Adapter, Recipe, parse_recipe
 from qwlora.recipe.adapter_section import SHAPE
 from qwlora.recipe.section import of_a_job
@@ -30,6 +40,10 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.progress import Track, untracked
 from qwlora.system.quiet import quiet_libraries
+from qwlora.targets.proof.contents import RECORD
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "rebase.json"
 TEXTS = 128  # that a model writes if an adapter's text is gone
@@ -50,17 +64,18 @@ def rebase(
     """Make job `new` with the adapters of job `old` on another base.
 
     Args:
-        steps: of training on the new base; 0 takes the adapters as they are.
+        steps: of training on the new base, after the correction.
         run: runs stages of a recipe over a directory, as `qwlora.pipeline.run.run` does.
         changes: to the old recipe, such as `base.weights=w3-signed64`.
 
     Returns:
         By adapter, the perplexity on held-out text of the old base and the old adapter, and of the
-        new base, the adapter `as_it_is` and the one after training, `rebased`.
+        new base, the adapter `as_it_is`, and the corrected and trained one, `rebased`.
 
     Raises:
         DirectoryError: there is no job at `old`, or another one at `new`.
-        RecipeError, SourceError: the changed recipe is not valid, or an adapter does not fit.
+        RecipeError, SourceError: the changed recipe is not valid, or an adapter does not fit or is
+            mergeable.
     """
     quiet_libraries()
     check_job(old)
@@ -68,6 +83,11 @@ def rebase(
         raise DirectoryError(f"{str(new)!r} is the old job; give another directory for the new one")
     before = job_recipe(old)
     adapters = [adapter for adapter in before.adapters if adapter.objective == "text"]
+    if tied := [adapter.name for adapter in adapters if adapter.mergeable]:
+        raise SourceError(
+            f"{listed(tied)}: a mergeable adapter is tied to the integers of its base. Remove it "
+            "from a copy of the job, and train it on the new base"
+        )
     content = before.model_dump(mode="json", exclude_unset=True)
     content["name"] = f"{before.name}-rebased"
     content["adapters"] = [_carried(old, adapter) for adapter in adapters]
@@ -87,14 +107,14 @@ def rebase(
         known = {"recipe": settings, "adapters": found}
         write_text(new / FILE, json.dumps(known, indent=1) + "\n")
     rows = known["adapters"]
-    if steps:
-        recipe = _with_steps(content, old, steps, changes)
-        run(recipe, new, _STAGES, replace=tuple(rows))
-        after = read_job(new)
-        return {
-            n: {**row, "rebased": after.perplexity("adapted", n) or 0} for n, row in rows.items()
-        }
-    return {name: {**row, "rebased": row["as_it_is"]} for name, row in rows.items()}
+    for entry in content["adapters"]:
+        start = _beside(new) / entry["name"]
+        if not (start / RECORD).exists():
+            _correct(entry["name"], old, new, start, track)
+        entry["continue_from"] = str(start)
+    run(_with_steps(content, old, steps, changes), new, _STAGES, replace=tuple(rows))
+    after = read_job(new)
+    return {n: {**row, "rebased": after.perplexity("adapted", n) or 0} for n, row in rows.items()}
 
 
 def verdict(row: dict[str, float]) -> str:
@@ -129,13 +149,18 @@ def _with_texts(
         try:
             locate_documents(source)
         except SourceError:
-            file = new.resolve().with_name(f"{new.name}-texts") / f"{name}.jsonl"
+            file = _beside(new) / f"{name}.jsonl"
             if source not in written and not file.exists():
                 _write_text(file, old, before, name, track)
             written.setdefault(source, str(file))
             entry["data"] = _sizes(entry.get("data")) | {"source": written[source]}
     if (common := content.get("data", {})).get("source") in written:
         content["data"] = _sizes(common) | {"source": written[common["source"]]}
+
+
+def _beside(new: Path) -> Path:
+    """What the new job starts from: texts, and corrected adapters."""
+    return new.resolve().with_name(f"{new.name}-start")
 
 
 def _sizes(data: dict[str, Any] | None) -> dict[str, Any]:
@@ -157,6 +182,25 @@ def _write_text(file: Path, old: Path, before: Recipe, name: str, track: Track) 
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _correct(name: str, old: Path, new: Path, start: Path, track: Track) -> None:
+    """Write the adapter that brings the new base closest to the old base with the old adapter."""
+    before = load_adapter(load_base(old / "base"), old / "adapters" / name)
+    after = load_adapter(load_base(new / "base"), new / "adapters" / name)
+    layers, adapter = dict(lora_layers(before)), active_adapter(before)
+
+    def wanted(path: str) -> Tensor:
+        return weight_out_in(layers[path].get_base_layer()) + layers[path].get_delta_weight(adapter)
+
+    # DoRA's magnitudes depend on the weights.
+    if not any(layer.use_dora[adapter] for layer in layers.values()):
+        rows = JobModels(new).new_context().text(name).joined_ids
+        rows = rows[: -(-INIT_TOKENS // rows.shape[1])]
+        moments = observe_moments(load_base(new / "base"), rows, track=track)
+        initialize_(after, "qera", wanted, moments, share=1.0, track=track)
+    start.mkdir(parents=True, exist_ok=True)
+    save_adapter(after, start)
 
 
 def _measured_before(

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from qwlora.adapter.adapter_files import adapter_folder, convert_mlx_adapter
-from qwlora.adapter.covered_layers import is_covered
 from qwlora.errors import SourceError
+from qwlora.pipeline.stages.calibrate import is_covered
 
 MODULES = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 4}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_model
-from qwlora.targets.runtime_model import runtime_model
+from qwlora.pipeline.commands.open_job import runtime_model
 from qwlora.targets.target import Runtime
 
 

@@ -254,12 +254,6 @@ def _only_adapter(layer: Any) -> str | None:
     return None if len(active) != 1 or layer.disable_adapters or layer.merged else active[0]
 
 
-def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether the sum of `fused_lora` is all that `layer` computes with this adapter."""
-    has_more = adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
-    return layer.base_layer.is_plain and not has_more
-
-
 def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapter, dtype = _only_adapter(layer), compute_dtype(x)
     if adapter is None or args or kwargs:
@@ -268,7 +262,9 @@ def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(layer.lora_variant.get(adapter), MergedIntegers):
         return merged_forward(layer, adapter, x)
     is_cast = dtype != x.dtype or dtype == layer.lora_A[adapter].weight.dtype
-    if not (_is_plain(layer, adapter) and is_cast and x.ndim >= 2) or torch.compiler.is_compiling():
+    has_more = adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
+    is_plain = layer.base_layer.is_plain and not has_more
+    if not (is_plain and is_cast and x.ndim >= 2) or torch.compiler.is_compiling():
         return LoraLinear.forward(layer, x)
     # Under autocast, x is rounded once instead of once per product.
     x, lora_a, lora_b = x.to(dtype), layer.lora_A[adapter], layer.lora_B[adapter]

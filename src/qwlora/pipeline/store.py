@@ -118,9 +118,9 @@ class Store:
         damaged: paths whose stage.json cannot be read.
     """
 
-    def __init__(self, path: Path, seen: Seen | None = None):
+    def __init__(self, path: Path):
         self.path, self.private = path, path / ".qwlora"
-        self.seen = seen or Seen(self.private / "seen.json")
+        self.seen = Seen(self.private / "seen.json")
         self.reload()
 
     def reload(self) -> None:

@@ -18,22 +18,18 @@ from typing import Any, BinaryIO
 
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
-from qwlora.system.progress import Track, untracked
 from qwlora.system.regular_files import is_special
 
 # Files written less than this ago are not cached: a second write within the same tick of the file
 # system's clock (up to 2 s) would leave the stamps unchanged.
 SETTLED_NS = 2 * 10**9
-_CHUNK_BYTES = 2**22
-# From this size on, hashing takes a second or more.
-_SHOWN_BYTES = 2**30
 
 
 class Seen:
     """Digests of files, cached in memory; `save` writes them to the JSON file `cache`."""
 
-    def __init__(self, cache: Path | None = None, track: Track = untracked):
-        self.cache, self.track, self._is_changed = cache, track, False
+    def __init__(self, cache: Path | None = None):
+        self.cache, self._is_changed = cache, False
         files: Any = ((unsealed(cache) if cache else None) or {}).get("files")
         self._known = dict[str, tuple[tuple[int, ...], str]]()
         # A stranger's job may have any JSON here, with a checksum that agrees.
@@ -52,7 +48,7 @@ class Seen:
                 before = _stamps(file)
                 if path in self._known and self._known[path][0] == before:
                     return self._known[path][1]
-                digest = self._hash(file, path, before[0])
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 is_settled = time.time_ns() - before[2] > SETTLED_NS
                 if is_settled and _stamps(file) == before:
                     self._known[path], self._is_changed = (before, digest), True
@@ -68,14 +64,6 @@ class Seen:
         with contextlib.suppress(OSError):
             write_text(self.cache, sealed({"files": kept}))
             self._is_changed = False
-
-    def _hash(self, file: BinaryIO, path: str, size: int) -> str:
-        track = self.track if size >= _SHOWN_BYTES else untracked
-        digest, count = hashlib.sha256(), -(-size // _CHUNK_BYTES)
-        chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
-        for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def sealed(content: dict[str, Any]) -> str:

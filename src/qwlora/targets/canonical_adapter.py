@@ -27,7 +27,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
@@ -44,7 +43,7 @@ from qwlora.adapter.adapter_files import (
     read_config,
     weights_of,
 )
-from qwlora.errors import ExportError, listed
+from qwlora.errors import ExportError
 from qwlora.formats import manifest
 from qwlora.graph.graph_analysis import computed_from
 from qwlora.simulation.adapter_simulations import AdapterSimulations
@@ -116,24 +115,6 @@ class CanonicalAdapter:
             missing = self.rank - len(a)
             factors[module] = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
         return replace(self, factors=factors)
-
-    def inputs(self, none: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """The value of every adapter input of a graph: M.lora_A [in, r], M.lora_B [r, out].
-
-        Args:
-            none: the same of rank 0, for the modules that the adapter lacks.
-        """
-        if missing := [module for module in self.factors if f"{module}.lora_A" not in none]:
-            raise ExportError(
-                f"the exported base has no place for the adapter's {listed(missing)}: they are no "
-                "linear layers of the captured graph. Train the adapter without them"
-            )
-        # Runtimes run x @ A @ B, so both factors are transposed.
-        return {**none} | {
-            f"{module}.lora_{half}": factor.t().contiguous().float().numpy()
-            for module, pair in self.factors.items()
-            for half, factor in zip("AB", pair, strict=True)
-        }
 
 
 def read_canonical(folder: Path) -> CanonicalAdapter:

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from qwlora.nn import packed_weights
 from qwlora.quantize.gptq import solve_gptq
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.scale_search import search_scale
+from qwlora.targets.adapter_branches import adapter_inputs, zero_adapter
 from qwlora.targets.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.targets.proof.reference import logits_of
 from qwlora.targets.registry import TARGETS
@@ -56,10 +56,10 @@ def test_the_program_computes_base_and_adapters_with_a_cache(tmp_path: Path) -> 
     assert sizes["lm_head.lora_B"] == (None, 260)  # a tied head has its own place
     adapted, run = adapters(model, tmp_path), program.module()
     for adapter in (None, "first", "second", None):
-        inputs = {name: np.zeros([n or 1 for n in shape], "f4") for name, shape in sizes.items()}
+        inputs = zero_adapter(sizes, rank=1)
         if adapter is not None:
             adapted.set_adapter(adapter)
-            inputs = read_canonical(tmp_path / adapter).inputs(inputs)
+            inputs = adapter_inputs(read_canonical(tmp_path / adapter).factors, inputs)
         factors = [torch.from_numpy(inputs[name]) for name in sizes]
         cache, parts = [torch.zeros(1, 2, 0, 16)] * 2, list[Tensor]()
         for part in IDS[:1].split([9, 1, 6], dim=1):

@@ -10,7 +10,7 @@ which needs torch, turns grids into entries and back.
 
 from __future__ import annotations
 
-from qwlora.formats.aimet_encodings.convert import convert as convert
+from qwlora.formats.aimet_encodings.encodings_file import convert as convert
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings as read_encodings
 from qwlora.formats.aimet_encodings.encodings_file import write_encodings as write_encodings
 from qwlora.formats.aimet_encodings.model import FLOAT_FORMATS as FLOAT_FORMATS

@@ -33,9 +33,13 @@ from qwlora.targets.registry import TARGETS
 from qwlora.targets.target import NONE, members
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import CausalLMOutput
 
     from qwlora.pipeline.stages.job_context import JobContext
+    from qwlora.simulation.simulated_model import SimulatedModel
+    from qwlora.targets.target import Runtime
 
 KINDS = ("float", "base", "adapted", "simulated", *TARGETS)
 FASTEST = ("gguf", "genai")  # measured: docs/benchmarks.md
@@ -207,8 +211,6 @@ class JobModels(OpenJob):
             # Captured without a key-value cache: each new token runs the whole sequence again.
             return context.simulation(str(name.adapter)).as_model()
         if name.kind in TARGETS:
-            from qwlora.targets.runtime_model import runtime_model
-
             bundle = self.folder / "export" / name.kind
             runtime = TARGETS[name.kind].open(bundle, name.adapter, as_shipped=not exact)
             return runtime_model(runtime, context.skeleton())
@@ -341,3 +343,30 @@ def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
         else:
             chosen.append(name)
     return chosen
+
+
+def runtime_model(runtime: Runtime, like: PreTrainedModel) -> SimulatedModel:
+    """A model with the configuration of `like` whose logits `runtime` computes."""
+    import torch
+    from transformers.modeling_outputs import CausalLMOutput
+
+    from qwlora.simulation.simulated_model import SimulatedModel
+
+    ids = torch.empty(1, 0, dtype=torch.int64)  # of the last call for one token
+    cache: Any = {}
+
+    def run(input_ids: Tensor, logits_to_keep: int | Tensor = 0, **_: Any) -> CausalLMOutput:
+        nonlocal ids, cache
+        if logits_to_keep != 1:
+            ids, cache = ids[:, :0], {}  # a runtime with one cache uses it for this sequence
+            return CausalLMOutput(logits=runtime.logits(input_ids))
+        # Greedy decoding repeats the text with one more token, which is all that is new to the
+        # cache. After any other text, the cache is of no use.
+        known = ids.shape[1]
+        if input_ids.shape[1] <= known or not torch.equal(input_ids[:, :known], ids):
+            known, cache = 0, {}
+        logits, cache = runtime.extend(input_ids[:, known:], cache)
+        ids = input_ids
+        return CausalLMOutput(logits=logits)
+
+    return SimulatedModel(run, like, keeps_logits=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from qwlora.errors import ExportError, foreign_as
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
+from qwlora.targets.adapter_branches import adapter_inputs
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import (
     DATA_FILE,
@@ -108,7 +109,7 @@ class Genai(Backend):
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
         # Every file has all layers: onnxruntime-genai 0.18 keeps the factors of an earlier adapter
         # where the next one of a generation has none.
-        inputs = exported.inputs(defaults(load_graph(base / MODEL_FILE)))
+        inputs = adapter_inputs(exported.factors, defaults(load_graph(base / MODEL_FILE)))
         write_adapter_file(inputs, folder / ADAPTER_FILE)
 
     def open(self, folder: Path, case: str) -> GenaiRuntime:

@@ -28,6 +28,7 @@ from torch import Tensor
 from qwlora.errors import ExportError, foreign_as
 from qwlora.graph.capture import IDS
 from qwlora.system.optional_packages import require
+from qwlora.targets.adapter_branches import Arrays, factor_shapes, zero_adapter
 from qwlora.targets.canonical_adapter import (
     PEFT_FILES,
     PEFT_FORM,
@@ -174,7 +175,8 @@ class OpenvinoRuntime(Runtime):
                 tensors = load_file(file)
                 loaded = genai.Adapter(str(file))
             factors = {
-                n.removeprefix(PREFIX).removesuffix(".weight"): t for n, t in tensors.items()
+                n.removeprefix(PREFIX).removesuffix(".weight"): np.ascontiguousarray(t.T)
+                for n, t in tensors.items()
             }
             if unknown := sorted(set(factors) - set(self._none)):
                 module = unknown[0].rpartition(".")[0]
@@ -233,16 +235,16 @@ class OpenvinoRuntime(Runtime):
         return [int(token) for token in results.tokens[0][-count:]]
 
 
-def _add_factors(model: Any) -> dict[str, Any]:
+def _add_factors(model: Any) -> Arrays:
     """Add an adapter's factors as inputs to the products with weights, as openvino-genai adds them.
 
     Returns:
-        factors of rank 0 by the inputs' names, MODULE.lora_A [0, in] and MODULE.lora_B [out, 0].
+        the zero adapter.
     """
     from openvino import PartialShape, Type
     from openvino import opset13 as op
 
-    none = {}
+    none: Arrays = {}
     for node in [n for n in model.get_ops() if n.get_type_name() == "MatMul"]:
         shape = node.input_value(1).get_partial_shape()
         if len(shape) != 2 or shape.is_dynamic:  # no weight
@@ -251,15 +253,16 @@ def _add_factors(model: Any) -> dict[str, Any]:
         if node.get_attributes()["transpose_b"]:
             rows, columns = columns, rows
         module, readers = node.get_friendly_name(), node.output(0).get_target_inputs()
-        inputs = []
-        for part, sizes in (("lora_A", (-1, columns)), ("lora_B", (rows, -1))):
-            factor = op.parameter(PartialShape(sizes), Type.f32, f"{module}.{part}")
-            factor.output(0).get_tensor().add_names({f"{module}.{part}"})
-            none[f"{module}.{part}"] = np.zeros([max(size, 0) for size in sizes], np.float32)
-            inputs.append(factor)
+        shapes, inputs = factor_shapes(module, columns, rows), []
+        for name, (first, second) in shapes.items():
+            # Without a length, an axis has any.
+            sizes = PartialShape([first or -1, second or -1])
+            inputs.append(op.parameter(sizes, Type.f32, name))
+            inputs[-1].output(0).get_tensor().add_names({name})
+        none |= zero_adapter(shapes)
         model.add_parameters(inputs)
-        inner = op.matmul(node.input_value(0), inputs[0], False, True)
-        total = op.add(node.output(0), op.matmul(inner, inputs[1], False, True))
+        inner = op.matmul(node.input_value(0), inputs[0], False, False)
+        total = op.add(node.output(0), op.matmul(inner, inputs[1], False, False))
         for reader in readers:
             reader.replace_source_output(total.output(0))
     model.validate_nodes_and_infer_types()

@@ -1,10 +1,8 @@
 """The graph of targets genai and web: operators on integers, and places for adapters.
 
-    y = MatMul(x, W)  becomes  y = MatMul(x, W) + MatMul(MatMul(x, M.lora_A), M.lora_B)
-
-for every linear layer M. M.lora_A [in, r] and M.lora_B [r, out] are inputs with a default of rank
-0, so that a session without an adapter computes the base. Ranks may differ between layers and
-adapters. lora_A is transposed, and the scale is in lora_B.
+Every linear layer has the branch of `adapter_branches.py`. Its factors are inputs with a default of
+rank 0, so that a session without an adapter computes the base. Ranks may differ between layers and
+adapters.
 
 Weights are the base's integers, as operands of ONNX Runtime's MatMulNBits and GatherBlockQuantized,
 which have 2, 4 and 8 bits. Others are stored in the next wider ones, with their own zero point. One
@@ -28,6 +26,7 @@ from qwlora.grid.encoding import spread
 from qwlora.grid.packing import pack_words
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
+from qwlora.targets.adapter_branches import factor_shapes, zero_adapter
 from qwlora.targets.onnx.onnx_model import (
     add_input,
     base_graph,
@@ -75,15 +74,17 @@ def add_branches_(graph: Any, model: PreTrainedModel) -> None:
     """Add the places for adapters to the graph of a base; see the module."""
     linears = linear_modules(model)
     for node, path in list(matrix_products(graph, linears)):
-        # A name of its own for each rank: layers of an adapter may have different ones.
-        layer, rank = linears[path], f"rank:{path}"
+        layer = linears[path]
         if isinstance(layer, nn.Linear):
             rows, columns = layer.out_features, layer.in_features
         else:  # transformers' Conv1D, whose weight is [in, out]
             columns, rows = layer.get_parameter("weight").shape
-        none_a, none_b = np.zeros((columns, 0), np.float32), np.zeros((0, rows), np.float32)
-        a = add_input(graph, f"{path}.lora_A", none_a, (columns, rank))
-        b = add_input(graph, f"{path}.lora_B", none_b, (rank, rows))
+        shapes = factor_shapes(path, columns, rows)
+        # A name of its own for each rank: layers of an adapter may have different ones.
+        a, b = (
+            add_input(graph, name, none, [size or f"rank:{path}" for size in shapes[name]])
+            for name, none in zero_adapter(shapes).items()
+        )
         inner = new_node("MatMul", [node.inputs[0], a], f"{path}.inner")
         outer = new_node("MatMul", [inner.outputs[0], b], f"{path}.update")
         total = new_node("Add", [node.outputs[0], outer.outputs[0]], f"{path}.adapted")

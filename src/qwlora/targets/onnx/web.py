@@ -28,6 +28,7 @@ from torch import Tensor
 from qwlora.errors import ExportError, size
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import node_package
+from qwlora.targets.adapter_branches import adapter_inputs
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import DATA_FILE, MODEL_FILE, save_graph
 from qwlora.targets.onnx.switchable_graph import defaults, switchable_graph
@@ -69,7 +70,8 @@ class Web(Backend):
             write_text(folder / name, _script(name).read_text(encoding="utf-8"))
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        save_file(exported.inputs(load_file(base / NO_ADAPTER)), folder / ADAPTER)
+        none = load_file(base / NO_ADAPTER)
+        save_file(adapter_inputs(exported.factors, none), folder / ADAPTER)
 
     def open(self, folder: Path, case: str) -> WebRuntime:
         return WebRuntime(folder)

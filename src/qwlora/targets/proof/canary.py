@@ -27,8 +27,6 @@ FORMAT = 1
 TEXTS, CHATS, TOKENS = 16, 8, 24  # generated texts, those sent as a user's message, tokens of each
 FIRST, STEP = 6, 2  # the length of the first context in a text, and from one to the next
 TOP = 4  # tokens of an answer
-# Nats between the likeliest token and the second, above which rounding does not swap them.
-MARGIN = 0.5
 
 Answer = Mapping[int, float]  # log-probabilities of the likeliest tokens in nats, likeliest first
 

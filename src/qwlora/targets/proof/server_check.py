@@ -190,7 +190,7 @@ def _subject(row: Mapping[str, Any]) -> str:
 
 def _sentence(row: Mapping[str, Any]) -> str:
     name, verdict = row["answers_as"], row["verdict"]
-    is_, off = _model(name), row["difference"]
+    is_, off = "the base" if name == BASE else f"adapter {name}", row["difference"]
     if verdict == AS_EXPECTED:
         said = "active" if row["expected"] not in (None, BASE) else f"answers as {is_}"
     elif verdict == ANOTHER:
@@ -203,10 +203,6 @@ def _sentence(row: Mapping[str, Any]) -> str:
         return f"{said}. Log-probabilities differ by {off:.2f} (limit {LIMIT})"
     same = row["same_tokens"]
     return said if same is None else f"{said}. {same:.0%} of the greedy tokens are the same"
-
-
-def _model(name: str | None) -> str:
-    return "the base" if name == BASE else f"adapter {name}"
 
 
 def _verdict(expected: str | None, model: str | None, verdict: str, **known: Any) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # makes torch.ops.quantized_decomposed
 from safetensors import numpy as arrays
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -50,6 +49,7 @@ from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLinear
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.simulation.kv_cache_graph import capture_cached
+from qwlora.targets.adapter_branches import Shapes, adapter_inputs, factor_shapes, zero_adapter
 from qwlora.targets.canonical_adapter import CanonicalAdapter
 from qwlora.targets.onnx.onnx_model import linear_modules
 from qwlora.targets.proof.contents import SETTINGS, TOKENIZER, Contents
@@ -62,7 +62,6 @@ TOKENS, PAST, RANK = 128, 2048, 256
 # Sizes of the example that torch.export sees: it takes equal sizes for one size, and a 1 for a
 # constant.
 _EXAMPLE = {"batch": 1, "tokens": 3, "past": 5, "context": 8, None: 2}
-Shapes = dict[str, tuple[int | None, int | None]]  # of the tensors of adapters; None: the rank
 
 
 class Executorch(Backend):
@@ -75,8 +74,7 @@ class Executorch(Backend):
         lower(program, folder / MODEL)
         # Rank 0 would be the natural way to switch off, but ExecuTorch 1.5.1 calls Eigen's product,
         # which refuses an empty matrix and leaves its output as it was.
-        none = {name: torch.zeros([n or 1 for n in sizes]) for name, sizes in factors.items()}
-        save_file(none, folder / NO_ADAPTER)
+        arrays.save_file(zero_adapter(factors, rank=1), folder / NO_ADAPTER)
         write_settings(exported, exported.model.config.get_text_config(), folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
@@ -85,7 +83,8 @@ class Executorch(Backend):
                 f"the adapter has rank {exported.rank}, and the exported base takes up to {RANK}. "
                 "Train it with a smaller rank, or remove executorch from export.targets"
             )
-        arrays.save_file(exported.inputs(arrays.load_file(base / NO_ADAPTER)), folder / ADAPTER)
+        none = arrays.load_file(base / NO_ADAPTER)
+        arrays.save_file(adapter_inputs(exported.factors, none), folder / ADAPTER)
 
     def open(self, folder: Path, case: str) -> ExecutorchRuntime:
         return ExecutorchRuntime(folder)
@@ -139,8 +138,7 @@ def _add_branches_(graph: Graph, linears: Collection[str]) -> Shapes:
         path = module_of(node)[0].partition("@")[0]  # without the number of the call
         if operation(node) in ("linear", "addmm") and path in linears:
             products.append((path, node, x := node.args[operation(node) == "addmm"]))
-            shapes[f"{path}.lora_A"] = x.meta["val"].shape[-1], None
-            shapes[f"{path}.lora_B"] = None, node.meta["val"].shape[-1]
+            shapes |= factor_shapes(path, x.meta["val"].shape[-1], node.meta["val"].shape[-1])
     inputs, last = dict[str, Node](), [node for node in graph.nodes if node.op == "placeholder"][-1]
     for number, name in enumerate(sorted(shapes)):
         with graph.inserting_after(last):

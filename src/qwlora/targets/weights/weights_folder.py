@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, QwloraWarning
+from qwlora.formats.checkpoint import tensor_names
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
 from qwlora.targets.proof.contents import NUMBER, OTHER_KEYS, PLAIN, SETTINGS, known_settings
@@ -65,12 +66,9 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name in module.state_dict()
         if name != "bias"
     }
-    # by id: of tied parameters, which are one tensor under several names, the first name is kept
-    tensors: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in inside:
-            tensors.setdefault(id(tensor), (name, tensor.detach()))
-    return dict(tensors.values())
+    # of tied parameters, which are one tensor under several names, the first name is kept
+    first, tensors = tensor_names(model).keys() - inside, model.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name in first}
 
 
 def rotations(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Tests that need an environment of their own: `nox --session clients`, or `make test-clients`.
 
 nox creates each environment in .nox and keeps it; with `-R` it installs nothing again.
-docs/code.md says how long each session takes.
+docs/log/code.md says how long each session takes.
 """
 
 from __future__ import annotations

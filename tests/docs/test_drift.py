@@ -29,7 +29,7 @@ PYTHON = {
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "results.md": (1, "tests/docs/test_python_page.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
-    "runtimes.md": (1, "tests/pipeline/test_push.py"),
+    "deploy-pytorch.md": (1, "tests/pipeline/test_push.py"),
 }
 
 
@@ -110,7 +110,7 @@ def test_the_snippets_of_the_encodings_page_work_one_after_the_other(tmp_path, m
 
 
 README = (ROOT / "README.md").read_text()
-MAP = (ROOT / "docs" / "code.md").read_text()
+MAP = (ROOT / "docs" / "log" / "code.md").read_text()
 
 
 def test_every_file_and_function_that_the_map_of_the_code_names_exists() -> None:

@@ -94,7 +94,7 @@ def test_card_text_is_escaped(job: Path, tmp_path: Path, monkeypatch: pytest.Mon
 BASE_CARD, ADAPTER_CARD = "base/README.md", "adapters/first/README.md"
 PAGES = {  # folders that the Python of a page or a card reads, by their names there
     "docs/push.md": {"base": "base", "support": "adapters/first"},
-    "docs/runtimes.md": {
+    "docs/deploy-pytorch.md": {
         "out/export/hf/base": "export/hf/base",
         "out/export/hf/support": "export/hf/first",
     },

@@ -4,7 +4,7 @@
     Backend    writes and opens its files; the class that the line names, imported on first use
     Runtime    opened files, in the program that they were written for
 
-A new target costs a module with a Backend and a line in `registry.py`; docs/code.md has the rest.
+A new target costs a module with a Backend and a line in `registry.py`; see docs/log/code.md.
 
     layout  BUNDLE    base/ and NAME/ of each adapter: a runtime switches them
             EACH      NAME/ of each adapter, which holds the base, too

@@ -511,7 +511,7 @@ class JobContext:
         if recipe.workflow == "qwa-lora" or recipe.simulation.base_activations != "all":
             models.append(self.base)
         for build in models:
-            # Every capture takes time: 2 s for a tiny model (docs/code.md).
+            # Every capture takes time: 2 s for a tiny model (docs/log/code.md).
             if known and not set.intersection(*(set(p.unused_rules) for p in known)):
                 break
             with self.step("capturing the graph"):

@@ -20,7 +20,7 @@ def encodings(
 ) -> None:
     """List the encodings in an AIMET encodings file, or every problem of an invalid one.
 
-    Versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0. JSON has the same fields for all of them.
+    Reads versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0.
     """
     content = aimet_encodings.read_encodings(file)
     if as_json:

@@ -39,8 +39,7 @@ def inspect(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The float model to compare with; adds the SQNR of every tensor. Reads both in "
-            "full.",
+            help="The float model to compare with. Adds the SQNR of every tensor.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -85,7 +84,7 @@ def simulate(
     job: Job,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="List every value with its grid and the rule that decided."),
+        typer.Option("--explain", help="List every value with its grid and the rule behind it."),
     ] = False,
     adapter: Annotated[str | None, typer.Option(help="An adapter. Default: the first.")] = None,
     changes: Changes = None,
@@ -94,8 +93,8 @@ def simulate(
         bool,
         typer.Option(
             "--costs",
-            help="Measure the perplexity that each part of the simulation costs, and list the most "
-            "expensive activations.",
+            help="Measure how much perplexity each part of the simulation costs, and list the "
+            "most expensive activations.",
         ),
     ] = False,
     suggest: Annotated[
@@ -104,7 +103,7 @@ def simulate(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Find which activations need 16 bits instead of 8 for perplexity to rise by at "
+            help="Find which activations need 16 bits instead of 8, so that perplexity rises by at "
             "most this share over float activations (0.05: 5 %), on a few held-out sequences.",
         ),
     ] = None,

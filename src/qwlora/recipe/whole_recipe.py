@@ -33,14 +33,13 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """Graphs with a key-value cache, for targets qnn, aimet and qairt: one for each pair of tokens
-    and context. All share one copy of the weights, but aimet has a copy in each graph's folder, for
-    AI Hub."""
+    """Graphs with a key-value cache, for qnn, aimet and qairt: one for each pair of tokens and
+    context. They share one copy of the weights, except in aimet."""
 
     tokens: list[int] = [128, 1]
-    """new tokens in one call: many to read prompts, 1 to generate"""
+    """new tokens per call: many to read prompts, 1 to generate"""
     context: list[int] = [1024]
-    """past and new tokens together: what the key-value cache and one call hold"""
+    """past and new tokens together"""
 
     def problems(self) -> Iterator[str]:
         yield from size_problems(self.tokens, self.context)
@@ -50,36 +49,28 @@ class Export(Section):
     """Step 4: the files to write."""
 
     targets: list[TargetName] = ["onnx"]
-    """runtimes to write files for. Default with adapters that cannot be switched (dora, mergeable,
-    target_parameters): onnx_each"""
+    """runtimes to write files for. Default with dora, mergeable or target_parameters: onnx_each"""
     encodings_version: Literal["1.0.0", "2.0.0"] = "1.0.0"
-    """version of the encodings files of targets aimet and qairt"""
+    """version of the encodings files of aimet and qairt"""
     use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = None
-    """for targets qairt and qnn: what the runtime can switch to: an adapter's name, several joined
-    by a plus sign, or none for the base. Default: each adapter alone, and none"""
+    """for qairt and qnn: what the runtime can switch to: an adapter, several joined by a plus sign,
+    or none for the base. Default: each adapter alone, and none"""
     graphs: Graphs | None = None
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
-    """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
-    with an older onnx; below 23, each RMSNorm becomes several operators"""
+    """ONNX opset for aimet and qairt, 17 to 23 (default). Lower it for older tools"""
     embedding_bits: Literal[8, 16, 32] | None = None
-    """bits per value of what stays float. 8, the default of gguf, mlx, genai and web and for these
-    only: embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF
-    file, gguf copies them), and in gguf and mlx adapters to float16. 16: float16, else bfloat16,
-    where one holds all numbers exactly, else float32; 32: float32. Default of other targets: 16,
-    but 32 for aimet, qairt, qnn and qairt_pipeline, which hold no other. To train on 8 bits, use a
-    rule in base.rules"""
+    """bits of embeddings, output heads and other float values. 8: blocks of 8 bits, and float16 for
+    adapters of gguf and mlx (gguf, mlx, genai and web only, where it is the default); 16: float16
+    or bfloat16 where lossless, else float32; 32: float32 (the only choice for aimet, qairt, qnn and
+    qairt_pipeline). Default of other targets: 16"""
     proof: Literal["generated", "held_out", "none"] = "generated"
-    """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
-    golden/ of aimet and qairt. generated: text from the float model, or from the base if there is
-    none; held_out: text of your data, as token ids; none: no text in proof/, so only the job can
-    verify the bundle. The job itself always verifies on held-out text"""
+    """text for qwlora verify BUNDLE, and for golden/ of aimet and qairt. generated: from the float
+    model or the base; held_out: your data, as token ids; none: no text"""
     canary: Literal["generated", "held_out", "none"] = "generated"
-    """contexts in canary.json of exported weights, which qwlora verify --server sends to a server.
-    generated: from the float model, or from the base if there is none; held_out: beginnings of the
-    first adapter's held-out text; none: no canary.json"""
+    """prompts for qwlora verify --server. generated: from the float model or the base; held_out:
+    from the first adapter's held-out text; none: no canary.json"""
     layout: Literal["genie"] | None = None
-    """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
-    Default: for ONNX Runtime"""
+    """for qairt and qnn. genie: files for Qualcomm's Genie. Default: for ONNX Runtime"""
 
     def problems(self) -> Iterator[str]:
         if self.layout and not any(map(self.layout_of, self.targets)):
@@ -97,13 +88,13 @@ class Export(Section):
 
 
 class Verify(Section):
-    """Step 5: how exported files are tested, and the limits they must meet."""
+    """Step 5: how exported files are tested."""
 
     sequences: Count = 8
-    """held-out sequences to run through every exported file, at most"""
+    """held-out sequences to run through every exported file"""
     perplexity_difference: Annotated[float, Field(gt=0, le=1)] = 0.003
-    """largest allowed relative difference from the simulation's perplexity, on top of what rounding
-    alone explains in 95 % of samples of this size"""
+    """largest relative difference from the simulation's perplexity, beyond what rounding explains
+    in 95 % of samples"""
 
 
 class Recipe(Section):
@@ -112,23 +103,21 @@ class Recipe(Section):
     name: Name = "qwlora"
     """name of the job: letters, digits, _ and -"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
-    """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
-    base.solver search, init zero; balanced: gptq, init qera; best: the same, with base.calibration
-    [job, model] and 512 steps of base.tuning"""
+    """effort; keys you set win. fast: base.solver search, init zero; balanced: gptq, init qera;
+    best: also base.calibration [job, model] and 512 steps of base.tuning"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
     reference: Literal["float"] | None = None
-    """float: also train every adapter on the float model, all else equal, so that results say what
-    the integers cost. Takes about as long as training"""
+    """float: also train every adapter on the float model, for comparison. Doubles the training
+    time"""
     evaluate: Literal["own", "all"] = "own"
-    """for adapters with texts of their own. own: measure each on its own text, the float model and
-    the base on all; all: also each on the text of every other, N times N measurements"""
+    """own: measure each adapter on its own text; all: on every adapter's text"""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
-    """where models compute: cpu, cuda, xpu, mps, cuda:N or xpu:N. auto: an accelerator if torch can
-    use one, else cpu. Files are written and verified on the CPU"""
+    """cpu, cuda, xpu, mps, cuda:N, xpu:N, or auto: an accelerator if torch can use one. Files are
+    always verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """seed of the data split, the initialization of adapters and the order of training"""
+    """seed of data split, initialization and training order"""
     model: Model
     data: Data = Data()
     base: Base = Base()

@@ -42,8 +42,7 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute as evaluation and verify do: in PyTorch, and exported files with float32 "
-        "activations.",
+        help="Compute as evaluate and verify do: in PyTorch, or with float32 activations.",
     ),
 ]
 
@@ -51,8 +50,7 @@ Runtime = Annotated[
     str | None,
     typer.Option(
         metavar="RUNTIME",
-        help="Runtime for the base and adapters: torch, or a target with exported files, such as "
-        "gguf. Default: the fastest available.",
+        help="torch, or a target with exported files, such as gguf. Default: the fastest.",
     ),
 ]
 
@@ -120,7 +118,7 @@ def chat(
     """Talk to a model of a job.
 
     /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. Without a
-    chat template, or with --raw, each message continues the text so far.
+    chat template, each message continues the text.
     """
     from qwlora.pipeline.commands.open_job import JobModels
 

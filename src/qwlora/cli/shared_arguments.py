@@ -47,8 +47,7 @@ Models = Annotated[
         "--models",
         metavar="MODEL,MODEL,...",
         help="float, base, an adapter's name, simulated/NAME, or exported files such as gguf/NAME "
-        "or gguf/base; gguf alone means the first. Default: the first adapter; for `score`: all "
-        "that can run here.",
+        "or gguf/base. Default: the first adapter; for `score`: all that can run here.",
     ),
 ]
 # Flags have their names here, because typer adds an opposite (`--no-json`) to those without one.

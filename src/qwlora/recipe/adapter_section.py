@@ -113,10 +113,10 @@ SHAPE = {
 }
 _NOT_IN_GRAPH = {
     "objective recovery": "needs layer outputs, which the graph does not have; use text",
-    "dropout": "is missing in the graph, which is captured in eval mode; set it to 0",
+    "dropout": "is not part of the captured graph (eval mode); set it to 0",
     "gradient_checkpointing True": "needs modules, which the graph replaces; remove it",
     "compute bfloat16": "is too coarse for the activation grids; use float32",
-    "mergeable True": "computes other integers at each step, and the graph has the base's",
+    "mergeable True": "changes the integers at each step, but the graph holds the base's integers",
 }
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
@@ -160,7 +160,7 @@ class Adapter(Section):
     target_modules: str | list[str] = "all-linear"
     """layers that get an adapter: module names, or a regular expression over whole paths"""
     target_parameters: list[str] = []
-    """fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"""
+    "fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead"""
     init: Literal["zero", "svd", "qera"] = "zero"
@@ -269,15 +269,13 @@ class Adapter(Section):
         continues = self.continue_from is not None
         shape = sorted(self.model_dump(include=SHAPE, exclude_unset=True, exclude_defaults=True))
         if continues and shape:
-            yield (
-                f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"
-            )
+            yield f"{', '.join(shape)}: continue_from already sets these. Remove them"
         if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
             yield f"give either steps ({self.steps}) or epochs ({self.epochs:g}), not both"
         if not continues and self.steps == 0:
             yield (
-                "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
-                "adapter as it is"
+                "steps is 0, so nothing would be trained. Set steps, or use an existing adapter "
+                "with continue_from"
             )
         keys = ("dropout", "dora", "layers")
         named = [key for key in keys if getattr(self, key) not in (0.0, False, None)]
@@ -290,8 +288,8 @@ class Adapter(Section):
         others += ["init"] if self.init != "zero" else []
         if self.mergeable and others:
             yield (
-                f"mergeable cannot be combined with {', '.join(others)}: merged integers have no "
-                "place for it; remove one of them"
+                f"mergeable cannot be combined with {', '.join(others)}: the merged integers "
+                "cannot store it. Remove one of them"
             )
         if self.init != "zero" and (self.dora or continues):
             yield (
@@ -302,4 +300,4 @@ class Adapter(Section):
         if has_steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             yield f"lower warmup_steps ({self.warmup_steps}) below steps ({self.steps})"
         if self.patience is not None and self.evaluation_steps is None:
-            yield "patience counts evaluations, but there are none; set evaluation_steps"
+            yield "patience needs evaluations. Set evaluation_steps"

@@ -64,7 +64,9 @@ class BaseRule(Section):
     def problems(self) -> Iterator[str]:
         changes = [key for key in ("solver", "weights") if getattr(self, key) is not None]
         if self.keep is not None and changes:
-            yield f"keep: float excludes {', '.join(changes)}; remove one or the other"
+            yield (
+                f"keep: float cannot be combined with {', '.join(changes)}; remove one or the other"
+            )
         if self.keep is None and not changes:
             yield "the rule changes nothing; set keep: float, weights or solver"
 
@@ -187,7 +189,7 @@ class Base(Section):
         changes = list(self.model_dump(include=changed, exclude_defaults=True))
         changes += ["tuning"] if self.tuning.steps else []
         if self.solver == "keep" and changes:
-            yield f"solver keep uses the integers unchanged; remove {' and '.join(changes)}"
+            yield f"solver keep does not change the integers; remove {' and '.join(changes)}"
 
 
 class SimulationRule(Section):

@@ -186,14 +186,14 @@ class Recipe(Section):
         folders = [a.name.casefold() for a in self.adapters]
         if twice := [a.name for a in self.adapters if folders.count(a.name.casefold()) > 1]:
             yield (
-                f"adapters {', '.join(twice)}: each name becomes a folder, and some file systems "
-                "ignore case; choose names that differ in more than case"
+                f"adapters {', '.join(twice)}: these names differ only in case, and each becomes a "
+                "folder. Some file systems ignore case, so choose other names"
             )
             return
         if without := [a.name for a in self.adapters if self.data_of(a).source is None]:
             yield (
-                f"data.source: required, but not set, and adapters {', '.join(without)} have no "
-                "adapters[].data.source either"
+                "data.source is missing, and so is adapters[].data.source of "
+                f"{', '.join(without)}. Set one of them"
             )
         if unknown := self._unknown(self.base.calibrate_on):
             yield f"base.calibrate_on: {unknown}"
@@ -201,10 +201,13 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             first = self.predecessor(adapter)
             if adapter.continue_from in names[i:]:
-                yield f"adapter {adapter.name} continues {adapter.continue_from}: list it first"
+                yield (
+                    f"adapter {adapter.name} continues {adapter.continue_from}, which is listed "
+                    "later. List it first"
+                )
             elif first is not None and first.mergeable and not adapter.mergeable:
                 yield (
-                    f"adapter {adapter.name} continues {first.name}, which is mergeable: set "
+                    f"adapter {adapter.name} continues {first.name}, which is mergeable. Set "
                     "mergeable: true for both"
                 )
         yield from self._base_problems()
@@ -234,13 +237,16 @@ class Recipe(Section):
         if self.base.rotation is None:
             return
         if self.base.solver == "keep":
-            yield "base.rotation changes float weights, and solver keep has none; remove one"
+            yield (
+                "base.rotation needs float weights, but solver keep uses integers. Remove one of "
+                "them"
+            )
         names = [a.name for a in self.adapters]
         starts = [a.continue_from for a in self.adapters if a.continue_from not in (None, *names)]
         if starts:
             yield (
-                f"continue_from: {', '.join(map(str, starts))} was trained on the model as it is, "
-                "and does not fit a rotated one; remove base.rotation, or train a new adapter"
+                f"continue_from: {', '.join(map(str, starts))} was trained without rotation and "
+                "does not fit a rotated model. Remove base.rotation, or train a new adapter"
             )
 
     def _target_problems(self) -> Iterator[str]:
@@ -278,8 +284,8 @@ class Recipe(Section):
             parts = members(case)
             if len(parts) > 1 and self.export.layout and "qairt" in self.export.targets:
                 yield (
-                    f"export.use_cases: {case}: Genie sets the strength of one adapter; list no "
-                    "use case of several, or remove export.layout"
+                    f"export.use_cases: {case}: Genie can set the strength of one adapter only. "
+                    "Remove this use case, or remove export.layout"
                 )
             if unknown := self._unknown(parts):
                 yield f"export.use_cases: {case}: {unknown}"
@@ -287,7 +293,7 @@ class Recipe(Section):
                 yield f"export.use_cases: {case} names an adapter twice"
         if len(set(cases)) < len(cases) or set(cases) <= {NONE}:
             yield (
-                "export.use_cases must hold an adapter, and every use case once; it holds "
+                "export.use_cases must list at least one adapter, and each use case once. It lists "
                 f"{', '.join(cases) or 'nothing'}"
             )
 
@@ -296,20 +302,20 @@ class Recipe(Section):
         experts = {frozenset(a.target_parameters) for a in self.adapters if a.target_parameters}
         if len(experts) > 1:
             yield (
-                f"{asked}: PEFT loads several adapters only if their target_parameters are equal; "
-                "make them equal, or use base_activations: all"
+                f"{asked}: PEFT can load several adapters only if all have the same "
+                "target_parameters. Make them equal, or use base_activations: all"
             )
         # What an adapter that continues one in files has is known only when these are read.
         dora = {a.dora for a in self.adapters if a.continue_from is None}
         if mergeable := [a.name for a in self.adapters if a.mergeable]:
             yield (
-                f"{asked}: mergeable adapters ({', '.join(mergeable)}) have integers of their own "
-                "and share nothing; use base_activations: all"
+                f"{asked}: mergeable adapters ({', '.join(mergeable)}) change the base's integers, "
+                "so they cannot share encodings. Use base_activations: all"
             )
         if self.simulation.base_activations == "none" and len(dora) > 1:
             yield (
-                f"{asked}: adapters that share all encodings must all have dora, or none of them; "
-                "use equal values, or base_activations: adapter_only"
+                f"{asked}: adapters that share all encodings need the same value of dora. Make "
+                "them equal, or use base_activations: adapter_only"
             )
 
     def _workflow_problems(self) -> Iterator[str]:
@@ -323,8 +329,8 @@ class Recipe(Section):
             )
         if self.simulation.base_activations != "all":
             yield (
-                "workflow qwa-lora: simulation.base_activations has no effect, since the base's "
-                "activations are calibrated before training, for all adapters; remove it"
+                "simulation.base_activations has no effect in workflow qwa-lora, which calibrates "
+                "the base's activations before training. Remove it"
             )
 
     @property

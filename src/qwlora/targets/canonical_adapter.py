@@ -125,7 +125,7 @@ class CanonicalAdapter:
         """
         if missing := [module for module in self.factors if f"{module}.lora_A" not in none]:
             raise ExportError(
-                f"the exported base has no place for the adapter's {listed(missing)}: they are no "
+                f"the exported base has no place for the adapter's {listed(missing)}: they are not "
                 "linear layers of the captured graph. Train the adapter without them"
             )
         # Runtimes run x @ A @ B, so both factors are transposed.

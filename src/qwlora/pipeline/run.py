@@ -204,7 +204,7 @@ class _Run:
         names = [stage.name for stage in waiting]
         for stage in asked:
             if not self._waiting([stage]):
-                self.say(f"{stage.name}: up to date")
+                self.say(f"{stage.name}: skipped, up to date")
                 # A kill right after the artifact was put in place leaves this folder.
                 rmtree(self.store.work(self.store.records[stage.place].key), ignore_errors=True)
                 continue
@@ -257,7 +257,7 @@ class _Run:
         if waiting and not store.is_writable:
             first = waiting[0].name
             raise DirectoryError(
-                f"{str(store.path)!r} is read-only, but {first} must run "
+                f"{str(store.path)!r} is not writable, but {first} must run "
                 f"({judge.stale.get(first, 'as requested')}); make the directory writable, or copy "
                 "it"
             )

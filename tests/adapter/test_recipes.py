@@ -94,10 +94,7 @@ PARTS = [{"name": part, "target_parameters": [f"x.{part}"]} for part in ("up", "
         ),
         ("=[{name: a, patience: 2}]", ": patience needs evaluations"),
         (f"={PARTS}", "base_activations adapter_only: PEFT can load several adapters only"),
-        (
-            "=[{name: one, continue_from: two}, {name: two}]",
-            "one continues two, which is listed later",
-        ),
+        ("=[{name: one, continue_from: two}, {name: two}]", "one continues two, which is listed"),
         (
             "=[{name: one, mergeable: true}, {name: two, continue_from: one}]",
             "two continues one, which is mergeable",

@@ -44,7 +44,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("gpt2", LONG, SourceError, "160 tokens, but GPT2.* for 128"),
     ("gpt2", BASE_TEXT, SourceError, "512 tokens, but GPT2.* for 128"),
     ("gpt2", exporting("hf"), GridError, r"target hf: .*c_attn\.weight.*Conv1D"),
-    ("opt", exporting("gguf"), GridError, "target gguf: .*this is opt"),
+    ("opt", exporting("gguf"), GridError, "target gguf: .*this model is opt"),
     ("opt", exporting("mlx"), GridError, "Model type opt not supported"),
     ("llama", EXPERTS, TrainingError, "target openvino: adapter first changes .*experts"),
     ("llama", FLOAT_EMBEDDINGS, GridError, "embed_tokens.*weights: w8-tensor"),

@@ -178,9 +178,7 @@ def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_pat
 
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
-    message = (
-        r"for the base with fingerprint \w{64}, but this model has \w{64}.* the original model"
-    )
+    message = r"for the base with fingerprint \w{64}, but this model has \w{64}.* original model"
     with pytest.raises(CalibrationError, match=message):
         load_simulation(tmp_path, adapted(scheme="w8-channel"))
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):

@@ -94,7 +94,7 @@ def merge(
 ) -> None:
     """Measure what merging an adapter into the base loses, and write the merged model."""
     if (into is None) != (out is None):
-        raise typer.BadParameter("to write the merged model, give both --into and --out")
+        raise typer.BadParameter("the merged model needs both --into and --out")
     from qwlora.pipeline.commands.open_job import open_job
     from qwlora.recipe.implied import check_outside_data
     from qwlora.system.output_path import new_folder

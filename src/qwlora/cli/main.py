@@ -377,7 +377,7 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 def _message(error: BaseException) -> str:
     # typer wraps EOFError in Abort: at the end of the input, but also of a truncated file.
     if type(error).__name__ == "Abort":
-        error = error.__cause__ or QwloraError("You did not confirm. Nothing was changed.")
+        error = error.__cause__ or QwloraError("You did not confirm, so nothing was changed")
     if isinstance(error, QwloraError):
         return str(error)
     if hasattr(error, "format_message"):

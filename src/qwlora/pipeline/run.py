@@ -143,7 +143,7 @@ def _recipe_in(out: Path) -> Recipe | None:
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
     if before.name != wanted.name:
         raise DirectoryError(
-            f"{str(out)!r} was made by recipe {before.name!r}, and this one is {wanted.name!r}. "
+            f"{str(out)!r} belongs to recipe {before.name!r}, not {wanted.name!r}. "
             "Choose another --out, or delete the directory"
         )
     names = [adapter.name for adapter in wanted.adapters]
